@@ -1,0 +1,73 @@
+"""Engine configuration: everything about how a model is run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+
+class EngineConfig(BaseModel):
+    """How to run one model. Unknown fields are refused by name.
+
+    Attributes:
+        model: folder with a checkpoint in Hugging Face layout, or a hub name the user chose to download.
+        tokenizer: folder of the tokenizer if it isn't the model's.
+        revision: hub revision.
+        task: ``generate``, or ``embed`` to pool hidden states instead of sampling.
+        dtype: ``auto`` takes the checkpoint's on a GPU and float32 on a CPU.
+        device: ``auto`` takes a GPU if there is one.
+        load_format: ``auto`` reads safetensors; ``dummy`` fills weights with noise in place (benchmarks).
+        max_model_len: longest prompt plus completion, in tokens; the model's own limit if None.
+        block_size: tokens per KV block.
+        num_kv_blocks: KV blocks; None measures free memory (GPU) or takes ``kv_cache_bytes`` (CPU).
+        kv_cache_bytes: memory for KV blocks where it isn't measured.
+        gpu_memory_utilization: share of the GPU's total memory this process may use.
+        max_num_seqs: requests running at once.
+        max_num_batched_tokens: token budget of one step.
+        max_encoder_tokens: embedding rows held for requests whose placeholders are not consumed yet.
+        enable_prefix_caching: reuse KV blocks of equal prefixes.
+        enforce_eager: never capture CUDA graphs.
+        run_ahead: steps the host may enqueue before it reads sampled tokens; 0 waits for each step.
+        tensor_parallel_size: ranks that share the language model.
+        limit_mm_per_prompt: most items of each kind in one prompt.
+        mm_processor_kwargs: processor options of the model's family, e.g. ``max_pixels`` or ``num_crops``.
+        chat_template: a Jinja template or the path of one; overrides the checkpoint's.
+        allowed_local_media_path: folder from which ``file://`` pictures may be read; None allows none.
+        seed: seed of requests that bring none, and of dummy weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    task: Literal["generate", "embed"] = "generate"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: PositiveInt | None = None
+    block_size: PositiveInt = 16
+    num_kv_blocks: PositiveInt | None = None
+    kv_cache_bytes: PositiveInt = 256 << 20
+    gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
+    max_num_seqs: PositiveInt = 256
+    max_num_batched_tokens: PositiveInt = 8192
+    max_encoder_tokens: PositiveInt = 65536
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    run_ahead: NonNegativeInt = 1
+    tensor_parallel_size: PositiveInt = 1
+    limit_mm_per_prompt: dict[Literal["image", "video"], NonNegativeInt] = Field(
+        default_factory=lambda: {"image": 8, "video": 1}
+    )
+    mm_processor_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template: str | None = None
+    allowed_local_media_path: str | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _block_size_is_a_power_of_two(self) -> EngineConfig:
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
+        return self

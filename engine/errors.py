@@ -1,0 +1,97 @@
+"""The errors that a user can cause or must hear of, each with its HTTP status.
+
+Everything raised on purpose derives from :class:`SightlineError`. ``status`` is the HTTP status an ingress
+answers with, ``code`` OpenAI's machine-readable ``error.code``, ``param`` the field of the request at fault.
+They survive pickling, since they cross process boundaries.
+"""
+
+from __future__ import annotations
+
+
+class SightlineError(Exception):
+    """Base of all deliberate errors.
+
+    Args:
+        message: what is wrong and what to change, in words meant for the caller.
+        param: the request or configuration field at fault, if one is.
+    """
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.message, self.param)
+
+
+def _rebuild(cls: type[SightlineError], message: str, param: str | None) -> SightlineError:
+    return cls(message, param=param)
+
+
+class ConfigError(SightlineError, ValueError):
+    """A configuration value is unusable; ``param`` names the field."""
+
+    code = "invalid_config"
+
+
+class CheckpointError(SightlineError):
+    """A checkpoint is missing, incomplete, or of an architecture that isn't supported."""
+
+    code = "invalid_checkpoint"
+
+
+class InvalidRequest(SightlineError, ValueError):
+    """The request can't be served as it is; the message says what to change."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt plus completion can never fit into the model's context or the KV cache."""
+
+    code = "context_length_exceeded"
+
+
+class MediaError(InvalidRequest):
+    """A picture could not be fetched, decoded or shown to the model."""
+
+    code = "invalid_image"
+
+
+class MediaForbidden(MediaError):
+    """The picture's address is outside of what this server may fetch."""
+
+    code = "image_url_forbidden"
+
+
+class MediaTooLarge(MediaError):
+    """A picture, or all of them together, exceeds a budget (bytes, pixels, count or visual tokens)."""
+
+    status = 413
+    code = "image_too_large"
+
+
+class ModelNotFound(SightlineError):
+    """No model of that name is served."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class Overloaded(SightlineError):
+    """The queue is full; the caller should come back later."""
+
+    status = 429
+    code = "overloaded"
+
+
+class Unavailable(SightlineError):
+    """A part of the server that this request needs is down or restarting."""
+
+    status = 503
+    code = "unavailable"

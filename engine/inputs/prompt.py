@@ -1,0 +1,132 @@
+"""What a request is made of: token ids, and media items tied to places among them.
+
+These types are plain data. They cross process boundaries, so they hold no tensors but where it says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceholderRun:
+    """``count`` copies of ``token_id``; ``is_embed`` runs are overwritten by embedding rows, others are text."""
+
+    token_id: int
+    count: int
+    is_embed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MediaItem:
+    """One prepared picture (or video), without its pixels: small enough to pass around freely.
+
+    Attributes:
+        kind: ``"image"`` or ``"video"``.
+        hash: hex content hash over family, processor options, mode, size and pixel bytes.
+        num_tokens: embedding rows that the encoder yields for it.
+        grid: the family's own shape of the item, e.g. Qwen2-VL's ``(t, h, w)`` in patches.
+        size: ``(width, height)`` of the picture as the model's processor saw it, in pixels.
+        placeholder: the token runs that stand for it in a prompt; their ``is_embed`` counts sum to
+            ``num_tokens``. Derived from the same processor result as ``num_tokens``.
+    """
+
+    kind: str
+    hash: str
+    num_tokens: int
+    grid: tuple[int, ...]
+    size: tuple[int, int]
+    placeholder: tuple[PlaceholderRun, ...]
+
+    def __post_init__(self) -> None:
+        rows = sum(run.count for run in self.placeholder if run.is_embed)
+        assert rows == self.num_tokens, f"{rows} placeholder rows for {self.num_tokens} embedding rows"
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedMedia:
+    """A media item with what its encoder needs.
+
+    Attributes:
+        item: the description.
+        pixels: family-defined array; uint8 ``(H, W, 3)`` or ``(N, H, W, 3)`` wherever normalisation can be
+            left to the encoder, float32 otherwise.
+    """
+
+    item: MediaItem
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSpan:
+    """Where an item stands in a prompt.
+
+    Attributes:
+        item: the media item.
+        offset: index of the span's first token in the prompt.
+        length: tokens in the span, non-embedding ones included.
+        embed_index: sorted int32 positions ``(num_tokens,)`` *relative to offset* that take embedding rows;
+            None when the whole span does.
+    """
+
+    item: MediaItem
+    offset: int
+    length: int
+    embed_index: np.ndarray | None = None
+
+    def rows_before(self, position: int) -> int:
+        """Embedding rows of this span that lie before the absolute prompt ``position``."""
+        relative = min(max(position - self.offset, 0), self.length)
+        if self.embed_index is None:
+            return relative
+        return int(np.searchsorted(self.embed_index, relative))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInput:
+    """A prompt ready for the engine: ids with every placeholder expanded, and the spans of its media."""
+
+    token_ids: list[int]
+    spans: list[MediaSpan] = field(default_factory=list)
+    text: str | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message after validation. ``parts`` keep the order in which text and media were given."""
+
+    role: str
+    parts: list[TextPart | MediaPart]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """A place in a message where the ``index``-th media item of the request stands."""
+
+    index: int
+    kind: str = "image"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedMedia:
+    """The encoder's result for one item, as it travels between processes.
+
+    Attributes:
+        hash: the item's content hash.
+        rows: ``(num_tokens, width)``; float32, float16, or the bits of bfloat16 as uint16.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+    """
+
+    hash: str
+    rows: np.ndarray
+    dtype: str

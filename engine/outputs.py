@@ -1,0 +1,94 @@
+"""What generation returns: ``RequestOutput`` for offline use, ``OutputDelta`` for streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """Log-probability (natural log, after temperature 1, before any mask) of one token, and its rank from 1."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class OutputDelta:
+    """What one sequence of a request gained since its last delta.
+
+    Attributes:
+        index: which of the ``n`` completions.
+        text: characters that are final: no broken UTF-8, nothing that could still become a stop string.
+        token_ids: all tokens since the last delta.
+        logprobs: per token a map of token id to log-probability, the sampled token first; None if not asked.
+        finish_reason: set on the last delta of the sequence.
+        stop_reason: the stop string or stop token id that ended it.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, TokenLogprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of a request. ``cached_tokens`` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class StreamUpdate:
+    """One item of an engine stream: deltas of any of the request's sequences, and the usage so far."""
+
+    request_id: str
+    deltas: list[OutputDelta]
+    usage: Usage
+    prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One finished completion."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, TokenLogprob]] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """One finished request of :class:`engine.LLM`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    usage: Usage = field(default_factory=Usage)
+    prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None
+    finished: bool = True
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """One pooled vector: float32 of length ``hidden_size``."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    embedding: list[float]
+    usage: Usage = field(default_factory=Usage)
