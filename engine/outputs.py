@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(slots=True)
 class TokenLogprob:
-    """Log-probability (natural log, after temperature 1, before any mask) of one token, and its rank from 1."""
+    """Natural log-probability of one token by the raw logits (before temperature and masks), and its rank."""
 
     logprob: float
     rank: int | None = None

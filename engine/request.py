@@ -1,33 +1,39 @@
-"""A request inside the engine: token ids, spans, parameters, and the counters that scheduling lives on."""
+"""A request inside the engine: token ids, media, parameters, and what scheduling remembers of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from engine.inputs.prompt import MediaSpan
+from engine.inputs.prompt import EmbeddedMedia, MediaSpan
 from engine.sampling_params import SamplingParams
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence being generated (``n`` completions are ``n`` requests).
+    """One sequence (``n`` completions are ``n`` requests).
 
-    There is no phase: ``num_computed`` chases ``num_tokens``. Tokens that were sampled on the device but not
-    read by the host yet are counted in ``num_in_flight``; they are known to exist, not what they are.
+    There is no phase: computed tokens chase known ones. While a request runs, its counters live in the
+    scheduler's :class:`~engine.scheduling.slots.SlotTable`; what is here survives preemption.
 
     Attributes:
         id: unique within the engine.
-        token_ids: prompt, then every output token the host has read.
+        token_ids: the prompt, and after a preemption the output up to then as well.
         num_prompt: length of the prompt.
+        params: sampling parameters; ignored by pooling requests.
+        max_total: most tokens, prompt included, that the sequence may reach.
+        stop_ids: token ids that end it (end-of-sequence and ``stop_token_ids``).
         spans: media of the prompt, sorted by offset.
-        max_total: ``token_ids`` never grows beyond this (context limit and ``max_tokens``).
-        eos_ids: token ids that end this request.
-        num_computed: tokens whose KV is written or being written by enqueued steps.
-        num_in_flight: sampled tokens the host has not read.
-        blocks: KV block ids, in order.
-        slot: row in the runner, or None while waiting.
-        num_cached: prompt tokens found in the prefix cache at first admission.
+        embeddings: encoder rows by item hash, kept until the request ends so that a preempted one can be
+            computed again; numpy rows, or a device tensor where encoder and engine share a process.
+        pooling: ``last``, ``mean`` or ``cls`` for an embedding request, None for generation.
+        grammar: the matcher that masks this sequence's tokens, if it is constrained.
+        blocks: KV blocks it holds, in order; empty while waiting.
+        block_hashes: hashes of its full blocks, as far as they were computed.
+        slot: its row in the runner while it runs.
+        num_cached: prompt tokens found in the prefix cache when it was first admitted.
+        seed: what its random numbers are drawn from.
     """
 
     id: str
@@ -35,32 +41,18 @@ class Request:
     num_prompt: int
     params: SamplingParams
     max_total: int
-    eos_ids: frozenset[int]
+    stop_ids: frozenset[int]
     spans: Sequence[MediaSpan] = ()
+    embeddings: dict[str, EmbeddedMedia | Any] = field(default_factory=dict)
     priority: int = 0
     arrival: float = 0.0
     cache_salt: str = ""
     seed: int = 0
     pooling: str | None = None
-    num_computed: int = 0
-    num_in_flight: int = 0
+    grammar: Any = None
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     slot: int | None = None
-    num_cached: int = 0
+    num_cached: int | None = None
     num_preemptions: int = 0
     finished: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that exist: read by the host, or sampled and still in flight."""
-        return len(self.token_ids) + self.num_in_flight
-
-    @property
-    def num_output(self) -> int:
-        """Output tokens the host has read."""
-        return len(self.token_ids) - self.num_prompt
-
-    @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]

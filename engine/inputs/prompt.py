@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class PlaceholderRun:
-    """``count`` copies of ``token_id``; ``is_embed`` runs are overwritten by embedding rows, others are text."""
+    """``count`` copies of ``token_id``. Embedding rows overwrite ``is_embed`` runs; others are text."""
 
     token_id: int
     count: int

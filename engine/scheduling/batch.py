@@ -1,61 +1,97 @@
-"""The one message from the scheduler to the runner. Plain data: it is broadcast to every tensor-parallel rank."""
+"""The message from the scheduler to the runner, one per step. Plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from engine.request import Request
 
 
 @dataclass(slots=True)
-class ScheduledSequence:
-    """The share of one request in one step.
+class PrefillChunk:
+    """Tokens ``[start, start + count)`` of a request, all of them known to the host.
 
-    Attributes:
-        request: the request; the runner reads its token ids and spans, never changes it.
-        slot: the runner's row for this request, constant from admission to finish or preemption.
-        start: computed tokens before this step.
-        num_tokens: tokens computed in this step, from ``start`` on.
-        new_blocks: KV blocks appended to the request's table by this step.
-        samples: whether this step reaches the end of what is known, so that a token is sampled.
-        last_token_on_device: whether the token at ``start`` was sampled by a step whose result the host has
-            not read yet.
+    ``completes`` is set on the chunk that reaches the last known token: it samples (or pools).
     """
 
     request: Request
     slot: int
     start: int
-    num_tokens: int
-    new_blocks: list[int]
-    samples: bool
-    last_token_on_device: bool = False
-
-
-@dataclass(slots=True)
-class ScheduledBatch:
-    """One step.
-
-    Attributes:
-        sequences: at most one entry per request, decodes first.
-        admitted: requests that got a slot in this step (first time, or again after preemption), with the
-            blocks of their cached prefix; the runner initialises their rows before anything else.
-        released: slots whose requests finished or were preempted since the last step.
-        num_tokens: sum over ``sequences``.
-    """
-
-    step: int
-    sequences: list[ScheduledSequence]
-    admitted: list[Admission] = field(default_factory=list)
-    released: list[int] = field(default_factory=list)
-    num_tokens: int = 0
+    count: int
+    completes: bool
 
 
 @dataclass(slots=True)
 class Admission:
-    """A request enters ``slot``; ``blocks`` are the KV blocks that already hold its cached prefix."""
+    """A request enters ``slot`` with ``num_computed`` tokens already in its first KV blocks."""
 
     request: Request
     slot: int
-    blocks: list[int]
+    num_computed: int
+
+
+@dataclass(slots=True)
+class TableUpdate:
+    """KV ``block`` becomes entry ``column`` of the slot's block table."""
+
+    slot: int
+    column: int
+    block: int
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step. The runner applies ``admitted`` and ``table_updates`` before it computes.
+
+    Attributes:
+        decode_slots: int64 ``(D,)``; each computes the token that was sampled for it last and samples the
+            next. The same array object returns as long as the set of decoding requests stays the same.
+        prefills: chunks, computed in the same forward pass.
+        released: slots whose request ended or was preempted since the last step.
+        epochs: int64 ``(R,)``, how often each sampling row's slot had changed hands; a row whose slot has
+            moved on since is ignored when its token arrives.
+    """
+
+    step: int
+    decode_slots: np.ndarray
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)
+    table_updates: list[TableUpdate] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+    epochs: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode_slots) + sum(chunk.count for chunk in self.prefills)
+
+    @property
+    def sampling_slots(self) -> np.ndarray:
+        """int64 ``(R,)``: slots of the rows that sample, decodes first."""
+        done = [c.slot for c in self.prefills if c.completes and c.request.pooling is None]
+        return np.concatenate([self.decode_slots, np.asarray(done, np.int64)]) if done else self.decode_slots
+
+
+@dataclass(slots=True)
+class StepEvents:
+    """What one step gave, by sampling row.
+
+    Attributes:
+        requests: the request of each row, None where the row is void.
+        tokens: int64 ``(R,)``.
+        finished: rows that ended, with their reason (``stop`` or ``length``).
+        stopped_by: for ``stop`` rows, the token id.
+        logprobs: per row the runner's log-probabilities, where any row asked.
+        prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
+        pooled: ``(request, float32 vector)`` of finished pooling requests.
+    """
+
+    requests: list[Request | None]
+    tokens: np.ndarray
+    finished: dict[int, str] = field(default_factory=dict)
+    logprobs: object | None = None
+    prompt_logprobs: list[tuple[Request, int, object]] = field(default_factory=list)
+    pooled: list[tuple[Request, np.ndarray]] = field(default_factory=list)

@@ -1,0 +1,90 @@
+"""KV blocks as numbers: reference counts, least-recently-used order, and the map from content to block."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+
+class BlockPool:
+    """``num_blocks`` blocks, of which block 0 is never handed out: padded rows write there.
+
+    A block with no reference stays findable by its hash until it is taken for something else; the block that
+    has been free for longest is taken first.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 2:
+            raise ValueError(f"a pool needs at least 2 blocks, got {num_blocks}")
+        self.num_blocks = num_blocks
+        self._refs = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that can be in use at once."""
+        return self.num_blocks - 1
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that a prefix can be found in."""
+        return len(self._block_of)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` blocks, the oldest free ones first. The caller checked ``num_free``."""
+        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        blocks = []
+        for _ in range(count):
+            block, _none = self._free.popitem(last=False)
+            if (key := self._hash_of.pop(block, None)) is not None:
+                del self._block_of[key]
+            self._refs[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def share(self, block: int) -> None:
+        """Add a reference to a block found by :meth:`lookup`."""
+        if self._refs[block] == 0:
+            del self._free[block]
+        self._refs[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop one reference of each. Give a sequence's last block first, so that its tail is reused first."""
+        for block in blocks:
+            self._refs[block] -= 1
+            assert self._refs[block] >= 0, f"block {block} released twice"
+            if self._refs[block] == 0:
+                self._free[block] = None
+
+    def lookup(self, key: bytes) -> int | None:
+        return self._block_of.get(key)
+
+    def is_free(self, block: int) -> bool:
+        return self._refs[block] == 0
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make a full block findable. The first block with some content stays the one that is found."""
+        if key not in self._block_of and block not in self._hash_of:
+            self._block_of[key] = block
+            self._hash_of[block] = key
+
+    def clear_cache(self) -> None:
+        """Forget all content; blocks in use stay in use."""
+        self._block_of.clear()
+        self._hash_of.clear()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless counts, free list and cache agree."""
+        for block in range(1, self.num_blocks):
+            assert (self._refs[block] == 0) == (block in self._free), f"block {block} is lost"
+        assert 0 not in self._free, "block 0 was handed out"
+        assert self._refs[0] == 0, "block 0 was handed out"
+        for key, block in self._block_of.items():
+            assert self._hash_of.get(block) == key, f"cache and block {block} disagree"
+        assert len(self._hash_of) == len(self._block_of)

@@ -1,0 +1,83 @@
+"""Which request holds which KV blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.request import Request
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.prefix_cache import BlockHasher
+
+
+class KVManager:
+    """Gives blocks to requests, and finds prefixes that were computed before.
+
+    Args:
+        pool: the blocks.
+        hasher: names full blocks; None turns prefix caching off.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, pool: BlockPool, hasher: BlockHasher | None, block_size: int) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self._hasher = hasher
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def cached_prefix(self, request: Request) -> list[int]:
+        """Blocks that already hold the start of ``request.token_ids``, without taking them.
+
+        At least the last token is left to be computed, since its logits are wanted. Requests that ask for
+        log-probabilities of the prompt, or for the mean of all hidden states, need every position.
+        """
+        every_position = request.params.prompt_logprobs is not None or request.pooling in ("mean", "cls")
+        if self._hasher is None or every_position:
+            return []
+        usable = len(request.token_ids) - 1
+        self._hasher.extend(
+            request.block_hashes, request.token_ids, len(request.token_ids), request.spans, request.cache_salt
+        )
+        found = []
+        for key in request.block_hashes[: usable // self.block_size]:
+            if (block := self.pool.lookup(key)) is None:
+                break
+            found.append(block)
+        return found
+
+    def admit(self, request: Request, cached: list[int], reserve: int) -> bool:
+        """Give ``request`` its cached blocks and fresh ones for all its tokens; False if that leaves fewer
+        than ``reserve`` blocks free."""
+        fresh = self.blocks_for(len(request.token_ids)) - len(cached)
+        revived = sum(self.pool.is_free(block) for block in cached)
+        if fresh + revived + reserve > self.pool.num_free:
+            return False
+        for block in cached:
+            self.pool.share(block)
+        request.blocks = cached + self.pool.allocate(fresh)
+        return True
+
+    def grow(self, request: Request) -> int | None:
+        """Append one block, or None if none is free."""
+        if self.pool.num_free == 0:
+            return None
+        (block,) = self.pool.allocate(1)
+        request.blocks.append(block)
+        return block
+
+    def publish(self, request: Request, token_ids: Sequence[int], num_computed: int) -> None:
+        """Make the blocks findable that ``num_computed`` tokens fill; ``token_ids`` covers at least those."""
+        if self._hasher is None:
+            return
+        self._hasher.extend(request.block_hashes, token_ids, num_computed, request.spans, request.cache_salt)
+        # A block is only ever published by the chunk that fills it, so go back until one is known.
+        for index in range(num_computed // self.block_size - 1, -1, -1):
+            key = request.block_hashes[index]
+            if self.pool.lookup(key) is not None:
+                break
+            self.pool.publish(request.blocks[index], key)
+
+    def free(self, request: Request) -> None:
+        self.pool.release(reversed(request.blocks))
+        request.blocks = []

@@ -1,0 +1,51 @@
+"""Names for KV blocks by what they hold: a hash chain over tokens and the pictures that overlap them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from engine.inputs.prompt import MediaSpan
+
+_DIGEST = 16
+
+
+class BlockHasher:
+    """Chains block hashes.
+
+    Two blocks get the same hash only if everything that their keys and values depend on is the same: the
+    model, the tenant's salt, all tokens up to the block's end, and content and place of every picture up to
+    there. The chain's root is keyed with a secret of this engine, so that hashes can't be predicted from
+    outside.
+
+    Args:
+        block_size: tokens per block.
+        model_key: what identifies the weights (name, revision, dtype, adapters).
+        secret: at most 64 bytes.
+    """
+
+    def __init__(self, block_size: int, model_key: str, secret: bytes = b"") -> None:
+        self.block_size = block_size
+        self._model_key = model_key.encode()
+        self._secret = secret
+
+    def root(self, salt: str) -> bytes:
+        """The parent of a sequence's first block, for a tenant's salt."""
+        digest = blake2b(self._model_key, digest_size=_DIGEST, key=self._secret)
+        digest.update(b"\0" + salt.encode())
+        return digest.digest()
+
+    def extend(
+        self, hashes: list[bytes], token_ids: Sequence[int], end: int, spans: Sequence[MediaSpan], salt: str
+    ) -> None:
+        """Append to ``hashes`` those of all full blocks of ``token_ids[:end]`` that it lacks."""
+        size = self.block_size
+        for first in range(len(hashes) * size, end - size + 1, size):
+            parent = hashes[-1] if hashes else self.root(salt)
+            digest = blake2b(parent, digest_size=_DIGEST)
+            digest.update(array("i", token_ids[first : first + size]).tobytes())
+            for span in spans:
+                if span.offset < first + size and span.offset + span.length > first:
+                    digest.update(f"|{span.item.hash}@{span.offset - first}".encode())
+            hashes.append(digest.digest())

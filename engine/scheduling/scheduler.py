@@ -1,0 +1,311 @@
+"""Decides what every step computes.
+
+One token budget per step is spent on whatever is known but not computed: one token of every decoding
+request first, so that long prompts never hold up running answers, then prompt chunks in order of arrival,
+then requests that wait. Prefix hits, chunked prefill and the recomputation of preempted requests are all
+the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.request import Request
+from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, StepEvents, TableUpdate
+from engine.scheduling.encoder_ledger import EncoderLedger
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.slots import SlotTable
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start."""
+
+    preempted: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    finished: int = 0
+
+
+class Scheduler:
+    """Continuous batching over slots.
+
+    Args:
+        kv: KV blocks.
+        ledger: embedding rows.
+        max_num_seqs: most requests running at once. Kept below the token budget, so that prompts make
+            progress however many requests decode.
+        max_num_batched_tokens: most tokens computed in one step.
+        max_model_len: longest sequence; cut to what the KV blocks hold.
+    """
+
+    def __init__(
+        self,
+        kv: KVManager,
+        ledger: EncoderLedger,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.kv = kv
+        self.ledger = ledger
+        self.budget = max_num_batched_tokens
+        self.max_model_len = min(max_model_len, kv.pool.capacity * kv.block_size)
+        self.slots = SlotTable(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
+        self.stats = SchedulerStats()
+        self._waiting: list[tuple[int, float, int, Request]] = []
+        self._num_waiting = 0
+        self._prefilling: list[Request] = []
+        self._released: list[int] = []
+        self._step = itertools.count()
+        self._order = itertools.count()
+
+    # Requests come and go.
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run.
+
+        Raises:
+            ContextLengthExceeded: the prompt leaves no room for a token.
+            InvalidRequest: its pictures need more embedding rows than there will ever be.
+        """
+        room = 0 if request.pooling else 1
+        if request.num_prompt + room > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"The prompt has {request.num_prompt} tokens, but this model's context holds "
+                f"{self.max_model_len} including the answer. Shorten the prompt or use smaller pictures.",
+                param="messages",
+            )
+        rows = self.ledger.rows_from(request, 0)
+        if rows > self.ledger.budget:
+            raise InvalidRequest(
+                f"The request's pictures need {rows} visual tokens, but at most {self.ledger.budget} are "
+                "allowed at once. Send fewer or smaller pictures.",
+                param="messages",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request that passed :meth:`check`."""
+        self._enqueue(request)
+        self.stats.prompt_tokens += request.num_prompt
+
+    def abort(self, request: Request) -> None:
+        """End a request wherever it stands, and free all it holds. Harmless if it has ended."""
+        if request.finished:
+            return
+        request.finished = True
+        if request.slot is None:
+            self._num_waiting -= 1
+            if not self._num_waiting:
+                self._waiting.clear()
+        else:
+            self._release(request)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.slots.requests) - self.slots.num_free
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        return self._num_waiting > 0 or self.num_running > 0
+
+    # A step.
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step, or None if nothing can be computed until results arrive."""
+        updates = self._grow_decodes()
+        decode_slots = self.slots.decode_slots()
+        batch = ScheduledBatch(next(self._step), decode_slots, table_updates=updates)
+        self.slots.computed[decode_slots] += 1
+        left = self.budget - len(decode_slots)
+        for request in list(self._prefilling):
+            left -= self._prefill(request, left, batch)
+        left = self._admit_waiting(left, batch)
+        batch.released, self._released = self._released, []
+        if not batch.num_tokens:
+            self._released = batch.released
+            return None
+        rows = batch.sampling_slots
+        batch.epochs = self.slots.epoch[rows]
+        self.stats.computed_tokens += self.budget - left
+        self._retire_full_rows(rows)
+        return batch
+
+    def update(self, batch: ScheduledBatch, tokens: np.ndarray) -> StepEvents:
+        """Take in the tokens that a step sampled.
+
+        Args:
+            batch: the step.
+            tokens: int64 ``(R,)``, one per row of ``batch.sampling_slots``.
+        """
+        table, slots = self.slots, batch.sampling_slots
+        live = table.epoch[slots] == batch.epochs
+        all_live = bool(live.all())
+        rows = np.arange(len(slots)) if all_live else np.flatnonzero(live)
+        if not all_live:
+            slots, tokens_live = slots[rows], tokens[rows]
+        else:
+            tokens_live = tokens
+        requests: list[Request | None] = [None] * len(tokens)
+        for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+            requests[row] = table.requests[slot]
+        events = StepEvents(requests, tokens)
+        known = table.known[slots]
+        table.tokens[slots, known] = tokens_live
+        table.known[slots] = known + 1
+        self.stats.output_tokens += len(slots)
+        self._publish_filled(slots)
+        stopped = (table.stop_ids[slots] == tokens_live[:, None]).any(axis=1)
+        stopped &= known + 1 >= table.min_total[slots]
+        full = known + 1 >= table.limit[slots]
+        for index in np.flatnonzero(stopped | full).tolist():
+            row = int(rows[index])
+            events.finished[row] = "stop" if stopped[index] else "length"
+            request = requests[row]
+            assert request is not None
+            self._finish(request)
+        return events
+
+    def finish_pooling(self, batch: ScheduledBatch) -> list[Request]:
+        """End the pooling requests whose prompts this step completed, and return them."""
+        done = [c.request for c in batch.prefills if c.completes and c.request.pooling is not None]
+        # One that was preempted or aborted meanwhile has no slot; the former comes again.
+        done = [request for request in done if request.slot is not None]
+        for request in done:
+            self._finish(request)
+        return done
+
+    # Parts of a step.
+
+    def _grow_decodes(self) -> list[TableUpdate]:
+        """A block for every decoding row that needs one; the youngest requests make room if there is none."""
+        table = self.slots
+        updates: list[TableUpdate] = []
+        slots = table.decode_slots()
+        needy = slots[table.computed[slots] >= table.capacity[slots]]
+        for slot in needy.tolist():
+            request = table.requests[slot]
+            while request is not None and request.slot == slot:
+                block = self.kv.grow(request)
+                if block is not None:
+                    updates.append(TableUpdate(slot, len(request.blocks) - 1, block))
+                    table.capacity[slot] += self.kv.block_size
+                    break
+                self._preempt(self._victim())
+        # A victim chosen after its own growth gives its rows back; its updates must not reach the runner.
+        return [u for u in updates if table.requests[u.slot] is not None]
+
+    def _prefill(self, request: Request, budget: int, batch: ScheduledBatch) -> int:
+        """Schedule as much of a prompt as fits; the number of tokens."""
+        table, slot = self.slots, request.slot
+        assert slot is not None
+        start = int(table.computed[slot])
+        count = min(int(table.known[slot]) - start, budget)
+        if count <= 0:
+            return 0
+        end = start + count
+        completes = end == table.known[slot]
+        table.computed[slot] = end
+        batch.prefills.append(PrefillChunk(request, slot, start, count, completes))
+        self.ledger.hold(request, end)
+        self.kv.publish(request, request.token_ids, end)
+        if completes:
+            self._prefilling.remove(request)
+            table.set_decoding(slot, request.pooling is None)
+        return count
+
+    def _admit_waiting(self, budget: int, batch: ScheduledBatch) -> int:
+        """Let requests in while there are tokens, slots, blocks and embedding rows; the budget left."""
+        while budget > 0 and self._num_waiting and self.slots.num_free:
+            request = self._waiting[0][-1]
+            if request.finished:
+                heapq.heappop(self._waiting)
+                continue
+            cached = self.kv.cached_prefix(request)
+            computed = len(cached) * self.kv.block_size
+            if not self.ledger.fits(self.ledger.rows_from(request, computed)):
+                break
+            # A request that runs alone may take everything; beside others it leaves them room to grow.
+            reserve = self.kv.pool.capacity // 100 + 1 if self.num_running else 0
+            if not self.kv.admit(request, cached, reserve):
+                break
+            heapq.heappop(self._waiting)
+            self._num_waiting -= 1
+            slot = self.slots.enter(request, computed, len(request.blocks) * self.kv.block_size)
+            self.ledger.hold(request, computed)
+            if request.num_cached is None:
+                request.num_cached = computed
+                self.stats.cached_tokens += computed
+            batch.admitted.append(Admission(request, slot, computed))
+            self._prefilling.append(request)
+            budget -= self._prefill(request, budget, batch)
+        return budget
+
+    def _retire_full_rows(self, rows: np.ndarray) -> None:
+        """Rows whose last allowed token is in flight stop decoding; they end when it arrives."""
+        table = self.slots
+        for slot in rows[table.computed[rows] + 1 >= table.limit[rows]].tolist():
+            table.set_decoding(slot, False)
+
+    def _publish_filled(self, slots: np.ndarray) -> None:
+        """Publish blocks that the newly known tokens complete (the last known token isn't computed)."""
+        table, size = self.slots, self.kv.block_size
+        computed = table.known[slots] - 1
+        for slot in slots[computed % size == 0].tolist():
+            request = table.requests[slot]
+            assert request is not None
+            self.kv.publish(request, table.tokens[slot], int(table.known[slot]) - 1)
+
+    # Ends and interruptions.
+
+    def _victim(self) -> Request:
+        """The running request that matters least: lowest priority (largest number), then youngest."""
+        running = [request for request in self.slots.requests if request is not None]
+        return max(running, key=lambda request: (request.priority, request.arrival))
+
+    def _preempt(self, request: Request) -> None:
+        assert request.slot is not None
+        request.token_ids = self.slots.known_tokens(request.slot)
+        request.num_preemptions += 1
+        self.stats.preempted += 1
+        self._release(request)
+        self._enqueue(request)
+
+    def _finish(self, request: Request) -> None:
+        request.finished = True
+        self.stats.finished += 1
+        self._release(request)
+
+    def _release(self, request: Request) -> None:
+        slot = request.slot
+        assert slot is not None
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+        self._released.append(slot)
+        self.slots.leave(slot)
+        self.kv.free(request)
+        self.ledger.release(request)
+
+    def _enqueue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.priority, request.arrival, next(self._order), request))
+        self._num_waiting += 1
+
+    def check_integrity(self) -> None:
+        """At idle: every block, slot and embedding row is back. Raises AssertionError."""
+        assert not self.has_work and not self._prefilling, "requests are still there"
+        assert self.kv.pool.num_free == self.kv.pool.capacity, "KV blocks are lost"
+        self.kv.pool.check_integrity()
+        self.ledger.check_idle()
+        self.slots.check_idle()

@@ -1,0 +1,97 @@
+"""Counters of running requests as arrays by slot, so that a step costs a few vector operations.
+
+Steady decode touches every running request in every step. With one Python object per request that is the
+host's largest cost at 256 requests; with arrays it hardly depends on their number.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.request import Request
+
+
+class SlotTable:
+    """State of ``num_slots`` rows.
+
+    Attributes:
+        tokens: int32 ``(num_slots, max_len)``, the known tokens of each row.
+        known: tokens the host knows.
+        computed: tokens whose keys and values are written by enqueued steps.
+        limit: most tokens the row's request may reach.
+        capacity: tokens that its KV blocks hold.
+        epoch: how often the row changed hands.
+        decoding: rows that compute one sampled token per step.
+        publish: rows whose blocks enter the prefix cache.
+        stop_ids: int32 ``(num_slots, K)``, padded with -1.
+    """
+
+    def __init__(self, num_slots: int, max_len: int) -> None:
+        self.requests: list[Request | None] = [None] * num_slots
+        self.tokens = np.zeros((num_slots, max_len), np.int32)
+        self.known = np.zeros(num_slots, np.int64)
+        self.computed = np.zeros(num_slots, np.int64)
+        self.limit = np.zeros(num_slots, np.int64)
+        self.capacity = np.zeros(num_slots, np.int64)
+        self.epoch = np.zeros(num_slots, np.int64)
+        self.decoding = np.zeros(num_slots, bool)
+        self.stop_ids = np.full((num_slots, 4), -1, np.int32)
+        self.min_total = np.zeros(num_slots, np.int64)
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._decode_slots = np.zeros(0, np.int64)
+        self._stale = False
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def enter(self, request: Request, computed: int, capacity: int) -> int:
+        """Give ``request`` a row; it starts out as not decoding."""
+        slot = self._free.pop()
+        count = len(request.token_ids)
+        request.slot = slot
+        self.requests[slot] = request
+        self.tokens[slot, :count] = request.token_ids
+        self.known[slot] = count
+        self.computed[slot] = computed
+        self.limit[slot] = request.max_total
+        self.capacity[slot] = capacity
+        self.min_total[slot] = request.num_prompt + request.params.min_tokens
+        stops = sorted(request.stop_ids)
+        if len(stops) > self.stop_ids.shape[1]:
+            wider = np.full((len(self.stop_ids), len(stops)), -1, np.int32)
+            wider[:, : self.stop_ids.shape[1]] = self.stop_ids
+            self.stop_ids = wider
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, : len(stops)] = stops
+        return slot
+
+    def leave(self, slot: int) -> None:
+        """Free the row; tokens of it that are still in flight become void."""
+        request = self.requests[slot]
+        assert request is not None
+        request.slot = None
+        self.requests[slot] = None
+        self.epoch[slot] += 1
+        self.set_decoding(slot, False)
+        self._free.append(slot)
+
+    def set_decoding(self, slot: int, on: bool) -> None:
+        if self.decoding[slot] != on:
+            self.decoding[slot] = on
+            self._stale = True
+
+    def decode_slots(self) -> np.ndarray:
+        """The decoding rows, as the same array object until the set changes."""
+        if self._stale:
+            self._decode_slots = np.flatnonzero(self.decoding)
+            self._stale = False
+        return self._decode_slots
+
+    def known_tokens(self, slot: int) -> list[int]:
+        return self.tokens[slot, : self.known[slot]].tolist()
+
+    def check_idle(self) -> None:
+        """Raise AssertionError unless every row is free."""
+        assert len(self._free) == len(self.requests) == len(set(self._free)), "a slot is lost"
+        assert not self.decoding.any() and not any(self.requests)
