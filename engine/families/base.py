@@ -1,4 +1,4 @@
-"""What a model family is: the one place that knows a checkpoint's configuration, pictures, prompt and weights.
+"""What a model family is: the one place that knows its configuration, pictures, prompts and weights.
 
 A family is a stateless object with the methods of :class:`Family`. Nothing here imports torch: configurations
 and media processors are used in processes that never run a model.
@@ -72,11 +72,11 @@ class PromptFormat:
     """How a family's prompts speak of pictures.
 
     Attributes:
-        image: what marks a picture in a rendered prompt, and becomes the item's placeholder. ``{index}`` in it
-            stands for the picture's number in the prompt, from 1.
+        image: what marks a picture in a rendered prompt, and becomes the item's placeholder. ``{index}`` in
+            it stands for the picture's number in the prompt, from 1.
         video: the same for a video; None if the family has none.
-        template_takes_parts: the chat template accepts a list of ``{"type": "image"}`` and ``{"type": "text"}``
-            parts; otherwise content must be one string, built by joining parts with ``separator``.
+        template_takes_parts: the chat template accepts a list of ``{"type": "image"}`` and
+            ``{"type": "text"}`` parts; otherwise content must be one string, built by joining parts with ``separator``.
         separator: what joins parts of a message for templates that take strings.
         split_at_media: text before, between and after the marks is tokenised piece by piece, each with the
             tokenizer's own special tokens (Phi-3.5-vision), instead of as one text.
@@ -160,7 +160,7 @@ class Family(Protocol):
     def media_processor(
         self, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
     ) -> MediaProcessor | None:
-        """The processor of this checkpoint with the user's ``mm_processor_kwargs``; None for text-only models.
+        """The processor of this checkpoint with the user's ``mm_processor_kwargs``; None for text-only ones.
 
         Raises:
             ConfigError: naming the option that is unknown or out of bounds.

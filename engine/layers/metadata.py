@@ -12,8 +12,8 @@ class AttentionMetadata:
     """One batch of ``S`` sequences whose ``T`` new tokens are concatenated.
 
     Attributes:
-        block_tables: ``(S, max_blocks)`` int32, KV blocks of each sequence in order; entries beyond its length
-            are never read.
+        block_tables: ``(S, max_blocks)`` int32, KV blocks of each sequence in order; entries beyond its
+            length are never read.
         query_start: ``(S + 1,)`` int32, where each sequence's new tokens begin among the ``T``.
         seq_lens: ``(S,)`` int32, tokens of each sequence once this batch is written.
         slot_mapping: ``(T,)`` int64, ``block * block_size + offset`` for each new token; negative is skipped.

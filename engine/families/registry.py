@@ -1,0 +1,48 @@
+"""Which family runs which architecture. Families are imported when they are asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from engine.errors import CheckpointError
+from engine.families.base import Family
+from engine.weights.checkpoint import Checkpoint
+
+_FAMILIES: dict[str, tuple[str, ...]] = {
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
+    "text": (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    ),
+}
+"""Module under ``engine.families`` to the architectures it serves; each module has one ``FAMILY``."""
+
+
+def supported_architectures() -> list[str]:
+    """Every entry of config.json's ``architectures`` that can be run."""
+    return sorted(name for names in _FAMILIES.values() for name in names)
+
+
+def family_named(name: str) -> Family:
+    """The family of that module name."""
+    return import_module(f"engine.families.{name}").FAMILY
+
+
+def resolve(checkpoint: Checkpoint) -> Family:
+    """The family for a checkpoint.
+
+    Raises:
+        CheckpointError: the architecture is not supported; says which are.
+    """
+    architectures = checkpoint.config.get("architectures") or []
+    for architecture in architectures:
+        for name, supported in _FAMILIES.items():
+            if architecture in supported:
+                return family_named(name)
+    named = ", ".join(map(str, architectures)) or "(none named in config.json)"
+    raise CheckpointError(
+        f"architecture {named} is not supported; supported are {', '.join(supported_architectures())}"
+    )

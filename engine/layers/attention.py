@@ -1,0 +1,60 @@
+"""Causal self-attention over a paged KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.kernels.kv_write import kv_write
+from engine.kernels.paged_attention import paged_attention
+from engine.layers.build import BuildContext
+from engine.layers.decoder_config import DecoderConfig
+from engine.layers.linear import RowLinear, qkv_linear
+from engine.layers.metadata import AttentionMetadata
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import Rotary
+
+KVCache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each ``(num_blocks, kv_heads on this rank, block_size, head_dim)``."""
+
+
+class Attention(nn.Module):
+    """Fused qkv → optional qk-norm → rotary → write to the cache → attention over it → output projection."""
+
+    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
+        super().__init__()
+        heads, kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv_proj = qkv_linear(
+            config.hidden_size, heads, kv_heads, self.head_dim, build, bias=config.qkv_bias
+        )
+        self.o_proj = RowLinear(heads * self.head_dim, config.hidden_size, build, bias=config.o_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, build) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, build) if config.qk_norm else None
+        self.sizes = [part.size for part in self.qkv_proj.parts]
+        self.scale = self.head_dim**-0.5
+        self.window = config.window(layer)
+        self.rotary = rotary
+
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, cache: KVCache, meta: AttentionMetadata
+    ) -> torch.Tensor:
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        self.rotary(q, k, positions)
+        kv_write(k, v, cache[0], cache[1], meta.slot_mapping)
+        out = paged_attention(
+            q,
+            cache[0],
+            cache[1],
+            meta.block_tables,
+            meta.query_start,
+            meta.seq_lens,
+            scale=self.scale,
+            max_query_len=meta.max_query_len,
+            max_seq_len=meta.max_seq_len,
+            window=self.window,
+        )
+        return self.o_proj(out.flatten(1))

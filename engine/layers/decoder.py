@@ -1,0 +1,106 @@
+"""The one decoder: Llama, Vicuna, Qwen2, Qwen3, Mistral, Phi3 and the language half of VLMs by switches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from engine.layers.attention import Attention, KVCache
+from engine.layers.build import BuildContext
+from engine.layers.decoder_config import DecoderConfig
+from engine.layers.embedding import LMHead, VocabEmbedding
+from engine.layers.metadata import AttentionMetadata
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import Rotary
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and gated MLP. The residual travels beside the hidden states, so that each addition
+    is fused with the norm that follows it."""
+
+    def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.self_attn = Attention(config, layer, rotary, build)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, config.activation, build, bias=config.mlp_bias
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, positions, cache, meta)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer without state: KV caches and batch come with each call.
+
+    Args:
+        max_model_len: longest sequence it will see, in tokens; sizes the rotary tables and settles longrope's
+            factors. None takes the checkpoint's limit.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, build: BuildContext, *, max_model_len: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype, self.device = build.dtype, build.device
+        self.num_kv_heads = max(1, config.num_kv_heads // build.tp.size)
+        length = max_model_len or config.max_position
+        self.rotary = Rotary(config.rope, config.head_dim, config.max_position, length, build)
+        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, build)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index, self.rotary, build) for index in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        tied = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = LMHead(config.vocab_size, config.hidden_size, build, tied=tied)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids ``(T,)`` to embeddings ``(T, hidden_size)``."""
+        return self.embed_tokens(ids)
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        kv_caches: Sequence[KVCache],
+        meta: AttentionMetadata,
+        deepstack: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the new tokens of a batch and write their keys and values.
+
+        Args:
+            embeds: ``(T, hidden_size)``.
+            positions: ``(T,)``, or ``(3, T)`` with M-RoPE; int64.
+            kv_caches: one pair per layer.
+            meta: where each sequence's tokens and blocks are.
+            deepstack: ``(n, T, hidden_size)`` added to the hidden states after each of the first ``n``
+                layers; zero at text positions.
+
+        Returns:
+            Hidden states ``(T, hidden_size)`` after the final norm.
+        """
+        x, residual = embeds, None
+        for index, (layer, cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
+            x, residual = layer(x, residual, positions, cache, meta)
+            if deepstack is not None and index < len(deepstack):
+                x = x + deepstack[index]
+        return self.norm.add(x, residual)[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``(N, hidden_size)`` to logits ``(N, vocab_size)`` in the model's dtype."""
+        return self.lm_head(hidden)

@@ -1,0 +1,69 @@
+"""Token embedding and output projection, split over ranks by vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.layers.build import BuildContext, WeightSlot
+
+
+class VocabTable(nn.Module):
+    """Rows ``[rank * rows, (rank + 1) * rows)`` of a ``(vocab_size, width)`` table, zero beyond its end."""
+
+    def __init__(self, vocab_size: int, width: int, build: BuildContext) -> None:
+        super().__init__()
+        self.tp = build.tp
+        self.vocab_size = vocab_size
+        self.rows = -(-vocab_size // build.tp.size)
+        self.start = min(build.tp.rank * self.rows, vocab_size)
+        self.count = min(self.rows, vocab_size - self.start)
+        self.weight = build.parameter(self.rows, width)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        width = self.weight.shape[1]
+        if self.count < self.rows:
+            self.weight.data[self.count :].zero_()
+        region = (slice(self.start, self.start + self.count), slice(0, width))
+        target = self.weight.data[: self.count]
+        return [WeightSlot(prefix + "weight", (self.vocab_size, width), [(region, target)])]
+
+
+class VocabEmbedding(VocabTable):
+    """Token ids ``(T,)`` to embeddings ``(T, width)``."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.start
+        mine = (local >= 0) & (local < self.count)
+        out = F.embedding(local.where(mine, 0), self.weight)
+        return self.tp.all_reduce(out * mine[:, None])
+
+
+class LMHead(VocabTable):
+    """Hidden states ``(N, width)`` to logits ``(N, vocab_size)`` on every rank, in the model's dtype.
+
+    ``tied`` shares the table of an embedding instead of having its own.
+    """
+
+    def __init__(
+        self, vocab_size: int, width: int, build: BuildContext, *, tied: VocabEmbedding | None = None
+    ) -> None:
+        super().__init__(0 if tied else vocab_size, width, build)
+        self.vocab_size = vocab_size
+        self.tied = tied is not None
+        if tied is not None:
+            self.weight = tied.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden, self.weight)
+        if self.tp.size == 1:
+            return logits
+        return self.tp.all_gather(logits)[..., : self.vocab_size]
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [] if self.tied else super().weight_slots(prefix, names)

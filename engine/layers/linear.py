@@ -1,0 +1,163 @@
+"""Linear layers. Each knows how it is fused and sharded, and loads its own share of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
+
+
+class Linear(nn.Module):
+    """``x @ weight.T + bias``, the same on every rank. Weight ``(out_features, in_features)``."""
+
+    def __init__(
+        self, in_features: int, out_features: int, build: BuildContext, *, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.weight = build.parameter(out_features, in_features)
+        self.bias = build.parameter(out_features) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        # A convolution over whole patches is this layer with its kernel flattened.
+        slots = [plain_slot(prefix + "weight", self.weight, reshape=True)]
+        if self.bias is not None:
+            slots.append(plain_slot(prefix + "bias", self.bias))
+        return slots
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the projections that a fused layer concatenates.
+
+    Attributes:
+        name: its name in unfused checkpoints, e.g. ``q_proj``.
+        total: its output features in the whole model.
+        start, size: this rank's rows of it.
+    """
+
+    name: str
+    total: int
+    start: int
+    size: int
+
+
+class FusedColumnLinear(nn.Module):
+    """Several projections of one input as one matrix product; output features are split over ranks.
+
+    Checkpoints may hold the parts apart or, under ``fused_name``, concatenated in the order of ``parts``. The
+    layer's own name is that of the fused tensor; the parts are its siblings.
+
+    Output: ``(..., sum of part sizes on this rank)``, parts in order.
+    """
+
+    def __init__(
+        self, in_features: int, parts: Sequence[Part], build: BuildContext, *, fused_name: str, bias: bool
+    ) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.fused_name = fused_name
+        self.in_features = in_features
+        rows = sum(part.size for part in parts)
+        self.weight = build.parameter(rows, in_features)
+        self.bias = build.parameter(rows) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        parent = prefix.removesuffix(self.fused_name + ".")
+        fused = f"{parent}{self.fused_name}.weight" in names
+        slots = self._slots(parent, "weight", self.weight, (self.in_features,), fused)
+        if self.bias is not None:
+            slots += self._slots(parent, "bias", self.bias, (), fused)
+        return slots
+
+    def _slots(
+        self, parent: str, kind: str, parameter: torch.Tensor, tail: tuple[int, ...], fused: bool
+    ) -> list[WeightSlot]:
+        total = sum(part.total for part in self.parts)
+        together = WeightSlot(f"{parent}{self.fused_name}.{kind}", (total, *tail))
+        apart = []
+        row = offset = 0
+        columns = tuple(slice(0, size) for size in tail)
+        for part in self.parts:
+            view = parameter.data[row : row + part.size]
+            own = slice(part.start, part.start + part.size)
+            apart.append(
+                WeightSlot(f"{parent}{part.name}.{kind}", (part.total, *tail), [((own, *columns), view)])
+            )
+            shifted = slice(offset + part.start, offset + part.start + part.size)
+            together.copies.append(((shifted, *columns), view))
+            row += part.size
+            offset += part.total
+        return [together] if fused else apart
+
+
+def gate_up_linear(hidden: int, intermediate: int, build: BuildContext, *, bias: bool) -> FusedColumnLinear:
+    """Gate and up projection of a gated MLP; each rank holds the same rows of both."""
+    size = build.share(intermediate, "intermediate size")
+    parts = [Part(name, intermediate, build.tp.rank * size, size) for name in ("gate_proj", "up_proj")]
+    return FusedColumnLinear(hidden, parts, build, fused_name="gate_up_proj", bias=bias)
+
+
+def qkv_linear(
+    hidden: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    build: BuildContext,
+    *,
+    bias: bool,
+    fused_name: str = "qkv_proj",
+) -> FusedColumnLinear:
+    """Query, key and value projection. Ranks split the heads; where there are fewer KV heads than ranks, each
+    KV head lives on several ranks."""
+    heads = build.share(num_heads, "attention heads")
+    rank, size = build.tp.rank, build.tp.size
+    if num_kv_heads >= size:
+        kv_heads = build.share(num_kv_heads, "KV heads")
+        kv_start = rank * kv_heads
+    else:
+        kv_heads = 1
+        kv_start = rank // (size // num_kv_heads)
+    queries = Part("q_proj", num_heads * head_dim, rank * heads * head_dim, heads * head_dim)
+    keys, values = (
+        Part(name, num_kv_heads * head_dim, kv_start * head_dim, kv_heads * head_dim)
+        for name in ("k_proj", "v_proj")
+    )
+    return FusedColumnLinear(hidden, [queries, keys, values], build, fused_name=fused_name, bias=bias)
+
+
+class RowLinear(nn.Module):
+    """A linear layer whose input features are split over ranks; the output is summed over them."""
+
+    def __init__(self, in_features: int, out_features: int, build: BuildContext, *, bias: bool) -> None:
+        super().__init__()
+        self.tp = build.tp
+        self.in_total = in_features
+        self.in_features = build.share(in_features, "input features")
+        self.weight = build.parameter(out_features, self.in_features)
+        self.bias = build.parameter(out_features) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        out = self.tp.all_reduce(F.linear(x, self.weight))
+        return out if self.bias is None else out + self.bias
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        rows, columns = self.weight.shape
+        start = self.tp.rank * columns
+        region = (slice(0, rows), slice(start, start + columns))
+        slots = [WeightSlot(prefix + "weight", (rows, self.in_total), [(region, self.weight.data)])]
+        if self.bias is not None:
+            slots.append(plain_slot(prefix + "bias", self.bias))
+        return slots

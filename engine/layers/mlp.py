@@ -1,0 +1,39 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.kernels.act_mul import act_mul
+from engine.layers.activation import ACTIVATIONS
+from engine.layers.build import BuildContext
+from engine.layers.linear import Linear, RowLinear, gate_up_linear
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``, the intermediate features split over ranks."""
+
+    def __init__(
+        self, hidden: int, intermediate: int, activation: str, build: BuildContext, *, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_up_proj = gate_up_linear(hidden, intermediate, build, bias=bias)
+        self.down_proj = RowLinear(intermediate, hidden, build, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(act_mul(self.gate_up_proj(x), self.activation))
+
+
+class MLP(nn.Module):
+    """``fc2(act(fc1(x)))`` with biases."""
+
+    def __init__(self, hidden: int, intermediate: int, activation: str, build: BuildContext) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[activation]
+        self.fc1 = Linear(hidden, intermediate, build)
+        self.fc2 = Linear(intermediate, hidden, build)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))

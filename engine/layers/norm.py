@@ -1,0 +1,49 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.kernels.rms_norm import rms_norm
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension."""
+
+    def __init__(self, width: int, eps: float, build: BuildContext) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = build.parameter(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of ``x + residual``, and that sum."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return rms_norm(x, self.weight, self.eps, residual)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [plain_slot(prefix + "weight", self.weight)]
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with scale and shift over the last dimension."""
+
+    def __init__(self, width: int, eps: float, build: BuildContext) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = build.parameter(width)
+        self.bias = build.parameter(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [plain_slot(prefix + "weight", self.weight), plain_slot(prefix + "bias", self.bias)]

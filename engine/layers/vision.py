@@ -1,0 +1,135 @@
+"""The one vision transformer. It attends within segments of a flat batch of patches, wherever from."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.kernels.rotary import rotary
+from engine.kernels.vision_attention import vision_attention
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.layers.linear import Linear, qkv_linear
+from engine.layers.mlp import MLP, GatedMLP
+from engine.layers.norm import LayerNorm, RMSNorm
+from engine.layers.vision_config import VisionConfig
+
+
+@dataclass(slots=True)
+class VisionSegments:
+    """How a flat batch of ``N`` tokens divides into segments that don't see each other.
+
+    Attributes:
+        cu_seqlens: ``(segments + 1,)`` int32, where each segment begins.
+        max_len: tokens of the longest segment.
+        cos, sin: ``(N, head_dim / 2)`` float32 rotary tables, one row per token; None without rotary.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_len: int
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+
+
+def make_norm(config: VisionConfig, width: int, build: BuildContext) -> LayerNorm | RMSNorm:
+    """The tower's kind of norm over ``width``."""
+    return (LayerNorm if config.norm == "layer" else RMSNorm)(width, config.norm_eps, build)
+
+
+class VisionAttention(nn.Module):
+    """Full attention within each segment."""
+
+    def __init__(self, config: VisionConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv = qkv_linear(
+            config.hidden_size,
+            config.num_heads,
+            config.num_heads,
+            config.head_dim,
+            build,
+            bias=True,
+            fused_name="qkv",
+        )
+        self.proj = Linear(config.hidden_size, config.hidden_size, build)
+
+    def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        if index is not None:
+            assert segments.cos is not None and segments.sin is not None
+            rotary(q, k, index, segments.cos, segments.sin)
+        out = vision_attention(
+            q, k, v, segments.cu_seqlens, max_len=segments.max_len, scale=self.head_dim**-0.5
+        )
+        return self.proj(out.flatten(1))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: VisionConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config, config.hidden_size, build)
+        self.attn = VisionAttention(config, build)
+        self.norm2 = make_norm(config, config.hidden_size, build)
+        self.mlp: nn.Module
+        if config.gated_mlp:
+            self.mlp = GatedMLP(
+                config.hidden_size, config.intermediate_size, config.activation, build, bias=True
+            )
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.activation, build)
+
+    def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), segments, index)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Flattened patches ``(N, patch_dim)`` to features ``(N, hidden_size)``."""
+
+    def __init__(self, config: VisionConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.patch_embed = Linear(config.patch_dim, width, build, bias=config.patch_bias)
+        self.class_embedding = build.parameter(width) if config.class_token else None
+        self.position_embedding = (
+            build.parameter(config.num_positions, width) if config.num_positions else None
+        )
+        self.pre_norm = make_norm(config, width, build) if config.pre_norm else None
+        self.blocks = nn.ModuleList(VisionBlock(config, build) for _ in range(config.num_layers))
+        self.post_norm = make_norm(config, width, build) if config.post_norm else None
+
+    def forward(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
+        """Patches in the model's dtype. Where there is a class token, images are of equal size, it is put
+        before each, and ``cu_seqlens`` and the result count it."""
+        x = self.embed(patches, segments)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        # One row of the rotary tables per token: its row number is its position.
+        index = None if segments.cos is None else torch.arange(len(x), device=x.device)
+        for block in self.blocks:
+            x = block(x, segments, index)
+        return x if self.post_norm is None else self.post_norm(x)
+
+    def embed(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
+        """Patch projection, class token and learned positions."""
+        x = self.patch_embed(patches)
+        if self.class_embedding is not None:
+            images = len(segments.cu_seqlens) - 1
+            token = self.class_embedding.expand(images, 1, -1)
+            x = torch.cat([token, x.unflatten(0, (images, -1))], dim=1).flatten(0, 1)
+        if self.position_embedding is not None:
+            x = (x.unflatten(0, (-1, len(self.position_embedding))) + self.position_embedding).flatten(0, 1)
+        return x
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        slots = []
+        if self.class_embedding is not None:
+            slots.append(plain_slot(prefix + "class_embedding", self.class_embedding))
+        if self.position_embedding is not None:
+            slots.append(plain_slot(prefix + "position_embedding", self.position_embedding))
+        return slots

@@ -1,0 +1,45 @@
+"""The switches of the one vision transformer. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """A pre-norm vision transformer: CLIP, SigLIP, and Qwen's towers of native resolution.
+
+    Attributes:
+        num_layers: blocks that are run; where features are taken before the tower's end, there are no more.
+        patch_dim: numbers per flattened patch, channels before pixels.
+        patch_bias: whether the patch projection has a bias.
+        activation: of the MLP, by its Hugging Face name.
+        gated_mlp: ``down(act(gate) * up)`` instead of ``fc2(act(fc1))``.
+        norm: LayerNorm or RMSNorm.
+        class_token: whether a learned token precedes the patches.
+        num_positions: rows of the learned position table, class token included; 0 has none.
+        pre_norm, post_norm: norms before the first and after the last block.
+        rope_theta: base of two-dimensional rotary embeddings, half of the angles for rows and half for
+            columns; None has none.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_dim: int
+    patch_bias: bool = False
+    activation: str = "quick_gelu"
+    gated_mlp: bool = False
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-6
+    class_token: bool = False
+    num_positions: int = 0
+    pre_norm: bool = False
+    post_norm: bool = False
+    rope_theta: float | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads

@@ -1,0 +1,160 @@
+"""A checkpoint folder in Hugging Face layout: its JSON files, and its safetensors by their headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+_HEADER_LIMIT = 100 << 20
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies. ``dtype`` as safetensors writes it; ``begin`` orders tensors within ``file``."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+class Checkpoint:
+    """A local checkpoint. Nothing but JSON is read before :meth:`read`; pickles are never loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, model: str, revision: str | None = None) -> Checkpoint:
+        """The checkpoint in folder ``model``, or of the hub's ``owner/name``, which is then downloaded.
+
+        Raises:
+            CheckpointError: there is no such folder or model, or it has no config.json.
+        """
+        path = Path(model).expanduser()
+        if not path.is_dir():
+            path = _download(model, revision)
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} has no config.json, so it is no checkpoint in Hugging Face layout")
+        return cls(path)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """One JSON file of the folder; empty if it isn't there."""
+        file = self.path / name
+        if not file.is_file():
+            return {}
+        try:
+            value = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file} should hold a JSON object")
+        return value
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self.json("config.json")
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        return self.json("generation_config.json")
+
+    @cached_property
+    def preprocessor_config(self) -> dict[str, Any]:
+        """The image processor's options: preprocessor_config.json, or where Transformers 5 saves them."""
+        return self.json("preprocessor_config.json") or self.json("processor_config.json").get(
+            "image_processor", {}
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by name, from the headers of the shards.
+
+        Raises:
+            CheckpointError: naming the shard that is missing, truncated or not a safetensors file.
+        """
+        index = self.json("model.safetensors.index.json").get("weight_map")
+        if index is not None:
+            files = sorted({self.path / file for file in index.values()})
+        else:
+            files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{self.path} has no *.safetensors; pickled weights are never loaded")
+        found: dict[str, TensorInfo] = {}
+        for file in files:
+            for name, info in _read_header(file):
+                if name in found:
+                    raise CheckpointError(f"tensor {name} is both in {found[name].file.name} and {file.name}")
+                found[name] = info
+        absent = [name for name in index or () if name not in found]
+        if absent:
+            raise CheckpointError(f"tensors of the index that no shard holds: {', '.join(absent[:8])}")
+        return found
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The named tensors one at a time, in the order in which they lie on disk.
+
+        Each is a view of the mapped file: what isn't touched is not read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, inside in by_file.items():
+            try:
+                with safe_open(file, framework="pt", device="cpu") as shard:
+                    for name in sorted(inside, key=lambda name: self.tensors[name].begin):
+                        yield name, shard.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} can't be read: {error}") from error
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """The tensors that a safetensors file announces, once it is long enough to hold them."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise CheckpointError(f"{file} is truncated or not a safetensors file")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < 8 + length + end:
+        raise CheckpointError(f"{file} is truncated: {size} bytes where {8 + length + end} are announced")
+    for name, entry in header.items():
+        if entry["dtype"] not in _FLOATS:
+            raise CheckpointError(
+                f"tensor {name} in {file.name} has dtype {entry['dtype']}; only floating-point weights "
+                "are supported"
+            )
+        yield name, TensorInfo(file, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])
+
+
+def _download(model: str, revision: str | None) -> Path:
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no folder {model!r}, and it isn't a hub name of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise CheckpointError(
+            f"there is no folder {model!r}, and the hub gave no such model: {error}"
+        ) from error

@@ -1,0 +1,146 @@
+"""Fills a model from a checkpoint: every weight exactly once, and nothing left over."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from engine.distributed.group import SingleProcessGroup, TensorParallelGroup
+from engine.errors import CheckpointError
+from engine.families.base import MediaEncoder, ModelConfig
+from engine.families.registry import family_named
+from engine.layers.build import BuildContext, WeightSlot
+from engine.layers.decoder import Decoder
+from engine.weights.checkpoint import Checkpoint, TensorInfo
+from engine.weights.rules import ModelPart, WeightRules, listing
+
+LoadFormat = Literal["auto", "dummy"]
+_DUMMY_STD = 0.02
+
+
+def load_language_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tp: TensorParallelGroup | None = None,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+    max_model_len: int | None = None,
+) -> Decoder:
+    """This rank's share of the decoder, filled. Only its own tensors are read.
+
+    Args:
+        load_format: ``dummy`` fills with seeded noise instead, without touching a weight file.
+        max_model_len: see :class:`Decoder`.
+
+    Raises:
+        CheckpointError: naming tensors that are missing, unknown or of the wrong shape, before any is read.
+    """
+    build = BuildContext(device, dtype, tp or SingleProcessGroup())
+    decoder = Decoder(config.decoder, build, max_model_len=max_model_len)
+    _fill(decoder, "language", checkpoint, config, load_format, seed)
+    return decoder
+
+
+def load_vision_encoder(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+) -> MediaEncoder:
+    """The vision part, filled; as :func:`load_language_model`."""
+    if config.vision is None:
+        raise CheckpointError(f"{config.architecture} has no vision part")
+    encoder = family_named(config.family).build_encoder(
+        config, BuildContext(device, dtype, SingleProcessGroup())
+    )
+    assert isinstance(encoder, nn.Module)
+    _fill(encoder, "vision", checkpoint, config, load_format, seed)
+    return encoder
+
+
+def _fill(
+    module: nn.Module,
+    part: ModelPart,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    load_format: LoadFormat,
+    seed: int,
+) -> None:
+    if load_format == "dummy":
+        fill_with_noise(module, seed)
+    else:
+        fill_from_checkpoint(module, part, checkpoint, family_named(config.family).weight_rules(config))
+    module.eval()
+
+
+def fill_from_checkpoint(
+    module: nn.Module, part: ModelPart, checkpoint: Checkpoint, rules: WeightRules
+) -> None:
+    """Stream the tensors of ``part`` into ``module``; see :func:`load_language_model` for errors."""
+    names = rules.assign(checkpoint.tensors)[part]
+    slots = _collect_slots(module, names)
+    missing = slots.keys() - names.keys()
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks tensors of the {part} model: {listing(missing)}")
+    left_over = names.keys() - slots.keys()
+    if left_over:
+        surplus = [names[name] for name in left_over]
+        raise CheckpointError(f"tensors that the {part} model doesn't have: {listing(surplus)}")
+    wanted = {names[internal]: slot for internal, slot in slots.items()}
+    for name, slot in wanted.items():
+        _check_shape(name, checkpoint.tensors[name], slot)
+    for name, tensor in checkpoint.read(list(wanted)):
+        slot = wanted[name]
+        source = tensor.reshape(slot.shape)
+        for region, target in slot.copies:
+            target.copy_(source[region])
+
+
+def fill_with_noise(module: nn.Module, seed: int) -> None:
+    """Small normal weights, unit norm scales, zero biases: finite activations at any depth."""
+    parameters = list(module.parameters())
+    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.data.normal_(0.0, _DUMMY_STD, generator=generator)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _collect_slots(module: nn.Module, names: dict[str, str]) -> dict[str, WeightSlot]:
+    slots: dict[str, WeightSlot] = {}
+    for path, layer in module.named_modules():
+        if hasattr(layer, "weight_slots"):
+            for slot in layer.weight_slots(f"{path}." if path else "", names):
+                assert slot.source not in slots, f"two layers want {slot.source}"
+                slots[slot.source] = slot
+    filled = {target.untyped_storage().data_ptr() for slot in slots.values() for _, target in slot.copies}
+    for name, parameter in module.named_parameters():
+        assert parameter.untyped_storage().data_ptr() in filled, f"no checkpoint tensor fills {name}"
+    return slots
+
+
+def _check_shape(name: str, info: TensorInfo, slot: WeightSlot) -> None:
+    if info.shape == slot.shape:
+        return
+    same_numbers = info.shape[:1] == slot.shape[:1] and _count(info.shape) == _count(slot.shape)
+    if not (slot.reshape and same_numbers):
+        raise CheckpointError(
+            f"tensor {name} in {info.file.name} has shape {list(info.shape)}, "
+            f"the configuration wants {list(slot.shape)}"
+        )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
