@@ -1,0 +1,168 @@
+"""Sampling by Gumbel-max: ``argmax(logit / temperature + noise)`` in one pass over the vocabulary.
+
+The noise is a pure function of (seed, index of the output token, token id), so that a request gets the same
+tokens in whatever batch, row, chunking or after whatever preemption it is computed. It is
+``-log(E)`` with ``E = -log(1 - v)`` and ``v`` uniform in (0, 1): the token with the least ``E / p`` wins the
+exponential race, with probability ``p``.
+
+``v`` is 32 bits of a keyed integer hash (two rounds of MurmurHash3's finaliser under two keys), which torch
+and Triton compute alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.dispatch import use_triton
+
+_M32 = 0xFFFFFFFF
+
+
+def gumbel_argmax(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
+) -> Tensor:
+    """Samples one token per row; the lowest id wins ties.
+
+    Args:
+        logits: (N, V) of any float dtype, last dimension contiguous.
+        temperature: (N,) float32; 0 takes the exact argmax, ignoring the threshold.
+        seeds: (N,) int64.
+        index: (N,) int64, index of the token in its output.
+        threshold: (N,) float32; tokens with a smaller logit are never sampled. None: all may be.
+
+    Returns:
+        (N,) int64. A row without any candidate (all ``-inf``) gives 0.
+    """
+    if use_triton(logits):
+        return gumbel_argmax_triton(logits, temperature, seeds, index, threshold)
+    return gumbel_argmax_reference(logits, temperature, seeds, index, threshold)
+
+
+def gumbel_argmax_reference(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
+) -> Tensor:
+    x = logits.float()
+    greedy = (temperature == 0)[:, None]
+    ids = torch.arange(x.shape[1], device=x.device)
+    score = x / torch.where(greedy, 1.0, temperature[:, None]) - exponential_noise(seeds, index, ids).log()
+    if threshold is not None:
+        score = torch.where(x >= threshold[:, None], score, float("-inf"))
+    return torch.where(greedy, x, score).argmax(dim=1)
+
+
+def exponential_noise(seeds: Tensor, index: Tensor, ids: Tensor) -> Tensor:
+    """Standard exponential variates (N, len(ids)) float32 for seeds (N,), index (N,) and token ids, int64."""
+    key0, key1 = _row_keys(seeds, index)
+    bits = _mix((ids[None, :] * 0x9E3779B1 + key0[:, None]) & _M32)
+    bits = _mix(bits ^ key1[:, None])
+    v = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
+    # Near 0, where races are won, 1 - v has lost the digits of v.
+    return torch.where(v < 1e-3, v * (1.0 + v * (0.5 + v * (1.0 / 3.0))), -torch.log(1.0 - v))
+
+
+def _row_keys(seeds: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    low, high, index = seeds & _M32, (seeds >> 32) & _M32, index & _M32
+    key0 = _mix(_mix(_mix(low ^ 0x9E3779B9) ^ high) ^ index)
+    key1 = _mix((_mix((_mix(high ^ 0x7F4A7C15) + low) & _M32) + index * 0x85157AF5) & _M32)
+    return key0, key1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser on int64 tensors that hold uint32 values; products wrap, low bits hold."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _M32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _M32
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _mix_u32(x):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _partial_argmax_kernel(
+    logits, temperature, seeds, index, threshold, best, best_id,
+    stride_logits, stride_temperature, stride_seeds, stride_index, stride_threshold,
+    vocab, chunk, num_chunks,
+    HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    temp = tl.load(temperature + row * stride_temperature)
+    is_random = temp != 0.0
+    scale = tl.where(is_random, temp, 1.0)
+    seed = tl.load(seeds + row * stride_seeds)
+    step = tl.load(index + row * stride_index).to(tl.uint32)
+    low = seed.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    key0 = _mix_u32(_mix_u32(_mix_u32(low ^ 0x9E3779B9) ^ high) ^ step)
+    key1 = _mix_u32(_mix_u32(_mix_u32(high ^ 0x7F4A7C15) + low) + step * 0x85157AF5)
+    floor = float("-inf")
+    if HAS_THRESHOLD:
+        floor = tl.where(is_random, tl.load(threshold + row * stride_threshold), float("-inf"))
+
+    # Each lane keeps its own best; with ascending ids a strict comparison keeps the lowest.
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    top_id = tl.full([BLOCK], 2147483647, tl.int32)
+    start = part * chunk
+    for offset in range(0, chunk, BLOCK):
+        ids = start + offset + tl.arange(0, BLOCK)
+        inside = (ids < vocab) & (offset + tl.arange(0, BLOCK) < chunk)
+        x = tl.load(logits + row * stride_logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
+        score = x
+        if is_random:
+            bits = _mix_u32(ids.to(tl.uint32) * 0x9E3779B1 + key0)
+            bits = _mix_u32(bits ^ key1)
+            v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+            exponential = tl.where(v < 1e-3, v * (1.0 + v * (0.5 + v * 0.3333333333333333)), -tl.log(1.0 - v))
+            score = x / scale - tl.log(exponential)
+        score = tl.where(inside & (x >= floor), score, float("-inf"))
+        better = score > top
+        top = tl.where(better, score, top)
+        top_id = tl.where(better, ids, top_id)
+    value = tl.max(top, axis=0)
+    tl.store(best + row * num_chunks + part, value)
+    tl.store(best_id + row * num_chunks + part, tl.min(tl.where(top == value, top_id, 2147483647), axis=0))
+
+
+@triton.jit
+def _final_argmax_kernel(best, best_id, out, num_chunks, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    parts = tl.arange(0, BLOCK)
+    inside = parts < num_chunks
+    value = tl.load(best + row * num_chunks + parts, mask=inside, other=float("-inf"))
+    ids = tl.load(best_id + row * num_chunks + parts, mask=inside, other=2147483647)
+    winner = tl.min(tl.where(value == tl.max(value, axis=0), ids, 2147483647), axis=0)
+    # Without any candidate no id was ever kept.
+    tl.store(out + row, tl.where(winner == 2147483647, 0, winner).to(tl.int64))
+
+
+def gumbel_argmax_triton(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
+) -> Tensor:
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1
+    block = 1024
+    # Enough programs to fill the machine when rows are few; long runs per program when they are many.
+    num_chunks = max(1, min(triton.cdiv(vocab, block), triton.cdiv(1024, max(rows, 1))))
+    chunk = triton.cdiv(triton.cdiv(vocab, num_chunks), block) * block
+    num_chunks = triton.cdiv(vocab, chunk)
+    best = torch.empty((rows, num_chunks), dtype=torch.float32, device=logits.device)
+    best_id = torch.empty((rows, num_chunks), dtype=torch.int32, device=logits.device)
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return out
+    _partial_argmax_kernel[(rows, num_chunks)](
+        logits, temperature, seeds, index, temperature if threshold is None else threshold, best, best_id,
+        logits.stride(0), temperature.stride(0), seeds.stride(0), index.stride(0),
+        0 if threshold is None else threshold.stride(0),
+        vocab, chunk, num_chunks,
+        HAS_THRESHOLD=threshold is not None, BLOCK=block,
+    )  # fmt: skip
+    _final_argmax_kernel[(rows,)](best, best_id, out, num_chunks, BLOCK=triton.next_power_of_2(num_chunks))
+    return out

@@ -1,0 +1,152 @@
+"""Where to cut the vocabulary for min-p, top-k and top-p: one threshold per row, without sorting.
+
+Whatever the order of likelihood keeps is a set ``{x >= threshold}`` of logits, so that truncation needs no
+masked copy. The kernel searches the threshold by value: counts and masses above eight pivots per pass narrow
+32 bits down in at most 11 passes. Sums run in a fixed order per row: the result doesn't depend on the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.dispatch import use_triton
+
+
+def truncation_threshold(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """The smallest logit of each row that may be sampled.
+
+    In this order: min-p drops what is less likely than ``min_p`` times the likeliest; top-k keeps the k
+    likeliest of the rest; top-p keeps a token iff the renormalised mass of those strictly likelier is less than
+    ``top_p``. Tokens of equal logits are kept or dropped together, and the likeliest is always kept.
+
+    Args:
+        logits: (N, V) of any float dtype, last dimension contiguous.
+        temperature: (N,) float32; rows of 0 (greedy) get the row's maximum.
+        top_k: (N,) int64, 0 for all.
+        top_p, min_p: (N,) float32; 1 and 0 for all.
+
+    Returns:
+        (N,) float32.
+    """
+    if use_triton(logits):
+        return truncation_threshold_triton(logits, temperature, top_k, top_p, min_p)
+    return truncation_threshold_reference(logits, temperature, top_k, top_p, min_p)
+
+
+def truncation_threshold_reference(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    x = logits.float().sort(dim=1, descending=True).values
+    top = x[:, :1]
+    temperature = temperature[:, None]
+    floor = top + temperature * min_p[:, None].log()
+    last = torch.where(top_k > 0, top_k, x.shape[1]).clamp(max=x.shape[1]) - 1
+    floor = torch.maximum(torch.where(temperature == 0, top, floor), x.gather(1, last[:, None]))
+    # A row without any candidate has no maximum to subtract.
+    scaled = (x - torch.where(top.isinf(), 0.0, top)) / torch.where(temperature == 0, 1.0, temperature)
+    mass = torch.where(x >= floor, scaled.exp(), 0.0)
+    above = mass.cumsum(dim=1) - mass
+    kept = (x >= floor) & ((above < top_p[:, None] * mass.sum(dim=1, keepdim=True)) | (top_p >= 1)[:, None])
+    kept[:, 0] = True
+    return torch.where(kept, x, float("inf")).amin(dim=1)
+
+
+@triton.jit
+def _to_key(x):
+    """float32 to int32 in the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _from_key(key):
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weight_above(row, vocab, pivots, floor, top, scale, BY_COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Number or mass of the row's tokens >= floor that lie strictly above each of the pivots (8,)."""
+    total = tl.zeros([8], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        if BY_COUNT:
+            weight = tl.where((ids < vocab) & (x >= floor), 1.0, 0.0)
+        else:
+            weight = tl.where((ids < vocab) & (x >= floor), tl.exp((x - top) / scale), 0.0)
+        above = x[:, None] > pivots[None, :]
+        total += tl.sum(tl.where(above, weight[:, None], 0.0), axis=0)
+    return total
+
+
+@triton.jit
+def _search(row, vocab, limit, floor, top, scale, BY_COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """The least value whose strictly greater tokens weigh less than ``limit``; between floor and top."""
+    low = _to_key(floor).to(tl.int64)
+    high = _to_key(top).to(tl.int64)
+    # Invariant: high fulfils the condition, nothing below low does.
+    while low < high:
+        step = (high - low + 8) // 8
+        keys = tl.minimum(low + step * tl.arange(0, 8), high)
+        pivots = _from_key(keys.to(tl.int32))
+        weight = _weight_above(row, vocab, pivots, floor, top, scale, BY_COUNT, BLOCK)
+        fulfils = weight < limit
+        high = tl.minimum(high, tl.min(tl.where(fulfils, keys, high), axis=0))
+        low = tl.maximum(low, tl.max(tl.where(fulfils, low, keys + 1), axis=0))
+    return _from_key(high.to(tl.int32))
+
+
+@triton.jit
+def _threshold_kernel(
+    logits, temperature, top_k, top_p, min_p, out,
+    stride_logits, stride_temperature, stride_top_k, stride_top_p, stride_min_p,
+    vocab, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    row = logits + index * stride_logits
+    temp = tl.load(temperature + index * stride_temperature)
+    k = tl.load(top_k + index * stride_top_k)
+    p = tl.load(top_p + index * stride_top_p)
+    share = tl.load(min_p + index * stride_min_p)
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    least = tl.full([BLOCK], float("inf"), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        most = tl.maximum(most, x)
+        least = tl.minimum(least, tl.where(x == float("-inf"), float("inf"), x))
+    top = tl.max(most, axis=0)
+    floor = tl.minimum(tl.min(least, axis=0), top)
+    result = top
+    if (temp != 0.0) & (top != float("-inf")):
+        if share > 0.0:
+            floor = tl.maximum(floor, top + temp * tl.log(share))
+        if k > 0:
+            # The floor is no token's value, but nothing lies between it and the least token above it.
+            floor = _search(row, vocab, k.to(tl.float32), floor, top, temp, True, BLOCK)
+        if p < 1.0:
+            everything = tl.full([8], float("-inf"), tl.float32)
+            mass = tl.max(_weight_above(row, vocab, everything, floor, top, temp, False, BLOCK), axis=0)
+            floor = _search(row, vocab, p * mass, floor, top, temp, False, BLOCK)
+        result = floor
+    tl.store(out + index, result)
+
+
+def truncation_threshold_triton(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1
+    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        _threshold_kernel[(rows,)](
+            logits, temperature, top_k, top_p, min_p, out,
+            logits.stride(0), temperature.stride(0), top_k.stride(0), top_p.stride(0), min_p.stride(0),
+            vocab, BLOCK=min(1024, triton.next_power_of_2(vocab)), num_warps=8,
+        )  # fmt: skip
+    return out

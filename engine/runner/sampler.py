@@ -1,0 +1,244 @@
+"""Choosing the next token of every row: all parameters vectorised over the batch, all state on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from engine.kernels.gumbel import gumbel_argmax
+from engine.kernels.truncation import truncation_threshold
+from engine.runner import sampler_state as state
+from engine.runner.logprobs import LogprobTensors, compute_logprobs
+from engine.runner.sampler_processors import (
+    add_at,
+    forbid_bad_words,
+    forbid_stops,
+    mask_tokens,
+    penalize,
+)
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """Which steps a set of slots needs: the union over its members. Hashable; a CUDA graph is keyed by it.
+
+    Attributes:
+        random: some row isn't greedy.
+        truncates: some random row has top-k, top-p or min-p.
+        penalties: some row has a repetition, presence or frequency penalty.
+        bitmask: some row bans tokens for its whole output.
+        grammar: some row follows a grammar, so that :meth:`Sampler.sample` needs a mask.
+        bias_width: most biased tokens of a row, rounded up to a power of two; 0 for none.
+        stop_width: most stop ids of a row with ``min_tokens``, rounded up alike.
+        bad_words_width: most bad words of several tokens of a row, rounded up alike.
+        num_logprobs: alternatives per token, rounded up to 0, 1, 5 or 20; -1 if no row wants any.
+    """
+
+    random: bool = False
+    truncates: bool = False
+    penalties: bool = False
+    bitmask: bool = False
+    grammar: bool = False
+    bias_width: int = 0
+    stop_width: int = 0
+    bad_words_width: int = 0
+    num_logprobs: int = -1
+
+    @property
+    def all_greedy(self) -> bool:
+        return not self.random
+
+    @property
+    def processes(self) -> bool:
+        """Whether logits are changed before a token is taken."""
+        return bool(
+            self.penalties
+            or self.bitmask
+            or self.grammar
+            or self.bias_width
+            or self.stop_width
+            or self.bad_words_width
+        )
+
+    def __or__(self, other: SamplingPlan) -> SamplingPlan:
+        return SamplingPlan(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+class Sampler:
+    """Samples for slots that were admitted.
+
+    State lives in rows of device tables, so that steady decode uploads nothing. Slot ``max_slots`` is for
+    padded rows: greedy, without any feature. Counters advance on the device with every :meth:`sample`, hence
+    a slot's tokens must be sampled in their order.
+
+    Args:
+        max_slots: slots are ``0 .. max_slots - 1``.
+        vocab_size: width of the logits.
+        device: where the logits are.
+    """
+
+    def __init__(self, max_slots: int, vocab_size: int, device: torch.device | str) -> None:
+        self.max_slots, self.vocab_size = max_slots, vocab_size
+        self._states = state.SlotStates(max_slots, vocab_size, torch.device(device))
+        # Plans are interned: a step of many rows must not hash a dataclass per row.
+        self._plan_ids: dict[SamplingPlan, int] = {}
+        self._plan_list: list[SamplingPlan] = []
+        self._slot_plans = [self._intern(SamplingPlan())] * (max_slots + 1)
+        self._unions: dict[frozenset[int], SamplingPlan] = {}
+
+    def admit(
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        output_ids: Sequence[int],
+        *,
+        seed: int,
+        stop_ids: frozenset[int],
+    ) -> None:
+        """Takes a slot for a sequence; uploaded by the next :meth:`flush`.
+
+        Args:
+            output_ids: what it has already generated, after a preemption.
+            seed: int64; equal seeds give equal tokens.
+            stop_ids: EOS and stop token ids, which ``min_tokens`` holds back.
+        """
+        assert 0 <= slot < self.max_slots
+        self._states.write(slot, params, prompt_ids, output_ids, seed, stop_ids)
+        self._slot_plans[slot] = self._intern(_plan_of(params, len(stop_ids)))
+
+    def release(self, slot: int) -> None:
+        """Forgets a slot; it costs the device nothing."""
+        self._slot_plans[slot] = self._slot_plans[self.max_slots]
+
+    def flush(self) -> None:
+        """Uploads the rows of all admissions since the last flush, one copy per table touched."""
+        self._states.flush()
+
+    def plan(self, slots: Sequence[int]) -> SamplingPlan:
+        """The steps that these slots need."""
+        members = frozenset([self._slot_plans[slot] for slot in slots])
+        if members not in self._unions:
+            if len(self._unions) >= 4096:
+                self._unions.clear()
+            self._unions[members] = reduce(
+                SamplingPlan.__or__, [self._plan_list[i] for i in members], SamplingPlan()
+            )
+        return self._unions[members]
+
+    def sample(
+        self, logits: Tensor, slots: Tensor, plan: SamplingPlan, *, grammar_mask: Tensor | None = None
+    ) -> Tensor:
+        """One token per row, without host synchronisation; capturable in a CUDA graph.
+
+        The order is vLLM's: masks (allowed and bad words, grammar), bias, ``min_tokens``, penalties,
+        temperature, min-p, top-k, top-p.
+
+        Args:
+            logits: (N, V) float of any dtype; not changed.
+            slots: (N,) int64 on the device.
+            plan: :meth:`plan` of at least these slots.
+            grammar_mask: (N, ceil(V / 32)) int32, all ones for rows without a grammar; given iff
+                ``plan.grammar``.
+
+        Returns:
+            (N,) int64. A row where nothing is allowed gives 0.
+        """
+        assert logits.shape[1] == self.vocab_size and (grammar_mask is not None) == plan.grammar
+        if plan.all_greedy and not plan.processes:
+            return logits.argmax(dim=-1)
+        floats, ints = self._states.floats.tensor[slots], self._states.ints.tensor[slots]
+        if plan.processes:
+            logits = self._process(logits, slots, plan, floats, ints, grammar_mask)
+        if plan.all_greedy:
+            tokens = logits.argmax(dim=-1)
+        else:
+            temperature, threshold = floats[:, state.TEMPERATURE], None
+            if plan.truncates:
+                top_k, top_p, min_p = ints[:, state.TOP_K], floats[:, state.TOP_P], floats[:, state.MIN_P]
+                threshold = truncation_threshold(logits, temperature, top_k, top_p, min_p)
+            seeds, index = ints[:, state.SEED], ints[:, state.OUTPUT_LEN]
+            tokens = gumbel_argmax(logits, temperature, seeds, index, threshold)
+        self._advance(slots, tokens, plan)
+        return tokens
+
+    def logprobs(self, logits: Tensor, sampled: Tensor, plan: SamplingPlan) -> LogprobTensors | None:
+        """Log-probabilities of raw ``logits`` (N, V), with ``plan.num_logprobs`` alternatives per row."""
+        return compute_logprobs(logits, sampled, plan.num_logprobs) if plan.num_logprobs >= 0 else None
+
+    def _process(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        plan: SamplingPlan,
+        floats: Tensor,
+        ints: Tensor,
+        grammar_mask: Tensor | None,
+    ) -> Tensor:
+        states = self._states
+        logits = logits.to(torch.float32, copy=True)
+        if plan.bitmask:
+            mask_tokens(logits, states.allowed.tensor[slots])
+        if plan.bad_words_width:
+            prefixes = states.bad_prefixes.tensor[:, : plan.bad_words_width][slots]
+            last = states.bad_last.tensor[:, : plan.bad_words_width][slots]
+            forbid_bad_words(logits, prefixes, last, states.recent.tensor[slots])
+        if plan.bias_width:
+            ids = states.bias_ids.tensor[:, : plan.bias_width][slots]
+            add_at(logits, ids, states.bias_values.tensor[:, : plan.bias_width][slots])
+        if plan.stop_width:
+            stop_ids = states.stop_ids.tensor[:, : plan.stop_width][slots]
+            forbid_stops(logits, stop_ids, ints[:, state.OUTPUT_LEN] < ints[:, state.MIN_TOKENS])
+        if grammar_mask is not None:
+            mask_tokens(logits, grammar_mask)
+        if plan.penalties:
+            counts, seen = states.penalties.counts, states.penalties.prompt_seen
+            assert counts is not None and seen is not None
+            repetition, presence = floats[:, state.REPETITION], floats[:, state.PRESENCE]
+            penalize(logits, counts[slots], seen[slots], repetition, presence, floats[:, state.FREQUENCY])
+        return logits
+
+    def _advance(self, slots: Tensor, tokens: Tensor, plan: SamplingPlan) -> None:
+        # A slot that needs a counter has put the feature into every plan it is part of, so that the counters
+        # of the others may stand still.
+        states = self._states
+        if plan.random or plan.stop_width:
+            states.ints.tensor[:, state.OUTPUT_LEN].index_add_(0, slots, torch.ones_like(slots))
+        if plan.penalties:
+            states.penalties.advance(slots, tokens)
+        if plan.bad_words_width:
+            recent = states.recent.tensor
+            shifted = torch.cat([recent[slots][:, 1:], tokens[:, None].to(recent.dtype)], dim=1)
+            recent.index_copy_(0, slots, shifted)
+
+    def _intern(self, plan: SamplingPlan) -> int:
+        index = self._plan_ids.setdefault(plan, len(self._plan_list))
+        if index == len(self._plan_list):
+            self._plan_list.append(plan)
+        return index
+
+
+def _plan_of(params: SamplingParams, num_stop_ids: int) -> SamplingPlan:
+    random = not params.greedy
+    return SamplingPlan(
+        random=random,
+        truncates=random and bool(params.top_k or params.top_p < 1.0 or params.min_p),
+        penalties=state.penalizes(params),
+        bitmask=state.has_bitmask(params),
+        grammar=params.structured is not None,
+        bias_width=_round_up(len(params.logit_bias)),
+        stop_width=_round_up(num_stop_ids) if params.min_tokens else 0,
+        bad_words_width=_round_up(len(state.long_bad_words(params))),
+        num_logprobs=-1
+        if params.logprobs is None
+        else next(k for k in (0, 1, 5, 20) if k >= params.logprobs),
+    )
+
+
+def _round_up(width: int) -> int:
+    return 1 << (width - 1).bit_length() if width else 0

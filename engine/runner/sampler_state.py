@@ -1,0 +1,236 @@
+"""What the sampler knows of each slot, as tables on the device that admissions write a few rows of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.sampling_params import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
+
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
+SEED, OUTPUT_LEN, MIN_TOKENS, TOP_K = range(4)
+
+STOP_WIDTH = 2 * MAX_STOP_TOKEN_IDS
+BAD_WORDS_WIDTH = 2 * MAX_BAD_WORDS
+BAD_PREFIX = MAX_BAD_WORD_TOKENS - 1
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, enqueued without waiting."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # The caching host allocator keeps the pinned block until the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class SlotTable:
+    """A device tensor with one row per slot whose rows are written from the host, all pending ones at once.
+
+    Allocated when the first row is flushed and never moved after, so that captured graphs may point to it.
+    """
+
+    def __init__(self, num_rows: int, row: np.ndarray, device: torch.device) -> None:
+        """``row`` is what a slot holds unless written, and gives the shape and dtype of rows."""
+        self._num_rows, self._default, self._device = num_rows, row, device
+        self._pending: dict[int, np.ndarray] = {}
+        self._written: set[int] = set()
+        self._tensor: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """(num_rows, *row.shape); something must have been flushed."""
+        assert self._tensor is not None
+        return self._tensor
+
+    def write(self, slot: int, row: np.ndarray) -> None:
+        """Sets a row; a shorter one is filled up with the default."""
+        full = self._default.copy()
+        full[tuple(slice(0, size) for size in row.shape)] = row
+        self._pending[slot] = full
+        self._written.add(slot)
+
+    def reset(self, slot: int) -> None:
+        """Back to the default; costs nothing if the row was never written."""
+        if slot in self._written:
+            self._pending[slot] = self._default
+            self._written.discard(slot)
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        if self._tensor is None:
+            default = torch.from_numpy(self._default).to(self._device)
+            self._tensor = default.expand(self._num_rows, *default.shape).clone()
+        slots = upload(np.fromiter(self._pending, dtype=np.int64), self._device)
+        self._tensor.index_copy_(0, slots, upload(np.stack(list(self._pending.values())), self._device))
+        self._pending.clear()
+
+
+class PenaltyCounts:
+    """Which tokens each slot's prompt and output hold. (num_slots, V) each, allocated on first use."""
+
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
+        self._shape, self._device = (num_rows, vocab_size), device
+        self._pending: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.counts: Tensor | None = None
+        self.prompt_seen: Tensor | None = None
+
+    def write(self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        prompt = np.unique(np.asarray(prompt_ids, dtype=np.int64))
+        output, counts = np.unique(np.asarray(output_ids, dtype=np.int64), return_counts=True)
+        # Placeholders of pictures may lie outside of the vocabulary; they have no logit to penalise.
+        prompt = prompt[(prompt >= 0) & (prompt < self._shape[1])]
+        self._pending[slot] = prompt, output, counts.astype(np.int32)
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        if self.counts is None or self.prompt_seen is None:
+            self.counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+            self.prompt_seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+        slots = upload(np.fromiter(self._pending, dtype=np.int64), self._device)
+        self.counts.index_fill_(0, slots, 0)
+        self.prompt_seen.index_fill_(0, slots, False)
+        prompt, output, counts = [], [], []
+        for slot, (prompt_ids, output_ids, output_counts) in self._pending.items():
+            prompt.append(slot * self._shape[1] + prompt_ids)
+            output.append(slot * self._shape[1] + output_ids)
+            counts.append(output_counts)
+        self.prompt_seen.view(-1).index_fill_(0, upload(np.concatenate(prompt), self._device), True)
+        output_at = upload(np.concatenate(output), self._device)
+        self.counts.view(-1).index_copy_(0, output_at, upload(np.concatenate(counts), self._device))
+        self._pending.clear()
+
+    def advance(self, slots: Tensor, tokens: Tensor) -> None:
+        """Counts one more output token (N,) per slot (N,), both int64."""
+        assert self.counts is not None
+        flat = slots * self._shape[1] + tokens
+        ones = torch.ones_like(flat, dtype=torch.int32)
+        self.counts.view(-1).index_add_(0, flat, ones)
+
+
+class SlotStates:
+    """All tables of the sampler. Rows ``0 .. max_slots - 1`` are slots, the last one is for padded rows.
+
+    Attributes:
+        floats: (R, 6) float32, columns by the constants of this module; temperature 0 is greedy.
+        ints: (R, 4) int64.
+        stop_ids: (R, 256) int64, -1 where there is none.
+        bias_ids, bias_values: (R, 1024) int64, -1 where there is none, and float32.
+        allowed: (R, ceil(V / 32)) int32 bitmask.
+        bad_prefixes, bad_last: (R, 128, 15) int32 and (R, 128) int64, see ``forbid_bad_words``.
+        recent: (R, 15) int32, latest output tokens of the slots that have bad words.
+    """
+
+    def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
+        rows = max_slots + 1
+        self.vocab_size = vocab_size
+
+        def table(*shape: int, fill: float, dtype: type) -> SlotTable:
+            return SlotTable(rows, np.full(shape, fill, dtype=dtype), device)
+
+        self.floats = SlotTable(rows, np.array([0, 1, 0, 1, 0, 0], dtype=np.float32), device)
+        self.ints = table(4, fill=0, dtype=np.int64)
+        self.stop_ids = table(STOP_WIDTH, fill=-1, dtype=np.int64)
+        self.bias_ids = table(MAX_LOGIT_BIAS, fill=-1, dtype=np.int64)
+        self.bias_values = table(MAX_LOGIT_BIAS, fill=0, dtype=np.float32)
+        self.allowed = table((vocab_size + 31) // 32, fill=-1, dtype=np.int32)
+        self.bad_prefixes = table(BAD_WORDS_WIDTH, BAD_PREFIX, fill=-1, dtype=np.int32)
+        self.bad_last = table(BAD_WORDS_WIDTH, fill=-1, dtype=np.int64)
+        self.recent = table(BAD_PREFIX, fill=-2, dtype=np.int32)
+        self.penalties = PenaltyCounts(rows, vocab_size, device)
+        # The padded row, and every slot before its first admission, must exist.
+        self.floats.write(max_slots, np.empty(0, dtype=np.float32))
+        self.ints.write(max_slots, np.empty(0, dtype=np.int64))
+        self.flush()
+
+    def write(
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        output_ids: Sequence[int],
+        seed: int,
+        stop_ids: frozenset[int],
+    ) -> None:
+        """Buffers everything of one admission."""
+        temperature = 0.0 if params.greedy else params.temperature
+        floats = [temperature, params.top_p, params.min_p, params.repetition_penalty]
+        floats += [params.presence_penalty, params.frequency_penalty]
+        self.floats.write(slot, np.array(floats, dtype=np.float32))
+        top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0
+        self.ints.write(slot, np.array([seed, len(output_ids), params.min_tokens, top_k], dtype=np.int64))
+        if params.min_tokens:
+            self.stop_ids.write(slot, np.array(sorted(stop_ids), dtype=np.int64))
+        self._write_bias(slot, params)
+        self._write_allowed(slot, params)
+        self._write_bad_words(slot, params, output_ids)
+        if penalizes(params):
+            self.penalties.write(slot, prompt_ids, output_ids)
+
+    def flush(self) -> None:
+        for table in (self.floats, self.ints, self.stop_ids, self.bias_ids, self.bias_values, self.allowed):
+            table.flush()
+        for table in (self.bad_prefixes, self.bad_last, self.recent):
+            table.flush()
+        self.penalties.flush()
+
+    def _write_bias(self, slot: int, params: SamplingParams) -> None:
+        if not params.logit_bias:
+            self.bias_ids.reset(slot)
+            self.bias_values.reset(slot)
+            return
+        self.bias_ids.write(slot, np.array(list(params.logit_bias), dtype=np.int64))
+        self.bias_values.write(slot, np.array(list(params.logit_bias.values()), dtype=np.float32))
+
+    def _write_allowed(self, slot: int, params: SamplingParams) -> None:
+        if not has_bitmask(params):
+            self.allowed.reset(slot)
+            return
+        bits = np.zeros(((self.vocab_size + 31) // 32) * 32, dtype=np.uint8)
+        bits[: self.vocab_size] = params.allowed_token_ids is None
+        if params.allowed_token_ids is not None:
+            bits[params.allowed_token_ids] = 1
+        bits[[word[0] for word in params.bad_words_ids if len(word) == 1]] = 0
+        self.allowed.write(slot, np.packbits(bits, bitorder="little").view(np.int32))
+
+    def _write_bad_words(self, slot: int, params: SamplingParams, output_ids: Sequence[int]) -> None:
+        words = long_bad_words(params)
+        if not words:
+            self.bad_prefixes.reset(slot)
+            self.bad_last.reset(slot)
+            return
+        prefixes = np.full((len(words), BAD_PREFIX), -1, dtype=np.int32)
+        for row, word in zip(prefixes, words, strict=True):
+            row[BAD_PREFIX - len(word) + 1 :] = word[:-1]
+        self.bad_prefixes.write(slot, prefixes)
+        self.bad_last.write(slot, np.array([word[-1] for word in words], dtype=np.int64))
+        recent = np.full(BAD_PREFIX, -2, dtype=np.int32)
+        if tail := list(output_ids[-BAD_PREFIX:]):
+            recent[-len(tail) :] = tail
+        self.recent.write(slot, recent)
+
+
+def penalizes(params: SamplingParams) -> bool:
+    """Whether any penalty is on."""
+    return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
+
+
+def has_bitmask(params: SamplingParams) -> bool:
+    """Whether some ids are banned for the whole output."""
+    return params.allowed_token_ids is not None or any(len(word) == 1 for word in params.bad_words_ids)
+
+
+def long_bad_words(params: SamplingParams) -> list[list[int]]:
+    """Bad words whose ban depends on the tokens before."""
+    return [word for word in params.bad_words_ids if len(word) > 1]

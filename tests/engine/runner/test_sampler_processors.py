@@ -1,0 +1,87 @@
+"""Masks, bans and penalties against Transformers' processors and against oracles in plain Python."""
+
+import torch
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
+
+from engine.runner.sampler_processors import (
+    add_at,
+    forbid_bad_words,
+    forbid_stops,
+    mask_tokens,
+    penalize,
+)
+
+VOCAB = 50
+
+
+def random_logits(rows=1):
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(5)) * 3
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    logits, prompt, output = random_logits(), [1, 1, 5, 49], [2, 5, 7]
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt + output]), logits.clone())
+    counts = torch.bincount(torch.tensor(output), minlength=VOCAB)[None].int()
+    seen = torch.bincount(torch.tensor(prompt), minlength=VOCAB)[None] > 0
+    ours = penalize(logits.clone(), counts, seen, torch.tensor([1.7]), torch.zeros(1), torch.zeros(1))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_penalties_follow_their_formulas():
+    logits = random_logits(2)
+    outputs = [[3, 3, 3, 9], [4]]
+    counts = torch.stack([torch.bincount(torch.tensor(o), minlength=VOCAB) for o in outputs]).int()
+    seen = torch.zeros(2, VOCAB, dtype=torch.bool)
+    ours = penalize(
+        logits.clone(), counts, seen, torch.ones(2), torch.tensor([0.5, 0.0]), torch.tensor([0.25, 0.0])
+    )
+    expected = logits.clone()
+    expected[0, 3] -= 0.5 + 3 * 0.25
+    expected[0, 9] -= 0.5 + 0.25
+    torch.testing.assert_close(ours[0], expected[0])
+    assert torch.equal(ours[1], logits[1])
+
+
+def test_mask_keeps_the_tokens_of_its_bits():
+    words = torch.randint(-(2**31), 2**31 - 1, (3, 2), dtype=torch.int64).int()
+    masked = mask_tokens(random_logits(3), words)
+    for row in range(3):
+        for token in range(VOCAB):
+            bit = (int(words[row, token // 32]) >> (token % 32)) & 1
+            assert masked[row, token].isinf() == (bit == 0)
+
+
+def test_sparse_additions_skip_padding():
+    logits = random_logits(2)
+    ids = torch.tensor([[0, 49, -1], [-1, -1, -1]])
+    ours = add_at(logits.clone(), ids, torch.full((2, 3), 2.0))
+    expected = SequenceBiasLogitsProcessor([[[0], 2.0], [[49], 2.0]])(torch.zeros(1, 1).long(), logits[:1])
+    torch.testing.assert_close(ours[:1], expected)
+    assert torch.equal(ours[1], logits[1])
+
+
+def test_stop_ids_are_masked_only_while_too_early():
+    logits = random_logits(2)
+    ours = forbid_stops(logits.clone(), torch.tensor([[4, -1], [4, -1]]), torch.tensor([True, False]))
+    assert ours[0].isinf().nonzero().tolist() == [[4]]
+    assert torch.equal(ours[1], logits[1])
+
+
+def test_bad_words_need_their_whole_prefix():
+    logits = torch.zeros(1, VOCAB)
+    prefixes = torch.tensor([[[-1, -1, 4], [-1, 3, 4], [-1, -1, -1]]], dtype=torch.int32)
+    last = torch.tensor([[10, 11, -1]])
+
+    def banned(recent):
+        recent = torch.tensor([recent], dtype=torch.int32)
+        return (
+            forbid_bad_words(logits.clone(), prefixes, last, recent)[0].isinf().nonzero().flatten().tolist()
+        )
+
+    assert banned([-2, -2, -2]) == []
+    assert banned([-2, -2, 4]) == [10]
+    assert banned([9, 3, 4]) == [10, 11]
+    assert banned([3, 4, 5]) == []
