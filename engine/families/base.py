@@ -76,7 +76,8 @@ class PromptFormat:
             it stands for the picture's number in the prompt, from 1.
         video: the same for a video; None if the family has none.
         template_takes_parts: the chat template accepts a list of ``{"type": "image"}`` and
-            ``{"type": "text"}`` parts; otherwise content must be one string, built by joining parts with ``separator``.
+            ``{"type": "text"}`` parts; otherwise content must be one string, built by joining parts with
+            ``separator``.
         separator: what joins parts of a message for templates that take strings.
         split_at_media: text before, between and after the marks is tokenised piece by piece, each with the
             tokenizer's own special tokens (Phi-3.5-vision), instead of as one text.

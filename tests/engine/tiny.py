@@ -1,0 +1,279 @@
+"""Tiny checkpoints with random weights, in Hugging Face layout, made by Transformers' own classes.
+
+Weights are spread wide enough that logits depend on every part of the network: with the usual initialisation
+they are nearly constant, and a wrong implementation goes unseen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+QWEN_SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+QWEN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' or 'video' in part %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "describe this image in detail please",
+    "what is shown in the picture? a red square on a blue background",
+    "user assistant system human: hello world 0 1 2 3 4 5 6 7 8 9",
+    "USER: ASSISTANT: You are a helpful assistant.\n",
+]
+
+
+def tokenizer(specials: Sequence[str], *, vocab_size: int = 320, **roles: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; ``specials`` get the first ids, in order."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    core.train_from_iterator(_CORPUS * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **roles)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth random RGB picture."""
+    noise = np.random.default_rng(seed).integers(
+        0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8
+    )
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0) -> torch.nn.Module:
+    """Draw all weights anew: layers keep the scale of their input, norms and biases get noise."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if id(parameter) in tables:
+                parameter.copy_(noise * embedding_std)
+            elif parameter.dim() >= 2:
+                fan_in = parameter[0].numel() if id(parameter) in weights else 1
+                parameter.copy_(noise * 1.3 / fan_in**0.5)
+            else:
+                parameter.add_(noise * 0.2)
+    return model.eval()
+
+
+def make_qwen2_vl(
+    path: Path,
+    *,
+    tied: bool = False,
+    gqa_ratio: int = 2,
+    hub_names: bool = False,
+    seed: int = 0,
+    num_layers: int = 2,
+    max_position: int = 1024,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A Qwen2-VL checkpoint: 4 heads of 16, pictures of 4 to 64 rows of 8x8 pixels.
+
+    Args:
+        hub_names: write it as the public checkpoints are: flat config.json in the old spelling,
+            preprocessor_config.json, and several shards with an index.
+    """
+    tok = tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tok.chat_template = QWEN_TEMPLATE
+    ids = {text: tok.convert_tokens_to_ids(text) for text in QWEN_SPECIALS}
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tok),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4 // gqa_ratio,
+            "max_position_embeddings": max_position,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": tied,
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "mlp_ratio": 4,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    spread(model, seed=seed, embedding_std=0.05 if tied else 1.0)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.to(dtype).save_pretrained(path)
+    tok.save_pretrained(path)
+    image_processor = transformers.Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 4096}
+    )
+    image_processor.save_pretrained(path)
+    if hub_names:
+        _as_on_the_hub(path)
+    return path
+
+
+def _as_on_the_hub(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    text, vision = config.pop("text_config"), config["vision_config"]
+    rope = text.pop("rope_parameters")
+    for key in ("dtype", "model_type", "layer_types"):
+        text.pop(key, None)
+    config.update(text)
+    config["rope_theta"] = rope["rope_theta"]
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config["sliding_window"], config["use_sliding_window"] = 32768, False
+    vision["in_chans"] = vision.pop("in_channels", 3)
+    (path / "config.json").write_text(json.dumps(config))
+    preprocessor = {
+        "min_pixels": 256,
+        "max_pixels": 4096,
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    split_shards(path)
+
+
+def split_shards(path: Path, count: int = 3) -> None:
+    """Divide model.safetensors into ``count`` shards with an index."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    weight_map = {}
+    for number in range(count):
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        part = {name: tensors[name].clone() for name in sorted(tensors)[number::count]}
+        save_file(part, path / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def rewrite_tensors(path: Path, change: Any) -> None:
+    """Replace the tensors of an unsharded checkpoint by ``change(tensors)``."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(change(tensors), path / "model.safetensors", metadata={"format": "pt"})
+
+
+TEXT_ARCHITECTURES = ("llama", "llama3", "mistral", "phi3", "phi3_longrope", "qwen2", "qwen3")
+
+
+def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **overrides: Any) -> Path:
+    """A text-only checkpoint of one of ``TEXT_ARCHITECTURES``."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if kind == "llama3":
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+        common["attention_bias"] = common["mlp_bias"] = True
+    elif kind == "mistral":
+        common |= {"head_dim": 32, "sliding_window": 7}
+    elif kind == "qwen3":
+        common["head_dim"] = 32
+    elif kind == "phi3_longrope":
+        rope = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + 0.05 * i for i in range(8)],
+            "long_factor": [2.0 + 0.5 * i for i in range(8)],
+            "original_max_position_embeddings": 64,
+        }
+        common["original_max_position_embeddings"] = 64
+    family = {"llama3": "Llama", "phi3_longrope": "Phi3"}.get(kind, kind.capitalize())
+    config = getattr(transformers, f"{family}Config")(**{**common, "rope_parameters": rope, **overrides})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    tied = getattr(config, "tie_word_embeddings", False)
+    spread(model, seed=seed, embedding_std=0.05 if tied else 1.0).save_pretrained(path)
+    specials = ["<pad>", "<s>", "</s>"]
+    tokenizer(specials, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(path)
+    return path
+
+
+def reference_processor(path: Path) -> Any:
+    """Transformers' Qwen2-VL processor without its video half, which needs torchvision."""
+    cls = transformers.Qwen2VLProcessor
+    image_only = type(
+        cls.__name__, (cls,), {"get_attributes": classmethod(lambda c: ["image_processor", "tokenizer"])}
+    )
+    image_processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
+    tok = PreTrainedTokenizerFast.from_pretrained(path)
+    return image_only(image_processor, tok)
+
+
+def reference_inputs(path: Path, prompt: str, images: Sequence[Image.Image] = ()) -> dict[str, torch.Tensor]:
+    """What Transformers' model takes for a rendered prompt, ``mm_token_type_ids`` included."""
+    inputs = reference_processor(path)(text=[prompt], images=list(images) or None, return_tensors="pt")
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+
+def reference_model(path: Path) -> Any:
+    """Transformers' Qwen2-VL in float32."""
+    return transformers.Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
