@@ -1,0 +1,291 @@
+"""The encoder engine: batches pictures of all requests, and remembers what it has encoded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import InvalidRequest, SightlineError, Unavailable
+from engine.families.base import MediaEncoder
+from engine.families.registry import resolve
+from engine.inputs.prompt import EmbeddedMedia, PreparedMedia
+from engine.placement import resolve_device, resolve_dtype
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_vision_encoder
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_COST = 32768
+CACHE_BYTES = 512 << 20
+
+
+@dataclass(slots=True)
+class EncoderCounters:
+    """What the engine did since its start. ``seconds`` is time spent encoding."""
+
+    items: int = 0
+    rows: int = 0
+    patches: int = 0
+    batches: int = 0
+    failures: int = 0
+    cache_hits: int = 0
+    joined: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One item being encoded for everybody who asked for it meanwhile."""
+
+    media: PreparedMedia
+    result: Future[EmbeddedMedia] = field(default_factory=Future)
+    waiters: int = 1
+
+
+class EncoderEngine:
+    """Turns prepared pictures into embedding rows.
+
+    :meth:`encode` is for callers on the same device; :meth:`encode_async` batches across requests on a thread
+    of its own, without waiting for more to come: what has gathered while one batch ran makes up the next.
+
+    Args:
+        device: where ``encoder`` lives.
+        max_batch_cost: patches per launch; a larger item goes alone.
+        cache_bytes: rows remembered by content hash, least recently used dropped first; 0 remembers none.
+    """
+
+    def __init__(
+        self,
+        encoder: MediaEncoder,
+        device: torch.device,
+        *,
+        max_batch_cost: int = MAX_BATCH_COST,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self._encoder = encoder
+        self._device = device
+        self._max_batch_cost = max_batch_cost
+        self._cache = _RowCache(cache_bytes)
+        self._counters = EncoderCounters()
+        self._queue: deque[_Job] = deque()
+        self._jobs: dict[str, _Job] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, *, max_batch_cost: int = MAX_BATCH_COST, cache_bytes: int = CACHE_BYTES
+    ) -> EncoderEngine:
+        """Load the vision part of ``config.model``, and nothing else of it.
+
+        Raises:
+            CheckpointError: the checkpoint is unusable or has no vision part.
+            ConfigError: the device isn't there.
+        """
+        checkpoint = Checkpoint.open(config.model, config.revision)
+        model = resolve(checkpoint).parse(checkpoint)
+        device = resolve_device(config)
+        encoder = load_vision_encoder(
+            checkpoint,
+            model,
+            device=device,
+            dtype=resolve_dtype(config, model),
+            load_format=config.load_format,
+            seed=config.seed,
+        )
+        return cls(encoder, device, max_batch_cost=max_batch_cost, cache_bytes=cache_bytes)
+
+    def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
+        """Rows ``(num_tokens, embedding_width)`` of each item, on the device, in launches of bounded cost.
+
+        Raises:
+            InvalidRequest: an item isn't what its description says.
+        """
+        rows: list[torch.Tensor] = []
+        remaining = deque(media)
+        while remaining:
+            batch, cost = [], 0
+            while remaining and self._fits(cost, remaining[0]):
+                cost += self._encoder.cost(remaining[0].item)
+                batch.append(remaining.popleft())
+            rows += self._launch(batch)
+        return rows
+
+    async def encode_async(self, media: PreparedMedia, *, salt: str = "") -> EmbeddedMedia:
+        """Rows of one item, from the cache, from an encoding of the same item under way, or from the next batch.
+
+        Args:
+            salt: keeps apart the caches of tenants.
+
+        Raises:
+            InvalidRequest: the item isn't what its description says; others in its batch are not affected.
+            Unavailable: the engine was shut down.
+        """
+        key = f"{salt}:{media.item.hash}"
+        with self._changed:
+            if self._closed:
+                raise Unavailable("the encoder is shutting down")
+            known = self._cache.get(key)
+            if known is not None:
+                self._counters.cache_hits += 1
+                return known
+            job = self._jobs.get(key)
+            if job is None:
+                job = self._jobs[key] = _Job(media)
+                self._queue.append(job)
+                job.result.add_done_callback(lambda future: self._settle(key, future))
+                self._start()
+                self._changed.notify()
+            else:
+                job.waiters += 1
+                self._counters.joined += 1
+        try:
+            # The job may serve others: one caller's cancellation must not reach it.
+            return await asyncio.shield(asyncio.wrap_future(job.result))
+        finally:
+            with self._changed:
+                job.waiters -= 1
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start, and what waits and is cached now."""
+        with self._changed:
+            return {
+                **asdict(self._counters),
+                "waiting": len(self._queue),
+                "cached_items": len(self._cache),
+                "cached_bytes": self._cache.bytes,
+            }
+
+    def shutdown(self) -> None:
+        """Refuse what waits, finish what runs, end the thread. May be called twice."""
+        with self._changed:
+            self._closed = True
+            dropped = list(self._queue)
+            self._queue.clear()
+            self._changed.notify()
+        for job in dropped:
+            job.result.set_exception(Unavailable("the encoder is shutting down"))
+        if self._thread is not None:
+            self._thread.join()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._queue or self._closed)
+                    if self._closed:
+                        return
+                    jobs = self._take()
+                if jobs:
+                    self._serve(jobs)
+
+    def _take(self) -> list[_Job]:
+        """Waiting jobs in order, up to the cost of one launch; those that nobody waits for are dropped."""
+        jobs: list[_Job] = []
+        cost = 0
+        while self._queue and self._fits(cost, self._queue[0].media):
+            job = self._queue.popleft()
+            if job.waiters:
+                cost += self._encoder.cost(job.media.item)
+                jobs.append(job)
+            else:
+                job.result.cancel()
+        return jobs
+
+    def _fits(self, cost: int, media: PreparedMedia) -> bool:
+        return not cost or cost + self._encoder.cost(media.item) <= self._max_batch_cost
+
+    def _serve(self, jobs: list[_Job]) -> None:
+        try:
+            for job, rows in zip(jobs, self._launch([job.media for job in jobs]), strict=True):
+                job.result.set_result(_embedded(job.media.item.hash, rows))
+        except Exception as error:
+            if len(jobs) > 1:
+                # Find out whose fault it is: the others must not suffer.
+                for job in jobs:
+                    if not job.result.done():
+                        self._serve([job])
+                return
+            if not isinstance(error, SightlineError):
+                logger.exception("encoding failed")
+            jobs[0].result.set_exception(error)
+
+    def _launch(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
+        began = time.perf_counter()
+        try:
+            rows = self._encoder.encode(media)
+        except Exception:
+            self._counters.failures += 1
+            raise
+        for entry, part in zip(media, rows, strict=True):
+            if len(part) != entry.item.num_tokens:
+                raise InvalidRequest(
+                    f"the item announces {entry.item.num_tokens} rows, its pixels make {len(part)}",
+                    param="image",
+                )
+        counters = self._counters
+        counters.items += len(media)
+        counters.rows += sum(len(part) for part in rows)
+        counters.patches += sum(self._encoder.cost(entry.item) for entry in media)
+        counters.batches += 1
+        counters.seconds += time.perf_counter() - began
+        return rows
+
+    def _settle(self, key: str, future: Future[EmbeddedMedia]) -> None:
+        with self._changed:
+            del self._jobs[key]
+            if not future.cancelled() and future.exception() is None:
+                self._cache.put(key, future.result())
+
+
+class _RowCache:
+    """Least recently used rows within a byte budget. Not thread-safe."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._entries: OrderedDict[str, EmbeddedMedia] = OrderedDict()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str) -> EmbeddedMedia | None:
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
+
+    def put(self, key: str, entry: EmbeddedMedia) -> None:
+        if key in self._entries or entry.rows.nbytes > self._budget:
+            return
+        self._entries[key] = entry
+        self.bytes += entry.rows.nbytes
+        while self.bytes > self._budget:
+            _, oldest = self._entries.popitem(last=False)
+            self.bytes -= oldest.rows.nbytes
+
+
+def _embedded(content_hash: str, rows: torch.Tensor) -> EmbeddedMedia:
+    """Rows of a batch as an array of their own."""
+    host = rows.to("cpu", copy=True)
+    dtype = str(host.dtype).removeprefix("torch.")
+    array = host.view(torch.uint16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
+    array.flags.writeable = False
+    return EmbeddedMedia(content_hash, array, dtype)

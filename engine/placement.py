@@ -1,0 +1,29 @@
+"""Where a model runs, and in which dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.families.base import ModelConfig
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """The device of ``config``.
+
+    Raises:
+        ConfigError: a GPU is asked for where there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError("device is cuda, but PyTorch sees no GPU here", param="device")
+    return torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+
+
+def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
+    """The dtype of weights and cache: ``auto`` is the checkpoint's on a GPU, float32 on a CPU."""
+    name = config.dtype
+    if name == "auto":
+        name = model.dtype if resolve_device(config).type == "cuda" else "float32"
+    return getattr(torch, name)
