@@ -123,7 +123,7 @@ class EncoderEngine:
         return rows
 
     async def encode_async(self, media: PreparedMedia, *, salt: str = "") -> EmbeddedMedia:
-        """Rows of one item, from the cache, from an encoding of the same item under way, or from the next batch.
+        """Rows of one item: from the cache, from the same item's encoding under way, or from the next batch.
 
         Args:
             salt: keeps apart the caches of tenants.

@@ -23,7 +23,7 @@ def resolve_device(config: EngineConfig) -> torch.device:
 
 def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
     """The dtype of weights and cache: ``auto`` is the checkpoint's on a GPU, float32 on a CPU."""
-    name = config.dtype
+    name: str = config.dtype
     if name == "auto":
         name = model.dtype if resolve_device(config).type == "cuda" else "float32"
     return getattr(torch, name)

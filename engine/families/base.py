@@ -124,7 +124,11 @@ class MediaEncoder(Protocol):
         """Patches that the tower attends over for ``item``: the unit in which launches are budgeted."""
 
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
-        """Rows ``(num_tokens, embedding_width)`` of each item, in the model's dtype, on the device."""
+        """Rows ``(num_tokens, embedding_width)`` of each item, in the model's dtype, on the device.
+
+        Raises:
+            InvalidRequest: an item's pixels don't have the shape that its grid announces.
+        """
 
 
 class Family(Protocol):

@@ -130,13 +130,13 @@ def _rope(config: Json, head_dim: int) -> RopeConfig:
     kind = {"mrope": "default", "su": "longrope"}.get(kind, kind)
     if kind not in ("default", "linear", "llama3", "longrope"):
         raise CheckpointError(f"config.json: rope type {kind!r} is not supported", param="rope_scaling")
-    partial = stated.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    partial = stated.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     section = stated.get("mrope_section")
     original = stated.get("original_max_position_embeddings") or config.get(
         "original_max_position_embeddings"
     )
     rope = RopeConfig(
-        theta=float(stated.get("rope_theta", config["rope_theta"])),
+        theta=float(stated.get("rope_theta") or config["rope_theta"]),
         type=cast(Any, kind),
         factor=float(stated.get("factor") or 1.0),
         low_freq_factor=float(stated.get("low_freq_factor", 1.0)),

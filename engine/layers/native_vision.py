@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine.errors import InvalidRequest
 from engine.inputs.image_ops import normalisation_table
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.build import BuildContext
@@ -46,6 +47,8 @@ class NativeVisionEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
+        for entry in media:
+            self._check(entry)
         patches = torch.cat([self.patchify(self._upload(entry.pixels)) for entry in media])
         grids = [entry.item.grid for entry in media]
         rows = self.merger(self.tower(patches, self._segments(grids)))
@@ -67,6 +70,23 @@ class NativeVisionEncoder(nn.Module):
         channel = torch.arange(3, device=self.device, dtype=torch.int32)[:, None] * 256
         values = self.bytes.view(-1)[(flat.int() + channel).long()]
         return values.flatten(1).to(self.dtype)
+
+    def _check(self, entry: PreparedMedia) -> None:
+        t, h, w = entry.item.grid
+        side, merge = self.config.patch_size, self.config.merge_size
+        frames = () if entry.item.kind == "image" else (t * self.config.temporal_patch_size,)
+        fits = (
+            entry.pixels.shape == (*frames, h * side, w * side, 3)
+            and entry.pixels.dtype == np.uint8
+            and h % merge == w % merge == 0
+            and entry.item.num_tokens == t * h * w // merge**2
+        )
+        if not fits:
+            raise InvalidRequest(
+                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
+                f"do not fit grid {entry.item.grid}",
+                param="image",
+            )
 
     def _upload(self, pixels: np.ndarray) -> torch.Tensor:
         # Pinned memory lets the copy run beside the GPU's work; the array itself may be read-only and shared.

@@ -277,3 +277,9 @@ def reference_inputs(path: Path, prompt: str, images: Sequence[Image.Image] = ()
 def reference_model(path: Path) -> Any:
     """Transformers' Qwen2-VL in float32."""
     return transformers.Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def rewrite_json(file: Path, change: dict[str, Any]) -> None:
+    """Update the top-level fields of a JSON file; None removes one."""
+    content = {**json.loads(file.read_text()), **change}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))

@@ -1,0 +1,296 @@
+"""Qwen2-VL against Transformers, from the picture to the logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.families.qwen2_vl import FAMILY
+from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
+from engine.layers.native_vision import NativeVisionEncoder
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_language_model, load_vision_encoder
+from tests.engine.decoding import prefill_logits
+from tests.engine.tiny import make_qwen2_vl, picture, reference_inputs, reference_model, rewrite_json
+
+CPU = torch.device("cpu")
+PROMPT = (
+    "<|im_start|>user\nfirst <|vision_start|><|image_pad|><|vision_end|> then "
+    "<|vision_start|><|image_pad|><|vision_end|>what differs?<|im_end|>\n<|im_start|>assistant\n"
+)
+SIZES = [
+    (60, 44),
+    (1, 1),
+    (1, 13),
+    (8, 8),
+    (7, 1000),
+    (199, 1),
+    (4000, 30),
+    (30, 4000),
+    (333, 334),
+    (64, 64),
+    (20, 20),
+    (12, 12),
+    (1001, 777),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
+
+
+def parse(path):
+    checkpoint = Checkpoint.open(str(path))
+    return checkpoint, FAMILY.parse(checkpoint)
+
+
+def processor(path, **options):
+    checkpoint, config = parse(path)
+    return FAMILY.media_processor(checkpoint, config, options)
+
+
+def encoder(path) -> NativeVisionEncoder:
+    checkpoint, config = parse(path)
+    return load_vision_encoder(checkpoint, config, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("hub_names", [False, True])
+@pytest.mark.parametrize(("tied", "gqa_ratio"), [(False, 1), (True, 2), (False, 4)])
+def test_whole_model_equals_transformers(tmp_path, tied, gqa_ratio, hub_names):
+    path = make_qwen2_vl(tmp_path, tied=tied, gqa_ratio=gqa_ratio, hub_names=hub_names)
+    checkpoint, config = parse(path)
+    assert config.eos_token_ids == (2, 0)
+    pictures = [picture(60, 44), picture(33, 90, 1)]
+    reference, inputs = reference_model(path), reference_inputs(path, PROMPT, pictures)
+    with torch.inference_mode():
+        expected = reference(**inputs).logits[0]
+        features = reference.model.get_image_features(
+            inputs["pixel_values"], inputs["image_grid_thw"]
+        ).pooler_output
+
+    media = [processor(path).prepare(image) for image in pictures]
+    rows = encoder(path).encode(media)
+    for ours, theirs in zip(rows, features, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+    decoder = load_language_model(checkpoint, config, device=CPU, dtype=torch.float32)
+    ids = inputs["input_ids"][0]
+    places = (ids == config.image_token_id).nonzero()[:, 0]
+    spans = _spans(media, places.tolist())
+    positions, _ = FAMILY.positions(config, len(ids), spans)
+    with torch.inference_mode():
+        embeds = decoder.embed(ids).index_copy(0, places, torch.cat(rows))
+    for cut in (None, [30]):
+        logits = prefill_logits(decoder, [embeds], [torch.from_numpy(positions)], split=cut)[0]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def _spans(media: list[PreparedMedia], places: list[int]) -> list[MediaSpan]:
+    spans = []
+    for entry in media:
+        spans.append(MediaSpan(entry.item, places[0], entry.item.num_tokens))
+        places = places[entry.item.num_tokens :]
+    return spans
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pictures_are_prepared_as_transformers_does(path, size):
+    image = picture(*size)
+    theirs = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)(image, return_tensors="pt")
+    ours = processor(path)
+    media = ours.prepare(image)
+    assert media.item.grid == tuple(theirs["image_grid_thw"][0].tolist())
+    assert media.item.num_tokens == ours.check(size) == len(theirs["pixel_values"]) // 4
+    assert media.pixels.dtype == np.uint8
+    torch.testing.assert_close(
+        encoder(path).patchify(torch.from_numpy(media.pixels.copy())), theirs["pixel_values"], atol=0, rtol=0
+    )
+
+
+@pytest.mark.parametrize("bounds", [(3136, 12845056), (3136, 1003520), (100000, 200000)])
+def test_token_counts_of_the_public_sizes(path, bounds):
+    """At patch 14, over many sizes, without making a picture of each."""
+    theirs = transformers.Qwen2VLImageProcessorPil(min_pixels=bounds[0], max_pixels=bounds[1])
+    ours = FAMILY.media_processor(*parse(path), {})
+    ours = type(ours)(14, 2, 2, 6, 7, *bounds)
+    generator = np.random.default_rng(0)
+    sizes = [(*generator.integers(1, 6000, 2).tolist(),) for _ in range(300)]
+    sizes += [(14 * n, 14 * n + 7) for n in range(1, 40)] + [(42, 70), (1, 200), (8400, 42)]
+    for width, height in sizes:
+        if max(width, height) > 200 * min(width, height):
+            continue
+        assert ours.check((width, height)) * 4 == theirs.get_number_of_image_patches(height, width)
+
+
+def test_elongated_pictures_are_refused(path):
+    ours = processor(path)
+    assert ours.check((200, 1)) > 0
+    for size in ((201, 1), (3, 601)):
+        with pytest.raises(InvalidRequest, match="elongated"):
+            ours.check(size)
+        with pytest.raises(InvalidRequest, match="elongated"):
+            ours.prepare(Image.new("RGB", size))
+
+
+def test_hash_tells_pictures_apart(path):
+    ours = processor(path)
+    image = picture(60, 44)
+    changed = image.copy()
+    changed.putpixel((3, 3), (1, 2, 3))
+    flat = Image.new("RGB", (16, 64))
+    hashes = [
+        ours.prepare(image).item.hash,
+        ours.prepare(changed).item.hash,
+        ours.prepare(flat).item.hash,
+        ours.prepare(flat.transpose(Image.Transpose.ROTATE_90)).item.hash,
+        ours.prepare_video([flat, flat]).item.hash,
+        processor(path, max_pixels=1024).prepare(image).item.hash,
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes[0] == ours.prepare(image.copy()).item.hash
+
+
+def test_options_bound_the_picture(path):
+    small = processor(path, max_pixels=512)
+    assert small.check((600, 600)) == 4
+    # The checkpoint's lower bound gives way to an upper one below it.
+    assert processor(path, max_pixels=64).check((600, 600)) == 1
+    assert processor(path, min_pixels=4096, max_pixels=8192).check((8, 8)) == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"min_pixels": 0}, "min_pixels"),
+        ({"max_pixels": 10**9}, "max_pixels"),
+        ({"max_pixels": True}, "max_pixels"),
+        ({"max_pixels": "9"}, "max_pixels"),
+        ({"num_crops": 4}, "num_crops"),
+        ({"min_pixels": 900, "max_pixels": 800}, "min_pixels"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_by_name(path, options, name):
+    with pytest.raises(ConfigError, match=name) as error:
+        processor(path, **options)
+    assert error.value.param == f"mm_processor_kwargs.{name}"
+
+
+def test_positions_equal_transformers(path):
+    """Pictures and videos of several frames, next to each other, at the ends, and none at all."""
+    _, config = parse(path)
+    reference = reference_model(path).model
+    grids = {"image": [(1, 4, 6), (1, 10, 2), (1, 2, 2)], "video": [(3, 4, 2), (2, 2, 8)]}
+    order = ["video", "text", "image", "text", "image", "text", "video", "text", "image"]
+    for start in range(len(order)):
+        _compare_positions(config, reference, order[start:], grids)
+    _compare_positions(config, reference, ["text"], grids)
+
+
+def _compare_positions(config, reference, order, grids):
+    ids, types, spans = [], [], []
+    left = {kind: iter(shapes) for kind, shapes in grids.items()}
+    used = {"image": [], "video": []}
+    for number, kind in enumerate(order):
+        if kind == "text":
+            ids += [9] * (3 + number)
+            types += [0] * (3 + number)
+            continue
+        grid = next(left[kind])
+        used[kind].append(grid)
+        count = grid[0] * grid[1] * grid[2] // 4
+        token = config.image_token_id if kind == "image" else config.video_token_id
+        item = MediaItem(kind, "", count, grid, (1, 1), (PlaceholderRun(token, count, True),))
+        spans.append(MediaSpan(item, len(ids), count))
+        ids += [token] * count
+        types += [1 if kind == "image" else 2] * count
+    expected, delta = reference.get_rope_index(
+        torch.tensor([ids]),
+        torch.tensor([types]),
+        *(torch.tensor(used[kind]) if used[kind] else None for kind in ("image", "video")),
+    )
+    positions, offset = FAMILY.positions(config, len(ids), spans)
+    np.testing.assert_array_equal(positions, expected[:, 0].numpy())
+    assert positions.dtype == np.int64
+    assert offset == delta.item()
+
+
+def test_videos_equal_transformers(path):
+    """A video is its frames two by two; the last stands in for a missing one."""
+    ours, reference = processor(path), reference_model(path).model
+    frames = [picture(40, 32, seed) for seed in range(5)]
+    media = ours.prepare_video(frames)
+    assert media.item.grid == (3, 8, 10)
+    image_processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
+    singles = [image_processor(frame, return_tensors="pt")["pixel_values"] for frame in [*frames, frames[-1]]]
+    # Each frame alone was doubled in time: of two frames, take one half from each.
+    halves = [single.view(-1, 3, 2, 16)[:, :, 0] for single in singles]
+    patches = torch.cat([torch.stack(halves[i : i + 2], dim=2).flatten(1) for i in (0, 2, 4)])
+    with torch.inference_mode():
+        expected = reference.get_video_features(patches, torch.tensor([[3, 8, 10]])).pooler_output[0]
+    torch.testing.assert_close(encoder(path).encode([media])[0], expected, atol=1e-4, rtol=0)
+    with pytest.raises(InvalidRequest):
+        ours.prepare_video([])
+    with pytest.raises(InvalidRequest):
+        ours.prepare_video([picture(8, 8), picture(8, 9)])
+
+
+def test_batched_pictures_do_not_see_each_other(path):
+    vision, ours = encoder(path), processor(path)
+    media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
+    media.append(ours.prepare_video([picture(40, 32, seed) for seed in range(3)]))
+    for together, entry in zip(vision.encode(media), media, strict=True):
+        torch.testing.assert_close(together, vision.encode([entry])[0], atol=1e-5, rtol=0)
+
+
+def test_pixels_that_do_not_fit_their_grid_are_refused(path):
+    media = processor(path).prepare(picture(60, 44))
+    with pytest.raises(InvalidRequest, match="grid"):
+        encoder(path).encode([PreparedMedia(media.item, media.pixels[:-8])])
+    with pytest.raises(InvalidRequest, match="grid"):
+        encoder(path).encode([PreparedMedia(media.item, media.pixels.astype(np.float32))])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "mrope_section"),
+        ({"rope_scaling": None}, "mrope_section"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_attention_heads": -4}, "num_attention_heads"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"vision_config": {"hidden_size": 65}}, "hidden_size"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_refused_by_field(tmp_path, change, field):
+    path = make_qwen2_vl(tmp_path, hub_names=True)
+    rewrite_json(path / "config.json", change)
+    with pytest.raises(CheckpointError, match=field):
+        parse(path)
+
+
+def test_public_configuration_is_filled_up(tmp_path):
+    """The public 2B file states next to nothing of its tower."""
+    path = make_qwen2_vl(tmp_path, hub_names=True)
+    public = {"hidden_size": 64, "in_chans": 3, "spatial_patch_size": 14}
+    rewrite_json(path / "config.json", {"vision_config": public, "image_token_id": 5})
+    rewrite_json(path / "preprocessor_config.json", {"patch_size": 14})
+    _, config = parse(path)
+    tower = config.vision.tower
+    assert (tower.num_layers, tower.hidden_size, tower.num_heads, tower.head_dim) == (32, 1280, 16, 80)
+    assert (tower.intermediate_size, tower.patch_dim, config.vision.patch_size) == (5120, 1176, 14)
+    assert config.image_token_id == 5 and config.decoder.windows == ()
+
+
+def test_rows_of_a_read_only_array(path):
+    """Arrays from shared memory can't be written to."""
+    media = processor(path).prepare(picture(60, 44))
+    media.pixels.flags.writeable = False
+    assert len(encoder(path).encode([media])[0]) == media.item.num_tokens
