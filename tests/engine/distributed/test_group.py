@@ -1,0 +1,73 @@
+"""Two ranks over gloo compute what one does."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from engine.distributed.group import SingleProcessGroup, TorchGroup
+from engine.errors import ConfigError
+from engine.families.registry import resolve
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_language_model
+from tests.engine.decoding import prefill_logits
+from tests.engine.tiny import make_text
+
+CPU = torch.device("cpu")
+KINDS = {
+    "gqa": ("qwen3", {}),
+    "one KV head": ("qwen2", {"num_key_value_heads": 1}),
+    "fused, tied": ("phi3", {"tie_word_embeddings": True}),
+    "biases": ("llama3", {}),
+    "odd vocabulary": ("llama", {"vocab_size": 321}),
+}
+
+
+def logits(path: Path, group) -> torch.Tensor:
+    checkpoint = Checkpoint.open(str(path))
+    config = resolve(checkpoint).parse(checkpoint)
+    decoder = load_language_model(checkpoint, config, device=CPU, dtype=torch.float32, tp=group)
+    ids = torch.randint(3, 320, (19,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        embeds = decoder.embed(ids)
+    return prefill_logits(decoder, [embeds], [torch.arange(19)])[0]
+
+
+def _rank(rank: int, size: int, address: str, paths: list[Path], out: Path) -> None:
+    torch.set_num_threads(1)
+    group = TorchGroup.join(rank=rank, size=size, address=address, device=CPU, timeout_s=60)
+    message = torch.full((3,), float(rank))
+    assert group.broadcast(message.clone(), source=1).eq(1).all()
+    assert group.all_gather(message[None], dim=0).tolist() == [[float(r)] * 3 for r in range(size)]
+    assert group.all_reduce(message.clone()).eq(sum(range(size))).all()
+    torch.save([logits(path, group) for path in paths], out / f"rank{rank}.pt")
+    group.close()
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_two_ranks_equal_one(tmp_path):
+    paths = [make_text(tmp_path / name, kind, **options) for name, (kind, options) in KINDS.items()]
+    multiprocessing.spawn(_rank, (2, free_address(), paths, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for path, first, second in zip(paths, *ranks, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, logits(path, SingleProcessGroup()), atol=1e-4, rtol=0)
+
+
+class Imagined(SingleProcessGroup):
+    size = 3
+
+
+def test_a_size_that_does_not_divide_the_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tensor_parallel_size 3 does not divide") as error:
+        logits(make_text(tmp_path, "llama"), Imagined())
+    assert error.value.param == "tensor_parallel_size"

@@ -1,0 +1,245 @@
+"""What a checkpoint must have, and how it fails when it hasn't."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.errors import CheckpointError
+from engine.families.registry import resolve
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_language_model, load_vision_encoder
+from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors, split_shards
+
+CPU = torch.device("cpu")
+
+
+def load(path, part="language", **options):
+    checkpoint = Checkpoint.open(str(path))
+    config = resolve(checkpoint).parse(checkpoint)
+    function = load_language_model if part == "language" else load_vision_encoder
+    return function(checkpoint, config, device=CPU, dtype=torch.float32, **options)
+
+
+def parameters(path, part="language", **options):
+    return dict(load(path, part, **options).named_parameters())
+
+
+@pytest.fixture
+def path(tmp_path):
+    return make_qwen2_vl(tmp_path / "model")
+
+
+def without(name):
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def renamed(change):
+    return lambda tensors: {change(key): value for key, value in tensors.items()}
+
+
+def test_missing_tensors_are_named(path):
+    rewrite_tensors(path, without("model.layers.1.self_attn.k_proj.bias"))
+    with pytest.raises(CheckpointError, match=r"lacks.*layers\.1\.self_attn\.k_proj\.bias"):
+        load(path)
+    load(path, "vision")
+    rewrite_tensors(path, without("visual.blocks.1.norm2.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks.*blocks\.1\.norm2\.weight"):
+        load(path, "vision")
+
+
+def test_missing_tensors_are_seen_before_data_is_read(path, monkeypatch):
+    rewrite_tensors(path, without("model.norm.weight"))
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read data"))
+    with pytest.raises(CheckpointError, match=r"norm\.weight"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.self_attn.q_proj.weight", "model.layers.0.self_attn.q_norm.weight"]
+)
+def test_left_over_tensors_are_named(path, name):
+    rewrite_tensors(path, lambda tensors: {**tensors, name: torch.zeros(64)})
+    with pytest.raises(CheckpointError, match=name):
+        load(path)
+
+
+def test_tensors_of_no_known_part_are_named(path):
+    rewrite_tensors(path, lambda tensors: {**tensors, "audio.blocks.0.weight": torch.zeros(4)})
+    for part in ("language", "vision"):
+        with pytest.raises(CheckpointError, match=r"audio\.blocks\.0\.weight"):
+            load(path, part)
+
+
+def test_known_surplus_is_let_pass(tmp_path):
+    path = make_qwen2_vl(tmp_path, tied=True)
+    before = parameters(path)
+    surplus = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
+        "lm_head.weight": torch.zeros(320, 64),
+        "visual.rotary_pos_emb.inv_freq": torch.zeros(4),
+    }
+    rewrite_tensors(path, lambda tensors: {**tensors, **surplus})
+    after = parameters(path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    path = make_qwen2_vl(tmp_path, tied=True)
+    rewrite_json(path / "config.json", {"tie_word_embeddings": False, "text_config": None} | _flat(path))
+    with pytest.raises(CheckpointError, match="lm_head"):
+        load(path)
+
+
+def _flat(path):
+    text = dict(Checkpoint.open(str(path)).config["text_config"])
+    return {**text, "tie_word_embeddings": False, "model_type": "qwen2_vl"}
+
+
+def test_misshaped_tensors_are_named_with_both_shapes(path):
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite_tensors(path, lambda tensors: {**tensors, name: tensors[name].T.contiguous()})
+    with pytest.raises(CheckpointError, match=rf"{name}.*\[128, 64\].*\[64, 128\]"):
+        load(path)
+
+
+def test_a_transposed_patch_kernel_is_not_taken_for_a_reshape(path):
+    name = "visual.patch_embed.proj.weight"
+    rewrite_tensors(path, lambda tensors: {**tensors, name: tensors[name].flatten(1).T.contiguous()})
+    with pytest.raises(CheckpointError, match=name):
+        load(path, "vision")
+
+
+def test_truncated_and_missing_shards_are_named(path):
+    split_shards(path)
+    shard = path / "model-00002-of-00003.safetensors"
+    data = shard.read_bytes()
+    for length in (len(data) - 1, 100, 4, 0):
+        shard.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is truncated"):
+            load(path)
+    shard.write_bytes(b"\xff" * 400)
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        load(path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is missing"):
+        load(path)
+
+
+def test_shards_and_their_index_must_agree(path):
+    split_shards(path)
+    shard = path / "model-00001-of-00003.safetensors"
+    tensors = load_file(shard)
+    name, value = next(iter(tensors.items()))
+    save_file({key: item for key, item in tensors.items() if key != name}, shard)
+    with pytest.raises(CheckpointError, match=f"index.*{name}"):
+        load(path)
+    save_file(tensors, shard)
+    other = path / "model-00002-of-00003.safetensors"
+    save_file({**load_file(other), name: value}, other)
+    with pytest.raises(CheckpointError, match=f"{name} is both"):
+        load(path)
+
+
+def test_shards_load_as_one_file_does(path):
+    before = {**parameters(path), **parameters(path, "vision")}
+    split_shards(path)
+    after = {**parameters(path), **parameters(path, "vision")}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def as_in_memory(name):
+    if name.startswith("visual."):
+        return "model." + name
+    return name.replace("model.", "model.language_model.", 1)
+
+
+def with_language_prefix(name):
+    return name if name.startswith("visual.") else "language_model." + name
+
+
+@pytest.mark.parametrize("change", [as_in_memory, with_language_prefix])
+def test_names_of_every_generation_load_alike(path, change):
+    before = {**parameters(path), **parameters(path, "vision")}
+    rewrite_tensors(path, renamed(change))
+    after = {**parameters(path), **parameters(path, "vision")}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_two_names_for_one_weight_are_refused(path):
+    rewrite_tensors(
+        path,
+        lambda tensors: {**tensors, "model.language_model.norm.weight": tensors["model.norm.weight"].clone()},
+    )
+    with pytest.raises(CheckpointError, match="same weight"):
+        load(path)
+
+
+def test_fused_and_apart_are_the_same(tmp_path):
+    """Phi3's checkpoints hold q, k, v and gate, up concatenated."""
+    path = make_text(tmp_path, "phi3")
+    before = parameters(path)
+
+    def take_apart(tensors):
+        out = {}
+        for name, tensor in tensors.items():
+            if "qkv_proj" in name:
+                parts = zip("qkv", tensor.split([64, 32, 32]), strict=True)
+                out.update({name.replace("qkv_proj", f"{part}_proj"): rows.clone() for part, rows in parts})
+            elif "gate_up" in name:
+                parts = zip(("gate", "up"), tensor.chunk(2), strict=True)
+                out.update({name.replace("gate_up", part): rows.clone() for part, rows in parts})
+            else:
+                out[name] = tensor
+        return out
+
+    rewrite_tensors(path, take_apart)
+    after = parameters(path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_bfloat16_checkpoints_load_in_any_dtype(tmp_path):
+    path = make_qwen2_vl(tmp_path, dtype=torch.bfloat16)
+    checkpoint = Checkpoint.open(str(path))
+    assert resolve(checkpoint).parse(checkpoint).dtype == "bfloat16"
+    stored = load_file(path / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(parameters(path)["norm.weight"], stored.float())
+
+
+def test_quantised_tensors_are_refused(path):
+    rewrite_tensors(path, lambda tensors: {**tensors, "model.norm.weight": torch.zeros(64, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*I8"):
+        load(path)
+
+
+def test_pickles_are_never_loaded(path):
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="pickled"):
+        load(path)
+
+
+def test_dummy_weights(path):
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+    one, same = (parameters(path, load_format="dummy", seed=5) for _ in range(2))
+    other = parameters(path, load_format="dummy", seed=6)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
+    assert all(value.isfinite().all() for value in one.values())
+    assert one["norm.weight"].eq(1).all() and 0.01 < one["lm_head.weight"].std() < 0.03
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/nowhere/x"])
+def test_a_folder_that_is_not_there(model):
+    with pytest.raises(CheckpointError, match="no folder"):
+        Checkpoint.open(model)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint.open(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        _ = Checkpoint.open(str(tmp_path)).config
