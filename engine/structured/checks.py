@@ -1,0 +1,75 @@
+"""What a structured spec may look like at all: sizes and shapes, before anything is compiled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from engine.errors import InvalidRequest
+from engine.sampling_params import MAX_STRUCTURED_TEXT, StructuredSpec, structured_param
+
+MAX_SCHEMA_DEPTH = 64
+MAX_SCHEMA_NODES = 20_000
+MAX_REGEX_LENGTH = 16 * 1024
+MAX_CHOICES = 4096
+
+
+def check_spec(spec: StructuredSpec) -> None:
+    """Raises :class:`InvalidRequest` if the spec is malformed or larger than a spec may be."""
+    if len(spec.text) > MAX_STRUCTURED_TEXT:
+        raise _refused(spec, f"it has {len(spec.text)} characters, the limit is {MAX_STRUCTURED_TEXT}")
+    if spec.kind == "json_schema":
+        schema = _parse(spec)
+        if not isinstance(schema, dict):
+            raise _refused(spec, "a JSON schema must be an object")
+        _check_tree(spec, schema)
+    elif spec.kind == "choice":
+        choices = _parse(spec)
+        if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+            raise _refused(spec, "choices must be a JSON list of at least one non-empty string")
+        if len(choices) > MAX_CHOICES:
+            raise _refused(spec, f"it has {len(choices)} choices, the limit is {MAX_CHOICES}")
+        if any("\ud800" <= c <= "\udfff" for choice in choices for c in choice):
+            raise _refused(spec, "a choice has a lone surrogate, which is no character")
+    elif spec.kind == "regex" and len(spec.text) > MAX_REGEX_LENGTH:
+        raise _refused(spec, f"it has {len(spec.text)} characters, the limit is {MAX_REGEX_LENGTH}")
+    if spec.kind in ("regex", "grammar") and not spec.text:
+        raise _refused(spec, "it is empty")
+
+
+def refusal(spec: StructuredSpec, reason: str) -> str:
+    """One short sentence for the caller, whatever the length of the compiler's message."""
+    name = {"json_object": "JSON schema", "json_schema": "JSON schema"}.get(spec.kind, spec.kind)
+    reason = " ".join(reason.replace("<non-verbose/>", "").split())
+    return f"The {name} is refused: {reason if len(reason) <= 300 else reason[:297] + '...'}"
+
+
+def _refused(spec: StructuredSpec, reason: str) -> InvalidRequest:
+    return InvalidRequest(refusal(spec, reason + "."), param=structured_param(spec))
+
+
+def _parse(spec: StructuredSpec) -> Any:
+    try:
+        return json.loads(spec.text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is no JSON: {error}"
+        raise _refused(spec, reason) from None
+
+
+def _check_tree(spec: StructuredSpec, schema: dict[str, Any]) -> None:
+    level: list[Any] = [schema]
+    nodes = depth = 0
+    while level:
+        depth += 1
+        nodes += len(level)
+        if depth > MAX_SCHEMA_DEPTH:
+            raise _refused(spec, f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+        if nodes > MAX_SCHEMA_NODES:
+            raise _refused(spec, f"it has more than {MAX_SCHEMA_NODES} values")
+        children: list[Any] = []
+        for node in level:
+            if isinstance(node, dict):
+                children.extend(node.values())
+            elif isinstance(node, list):
+                children.extend(node)
+        level = children
