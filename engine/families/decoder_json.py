@@ -7,10 +7,12 @@ from typing import Any, Literal, cast
 
 from engine.errors import CheckpointError
 from engine.layers.decoder_config import DecoderConfig, RopeConfig
+from engine.layers.vision_config import VISION_ACTIVATIONS
 from engine.weights.checkpoint import Checkpoint
 
 Json = Mapping[str, Any]
 
+_GATED_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # What Transformers assumes where a config.json is silent; LLaVA's, for one, says almost nothing.
@@ -75,7 +77,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         rms_norm_eps=float(config["rms_norm_eps"]),
         rope=_rope(config, config.get("head_dim") or hidden // heads),
         max_position=integer(config, "max_position_embeddings"),
-        activation=config["hidden_act"],
+        activation=_gated_activation(config["hidden_act"]),
         tie_word_embeddings=bool(config["tie_word_embeddings"]),
         qkv_bias=qwen_bias or attention_bias,
         o_bias=attention_bias and not qwen_bias,
@@ -93,6 +95,17 @@ def integer(config: Json, field: str) -> int:
             f"config.json: {field} should be a positive integer, not {value!r}", param=field
         )
     return value
+
+
+def vision_activation(name: str) -> str:
+    """``name`` if towers can be run with that activation."""
+    if name not in VISION_ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: hidden_act {name!r} of the tower is not supported; "
+            f"{', '.join(VISION_ACTIVATIONS)} are",
+            param="hidden_act",
+        )
+    return name
 
 
 def checkpoint_dtype(*configs: Json) -> str:
@@ -122,6 +135,15 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
             "config.json: quantization_config is not supported; use a checkpoint of the full weights",
             param="quantization_config",
         )
+
+
+def _gated_activation(name: str) -> str:
+    if name not in _GATED_ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: hidden_act {name!r} is not supported; {', '.join(_GATED_ACTIVATIONS)} are",
+            param="hidden_act",
+        )
+    return _GATED_ACTIVATIONS[name]
 
 
 def _rope(config: Json, head_dim: int) -> RopeConfig:

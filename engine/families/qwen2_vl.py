@@ -17,6 +17,7 @@ from engine.families.decoder_json import (
     integer,
     parse_decoder,
     refuse_quantised,
+    vision_activation,
 )
 from engine.families.mrope import grid_positions
 from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, content_hash, resize
@@ -135,7 +136,7 @@ def _vision(raw: Mapping[str, Any], processor: Mapping[str, Any], hidden: int) -
         num_layers=integer(filled, "depth"),
         num_heads=integer(filled, "num_heads"),
         patch_dim=3 * temporal * patch * patch,
-        activation=filled["hidden_act"],
+        activation=vision_activation(filled["hidden_act"]),
         rope_theta=10000.0,
     )
     return NativeVisionConfig(

@@ -22,11 +22,12 @@ class MLPConnector(nn.Module):
         build: BuildContext,
         *,
         activation: str = "gelu",
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.act = ACTIVATIONS[activation]
-        self.fc1 = Linear(in_features, hidden, build)
-        self.fc2 = Linear(hidden, out_features, build)
+        self.fc1 = Linear(in_features, hidden, build, bias=bias)
+        self.fc2 = Linear(hidden, out_features, build, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.act(self.fc1(x)))

@@ -43,7 +43,7 @@ class DecoderConfig:
 
     Attributes:
         num_heads, num_kv_heads, head_dim: of the whole model, before tensor parallelism.
-        activation: of the gated MLP, by its Hugging Face name.
+        activation: of the gated MLP, ``silu`` or ``gelu_tanh``.
         max_position: longest context the checkpoint was made for, in tokens.
         qkv_bias, o_bias, mlp_bias: which projections have biases.
         qk_norm: RMSNorm over each head of q and k, before rotation.

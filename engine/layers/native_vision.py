@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from engine.errors import InvalidRequest
-from engine.inputs.image_ops import normalisation_table
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.build import BuildContext
 from engine.layers.connector import PatchMerger
 from engine.layers.native_vision_config import NativeVisionConfig
+from engine.layers.pixels import Pixels
 from engine.layers.vision import VisionSegments, VisionTransformer, make_norm
 
 
@@ -28,7 +28,8 @@ class NativeVisionEncoder(nn.Module):
     def __init__(self, config: NativeVisionConfig, build: BuildContext) -> None:
         super().__init__()
         self.config = config
-        self.dtype, self.device = build.dtype, build.device
+        self.device = build.device
+        self.pixels = Pixels(config.mean, config.std, config.scale, build)
         self.tower = VisionTransformer(config.tower, build)
         self.merger = PatchMerger(
             make_norm(config.tower, config.tower.hidden_size, build),
@@ -37,9 +38,6 @@ class NativeVisionEncoder(nn.Module):
             config.out_features,
             build,
         )
-        table = torch.from_numpy(normalisation_table(config.mean, config.std, config.scale))
-        self.bytes: torch.Tensor
-        self.register_buffer("bytes", table.to(build.device), persistent=False)
         self._rope = lru_cache(maxsize=64)(self._rope_of_grid)
 
     def cost(self, item: MediaItem) -> int:
@@ -49,7 +47,7 @@ class NativeVisionEncoder(nn.Module):
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         for entry in media:
             self._check(entry)
-        patches = torch.cat([self.patchify(self._upload(entry.pixels)) for entry in media])
+        patches = torch.cat([self.patchify(self.pixels.upload(entry.pixels)) for entry in media])
         grids = [entry.item.grid for entry in media]
         rows = self.merger(self.tower(patches, self._segments(grids)))
         return list(rows.split([entry.item.num_tokens for entry in media]))
@@ -67,9 +65,7 @@ class NativeVisionEncoder(nn.Module):
         frames = frames.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
         # t, T, H, m, p, W, m, p, C  →  t, H, W, m, m, C, T, p, p
         flat = frames.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3, temporal * patch * patch)
-        channel = torch.arange(3, device=self.device, dtype=torch.int32)[:, None] * 256
-        values = self.bytes.view(-1)[(flat.int() + channel).long()]
-        return values.flatten(1).to(self.dtype)
+        return self.pixels(flat)
 
     def _check(self, entry: PreparedMedia) -> None:
         t, h, w = entry.item.grid
@@ -87,12 +83,6 @@ class NativeVisionEncoder(nn.Module):
                 f"do not fit grid {entry.item.grid}",
                 param="image",
             )
-
-    def _upload(self, pixels: np.ndarray) -> torch.Tensor:
-        # Pinned memory lets the copy run beside the GPU's work; the array itself may be read-only and shared.
-        staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        staged.numpy()[...] = pixels
-        return staged.to(self.device, non_blocking=True)
 
     def _segments(self, grids: Sequence[tuple[int, ...]]) -> VisionSegments:
         """Each frame of patches attends within itself."""

@@ -66,7 +66,7 @@ class Rotary(nn.Module):
         self, rope: RopeConfig, head_dim: int, max_position: int, length: int, build: BuildContext
     ) -> None:
         super().__init__()
-        self.section = list(rope.mrope_section) if rope.mrope_section is not None else None
+        self.section = rope.mrope_section
         self.interleaved = rope.mrope_interleaved
         frequencies = inverse_frequencies(rope, rope.rotary_dim or head_dim, length=length)
         angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies

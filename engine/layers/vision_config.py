@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+VISION_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
+
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
@@ -14,7 +16,7 @@ class VisionConfig:
         num_layers: blocks that are run; where features are taken before the tower's end, there are no more.
         patch_dim: numbers per flattened patch, channels before pixels.
         patch_bias: whether the patch projection has a bias.
-        activation: of the MLP, by its Hugging Face name.
+        activation: of the MLP, by its Hugging Face name; one of ``VISION_ACTIVATIONS``.
         gated_mlp: ``down(act(gate) * up)`` instead of ``fc2(act(fc1))``.
         norm: LayerNorm or RMSNorm.
         class_token: whether a learned token precedes the patches.

@@ -283,3 +283,84 @@ def rewrite_json(file: Path, change: dict[str, Any]) -> None:
     """Update the top-level fields of a JSON file; None removes one."""
     content = {**json.loads(file.read_text()), **change}
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}"
+    "{% endif %}{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def make_llava(
+    path: Path, *, hub_names: bool = False, seed: int = 0, strategy: str = "default", text: str = "llama"
+) -> Path:
+    """A LLaVA-1.5 checkpoint: a CLIP of 3 layers of which 2 are used, crops of 30 pixels with 16 patches.
+
+    Args:
+        hub_names: write tensors under the names of the public checkpoints.
+    """
+    specials = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+    tok = tokenizer(
+        specials,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    tok.chat_template = LLAVA_TEMPLATE
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            # Not a multiple of the patch: the tower drops the rest.
+            image_size=30,
+            patch_size=7,
+            projection_dim=32,
+        ),
+        text_config={
+            "model_type": text,
+            "vocab_size": len(tok),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 4,
+        },
+        image_token_index=3,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=16,
+    )
+    model = spread(transformers.LlavaForConditionalGeneration(config), seed=seed)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(path)
+    image_processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}
+    )
+    processor = transformers.LlavaProcessor(
+        image_processor,
+        tok,
+        patch_size=7,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    processor.save_pretrained(path)
+    if hub_names:
+        rewrite_tensors(path, lambda tensors: {_llava_hub_name(key): value for key, value in tensors.items()})
+    return path
+
+
+def _llava_hub_name(name: str) -> str:
+    prefix = "vision_tower."
+    return name.replace(prefix, prefix + "vision_model.", 1) if name.startswith(prefix) else name

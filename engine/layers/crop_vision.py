@@ -1,0 +1,79 @@
+"""The encoder of towers of fixed resolution, as CLIP: square crops in, one row per patch out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.errors import InvalidRequest
+from engine.inputs.prompt import MediaItem, PreparedMedia
+from engine.layers.build import BuildContext
+from engine.layers.connector import MLPConnector
+from engine.layers.crop_vision_config import CropVisionConfig
+from engine.layers.pixels import Pixels
+from engine.layers.vision import VisionSegments, VisionTransformer
+
+
+class CropVisionEncoder(nn.Module):
+    """uint8 crops ``(crops, size, size, 3)`` to ``(crops * rows_per_crop, out_features)``, crop by crop; an
+    item's grid is ``(crops,)``."""
+
+    def __init__(self, config: CropVisionConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.device = build.device
+        self.pixels = Pixels(config.mean, config.std, config.scale, build)
+        self.tower = VisionTransformer(config.tower, build)
+        self.connector = MLPConnector(
+            config.tower.hidden_size,
+            config.out_features,
+            config.out_features,
+            build,
+            activation=config.connector_activation,
+            bias=config.connector_bias,
+        )
+
+    def cost(self, item: MediaItem) -> int:
+        return item.grid[0] * self.config.patches_per_crop
+
+    @torch.inference_mode()
+    def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
+        for entry in media:
+            self._check(entry)
+        patches = torch.cat([self.patchify(self.pixels.upload(entry.pixels)) for entry in media])
+        features = self.features(patches, sum(entry.item.grid[0] for entry in media))
+        rows = self.connector(features.flatten(0, 1))
+        return list(rows.split([entry.item.num_tokens for entry in media]))
+
+    def patchify(self, crops: torch.Tensor) -> torch.Tensor:
+        """Normalised flat patches ``(crops * patches, 3 * patch²)``, row by row, in the model's dtype."""
+        patch = self.config.patch_size
+        # Pixels beyond the last whole patch are not looked at, as in a convolution with that stride.
+        whole = self.config.image_size // patch * patch
+        grid = crops[:, :whole, :whole].unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
+        return self.pixels(grid.permute(0, 1, 3, 5, 2, 4).reshape(-1, 3, patch * patch))
+
+    def features(self, patches: torch.Tensor, crops: int) -> torch.Tensor:
+        """The tower's features ``(crops, rows_per_crop, hidden_size)``."""
+        has_class = self.config.tower.class_token
+        length = self.config.patches_per_crop + has_class
+        starts = torch.arange(0, (crops + 1) * length, length, dtype=torch.int32, device=self.device)
+        features = self.tower(patches, VisionSegments(starts, length)).unflatten(0, (crops, length))
+        return features[:, 1:] if has_class and not self.config.keep_class_token else features
+
+    def _check(self, entry: PreparedMedia) -> None:
+        size, (crops,) = self.config.image_size, entry.item.grid
+        fits = (
+            entry.pixels.shape == (crops, size, size, 3)
+            and entry.pixels.dtype == np.uint8
+            and entry.item.num_tokens == crops * self.config.rows_per_crop
+        )
+        if not fits:
+            raise InvalidRequest(
+                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
+                f"do not fit grid {entry.item.grid}",
+                param="image",
+            )

@@ -1,0 +1,36 @@
+"""Bytes of pictures on their way to a tower: to the device, and normalised there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.inputs.image_ops import normalisation_table
+from engine.layers.build import BuildContext
+
+
+class Pixels(nn.Module):
+    """Uploads and normalises uint8 pictures by table, which gives the very numbers of the CPU processors."""
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], scale: float, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.dtype, self.device = build.dtype, build.device
+        table = torch.from_numpy(normalisation_table(mean, std, scale)).to(build.dtype)
+        self.table: torch.Tensor
+        self.register_buffer("table", table.to(build.device), persistent=False)
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """``array`` on the device; it may be read-only and shared, and is copied before this returns."""
+        # Pinned memory lets the copy to a GPU run beside its work.
+        staged = torch.empty(array.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        staged.numpy()[...] = array
+        return staged.to(self.device, non_blocking=True)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """uint8 ``(N, channels, n)`` to normalised ``(N, channels * n)`` in the model's dtype."""
+        channels = self.table.shape[0]
+        offset = torch.arange(channels, device=self.device, dtype=torch.int32)[:, None] * 256
+        return self.table.view(-1)[(patches.int() + offset).long()].flatten(1)

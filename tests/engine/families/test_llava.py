@@ -1,0 +1,146 @@
+"""LLaVA-1.5 against Transformers, from the picture to the logits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.families.llava import FAMILY
+from engine.inputs.prompt import PreparedMedia
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_language_model, load_vision_encoder
+from tests.engine.decoding import prefill_logits
+from tests.engine.tiny import make_llava, picture, rewrite_json
+
+CPU = torch.device("cpu")
+SIZES = [(60, 44), (44, 60), (1, 1), (30, 30), (31, 30), (29, 97), (4000, 30), (30, 4000), (641, 480)]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_llava(tmp_path_factory.mktemp("llava"))
+
+
+def parse(path):
+    checkpoint = Checkpoint.open(str(path))
+    return checkpoint, FAMILY.parse(checkpoint)
+
+
+def processor(path, **options):
+    checkpoint, config = parse(path)
+    return FAMILY.media_processor(checkpoint, config, options)
+
+
+def encoder(path):
+    checkpoint, config = parse(path)
+    return load_vision_encoder(checkpoint, config, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("hub_names", [False, True])
+@pytest.mark.parametrize(("strategy", "text"), [("default", "llama"), ("full", "mistral")])
+def test_whole_model_equals_transformers(tmp_path, hub_names, strategy, text):
+    path = make_llava(tmp_path, hub_names=hub_names, strategy=strategy, text=text)
+    checkpoint, config = parse(path)
+    pictures = [picture(60, 44), picture(33, 90, 1)]
+    prompt = "<s>USER: <image>\nand <image>\ndescribe this image ASSISTANT:"
+    inputs = transformers.LlavaProcessor.from_pretrained(path)(
+        text=prompt, images=pictures, return_tensors="pt"
+    )
+    reference = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = reference(**inputs).logits[0]
+    rows = encoder(path).encode([processor(path).prepare(image) for image in pictures])
+    decoder = load_language_model(checkpoint, config, device=CPU, dtype=torch.float32)
+    ids = inputs["input_ids"][0]
+    places = (ids == config.image_token_id).nonzero()[:, 0]
+    with torch.inference_mode():
+        embeds = decoder.embed(ids).index_copy(0, places, torch.cat(rows))
+    logits = prefill_logits(decoder, [embeds], [torch.arange(len(ids))], split=[11])[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pictures_are_prepared_as_transformers_does(path, size):
+    image = picture(*size)
+    reference = transformers.CLIPImageProcessorPil.from_pretrained(path)
+    theirs = reference(image, return_tensors="pt")["pixel_values"]
+    media = processor(path).prepare(image)
+    assert media.item.num_tokens == processor(path).check(size) == 16
+    patches = encoder(path).patchify(torch.from_numpy(media.pixels.copy()))
+    expected = torch.nn.functional.unfold(theirs, kernel_size=7, stride=7)[0].T
+    torch.testing.assert_close(patches, expected, atol=0, rtol=0)
+
+
+def test_public_configuration_is_filled_up(tmp_path):
+    """The public 7B file leaves nearly all of the language model to its defaults."""
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+        },
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, parsed = parse(tmp_path)
+    decoder = parsed.decoder
+    assert (decoder.hidden_size, decoder.intermediate_size, decoder.num_layers) == (4096, 11008, 32)
+    assert (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim, decoder.max_position) == (
+        32,
+        32,
+        128,
+        4096,
+    )
+    assert parsed.vision.tower.num_layers == 23 and parsed.vision.rows_per_crop == 576
+    assert parsed.dtype == "float16" and parsed.eos_token_ids == (2,)
+
+
+def test_refusals(path, tmp_path):
+    ours = processor(path)
+    with pytest.raises(InvalidRequest, match="elongated"):
+        ours.check((1, 201))
+    with pytest.raises(InvalidRequest, match="videos"):
+        ours.prepare_video([picture(8, 8)])
+    with pytest.raises(ConfigError, match="num_crops"):
+        processor(path, num_crops=3)
+    media = ours.prepare(picture(60, 44))
+    with pytest.raises(InvalidRequest, match="grid"):
+        encoder(path).encode([PreparedMedia(media.item, np.zeros((1, 28, 28, 3), np.uint8))])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer"),
+        ({"vision_feature_layer": -9}, "vision_feature_layer"),
+        ({"vision_config": {"model_type": "pixtral"}}, "pixtral"),
+        ({"text_config": {"model_type": "gemma"}}, "gemma"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_refused_by_field(tmp_path, change, field):
+    path = make_llava(tmp_path)
+    rewrite_json(path / "config.json", change)
+    with pytest.raises(CheckpointError, match=field):
+        parse(path)
