@@ -1,0 +1,61 @@
+"""The gate of a gated MLP: ``activation(gate) * up``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from engine.kernels.dispatch import use_triton
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """Apply ``activation`` to the first half of the last dimension and multiply by the second.
+
+    Args:
+        gate_up: ``(T, 2 * I)`` contiguous, gate first.
+        activation: ``silu`` or ``gelu_tanh``.
+
+    Returns:
+        ``(T, I)``. The activation is rounded to the input's dtype before the product, as in Transformers.
+    """
+    assert activation in ACTIVATIONS, activation
+    run = act_mul_triton if use_triton(gate_up) else act_mul_reference
+    return run(gate_up, activation)
+
+
+def act_mul_reference(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return active * up
+
+
+def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    assert gate_up.is_contiguous()
+    out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
+    if rows:
+        block = min(1024, triton.next_power_of_2(size))
+        grid = (rows, triton.cdiv(size, block))
+        _act_mul_kernel[grid](gate_up, out, size, SILU=activation == "silu", BLOCK=block, num_warps=4)
+    return out
+
+
+@triton.jit
+def _act_mul_kernel(in_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < size
+    gate = tl.load(in_ptr + row * 2 * size + column, mask=mask)
+    up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask)
+    x = gate.to(tl.float32)
+    if SILU:
+        active = x * tl.sigmoid(x)
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        active = x * tl.sigmoid(2.0 * inner)
+    result = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
+    tl.store(out_ptr + row * size + column, result.to(gate.dtype), mask=mask)

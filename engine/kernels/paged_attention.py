@@ -1,0 +1,478 @@
+"""Causal attention over a paged KV cache: prefill, decode and mixtures of them in one launch.
+
+Query tokens of a sequence and the query heads that share a KV head are packed into the rows of one tile, so
+that keys and values are read once for all of them. Keys come in tiles of their own size, gathered through the
+block table. Where one token per sequence leaves most of the GPU idle, the keys of a sequence are split over
+several programs, each of which works out its share from the sequence's length on the device; a second kernel
+merges them. Nothing about lengths is decided on the host, so a captured graph stays valid as they grow.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.dispatch import use_triton
+
+_LOG2E = 1.4426950408889634
+_MAX_SPLITS = 32
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    max_seq_len: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of each sequence's new tokens over all its tokens up to themselves.
+
+    Sequence ``s`` brings queries ``query_start[s] : query_start[s + 1]``, the last of its ``seq_lens[s]``
+    tokens; their keys and values are in the cache already.
+
+    Args:
+        q: ``(T, Hq, D)``, last dimension contiguous. Rows from ``query_start[S]`` on are padding.
+        k_cache, v_cache: ``(N, Hkv, block_size, D)`` contiguous; ``Hq`` is a multiple of ``Hkv``.
+        block_tables: ``(S, max_blocks)`` int32.
+        query_start: ``(S + 1,)`` int32.
+        seq_lens: ``(S,)`` int32.
+        scale: multiplies the scores.
+        max_query_len, max_seq_len: upper bounds, known to the host.
+        window: a query at position p sees keys at positions greater than ``p - window``.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        out: ``(T, Hq, D)`` contiguous, to write to; padding rows are left as they are.
+
+    Returns:
+        ``(T, Hq, D)``.
+    """
+    run = paged_attention_triton if use_triton(q) else paged_attention_reference
+    return run(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start,
+        seq_lens,
+        scale=scale,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        window=window,
+        softcap=softcap,
+        out=out,
+    )
+
+
+def paged_attention_reference(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_start,
+    seq_lens,
+    *,
+    scale,
+    max_query_len,
+    max_seq_len,
+    window=None,
+    softcap=None,
+    out=None,
+):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    group, block_size = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
+    starts = query_start.tolist()
+    for index, length in enumerate(seq_lens.tolist()):
+        first, last = starts[index], starts[index + 1]
+        if first == last:
+            continue
+        blocks = block_tables[index, : -(-length // block_size)].long()
+        k = k_cache[blocks].transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+        v = v_cache[blocks].transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q[first:last].float(), k.float()) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        position = torch.arange(length - (last - first), length, device=q.device)[:, None]
+        key = torch.arange(length, device=q.device)[None]
+        hidden = key > position
+        if window is not None:
+            hidden |= key <= position - window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[first:last] = torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Rows and keys per tile, and how the compiler schedules them."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiling(head_dim: int, group: int, decode: bool, itemsize: int) -> Tiling:
+    """The tile for a problem; the one place where this is decided."""
+    wide = head_dim > 128 or itemsize > 2
+    if decode:
+        return Tiling(max(16, triton.next_power_of_2(group)), 32 if wide else 64, 4, 2 if wide else 3)
+    rows = max(16, triton.next_power_of_2(group))
+    if wide:
+        return Tiling(max(rows, 32), 32, 4, 2)
+    return Tiling(max(rows, 128), 64, 8, 3)
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def num_splits(programs: int, processors: int, max_seq_len: int, keys: int) -> int:
+    """Programs per sequence and KV head in a decode step: enough to fill the GPU twice."""
+    wanted = -(-2 * processors // max(programs, 1))
+    return max(1, min(wanted, _MAX_SPLITS, -(-max_seq_len // keys)))
+
+
+def paged_attention_triton(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    query_start,
+    seq_lens,
+    *,
+    scale,
+    max_query_len,
+    max_seq_len,
+    window=None,
+    softcap=None,
+    out=None,
+):
+    tokens, heads, dim = q.shape
+    kv_heads, block_size, sequences = k_cache.shape[1], k_cache.shape[2], seq_lens.shape[0]
+    assert q.stride(-1) == 1 and block_tables.stride(-1) == 1
+    assert k_cache.is_contiguous() and v_cache.is_contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    assert out.is_contiguous()
+    if tokens == 0 or sequences == 0:
+        return out
+    group, decode = heads // kv_heads, max_query_len == 1
+    tile = tiling(dim, group, decode, q.element_size())
+    splits = 1
+    if decode:
+        splits = num_splits(sequences * kv_heads, _num_processors(q.device), max_seq_len, tile.keys)
+    tokens_per_tile = 1 if decode else tile.rows // group
+    # Each sequence starts a tile of its own, so there can be one more tile per sequence than tokens fill.
+    tiles = sequences if decode else tokens // tokens_per_tile + sequences
+    partial, stats = out, out
+    if splits > 1:
+        partial = torch.empty((sequences, heads, splits, dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((sequences, heads, splits, 2), dtype=torch.float32, device=q.device)
+    dim_pad = triton.next_power_of_2(dim)
+    _attention_kernel[(tiles, kv_heads, splits)](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start,
+        seq_lens,
+        out,
+        partial,
+        stats,
+        sequences,
+        scale * _LOG2E,
+        0.0 if softcap is None else softcap * _LOG2E,
+        0 if window is None else window,
+        q.stride(0),
+        q.stride(1),
+        block_tables.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        DIM=dim,
+        DIM_PAD=dim_pad,
+        BLOCK_SIZE=block_size,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        TOKENS=tokens_per_tile,
+        DECODE=decode,
+        SPLITS=splits,
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        _merge_kernel[(sequences, heads)](
+            partial,
+            stats,
+            query_start,
+            out,
+            HEADS=heads,
+            DIM=dim,
+            DIM_PAD=dim_pad,
+            SPLITS=splits,
+            SPLITS_PAD=triton.next_power_of_2(splits),
+            num_warps=2,
+        )
+    return out
+
+
+@triton.jit
+def _find_sequence(query_start_ptr, tile, sequences, TOKENS: tl.constexpr):
+    """The sequence that a tile belongs to: the last whose first tile, ``start // TOKENS + s``, is not later."""
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // TOKENS + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _attend(
+    acc,
+    top,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    first_key,
+    position,
+    length,
+    scale,
+    cap,
+    window,
+    head_stride,
+    block_stride,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """One tile of keys into the running softmax. Unmasked tiles lie wholly before every row's position."""
+    key = first_key + tl.arange(0, KEYS)
+    column = tl.arange(0, DIM_PAD)
+    inside = key < length
+    block = tl.load(table_ptr + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    place = block * block_stride + (key % BLOCK_SIZE) * DIM
+    if MASKED or DIM != DIM_PAD:
+        k_mask = (column[:, None] < DIM) & inside[None, :]
+        v_mask = inside[:, None] & (column[None, :] < DIM)
+        k = tl.load(k_ptr + place[None, :] + column[:, None], mask=k_mask, other=0.0)
+        v = tl.load(v_ptr + place[:, None] + column[None, :], mask=v_mask, other=0.0)
+    else:
+        k = tl.load(k_ptr + place[None, :] + column[:, None])
+        v = tl.load(v_ptr + place[:, None] + column[None, :])
+    scores = tl.dot(q, k, input_precision="ieee")
+    if SOFTCAP:
+        # tanh(x) = 2 sigmoid(2x) - 1; scores and cap are both in units of log2(e).
+        scores = cap * (2.0 * tl.sigmoid(2.0 * scores * scale / cap) - 1.0)
+    else:
+        scores = scores * scale
+    if MASKED:
+        seen = (key[None, :] <= position[:, None]) & inside[None, :]
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=1))
+    # A row that has seen nothing yet has no maximum to subtract.
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - base[:, None])
+    decay = tl.exp2(top - base)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, higher, total
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    out_ptr,
+    partial_ptr,
+    stats_ptr,
+    sequences,
+    scale,
+    cap,
+    window,
+    q_token,
+    q_head,
+    table_row,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DECODE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    if DECODE:
+        sequence = tile
+        first_token = 0
+    else:
+        sequence = _find_sequence(query_start_ptr, tile, sequences, TOKENS)
+        begin = tl.load(query_start_ptr + sequence)
+        first_token = (tile - begin // TOKENS - sequence) * TOKENS
+    begin = tl.load(query_start_ptr + sequence)
+    count = tl.load(query_start_ptr + sequence + 1) - begin
+    length = tl.load(seq_lens_ptr + sequence)
+    if first_token >= count:
+        return
+
+    row = tl.arange(0, ROWS)
+    token = first_token + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    live = (row < TOKENS * GROUP) & (token < count)
+    column = tl.arange(0, DIM_PAD)
+    q_place = (begin + token).to(tl.int64) * q_token + head * q_head
+    q_mask = live[:, None] & (column[None, :] < DIM)
+    q = tl.load(q_ptr + q_place[:, None] + column[None, :], mask=q_mask, other=0.0)
+    position = length - count + token
+
+    # Keys that any row sees, and those that every row sees in full.
+    last_token = tl.minimum(first_token + TOKENS, count) - 1
+    end = length - count + last_token + 1
+    start = 0
+    if WINDOW:
+        start = tl.maximum(length - count + first_token - window + 1, 0) // KEYS * KEYS
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(end - start, KEYS), SPLITS) * KEYS
+        start = start + split * share
+        end = tl.minimum(start + share, end)
+    whole = tl.minimum((length - count + first_token + 1) // KEYS * KEYS, end // KEYS * KEYS)
+    whole = tl.maximum(whole, start)
+    if WINDOW:
+        whole = start
+
+    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    head_stride = BLOCK_SIZE * DIM
+    block_stride = KV_HEADS * BLOCK_SIZE * DIM
+    k_base = k_ptr + kv_head * head_stride
+    v_base = v_ptr + kv_head * head_stride
+    table = table_ptr + sequence.to(tl.int64) * table_row
+    for first_key in range(start, whole, KEYS):
+        acc, top, total = _attend(
+            acc,
+            top,
+            total,
+            q,
+            k_base,
+            v_base,
+            table,
+            first_key,
+            position,
+            length,
+            scale,
+            cap,
+            window,
+            head_stride,
+            block_stride,
+            DIM,
+            DIM_PAD,
+            BLOCK_SIZE,
+            KEYS,
+            False,
+            WINDOW,
+            SOFTCAP,
+        )
+    for first_key in range(whole, end, KEYS):
+        acc, top, total = _attend(
+            acc,
+            top,
+            total,
+            q,
+            k_base,
+            v_base,
+            table,
+            first_key,
+            position,
+            length,
+            scale,
+            cap,
+            window,
+            head_stride,
+            block_stride,
+            DIM,
+            DIM_PAD,
+            BLOCK_SIZE,
+            KEYS,
+            True,
+            WINDOW,
+            SOFTCAP,
+        )
+
+    out_mask = live[:, None] & (column[None, :] < DIM)
+    if SPLITS > 1:
+        place = ((sequence.to(tl.int64) * KV_HEADS * GROUP + head) * SPLITS + split)[:, None]
+        tl.store(partial_ptr + place * DIM + column[None, :], acc, mask=out_mask)
+        tl.store(stats_ptr + place * 2, top[:, None], mask=live[:, None])
+        tl.store(stats_ptr + place * 2 + 1, total[:, None], mask=live[:, None])
+    else:
+        result = acc / total[:, None]
+        place = ((begin + token).to(tl.int64) * KV_HEADS * GROUP + head)[:, None] * DIM
+        tl.store(out_ptr + place + column[None, :], result.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr,
+    stats_ptr,
+    query_start_ptr,
+    out_ptr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):
+    """Weighs the splits of one sequence and head by their maxima and sums."""
+    sequence = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    begin = tl.load(query_start_ptr + sequence).to(tl.int64)
+    if tl.load(query_start_ptr + sequence + 1) == begin:
+        return
+    split = tl.arange(0, SPLITS_PAD)
+    column = tl.arange(0, DIM_PAD)
+    inside = split < SPLITS
+    place = (sequence * HEADS + head) * SPLITS + split
+    top = tl.load(stats_ptr + place * 2, mask=inside, other=float("-inf"))
+    total = tl.load(stats_ptr + place * 2 + 1, mask=inside, other=0.0)
+    weight = tl.exp2(top - tl.max(top, axis=0))
+    mask = inside[:, None] & (column[None, :] < DIM)
+    acc = tl.load(partial_ptr + place[:, None] * DIM + column[None, :], mask=mask, other=0.0)
+    result = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+    target = out_ptr + (begin * HEADS + head) * DIM + column
+    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=column < DIM)

@@ -1,0 +1,165 @@
+"""Full attention inside each of many segments (pictures, or windows of them) in one launch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from engine.kernels.dispatch import use_triton
+
+_LOG2E = 1.4426950408889634
+
+
+def vision_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax attention of each token over all tokens of its segment.
+
+    Args:
+        q, k, v: ``(T, H, D)``; strided views whose last dimension is contiguous.
+        cu_seqlens: ``(B + 1,)`` int32, where segments begin; ``cu_seqlens[B] == T``.
+        max_len: at least the longest segment, known to the host.
+        scale: multiplies the scores.
+
+    Returns:
+        ``(T, H, D)`` contiguous.
+    """
+    run = vision_attention_triton if use_triton(q) else vision_attention_reference
+    return run(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
+
+
+def vision_attention_reference(q, k, v, cu_seqlens, *, max_len, scale):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    bounds = cu_seqlens.tolist()
+    for first, last in pairwise(bounds):
+        if last > first:
+            parts = (x[first:last].transpose(0, 1)[None] for x in (q, k, v))
+            out[first:last] = F.scaled_dot_product_attention(*parts, scale=scale)[0].transpose(0, 1)
+    return out
+
+
+def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
+    tokens, heads, dim = q.shape
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    segments = cu_seqlens.shape[0] - 1
+    if tokens == 0 or segments == 0:
+        return out
+    # The head is cut into its largest power of two and a rest (80 = 64 + 16), which costs less than padding.
+    main = 1 << (dim.bit_length() - 1)
+    rest = triton.next_power_of_2(dim - main) if dim > main else 0
+    if rest and rest < 16:
+        rest = 16
+    wide = dim > 128 or q.element_size() > 2
+    rows, keys, warps = (32, 32, 4) if wide else (128, 64, 8)
+    if max_len <= 64:
+        rows, warps = min(rows, 64), 4
+    grid = (triton.cdiv(max_len, rows), heads, segments)
+    _vision_kernel[grid](
+        q,
+        k,
+        v,
+        cu_seqlens,
+        out,
+        scale * _LOG2E,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        HEADS=heads,
+        DIM=dim,
+        MAIN=max(main, 16),
+        REST=rest,
+        ROWS=rows,
+        KEYS=keys,
+        num_warps=warps,
+        num_stages=2 if wide else 3,
+    )
+    return out
+
+
+@triton.jit
+def _vision_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bounds_ptr,
+    out_ptr,
+    scale,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    segment = tl.program_id(2)
+    head = tl.program_id(1)
+    begin = tl.load(bounds_ptr + segment)
+    length = tl.load(bounds_ptr + segment + 1) - begin
+    first = tl.program_id(0) * ROWS
+    if first >= length:
+        return
+    row = first + tl.arange(0, ROWS)
+    key = tl.arange(0, KEYS)
+    main = tl.arange(0, MAIN)
+    row_ok = (row < length)[:, None]
+    main_ok = (main < DIM)[None, :]
+    base = begin.to(tl.int64)
+    q_row = q_ptr + (base + row)[:, None] * q_token + head * q_head
+    q = tl.load(q_row + main[None, :], mask=row_ok & main_ok, other=0.0)
+    k_start = k_ptr + base * k_token + head * k_head
+    v_start = v_ptr + base * v_token + head * v_head
+    acc = tl.zeros([ROWS, MAIN], tl.float32)
+    if REST > 0:
+        rest = MAIN + tl.arange(0, REST)
+        rest_ok = (rest < DIM)[None, :]
+        q_rest = tl.load(q_row + rest[None, :], mask=row_ok & rest_ok, other=0.0)
+        acc_rest = tl.zeros([ROWS, REST], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for first_key in range(0, length, KEYS):
+        place = first_key + key
+        inside = place < length
+        k_row = k_start + place[None, :] * k_token
+        k = tl.load(k_row + main[:, None], mask=inside[None, :] & (main < DIM)[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee")
+        if REST > 0:
+            k_rest = tl.load(k_row + rest[:, None], mask=inside[None, :] & (rest < DIM)[:, None], other=0.0)
+            scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
+        scores = tl.where(inside[None, :], scores * scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - higher[:, None])
+        decay = tl.exp2(top - higher)
+        total = total * decay + tl.sum(weights, axis=1)
+        v_row = v_start + place[:, None] * v_token
+        v = tl.load(v_row + main[None, :], mask=inside[:, None] & main_ok, other=0.0)
+        weights = weights.to(v.dtype)
+        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
+        if REST > 0:
+            v_rest = tl.load(v_row + rest[None, :], mask=inside[:, None] & rest_ok, other=0.0)
+            acc_rest = tl.dot(weights, v_rest, acc_rest * decay[:, None], input_precision="ieee")
+        top = higher
+    out_row = out_ptr + ((base + row)[:, None] * HEADS + head) * DIM
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_row + main[None, :], (acc / total[:, None]).to(dtype), mask=row_ok & main_ok)
+    if REST > 0:
+        tl.store(out_row + rest[None, :], (acc_rest / total[:, None]).to(dtype), mask=row_ok & rest_ok)

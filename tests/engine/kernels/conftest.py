@@ -1,0 +1,27 @@
+import os
+
+import pytest
+import torch
+
+# Read by Triton when a kernel is decorated, so it must be set before any kernel file is imported. Outside of
+# these tests nothing changes by it: tensors on a CPU go to the torch references.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU if there is one (then kernels run natively), the CPU and Triton's interpreter otherwise."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
+    if request.param == "bfloat16" and device.type == "cpu":
+        pytest.skip("bfloat16 kernels run on a GPU only: the interpreter computes in float32")
+    return getattr(torch, request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,101 @@
+"""kv_write, rms_norm, rotary and act_mul: Triton against references, references against Transformers."""
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+
+from engine.kernels.act_mul import act_mul_reference, act_mul_triton
+from engine.kernels.kv_write import kv_write_reference, kv_write_triton
+from engine.kernels.rms_norm import rms_norm_reference, rms_norm_triton
+from engine.kernels.rotary import angle_axes, rotary_reference, rotary_triton
+
+from .compare import assert_close
+
+
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 16), (9, 3, 80), (20, 2, 24)])
+def test_kv_write(device, dtype, tokens, heads, dim):
+    fused = torch.randn(tokens, 3 * heads, dim, device=device, dtype=dtype)
+    k, v = fused[:, :heads], fused[:, 2 * heads :]
+    slots = torch.randperm(8 * 4, device=device)[:tokens]
+    slots[::4] = -1
+    found = [torch.full((8, heads, 4, dim), -7.0, device=device, dtype=dtype) for _ in range(2)]
+    wanted = [cache.clone() for cache in found]
+    kv_write_triton(k, v, *found, slots)
+    kv_write_reference(k, v, *wanted, slots)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    written = sum(int(slot) >= 0 for slot in slots)
+    assert (found[0] != -7.0).sum() == written * heads * dim, "exactly the mapped slots are written"
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16), (5, 96), (3, 4, 80)])
+def test_rms_norm(device, dtype, shape, with_residual, offset):
+    wide = torch.randn(*shape[:-1], shape[-1] + 8, device=device, dtype=dtype) * 3
+    x = wide[..., : shape[-1]]
+    weight = torch.randn(shape[-1], device=device, dtype=dtype)
+    residual = torch.randn(shape, device=device, dtype=dtype) if with_residual else None
+    found = rms_norm_triton(x, weight, 1e-6, residual, offset=offset)
+    wanted = rms_norm_reference(x, weight, 1e-6, residual, offset=offset)
+    for one, other in zip(*(r if with_residual else (r,) for r in (found, wanted)), strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_rounds_as_transformers_does(dtype):
+    norm = LlamaRMSNorm(64, eps=1e-5).to(dtype)
+    norm.weight.data.normal_()
+    x = torch.randn(7, 64).to(dtype)
+    assert torch.equal(rms_norm_reference(x, norm.weight.data, 1e-5), norm(x))
+
+
+ROTARY = {
+    "one axis": (None, False),
+    "three pieces": ((2, 3, 3), False),
+    "interleaved": ((4, 2, 2), True),
+}
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize(("dim", "half"), [(16, 8), (24, 8)])
+def test_rotary(device, dtype, kind, dim, half):
+    section, interleaved = ROTARY[kind]
+    positions = torch.randint(0, 50, (3, 6) if section else (6,), device=device)
+    cos, sin = torch.randn(50, half, device=device), torch.randn(50, half, device=device)
+    fused = torch.randn(6, 5, dim, device=device, dtype=dtype)
+    other = fused.clone()
+    for x, run in ((fused, rotary_triton), (other, rotary_reference)):
+        run(x[:, :3], x[:, 3:4], positions, cos, sin, mrope_section=section, mrope_interleaved=interleaved)
+    assert_close(fused, other)
+    assert not torch.equal(fused[:, 3], fused[:, 4]), "the last head is a value: it stays"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_equals_transformers(dtype):
+    tokens = 9
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    config = Qwen2VLTextConfig(hidden_size=64, num_attention_heads=4, rope_parameters=rope)
+    embedding = modeling_qwen2_vl.Qwen2VLRotaryEmbedding(config)
+    positions = torch.randint(0, 30, (3, tokens))
+    q, k = torch.randn(tokens, 4, 16).to(dtype), torch.randn(tokens, 2, 16).to(dtype)
+    cos, sin = embedding(q, positions[:, None])
+    batched = (x.transpose(0, 1)[None] for x in (q, k))
+    wanted = modeling_qwen2_vl.apply_rotary_pos_emb(*batched, cos, sin)
+    angles = torch.arange(30).float()[:, None] * embedding.inv_freq
+    rotary_reference(q, k, positions, angles.cos(), angles.sin(), mrope_section=(2, 3, 3))
+    assert torch.equal(q, wanted[0][0].transpose(0, 1)) and torch.equal(k, wanted[1][0].transpose(0, 1))
+
+
+def test_axes_of_interleaved_angles():
+    # Sections 4, 2, 2: axes h and w take every third angle as far as they reach, t the rest.
+    assert angle_axes((4, 2, 2), True).tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert angle_axes((2, 3, 3), False).tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "size"), [(1, 8), (5, 1100)])
+def test_act_mul(device, dtype, activation, rows, size):
+    gate_up = torch.randn(rows, 2 * size, device=device, dtype=dtype)
+    assert_close(act_mul_triton(gate_up, activation), act_mul_reference(gate_up, activation))

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from engine.kernels.vision_attention import vision_attention_reference, vision_attention_triton
+
+from .compare import assert_close
+
+
+@pytest.mark.parametrize("dim", [16, 24, 72, 80])
+@pytest.mark.parametrize("lengths", [[5], [64, 1, 70], [16, 0, 33, 16]])
+def test_triton_equals_reference(device, dtype, dim, lengths):
+    heads, tokens = 2, sum(lengths)
+    fused = torch.randn(tokens, 3 * heads, dim, device=device, dtype=dtype)
+    q, k, v = fused.split(heads, dim=1)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    options = {"max_len": max(lengths), "scale": dim**-0.5}
+    found = vision_attention_triton(q, k, v, bounds, **options)
+    wanted = vision_attention_reference(q.double(), k.double(), v.double(), bounds, **options)
+    assert_close(found, wanted)
+
+
+def test_segments_do_not_see_each_other(device):
+    q, k, v = torch.randn(3, 20, 1, 16, device=device)
+    bounds = torch.tensor([0, 12, 20], dtype=torch.int32, device=device)
+    before = vision_attention_triton(q, k, v, bounds, max_len=12, scale=0.25)
+    k[12:], v[12:] = 9.0, -9.0
+    after = vision_attention_triton(q, k, v, bounds, max_len=12, scale=0.25)
+    assert torch.equal(before[:12], after[:12]) and not torch.equal(before[12:], after[12:])
