@@ -34,6 +34,7 @@ class Request:
         slot: its row in the runner while it runs.
         num_cached: prompt tokens found in the prefix cache when it was first admitted.
         seed: what its random numbers are drawn from.
+        arrival, admitted_at: ``time.monotonic()`` when it came and when it first got a slot.
     """
 
     id: str
@@ -55,4 +56,5 @@ class Request:
     slot: int | None = None
     num_cached: int | None = None
     num_preemptions: int = 0
+    admitted_at: float | None = None
     finished: bool = False

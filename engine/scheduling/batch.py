@@ -1,4 +1,4 @@
-"""The message from the scheduler to the runner, one per step. Plain data."""
+"""What scheduler and runner tell each other: one batch per step, one result. Plain data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from engine.request import Request
+    from engine.runner.logprobs import LogprobTensors
 
 
 @dataclass(slots=True)
@@ -76,6 +77,23 @@ class ScheduledBatch:
 
 
 @dataclass(slots=True)
+class StepResult:
+    """What the runner gave for a batch, on the host.
+
+    Attributes:
+        tokens: int64 ``(R,)``, one per sampling row.
+        logprobs: of the sampled tokens; None if no row asked.
+        prompt_logprobs: ``(request, position of the first value, values)``.
+        pooled: request and float32 vector.
+    """
+
+    tokens: np.ndarray
+    logprobs: LogprobTensors | None = None
+    prompt_logprobs: list[tuple[Request, int, LogprobTensors]] = field(default_factory=list)
+    pooled: list[tuple[Request, np.ndarray]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class StepEvents:
     """What one step gave, by sampling row.
 
@@ -92,6 +110,6 @@ class StepEvents:
     requests: list[Request | None]
     tokens: np.ndarray
     finished: dict[int, str] = field(default_factory=dict)
-    logprobs: object | None = None
-    prompt_logprobs: list[tuple[Request, int, object]] = field(default_factory=list)
+    logprobs: LogprobTensors | None = None
+    prompt_logprobs: list[tuple[Request, int, LogprobTensors]] = field(default_factory=list)
     pooled: list[tuple[Request, np.ndarray]] = field(default_factory=list)

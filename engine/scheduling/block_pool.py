@@ -55,7 +55,7 @@ class BlockPool:
         self._refs[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Drop one reference of each. Give a sequence's last block first, so that its tail is reused first."""
+        """Drop one reference of each. Give a sequence's last block first: its tail is reused first."""
         for block in blocks:
             self._refs[block] -= 1
             assert self._refs[block] >= 0, f"block {block} released twice"

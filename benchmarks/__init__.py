@@ -1,0 +1,1 @@
+"""Speed of Sightline's parts and of the whole. Each module runs alone: ``python -m benchmarks.offline``."""

@@ -1,0 +1,155 @@
+"""Throughput and latency of the engine in one process, with dummy weights in the shape of public models.
+
+    python -m benchmarks.offline --shape qwen2-vl-2b [--works w1,w2,w3,w4] [--json FILE]
+
+Works:
+    w1  256 requests, each one picture of its own and 64 text tokens, 128 tokens out: requests per second
+    w2  256 text requests of 512 tokens, 128 out: output tokens per second
+    w3  one request alone: PIL picture to first token, and time per further token
+    w4  64 requests at a context of 1024: decode tokens per second
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from PIL import Image
+
+from benchmarks.shapes import SHAPES, write_checkpoint
+from engine import LLM, SamplingParams
+
+
+def unique_picture(size: int, seed: int) -> Image.Image:
+    """A smooth random square picture: no two are alike, and none compresses to nothing."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of wall time, and the result; the device is idle before and after."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+class Works:
+    """The works on one loaded model. ``scale`` divides counts and lengths, for machines without a GPU."""
+
+    def __init__(self, llm: LLM, shape: str, scale: int) -> None:
+        self.llm = llm
+        self.shape = SHAPES[shape]
+        self.scale = scale
+        self._seeds = iter(range(10**9))
+
+    def params(self, tokens: int) -> SamplingParams:
+        return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+
+    def text_ids(self, count: int) -> list[int]:
+        rng = random.Random(next(self._seeds))
+        return [rng.randrange(1000, 100_000) for _ in range(count)]
+
+    def picture_prompts(self, count: int) -> list[dict]:
+        """Pictures are drawn beforehand; turning them into model inputs is part of the work."""
+        text = "describe " * 8
+        prompts = []
+        for _ in range(count):
+            image = unique_picture(self.shape.picture_size, next(self._seeds))
+            prompt = f"{self.shape.picture}{text[: 64 - 8]}{next(self._seeds):08d}"
+            prompts.append({"prompt": prompt, "multi_modal_data": {"image": image}})
+        return prompts
+
+    def generate(self, prompts: list, tokens: int) -> int:
+        outputs = self.llm.generate(prompts, self.params(tokens), use_tqdm=False)
+        count = sum(len(output.outputs[0].token_ids) for output in outputs)
+        assert count == len(prompts) * tokens, f"{count} tokens where {len(prompts) * tokens} were asked for"
+        return count
+
+    def w1(self) -> dict[str, float]:
+        count, tokens = 256 // self.scale, max(2, 128 // self.scale)
+        self.generate(self.picture_prompts(8), 4)
+        prompts = self.picture_prompts(count)
+        seconds, _ = timed(lambda: self.generate(prompts, tokens))
+        return {"w1 req/s": count / seconds}
+
+    def w2(self) -> dict[str, float]:
+        count, tokens = 256 // self.scale, max(2, 128 // self.scale)
+        prompts = [{"prompt_token_ids": self.text_ids(512 // self.scale)} for _ in range(count)]
+        seconds, made = timed(lambda: self.generate(prompts, tokens))
+        return {"w2 out tok/s": made / seconds}
+
+    def w3(self) -> dict[str, float]:
+        first, rest, tokens = [], [], max(4, 128 // self.scale)
+        for repeat in range(7):
+            prompts = self.picture_prompts(2)
+            to_first, _ = timed(lambda p=prompts[:1]: self.generate(p, 1))
+            to_all, _ = timed(lambda p=prompts[1:]: self.generate(p, tokens))
+            if repeat >= 2:
+                first.append(to_first * 1e3)
+                rest.append((to_all - to_first) * 1e3 / (tokens - 1))
+        return {"w3 first ms": statistics.median(first), "w3 ms/tok": statistics.median(rest)}
+
+    def w4(self) -> dict[str, float]:
+        count, context = max(2, 64 // self.scale), 1024 // self.scale
+        short, long = 1, max(4, 256 // self.scale)
+        prompts = [{"prompt_token_ids": self.text_ids(context)} for _ in range(count)]
+        base, _ = timed(lambda: self.generate(prompts, short))
+        # The prefixes are cached now: what is left is decoding, plus a step that is timed by itself.
+        base, _ = timed(lambda: self.generate(prompts, short))
+        total, _ = timed(lambda: self.generate(prompts, long))
+        return {"w4 tok/s": count * (long - short) / (total - base)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", default="tiny", choices=sorted(SHAPES))
+    parser.add_argument("--works", default="w1,w2,w3,w4")
+    parser.add_argument("--scale", type=int, default=None, help="divides counts; 16 on a CPU, 1 on a GPU")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    results: dict[str, Any] = {"shape": options.shape, **versions()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_checkpoint(options.shape, Path(folder))
+        seconds, llm = timed(lambda: load(str(path), gpu))
+        results["load s"] = seconds
+        works = Works(llm, options.shape, options.scale or (1 if gpu else 16))
+        results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]
+        for name in options.works.split(","):
+            results |= getattr(works, name)()
+            print({k: v for k, v in results.items() if k.startswith(name)}, flush=True)
+        llm.check_integrity()
+    for key, value in results.items():
+        print(f"{key:16} {value:10.3f}" if isinstance(value, float) else f"{key:16} {value}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+def load(path: str, gpu: bool) -> LLM:
+    limits = {"max_num_seqs": 256, "max_num_batched_tokens": 8192} if gpu else {"max_num_seqs": 16}
+    return LLM(path, load_format="dummy", max_model_len=4096, **limits)
+
+
+def versions() -> dict[str, str]:
+    """Where the figures come from."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    return {"device": gpu, "torch": torch.__version__, "triton": triton.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Checkpoint folders in the shape of public models, with everything but weights: those are noise made in place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+_QWEN2_VL: dict[str, Any] = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "num_hidden_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+_QWEN_SPECIALS = {
+    "<|endoftext|>": 151643,
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    "<|vision_start|>": 151652,
+    "<|vision_end|>": 151653,
+    "<|vision_pad|>": 151654,
+    "<|image_pad|>": 151655,
+    "<|video_pad|>": 151656,
+}
+_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+_QWEN_PICTURE = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": _CLIP_MEAN,
+    "image_std": _CLIP_STD,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's configuration files, its special tokens, the text that stands for a picture, and the size of
+    the benchmark's pictures in pixels."""
+
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
+    specials: dict[str, int]
+    picture: str
+    picture_size: int
+
+
+SHAPES: dict[str, Shape] = {
+    "qwen2-vl-2b": Shape(
+        {
+            **_QWEN2_VL,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "vision_config": {"hidden_size": 1536, "in_chans": 3, "spatial_patch_size": 14},
+        },
+        _QWEN_PICTURE,
+        _QWEN_SPECIALS,
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        560,
+    ),
+    "qwen2-vl-7b": Shape(
+        {
+            **_QWEN2_VL,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "tie_word_embeddings": False,
+            "vision_config": {"hidden_size": 3584, "in_chans": 3, "spatial_patch_size": 14},
+        },
+        _QWEN_PICTURE,
+        _QWEN_SPECIALS,
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        560,
+    ),
+    # Small enough for a CPU: the same code in seconds.
+    "tiny": Shape(
+        {
+            **_QWEN2_VL,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 152064,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "vision_config": {
+                "hidden_size": 64,
+                "embed_dim": 32,
+                "num_heads": 2,
+                "depth": 2,
+                "in_chans": 3,
+                "spatial_patch_size": 14,
+            },
+        },
+        _QWEN_PICTURE,
+        _QWEN_SPECIALS,
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        112,
+    ),
+}
+
+
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """Write the files of shape ``name`` into ``folder``; load it with ``load_format="dummy"``."""
+    shape = SHAPES[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.json": shape.config,
+        "preprocessor_config.json": shape.preprocessor,
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
+    }
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content))
+    _tokenizer(shape).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _tokenizer(shape: Shape) -> Tokenizer:
+    """One token per byte, made-up tokens up to the full vocabulary, special tokens where they belong."""
+    by_id = {token: text for text, token in shape.specials.items()}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {}
+    for token in range(shape.config["vocab_size"]):
+        fallback = alphabet[token] if token < len(alphabet) else f"t{token}"
+        vocabulary[by_id.get(token, fallback)] = token
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(shape.specials))
+    return tokenizer

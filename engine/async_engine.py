@@ -1,0 +1,274 @@
+"""The engine behind a server: requests from an event loop, steps on a thread of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from engine.config import EngineConfig
+from engine.errors import SightlineError, Unavailable
+from engine.inputs.prompt import EngineInput
+from engine.loading import LoadedEngine, load_engine
+from engine.output_processor import RequestGroup, merge_updates
+from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
+from engine.request_factory import Embedding
+from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import StepEvents
+
+logger = logging.getLogger(__name__)
+
+Result = StreamUpdate | EmbeddingOutput
+
+
+class _Mailbox:
+    """What a reader hasn't taken yet, merged into one update: a slow reader costs no memory."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._event = asyncio.Event()
+        self._waiting: Result | None = None
+        self._error: SightlineError | None = None
+
+    def put(self, result: Result) -> None:
+        if isinstance(self._waiting, StreamUpdate) and isinstance(result, StreamUpdate):
+            result = merge_updates(self._waiting, result)
+        self._waiting = result
+        self._event.set()
+
+    def fail(self, error: SightlineError) -> None:
+        self._error = error
+        self._event.set()
+
+    async def get(self) -> Result:
+        await self._event.wait()
+        self._event.clear()
+        if self._waiting is None:
+            assert self._error is not None
+            raise self._error
+        if self._error is not None:
+            self._event.set()
+        result, self._waiting = self._waiting, None
+        return result
+
+
+class AsyncEngine:
+    """Add, stream, abort.
+
+    Three threads share the work: the caller's event loop, the step thread that keeps the device busy, and the
+    output thread that turns tokens into text. Methods are called from event loops only.
+
+    Args:
+        config: what to load; loading happens here, and takes its time.
+
+    Raises:
+        CheckpointError, ConfigError: see :func:`engine.loading.load_engine`.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._engine: LoadedEngine = load_engine(config)
+        self.config = config
+        self._inbox: deque[tuple[str, RequestGroup]] = deque()
+        self._wake = threading.Condition()
+        self._steps: queue.SimpleQueue[tuple[list[StepEvents], list[tuple[str, RequestGroup]]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._mailboxes: dict[int, _Mailbox] = {}
+        self._stopping = False
+        self._failure: BaseException | None = None
+        # What was loaded stays: the collector needn't walk it again and again.
+        gc.collect()
+        gc.freeze()
+        self._threads = [
+            threading.Thread(target=self._run_steps, name="engine-steps", daemon=True),
+            threading.Thread(target=self._run_outputs, name="engine-outputs", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.requests.max_model_len
+
+    async def generate(
+        self,
+        request_id: str,
+        inputs: EngineInput,
+        params: SamplingParams,
+        *,
+        embeddings: Sequence[Embedding] = (),
+        priority: int = 0,
+    ) -> AsyncIterator[StreamUpdate]:
+        """Stream a request's output; each item holds all that came since the last was taken.
+
+        Closing the iterator, or cancelling the task that reads it, aborts the request and frees what it held.
+
+        Raises:
+            InvalidRequest: before anything was computed.
+            Unavailable: the engine has died.
+        """
+        self.check_health()
+        if params.structured is not None:
+            await self._engine.grammars.compile_async(params.structured)
+        group = self._engine.requests.generation(request_id, inputs, params, embeddings, priority)
+        mailbox = self._submit(group)
+        try:
+            while True:
+                update = await mailbox.get()
+                assert isinstance(update, StreamUpdate)
+                yield update
+                if update.finished:
+                    return
+        finally:
+            self._retract(group)
+
+    async def embed(
+        self,
+        request_id: str,
+        inputs: EngineInput,
+        *,
+        embeddings: Sequence[Embedding] = (),
+        pooling: str = "last",
+    ) -> EmbeddingOutput:
+        """Pool a prompt's hidden states; errors as :meth:`generate`."""
+        self.check_health()
+        group = self._engine.requests.pooling(request_id, inputs, embeddings, pooling)
+        mailbox = self._submit(group)
+        try:
+            result = await mailbox.get()
+            assert isinstance(result, EmbeddingOutput)
+            return result
+        finally:
+            self._retract(group)
+
+    def metrics(self) -> dict:
+        """Counters, gauges and times; plain data."""
+        scheduler = self._engine.core.scheduler
+        pool, stats = scheduler.kv.pool, scheduler.stats
+        return {
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            "preempted": stats.preempted,
+            "kv_blocks_total": pool.capacity,
+            "kv_blocks_used": pool.capacity - pool.num_free,
+            "kv_blocks_cached": pool.num_cached,
+            "encoder_rows_held": scheduler.ledger.num_held,
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "computed_tokens": stats.computed_tokens,
+            "output_tokens": stats.output_tokens,
+            **self._engine.metrics.snapshot(),
+        }
+
+    def check_health(self) -> None:
+        """
+        Raises:
+            Unavailable: a thread of the engine has died, or it was shut down.
+        """
+        if self._failure is not None:
+            raise Unavailable(f"The engine has stopped: {self._failure}")
+        if self._stopping:
+            raise Unavailable("The engine is shutting down.")
+
+    def shutdown(self) -> None:
+        """Stop the threads; requests still running fail with :class:`Unavailable`."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        for thread in self._threads:
+            thread.join()
+        self._fail_all(Unavailable("The engine is shutting down."))
+
+    def check_integrity(self) -> None:
+        """At idle: nothing is held anywhere. Raises AssertionError."""
+        assert not self._mailboxes and not self._inbox, "readers are still there"
+        assert self._engine.outputs.num_groups == 0, "texts are still being made"
+        self._engine.core.check_integrity()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is anywhere in the engine."""
+        return not (
+            self._inbox or self._mailboxes or self._engine.core.has_work or self._engine.outputs.num_groups
+        )
+
+    # On the caller's event loop.
+
+    def _submit(self, group: RequestGroup) -> _Mailbox:
+        mailbox = self._mailboxes[id(group)] = _Mailbox(asyncio.get_running_loop())
+        self._command("add", group)
+        return mailbox
+
+    def _retract(self, group: RequestGroup) -> None:
+        del self._mailboxes[id(group)]
+        if not all(request.finished for request in group.requests):
+            self._command("abort", group)
+
+    def _command(self, verb: str, group: RequestGroup) -> None:
+        with self._wake:
+            self._inbox.append((verb, group))
+            self._wake.notify()
+
+    # On the step thread.
+
+    def _run_steps(self) -> None:
+        core = self._engine.core
+        try:
+            while True:
+                with self._wake:
+                    while not (self._inbox or core.has_work or self._stopping):
+                        self._wake.wait()
+                    if self._stopping:
+                        return
+                    commands = list(self._inbox)
+                    self._inbox.clear()
+                for verb, group in commands:
+                    for request in group.requests:
+                        core.add(request) if verb == "add" else core.abort(request)
+                events = core.step()
+                if events or commands:
+                    self._steps.put((events, commands))
+        except BaseException as error:
+            self._die(error)
+        finally:
+            self._steps.put(None)
+
+    # On the output thread.
+
+    def _run_outputs(self) -> None:
+        outputs = self._engine.outputs
+        try:
+            while (item := self._steps.get()) is not None:
+                events, commands = item
+                for verb, group in commands:
+                    outputs.add(group) if verb == "add" else outputs.remove(group)
+                updates, stopped = outputs.process(events)
+                for group, result in updates:
+                    self._deliver(group, result)
+                with self._wake:
+                    for request in stopped:
+                        self._inbox.append(("abort", RequestGroup(request.id, [request], Usage())))
+                    if stopped:
+                        self._wake.notify()
+        except BaseException as error:
+            self._die(error)
+
+    def _deliver(self, group: RequestGroup, result: Result) -> None:
+        mailbox = self._mailboxes.get(id(group))
+        if mailbox is not None and not mailbox.loop.is_closed():
+            mailbox.loop.call_soon_threadsafe(mailbox.put, result)
+
+    def _die(self, error: BaseException) -> None:
+        logger.exception("the engine's thread died", exc_info=error)
+        self._failure = error
+        self._fail_all(Unavailable(f"The engine has stopped: {error}"))
+
+    def _fail_all(self, error: SightlineError) -> None:
+        for mailbox in list(self._mailboxes.values()):
+            if not mailbox.loop.is_closed():
+                mailbox.loop.call_soon_threadsafe(mailbox.fail, error)

@@ -1,0 +1,131 @@
+"""The engine's loop: schedule, execute, update."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+
+from engine.request import Request
+from engine.scheduling.batch import ScheduledBatch, StepEvents, StepResult
+from engine.scheduling.scheduler import Scheduler
+
+GrammarMask = Callable[[list[int]], np.ndarray]
+
+
+class PendingStep(Protocol):
+    """A step on its way."""
+
+    def result(self) -> StepResult:
+        """Wait for it."""
+
+
+class Runner(Protocol):
+    """What computes steps; see :class:`engine.runner.model_runner.ModelRunner`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> PendingStep: ...
+
+    def check_idle(self) -> None: ...
+
+
+class EngineCore:
+    """Owns a scheduler and a runner; used by one thread.
+
+    Args:
+        scheduler: decides what each step computes.
+        runner: computes it.
+        run_ahead: steps that are enqueued before the oldest one's tokens are read. The device feeds sampled
+            tokens to the next step by itself; a request that ends is noticed that many steps late, and what
+            was computed for it meanwhile is dropped.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, run_ahead: int) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self._run_ahead = run_ahead
+        self._in_flight: deque[tuple[ScheduledBatch, PendingStep]] = deque()
+        self._ready: list[StepEvents] = []
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def abort(self, request: Request) -> None:
+        self.scheduler.abort(request)
+        request.embeddings.clear()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def step(self) -> list[StepEvents]:
+        """Enqueue the next step, and return what finished steps gave."""
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self._note_admissions(batch)
+            pending = self.runner.execute(batch, self._grammar_mask(batch))
+            self._in_flight.append((batch, pending))
+        while len(self._in_flight) > (self._run_ahead if batch is not None else 0):
+            self._collect()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _collect(self) -> None:
+        """Wait for the oldest step in flight and take in its tokens."""
+        batch, pending = self._in_flight.popleft()
+        result = pending.result()
+        events = self.scheduler.update(batch, result.tokens)
+        for row, request in enumerate(events.requests):
+            if request is not None and request.grammar is not None and row not in events.finished:
+                request.grammar.accept([int(result.tokens[row])])
+        events.logprobs = result.logprobs
+        events.prompt_logprobs = result.prompt_logprobs
+        vectors = dict(result.pooled)
+        events.pooled = [(request, vectors[request]) for request in self.scheduler.finish_pooling(batch)]
+        for request in [*(r for r in events.requests if r is not None), *vectors]:
+            if request.finished:
+                request.embeddings.clear()
+        self._ready.append(events)
+
+    def _grammar_mask(self, batch: ScheduledBatch) -> GrammarMask | None:
+        """A callback that masks the constrained rows of ``batch``, or None if there are none.
+
+        The runner calls it when the forward pass is already enqueued: reading the previous tokens and
+        computing the masks happen while the device works.
+        """
+        table = self.scheduler.slots
+        if not any(r is not None and r.grammar is not None for r in self._requests_of(batch)):
+            return None
+
+        def fill(slots: list[int]) -> np.ndarray:
+            while self._in_flight:
+                self._collect()
+            words = -(-self.runner.vocab_size // 32)
+            mask = np.full((len(slots), words), -1, np.int32)
+            for row, slot in enumerate(slots):
+                request = table.requests[slot]
+                if request is not None and request.grammar is not None:
+                    request.grammar.fill_mask(mask[row])
+            return mask
+
+        return fill
+
+    def _requests_of(self, batch: ScheduledBatch) -> Iterable[Request | None]:
+        return (self.scheduler.slots.requests[slot] for slot in batch.sampling_slots.tolist())
+
+    def _note_admissions(self, batch: ScheduledBatch) -> None:
+        now = time.monotonic()
+        for admission in batch.admitted:
+            if admission.request.admitted_at is None:
+                admission.request.admitted_at = now
+
+    def check_integrity(self) -> None:
+        """At idle: nothing is held anywhere. Raises AssertionError."""
+        assert not self._in_flight, "steps are still in flight"
+        self.scheduler.check_integrity()
+        self.runner.check_idle()

@@ -1,0 +1,230 @@
+"""Sampled tokens to text: detokenization, stop strings, and the updates that streams are made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+import numpy as np
+
+from engine.inputs.detokenizer import IncrementalDetokenizer
+from engine.inputs.tokenizer import Tokenizer
+from engine.metrics import EngineMetrics
+from engine.outputs import EmbeddingOutput, FinishReason, OutputDelta, StreamUpdate, TokenLogprob, Usage
+from engine.request import Request
+from engine.runner.logprobs import LogprobTensors
+from engine.scheduling.batch import StepEvents
+
+#: Prompt tokens a detokenizer sees before the first output token: some decoders depend on the left context.
+_PROMPT_TAIL = 8
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One of a request's ``n`` completions on its way."""
+
+    index: int
+    request: Request
+    detokenizer: IncrementalDetokenizer
+    num_tokens: int = 0
+    done: bool = False
+
+
+@dataclass(slots=True)
+class RequestGroup:
+    """What a caller asked for: one prompt, ``n`` sequences.
+
+    Attributes:
+        id: the caller's request id.
+        requests: the engine's requests, by completion index.
+        usage: token counts so far.
+    """
+
+    id: str
+    requests: list[Request]
+    usage: Usage
+    sequences: dict[str, _Sequence] = field(default_factory=dict)
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.done for sequence in self.sequences.values())
+
+
+class OutputProcessor:
+    """Keeps the text side of every running request. Used by one thread.
+
+    Args:
+        tokenizer: the model's.
+        metrics: where times and counts go.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, metrics: EngineMetrics) -> None:
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._groups: dict[str, RequestGroup] = {}
+
+    def add(self, group: RequestGroup) -> None:
+        for index, request in enumerate(group.requests):
+            params = request.params
+            detokenizer = IncrementalDetokenizer(
+                self._tokenizer,
+                prompt_tail=request.token_ids[-_PROMPT_TAIL:],
+                stop=params.stop,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
+            )
+            group.sequences[request.id] = _Sequence(index, request, detokenizer)
+            self._groups[request.id] = group
+
+    def remove(self, group: RequestGroup) -> None:
+        """Forget a group that ended or was aborted."""
+        for request in group.requests:
+            self._groups.pop(request.id, None)
+
+    @property
+    def num_groups(self) -> int:
+        return len({id(group) for group in self._groups.values()})
+
+    def process(
+        self, steps: Iterable[StepEvents]
+    ) -> tuple[list[tuple[RequestGroup, StreamUpdate | EmbeddingOutput]], list[Request]]:
+        """Turn finished steps into updates; also the requests that a stop string ended, to be aborted."""
+        updates: list[tuple[RequestGroup, StreamUpdate | EmbeddingOutput]] = []
+        stopped: list[Request] = []
+        for step in steps:
+            changed: dict[str, tuple[RequestGroup, StreamUpdate]] = {}
+            now = time.monotonic()
+            self._prompt_logprobs(step, changed)
+            for row, request in enumerate(step.requests):
+                group = self._groups.get(request.id) if request is not None else None
+                if request is None or group is None or group.sequences[request.id].done:
+                    continue
+                delta = self._delta(group, request, row, step)
+                if delta.finish_reason is not None and not request.finished:
+                    stopped.append(request)
+                self._update(group, changed).deltas.append(delta)
+                self._time(group, now)
+            for group, update in changed.values():
+                update.finished = group.finished
+                if update.finished:
+                    self._metrics.observe_finish(group.usage)
+                    self.remove(group)
+                updates.append((group, update))
+            updates += self._pooled(step)
+        return updates, stopped
+
+    def _delta(self, group: RequestGroup, request: Request, row: int, step: StepEvents) -> OutputDelta:
+        sequence = group.sequences[request.id]
+        token = int(step.tokens[row])
+        reason: FinishReason | None = step.finished.get(row)  # type: ignore[assignment]
+        stop_reason: int | str | None = None
+        sequence.num_tokens += 1
+        group.usage.completion_tokens += 1
+        group.usage.cached_tokens = max(group.usage.cached_tokens, request.num_cached or 0)
+        ended_by_token = reason == "stop"
+        text = ""
+        if not ended_by_token or request.params.include_stop_str_in_output:
+            text = sequence.detokenizer.append([token])
+        if sequence.detokenizer.stop_reason is not None:
+            reason, stop_reason = "stop", sequence.detokenizer.stop_reason
+        elif reason is not None:
+            text += sequence.detokenizer.finish()
+            if ended_by_token and token in request.params.stop_token_ids:
+                stop_reason = token
+        sequence.done = reason is not None
+        logprobs = None
+        if request.params.logprobs is not None and step.logprobs is not None:
+            logprobs = [self._row_logprobs(step.logprobs, row, token, request.params.logprobs)]
+        return OutputDelta(sequence.index, text, [token], logprobs, reason, stop_reason)
+
+    def _update(
+        self, group: RequestGroup, changed: dict[str, tuple[RequestGroup, StreamUpdate]]
+    ) -> StreamUpdate:
+        if group.id not in changed:
+            changed[group.id] = (group, StreamUpdate(group.id, [], group.usage))
+        return changed[group.id][1]
+
+    def _prompt_logprobs(
+        self, step: StepEvents, changed: dict[str, tuple[RequestGroup, StreamUpdate]]
+    ) -> None:
+        for request, start, values in step.prompt_logprobs:
+            group = self._groups.get(request.id)
+            if group is None or request is not group.requests[0]:
+                continue
+            update = self._update(group, changed)
+            found: list[dict[int, TokenLogprob] | None] = update.prompt_logprobs or []
+            if start == 1:
+                found.append(None)
+            wanted = request.params.prompt_logprobs
+            assert wanted is not None
+            tokens = request.token_ids[start : start + len(values.token_logprobs)]
+            found += [self._row_logprobs(values, row, token, wanted) for row, token in enumerate(tokens)]
+            update.prompt_logprobs = found
+
+    def _pooled(self, step: StepEvents) -> Iterable[tuple[RequestGroup, EmbeddingOutput]]:
+        for request, vector in step.pooled:
+            group = self._groups.get(request.id)
+            if group is None:
+                continue
+            group.usage.cached_tokens = request.num_cached or 0
+            group.sequences[request.id].done = True
+            self.remove(group)
+            yield (
+                group,
+                EmbeddingOutput(group.id, request.token_ids, _floats(vector), group.usage),
+            )
+
+    def _time(self, group: RequestGroup, now: float) -> None:
+        request = group.requests[0]
+        if group.first_token_at is None:
+            group.first_token_at = now
+            self._metrics.observe_first_token(request.arrival, request.admitted_at, now)
+        elif group.last_token_at is not None and group.last_token_at != now:
+            self._metrics.observe_gap(now - group.last_token_at)
+        group.last_token_at = now
+
+    def _row_logprobs(
+        self, values: LogprobTensors, row: int, token: int, count: int
+    ) -> dict[int, TokenLogprob]:
+        """The token itself first, then the ``count`` likeliest."""
+        chosen, rank = float(values.token_logprobs[row]), int(values.ranks[row])
+        found = {token: TokenLogprob(chosen, rank, self._piece(token))}
+        tops = zip(values.top_ids[row].tolist(), values.top_logprobs[row].tolist(), strict=True)
+        for place, (other, value) in enumerate(tops):
+            if place < count:
+                found.setdefault(other, TokenLogprob(value, place + 1, self._piece(other)))
+        return found
+
+    def _piece(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def merge_updates(first: StreamUpdate, second: StreamUpdate) -> StreamUpdate:
+    """Two successive updates of one request as one; the deltas of ``first`` are extended in place."""
+    deltas = {delta.index: delta for delta in first.deltas}
+    for delta in second.deltas:
+        earlier = deltas.setdefault(delta.index, delta)
+        if earlier is delta:
+            continue
+        earlier.text += delta.text
+        earlier.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            earlier.logprobs = [*(earlier.logprobs or ()), *delta.logprobs]
+        earlier.finish_reason = delta.finish_reason
+        earlier.stop_reason = delta.stop_reason
+    prompt = first.prompt_logprobs
+    if second.prompt_logprobs is not None:
+        prompt = [*(prompt or ()), *second.prompt_logprobs]
+    return StreamUpdate(second.request_id, list(deltas.values()), second.usage, prompt, second.finished)
+
+
+def _floats(vector: np.ndarray) -> list[float]:
+    return vector.astype(np.float64).tolist()
+
+
+def new_group(group_id: str, requests: Sequence[Request]) -> RequestGroup:
+    """The group of one caller's request."""
+    return RequestGroup(group_id, list(requests), Usage(prompt_tokens=requests[0].num_prompt))

@@ -1,0 +1,163 @@
+"""Checks what a caller asks for, and makes the engine's requests of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.families.base import ModelConfig
+from engine.inputs.prompt import EmbeddedMedia, EngineInput, MediaSpan
+from engine.output_processor import RequestGroup, new_group
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.scheduling.scheduler import Scheduler
+from engine.structured.grammar import GrammarCompiler
+
+Embedding = EmbeddedMedia | Any  # or a device tensor (num_tokens, width), where the encoder is in-process
+
+#: Keeps the seeds of a request's ``n`` sequences apart.
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+
+
+class RequestFactory:
+    """Everything is checked here once more, whatever a server in front has checked: this is the last gate.
+
+    Args:
+        config: the engine's.
+        model: the model's.
+        scheduler: knows which requests could never run.
+        grammars: compiles structured output.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, scheduler: Scheduler, grammars: GrammarCompiler
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._scheduler = scheduler
+        self._grammars = grammars
+        self._random = random.Random(config.seed)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._scheduler.max_model_len
+
+    def generation(
+        self,
+        request_id: str,
+        inputs: EngineInput,
+        params: SamplingParams,
+        embeddings: Sequence[Embedding] = (),
+        priority: int = 0,
+    ) -> RequestGroup:
+        """A group of ``params.n`` requests.
+
+        Args:
+            embeddings: encoder rows of ``inputs.spans``, in their order (each distinct item once is enough
+                if it carries its hash).
+
+        Raises:
+            InvalidRequest: a parameter, the length or an embedding is unusable.
+        """
+        if self._config.task != "generate":
+            raise InvalidRequest("This model makes embeddings; ask it through the embeddings endpoint.")
+        params.verify(self._model.decoder.vocab_size, self.max_model_len)
+        count = len(inputs.token_ids)
+        max_tokens = params.max_tokens
+        if max_tokens is not None and count + max_tokens > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"The prompt has {count} tokens and max_tokens is {max_tokens}, but this model's "
+                f"context holds {self.max_model_len} in all. Shorten the prompt or lower max_tokens.",
+                param="max_tokens",
+            )
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= frozenset(self._model.eos_token_ids)
+        first = self._request(request_id, inputs, params, embeddings, priority, stop_ids)
+        if max_tokens is not None:
+            first.max_total = count + max_tokens
+        self._scheduler.check(first)
+        grammar = None if params.structured is None else self._grammars.compile(params.structured)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        requests = []
+        for index in range(params.n):
+            request = first if index == 0 else dataclasses.replace(first, block_hashes=[], blocks=[])
+            request.id = f"{request_id}/{index}"
+            request.embeddings = dict(first.embeddings)
+            request.seed = _signed64(seed + index * _SEED_STRIDE)
+            request.grammar = None if grammar is None else grammar.matcher()
+            requests.append(request)
+        return new_group(request_id, requests)
+
+    def pooling(
+        self, request_id: str, inputs: EngineInput, embeddings: Sequence[Embedding] = (), kind: str = "last"
+    ) -> RequestGroup:
+        """A group of one request whose hidden states are pooled.
+
+        Raises:
+            InvalidRequest: the length or an embedding is unusable.
+        """
+        if self._config.task != "embed":
+            raise InvalidRequest("This model generates text; it is not served for embeddings.")
+        request = self._request(request_id, inputs, SamplingParams(), embeddings, 0, frozenset())
+        request.pooling = kind
+        self._scheduler.check(request)
+        return new_group(request_id, [request])
+
+    def _request(
+        self,
+        request_id: str,
+        inputs: EngineInput,
+        params: SamplingParams,
+        embeddings: Sequence[Embedding],
+        priority: int,
+        stop_ids: frozenset[int],
+    ) -> Request:
+        if not inputs.token_ids:
+            raise InvalidRequest("The prompt is empty.", param="prompt")
+        if bad := [i for i in inputs.token_ids if not 0 <= i < self._model.decoder.vocab_size]:
+            raise InvalidRequest(
+                f"Token id {bad[0]} is outside of the vocabulary of {self._model.decoder.vocab_size}.",
+                param="prompt",
+            )
+        return Request(
+            id=request_id,
+            token_ids=list(inputs.token_ids),
+            num_prompt=len(inputs.token_ids),
+            params=params,
+            max_total=self.max_model_len,
+            stop_ids=stop_ids,
+            spans=inputs.spans,
+            embeddings=self._match(inputs.spans, embeddings),
+            priority=priority,
+            arrival=time.monotonic(),
+            cache_salt=inputs.cache_salt,
+        )
+
+    def _match(self, spans: Sequence[MediaSpan], embeddings: Sequence[Embedding]) -> dict[str, Embedding]:
+        """Embeddings by item hash, each checked against its span."""
+        by_hash = {e.hash: e for e in embeddings if isinstance(e, EmbeddedMedia)}
+        if not by_hash and len(embeddings) == len(spans):
+            by_hash = {s.item.hash: e for s, e in zip(spans, embeddings, strict=True)}
+        for index, span in enumerate(spans):
+            media = by_hash.get(span.item.hash)
+            if media is None:
+                raise InvalidRequest(f"There are no embeddings for picture {index + 1} of the prompt.")
+            rows = media.rows if isinstance(media, EmbeddedMedia) else media
+            wanted = (span.item.num_tokens, self._model.embedding_width)
+            if tuple(rows.shape) != wanted:
+                raise InvalidRequest(
+                    f"The embeddings of picture {index + 1} have shape {tuple(rows.shape)}; its placeholders "
+                    f"in the prompt want {wanted}."
+                )
+        return by_hash
+
+
+def _signed64(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value

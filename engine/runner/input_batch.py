@@ -1,0 +1,104 @@
+"""The device's own state of every running request, by slot.
+
+Sampled tokens, lengths and block tables stay on the device, so that a decode step needs nothing from the
+host: it reads them, computes, and advances them. The host only writes what changed: new rows, new blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.inputs.prompt import EmbeddedMedia, MediaSpan
+from engine.scheduling.batch import PrefillChunk, ScheduledBatch
+
+
+class DeviceState:
+    """Rows ``0 .. num_slots - 1``, and row ``num_slots`` for the padding of captured graphs.
+
+    Attributes:
+        block_tables: int32 ``(num_slots + 1, max_blocks)``.
+        last_token: int64 ``(num_slots + 1,)``, sampled last and not computed yet.
+        length: int64 ``(num_slots + 1,)``, computed tokens.
+        delta: int64 ``(num_slots + 1,)``, rotary position minus index of tokens after the prompt.
+    """
+
+    def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+        rows = num_slots + 1
+        self.padding_slot = num_slots
+        self.block_size = block_size
+        self.block_tables = torch.zeros((rows, max_blocks), dtype=torch.int32, device=device)
+        self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.length = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.delta = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def decode_places(
+        self, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of decoding rows ``(D,)``: block tables, computed tokens, KV slots and rotary positions."""
+        tables = self.block_tables.index_select(0, slots)
+        computed = self.length.index_select(0, slots)
+        block = tables.gather(1, (computed // self.block_size)[:, None]).squeeze(1)
+        kv_slots = block.long() * self.block_size + computed % self.block_size
+        return tables, computed, kv_slots, computed + self.delta.index_select(0, slots)
+
+
+@dataclass(slots=True)
+class SlotInfo:
+    """What the host remembers of an admitted request: its prompt's rotary positions ``(3, prompt)`` if they
+    aren't plain indices, the delta beyond, and embedding rows on the device by item hash."""
+
+    positions: np.ndarray | None
+    delta: int
+    rows: dict[str, torch.Tensor]
+
+
+def chunk_positions(info: SlotInfo, start: int, count: int, mrope: bool) -> np.ndarray:
+    """Rotary positions ``(count,)``, or ``(3, count)`` with M-RoPE, of tokens ``start ..``."""
+    plain = np.arange(start, start + count, dtype=np.int64)
+    if not mrope:
+        return plain
+    if info.positions is None:
+        return np.broadcast_to(plain, (3, count))
+    inside = info.positions[:, start : start + count]
+    beyond = plain[inside.shape[1] :] + info.delta
+    return np.concatenate([inside, np.broadcast_to(beyond, (3, len(beyond)))], axis=1)
+
+
+def span_rows(span: MediaSpan, start: int, end: int) -> tuple[int, int, np.ndarray]:
+    """Which embedding rows of ``span`` tokens ``[start, end)`` take: first, last + 1, and their indices
+    relative to ``start``."""
+    first, last = span.rows_before(start), span.rows_before(end)
+    places = np.arange(first, last) if span.embed_index is None else span.embed_index[first:last]
+    return first, last, places + span.offset - start
+
+
+def embedding_tensor(
+    media: EmbeddedMedia | torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Encoder rows ``(num_tokens, width)`` on ``device``."""
+    if isinstance(media, torch.Tensor):
+        return media.to(device=device, dtype=dtype)
+    # Arrays from shared memory are read-only, which torch tensors can't express: copy.
+    rows = torch.from_numpy(np.array(media.rows.view(np.int16) if media.dtype == "bfloat16" else media.rows))
+    if media.dtype == "bfloat16":
+        rows = rows.view(torch.bfloat16)
+    return rows.to(device=device, dtype=dtype)
+
+
+def chunk_kv_slots(chunk: PrefillChunk, block_size: int) -> np.ndarray:
+    """int64 ``(count,)``: where the chunk's keys and values go."""
+    index = np.arange(chunk.start, chunk.start + chunk.count)
+    blocks = np.asarray(chunk.request.blocks, np.int64)
+    return blocks[index // block_size] * block_size + index % block_size
+
+
+def table_updates(batch: ScheduledBatch) -> np.ndarray:
+    """int64 ``(3, n)`` rows of slot, column and block: everything that this step changes in the tables."""
+    parts = [np.array([[u.slot, u.column, u.block] for u in batch.table_updates], np.int64).reshape(-1, 3)]
+    for admission in batch.admitted:
+        blocks = np.asarray(admission.request.blocks, np.int64)
+        parts.append(np.stack([np.full(len(blocks), admission.slot), np.arange(len(blocks)), blocks], axis=1))
+    return np.concatenate(parts).T

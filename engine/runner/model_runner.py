@@ -1,0 +1,361 @@
+"""Turns a scheduled batch into one forward pass and sampled tokens, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.layers.decoder import Decoder
+from engine.layers.metadata import AttentionMetadata
+from engine.request import Request
+from engine.runner.cuda_graphs import DecodeGraphs
+from engine.runner.input_batch import (
+    DeviceState,
+    SlotInfo,
+    chunk_kv_slots,
+    chunk_positions,
+    embedding_tensor,
+    span_rows,
+    table_updates,
+)
+from engine.runner.logprobs import LogprobTensors, prompt_logprobs
+from engine.runner.pooler import Pooler
+from engine.runner.sampler import Sampler, SamplingPlan
+from engine.runner.staging import download, download_logprobs, record_event, upload
+from engine.scheduling.batch import ScheduledBatch, StepResult
+
+#: Rows whose logits are computed at once for log-probabilities of the prompt.
+_LOGPROB_ROWS = 512
+
+#: Ways of sampling that are part of a captured decode step; others sample after its forward pass.
+_CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))
+
+GrammarMask = Callable[[list[int]], np.ndarray]
+Positions = Callable[[Request], tuple[np.ndarray, int] | None]
+
+
+class PendingStep:
+    """A step on its way. :meth:`result` waits for it."""
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        logprobs: LogprobTensors | None,
+        prompt_logprobs: list[tuple[Request, int, LogprobTensors]],
+        pooled: list[tuple[Request, torch.Tensor]],
+    ) -> None:
+        self._tokens = download(tokens)
+        self._logprobs = None if logprobs is None else download_logprobs(logprobs)
+        self._prompt_logprobs = [(r, start, download_logprobs(found)) for r, start, found in prompt_logprobs]
+        self._pooled = [(request, download(vector)) for request, vector in pooled]
+        # One event after all copies: they are on one stream.
+        self._event = record_event(tokens.device)
+
+    def result(self) -> StepResult:
+        if self._event is not None:
+            self._event.synchronize()
+        pooled = [(request, vector.numpy().copy()) for request, vector in self._pooled]
+        return StepResult(self._tokens.numpy().copy(), self._logprobs, self._prompt_logprobs, pooled)
+
+
+class ModelRunner:
+    """Runs one decoder on one device.
+
+    Args:
+        model: the decoder with its weights.
+        kv: per layer the key and value tensors.
+        block_size: tokens per KV block.
+        num_slots: rows of requests.
+        max_model_len: longest sequence.
+        positions: rotary positions of a request's prompt, as the model's family defines them.
+        capture_graphs: replay CUDA graphs for decode steps (GPU only).
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        kv: list[tuple[torch.Tensor, torch.Tensor]],
+        *,
+        block_size: int,
+        num_slots: int,
+        max_model_len: int,
+        positions: Positions,
+        capture_graphs: bool,
+    ) -> None:
+        self.model = model
+        self.device = kv[0][0].device
+        self.dtype = kv[0][0].dtype
+        self._kv = kv
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._positions = positions
+        self.vocab_size = model.config.vocab_size
+        self._mrope = model.config.rope.mrope_section is not None
+        self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
+        self.sampler = Sampler(num_slots, self.vocab_size, self.device)
+        self._pooler = Pooler()
+        self._info: dict[int, SlotInfo] = {}
+        self._slots_seen: np.ndarray | None = None
+        self._slots = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self._graphs = DecodeGraphs(self._decode, num_slots, self._state.padding_slot, self.device)
+        self._use_graphs = capture_graphs and self.device.type == "cuda"
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> PendingStep:
+        """Enqueue a step.
+
+        Args:
+            batch: the step.
+            grammar_mask: called after the forward pass was enqueued, with the slots of the sampling rows;
+                int32 bit masks ``(R, ceil(V / 32))`` of the tokens allowed. Given iff some row has a grammar.
+        """
+        for slot in batch.released:
+            self._release(slot)
+        places = self._apply(batch)
+        plan = self.sampler.plan(batch.sampling_slots.tolist())
+        found: list[tuple[Request, int, LogprobTensors]] = []
+        pooled: list[tuple[Request, torch.Tensor]] = []
+        if batch.prefills:
+            hidden, rows = self._mixed(batch, places)
+            self._pool(batch, hidden, pooled)
+            self._score_prompts(batch, hidden, found)
+            slots, tokens = places["sampling_slots"], None
+            logits = self.model.logits(hidden[rows])
+        else:
+            slots = self._decode_slot_tensor(batch.decode_slots)
+            captured = replace(plan, num_logprobs=-1)
+            step = self._graphs.replay if self._use_graphs else self._decode
+            logits, tokens = step(slots, captured if captured in _CAPTURED_PLANS else None)
+        if tokens is None:
+            mask = None
+            if grammar_mask is not None:
+                mask = torch.from_numpy(grammar_mask(batch.sampling_slots.tolist())).to(self.device)
+            tokens = self.sampler.sample(logits, slots, plan, grammar_mask=mask)
+            self._advance(batch, slots, tokens)
+        return PendingStep(tokens, self.sampler.logprobs(logits, tokens, plan), found, pooled)
+
+    def warm_up(self) -> None:
+        """Capture the decode graphs, so that no request waits for it."""
+        if self._use_graphs:
+            with torch.inference_mode():
+                self._graphs.capture([*_CAPTURED_PLANS, None])
+
+    @torch.inference_mode()
+    def profile(self, num_tokens: int) -> None:
+        """A forward pass over ``num_tokens`` rows that touches no KV block but 0, to measure peak memory."""
+        device, zeros = self.device, torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        meta = AttentionMetadata(
+            block_tables=self._state.block_tables[-1:],
+            query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+            slot_mapping=zeros - 1,
+            max_query_len=num_tokens,
+            max_seq_len=num_tokens,
+        )
+        positions = zeros.expand(3, -1) if self._mrope else zeros
+        hidden = self.model(self.model.embed(zeros), positions, self._kv, meta)
+        rows = hidden[: self._state.padding_slot]
+        self.model.logits(rows).float().softmax(-1)
+
+    # State.
+
+    def _release(self, slot: int) -> None:
+        self._info.pop(slot, None)
+        self._pooler.release(slot)
+        self.sampler.release(slot)
+
+    def _apply(self, batch: ScheduledBatch) -> dict[str, torch.Tensor]:
+        """Write what changed to the device, together with this step's own arrays."""
+        for admission in batch.admitted:
+            self._admit(admission.request, admission.slot, admission.num_computed)
+        self.sampler.flush()
+        arrays: dict[str, np.ndarray] = {}
+        updates = table_updates(batch)
+        if updates.size:
+            arrays["tables"] = updates
+        if batch.admitted:
+            slots = [a.slot for a in batch.admitted]
+            arrays["deltas"] = np.array([slots, [self._info[s].delta for s in slots]], np.int64)
+        if batch.prefills:
+            arrays |= self._mixed_arrays(batch)
+        if not arrays:
+            return {}
+        places = upload(arrays, self.device)
+        if "tables" in places:
+            slot, column, block = places["tables"]
+            self._state.block_tables[slot, column] = block.int()
+        if "deltas" in places:
+            self._state.delta[places["deltas"][0]] = places["deltas"][1]
+        return places
+
+    def _admit(self, request: Request, slot: int, num_computed: int) -> None:
+        found = self._positions(request) if self._mrope else None
+        positions, delta = found if found is not None else (None, 0)
+        rows = {
+            span.item.hash: embedding_tensor(request.embeddings[span.item.hash], self.dtype, self.device)
+            for span in request.spans
+            if span.offset + span.length > num_computed
+        }
+        self._info[slot] = SlotInfo(positions, delta, rows)
+        if request.pooling is None:
+            prompt, output = (
+                request.token_ids[: request.num_prompt],
+                request.token_ids[request.num_prompt :],
+            )
+            self.sampler.admit(
+                slot, request.params, prompt, output, seed=request.seed, stop_ids=request.stop_ids
+            )
+
+    def _decode_slot_tensor(self, slots: np.ndarray) -> torch.Tensor:
+        """The decoding slots on the device, copied only when the set has changed."""
+        if slots is not self._slots_seen:
+            self._slots_seen = slots
+            self._slots = upload({"slots": slots}, self.device)["slots"]
+        return self._slots
+
+    # Decode steps: all on the device.
+
+    def _decode(self, slots: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the last token of each row and sample the next; with ``plan`` None stop at the logits."""
+        state, count = self._state, slots.shape[0]
+        tables, computed, kv_slots, positions = state.decode_places(slots)
+        meta = AttentionMetadata(
+            block_tables=tables,
+            query_start=torch.arange(count + 1, dtype=torch.int32, device=self.device),
+            seq_lens=(computed + 1).int(),
+            slot_mapping=kv_slots,
+            max_query_len=1,
+            max_seq_len=self._max_model_len,
+        )
+        embeds = self.model.embed(state.last_token.index_select(0, slots))
+        hidden = self.model(embeds, positions.expand(3, -1) if self._mrope else positions, self._kv, meta)
+        logits = self.model.logits(hidden)
+        if plan is None:
+            return logits, None
+        tokens = self.sampler.sample(logits, slots, plan, grammar_mask=None)
+        state.last_token.index_copy_(0, slots, tokens)
+        state.length.index_copy_(0, slots, computed + 1)
+        state.length[state.padding_slot :].zero_()
+        return logits, tokens
+
+    # Mixed steps: decodes first, then prompt chunks.
+
+    def _mixed_arrays(self, batch: ScheduledBatch) -> dict[str, np.ndarray]:
+        chunks, decodes = batch.prefills, len(batch.decode_slots)
+        infos = [self._info[chunk.slot] for chunk in chunks]
+        ends = np.array([c.start + c.count for c in chunks], np.int64)
+        last_rows = decodes + np.cumsum([c.count for c in chunks]) - 1
+        samples = np.array([c.completes and c.request.pooling is None for c in chunks], bool)
+        positions = [
+            chunk_positions(i, c.start, c.count, self._mrope) for i, c in zip(infos, chunks, strict=True)
+        ]
+        return {
+            "ids": np.concatenate([c.request.token_ids[c.start : c.start + c.count] for c in chunks]),
+            "positions": np.concatenate(positions, axis=-1),
+            "kv_slots": np.concatenate([chunk_kv_slots(c, self._block_size) for c in chunks]),
+            "query_start": np.concatenate([np.arange(decodes + 1), last_rows + 1]),
+            "slots": np.concatenate([batch.decode_slots, [c.slot for c in chunks]]),
+            "ends": ends,
+            "rows": np.concatenate([np.arange(decodes), last_rows[samples]]),
+            "sampling_slots": batch.sampling_slots,
+            "embed_places": self._embed_places(batch),
+        }
+
+    def _embed_places(self, batch: ScheduledBatch) -> np.ndarray:
+        """Batch rows that embedding rows overwrite, in the order of :meth:`_embed_rows`."""
+        places, row = [np.zeros(0, np.int64)], len(batch.decode_slots)
+        for chunk in batch.prefills:
+            end = chunk.start + chunk.count
+            places += [span_rows(span, chunk.start, end)[2] + row for span in chunk.request.spans]
+            row += chunk.count
+        return np.concatenate(places)
+
+    def _embed_rows(self, batch: ScheduledBatch) -> list[torch.Tensor]:
+        """Embedding rows that this step consumes; those of items that end in it are let go."""
+        rows: list[torch.Tensor] = []
+        for chunk in batch.prefills:
+            info, end = self._info[chunk.slot], chunk.start + chunk.count
+            for span in chunk.request.spans:
+                first, last, _ = span_rows(span, chunk.start, end)
+                if last > first:
+                    rows.append(info.rows[span.item.hash][first:last])
+            pending = {s.item.hash for s in chunk.request.spans if s.offset + s.length > end}
+            info.rows = {key: value for key, value in info.rows.items() if key in pending}
+        return rows
+
+    def _mixed(
+        self, batch: ScheduledBatch, places: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward over decodes and chunks: hidden states ``(T, H)``, and the rows that sample."""
+        state, decodes = self._state, len(batch.decode_slots)
+        slots = places["slots"]
+        tables = state.block_tables.index_select(0, slots)
+        _, computed, kv_slots, positions = state.decode_places(slots[:decodes])
+        if self._mrope:
+            positions = positions.expand(3, -1)
+        longest = max((c.start + c.count for c in batch.prefills), default=0)
+        meta = AttentionMetadata(
+            block_tables=tables,
+            query_start=places["query_start"].int(),
+            seq_lens=torch.cat([computed + 1, places["ends"]]).int(),
+            slot_mapping=torch.cat([kv_slots, places["kv_slots"]]),
+            max_query_len=max(c.count for c in batch.prefills),
+            max_seq_len=self._max_model_len if decodes else longest,
+        )
+        ids = torch.cat([state.last_token.index_select(0, slots[:decodes]), places["ids"]])
+        embeds = self.model.embed(ids)
+        deepstack = None
+        if rows := self._embed_rows(batch):
+            media, width = torch.cat(rows), embeds.shape[1]
+            embeds = embeds.index_copy(0, places["embed_places"], media[:, :width])
+            if media.shape[1] > width:
+                deepstack = embeds.new_zeros((media.shape[1] // width - 1, *embeds.shape))
+                layers = media[:, width:].unflatten(1, (-1, width)).transpose(0, 1)
+                deepstack.index_copy_(1, places["embed_places"], layers)
+        positions = torch.cat([positions, places["positions"]], dim=-1)
+        hidden = self.model(embeds, positions, self._kv, meta, deepstack)
+        state.length.index_copy_(0, slots, torch.cat([computed + 1, places["ends"]]))
+        return hidden, places["rows"]
+
+    def _advance(self, batch: ScheduledBatch, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """After sampling outside of the decode step: remember tokens, and the lengths of pure decodes."""
+        self._state.last_token.index_copy_(0, slots, tokens)
+        if not batch.prefills:
+            computed = self._state.length.index_select(0, slots)
+            self._state.length.index_copy_(0, slots, computed + 1)
+
+    def _pool(self, batch: ScheduledBatch, hidden: torch.Tensor, pooled: list) -> None:
+        row = len(batch.decode_slots)
+        for chunk in batch.prefills:
+            if chunk.request.pooling is not None:
+                vector = self._pooler.add(chunk, hidden[row : row + chunk.count])
+                if vector is not None:
+                    pooled.append((chunk.request, vector))
+            row += chunk.count
+
+    def _score_prompts(
+        self,
+        batch: ScheduledBatch,
+        hidden: torch.Tensor,
+        found: list[tuple[Request, int, LogprobTensors]],
+    ) -> None:
+        """Log-probabilities of prompt tokens, each from the hidden state of the token before it."""
+        row = len(batch.decode_slots)
+        for chunk in batch.prefills:
+            wanted, request = chunk.request.params.prompt_logprobs, chunk.request
+            end = min(chunk.start + chunk.count + 1, request.num_prompt)
+            if wanted is not None and request.num_preemptions == 0:
+                targets = request.token_ids[chunk.start + 1 : end]
+                for first in range(0, len(targets), _LOGPROB_ROWS):
+                    ids = torch.tensor(targets[first : first + _LOGPROB_ROWS], device=self.device)
+                    logits = self.model.logits(hidden[row + first : row + first + len(ids)])
+                    found.append((request, chunk.start + 1 + first, prompt_logprobs(logits, ids, wanted)))
+            row += chunk.count
+
+    def check_idle(self) -> None:
+        """Raise AssertionError unless no request is remembered but those released in the next step."""
+        assert not self._pooler._partial, "hidden states of ended requests are still held"

@@ -1,0 +1,39 @@
+"""Hidden states to one vector per request."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.scheduling.batch import PrefillChunk
+
+
+class Pooler:
+    """Pools hidden states *after* the decoder's final norm, in float32, over however many chunks come.
+
+    ``last`` takes the last token, ``cls`` the first, ``mean`` all of them.
+    """
+
+    def __init__(self) -> None:
+        self._partial: dict[int, torch.Tensor] = {}
+
+    def release(self, slot: int) -> None:
+        """Forget what a preempted or aborted request had gathered."""
+        self._partial.pop(slot, None)
+
+    def add(self, chunk: PrefillChunk, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Take in the chunk's hidden states ``(count, H)``; the float32 vector ``(H,)`` once complete."""
+        kind = chunk.request.pooling
+        if kind == "last":
+            return hidden[-1].float() if chunk.completes else None
+        if kind == "cls":
+            if chunk.start == 0:
+                self._partial[chunk.slot] = hidden[0].float()
+        else:
+            total = hidden.float().sum(dim=0)
+            if chunk.start > 0:
+                total += self._partial[chunk.slot]
+            self._partial[chunk.slot] = total
+        if not chunk.completes:
+            return None
+        vector = self._partial.pop(chunk.slot)
+        return vector if kind == "cls" else vector / (chunk.start + chunk.count)

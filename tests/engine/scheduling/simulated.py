@@ -1,0 +1,188 @@
+"""A device in plain Python: it keeps what was written where, and its next token depends on all it reads back.
+
+Whatever the scheduler gets wrong about blocks, slots, chunks or pictures changes what a sequence reads from
+its cache, and so its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+from engine.core import EngineCore
+from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import ScheduledBatch, StepResult
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.encoder_ledger import EncoderLedger
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.prefix_cache import BlockHasher
+from engine.scheduling.scheduler import Scheduler
+
+VOCAB = 50
+EOS = 7
+IMAGE = 99
+
+
+def next_token(cells: list[tuple]) -> int:
+    """The model: any change in any cell that it attends to changes the token."""
+    digest = blake2b(repr(cells).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+def cells_of(token_ids: list[int], spans: list[MediaSpan]) -> list[tuple]:
+    """What the cache should hold for a sequence: token, position, and the picture row at that place."""
+    cells = [(token, index, None) for index, token in enumerate(token_ids)]
+    for span in spans:
+        for row in range(span.length):
+            index = span.offset + row
+            cells[index] = (token_ids[index], index, (span.item.hash, row))
+    return cells
+
+
+def tokens_alone(prompt: list[int], spans: list[MediaSpan], max_tokens: int, stop: bool = True) -> list[int]:
+    """The oracle: the request's output if nothing else existed."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_tokens:
+        ids.append(next_token(cells_of(ids, spans)))
+        if stop and ids[-1] == EOS:
+            break
+    return ids[len(prompt) :]
+
+
+def picture(key: str, rows: int, offset: int) -> MediaSpan:
+    item = MediaItem("image", key, rows, (1, 1, rows), (8, 8), (PlaceholderRun(IMAGE, rows, True),))
+    return MediaSpan(item, offset, rows)
+
+
+class _Pending:
+    def __init__(self, tokens: np.ndarray) -> None:
+        self._tokens = tokens
+
+    def result(self) -> StepResult:
+        return StepResult(self._tokens)
+
+
+class SimulatedRunner:
+    """Follows the runner's contract: works from its own tables, which only ``ScheduledBatch`` changes."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, num_slots: int, num_blocks: int, block_size: int, budget: int) -> None:
+        self.block_size = block_size
+        self.budget = budget
+        self.cache: dict[int, tuple] = {}
+        self.tables: list[dict[int, int]] = [{} for _ in range(num_slots)]
+        self.length = [0] * num_slots
+        self.last = [0] * num_slots
+        self.num_blocks = num_blocks
+        self.computed = 0
+        self.steps: list[ScheduledBatch] = []
+
+    def execute(self, batch: ScheduledBatch, grammar_mask=None) -> _Pending:
+        assert 0 < batch.num_tokens <= self.budget
+        self.computed += batch.num_tokens
+        self.steps.append(batch)
+        for admission in batch.admitted:
+            self.tables[admission.slot] = dict(enumerate(admission.request.blocks))
+            self.length[admission.slot] = admission.num_computed
+        for update in batch.table_updates:
+            self.tables[update.slot][update.column] = update.block
+        tokens = []
+        written = []
+        for slot in batch.decode_slots.tolist():
+            written.append((slot, self.length[slot], (self.last[slot], self.length[slot], None)))
+        for chunk in batch.prefills:
+            assert chunk.start == self.length[chunk.slot], "a chunk starts where the last one ended"
+            cells = cells_of(chunk.request.token_ids, list(chunk.request.spans))
+            for index in range(chunk.start, chunk.start + chunk.count):
+                written.append((chunk.slot, index, cells[index]))
+        # As on a device: everything is written before anything is read.
+        for slot, index, cell in written:
+            self.cache[self._place(slot, index)] = cell
+            self.length[slot] = index + 1
+        for slot in batch.sampling_slots.tolist():
+            seen = [self.cache.get(self._place(slot, index)) for index in range(self.length[slot])]
+            self.last[slot] = next_token(seen)
+            tokens.append(self.last[slot])
+        return _Pending(np.array(tokens, np.int64))
+
+    def _place(self, slot: int, index: int) -> int:
+        block = self.tables[slot][index // self.block_size]
+        assert 0 < block < self.num_blocks
+        return block * self.block_size + index % self.block_size
+
+    def check_idle(self) -> None:
+        pass
+
+
+class SimulatedEngine:
+    """An :class:`EngineCore` over the simulated device, and the tokens that came out of it."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 16,
+        max_model_len: int = 200,
+        encoder_rows: int = 64,
+        run_ahead: int = 1,
+        prefix_caching: bool = True,
+    ) -> None:
+        hasher = BlockHasher(block_size, "model") if prefix_caching else None
+        self.scheduler = Scheduler(
+            KVManager(BlockPool(num_blocks), hasher, block_size),
+            EncoderLedger(encoder_rows),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=max_model_len,
+        )
+        self.runner = SimulatedRunner(len(self.scheduler.slots.requests), num_blocks, block_size, budget)
+        self.core = EngineCore(self.scheduler, self.runner, run_ahead)
+        self.outputs: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+        self.arrivals = 0
+
+    def add(
+        self, key: str, prompt: list[int], spans: Sequence[MediaSpan] = (), max_tokens: int = 12, **changes
+    ) -> Request:
+        self.arrivals += 1
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        request = Request(
+            id=key,
+            token_ids=list(prompt),
+            num_prompt=len(prompt),
+            params=params,
+            max_total=min(len(prompt) + max_tokens, self.scheduler.max_model_len),
+            stop_ids=frozenset({EOS}),
+            spans=spans,
+            arrival=float(self.arrivals),
+            **changes,
+        )
+        self.scheduler.check(request)
+        self.core.add(request)
+        self.outputs[key] = []
+        return request
+
+    def step(self) -> None:
+        for events in self.core.step():
+            for row, request in enumerate(events.requests):
+                if request is None:
+                    continue
+                self.outputs[request.id].append(int(events.tokens[row]))
+                if row in events.finished:
+                    assert request.id not in self.reasons, "ended twice"
+                    self.reasons[request.id] = events.finished[row]
+
+    def run(self, limit: int = 5000) -> None:
+        for _ in range(limit):
+            if not self.core.has_work:
+                self.core.check_integrity()
+                return
+            self.step()
+        raise AssertionError(f"still running after {limit} steps")

@@ -1,0 +1,240 @@
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.errors import ContextLengthExceeded, InvalidRequest
+
+from .simulated import IMAGE, SimulatedEngine, picture, tokens_alone
+
+
+def prompt_with(rows: int, offset: int, length: int, start: int = 0) -> list[int]:
+    ids = [(start + i) % 40 for i in range(length)]
+    return ids[:offset] + [IMAGE] * rows + ids[offset:]
+
+
+def test_one_request_gives_its_own_tokens():
+    engine = SimulatedEngine()
+    engine.add("a", [1, 2, 3, 4, 5], max_tokens=20)
+    engine.run()
+    assert engine.outputs["a"] == tokens_alone([1, 2, 3, 4, 5], [], 20)
+
+
+def test_end_of_sequence_and_length_are_told_apart():
+    engine = SimulatedEngine()
+    reasons = set()
+    for start in range(30):
+        prompt = [start, 1, 2]
+        engine.add(str(start), prompt, max_tokens=30)
+        reasons.add("stop" if len(tokens_alone(prompt, [], 30)) < 30 else "length")
+    engine.run()
+    assert reasons == {"stop", "length"}, "the example must show both"
+    for start in range(30):
+        alone = tokens_alone([start, 1, 2], [], 30)
+        assert engine.outputs[str(start)] == alone
+        assert engine.reasons[str(start)] == ("length" if alone[-1] != 7 else "stop")
+
+
+def test_pictures_of_equal_size_never_share_blocks():
+    engine = SimulatedEngine()
+    prompt = prompt_with(8, 4, 12)
+    for key in ("cat", "dog"):
+        engine.add(key, prompt, [picture(key, 8, 4)])
+        engine.run()
+    assert engine.scheduler.stats.cached_tokens == 4, "only the text before the picture is shared"
+    for key in ("cat", "dog"):
+        assert engine.outputs[key] == tokens_alone(prompt, [picture(key, 8, 4)], 12)
+    engine.add("again", prompt, [picture("cat", 8, 4)])
+    engine.run()
+    assert engine.scheduler.stats.cached_tokens == 4 + 16
+    assert engine.outputs["again"] == engine.outputs["cat"]
+
+
+def test_a_picture_elsewhere_in_the_prompt_shares_nothing_from_there_on():
+    engine = SimulatedEngine()
+    # Placeholder tokens fill both blocks in either prompt; only the picture's place differs.
+    first, second = [picture("cat", 6, 0), picture("dog", 6, 6)], [picture("dog", 6, 0), picture("cat", 6, 6)]
+    for key, spans in (("1", first), ("2", second)):
+        engine.add(key, [IMAGE] * 12 + [1, 2], spans)
+        engine.run()
+        assert engine.outputs[key] == tokens_alone([IMAGE] * 12 + [1, 2], spans, 12)
+    assert engine.scheduler.stats.cached_tokens == 0
+
+
+def test_tenants_share_nothing():
+    engine = SimulatedEngine()
+    for salt in ("a", "b", "a"):
+        engine.add(f"{salt}{engine.arrivals}", list(range(12)), cache_salt=salt)
+        engine.run()
+    assert engine.scheduler.stats.cached_tokens == 8
+
+
+def test_a_second_turn_computes_only_what_is_new():
+    engine = SimulatedEngine()
+    prompt = prompt_with(9, 3, 14)
+    spans = [picture("cat", 9, 3)]
+    engine.add("turn1", prompt, spans, max_tokens=9)
+    engine.run()
+    before = engine.runner.computed
+    follow_up = prompt + engine.outputs["turn1"] + [3, 1, 4, 1, 5]
+    request = engine.add("turn2", follow_up, spans, max_tokens=1)
+    engine.run()
+    # All full blocks but the one that the last answer token belongs to were computed before.
+    shared = (len(prompt) + len(engine.outputs["turn1"]) - 1) // 4 * 4
+    assert request.num_cached == shared
+    assert engine.runner.computed - before == len(follow_up) - shared
+
+
+def test_requests_of_one_step_share_their_prefix():
+    engine = SimulatedEngine(budget=64)
+    for key in "abc":
+        engine.add(key, list(range(20)), max_tokens=5)
+    engine.run()
+    assert engine.scheduler.stats.cached_tokens == 2 * 16
+    assert len({tuple(engine.outputs[key]) for key in "abc"}) == 1
+    assert engine.outputs["a"] == tokens_alone(list(range(20)), [], 5)
+
+
+def test_the_youngest_makes_room_and_its_tokens_stay():
+    engine = SimulatedEngine(num_blocks=12, max_num_seqs=4, prefix_caching=False)
+    prompts = {key: [index, 11, 12] for index, key in enumerate("abcd", 20)}
+    requests = {key: engine.add(key, prompt, max_tokens=25) for key, prompt in prompts.items()}
+    engine.run()
+    assert engine.scheduler.stats.preempted > 0
+    assert requests["a"].num_preemptions == 0, "the oldest is never interrupted"
+    for key, prompt in prompts.items():
+        assert engine.outputs[key] == tokens_alone(prompt, [], 25)
+
+
+def test_priority_goes_first_and_is_interrupted_last():
+    engine = SimulatedEngine(max_num_seqs=1)
+    engine.add("first", [1, 2], max_tokens=3)
+    engine.step()
+    engine.add("low", [1, 3], priority=5)
+    engine.add("high", [1, 4], priority=-5)
+    order = []
+    while engine.core.has_work:
+        engine.step()
+        order += [key for key in engine.reasons if key not in order]
+    assert order == ["first", "high", "low"]
+
+
+def test_long_prompts_never_hold_up_running_answers():
+    engine = SimulatedEngine(budget=8, max_num_seqs=7, num_blocks=400, run_ahead=0)
+    runner = next(
+        engine.add(str(start), [start, 9], max_tokens=60)
+        for start in range(40)
+        if len(tokens_alone([start, 9], [], 60)) == 60
+    )
+    engine.step()
+    for index in range(5):
+        engine.add(f"long{index}", [(index + i) % 40 for i in range(90)], max_tokens=2)
+    while not runner.finished:
+        before = len(engine.outputs[runner.id])
+        engine.step()
+        assert len(engine.outputs[runner.id]) == before + 1, "a token in every step"
+    engine.run()
+
+
+def test_aborted_anywhere_leaves_nothing_behind():
+    for when in range(12):
+        engine = SimulatedEngine(max_num_seqs=2, budget=8)
+        requests = [
+            engine.add(key, prompt_with(6, 2, 20), [picture("p", 6, 2)], max_tokens=9) for key in "abc"
+        ]
+        for _ in range(when):
+            engine.step()
+        for request in requests:
+            engine.core.abort(request)
+        engine.run()
+
+
+def test_what_can_never_run_is_refused():
+    engine = SimulatedEngine(num_blocks=5, block_size=4, encoder_rows=10)
+    assert engine.scheduler.max_model_len == 16
+    with pytest.raises(ContextLengthExceeded, match=r"17 tokens.*16"):
+        engine.add("long", list(range(17)))
+    with pytest.raises(InvalidRequest, match=r"12 visual tokens.*10"):
+        engine.add("rows", prompt_with(12, 1, 2), [picture("p", 12, 1)])
+    engine.add("fits", list(range(15)), max_tokens=50)
+    engine.run()
+    assert len(engine.outputs["fits"]) == 1
+
+
+def test_embedding_rows_are_budgeted():
+    engine = SimulatedEngine(encoder_rows=10, budget=4)
+    for key in "abc":
+        engine.add(key, prompt_with(8, 3, 6), [picture(key, 8, 3)], max_tokens=3)
+    while engine.core.has_work:
+        engine.step()
+        assert engine.scheduler.ledger.num_held <= 10
+    for key in "abc":
+        assert engine.outputs[key] == tokens_alone(prompt_with(8, 3, 6), [picture(key, 8, 3)], 3)
+
+
+REQUESTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "family": st.integers(0, 2),
+            "length": st.integers(1, 30),
+            "max_tokens": st.integers(1, 25),
+            "pictures": st.lists(st.tuples(st.sampled_from("xyz"), st.integers(1, 9)), max_size=2),
+            "arrives": st.integers(0, 25),
+            "aborted": st.one_of(st.none(), st.integers(0, 30)),
+            "priority": st.integers(-1, 1),
+        }
+    ),
+    min_size=1,
+    max_size=7,
+)
+LIMITS = st.fixed_dictionaries(
+    {
+        "num_blocks": st.integers(18, 40),
+        "block_size": st.sampled_from([2, 4, 8]),
+        "max_num_seqs": st.integers(1, 5),
+        "budget": st.integers(2, 24),
+        "run_ahead": st.integers(0, 3),
+        "encoder_rows": st.integers(18, 40),
+        "prefix_caching": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(requests=REQUESTS, limits=LIMITS)
+def test_whatever_happens_tokens_are_those_of_the_request_alone(requests, limits):
+    engine = SimulatedEngine(max_model_len=90, **limits)
+    room = engine.scheduler.max_model_len
+    wanted, running = {}, {}
+    for step in range(600):
+        for index, spec in enumerate(requests):
+            if spec["arrives"] == step:
+                ids, spans = build(spec)
+                if len(ids) + 1 <= room:
+                    running[index] = engine.add(
+                        str(index), ids, spans, spec["max_tokens"], priority=spec["priority"]
+                    )
+                    most = min(spec["max_tokens"], room - len(ids))
+                    wanted[index] = tokens_alone(ids, spans, most)
+            if spec["aborted"] == step and index in running:
+                engine.core.abort(running[index])
+        engine.step()
+        if step > 31 and not engine.core.has_work:
+            break
+    engine.run()
+    for index, tokens in wanted.items():
+        got = engine.outputs[str(index)]
+        if requests[index]["aborted"] is None:
+            assert got == tokens
+        else:
+            assert got == tokens[: len(got)]
+
+
+def build(spec: dict) -> tuple[list[int], list]:
+    """A prompt whose beginning is shared by its family, with pictures in its middle."""
+    ids = [(spec["family"] * 3 + i) % 40 for i in range(spec["length"])]
+    spans, at = [], spec["length"] // 2
+    for key, rows in spec["pictures"]:
+        spans.append(picture(f"{key}{rows}", rows, at))
+        ids[at:at] = [IMAGE] * rows
+        at += rows
+    return ids, spans
