@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from engine.distributed.group import SingleProcessGroup
+from engine.families.decoder_json import parse_decoder
 from engine.families.registry import resolve
+from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_language_model
+from engine.weights.loader import fill_from_checkpoint, load_language_model
+from engine.weights.rules import WeightRules
 from tests.engine.decoding import prefill_logits
-from tests.engine.tiny import TEXT_ARCHITECTURES, make_text
+from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, spread
 
 CPU = torch.device("cpu")
 
@@ -84,18 +89,48 @@ def test_longrope_takes_one_side_for_life(tmp_path):
     assert (run(decoder, [short])[0] - reference(path, short)[0]).abs().max() > 0.01
 
 
-def test_deepstack_adds_after_the_leading_layers(tmp_path):
-    decoder = load(make_text(tmp_path, "llama"))
-    (ids,) = prompts(9)
-    extra = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+def test_deepstack_and_interleaved_positions_as_in_qwen3_vl(tmp_path):
+    raw = transformers.Qwen3VLTextConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    )
+    reference = spread(transformers.Qwen3VLTextModel(raw))
+    config = parse_decoder(raw.to_dict(), "qwen3")
+    decoder = Decoder(config, BuildContext(CPU, torch.float32, SingleProcessGroup()))
+    tensors = {name: value.contiguous() for name, value in reference.state_dict().items()}
+    save_file({**tensors, "lm_head.weight": torch.eye(320, 64)}, tmp_path / "model.safetensors")
+    rules = WeightRules(language=((r"(.*)", r"\1"),))
+    fill_from_checkpoint(decoder, "language", Checkpoint(tmp_path), rules)
+
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(23, 64, generator=generator)
+    positions = torch.randint(0, 40, (3, 23), generator=generator)
+    visual = torch.zeros(23, dtype=torch.bool)
+    visual[4:15] = True
+    features = torch.randn(2, 11, 64, generator=generator)
     with torch.inference_mode():
-        embeds, positions = decoder.embed(ids), torch.arange(9)
-    plain = prefill_logits(decoder, [embeds], [positions])[0]
-    added = prefill_logits(decoder, [embeds], [positions], deepstack=[extra])[0]
-    # What the last layer's share does can be told from outside: it goes straight into the final norm.
-    hidden_only = prefill_logits(decoder, [embeds], [positions], deepstack=[extra * 0])[0]
-    torch.testing.assert_close(hidden_only, plain)
-    assert (added - plain).abs().max() > 0.1
+        expected = reference(
+            inputs_embeds=embeds[None],
+            position_ids=positions[:, None],
+            visual_pos_masks=visual[None],
+            deepstack_visual_embeds=list(features),
+        ).last_hidden_state[0]
+    deepstack = torch.zeros(2, 23, 64)
+    deepstack[:, visual] = features
+    hidden = prefill_logits(decoder, [embeds], [positions], deepstack=[deepstack], split=[9])[0][:, :64]
+    torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=0)
 
 
 def test_bfloat16_stays_near_float32(tmp_path):
