@@ -183,6 +183,12 @@ def test_reused_slots_carry_nothing_over():
     sampler.admit(0, SamplingParams(temperature=0), [best], [], seed=0, stop_ids=frozenset())
     sampler.flush()
     assert draw(sampler, logits.expand(2, -1), slots).tolist() == [[best, 1]]
+    # Counts of the first tenant, who took token 1 twice, would keep the second from it.
+    params = SamplingParams(temperature=0, presence_penalty=0.5, allowed_token_ids=[1, 2])
+    sampler.admit(0, params, [], [], seed=0, stop_ids=frozenset())
+    sampler.flush()
+    logits[0, 1], logits[0, 2] = 1.0, 0.75
+    assert draw(sampler, logits.expand(2, -1), slots)[0, 0] == 1
 
 
 def test_padded_rows_are_harmless():
@@ -252,7 +258,7 @@ def test_min_tokens_ends_exactly_then():
 
 
 def test_bad_words_are_those_of_transformers():
-    words = [[7], [1, 2], [2, 1, 2], [5, 6, 7, 8]]
+    words = [[7], [1, 2], [5, 6, 8], [8, 8, 8, 5]]
     processor = NoBadWordsLogitsProcessor(words, eos_token_id=VOCAB - 1)
     params = SamplingParams(bad_words_ids=words, allowed_token_ids=[1, 2, 5, 6, 7, 8])
     logits = torch.zeros(64, VOCAB)

@@ -3,10 +3,14 @@
 import asyncio
 import json
 import re
+import subprocess
+import sys
+import threading
 from string import ascii_lowercase
 
 import jsonschema
 import numpy as np
+import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -258,6 +262,7 @@ def test_refuses(compiler, name):
     expected = {"json_schema": "response_format", "regex": "guided_regex"}
     assert caught.value.param == expected.get(spec.kind, f"guided_{spec.kind}")
     assert 20 < len(caught.value.message) < 400
+    assert name != "stack overflow" or "too complex" in caught.value.message
 
 
 SLOW = StructuredSpec(
@@ -285,9 +290,14 @@ async def test_what_takes_too_long_is_killed_and_others_pass_meanwhile(tokenizer
 async def test_a_caller_that_goes_away_takes_no_other_with_it(tokenizer, vocab_size):
     compiler = GrammarCompiler(tokenizer, vocab_size, EOS, time_limit=20.0)
     spec = StructuredSpec(kind="regex", text="a+")
+    free = threading.Event()
+    for _ in range(4):
+        compiler._threads.submit(free.wait)
     first, second = (asyncio.create_task(compiler.compile_async(spec)) for _ in range(2))
     await asyncio.sleep(0)
     first.cancel()
+    await asyncio.sleep(0)
+    free.set()
     assert (await second).matcher().accept(encode(tokenizer, "a"))
     compiler.close()
 
@@ -301,3 +311,23 @@ def test_the_cache_is_bounded_and_used(tokenizer, vocab_size):
     assert compiler.compile(specs[0]) is not grammars[0]
     assert len(compiler._cache) == 3
     compiler.close()
+
+
+def test_helper_processes_end_with_their_parent(tokenizer):
+    script = (
+        "import sys, time\n"
+        "from engine.structured.grammar import GrammarCompiler\n"
+        "from engine.sampling_params import StructuredSpec\n"
+        "compiler = GrammarCompiler(sys.argv[1], 400, [0])\n"
+        "compiler.compile(StructuredSpec(kind='regex', text='a'))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, tokenizer.to_str()], stdout=subprocess.PIPE)
+    assert parent.stdout is not None and parent.stdout.readline() == b"ready\n"
+    helpers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(helpers) == 1
+    parent.kill()
+    parent.communicate()
+    _, alive = psutil.wait_procs(helpers, timeout=60)
+    assert not alive
