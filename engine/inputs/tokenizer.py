@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InvalidRequest
 from engine.inputs.token_bytes import TokenBytes
 
 
@@ -88,8 +88,12 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of ``text``; special-token strings inside of it become their ids."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Ids of ``text``; special-token strings inside of it become their ids.
+
+        Raises:
+            InvalidRequest: the text holds lone surrogates.
+        """
+        return _encode(self.backend, text, add_special_tokens)
 
     def encode_plain(self, text: str, *, at_start: bool = True) -> list[int]:
         """Ids of ``text`` with nothing added, strings that look like added tokens read as plain text.
@@ -103,21 +107,30 @@ class Tokenizer:
         if not text:
             return []
         backend = self._plain_backend if at_start else self._plain_inner
-        ids = backend.encode(text, add_special_tokens=False).ids
+        ids = _encode(backend, text, False)
         if self.special_ids.isdisjoint(ids):
             return ids
         # Some vocabularies (Unigram) hold control tokens as ordinary pieces: spell those out.
         found: list[int] = []
         for piece in self._inside_special.split(text):
-            found += backend.encode(piece, add_special_tokens=False).ids
+            found += _encode(backend, piece, False)
             backend = self._plain_pieces
         unknown = self._named("unk_token")
         return [i for i in found if i == unknown or i not in self.special_ids]
 
     def with_special_tokens(self, ids: Sequence[int]) -> list[int]:
         """``ids`` between the tokens that ``encode(..., add_special_tokens=True)`` puts around a text."""
-        before, after = self._surrounding
-        return [*before, *ids, *after]
+        return [*self.special_prefix, *ids, *self.special_suffix]
+
+    @property
+    def special_prefix(self) -> list[int]:
+        """Ids put before a text by ``add_special_tokens``, such as BOS."""
+        return self._surrounding[0]
+
+    @property
+    def special_suffix(self) -> list[int]:
+        """Ids put after a text by ``add_special_tokens``."""
+        return self._surrounding[1]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of ``ids``; ids outside of the vocabulary give nothing."""
@@ -196,6 +209,13 @@ class Tokenizer:
         self.backend.add_special_tokens(
             [known.get(_content(value) or "", _added_token(value)) for value in values]
         )
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can spell
+        raise InvalidRequest("The text has characters that are not valid Unicode.") from error
 
 
 def _content(value: Any) -> str | None:

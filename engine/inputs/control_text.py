@@ -1,0 +1,144 @@
+"""Keeps strings with which a prompt is steered, typed by a caller, from steering it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.inputs.tokenizer import Tokenizer
+
+_FIRST_STAND_IN = 0xF0000  # private use, planes 15 and 16
+_LAST_STAND_IN = 0x10FFF0
+
+
+@dataclass(frozen=True, slots=True)
+class StandIns:
+    """Private-use characters in place of control strings that a caller typed.
+
+    Attributes:
+        originals: what each character stands for; "" marks a border across which nothing may join.
+    """
+
+    originals: Mapping[str, str]
+
+    def restore(self, text: str) -> str:
+        """``text`` as the caller meant it."""
+        return text.translate({ord(key): value for key, value in self.originals.items()})
+
+
+class ControlText:
+    """Tells the control strings of a prompt's own structure from those in callers' texts.
+
+    Args:
+        tokenizer: its special tokens are control strings.
+        marks: patterns of further ones, such as marks of pictures that are no tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, marks: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        contents = {tokenizer.added_tokens[i].content for i in tokenizer.special_ids}
+        patterns = [re.escape(text) for text in sorted(contents, key=len, reverse=True) if text]
+        patterns += [mark for mark in marks if mark not in patterns]
+        self._control = re.compile("|".join(patterns) or "(?!)")
+        added = sorted(tokenizer.added_tokens.items(), key=lambda item: -len(item[1].content))
+        self._ids = {token.content: i for i, token in added}
+        self._token = re.compile(
+            "|".join(_token_pattern(token) for _, token in added if token.content) or "(?!)"
+        )
+
+    def protect(self, messages: Sequence[Mapping[str, Any]], *others: Any) -> tuple[list[Any], StandIns]:
+        """Replace control strings in everything that callers wrote.
+
+        Args:
+            messages: plain JSON; parts of content that touch are looked at together.
+            others: further JSON, such as tools.
+
+        Returns:
+            ``[messages, *others]`` and the characters put in. Nothing is copied if nothing is found.
+        """
+        given = [list(messages), *others]
+        strings = _strings(given)
+        split = [message for message in messages if self._joins(message)]
+        found = {match for text in strings for match in self._control.findall(text)}
+        if not found and not split:
+            return given, StandIns({})
+        taken = {c for text in strings for c in text if ord(c) >= _FIRST_STAND_IN}
+        free = (chr(c) for c in range(_FIRST_STAND_IN, _LAST_STAND_IN) if chr(c) not in taken)
+        border = next(free)
+        stand_ins = dict(zip(sorted(found), free, strict=False))
+        prepared = [_with_borders(m, border) if m in split else m for m in messages]
+
+        def replaced(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._control.sub(lambda match: stand_ins[match.group()], value)
+            if isinstance(value, Mapping):
+                return {replaced(key): replaced(item) for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return [replaced(item) for item in value]
+            return value
+
+        originals = {character: text for text, character in stand_ins.items()}
+        return [replaced(value) for value in [prepared, *others]], StandIns({border: "", **originals})
+
+    def encode(
+        self, text: str, stand_ins: StandIns, *, add_special_tokens: bool, at_start: bool = True
+    ) -> list[int]:
+        """Ids of a rendered text; what stands in for control strings becomes plain text.
+
+        Without stand-ins they are the tokenizer's own.
+
+        Args:
+            at_start: as for :meth:`Tokenizer.encode_plain`.
+        """
+        if at_start and not stand_ins.originals:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = []
+        position = 0
+        for match in self._token.finditer(text):
+            token = self._tokenizer.added_tokens[self._ids[match.group()]]
+            before = text[position : match.start()]
+            before = before.rstrip() if token.lstrip else before
+            ids += self._plain(before, stand_ins, at_start and position == 0)
+            ids.append(self._ids[match.group()])
+            position = match.end()
+            if token.rstrip:
+                position += len(text) - position - len(text[position:].lstrip())
+        ids += self._plain(text[position:], stand_ins, at_start and position == 0)
+        return self._tokenizer.with_special_tokens(ids) if add_special_tokens else ids
+
+    def _plain(self, text: str, stand_ins: StandIns, at_start: bool) -> list[int]:
+        return self._tokenizer.encode_plain(stand_ins.restore(text), at_start=at_start)
+
+    def _joins(self, message: Mapping[str, Any]) -> bool:
+        """Whether a control string would arise where two text parts of the message touch."""
+        content = message.get("content")
+        if not isinstance(content, list):
+            return False
+        texts = [part["text"] for part in content if "text" in part]
+        whole = "".join(texts)
+        return len(self._control.findall(whole)) != sum(len(self._control.findall(text)) for text in texts)
+
+
+def _token_pattern(token: Any) -> str:
+    pattern = re.escape(token.content)
+    return rf"(?<!\w){pattern}(?!\w)" if token.single_word else pattern
+
+
+def _with_borders(message: Mapping[str, Any], border: str) -> dict[str, Any]:
+    parts = [
+        {**part, "text": part["text"] + border} if "text" in part else part for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string in JSON-like data, keys included."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for item in pair for text in _strings(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in _strings(item)]
+    return []

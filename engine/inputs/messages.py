@@ -1,0 +1,218 @@
+"""OpenAI chat messages, checked and taken apart into text and media."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import InvalidRequest, MediaError, MediaTooLarge
+from engine.inputs.prompt import MediaPart, Message, TextPart
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+#: Most messages of a conversation, and most parts of one message.
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_IMAGE_PARTS = ("image_url", "input_image", "image")
+_KEPT = ("name", "tool_call_id", "reasoning_content")
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSource:
+    """Where a picture or video comes from. Exactly one of ``url``, ``data``, ``image`` and ``frames`` is set.
+
+    Attributes:
+        index: its number in the request, from 0; what :class:`MediaPart` refers to.
+        where: the field of the request, e.g. ``messages[0].content[1].image_url``.
+        kind: ``image`` or ``video``.
+        url: an ``http``, ``https``, ``data`` or ``file`` URL.
+        data: bytes of an encoded picture.
+        image: a decoded picture (offline use).
+        frames: a video's pictures in order.
+        detail: OpenAI's hint ``auto``, ``low`` or ``high``; no model that is served here heeds it.
+    """
+
+    index: int
+    where: str
+    kind: str = "image"
+    url: str | None = None
+    data: bytes | None = None
+    image: Image.Image | None = None
+    frames: tuple[MediaSource, ...] = ()
+    detail: str = "auto"
+
+
+def parse_messages(raw: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[MediaSource]]:
+    """Check a conversation and list its media in order. Nothing is fetched.
+
+    Args:
+        raw: OpenAI messages as plain data. Beside OpenAI's parts, offline callers may give
+            ``{"type": "image", "image": PIL image | bytes | URL}`` and
+            ``{"type": "video", "video": [frame, ...]}`` with frames of the same kinds.
+
+    Raises:
+        InvalidRequest: naming ``messages[i].content[j]`` and what it should be.
+    """
+    if not isinstance(raw, list | tuple) or not raw:
+        raise InvalidRequest("messages must be a list of at least one message.", param="messages")
+    if len(raw) > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"{len(raw)} messages are more than the {MAX_MESSAGES} allowed.", param="messages"
+        )
+    sources: list[MediaSource] = []
+    messages = [_message(message, f"messages[{i}]", sources) for i, message in enumerate(raw)]
+    return messages, sources
+
+
+def check_media_limits(
+    sources: Sequence[MediaSource], limits: Mapping[str, int], *, max_frames: int = 256
+) -> None:
+    """Refuse a request with too many media, before any of them costs anything.
+
+    Args:
+        limits: most items of each kind (``limit_mm_per_prompt``); a kind that is missing is unlimited.
+        max_frames: most frames of all videos together.
+
+    Raises:
+        MediaTooLarge: naming the limit.
+    """
+    for kind, limit in limits.items():
+        given = [source for source in sources if source.kind == kind]
+        if len(given) > limit:
+            raise MediaTooLarge(
+                f"The request has {len(given)} {kind}s, but limit_mm_per_prompt allows {limit}.",
+                param=given[limit].where,
+            )
+    frames = sum(len(source.frames) for source in sources)
+    if frames > max_frames:
+        raise MediaTooLarge(
+            f"The request has {frames} video frames; {max_frames} are allowed.", param="messages"
+        )
+
+
+def _message(raw: Any, where: str, sources: list[MediaSource]) -> Message:
+    if not isinstance(raw, Mapping):
+        raise InvalidRequest(f"{where} must be an object with role and content.", param=where)
+    role = raw.get("role")
+    if role not in ROLES:
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}.", param=f"{where}.role")
+    extra = {key: raw[key] for key in _KEPT if raw.get(key) is not None}
+    for key, value in extra.items():
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{where}.{key} must be a string.", param=f"{where}.{key}")
+    if raw.get("tool_calls"):
+        extra["tool_calls"] = _tool_calls(raw["tool_calls"], f"{where}.tool_calls")
+    content = raw.get("content")
+    if content is None and (role == "assistant" and (extra or raw.get("refusal"))):
+        content = raw.get("refusal") or []
+    parts = _parts(content, f"{where}.content", role, sources)
+    return Message(role, parts, extra)
+
+
+def _parts(content: Any, where: str, role: str, sources: list[MediaSource]) -> list[TextPart | MediaPart]:
+    if isinstance(content, str):
+        return [TextPart(content)]
+    if not isinstance(content, list | tuple):
+        raise InvalidRequest(f"{where} must be a string or a list of parts.", param=where)
+    if len(content) > MAX_PARTS:
+        raise InvalidRequest(f"{where} has {len(content)} parts; {MAX_PARTS} are allowed.", param=where)
+    parts: list[TextPart | MediaPart] = []
+    for j, part in enumerate(content):
+        parts.append(_part(part, f"{where}[{j}]", sources))
+        if isinstance(parts[-1], MediaPart) and role not in ("user", "tool"):
+            raise InvalidRequest(
+                f"{where}[{j}]: media can stand in user and tool messages, not in those of the role {role}.",
+                param=f"{where}[{j}]",
+            )
+    return parts
+
+
+def _part(part: Any, where: str, sources: list[MediaSource]) -> TextPart | MediaPart:
+    if isinstance(part, str):
+        return TextPart(part)
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = kind if isinstance(kind, str) else ""
+    if kind in _TEXT_PARTS:
+        key = _TEXT_PARTS[kind]
+        if not isinstance(part.get(key), str):
+            raise InvalidRequest(f"{where}.{key} must be a string.", param=f"{where}.{key}")
+        return TextPart(part[key])
+    index = len(sources)
+    if kind in _IMAGE_PARTS:
+        sources.append(_image(part, kind, index, where))
+        return MediaPart(index, "image")
+    if kind == "video":
+        sources.append(_video(part, index, where))
+        return MediaPart(index, "video")
+    raise InvalidRequest(
+        f"{where}.type must be text, image_url, input_image, image or video (a list of frames).",
+        param=f"{where}.type",
+    )
+
+
+def _image(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSource:
+    key = "image" if kind == "image" and "image" in part else "image_url"
+    key = "url" if kind == "image" and "url" in part else key
+    value = part.get(key)
+    where = f"{where}.{key}"
+    detail = part.get("detail", "auto")
+    if isinstance(value, Mapping):
+        detail = value.get("detail", detail)
+        value = value.get("url")
+        where = f"{where}.url"
+    if detail not in ("auto", "low", "high", None):
+        raise InvalidRequest("detail must be auto, low or high.", param=where)
+    return _source(value, index, where, detail or "auto")
+
+
+def _video(part: Mapping[str, Any], index: int, where: str) -> MediaSource:
+    frames = part.get("video")
+    where = f"{where}.video"
+    if not isinstance(frames, list | tuple) or not frames:
+        raise InvalidRequest(
+            f"{where} must be a list of at least one frame: decode the video and send its frames.",
+            param=where,
+        )
+    taken = [_source(frame, index, f"{where}[{i}]", "auto") for i, frame in enumerate(frames)]
+    return MediaSource(index, where, "video", frames=tuple(taken))
+
+
+def _source(value: Any, index: int, where: str, detail: str) -> MediaSource:
+    if isinstance(value, str) and value:
+        return MediaSource(index, where, url=value, detail=detail)
+    if isinstance(value, bytes | bytearray):
+        return MediaSource(index, where, data=bytes(value), detail=detail)
+    if hasattr(value, "convert") and hasattr(value, "size"):
+        return MediaSource(index, where, image=value, detail=detail)
+    raise MediaError(f"{where} must be the URL of a picture (http, https or data).", param=where)
+
+
+def _tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects, which is how chat templates print them."""
+    if not isinstance(raw, list | tuple):
+        raise InvalidRequest(f"{where} must be a list.", param=where)
+    calls = []
+    for k, call in enumerate(raw):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InvalidRequest(f"{where}[{k}].function must have a name.", param=f"{where}[{k}].function")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, Mapping):
+            raise InvalidRequest(
+                f"{where}[{k}].function.arguments must be a JSON object.",
+                param=f"{where}[{k}].function.arguments",
+            )
+        called = {"name": function["name"], "arguments": dict(arguments)}
+        calls.append({"id": str(call.get("id", "")), "type": "function", "function": called})
+    return calls
