@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,17 @@ class PromptBuilder:
             return family.placeholder(config, item, index, encode)
 
         return cls(tokenizer, template, family.prompt_format(config), placeholder)
+
+    def with_template(self, template: str | Path) -> PromptBuilder:
+        """The same builder with another chat template: a file, or Jinja text.
+
+        For the owner of the process only: a template from a request must not come here.
+
+        Raises:
+            ConfigError: it is neither, or doesn't parse.
+        """
+        other = ChatTemplate.load("", self.tokenizer.config, template)
+        return PromptBuilder(self.tokenizer, other, self._format, self._placeholder)
 
     def from_messages(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.errors import InvalidRequest, MediaError, MediaTooLarge
 from engine.inputs.prompt import MediaPart, Message, TextPart
@@ -13,6 +13,7 @@ from engine.inputs.prompt import MediaPart, Message, TextPart
 if TYPE_CHECKING:
     from PIL import Image
 
+MediaKind = Literal["image", "video"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 #: Most messages of a conversation, and most parts of one message.
 MAX_MESSAGES = 4096
@@ -71,7 +72,7 @@ def parse_messages(raw: Sequence[Mapping[str, Any]]) -> tuple[list[Message], lis
 
 
 def check_media_limits(
-    sources: Sequence[MediaSource], limits: Mapping[str, int], *, max_frames: int = 256
+    sources: Sequence[MediaSource], limits: Mapping[MediaKind, int], *, max_frames: int = 256
 ) -> None:
     """Refuse a request with too many media, before any of them costs anything.
 

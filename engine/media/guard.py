@@ -1,0 +1,142 @@
+"""Which addresses a server may fetch pictures from. Everything that is not public is refused by default."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from yarl import URL
+
+from engine.errors import MediaForbidden
+
+#: Networks that ``is_global`` counts as public, but that lead inside or stand for other addresses.
+_NEVER = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "192.88.99.0/24",  # 6to4 relays
+        "168.63.129.16/32",  # Azure's in-VM service
+        "2002::/16",  # 6to4
+        "2001::/32",  # Teredo
+        "64:ff9b::/96",  # NAT64
+        "64:ff9b:1::/48",  # local NAT64
+        "::/96",  # IPv4-compatible
+    )
+)
+_CONTROL = re.compile(r"[\x00-\x20\x7f-\x9f\\]")
+_ENDS_IN_NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?$")
+_MAX_URL = 8192
+
+
+def _default_timeout() -> float:
+    for name in ("SIGHTLINE_IMAGE_FETCH_TIMEOUT", "VLLM_IMAGE_FETCH_TIMEOUT"):
+        if value := os.environ.get(name):
+            return float(value)
+    return 5.0
+
+
+class FetchPolicy(BaseModel):
+    """What may be fetched, and how much of it.
+
+    Attributes:
+        allow_http: admit ``http``, not only ``https``.
+        allowed_hosts: if given, only these hosts; ``.example.com`` stands for every host below example.com.
+        allowed_ports: ports that may be dialled.
+        allow_private: networks that may be dialled although they are not public.
+        allowed_local_media_path: folder below which ``file`` URLs may be read; None refuses them all.
+        timeout: seconds for one item, redirects and body included. Default from the environment variable
+            SIGHTLINE_IMAGE_FETCH_TIMEOUT (or VLLM_IMAGE_FETCH_TIMEOUT), else 5.
+        max_bytes: most bytes of one item.
+        max_total_bytes: most bytes of all items of a request.
+        max_redirects: most redirects that are followed for one item.
+        max_connections: most connections that are open at a time.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allow_http: bool = True
+    allowed_hosts: tuple[str, ...] | None = None
+    allowed_ports: frozenset[int] = frozenset({80, 443})
+    allow_private: tuple[IPv4Network | IPv6Network, ...] = ()
+    allowed_local_media_path: str | Path | None = None
+    timeout: PositiveFloat = Field(default_factory=_default_timeout)
+    max_bytes: PositiveInt = 32 << 20
+    max_total_bytes: PositiveInt = 128 << 20
+    max_redirects: int = Field(default=3, ge=0, le=10)
+    max_connections: PositiveInt = 64
+
+
+def check_url(text: str, policy: FetchPolicy, where: str) -> URL:
+    """The address to fetch, after every check that needs no name resolution.
+
+    Args:
+        text: what the caller wrote, or where a server redirects to; absolute.
+        where: the field of the request, for errors.
+
+    Raises:
+        MediaForbidden: naming the host and what is wrong.
+    """
+
+    def refuse(reason: str) -> MediaForbidden:
+        return MediaForbidden(f"{where}: {reason}", param=where)
+
+    if len(text) > _MAX_URL:
+        raise refuse(f"the URL is longer than {_MAX_URL} characters.")
+    if _CONTROL.search(text):
+        raise refuse("the URL has a backslash, whitespace or control character.")
+    try:
+        url = URL(text)
+        host, port = (url.raw_host or "").rstrip(".").lower(), url.port
+    except (ValueError, UnicodeError):
+        raise refuse("the URL can't be parsed.") from None
+    if url.scheme not in ("https", "http"):
+        raise refuse(f"the scheme must be http, https or data, not {url.scheme[:16] or 'missing'!r}.")
+    if url.scheme == "http" and not policy.allow_http:
+        raise refuse("only https addresses are fetched.")
+    if url.user is not None or url.password is not None or "@" in url.raw_authority:
+        raise refuse("the URL must not carry a user name or password.")
+    if not host or "%" in host:
+        raise refuse("the URL has no usable host.")
+    if policy.allowed_hosts is not None and not _listed(host, policy.allowed_hosts):
+        raise refuse(f"the host {host} is not on the list of allowed hosts.")
+    if port not in policy.allowed_ports:
+        raise refuse(f"port {port} of {host} may not be fetched from.")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        if _ENDS_IN_NUMBER.search(host):
+            raise refuse("the host is a number in another form than a plain IP address.") from None
+        return url
+    if not is_allowed(address, policy):
+        raise refuse(f"the address {host} is not public.")
+    return url
+
+
+def is_allowed(address: IPv4Address | IPv6Address, policy: FetchPolicy) -> bool:
+    """Whether an address may be dialled: public, or in one of the policy's private networks."""
+    if isinstance(address, IPv6Address):
+        if address.scope_id is not None:
+            return False
+        if address.ipv4_mapped is not None:
+            return is_allowed(address.ipv4_mapped, policy)
+    if any(address in network for network in policy.allow_private):
+        return True
+    if any(address in network for network in _NEVER):
+        return False
+    inward = (
+        address.is_private
+        or address.is_loopback
+        or address.is_link_local
+        or address.is_multicast
+        or address.is_reserved
+        or address.is_unspecified
+        or (isinstance(address, IPv6Address) and address.is_site_local)
+    )
+    return address.is_global and not inward
+
+
+def _listed(host: str, allowed: tuple[str, ...]) -> bool:
+    return any(host == entry or (entry.startswith(".") and host.endswith(entry)) for entry in allowed)
