@@ -1,0 +1,263 @@
+"""The pocket model's shape, tokenizer and chat format, and how samples become tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from models import samples as data
+
+SPECIALS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+END, PAD, IMAGE = SPECIALS.index("<|im_end|>"), 0, SPECIALS.index("<|image_pad|>")
+TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ('image', 'image_url') -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part['type'] == 'video' -%}
+<|vision_start|><|video_pad|><|vision_end|>
+{%- elif part['type'] == 'text' -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+SYSTEM_MESSAGES = ("You are a helpful assistant.", "Be brief.", "Answer in one sentence.")
+PATCH, MERGE = 14, 2
+FACTOR = PATCH * MERGE
+MIN_PIXELS, MAX_PIXELS = 112 * 112, 224 * 224
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+VOCABULARY = 1024
+TEXT = {
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+}
+VISION = {
+    "depth": 6,
+    "embed_dim": 192,
+    "num_heads": 3,
+    "mlp_ratio": 4,
+    "patch_size": PATCH,
+    "spatial_merge_size": MERGE,
+    "temporal_patch_size": 2,
+}
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE over the scenes' questions and answers; written words stay letter by letter."""
+    corpus = []
+    for index in range(6000):
+        rng = random.Random(index)
+        sample = data.picture_sample(rng, (96, 96)) if index % 4 else data.comparison_sample(rng, (96, 96))
+        if not any(turn.task in ("word", "number") for turn in sample.turns):
+            corpus += [text for turn in sample.turns for text in (turn.question, turn.answer)]
+    corpus += [text for questions, answer in data.CHATS for text in (*questions, answer)]
+    corpus += [
+        "user\n",
+        "assistant\n",
+        "system\n",
+        "You are a helpful assistant.",
+        'It says "',
+        '".',
+        "What does it say?",
+        *SYSTEM_MESSAGES,
+    ]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        show_progress=False,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in SPECIALS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    core.train_from_iterator(corpus, trainer)
+    return core
+
+
+def encode_sample(
+    core: Tokenizer, sample: data.Sample, grid: tuple[int, int], rng: random.Random | None = None
+) -> tuple[list[int], list[int], np.ndarray]:
+    """Ids, labels (-100 outside of answers) and M-RoPE positions ``(3, L)`` of a conversation.
+
+    Args:
+        grid: patches of each picture, by height and width.
+        rng: draws a system message and the order of pictures and question; without it there is no system
+            message, pictures come first, and all ends where the first answer begins.
+    """
+    rows, columns = grid[0] // MERGE, grid[1] // MERGE
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[np.ndarray] = []
+    at = 0
+
+    def text(value: str, learn: bool) -> None:
+        nonlocal at
+        new = core.encode(value, add_special_tokens=False).ids
+        ids.extend(new)
+        labels.extend(new if learn else [-100] * len(new))
+        positions.append(np.broadcast_to(np.arange(at, at + len(new)), (3, len(new))))
+        at += len(new)
+
+    def pictures(count: int) -> None:
+        nonlocal at
+        for _ in range(count):
+            text("<|vision_start|>", False)
+            row, column = np.divmod(np.arange(rows * columns), columns)
+            ids.extend([IMAGE] * (rows * columns))
+            labels.extend([-100] * (rows * columns))
+            positions.append(np.stack([np.full(rows * columns, at), at + row, at + column]))
+            at += max(rows, columns)
+            text("<|vision_end|>", False)
+
+    if rng is not None and rng.random() < 0.08:
+        text(f"<|im_start|>system\n{rng.choice(SYSTEM_MESSAGES)}<|im_end|>\n", False)
+    for number, turn in enumerate(sample.turns):
+        text("<|im_start|>user\n", False)
+        shown = sample.shown_at.count(number)
+        if rng is not None and rng.random() < 0.3:
+            text(turn.question, False)
+            pictures(shown)
+        else:
+            pictures(shown)
+            text(turn.question, False)
+        text("<|im_end|>\n<|im_start|>assistant\n", False)
+        if rng is None:
+            break
+        text(f"{turn.answer}<|im_end|>", True)
+        text("\n", False)
+    return ids, labels, np.concatenate(positions, axis=1)
+
+
+def resized(size: tuple[int, int]) -> tuple[int, int]:
+    """Qwen2-VL's size rule: width and height of a picture as the model sees it."""
+    width, height = size
+    h, w = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
+    if h * w > MAX_PIXELS:
+        beta = math.sqrt(height * width / MAX_PIXELS)
+        h = max(FACTOR, math.floor(height / beta / FACTOR) * FACTOR)
+        w = max(FACTOR, math.floor(width / beta / FACTOR) * FACTOR)
+    elif h * w < MIN_PIXELS:
+        beta = math.sqrt(MIN_PIXELS / (height * width))
+        h, w = math.ceil(height * beta / FACTOR) * FACTOR, math.ceil(width * beta / FACTOR) * FACTOR
+    return w, h
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """uint8 ``(H, W, 3)``."""
+    return np.asarray(image.convert("RGB").resize(resized(image.size), Image.Resampling.BICUBIC))
+
+
+def collate(
+    core: Tokenizer, samples: list[data.Sample], grid: tuple[int, int], rng: random.Random | None = None
+) -> dict[str, torch.Tensor]:
+    rows = [encode_sample(core, sample, grid, rng) for sample in samples]
+    length = -(-max(len(ids) for ids, _, _ in rows) // 16) * 16
+    ids = np.full((len(rows), length), PAD, np.int64)
+    labels = np.full((len(rows), length), -100, np.int64)
+    positions = np.zeros((3, len(rows), length), np.int64)
+    for row, (row_ids, row_labels, row_positions) in enumerate(rows):
+        ids[row, : len(row_ids)] = row_ids
+        labels[row, : len(row_ids)] = row_labels
+        positions[:, row, : len(row_ids)] = row_positions
+    images = [pixels(image) for sample in samples for image in sample.images]
+    return {
+        "pixels": torch.from_numpy(np.stack(images))
+        if images
+        else torch.zeros(0, 1, 1, 3, dtype=torch.uint8),
+        "ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(labels),
+        "positions": torch.from_numpy(positions),
+        "lengths": torch.tensor([len(row[0]) for row in rows]),
+    }
+
+
+def patchify(images: torch.Tensor) -> torch.Tensor:
+    """uint8 ``(N, H, W, 3)`` to normalised patches ``(N, H * W / 196, 1176)``, 2x2 neighbours together."""
+    n, height, width, _ = images.shape
+    mean, std = (torch.tensor(x, device=images.device) * 255 for x in (MEAN, STD))
+    x = (images.float() - mean) / std
+    gh, gw = height // FACTOR, width // FACTOR
+    x = x.view(n, gh, MERGE, PATCH, gw, MERGE, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
+    x = x[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+    return x.reshape(n, gh * gw * MERGE * MERGE, -1)
+
+
+def write_text_files(core: Tokenizer, folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "min_pixels": MIN_PIXELS,
+        "max_pixels": MAX_PIXELS,
+        "patch_size": PATCH,
+        "temporal_patch_size": 2,
+        "merge_size": MERGE,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    generation = {"bos_token_id": PAD, "eos_token_id": [END, PAD], "pad_token_id": PAD, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def make_model(core: Tokenizer) -> Qwen2VLForConditionalGeneration:
+    ids = {text: core.token_to_id(text) for text in SPECIALS}
+    config = Qwen2VLConfig(
+        text_config={
+            **{k: v for k, v in TEXT.items() if k not in ("rope_theta", "rope_scaling")},
+            "vocab_size": core.get_vocab_size(),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": TEXT["rope_theta"],
+                "mrope_section": TEXT["rope_scaling"]["mrope_section"],
+            },
+            "bos_token_id": PAD,
+            "eos_token_id": END,
+            "pad_token_id": PAD,
+        },
+        vision_config={**VISION, "hidden_size": TEXT["hidden_size"]},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=TEXT["tie_word_embeddings"],
+    )
+    return Qwen2VLForConditionalGeneration(config)
