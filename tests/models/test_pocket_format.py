@@ -1,0 +1,95 @@
+"""The training's own preparation against Transformers' processor and model."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from models import pocket_format, samples, scenes
+from models.pocket_format import END, IMAGE, PAD, PATCH
+from models.train_pocket import Trainee, TransformersAsk, save, take_shortcut
+from tests.engine.tiny import reference_processor
+
+
+@pytest.fixture(scope="module")
+def core() -> Tokenizer:
+    return pocket_format.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(core: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pocket")
+    torch.manual_seed(0)
+    save(Trainee(pocket_format.make_model(core)), core, path)
+    return path
+
+
+def test_prompts_and_pixels_are_the_processor_s(core: Tokenizer, folder: Path) -> None:
+    processor = reference_processor(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for seed in range(24):
+        rng = random.Random(seed)
+        size = scenes.random_size(rng)
+        draw = samples.comparison_sample if seed % 2 else samples.picture_sample
+        sample = draw(rng, size)
+        width, height = pocket_format.resized(size)
+        ids, _, _ = pocket_format.encode_sample(core, sample, (height // PATCH, width // PATCH))
+        question = {"type": "text", "text": sample.turns[0].question}
+        content = [*({"type": "image_url", "image_url": {}} for _ in sample.images), question]
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        wanted = processor(text=[prompt], images=sample.images, return_tensors="pt")
+        assert wanted["input_ids"][0].tolist() == ids
+        found = [torch.from_numpy(pocket_format.pixels(image).copy())[None] for image in sample.images]
+        patches = torch.cat([pocket_format.patchify(picture)[0] for picture in found])
+        torch.testing.assert_close(patches, wanted["pixel_values"], rtol=0, atol=1e-4)
+
+
+def test_only_answers_are_learned(core: Tokenizer) -> None:
+    rng = random.Random(1)
+    for _ in range(20):
+        sample = samples.picture_sample(rng, (100, 100))
+        ids, labels, positions = pocket_format.encode_sample(core, sample, (8, 8), rng)
+        learned = [label for label in labels if label != -100]
+        answers = "".join(turn.answer + "<|im_end|>" for turn in sample.turns)
+        assert core.decode(learned, skip_special_tokens=False) == answers
+        assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+        assert ids.count(IMAGE) == 16
+        assert positions.shape == (3, len(ids))
+
+
+def test_padding_is_not_learned(core: Tokenizer) -> None:
+    rng = random.Random(2)
+    drawn = [samples.picture_sample(rng, (100, 100)) for _ in range(6)]
+    batch = pocket_format.collate(core, drawn, (8, 8), rng)
+    padding = torch.arange(batch["ids"].shape[1]) >= batch["lengths"][:, None]
+    assert padding.any()
+    assert (batch["labels"][padding] == -100).all()
+    assert (batch["ids"][padding] == PAD).all()
+
+
+def test_words_are_spelled_letter_by_letter(core: Tokenizer) -> None:
+    for word in (*samples.WORDS, "QXZJV", "90210"):
+        assert core.encode(word, add_special_tokens=False).tokens == list(word)
+
+
+def test_the_training_pass_is_transformers_forward(core: Tokenizer) -> None:
+    torch.manual_seed(1)
+    trainee = Trainee(pocket_format.make_model(core))
+    for parameter in trainee.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    take_shortcut(trainee, core, torch.device("cpu"))
+
+
+def test_a_saved_checkpoint_answers_in_batches_as_alone(folder: Path) -> None:
+    ask = TransformersAsk(folder, torch.device("cpu"))
+    drawn = [*samples.evaluation_set("word", 2), *samples.evaluation_set("chat", 1)]
+    drawn += samples.evaluation_set("two pictures", 1)
+    ask.model.float()
+    assert ask(drawn) == [ask([sample])[0] for sample in drawn]
+    assert END in ask.model.generation_config.eos_token_id
