@@ -1,4 +1,4 @@
-"""Checkpoint folders in the shape of public models, with everything but weights: those are noise made in place."""
+"""Checkpoint folders in the shape of public models, all but the weights: those are noise made in place."""
 
 from __future__ import annotations
 

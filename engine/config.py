@@ -58,9 +58,7 @@ class EngineConfig(BaseModel):
     enforce_eager: bool = False
     run_ahead: NonNegativeInt = 1
     tensor_parallel_size: PositiveInt = 1
-    limit_mm_per_prompt: dict[Literal["image", "video"], NonNegativeInt] = Field(
-        default_factory=lambda: {"image": 8, "video": 1}
-    )
+    limit_mm_per_prompt: dict[Literal["image", "video"], NonNegativeInt] = {"image": 8, "video": 1}
     mm_processor_kwargs: dict[str, Any] = Field(default_factory=dict)
     chat_template: str | None = None
     allowed_local_media_path: str | None = None

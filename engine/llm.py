@@ -58,7 +58,6 @@ class LLM:
     def __init__(self, model: str, *, trust_remote_code: bool = False, **options: Any) -> None:
         if trust_remote_code:
             logger.warning("trust_remote_code is ignored: code from checkpoints is never run")
-        options.setdefault("limit_mm_per_prompt", {"image": 8, "video": 1})
         self.config = EngineConfig(model=model, **options)
         checkpoint = Checkpoint.open(self.config.model, self.config.revision)
         self._frontend = Frontend.load(self.config, checkpoint)

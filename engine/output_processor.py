@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
 import numpy as np
 
 from engine.inputs.detokenizer import IncrementalDetokenizer

@@ -137,7 +137,7 @@ def picture_sample(rng: random.Random, size: tuple[int, int], max_turns: int = 4
     askers = (
         [a for group in SHAPE_ASKERS.values() for a in group] if scene.things else [ask_text, ask_caption]
     )
-    for _ in range(rng.randint(0, max_turns - 1)):
+    for _ in range(max_turns - 1):
         turn = rng.choice(askers)(scene, rng)
         if turn is not None and all(turn.question != t.question for t in turns):
             turns.append(turn)

@@ -63,6 +63,8 @@ class Batches(IterableDataset):
         grid = (h // PATCH, w // PATCH)
         kind = rng.random()
         two = kind < 0.13
+        # One number for all, or most of a batch would be padding.
+        turns = rng.choice((1, 2, 3, 4))
         samples = []
         for _ in range(self.batch_size // 2 if two else self.batch_size):
             if two:
@@ -71,7 +73,7 @@ class Batches(IterableDataset):
             elif rng.random() < 0.02:
                 samples.append(data.chat_sample(rng))
             else:
-                samples.append(data.picture_sample(rng, size))
+                samples.append(data.picture_sample(rng, size, turns))
         return collate(self.core, samples, grid, rng)
 
 
@@ -87,19 +89,17 @@ class DenseVisionAttention(nn.Module):
         self, hidden_states: torch.Tensor, *_: object, position_embeddings: tuple, **__: object
     ) -> torch.Tensor:
         cos, sin = position_embeddings
-        q, k, v = (
-            self.qkv(hidden_states)
-            .view(self.pictures, -1, 3, self.heads, hidden_states.shape[-1] // self.heads)
-            .unbind(2)
-        )
-        q, k = (rotate(x, cos, sin).to(v.dtype) for x in (q, k))
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        qkv = self.qkv(hidden_states).view(self.pictures, len(cos), 3, self.heads, -1)
+        q, k = rotate(qkv[:, :, :2], cos, sin).unbind(2)
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, qkv[:, :, 2])))
         return self.proj(out.transpose(1, 2).reshape(hidden_states.shape))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    return x.float() * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    """Turn ``x`` (pictures, patches, 2, heads, dim) by angles (patches, dim), in the dtype of ``x``."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = (angles.to(x.dtype)[:, None, None] for angles in (cos, sin))
+    return torch.addcmul(x * cos, torch.cat([-second, first], dim=-1), sin)
 
 
 def vision_angles(grid: tuple[int, int], dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,12 +199,12 @@ def train(
     rest = [p for p in parameters if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=cuda)
-    step, seen, losses, last = 0, 0, [], time.monotonic()
+    step, seen, skipped, losses, last = 0, 0, 0, [], time.monotonic()
     trainee.train()
     while (used := (time.monotonic() - start) / options.seconds) < 1.0:
         rate = (
             options.lr
-            * min(1.0, (step + 1) / 400)
+            * min(1.0, (step + 1) / 200)
             * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, used))))
         )
         for group in optimizer.param_groups:
@@ -213,17 +213,22 @@ def train(
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
             loss = trainee(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        # A single overflow in half precision would poison every weight for good.
+        if nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+            optimizer.step()
+        else:
+            skipped += 1
+            assert skipped < 100, "gradients are not finite any more"
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + len(batch["ids"])
         losses.append(loss.detach())
         if step % options.report == 0:
             now = time.monotonic()
-            mean = torch.stack(losses).mean().item()
+            mean = torch.stack(losses).nanmean().item()
             pace = options.report / (now - last)
             print(
-                f"{now - start:.0f} s step {step} samples {seen} loss {mean:.4f} {pace:.1f} step/s",
+                f"{now - start:.0f} s step {step} samples {seen} loss {mean:.4f} {pace:.1f} step/s,"
+                f" {skipped} skipped",
                 flush=True,
             )
             losses, last = [], now
@@ -273,8 +278,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=480, help="until training stops, from the start on")
+    parser.add_argument("--start-from", type=Path, help="a checkpoint of this script, to be trained further")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--evaluate", type=int, default=100, help="questions per task")
     parser.add_argument("--report", type=int, default=200)
@@ -282,9 +288,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device(options.device)
     core = make_tokenizer()
-    trainee = Trainee(make_model(core).to(device))
+    model = make_model(core)
+    if options.start_from:
+        model.load_state_dict(
+            Qwen2VLForConditionalGeneration.from_pretrained(
+                options.start_from, dtype=torch.float32
+            ).state_dict()
+        )
+    trainee = Trainee(model.to(device))
     size = sum(p.numel() for p in trainee.parameters()) / 1e6
     print(f"{size:.2f} M parameters, vocabulary {core.get_vocab_size()}", flush=True)
     take_shortcut(trainee, core, device)

@@ -55,11 +55,12 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
     segments = cu_seqlens.shape[0] - 1
     if tokens == 0 or segments == 0:
         return out
-    # The head is cut into its largest power of two and a rest (80 = 64 + 16), which costs less than padding.
+    # A head of 80 is cut into 64 + 16, one of 96 into 64 + 32: that costs less than padding it to 128. Other
+    # sizes are padded.
     main = 1 << (dim.bit_length() - 1)
-    rest = triton.next_power_of_2(dim - main) if dim > main else 0
-    if rest and rest < 16:
-        rest = 16
+    rest = dim - main
+    if rest & (rest - 1) or rest < 16:
+        main, rest = triton.next_power_of_2(dim), 0
     wide = dim > 128 or q.element_size() > 2
     rows, keys, warps = (32, 32, 4) if wide else (128, 64, 8)
     if max_len <= 64:

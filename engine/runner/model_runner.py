@@ -148,13 +148,16 @@ class ModelRunner:
     def profile(self, num_tokens: int) -> None:
         """A forward pass over ``num_tokens`` rows that touches no KV block but 0, to measure peak memory."""
         device, zeros = self.device, torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        # No sequence may be longer than the row of its block table.
+        longest = min(num_tokens, self._max_model_len)
+        starts = torch.tensor([*range(0, num_tokens, longest), num_tokens], dtype=torch.int32, device=device)
         meta = AttentionMetadata(
-            block_tables=self._state.block_tables[-1:],
-            query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+            block_tables=self._state.block_tables[-1:].expand(len(starts) - 1, -1),
+            query_start=starts,
+            seq_lens=starts.diff(),
             slot_mapping=zeros - 1,
-            max_query_len=num_tokens,
-            max_seq_len=num_tokens,
+            max_query_len=longest,
+            max_seq_len=longest,
         )
         positions = zeros.expand(3, -1) if self._mrope else zeros
         hidden = self.model(self.model.embed(zeros), positions, self._kv, meta)

@@ -1,0 +1,203 @@
+"""Everything in front of the engine for one model: prompts and pictures to engine input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from engine.config import EngineConfig
+from engine.errors import InvalidRequest
+from engine.families.base import MediaProcessor, ModelConfig
+from engine.families.registry import resolve
+from engine.inputs.builder import PromptBuilder
+from engine.inputs.chat_template import ChatTemplate
+from engine.inputs.messages import MediaSource, check_media_limits, parse_messages
+from engine.inputs.prompt import EngineInput, PreparedMedia
+from engine.inputs.tokenizer import Tokenizer
+from engine.media.decode import ImageLimits, decode_image, to_rgb
+from engine.media.fetch import MediaFetcher
+from engine.media.guard import FetchPolicy
+from engine.weights.checkpoint import Checkpoint
+
+
+def load_prompt_builder(config: EngineConfig, checkpoint: Checkpoint) -> PromptBuilder:
+    """Tokenizer, chat template and placeholders of a model; loads no weights.
+
+    Raises:
+        CheckpointError, ConfigError: a file is missing or unusable.
+    """
+    family = resolve(checkpoint)
+    model = family.parse(checkpoint)
+    folder = Checkpoint.open(config.tokenizer).path if config.tokenizer else checkpoint.path
+    tokenizer = Tokenizer.load(folder)
+    template = ChatTemplate.load(
+        folder, tokenizer.config, config.chat_template, family.prompt_format(model).default_template
+    )
+    return PromptBuilder.for_model(family, model, tokenizer, template)
+
+
+def load_media_processor(config: EngineConfig, checkpoint: Checkpoint) -> MediaProcessor | None:
+    """What prepares a model's pictures; None for a text-only model.
+
+    Raises:
+        ConfigError: an option of ``mm_processor_kwargs`` is unknown or out of bounds.
+    """
+    family = resolve(checkpoint)
+    return family.media_processor(checkpoint, family.parse(checkpoint), config.mm_processor_kwargs)
+
+
+@dataclass(slots=True)
+class PreparedPrompt:
+    """A prompt ready for the engine, with what is left to encode, or what came encoded."""
+
+    inputs: EngineInput
+    media: list[PreparedMedia] = field(default_factory=list)
+    embeddings: list[Any] = field(default_factory=list)
+
+
+class Frontend:
+    """The offline way in: prompts as :class:`engine.LLM` takes them. Thread-safe.
+
+    Args:
+        config: the engine's.
+        model: the model's.
+        builder: makes prompts.
+        processor: prepares pictures; None for a text-only model.
+        fetcher: gets pictures by URL.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        builder: PromptBuilder,
+        processor: MediaProcessor | None,
+        fetcher: MediaFetcher,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._builder = builder
+        self._processor = processor
+        self._fetcher = fetcher
+        self._limits = ImageLimits()
+
+    @classmethod
+    def load(cls, config: EngineConfig, checkpoint: Checkpoint) -> Frontend:
+        """The front of ``config.model``; errors as :func:`load_prompt_builder`."""
+        policy = FetchPolicy(allowed_local_media_path=config.allowed_local_media_path)
+        return cls(
+            config,
+            resolve(checkpoint).parse(checkpoint),
+            load_prompt_builder(config, checkpoint),
+            load_media_processor(config, checkpoint),
+            MediaFetcher(policy),
+        )
+
+    @property
+    def takes_media(self) -> bool:
+        return self._processor is not None
+
+    def from_prompt(self, prompt: str | Mapping[str, Any]) -> PreparedPrompt:
+        """One prompt of :meth:`engine.LLM.generate`.
+
+        Raises:
+            InvalidRequest: naming the entry that can't be used.
+        """
+        if isinstance(prompt, str):
+            return PreparedPrompt(self._builder.from_text(prompt))
+        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data", "cache_salt"}
+        if unknown:
+            raise InvalidRequest(f"A prompt has no entry {sorted(unknown)[0]!r}.", param="prompt")
+        media = self._prepare(_media_sources(prompt.get("multi_modal_data") or {}))
+        items = [prepared.item for prepared in media]
+        salt = prompt.get("cache_salt", "")
+        if (ids := prompt.get("prompt_token_ids")) is not None:
+            return PreparedPrompt(self._builder.from_token_ids(ids, items, cache_salt=salt), media)
+        if not isinstance(prompt.get("prompt"), str):
+            raise InvalidRequest("A prompt needs a text in 'prompt', or ids in 'prompt_token_ids'.")
+        return PreparedPrompt(self._builder.from_text(prompt["prompt"], items, cache_salt=salt), media)
+
+    def from_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> PreparedPrompt:
+        """One conversation of :meth:`engine.LLM.chat`.
+
+        Raises:
+            InvalidRequest: naming the message or part that can't be used.
+        """
+        parsed, sources = parse_messages(messages)
+        media = self._prepare(sources)
+        builder = self._builder if chat_template is None else self._builder.with_template(chat_template)
+        inputs = builder.from_messages(
+            parsed,
+            [prepared.item for prepared in media],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            template_kwargs=chat_template_kwargs,
+        )
+        return PreparedPrompt(inputs, media)
+
+    def _prepare(self, sources: Sequence[MediaSource]) -> list[PreparedMedia]:
+        if not sources:
+            return []
+        if self._processor is None:
+            raise InvalidRequest("This model takes no pictures.", param=sources[0].where)
+        check_media_limits(sources, self._config.limit_mm_per_prompt)
+        prepared = []
+        for source in sources:
+            if source.kind == "video":
+                frames = [self._picture(frame) for frame in source.frames]
+                prepared.append(self._processor.prepare_video(frames))
+            else:
+                prepared.append(self._processor.prepare(self._picture(source)))
+        return prepared
+
+    def _picture(self, source: MediaSource) -> Image.Image:
+        if source.image is not None:
+            return to_rgb(source.image)
+        data = source.data if source.data is not None else self._fetcher.fetch_blocking(source)
+        return decode_image(data, self._limits)
+
+
+def _media_sources(data: Mapping[str, Any]) -> list[MediaSource]:
+    """``multi_modal_data`` as sources: pictures, then videos."""
+    unknown = data.keys() - {"image", "video"}
+    if unknown:
+        raise InvalidRequest(
+            f"multi_modal_data has no entry {sorted(unknown)[0]!r}.", param="multi_modal_data"
+        )
+    sources: list[MediaSource] = []
+    for kind in ("image", "video"):
+        given = data.get(kind)
+        if given is None:
+            continue
+        many = given if isinstance(given, list | tuple) else [given]
+        if kind == "video" and many and isinstance(many[0], Image.Image):
+            many = [many]
+        for value in many:
+            where = f"multi_modal_data.{kind}[{len(sources)}]"
+            if kind == "video":
+                frames = tuple(_source(frame, len(sources), where) for frame in value)
+                sources.append(MediaSource(len(sources), where, "video", frames=frames))
+            else:
+                sources.append(_source(value, len(sources), where))
+    return sources
+
+
+def _source(value: Any, index: int, where: str) -> MediaSource:
+    if isinstance(value, Image.Image):
+        return MediaSource(index, where, image=value)
+    if isinstance(value, bytes):
+        return MediaSource(index, where, data=value)
+    raise InvalidRequest(f"{where} must be a PIL image, not {type(value).__name__}.", param=where)

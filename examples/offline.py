@@ -1,0 +1,55 @@
+"""Ask a model about pictures, without a server.
+
+    python examples/offline.py [--model models/pocket] [PICTURE ...]
+
+Without a picture, one is drawn.
+"""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from engine import LLM, SamplingParams
+
+ROOT = Path(__file__).parent.parent
+
+
+def draw_picture() -> Image.Image:
+    """A red circle beside a blue square."""
+    picture = Image.new("RGB", (224, 160), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((20, 45, 90, 115), fill="red")
+    pen.rectangle((130, 45, 200, 115), fill="blue")
+    return picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "models" / "pocket"))
+    parser.add_argument("pictures", nargs="*", type=Path)
+    options = parser.parse_args()
+
+    pictures = [Image.open(path) for path in options.pictures] or [draw_picture()]
+    questions = ["Describe this image.", "How many shapes are there?"]
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": picture},
+                    {"type": "text", "text": question},
+                ],
+            }
+        ]
+        for picture in pictures
+        for question in questions
+    ]
+    llm = LLM(model=options.model)
+    outputs = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=64))
+    for conversation, output in zip(conversations, outputs, strict=True):
+        print(conversation[0]["content"][1]["text"], "->", output.outputs[0].text)
+
+
+if __name__ == "__main__":
+    main()

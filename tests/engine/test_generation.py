@@ -1,0 +1,112 @@
+"""Greedy tokens of the engine are those of Transformers' ``generate``, however they are computed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from engine import LLM, SamplingParams
+
+from . import tiny
+
+MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+TOKENS = 12
+
+
+@dataclass
+class Case:
+    prompt: str
+    pictures: list[Image.Image]
+    wanted: list[int]
+
+    @property
+    def entry(self) -> dict:
+        data = {"multi_modal_data": {"image": self.pictures}} if self.pictures else {}
+        return {"prompt": self.prompt, **data}
+
+
+PROMPTS = [
+    ("describe this image " + MARK, [(60, 44)]),
+    (MARK + MARK + "what is shown in the pictures?", [(90, 30), (33, 70)]),
+    ("hello world 0 1 2 3", []),
+    ("a red square " + MARK + " on a blue " + MARK + " background " + MARK, [(20, 20), (64, 40), (41, 83)]),
+    (MARK, [(8, 90)]),
+]
+
+
+@torch.inference_mode()
+def reference(path: Path, prompt: str, pictures: list[Image.Image]) -> list[int]:
+    inputs = tiny.reference_inputs(path, prompt, pictures)
+    model = tiny.reference_model(path)
+    out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def make_cases(path: Path) -> list[Case]:
+    cases = []
+    for number, (text, sizes) in enumerate(PROMPTS):
+        pictures = [tiny.picture(w, h, 10 * number + i) for i, (w, h) in enumerate(sizes)]
+        prompt = TEMPLATE.format(text)
+        cases.append(Case(prompt, pictures, reference(path, prompt, pictures)))
+    return cases
+
+
+@pytest.fixture(scope="module", params=[(False, 2), (True, 1), (False, 4)], ids=["untied", "tied", "mqa"])
+def model(request, tmp_path_factory) -> tuple[Path, list[Case]]:
+    tied, ratio = request.param
+    path = tmp_path_factory.mktemp("qwen2_vl")
+    tiny.make_qwen2_vl(path, tied=tied, gqa_ratio=ratio, seed=3)
+    return path, make_cases(path)
+
+
+WAYS = {
+    "plain": {},
+    # 17 tokens a step split every picture; blocks of 4 cut them in the middle.
+    "tiny budget": {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4},
+    # Too few blocks for all: some are interrupted and computed again.
+    "few blocks": {"num_kv_blocks": 50, "block_size": 4, "max_num_batched_tokens": 64},
+    "no run-ahead": {"run_ahead": 0, "enable_prefix_caching": False},
+    "far ahead": {"run_ahead": 3, "max_num_batched_tokens": 100},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_are_those_of_transformers(model, way):
+    path, cases = model
+    llm = LLM(str(path), max_model_len=190, **WAYS[way])
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    outputs = llm.generate([case.entry for case in cases], params, use_tqdm=False)
+    for case, output in zip(cases, outputs, strict=True):
+        assert output.outputs[0].token_ids == case.wanted
+    if way == "few blocks":
+        assert llm.metrics()["preempted"] > 0
+    llm.check_integrity()
+
+
+def test_alone_is_as_in_a_batch_and_the_second_time_is_cached(model):
+    path, cases = model
+    llm = LLM(str(path), max_model_len=190)
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    for case in cases:
+        (first,) = llm.generate(case.entry, params, use_tqdm=False)
+        (second,) = llm.generate(case.entry, params, use_tqdm=False)
+        assert first.outputs[0].token_ids == second.outputs[0].token_ids == case.wanted
+        full_blocks = (len(first.prompt_token_ids) - 1) // 16 * 16
+        assert second.usage.cached_tokens == full_blocks
+    llm.check_integrity()
+
+
+def test_pictures_change_the_answer(model):
+    """Else all of the above would hold for an engine that ignores them."""
+    path, cases = model
+    llm = LLM(str(path), max_model_len=190)
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    for case in cases:
+        if case.pictures:
+            other = [tiny.picture(*picture.size, 77) for picture in case.pictures]
+            entry = {"prompt": case.prompt, "multi_modal_data": {"image": other}}
+            (output,) = llm.generate(entry, params, use_tqdm=False)
+            assert output.outputs[0].token_ids != case.wanted
