@@ -20,7 +20,6 @@ from engine.loading import load_engine
 from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput, StreamUpdate
 from engine.sampling_params import SamplingParams
-from engine.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +58,7 @@ class LLM:
         if trust_remote_code:
             logger.warning("trust_remote_code is ignored: code from checkpoints is never run")
         self.config = EngineConfig(model=model, **options)
-        checkpoint = Checkpoint.open(self.config.model, self.config.revision)
-        self._frontend = Frontend.load(self.config, checkpoint)
+        self._frontend = Frontend.load(self.config)
         self._encoder = EncoderEngine.load(self.config) if self._frontend.takes_media else None
         self._engine = load_engine(self.config)
         self._count = 0

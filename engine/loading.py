@@ -118,7 +118,7 @@ def load_engine(config: EngineConfig) -> LoadedEngine:
         model,
         tokenizer,
         grammars,
-        RequestFactory(config, model, scheduler, grammars),
+        RequestFactory(config, model, scheduler, tokenizer, grammars),
         EngineCore(scheduler, final, config.run_ahead),
         OutputProcessor(tokenizer, metrics),
         metrics,

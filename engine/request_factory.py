@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.families.base import ModelConfig
 from engine.inputs.prompt import EmbeddedMedia, EngineInput, MediaSpan
+from engine.inputs.tokenizer import Tokenizer
 from engine.output_processor import RequestGroup, new_group
 from engine.request import Request
 from engine.sampling_params import SamplingParams
@@ -31,15 +32,22 @@ class RequestFactory:
         config: the engine's.
         model: the model's.
         scheduler: knows which requests could never run.
+        tokenizer: the model's.
         grammars: compiles structured output.
     """
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, scheduler: Scheduler, grammars: GrammarCompiler
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        grammars: GrammarCompiler,
     ) -> None:
         self._config = config
         self._model = model
         self._scheduler = scheduler
+        self._tokenizer = tokenizer
         self._grammars = grammars
         self._random = random.Random(config.seed)
 
@@ -66,6 +74,7 @@ class RequestFactory:
         """
         if self._config.task != "generate":
             raise InvalidRequest("This model makes embeddings; ask it through the embeddings endpoint.")
+        params.resolve_bad_words(lambda text: self._tokenizer.encode(text, add_special_tokens=False))
         params.verify(self._model.decoder.vocab_size, self.max_model_len)
         count = len(inputs.token_ids)
         max_tokens = params.max_tokens

@@ -199,12 +199,15 @@ class SamplingParams:
 def generation_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of :class:`SamplingParams` that a ``generation_config.json`` sets, like vLLM's.
 
-    ``max_new_tokens`` becomes ``max_tokens``; nulls, ``do_sample`` and everything else are left out.
+    ``max_new_tokens`` becomes ``max_tokens``, and an explicit ``do_sample: false`` temperature 0, which is
+    what Transformers makes of it. Nulls and everything else are left out.
     """
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     defaults = {name: config[name] for name in names if config.get(name) is not None}
     if config.get("max_new_tokens") is not None:
         defaults["max_tokens"] = config["max_new_tokens"]
+    if config.get("do_sample") is False:
+        defaults["temperature"] = 0.0
     return defaults
 
 

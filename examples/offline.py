@@ -8,20 +8,12 @@ Without a picture, one is drawn.
 import argparse
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from pictures import two_shapes
+from PIL import Image
 
 from engine import LLM, SamplingParams
 
 ROOT = Path(__file__).parent.parent
-
-
-def draw_picture() -> Image.Image:
-    """A red circle beside a blue square."""
-    picture = Image.new("RGB", (224, 160), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.ellipse((20, 45, 90, 115), fill="red")
-    pen.rectangle((130, 45, 200, 115), fill="blue")
-    return picture
 
 
 def main() -> None:
@@ -30,7 +22,7 @@ def main() -> None:
     parser.add_argument("pictures", nargs="*", type=Path)
     options = parser.parse_args()
 
-    pictures = [Image.open(path) for path in options.pictures] or [draw_picture()]
+    pictures = [Image.open(path) for path in options.pictures] or [two_shapes()]
     questions = ["Describe this image.", "How many shapes are there?"]
     conversations = [
         [

@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
-from engine.families.base import MediaProcessor, ModelConfig
+from engine.families.base import Family, MediaProcessor, ModelConfig
 from engine.families.registry import resolve
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
@@ -18,20 +18,22 @@ from engine.inputs.messages import MediaSource, check_media_limits, parse_messag
 from engine.inputs.prompt import EngineInput, PreparedMedia
 from engine.inputs.tokenizer import Tokenizer
 from engine.media.decode import ImageLimits, decode_image, to_rgb
-from engine.media.fetch import MediaFetcher
+from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
+from engine.sampling_params import generation_defaults
 from engine.weights.checkpoint import Checkpoint
 
 
-def load_prompt_builder(config: EngineConfig, checkpoint: Checkpoint) -> PromptBuilder:
+def load_prompt_builder(config: EngineConfig) -> PromptBuilder:
     """Tokenizer, chat template and placeholders of a model; loads no weights.
 
     Raises:
         CheckpointError, ConfigError: a file is missing or unusable.
     """
-    family = resolve(checkpoint)
-    model = family.parse(checkpoint)
-    folder = Checkpoint.open(config.tokenizer).path if config.tokenizer else checkpoint.path
+    checkpoint, family, model = _describe(config)
+    folder = checkpoint.path
+    if config.tokenizer:
+        folder = Checkpoint.open(config.tokenizer, weights=False).path
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(
         folder, tokenizer.config, config.chat_template, family.prompt_format(model).default_template
@@ -39,14 +41,26 @@ def load_prompt_builder(config: EngineConfig, checkpoint: Checkpoint) -> PromptB
     return PromptBuilder.for_model(family, model, tokenizer, template)
 
 
-def load_media_processor(config: EngineConfig, checkpoint: Checkpoint) -> MediaProcessor | None:
+def load_media_processor(config: EngineConfig) -> MediaProcessor | None:
     """What prepares a model's pictures; None for a text-only model.
 
     Raises:
+        CheckpointError: the model can't be served.
         ConfigError: an option of ``mm_processor_kwargs`` is unknown or out of bounds.
     """
+    checkpoint, family, model = _describe(config)
+    return family.media_processor(checkpoint, model, config.mm_processor_kwargs)
+
+
+def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
+    """The fields of :class:`~engine.sampling_params.SamplingParams` that the checkpoint has defaults for."""
+    return generation_defaults(_describe(config)[0].generation_config)
+
+
+def _describe(config: EngineConfig) -> tuple[Checkpoint, Family, ModelConfig]:
+    checkpoint = Checkpoint.open(config.model, config.revision, weights=False)
     family = resolve(checkpoint)
-    return family.media_processor(checkpoint, family.parse(checkpoint), config.mm_processor_kwargs)
+    return checkpoint, family, family.parse(checkpoint)
 
 
 @dataclass(slots=True)
@@ -63,7 +77,6 @@ class Frontend:
 
     Args:
         config: the engine's.
-        model: the model's.
         builder: makes prompts.
         processor: prepares pictures; None for a text-only model.
         fetcher: gets pictures by URL.
@@ -72,29 +85,21 @@ class Frontend:
     def __init__(
         self,
         config: EngineConfig,
-        model: ModelConfig,
         builder: PromptBuilder,
         processor: MediaProcessor | None,
         fetcher: MediaFetcher,
     ) -> None:
         self._config = config
-        self._model = model
         self._builder = builder
         self._processor = processor
         self._fetcher = fetcher
         self._limits = ImageLimits()
 
     @classmethod
-    def load(cls, config: EngineConfig, checkpoint: Checkpoint) -> Frontend:
+    def load(cls, config: EngineConfig) -> Frontend:
         """The front of ``config.model``; errors as :func:`load_prompt_builder`."""
-        policy = FetchPolicy(allowed_local_media_path=config.allowed_local_media_path)
-        return cls(
-            config,
-            resolve(checkpoint).parse(checkpoint),
-            load_prompt_builder(config, checkpoint),
-            load_media_processor(config, checkpoint),
-            MediaFetcher(policy),
-        )
+        fetcher = MediaFetcher(FetchPolicy(allowed_local_media_path=config.allowed_local_media_path))
+        return cls(config, load_prompt_builder(config), load_media_processor(config), fetcher)
 
     @property
     def takes_media(self) -> bool:
@@ -154,20 +159,21 @@ class Frontend:
         if self._processor is None:
             raise InvalidRequest("This model takes no pictures.", param=sources[0].where)
         check_media_limits(sources, self._config.limit_mm_per_prompt)
+        budget = ByteBudget(self._fetcher.policy.max_total_bytes)
         prepared = []
         for source in sources:
             if source.kind == "video":
-                frames = [self._picture(frame) for frame in source.frames]
+                frames = [self._picture(frame, budget) for frame in source.frames]
                 prepared.append(self._processor.prepare_video(frames))
             else:
-                prepared.append(self._processor.prepare(self._picture(source)))
+                prepared.append(self._processor.prepare(self._picture(source, budget)))
         return prepared
 
-    def _picture(self, source: MediaSource) -> Image.Image:
+    def _picture(self, source: MediaSource, budget: ByteBudget) -> Image.Image:
         if source.image is not None:
             return to_rgb(source.image)
-        data = source.data if source.data is not None else self._fetcher.fetch_blocking(source)
-        return decode_image(data, self._limits)
+        data = self._fetcher.fetch_blocking(source, budget)
+        return decode_image(data, self._limits, where=source.where)
 
 
 def _media_sources(data: Mapping[str, Any]) -> list[MediaSource]:

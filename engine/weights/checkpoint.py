@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 _HEADER_LIMIT = 100 << 20
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
+_HUB_WEIGHTS = ["*.safetensors"]
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -36,15 +37,18 @@ class Checkpoint:
         self.path = path
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None) -> Checkpoint:
+    def open(cls, model: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
         """The checkpoint in folder ``model``, or of the hub's ``owner/name``, which is then downloaded.
+
+        Args:
+            weights: whether a download includes the tensors.
 
         Raises:
             CheckpointError: there is no such folder or model, or it has no config.json.
         """
         path = Path(model).expanduser()
         if not path.is_dir():
-            path = _download(model, revision)
+            path = _download(model, revision, [*_HUB_TEXTS, *(_HUB_WEIGHTS if weights else ())])
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json, so it is no checkpoint in Hugging Face layout")
         return cls(path)
@@ -147,13 +151,13 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         yield name, TensorInfo(file, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no folder {model!r}, and it isn't a hub name of the form owner/name")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(
             f"there is no folder {model!r}, and the hub gave no such model: {error}"

@@ -1,0 +1,96 @@
+"""The ASGI application of the ingress: routes, limits, and errors in OpenAI's form."""
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.config import IngressConfig
+from deployments.errors import NoSuchRoute, WrongMethod, as_sightline, error_body, error_headers
+from deployments.pipeline import Pipeline
+from deployments.routers import chat, health, models
+from engine.errors import Overloaded, SightlineError
+
+
+def create_api(config: IngressConfig, pipelines: Mapping[str, Pipeline]) -> FastAPI:
+    """The application for the models in ``pipelines``, by the name that clients use."""
+    api = FastAPI(title="Sightline", docs_url="/docs", redoc_url=None)
+    api.state.config = config
+    api.state.pipelines = pipelines
+    for router in (chat.router, models.router, health.router):
+        api.include_router(router)
+    api.add_exception_handler(HTTPException, _on_http_error)
+    api.add_exception_handler(SightlineError, _on_error)
+    api.add_middleware(Admission, limit=config.max_active_requests)
+    api.add_middleware(LastResort)
+    return api
+
+
+class Admission:
+    """Refuses what is more than ``limit`` requests at a time, before anything of it is read."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+        self._active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._active >= self._limit:
+            error = Overloaded(f"More than {self._limit} requests are open; try again shortly.")
+            await error_response(error)(scope, receive, send)
+            return
+        self._active += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._active -= 1
+
+
+class LastResort:
+    """Turns an error that nothing else has handled into a 500, unless the response has begun."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def note(message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        except Exception as error:
+            if begun:
+                raise
+            await error_response(as_sightline(error))(scope, receive, send)
+
+
+def error_response(error: SightlineError) -> JSONResponse:
+    """An error as a whole response."""
+    return JSONResponse(error_body(error), error.status, error_headers(error))
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    return error_response(as_sightline(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """What the router itself refuses."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"][:200]
+    if error.status_code == 404:
+        return error_response(NoSuchRoute(f"There is no endpoint {path}."))
+    if error.status_code == 405:
+        return error_response(WrongMethod(f"{path} does not take {request.method[:20]} requests."))
+    return JSONResponse(error_body(as_sightline(error)), error.status_code)

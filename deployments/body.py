@@ -1,0 +1,62 @@
+"""Request bodies: bounded while they come in, parsed where they hold nothing up."""
+
+import asyncio
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from deployments.errors import BadBody, BodyTooLarge
+
+M = TypeVar("M", bound=BaseModel)
+
+#: Larger bodies are parsed on a thread.
+_LARGE = 1 << 17
+
+
+async def read_body(request: Request, model: type[M], limit: int) -> M:
+    """The body as ``model``.
+
+    Args:
+        limit: most bytes.
+
+    Raises:
+        BodyTooLarge: naming the limit; the rest is not read.
+        BadBody: naming the field at fault.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise BodyTooLarge(_too_large(limit))
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge(_too_large(limit))
+    body = b"".join(chunks)
+    if size > _LARGE:
+        return await asyncio.to_thread(_parse, body, model)
+    return _parse(body, model)
+
+
+def _parse(body: bytes, model: type[M]) -> M:
+    try:
+        data: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        raise BadBody("The body is not valid JSON.") from None
+    if not isinstance(data, dict):
+        raise BadBody("The body must be a JSON object.")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise BadBody(f"Unknown field {field[:100]!r}.", param=field[:100]) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise BadBody(f"{field}: {message}" if field else message, param=field or None) from None
+
+
+def _too_large(limit: int) -> str:
+    return f"The request body has more than {limit} bytes. Send fewer or smaller pictures, or their URLs."

@@ -1,0 +1,180 @@
+"""What ``serve_config.yaml`` may say: models, their stages, and the ingress."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
+
+from engine.config import EngineConfig
+from engine.media.decode import ImageLimits
+from engine.media.guard import FetchPolicy
+
+#: Model folders of the configuration are relative to the working directory, or to this one.
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class StageConfig(_Strict):
+    """How one deployment is replicated and placed.
+
+    Attributes:
+        num_replicas: replicas, if not autoscaled.
+        autoscaling: Ray Serve's ``autoscaling_config``, e.g. ``{min_replicas: 1, max_replicas: 8}``.
+        num_cpus: CPU cores that each replica reserves; a reservation, not a limit.
+        num_gpus: GPUs, or the share of one, that each replica reserves. A replica with 0 sees no GPU.
+        resources: further Ray resources by name.
+        env: environment variables of the replica's process, e.g. ``OMP_NUM_THREADS`` for work on CPUs.
+        max_ongoing_requests: requests that a replica works on at a time; others wait in front of it.
+        graceful_shutdown_timeout_s: how long a replica that is asked to stop may finish its requests.
+    """
+
+    num_replicas: PositiveInt = 1
+    autoscaling: dict[str, Any] | None = None
+    num_cpus: NonNegativeFloat = 0.1
+    num_gpus: NonNegativeFloat = 0.0
+    resources: dict[str, NonNegativeFloat] = {}
+    env: dict[str, str] = {}
+    max_ongoing_requests: PositiveInt = 64
+    graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
+
+    def options(self) -> dict[str, Any]:
+        """The options of ``serve.deployment``."""
+        actor: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        if self.resources:
+            actor["resources"] = self.resources
+        if self.env:
+            actor["runtime_env"] = {"env_vars": self.env}
+        scale = (
+            {"num_replicas": self.num_replicas}
+            if self.autoscaling is None
+            else {"autoscaling_config": self.autoscaling}
+        )
+        return {
+            **scale,
+            "ray_actor_options": actor,
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
+        }
+
+
+class PreprocessorStage(StageConfig):
+    """Fetches and prepares pictures.
+
+    Attributes:
+        threads: pictures that a replica decodes and resizes at a time.
+    """
+
+    threads: PositiveInt = 4
+    max_ongoing_requests: PositiveInt = 32
+
+
+class EncoderStage(StageConfig):
+    """Turns pictures into embeddings.
+
+    Attributes:
+        max_batch_patches: most patches in one launch, over all pictures of all requests.
+        cache_bytes: memory for embeddings of pictures seen before.
+    """
+
+    max_batch_patches: PositiveInt = 32768
+    cache_bytes: int = Field(default=512 << 20, ge=0)
+    max_ongoing_requests: PositiveInt = 256
+
+
+class LanguageModelStage(StageConfig):
+    """Generates text. ``max_ongoing_requests`` should not be below the engine's ``max_num_seqs``."""
+
+    max_ongoing_requests: PositiveInt = 512
+    graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
+
+
+class ModelSpec(_Strict):
+    """One model: its engine, and how each of its stages is deployed.
+
+    Attributes:
+        name: what clients put into the ``model`` field.
+        engine: see :class:`engine.config.EngineConfig`; ``engine.model`` may be relative to the working
+            directory or to the project's folder.
+        preprocessor, encoder: unused by models without a vision part.
+    """
+
+    name: str = Field(min_length=1, max_length=256)
+    engine: EngineConfig
+    preprocessor: PreprocessorStage = PreprocessorStage()
+    encoder: EncoderStage = EncoderStage()
+    language_model: LanguageModelStage = LanguageModelStage()
+
+    @field_validator("engine")
+    @classmethod
+    def _absolute(cls, engine: EngineConfig) -> EngineConfig:
+        # Replicas run in other folders than the process that reads the configuration.
+        paths = {name: _resolved(getattr(engine, name)) for name in ("model", "tokenizer", "chat_template")}
+        return engine.model_copy(update=paths)
+
+    @property
+    def slug(self) -> str:
+        """The name in a form that deployments may carry: it becomes part of file names."""
+        return re.sub(r"[^A-Za-z0-9_.-]+", "--", self.name)
+
+
+def _resolved(path: str | None) -> str | None:
+    for base in (Path.cwd(), PROJECT):
+        if path and "\n" not in path and "{" not in path and (base / path).exists():
+            return str((base / path).resolve())
+    return path
+
+
+class IngressConfig(StageConfig):
+    """The HTTP side.
+
+    Attributes:
+        max_body_bytes: larger request bodies are refused with 413.
+        max_active_requests: requests that one ingress replica has open at a time; more are refused with 429.
+        health_timeout_s: how long ``/health`` waits for a model's replica.
+        threads: prompts that are rendered and tokenized at a time.
+    """
+
+    max_body_bytes: PositiveInt = 64 << 20
+    max_active_requests: PositiveInt = 1024
+    health_timeout_s: PositiveFloat = 5.0
+    threads: PositiveInt = 4
+    # The ingress's own limit comes first: its answer says what happened.
+    max_ongoing_requests: PositiveInt = 4096
+
+
+class AppConfig(_Strict):
+    """The ``args`` of the application.
+
+    Attributes:
+        models: at least one, of different names. The first is no default: clients name their model.
+        ingress: the HTTP side.
+        fetch: which addresses pictures may come from.
+        images: what a picture may be.
+    """
+
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    ingress: IngressConfig = IngressConfig()
+    fetch: FetchPolicy = FetchPolicy()
+    images: ImageLimits = ImageLimits()
+
+    @field_validator("models")
+    @classmethod
+    def _different(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
+        seen: dict[str, str] = {}
+        for model in models:
+            if model.slug in seen:
+                raise ValueError(f"the names {seen[model.slug]!r} and {model.name!r} are too alike")
+            seen[model.slug] = model.name
+        return models

@@ -1,0 +1,96 @@
+"""What passes between deployments, and how: requests, arrays and token streams.
+
+An array is put into the object store by the replica that made it, and only its reference travels on, so that
+the ingress in the middle never holds the bytes. References are passed as top-level arguments, which Ray
+resolves for the receiver: without a copy on the same node. Both need Ray's own actor calls; Serve's gRPC
+transport would pickle references into a byte string, where nothing counts them and they are never freed.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from ray.serve.handle import DeploymentHandle
+
+from engine.inputs.prompt import EmbeddedMedia, EngineInput, MediaItem
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class PixelsRef:
+    """A prepared picture: its description, and where its pixels lie."""
+
+    item: MediaItem
+    pixels: ray.ObjectRef
+
+
+@dataclass(frozen=True, slots=True)
+class RowsInfo:
+    """How to read the embedding rows of a picture, whose reference is an argument of its own."""
+
+    hash: str
+    dtype: str
+
+    def embedded(self, rows: np.ndarray) -> EmbeddedMedia:
+        """The embedding, once Ray has resolved the reference."""
+        return EmbeddedMedia(self.hash, rows, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRef:
+    """An encoded picture: where its embedding rows lie, and how to read them."""
+
+    info: RowsInfo
+    rows: ray.ObjectRef
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One request to generate, without the embeddings: those are arguments of their own.
+
+    Attributes:
+        request_id: unique.
+        inputs: the prompt.
+        params: how to sample.
+        priority: smaller goes first.
+        media: what the embedding rows that follow are.
+    """
+
+    request_id: str
+    inputs: EngineInput
+    params: SamplingParams
+    priority: int = 0
+    media: tuple[RowsInfo, ...] = field(default=())
+
+
+async def put(array: np.ndarray) -> ray.ObjectRef:
+    """``array`` in the object store. Copies on a thread: megabytes would hold up an event loop."""
+    return await asyncio.to_thread(ray.put, array)
+
+
+def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
+    """``handle`` with calls whose arguments and results may hold references."""
+    return handle.options(_by_reference=True)
+
+
+@asynccontextmanager
+async def stream(handle: DeploymentHandle, method: str, *args: Any) -> AsyncIterator[AsyncIterator[Any]]:
+    """Call a generator method; leaving the block before its end cancels it in the replica."""
+    response = getattr(handle.options(stream=True, _by_reference=True), method).remote(*args)
+    ended = False
+
+    async def items() -> AsyncIterator[Any]:
+        nonlocal ended
+        async for item in response:
+            yield item
+        ended = True
+
+    try:
+        yield items()
+    finally:
+        if not ended:
+            response.cancel()

@@ -1,0 +1,164 @@
+"""One model's way through its stages: prepare → encode → generate."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config import ModelSpec
+from deployments.errors import as_sightline, is_lost
+from deployments.handoff import Generation, PixelsRef, RowsRef, by_reference, stream
+from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.inputs.frontend import load_prompt_builder, load_sampling_defaults
+from engine.inputs.messages import MediaSource, check_media_limits
+from engine.inputs.prompt import EngineInput, MediaItem
+from engine.outputs import StreamUpdate
+from engine.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Handles of one model's deployments; a model without a vision part has only the last."""
+
+    language_model: DeploymentHandle
+    preprocessor: DeploymentHandle | None = None
+    encoder: DeploymentHandle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt ready for the engine, and where its pictures' embeddings lie."""
+
+    inputs: EngineInput
+    rows: tuple[RowsRef, ...] = ()
+
+
+class Pipeline:
+    """What the ingress knows of one model. Pixels and embeddings pass it by as references.
+
+    Args:
+        spec: the model.
+        stages: its deployments.
+        threads: where prompts are rendered and tokenized; never on the event loop.
+    """
+
+    def __init__(self, spec: ModelSpec, stages: Stages, threads: ThreadPoolExecutor) -> None:
+        self.name = spec.name
+        self.builder = load_prompt_builder(spec.engine)
+        self.sampling_defaults = load_sampling_defaults(spec.engine)
+        self._limits = spec.engine.limit_mm_per_prompt
+        self._language_model = by_reference(stages.language_model)
+        self._preprocessor = stages.preprocessor and by_reference(stages.preprocessor)
+        self._encoder = stages.encoder and by_reference(stages.encoder)
+        self._threads = threads
+        self._max_model_len: int | None = None
+
+    async def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together.
+
+        Raises:
+            Unavailable: no replica answers.
+        """
+        if self._max_model_len is None:
+            self._max_model_len = await self._call(self._language_model.max_model_len.remote())
+        return self._max_model_len
+
+    async def ping(self) -> None:
+        """Returns once a replica of the language model has answered; errors as :meth:`max_model_len`."""
+        await self._call(self._language_model.max_model_len.remote())
+
+    async def prepare(
+        self,
+        build: Callable[[list[MediaItem]], EngineInput],
+        sources: Sequence[MediaSource] = (),
+        *,
+        min_tokens: int = 1,
+        salt: str = "",
+    ) -> Prompt:
+        """Prepare a request's media, make its prompt, and encode the media.
+
+        Args:
+            build: the prompt from the items of media; called on a thread.
+            sources: the media.
+            min_tokens: output tokens that must fit behind the prompt.
+            salt: keeps apart the caches of tenants.
+
+        Raises:
+            InvalidRequest: before anything expensive was done.
+            Unavailable: a stage is down, twice in a row.
+        """
+        if sources:
+            if self._preprocessor is None:
+                raise InvalidRequest(f"The model {self.name} takes no pictures.", param=sources[0].where)
+            check_media_limits(sources, self._limits)
+        try:
+            return await self._prepare(build, sources, min_tokens, salt)
+        except Exception as error:
+            if not is_lost(error):
+                raise as_sightline(error) from error
+        # A replica died, and what it made with it. The sources are still here: once more, from the start.
+        try:
+            return await self._prepare(build, sources, min_tokens, salt)
+        except Exception as error:
+            raise as_sightline(error) from error
+
+    async def _prepare(
+        self,
+        build: Callable[[list[MediaItem]], EngineInput],
+        sources: Sequence[MediaSource],
+        min_tokens: int,
+        salt: str,
+    ) -> Prompt:
+        pixels: list[PixelsRef] = []
+        if sources:
+            assert self._preprocessor is not None
+            pixels = await self._preprocessor.prepare.remote(list(sources))
+        loop = asyncio.get_running_loop()
+        inputs = await loop.run_in_executor(self._threads, build, [ref.item for ref in pixels])
+        count, limit = len(inputs.token_ids), await self.max_model_len()
+        if count + min_tokens > limit:
+            raise ContextLengthExceeded(
+                f"The prompt has {count} tokens and {min_tokens} are to be generated, but this model's "
+                f"context holds {limit} in all. Shorten the prompt, use smaller or fewer pictures, or lower "
+                "max_tokens.",
+                param="messages",
+            )
+        return Prompt(inputs, await self._encode(pixels, salt))
+
+    async def _encode(self, pixels: Sequence[PixelsRef], salt: str) -> tuple[RowsRef, ...]:
+        """Embeddings of the distinct items, all at once: the encoder makes batches of what comes together."""
+        distinct = {ref.item.hash: ref for ref in pixels}.values()
+        if not distinct:
+            return ()
+        assert self._encoder is not None
+        responses = [self._encoder.encode.remote(ref.item, ref.pixels, salt) for ref in distinct]
+        return tuple(await asyncio.gather(*responses))
+
+    async def generate(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0
+    ) -> AsyncIterator[StreamUpdate]:
+        """Stream the model's output. Closing the iterator aborts the request.
+
+        Raises:
+            SightlineError: a refusal, or Unavailable where the replica died.
+        """
+        media = tuple(ref.info for ref in prompt.rows)
+        request = Generation(request_id, prompt.inputs, params, priority, media)
+        rows = [ref.rows for ref in prompt.rows]
+        try:
+            async with stream(self._language_model, "generate", request, *rows) as updates:
+                async for update in updates:
+                    yield update
+        except Exception as error:
+            raise as_sightline(error) from error
+
+    async def _call(self, response: Any) -> Any:
+        try:
+            return await response
+        except Exception as error:
+            raise as_sightline(error) from error

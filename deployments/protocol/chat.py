@@ -1,0 +1,224 @@
+"""Chat completions on the wire: OpenAI's fields, and those that vLLM's users know beside them."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from engine.errors import InvalidRequest
+from engine.sampling_params import SamplingParams
+
+#: Fields of OpenAI's that change nothing here; clients send them unasked.
+_NO_EFFECT = {
+    "metadata",
+    "modalities",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+    "verbosity",
+}
+#: Sampling parameters under the same name here and in :class:`SamplingParams`.
+_SAMPLING = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "prompt_logprobs",
+    "allowed_token_ids",
+    "bad_words",
+)
+
+
+class StreamOptions(BaseModel):
+    """``include_usage`` adds an event with the counts at the end, ``continuous_usage_stats`` to each."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class ChatCompletionRequest(BaseModel):
+    """Body of ``POST /v1/chat/completions``.
+
+    ``messages`` stay plain data: :func:`engine.inputs.messages.parse_messages` checks them and says which
+    part is wrong. Ranges are checked by :class:`~engine.sampling_params.SamplingParams`.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    messages: list[dict[str, Any]]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    # Beyond OpenAI.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    priority: int = Field(default=0, ge=-(1 << 31), lt=1 << 31)
+    cache_salt: str = Field(default="", max_length=256)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_fields_without_effect(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            if data.get("chat_template") is not None:
+                raise ValueError(
+                    "chat_template can't come with a request; it is set where the model is configured"
+                )
+            return {k: v for k, v in data.items() if k not in _NO_EFFECT and k != "chat_template"}
+        return data
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "ChatCompletionRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams: set stream to true")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs can't be streamed")
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in (self.model_fields_set)
+        ):
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return self
+
+    def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        """How to sample: what the request says, over the checkpoint's ``defaults``.
+
+        Raises:
+            InvalidRequest: naming the field that is out of range.
+        """
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        tokens = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        try:
+            return SamplingParams(
+                **{"max_tokens": None, **defaults, **given, "logprobs": logprobs} | _set(tokens)
+            )
+        except InvalidRequest as error:
+            if error.param == "max_tokens" and self.max_completion_tokens is not None:
+                error.param = "max_completion_tokens"
+            raise
+
+
+def _set(tokens: int | None) -> dict[str, int]:
+    return {} if tokens is None else {"max_tokens": tokens}
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Token counts; ``cached_tokens`` of the prompt were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    content: list[TokenLogprob]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(BaseModel):
+    """Response of a request that is not streamed."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    system_fingerprint: str | None = None
+    prompt_logprobs: list[dict[int, Any] | None] | None = None
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None

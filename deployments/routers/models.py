@@ -1,0 +1,46 @@
+"""Which models are served."""
+
+import time
+
+from fastapi import APIRouter, Request
+
+from deployments.pipeline import Pipeline
+from deployments.protocol.models import ModelCard, ModelList
+from engine.errors import ModelNotFound, Unavailable
+
+router = APIRouter()
+_STARTED = int(time.time())
+
+
+def find_pipeline(request: Request, name: str) -> Pipeline:
+    """The pipeline of the model that a request names.
+
+    Raises:
+        ModelNotFound: listing the models there are.
+    """
+    pipelines = request.app.state.pipelines
+    if name not in pipelines:
+        known = ", ".join(repr(known) for known in pipelines)
+        raise ModelNotFound(f"The model {name[:200]!r} does not exist; served here: {known}.", param="model")
+    return pipelines[name]
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> ModelList:
+    """All models."""
+    return ModelList(data=[await _card(pipeline) for pipeline in request.app.state.pipelines.values()])
+
+
+@router.get("/v1/models/{name:path}")
+async def retrieve_model(request: Request, name: str) -> ModelCard:
+    """One model."""
+    return await _card(find_pipeline(request, name))
+
+
+async def _card(pipeline: Pipeline) -> ModelCard:
+    try:
+        length = await pipeline.max_model_len()
+    except Unavailable:
+        # It is configured all the same, and will be back.
+        length = None
+    return ModelCard(id=pipeline.name, created=_STARTED, max_model_len=length)

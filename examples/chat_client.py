@@ -1,0 +1,60 @@
+"""Ask a running server about a picture, and print the answer as it comes.
+
+    python examples/chat_client.py "What is in this picture?" [PICTURE ...]
+
+A picture is a file or a URL. Without one, a red circle beside a blue square is drawn.
+"""
+
+import argparse
+import base64
+import io
+from pathlib import Path
+
+from openai import OpenAI
+from pictures import two_shapes
+
+
+def as_url(picture: str) -> str:
+    """A URL as it is, a file as a data URL."""
+    if "://" in picture:
+        return picture
+    data = base64.b64encode(Path(picture).read_bytes()).decode()
+    kind = Path(picture).suffix.lstrip(".").lower().replace("jpg", "jpeg") or "png"
+    return f"data:image/{kind};base64,{data}"
+
+
+def drawn() -> str:
+    buffer = io.BytesIO()
+    two_shapes().save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("question", nargs="?", default="Describe this image.")
+    parser.add_argument("pictures", nargs="*")
+    parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", default="pocket")
+    options = parser.parse_args()
+
+    urls = [as_url(picture) for picture in options.pictures] or [drawn()]
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "text", "text": options.question})
+    client = OpenAI(base_url=options.base_url, api_key="EMPTY")
+    stream = client.chat.completions.create(
+        model=options.model,
+        messages=[{"role": "user", "content": content}],
+        max_tokens=64,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in stream:
+        if chunk.choices:
+            print(chunk.choices[0].delta.content or "", end="", flush=True)
+        if chunk.usage:
+            used = chunk.usage
+            print(f"\n({used.prompt_tokens} tokens in, {used.completion_tokens} out)")
+
+
+if __name__ == "__main__":
+    main()

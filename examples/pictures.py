@@ -1,0 +1,49 @@
+"""Pictures for the examples, drawn here: nothing has to be downloaded.
+
+python examples/pictures.py FOLDER      # writes them as PNG files
+"""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def two_shapes() -> Image.Image:
+    """A red circle beside a blue square."""
+    picture = Image.new("RGB", (224, 160), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((20, 45, 90, 115), fill="red")
+    pen.rectangle((130, 45, 200, 115), fill="blue")
+    return picture
+
+
+def green_triangle() -> Image.Image:
+    """A green triangle alone."""
+    picture = Image.new("RGB", (180, 180), "white")
+    ImageDraw.Draw(picture).polygon([(90, 30), (150, 140), (30, 140)], fill="green")
+    return picture
+
+
+def word() -> Image.Image:
+    """The word HELLO."""
+    picture = Image.new("RGB", (260, 140), "white")
+    ImageDraw.Draw(picture).text((30, 40), "HELLO", fill="black", font=ImageFont.load_default(size=56))
+    return picture
+
+
+PICTURES = {"two_shapes": two_shapes, "green_triangle": green_triangle, "word": word}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        draw().save(folder / f"{name}.png")
+        print(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
