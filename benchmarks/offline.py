@@ -22,19 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import triton
-from PIL import Image
 
+from benchmarks.pictures import unique_picture
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine import LLM, SamplingParams
-
-
-def unique_picture(size: int, seed: int) -> Image.Image:
-    """A smooth random square picture: no two are alike, and none compresses to nothing."""
-    noise = np.random.default_rng(seed).integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -36,6 +36,12 @@ _QWEN_SPECIALS = {
     "<|image_pad|>": 151655,
     "<|video_pad|>": 151656,
 }
+_QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _QWEN_PICTURE = {
@@ -132,6 +138,7 @@ def write_checkpoint(name: str, folder: Path) -> Path:
         "config.json": shape.config,
         "preprocessor_config.json": shape.preprocessor,
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
+        "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
     }
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content))

@@ -117,14 +117,14 @@ def make_scene(
 
 
 TRAINING_TASKS = {
-    "word": 40,
-    "number": 9,
-    "color": 7,
-    "shape": 7,
-    "count": 12,
-    "position": 9,
+    "word": 36,
+    "number": 10,
+    "color": 6,
+    "shape": 4,
+    "count": 15,
+    "position": 16,
     "yes/no": 6,
-    "size": 3,
+    "size": 5,
     "caption": 7,
 }
 

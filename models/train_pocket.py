@@ -187,7 +187,7 @@ def train(
     cuda = device.type == "cuda"
     loader = iter(
         DataLoader(
-            Batches(core, options.batch, seed=1),
+            Batches(core, options.batch, options.seed),
             batch_size=None,
             num_workers=options.workers,
             prefetch_factor=3 if options.workers else None,
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=480, help="until training stops, from the start on")
     parser.add_argument("--start-from", type=Path, help="a checkpoint of this script, to be trained further")
+    parser.add_argument("--seed", type=int, default=1, help="of the scenes; another one to train further")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
