@@ -107,12 +107,34 @@ class Works:
         total, _ = timed(lambda: self.generate(prompts, long))
         return {"w4 tok/s": count * (long - short) / (total - base)}
 
+    def profile(self) -> None:
+        """Print the operations that take most of a steady decode, and those of a picture's prompt."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        prompts = [{"prompt_token_ids": self.text_ids(64)} for _ in range(max(2, 64 // self.scale))]
+        works = {
+            f"decode, {len(prompts)} requests": lambda: self.generate(prompts, 33),
+            "decode, 1 request": lambda: self.generate(prompts[:1], 65),
+            "one picture": lambda: self.generate(self.picture_prompts(1), 1),
+        }
+        for name, work in works.items():
+            work()
+            with torch.profiler.profile(activities=activities) as profiler:
+                seconds, _ = timed(work)
+            print(f"== {name}: {seconds * 1e3:.1f} ms")
+            order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = profiler.key_averages().table(sort_by=order, row_limit=16, max_name_column_width=60)
+            lines = table.splitlines()
+            print("\n".join(line for line in lines if not line.startswith("---")), flush=True)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=sorted(SHAPES))
     parser.add_argument("--works", default="w1,w2,w3,w4")
     parser.add_argument("--scale", type=int, default=None, help="divides counts; 16 on a CPU, 1 on a GPU")
+    parser.add_argument("--profile", action="store_true", help="also say which kernels a decode step spends")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
@@ -126,6 +148,8 @@ def main() -> None:
         for name in options.works.split(","):
             results |= getattr(works, name)()
             print({k: v for k, v in results.items() if k.startswith(name)}, flush=True)
+        if options.profile:
+            works.profile()
         llm.check_integrity()
     for key, value in results.items():
         print(f"{key:16} {value:10.3f}" if isinstance(value, float) else f"{key:16} {value}")

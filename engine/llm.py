@@ -23,6 +23,9 @@ from engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+#: Most prompts whose media are encoded in one go.
+_TOGETHER = 16
+
 Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
@@ -186,12 +189,12 @@ class LLM:
             try:
                 ready = next(waiting, None)
                 while ready is not None or core.has_work:
-                    # Admit what is prepared, but keep embeddings of only a batch's worth waiting.
-                    while ready is not None and self._wants_more(ready):
-                        self._admit(ready, pooling)
-                        assert ready.group is not None
-                        by_group[id(ready.group)] = ready
+                    batch: list[_Job] = []
+                    while ready is not None and self._wants_more(ready, len(batch)):
+                        batch.append(ready)
                         ready = next(waiting, None)
+                    for job in self._admit(batch, pooling):
+                        by_group[id(job.group)] = job
                     updates, stopped = outputs.process(core.step())
                     for request in stopped:
                         core.abort(request)
@@ -219,31 +222,39 @@ class LLM:
                 yield ahead.popleft()
         yield from ahead
 
-    def _wants_more(self, job: _Job) -> bool:
-        """Whether ``job`` should be taken in now: it is prepared, or there is nothing else to do."""
+    def _wants_more(self, job: _Job, gathered: int) -> bool:
+        """Whether ``job`` should be taken in now, beside ``gathered`` others: it is prepared, or there is
+        nothing else to do."""
         core = self._engine.core
-        if core.scheduler.num_waiting >= self.config.max_num_seqs:
+        # Embeddings of only a batch's worth of prompts wait for their turn.
+        if gathered >= _TOGETHER or core.scheduler.num_waiting + gathered >= self.config.max_num_seqs:
             return False
-        return job.prepared.done() or not core.has_work
+        return job.prepared.done() or not (core.has_work or gathered)
 
-    def _admit(self, job: _Job, pooling: str | None) -> None:
-        prepared = job.prepared.result()
-        embeddings: list[Any] = list(prepared.embeddings)
-        if prepared.media:
+    def _admit(self, batch: Sequence[_Job], pooling: str | None) -> Sequence[_Job]:
+        """Encode the media of all in ``batch`` together, and give their requests to the engine."""
+        prompts = [job.prepared.result() for job in batch]
+        media = [item for prompt in prompts for item in prompt.media]
+        rows: Iterator[Any] = iter(())
+        if media:
             assert self._encoder is not None
-            embeddings = self._encoder.encode(prepared.media)
-        self._count += 1
-        key = str(self._count)
-        if pooling is None:
-            job.group = self._engine.requests.generation(key, prepared.inputs, job.params, embeddings)
-        else:
-            job.group = self._engine.requests.pooling(key, prepared.inputs, embeddings, pooling)
-        job.text = prepared.inputs.text
-        # Pixels are not needed any more.
-        job.prepared = Future()
-        self._engine.outputs.add(job.group)
-        for request in job.group.requests:
-            self._engine.core.add(request)
+            rows = iter(self._encoder.encode(media))
+        requests, outputs = self._engine.requests, self._engine.outputs
+        for job, prompt in zip(batch, prompts, strict=True):
+            embeddings = [*prompt.embeddings, *(next(rows) for _ in prompt.media)]
+            self._count += 1
+            key = str(self._count)
+            if pooling is None:
+                job.group = requests.generation(key, prompt.inputs, job.params, embeddings)
+            else:
+                job.group = requests.pooling(key, prompt.inputs, embeddings, pooling)
+            job.text = prompt.inputs.text
+            # Pixels are not needed any more.
+            job.prepared = Future()
+            outputs.add(job.group)
+            for request in job.group.requests:
+                self._engine.core.add(request)
+        return batch
 
     def _take(self, job: _Job, update: StreamUpdate | EmbeddingOutput, progress: tqdm) -> None:
         if isinstance(update, EmbeddingOutput):
