@@ -292,6 +292,9 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device(options.device)
     core = make_tokenizer()
+    if options.start_from:
+        # Its ids are what the weights know.
+        core = Tokenizer.from_file(str(options.start_from / "tokenizer.json"))
     model = make_model(core)
     if options.start_from:
         model.load_state_dict(
