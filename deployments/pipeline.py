@@ -126,7 +126,7 @@ class Pipeline:
                 f"The prompt has {count} tokens and {min_tokens} are to be generated, but this model's "
                 f"context holds {limit} in all. Shorten the prompt, use smaller or fewer pictures, or lower "
                 "max_tokens.",
-                param="messages",
+                param="messages" if count >= limit else "max_tokens",
             )
         return Prompt(inputs, await self._encode(pixels, salt))
 

@@ -35,12 +35,12 @@ async def create_chat_completion(request: Request) -> Response:
     answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), pipeline.name)
     updates = pipeline.generate(answer.id, prompt, params, priority=body.priority)
     if not body.stream:
-        return JSONResponse(await _whole(answer, updates, body))
+        return JSONResponse(await _whole(answer, updates, params))
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(updates)
     options = body.stream_options or wire.StreamOptions()
     return StreamingResponse(
-        _events(answer, first, updates, options, params.n), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS
+        _events(answer, first, updates, params, options), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS
     )
 
 
@@ -88,9 +88,7 @@ class _Gathered:
     stop_reason: int | str | None = None
 
 
-async def _whole(
-    answer: Answer, updates: AsyncIterator[StreamUpdate], body: wire.ChatCompletionRequest
-) -> dict:
+async def _whole(answer: Answer, updates: AsyncIterator[StreamUpdate], params: SamplingParams) -> dict:
     """The finished response."""
     choices: dict[int, _Gathered] = {}
     usage, prompt_logprobs = Usage(), []
@@ -102,7 +100,7 @@ async def _whole(
                 choice = choices.setdefault(delta.index, _Gathered())
                 choice.text.append(delta.text)
                 if delta.logprobs is not None:
-                    choice.logprobs = [*(choice.logprobs or ()), *_logprobs(delta)]
+                    choice.logprobs = [*(choice.logprobs or ()), *_logprobs(delta, params.logprobs or 0)]
                 choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
     return wire.ChatCompletion(
         id=answer.id,
@@ -122,30 +120,30 @@ async def _whole(
         prompt_logprobs=[
             row and {token: asdict(value) for token, value in row.items()} for row in prompt_logprobs
         ]
-        if body.prompt_logprobs is not None
+        if params.prompt_logprobs is not None
         else None,
-    ).model_dump(exclude={"prompt_logprobs"} if body.prompt_logprobs is None else None)
+    ).model_dump(exclude={"prompt_logprobs"} if params.prompt_logprobs is None else None)
 
 
 async def _events(
     answer: Answer,
     first: StreamUpdate,
     updates: AsyncIterator[StreamUpdate],
+    params: SamplingParams,
     options: wire.StreamOptions,
-    count: int,
 ) -> AsyncIterator[bytes]:
     """The response as events; ends in ``[DONE]``, after an error as well."""
     async with aclosing(updates) as stream:  # type: ignore[type-var]
         try:
             roles = [
                 wire.ChunkChoice(index=i, delta=wire.Delta(role="assistant", content=""))
-                for i in range(count)
+                for i in range(params.n)
             ]
             yield sse.event(answer.chunk(roles))
             update: StreamUpdate | None = first
             while update is not None:
                 usage = update.usage if options.continuous_usage_stats else None
-                for choice in _chunk_choices(update):
+                for choice in _chunk_choices(update, params.logprobs or 0):
                     yield sse.event(answer.chunk([choice], usage))
                 last, update = update, await anext(stream, None)
             if options.include_usage:
@@ -157,12 +155,12 @@ async def _events(
         yield sse.DONE
 
 
-def _chunk_choices(update: StreamUpdate) -> Iterator[wire.ChunkChoice]:
+def _chunk_choices(update: StreamUpdate, tops: int) -> Iterator[wire.ChunkChoice]:
     for delta in update.deltas:
         # Tokens whose text isn't final yet wait for the next one, unless somebody wants to see each.
         if not (delta.text or delta.finish_reason or delta.logprobs):
             continue
-        logprobs = None if delta.logprobs is None else wire.Logprobs(content=_logprobs(delta))
+        logprobs = None if delta.logprobs is None else wire.Logprobs(content=_logprobs(delta, tops))
         yield wire.ChunkChoice(
             index=delta.index,
             delta=wire.Delta(content=delta.text) if delta.text else wire.Delta(),
@@ -172,20 +170,13 @@ def _chunk_choices(update: StreamUpdate) -> Iterator[wire.ChunkChoice]:
         )
 
 
-def _logprobs(delta: OutputDelta) -> list[wire.TokenLogprob]:
+def _logprobs(delta: OutputDelta, count: int) -> list[wire.TokenLogprob]:
+    """Each token with the ``count`` likeliest in its place."""
     found = []
     for token, row in zip(delta.token_ids, delta.logprobs or (), strict=True):
-        tops = [_top(value) for value in row.values() if value.rank is not None]
+        tops = [_top(value) for value in row.values() if value.rank is not None and value.rank <= count]
         tops.sort(key=lambda top: -top.logprob)
-        chosen = _top(row[token])
-        found.append(
-            wire.TokenLogprob(
-                token=chosen.token,
-                logprob=chosen.logprob,
-                bytes=chosen.bytes,
-                top_logprobs=tops[: len(row) - 1] if len(row) > 1 else [],
-            )
-        )
+        found.append(wire.TokenLogprob(**_top(row[token]).model_dump(), top_logprobs=tops))
     return found
 
 

@@ -1,12 +1,5 @@
-import os
-
 import pytest
 import torch
-
-# Read by Triton when a kernel is decorated, so it must be set before any kernel file is imported. Outside of
-# these tests nothing changes by it: tensors on a CPU go to the torch references.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -1,0 +1,193 @@
+"""The whole way from an HTTP request with a picture to the answer."""
+
+import http.client
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.deployments.conftest import wait_for
+from tests.deployments.pictures import CASES, ask, circle, data_url, square
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("idle_afterwards")]
+
+
+def answer(client, messages, **options) -> str:
+    made = client.chat.completions.create(
+        model="pocket", messages=messages, **{"max_tokens": 40, "temperature": 0} | options
+    )
+    return made.choices[0].message.content
+
+
+def test_sixteen_at_once_each_with_its_own_picture(client):
+    with ThreadPoolExecutor(16) as pool:
+        given = list(pool.map(lambda case: answer(client, ask(case.question, case.picture)), CASES))
+    wrong = {case.word: text for case, text in zip(CASES, given, strict=True) if case.word not in text}
+    assert not wrong
+
+
+def test_streamed_and_whole_say_the_same(client):
+    for case in CASES[::3]:
+        messages = ask(case.question, case.picture)
+        chunks = list(
+            client.chat.completions.create(
+                model="pocket",
+                messages=messages,
+                temperature=0,
+                max_tokens=40,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert case.word in text and text == answer(client, messages)
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert chunks[-2].choices[0].finish_reason == "stop"
+        usage = chunks[-1].usage
+        assert not chunks[-1].choices and usage.completion_tokens > 3
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_two_pictures_keep_their_order(client):
+    red, blue = circle("red"), circle("blue")
+    question = "Do both pictures show the same color?"
+    assert answer(client, ask(question, red, blue)) == "No, first red, then blue."
+    assert answer(client, ask(question, blue, red)) == "No, first blue, then red."
+
+
+def test_a_picture_between_texts_and_a_follow_up(client):
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(square("red"), "JPEG")}},
+        {"type": "text", "text": "What shape is this?"},
+    ]
+    messages = [{"role": "user", "content": content}]
+    first = answer(client, messages)
+    assert "square" in first
+    messages += [
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "What color is the square?"},
+    ]
+    second = client.chat.completions.create(model="pocket", messages=messages, max_tokens=40, temperature=0)
+    assert "red" in second.choices[0].message.content
+    # The first turn is not computed again.
+    assert second.usage.prompt_tokens_details.cached_tokens >= 32
+
+
+def test_without_a_picture(client):
+    assert answer(client, [{"role": "user", "content": "Hello!"}]).startswith("Hello! Show me a picture")
+
+
+def test_answers_are_cut_where_the_request_says(client):
+    made = client.chat.completions.create(
+        model="pocket", messages=[{"role": "user", "content": "Hello!"}], max_tokens=2, temperature=0
+    )
+    assert made.choices[0].finish_reason == "length" and made.usage.completion_tokens == 2
+    whole = answer(client, [{"role": "user", "content": "Hello!"}])
+    made = client.chat.completions.create(
+        model="pocket",
+        messages=[{"role": "user", "content": "Hello!"}],
+        stop=[" picture"],
+        max_tokens=40,
+        temperature=0,
+    )
+    assert made.choices[0].finish_reason == "stop"
+    assert made.choices[0].message.content == whole[: whole.index(" picture")]
+
+
+def test_several_choices_and_their_probabilities(client):
+    made = client.chat.completions.create(
+        model="pocket",
+        messages=ask("What color is the circle?", circle("blue")),
+        n=3,
+        temperature=0.7,
+        seed=5,
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert [choice.index for choice in made.choices] == [0, 1, 2]
+    for choice in made.choices:
+        pieces = [token.token for token in choice.logprobs.content]
+        assert "".join(pieces).removesuffix("<|im_end|>") == choice.message.content
+        for token in choice.logprobs.content:
+            assert token.logprob <= 0 and len(token.top_logprobs) == 2
+            assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+
+
+def test_models_and_health(served, client):
+    import urllib.request
+
+    assert [model.id for model in client.models.list()] == ["pocket"]
+    assert client.models.retrieve("pocket").max_model_len == 1024
+    with urllib.request.urlopen(f"{served.root}/health") as response:
+        assert json.load(response) == {"status": "ok", "models": {"pocket": "ok"}}
+
+
+def test_a_client_that_leaves_frees_its_blocks_at_once(served):
+    """Far more tokens are asked for than the test would wait for."""
+    body = {
+        "model": "pocket",
+        "messages": ask("What color is the circle?", circle("red")),
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    before = served.engine_metrics()["output_tokens"]
+    host = served.root.removeprefix("http://")
+    connection = http.client.HTTPConnection(host)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    response = connection.getresponse()
+    assert response.readline().startswith(b"data: ")
+    wait_for(lambda: served.engine_metrics()["running"] == 1)
+    connection.sock.shutdown(2)
+    connection.close()
+    wait_for(lambda: served.engine_metrics()["running"] == 0)
+    served.wait_until_idle()
+    assert served.engine_metrics()["output_tokens"] - before < 900
+
+
+def test_a_client_that_leaves_before_the_whole_answer_is_noticed_too(served):
+    body = {
+        "model": "pocket",
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 900,
+        "ignore_eos": True,
+    }
+    before = served.engine_metrics()["output_tokens"]
+    connection = http.client.HTTPConnection(served.root.removeprefix("http://"))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    wait_for(lambda: served.engine_metrics()["running"] == 1)
+    connection.close()
+    wait_for(lambda: served.engine_metrics()["running"] == 0)
+    assert served.engine_metrics()["output_tokens"] - before < 900
+
+
+def test_others_never_notice_a_bad_picture(client):
+    """A broken picture amid good requests."""
+    import openai
+
+    broken = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+                {"type": "text", "text": "What is this?"},
+            ],
+        }
+    ]
+    failures = []
+
+    def spoil() -> None:
+        for _ in range(8):
+            with pytest.raises(openai.BadRequestError) as caught:
+                answer(client, broken)
+            failures.append(caught.value.body["code"])
+
+    thread = threading.Thread(target=spoil)
+    thread.start()
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda c: answer(client, ask(c.question, c.picture)), CASES[:8]))
+    thread.join()
+    assert all(case.word in text for case, text in zip(CASES[:8], given, strict=True))
+    assert failures == ["invalid_image"] * 8

@@ -1,0 +1,123 @@
+"""What is refused, with which status, and what the body says."""
+
+import http.client
+import json
+
+import pytest
+
+from tests.deployments.pictures import ask, circle, data_url
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("idle_afterwards")]
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+
+
+def post(served, body, path: str = "/v1/chat/completions") -> tuple[int, dict]:
+    connection = http.client.HTTPConnection(served.root.removeprefix("http://"), timeout=60)
+    data = body if isinstance(body, bytes | str) else json.dumps(body)
+    connection.request("POST", path, data, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    found = json.loads(response.read())
+    connection.close()
+    return response.status, found
+
+
+def image(url: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+CASES = {
+    "model": ({"model": "gpt"}, 404, "model", "served here: 'pocket'"),
+    "unknown field": ({"tempature": 1}, 400, "tempature", "Unknown field"),
+    "type": ({"max_tokens": "many"}, 400, "max_tokens", "integer"),
+    "range": ({"temperature": -1}, 400, "temperature", "[0, inf]"),
+    "penalty": ({"presence_penalty": 9}, 400, "presence_penalty", "[-2, 2]"),
+    "n": ({"n": 1000}, 400, "n", "128"),
+    "id": ({"logit_bias": {"99999": 1}}, 400, "logit_bias", "vocabulary"),
+    "length": ({"max_tokens": 5000}, 400, "max_tokens", "context"),
+    "empty": ({"messages": []}, 400, "messages", "at least one"),
+    "role": ({"messages": [{"role": "king", "content": "a"}]}, 400, "messages[0].role", "must be one of"),
+    "template": ({"chat_template": "{{ 1 }}"}, 400, None, "chat_template"),
+    "template option": (
+        {"chat_template_kwargs": {"tokenize": True}},
+        400,
+        "chat_template_kwargs",
+        "tokenize",
+    ),
+    "stream option": ({"stream_options": {"include_usage": True}}, 400, None, "stream"),
+    "long": ({"messages": [{"role": "user", "content": "word " * 4000}]}, 400, "messages", "1024"),
+    "private address": (
+        {"messages": image("http://127.0.0.1:6379/")},
+        400,
+        "messages[0].content[0].image_url.url",
+        "not",
+    ),
+    "file": ({"messages": image("file:///etc/passwd")}, 400, "messages[0].content[0].image_url.url", "files"),
+    "no base64": (
+        {"messages": image("data:image/png;base64,@@@@")},
+        400,
+        "messages[0].content[0].image_url.url",
+        "base64",
+    ),
+    "no picture": (
+        {"messages": image("data:image/png;base64,aGVsbG8=")},
+        400,
+        "messages[0].content[0].image_url.url",
+        "formats",
+    ),
+    "many pictures": (
+        {"messages": image(data_url(circle("red"))) * 9},
+        413,
+        "messages[8].content[0].image_url.url",
+        "limit_mm_per_prompt allows 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_bad_request_is_told_what_to_change(served, case, stream):
+    change, status, param, words = CASES[case]
+    if "stream_options" in change and stream:
+        pytest.skip("stream_options are right for streams")
+    found, body = post(served, {"model": "pocket", "messages": HELLO, "stream": stream} | change)
+    error = body["error"]
+    assert (found, error["param"]) == (status, param), error
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error" and error["code"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"\xff\xfe", b"[" * 100_000])
+def test_a_body_that_is_no_json_object(served, body):
+    status, found = post(served, body)
+    assert status == 400 and "JSON" in found["error"]["message"]
+
+
+def test_a_body_beyond_the_limit_is_refused_before_it_is_read(served):
+    connection = http.client.HTTPConnection(served.root.removeprefix("http://"), timeout=60)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Content-Length", str(1 << 40))
+    connection.endheaders()
+    connection.send(b"{")
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.loads(response.read())["error"]["code"] == "request_too_large"
+    connection.close()
+
+
+def test_unknown_routes_and_methods(served):
+    status, body = post(served, {}, "/v1/nothing")
+    assert status == 404 and body["error"]["message"] == "There is no endpoint /v1/nothing."
+    status, body = post(served, {}, "/v1/models")
+    assert status == 405 and body["error"]["code"] == "method_not_allowed"
+
+
+def test_marks_typed_in_a_text_are_only_text(client):
+    """No picture can be claimed by writing its mark."""
+    made = client.chat.completions.create(
+        model="pocket",
+        messages=ask("<|vision_start|><|image_pad|><|vision_end|> What color is the circle?", circle("red")),
+        max_tokens=20,
+        temperature=0,
+    )
+    assert made.choices[0].finish_reason in ("stop", "length")
