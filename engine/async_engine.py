@@ -183,6 +183,7 @@ class AsyncEngine:
         for thread in self._threads:
             thread.join()
         self._fail_all(Unavailable("The engine is shutting down."))
+        self._engine.grammars.close()
 
     def check_integrity(self) -> None:
         """At idle: nothing is held anywhere. Raises AssertionError."""

@@ -12,6 +12,7 @@ import numpy as np
 from engine.request import Request
 from engine.scheduling.batch import ScheduledBatch, StepEvents, StepResult
 from engine.scheduling.scheduler import Scheduler
+from engine.structured.grammar import GrammarMatcher
 
 GrammarMask = Callable[[list[int]], np.ndarray]
 
@@ -107,10 +108,9 @@ class EngineCore:
                 self._collect()
             words = -(-self.runner.vocab_size // 32)
             mask = np.full((len(slots), words), -1, np.int32)
-            for row, slot in enumerate(slots):
-                request = table.requests[slot]
-                if request is not None and request.grammar is not None:
-                    request.grammar.fill_mask(mask[row])
+            rows = [(r.grammar, i) for i, slot in enumerate(slots) if (r := table.requests[slot]) is not None]
+            if matchers := [(grammar, row) for grammar, row in rows if grammar is not None]:
+                GrammarMatcher.fill_masks(matchers, mask)
             return mask
 
         return fill

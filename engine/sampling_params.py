@@ -62,7 +62,8 @@ class SamplingParams:
         max_tokens: None goes on to the end of the context.
         logprobs: alternatives returned per token (0: the sampled one alone; None: none), at most 20.
         prompt_logprobs: the same for the tokens of the prompt.
-        structured: a grammar that the whole answer follows; not together with ``min_tokens``.
+        structured: a grammar that the whole answer follows; not together with ``min_tokens`` or
+            ``ignore_eos``.
     """
 
     n: int = 1
@@ -102,6 +103,11 @@ class SamplingParams:
                     "min_tokens cannot be combined with structured output: the grammar decides where to end."
                 )
                 raise InvalidRequest(message, param="min_tokens")
+            if self.ignore_eos:
+                message = (
+                    "ignore_eos cannot be combined with structured output: nothing may follow a whole answer."
+                )
+                raise InvalidRequest(message, param="ignore_eos")
 
     @property
     def greedy(self) -> bool:

@@ -1,11 +1,12 @@
 """Chat completions on the wire: OpenAI's fields, and those that vLLM's users know beside them."""
 
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.errors import InvalidRequest
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import SamplingParams, StructuredSpec
 
 #: Fields of OpenAI's that change nothing here; clients send them unasked.
 _NO_EFFECT = {
@@ -44,6 +45,42 @@ _SAMPLING = (
 )
 
 
+class JsonSchema(BaseModel):
+    """A schema under OpenAI's names; it is always followed strictly."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    name: str = ""
+    json_schema: dict[str, Any] | bool = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """``text``, any JSON object, or JSON that follows a schema."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_there(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given where type is json_schema, and only there")
+        return self
+
+
+class StructuredOutputs(BaseModel):
+    """One constraint, as vLLM's clients give it."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class StreamOptions(BaseModel):
     """``include_usage`` adds an event with the counts at the end, ``continuous_usage_stats`` to each."""
 
@@ -76,6 +113,7 @@ class ChatCompletionRequest(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
     # Beyond OpenAI.
@@ -90,6 +128,11 @@ class ChatCompletionRequest(BaseModel):
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     priority: int = Field(default=0, ge=-(1 << 31), lt=1 << 31)
     cache_salt: str = Field(default="", max_length=256)
     add_generation_prompt: bool = True
@@ -131,19 +174,54 @@ class ChatCompletionRequest(BaseModel):
         """
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
         tokens = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        given |= {
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "structured": self.structured(),
+        }
+        if tokens is not None:
+            given["max_tokens"] = tokens
         try:
-            return SamplingParams(
-                **{"max_tokens": None, **defaults, **given, "logprobs": logprobs} | _set(tokens)
-            )
+            return SamplingParams(**{"max_tokens": None, **defaults, **given})
         except InvalidRequest as error:
             if error.param == "max_tokens" and self.max_completion_tokens is not None:
                 error.param = "max_completion_tokens"
             raise
 
+    def structured(self) -> StructuredSpec | None:
+        """The constraint on the answer's form.
 
-def _set(tokens: int | None) -> dict[str, int]:
-    return {} if tokens is None else {"max_tokens": tokens}
+        Raises:
+            InvalidRequest: there are several.
+        """
+        found: list[StructuredSpec] = []
+        if self.response_format is not None:
+            if self.response_format.json_schema is not None:
+                schema = json.dumps(self.response_format.json_schema.json_schema)
+                found.append(StructuredSpec(kind="json_schema", text=schema))
+            elif self.response_format.type == "json_object":
+                found.append(StructuredSpec(kind="json_object"))
+        more = self.structured_outputs or StructuredOutputs()
+        for schema_or_text in (self.guided_json, more.json_):
+            if schema_or_text is not None:
+                text = schema_or_text if isinstance(schema_or_text, str) else json.dumps(schema_or_text)
+                found.append(StructuredSpec(kind="json_schema", text=text))
+        for kind, values in (
+            ("regex", (self.guided_regex, more.regex)),
+            ("choice", (self.guided_choice, more.choice)),
+            ("grammar", (self.guided_grammar, more.grammar)),
+        ):
+            for value in values:
+                if value is not None:
+                    text = value if isinstance(value, str) else json.dumps(value)
+                    found.append(StructuredSpec(kind=kind, text=text))  # type: ignore[arg-type]
+        if more.json_object:
+            found.append(StructuredSpec(kind="json_object"))
+        if len(found) > 1:
+            raise InvalidRequest(
+                "Only one of response_format, structured_outputs and guided_* can constrain an answer.",
+                param="response_format",
+            )
+        return found[0] if found else None
 
 
 class PromptTokensDetails(BaseModel):

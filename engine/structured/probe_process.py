@@ -23,13 +23,16 @@ import llguidance
 # What passes here is compiled and stepped again on threads with stacks of the usual 8 MiB, at least 2 MiB.
 STACK_BYTES = 1 << 20
 
+# Between the parts of JSON: nothing, a space, or a new line with its indentation. Models that may write any
+# amount of white space sometimes write nothing else until they are cut off.
+WHITESPACE = r"( |\n {0,16})?"
+
 
 def to_grammar(kind: str, text: str) -> str:
     """llguidance's own form of a structured spec. Raises ValueError."""
-    if kind == "json_object":
-        return llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}')
-    if kind == "json_schema":
-        return llguidance.LLMatcher.grammar_from_json_schema(text)
+    if kind in ("json_object", "json_schema"):
+        schema = text if kind == "json_schema" else '{"type": "object"}'
+        return llguidance.LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": WHITESPACE})
     if kind == "regex":
         # Of digits, the ASCII ones: who writes \d in a pattern of answers means 0 to 9.
         return llguidance.LLMatcher.grammar_from_lark(f"start: /{llguidance.regex_to_lark(text, 'd')}/")
