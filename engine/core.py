@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -80,17 +80,19 @@ class EngineCore:
         """Wait for the oldest step in flight and take in its tokens."""
         batch, pending = self._in_flight.popleft()
         result = pending.result()
+        constrained = np.flatnonzero(self.scheduler.slots.constrained[batch.sampling_slots])
         events = self.scheduler.update(batch, result.tokens)
-        for row, request in enumerate(events.requests):
+        for row in constrained.tolist():
+            request = events.requests[row]
             if request is not None and request.grammar is not None and row not in events.finished:
                 request.grammar.accept([int(result.tokens[row])])
         events.logprobs = result.logprobs
         events.prompt_logprobs = result.prompt_logprobs
         vectors = dict(result.pooled)
         events.pooled = [(request, vectors[request]) for request in self.scheduler.finish_pooling(batch)]
-        for request in [*(r for r in events.requests if r is not None), *vectors]:
-            if request.finished:
-                request.embeddings.clear()
+        for ended in [*(events.requests[row] for row in events.finished), *vectors]:
+            if ended is not None and ended.finished:
+                ended.embeddings.clear()
         self._ready.append(events)
 
     def _grammar_mask(self, batch: ScheduledBatch) -> GrammarMask | None:
@@ -100,7 +102,7 @@ class EngineCore:
         computing the masks happen while the device works.
         """
         table = self.scheduler.slots
-        if not any(r is not None and r.grammar is not None for r in self._requests_of(batch)):
+        if not table.constrained[batch.sampling_slots].any():
             return None
 
         def fill(slots: list[int]) -> np.ndarray:
@@ -108,15 +110,14 @@ class EngineCore:
                 self._collect()
             words = -(-self.runner.vocab_size // 32)
             mask = np.full((len(slots), words), -1, np.int32)
-            rows = [(r.grammar, i) for i, slot in enumerate(slots) if (r := table.requests[slot]) is not None]
-            if matchers := [(grammar, row) for grammar, row in rows if grammar is not None]:
+            rows = np.flatnonzero(table.constrained[slots]).tolist()
+            # Those that ended meanwhile have left their rows.
+            requests = [(table.requests[slots[row]], row) for row in rows]
+            if matchers := [(request.grammar, row) for request, row in requests if request is not None]:
                 GrammarMatcher.fill_masks(matchers, mask)
             return mask
 
         return fill
-
-    def _requests_of(self, batch: ScheduledBatch) -> Iterable[Request | None]:
-        return (self.scheduler.slots.requests[slot] for slot in batch.sampling_slots.tolist())
 
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = time.monotonic()

@@ -109,7 +109,7 @@ class OutputProcessor:
                 self._update(group, changed).deltas.append(delta)
                 self._time(group, now)
             for group, update in changed.values():
-                update.finished = group.finished
+                update.finished = any(d.finish_reason for d in update.deltas) and group.finished
                 if update.finished:
                     self._metrics.observe_finish(group.usage)
                     self.remove(group)

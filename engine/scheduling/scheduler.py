@@ -152,27 +152,26 @@ class Scheduler:
         """
         table, slots = self.slots, batch.sampling_slots
         live = table.epoch[slots] == batch.epochs
-        all_live = bool(live.all())
-        rows = np.arange(len(slots)) if all_live else np.flatnonzero(live)
-        if not all_live:
+        rows, tokens_live, requests = np.arange(len(slots)), tokens, table.requests[slots]
+        if not live.all():
+            rows = np.flatnonzero(live)
             slots, tokens_live = slots[rows], tokens[rows]
-        else:
-            tokens_live = tokens
-        requests: list[Request | None] = [None] * len(tokens)
-        for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
-            requests[row] = table.requests[slot]
-        events = StepEvents(requests, tokens)
+            requests[~live] = None
+        events = StepEvents(requests.tolist(), tokens)
         known = table.known[slots]
         table.tokens[slots, known] = tokens_live
-        table.known[slots] = known + 1
+        known += 1
+        table.known[slots] = known
         self.stats.output_tokens += len(slots)
-        self._publish_filled(slots)
-        stopped = (table.stop_ids[slots] == tokens_live[:, None]).any(axis=1)
-        stopped &= known + 1 >= table.min_total[slots]
-        full = known + 1 >= table.limit[slots]
-        for index in np.flatnonzero(stopped | full).tolist():
+        self._publish_filled(slots, known)
+        ended = known >= table.limit[slots]
+        stopped = table.stop_ids[slots] == tokens_live[:, None]
+        stops = stopped.any(axis=1) & (known >= table.min_total[slots]) if stopped.any() else None
+        if stops is not None:
+            ended |= stops
+        for index in np.flatnonzero(ended).tolist():
             row = int(rows[index])
-            events.finished[row] = "stop" if stopped[index] else "length"
+            events.finished[row] = "stop" if stops is not None and stops[index] else "length"
             request = requests[row]
             assert request is not None
             self._finish(request)
@@ -259,11 +258,10 @@ class Scheduler:
         for slot in rows[table.computed[rows] + 1 >= table.limit[rows]].tolist():
             table.set_decoding(slot, False)
 
-    def _publish_filled(self, slots: np.ndarray) -> None:
+    def _publish_filled(self, slots: np.ndarray, known: np.ndarray) -> None:
         """Publish blocks that the newly known tokens complete (the last known token isn't computed)."""
         table, size = self.slots, self.kv.block_size
-        computed = table.known[slots] - 1
-        for slot in slots[computed % size == 0].tolist():
+        for slot in slots[known % size == 1 % size].tolist():
             request = table.requests[slot]
             assert request is not None
             self.kv.publish(request, table.tokens[slot], int(table.known[slot]) - 1)

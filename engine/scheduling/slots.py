@@ -15,6 +15,7 @@ class SlotTable:
     """State of ``num_slots`` rows.
 
     Attributes:
+        requests: object ``(num_slots,)``, the row's :class:`Request`, or None where it is free.
         tokens: int32 ``(num_slots, max_len)``, the known tokens of each row.
         known: tokens the host knows.
         computed: tokens whose keys and values are written by enqueued steps.
@@ -22,12 +23,12 @@ class SlotTable:
         capacity: tokens that its KV blocks hold.
         epoch: how often the row changed hands.
         decoding: rows that compute one sampled token per step.
-        publish: rows whose blocks enter the prefix cache.
+        constrained: rows whose tokens follow a grammar.
         stop_ids: int32 ``(num_slots, K)``, padded with -1.
     """
 
     def __init__(self, num_slots: int, max_len: int) -> None:
-        self.requests: list[Request | None] = [None] * num_slots
+        self.requests = np.full(num_slots, None, object)
         self.tokens = np.zeros((num_slots, max_len), np.int32)
         self.known = np.zeros(num_slots, np.int64)
         self.computed = np.zeros(num_slots, np.int64)
@@ -35,6 +36,7 @@ class SlotTable:
         self.capacity = np.zeros(num_slots, np.int64)
         self.epoch = np.zeros(num_slots, np.int64)
         self.decoding = np.zeros(num_slots, bool)
+        self.constrained = np.zeros(num_slots, bool)
         self.stop_ids = np.full((num_slots, 4), -1, np.int32)
         self.min_total = np.zeros(num_slots, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
@@ -51,6 +53,7 @@ class SlotTable:
         count = len(request.token_ids)
         request.slot = slot
         self.requests[slot] = request
+        self.constrained[slot] = request.grammar is not None
         self.tokens[slot, :count] = request.token_ids
         self.known[slot] = count
         self.computed[slot] = computed
@@ -72,6 +75,7 @@ class SlotTable:
         assert request is not None
         request.slot = None
         self.requests[slot] = None
+        self.constrained[slot] = False
         self.epoch[slot] += 1
         self.set_decoding(slot, False)
         self._free.append(slot)

@@ -1,0 +1,107 @@
+"""Host time of a scheduler step in steady decode, without any model.
+
+    python -m benchmarks.host [--requests 16,64,256]
+
+The step loop runs against a runner that samples nothing and returns at once, so that what is timed is all
+that the host does for a step: scheduling, growing block tables, taking in tokens. ``text`` is what the output
+thread spends on the same step, beside the step thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+from engine.core import EngineCore
+from engine.inputs.tokenizer import Tokenizer
+from engine.metrics import EngineMetrics
+from engine.output_processor import OutputProcessor, new_group
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import ScheduledBatch, StepResult
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.encoder_ledger import EncoderLedger
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.prefix_cache import BlockHasher
+from engine.scheduling.scheduler import Scheduler
+
+PROMPT, BLOCK = 64, 16
+MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
+
+
+class _Done:
+    def __init__(self, tokens: np.ndarray) -> None:
+        self._tokens = tokens
+
+    def result(self) -> StepResult:
+        return StepResult(self._tokens)
+
+
+class NullRunner:
+    """Gives every row the same token at once."""
+
+    vocab_size = 512
+
+    def execute(self, batch: ScheduledBatch, grammar_mask=None) -> _Done:
+        return _Done(np.full(len(batch.sampling_slots), 300, np.int64))
+
+    def check_idle(self) -> None:
+        pass
+
+
+def measure(count: int, steps: int) -> dict[str, float]:
+    """Median microseconds per step with ``count`` running requests."""
+    length = PROMPT + steps + 64
+    scheduler = Scheduler(
+        KVManager(BlockPool(count * -(-length // BLOCK) + 8), BlockHasher(BLOCK, "model"), BLOCK),
+        EncoderLedger(1024),
+        max_num_seqs=count,
+        max_num_batched_tokens=8192,
+        max_model_len=length,
+    )
+    core = EngineCore(scheduler, NullRunner(), run_ahead=1)
+    outputs = OutputProcessor(Tokenizer.load(MODEL), EngineMetrics())
+    params = SamplingParams(temperature=0.0, max_tokens=length)
+    for index in range(count):
+        ids = [(index * 7 + i) % 250 + 10 for i in range(PROMPT)]
+        request = Request(f"{index}/0", ids, PROMPT, params, length, frozenset({2}))
+        outputs.add(new_group(str(index), [request]))
+        core.add(request)
+    stepping, text = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        events = core.step()
+        middle = time.perf_counter()
+        outputs.process(events)
+        stepping.append(middle - start)
+        text.append(time.perf_counter() - middle)
+    # The first steps hold the prompts.
+    return {
+        "requests": count,
+        "step us": statistics.median(stepping[20:]) * 1e6,
+        "step p99 us": statistics.quantiles(stepping[20:], n=100)[98] * 1e6,
+        "text us": statistics.median(text[20:]) * 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--requests", default="16,64,256")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [measure(int(count), options.steps) for count in options.requests.split(",")]
+    print("  ".join(f"{name:>12}" for name in rows[0]))
+    for row in rows:
+        print("  ".join(f"{value:12.1f}" for value in row.values()))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
