@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.config import IngressConfig
 from deployments.errors import NoSuchRoute, WrongMethod, as_sightline, error_body, error_headers
 from deployments.pipeline import Pipeline
-from deployments.routers import chat, health, models
+from deployments.routers import chat, embeddings, health, models
 from engine.errors import Overloaded, SightlineError
 
 
@@ -19,7 +19,7 @@ def create_api(config: IngressConfig, pipelines: Mapping[str, Pipeline]) -> Fast
     api = FastAPI(title="Sightline", docs_url="/docs", redoc_url=None)
     api.state.config = config
     api.state.pipelines = pipelines
-    for router in (chat.router, models.router, health.router):
+    for router in (chat.router, embeddings.router, models.router, health.router):
         api.include_router(router)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)

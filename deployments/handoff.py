@@ -17,6 +17,7 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from engine.inputs.prompt import EmbeddedMedia, EngineInput, MediaItem
+from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 
 
@@ -64,6 +65,16 @@ class Generation:
     inputs: EngineInput
     params: SamplingParams
     priority: int = 0
+    media: tuple[RowsInfo, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """One request to pool; fields as :class:`Generation`."""
+
+    request_id: str
+    inputs: EngineInput
+    params: PoolingParams
     media: tuple[RowsInfo, ...] = field(default=())
 
 

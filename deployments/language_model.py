@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from deployments.handoff import Generation
+from deployments.handoff import Embedding, Generation
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.outputs import StreamUpdate
+from engine.outputs import EmbeddingOutput, StreamUpdate
 
 
 class LanguageModel:
@@ -33,6 +33,11 @@ class LanguageModel:
         finally:
             # Cancellation ends up here: what the request holds is freed now, not when garbage is collected.
             await updates.aclose()  # type: ignore[attr-defined]
+
+    async def embed(self, request: Embedding, *rows: np.ndarray) -> EmbeddingOutput:
+        """Pool a prompt's hidden states into a vector; ``rows`` as in :meth:`generate`."""
+        media = [info.embedded(array) for info, array in zip(request.media, rows, strict=True)]
+        return await self._engine.embed(request.request_id, request.inputs, request.params, embeddings=media)
 
     async def max_model_len(self) -> int:
         """Most tokens of prompt and answer together: the KV cache may hold less than the model could."""

@@ -10,12 +10,13 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import ModelSpec
 from deployments.errors import as_sightline, is_lost
-from deployments.handoff import Generation, PixelsRef, RowsRef, by_reference, stream
+from deployments.handoff import Embedding, Generation, PixelsRef, RowsRef, by_reference, stream
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.inputs.frontend import load_prompt_builder, load_sampling_defaults
 from engine.inputs.messages import MediaSource, check_media_limits
 from engine.inputs.prompt import EngineInput, MediaItem
-from engine.outputs import StreamUpdate
+from engine.outputs import EmbeddingOutput, StreamUpdate
+from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ class Pipeline:
         Args:
             build: the prompt from the items of media; called on a thread.
             sources: the media.
-            min_tokens: output tokens that must fit behind the prompt.
+            min_tokens: output tokens that must fit behind the prompt; 0 for embeddings.
             salt: keeps apart the caches of tenants.
 
         Raises:
@@ -122,11 +123,14 @@ class Pipeline:
         inputs = await loop.run_in_executor(self._threads, build, [ref.item for ref in pixels])
         count, limit = len(inputs.token_ids), await self.max_model_len()
         if count + min_tokens > limit:
+            wanted = f" and {min_tokens} are to be generated" if min_tokens else ""
+            advice = "shorten the prompt, or use smaller or fewer pictures"
+            if count < limit:
+                advice = "lower max_tokens or shorten the prompt"
             raise ContextLengthExceeded(
-                f"The prompt has {count} tokens and {min_tokens} are to be generated, but this model's "
-                f"context holds {limit} in all. Shorten the prompt, use smaller or fewer pictures, or lower "
-                "max_tokens.",
-                param="messages" if count >= limit else "max_tokens",
+                f"The prompt has {count} tokens{wanted}, but this model's context holds {limit} in all: "
+                f"{advice}.",
+                param="max_tokens" if count < limit else "messages",
             )
         return Prompt(inputs, await self._encode(pixels, salt))
 
@@ -156,6 +160,12 @@ class Pipeline:
                     yield update
         except Exception as error:
             raise as_sightline(error) from error
+
+    async def embed(self, request_id: str, prompt: Prompt, params: PoolingParams) -> EmbeddingOutput:
+        """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""
+        request = Embedding(request_id, prompt.inputs, params, tuple(ref.info for ref in prompt.rows))
+        rows = [ref.rows for ref in prompt.rows]
+        return await self._call(self._language_model.embed.remote(request, *rows))
 
     async def _call(self, response: Any) -> Any:
         try:

@@ -16,6 +16,7 @@ from engine.inputs.prompt import EngineInput
 from engine.loading import LoadedEngine, load_engine
 from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
+from engine.pooling_params import PoolingParams
 from engine.request_factory import Embedding
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
@@ -131,13 +132,13 @@ class AsyncEngine:
         self,
         request_id: str,
         inputs: EngineInput,
+        params: PoolingParams,
         *,
         embeddings: Sequence[Embedding] = (),
-        pooling: str = "last",
     ) -> EmbeddingOutput:
         """Pool a prompt's hidden states; errors as :meth:`generate`."""
         self.check_health()
-        group = self._engine.requests.pooling(request_id, inputs, embeddings, pooling)
+        group = self._engine.requests.pooling(request_id, inputs, params, embeddings)
         mailbox = self._submit(group)
         try:
             result = await mailbox.get()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.inputs.prompt import EmbeddedMedia, MediaSpan
+from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 
 
@@ -27,7 +28,7 @@ class Request:
         spans: media of the prompt, sorted by offset.
         embeddings: encoder rows by item hash, kept until the request ends so that a preempted one can be
             computed again; numpy rows, or a device tensor where encoder and engine share a process.
-        pooling: ``last``, ``mean`` or ``cls`` for an embedding request, None for generation.
+        pooling: how to make an embedding; None for generation.
         grammar: the matcher that masks this sequence's tokens, if it is constrained.
         blocks: KV blocks it holds, in order; empty while waiting.
         block_hashes: hashes of its full blocks, as far as they were computed.
@@ -49,7 +50,7 @@ class Request:
     arrival: float = 0.0
     cache_salt: str = ""
     seed: int = 0
-    pooling: str | None = None
+    pooling: PoolingParams | None = None
     grammar: Any = None
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)

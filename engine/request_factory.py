@@ -14,6 +14,7 @@ from engine.families.base import ModelConfig
 from engine.inputs.prompt import EmbeddedMedia, EngineInput, MediaSpan
 from engine.inputs.tokenizer import Tokenizer
 from engine.output_processor import RequestGroup, new_group
+from engine.pooling_params import PoolingParams
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import Scheduler
@@ -104,7 +105,11 @@ class RequestFactory:
         return new_group(request_id, requests)
 
     def pooling(
-        self, request_id: str, inputs: EngineInput, embeddings: Sequence[Embedding] = (), kind: str = "last"
+        self,
+        request_id: str,
+        inputs: EngineInput,
+        params: PoolingParams,
+        embeddings: Sequence[Embedding] = (),
     ) -> RequestGroup:
         """A group of one request whose hidden states are pooled.
 
@@ -114,7 +119,7 @@ class RequestFactory:
         if self._config.task != "embed":
             raise InvalidRequest("This model generates text; it is not served for embeddings.")
         request = self._request(request_id, inputs, SamplingParams(), embeddings, 0, frozenset())
-        request.pooling = kind
+        request.pooling = params
         self._scheduler.check(request)
         return new_group(request_id, [request])
 

@@ -32,6 +32,7 @@ PUBLIC = {
     "engine.media.fetch",
     "engine.media.guard",
     "engine.outputs",
+    "engine.pooling_params",
     "engine.sampling_params",
 }
 

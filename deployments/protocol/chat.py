@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deployments.protocol.usage import Usage
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
 
@@ -222,19 +223,6 @@ class ChatCompletionRequest(BaseModel):
                 param="response_format",
             )
         return found[0] if found else None
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = 0
-
-
-class Usage(BaseModel):
-    """Token counts; ``cached_tokens`` of the prompt were not computed again."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(BaseModel):

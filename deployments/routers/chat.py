@@ -14,6 +14,8 @@ from deployments.body import read_body
 from deployments.errors import as_sightline
 from deployments.pipeline import Pipeline, Prompt
 from deployments.protocol import chat as wire
+from deployments.protocol.usage import PromptTokensDetails
+from deployments.protocol.usage import Usage as UsageBody
 from deployments.routers.models import find_pipeline
 from engine.errors import SightlineError
 from engine.inputs.messages import parse_messages
@@ -186,10 +188,10 @@ def _top(value: EngineLogprob) -> wire.TopLogprob:
     return wire.TopLogprob(token=text, logprob=max(value.logprob, -9999.0), bytes=list(text.encode()))
 
 
-def _usage(usage: Usage) -> wire.Usage:
-    return wire.Usage(
+def _usage(usage: Usage) -> UsageBody:
+    return UsageBody(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        prompt_tokens_details=wire.PromptTokensDetails(cached_tokens=usage.cached_tokens),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
     )

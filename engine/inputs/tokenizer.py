@@ -87,7 +87,7 @@ class Tokenizer:
         """Id of a token given exactly as the vocabulary spells it; None if it has none."""
         return self.backend.token_to_id(token)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``; special-token strings inside of it become their ids.
 
         Raises:
@@ -132,7 +132,7 @@ class Tokenizer:
         """Ids put after a text by ``add_special_tokens``."""
         return self._surrounding[1]
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ``ids``; ids outside of the vocabulary give nothing."""
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -211,7 +211,7 @@ class Tokenizer:
         )
 
 
-def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
     try:
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
     except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can spell

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Container, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 
 from engine.errors import InvalidRequest
 from engine.inputs.prompt import MediaItem, PreparedMedia
-from engine.layers.build import BuildContext
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.connector import PatchMerger
+from engine.layers.native_grid import FramePlan, plan_frame
 from engine.layers.native_vision_config import NativeVisionConfig
 from engine.layers.pixels import Pixels
 from engine.layers.vision import VisionSegments, VisionTransformer, make_norm
@@ -20,7 +21,8 @@ from engine.layers.vision import VisionSegments, VisionTransformer, make_norm
 
 class NativeVisionEncoder(nn.Module):
     """uint8 pictures ``(H, W, 3)`` or videos ``(frames, H, W, 3)``, sides multiples of ``patch * merge``, to
-    rows ``(t * h * w / merge², out_features)`` of their grids ``(t, h, w)``.
+    rows ``(t * h * w / merge², out_features)`` of their grids ``(t, h, w)``, one more ``out_features`` wide
+    for each deepstack layer.
 
     Patches go in the order of the merged squares, so that a square's patches are neighbours.
     """
@@ -31,14 +33,17 @@ class NativeVisionEncoder(nn.Module):
         self.device = build.device
         self.pixels = Pixels(config.mean, config.std, config.scale, build)
         self.tower = VisionTransformer(config.tower, build)
-        self.merger = PatchMerger(
-            make_norm(config.tower, config.tower.hidden_size, build),
-            config.tower.hidden_size,
-            config.merge_size**2,
-            config.out_features,
-            build,
+        width, group = config.tower.hidden_size, config.merge_size**2
+        self.position_embedding = (
+            build.parameter(config.position_side**2, width) if config.position_side is not None else None
         )
-        self._rope = lru_cache(maxsize=64)(self._rope_of_grid)
+        merger = partial(PatchMerger, width=width, group=group, out_features=config.out_features, build=build)
+        self.merger = merger(make_norm(config.tower, width, build))
+        self.deepstack = nn.ModuleList(
+            merger(make_norm(config.tower, width * group, build), norm_after=True)
+            for _ in config.deepstack_layers
+        )
+        self._plan = lru_cache(maxsize=64)(lambda h, w: plan_frame(config, h, w, build.device))
 
     def cost(self, item: MediaItem) -> int:
         return item.grid[0] * item.grid[1] * item.grid[2]
@@ -47,10 +52,19 @@ class NativeVisionEncoder(nn.Module):
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         for entry in media:
             self._check(entry)
-        patches = torch.cat([self.patchify(self.pixels.upload(entry.pixels)) for entry in media])
-        grids = [entry.item.grid for entry in media]
-        rows = self.merger(self.tower(patches, self._segments(grids)))
-        return list(rows.split([entry.item.num_tokens for entry in media]))
+        plans = [self._plan(*entry.item.grid[1:]) for entry in media]
+        patches = torch.cat(
+            [
+                self._reorder(self.patchify(self.pixels.upload(entry.pixels)), entry, plan.order)
+                for entry, plan in zip(media, plans, strict=True)
+            ]
+        )
+        frames = [plan for entry, plan in zip(media, plans, strict=True) for _ in range(entry.item.grid[0])]
+        rows = self._rows(patches, frames).split([entry.item.num_tokens for entry in media])
+        return [
+            self._reorder(part, entry, plan.inverse)
+            for part, entry, plan in zip(rows, media, plans, strict=True)
+        ]
 
     def patchify(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised flat patches ``(t * h * w, 3 * temporal * patch²)`` of one item on the device, in the
@@ -84,29 +98,44 @@ class NativeVisionEncoder(nn.Module):
                 param="image",
             )
 
-    def _segments(self, grids: Sequence[tuple[int, ...]]) -> VisionSegments:
-        """Each frame of patches attends within itself."""
-        lengths = [h * w for t, h, w in grids for _ in range(t)]
+    @staticmethod
+    def _reorder(x: torch.Tensor, entry: PreparedMedia, order: torch.Tensor | None) -> torch.Tensor:
+        """The merged squares of each frame in another order: ``x`` has one row per square or per patch."""
+        if order is None:
+            return x
+        return x.view(entry.item.grid[0], len(order), -1, x.shape[-1])[:, order].flatten(0, 2)
+
+    def _rows(self, patches: torch.Tensor, frames: Sequence[FramePlan]) -> torch.Tensor:
+        """Each frame of patches attends within itself, in windows where the tower has them."""
+        cos, sin = torch.cat([f.cos for f in frames]), torch.cat([f.sin for f in frames])
+        segments = self._segments([len(f.cos) for f in frames], cos, sin)
+        windows = None
+        if self.config.window is not None:
+            windows = self._segments([size for f in frames for size in f.windows], cos, sin)
+        states = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
+        appended = []
+        for layer, x in enumerate(states):
+            if layer in self.config.deepstack_layers:
+                appended.append(self.deepstack[self.config.deepstack_layers.index(layer)](x))
+        return torch.cat([self.merger(x), *appended], dim=1)
+
+    def _segments(self, lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> VisionSegments:
         cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        tables = [self._rope(*grid) for grid in grids]
-        return VisionSegments(
-            cu_seqlens.to(self.device, non_blocking=True),
-            max(lengths),
-            torch.cat([cos for cos, _ in tables]),
-            torch.cat([sin for _, sin in tables]),
-        )
+        return VisionSegments(cu_seqlens.to(self.device, non_blocking=True), max(lengths), cos, sin)
 
-    def _rope_of_grid(self, t: int, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin ``(t * h * w, head_dim / 2)``: angles of the row, then of the column."""
-        theta, half = self.config.tower.rope_theta, self.config.tower.head_dim // 2
-        assert theta is not None
-        frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
-        rows, columns = (axis.flatten() for axis in self._coordinates(h, w))
-        angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1).repeat(t, 1)
-        return angles.cos().to(self.device), angles.sin().to(self.device)
+    def _positions(self, frames: Sequence[FramePlan]) -> torch.Tensor | None:
+        """Learned positions ``(N, width)``, weighed in float32."""
+        if self.position_embedding is None:
+            return None
+        taps = torch.cat([f.taps for f in frames if f.taps is not None])
+        weights = torch.cat([f.weights for f in frames if f.weights is not None])
+        # One tap at a time: all four rows of every patch at once would take four times the memory.
+        weighed = self.position_embedding[taps[:, 0]].float() * weights[:, :1]
+        for tap in range(1, 4):
+            weighed += self.position_embedding[taps[:, tap]].float() * weights[:, tap, None]
+        return weighed.to(self.position_embedding.dtype)
 
-    def _coordinates(self, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column of each patch of a frame, in the order of :meth:`patchify`."""
-        merge = self.config.merge_size
-        grid = torch.arange(h * w).view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten()
-        return (grid // w).float(), (grid % w).float()
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        if self.position_embedding is None:
+            return []
+        return [plain_slot(prefix + "position_embedding", self.position_embedding)]

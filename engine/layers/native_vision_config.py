@@ -17,6 +17,11 @@ class NativeVisionConfig:
         temporal_patch_size: frames that one patch spans; a picture is its own next frame.
         out_features: width of a row.
         mean, std, scale: normalisation of bytes, per channel.
+        window: side, in rows, of the squares that a picture divides into, beginning at its top left corner;
+            blocks that aren't in ``tower.full_layers`` attend within them. None has no windows.
+        position_side: side of the square table of learned positions that is stretched over a picture's grid;
+            None has none.
+        deepstack_layers: blocks whose output is merged as well and appended to the rows, in order.
     """
 
     tower: VisionConfig
@@ -27,3 +32,6 @@ class NativeVisionConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: float = 1 / 255
+    window: int | None = None
+    position_side: int | None = None
+    deepstack_layers: tuple[int, ...] = ()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections import deque
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,15 @@ class VisionSegments:
         cu_seqlens: ``(segments + 1,)`` int32, where each segment begins.
         max_len: tokens of the longest segment.
         cos, sin: ``(N, head_dim / 2)`` float32 rotary tables, one row per token; None without rotary.
+        positions: rows of the learned position table, int64, for all ``N`` tokens or for those of one image
+            where all are alike; None takes the whole table in order for each image.
     """
 
     cu_seqlens: torch.Tensor
     max_len: int
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
 
 def make_norm(config: VisionConfig, width: int, build: BuildContext) -> LayerNorm | RMSNorm:
@@ -106,14 +110,35 @@ class VisionTransformer(nn.Module):
     def forward(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
         """Patches in the model's dtype. Where there is a class token, images are of equal size, it is put
         before each, and ``cu_seqlens`` and the result count it."""
+        (x,) = deque(self.states(patches, segments), maxlen=1)
+        return x if self.post_norm is None else self.post_norm(x)
+
+    def states(
+        self,
+        patches: torch.Tensor,
+        segments: VisionSegments,
+        *,
+        windows: VisionSegments | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """The output ``(N, hidden_size)`` of each block.
+
+        Args:
+            windows: what the blocks outside of ``full_layers`` attend within; None: the segments.
+            positions: ``(N, hidden_size)``, added to the embedded patches.
+        """
         x = self.embed(patches, segments)
+        if positions is not None:
+            x = x + positions
         if self.pre_norm is not None:
             x = self.pre_norm(x)
         # One row of the rotary tables per token: its row number is its position.
         index = None if segments.cos is None else torch.arange(len(x), device=x.device)
-        for block in self.blocks:
-            x = block(x, segments, index)
-        return x if self.post_norm is None else self.post_norm(x)
+        full = self.config.full_layers
+        for layer, block in enumerate(self.blocks):
+            within = segments if windows is None or full is None or layer in full else windows
+            x = block(x, within, index)
+            yield x
 
     def embed(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
         """Patch projection, class token and learned positions."""
@@ -123,7 +148,10 @@ class VisionTransformer(nn.Module):
             token = self.class_embedding.expand(images, 1, -1)
             x = torch.cat([token, x.unflatten(0, (images, -1))], dim=1).flatten(0, 1)
         if self.position_embedding is not None:
-            x = (x.unflatten(0, (-1, len(self.position_embedding))) + self.position_embedding).flatten(0, 1)
+            table = self.position_embedding
+            if segments.positions is not None:
+                table = table[segments.positions]
+            x = (x.unflatten(0, (-1, len(table))) + table).flatten(0, 1)
         return x
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:

@@ -22,6 +22,7 @@ class VisionConfig:
         class_token: whether a learned token precedes the patches.
         num_positions: rows of the learned position table, class token included; 0 has none.
         pre_norm, post_norm: norms before the first and after the last block.
+        full_layers: the blocks that attend over whole segments even where the input has windows; None: all.
         rope_theta: base of two-dimensional rotary embeddings, half of the angles for rows and half for
             columns; None has none.
     """
@@ -41,6 +42,7 @@ class VisionConfig:
     pre_norm: bool = False
     post_norm: bool = False
     rope_theta: float | None = None
+    full_layers: tuple[int, ...] | None = None
 
     @property
     def head_dim(self) -> int:

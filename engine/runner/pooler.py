@@ -10,7 +10,7 @@ from engine.scheduling.batch import PrefillChunk
 class Pooler:
     """Pools hidden states *after* the decoder's final norm, in float32, over however many chunks come.
 
-    ``last`` takes the last token, ``cls`` the first, ``mean`` all of them.
+    See :class:`engine.pooling_params.PoolingParams`.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,14 @@ class Pooler:
 
     def add(self, chunk: PrefillChunk, hidden: torch.Tensor) -> torch.Tensor | None:
         """Take in the chunk's hidden states ``(count, H)``; the float32 vector ``(H,)`` once complete."""
-        kind = chunk.request.pooling
+        params = chunk.request.pooling
+        assert params is not None
+        vector = self._vector(chunk, hidden, params.pooling)
+        if vector is not None and params.normalize:
+            vector = torch.nn.functional.normalize(vector, dim=0)
+        return vector
+
+    def _vector(self, chunk: PrefillChunk, hidden: torch.Tensor, kind: str) -> torch.Tensor | None:
         if kind == "last":
             return hidden[-1].float() if chunk.completes else None
         if kind == "cls":

@@ -32,7 +32,9 @@ class KVManager:
         At least the last token is left to be computed, since its logits are wanted. Requests that ask for
         log-probabilities of the prompt, or for the mean of all hidden states, need every position.
         """
-        every_position = request.params.prompt_logprobs is not None or request.pooling in ("mean", "cls")
+        every_position = request.params.prompt_logprobs is not None
+        if request.pooling is not None:
+            every_position = request.pooling.pooling != "last"
         if self._hasher is None or every_position:
             return []
         usable = len(request.token_ids) - 1

@@ -60,7 +60,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
-    """``serve_config.yaml``'s application on a port of its own."""
+    """``serve_config.yaml``'s application on a port of its own, with a second model that makes embeddings."""
     import ray
     from ray import serve
 
@@ -70,7 +70,10 @@ def served() -> Iterator[Served]:
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(AppConfig.model_validate(app_args())), name="sightline", route_prefix="/")
+    args = app_args()
+    vectors = {"model": "models/pocket", "task": "embed", "max_model_len": 512, "kv_cache_bytes": 16 << 20}
+    args["models"].append({"name": "tests/vectors", "engine": vectors})
+    serve.run(build(AppConfig.model_validate(args)), name="sightline", route_prefix="/")
     yield Served(f"http://127.0.0.1:{port}")
     serve.shutdown()
     ray.shutdown()

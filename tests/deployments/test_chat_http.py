@@ -115,13 +115,42 @@ def test_several_choices_and_their_probabilities(client):
             assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
 
 
+def test_an_answer_in_json(client):
+    schema = {
+        "type": "object",
+        "properties": {
+            "color": {"enum": ["red", "green", "blue"]},
+            "count": {"type": "integer", "maximum": 9},
+        },
+        "required": ["color", "count"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    for temperature in (0, 1.5):
+        text = answer(
+            client,
+            ask("What color is the circle?", circle("blue")),
+            response_format=wanted,
+            temperature=temperature,
+        )
+        found = json.loads(text)
+        assert found["color"] in ("red", "green", "blue") and isinstance(found["count"], int)
+    text = answer(
+        client,
+        ask("What color is the circle?", circle("blue")),
+        extra_body={"structured_outputs": {"choice": ["The circle is red.", "The circle is blue."]}},
+    )
+    assert text == "The circle is blue."
+
+
 def test_models_and_health(served, client):
     import urllib.request
 
-    assert [model.id for model in client.models.list()] == ["pocket"]
+    assert [model.id for model in client.models.list()] == ["pocket", "tests/vectors"]
     assert client.models.retrieve("pocket").max_model_len == 1024
+    assert client.models.retrieve("tests/vectors").max_model_len == 512
     with urllib.request.urlopen(f"{served.root}/health") as response:
-        assert json.load(response) == {"status": "ok", "models": {"pocket": "ok"}}
+        assert json.load(response) == {"status": "ok", "models": {"pocket": "ok", "tests/vectors": "ok"}}
 
 
 def test_a_client_that_leaves_frees_its_blocks_at_once(served):

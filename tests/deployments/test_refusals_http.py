@@ -27,7 +27,7 @@ def image(url: str) -> list[dict]:
 
 
 CASES = {
-    "model": ({"model": "gpt"}, 404, "model", "served here: 'pocket'"),
+    "model": ({"model": "gpt"}, 404, "model", "served here: 'pocket', 'tests/vectors'"),
     "unknown field": ({"tempature": 1}, 400, "tempature", "Unknown field"),
     "type": ({"max_tokens": "many"}, 400, "max_tokens", "integer"),
     "range": ({"temperature": -1}, 400, "temperature", "[0, inf]"),
@@ -65,6 +65,20 @@ CASES = {
         "messages[0].content[0].image_url.url",
         "formats",
     ),
+    "bad schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
+        400,
+        "response_format",
+        "schema",
+    ),
+    "bad regex": ({"guided_regex": "("}, 400, "guided_regex", "regex"),
+    "two constraints": (
+        {"guided_regex": "a", "guided_choice": ["a"]},
+        400,
+        "response_format",
+        "Only one",
+    ),
+    "embedding model": ({"model": "tests/vectors"}, 400, None, "embeddings"),
     "many pictures": (
         {"messages": image(data_url(circle("red"))) * 9},
         413,

@@ -1,0 +1,18 @@
+"""Token counts on the wire."""
+
+from pydantic import BaseModel
+
+
+class PromptTokensDetails(BaseModel):
+    """``cached_tokens`` of the prompt were not computed again."""
+
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """What a request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()

@@ -1,0 +1,102 @@
+"""Embeddings of texts, and of messages with pictures."""
+
+import asyncio
+import base64
+import time
+import uuid
+from collections.abc import Awaitable
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from deployments.body import read_body
+from deployments.pipeline import Pipeline
+from deployments.protocol import embeddings as wire
+from deployments.protocol.usage import PromptTokensDetails, Usage
+from deployments.routers.models import find_pipeline
+from engine.inputs.messages import parse_messages
+from engine.inputs.prompt import EngineInput, MediaItem
+from engine.outputs import EmbeddingOutput
+
+router = APIRouter()
+
+#: Inputs of one request that are in the engine at a time: one caller's list doesn't push out all others.
+_AT_A_TIME = 64
+
+
+@router.post("/v1/embeddings")
+async def create_embedding(request: Request) -> Response:
+    """Vectors for all inputs."""
+    body = await read_body(request, wire.EmbeddingRequest, request.app.state.config.max_body_bytes)
+    pipeline = find_pipeline(request, body.model)
+    params = body.pooling_params()
+    name = f"embd-{uuid.uuid4().hex}"
+    places = asyncio.Semaphore(_AT_A_TIME)
+
+    async def embed(index: int, given: str | list[int]) -> EmbeddingOutput:
+        async with places:
+            prompt = await (_chat(pipeline, body) if body.messages else _plain(pipeline, body, given))
+            return await pipeline.embed(f"{name}-{index}", prompt, params)
+
+    outputs = await _all_or_none([embed(index, given) for index, given in enumerate(body.inputs)])
+    tokens = sum(output.usage.prompt_tokens for output in outputs)
+    response = wire.EmbeddingResponse(
+        id=name,
+        created=int(time.time()),
+        model=pipeline.name,
+        data=[
+            wire.EmbeddingObject(index=index, embedding=_encoded(output.embedding, body.encoding_format))
+            for index, output in enumerate(outputs)
+        ],
+        usage=Usage(
+            prompt_tokens=tokens,
+            total_tokens=tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(output.usage.cached_tokens for output in outputs)
+            ),
+        ),
+    )
+    return JSONResponse(response.model_dump())
+
+
+async def _chat(pipeline: Pipeline, body: wire.EmbeddingRequest):
+    messages, sources = parse_messages(body.messages or [])
+
+    def build(items: list[MediaItem]) -> EngineInput:
+        return pipeline.builder.from_messages(
+            messages,
+            items,
+            add_generation_prompt=body.add_generation_prompt,
+            template_kwargs=body.chat_template_kwargs,
+            cache_salt=body.cache_salt,
+        )
+
+    return await pipeline.prepare(build, sources, min_tokens=0, salt=body.cache_salt)
+
+
+async def _plain(pipeline: Pipeline, body: wire.EmbeddingRequest, given: str | list[int]):
+    def build(_: list[MediaItem]) -> EngineInput:
+        if isinstance(given, str):
+            return pipeline.builder.from_text(
+                given, add_special_tokens=body.add_special_tokens, cache_salt=body.cache_salt
+            )
+        return pipeline.builder.from_token_ids(given, cache_salt=body.cache_salt)
+
+    return await pipeline.prepare(build, min_tokens=0, salt=body.cache_salt)
+
+
+async def _all_or_none(work: list[Awaitable[EmbeddingOutput]]) -> list[EmbeddingOutput]:
+    """All results; the first error ends the others."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _encoded(vector: list[float], encoding: str) -> list[float] | str:
+    if encoding == "float":
+        return vector
+    return base64.b64encode(np.array(vector, "<f4").tobytes()).decode()

@@ -1,0 +1,171 @@
+"""Running a list of prompts to its end, in one process: prepare, encode and compute overlap."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.encoder import EncoderEngine
+from engine.inputs.frontend import PreparedPrompt
+from engine.loading import LoadedEngine
+from engine.output_processor import RequestGroup, merge_updates
+from engine.outputs import EmbeddingOutput, StreamUpdate
+from engine.pooling_params import PoolingParams
+from engine.sampling_params import SamplingParams
+
+#: Most prompts whose media are encoded in one go.
+_TOGETHER = 16
+
+Params = SamplingParams | PoolingParams
+
+
+@dataclass(slots=True)
+class Job:
+    """One prompt on its way: what it asks for, and what has come of it."""
+
+    params: Params
+    prepared: Future[PreparedPrompt]
+    group: RequestGroup | None = None
+    text: str | None = None
+    update: StreamUpdate | None = None
+    embedding: EmbeddingOutput | None = None
+
+
+class OfflineRunner:
+    """Drives an engine on the caller's thread.
+
+    Prompts are prepared by worker threads while the device works on earlier ones.
+
+    Args:
+        engine: the loaded engine.
+        encoder: encodes media; None for a text-only model.
+    """
+
+    def __init__(self, engine: LoadedEngine, encoder: EncoderEngine | None) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._count = 0
+        self._num_media = 0
+        self._num_tokens = 0
+
+    def run(
+        self, prepare: Sequence[Callable[[], PreparedPrompt]], params: Sequence[Params], use_tqdm: bool
+    ) -> list[Job]:
+        """Prepare, encode and compute all prompts; the jobs, done, in order.
+
+        Raises:
+            InvalidRequest: a prompt can't be served; nothing is left behind of the others.
+        """
+        core, outputs = self._engine.core, self._engine.outputs
+        self._num_media = self._num_tokens = 0
+        workers = min(os.cpu_count() or 1, 32)
+        jobs: list[Job] = []
+        by_group: dict[int, Job] = {}
+        progress = tqdm(total=len(prepare), desc="prompts", disable=not use_tqdm, dynamic_ncols=True)
+        with ThreadPoolExecutor(workers, "prepare") as pool, progress:
+            waiting = self._start(prepare, params, pool, jobs)
+            try:
+                ready = next(waiting, None)
+                while ready is not None or core.has_work:
+                    batch: list[Job] = []
+                    while ready is not None and self._wants_more(ready, len(batch)):
+                        batch.append(ready)
+                        ready = next(waiting, None)
+                    for job in self._admit(batch):
+                        by_group[id(job.group)] = job
+                    updates, stopped = outputs.process(core.step())
+                    for request in stopped:
+                        core.abort(request)
+                    for group, update in updates:
+                        self._take(by_group[id(group)], update, progress)
+            except BaseException:
+                self._abandon(jobs)
+                raise
+        return jobs
+
+    def _start(
+        self,
+        prepare: Sequence[Callable[[], PreparedPrompt]],
+        params: Sequence[Params],
+        pool: ThreadPoolExecutor,
+        jobs: list[Job],
+    ) -> Iterator[Job]:
+        """Jobs in order, with preparation running a bounded distance ahead."""
+        ahead: deque[Job] = deque()
+        for work, wanted in zip(prepare, params, strict=True):
+            job = Job(wanted, pool.submit(work))
+            jobs.append(job)
+            ahead.append(job)
+            if len(ahead) > 2 * self._engine.config.max_num_seqs:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _wants_more(self, job: Job, gathered: int) -> bool:
+        """Whether ``job`` should be taken in now, beside ``gathered`` others: it is prepared, or there is
+        nothing else to do."""
+        core = self._engine.core
+        # Embeddings of only a batch's worth of prompts wait for their turn.
+        if gathered >= _TOGETHER or core.scheduler.num_waiting + gathered >= self._engine.config.max_num_seqs:
+            return False
+        return job.prepared.done() or not (core.has_work or gathered)
+
+    def _admit(self, batch: Sequence[Job]) -> Sequence[Job]:
+        """Encode the media of all in ``batch`` together, and give their requests to the engine."""
+        prompts = [job.prepared.result() for job in batch]
+        media = [item for prompt in prompts for item in prompt.media]
+        rows: Iterator[Any] = iter(())
+        if media:
+            assert self._encoder is not None
+            rows = iter(self._encoder.encode(media))
+            self._num_media += len(media)
+        requests, outputs = self._engine.requests, self._engine.outputs
+        for job, prompt in zip(batch, prompts, strict=True):
+            embeddings = [*prompt.embeddings, *(next(rows) for _ in prompt.media)]
+            self._count += 1
+            key = str(self._count)
+            if isinstance(job.params, PoolingParams):
+                job.group = requests.pooling(key, prompt.inputs, job.params, embeddings)
+            else:
+                job.group = requests.generation(key, prompt.inputs, job.params, embeddings)
+            job.text = prompt.inputs.text
+            # Pixels are not needed any more.
+            job.prepared = Future()
+            outputs.add(job.group)
+            for request in job.group.requests:
+                self._engine.core.add(request)
+        return batch
+
+    def _take(self, job: Job, update: StreamUpdate | EmbeddingOutput, progress: tqdm) -> None:
+        if isinstance(update, EmbeddingOutput):
+            job.embedding = update
+            progress.update()
+            return
+        job.update = update if job.update is None else merge_updates(job.update, update)
+        if update.finished:
+            self._num_tokens += update.usage.completion_tokens
+            progress.update()
+            progress.set_postfix_str(_rates(progress, self._num_media, self._num_tokens))
+
+    def _abandon(self, jobs: Sequence[Job]) -> None:
+        """After an error: free all that the call's other prompts hold."""
+        core = self._engine.core
+        for job in jobs:
+            job.prepared.cancel()
+            if job.group is not None:
+                self._engine.outputs.remove(job.group)
+                for request in job.group.requests:
+                    core.abort(request)
+        while core.has_work:
+            core.step()
+
+
+def _rates(progress: tqdm, media: int, tokens: int) -> str:
+    elapsed = progress.format_dict["elapsed"] or 1e-9
+    pictures = f"{media / elapsed:.1f} images/s, " if media else ""
+    return f"{pictures}{tokens / elapsed:.0f} tokens/s"

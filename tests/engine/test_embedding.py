@@ -1,0 +1,87 @@
+"""Pooled hidden states, from the one engine."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from engine import LLM, SamplingParams
+from engine.errors import InvalidRequest
+
+from . import tiny
+
+MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny.make_qwen2_vl(tmp_path_factory.mktemp("embed"), seed=4)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[dict]:
+    sizes = [(40, 24), (24, 56), (64, 64)]
+    texts = ["hello " + MARK, MARK + " what is shown " + MARK, "a long text without a picture 0 1 2 3"]
+    pictures = [[tiny.picture(*sizes[0], 1)], [tiny.picture(*size, 2) for size in sizes[1:]], []]
+    return [
+        {"prompt": text, "multi_modal_data": {"image": images}} if images else {"prompt": text}
+        for text, images in zip(texts, pictures, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def hidden(path, prompts) -> list[torch.Tensor]:
+    """Last hidden states by Transformers."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    found = []
+    for entry in prompts:
+        images = entry.get("multi_modal_data", {}).get("image", [])
+        inputs = tiny.reference_inputs(path, entry["prompt"], images)
+        with torch.inference_mode():
+            found.append(model.model(**inputs).last_hidden_state[0])
+    return found
+
+
+@pytest.mark.parametrize("budget", [13, 512])
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+def test_vectors_are_those_of_transformers(path, prompts, hidden, pooling, budget):
+    llm = LLM(str(path), task="embed", max_model_len=128, max_num_batched_tokens=budget, block_size=4)
+    pool = {"last": lambda h: h[-1], "mean": lambda h: h.mean(0), "cls": lambda h: h[0]}[pooling]
+    for again in range(2):
+        outputs = llm.embed(prompts, pooling=pooling, normalize=False, use_tqdm=False)
+        for output, states in zip(outputs, hidden, strict=True):
+            np.testing.assert_allclose(output.embedding, pool(states), rtol=1e-3, atol=1e-3)
+            assert (output.usage.cached_tokens > 0) == bool(again and pooling == "last")
+    units = llm.embed(prompts, pooling=pooling, use_tqdm=False)
+    for unit, output in zip(units, outputs, strict=True):
+        vector = np.array(output.embedding)
+        np.testing.assert_allclose(unit.embedding, vector / np.linalg.norm(vector), atol=1e-5)
+    llm.check_integrity()
+
+
+def test_messages_and_scores(path, prompts):
+    llm = LLM(str(path), task="embed", max_model_len=128)
+    picture = tiny.picture(40, 24, 1)
+    content = [{"type": "text", "text": "hello"}, {"type": "image", "image": picture}]
+    (one,) = llm.embed(messages=[{"role": "user", "content": content}], use_tqdm=False)
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    text = f"{system}<|im_start|>user\nhello{MARK}<|im_end|>\n"
+    (other,) = llm.embed({"prompt": text, "multi_modal_data": {"image": picture}}, use_tqdm=False)
+    assert one.embedding == pytest.approx(other.embedding)
+    vectors = [np.array(o.embedding) for o in llm.embed(prompts, use_tqdm=False)]
+    scores = llm.score(prompts[0], prompts, use_tqdm=False)
+    assert scores == pytest.approx([float(vectors[0] @ vector) for vector in vectors], abs=1e-5)
+    assert scores[0] == pytest.approx(1.0)
+    with pytest.raises(InvalidRequest, match="2 prompts can't be compared with 3"):
+        llm.score(prompts[:2], prompts)
+
+
+def test_each_task_refuses_the_other(path):
+    with pytest.raises(InvalidRequest, match="makes embeddings"):
+        LLM(str(path), task="embed").generate("hello", SamplingParams(max_tokens=1), use_tqdm=False)
+    llm = LLM(str(path))
+    with pytest.raises(InvalidRequest, match="generates text"):
+        llm.embed("hello", use_tqdm=False)
+    with pytest.raises(InvalidRequest, match="last, mean, cls"):
+        llm.embed("hello", pooling="max")
+    llm.check_integrity()
