@@ -9,6 +9,7 @@ from engine.families.base import Family
 from engine.weights.checkpoint import Checkpoint
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
+    "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "llava": ("LlavaForConditionalGeneration",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
     "text": (

@@ -1,4 +1,4 @@
-"""The encoder of towers of fixed resolution, as CLIP: square crops in, the same number of rows for each out."""
+"""The encoder of towers of fixed resolution, as CLIP: square crops in, equally many rows for each out."""
 
 from __future__ import annotations
 

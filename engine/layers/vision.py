@@ -148,7 +148,7 @@ class VisionTransformer(nn.Module):
             token = self.class_embedding.expand(images, 1, -1)
             x = torch.cat([token, x.unflatten(0, (images, -1))], dim=1).flatten(0, 1)
         if self.position_embedding is not None:
-            table = self.position_embedding
+            table: torch.Tensor = self.position_embedding
             if segments.positions is not None:
                 table = table[segments.positions]
             x = (x.unflatten(0, (-1, len(table))) + table).flatten(0, 1)
