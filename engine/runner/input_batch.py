@@ -97,8 +97,10 @@ def chunk_kv_slots(chunk: PrefillChunk, block_size: int) -> np.ndarray:
 
 def table_updates(batch: ScheduledBatch) -> np.ndarray:
     """int64 ``(3, n)`` rows of slot, column and block: everything that this step changes in the tables."""
-    parts = [np.array([[u.slot, u.column, u.block] for u in batch.table_updates], np.int64).reshape(-1, 3)]
-    for admission in batch.admitted:
-        blocks = np.asarray(admission.request.blocks, np.int64)
-        parts.append(np.stack([np.full(len(blocks), admission.slot), np.arange(len(blocks)), blocks], axis=1))
-    return np.concatenate(parts).T
+    changes = [(u.slot, u.column, u.blocks) for u in batch.table_updates]
+    changes += [(a.slot, 0, a.request.blocks) for a in batch.admitted]
+    counts = [len(blocks) for _, _, blocks in changes]
+    slots = np.repeat(np.array([slot for slot, _, _ in changes], np.int64), counts)
+    columns = [np.arange(first, first + len(blocks)) for _, first, blocks in changes]
+    blocks = [np.array(blocks, np.int64) for _, _, blocks in changes]
+    return np.stack([slots, np.concatenate([*columns, slots[:0]]), np.concatenate([*blocks, slots[:0]])])

@@ -37,11 +37,11 @@ class Admission:
 
 @dataclass(slots=True)
 class TableUpdate:
-    """KV ``block`` becomes entry ``column`` of the slot's block table."""
+    """KV ``blocks`` become the entries from ``column`` on of the slot's block table."""
 
     slot: int
     column: int
-    block: int
+    blocks: list[int]
 
 
 @dataclass(slots=True)

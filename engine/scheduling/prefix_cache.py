@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+
+import numpy as np
 
 from engine.inputs.prompt import MediaSpan
 
@@ -41,10 +42,13 @@ class BlockHasher:
     ) -> None:
         """Append to ``hashes`` those of all full blocks of ``token_ids[:end]`` that it lacks."""
         size = self.block_size
-        for first in range(len(hashes) * size, end - size + 1, size):
+        start = len(hashes) * size
+        tokens = np.asarray(token_ids[start : max(start, end)], np.int32).tobytes()
+        for first in range(start, end - size + 1, size):
             parent = hashes[-1] if hashes else self.root(salt)
             digest = blake2b(parent, digest_size=_DIGEST)
-            digest.update(array("i", token_ids[first : first + size]).tobytes())
+            place = (first - start) * 4
+            digest.update(tokens[place : place + size * 4])
             for span in spans:
                 if span.offset < first + size and span.offset + span.length > first:
                     digest.update(f"|{span.item.hash}@{span.offset - first}".encode())

@@ -163,7 +163,6 @@ class Scheduler:
         known += 1
         table.known[slots] = known
         self.stats.output_tokens += len(slots)
-        self._publish_filled(slots, known)
         ended = known >= table.limit[slots]
         stopped = table.stop_ids[slots] == tokens_live[:, None]
         stops = stopped.any(axis=1) & (known >= table.min_total[slots]) if stopped.any() else None
@@ -197,10 +196,10 @@ class Scheduler:
         for slot in needy.tolist():
             request = table.requests[slot]
             while request is not None and request.slot == slot:
-                block = self.kv.grow(request)
-                if block is not None:
-                    updates.append(TableUpdate(slot, len(request.blocks) - 1, block))
-                    table.capacity[slot] += self.kv.block_size
+                first = len(request.blocks)
+                if blocks := self.kv.grow(request):
+                    updates.append(TableUpdate(slot, first, blocks))
+                    table.capacity[slot] += len(blocks) * self.kv.block_size
                     break
                 self._preempt(self._victim())
         # A victim chosen after its own growth gives its rows back; its updates must not reach the runner.
@@ -258,14 +257,6 @@ class Scheduler:
         for slot in rows[table.computed[rows] + 1 >= table.limit[rows]].tolist():
             table.set_decoding(slot, False)
 
-    def _publish_filled(self, slots: np.ndarray, known: np.ndarray) -> None:
-        """Publish blocks that the newly known tokens complete (the last known token isn't computed)."""
-        table, size = self.slots, self.kv.block_size
-        for slot in slots[known % size == 1 % size].tolist():
-            request = table.requests[slot]
-            assert request is not None
-            self.kv.publish(request, table.tokens[slot], int(table.known[slot]) - 1)
-
     # Ends and interruptions.
 
     def _victim(self) -> Request:
@@ -291,6 +282,11 @@ class Scheduler:
         assert slot is not None
         if request in self._prefilling:
             self._prefilling.remove(request)
+        # Blocks of the answer become findable now, all at once: until it ends nobody asks for them. The last
+        # known token isn't computed.
+        table = self.slots
+        computed = min(int(table.known[slot]) - 1, int(table.computed[slot]))
+        self.kv.publish(request, table.tokens[slot], computed)
         self._released.append(slot)
         self.slots.leave(slot)
         self.kv.free(request)

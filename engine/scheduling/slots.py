@@ -37,7 +37,7 @@ class SlotTable:
         self.epoch = np.zeros(num_slots, np.int64)
         self.decoding = np.zeros(num_slots, bool)
         self.constrained = np.zeros(num_slots, bool)
-        self.stop_ids = np.full((num_slots, 4), -1, np.int32)
+        self.stop_ids = np.full((num_slots, 1), -1, np.int32)
         self.min_total = np.zeros(num_slots, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
         self._decode_slots = np.zeros(0, np.int64)

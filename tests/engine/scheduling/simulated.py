@@ -90,7 +90,7 @@ class SimulatedRunner:
             self.tables[admission.slot] = dict(enumerate(admission.request.blocks))
             self.length[admission.slot] = admission.num_computed
         for update in batch.table_updates:
-            self.tables[update.slot][update.column] = update.block
+            self.tables[update.slot] |= dict(enumerate(update.blocks, update.column))
         tokens = []
         written = []
         for slot in batch.decode_slots.tolist():
