@@ -65,7 +65,8 @@ def _describe(config: EngineConfig) -> tuple[Checkpoint, Family, ModelConfig]:
 
 @dataclass(slots=True)
 class PreparedPrompt:
-    """A prompt ready for the engine, with what is left to encode, or what came encoded."""
+    """A prompt ready for the engine, with what is left to encode, in the order of its spans, or what came
+    encoded."""
 
     inputs: EngineInput
     media: list[PreparedMedia] = field(default_factory=list)
@@ -120,10 +121,10 @@ class Frontend:
         items = [prepared.item for prepared in media]
         salt = prompt.get("cache_salt", "")
         if (ids := prompt.get("prompt_token_ids")) is not None:
-            return PreparedPrompt(self._builder.from_token_ids(ids, items, cache_salt=salt), media)
+            return _prepared(self._builder.from_token_ids(ids, items, cache_salt=salt), media)
         if not isinstance(prompt.get("prompt"), str):
             raise InvalidRequest("A prompt needs a text in 'prompt', or ids in 'prompt_token_ids'.")
-        return PreparedPrompt(self._builder.from_text(prompt["prompt"], items, cache_salt=salt), media)
+        return _prepared(self._builder.from_text(prompt["prompt"], items, cache_salt=salt), media)
 
     def from_messages(
         self,
@@ -151,7 +152,7 @@ class Frontend:
             tools=tools,
             template_kwargs=chat_template_kwargs,
         )
-        return PreparedPrompt(inputs, media)
+        return _prepared(inputs, media)
 
     def _prepare(self, sources: Sequence[MediaSource]) -> list[PreparedMedia]:
         if not sources:
@@ -174,6 +175,12 @@ class Frontend:
             return to_rgb(source.image)
         data = self._fetcher.fetch_blocking(source, budget)
         return decode_image(data, self._limits, where=source.where)
+
+
+def _prepared(inputs: EngineInput, media: Sequence[PreparedMedia]) -> PreparedPrompt:
+    # A raw prompt may mark a video before a picture, which stand the other way round in multi_modal_data.
+    by_hash = {prepared.item.hash: prepared for prepared in media}
+    return PreparedPrompt(inputs, [by_hash[span.item.hash] for span in inputs.spans])
 
 
 def _media_sources(data: Mapping[str, Any]) -> list[MediaSource]:

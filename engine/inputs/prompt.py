@@ -32,6 +32,7 @@ class MediaItem:
         size: ``(width, height)`` of the picture as the model's processor saw it, in pixels.
         placeholder: the token runs that stand for it in a prompt; their ``is_embed`` counts sum to
             ``num_tokens``. Derived from the same processor result as ``num_tokens``.
+        times: for families that tell a video's pace, the second at which each step of ``grid`` in time lies.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class MediaItem:
     grid: tuple[int, ...]
     size: tuple[int, int]
     placeholder: tuple[PlaceholderRun, ...]
+    times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         rows = sum(run.count for run in self.placeholder if run.is_embed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -117,7 +119,7 @@ def test_token_counts_of_the_public_sizes(path, bounds):
     """At patch 14, over many sizes, without making a picture of each."""
     theirs = transformers.Qwen2VLImageProcessorPil(min_pixels=bounds[0], max_pixels=bounds[1])
     ours = FAMILY.media_processor(*parse(path), {})
-    ours = type(ours)(14, 2, 2, 6, 7, *bounds)
+    ours = replace(ours, vision=replace(ours.vision, patch_size=14), pixels=bounds)
     generator = np.random.default_rng(0)
     sizes = [(*generator.integers(1, 6000, 2).tolist(),) for _ in range(300)]
     sizes += [(14 * n, 14 * n + 7) for n in range(1, 40)] + [(42, 70), (1, 200), (8400, 42)]

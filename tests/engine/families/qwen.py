@@ -1,0 +1,175 @@
+"""Tiny checkpoints of the later Qwen-VL families, and what Transformers makes of pictures and videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from tests.engine.tiny import QWEN_SPECIALS, QWEN_TEMPLATE, rewrite_tensors, split_shards, spread, tokenizer
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 64,
+}
+
+
+def make_qwen2_5_vl(
+    path: Path, *, tied: bool = False, gqa_ratio: int = 2, names: str = "saved", seed: int = 0
+) -> Path:
+    """A Qwen2.5-VL checkpoint with windows of 2x2 rows, in all blocks but the second.
+
+    Args:
+        names: ``saved`` as Transformers writes it; ``hub`` as the public checkpoints are: flat config.json in
+            the old spelling, preprocessor_config.json and several shards; ``memory`` with the tensors named
+            as they are in Transformers' model.
+    """
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    text = {**_TEXT, "num_hidden_layers": 2, "num_key_value_heads": 4 // gqa_ratio, "rope_parameters": rope}
+    vision = {
+        **_VISION,
+        "depth": 3,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    }
+    _save(path, "Qwen2_5_VL", text, vision, tied=tied, seed=seed, options={})
+    if names == "hub":
+        _flatten(path)
+        split_shards(path)
+    elif names == "memory":
+        rewrite_tensors(path, lambda tensors: {_in_memory(k): value for k, value in tensors.items()})
+    return path
+
+
+def _save(
+    path: Path, kind: str, text: dict, vision: dict, *, tied: bool, seed: int, options: dict[str, Any]
+) -> None:
+    tok = tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tok.chat_template = QWEN_TEMPLATE
+    ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
+    marks = ("image_pad", "video_pad", "vision_start", "vision_end")
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={
+            **text,
+            "vocab_size": len(tok),
+            "bos_token_id": ids["endoftext"],
+            "eos_token_id": ids["im_end"],
+            "pad_token_id": ids["endoftext"],
+            "tie_word_embeddings": tied,
+        },
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        **{
+            f"{mark.removesuffix('_pad')}_token_id": tok.convert_tokens_to_ids(f"<|{mark}|>")
+            for mark in marks
+        },
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    spread(model, seed=seed, embedding_std=0.05 if tied else 1.0)
+    model.generation_config.eos_token_id = [ids["im_end"], ids["endoftext"]]
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
+    transformers.Qwen2VLImageProcessorPil(
+        patch_size=4,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 256, "longest_edge": 4096},
+        **options,
+    ).save_pretrained(path)
+
+
+def _flatten(path: Path) -> None:
+    """config.json and the processor's as they are on the hub."""
+    config = json.loads((path / "config.json").read_text())
+    text, vision = config.pop("text_config"), config["vision_config"]
+    rope = text.pop("rope_parameters")
+    for key in ("dtype", "model_type", "layer_types"):
+        text.pop(key, None)
+    config.update(text, rope_theta=rope["rope_theta"])
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config["sliding_window"], config["use_sliding_window"] = 32768, False
+    vision["in_chans"] = vision.pop("in_channels", 3)
+    (path / "config.json").write_text(json.dumps(config))
+    processor = {"min_pixels": 256, "max_pixels": 4096, "patch_size": 4, "merge_size": 2}
+    processor |= {"temporal_patch_size": 2, "image_processor_type": "Qwen2VLImageProcessor"}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+def _in_memory(name: str) -> str:
+    for old, new in (("visual.", "model.visual."), ("model.", "model.language_model.")):
+        if name.startswith(old):
+            return name.replace(old, new, 1)
+    return name
+
+
+class Reference:
+    """Transformers' model and processor of a checkpoint of the family called ``kind`` there."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")
+        self.model = model.from_pretrained(path, dtype=torch.float32).eval()
+        self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        processor = getattr(transformers, f"{kind}Processor")
+        # The video half needs torchvision.
+        image_only = type(
+            processor.__name__,
+            (processor,),
+            {"get_attributes": classmethod(lambda c: ["image_processor", "tokenizer"])},
+        )
+        self.processor = image_only(self.images, self.tokenizer)
+
+    def inputs(
+        self, prompt: str, images: Sequence[Image.Image] = (), video: Sequence[Image.Image] = ()
+    ) -> dict[str, torch.Tensor]:
+        """The model's inputs. In a prompt with a video its mark must be repeated already."""
+        # The processor refuses marks of videos that it isn't given: another special token stands in.
+        text = prompt.replace("<|video_pad|>", "<|vision_pad|>")
+        made = self.processor(text=[text], images=list(images) or None, return_tensors="pt")
+        inputs = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        if video:
+            of_video = inputs["input_ids"] == self.tokenizer.convert_tokens_to_ids("<|vision_pad|>")
+            inputs["input_ids"].masked_fill_(of_video, self.model.config.video_token_id)
+            inputs["mm_token_type_ids"].masked_fill_(of_video, 2)
+            inputs["pixel_values_videos"], inputs["video_grid_thw"] = self.video(video)
+        return inputs
+
+    def video(self, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches and grid of a video whose frames are resized as pictures are."""
+        frames = [*frames, *frames[-1:] * (len(frames) % 2)]
+        singles = [self.images(frame, return_tensors="pt") for frame in frames]
+        # Each frame alone was doubled in time: of two frames, take one half from each.
+        halves = [single["pixel_values"].view(-1, 3, 2, 16)[:, :, 0] for single in singles]
+        steps = range(0, len(frames), 2)
+        patches = torch.cat([torch.stack(halves[i : i + 2], dim=2).flatten(1) for i in steps])
+        return patches, torch.tensor([[len(steps), *singles[0]["image_grid_thw"][0, 1:].tolist()]])
+
+    @torch.inference_mode()
+    def tokens(self, inputs: dict[str, torch.Tensor], count: int) -> list[int]:
+        """The greedy answer."""
+        out = self.model.generate(**inputs, max_new_tokens=count, do_sample=False)
+        return out[0, inputs["input_ids"].shape[1] :].tolist()

@@ -1,0 +1,216 @@
+"""Qwen2.5-VL against Transformers, from pictures and videos to the tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import LLM, SamplingParams
+from engine.errors import CheckpointError, ConfigError
+from engine.families.qwen2_5_vl import FAMILY
+from engine.families.registry import resolve
+from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun
+from engine.layers.native_grid import plan_frame
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_vision_encoder
+from tests.engine.families.qwen import IMAGE, PROMPT, VIDEO, Reference, make_qwen2_5_vl
+from tests.engine.tiny import picture, rewrite_json
+
+CPU = torch.device("cpu")
+TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_qwen2_5_vl(tmp_path_factory.mktemp("qwen2_5_vl"))
+
+
+@pytest.fixture(scope="module")
+def reference(path):
+    return Reference(path, "Qwen2_5_VL")
+
+
+def parse(path):
+    checkpoint = Checkpoint.open(str(path))
+    assert resolve(checkpoint) is FAMILY
+    return checkpoint, FAMILY.parse(checkpoint)
+
+
+def processor(path, **options):
+    checkpoint, config = parse(path)
+    return FAMILY.media_processor(checkpoint, config, options)
+
+
+def encoder(path):
+    return load_vision_encoder(*parse(path), device=CPU, dtype=torch.float32)
+
+
+def frames(count: int) -> list[Image.Image]:
+    return [picture(40, 56, seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("size", [(60, 44), (8, 8), (7, 1000), (64, 64), (33, 90), (16, 120)], ids=str)
+def test_rows_equal_transformers(path, reference, size):
+    image = picture(*size)
+    theirs = reference.images(image, return_tensors="pt")
+    media = processor(path).prepare(image)
+    assert media.item.grid == tuple(theirs["image_grid_thw"][0].tolist())
+    vision = encoder(path)
+    pixels = vision.patchify(torch.from_numpy(media.pixels.copy()))
+    torch.testing.assert_close(pixels, theirs["pixel_values"], atol=0, rtol=0)
+    with torch.inference_mode():
+        expected = reference.model.model.get_image_features(**theirs).pooler_output[0]
+    torch.testing.assert_close(vision.encode([media])[0], expected, atol=1e-4, rtol=0)
+
+
+def test_rows_of_several_items_at_once(path, reference):
+    ours, vision = processor(path), encoder(path)
+    media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
+    media.insert(1, ours.prepare_video(frames(5)))
+    patches, grid = reference.video(frames(5))
+    assert media[1].item.grid == tuple(grid[0].tolist())
+    with torch.inference_mode():
+        expected = reference.model.model.get_video_features(patches, grid).pooler_output[0]
+    together = vision.encode(media)
+    torch.testing.assert_close(together[1], expected, atol=1e-4, rtol=0)
+    for rows, entry in zip(together, media, strict=True):
+        torch.testing.assert_close(rows, vision.encode([entry])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (10, 14), (2, 18), (22, 6), (2, 2)])
+def test_windows_equal_transformers(path, grid):
+    vision_utils = pytest.importorskip("transformers.vision_utils")
+    order, bounds = vision_utils.get_vision_window_index(
+        torch.tensor([[1, *grid]]), spatial_merge_size=2, window_size=16, patch_size=4
+    )
+    plan = plan_frame(parse(path)[1].vision, *grid, CPU)
+    torch.testing.assert_close(plan.order, order)
+    assert np.cumsum([0, *plan.windows]).tolist() == bounds.tolist()
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 2 / 24, 2 / 30, 7.3])
+def test_positions_equal_transformers(path, reference, seconds):
+    """Pictures never move in time; videos do by their pace, whole positions only."""
+    _, config = parse(path)
+    ids, types, spans = [], [], []
+    grids = [("text", 3), ("video", (40, 4, 2)), ("text", 2), ("image", (1, 10, 6)), ("text", 2)]
+    grids += [("video", (3, 4, 12)), ("text", 1)]
+    for kind, grid in grids:
+        if kind == "text":
+            ids += [9] * grid
+            types += [0] * grid
+            continue
+        count = grid[0] * grid[1] * grid[2] // 4
+        times = tuple(i * seconds for i in range(grid[0])) if kind == "video" else ()
+        item = MediaItem(kind, "", count, grid, (1, 1), (PlaceholderRun(8, count, True),), times)
+        spans.append(MediaSpan(item, len(ids), count))
+        ids += [8] * count
+        types += [1 if kind == "image" else 2] * count
+    expected, delta = reference.model.model.get_rope_index(
+        torch.tensor([ids]),
+        torch.tensor([types]),
+        torch.tensor([g for kind, g in grids if kind == "image"]),
+        torch.tensor([g for kind, g in grids if kind == "video"]),
+        second_per_grid_ts=torch.tensor([seconds, seconds]),
+    )
+    positions, offset = FAMILY.positions(config, len(ids), spans)
+    np.testing.assert_array_equal(positions, expected[:, 0].numpy())
+    assert offset == delta.item()
+
+
+CASES = [
+    ("describe this image " + IMAGE, [(60, 44)], 0),
+    (IMAGE + IMAGE + "what is shown in the pictures?", [(90, 30), (33, 70)], 0),
+    ("hello world 0 1 2 3", [], 0),
+    ("a red square " + VIDEO + " on a blue " + IMAGE, [(20, 50)], 5),
+]
+
+
+def prompts_and_answers(path, reference: Reference) -> tuple[list[dict], list[list[int]]]:
+    prompts, answers = [], []
+    for number, (text, sizes, length) in enumerate(CASES):
+        pictures = [picture(*size, 10 * number + i) for i, size in enumerate(sizes)]
+        video = frames(length)
+        prompt = PROMPT.format(text)
+        expanded, given = prompt, {}
+        if video:
+            count = processor(path).prepare_video(video).item.num_tokens
+            expanded = prompt.replace("<|video_pad|>", "<|video_pad|>" * count)
+            given["second_per_grid_ts"] = torch.tensor([2 / 1.5])
+        inputs = {**reference.inputs(expanded, pictures, video), **given}
+        answers.append(reference.tokens(inputs, TOKENS))
+        data = {kind: value for kind, value in (("image", pictures), ("video", video)) if value}
+        prompts.append({"prompt": prompt, "multi_modal_data": data} if data else {"prompt": prompt})
+    return prompts, answers
+
+
+@pytest.mark.parametrize(
+    ("names", "tied", "ratio"), [("saved", False, 2), ("hub", True, 1), ("memory", False, 4)]
+)
+def test_tokens_are_those_of_transformers(tmp_path, names, tied, ratio):
+    """Together, alone, and in steps so small that all media are split."""
+    path = make_qwen2_5_vl(tmp_path, names=names, tied=tied, gqa_ratio=ratio, seed=3)
+    prompts, answers = prompts_and_answers(path, Reference(path, "Qwen2_5_VL"))
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    options = {"max_model_len": 256, "mm_processor_kwargs": {"fps": 1.5}}
+    for way in ({}, {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4}):
+        llm = LLM(str(path), **options, **way)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == answers
+        llm.check_integrity()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        (output,) = llm.generate(prompt, params, use_tqdm=False)
+        assert output.outputs[0].token_ids == answer
+
+
+def test_a_video_at_another_pace_is_another_video(path):
+    slow, fast = (processor(path, fps=fps).prepare_video(frames(4)).item for fps in (1, 2))
+    assert slow.times == (0.0, 2.0) and fast.times == (0.0, 1.0)
+    assert slow.hash != fast.hash
+    # Unless told, as Transformers does.
+    assert processor(path).prepare_video(frames(3)).item.times == (0.0, 2 / 24)
+
+
+@pytest.mark.parametrize("fps", [0, -1, "2", True, 1e9])
+def test_a_bad_pace_is_refused(path, fps):
+    with pytest.raises(ConfigError, match="fps") as error:
+        processor(path, fps=fps)
+    assert error.value.param == "mm_processor_kwargs.fps"
+
+
+def test_videos_have_bounds_of_their_own(tmp_path):
+    path = make_qwen2_5_vl(tmp_path)
+    (tmp_path / "video_preprocessor_config.json").write_text('{"min_pixels": 64, "max_pixels": 512}')
+    media = processor(path).prepare_video(frames(2))
+    assert media.pixels.shape[1] * media.pixels.shape[2] <= 512 < 40 * 56
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"out_hidden_size": 65}, "out_hidden_size"),
+        ({"window_size": 7}, "window_size"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"in_channels": 1}, "3 channels"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_refused_by_field(tmp_path, change, field):
+    path = make_qwen2_5_vl(tmp_path)
+    checkpoint = Checkpoint.open(str(path))
+    rewrite_json(path / "config.json", {"vision_config": {**checkpoint.config["vision_config"], **change}})
+    with pytest.raises(CheckpointError, match=field):
+        parse(path)
+
+
+def test_public_configuration(tmp_path):
+    path = make_qwen2_5_vl(tmp_path, names="hub")
+    public = {"hidden_size": 1280, "in_chans": 3, "out_hidden_size": 64, "spatial_patch_size": 14}
+    rewrite_json(path / "config.json", {"vision_config": public})
+    rewrite_json(path / "preprocessor_config.json", {"patch_size": 14})
+    _, config = parse(path)
+    tower = config.vision.tower
+    assert (tower.num_layers, tower.head_dim, tower.intermediate_size) == (32, 80, 3420)
+    assert (config.vision.window, tower.full_layers) == (4, (7, 15, 23, 31))
