@@ -8,7 +8,7 @@ from PIL import Image
 from deployments.handoff import PixelsRef, put
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
-from engine.inputs.frontend import load_media_processor
+from engine.inputs.frontend import MediaProcessor, for_prompt, load_media_processor
 from engine.inputs.messages import MediaSource
 from engine.inputs.prompt import PreparedMedia
 from engine.media.decode import ImageLimits, decode_image
@@ -41,8 +41,9 @@ class Preprocessor:
             MediaError: naming the field of the request whose picture can't be had, decoded or shown.
         """
         data = await self._fetcher.fetch_all(sources)
+        processor = for_prompt(self._processor, sources)
         tasks = [
-            asyncio.ensure_future(self._prepare(source, pictures))
+            asyncio.ensure_future(self._prepare(processor, source, pictures))
             for source, pictures in zip(sources, data, strict=True)
         ]
         try:
@@ -51,16 +52,18 @@ class Preprocessor:
             for task in tasks:
                 task.cancel()
 
-    async def _prepare(self, source: MediaSource, pictures: list[bytes]) -> PixelsRef:
+    async def _prepare(
+        self, processor: MediaProcessor, source: MediaSource, pictures: list[bytes]
+    ) -> PixelsRef:
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._threads, self._make, source, pictures)
+        prepared = await loop.run_in_executor(self._threads, self._make, processor, source, pictures)
         return PixelsRef(prepared.item, await put(prepared.pixels))
 
-    def _make(self, source: MediaSource, pictures: list[bytes]) -> PreparedMedia:
+    def _make(self, processor: MediaProcessor, source: MediaSource, pictures: list[bytes]) -> PreparedMedia:
         try:
             if source.kind == "video":
-                return self._processor.prepare_video([self._decode(source, data) for data in pictures])
-            return self._processor.prepare(self._decode(source, pictures[0]))
+                return processor.prepare_video([self._decode(source, data) for data in pictures])
+            return processor.prepare(self._decode(source, pictures[0]))
         except InvalidRequest as error:
             # Processors know of pictures, not of requests.
             error.param = source.where

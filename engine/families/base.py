@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -115,6 +115,14 @@ class MediaProcessor(Protocol):
         Raises:
             InvalidRequest: if the family has no video, or as :meth:`check`.
         """
+
+
+@runtime_checkable
+class PromptAwareProcessor(Protocol):
+    """A :class:`MediaProcessor` that shows a picture otherwise where it is one of several."""
+
+    def among(self, num_images: int) -> MediaProcessor:
+        """The processor for each picture of a prompt with ``num_images``, videos not counted."""
 
 
 class MediaEncoder(Protocol):

@@ -11,6 +11,7 @@ from engine.weights.checkpoint import Checkpoint
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "llava": ("LlavaForConditionalGeneration",),
+    "llava_onevision": ("LlavaOnevisionForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
     "text": (

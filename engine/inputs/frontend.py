@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
-from engine.families.base import Family, MediaProcessor, ModelConfig
+from engine.families.base import Family, MediaProcessor, ModelConfig, PromptAwareProcessor
 from engine.families.registry import resolve
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
@@ -50,6 +50,13 @@ def load_media_processor(config: EngineConfig) -> MediaProcessor | None:
     """
     checkpoint, family, model = _describe(config)
     return family.media_processor(checkpoint, model, config.mm_processor_kwargs)
+
+
+def for_prompt(processor: MediaProcessor, sources: Sequence[MediaSource]) -> MediaProcessor:
+    """What prepares the media of one prompt: some models show a picture otherwise among several."""
+    if isinstance(processor, PromptAwareProcessor):
+        return processor.among(sum(source.kind == "image" for source in sources))
+    return processor
 
 
 def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
@@ -161,13 +168,14 @@ class Frontend:
             raise InvalidRequest("This model takes no pictures.", param=sources[0].where)
         check_media_limits(sources, self._config.limit_mm_per_prompt)
         budget = ByteBudget(self._fetcher.policy.max_total_bytes)
+        processor = for_prompt(self._processor, sources)
         prepared = []
         for source in sources:
             if source.kind == "video":
                 frames = [self._picture(frame, budget) for frame in source.frames]
-                prepared.append(self._processor.prepare_video(frames))
+                prepared.append(processor.prepare_video(frames))
             else:
-                prepared.append(self._processor.prepare(self._picture(source, budget)))
+                prepared.append(processor.prepare(self._picture(source, budget)))
         return prepared
 
     def _picture(self, source: MediaSource, budget: ByteBudget) -> Image.Image:

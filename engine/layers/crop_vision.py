@@ -42,7 +42,7 @@ class CropVisionEncoder(nn.Module):
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         for entry in media:
             if entry.item.num_tokens != entry.item.grid[0] * self.config.rows_per_crop:
-                raise _unfit(entry)
+                raise unfit(entry)
         rows = self.crop_rows(media).flatten(0, 1)
         return list(rows.split([entry.item.num_tokens for entry in media]))
 
@@ -77,10 +77,11 @@ class CropVisionEncoder(nn.Module):
     def _check(self, entry: PreparedMedia) -> None:
         size = self.config.image_size
         if entry.pixels.shape != (entry.item.grid[0], size, size, 3) or entry.pixels.dtype != np.uint8:
-            raise _unfit(entry)
+            raise unfit(entry)
 
 
-def _unfit(entry: PreparedMedia) -> InvalidRequest:
+def unfit(entry: PreparedMedia) -> InvalidRequest:
+    """The error for an item whose pixels, rows and grid contradict each other."""
     return InvalidRequest(
         f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
         f"do not fit grid {entry.item.grid}",
