@@ -11,7 +11,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import InvalidRequest
-from engine.inputs.frontend import Frontend, PreparedPrompt
+from engine.inputs.frontend import Frontend, PreparedPrompt, load_sampling_defaults
 from engine.loading import load_engine
 from engine.offline import Job, OfflineRunner
 from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
@@ -53,6 +53,10 @@ class LLM:
     def get_tokenizer(self):
         """The model's :class:`~engine.inputs.tokenizer.Tokenizer`."""
         return self._engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used where none are given: the checkpoint's own defaults."""
+        return SamplingParams(**load_sampling_defaults(self.config))
 
     def metrics(self) -> dict:
         """The engine's counters since it was loaded."""
@@ -185,8 +189,10 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prepare)
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prepare)
         if len(params) != len(prepare):
             raise InvalidRequest(f"There are {len(prepare)} prompts, but {len(params)} sampling_params.")
         return [_request_output(job) for job in self._runner.run(prepare, params, use_tqdm)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +34,30 @@ class Histogram:
         }
 
 
+class Rate:
+    """Events per second over the last ``window`` seconds."""
+
+    def __init__(self, window: int = 10) -> None:
+        self._window = window
+        self._counts: deque[tuple[int, int]] = deque()
+
+    def add(self, count: int, now: float) -> None:
+        second = int(now)
+        if self._counts and self._counts[-1][0] == second:
+            count += self._counts.pop()[1]
+        self._counts.append((second, count))
+        self._drop(second)
+
+    def value(self, now: float) -> float:
+        """Of the seconds that are over; 0 where there was nothing."""
+        self._drop(int(now))
+        return sum(count for second, count in self._counts if second < int(now)) / self._window
+
+    def _drop(self, second: int) -> None:
+        while self._counts and self._counts[0][0] < second - self._window:
+            self._counts.popleft()
+
+
 @dataclass(slots=True)
 class EngineMetrics:
     """Times of requests, in seconds: waiting for a slot, to the first token, between tokens."""
@@ -39,6 +65,7 @@ class EngineMetrics:
     queue_time: Histogram = field(default_factory=Histogram)
     time_to_first_token: Histogram = field(default_factory=Histogram)
     time_between_tokens: Histogram = field(default_factory=Histogram)
+    token_rate: Rate = field(default_factory=Rate)
     requests_finished: int = 0
     completion_tokens: int = 0
 
@@ -49,6 +76,9 @@ class EngineMetrics:
     def observe_gap(self, seconds: float) -> None:
         self.time_between_tokens.observe(seconds)
 
+    def observe_tokens(self, count: int, now: float) -> None:
+        self.token_rate.add(count, now)
+
     def observe_finish(self, usage: Usage) -> None:
         self.requests_finished += 1
         self.completion_tokens += usage.completion_tokens
@@ -58,6 +88,7 @@ class EngineMetrics:
             "queue_time_s": self.queue_time.snapshot(),
             "time_to_first_token_s": self.time_to_first_token.snapshot(),
             "time_between_tokens_s": self.time_between_tokens.snapshot(),
+            "tokens_per_second": self.token_rate.value(time.monotonic()),
             "requests_finished": self.requests_finished,
             "completion_tokens": self.completion_tokens,
         }

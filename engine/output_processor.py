@@ -27,7 +27,6 @@ class _Sequence:
     index: int
     request: Request
     detokenizer: IncrementalDetokenizer
-    num_tokens: int = 0
     done: bool = False
 
 
@@ -64,7 +63,7 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer, metrics: EngineMetrics) -> None:
         self._tokenizer = tokenizer
         self._metrics = metrics
-        self._groups: dict[str, RequestGroup] = {}
+        self._running: dict[str, tuple[RequestGroup, _Sequence]] = {}
 
     def add(self, group: RequestGroup) -> None:
         for index, request in enumerate(group.requests):
@@ -77,17 +76,17 @@ class OutputProcessor:
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
             )
-            group.sequences[request.id] = _Sequence(index, request, detokenizer)
-            self._groups[request.id] = group
+            sequence = group.sequences[request.id] = _Sequence(index, request, detokenizer)
+            self._running[request.id] = group, sequence
 
     def remove(self, group: RequestGroup) -> None:
         """Forget a group that ended or was aborted."""
         for request in group.requests:
-            self._groups.pop(request.id, None)
+            self._running.pop(request.id, None)
 
     @property
     def num_groups(self) -> int:
-        return len({id(group) for group in self._groups.values()})
+        return len({id(group) for group, _ in self._running.values()})
 
     def process(
         self, steps: Iterable[StepEvents]
@@ -100,10 +99,10 @@ class OutputProcessor:
             now = time.monotonic()
             self._prompt_logprobs(step, changed)
             for row, request in enumerate(step.requests):
-                group = self._groups.get(request.id) if request is not None else None
-                if request is None or group is None or group.sequences[request.id].done:
+                if request is None or (found := self._running.get(request.id)) is None or found[1].done:
                     continue
-                delta = self._delta(group, request, row, step)
+                group, sequence = found
+                delta = self._delta(group, sequence, row, step)
                 if delta.finish_reason is not None and not request.finished:
                     stopped.append(request)
                 self._update(group, changed).deltas.append(delta)
@@ -114,21 +113,22 @@ class OutputProcessor:
                     self._metrics.observe_finish(group.usage)
                     self.remove(group)
                 updates.append((group, update))
+            self._metrics.observe_tokens(sum(len(update.deltas) for _, update in changed.values()), now)
             updates += self._pooled(step)
         return updates, stopped
 
-    def _delta(self, group: RequestGroup, request: Request, row: int, step: StepEvents) -> OutputDelta:
-        sequence = group.sequences[request.id]
+    def _delta(self, group: RequestGroup, sequence: _Sequence, row: int, step: StepEvents) -> OutputDelta:
+        request = sequence.request
         token = int(step.tokens[row])
         reason: FinishReason | None = step.finished.get(row)  # type: ignore[assignment]
         stop_reason: int | str | None = None
-        sequence.num_tokens += 1
+        if group.usage.completion_tokens == 0:
+            group.usage.cached_tokens = request.num_cached or 0
         group.usage.completion_tokens += 1
-        group.usage.cached_tokens = max(group.usage.cached_tokens, request.num_cached or 0)
         ended_by_token = reason == "stop"
         text = ""
         if not ended_by_token or request.params.include_stop_str_in_output:
-            text = sequence.detokenizer.append([token])
+            text = sequence.detokenizer.append_one(token)
         if sequence.detokenizer.stop_reason is not None:
             reason, stop_reason = "stop", sequence.detokenizer.stop_reason
         elif reason is not None:
@@ -152,7 +152,7 @@ class OutputProcessor:
         self, step: StepEvents, changed: dict[str, tuple[RequestGroup, StreamUpdate]]
     ) -> None:
         for request, start, values in step.prompt_logprobs:
-            group = self._groups.get(request.id)
+            group, _ = self._running.get(request.id, (None, None))
             if group is None or request is not group.requests[0]:
                 continue
             update = self._update(group, changed)
@@ -167,7 +167,7 @@ class OutputProcessor:
 
     def _pooled(self, step: StepEvents) -> Iterable[tuple[RequestGroup, EmbeddingOutput]]:
         for request, vector in step.pooled:
-            group = self._groups.get(request.id)
+            group, _ = self._running.get(request.id, (None, None))
             if group is None:
                 continue
             group.usage.cached_tokens = request.num_cached or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from typing import Any
 
 from engine.inputs.tokenizer import Tokenizer
 
@@ -52,27 +53,33 @@ class IncrementalDetokenizer:
         self._window = ""  # text that can still be part of a stop string
         self._returned = 0  # characters of the window that were returned already
         self._at_start = True
-        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._bytes: Any = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in prompt_tail:
             self._bytes.decode(self._piece(token))
 
     def append(self, token_ids: Sequence[int]) -> str:
         """New final text after these tokens. Tokens after a stop string are not looked at."""
-        parts: list[str] = []
-        for token in token_ids:
-            if self.stop_reason is not None:
-                break
-            self.num_tokens_consumed += 1
-            text = self._bytes.decode(self._piece(token))
-            if text:
-                parts.append(self._push(text))
-        return "".join(parts)
+        return "".join([self.append_one(token) for token in token_ids])
+
+    def append_one(self, token: int) -> str:
+        """:meth:`append` of one token."""
+        if self.stop_reason is not None:
+            return ""
+        self.num_tokens_consumed += 1
+        piece = self._piece(token)
+        # Most pieces are whole by themselves, and need no decoder that remembers.
+        if piece.isascii() and not self._bytes.buffer:
+            text = piece.decode("ascii")
+        else:
+            text = self._bytes.decode(piece)
+        return self._push(text) if text and self._stops else text
 
     def finish(self) -> str:
         """The text that was held back; call once, when no token will follow. Broken bytes become U+FFFD."""
         if self.stop_reason is not None:
             return ""
-        text = self._push(self._bytes.decode(b"", True))
+        text = self._bytes.decode(b"", True)
+        text = self._push(text) if self._stops else text
         if self.stop_reason is not None:
             return text
         rest = self._window[self._returned :]
@@ -88,8 +95,6 @@ class IncrementalDetokenizer:
         return self._tokenizer.first_token_bytes(token)
 
     def _push(self, text: str) -> str:
-        if not self._stops:
-            return text
         known = len(self._window)
         window = self._window + text
         # A match must end in the new text; an earlier one would have been seen before.

@@ -9,7 +9,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.prefix_cache import BlockHasher
 
 #: Most blocks that a growing answer is given at once.
-_GROWTH = 8
+_GROWTH = 16
 
 
 class KVManager:

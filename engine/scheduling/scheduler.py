@@ -138,7 +138,7 @@ class Scheduler:
             self._released = batch.released
             return None
         rows = batch.sampling_slots
-        batch.epochs = self.slots.epoch[rows]
+        batch.epochs = self.slots.epochs_of(rows)
         self.stats.computed_tokens += self.budget - left
         self._retire_full_rows(rows)
         return batch
@@ -151,13 +151,13 @@ class Scheduler:
             tokens: int64 ``(R,)``, one per row of ``batch.sampling_slots``.
         """
         table, slots = self.slots, batch.sampling_slots
-        live = table.epoch[slots] == batch.epochs
-        rows, tokens_live, requests = np.arange(len(slots)), tokens, table.requests[slots]
-        if not live.all():
-            rows = np.flatnonzero(live)
+        assert batch.epochs is not None
+        requests, all_live = table.live_requests(slots, batch.epochs)
+        events = StepEvents(requests, tokens)
+        rows, tokens_live = None, tokens
+        if not all_live:
+            rows = np.flatnonzero([request is not None for request in requests])
             slots, tokens_live = slots[rows], tokens[rows]
-            requests[~live] = None
-        events = StepEvents(requests.tolist(), tokens)
         known = table.known[slots]
         table.tokens[slots, known] = tokens_live
         known += 1
@@ -169,7 +169,7 @@ class Scheduler:
         if stops is not None:
             ended |= stops
         for index in np.flatnonzero(ended).tolist():
-            row = int(rows[index])
+            row = index if rows is None else int(rows[index])
             events.finished[row] = "stop" if stops is not None and stops[index] else "length"
             request = requests[row]
             assert request is not None

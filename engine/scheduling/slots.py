@@ -41,6 +41,8 @@ class SlotTable:
         self.min_total = np.zeros(num_slots, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
         self._decode_slots = np.zeros(0, np.int64)
+        self._decode_epochs = np.zeros(0, np.int64)
+        self._decode_requests: list[Request | None] = []
         self._stale = False
 
     @property
@@ -89,8 +91,24 @@ class SlotTable:
         """The decoding rows, as the same array object until the set changes."""
         if self._stale:
             self._decode_slots = np.flatnonzero(self.decoding)
+            self._decode_epochs = self.epoch[self._decode_slots]
+            self._decode_requests = self.requests[self._decode_slots].tolist()
             self._stale = False
         return self._decode_slots
+
+    def epochs_of(self, slots: np.ndarray) -> np.ndarray:
+        """``epoch[slots]``; at once if they are the decoding rows."""
+        return self._decode_epochs if slots is self.decode_slots() else self.epoch[slots]
+
+    def live_requests(self, slots: np.ndarray, epochs: np.ndarray) -> tuple[list[Request | None], bool]:
+        """The request of each row, None where the row has changed hands since ``epochs``; and whether none
+        has. The rows that decode now have not."""
+        if slots is self.decode_slots():
+            return self._decode_requests, True
+        live = self.epoch[slots] == epochs
+        requests = self.requests[slots]
+        requests[~live] = None
+        return requests.tolist(), bool(live.all())
 
     def known_tokens(self, slot: int) -> list[int]:
         return self.tokens[slot, : self.known[slot]].tolist()
