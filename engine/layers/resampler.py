@@ -1,0 +1,110 @@
+"""Learned queries that gather any number of features into a fixed number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.layers.linear import Linear
+from engine.layers.norm import LayerNorm
+
+_NORM_EPS = 1e-6
+
+
+class CrossAttention(nn.Module):
+    """Attention of the same queries over each of several groups of keys; weights as torch's
+    ``nn.MultiheadAttention`` has them."""
+
+    def __init__(self, width: int, num_heads: int, build: BuildContext) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = build.parameter(3 * width, width)
+        self.in_proj_bias = build.parameter(3 * width)
+        self.out_proj = Linear(width, width, build)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Queries ``(Q, width)`` over keys and values ``(N, width)``, which are groups of ``lengths`` one
+        after the other: ``(groups, Q, width)``."""
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+            for x, weight, bias in zip(
+                (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
+            )
+        )
+        keys, values = k.split(list(lengths), dim=1), v.split(list(lengths), dim=1)
+        out = q.new_empty(len(lengths), *query.shape)
+        # Groups of one length go together, without padding or mask; those of one picture have two at most.
+        for length in dict.fromkeys(lengths):
+            members = [group for group, other in enumerate(lengths) if other == length]
+            attended = F.scaled_dot_product_attention(
+                q.expand(len(members), -1, -1, -1),
+                torch.stack([keys[group] for group in members]),
+                torch.stack([values[group] for group in members]),
+            )
+            out[members] = attended.transpose(1, 2).flatten(2)
+        return self.out_proj(out)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [
+            plain_slot(prefix + "in_proj_weight", self.in_proj_weight),
+            plain_slot(prefix + "in_proj_bias", self.in_proj_bias),
+        ]
+
+
+class Resampler(nn.Module):
+    """MiniCPM-V's connector: every piece of ``height * width`` features becomes ``num_queries`` rows.
+
+    Keys, but not values, carry the sines and cosines of a feature's column and row.
+
+    Args:
+        in_features: width of the tower's features.
+        out_features: width of the rows, a multiple of 4 and of ``num_heads``.
+    """
+
+    def __init__(
+        self, num_queries: int, in_features: int, out_features: int, num_heads: int, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.query = build.parameter(num_queries, out_features)
+        self.kv_proj = (
+            Linear(in_features, out_features, build, bias=False) if in_features != out_features else None
+        )
+        self.attn = CrossAttention(out_features, num_heads, build)
+        self.ln_q, self.ln_kv, self.ln_post = (LayerNorm(out_features, _NORM_EPS, build) for _ in range(3))
+        self.proj = build.parameter(out_features, out_features)
+        self._axis = lru_cache(maxsize=128)(
+            lambda length: sine_positions(length, out_features // 2).to(build.device, build.dtype)
+        )
+
+    def forward(self, features: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Features ``(N, in_features)`` of pieces of ``sizes`` (height and width), row by row and one after
+        the other, to ``(pieces, num_queries, out_features)``."""
+        x = self.ln_kv(features if self.kv_proj is None else self.kv_proj(features))
+        places = {size: self._positions(*size) for size in dict.fromkeys(sizes)}
+        keys = x + torch.cat([places[size] for size in sizes])
+        rows = self.attn(self.ln_q(self.query), keys, x, [height * width for height, width in sizes])
+        return self.ln_post(rows) @ self.proj
+
+    def _positions(self, height: int, width: int) -> torch.Tensor:
+        """``(height * width, out_features)``: the column's in the first half of each, then the row's."""
+        columns = self._axis(width).expand(height, -1, -1)
+        rows = self._axis(height)[:, None].expand(-1, width, -1)
+        return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [plain_slot(prefix + "query", self.query), plain_slot(prefix + "proj", self.proj)]
+
+
+def sine_positions(length: int, width: int) -> torch.Tensor:
+    """Positions 0 to ``length`` as float32 ``(length, width)``: ``width / 2`` sines, then as many cosines, of
+    the position over ``10000 ** (2i / width)``."""
+    exponents = torch.arange(width // 2, dtype=torch.float32) / (width / 2)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * (1.0 / 10000**exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,290 @@
+"""MiniCPM-V 2.6 against a model put together from Transformers' parts, from the picture to the tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from engine import LLM, SamplingParams
+from engine.distributed.group import SingleProcessGroup
+from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.families.minicpm_v import FAMILY
+from engine.inputs.builder import PromptBuilder
+from engine.inputs.chat_template import ChatTemplate
+from engine.inputs.messages import parse_messages
+from engine.inputs.prompt import PreparedMedia
+from engine.inputs.tokenizer import Tokenizer
+from engine.layers.bucketed_positions import bucketed_positions
+from engine.layers.build import BuildContext
+from engine.layers.pixels import Pixels
+from engine.layers.slice_vision_config import pieces
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_vision_encoder
+from tests.engine.families import minicpm_v_reference as composed
+from tests.engine.families.minicpm_v_reference import MARK
+from tests.engine.tiny import picture, rewrite_json, rewrite_tensors
+
+TOKENS = 10
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+# Columns by rows of slices: 2 by 2; none; no picture; 1 by 2 and 3 by 3; none, 6 by 1, none.
+PROMPTS = [
+    (MARK + "\ndescribe this image", [(60, 44)]),
+    ("what is this? " + MARK, [(20, 24)]),
+    ("hello world 0 1 2 3", []),
+    (MARK + "\n" + MARK + "\nwhat is shown in the pictures?", [(33, 70), (90, 80)]),
+    ("a red " + MARK + " square " + MARK + MARK + "\n\n", [(20, 20), (150, 24), (3, 2)]),
+]
+WAYS = {
+    "plain": {},
+    "tiny budget": {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4},
+    "few blocks": {"num_kv_blocks": 130, "block_size": 4, "max_num_batched_tokens": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return composed.make(tmp_path_factory.mktemp("minicpm_v"), seed=2)
+
+
+@pytest.fixture(scope="module")
+def cases(path):
+    """Entries of a batch, with the reference's prompt ids and greedy tokens."""
+    model, cases = composed.load(path), []
+    for number, (text, sizes) in enumerate(PROMPTS):
+        pictures = [picture(*size, seed=10 * number + i) for i, size in enumerate(sizes)]
+        entry = {"prompt": TEMPLATE.format(text)}
+        ids = composed.prompt_ids(path, entry["prompt"], pictures)
+        if pictures:
+            entry["multi_modal_data"] = {"image": pictures}
+        cases.append((entry, ids, composed.greedy(model, ids, pictures, TOKENS)))
+    return cases
+
+
+def parse(path):
+    checkpoint = Checkpoint.open(str(path))
+    return checkpoint, FAMILY.parse(checkpoint)
+
+
+def media_processor(path, **options):
+    return FAMILY.media_processor(*parse(path), options)
+
+
+def encoder(path):
+    return load_vision_encoder(*parse(path), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def greedy():
+    return SamplingParams(temperature=0.0, max_tokens=TOKENS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_are_those_of_the_reference(path, cases, way):
+    llm = LLM(str(path), max_model_len=400, **WAYS[way])
+    outputs = llm.generate([entry for entry, _, _ in cases], greedy(), use_tqdm=False)
+    for (_, ids, tokens), output in zip(cases, outputs, strict=True):
+        assert output.prompt_token_ids == ids
+        assert output.outputs[0].token_ids == tokens
+    llm.check_integrity()
+
+
+def test_alone_as_in_a_batch_and_pictures_matter(path, cases):
+    llm = LLM(str(path), max_model_len=400)
+    for entry, _, tokens in cases:
+        (output,) = llm.generate(entry, greedy(), use_tqdm=False)
+        assert output.outputs[0].token_ids == tokens
+        if "multi_modal_data" in entry:
+            other = [picture(*image.size, seed=77) for image in entry["multi_modal_data"]["image"]]
+            changed = {**entry, "multi_modal_data": {"image": other}}
+            (output,) = llm.generate(changed, greedy(), use_tqdm=False)
+            assert output.outputs[0].token_ids != tokens
+
+
+SIZES = [
+    *[(448, 448), (449, 448), (448, 449), (1344, 1344), (600, 600), (640, 480), (480, 641), (1920, 1080)],
+    *[(1, 1), (2, 1), (1, 3), (15, 16), (4000, 30), (30, 4000), (3000, 20), (1000, 1000), (700, 500)],
+    *[(333, 777), (1601, 401), (350, 350), (5000, 4000)],
+]
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    """The processor with the public checkpoint's numbers."""
+    path = composed.make(tmp_path_factory.mktemp("public"), patch_size=14)
+    rewrite_json(
+        path / "config.json", {"query_num": 64, "vision_config": {**composed.VISION, "patch_size": 14}}
+    )
+    change = {"scale_resolution": 448, "patch_size": 14, "image_feature_size": 64}
+    rewrite_json(path / "preprocessor_config.json", change)
+    return path
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_slices_are_those_of_the_published_arithmetic(public, size):
+    ours, image = media_processor(public), picture(*size)
+    parts, grid = composed.cut(image, 448, 14)
+    media = ours.prepare(image)
+    columns, rows = grid or (0, 0)
+    assert media.item.grid[2:4] == (rows, columns)
+    assert pieces(media.item.grid) == [(part.height // 14, part.width // 14) for part in parts]
+    assert media.item.num_tokens == ours.check(size) == 64 * len(parts)
+    unfold = torch.nn.functional.unfold
+    theirs = torch.cat([unfold(composed.normalised(part)[None], 14, stride=14)[0].T for part in parts])
+    normalised = encoder_pixels(media)
+    torch.testing.assert_close(normalised, theirs, atol=0, rtol=0)
+
+
+def encoder_pixels(media) -> torch.Tensor:
+    """As the encoder normalises them."""
+    build = BuildContext(torch.device("cpu"), torch.float32, SingleProcessGroup())
+    pixels = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255, build)
+    return pixels(pixels.upload(media.pixels))
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers, "MiniCPMV4_6ImageProcessorPil"), reason="not in this version of Transformers"
+)
+@pytest.mark.parametrize("size", [size for size in SIZES if max(size) <= 2000], ids=str)
+def test_slices_are_those_of_the_later_version_in_transformers(public, size):
+    """Version 4.6 slices alike, but to multiples of two patches: half as large ones make up for that."""
+    later = transformers.MiniCPMV4_6ImageProcessorPil(
+        patch_size=7, downsample_mode="4x", image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    image = picture(*size)
+    theirs = later(image, return_tensors="pt")
+    media = media_processor(public).prepare(image)
+    assert [tuple(row) for row in (theirs["target_sizes"] // 2).tolist()] == pieces(media.item.grid)
+    assert list(media.item.grid[2:4]) == list(theirs["grids"][0])
+    ours, start = encoder_pixels(media).unflatten(1, (3, 14, 14)), 0
+    for height, width in pieces(media.item.grid):
+        flat = theirs["pixel_values"][0, :, :, start * 28 : (start + height * width) * 28]
+        # channel, row in patch, patch row, patch column, column in patch
+        whole = flat.unflatten(2, (2 * height, 2 * width, 7)).permute(0, 2, 1, 3, 4).flatten(3).flatten(1, 2)
+        part = ours[start : start + height * width].unflatten(0, (height, width))
+        torch.testing.assert_close(
+            part.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2), whole, atol=1e-6, rtol=0
+        )
+        start += height * width
+
+
+def test_rows_are_those_of_the_reference_alone_and_together(path):
+    """Side lengths of pieces at which the rounding of buckets shows are among them: 5 and 10 of 10."""
+    pictures = [picture(*size, seed=i) for i, size in enumerate([(60, 44), (20, 24), (150, 24), (28, 140)])]
+    model, ours, prepare = composed.load(path), encoder(path), media_processor(path).prepare
+    media = [prepare(image) for image in pictures]
+    together = ours.encode(media)
+    for image, entry, rows in zip(pictures, media, together, strict=True):
+        with torch.inference_mode():
+            wanted = torch.cat([model.rows(piece) for piece in composed.cut(image)[0]])
+        torch.testing.assert_close(rows, wanted, atol=2e-4, rtol=0)
+        torch.testing.assert_close(ours.encode([entry])[0], rows, atol=1e-5, rtol=0)
+        assert ours.cost(entry.item) == len(entry.pixels)
+
+
+def test_buckets_are_exact_but_for_fractions_on_a_bound():
+    """Rounding may put a patch that begins on a bound into the bucket before it, as it did in training."""
+    moved = {}
+    for count in range(1, 453):
+        for index, bucket in enumerate(bucketed_positions(1, count, 70, round_products=False).tolist()):
+            exact, rest = divmod(index * 70, count)
+            if bucket != exact:
+                assert (rest, bucket) == (0, exact - 1)
+                moved.setdefault(count, []).append(index)
+    assert [count for count in moved if count <= 72] == [25, 49, 50, 55, 58]
+    assert moved[25] == [5, 10, 15, 20]
+    rows = bucketed_positions(25, 3, 70, round_products=False).view(25, 3)
+    assert rows[5].tolist() == [13 * 70, 13 * 70 + 23, 13 * 70 + 46]
+
+
+def test_an_item_is_described_by_the_size_of_its_picture(path):
+    processor = media_processor(path)
+    for size in [(60, 44), (20, 24), (150, 24)]:
+        prepared = processor.prepare(picture(*size)).item
+        assert processor.describe(size, prepared.hash) == prepared
+    with pytest.raises(InvalidRequest, match="elongated"):
+        processor.describe((1, 201), "")
+
+
+def test_chat_messages_and_expanded_ids(path):
+    config = parse(path)[1]
+    tokenizer = Tokenizer.load(path)
+    template = ChatTemplate.load(path, tokenizer.config, None, FAMILY.prompt_format(config).default_template)
+    builder = PromptBuilder.for_model(FAMILY, config, tokenizer, template)
+    images = [picture(60, 44), picture(20, 24, 1)]
+    content = [
+        {"type": "image", "image": images[0]},
+        {"type": "text", "text": "a red " + MARK + "<slice>"},
+        {"type": "image", "image": images[1]},
+    ]
+    messages, sources = parse_messages([{"role": "user", "content": content}])
+    items = [media_processor(path).prepare(source.image).item for source in sources]
+    ours = builder.from_messages(messages, items)
+    assert ours.text == TEMPLATE.format(f"{MARK}\na red {MARK}<slice>\n{MARK}")
+    assert [item.size for item in items] == [span.item.size for span in ours.spans] == [(60, 44), (20, 24)]
+    assert ours.token_ids.count(composed.SPECIALS.index("<slice>")) == 4
+    plain = builder.from_text(TEMPLATE.format(f"{MARK}\nand\n{MARK}"), items)
+    assert plain.token_ids == composed.prompt_ids(path, TEMPLATE.format(f"{MARK}\nand\n{MARK}"), images)
+    assert len(plain.spans[0].embed_index) == items[0].num_tokens
+    again = builder.from_token_ids(plain.token_ids, items)
+    assert [(s.offset, s.length) for s in again.spans] == [(s.offset, s.length) for s in plain.spans]
+
+
+def test_options_of_the_processor(path, tmp_path):
+    image, prompt = picture(90, 80), TEMPLATE.format(MARK)
+    assert media_processor(path, max_slice_nums=4).grid(image.size)[2:4] == (2, 2)
+    assert media_processor(path, max_slice_nums=1).check(image.size) == composed.QUERIES
+    llm = LLM(str(path), max_model_len=400, mm_processor_kwargs={"max_slice_nums": 4})
+    entry = {"prompt": prompt, "multi_modal_data": {"image": image}}
+    (output,) = llm.generate(entry, greedy(), use_tqdm=False)
+    assert output.prompt_token_ids == composed.prompt_ids(path, prompt, [image], limit=4)
+    composed.make(tmp_path)
+    rewrite_json(tmp_path / "preprocessor_config.json", {"use_image_id": False})
+    (output,) = LLM(str(tmp_path), max_model_len=400).generate(entry, greedy(), use_tqdm=False)
+    assert output.prompt_token_ids == composed.prompt_ids(tmp_path, prompt, [image], numbered=False)
+
+
+def test_refusals(path):
+    ours = media_processor(path)
+    with pytest.raises(InvalidRequest, match="elongated"):
+        ours.check((1, 201))
+    with pytest.raises(InvalidRequest, match="one for each frame"):
+        ours.prepare_video([picture(8, 8)])
+    for options in ({"num_crops": 3}, {"max_slice_nums": 0}, {"max_slice_nums": True}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            media_processor(path, **options)
+    media = ours.prepare(picture(60, 44))
+    for pixels in (media.pixels[:-1], media.pixels.astype("float32"), media.pixels[:, :2]):
+        with pytest.raises(InvalidRequest, match="grid"):
+            encoder(path).encode([PreparedMedia(media.item, pixels)])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "field"),
+    [
+        ("config.json", {"version": 2.5}, "version"),
+        ("config.json", {"version": None}, "version"),
+        ("config.json", {"hidden_size": 200}, "hidden_size"),
+        ("config.json", {"query_num": 0}, "query_num"),
+        ("preprocessor_config.json", {"slice_mode": False}, "slice_mode"),
+        ("preprocessor_config.json", {"patch_size": 14}, "patch_size"),
+        ("preprocessor_config.json", {"image_feature_size": 64}, "image_feature_size"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_refused_by_field(tmp_path, file, change, field):
+    path = composed.make(tmp_path)
+    rewrite_json(path / file, change)
+    with pytest.raises(CheckpointError, match=field):
+        media_processor(path)
+
+
+def test_towers_saved_without_their_last_layer(tmp_path):
+    """Where the configuration doesn't say otherwise, the tower has one layer less than it states."""
+    path = composed.make(tmp_path)
+    rewrite_json(path / "config.json", {"drop_vision_last_layer": None})
+    rewrite_tensors(
+        path, lambda tensors: {k: v for k, v in tensors.items() if ".layers.1." not in k or "llm" in k}
+    )
+    assert len(encoder(path).tower.blocks) == 1
