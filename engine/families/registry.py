@@ -12,6 +12,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "llava": ("LlavaForConditionalGeneration",),
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration",),
+    "minicpm_v": ("MiniCPMV",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
     "text": (
