@@ -30,37 +30,42 @@ VideoSize = Callable[[int, tuple[int, int], int, int, int, int], tuple[int, int]
 VideoTimes = Callable[[int, int, float], tuple[float, ...]]
 
 
-def smart_resize(size: tuple[int, int], factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    size: tuple[int, int],
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    *,
+    frames: int = 1,
+    temporal: int = 1,
+) -> tuple[int, int]:
     """The ``(width, height)`` that a picture of ``size`` is resized to: multiples of ``factor`` with an area
     between the bounds where possible, near the picture's aspect ratio.
 
-    The arithmetic, banker's rounding included, is that of the published Qwen2-VL processor.
+    The arithmetic, banker's rounding included, is that of the published Qwen2-VL processor; with ``frames``
+    that of Qwen3-VL, which bounds the area of all frames together, counted in whole temporal patches.
 
     Raises:
         InvalidRequest: the aspect ratio is beyond 200.
     """
-    refuse_elongated(size)
-    width, height = size
-    new_width, new_height = round(width / factor) * factor, round(height / factor) * factor
-    if new_width * new_height > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_width * new_height < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_width, new_height
-
-
-def refuse_elongated(size: tuple[int, int]) -> None:
-    """Raises :class:`InvalidRequest` for an aspect ratio beyond 200."""
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise InvalidRequest(
             f"a picture of {size[0]}x{size[1]} pixels is too elongated: the longer side may be at most "
             f"{MAX_ASPECT_RATIO} times the shorter",
             param="image",
         )
+    width, height = size
+    new_width, new_height = round(width / factor) * factor, round(height / factor) * factor
+    area = round(frames / temporal) * temporal * new_width * new_height
+    if area > max_pixels:
+        shrink = math.sqrt((frames * height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif area < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_width, new_height
 
 
 def frame_size(
@@ -118,7 +123,6 @@ class QwenProcessor:
         video's frames, where the family tells it.
         """
         raw, vision = checkpoint.preprocessor_config, config.vision
-        _check(raw, vision)
         options = dict(options)
         fps = DEFAULT_FPS if video.times is None else _fps(options.pop("fps", DEFAULT_FPS))
         known = ("min_pixels", "max_pixels", *(("fps",) if video.times else ()))
@@ -128,6 +132,8 @@ class QwenProcessor:
             or checkpoint.json("processor_config.json").get("video_processor")
             or raw
         )
+        _check(raw, vision)
+        _check(of_video, vision)
         pixels, video_pixels = (
             _pixel_bounds(options, *_stated_bounds(source), limit, known) for source in (raw, of_video)
         )
@@ -167,6 +173,34 @@ class QwenProcessor:
         resized += [resized[-1]] * (-count % temporal)
         times = self.video.times(count, temporal, self.fps) if self.video.times else ()
         return self._media("video", np.stack(resized), len(resized) // temporal, size, times)
+
+    @property
+    def embedding_field(self) -> str:
+        return "image_grid_thw"
+
+    def embedding_rows(self, description: tuple[int, ...] | None) -> int:
+        assert description is not None
+        if len(description) != 3 or any(side % self.vision.merge_size for side in description[1:]):
+            raise InvalidRequest(
+                f"image_grid_thw must hold (t, h, w) with h and w multiples of {self.vision.merge_size}; "
+                f"got {description}.",
+                param="multi_modal_data.image",
+            )
+        return math.prod(description) // self.vision.merge_size**2
+
+    def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
+        rows = self.embedding_rows(description)
+        assert description is not None
+        t, h, w = description
+        patch = self.vision.patch_size
+        return MediaItem(
+            kind="image",
+            hash=key,
+            num_tokens=rows,
+            grid=(t, h, w),
+            size=(w * patch, h * patch),
+            placeholder=(PlaceholderRun(self.image_token_id, rows, True),),
+        )
 
     def _media(
         self, kind: str, pixels: np.ndarray, t: int, size: tuple[int, int], times: tuple[float, ...] = ()

@@ -15,6 +15,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "minicpm_v": ("MiniCPMV",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "text": (
         "LlamaForCausalLM",
         "MistralForCausalLM",

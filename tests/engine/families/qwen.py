@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,29 @@ import transformers
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from tests.engine.tiny import QWEN_SPECIALS, QWEN_TEMPLATE, rewrite_tensors, split_shards, spread, tokenizer
+from engine import LLM, SamplingParams
+from tests.engine.tiny import (
+    QWEN_SPECIALS,
+    QWEN_TEMPLATE,
+    picture,
+    rewrite_tensors,
+    split_shards,
+    spread,
+    tokenizer,
+)
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+TOKENS = 10
+
+#: Texts, sizes of pictures, and frames of a video.
+CASES = [
+    ("describe this image " + IMAGE, [(60, 44)], 0),
+    (IMAGE + IMAGE + "what is shown in the pictures?", [(90, 30), (33, 70)], 0),
+    ("hello world 0 1 2 3", [], 0),
+    ("a red square " + VIDEO + " on a blue " + IMAGE, [(20, 50)], 5),
+]
 
 _TEXT = {
     "hidden_size": 64,
@@ -61,6 +79,44 @@ def make_qwen2_5_vl(
         split_shards(path)
     elif names == "memory":
         rewrite_tensors(path, lambda tensors: {_in_memory(k): value for k, value in tensors.items()})
+    return path
+
+
+def make_qwen3_vl(
+    path: Path, *, tied: bool = False, gqa_ratio: int = 2, names: str = "saved", seed: int = 0
+) -> Path:
+    """A Qwen3-VL checkpoint with features from three of four blocks and a table of 6x6 positions.
+
+    Args:
+        names: ``saved`` as Transformers writes it; ``hub`` as the public checkpoints are: rotary fields in
+            the old spelling, preprocessor_config.json, video_preprocessor_config.json and several shards.
+    """
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [5, 4, 3], "mrope_interleaved": True}
+    text = {
+        **_TEXT,
+        "head_dim": 24,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4 // gqa_ratio,
+        "rope_parameters": rope,
+    }
+    vision = {
+        **_VISION,
+        "depth": 4,
+        "num_position_embeddings": 36,
+        # Not in the order of the blocks, and not the first ones.
+        "deepstack_visual_indexes": [2, 0, 1],
+    }
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    _save(path, "Qwen3VL", text, vision, tied=tied, seed=seed, options=half)
+    if names == "hub":
+        config = json.loads((path / "config.json").read_text())
+        rope = config["text_config"].pop("rope_parameters")
+        config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+        (path / "config.json").write_text(json.dumps(config))
+        processor = {"size": {"shortest_edge": 256, "longest_edge": 4096}, "patch_size": 4, "merge_size": 2}
+        for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+            (path / file).write_text(json.dumps({**processor, **half}))
+        split_shards(path)
     return path
 
 
@@ -127,9 +183,17 @@ def _in_memory(name: str) -> str:
 
 
 class Reference:
-    """Transformers' model and processor of a checkpoint of the family called ``kind`` there."""
+    """Transformers' model and processor of a checkpoint of the family called ``kind`` there.
 
-    def __init__(self, path: Path, kind: str) -> None:
+    Args:
+        frame_size: count, width and height of a video's frames to the width and height that they are resized
+            to; as pictures are if not given.
+    """
+
+    def __init__(
+        self, path: Path, kind: str, frame_size: Callable[[int, int, int], tuple[int, int]] | None = None
+    ) -> None:
+        self.frame_size = frame_size
         model = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = model.from_pretrained(path, dtype=torch.float32).eval()
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
@@ -159,7 +223,10 @@ class Reference:
         return inputs
 
     def video(self, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches and grid of a video whose frames are resized as pictures are."""
+        """Patches and grid of a video."""
+        if self.frame_size is not None:
+            size = self.frame_size(len(frames), *frames[0].size)
+            frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
         frames = [*frames, *frames[-1:] * (len(frames) % 2)]
         singles = [self.images(frame, return_tensors="pt") for frame in frames]
         # Each frame alone was doubled in time: of two frames, take one half from each.
@@ -173,3 +240,44 @@ class Reference:
         """The greedy answer."""
         out = self.model.generate(**inputs, max_new_tokens=count, do_sample=False)
         return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def frames(count: int) -> list[Image.Image]:
+    return [picture(40, 56, seed) for seed in range(count)]
+
+
+def check_greedy_tokens(
+    path: Path,
+    reference: Reference,
+    expand: Callable[[list[Image.Image]], str],
+    timing: dict[str, torch.Tensor],
+    **options: Any,
+) -> None:
+    """The engine's answers to ``CASES`` are Transformers': together, alone, and in steps so small that all
+    media are split.
+
+    Args:
+        expand: what stands for the mark of a video.
+        timing: what the model is told of the video's pace beside the prompt.
+        options: the engine's.
+    """
+    prompts, answers = [], []
+    for number, (text, sizes, length) in enumerate(CASES):
+        pictures = [picture(*size, 10 * number + i) for i, size in enumerate(sizes)]
+        video, prompt, told = frames(length), PROMPT.format(text), {}
+        expanded = prompt
+        if video:
+            expanded, told = prompt.replace("<|video_pad|>", expand(video)), timing
+        answers.append(reference.tokens({**reference.inputs(expanded, pictures, video), **told}, TOKENS))
+        data = {kind: value for kind, value in (("image", pictures), ("video", video)) if value}
+        prompts.append({"prompt": prompt, "multi_modal_data": data} if data else {"prompt": prompt})
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    small = {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4}
+    for way in ({}, small):
+        llm = LLM(str(path), max_model_len=384, **options, **way)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == answers
+        llm.check_integrity()
+        for prompt, answer in zip(prompts, answers, strict=True):
+            (output,) = llm.generate(prompt, params, use_tqdm=False)
+            assert output.outputs[0].token_ids == answer

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from engine import LLM, SamplingParams
 from engine.errors import CheckpointError, ConfigError
 from engine.families.qwen2_5_vl import FAMILY
 from engine.families.registry import resolve
@@ -15,11 +13,10 @@ from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun
 from engine.layers.native_grid import plan_frame
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.loader import load_vision_encoder
-from tests.engine.families.qwen import IMAGE, PROMPT, VIDEO, Reference, make_qwen2_5_vl
+from tests.engine.families.qwen import Reference, check_greedy_tokens, frames, make_qwen2_5_vl
 from tests.engine.tiny import picture, rewrite_json
 
 CPU = torch.device("cpu")
-TOKENS = 10
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +42,6 @@ def processor(path, **options):
 
 def encoder(path):
     return load_vision_encoder(*parse(path), device=CPU, dtype=torch.float32)
-
-
-def frames(count: int) -> list[Image.Image]:
-    return [picture(40, 56, seed) for seed in range(count)]
 
 
 @pytest.mark.parametrize("size", [(60, 44), (8, 8), (7, 1000), (64, 64), (33, 90), (16, 120)], ids=str)
@@ -120,49 +113,18 @@ def test_positions_equal_transformers(path, reference, seconds):
     assert offset == delta.item()
 
 
-CASES = [
-    ("describe this image " + IMAGE, [(60, 44)], 0),
-    (IMAGE + IMAGE + "what is shown in the pictures?", [(90, 30), (33, 70)], 0),
-    ("hello world 0 1 2 3", [], 0),
-    ("a red square " + VIDEO + " on a blue " + IMAGE, [(20, 50)], 5),
-]
-
-
-def prompts_and_answers(path, reference: Reference) -> tuple[list[dict], list[list[int]]]:
-    prompts, answers = [], []
-    for number, (text, sizes, length) in enumerate(CASES):
-        pictures = [picture(*size, 10 * number + i) for i, size in enumerate(sizes)]
-        video = frames(length)
-        prompt = PROMPT.format(text)
-        expanded, given = prompt, {}
-        if video:
-            count = processor(path).prepare_video(video).item.num_tokens
-            expanded = prompt.replace("<|video_pad|>", "<|video_pad|>" * count)
-            given["second_per_grid_ts"] = torch.tensor([2 / 1.5])
-        inputs = {**reference.inputs(expanded, pictures, video), **given}
-        answers.append(reference.tokens(inputs, TOKENS))
-        data = {kind: value for kind, value in (("image", pictures), ("video", video)) if value}
-        prompts.append({"prompt": prompt, "multi_modal_data": data} if data else {"prompt": prompt})
-    return prompts, answers
-
-
 @pytest.mark.parametrize(
     ("names", "tied", "ratio"), [("saved", False, 2), ("hub", True, 1), ("memory", False, 4)]
 )
 def test_tokens_are_those_of_transformers(tmp_path, names, tied, ratio):
-    """Together, alone, and in steps so small that all media are split."""
     path = make_qwen2_5_vl(tmp_path, names=names, tied=tied, gqa_ratio=ratio, seed=3)
-    prompts, answers = prompts_and_answers(path, Reference(path, "Qwen2_5_VL"))
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    options = {"max_model_len": 256, "mm_processor_kwargs": {"fps": 1.5}}
-    for way in ({}, {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4}):
-        llm = LLM(str(path), **options, **way)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert [output.outputs[0].token_ids for output in outputs] == answers
-        llm.check_integrity()
-    for prompt, answer in zip(prompts, answers, strict=True):
-        (output,) = llm.generate(prompt, params, use_tqdm=False)
-        assert output.outputs[0].token_ids == answer
+
+    def expand(video):
+        return "<|video_pad|>" * processor(path).prepare_video(video).item.num_tokens
+
+    timing = {"second_per_grid_ts": torch.tensor([2 / 1.5])}
+    reference = Reference(path, "Qwen2_5_VL")
+    check_greedy_tokens(path, reference, expand, timing, mm_processor_kwargs={"fps": 1.5})
 
 
 def test_a_video_at_another_pace_is_another_video(path):

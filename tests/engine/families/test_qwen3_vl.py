@@ -1,0 +1,191 @@
+"""Qwen3-VL against Transformers, from pictures and videos to the tokens."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers.video_utils import VideoMetadata
+
+from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.families.qwen3_vl import FAMILY, patch_times, video_size
+from engine.families.registry import resolve
+from engine.inputs.builder import PromptBuilder
+from engine.inputs.tokenizer import Tokenizer
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_vision_encoder
+from tests.engine.families.qwen import IMAGE, VIDEO, Reference, check_greedy_tokens, frames, make_qwen3_vl
+from tests.engine.tiny import picture, rewrite_json
+
+CPU = torch.device("cpu")
+FPS = 1.5
+their_video_size = import_module("transformers.models.qwen3_vl.video_processing_qwen3_vl").smart_resize
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_qwen3_vl(tmp_path_factory.mktemp("qwen3_vl"))
+
+
+def make_reference(path) -> Reference:
+    def frame_size(count, width, height):
+        return their_video_size(count, height, width, 2, 8, 256, 4096)[::-1]
+
+    return Reference(path, "Qwen3VL", frame_size)
+
+
+@pytest.fixture(scope="module")
+def reference(path):
+    return make_reference(path)
+
+
+def parse(path):
+    checkpoint = Checkpoint.open(str(path))
+    assert resolve(checkpoint) is FAMILY
+    return checkpoint, FAMILY.parse(checkpoint)
+
+
+def processor(path, **options):
+    checkpoint, config = parse(path)
+    return FAMILY.media_processor(checkpoint, config, options)
+
+
+def encoder(path):
+    return load_vision_encoder(*parse(path), device=CPU, dtype=torch.float32)
+
+
+def their_placeholder(reference, count: int, grid, fps: float) -> str:
+    """What Transformers' processor, which can't be made without torchvision, puts in place of a video."""
+    reference.processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    metadata = VideoMetadata(total_num_frames=count, fps=fps, frames_indices=list(range(count)))
+    inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
+    return reference.processor.replace_video_token(inputs, 0)
+
+
+def their_rows(output) -> torch.Tensor:
+    return torch.cat([output.pooler_output[0], *(part[0] for part in output.deepstack_features)], dim=1)
+
+
+@pytest.mark.parametrize("size", [(60, 44), (8, 8), (7, 1000), (64, 64), (33, 90), (16, 120)], ids=str)
+def test_rows_equal_transformers(path, reference, size):
+    """Rows for the prompt, and those for the decoder's first layers beside them."""
+    theirs = reference.images(picture(*size), return_tensors="pt")
+    media = processor(path).prepare(picture(*size))
+    assert media.item.grid == tuple(theirs["image_grid_thw"][0].tolist())
+    vision = encoder(path)
+    pixels = vision.patchify(torch.from_numpy(media.pixels.copy()))
+    torch.testing.assert_close(pixels, theirs["pixel_values"], atol=0, rtol=0)
+    with torch.inference_mode():
+        expected = their_rows(reference.model.model.get_image_features(**theirs))
+    torch.testing.assert_close(vision.encode([media])[0], expected, atol=1e-4, rtol=0)
+
+
+def test_rows_of_several_items_at_once(path, reference):
+    ours, vision = processor(path), encoder(path)
+    media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
+    media.insert(1, ours.prepare_video(frames(3)))
+    patches, grid = reference.video(frames(3))
+    assert media[1].item.grid == tuple(grid[0].tolist())
+    with torch.inference_mode():
+        expected = their_rows(reference.model.model.get_video_features(patches, grid))
+    together = vision.encode(media)
+    torch.testing.assert_close(together[1], expected, atol=1e-4, rtol=0)
+    for rows, entry in zip(together, media, strict=True):
+        torch.testing.assert_close(rows, vision.encode([entry])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "fps"), [(1, 24), (2, 1.5), (5, 1.5), (8, 3), (7, 29.97)])
+def test_placeholders_of_videos_are_those_of_transformers(path, reference, count, fps):
+    checkpoint, config = parse(path)
+    item = processor(path, fps=fps).prepare_video(frames(count)).item
+    builder = PromptBuilder.for_model(FAMILY, config, Tokenizer.load(checkpoint.path), None)
+    prompt = f"say {VIDEO} and {IMAGE}"
+    theirs = prompt.replace("<|video_pad|>", their_placeholder(reference, count, item.grid, fps))
+    image = processor(path).prepare(picture(8, 8)).item
+    theirs = theirs.replace("<|image_pad|>", "<|image_pad|>" * image.num_tokens)
+    built = builder.from_text(prompt, [image, item])
+    assert built.token_ids == reference.tokenizer(theirs)["input_ids"]
+    ids = torch.tensor([built.token_ids])
+    types = (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
+    expected, delta = reference.model.model.get_rope_index(
+        ids, types, torch.tensor([image.grid]), torch.tensor([item.grid])
+    )
+    positions, offset = FAMILY.positions(config, len(built.token_ids), built.spans)
+    np.testing.assert_array_equal(positions, expected[:, 0].numpy())
+    assert offset == delta.item()
+
+
+@pytest.mark.parametrize(
+    ("names", "tied", "ratio"), [("saved", False, 2), ("hub", True, 1), ("saved", False, 4)]
+)
+def test_tokens_are_those_of_transformers(tmp_path, names, tied, ratio):
+    path = make_qwen3_vl(tmp_path, names=names, tied=tied, gqa_ratio=ratio, seed=3)
+    reference = make_reference(path)
+
+    def expand(video):
+        return their_placeholder(reference, len(video), reference.video(video)[1][0].tolist(), FPS)
+
+    check_greedy_tokens(path, reference, expand, {}, mm_processor_kwargs={"fps": FPS})
+
+
+def test_sizes_of_videos_are_those_of_transformers():
+    """All frames together are bounded; frames of less than one row are enlarged first."""
+    generator = np.random.default_rng(0)
+    low, high = 4096, 2_000_000
+    seen = set()
+    for width, height, count in generator.integers(1, [3000, 2000, 40], (300, 3)).tolist():
+        wanted = None
+        if count >= 2:
+            try:
+                wanted = their_video_size(count, height, width, 2, 32, low, high)[::-1]
+            except ValueError:
+                with pytest.raises(InvalidRequest, match="elongated"):
+                    video_size(count, (width, height), 2, 32, low, high)
+                continue
+            assert video_size(count, (width, height), 2, 32, low, high) == wanted
+            seen.add(np.sign(count * width * height - high))
+    assert len(seen) == 2
+    # A lone frame, which Transformers refuses, is its own second.
+    assert video_size(1, (640, 480), 2, 32, low, high) == video_size(2, (640, 480), 2, 32, low, high)
+
+
+def test_times_are_means_of_first_and_last_frame():
+    assert patch_times(5, 2, 2.0) == (0.25, 1.25, 2.0)
+
+
+def test_a_video_at_another_pace_is_another_video(path):
+    slow, fast = (processor(path, fps=fps).prepare_video(frames(4)).item for fps in (1, 2))
+    assert slow.hash != fast.hash
+    with pytest.raises(ConfigError, match="fps"):
+        processor(path, fps=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"out_hidden_size": 65}, "out_hidden_size"),
+        ({"num_position_embeddings": 37}, "num_position_embeddings"),
+        ({"deepstack_visual_indexes": [0, 4]}, "deepstack_visual_indexes"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+    ],
+    ids=str,
+)
+def test_bad_configurations_are_refused_by_field(path, tmp_path, change, field):
+    raw = Checkpoint.open(str(path)).config
+    (tmp_path / "config.json").write_text((path / "config.json").read_text())
+    rewrite_json(tmp_path / "config.json", {"vision_config": {**raw["vision_config"], **change}})
+    with pytest.raises(CheckpointError, match=field):
+        parse(tmp_path)
+
+
+def test_a_silent_configuration_is_filled_up(path, tmp_path):
+    (tmp_path / "config.json").write_text((path / "config.json").read_text())
+    rewrite_json(tmp_path / "config.json", {"vision_config": {"out_hidden_size": 64}})
+    _, config = parse(tmp_path)
+    tower = config.vision.tower
+    assert (tower.num_layers, tower.head_dim, tower.intermediate_size) == (27, 72, 4304)
+    assert (config.vision.position_side, config.vision.deepstack_layers) == (48, (8, 16, 24))
+    assert config.embedding_width == 4 * 64
