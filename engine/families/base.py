@@ -125,6 +125,26 @@ class PromptAwareProcessor(Protocol):
         """The processor for each picture of a prompt with ``num_images``, videos not counted."""
 
 
+@runtime_checkable
+class EmbeddingProcessor(Protocol):
+    """A :class:`MediaProcessor` whose pictures may also come as embedding rows.
+
+    ``embedding_field`` names what describes each item beside its rows; None if rows say it all.
+    """
+
+    embedding_field: str | None
+
+    def embedding_rows(self, description: tuple[int, ...] | None) -> int:
+        """Rows of an item so described.
+
+        Raises:
+            InvalidRequest: the description has no meaning.
+        """
+
+    def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
+        """The item, with ``key`` as its content hash; errors as :meth:`embedding_rows`."""
+
+
 class MediaEncoder(Protocol):
     """A loaded vision part: pixels to embedding rows, on its device."""
 

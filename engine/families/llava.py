@@ -180,7 +180,7 @@ class LlavaProcessor:
         return self.rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        rows = self.check(image.size)
+        self.check(image.size)
         short, long = min(image.size), max(image.size)
         longer = int(self.side * long / short)
         wide = image.width > image.height
@@ -190,15 +190,28 @@ class LlavaProcessor:
         centre = slice(offset, offset + self.side)
         pixels = np.ascontiguousarray(resized[:, centre] if wide else resized[centre])[None]
         options = {"side": self.side, "rows": self.rows}
-        item = MediaItem(
+        key = content_hash(pixels, family="llava", options=options, kind="image", size=image.size)
+        return PreparedMedia(self._item(key, image.size), pixels)
+
+    def _item(self, key: str, size: tuple[int, int]) -> MediaItem:
+        return MediaItem(
             kind="image",
-            hash=content_hash(pixels, family="llava", options=options, kind="image", size=image.size),
-            num_tokens=rows,
+            hash=key,
+            num_tokens=self.rows,
             grid=(1,),
-            size=image.size,
-            placeholder=(PlaceholderRun(self.image_token_id, rows, True),),
+            size=size,
+            placeholder=(PlaceholderRun(self.image_token_id, self.rows, True),),
         )
-        return PreparedMedia(item, pixels)
+
+    @property
+    def embedding_field(self) -> None:
+        return None
+
+    def embedding_rows(self, description: tuple[int, ...] | None) -> int:
+        return self.rows
+
+    def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
+        return self._item(key, (self.side, self.side))
 
     def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
         raise InvalidRequest("this model takes pictures, not videos", param="video")

@@ -14,8 +14,9 @@ from engine.families.base import Family, MediaProcessor, ModelConfig, PromptAwar
 from engine.families.registry import resolve
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
+from engine.inputs.embeds import are_embeddings, given_embeddings
 from engine.inputs.messages import MediaSource, check_media_limits, parse_messages
-from engine.inputs.prompt import EngineInput, PreparedMedia
+from engine.inputs.prompt import EngineInput, MediaItem, PreparedMedia
 from engine.inputs.tokenizer import Tokenizer
 from engine.media.decode import ImageLimits, decode_image, to_rgb
 from engine.media.fetch import ByteBudget, MediaFetcher
@@ -124,14 +125,33 @@ class Frontend:
         unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data", "cache_salt"}
         if unknown:
             raise InvalidRequest(f"A prompt has no entry {sorted(unknown)[0]!r}.", param="prompt")
-        media = self._prepare(_media_sources(prompt.get("multi_modal_data") or {}))
-        items = [prepared.item for prepared in media]
-        salt = prompt.get("cache_salt", "")
+        data, salt = prompt.get("multi_modal_data") or {}, prompt.get("cache_salt", "")
+        if are_embeddings(data.get("image")):
+            given = self._given(data)
+            inputs = self._inputs(prompt, [item for item, _ in given], salt)
+            rows = {item.hash: tensor for item, tensor in given}
+            return PreparedPrompt(inputs, embeddings=[rows[span.item.hash] for span in inputs.spans])
+        media = self._prepare(_media_sources(data))
+        return _prepared(self._inputs(prompt, [prepared.item for prepared in media], salt), media)
+
+    def _inputs(self, prompt: Mapping[str, Any], items: Sequence[MediaItem], salt: str) -> EngineInput:
         if (ids := prompt.get("prompt_token_ids")) is not None:
-            return _prepared(self._builder.from_token_ids(ids, items, cache_salt=salt), media)
+            return self._builder.from_token_ids(ids, items, cache_salt=salt)
         if not isinstance(prompt.get("prompt"), str):
             raise InvalidRequest("A prompt needs a text in 'prompt', or ids in 'prompt_token_ids'.")
-        return _prepared(self._builder.from_text(prompt["prompt"], items, cache_salt=salt), media)
+        return self._builder.from_text(prompt["prompt"], items, cache_salt=salt)
+
+    def _given(self, data: Mapping[str, Any]) -> list[tuple[MediaItem, Any]]:
+        """Items that come as embeddings."""
+        where = "multi_modal_data.image"
+        if len(data) > 1:
+            raise InvalidRequest("Embeddings can't be mixed with other media.", param="multi_modal_data")
+        if self._processor is None:
+            raise InvalidRequest("This model takes no pictures.", param=where)
+        given = given_embeddings(data["image"], self._processor)
+        sources = [MediaSource(index, f"{where}[{index}]") for index in range(len(given))]
+        check_media_limits(sources, self._config.limit_mm_per_prompt)
+        return given
 
     def from_messages(
         self,

@@ -1,0 +1,116 @@
+"""Embedding rows that a caller brings in place of pictures.
+
+Accepted are dense floating-point tensors (or numpy arrays), never files: what torch.load makes of a
+stranger's file is the caller's own affair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import InvalidRequest
+from engine.families.base import EmbeddingProcessor, MediaProcessor
+from engine.inputs.prompt import MediaItem
+
+if TYPE_CHECKING:
+    import torch
+
+_WHERE = "multi_modal_data.image"
+_ROWS = "image_embeds"
+
+
+def are_embeddings(value: Any) -> bool:
+    """Whether ``multi_modal_data["image"]`` holds embeddings rather than pictures."""
+    if isinstance(value, Mapping):
+        return _ROWS in value
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return isinstance(first, np.ndarray) or type(first).__module__.partition(".")[0] == "torch"
+
+
+def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaItem, torch.Tensor]]:
+    """Each item with its rows ``(num_tokens, hidden)``.
+
+    Args:
+        value: a tensor ``(rows, hidden)`` or ``(items, rows, hidden)``, a list of such, or a mapping with
+            ``image_embeds`` and what the family needs beside it: Qwen's ``image_grid_thw`` ``(items, 3)``,
+            MiniCPM-V's ``image_size_list`` of ``(width, height)``. With the latter the rows of all items may
+            also stand in one tensor ``(all rows, hidden)``.
+
+    Raises:
+        InvalidRequest: naming what doesn't fit.
+    """
+    if not isinstance(processor, EmbeddingProcessor):
+        raise InvalidRequest("This model takes pictures, but no embeddings of them.", param=_WHERE)
+    field = processor.embedding_field
+    given = dict(value) if isinstance(value, Mapping) else {_ROWS: value}
+    if unknown := given.keys() - {_ROWS, field}:
+        raise InvalidRequest(f"{_WHERE} has no entry {sorted(map(str, unknown))[0]!r}.", param=_WHERE)
+    tensors = _tensors(given[_ROWS])
+    descriptions: list[tuple[int, ...] | None] = [None] * len(tensors)
+    if field is not None:
+        if field not in given:
+            raise InvalidRequest(f"Embeddings for this model need {field} beside {_ROWS}.", param=_WHERE)
+        descriptions = [*_descriptions(given[field], field)]
+    counts = [processor.embedding_rows(description) for description in descriptions]
+    if len(tensors) == 1 and len(counts) > 1 and len(tensors[0]) == sum(counts):
+        tensors = list(tensors[0].split(counts))
+    if len(tensors) != len(counts):
+        raise InvalidRequest(
+            f"{_ROWS} holds {len(tensors)} items, {field} describes {len(counts)}.", param=_WHERE
+        )
+    found = []
+    for index, (rows, count, description) in enumerate(zip(tensors, counts, descriptions, strict=True)):
+        if len(rows) != count:
+            raise InvalidRequest(
+                f"Item {index} of {_ROWS} has {len(rows)} rows; its place in the prompt takes {count}.",
+                param=_WHERE,
+            )
+        found.append((processor.describe_embedding(description, _key(rows)), rows))
+    return found
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """One ``(rows, hidden)`` tensor per item."""
+    if isinstance(value, list | tuple):
+        return [tensor for entry in value for tensor in _tensors(entry)]
+    import torch
+
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, torch.Tensor):
+        raise InvalidRequest(f"{_ROWS} must be a tensor, not {type(value).__name__}.", param=_WHERE)
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        raise InvalidRequest(f"{_ROWS} must be dense, not {value.layout}.", param=_WHERE)
+    if not value.is_floating_point():
+        raise InvalidRequest(f"{_ROWS} must be of floating-point numbers, not {value.dtype}.", param=_WHERE)
+    if value.dim() not in (2, 3):
+        raise InvalidRequest(
+            f"{_ROWS} must have the shape (items, rows, hidden) or (rows, hidden), not {tuple(value.shape)}.",
+            param=_WHERE,
+        )
+    return [value.detach()] if value.dim() == 2 else list(value.detach().unbind(0))
+
+
+def _descriptions(value: Any, field: str) -> Sequence[tuple[int, ...]]:
+    rows = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        found = [tuple(int(number) for number in row) for row in rows]
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{field} must be a list of tuples of integers.", param=_WHERE) from None
+    if any(number < 1 for row in found for number in row):
+        raise InvalidRequest(f"{field} must be of positive integers.", param=_WHERE)
+    return found
+
+
+def _key(rows: torch.Tensor) -> str:
+    """Content hash of the numbers; a caller's word on it would not do, since cached blocks go by it."""
+    import torch
+
+    data = rows.contiguous().cpu()
+    digest = hashlib.blake2b(f"embeds|{data.dtype}|{tuple(data.shape)}|".encode(), digest_size=32)
+    digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
