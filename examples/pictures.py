@@ -18,6 +18,13 @@ def two_shapes() -> Image.Image:
     return picture
 
 
+def red_square() -> Image.Image:
+    """A red square alone."""
+    picture = Image.new("RGB", (180, 180), "white")
+    ImageDraw.Draw(picture).rectangle((50, 50, 130, 130), fill="red")
+    return picture
+
+
 def green_triangle() -> Image.Image:
     """A green triangle alone."""
     picture = Image.new("RGB", (180, 180), "white")
@@ -32,7 +39,23 @@ def word() -> Image.Image:
     return picture
 
 
-PICTURES = {"two_shapes": two_shapes, "green_triangle": green_triangle, "word": word}
+def moving_circle(count: int) -> list[Image.Image]:
+    """Frames of a blue circle that goes from left to right."""
+    frames = []
+    for index in range(count):
+        picture = Image.new("RGB", (200, 120), "white")
+        x = 20 + 130 * index / max(1, count - 1)
+        ImageDraw.Draw(picture).ellipse((x, 40, x + 40, 80), fill="blue")
+        frames.append(picture)
+    return frames
+
+
+PICTURES = {
+    "two_shapes": two_shapes,
+    "red_square": red_square,
+    "green_triangle": green_triangle,
+    "word": word,
+}
 
 
 def main() -> None:

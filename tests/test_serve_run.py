@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.deployments.conftest import ROOT, free_port, wait_for
+from tests.serving import ROOT, free_port, wait_for
 
 pytestmark = pytest.mark.ray
 

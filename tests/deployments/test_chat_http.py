@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.deployments.conftest import wait_for
 from tests.deployments.pictures import CASES, ask, circle, data_url, square
+from tests.serving import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("idle_afterwards")]
 

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from deployments.app import build
 from deployments.config import AppConfig
 from engine.errors import CheckpointError, ConfigError
-
-from .conftest import ROOT, app_args
+from tests.serving import ROOT, app_args
 
 
 def changed(**engine) -> AppConfig:

@@ -5,8 +5,8 @@ import openai
 import pytest
 
 from engine import LLM
-from tests.deployments.conftest import ROOT
 from tests.deployments.pictures import ask, circle, square
+from tests.serving import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("idle_afterwards")]
 

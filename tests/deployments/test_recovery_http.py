@@ -9,8 +9,8 @@ import openai
 import pytest
 import ray
 
-from tests.deployments.conftest import wait_for
 from tests.deployments.pictures import ask, circle, square
+from tests.serving import wait_for
 
 pytestmark = pytest.mark.ray
 

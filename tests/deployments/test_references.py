@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.deployments.conftest import wait_for
 from tests.deployments.pictures import ask, circle
+from tests.serving import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("idle_afterwards")]
 

@@ -1,16 +1,15 @@
-"""One Ray cluster and one application for all tests that need them."""
+"""What tests know of the running application."""
 
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
@@ -56,38 +55,3 @@ class Served:
     def wait_until_idle(self) -> None:
         """Until the engine holds nothing of any request; fails if it ends up holding something."""
         wait_for(lambda: self.stage("LanguageModel").check_integrity.remote().result(timeout_s=30))
-
-
-@pytest.fixture(scope="session")
-def served() -> Iterator[Served]:
-    """``serve_config.yaml``'s application on a port of its own, with a second model that makes embeddings."""
-    import ray
-    from ray import serve
-
-    from deployments.app import build
-    from deployments.config import AppConfig
-
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    args = app_args()
-    vectors = {"model": "models/pocket", "task": "embed", "max_model_len": 512, "kv_cache_bytes": 16 << 20}
-    args["models"].append({"name": "tests/vectors", "engine": vectors})
-    serve.run(build(AppConfig.model_validate(args)), name="sightline", route_prefix="/")
-    yield Served(f"http://127.0.0.1:{port}")
-    serve.shutdown()
-    ray.shutdown()
-
-
-@pytest.fixture
-def client(served: Served):
-    from openai import OpenAI
-
-    return OpenAI(base_url=served.base_url, api_key="none", max_retries=0)
-
-
-@pytest.fixture
-def idle_afterwards(served: Served) -> Iterator[None]:
-    """After the test nothing of its requests is left in the engine."""
-    yield
-    served.wait_until_idle()
