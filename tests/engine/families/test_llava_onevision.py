@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 
 from engine import LLM, SamplingParams
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.llava_onevision import FAMILY
-from engine.inputs.padding import resize_in_square
 from engine.inputs.prompt import PreparedMedia
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.loader import load_vision_encoder
@@ -208,16 +206,6 @@ def test_pictures_are_prepared_as_transformers_does(path, size, several):
     expected = torch.nn.functional.unfold(theirs.flatten(0, 1), kernel_size=PATCH, stride=PATCH)
     patches = encoder(path).crops.patchify(crops)
     torch.testing.assert_close(patches, expected.transpose(1, 2).flatten(0, 1), atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("size", [(3000, 7), (7, 3000), (40, 32), (32, 20)], ids=str)
-def test_a_square_need_not_be_made_to_be_resized(size):
-    image, longest = picture(*size), max(size)
-    square = np.full((longest, longest, 3), (122, 116, 104), np.uint8)
-    left, top = (longest - size[0]) // 2, (longest - size[1]) // 2
-    square[top : top + size[1], left : left + size[0]] = np.asarray(image)
-    expected = np.asarray(Image.fromarray(square).resize((32, 32), 3))
-    np.testing.assert_array_equal(resize_in_square(image, 32, (122, 116, 104), 3), expected)
 
 
 def test_public_configuration_is_filled_up(tmp_path):
