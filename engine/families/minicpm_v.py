@@ -194,12 +194,12 @@ class MiniCPMVProcessor:
                 param="image",
             )
         rows, columns = slice_grid(size, self.resolution, self.max_slices)
-        overview = fit(size, self.resolution, self.patch, upscale=not rows)
+        overview = fit(size, self.resolution, self.patch)
         if not rows:
             return (*overview, 0, 0, 0, 0)
         # What one slice has of the picture once its sides are multiples of the grid's, then its own size.
         share = (max(round(size[0] / columns), 1), max(round(size[1] / rows), 1))
-        return (*overview, rows, columns, *fit(share, self.resolution, self.patch, upscale=True))
+        return (*overview, rows, columns, *fit(share, self.resolution, self.patch))
 
     def check(self, size: tuple[int, int]) -> int:
         return len(pieces(self.grid(size))) * self.rows

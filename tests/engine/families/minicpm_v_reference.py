@@ -39,7 +39,7 @@ VISION = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "image_size": 70,
+    "image_size": 49,
     "patch_size": 7,
 }
 TEXT = {
@@ -176,7 +176,9 @@ class Reference(nn.Module):
         tower = getattr(self.vpm, "vision_model", self.vpm)
         width, height = piece.width // PATCH, piece.height // PATCH
         patches = tower.embeddings.patch_embedding(normalised(piece)[None]).flatten(2).transpose(1, 2)
-        places = tower.embeddings.position_embedding(position_ids(width, height, 70 // PATCH))
+        places = tower.embeddings.position_embedding(
+            position_ids(width, height, VISION["image_size"] // PATCH)
+        )
         features = tower.encoder(inputs_embeds=patches + places).last_hidden_state
         return self.resampler(tower.post_layernorm(features)[0], width, height)
 
