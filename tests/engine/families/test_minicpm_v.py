@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from engine import LLM, SamplingParams
-from engine.distributed.group import SingleProcessGroup
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.minicpm_v import FAMILY
 from engine.inputs.builder import PromptBuilder
@@ -18,9 +16,6 @@ from engine.inputs.messages import parse_messages
 from engine.inputs.prompt import PreparedMedia
 from engine.inputs.tokenizer import Tokenizer
 from engine.layers.bucketed_positions import bucketed_positions
-from engine.layers.build import BuildContext
-from engine.layers.pixels import Pixels
-from engine.layers.slice_vision_config import pieces
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.loader import load_vision_encoder
 from tests.engine.families import minicpm_v_reference as composed
@@ -102,75 +97,8 @@ def test_alone_as_in_a_batch_and_pictures_matter(path, cases):
             assert output.outputs[0].token_ids != tokens
 
 
-SIZES = [
-    *[(448, 448), (449, 448), (448, 449), (1344, 1344), (600, 600), (640, 480), (480, 641), (1920, 1080)],
-    *[(1, 1), (2, 1), (1, 3), (15, 16), (4000, 30), (30, 4000), (3000, 20), (1000, 1000), (700, 500)],
-    *[(333, 777), (1601, 401), (350, 350), (5000, 4000)],
-]
-
-
-@pytest.fixture(scope="module")
-def public(tmp_path_factory):
-    """The processor with the public checkpoint's numbers."""
-    path = composed.make(tmp_path_factory.mktemp("public"), patch_size=14)
-    rewrite_json(
-        path / "config.json", {"query_num": 64, "vision_config": {**composed.VISION, "patch_size": 14}}
-    )
-    change = {"scale_resolution": 448, "patch_size": 14, "image_feature_size": 64}
-    rewrite_json(path / "preprocessor_config.json", change)
-    return path
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_slices_are_those_of_the_published_arithmetic(public, size):
-    ours, image = media_processor(public), picture(*size)
-    parts, grid = composed.cut(image, 448, 14)
-    media = ours.prepare(image)
-    columns, rows = grid or (0, 0)
-    assert media.item.grid[2:4] == (rows, columns)
-    assert pieces(media.item.grid) == [(part.height // 14, part.width // 14) for part in parts]
-    assert media.item.num_tokens == ours.check(size) == 64 * len(parts)
-    unfold = torch.nn.functional.unfold
-    theirs = torch.cat([unfold(composed.normalised(part)[None], 14, stride=14)[0].T for part in parts])
-    normalised = encoder_pixels(media)
-    torch.testing.assert_close(normalised, theirs, atol=0, rtol=0)
-
-
-def encoder_pixels(media) -> torch.Tensor:
-    """As the encoder normalises them."""
-    build = BuildContext(torch.device("cpu"), torch.float32, SingleProcessGroup())
-    pixels = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255, build)
-    return pixels(pixels.upload(media.pixels))
-
-
-@pytest.mark.skipif(
-    not hasattr(transformers, "MiniCPMV4_6ImageProcessorPil"), reason="not in this version of Transformers"
-)
-@pytest.mark.parametrize("size", [size for size in SIZES if max(size) <= 2000], ids=str)
-def test_slices_are_those_of_the_later_version_in_transformers(public, size):
-    """Version 4.6 slices alike, but to multiples of two patches: half as large ones make up for that."""
-    later = transformers.MiniCPMV4_6ImageProcessorPil(
-        patch_size=7, downsample_mode="4x", image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    image = picture(*size)
-    theirs = later(image, return_tensors="pt")
-    media = media_processor(public).prepare(image)
-    assert [tuple(row) for row in (theirs["target_sizes"] // 2).tolist()] == pieces(media.item.grid)
-    assert list(media.item.grid[2:4]) == list(theirs["grids"][0])
-    ours, start = encoder_pixels(media).unflatten(1, (3, 14, 14)), 0
-    for height, width in pieces(media.item.grid):
-        flat = theirs["pixel_values"][0, :, :, start * 28 : (start + height * width) * 28]
-        # channel, row in patch, patch row, patch column, column in patch
-        whole = flat.unflatten(2, (2 * height, 2 * width, 7)).permute(0, 2, 1, 3, 4).flatten(3).flatten(1, 2)
-        part = ours[start : start + height * width].unflatten(0, (height, width))
-        torch.testing.assert_close(
-            part.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2), whole, atol=1e-6, rtol=0
-        )
-        start += height * width
-
-
 def test_rows_are_those_of_the_reference_alone_and_together(path):
-    """Among them are 49 patches in a line: which of 7 positions they get depends on how fractions are rounded."""
+    """Among them are 49 patches in a line: their positions, of 7, depend on how fractions are rounded."""
     sizes = [(60, 44), (20, 24), (150, 24), (28, 140), (343, 2)]
     pictures = [picture(*size, seed=i) for i, size in enumerate(sizes)]
     model, ours, prepare = composed.load(path), encoder(path), media_processor(path).prepare
@@ -200,13 +128,19 @@ def test_buckets_are_exact_but_for_fractions_on_a_bound():
     assert rows[5].tolist() == [13 * 70, 13 * 70 + 23, 13 * 70 + 46]
 
 
-def test_an_item_is_described_by_the_size_of_its_picture(path):
-    processor = media_processor(path)
-    for size in [(60, 44), (20, 24), (150, 24)]:
-        prepared = processor.prepare(picture(*size)).item
-        assert processor.describe(size, prepared.hash) == prepared
-    with pytest.raises(InvalidRequest, match="elongated"):
-        processor.describe((1, 201), "")
+def test_embeddings_in_place_of_pictures(path, cases):
+    llm, ours, prepare = LLM(str(path), max_model_len=400), encoder(path), media_processor(path).prepare
+    for entry, ids, tokens in cases:
+        if "multi_modal_data" not in entry:
+            continue
+        pictures = entry["multi_modal_data"]["image"]
+        rows = ours.encode([prepare(image) for image in pictures])
+        sizes = [image.size for image in pictures]
+        for embeds in (rows, torch.cat(rows)):
+            given = {"image": {"image_embeds": embeds, "image_size_list": sizes}}
+            (output,) = llm.generate({**entry, "multi_modal_data": given}, greedy(), use_tqdm=False)
+            assert (output.prompt_token_ids, output.outputs[0].token_ids) == (ids, tokens)
+    llm.check_integrity()
 
 
 def test_chat_messages_and_expanded_ids(path):
