@@ -163,6 +163,32 @@ def ask_position(scene: Scene, rng: random.Random) -> Turn | None:
     return Turn("position", question, f"The {one} is {relation} the {two}.", key)
 
 
+def ask_place(scene: Scene, rng: random.Random) -> Turn | None:
+    """Where one thing is on the picture, by thirds; only of things well within a third."""
+    names = [t.name for t in scene.things]
+    single = [t for t in scene.things if names.count(t.name) == 1]
+    if not single:
+        return None
+    thing = rng.choice(single)
+    width, height = scene.image.size
+    places = []
+    thirds = (
+        (thing.y / height, ("top", "middle", "bottom")),
+        (thing.x / width, ("left", "middle", "right")),
+    )
+    for part, words in thirds:
+        if min(abs(part - 1 / 3), abs(part - 2 / 3)) < 0.04:
+            return None
+        places.append(words[int(part * 3)])
+    place = " ".join(dict.fromkeys(places)).removesuffix(" middle")
+    one = thing.shape if sum(t.shape == thing.shape for t in scene.things) == 1 else thing.name
+    question = rng.choice(
+        [f"Where is the {one}?", f"Where is the {one} in the picture?", f"Where do you see the {one}?"]
+    )
+    relation = "in" if place == "middle" else "at"
+    return Turn("place", question, f"The {one} is {relation} the {place}.", place)
+
+
 def ask_side(scene: Scene, rng: random.Random) -> Turn | None:
     if len(scene.things) != 2:
         return None
@@ -259,6 +285,7 @@ SHAPE_ASKERS: dict[str, list[Asker]] = {
     "shape": [ask_shape],
     "count": [ask_count],
     "position": [ask_position, ask_side],
+    "place": [ask_place],
     "yes/no": [ask_presence],
     "size": [ask_size],
     "caption": [ask_caption],

@@ -120,13 +120,13 @@ def _background(rng: random.Random, dark: bool) -> tuple[str, tuple[int, int, in
     return rng.choice(LIGHT)
 
 
-def random_pair(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    """A colour and a shape; with ``held_out`` one of those never seen in training."""
+def random_pair(rng: random.Random, held_out: bool | None) -> tuple[str, str]:
+    """A colour and a shape; with ``held_out`` one of those never seen in training, with None any."""
     if held_out:
         return rng.choice(sorted(HELD_OUT))
     while True:
         pair = rng.choice(list(COLORS)), rng.choice(SHAPES)
-        if pair not in HELD_OUT:
+        if held_out is None or pair not in HELD_OUT:
             return pair
 
 
@@ -180,7 +180,7 @@ def text_scene(rng: random.Random, size: tuple[int, int], text: str) -> Scene:
     color = "black" if not dark and rng.random() < 0.5 else rng.choice(colors)
     # As wide as the picture allows at most, and never smaller than can be read after scaling down.
     largest = min(size[1] * 0.6, size[0] * 0.9 / (0.72 * len(text)))
-    smallest = min(largest, max(18.0, 0.14 * size[1], 0.1 * size[0]))
+    smallest = min(largest, max(24.0, 0.2 * size[1], 0.13 * size[0]))
     font = ImageFont.load_default(size=rng.uniform(smallest, largest))
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     x = rng.uniform(2, max(3, size[0] - (right - left) - 2)) - left
