@@ -1,19 +1,23 @@
 """Pictures from wherever they are to what the encoder takes. Needs CPUs only."""
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from deployments.handoff import PixelsRef, put
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest
+from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.inputs.frontend import MediaProcessor, for_prompt, load_media_processor
 from engine.inputs.messages import MediaSource
 from engine.inputs.prompt import PreparedMedia
-from engine.media.decode import ImageLimits, decode_image
+from engine.media.decode import ImageLimits, check_total, decode_image, read_size
 from engine.media.fetch import MediaFetcher
 from engine.media.guard import FetchPolicy
+
+T = TypeVar("T")
 
 
 class Preprocessor:
@@ -32,6 +36,7 @@ class Preprocessor:
         self._processor = processor
         self._fetcher = MediaFetcher(fetch)
         self._limits = images
+        self._max_tokens = config.max_model_len
         self._threads = ThreadPoolExecutor(threads, "pictures")
 
     async def prepare(self, sources: list[MediaSource]) -> list[PixelsRef]:
@@ -42,6 +47,8 @@ class Preprocessor:
         """
         data = await self._fetcher.fetch_all(sources)
         processor = for_prompt(self._processor, sources)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, self._check, processor, sources, data)
         tasks = [
             asyncio.ensure_future(self._prepare(processor, source, pictures))
             for source, pictures in zip(sources, data, strict=True)
@@ -52,6 +59,23 @@ class Preprocessor:
             for task in tasks:
                 task.cancel()
 
+    def _check(self, processor: MediaProcessor, sources: list[MediaSource], data: list[list[bytes]]) -> None:
+        """Refuse by their headers what would take too much memory, or more tokens than the model has."""
+        sizes: list[tuple[int, int]] = []
+        tokens = 0
+        for source, pictures in zip(sources, data, strict=True):
+            measured = [read_size(picture, self._limits, where=source.where) for picture in pictures]
+            sizes += measured
+            if source.kind == "image":
+                tokens += self._blamed(source, processor.check, measured[0])
+        check_total(sizes, self._limits)
+        if self._max_tokens is not None and tokens >= self._max_tokens:
+            raise ContextLengthExceeded(
+                f"The request's pictures take {tokens} tokens, but this model's context holds "
+                f"{self._max_tokens} in all: use smaller or fewer pictures.",
+                param="messages",
+            )
+
     async def _prepare(
         self, processor: MediaProcessor, source: MediaSource, pictures: list[bytes]
     ) -> PixelsRef:
@@ -60,12 +84,16 @@ class Preprocessor:
         return PixelsRef(prepared.item, await put(prepared.pixels))
 
     def _make(self, processor: MediaProcessor, source: MediaSource, pictures: list[bytes]) -> PreparedMedia:
+        decoded = [self._decode(source, data) for data in pictures]
+        if source.kind == "video":
+            return self._blamed(source, processor.prepare_video, decoded)
+        return self._blamed(source, processor.prepare, decoded[0])
+
+    def _blamed(self, source: MediaSource, work: Callable[[Any], T], argument: Any) -> T:
+        """Call a processor; its errors get the field of the request, which it doesn't know of."""
         try:
-            if source.kind == "video":
-                return processor.prepare_video([self._decode(source, data) for data in pictures])
-            return processor.prepare(self._decode(source, pictures[0]))
+            return work(argument)
         except InvalidRequest as error:
-            # Processors know of pictures, not of requests.
             error.param = source.where
             raise
 

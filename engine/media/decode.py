@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +30,13 @@ class ImageLimits:
     Attributes:
         max_pixels: most pixels, width times height.
         max_side: most pixels along one side.
+        max_total_pixels: most pixels of all pictures and frames of a request.
         formats: Pillow's names of the formats that are read.
     """
 
     max_pixels: int = 64_000_000
     max_side: int = 65_535
+    max_total_pixels: int = 256_000_000
     formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
@@ -66,6 +69,41 @@ def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) 
         ) from None
     except Exception as error:
         raise MediaError(f"{name} is damaged or incomplete and can't be decoded.", param=where) from error
+
+
+def read_size(data: bytes, limits: ImageLimits, *, where: str | None = None) -> tuple[int, int]:
+    """``(width, height)`` by the header alone, upright; errors as :func:`decode_image`."""
+    name = where or "the picture"
+    try:
+        with Image.open(io.BytesIO(data), formats=limits.formats) as image:
+            _check_size(image.size, limits, name, where)
+            turned = _orientation(image) >= 5
+            return (image.height, image.width) if turned else image.size
+    except MediaError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise MediaTooLarge(_too_many(name, limits), param=where) from None
+    except Exception:
+        # Decoding says what is wrong with it.
+        return decode_image(data, limits, where=where).size
+
+
+def check_total(sizes: Iterable[tuple[int, int]], limits: ImageLimits) -> None:
+    """Refuse what would take too much memory once decoded.
+
+    Args:
+        sizes: of all pictures and frames of a request.
+
+    Raises:
+        MediaTooLarge: naming the limit.
+    """
+    total = sum(width * height for width, height in sizes)
+    if total > limits.max_total_pixels:
+        raise MediaTooLarge(
+            f"The request's pictures have {total} pixels together; {limits.max_total_pixels} are allowed. "
+            "Send fewer or smaller ones.",
+            param="messages",
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

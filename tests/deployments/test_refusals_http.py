@@ -4,6 +4,7 @@ import http.client
 import json
 
 import pytest
+from PIL import Image
 
 from tests.deployments.pictures import ask, circle, data_url
 
@@ -24,6 +25,11 @@ def post(served, body, path: str = "/v1/chat/completions") -> tuple[int, dict]:
 
 def image(url: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+def blank_png(side: int) -> str:
+    """Many pixels in few bytes."""
+    return data_url(Image.new("1", (side, side)))
 
 
 CASES = {
@@ -79,6 +85,19 @@ CASES = {
         "Only one",
     ),
     "embedding model": ({"model": "tests/vectors"}, 400, None, "embeddings"),
+    "bomb": (
+        {"messages": image(blank_png(9000))},
+        413,
+        "messages[0].content[0].image_url.url",
+        "64000000 pixels",
+    ),
+    "large pictures": ({"messages": image(blank_png(7000)) * 6}, 413, "messages", "256000000 are allowed"),
+    "elongated picture": (
+        {"messages": image(data_url(Image.new("RGB", (2010, 10))))},
+        400,
+        "messages[0].content[0].image_url.url",
+        "too elongated",
+    ),
     "many pictures": (
         {"messages": image(data_url(circle("red"))) * 9},
         413,

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from engine.errors import MediaError, MediaTooLarge
-from engine.media.decode import ImageLimits, decode_image, to_rgb
+from engine.media.decode import ImageLimits, check_total, decode_image, read_size, to_rgb
 
 LIMITS = ImageLimits(max_pixels=1_000_000, max_side=5000)
 WHERE = "messages[0].content[0].image_url.url"
@@ -204,3 +204,28 @@ def test_opaque_pictures_are_those_of_transformers(mode):
 def test_rgb_is_not_copied():
     picture = noise()
     assert to_rgb(picture) is picture
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_sizes_by_the_header_are_those_of_decoding(orientation):
+    for size in ((7, 13), (40, 8)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(noise(size=size), "JPEG", exif=exif)
+        assert read_size(data, LIMITS) == decode_image(data, LIMITS).size
+
+
+def test_what_has_no_readable_header_fails_as_in_decoding():
+    for data in (b"", b"hello", encoded(noise(), "PNG")[:20]):
+        with pytest.raises(MediaError) as decoding:
+            decode_image(data, LIMITS, where="here")
+        with pytest.raises(MediaError) as measuring:
+            read_size(data, LIMITS, where="here")
+        assert measuring.value.message == decoding.value.message
+
+
+def test_many_pictures_are_bounded_together():
+    limits = ImageLimits(max_total_pixels=100)
+    check_total([(5, 10), (10, 5)], limits)
+    with pytest.raises(MediaTooLarge, match="101 pixels together; 100 are allowed"):
+        check_total([(5, 10), (51, 1)], limits)
