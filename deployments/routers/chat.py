@@ -119,11 +119,7 @@ async def _whole(answer: Answer, updates: AsyncIterator[StreamUpdate], params: S
             for index, found in sorted(choices.items())
         ],
         usage=_usage(usage),
-        prompt_logprobs=[
-            row and {token: asdict(value) for token, value in row.items()} for row in prompt_logprobs
-        ]
-        if params.prompt_logprobs is not None
-        else None,
+        prompt_logprobs=[_prompt_logprobs(row) for row in prompt_logprobs],
     ).model_dump(exclude={"prompt_logprobs"} if params.prompt_logprobs is None else None)
 
 
@@ -182,10 +178,21 @@ def _logprobs(delta: OutputDelta, count: int) -> list[wire.TokenLogprob]:
     return found
 
 
+def _prompt_logprobs(row: dict[int, EngineLogprob] | None) -> dict[int, dict] | None:
+    """One place of the prompt; None for its first token, which nothing precedes."""
+    if row is None:
+        return None
+    return {token: asdict(value) | {"logprob": _finite(value.logprob)} for token, value in row.items()}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity: a token that can't be is as good as one that is very unlikely."""
+    return max(logprob, -9999.0)
+
+
 def _top(value: EngineLogprob) -> wire.TopLogprob:
     text = value.decoded_token or ""
-    # JSON has no infinity: a token that a mask forbids is as good as impossible.
-    return wire.TopLogprob(token=text, logprob=max(value.logprob, -9999.0), bytes=list(text.encode()))
+    return wire.TopLogprob(token=text, logprob=_finite(value.logprob), bytes=list(text.encode()))
 
 
 def _usage(usage: Usage) -> UsageBody:

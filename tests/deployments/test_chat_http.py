@@ -143,6 +143,46 @@ def test_an_answer_in_json(client):
     assert text == "The circle is blue."
 
 
+def test_a_constraint_and_a_stop_string_together(client):
+    text = answer(
+        client,
+        [{"role": "user", "content": "Hello!"}],
+        stop=["3"],
+        extra_body={"guided_regex": "1234567"},
+    )
+    assert text == "12"
+
+
+def test_log_probabilities_of_the_prompt(client):
+    made = client.chat.completions.create(
+        model="pocket",
+        messages=[{"role": "user", "content": "Hello!"}],
+        max_tokens=1,
+        extra_body={"prompt_logprobs": 2},
+    )
+    rows = made.model_extra["prompt_logprobs"]
+    assert len(rows) == made.usage.prompt_tokens and rows[0] is None
+    for row in rows[1:]:
+        assert 2 <= len(row) <= 3
+        assert all(value["logprob"] <= 0 and value["rank"] >= 1 for value in row.values())
+        assert {1, 2} <= {value["rank"] for value in row.values()}
+
+
+def test_tenants_share_no_cache(client):
+    def cached(salt: str) -> int:
+        made = client.chat.completions.create(
+            model="pocket",
+            messages=ask("What color is the circle?", circle("pink", (210, 160))),
+            max_tokens=1,
+            extra_body={"cache_salt": salt, "priority": -1},
+        )
+        return made.usage.prompt_tokens_details.cached_tokens
+
+    assert cached("one") == 0
+    assert cached("one") > 0
+    assert cached("two") == 0
+
+
 def test_models_and_health(served, client):
     import urllib.request
 
