@@ -55,7 +55,9 @@ class Works:
 
     def text_ids(self, count: int) -> list[int]:
         rng = random.Random(next(self._seeds))
-        return [rng.randrange(1000, 100_000) for _ in range(count)]
+        # Special tokens stand at the end of the vocabulary, but for the first few.
+        end = min(token for token in self.shape.specials.values() if token > 1000)
+        return [rng.randrange(1000, end) for _ in range(count)]
 
     def picture_prompts(self, count: int) -> list[dict]:
         """Pictures are drawn beforehand; turning them into model inputs is part of the work."""

@@ -36,11 +36,11 @@ _QWEN_SPECIALS = {
     "<|image_pad|>": 151655,
     "<|video_pad|>": 151656,
 }
-_QWEN_TEMPLATE = (
+_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
     "{% if part.type == 'text' %}{{ part.text }}"
-    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+    "{% else %}PICTURE{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -67,6 +67,11 @@ class Shape:
     specials: dict[str, int]
     picture: str
     picture_size: int
+
+    @property
+    def eos(self) -> str:
+        """The special token that ends an answer."""
+        return "<|im_end|>" if "<|im_end|>" in self.specials else "</s>"
 
 
 SHAPES: dict[str, Shape] = {
@@ -101,6 +106,54 @@ SHAPES: dict[str, Shape] = {
         _QWEN_SPECIALS,
         "<|vision_start|><|image_pad|><|vision_end|>",
         560,
+    ),
+    "llava-1.5-7b": Shape(
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": 32000,
+            "ignore_index": -100,
+            "pad_token_id": 32001,
+            "projector_hidden_act": "gelu",
+            "torch_dtype": "bfloat16",
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "vocab_size": 32064,
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 4096,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-05,
+                "vocab_size": 32064,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+            },
+        },
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": 336},
+            "crop_size": {"height": 336, "width": 336},
+            "resample": 3,
+            "image_mean": _CLIP_MEAN,
+            "image_std": _CLIP_STD,
+        },
+        {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001},
+        "<image>",
+        336,
     ),
     # Small enough for a CPU: the same code in seconds.
     "tiny": Shape(
@@ -138,8 +191,8 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     files = {
         "config.json": shape.config,
         "preprocessor_config.json": shape.preprocessor,
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
-        "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": shape.eos},
+        "chat_template.json": {"chat_template": _TEMPLATE.replace("PICTURE", shape.picture)},
     }
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content))
