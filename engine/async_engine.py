@@ -169,15 +169,16 @@ class AsyncEngine:
     def check_health(self) -> None:
         """
         Raises:
-            Unavailable: a thread of the engine has died, or it was shut down.
+            Unavailable: a thread or a rank of the engine has died, or it was shut down.
         """
         if self._failure is not None:
             raise Unavailable(f"The engine has stopped: {self._failure}")
         if self._stopping:
             raise Unavailable("The engine is shutting down.")
+        self._engine.core.runner.check_health()
 
     def shutdown(self) -> None:
-        """Stop the threads; requests still running fail with :class:`Unavailable`."""
+        """Stop the threads and other ranks; requests still running fail with :class:`Unavailable`."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -185,6 +186,7 @@ class AsyncEngine:
             thread.join()
         self._fail_all(Unavailable("The engine is shutting down."))
         self._engine.grammars.close()
+        self._engine.core.runner.close()
 
     def check_integrity(self) -> None:
         """At idle: nothing is held anywhere. Raises AssertionError."""

@@ -34,6 +34,12 @@ class Runner(Protocol):
 
     def check_idle(self) -> None: ...
 
+    def check_health(self) -> None:
+        """Raise Unavailable if it can't compute any more."""
+
+    def close(self) -> None:
+        """End what runs for it in other processes; may be called repeatedly."""
+
 
 class EngineCore:
     """Owns a scheduler and a runner; used by one thread.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 
 class TensorParallelGroup(Protocol):
@@ -24,7 +27,7 @@ class TensorParallelGroup(Protocol):
         """Overwrite ``tensor`` with that of rank ``source``; returns it."""
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group, whatever the others do; operations that still wait for them fail or end."""
 
 
 class SingleProcessGroup:
@@ -47,49 +50,84 @@ class SingleProcessGroup:
 
 
 class TorchGroup:
-    """A group over ``torch.distributed``: NCCL between GPUs, gloo between CPU processes."""
+    """A group over ``torch.distributed``: NCCL between GPUs, gloo between CPU processes.
 
-    def __init__(self, process_group: Any) -> None:
-        self._group = process_group
-        self.rank = dist.get_rank(process_group)
-        self.size = dist.get_world_size(process_group)
+    It is apart from PyTorch's global group, so that a process may be in several, one after the other or at
+    once.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.rank: int = backend.rank()
+        self.size: int = backend.size()
 
     @classmethod
     def join(
         cls, *, rank: int, size: int, address: str, device: torch.device, timeout_s: float = 300.0
     ) -> TorchGroup:
-        """Meet the other ranks and make the process's group.
+        """Meet the other ranks.
 
         Args:
-            address: ``host:port`` on which rank 0 listens.
+            address: where they meet: ``tcp://host:port`` on which rank 0 listens, or ``file:///path`` of a
+                file that doesn't exist yet, for ranks of one host.
             device: where the group's tensors live; decides between NCCL and gloo.
             timeout_s: how long to wait for the others, here and in every later operation.
         """
-        from datetime import timedelta
-
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{address}",
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=device if backend == "nccl" else None,
-        )
-        return cls(dist.group.WORLD)
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(dist.rendezvous(address, rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        make = _nccl if device.type == "cuda" else _gloo
+        backend = make(store, rank, size, timeout, local=urlsplit(address).hostname in _LOCAL)
+        backend._set_sequence_number_for_group()
+        if device.type == "cuda":
+            backend.eager_connect_single_device(device)
+        return cls(backend)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(tensor, group=self._group)
+        options = c10d.AllreduceOptions()
+        options.asyncOp = False
+        _wait(self._backend.allreduce([tensor], options))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
         parts = torch.empty(self.size, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        dist.all_gather(list(parts.unbind(0)), tensor.contiguous(), group=self._group)
+        options = c10d.AllgatherOptions()
+        options.asyncOp = False
+        _wait(self._backend.allgather([list(parts.unbind(0))], [tensor.contiguous()], options))
         return torch.cat(parts.unbind(0), dim=dim)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-        dist.broadcast(tensor, src=dist.get_global_rank(self._group, source), group=self._group)
+        options = c10d.BroadcastOptions()
+        options.rootRank = source
+        options.asyncOp = False
+        _wait(self._backend.broadcast([tensor], options))
         return tensor
 
     def close(self) -> None:
-        dist.destroy_process_group(self._group)
+        # Unlike a shutdown it waits for no other rank: they may be gone.
+        self._backend.abort()
+
+
+#: Hosts of an address that is only reached from its own machine; a path has none.
+_LOCAL = (None, "localhost", "127.0.0.1")
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: timedelta, *, local: bool) -> Any:
+    gloo: Any = c10d.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timeout
+    # Left to itself, gloo listens where the host's name points to.
+    options._devices = [gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()]
+    return gloo(store, rank, size, options)
+
+
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta, *, local: bool) -> Any:
+    options = c10d.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return c10d.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _wait(work: Any) -> None:
+    # Some backends have waited by themselves, and return nothing.
+    if work is not None:
+        work.wait()

@@ -55,6 +55,10 @@ class PendingStep:
         # One event after all copies: they are on one stream.
         self._event = record_event(tokens.device)
 
+    def ready(self) -> bool:
+        """Whether :meth:`result` returns at once."""
+        return self._event is None or self._event.query()
+
     def result(self) -> StepResult:
         if self._event is not None:
             self._event.synchronize()
@@ -358,6 +362,12 @@ class ModelRunner:
                     logits = self.model.logits(hidden[row + first : row + first + len(ids)])
                     found.append((request, chunk.start + 1 + first, prompt_logprobs(logits, ids, wanted)))
             row += chunk.count
+
+    def check_health(self) -> None:
+        """A device of this process fails in its steps; there is nothing else to ask."""
+
+    def close(self) -> None:
+        """Nothing runs but in this process, and memory goes with the object."""
 
     def check_idle(self) -> None:
         """Raise AssertionError unless no request is remembered but those released in the next step."""

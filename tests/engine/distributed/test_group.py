@@ -48,15 +48,20 @@ def _rank(rank: int, size: int, address: str, paths: list[Path], out: Path) -> N
     group.close()
 
 
-def free_address() -> str:
+def by_port(folder: Path) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def test_two_ranks_equal_one(tmp_path):
+def by_file(folder: Path) -> str:
+    return f"file://{folder}/meeting"
+
+
+@pytest.mark.parametrize("address", [by_port, by_file])
+def test_two_ranks_equal_one(tmp_path, address):
     paths = [make_text(tmp_path / name, kind, **options) for name, (kind, options) in KINDS.items()]
-    multiprocessing.spawn(_rank, (2, free_address(), paths, tmp_path), nprocs=2)
+    multiprocessing.spawn(_rank, (2, address(tmp_path), paths, tmp_path), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for path, first, second in zip(paths, *ranks, strict=True):
         assert torch.equal(first, second)

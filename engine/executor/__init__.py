@@ -1,0 +1,1 @@
+"""The ranks that share one language model: their processes, what they are told, and what each computes."""

@@ -1,0 +1,89 @@
+"""How the processes of the ranks beyond 0 come to be: here, or wherever another launcher puts them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+_GRACE_S = 5.0
+
+
+class Launcher(Protocol):
+    """Starts and ends the processes of one group.
+
+    Each runs :func:`engine.executor.worker.serve` on its end of a connection, and then leaves.
+    """
+
+    @property
+    def address(self) -> str:
+        """Where the ranks meet; see :meth:`engine.distributed.group.TorchGroup.join`."""
+
+    def start(self, size: int) -> list[Connection]:
+        """Start ranks ``1 .. size - 1``, in this order; the connections to them."""
+
+    def kill(self) -> None:
+        """End them at once; may be called from any thread, and repeatedly."""
+
+    def stop(self) -> None:
+        """End them, and return when they are gone; may be called repeatedly."""
+
+
+class LocalLauncher:
+    """Processes of this machine. They end with this one, however it ends: their standard input closes."""
+
+    def __init__(self) -> None:
+        # A folder that only this user can enter: who comes to the meeting is trusted.
+        self._folder = Path(tempfile.mkdtemp(prefix="sightline-ranks-"))
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def address(self) -> str:
+        return f"file://{self._folder}/meeting"
+
+    def start(self, size: int) -> list[Connection]:
+        # Fresh interpreters: multiprocessing would run the caller's script again in each.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        threads = max(1, torch.get_num_threads() // size)
+        env = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path}
+        connections = []
+        for _ in range(1, size):
+            ours, theirs = Pipe()
+            connections.append(ours)
+            with theirs:
+                command = [sys.executable, "-P", "-m", "engine.executor.worker", str(theirs.fileno())]
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.PIPE,
+                        env=env,
+                        pass_fds=[theirs.fileno()],
+                        # Ctrl-C in a terminal is for the engine's own process.
+                        start_new_session=True,
+                    )
+                )
+        return connections
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def stop(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,147 @@
+"""One rank's share of a language model, and the runner that computes with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import EngineConfig
+from engine.distributed.group import TensorParallelGroup
+from engine.errors import ConfigError
+from engine.families.base import ModelConfig
+from engine.families.registry import family_named
+from engine.layers.decoder import Decoder
+from engine.layers.decoder_config import DecoderConfig
+from engine.placement import resolve_device, resolve_dtype
+from engine.request import Request
+from engine.runner.kv_storage import allocate_kv, block_bytes, measure_free_bytes
+from engine.runner.model_runner import ModelRunner
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import load_language_model
+
+
+@dataclass(slots=True)
+class ModelRank:
+    """Weights of one rank, loaded. Every rank makes the same calls in the same order: they compute together.
+
+    Attributes:
+        max_model_len: longest sequence, before it is cut to what the KV blocks hold.
+    """
+
+    config: EngineConfig
+    model: ModelConfig
+    decoder: Decoder
+    group: TensorParallelGroup
+    max_model_len: int
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, group: TensorParallelGroup
+    ) -> ModelRank:
+        """
+        Raises:
+            CheckpointError: see :func:`engine.weights.loader.load_language_model`.
+            ConfigError: ``max_model_len`` is more than the model was made for.
+        """
+        max_model_len = config.max_model_len or model.max_position
+        if max_model_len > model.max_position:
+            raise ConfigError(
+                f"max_model_len is {max_model_len}, but the model was made for {model.max_position} tokens",
+                param="max_model_len",
+            )
+        decoder = load_language_model(
+            checkpoint,
+            model,
+            device=rank_device(config, group.rank),
+            dtype=resolve_dtype(config, model),
+            tp=group,
+            load_format=config.load_format,
+            seed=config.seed,
+            max_model_len=max_model_len,
+        )
+        return cls(config, model, decoder, group, max_model_len)
+
+    def measure_blocks(self) -> int:
+        """KV blocks that this rank has room for.
+
+        Raises:
+            ConfigError: not even for one request's first.
+        """
+        config, decoder = self.config, self.decoder
+        free = config.kv_cache_bytes
+        if decoder.device.type == "cuda":
+            runner = self._runner(2, self.max_model_len, config.max_num_seqs)
+            runner.profile(config.max_num_batched_tokens)
+            del runner
+            torch.cuda.synchronize(decoder.device)
+            torch.cuda.empty_cache()
+            free = measure_free_bytes(decoder.device, config.gpu_memory_utilization)
+        num_blocks = free // block_bytes(decoder.config, config.block_size, decoder.dtype, self.group.size)
+        if num_blocks < 2:
+            raise ConfigError(
+                f"{free >> 20} MiB are left for KV blocks, too little for one; raise gpu_memory_utilization "
+                "(or kv_cache_bytes on a CPU), or lower max_num_batched_tokens",
+                param="gpu_memory_utilization",
+            )
+        return num_blocks
+
+    def make_runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ModelRunner:
+        """The runner, with its KV cache and ready for requests."""
+        runner = self._runner(num_blocks, max_model_len, num_slots)
+        runner.warm_up()
+        return runner
+
+    def _runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ModelRunner:
+        config, decoder = self.config, self.decoder
+        family, model = family_named(self.model.family), self.model
+
+        def positions(request: Request):
+            return family.positions(model, request.num_prompt, request.spans)
+
+        return ModelRunner(
+            decoder,
+            allocate_kv(
+                decoder.config, num_blocks, config.block_size, decoder.dtype, decoder.device, self.group.size
+            ),
+            block_size=config.block_size,
+            num_slots=num_slots,
+            max_model_len=max_model_len,
+            positions=positions,
+            capture_graphs=not config.enforce_eager,
+        )
+
+
+def rank_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank: GPUs in their order, one for each; the one that PyTorch takes if it is alone."""
+    device = resolve_device(config)
+    if device.type == "cuda" and config.tensor_parallel_size > 1:
+        return torch.device("cuda", rank)
+    return device
+
+
+def check_split(config: EngineConfig, decoder: DecoderConfig) -> None:
+    """
+    Raises:
+        ConfigError: ``tensor_parallel_size`` doesn't fit the model, or the machine has too few GPUs.
+    """
+    size = config.tensor_parallel_size
+    possible = [number for number in range(1, decoder.num_heads + 1) if _splits(decoder, number)]
+    if size not in possible:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but a model of {decoder.num_heads} attention heads, "
+            f"{decoder.num_kv_heads} KV heads and an intermediate size of {decoder.intermediate_size} can be "
+            f"split over {', '.join(map(str, possible))} ranks",
+            param="tensor_parallel_size",
+        )
+    if size > 1 and resolve_device(config).type == "cuda" and size > (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but PyTorch sees {count} GPU{'s' * (count > 1)} here and every "
+            "rank needs its own",
+            param="tensor_parallel_size",
+        )
+
+
+def _splits(decoder: DecoderConfig, size: int) -> bool:
+    whole_kv = decoder.num_kv_heads % size == 0 or size % decoder.num_kv_heads == 0
+    return whole_kv and decoder.num_heads % size == 0 and decoder.intermediate_size % size == 0

@@ -1,0 +1,131 @@
+"""What rank 0 tells the others: how to start, and each step, of which only what they don't know yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import EngineConfig
+from engine.request import Request
+from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, TableUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The first message to a rank; it replies None when its process is up, and again when its share is
+    loaded."""
+
+    config: EngineConfig
+    rank: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureBlocks:
+    """Asks for :meth:`.ModelRank.measure_blocks`; the reply is its result."""
+
+
+@dataclass(frozen=True, slots=True)
+class MakeRunner:
+    """Asks for :meth:`.ModelRank.make_runner`; the reply None says that it is ready for steps."""
+
+    num_blocks: int
+    max_model_len: int
+    num_slots: int
+
+
+@dataclass(slots=True)
+class StepMessage:
+    """One step; steady decode sends next to nothing.
+
+    Attributes:
+        decode_slots: None as long as they stay the same array.
+        prefills: slot, start, count and ``completes`` of each chunk; its request was admitted before.
+        masked: the grammar masks of the step follow in a message of their own, int32 ``(R, ceil(V / 32))``.
+    """
+
+    step: int
+    masked: bool
+    decode_slots: np.ndarray | None = None
+    prefills: list[tuple[int, int, int, bool]] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)
+    table_updates: list[TableUpdate] = field(default_factory=list)
+    released: list[int] = field(default_factory=list)
+
+
+class BatchSender:
+    """Makes messages of batches, in their order."""
+
+    def __init__(self) -> None:
+        self._decode_slots: np.ndarray | None = None
+
+    def message(self, batch: ScheduledBatch, masked: bool) -> StepMessage:
+        """To be pickled before the batch is executed: requests change afterwards."""
+        slots = batch.decode_slots if batch.decode_slots is not self._decode_slots else None
+        self._decode_slots = batch.decode_slots
+        return StepMessage(
+            batch.step,
+            masked,
+            slots,
+            [(chunk.slot, chunk.start, chunk.count, chunk.completes) for chunk in batch.prefills],
+            [Admission(_copy(a.request, a.num_computed), a.slot, a.num_computed) for a in batch.admitted],
+            batch.table_updates,
+            batch.released,
+        )
+
+
+class BatchReceiver:
+    """Makes batches of messages; remembers the running requests."""
+
+    def __init__(self) -> None:
+        self._decode_slots = np.zeros(0, np.int64)
+        self._requests: dict[int, Request] = {}
+
+    def batch(self, message: StepMessage) -> ScheduledBatch:
+        for slot in message.released:
+            self._requests.pop(slot, None)
+        for admission in message.admitted:
+            self._requests[admission.slot] = admission.request
+        if message.decode_slots is not None:
+            self._decode_slots = message.decode_slots
+        prefills = [
+            PrefillChunk(self._requests[slot], slot, start, count, completes)
+            for slot, start, count, completes in message.prefills
+        ]
+        return ScheduledBatch(
+            message.step,
+            self._decode_slots,
+            prefills,
+            message.admitted,
+            message.table_updates,
+            message.released,
+        )
+
+
+def _copy(request: Request, num_computed: int) -> Request:
+    """What a runner needs of a request; embeddings on the host, and only those not consumed yet.
+
+    Its blocks are complete: only decoding requests get more, and those are told by table updates.
+    """
+    wanted = {s.item.hash for s in request.spans if s.offset + s.length > num_computed}
+    return Request(
+        request.id,
+        request.token_ids,
+        request.num_prompt,
+        request.params,
+        request.max_total,
+        request.stop_ids,
+        request.spans,
+        {key: _on_host(rows) for key, rows in request.embeddings.items() if key in wanted},
+        seed=request.seed,
+        pooling=request.pooling,
+        blocks=request.blocks,
+        num_preemptions=request.num_preemptions,
+    )
+
+
+def _on_host(rows: Any) -> Any:
+    return rows.cpu() if isinstance(rows, torch.Tensor) else rows
