@@ -14,6 +14,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration",),
     "minicpm_v": ("MiniCPMV",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
+    "phi3_v": ("Phi3VForCausalLM",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "text": (

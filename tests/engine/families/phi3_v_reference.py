@@ -1,0 +1,244 @@
+"""Phi-3.5-vision put together from Transformers' CLIP and Phi-3, and tiny checkpoints of it.
+
+Transformers has no class for it. What joins the two is written here a second time, with loops instead of
+views, from the description of the published model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import processors
+from torch import nn
+
+from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD
+from tests.engine.tiny import spread, tokenizer
+
+SPECIALS = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|endoftext|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+    "<|user|>",
+    "<|image|>",
+)
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+UNIT, PATCH = 28, 7
+#: Where long factors take over from short ones.
+ORIGINAL = 160
+
+
+class Phi3V(nn.Module):
+    """The reference."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        clip = transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=UNIT,
+            patch_size=PATCH,
+            projection_dim=32,
+        )
+        angles = 16 // 2
+        phi = transformers.Phi3Config(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            original_max_position_embeddings=ORIGINAL,
+            sliding_window=262144,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + 0.02 * i for i in range(angles)],
+                "long_factor": [1.1 + 0.7 * i for i in range(angles)],
+                "original_max_position_embeddings": ORIGINAL,
+            },
+        )
+        self.tower = transformers.CLIPVisionModel(clip)
+        self.language = transformers.Phi3ForCausalLM(phi)
+        self.row_end = nn.Parameter(torch.zeros(128))
+        self.separator = nn.Parameter(torch.zeros(128))
+        self.project = nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 64))
+
+    def rows(self, image: Image.Image, num_crops: int) -> torch.Tensor:
+        """Embedding rows of one picture."""
+        canvas = canvas_of(image, num_crops)
+        pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 255
+        pixels = (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+        overview = F.interpolate(pixels[None], (UNIT, UNIT), mode="bicubic", align_corners=False)[0]
+        down, across = pixels.shape[1] // UNIT, pixels.shape[2] // UNIT
+        side = UNIT // PATCH
+        whole = torch.zeros(down * side, across * side, 32)
+        for i in range(down):
+            for j in range(across):
+                crop = pixels[:, i * UNIT : (i + 1) * UNIT, j * UNIT : (j + 1) * UNIT]
+                whole[i * side : (i + 1) * side, j * side : (j + 1) * side] = self.features(crop)
+        parts = [*self.lines(whole), self.separator, *self.lines(self.features(overview))]
+        return self.project(torch.stack(parts))
+
+    def features(self, crop: torch.Tensor) -> torch.Tensor:
+        """The layer before the last, without the class token, as a square."""
+        states = self.tower(crop[None], output_hidden_states=True).hidden_states[-2]
+        side = UNIT // PATCH
+        return states[0, 1:].reshape(side, side, -1)
+
+    def lines(self, picture: torch.Tensor) -> list[torch.Tensor]:
+        """Vectors of four neighbours each, and the end of each line."""
+        found = []
+        for i in range(0, picture.shape[0], 2):
+            for j in range(0, picture.shape[1], 2):
+                corners = [picture[i, j], picture[i, j + 1], picture[i + 1, j], picture[i + 1, j + 1]]
+                found.append(torch.cat(corners))
+            found.append(self.row_end)
+        return found
+
+    @torch.inference_mode()
+    def embeds(self, ids: list[int], pictures: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Embeddings ``(1, T, 64)``; id ``-k`` stands for the rows of picture ``k``."""
+        table = self.language.model.embed_tokens.weight
+        return torch.cat([pictures[-i] if i < 0 else table[i][None] for i in ids])[None]
+
+    @torch.inference_mode()
+    def greedy(self, embeds: torch.Tensor, count: int, stop: set[int]) -> list[int]:
+        """Greedy tokens, each computed from the whole sequence anew."""
+        found: list[int] = []
+        while len(found) < count and not stop & set(found[-1:]):
+            logits = self.language(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+            found.append(int(logits.argmax()))
+            token = self.language.model.embed_tokens(torch.tensor([[found[-1]]]))
+            embeds = torch.cat([embeds, token], dim=1)
+        return found
+
+
+def canvas_of(image: Image.Image, num_crops: int) -> Image.Image:
+    """The picture scaled to whole crops across, white above and below; upright ones are mirrored for it."""
+    if image.width < image.height:
+        return canvas_of(image.transpose(Image.TRANSPOSE), num_crops).transpose(Image.TRANSPOSE)
+    ratio = image.width / image.height
+    across = max(n for n in range(1, num_crops + 1) if n == 1 or n * math.ceil(n / ratio) <= num_crops)
+    width, height = across * UNIT, int(across * UNIT / ratio)
+    down = math.ceil(height / UNIT)
+    canvas = Image.new("RGB", (width, down * UNIT), "white")
+    canvas.paste(image.resize((width, height), Image.BILINEAR), (0, int((down * UNIT - height) / 2)))
+    return canvas
+
+
+def make_phi3_v(path: Path, *, seed: int = 0, num_crops: int = 4) -> Phi3V:
+    """Write a tiny checkpoint under the public names; the reference that it holds."""
+    tok = tokenizer(
+        SPECIALS, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<unk>"
+    )
+    # As Llama's: BOS before every text that is tokenised.
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    tok.chat_template = TEMPLATE
+    tok.save_pretrained(path)
+    model = spread(Phi3V(len(tok)), seed=seed)
+    save_file(hub_tensors(model), path / "model.safetensors", metadata={"format": "pt"})
+    phi, clip = model.language.config, model.tower.config
+    rope = phi.rope_parameters
+    config = {
+        "architectures": ["Phi3VForCausalLM"],
+        "model_type": "phi3_v",
+        "torch_dtype": "float32",
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "su",
+            "short_factor": rope["short_factor"],
+            "long_factor": rope["long_factor"],
+        },
+        "original_max_position_embeddings": ORIGINAL,
+        "embd_layer": {
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        },
+        "img_processor": {"name": "clip_vision_model", "image_dim_out": 32, "num_img_tokens": 4},
+        "vision_config": {
+            name: getattr(clip, name)
+            for name in (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "image_size",
+                "patch_size",
+            )
+        },
+        **{
+            name: getattr(phi, name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "max_position_embeddings",
+                "rms_norm_eps",
+                "sliding_window",
+                "bos_token_id",
+                "eos_token_id",
+                "tie_word_embeddings",
+            )
+        },
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 6], "bos_token_id": 1}))
+    (path / "preprocessor_config.json").write_text(json.dumps({"num_crops": num_crops}))
+    return model
+
+
+def hub_tensors(model: Phi3V) -> dict[str, torch.Tensor]:
+    """All weights under the names of the public checkpoint."""
+    found = {}
+    for name, value in model.state_dict().items():
+        part, _, rest = name.partition(".")
+        if part == "language":
+            key = rest
+        elif part == "tower":
+            key = "model.vision_embed_tokens.img_processor.vision_model." + rest.removeprefix("vision_model.")
+        elif part == "project":
+            key = "model.vision_embed_tokens.img_projection." + rest
+        else:
+            key = "model.vision_embed_tokens." + {"row_end": "sub_GN", "separator": "glb_GN"}[part]
+            value = value.view((1, 1, 1, -1) if part == "row_end" else (1, 1, -1))
+        found[key] = value.contiguous().clone()
+    return found
+
+
+def reference_ids(path: Path, prompt: str) -> list[int]:
+    """Each text between marks tokenised by itself, BOS included; ``-k`` for ``<|image_k|>``."""
+    tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    ids: list[int] = []
+    for index, piece in enumerate(re.split(r"<\|image_(\d+)\|>", prompt)):
+        ids += [-int(piece)] if index % 2 else tok(piece).input_ids
+    return ids
