@@ -5,6 +5,7 @@ import re
 import yaml
 
 from deployments.config import AppConfig
+from engine.families.registry import supported_architectures
 from tests.serving import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -28,6 +29,14 @@ def test_the_configuration_is_valid_and_reaches_the_deployments():
     assert encoder["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 4}
     assert "num_replicas" not in encoder
     assert encoder["ray_actor_options"]["num_gpus"] == 0.2
+
+
+def test_all_supported_models_are_listed():
+    rows = [row for row in README.splitlines() if row.startswith("| ") and "For" in row or "MiniCPMV" in row]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    supported = set(supported_architectures())
+    assert supported <= listed
+    assert {name for name in listed if name.startswith(("Llava", "Qwen", "Phi", "Idefics"))} <= supported
 
 
 def test_every_link_leads_somewhere():
