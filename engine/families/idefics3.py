@@ -14,6 +14,7 @@ from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, PromptFormat
 from engine.families.clip import clip_rules
 from engine.families.decoder_json import checkpoint_dtype, eos_ids, integer, parse_decoder, refuse_quantised
+from engine.families.described import SIZE_FIELD, described_size
 from engine.families.siglip import parse_siglip
 from engine.inputs.image_ops import content_hash, resize
 from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
@@ -193,7 +194,7 @@ class Idefics3Processor:
         return self.grid(size)[0] * self.rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        crops, rows, columns = grid = self.grid(image.size)
+        _, rows, columns = self.grid(image.size)
         whole = resize(image, self._bounded(image.size), self.resample)
         parts = []
         if self.split:
@@ -204,18 +205,31 @@ class Idefics3Processor:
             parts.append(cut.reshape(-1, self.side, self.side, 3))
         parts.append(resize(Image.fromarray(whole), (self.side, self.side), self.resample)[None])
         pixels = np.concatenate(parts)
-        item = MediaItem(
+        options = {"rows": self.rows}
+        key = content_hash(pixels, family="idefics3", options=options, kind="image", size=image.size)
+        return PreparedMedia(self._item(key, image.size), pixels)
+
+    @property
+    def embedding_field(self) -> str:
+        return SIZE_FIELD
+
+    def embedding_rows(self, description: tuple[int, ...] | None) -> int:
+        return self.check(described_size(description))
+
+    def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
+        return self._item(key, described_size(description))
+
+    def _item(self, key: str, size: tuple[int, int]) -> MediaItem:
+        rows = self.check(size)
+        return MediaItem(
             kind="image",
-            hash=content_hash(
-                pixels, family="idefics3", options={"rows": self.rows}, kind="image", size=image.size
-            ),
-            num_tokens=crops * self.rows,
-            grid=grid,
-            size=image.size,
+            hash=key,
+            num_tokens=rows,
+            grid=self.grid(size),
+            size=size,
             # Only what takes rows: the tokens around them need the tokenizer.
-            placeholder=(PlaceholderRun(self.image_token_id, crops * self.rows, True),),
+            placeholder=(PlaceholderRun(self.image_token_id, rows, True),),
         )
-        return PreparedMedia(item, pixels)
 
     def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
         raise InvalidRequest(

@@ -14,6 +14,7 @@ from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, PromptFormat
 from engine.families.clip import clip_rules, unused_clip_tensors
 from engine.families.decoder_json import checkpoint_dtype, eos_ids, parse_decoder, refuse_quantised
+from engine.families.described import SIZE_FIELD, described_size
 from engine.families.siglip import parse_siglip
 from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, content_hash, resize
 from engine.inputs.padding import resize_in_square, resize_on_canvas
@@ -213,12 +214,23 @@ class LlavaOnevisionProcessor:
         if not self.tiled:
             colour = tuple(int(value * 255) for value in self.vision.crops.mean)
             pixels = resize_in_square(image, side, colour, self.resample)[None]
-            return self._media("image", pixels, (1, 0, 0), image.size)
-        down, along = self._tiles(image.size)
+            return self._media("image", pixels, self._grid(image.size), image.size)
+        _, down, along = grid = self._grid(image.size)
         canvas = resize_on_canvas(image, (along * side, down * side), self.resample)
         tiles = canvas.reshape(down, side, along, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
         pixels = np.concatenate([resize(image, (side, side), self.resample)[None], tiles])
-        return self._media("image", pixels, (1 + down * along, down, along), image.size)
+        return self._media("image", pixels, grid, image.size)
+
+    @property
+    def embedding_field(self) -> str:
+        return SIZE_FIELD
+
+    def embedding_rows(self, description: tuple[int, ...] | None) -> int:
+        return self.check(described_size(description))
+
+    def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
+        size = described_size(description)
+        return self._item("image", key, self._grid(size), size)
 
     def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
         if not frames or any(frame.size != frames[0].size for frame in frames):
@@ -226,6 +238,13 @@ class LlavaOnevisionProcessor:
         side = self.vision.crops.image_size
         pixels = np.stack([resize(frame, (side, side), self.resample) for frame in frames])
         return self._media("video", pixels, (len(frames), 0, 0), frames[0].size)
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Crops, and tiles in a column and in a row, of a picture."""
+        if not self.tiled:
+            return 1, 0, 0
+        down, along = self._tiles(size)
+        return 1 + down * along, down, along
 
     def _tiles(self, size: tuple[int, int]) -> tuple[int, int]:
         """Tiles in a column and in a row for a picture of ``(width, height)``."""
@@ -235,21 +254,23 @@ class LlavaOnevisionProcessor:
     def _media(
         self, kind: str, pixels: np.ndarray, grid: tuple[int, ...], size: tuple[int, int]
     ) -> PreparedMedia:
+        options = {"tiled": self.tiled}
+        key = content_hash(pixels, family="llava_onevision", options=options, kind=kind, size=size)
+        return PreparedMedia(self._item(kind, key, grid, size), pixels)
+
+    def _item(self, kind: str, key: str, grid: tuple[int, ...], size: tuple[int, int]) -> MediaItem:
         if kind == "image":
             token, rows = self.image_token_id, self.check(size)
         else:
             token, rows = self.video_token_id, grid[0] * (-(-self.vision.crops.grid_side // 2)) ** 2 + 1
-        item = MediaItem(
+        return MediaItem(
             kind=kind,
-            hash=content_hash(
-                pixels, family="llava_onevision", options={"tiled": self.tiled}, kind=kind, size=size
-            ),
+            hash=key,
             num_tokens=rows,
             grid=grid,
             size=size,
             placeholder=(PlaceholderRun(token, rows, True),),
         )
-        return PreparedMedia(item, pixels)
 
 
 FAMILY = LlavaOnevisionFamily()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import ModelConfig
+from engine.families.described import SIZE_FIELD, described_size
 from engine.inputs.image_ops import content_hash, resize
 from engine.inputs.prompt import MediaItem, PlaceholderRun, PreparedMedia
 from engine.layers.slice_vision_config import SliceVisionConfig, pieces
@@ -67,8 +68,6 @@ class MiniCPMVProcessor:
         rows: embedding rows for each of them.
         max_slices: most slices of one picture.
     """
-
-    embedding_field: ClassVar[str | None] = "image_size_list"
 
     resolution: int
     patch: int
@@ -131,18 +130,16 @@ class MiniCPMVProcessor:
     def check(self, size: tuple[int, int]) -> int:
         return len(pieces(self.grid(size))) * self.rows
 
+    @property
+    def embedding_field(self) -> str:
+        return SIZE_FIELD
+
     def embedding_rows(self, description: tuple[int, ...] | None) -> int:
-        if description is None or len(description) != 2:
-            raise InvalidRequest(
-                f"{self.embedding_field} must hold (width, height) of each picture; got {description}.",
-                param="multi_modal_data.image",
-            )
-        return self.check((description[0], description[1]))
+        return self.check(described_size(description))
 
     def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
-        rows = self.embedding_rows(description)
-        assert description is not None
-        size = (description[0], description[1])
+        size = described_size(description)
+        rows = self.check(size)
         # Only what takes rows: the tokens around them need the tokenizer.
         runs = (PlaceholderRun(self.image_token_id, rows, True),)
         return MediaItem("image", key, rows, self.grid(size), size, runs)

@@ -18,6 +18,7 @@ from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, PromptFormat
 from engine.families.clip import clip_rules, parse_clip, unused_clip_tensors
 from engine.families.decoder_json import checkpoint_dtype, eos_ids, parse_decoder, refuse_quantised
+from engine.families.described import SIZE_FIELD, described_size
 from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, content_hash
 from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.layers.hd_config import HDVisionConfig
@@ -215,13 +216,13 @@ class Phi3VProcessor:
 
     @property
     def embedding_field(self) -> str:
-        return "image_size_list"
+        return SIZE_FIELD
 
     def embedding_rows(self, description: tuple[int, ...] | None) -> int:
-        return self.check(_size(description))
+        return self.check(described_size(description))
 
     def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
-        size = _size(description)
+        size = described_size(description)
         return self._item(key, self._grid(size), size)
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -240,15 +241,6 @@ class Phi3VProcessor:
             size=size,
             placeholder=(PlaceholderRun(self.image_token_id, rows, True),),
         )
-
-
-def _size(description: tuple[int, ...] | None) -> tuple[int, int]:
-    if description is None or len(description) != 2:
-        raise InvalidRequest(
-            f"image_size_list must hold (width, height) of each picture; got {description}.",
-            param="multi_modal_data.image",
-        )
-    return description[0], description[1]
 
 
 FAMILY = Phi3VFamily()

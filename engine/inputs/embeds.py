@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from engine.errors import InvalidRequest
-from engine.families.base import EmbeddingProcessor, MediaProcessor
+from engine.families.base import EmbeddingProcessor, MediaProcessor, PromptAwareProcessor
 from engine.inputs.prompt import MediaItem
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
     Args:
         value: a tensor ``(rows, hidden)`` or ``(items, rows, hidden)``, a list of such, or a mapping with
             ``image_embeds`` and what the family needs beside it: Qwen's ``image_grid_thw`` ``(items, 3)``,
-            MiniCPM-V's ``image_size_list`` of ``(width, height)``. With the latter the rows of all items may
+            others' ``image_size_list`` of ``(width, height)``. With the latter the rows of all items may
             also stand in one tensor ``(all rows, hidden)``.
 
     Raises:
@@ -55,7 +55,10 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
         if field not in given:
             raise InvalidRequest(f"Embeddings for this model need {field} beside {_ROWS}.", param=_WHERE)
         descriptions = [*_descriptions(given[field], field)]
-    counts = [processor.embedding_rows(description) for description in descriptions]
+    describer: EmbeddingProcessor = processor
+    if isinstance(processor, PromptAwareProcessor):
+        describer = cast(EmbeddingProcessor, processor.among(len(descriptions)))
+    counts = [describer.embedding_rows(description) for description in descriptions]
     if len(tensors) == 1 and len(counts) > 1 and len(tensors[0]) == sum(counts):
         tensors = list(tensors[0].split(counts))
     if len(tensors) != len(counts):
@@ -69,7 +72,7 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
                 f"Item {index} of {_ROWS} has {len(rows)} rows; its place in the prompt takes {count}.",
                 param=_WHERE,
             )
-        found.append((processor.describe_embedding(description, _key(rows)), rows))
+        found.append((describer.describe_embedding(description, _key(rows)), rows))
     return found
 
 

@@ -87,7 +87,7 @@ class HDVisionEncoder(nn.Module):
         return torch.cat([self._lines(stitched), self.glb_GN[0], self._lines(features[0])])
 
     def _lines(self, picture: torch.Tensor) -> torch.Tensor:
-        """``(h, w, width)`` joined two by two, lines with their ends: ``(h / 2 * (w / 2 + 1), 4 * width)``."""
+        """``(h, w, width)`` joined two by two, each line with its end: ``(h/2 * (w/2 + 1), 4 * width)``."""
         # h/2, 2, w/2, 2, width  →  h/2, w/2, 2, 2, width
         joined = picture.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
         return torch.cat([joined, self.sub_GN[0].expand(len(joined), 1, -1)], dim=1).flatten(0, 1)

@@ -186,6 +186,23 @@ def test_tokens_are_those_of_transformers(path, cases, budget):
     llm.check_integrity()
 
 
+def test_embeddings_in_place_of_pictures(path, cases):
+    llm = LLM(str(path), max_model_len=700)
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    for entry, (_, wanted) in cases:
+        pictures = entry.get("multi_modal_data", {}).get("image")
+        if not pictures:
+            continue
+        processor = media_processor(path)
+        if len(pictures) > 1 and hasattr(processor, "among"):
+            processor = processor.among(len(pictures))
+        rows = encoder(path).encode([processor.prepare(image) for image in pictures])
+        given = {"image_embeds": rows, "image_size_list": [image.size for image in pictures]}
+        (output,) = llm.generate({**entry, "multi_modal_data": {"image": given}}, params, use_tqdm=False)
+        assert output.outputs[0].token_ids == wanted
+    llm.check_integrity()
+
+
 def test_another_picture_gives_another_answer(path, cases):
     entry, (_, wanted) = cases[0]
     other = {**entry, "multi_modal_data": {"image": [picture(60, 44, 99)]}}
