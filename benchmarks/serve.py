@@ -200,7 +200,8 @@ async def healthy(url: str, server: subprocess.Popen, seconds: float) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=sorted(SHAPES))
-    parser.add_argument("--base-url", help="of a running application; its first model is asked")
+    parser.add_argument("--base-url", help="of a running application")
+    parser.add_argument("--model", help="to be asked; the shape's name by default")
     parser.add_argument(
         "--gpu", action="store_true", help="encoder on a quarter of a GPU, the rest on it too"
     )
@@ -229,9 +230,10 @@ def main() -> None:
 def run(options: argparse.Namespace, base_url: str) -> list[dict[str, float]]:
     """All rates, after a few requests that are not counted."""
     rows = []
-    asyncio.run(load(base_url, bodies(options, options.shape, 4, 1), 4.0, 1))
+    model = options.model or options.shape
+    asyncio.run(load(base_url, bodies(options, model, 4, 1), 4.0, 1))
     for number, rate in enumerate(map(float, options.rates.split(",")), start=2):
-        requests = bodies(options, options.shape, options.requests, number)
+        requests = bodies(options, model, options.requests, number)
         traces = asyncio.run(load(base_url, requests, rate, number))
         rows.append(summary(traces, rate, options))
         if number == 2:

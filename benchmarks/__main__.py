@@ -1,0 +1,41 @@
+"""All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
+
+python -m benchmarks [host] [offline] [serve]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import torch
+
+#: Arguments on a GPU, and on a CPU.
+BENCHMARKS = {
+    "host": ("", "--steps 200"),
+    "offline": ("--shape qwen2-vl-2b", "--shape tiny"),
+    "serve": (
+        "--gpu --shape qwen2-vl-2b --rates 8,16,32 --requests 200 --preprocessors 4",
+        "--shape tiny --rates 4,8 --requests 12",
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="all if none is given")
+    failed = []
+    for name in parser.parse_args().names or BENCHMARKS:
+        arguments = BENCHMARKS[name][0 if torch.cuda.is_available() else 1]
+        print(f"== benchmarks.{name} {arguments}", flush=True)
+        # Each in a process of its own: what one leaves on the device is no other's burden.
+        command = [sys.executable, "-m", f"benchmarks.{name}", *arguments.split()]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

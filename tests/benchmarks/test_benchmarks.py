@@ -1,0 +1,61 @@
+"""The benchmarks run, on shapes small enough for a CPU, and what they print has sense."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import __main__ as all_of_them
+from benchmarks import host, offline, serve
+from benchmarks.shapes import SHAPES, write_checkpoint
+from engine.config import EngineConfig
+from engine.inputs.frontend import Frontend
+from tests.engine.tiny import picture
+
+
+def test_host(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "host.json"
+    monkeypatch.setattr(sys, "argv", ["host", "--requests", "2,5", "--steps", "120", "--json", str(file)])
+    host.main()
+    rows = json.loads(file.read_text())
+    assert [row["requests"] for row in rows] == [2, 5]
+    assert all(0 < row["step us"] < 1e6 and row["text us"] > 0 for row in rows)
+
+
+def test_offline(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "offline.json"
+    monkeypatch.setattr(sys, "argv", ["offline", "--shape", "tiny", "--scale", "64", "--json", str(file)])
+    offline.main()
+    found = json.loads(file.read_text())
+    works = ["w1 req/s", "w2 out tok/s", "w3 first ms", "w3 ms/tok", "w4 tok/s", "first answer s"]
+    assert all(found[name] > 0 for name in works)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_models_that_can_be_served(name, tmp_path):
+    path = write_checkpoint(name, tmp_path)
+    front = Frontend.load(EngineConfig(model=str(path)))
+    shape = SHAPES[name]
+    data = {"image": picture(shape.picture_size, shape.picture_size)}
+    prompt = front.from_prompt({"prompt": f"{shape.picture}describe", "multi_modal_data": data})
+    rows = {"qwen2-vl-2b": 400, "qwen2-vl-7b": 400, "llava-1.5-7b": 576, "tiny": 16}[name]
+    assert prompt.media[0].item.num_tokens == rows
+    content = [{"type": "image", "image": data["image"]}, {"type": "text", "text": "describe"}]
+    chat = front.from_messages([{"role": "user", "content": content}])
+    assert len(chat.inputs.spans) == 1
+
+
+@pytest.mark.ray
+def test_serve_against_a_running_application(served, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "serve.json"
+    arguments = ["--base-url", served.base_url, "--model", "pocket", "--side", "112", "--tokens", "6"]
+    arguments += ["--requests", "5", "--rates", "20", "--text-share", "0.4", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["serve", *arguments])
+    serve.main()
+    (row,) = json.loads(file.read_text())
+    assert row["failed"] == 0 and row["req/s"] > 0 and row["goodput"] <= row["req/s"]
+    assert 0 < row["ttft p50"] <= row["ttft p99"] <= row["e2e p99"]
+
+
+def test_every_benchmark_is_among_all_of_them():
+    assert set(all_of_them.BENCHMARKS) >= {"host", "offline", "serve"}
