@@ -1,6 +1,6 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [host] [offline] [serve]
+python -m benchmarks [kernels] [host] [offline] [serve]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 #: Arguments on a GPU, and on a CPU.
 BENCHMARKS = {
+    "kernels": ("", ""),
     "host": ("", "--steps 200"),
     "offline": ("--shape qwen2-vl-2b", "--shape tiny"),
     "serve": (

@@ -1,0 +1,176 @@
+"""Attention cases: decode, prefill and both at once over the paged cache, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
+from engine.kernels.paged_attention import paged_attention, paged_attention_reference
+from engine.kernels.vision_attention import vision_attention, vision_attention_reference
+
+BLOCK = 16
+#: (sequences, context, query heads, KV heads, head size)
+DECODE = [(32, 4096, 32, 8, 128), (1, 1024, 32, 8, 128), (64, 1024, 12, 2, 128), (64, 1024, 28, 4, 128)]
+TINY_DECODE = [(2, 40, 4, 2, 16)]
+#: (tokens, query heads, KV heads, head size)
+PREFILL = [(2**power, 32, 8, 128) for power in range(9, 15)]
+TINY_PREFILL = [(40, 4, 2, 16)]
+#: (decoding sequences, their context, new tokens of the chunk, its context with them, heads as above)
+MIXED = [(32, 4096, 2048, 4096, 32, 8, 128), (32, 1024, 2048, 2048, 12, 2, 128)]
+TINY_MIXED = [(2, 40, 20, 40, 4, 2, 16)]
+#: (pictures, patches of each, heads, head size)
+VISION = [(1, 1600, 16, 80), (1, 10764, 16, 80), (16, 1600, 16, 80)]
+TINY_VISION = [(1, 36, 2, 80), (3, 16, 2, 80)]
+#: Rows of a long prompt that are compared: the reference holds all scores at once.
+COMPARED = 256
+
+
+def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
+    for sizes in TINY_DECODE if tiny else DECODE:
+        label = "{}x{}, heads {}/{}, D {}".format(*sizes)
+        yield Case("paged_decode", label, partial(decode, device, *sizes))
+    for sizes in TINY_PREFILL if tiny else PREFILL:
+        label = "{}, heads {}/{}, D {}".format(*sizes)
+        yield Case("paged_prefill", label, partial(prefill, device, *sizes))
+    for sizes in TINY_MIXED if tiny else MIXED:
+        label = "{}x{} + {}/{}, heads {}/{}".format(*sizes[:6])
+        yield Case("paged_mixed", label, partial(mixed, device, *sizes))
+    for sizes in TINY_VISION if tiny else VISION:
+        label = "{}x{}, heads {}, D {}".format(*sizes)
+        yield Case("vision", label, partial(vision, device, *sizes))
+
+
+class Paged:
+    """Sequences over scattered blocks. ``lengths``: tokens of each; ``queries``: how many of them are new."""
+
+    def __init__(self, device, lengths, queries, heads, kv_heads, dim) -> None:
+        self.device, self.lengths, self.queries = device, lengths, queries
+        self.kv_heads, self.dim = kv_heads, dim
+        dtype = dtype_on(device)
+        needed = [-(-length // BLOCK) for length in lengths]
+        order = torch.randperm(sum(needed), dtype=torch.int32)
+        tables = torch.zeros((len(lengths), max(needed)), dtype=torch.int32)
+        for row, (first, last) in enumerate(pairwise(accumulate(needed, initial=0))):
+            tables[row, : last - first] = order[first:last]
+        self.tables = tables.to(device)
+        shape = (sum(needed), kv_heads, BLOCK, dim)
+        self.k, self.v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        self.q = torch.randn((sum(queries), heads, dim), device=device, dtype=dtype)
+        self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self.starts = list(accumulate(queries, initial=0))
+        self.query_start = torch.tensor(self.starts, dtype=torch.int32, device=device)
+        self.options = {"scale": dim**-0.5, "max_seq_len": max(lengths)}
+
+    def run(self) -> torch.Tensor:
+        arguments = (self.q, self.k, self.v, self.tables, self.query_start, self.seq_lens)
+        return paged_attention(*arguments, **self.options, max_query_len=max(self.queries))
+
+    def check(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last tokens of each sequence, by the reference in float32."""
+        counts = [min(count, COMPARED) for count in self.queries]
+        ends = self.starts[1:]
+        kept = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+        starts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
+        kept = kept.to(self.device)
+        wanted = paged_attention_reference(
+            self.q[kept].float(),
+            self.k,
+            self.v,
+            self.tables,
+            starts,
+            self.seq_lens,
+            **self.options,
+            max_query_len=max(counts),
+        )
+        return self.run()[kept], wanted
+
+    def kv_bytes(self) -> float:
+        return 2.0 * sum(self.lengths) * self.kv_heads * self.dim * self.k.element_size()
+
+    def operations(self) -> float:
+        """Two products over the keys that each new token sees."""
+        pairs = zip(self.lengths, self.queries, strict=True)
+        seen = sum(count * length - count * (count - 1) / 2 for length, count in pairs)
+        return 4.0 * seen * self.q.shape[1] * self.dim
+
+
+def decode(device, sequences, context, heads, kv_heads, dim) -> Problem:
+    paged = Paged(device, [context] * sequences, [1] * sequences, heads, kv_heads, dim)
+    peers = {}
+    if device.type == "cuda":
+        k, v = (
+            torch.randn((sequences, kv_heads, context, dim), device=device, dtype=paged.q.dtype) for _ in "kv"
+        )
+        q = paged.q[:, :, None].contiguous()
+        peers = sdpa_peers(q, k, v, causal=False) | flex_peer(q, k, v)
+    return Problem(paged.run, paged.check, paged.kv_bytes(), peers=peers)
+
+
+def prefill(device, tokens, heads, kv_heads, dim) -> Problem:
+    paged = Paged(device, [tokens], [tokens], heads, kv_heads, dim)
+    peers = {}
+    if device.type == "cuda":
+        k, v = (torch.randn((1, kv_heads, tokens, dim), device=device, dtype=paged.q.dtype) for _ in "kv")
+        peers = sdpa_peers(paged.q.transpose(0, 1)[None].contiguous(), k, v, causal=True)
+    return Problem(paged.run, paged.check, paged.operations(), compute=True, peers=peers)
+
+
+def mixed(device, sequences, context, chunk, chunk_context, heads, kv_heads, dim) -> Problem:
+    lengths, queries = [context] * sequences + [chunk_context], [1] * sequences + [chunk]
+    paged = Paged(device, lengths, queries, heads, kv_heads, dim)
+    # The same in two launches, each of one kind.
+    apart = [
+        Paged(device, lengths[:-1], queries[:-1], heads, kv_heads, dim),
+        Paged(device, lengths[-1:], queries[-1:], heads, kv_heads, dim),
+    ]
+    peers: dict[str, Work] = {"apart": lambda: [part.run() for part in apart]}
+    return Problem(paged.run, paged.check, paged.operations(), compute=True, peers=peers)
+
+
+def vision(device, pictures, patches, heads, dim) -> Problem:
+    fused = torch.randn((pictures * patches, 3, heads, dim), device=device, dtype=dtype_on(device))
+    q, k, v = fused.unbind(1)
+    bounds = torch.arange(pictures + 1, dtype=torch.int32, device=device) * patches
+    options = {"max_len": patches, "scale": dim**-0.5}
+
+    def check() -> tuple[torch.Tensor, torch.Tensor]:
+        wide = (x.float() for x in (q, k, v))
+        found = vision_attention(q, k, v, bounds, **options)
+        return found, vision_attention_reference(*wide, bounds, **options)
+
+    def per_picture() -> None:
+        for picture in range(pictures):
+            part = fused[picture * patches : (picture + 1) * patches].permute(1, 2, 0, 3)[:, None]
+            F.scaled_dot_product_attention(*part.unbind(0))
+
+    operations = 4.0 * pictures * patches**2 * heads * dim
+    peers: dict[str, Work] = {"sdpa per picture": per_picture}
+    run = partial(vision_attention, q, k, v, bounds, **options)
+    return Problem(run, check, operations, compute=True, peers=peers)
+
+
+def sdpa_peers(q, k, v, *, causal: bool) -> dict[str, Work]:
+    """torch's attention by backend on contiguous ``(B, H, S, D)``."""
+
+    def call(backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    return {name: partial(call, backend) for name, backend in backends.items()}
+
+
+def flex_peer(q, k, v) -> dict[str, Work]:
+    """FlexAttention, compiled for these very sizes."""
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+    except ImportError:
+        return {}
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return {"flex": lambda: compiled(q, k, v, enable_gqa=True)}

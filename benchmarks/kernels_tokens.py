@@ -1,0 +1,172 @@
+"""Cases of the kernels that only move data: norms, rotation, gates, cache writes and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
+from engine.kernels.act_mul import act_mul, act_mul_reference
+from engine.kernels.gumbel import gumbel_argmax, gumbel_argmax_reference
+from engine.kernels.kv_write import kv_write
+from engine.kernels.rms_norm import rms_norm, rms_norm_reference
+from engine.kernels.rotary import rotary, rotary_reference
+from engine.kernels.truncation import truncation_threshold, truncation_threshold_reference
+
+BLOCK = 16
+#: (tokens, hidden size)
+NORM = [(1, 1536), (64, 1536), (8192, 1536), (8192, 4096)]
+TINY_NORM = [(3, 48)]
+#: (tokens, query heads, KV heads, head size, M-RoPE sections)
+ROTARY = [(tokens, 12, 2, 128, section) for tokens in (64, 8192) for section in (None, (16, 24, 24))]
+TINY_ROTARY = [(3, 4, 2, 16, section) for section in (None, (2, 3, 3))]
+#: (tokens, intermediate size)
+ACT = [(1, 8960), (64, 8960), (8192, 8960)]
+TINY_ACT = [(3, 40)]
+#: (tokens, KV heads, head size)
+WRITE = [(64, 2, 128), (8192, 2, 128), (8192, 8, 128)]
+TINY_WRITE = [(5, 2, 16)]
+#: (rows, vocabulary)
+SAMPLING = [(rows, 151936) for rows in (1, 64, 256)]
+TINY_SAMPLING = [(3, 1000)]
+
+
+def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
+    for tokens, size in TINY_NORM if tiny else NORM:
+        for residual in (False, True):
+            label = f"{tokens}x{size}" + (" with residual" if residual else "")
+            yield Case("rms_norm", label, partial(norm, device, tokens, size, residual))
+    for sizes in TINY_ROTARY if tiny else ROTARY:
+        tokens, heads, kv_heads, dim, section = sizes
+        label = f"{tokens}, heads {heads}/{kv_heads}, D {dim}, {'M-RoPE' if section else '1-D'}"
+        yield Case("rotary", label, partial(rotation, device, *sizes))
+    for sizes in TINY_ACT if tiny else ACT:
+        yield Case("act_mul", "{}x{}".format(*sizes), partial(gate, device, *sizes))
+    for sizes in TINY_WRITE if tiny else WRITE:
+        yield Case("kv_write", "{}, heads {}, D {}".format(*sizes), partial(write, device, *sizes))
+    for sizes in TINY_SAMPLING if tiny else SAMPLING:
+        yield Case("gumbel", "{}x{}".format(*sizes), partial(sample, device, *sizes))
+    truncations = {"top-k 50": (50, 1.0, 0.0), "top-p 0.9": (0, 0.9, 0.0), "min-p 0.05": (0, 1.0, 0.05)}
+    for sizes in TINY_SAMPLING if tiny else SAMPLING:
+        for name, limits in truncations.items():
+            label = "{}x{}, ".format(*sizes) + name
+            yield Case("truncation", label, partial(truncate, device, *sizes, *limits))
+
+
+def norm(device, tokens, size, with_residual) -> Problem:
+    x, residual = torch.randn((2, tokens, size), device=device, dtype=dtype_on(device)).unbind(0)
+    weight = torch.randn(size, device=device, dtype=x.dtype)
+    if not with_residual:
+        run = partial(rms_norm, x, weight, 1e-6)
+        peers: dict[str, Work] = {"torch": lambda: F.rms_norm(x, (size,), weight, 1e-6)}
+        wanted = partial(rms_norm_reference, x.float(), weight.float(), 1e-6)
+        return Problem(run, lambda: (run(), wanted()), 2 * x.nbytes + weight.nbytes, peers=peers)
+    run = partial(rms_norm, x, weight, 1e-6, residual)
+    peers = {"torch": lambda: F.rms_norm(x + residual, (size,), weight, 1e-6)}
+
+    def check() -> tuple[torch.Tensor, torch.Tensor]:
+        # The sum is rounded before the norm: of full precision it would differ by more than the kernel does.
+        return torch.stack(run()), torch.stack(rms_norm_reference(x, weight, 1e-6, residual))
+
+    return Problem(run, check, 4 * x.nbytes + weight.nbytes, peers=peers)
+
+
+def rotation(device, tokens, heads, kv_heads, dim, section) -> Problem:
+    fused = torch.randn((tokens, heads + 2 * kv_heads, dim), device=device, dtype=dtype_on(device))
+    q, k = fused[:, :heads], fused[:, heads : heads + kv_heads]
+    angles = torch.rand((4096, dim // 2), device=device) * 6.28
+    cos, sin = angles.cos(), angles.sin()
+    axes = (tokens,) if section is None else (3, tokens)
+    positions = torch.randint(0, 4096, axes, device=device)
+
+    def check() -> tuple[torch.Tensor, torch.Tensor]:
+        made = []
+        for rotate in (rotary, rotary_reference):
+            pair = q.clone(), k.clone()
+            rotate(*pair, positions, cos, sin, mrope_section=section)
+            made.append(torch.cat(pair, dim=1))
+        return made[0], made[1]
+
+    arguments = partial(rotary, q, k, positions, cos, sin, mrope_section=section)
+    peers: dict[str, Work] = {
+        "reference": partial(rotary_reference, q, k, positions, cos, sin, mrope_section=section)
+    }
+    tables = 2 * tokens * (dim // 2) * cos.element_size()
+    amount = 2 * (q.numel() + k.numel()) * q.element_size() + tables + positions.nbytes
+    return Problem(arguments, check, amount, peers=peers)
+
+
+def gate(device, tokens, size) -> Problem:
+    x = torch.randn((tokens, 2 * size), device=device, dtype=dtype_on(device))
+    run = partial(act_mul, x)
+    peers: dict[str, Work] = {"reference": partial(act_mul_reference, x)}
+    return Problem(run, lambda: (run(), act_mul_reference(x.float())), 1.5 * x.nbytes, peers=peers)
+
+
+def write(device, tokens, heads, dim) -> Problem:
+    fused = torch.randn((tokens, 4, heads, dim), device=device, dtype=dtype_on(device))
+    k, v = fused[:, 2], fused[:, 3]
+    blocks = -(-tokens // BLOCK)
+    caches = torch.zeros((2, blocks, heads, BLOCK, dim), device=device, dtype=fused.dtype)
+    slots = torch.randperm(blocks * BLOCK)[:tokens].to(device)
+    block, offset = slots // BLOCK, slots % BLOCK
+
+    def run() -> None:
+        kv_write(k, v, caches[0], caches[1], slots)
+
+    def by_index() -> None:
+        caches[0][block, :, offset] = k
+        caches[1][block, :, offset] = v
+
+    def check() -> tuple[torch.Tensor, torch.Tensor]:
+        run()
+        found = caches.clone()
+        caches.zero_()
+        by_index()
+        return found, caches
+
+    amount = 2 * (k.numel() + v.numel()) * k.element_size() + slots.nbytes
+    return Problem(run, check, amount, peers={"index_put": by_index})
+
+
+def likelihoods(device, rows, vocab) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of some peak, and temperatures."""
+    logits = (torch.randn((rows, vocab), device=device) * 3).to(dtype_on(device))
+    return logits, torch.full((rows,), 0.8, device=device)
+
+
+def sample(device, rows, vocab) -> Problem:
+    logits, temperature = likelihoods(device, rows, vocab)
+    seeds, index = torch.arange(rows, device=device) * 7919, torch.arange(rows, device=device)
+    arguments = (logits, temperature, seeds, index)
+
+    def check() -> tuple[torch.Tensor, torch.Tensor]:
+        differ = (gumbel_argmax(*arguments) != gumbel_argmax_reference(*arguments)).sum()
+        return differ, torch.zeros_like(differ)
+
+    peers: dict[str, Work] = {
+        "argmax": lambda: logits.argmax(-1),
+        "multinomial": lambda: (logits.float() / 0.8).softmax(-1).multinomial(1),
+    }
+    return Problem(partial(gumbel_argmax, *arguments), check, logits.nbytes, peers=peers)
+
+
+def truncate(device, rows, vocab, top_k, top_p, min_p) -> Problem:
+    logits, temperature = likelihoods(device, rows, vocab)
+    limits = (
+        torch.full((rows,), top_k, dtype=torch.int64, device=device),
+        torch.full((rows,), top_p, device=device),
+        torch.full((rows,), min_p, device=device),
+    )
+    run = partial(truncation_threshold, logits, temperature, *limits)
+    wanted = partial(truncation_threshold_reference, logits, temperature, *limits)
+
+    def check() -> tuple[torch.Tensor, torch.Tensor]:
+        # A threshold anywhere between two logits is as good: what counts is how many tokens it keeps.
+        found, right = ((logits >= threshold[:, None]).sum(1) for threshold in (run(), wanted()))
+        return found, right
+
+    return Problem(run, check, logits.nbytes, peers={"sort": wanted})
