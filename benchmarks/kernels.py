@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels [--only paged_decode,linear] [--json FILE]
 
-First the machine's rates: a large copy (bytes read and written) and a large matrix product, bfloat16 on a GPU.
-Then a row per case: microseconds, the rate that they mean for the bytes or operations that the problem needs,
-that rate's share of the machine's, the largest absolute difference from the kernel's reference (for sampled
-tokens: how many differ), and the microseconds of other ways to do the same. On a GPU inputs are cold in L2.
+First the machine's rates: a large copy (bytes read and written) and a large matrix product, in bfloat16 on a
+GPU. Then a row per case: microseconds; the rate that they mean for the bytes or operations that the problem
+needs; that rate's share of the machine's; the largest absolute difference from the kernel's reference (for
+sampling: of the numbers of tokens that differ or are kept); and the microseconds of other ways to do the
+same. On a GPU inputs are cold in L2.
 
 Without a GPU this is a smoke run: tiny shapes through the references, whose times mean nothing.
 """

@@ -59,8 +59,8 @@ class Clock:
         """``seconds``: how long to measure each call for, about."""
         self.device = device
         self.seconds = seconds
-        # Much larger than any L2, and long enough in passing that the host gets ahead of the device: what lies
-        # between two events is the device's time then, not the time to launch.
+        # Much larger than any L2, and long enough in passing that the host gets ahead of the device: what
+        # lies between two events is the device's time then, not the time to launch.
         size = (1 << 30) // 4 if device.type == "cuda" else 0
         self._flush = torch.zeros(size, dtype=torch.float32, device=device)
 
@@ -109,13 +109,20 @@ class Rates:
 
     @staticmethod
     def measure(clock: Clock, tiny: bool) -> Rates:
-        device = clock.device
-        source = torch.zeros((4 << 20) if tiny else (4 << 30), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        copy = 2 * source.numel() / clock.time(lambda: target.copy_(source))
-        del source, target
-        side = 256 if tiny else 8192
-        a, b = (torch.randn(side, side, device=device, dtype=dtype_on(device)) for _ in range(2))
-        gemm = 2 * side**3 / clock.time(lambda: a @ b)
-        small = torch.zeros(1, device=device)
-        return Rates(copy, gemm, clock.time(lambda: small.zero_()))
+        small = torch.zeros(1, device=clock.device)
+        size, side = (4 << 20, 256) if tiny else (4 << 30, 8192)
+        return Rates(copy_rate(clock, size), gemm_rate(clock, side), clock.time(small.zero_))
+
+
+def copy_rate(clock: Clock, size: int) -> float:
+    """Bytes per second, read and written together, of a copy of ``size`` bytes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return 2 * size / clock.time(lambda: target.copy_(source))
+
+
+def gemm_rate(clock: Clock, side: int) -> float:
+    """Operations per second of a product of square matrices."""
+    shape = (2, side, side)
+    a, b = torch.randn(shape, device=clock.device, dtype=dtype_on(clock.device)).unbind(0)
+    return 2 * side**3 / clock.time(lambda: a @ b)

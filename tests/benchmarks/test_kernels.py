@@ -1,0 +1,64 @@
+"""The benchmark of kernels runs through all its cases, and says which fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernels
+from benchmarks.kernels_timing import Case, Clock, Problem, Rates
+from engine import kernels as package
+
+RATES = Rates(copy=1e9, gemm=1e12, nothing=1e-6)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock(torch.device("cpu"), 0.01)
+
+
+def test_every_case_runs_and_is_right(capsys, tmp_path):
+    file = tmp_path / "kernels.json"
+    kernels.main(["--tiny", "--seconds", "0.001", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert found["smoke run"] and found["rates"]["copy"] > 0
+    tolerance = 0.2 if torch.cuda.is_available() else 1e-5
+    for row in found["rows"]:
+        assert "failed" not in row, row
+        assert row["us"] > 0 and row["rate"] > 0 and row["error"] <= tolerance, row
+        assert all(isinstance(time, float) for time in row["peers us"].values()) or torch.cuda.is_available()
+    said = capsys.readouterr().out
+    assert "smoke run" in said and "FAILED" not in said
+
+
+def test_every_kernel_of_the_engine_is_measured():
+    names = {path.stem for path in Path(package.__path__[0]).glob("*.py")} - {"__init__", "dispatch"}
+    measured = {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=True)}
+    attention = {"paged_decode", "paged_prefill", "paged_mixed", "vision"}
+    assert (names - {"paged_attention", "vision_attention"}) | attention <= measured
+    assert measured == {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=False)}
+
+
+def test_a_failing_case_is_a_row(clock):
+    def build() -> Problem:
+        raise RuntimeError("no such backend\nand more")
+
+    row = kernels.measure(Case("broken", "1x1", build), clock, RATES)
+    assert row["failed"] == "RuntimeError: no such backend"
+    assert "FAILED RuntimeError: no such backend" in kernels.line(row)
+
+
+def test_a_failing_peer_leaves_the_row(clock):
+    x = torch.ones(8)
+    problem = Problem(lambda: x + 1, lambda: (x + 1, x + 1.5), x.nbytes, peers={"none": lambda: 1 // 0})
+    row = kernels.measure(Case("add", "8", lambda: problem), clock, RATES)
+    assert row["error"] == 0.5
+    assert row["us"] > 0 and row["rate"] * row["us"] * 1e3 == pytest.approx(x.nbytes)
+    assert "none (ZeroDivisionError" in kernels.line(row)
+
+
+def test_unknown_kernels_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--only", "paged_decode,nonsense"])
+    assert "no such kernels: nonsense" in capsys.readouterr().err
