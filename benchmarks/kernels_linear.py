@@ -8,7 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels_timing import Case, Problem, dtype_on
+from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
+from engine.kernels.skinny_linear import MAX_ROWS, skinny_linear
 
 #: Layers of Qwen2-VL-2B: (name, input features, output features)
 LAYERS = [
@@ -25,19 +26,34 @@ BATCHES = (1, 4, 16, 64)
 def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     for name, inputs, outputs in TINY_LAYERS if tiny else LAYERS:
         for batch in BATCHES:
-            label = f"{name} {inputs}->{outputs}, batch {batch}"
-            yield Case("linear", label, partial(linear, device, batch, inputs, outputs))
+            label, sizes = f"{name} {inputs}->{outputs}, batch {batch}", (device, batch, inputs, outputs)
+            yield Case("linear", label, partial(linear, *sizes))
+            if batch <= MAX_ROWS:
+                yield Case("skinny_linear", label, partial(skinny, *sizes))
 
 
-def linear(device, batch, inputs, outputs) -> Problem:
+class Layer:
+    """A weight and what goes through it."""
+
+    def __init__(self, device: torch.device, batch: int, inputs: int, outputs: int) -> None:
+        self.x = torch.randn((batch, inputs), device=device, dtype=dtype_on(device))
+        self.weight = torch.randn((outputs, inputs), device=device, dtype=self.x.dtype) * inputs**-0.5
+        self.moved = self.weight.nbytes + self.x.nbytes + batch * outputs * self.x.element_size()
+
+    def wanted(self) -> torch.Tensor:
+        return self.x.float() @ self.weight.float().T
+
+
+def linear(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
     """The product as layers compute it."""
-    dtype = dtype_on(device)
-    x = torch.randn((batch, inputs), device=device, dtype=dtype)
-    weight = torch.randn((outputs, inputs), device=device, dtype=dtype) * inputs**-0.5
-    run = partial(F.linear, x, weight)
+    layer = Layer(device, batch, inputs, outputs)
+    run = partial(F.linear, layer.x, layer.weight)
+    return Problem(run, lambda: (run(), layer.wanted()), layer.moved)
 
-    def check() -> tuple[torch.Tensor, torch.Tensor]:
-        return run(), x.float() @ weight.float().T
 
-    amount = weight.nbytes + x.nbytes + batch * outputs * x.element_size()
-    return Problem(run, check, amount)
+def skinny(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
+    """The product by the kernel for few rows."""
+    layer = Layer(device, batch, inputs, outputs)
+    run = partial(skinny_linear, layer.x, layer.weight)
+    peers: dict[str, Work] = {"torch": partial(F.linear, layer.x, layer.weight)}
+    return Problem(run, lambda: (run(), layer.wanted()), layer.moved, peers=peers)
