@@ -22,9 +22,9 @@ class Histogram:
     counts: list[int] = field(default_factory=lambda: [0] * (len(TIME_BUCKETS) + 1))
     total: float = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, count: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += count
+        self.total += value * count
 
     def snapshot(self) -> dict:
         return {
@@ -73,8 +73,8 @@ class EngineMetrics:
         self.queue_time.observe((admitted_at or now) - arrival)
         self.time_to_first_token.observe(now - arrival)
 
-    def observe_gap(self, seconds: float) -> None:
-        self.time_between_tokens.observe(seconds)
+    def observe_gap(self, seconds: float, count: int = 1) -> None:
+        self.time_between_tokens.observe(seconds, count)
 
     def observe_tokens(self, count: int, now: float) -> None:
         self.token_rate.add(count, now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +45,6 @@ class RequestGroup:
     requests: list[Request]
     usage: Usage
     sequences: dict[str, _Sequence] = field(default_factory=dict)
-    first_token_at: float | None = None
     last_token_at: float | None = None
 
     @property
@@ -97,6 +97,8 @@ class OutputProcessor:
         for step in steps:
             changed: dict[str, tuple[RequestGroup, StreamUpdate]] = {}
             now = time.monotonic()
+            # How many requests got their last token when: most of them in the same step.
+            previous: Counter[float] = Counter()
             self._prompt_logprobs(step, changed)
             for row, request in enumerate(step.requests):
                 if request is None or (found := self._running.get(request.id)) is None or found[1].done:
@@ -106,13 +108,15 @@ class OutputProcessor:
                 if delta.finish_reason is not None and not request.finished:
                     stopped.append(request)
                 self._update(group, changed).deltas.append(delta)
-                self._time(group, now)
+                self._time(group, now, previous)
             for group, update in changed.values():
                 update.finished = any(d.finish_reason for d in update.deltas) and group.finished
                 if update.finished:
                     self._metrics.observe_finish(group.usage)
                     self.remove(group)
                 updates.append((group, update))
+            for last, count in previous.items():
+                self._metrics.observe_gap(now - last, count)
             self._metrics.observe_tokens(sum(len(update.deltas) for _, update in changed.values()), now)
             updates += self._pooled(step)
         return updates, stopped
@@ -178,13 +182,13 @@ class OutputProcessor:
                 EmbeddingOutput(group.id, request.token_ids, _floats(vector), group.usage),
             )
 
-    def _time(self, group: RequestGroup, now: float) -> None:
-        request = group.requests[0]
-        if group.first_token_at is None:
-            group.first_token_at = now
+    def _time(self, group: RequestGroup, now: float, previous: Counter[float]) -> None:
+        last = group.last_token_at
+        if last is None:
+            request = group.requests[0]
             self._metrics.observe_first_token(request.arrival, request.admitted_at, now)
-        elif group.last_token_at is not None and group.last_token_at != now:
-            self._metrics.observe_gap(now - group.last_token_at)
+        elif last != now:
+            previous[last] += 1
         group.last_token_at = now
 
     def _row_logprobs(
