@@ -57,11 +57,6 @@ class ModelConfig:
         return self.decoder.max_position
 
     @property
-    def uses_mrope(self) -> bool:
-        """Whether positions are ``(3, T)`` rather than ``(T,)``."""
-        return self.decoder.rope.mrope_section is not None
-
-    @property
     def embedding_width(self) -> int:
         """Numbers per embedding row: the hidden size, followed by one more per deepstack layer."""
         return self.decoder.hidden_size * (1 + self.decoder.num_deepstack)
@@ -75,10 +70,7 @@ class PromptFormat:
         image: what marks a picture in a rendered prompt, and becomes the item's placeholder. ``{index}`` in
             it stands for the picture's number in the prompt, from 1.
         video: the same for a video; None if the family has none.
-        template_takes_parts: the chat template accepts a list of ``{"type": "image"}`` and
-            ``{"type": "text"}`` parts; otherwise content must be one string, built by joining parts with
-            ``separator``.
-        separator: what joins parts of a message for templates that take strings.
+        separator: what joins the parts of a message for chat templates that take strings.
         split_at_media: text before, between and after the marks is tokenised piece by piece, each with the
             tokenizer's own special tokens (Phi-3.5-vision), instead of as one text.
         default_template: Jinja chat template to use where the checkpoint brings none; None: there is none.
@@ -86,7 +78,6 @@ class PromptFormat:
 
     image: str | None = None
     video: str | None = None
-    template_takes_parts: bool = True
     separator: str = ""
     split_at_media: bool = False
     default_template: str | None = None

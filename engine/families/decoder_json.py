@@ -83,7 +83,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         o_bias=attention_bias and not qwen_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
         qk_norm=kind == "qwen3",
-        windows=_windows(config, kind, layers, sliding_stated="sliding_window" in raw),
+        windows=_windows(config, kind, layers),
     )
 
 
@@ -192,7 +192,7 @@ def _check_rope(rope: RopeConfig, head_dim: int) -> None:
         )
 
 
-def _windows(config: Json, kind: str, layers: int, *, sliding_stated: bool) -> tuple[int | None, ...]:
+def _windows(config: Json, kind: str, layers: int) -> tuple[int | None, ...]:
     window = config.get("sliding_window")
     types = config.get("layer_types")
     if kind == "mistral":

@@ -62,7 +62,7 @@ class MiniCPMVFamily:
         )
 
     def prompt_format(self, config: ModelConfig) -> PromptFormat:
-        return PromptFormat(image="(<image>./</image>)", template_takes_parts=False, separator="\n")
+        return PromptFormat(image="(<image>./</image>)", separator="\n")
 
     def placeholder(
         self, config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]

@@ -70,9 +70,7 @@ class Phi3VFamily:
         )
 
     def prompt_format(self, config: ModelConfig) -> PromptFormat:
-        return PromptFormat(
-            image="<|image_{index}|>", template_takes_parts=False, separator="\n", split_at_media=True
-        )
+        return PromptFormat(image="<|image_{index}|>", separator="\n", split_at_media=True)
 
     def placeholder(
         self, config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]

@@ -53,7 +53,7 @@ class TextFamily:
         )
 
     def prompt_format(self, config: ModelConfig) -> PromptFormat:
-        return PromptFormat(template_takes_parts=False)
+        return PromptFormat()
 
     def placeholder(
         self, config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]

@@ -101,7 +101,6 @@ class StepEvents:
         requests: the request of each row, None where the row is void.
         tokens: int64 ``(R,)``.
         finished: rows that ended, with their reason (``stop`` or ``length``).
-        stopped_by: for ``stop`` rows, the token id.
         logprobs: per row the runner's log-probabilities, where any row asked.
         prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
         pooled: ``(request, float32 vector)`` of finished pooling requests.

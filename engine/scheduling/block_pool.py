@@ -74,11 +74,6 @@ class BlockPool:
             self._block_of[key] = block
             self._hash_of[block] = key
 
-    def clear_cache(self) -> None:
-        """Forget all content; blocks in use stay in use."""
-        self._block_of.clear()
-        self._hash_of.clear()
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless counts, free list and cache agree."""
         for block in range(1, self.num_blocks):
