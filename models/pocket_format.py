@@ -13,6 +13,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from models import questions
 from models import samples as data
 
 SPECIALS = [
@@ -78,14 +79,21 @@ VISION = {
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE over the scenes' questions and answers; written words stay letter by letter."""
+    """Byte-level BPE over the scenes' questions and answers; written words stay letter by letter.
+
+    The corpus has equally many questions of each task, whatever the tasks weigh in training: the vocabulary
+    is the same before and after those weights change.
+    """
     corpus = []
+    tasks = (*questions.SHAPE_ASKERS, "two pictures")
     for index in range(6000):
-        rng = random.Random(index)
-        sample = data.picture_sample(rng, (96, 96)) if index % 4 else data.comparison_sample(rng, (96, 96))
-        if not any(turn.task in ("word", "number") for turn in sample.turns):
-            corpus += [text for turn in sample.turns for text in (turn.question, turn.answer)]
-    corpus += [text for questions, answer in data.CHATS for text in (*questions, answer)]
+        rng, task = random.Random(index), tasks[index % len(tasks)]
+        if task == "two pictures":
+            turns = data.comparison_sample(rng, (96, 96)).turns
+        else:
+            turns = [data.make_scene(rng, task, (96, 96))[1]]
+        corpus += [text for turn in turns for text in (turn.question, turn.answer)]
+    corpus += [text for greetings, answer in data.CHATS for text in (*greetings, answer)]
     corpus += [
         "user\n",
         "assistant\n",
@@ -109,58 +117,71 @@ def make_tokenizer() -> Tokenizer:
     return core
 
 
+class PromptRow:
+    """Ids, labels (-100 where nothing is learned) and M-RoPE positions of one sequence, as it grows."""
+
+    def __init__(self, core: Tokenizer) -> None:
+        self.core = core
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+        self._positions: list[np.ndarray] = []
+        self._at = 0
+
+    @property
+    def positions(self) -> np.ndarray:
+        """``(3, L)``: time, height and width."""
+        return np.concatenate(self._positions, axis=1)
+
+    def text(self, value: str, learn: bool = False) -> None:
+        new = self.core.encode(value, add_special_tokens=False).ids
+        self.ids.extend(new)
+        self.labels.extend(new if learn else [-100] * len(new))
+        self._positions.append(np.broadcast_to(np.arange(self._at, self._at + len(new)), (3, len(new))))
+        self._at += len(new)
+
+    def picture(self, grid: tuple[int, int]) -> None:
+        """A picture of ``grid`` patches (height, width), between its marks."""
+        rows, columns = grid[0] // MERGE, grid[1] // MERGE
+        self.text("<|vision_start|>")
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        self.ids.extend([IMAGE] * (rows * columns))
+        self.labels.extend([-100] * (rows * columns))
+        self._positions.append(
+            np.stack([np.full(rows * columns, self._at), self._at + row, self._at + column])
+        )
+        self._at += max(rows, columns)
+        self.text("<|vision_end|>")
+
+
 def encode_sample(
     core: Tokenizer, sample: data.Sample, grid: tuple[int, int], rng: random.Random | None = None
-) -> tuple[list[int], list[int], np.ndarray]:
-    """Ids, labels (-100 outside of answers) and M-RoPE positions ``(3, L)`` of a conversation.
+) -> PromptRow:
+    """A conversation, of which only answers are learned.
 
     Args:
         grid: patches of each picture, by height and width.
         rng: draws a system message and the order of pictures and question; without it there is no system
             message, pictures come first, and all ends where the first answer begins.
     """
-    rows, columns = grid[0] // MERGE, grid[1] // MERGE
-    ids: list[int] = []
-    labels: list[int] = []
-    positions: list[np.ndarray] = []
-    at = 0
-
-    def text(value: str, learn: bool) -> None:
-        nonlocal at
-        new = core.encode(value, add_special_tokens=False).ids
-        ids.extend(new)
-        labels.extend(new if learn else [-100] * len(new))
-        positions.append(np.broadcast_to(np.arange(at, at + len(new)), (3, len(new))))
-        at += len(new)
-
-    def pictures(count: int) -> None:
-        nonlocal at
-        for _ in range(count):
-            text("<|vision_start|>", False)
-            row, column = np.divmod(np.arange(rows * columns), columns)
-            ids.extend([IMAGE] * (rows * columns))
-            labels.extend([-100] * (rows * columns))
-            positions.append(np.stack([np.full(rows * columns, at), at + row, at + column]))
-            at += max(rows, columns)
-            text("<|vision_end|>", False)
-
+    row = PromptRow(core)
     if rng is not None and rng.random() < 0.08:
-        text(f"<|im_start|>system\n{rng.choice(SYSTEM_MESSAGES)}<|im_end|>\n", False)
+        row.text(f"<|im_start|>system\n{rng.choice(SYSTEM_MESSAGES)}<|im_end|>\n")
     for number, turn in enumerate(sample.turns):
-        text("<|im_start|>user\n", False)
+        row.text("<|im_start|>user\n")
         shown = sample.shown_at.count(number)
-        if rng is not None and rng.random() < 0.3:
-            text(turn.question, False)
-            pictures(shown)
-        else:
-            pictures(shown)
-            text(turn.question, False)
-        text("<|im_end|>\n<|im_start|>assistant\n", False)
+        question_first = rng is not None and rng.random() < 0.3
+        if question_first:
+            row.text(turn.question)
+        for _ in range(shown):
+            row.picture(grid)
+        if not question_first:
+            row.text(turn.question)
+        row.text("<|im_end|>\n<|im_start|>assistant\n")
         if rng is None:
             break
-        text(f"{turn.answer}<|im_end|>", True)
-        text("\n", False)
-    return ids, labels, np.concatenate(positions, axis=1)
+        row.text(f"{turn.answer}<|im_end|>", learn=True)
+        row.text("\n")
+    return row
 
 
 def resized(size: tuple[int, int]) -> tuple[int, int]:
@@ -177,6 +198,12 @@ def resized(size: tuple[int, int]) -> tuple[int, int]:
     return w, h
 
 
+def patches(size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches of a picture of width and height ``size``."""
+    width, height = resized(size)
+    return height // PATCH, width // PATCH
+
+
 def pixels(image: Image.Image) -> np.ndarray:
     """uint8 ``(H, W, 3)``."""
     return np.asarray(image.convert("RGB").resize(resized(image.size), Image.Resampling.BICUBIC))
@@ -186,23 +213,31 @@ def collate(
     core: Tokenizer, samples: list[data.Sample], grid: tuple[int, int], rng: random.Random | None = None
 ) -> dict[str, torch.Tensor]:
     rows = [encode_sample(core, sample, grid, rng) for sample in samples]
-    length = -(-max(len(ids) for ids, _, _ in rows) // 16) * 16
+    return stack(rows, [image for sample in samples for image in sample.images])
+
+
+def stack(rows: list[PromptRow], images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """Sequences padded at their ends, and their pictures, which have one size.
+
+    Returns:
+        int64 ``ids`` and ``labels`` ``(B, L)``, ``positions`` ``(3, B, L)`` and ``lengths`` ``(B,)``; uint8
+        ``pixels`` ``(N, H, W, 3)``.
+    """
+    length = -(-max(len(row.ids) for row in rows) // 16) * 16
     ids = np.full((len(rows), length), PAD, np.int64)
     labels = np.full((len(rows), length), -100, np.int64)
     positions = np.zeros((3, len(rows), length), np.int64)
-    for row, (row_ids, row_labels, row_positions) in enumerate(rows):
-        ids[row, : len(row_ids)] = row_ids
-        labels[row, : len(row_ids)] = row_labels
-        positions[:, row, : len(row_ids)] = row_positions
-    images = [pixels(image) for sample in samples for image in sample.images]
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = row.ids
+        labels[index, : len(row.ids)] = row.labels
+        positions[:, index, : len(row.ids)] = row.positions
+    seen = [pixels(image) for image in images]
     return {
-        "pixels": torch.from_numpy(np.stack(images))
-        if images
-        else torch.zeros(0, 1, 1, 3, dtype=torch.uint8),
+        "pixels": torch.from_numpy(np.stack(seen)) if seen else torch.zeros(0, 1, 1, 3, dtype=torch.uint8),
         "ids": torch.from_numpy(ids),
         "labels": torch.from_numpy(labels),
         "positions": torch.from_numpy(positions),
-        "lengths": torch.tensor([len(row[0]) for row in rows]),
+        "lengths": torch.tensor([len(row.ids) for row in rows]),
     }
 
 

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from models import pocket_format, samples, scenes
-from models.pocket_format import END, IMAGE, PAD, PATCH
-from models.train_pocket import Trainee, TransformersAsk, save, take_shortcut
+from models.pocket_format import END, IMAGE, PAD
+from models.train_pocket import TransformersAsk, check_batches
+from models.training import Trainee, save, take_shortcut
 from tests.engine.tiny import reference_processor
 
 
@@ -35,8 +36,7 @@ def test_prompts_and_pixels_are_the_processor_s(core: Tokenizer, folder: Path) -
         size = scenes.random_size(rng)
         draw = samples.comparison_sample if seed % 2 else samples.picture_sample
         sample = draw(rng, size)
-        width, height = pocket_format.resized(size)
-        ids, _, _ = pocket_format.encode_sample(core, sample, (height // PATCH, width // PATCH))
+        ids = pocket_format.encode_sample(core, sample, pocket_format.patches(size)).ids
         question = {"type": "text", "text": sample.turns[0].question}
         content = [*({"type": "image_url", "image_url": {}} for _ in sample.images), question]
         prompt = tokenizer.apply_chat_template(
@@ -53,13 +53,14 @@ def test_only_answers_are_learned(core: Tokenizer) -> None:
     rng = random.Random(1)
     for _ in range(20):
         sample = samples.picture_sample(rng, (100, 100))
-        ids, labels, positions = pocket_format.encode_sample(core, sample, (8, 8), rng)
+        row = pocket_format.encode_sample(core, sample, (8, 8), rng)
+        ids, labels = row.ids, row.labels
         learned = [label for label in labels if label != -100]
         answers = "".join(turn.answer + "<|im_end|>" for turn in sample.turns)
         assert core.decode(learned, skip_special_tokens=False) == answers
         assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
         assert ids.count(IMAGE) == 16
-        assert positions.shape == (3, len(ids))
+        assert row.positions.shape == (3, len(ids))
 
 
 def test_padding_is_not_learned(core: Tokenizer) -> None:
@@ -70,6 +71,14 @@ def test_padding_is_not_learned(core: Tokenizer) -> None:
     assert padding.any()
     assert (batch["labels"][padding] == -100).all()
     assert (batch["ids"][padding] == PAD).all()
+
+
+def test_the_vocabulary_does_not_depend_on_the_weights_of_tasks(
+    core: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = dict.fromkeys(samples.TRAINING_TASKS, 1) | {"color": 1000}
+    monkeypatch.setattr(samples, "TRAINING_TASKS", weights)
+    assert pocket_format.make_tokenizer().to_str() == core.to_str()
 
 
 def test_words_are_spelled_letter_by_letter(core: Tokenizer) -> None:
@@ -83,7 +92,7 @@ def test_the_training_pass_is_transformers_forward(core: Tokenizer) -> None:
     for parameter in trainee.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(0.2 * torch.randn_like(parameter))
-    take_shortcut(trainee, core, torch.device("cpu"))
+    take_shortcut(trainee, check_batches(core))
 
 
 def test_a_saved_checkpoint_answers_in_batches_as_alone(folder: Path) -> None:

@@ -1,0 +1,175 @@
+"""Trains pocket-embed, which puts pictures and texts of the pocket scenes into one space, on one GPU.
+
+    python -m models.train_pocket_embed --start-from models/pocket --out models/pocket-embed --seconds 240
+
+See :mod:`models.training` for how.
+
+Model card
+----------
+**pocket-embed** has the architecture of Qwen2-VL and the size of pocket (6.6 million parameters, 13 MB of
+safetensors in bfloat16), and is served with ``task: embed``. Pictures and captions of pocket's small world
+(coloured shapes, or one written word or number, on plain backgrounds) become vectors of 256 numbers of length
+1, such that a picture is nearest to its own caption.
+
+*Prompt form.* One user message that holds either a picture alone or a text alone, in the checkpoint's ChatML
+template without generation prompt::
+
+    <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|><|im_end|>\\n
+    <|im_start|>user\\nA red circle.<|im_end|>\\n
+
+*Pooling.* The hidden state of the last token, which is the newline behind ``<|im_end|>``, after the decoder's
+final norm, scaled to length 1: the defaults of ``LLM(model, task="embed").embed(messages=...)`` and of
+``/v1/embeddings`` with ``messages``. A third of the texts in training come bare, without the template, so
+that strings given as ``input`` or ``prompts`` work too; there the last token is the text's own. Pictures need
+the template. System messages and generation prompts were never seen in training.
+
+*Data.* ``models/pairs.py``: scenes that are drawn from a seed, with their captions in nine wordings. A
+caption names colours and shapes from left to right and the background, or the written text; where things are
+beyond that order, and how large, it does not say, and the vectors need not tell. No two captions of a batch
+are equal. Purple triangles, orange stars, blue diamonds and green crosses never occur in training.
+
+*Training.* Symmetric InfoNCE with a learned temperature over the batch's pairs, from pocket's weights.
+*Evaluation.* ``models/eval_pocket_embed.py``: recall among 100 held-out pairs of distinct captions, in both
+directions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import Qwen2VLForConditionalGeneration
+
+from models import eval_pocket_embed, training
+from models.eval_pocket_embed import Item
+from models.pairs import captioned_pairs
+from models.pocket_format import IMAGE, PromptRow, patches, patchify, pixels, stack
+from models.scenes import random_size
+
+#: Of texts in training, how many come without the template.
+BARE = 1 / 3
+
+
+def encode_item(core: Tokenizer, item: Item, *, bare: bool = False) -> PromptRow:
+    """A picture or a text as the chat template puts a user's message; ``bare`` texts are left as they are."""
+    row = PromptRow(core)
+    if bare:
+        assert isinstance(item, str)
+        row.text(item)
+        return row
+    row.text("<|im_start|>user\n")
+    if isinstance(item, str):
+        row.text(item)
+    else:
+        row.picture(patches(item.size))
+    row.text("<|im_end|>\n")
+    return row
+
+
+class PairBatches:
+    """Draws batches of pairs: ``ids`` and the like of texts and, behind ``picture_``, of pictures."""
+
+    def __init__(self, core: Tokenizer, batch_size: int) -> None:
+        self.core, self.batch_size = core, batch_size
+
+    def __call__(self, rng: random.Random) -> training.Batch:
+        pairs = captioned_pairs(rng, self.batch_size, random_size(rng))
+        texts = stack([encode_item(self.core, p.text, bare=rng.random() < BARE) for p in pairs], [])
+        images = [pair.image for pair in pairs]
+        seen = stack([encode_item(self.core, image) for image in images], images)
+        return texts | {f"picture_{name}": value for name, value in seen.items()}
+
+
+def picture_side(batch: training.Batch) -> training.Batch:
+    """The pictures' own batch."""
+    mark = "picture_"
+    return {name.removeprefix(mark): value for name, value in batch.items() if name.startswith(mark)}
+
+
+class Embedder(training.Trainee):
+    """Learns to tell each picture's text from the batch's others, and each text's picture."""
+
+    def __init__(self, model: Qwen2VLForConditionalGeneration) -> None:
+        super().__init__(model)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07), device=model.device))
+
+    def vectors(self, batch: training.Batch) -> torch.Tensor:
+        """float32 ``(B, hidden)`` of length 1: hidden states of last tokens."""
+        last = batch["lengths"] - 1
+        hidden = self.hidden(batch)
+        pooled = hidden[torch.arange(len(last), device=last.device), last]
+        return F.normalize(pooled.float(), dim=-1)
+
+    def forward(self, batch: training.Batch) -> torch.Tensor:
+        """Symmetric InfoNCE, as CLIP's (arXiv:2103.00020, figure 3), its scale at most 100."""
+        texts, pictures = self.vectors(batch), self.vectors(picture_side(batch))
+        # Half precision would round away what tells near captions apart.
+        with torch.autocast(texts.device.type, enabled=False):
+            logits = texts @ pictures.T * self.log_scale.exp().clamp(max=100.0)
+        right = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+class TransformersEmbed:
+    """Embeds with Transformers' own classes, one item at a time, from a saved checkpoint."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.device = device
+        self.core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        loaded = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        self.model = loaded.eval().to(device)
+
+    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+        return torch.stack([self._one(item) for item in items]).cpu().numpy()
+
+    @torch.inference_mode()
+    def _one(self, item: Item) -> torch.Tensor:
+        ids = torch.tensor([encode_item(self.core, item).ids])
+        inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()}
+        if not isinstance(item, str):
+            inputs |= {
+                "pixel_values": patchify(torch.from_numpy(pixels(item).copy())[None])[0],
+                "image_grid_thw": torch.tensor([[1, *patches(item.size)]]),
+            }
+        moved = {name: value.to(self.device) for name, value in inputs.items()}
+        # The last of these is the one after the final norm.
+        hidden = self.model(**moved, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        return F.normalize(hidden[0, -1].float(), dim=-1)
+
+
+def check_batches(core: Tokenizer) -> list[training.Batch]:
+    """Batches of texts and of pictures, to compare the training pass on."""
+    batch = PairBatches(core, 4)(random.Random(5))
+    return [batch, picture_side(batch)]
+
+
+def main() -> None:
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    training.add_options(parser, seconds=240, batch=512, lr=6e-4)
+    options = parser.parse_args()
+    model, core = training.prepare(options)
+    trainee = Embedder(model)
+    training.take_shortcut(trainee, check_batches(core))
+    training.fit(trainee, PairBatches(core, options.batch), options, start)
+    training.save(trainee, core, options.out)
+    embed = TransformersEmbed(options.out, torch.device(options.device))
+    scores = eval_pocket_embed.evaluate(embed, options.evaluate)
+    (options.out / "training.json").write_text(
+        json.dumps({"scores": scores, "torch": torch.__version__}, indent=1)
+    )
+    print(f"{time.monotonic() - start:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()
