@@ -21,7 +21,7 @@ class EngineConfig(BaseModel):
         max_model_len: longest prompt plus completion, in tokens; the model's own limit if None.
         block_size: tokens per KV block.
         num_kv_blocks: KV blocks; None measures free memory (GPU) or takes ``kv_cache_bytes`` (CPU).
-        kv_cache_bytes: memory for KV blocks where it isn't measured.
+        kv_cache_bytes: memory for KV blocks where it isn't measured, on each rank.
         gpu_memory_utilization: share of the GPU's total memory this process may use.
         max_num_seqs: requests running at once.
         max_num_batched_tokens: token budget of one step.
@@ -29,7 +29,9 @@ class EngineConfig(BaseModel):
         enable_prefix_caching: reuse KV blocks of equal prefixes.
         enforce_eager: never capture CUDA graphs.
         run_ahead: steps the host may enqueue before it reads sampled tokens; 0 waits for each step.
-        tensor_parallel_size: ranks that share the language model.
+        tensor_parallel_size: ranks that share the language model, each with a process of its own and, where
+            there are GPUs, a GPU; rank 0 is the engine's process. Must divide the model's heads and its
+            intermediate size; KV heads may be fewer.
         limit_mm_per_prompt: most items of each kind in one prompt.
         mm_processor_kwargs: processor options of the model's family, e.g. ``max_pixels`` or ``num_crops``.
         chat_template: a Jinja template or the path of one; overrides the checkpoint's.

@@ -90,11 +90,15 @@ class TorchGroup:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        parts = torch.empty(self.size, *tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        options = c10d.AllgatherOptions()
-        options.asyncOp = False
-        _wait(self._backend.allgather([list(parts.unbind(0))], [tensor.contiguous()], options))
-        return torch.cat(parts.unbind(0), dim=dim)
+        rows = torch.empty(
+            self.size * tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device
+        )
+        # Backends differ in what they make of nothing.
+        if rows.numel():
+            options = c10d.AllgatherOptions()
+            options.asyncOp = False
+            _wait(self._backend._allgather_base(rows, tensor.contiguous(), options))
+        return torch.cat(rows.unflatten(0, (self.size, tensor.shape[0])).unbind(0), dim=dim)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         options = c10d.BroadcastOptions()

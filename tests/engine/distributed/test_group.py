@@ -43,6 +43,7 @@ def _rank(rank: int, size: int, address: str, paths: list[Path], out: Path) -> N
     message = torch.full((3,), float(rank))
     assert group.broadcast(message.clone(), source=1).eq(1).all()
     assert group.all_gather(message[None], dim=0).tolist() == [[float(r)] * 3 for r in range(size)]
+    assert group.all_gather(torch.zeros(0, 3)).shape == (0, 3 * size)
     assert group.all_reduce(message.clone()).eq(sum(range(size))).all()
     torch.save([logits(path, group) for path in paths], out / f"rank{rank}.pt")
     group.close()
