@@ -118,12 +118,12 @@ def make_scene(
 
 
 TRAINING_TASKS = {
-    "word": 36,
+    "word": 33,
     "number": 10,
     "color": 6,
     "shape": 4,
     "count": 15,
-    "position": 16,
+    "position": 19,
     "place": 6,
     "yes/no": 6,
     "size": 5,

@@ -1,6 +1,6 @@
 """Trains the pocket model from nothing, in one run of bounded time on one GPU.
 
-    python -m models.train_pocket --out models/pocket --seconds 480
+    python -m models.train_pocket --out models/pocket --seconds 520
 
 See :mod:`models.training` for how.
 """
@@ -45,7 +45,7 @@ class Conversations:
         kind = rng.random()
         two = kind < 0.13
         # One number for all, or most of a batch would be padding.
-        turns = rng.choice((1, 2, 3, 4))
+        turns = rng.choice((1, 2, 3, 5))
         samples = []
         for _ in range(self.batch_size // 2 if two else self.batch_size):
             if two:
@@ -110,7 +110,7 @@ class TransformersAsk:
 def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    training.add_options(parser, seconds=480, batch=256, lr=1e-3)
+    training.add_options(parser, seconds=520, batch=512, lr=1e-3)
     options = parser.parse_args()
     model, core = training.prepare(options)
     trainee = Answerer(model)
