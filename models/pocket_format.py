@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,10 @@ TEXT = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
-    "rope_theta": 10000.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    # Contexts are short. With a usual base the width's share of the angles would be next to nothing over the
+    # few rows and columns of a picture.
+    "rope_theta": 300.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 12, 18]},
 }
 VISION = {
     "depth": 6,
@@ -117,6 +120,11 @@ def make_tokenizer() -> Tokenizer:
     return core
 
 
+@lru_cache(maxsize=1 << 15)
+def _ids(core: Tokenizer, text: str) -> list[int]:
+    return core.encode(text, add_special_tokens=False).ids
+
+
 class PromptRow:
     """Ids, labels (-100 where nothing is learned) and M-RoPE positions of one sequence, as it grows."""
 
@@ -133,7 +141,7 @@ class PromptRow:
         return np.concatenate(self._positions, axis=1)
 
     def text(self, value: str, learn: bool = False) -> None:
-        new = self.core.encode(value, add_special_tokens=False).ids
+        new = _ids(self.core, value)
         self.ids.extend(new)
         self.labels.extend(new if learn else [-100] * len(new))
         self._positions.append(np.broadcast_to(np.arange(self._at, self._at + len(new)), (3, len(new))))
@@ -221,9 +229,10 @@ def stack(rows: list[PromptRow], images: list[Image.Image]) -> dict[str, torch.T
 
     Returns:
         int64 ``ids`` and ``labels`` ``(B, L)``, ``positions`` ``(3, B, L)`` and ``lengths`` ``(B,)``; uint8
-        ``pixels`` ``(N, H, W, 3)``.
+        ``pixels`` ``(N, H, W, 3)``; ``picture_rows``, where among the flattened ``ids`` their rows go.
     """
-    length = -(-max(len(row.ids) for row in rows) // 16) * 16
+    # Few lengths, so that few shapes of batches.
+    length = -(-max(len(row.ids) for row in rows) // 64) * 64
     ids = np.full((len(rows), length), PAD, np.int64)
     labels = np.full((len(rows), length), -100, np.int64)
     positions = np.zeros((3, len(rows), length), np.int64)
@@ -238,13 +247,20 @@ def stack(rows: list[PromptRow], images: list[Image.Image]) -> dict[str, torch.T
         "labels": torch.from_numpy(labels),
         "positions": torch.from_numpy(positions),
         "lengths": torch.tensor([len(row.ids) for row in rows]),
+        "picture_rows": torch.from_numpy(np.flatnonzero(ids == IMAGE)),
     }
+
+
+@lru_cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of channels, of pixels from 0 to 255."""
+    return torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255
 
 
 def patchify(images: torch.Tensor) -> torch.Tensor:
     """uint8 ``(N, H, W, 3)`` to normalised patches ``(N, H * W / 196, 1176)``, 2x2 neighbours together."""
     n, height, width, _ = images.shape
-    mean, std = (torch.tensor(x, device=images.device) * 255 for x in (MEAN, STD))
+    mean, std = _statistics(images.device)
     x = (images.float() - mean) / std
     gh, gw = height // FACTOR, width // FACTOR
     x = x.view(n, gh, MERGE, PATCH, gw, MERGE, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)

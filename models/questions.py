@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from models.scenes import COLORS, SHAPES, Scene, random_pair
 
+_RELATION = re.compile(r"The (.+) is (above|below|to the left of|to the right of) the (.+)\.")
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
@@ -189,6 +192,38 @@ def ask_place(scene: Scene, rng: random.Random) -> Turn | None:
     return Turn("place", question, f"The {one} is {relation} the {place}.", place)
 
 
+def ask_order(scene: Scene, rng: random.Random) -> Turn | None:
+    """All things in a row, across or down; only where no two are about as far."""
+    across = rng.random() < 0.3
+    things = sorted(scene.things, key=lambda t: t.x if across else t.y)
+    places = [t.x if across else t.y for t in things]
+    if not 2 <= len(things) <= 4 or min(map(operator.sub, places[1:], places)) < 0.06 * max(scene.image.size):
+        return None
+    backwards = rng.random() < 0.3
+    way = ("left", "right") if across else ("top", "bottom")
+    if backwards:
+        things, way = things[::-1], way[::-1]
+    question = rng.choice(["Name the shapes from {} to {}.", "What is there, from {} to {}?"]).format(*way)
+    answer = _listing([article(t.name) for t in things])
+    return Turn("order", question, f"{answer[0].upper()}{answer[1:]}.", letters(answer))
+
+
+def ask_relation(scene: Scene, rng: random.Random) -> Turn | None:
+    """Whether one thing is left of, right of, above or below another."""
+    turn = ask_position(scene, rng)
+    if turn is None:
+        return None
+    one, relation, two = _RELATION.fullmatch(turn.answer).groups()  # type: ignore[union-attr]
+    opposite = {"above": "below", "below": "above", "left": "right", "right": "left"}
+    key = turn.key.removesuffix(" of")
+    asked = key if rng.random() < 0.5 else opposite[key]
+    named = asked if asked in ("above", "below") else f"to the {asked} of"
+    question = rng.choice([f"Is the {one} {named} the {two}?", f"Is the {one} {named} the {two}, yes or no?"])
+    if asked == key:
+        return Turn("yes/no", question, f"Yes, the {one} is {relation} the {two}.", "yes")
+    return Turn("yes/no", question, f"No, the {one} is {relation} the {two}.", "no")
+
+
 def ask_side(scene: Scene, rng: random.Random) -> Turn | None:
     if len(scene.things) != 2:
         return None
@@ -286,6 +321,8 @@ SHAPE_ASKERS: dict[str, list[Asker]] = {
     "count": [ask_count],
     "position": [ask_position, ask_side],
     "place": [ask_place],
+    "order": [ask_order],
+    "relation": [ask_relation],
     "yes/no": [ask_presence],
     "size": [ask_size],
     "caption": [ask_caption],

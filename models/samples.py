@@ -75,10 +75,12 @@ class Sample:
 
 def random_pairs(rng: random.Random, task: str, held_out: bool | None) -> list[tuple[str, str]]:
     """Colours and shapes for a scene on which ``task`` can be asked."""
-    if task in ("position", "size"):
+    if task in ("position", "relation", "size"):
         count = 2 if rng.random() < 0.8 else 3
     elif task == "count":
         count = rng.randint(1, 6)
+    elif task == "order":
+        count = rng.choice([2, 2, 3, 4])
     elif task in ("color", "shape"):
         count = rng.choice([1, 1, 1, 2, 3])
     else:
@@ -118,17 +120,26 @@ def make_scene(
 
 
 TRAINING_TASKS = {
-    "word": 33,
-    "number": 10,
+    "word": 28,
+    "number": 9,
     "color": 6,
     "shape": 4,
-    "count": 15,
-    "position": 19,
-    "place": 6,
+    "count": 17,
+    "position": 18,
+    "place": 4,
+    "order": 7,
+    "relation": 6,
     "yes/no": 6,
     "size": 5,
     "caption": 7,
 }
+
+
+#: What is asked after the first question; counts and positions, which take longest to learn, more often.
+FOLLOW_UPS = [
+    *(asker for group in SHAPE_ASKERS.values() for asker in group),
+    *2 * (SHAPE_ASKERS["count"] + SHAPE_ASKERS["position"]),
+]
 
 
 def picture_sample(rng: random.Random, size: tuple[int, int], max_turns: int = 4) -> Sample:
@@ -136,9 +147,7 @@ def picture_sample(rng: random.Random, size: tuple[int, int], max_turns: int = 4
     task = rng.choices(list(TRAINING_TASKS), list(TRAINING_TASKS.values()))[0]
     scene, first = make_scene(rng, task, size)
     turns = [first]
-    askers = (
-        [a for group in SHAPE_ASKERS.values() for a in group] if scene.things else [ask_text, ask_caption]
-    )
+    askers = FOLLOW_UPS if scene.things else [ask_text, ask_caption]
     for _ in range(max_turns - 1):
         turn = rng.choice(askers)(scene, rng)
         if turn is not None and all(turn.question != t.question for t in turns):

@@ -4,33 +4,8 @@
 
 See :mod:`models.training` for how.
 
-Model card
-----------
-**pocket-embed** has the architecture of Qwen2-VL and the size of pocket (6.6 million parameters, 13 MB of
-safetensors in bfloat16), and is served with ``task: embed``. Pictures and captions of pocket's small world
-(coloured shapes, or one written word or number, on plain backgrounds) become vectors of 256 numbers of length
-1, such that a picture is nearest to its own caption.
-
-*Prompt form.* One user message that holds either a picture alone or a text alone, in the checkpoint's ChatML
-template without generation prompt::
-
-    <|im_start|>user\\n<|vision_start|><|image_pad|>...<|vision_end|><|im_end|>\\n
-    <|im_start|>user\\nA red circle.<|im_end|>\\n
-
-*Pooling.* The hidden state of the last token, which is the newline behind ``<|im_end|>``, after the decoder's
-final norm, scaled to length 1: the defaults of ``LLM(model, task="embed").embed(messages=...)`` and of
-``/v1/embeddings`` with ``messages``. A third of the texts in training come bare, without the template, so
-that strings given as ``input`` or ``prompts`` work too; there the last token is the text's own. Pictures need
-the template. System messages and generation prompts were never seen in training.
-
-*Data.* ``models/pairs.py``: scenes that are drawn from a seed, with their captions in nine wordings. A
-caption names colours and shapes from left to right and the background, or the written text; where things are
-beyond that order, and how large, it does not say, and the vectors need not tell. No two captions of a batch
-are equal. Purple triangles, orange stars, blue diamonds and green crosses never occur in training.
-
-*Training.* Symmetric InfoNCE with a learned temperature over the batch's pairs, from pocket's weights.
-*Evaluation.* ``models/eval_pocket_embed.py``: recall among 100 held-out pairs of distinct captions, in both
-directions.
+The loss is symmetric InfoNCE with a learned temperature over the pairs of a batch. The model's own card,
+``models/pocket-embed/README.md``, says what it is for.
 """
 
 from __future__ import annotations
@@ -107,15 +82,13 @@ class Embedder(training.Trainee):
         """float32 ``(B, hidden)`` of length 1: hidden states of last tokens."""
         last = batch["lengths"] - 1
         hidden = self.hidden(batch)
-        pooled = hidden[torch.arange(len(last), device=last.device), last]
+        pooled = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)
         return F.normalize(pooled.float(), dim=-1)
 
     def forward(self, batch: training.Batch) -> torch.Tensor:
         """Symmetric InfoNCE, as CLIP's (arXiv:2103.00020, figure 3), its scale at most 100."""
         texts, pictures = self.vectors(batch), self.vectors(picture_side(batch))
-        # Half precision would round away what tells near captions apart.
-        with torch.autocast(texts.device.type, enabled=False):
-            logits = texts @ pictures.T * self.log_scale.exp().clamp(max=100.0)
+        logits = texts @ pictures.T * self.log_scale.exp().clamp(max=100.0)
         right = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
@@ -160,7 +133,7 @@ def main() -> None:
     options = parser.parse_args()
     model, core = training.prepare(options)
     trainee = Embedder(model)
-    training.take_shortcut(trainee, check_batches(core))
+    training.check_pass(trainee, check_batches(core))
     training.fit(trainee, PairBatches(core, options.batch), options, start)
     training.save(trainee, core, options.out)
     embed = TransformersEmbed(options.out, torch.device(options.device))

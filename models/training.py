@@ -1,9 +1,10 @@
 """What the trainings of all pocket models share: the training pass, the loop, and checkpoints.
 
-The model is Transformers' own Qwen2-VL; only the training pass takes a shortcut: all pictures of a batch have
-one size, so that the vision tower's attention is one dense batch instead of a loop over pictures. That
-shortcut is compared with Transformers' forward first. Batches are drawn by worker processes while the GPU
-trains.
+The model is Transformers' own Qwen2-VL; only the training pass takes a shortcut: all pictures of a batch
+have one size, so that the vision tower's attention is one dense batch instead of a loop over pictures, and
+what lies between matrix products is compiled. The pass is compared with Transformers' forward first.
+Batches are drawn by worker processes while the GPU trains; where it is faster than they are, it trains on
+recent batches again rather than wait.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import queue
 import random
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +27,15 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2VLForConditionalGeneration
 
-from models.pocket_format import IMAGE, PATCH, VISION, make_model, make_tokenizer, patchify, write_text_files
+from models.pocket_format import (
+    IMAGE,
+    PATCH,
+    VISION,
+    make_model,
+    make_tokenizer,
+    patchify,
+    write_text_files,
+)
 
 Batch = dict[str, torch.Tensor]
 Draw = Callable[[random.Random], Batch]
@@ -42,29 +54,57 @@ class Batches(IterableDataset):
             yield self.draw(rng)
 
 
-class DenseVisionAttention(nn.Module):
-    """Stands in for Transformers' module, with its very parameters, where all pictures have one size."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.qkv, self.proj, self.heads = original.qkv, original.proj, original.num_heads
-        self.pictures = 1
-
-    def forward(
-        self, hidden_states: torch.Tensor, *_: object, position_embeddings: tuple, **__: object
-    ) -> torch.Tensor:
-        cos, sin = position_embeddings
-        qkv = self.qkv(hidden_states).view(self.pictures, len(cos), 3, self.heads, -1)
-        q, k = rotate(qkv[:, :, :2], cos, sin).unbind(2)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, qkv[:, :, 2])))
-        return self.proj(out.transpose(1, 2).reshape(hidden_states.shape))
+Kernel = Callable[..., torch.Tensor]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn ``x`` (pictures, patches, 2, heads, dim) by angles (patches, dim), in the dtype of ``x``."""
+    """Turn ``x`` ``(..., dim)`` by angles that broadcast with it, in the dtype of ``x``."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = (angles.to(x.dtype)[:, None, None] for angles in (cos, sin))
-    return torch.addcmul(x * cos, torch.cat([-second, first], dim=-1), sin)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """In the dtype of ``x``; the weights keep theirs."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
+def layer_norm(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], norm.weight, norm.bias, norm.eps).to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    return (norm.weight * wide).to(x.dtype)
+
+
+def vision_block(x: torch.Tensor, block: nn.Module, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """``x`` ``(pictures, patches, width)``."""
+    qkv = linear(layer_norm(x, block.norm1), block.attn.qkv)
+    qkv = qkv.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin)
+    out = F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).flatten(2)
+    x = x + linear(out, block.attn.proj)
+    inner = linear(layer_norm(x, block.norm2), block.mlp.fc1)
+    return x + linear(inner * torch.sigmoid(1.702 * inner), block.mlp.fc2)
+
+
+def decoder_layer(x: torch.Tensor, layer: nn.Module, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """``x`` ``(B, L, width)``, causal; what follows a sequence's end is never looked at by the sequence."""
+    attention, normed = layer.self_attn, rms_norm(x, layer.input_layernorm)
+    dim = attention.head_dim
+    q, k, v = (
+        linear(normed, part).unflatten(-1, (-1, dim)).transpose(1, 2)
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for y in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    x = x + linear(out, attention.o_proj)
+    normed = rms_norm(x, layer.post_attention_layernorm)
+    return x + linear(
+        F.silu(linear(normed, layer.mlp.gate_proj)) * linear(normed, layer.mlp.up_proj), layer.mlp.down_proj
+    )
 
 
 def vision_angles(grid: tuple[int, int], dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,44 +119,80 @@ def vision_angles(grid: tuple[int, int], dim: int, device: torch.device) -> tupl
     return angles.cos(), angles.sin()
 
 
+def text_angles(
+    positions: torch.Tensor, axis: torch.Tensor, frequencies: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin ``(B, 1, L, dim)`` of positions ``(3, B, L)``.
+
+    Args:
+        axis: ``(dim / 2,)`` int64, the axis of each angle.
+        frequencies: ``(dim / 2,)``, angle per position.
+    """
+    angles = positions.permute(1, 2, 0)[..., axis] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
 class Trainee(nn.Module):
-    """The model, and its pass over batches of :func:`models.pocket_format.stack`."""
+    """The model, and its pass over batches of :func:`models.pocket_format.stack`.
+
+    Attributes:
+        dtype: of everything between layers; weights are kept in float32.
+    """
 
     def __init__(self, model: Qwen2VLForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
         self.visual, self.language = model.model.visual, model.model.language_model
+        self.dtype = torch.float32
+        rope, device = model.config.text_config.rope_parameters, model.device
+        half = sum(rope["mrope_section"])
+        self._axis = torch.repeat_interleave(torch.arange(3), torch.tensor(rope["mrope_section"])).to(device)
+        self._frequencies = rope["rope_theta"] ** (-torch.arange(half, device=device) / half)
+        self._vocabulary = torch.arange(model.config.text_config.vocab_size, device=device)
+        self._vision_block, self._decoder_layer = vision_block, decoder_layer
+
+    def fuse(self) -> None:
+        """Fuse what lies between matrix products."""
+        # Where the compiler fails, all runs as it did before.
+        torch._dynamo.config.suppress_errors = True
+        self._vision_block = torch.compile(vision_block, dynamic=True)
+        self._decoder_layer = torch.compile(decoder_layer, dynamic=True)
 
     def pictures(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 ``(N, H, W, 3)`` to rows ``(N * H * W / 784, hidden)``."""
         grid = (images.shape[1] // PATCH, images.shape[2] // PATCH)
-        x = patchify(images).flatten(0, 1)
         angles = vision_angles(grid, VISION["embed_dim"] // VISION["num_heads"], images.device)
         # The convolution's windows are the patches themselves.
-        x = F.linear(x, self.visual.patch_embed.proj.weight.flatten(1))
+        weight = self.visual.patch_embed.proj.weight.flatten(1).to(self.dtype)
+        x = F.linear(patchify(images).to(self.dtype), weight)
         for block in self.visual.blocks:
-            block.attn.pictures = len(images)
-            x = block(x, cu_seqlens=None, position_embeddings=angles)
-        return self.visual.merger(x)
+            x = self._vision_block(x, block, *angles)
+        merger = self.visual.merger
+        x = layer_norm(x, merger.ln_q).reshape(-1, merger.hidden_size)
+        return linear(F.gelu(linear(x, merger.mlp[0])), merger.mlp[2])
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """``(B, L, hidden)``, after the final norm."""
-        embeds = self.language.embed_tokens(batch["ids"])
+        # As a product: the gradient of a lookup adds up rows one after the other where ids repeat.
+        table = self.language.embed_tokens.weight.to(self.dtype)
+        x = (batch["ids"][..., None] == self._vocabulary).to(self.dtype) @ table
         if len(batch["pixels"]):
-            rows = self.pictures(batch["pixels"]).to(embeds.dtype)
-            embeds = embeds.masked_scatter((batch["ids"] == IMAGE)[..., None], rows)
-        return self.language(
-            inputs_embeds=embeds, position_ids=batch["positions"], use_cache=False
-        ).last_hidden_state
+            shape = x.shape
+            rows = self.pictures(batch["pixels"])
+            x = x.flatten(0, 1).index_copy(0, batch["picture_rows"], rows).view(shape)
+        angles = text_angles(batch["positions"], self._axis, self._frequencies)
+        for layer in self.language.layers:
+            x = self._decoder_layer(x, layer, *angles)
+        return rms_norm(x, self.language.norm)
 
 
-def take_shortcut(trainee: Trainee, batches: list[Batch]) -> None:
-    """Put the dense attention in place, and see that logits stay those of Transformers' own forward."""
+def check_pass(trainee: Trainee, batches: list[Batch]) -> None:
+    """See that hidden states, and so logits, are those of Transformers' own forward."""
     device = trainee.language.embed_tokens.weight.device
-    batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     with torch.no_grad():
-        wanted = []
-        for batch in batches:
+        for drawn in batches:
+            batch = {name: value.to(device) for name, value in drawn.items()}
             inputs = {"input_ids": batch["ids"], "position_ids": batch["positions"]}
             if len(batch["pixels"]):
                 grid = [size // PATCH for size in batch["pixels"].shape[1:3]]
@@ -125,35 +201,136 @@ def take_shortcut(trainee: Trainee, batches: list[Batch]) -> None:
                     "image_grid_thw": torch.tensor([[1, *grid]] * len(batch["pixels"]), device=device),
                     "mm_token_type_ids": (batch["ids"] == IMAGE).int(),
                 }
-            wanted.append(trainee.model(**inputs, use_cache=False).logits)
-        for block in trainee.visual.blocks:
-            block.attn = DenseVisionAttention(block.attn)
-        for batch, logits in zip(batches, wanted, strict=True):
+            wanted = trainee.model(**inputs, use_cache=False).logits
             found = trainee.model.lm_head(trainee.hidden(batch))
             live = torch.arange(found.shape[1], device=device) < batch["lengths"][:, None]
-            error = (found[live] - logits[live]).norm() / logits[live].norm()
+            error = (found[live] - wanted[live]).norm() / wanted[live].norm()
             assert error < 1e-3, f"the training pass is off by {error}"
 
 
-def fit(trainee: nn.Module, draw: Draw, options: argparse.Namespace, start: float) -> None:
+class Replay:
+    """Batches on a device: new ones as they come, and in between recent ones again, up to ``kept`` of them.
+
+    Reading never waits once the first batch is there.
+    """
+
+    def __init__(self, batches: Iterable[Batch], device: torch.device, kept: int) -> None:
+        self._recent: list[Batch] = []
+        self._device, self._kept = device, max(kept, 1)
+        self._rng = random.Random(0)
+        self._new: queue.Queue[Batch] = queue.Queue(2)
+        self.fresh = 0
+        # Ends with the process; the workers that feed it do too.
+        threading.Thread(target=self._pull, args=(batches,), daemon=True).start()
+
+    def _pull(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            self._new.put(batch)
+
+    def next(self) -> Batch:
+        try:
+            drawn = self._new.get(block=not self._recent or self._kept == 1)
+        except queue.Empty:
+            return self._rng.choice(self._recent)
+        batch = {key: value.to(self._device, non_blocking=True) for key, value in drawn.items()}
+        if len(self._recent) < self._kept:
+            self._recent.append(batch)
+        else:
+            self._recent[self.fresh % self._kept] = batch
+        self.fresh += 1
+        return batch
+
+
+class Passes:
+    """Forward and backward passes. They leave gradients, times the scaler's scale, in ``.grad``.
+
+    On a GPU a shape of batch that keeps coming back is captured as a graph: the host would take several times
+    as long to launch what the device does.
+
+    Args:
+        patience: passes over a shape before it is captured.
+    """
+
+    def __init__(self, trainee: Trainee, scaler: torch.amp.GradScaler, patience: int = 3) -> None:
+        self._trainee, self._scaler, self._patience = trainee, scaler, patience
+        self._gradients = []
+        for parameter in trainee.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                self._gradients.append(parameter.grad)
+        self._seen: Counter[tuple] = Counter()
+        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
+        self._pool: tuple[int, int] | None = None
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The loss, which the next call may overwrite."""
+        key = tuple((name, tuple(value.shape)) for name, value in batch.items())
+        if key in self._graphs:
+            graph, inputs, loss = self._graphs[key]
+            for name, value in batch.items():
+                inputs[name].copy_(value, non_blocking=True)
+            graph.replay()
+            return loss
+        self._seen[key] += 1
+        if self._seen[key] > self._patience and batch["ids"].is_cuda:
+            self._graphs[key] = self._capture(batch)
+            return self(batch)
+        return self._run(batch)
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        torch._foreach_zero_(self._gradients)
+        loss = self._trainee(batch)
+        self._scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]:
+        inputs = {name: value.clone() for name, value in batch.items()}
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # What is allocated and chosen at a first run must not be part of the graph.
+            self._run(inputs)
+            torch.cuda.synchronize()
+            # Threads that read data go on using the device's memory functions meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                loss = self._run(inputs)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        if self._pool is None:
+            self._pool = graph.pool()
+        return graph, inputs, loss
+
+
+def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float) -> None:
     """Lower ``trainee(batch)``, a mean loss, until ``options.seconds`` after ``start``."""
     device = torch.device(options.device)
     cuda = device.type == "cuda"
-    loader = iter(
-        DataLoader(
-            Batches(draw, options.seed),
-            batch_size=None,
-            num_workers=options.workers,
-            prefetch_factor=3 if options.workers else None,
-            pin_memory=cuda,
-        )
+    loader = DataLoader(
+        Batches(draw, options.seed),
+        batch_size=None,
+        num_workers=options.workers,
+        prefetch_factor=3 if options.workers else None,
+        pin_memory=cuda,
     )
+    replay = Replay(loader, device, options.replay)
     parameters = [p for p in trainee.parameters() if p.requires_grad]
     decay = [p for p in parameters if p.dim() >= 2]
     rest = [p for p in parameters if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=cuda)
-    step, seen, skipped, losses, last = 0, 0, 0, [], time.monotonic()
+    # Skips a step whose gradients are not finite, without the host having to look.
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=1 << 30)
+    if cuda:
+        trainee.dtype = torch.bfloat16
+        trainee.fuse()
+    passes = Passes(trainee, scaler)
+    step, seen, losses, last = 0, 0, [], time.monotonic()
     trainee.train()
     while (used := (time.monotonic() - start) / options.seconds) < 1.0:
         rate = (
@@ -163,30 +340,27 @@ def fit(trainee: nn.Module, draw: Draw, options: argparse.Namespace, start: floa
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = {key: value.to(device, non_blocking=True) for key, value in next(loader).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            loss = trainee(batch)
-        loss.backward()
-        # A single overflow in half precision would poison every weight for good.
-        if nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
-            optimizer.step()
-        else:
-            skipped += 1
-            assert skipped < 100, "gradients are not finite any more"
-        optimizer.zero_grad(set_to_none=True)
+        batch = replay.next()
+        loss = passes(batch)
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
         step, seen = step + 1, seen + len(batch["ids"])
-        losses.append(loss.detach())
+        losses.append(loss.clone())
         if step % options.report == 0:
             now = time.monotonic()
             mean = torch.stack(losses).nanmean().item()
             pace = options.report / (now - last)
+            skipped = -math.log2(scaler.get_scale())
             print(
                 f"{now - start:.0f} s step {step} samples {seen} loss {mean:.4f} {pace:.1f} step/s,"
-                f" {skipped} skipped",
+                f" {replay.fresh / step:.0%} of the batches new, {skipped:.0f} skipped,"
+                f" {passes.num_graphs} graphs",
                 flush=True,
             )
             losses, last = [], now
-    print(f"trained {step} steps on {seen} samples", flush=True)
+    print(f"trained {step} steps on {seen} samples, {replay.fresh / step:.0%} of them new", flush=True)
 
 
 def add_options(parser: argparse.ArgumentParser, *, seconds: float, batch: int, lr: float) -> None:
@@ -200,6 +374,7 @@ def add_options(parser: argparse.ArgumentParser, *, seconds: float, batch: int, 
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--warmup", type=int, default=200, help="steps until the full learning rate")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--replay", type=int, default=256, help="recent batches kept, to train on again")
     parser.add_argument("--evaluate", type=int, default=100, help="questions per task, or pairs")
     parser.add_argument("--report", type=int, default=200, help="steps between lines of progress")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -213,9 +388,7 @@ def prepare(options: argparse.Namespace) -> tuple[Qwen2VLForConditionalGeneratio
     if options.start_from:
         # Its ids are what the weights know.
         core = Tokenizer.from_file(str(options.start_from / "tokenizer.json"))
-        model = make_model(core)
-        trained = Qwen2VLForConditionalGeneration.from_pretrained(options.start_from, dtype=torch.float32)
-        model.load_state_dict(trained.state_dict())
+        model = Qwen2VLForConditionalGeneration.from_pretrained(options.start_from, dtype=torch.float32)
     else:
         core = make_tokenizer()
         model = make_model(core)

@@ -21,7 +21,7 @@ from models.train_pocket_embed import (
     encode_item,
     picture_side,
 )
-from models.training import prepare, save, take_shortcut
+from models.training import check_pass, prepare, save
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket"
 
@@ -79,7 +79,7 @@ def test_prompts_are_those_of_the_chat_template(core: Tokenizer, embedder: Embed
 
 
 def test_the_training_pass_is_transformers_forward(core: Tokenizer, embedder: Embedder) -> None:
-    take_shortcut(embedder, check_batches(core))
+    check_pass(embedder, check_batches(core))
 
 
 def test_training_vectors_are_transformers_and_the_engine_s(
@@ -91,7 +91,7 @@ def test_training_vectors_are_transformers_and_the_engine_s(
     rows = [encode_item(core, item) for item in items]
     texts = pocket_format.stack(rows[::2], [])
     pictures = pocket_format.stack(rows[1::2], items[1::2])
-    take_shortcut(embedder, [texts, pictures])
+    check_pass(embedder, [texts, pictures])
     with torch.no_grad():
         trained = torch.stack([embedder.vectors(texts), embedder.vectors(pictures)], 1).flatten(0, 1).numpy()
     save(embedder, core, tmp_path)
@@ -109,7 +109,7 @@ def test_the_loss_falls_on_a_fixed_batch_from_pocket_s_weights() -> None:
     assert core.to_str() == Tokenizer.from_file(str(POCKET / "tokenizer.json")).to_str()
     trainee = Embedder(model)
     batch = PairBatches(core, 4)(random.Random(2))
-    take_shortcut(trainee, [picture_side(batch)])
+    check_pass(trainee, [picture_side(batch)])
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-4)
     losses = []
     for _ in range(8):
@@ -119,6 +119,19 @@ def test_the_loss_falls_on_a_fixed_batch_from_pocket_s_weights() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_the_shipped_model_finds_captions_and_pictures() -> None:
+    folder = POCKET.parent / "pocket-embed"
+    llm = LLM(str(folder), task="embed", device="cpu", dtype="float32")
+
+    def embed(items) -> np.ndarray:
+        outputs = llm.embed(messages=[messages(item) for item in items], use_tqdm=False)
+        return np.array([output.embedding for output in outputs])
+
+    scores = eval_pocket_embed.evaluate(embed, 40)
+    assert min(scores["text->picture @1"], scores["picture->text @1"]) >= 0.9
+    assert (folder / "model.safetensors").stat().st_size <= 16 << 20
 
 
 def test_recall_counts_ranks_and_ties() -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from models import pocket_format, samples, scenes
 from models.pocket_format import END, IMAGE, PAD
 from models.train_pocket import TransformersAsk, check_batches
-from models.training import Trainee, save, take_shortcut
+from models.training import Trainee, check_pass, save
 from tests.engine.tiny import reference_processor
 
 
@@ -92,7 +92,7 @@ def test_the_training_pass_is_transformers_forward(core: Tokenizer) -> None:
     for parameter in trainee.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(0.2 * torch.randn_like(parameter))
-    take_shortcut(trainee, check_batches(core))
+    check_pass(trainee, check_batches(core))
 
 
 def test_a_saved_checkpoint_answers_in_batches_as_alone(folder: Path) -> None:
