@@ -31,7 +31,12 @@ def served() -> Iterator[Served]:
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = app_args()
-    vectors = {"model": "models/pocket", "task": "embed", "max_model_len": 512, "kv_cache_bytes": 16 << 20}
+    vectors = {
+        "model": "models/pocket-embed",
+        "task": "embed",
+        "max_model_len": 512,
+        "kv_cache_bytes": 16 << 20,
+    }
     args["models"].append({"name": "tests/vectors", "engine": vectors})
     serve.run(build(AppConfig.model_validate(args)), name="sightline", route_prefix="/")
     yield Served(f"http://127.0.0.1:{port}")

@@ -20,7 +20,12 @@ OFFLINE = {
     # The small model was never taught what a video is; it answers something.
     "offline_video_frames.py": [],
     "offline_image_embeddings.py": [],
-    "offline_embedding.py": ["256 numbers", "scores: [1.0,"],
+    "offline_embedding.py": [
+        "256 numbers",
+        "A red square. is picture 1",
+        "A green triangle. is picture 2",
+        "score: [1.0,",
+    ],
 }
 
 

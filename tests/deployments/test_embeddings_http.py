@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("idle_afterwards")]
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(str(ROOT / "models" / "pocket"), task="embed", max_model_len=512)
+    return LLM(str(ROOT / "models" / "pocket-embed"), task="embed", max_model_len=512)
 
 
 def vectors(response) -> np.ndarray:
@@ -46,6 +46,21 @@ def test_messages_with_pictures(client, llm):
     assert red @ embed(circle("red")) == pytest.approx(1.0, abs=1e-5) and red @ blue < 0.999
     (wanted,) = llm.embed(messages=ask("What is this?", square("red"), circle("blue")), use_tqdm=False)
     np.testing.assert_allclose(embed(square("red"), circle("blue")), wanted.embedding, atol=1e-4)
+
+
+def test_texts_find_their_pictures(client):
+    """Over HTTP as the model was trained: a picture alone, and bare texts."""
+
+    def embed(picture):
+        picture_alone = [{"role": "user", "content": ask("", picture)[0]["content"][:1]}]
+        body = {"model": "tests/vectors", "messages": picture_alone}
+        made = client.post("/embeddings", body=body, cast_to=openai.types.CreateEmbeddingResponse)
+        return vectors(made)[0]
+
+    texts = ["A red circle.", "A blue circle.", "A red square.", "A blue square."]
+    found = vectors(client.embeddings.create(model="tests/vectors", input=texts))
+    pictures = [embed(shape(color)) for shape in (circle, square) for color in ("red", "blue")]
+    assert (found @ np.array(pictures).T).argmax(axis=1).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
