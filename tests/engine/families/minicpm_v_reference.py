@@ -12,9 +12,11 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.hub import all_tensors
 from tests.engine.tiny import spread, tokenizer
 
 MARK = "(<image>./</image>)"
@@ -254,7 +256,7 @@ def make(path: Path, *, seed: int = 0, **config: Any) -> Path:
 
 
 def load(path: Path) -> Reference:
-    tensors = load_file(path / "model.safetensors")
+    tensors = all_tensors(path)
     model = Reference(len(tensors["llm.lm_head.weight"]))
     infix = "vision_model." if hasattr(model.vpm, "vision_model") else ""
     model.load_state_dict({name.replace("vpm.", "vpm." + infix, 1): t for name, t in tensors.items()})
@@ -272,16 +274,15 @@ def prompt_ids(path: Path, prompt: str, images: Sequence[Image.Image], **options
     return tok(text, add_special_tokens=False).input_ids
 
 
-@torch.inference_mode()
-def greedy(model: Reference, ids: Sequence[int], images: Sequence[Image.Image], count: int) -> list[int]:
-    embeds = model.embeds(ids, images)
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    out = model.llm.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        max_new_tokens=count,
-        do_sample=False,
-        eos_token_id=[2],
-        pad_token_id=0,
-    )
-    return out[0].tolist()
+class MiniCPMVReference:
+    """The model of a checkpoint on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.model = path, load(path)
+        self.model.llm.generation_config.update(eos_token_id=[2], pad_token_id=0)
+
+    def inputs(self, prompt: Prompt) -> Inputs:
+        ids = prompt_ids(self.path, prompt.text, prompt.pictures)
+        embeds = self.model.embeds(ids, prompt.pictures)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        return Inputs([*ids], self.model.llm, {"inputs_embeds": embeds, "attention_mask": mask})

@@ -21,6 +21,8 @@ from tokenizers import processors
 from torch import nn
 
 from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD
+from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.hub import all_tensors
 from tests.engine.tiny import spread, tokenizer
 
 SPECIALS = (
@@ -123,17 +125,6 @@ class Phi3V(nn.Module):
         table = self.language.model.embed_tokens.weight
         return torch.cat([pictures[-i] if i < 0 else table[i][None] for i in ids])[None]
 
-    @torch.inference_mode()
-    def greedy(self, embeds: torch.Tensor, count: int, stop: set[int]) -> list[int]:
-        """Greedy tokens, each computed from the whole sequence anew."""
-        found: list[int] = []
-        while len(found) < count and not stop & set(found[-1:]):
-            logits = self.language(inputs_embeds=embeds, use_cache=False).logits[0, -1]
-            found.append(int(logits.argmax()))
-            token = self.language.model.embed_tokens(torch.tensor([[found[-1]]]))
-            embeds = torch.cat([embeds, token], dim=1)
-        return found
-
 
 def canvas_of(image: Image.Image, num_crops: int) -> Image.Image:
     """The picture scaled to whole crops across, white above and below; upright ones are mirrored for it."""
@@ -218,21 +209,46 @@ def make_phi3_v(path: Path, *, seed: int = 0, num_crops: int = 4) -> Phi3V:
 
 
 def hub_tensors(model: Phi3V) -> dict[str, torch.Tensor]:
-    """All weights under the names of the public checkpoint."""
-    found = {}
-    for name, value in model.state_dict().items():
-        part, _, rest = name.partition(".")
-        if part == "language":
-            key = rest
-        elif part == "tower":
-            key = "model.vision_embed_tokens.img_processor.vision_model." + rest.removeprefix("vision_model.")
-        elif part == "project":
-            key = "model.vision_embed_tokens.img_projection." + rest
-        else:
-            key = "model.vision_embed_tokens." + {"row_end": "sub_GN", "separator": "glb_GN"}[part]
-            value = value.view((1, 1, 1, -1) if part == "row_end" else (1, 1, -1))
-        found[key] = value.contiguous().clone()
-    return found
+    """All weights under the names, and in the shapes, of the public checkpoint."""
+    shapes = {"row_end": (1, 1, 1, -1), "separator": (1, 1, -1)}
+    return {
+        _hub_name(name): value.view(shapes.get(name, value.shape)).contiguous().clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def _hub_name(name: str) -> str:
+    part, _, rest = name.partition(".")
+    if part == "language":
+        return rest
+    prefix = "model.vision_embed_tokens."
+    if part == "tower":
+        return prefix + "img_processor.vision_model." + rest.removeprefix("vision_model.")
+    if part == "project":
+        return prefix + "img_projection." + rest
+    return prefix + {"row_end": "sub_GN", "separator": "glb_GN"}[part]
+
+
+class Phi3VReference:
+    """The reference of a checkpoint on disk."""
+
+    def __init__(self, path: Path, num_crops: int = 4) -> None:
+        tensors = all_tensors(path)
+        self.path, self.num_crops = path, num_crops
+        self.model = Phi3V(len(tensors["lm_head.weight"])).eval()
+        own = self.model.state_dict()
+        self.model.load_state_dict(
+            {name: tensors[_hub_name(name)].view_as(value) for name, value in own.items()}
+        )
+        self.model.language.generation_config.update(eos_token_id=[2, 6], pad_token_id=3)
+
+    def inputs(self, prompt: Prompt) -> Inputs:
+        ids = reference_ids(self.path, prompt.text)
+        rows = {i + 1: self.model.rows(image, self.num_crops) for i, image in enumerate(prompt.pictures)}
+        embeds = self.model.embeds(ids, rows)
+        expanded = [t for i in ids for t in ([None] * len(rows[-i]) if i < 0 else [i])]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        return Inputs(expanded, self.model.language, {"inputs_embeds": embeds, "attention_mask": mask})
 
 
 def reference_ids(path: Path, prompt: str) -> list[int]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
+from transformers.video_utils import VideoMetadata
 
-from engine import LLM, SamplingParams
+from tests.engine.families.case import Inputs, Prompt
 from tests.engine.tiny import (
     QWEN_SPECIALS,
     QWEN_TEMPLATE,
@@ -25,16 +28,10 @@ from tests.engine.tiny import (
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
-PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-TOKENS = 10
-
-#: Texts, sizes of pictures, and frames of a video.
-CASES = [
-    ("describe this image " + IMAGE, [(60, 44)], 0),
-    (IMAGE + IMAGE + "what is shown in the pictures?", [(90, 30), (33, 70)], 0),
-    ("hello world 0 1 2 3", [], 0),
-    ("a red square " + VIDEO + " on a blue " + IMAGE, [(20, 50)], 5),
-]
+FRAME = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+#: Frames of a video per second, by family where it wants to know. Whole seconds from one pair of frames to
+#: the next for Qwen2.5-VL: older releases of Transformers drop fractions of them.
+FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5}
 
 _TEXT = {
     "hidden_size": 64,
@@ -193,7 +190,7 @@ class Reference:
     def __init__(
         self, path: Path, kind: str, frame_size: Callable[[int, int, int], tuple[int, int]] | None = None
     ) -> None:
-        self.frame_size = frame_size
+        self.kind, self.frame_size = kind, frame_size
         model = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = model.from_pretrained(path, dtype=torch.float32).eval()
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
@@ -207,20 +204,34 @@ class Reference:
         )
         self.processor = image_only(self.images, self.tokenizer)
 
-    def inputs(
-        self, prompt: str, images: Sequence[Image.Image] = (), video: Sequence[Image.Image] = ()
-    ) -> dict[str, torch.Tensor]:
-        """The model's inputs. In a prompt with a video its mark must be repeated already."""
+    def inputs(self, prompt: Prompt) -> Inputs:
+        text = prompt.text
+        if prompt.frames:
+            patches, grid = self.video(prompt.frames)
+            rows = self.placeholder(len(prompt.frames), grid[0].tolist(), FPS.get(self.kind, 1.0))
+            text = text.replace("<|video_pad|>", rows)
         # The processor refuses marks of videos that it isn't given: another special token stands in.
-        text = prompt.replace("<|video_pad|>", "<|vision_pad|>")
-        made = self.processor(text=[text], images=list(images) or None, return_tensors="pt")
-        inputs = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
-        if video:
-            of_video = inputs["input_ids"] == self.tokenizer.convert_tokens_to_ids("<|vision_pad|>")
-            inputs["input_ids"].masked_fill_(of_video, self.model.config.video_token_id)
-            inputs["mm_token_type_ids"].masked_fill_(of_video, 2)
-            inputs["pixel_values_videos"], inputs["video_grid_thw"] = self.video(video)
-        return inputs
+        text = text.replace("<|video_pad|>", "<|vision_pad|>")
+        made = self.processor(text=[text], images=list(prompt.pictures) or None, return_tensors="pt")
+        arguments = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+        if prompt.frames:
+            of_video = arguments["input_ids"] == self.tokenizer.convert_tokens_to_ids("<|vision_pad|>")
+            arguments["input_ids"].masked_fill_(of_video, self.model.config.video_token_id)
+            arguments["mm_token_type_ids"].masked_fill_(of_video, 2)
+            arguments["pixel_values_videos"], arguments["video_grid_thw"] = patches, grid
+            if self.kind == "Qwen2_5_VL":
+                arguments["second_per_grid_ts"] = torch.tensor([2 / FPS[self.kind]])
+        return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
+
+    def placeholder(self, count: int, grid: Sequence[int], fps: float) -> str:
+        """What stands in place of the mark of a video of ``count`` frames."""
+        if self.kind != "Qwen3VL":
+            return "<|video_pad|>" * (grid[0] * grid[1] * grid[2] // 4)
+        # What Transformers' processor, which can't be made without torchvision, does.
+        self.processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+        metadata = VideoMetadata(total_num_frames=count, fps=fps, frames_indices=list(range(count)))
+        inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
+        return self.processor.replace_video_token(inputs, 0)
 
     def video(self, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches and grid of a video."""
@@ -235,49 +246,15 @@ class Reference:
         patches = torch.cat([torch.stack(halves[i : i + 2], dim=2).flatten(1) for i in steps])
         return patches, torch.tensor([[len(steps), *singles[0]["image_grid_thw"][0, 1:].tolist()]])
 
-    @torch.inference_mode()
-    def tokens(self, inputs: dict[str, torch.Tensor], count: int) -> list[int]:
-        """The greedy answer."""
-        out = self.model.generate(**inputs, max_new_tokens=count, do_sample=False)
-        return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+def qwen3_vl_reference(path: Path) -> Reference:
+    resize = import_module("transformers.models.qwen3_vl.video_processing_qwen3_vl").smart_resize
+
+    def frame_size(count: int, width: int, height: int) -> tuple[int, int]:
+        return resize(count, height, width, 2, 8, 256, 4096)[::-1]
+
+    return Reference(path, "Qwen3VL", frame_size)
 
 
 def frames(count: int) -> list[Image.Image]:
     return [picture(40, 56, seed) for seed in range(count)]
-
-
-def check_greedy_tokens(
-    path: Path,
-    reference: Reference,
-    expand: Callable[[list[Image.Image]], str],
-    timing: dict[str, torch.Tensor],
-    **options: Any,
-) -> None:
-    """The engine's answers to ``CASES`` are Transformers': together, alone, and in steps so small that all
-    media are split.
-
-    Args:
-        expand: what stands for the mark of a video.
-        timing: what the model is told of the video's pace beside the prompt.
-        options: the engine's.
-    """
-    prompts, answers = [], []
-    for number, (text, sizes, length) in enumerate(CASES):
-        pictures = [picture(*size, 10 * number + i) for i, size in enumerate(sizes)]
-        video, prompt, told = frames(length), PROMPT.format(text), {}
-        expanded = prompt
-        if video:
-            expanded, told = prompt.replace("<|video_pad|>", expand(video)), timing
-        answers.append(reference.tokens({**reference.inputs(expanded, pictures, video), **told}, TOKENS))
-        data = {kind: value for kind, value in (("image", pictures), ("video", video)) if value}
-        prompts.append({"prompt": prompt, "multi_modal_data": data} if data else {"prompt": prompt})
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    small = {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4}
-    for way in ({}, small):
-        llm = LLM(str(path), max_model_len=384, **options, **way)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert [output.outputs[0].token_ids for output in outputs] == answers
-        llm.check_integrity()
-        for prompt, answer in zip(prompts, answers, strict=True):
-            (output,) = llm.generate(prompt, params, use_tqdm=False)
-            assert output.outputs[0].token_ids == answer

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM against Transformers, from the picture to the tokens."""
+"""What is Idefics3's and SmolVLM's own; ``test_laws.py`` compares whole answers."""
 
 from __future__ import annotations
 
@@ -10,89 +10,27 @@ import torch
 import transformers
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
-from engine import LLM, SamplingParams
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.idefics3 import FAMILY
 from engine.inputs.prompt import PreparedMedia
 from engine.layers.bucketed_positions import bucketed_positions
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.loader import load_vision_encoder
-from tests.engine.tiny import picture, rewrite_json, spread, tokenizer
+from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
+from tests.engine.tiny import picture, rewrite_json
 
-try:
-    transformers.Idefics3ImageProcessorPil()
-except ImportError:
-    pytest.skip("older releases of Transformers need torchvision for this family", allow_module_level=True)
-
-SPECIALS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<end_of_utterance>",
-    "<fake_token_around_image>",
-    "<image>",
-    "<global-img>",
-    *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)),
-)
-TOKENS = 10
 SIZES = [(60, 44), (44, 60), (1, 1), (2, 1), (32, 32), (64, 64), (33, 64), (4000, 30), (30, 4000), (641, 480)]
-PROMPTS = [
-    ("User:<image>describe this image", [(60, 44)]),
-    ("User:<image>and<image>what is shown in the pictures?", [(90, 30), (33, 70)]),
-    ("User: hello world", []),
-    ("User: a red <image> square <image><image>\n", [(20, 20), (64, 200), (41, 83)]),
-]
-
-
-def make(path: Path, kind: str = "Idefics3", *, factor: int = 2, side: int = 32, **tower) -> Path:
-    """A checkpoint with crops of ``side`` pixels, and pictures of at most 2x2 or so of them."""
-    tok = tokenizer(SPECIALS, vocab_size=340, bos_token="<|im_start|>", eos_token="<end_of_utterance>")
-    if kind == "SmolVLM":
-        # As in Llama 3's vocabulary, two line feeds are one token.
-        tok.add_tokens(["\n\n"])
-    config = getattr(transformers, f"{kind}Config")(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": side,
-            "patch_size": 4,
-            **tower,
-        },
-        text_config=transformers.LlamaConfig(
-            vocab_size=len(tok),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            rms_norm_eps=1e-5,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
-        image_token_id=SPECIALS.index("<image>"),
-        scale_factor=factor,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-    )
-    model = spread(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed=5)
-    model.generation_config.eos_token_id = 2
-    model.save_pretrained(path)
-    tok.save_pretrained(path)
-    image_processor = getattr(transformers, f"{kind}ImageProcessorPil")(
-        size={"longest_edge": 2 * side}, max_image_size={"longest_edge": side}
-    )
-    image_processor.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module", params=["Idefics3", "SmolVLM"])
-def path(request, tmp_path_factory) -> Path:
-    # Crops that end within a patch, with 25 patches per side: their buckets are not just those in order.
-    geometry = {"factor": 5, "side": 102} if request.param == "SmolVLM" else {}
-    return make(tmp_path_factory.mktemp(request.param), request.param, **geometry)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def path(kind, tmp_path_factory) -> Path:
+    make = {"Idefics3": make_idefics3, "SmolVLM": make_smolvlm}[kind]
+    return make(tmp_path_factory.mktemp(kind))
 
 
 def parse(path):
@@ -108,80 +46,11 @@ def encoder(path):
     return load_vision_encoder(*parse(path), device=torch.device("cpu"), dtype=torch.float32)
 
 
-def reference_image_processor(path):
-    kind = "SmolVLM" if "SmolVLM" in str(path) else "Idefics3"
-    return getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(path)
-
-
-@torch.inference_mode()
-def reference(path: Path, prompt: str, pictures: list) -> tuple[list[int], list[int]]:
-    """Transformers' prompt ids and greedy tokens."""
-    rows = parse(path)[1].vision.rows_per_crop
-    tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-    processor = transformers.Idefics3Processor(reference_image_processor(path), tok, image_seq_len=rows)
-    inputs = processor(text=prompt, images=[pictures] if pictures else None, return_tensors="pt")
-    model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    ids = inputs["input_ids"][0].tolist()
-    out = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :]
-    return ids, out.tolist()
-
-
-@pytest.fixture(scope="module")
-def cases(path) -> list[tuple[dict, tuple[list[int], list[int]]]]:
-    made = []
-    for number, (prompt, sizes) in enumerate(PROMPTS):
-        pictures = [picture(*size, 10 * number + i) for i, size in enumerate(sizes)]
-        prompt = f"<|im_start|>{prompt}<end_of_utterance>\nAssistant:"
-        data = {"multi_modal_data": {"image": pictures}} if pictures else {}
-        made.append(({"prompt": prompt, **data}, reference(path, prompt, pictures)))
-    return made
-
-
-# 17 tokens a step split every picture, and every crop of one.
-@pytest.mark.parametrize("budget", [{}, {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4}])
-def test_tokens_are_those_of_transformers(path, cases, budget):
-    llm = LLM(str(path), max_model_len=700, **budget)
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    outputs = llm.generate([entry for entry, _ in cases], params, use_tqdm=False)
-    for (entry, (ids, wanted)), output in zip(cases, outputs, strict=True):
-        assert output.prompt_token_ids == ids
-        assert output.outputs[0].token_ids == wanted
-        if not budget:
-            (alone,) = llm.generate(entry, params, use_tqdm=False)
-            assert alone.outputs[0].token_ids == wanted
-    llm.check_integrity()
-
-
-def test_embeddings_in_place_of_pictures(path, cases):
-    llm = LLM(str(path), max_model_len=700)
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    for entry, (_, wanted) in cases:
-        pictures = entry.get("multi_modal_data", {}).get("image")
-        if not pictures:
-            continue
-        processor = media_processor(path)
-        if len(pictures) > 1 and hasattr(processor, "among"):
-            processor = processor.among(len(pictures))
-        rows = encoder(path).encode([processor.prepare(image) for image in pictures])
-        given = {"image_embeds": rows, "image_size_list": [image.size for image in pictures]}
-        (output,) = llm.generate({**entry, "multi_modal_data": {"image": given}}, params, use_tqdm=False)
-        assert output.outputs[0].token_ids == wanted
-    llm.check_integrity()
-
-
-def test_another_picture_gives_another_answer(path, cases):
-    entry, (_, wanted) = cases[0]
-    other = {**entry, "multi_modal_data": {"image": [picture(60, 44, 99)]}}
-    llm = LLM(str(path), max_model_len=700)
-    (output,) = llm.generate(other, SamplingParams(temperature=0.0, max_tokens=TOKENS), use_tqdm=False)
-    assert output.outputs[0].token_ids != wanted
-
-
 @pytest.mark.parametrize("options", [{}, {"do_image_splitting": False}, {"size": {"longest_edge": 100}}])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pictures_are_prepared_as_transformers_does(path, size, options):
+def test_pictures_are_prepared_as_transformers_does(kind, path, size, options):
     image = picture(*size)
-    theirs = reference_image_processor(path)(image, return_tensors="pt", return_row_col_info=True, **options)
+    theirs = image_processor(path, kind)(image, return_tensors="pt", return_row_col_info=True, **options)
     ours = media_processor(path, **options)
     media = ours.prepare(image)
     assert media.item.grid[1:] == (theirs["rows"][0][0], theirs["cols"][0][0])
@@ -270,7 +139,7 @@ def test_refusals(path):
     ids=str,
 )
 def test_bad_configurations_are_refused_by_field(tmp_path, change, field):
-    path = make(tmp_path)
+    path = make_idefics3(tmp_path)
     rewrite_json(path / "config.json", change)
     with pytest.raises(CheckpointError, match=field):
         media_processor(path)

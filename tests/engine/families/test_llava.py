@@ -1,8 +1,10 @@
-"""LLaVA-1.5 against Transformers, from the picture to the logits."""
+"""What is LLaVA-1.5's own; ``test_laws.py`` compares whole answers."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.llava import FAMILY
 from engine.inputs.prompt import PreparedMedia
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_language_model, load_vision_encoder
-from tests.engine.decoding import prefill_logits
+from engine.weights.loader import load_vision_encoder
+from tests.engine.families.cases import case_named
+from tests.engine.families.made import Made
+from tests.engine.families.references import make_llava_1_5
 from tests.engine.tiny import make_llava, picture, rewrite_json
 
 CPU = torch.device("cpu")
@@ -41,27 +45,10 @@ def encoder(path):
     return load_vision_encoder(checkpoint, config, device=CPU, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("hub_names", [False, True])
-@pytest.mark.parametrize(("strategy", "text"), [("default", "llama"), ("full", "mistral")])
-def test_whole_model_equals_transformers(tmp_path, hub_names, strategy, text):
-    path = make_llava(tmp_path, hub_names=hub_names, strategy=strategy, text=text)
-    checkpoint, config = parse(path)
-    pictures = [picture(60, 44), picture(33, 90, 1)]
-    prompt = "<s>USER: <image>\nand <image>\ndescribe this image ASSISTANT:"
-    inputs = transformers.LlavaProcessor.from_pretrained(path)(
-        text=prompt, images=pictures, return_tensors="pt"
-    )
-    reference = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        expected = reference(**inputs).logits[0]
-    rows = encoder(path).encode([processor(path).prepare(image) for image in pictures])
-    decoder = load_language_model(checkpoint, config, device=CPU, dtype=torch.float32)
-    ids = inputs["input_ids"][0]
-    places = (ids == config.image_token_id).nonzero()[:, 0]
-    with torch.inference_mode():
-        embeds = decoder.embed(ids).index_copy(0, places, torch.cat(rows))
-    logits = prefill_logits(decoder, [embeds], [torch.arange(len(ids))], split=[11])[0]
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("hub", [False, True])
+def test_the_class_token_may_be_a_row_and_the_decoder_mistral(tmp_path, hub):
+    make = partial(make_llava_1_5, strategy="full", text="mistral")
+    Made(replace(case_named("LLaVA-1.5"), make=make), tmp_path / "made", hub).check_all()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

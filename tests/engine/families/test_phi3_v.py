@@ -1,4 +1,4 @@
-"""Phi-3.5-vision and VLM2Vec against a reference composed of Transformers' parts."""
+"""What is Phi-3.5-vision's and VLM2Vec's own; ``test_laws.py`` compares whole answers."""
 
 import json
 
@@ -14,86 +14,25 @@ from engine.families.phi3_v import FAMILY
 from engine.inputs.frontend import load_media_processor
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.loader import load_vision_encoder
+from tests.engine.families.case import TOKENS, Prompt
+from tests.engine.families.cases import case_named
+from tests.engine.families.made import Made
+from tests.engine.families.phi3_v_reference import ORIGINAL, canvas_of, make_phi3_v
 from tests.engine.tiny import picture, rewrite_json
 
-from .phi3_v_reference import ORIGINAL, canvas_of, make_phi3_v, reference_ids
-
 SIZES = [(60, 44), (44, 70), (28, 28), (1, 1), (200, 20), (20, 200), (27, 29), (640, 480), (99, 100)]
-TOKENS = 12
-PROMPTS = [
-    ("<|user|>\n<|image_1|>\ndescribe this image<|end|>\n<|assistant|>\n", [(60, 44)]),
-    ("<|user|>\n<|image_2|>\n<|image_1|>\nwhat is shown?<|end|>\n<|assistant|>\n", [(44, 70), (90, 30)]),
-    ("<|user|>\nhello world<|end|>\n<|assistant|>\n", []),
-    ("<|image_1|> what is shown in the picture?", [(28, 28)]),
-]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def composed(tmp_path_factory):
     path = tmp_path_factory.mktemp("phi3_v")
     return path, make_phi3_v(path, seed=3)
 
 
-@pytest.fixture(scope="module")
-def cases(made):
-    """Prompt, pictures, the reference's expanded ids and its tokens."""
-    path, reference = made
-    found = []
-    for number, (prompt, sizes) in enumerate(PROMPTS):
-        pictures = [picture(*size, 10 * number + i) for i, size in enumerate(sizes)]
-        ids = reference_ids(path, prompt)
-        with torch.inference_mode():
-            rows = {i + 1: reference.rows(image, 4) for i, image in enumerate(pictures)}
-        wanted = reference.greedy(reference.embeds(ids, rows), TOKENS, {2, 6})
-        found.append((prompt, pictures, ids, {k: len(v) for k, v in rows.items()}, wanted))
-    return found
-
-
-def entry(prompt, pictures):
-    return {"prompt": prompt, "multi_modal_data": {"image": pictures}} if pictures else prompt
-
-
-WAYS = {
-    "plain": {},
-    "tiny budget": {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4},
-    "few blocks": {"num_kv_blocks": 40, "block_size": 4, "max_num_batched_tokens": 64},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_greedy_tokens(made, cases, way):
-    path, _ = made
-    # Shorter than where long factors would begin.
-    llm = LLM(str(path), max_model_len=ORIGINAL, **WAYS[way])
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    outputs = llm.generate([entry(p, images) for p, images, *_ in cases], params, use_tqdm=False)
-    for output, (_, _, ids, counts, wanted) in zip(outputs, cases, strict=True):
-        expanded = [t for i in ids for t in ([None] * counts[-i] if i < 0 else [i])]
-        plain = [
-            None if want is None else got for got, want in zip(output.prompt_token_ids, expanded, strict=True)
-        ]
-        assert plain == expanded
-        assert output.outputs[0].token_ids == wanted
-    llm.check_integrity()
-    alone = [llm.generate(entry(p, images), params, use_tqdm=False)[0] for p, images, *_ in cases]
-    assert [o.outputs[0].token_ids for o in alone] == [wanted for *_, wanted in cases]
-
-
-def test_pictures_matter(made, cases):
-    path, _ = made
-    llm = LLM(str(path), max_model_len=ORIGINAL)
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
-    for prompt, pictures, _, _, wanted in cases:
-        if pictures:
-            others = [picture(*image.size, 99) for image in pictures]
-            (output,) = llm.generate(entry(prompt, others), params, use_tqdm=False)
-            assert output.outputs[0].token_ids != wanted
-
-
 @pytest.mark.parametrize("length", [ORIGINAL, ORIGINAL + 1])
-def test_long_factors_are_chosen_for_the_life_of_the_model(made, length):
+def test_long_factors_are_chosen_for_the_life_of_the_model(composed, length):
     """Transformers chooses by the longest position of a batch; compared where both use the same factors."""
-    path, reference = made
+    path, reference = composed
     llm = LLM(str(path), max_model_len=length)
     prompt = "<|user|>\n" + "hello world " * 10 + "<|end|>\n<|assistant|>\n"
     params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
@@ -112,8 +51,8 @@ def test_long_factors_are_chosen_for_the_life_of_the_model(made, length):
 
 @pytest.mark.parametrize("num_crops", [1, 4, 16])
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_and_rows(made, size, num_crops):
-    path, reference = made
+def test_pictures_and_rows(composed, size, num_crops):
+    path, reference = composed
     processor = load_media_processor(
         EngineConfig(model=str(path), mm_processor_kwargs={"num_crops": num_crops})
     )
@@ -133,62 +72,19 @@ def test_pictures_and_rows(made, size, num_crops):
         torch.testing.assert_close(rows, wanted, rtol=2e-4, atol=2e-4)
 
 
-def test_embeddings_in_place_of_pictures(made, cases):
-    path, reference = made
-    llm = LLM(str(path), max_model_len=ORIGINAL)
-    prompt, pictures, _, _, wanted = cases[1]
-    with torch.inference_mode():
-        rows = [reference.rows(image, 4) for image in pictures]
-    given = {"image_embeds": rows, "image_size_list": [image.size for image in pictures]}
-    (output,) = llm.generate(
-        entry(prompt, given), SamplingParams(temperature=0.0, max_tokens=TOKENS), use_tqdm=False
-    )
-    assert output.outputs[0].token_ids == wanted
+def test_chat(tmp_path):
+    model = Made(case_named("Phi-3.5-vision"), tmp_path / "made")
+    image = picture(60, 44)
+    prompt = "<|user|>\n<|image_1|>\ndescribe this image<|end|>\n<|assistant|>\n"
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "describe this image"}]
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    (output,) = model.llm().chat([{"role": "user", "content": content}], params, use_tqdm=False)
+    assert output.prompt == prompt
+    assert output.outputs[0].token_ids == model.answer(Prompt(prompt, (image,))).tokens
 
 
-def test_chat(made, cases):
-    path, _ = made
-    llm = LLM(str(path), max_model_len=ORIGINAL)
-    prompt, pictures, *_, wanted = cases[0]
-    content = [
-        {"type": "image", "image": pictures[0]},
-        {"type": "text", "text": "describe this image"},
-    ]
-    (output,) = llm.chat(
-        [{"role": "user", "content": content}],
-        SamplingParams(temperature=0.0, max_tokens=TOKENS),
-        use_tqdm=False,
-    )
-    assert output.prompt == prompt and output.outputs[0].token_ids == wanted
-
-
-def test_vlm2vec(made):
-    """The last token's state after the final norm, at length 1; 16 crops; no template."""
-    path, reference = made
-    llm = LLM(str(path), task="embed", max_model_len=ORIGINAL, mm_processor_kwargs={"num_crops": 16})
-    images = [picture(44, 44, 1), picture(40, 30, 2)]
-    texts = [
-        "<|image_1|> Represent the given image.",
-        "<|image_1|> Represent the given image with the following question: what is shown?",
-    ]
-    prompts = [entry(text, [image]) for text, image in zip(texts, images, strict=True)]
-    prompts.append("a red square on a blue background")
-    outputs = llm.embed(prompts, use_tqdm=False)
-    for number, output in enumerate(outputs):
-        ids = reference_ids(path, texts[number] if number < 2 else prompts[2])
-        with torch.inference_mode():
-            rows = {1: reference.rows(images[number], 16)} if number < 2 else {}
-            embeds = reference.embeds(ids, rows)
-            states = reference.language.model(inputs_embeds=embeds).last_hidden_state[0, -1]
-        wanted = states / states.norm()
-        np.testing.assert_allclose(output.embedding, wanted, atol=2e-4)
-    # Twice BOS: the empty text before the mark is tokenised as well.
-    ids = outputs[0].prompt_token_ids
-    assert ids[0] == 1 and ids.count(1) == 2
-
-
-def test_what_is_refused(made, tmp_path):
-    path, _ = made
+def test_what_is_refused(composed, tmp_path):
+    path, _ = composed
     with pytest.raises(ConfigError, match="from 1 to 64"):
         load_media_processor(EngineConfig(model=str(path), mm_processor_kwargs={"num_crops": 65}))
     with pytest.raises(ConfigError, match="'crops'"):

@@ -1,4 +1,4 @@
-"""Qwen2-VL against Transformers, from the picture to the logits."""
+"""What is Qwen2-VL's own; ``test_laws.py`` compares whole answers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from engine.families.qwen2_vl import FAMILY
 from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.layers.native_vision import NativeVisionEncoder
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_language_model, load_vision_encoder
-from tests.engine.decoding import prefill_logits
+from engine.weights.loader import load_vision_encoder
+from tests.engine.families.cases import case_named
+from tests.engine.families.made import Made
+from tests.engine.families.qwen import IMAGE
 from tests.engine.tiny import make_qwen2_vl, picture, reference_inputs, reference_model, rewrite_json
 
 CPU = torch.device("cpu")
-PROMPT = (
-    "<|im_start|>user\nfirst <|vision_start|><|image_pad|><|vision_end|> then "
-    "<|vision_start|><|image_pad|><|vision_end|>what differs?<|im_end|>\n<|im_start|>assistant\n"
-)
+PROMPT = f"first {IMAGE} then {IMAGE}"
 SIZES = [
     (60, 44),
     (1, 1),
@@ -61,43 +60,28 @@ def encoder(path) -> NativeVisionEncoder:
     return load_vision_encoder(checkpoint, config, device=CPU, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("hub_names", [False, True])
-@pytest.mark.parametrize(("tied", "gqa_ratio"), [(False, 1), (True, 2), (False, 4)])
-def test_whole_model_equals_transformers(tmp_path, tied, gqa_ratio, hub_names):
-    path = make_qwen2_vl(tmp_path, tied=tied, gqa_ratio=gqa_ratio, hub_names=hub_names)
-    checkpoint, config = parse(path)
-    assert config.eos_token_ids == (2, 0)
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("gqa_ratio", [1, 2, 4])
+def test_heads_may_share_keys_and_embeddings_be_tied(tmp_path, gqa_ratio, tied, hub):
+    def make(path, hub):
+        make_qwen2_vl(path, tied=tied, gqa_ratio=gqa_ratio, hub_names=hub, seed=3)
+
+    made = Made(replace(case_named("Qwen2-VL"), make=make), tmp_path / "made", hub)
+    made.check_all()
+    assert parse(made.path)[1].eos_token_ids == (2, 0)
+
+
+def test_rows_equal_transformers(path):
     pictures = [picture(60, 44), picture(33, 90, 1)]
-    reference, inputs = reference_model(path), reference_inputs(path, PROMPT, pictures)
+    inputs = reference_inputs(path, PROMPT, pictures)
     with torch.inference_mode():
-        expected = reference(**inputs).logits[0]
-        features = reference.model.get_image_features(
+        features = reference_model(path).model.get_image_features(
             inputs["pixel_values"], inputs["image_grid_thw"]
-        ).pooler_output
-
-    media = [processor(path).prepare(image) for image in pictures]
-    rows = encoder(path).encode(media)
-    for ours, theirs in zip(rows, features, strict=True):
+        )
+    rows = encoder(path).encode([processor(path).prepare(image) for image in pictures])
+    for ours, theirs in zip(rows, features.pooler_output, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-
-    decoder = load_language_model(checkpoint, config, device=CPU, dtype=torch.float32)
-    ids = inputs["input_ids"][0]
-    places = (ids == config.image_token_id).nonzero()[:, 0]
-    spans = _spans(media, places.tolist())
-    positions, _ = FAMILY.positions(config, len(ids), spans)
-    with torch.inference_mode():
-        embeds = decoder.embed(ids).index_copy(0, places, torch.cat(rows))
-    for cut in (None, [30]):
-        logits = prefill_logits(decoder, [embeds], [torch.from_numpy(positions)], split=cut)[0]
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-
-
-def _spans(media: list[PreparedMedia], places: list[int]) -> list[MediaSpan]:
-    spans = []
-    for entry in media:
-        spans.append(MediaSpan(entry.item, places[0], entry.item.num_tokens))
-        places = places[entry.item.num_tokens :]
-    return spans
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

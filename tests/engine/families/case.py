@@ -1,0 +1,222 @@
+"""What the laws need to know of a model family, and what its reference says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from tests.engine.tiny import picture
+
+TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt with marks, and what they stand for."""
+
+    text: str
+    pictures: tuple[Image.Image, ...] = ()
+    frames: tuple[Image.Image, ...] = ()
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """As ``LLM.generate`` takes it."""
+        data = {"image": self.pictures, "video": self.frames}
+        return {"prompt": self.text, "multi_modal_data": {k: list(v) for k, v in data.items() if v}}
+
+    @property
+    def key(self) -> tuple[str, tuple[bytes, ...]]:
+        """Tells prompts apart."""
+        return self.text, tuple(image.tobytes() for image in (*self.pictures, *self.frames))
+
+    def other(self) -> Prompt:
+        """The same words with other pictures and frames."""
+        return replace(self, pictures=_others(self.pictures), frames=_others(self.frames))
+
+    def others(self) -> list[Prompt]:
+        """The same with one picture, or one frame, replaced by another: as many as it has."""
+        return [
+            replace(self, **{kind: (*images[:i], *_others(images[i : i + 1]), *images[i + 1 :])})
+            for kind, images in (("pictures", self.pictures), ("frames", self.frames))
+            for i in range(len(images))
+        ]
+
+
+def _others(images: Sequence[Image.Image]) -> tuple[Image.Image, ...]:
+    return tuple(picture(*image.size, 99) for image in images)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A prompt as the reference takes it.
+
+    Attributes:
+        ids: of the expanded prompt; None where a row of a picture stands that has no id of its own.
+        model: the causal model to call.
+        arguments: of its forward pass.
+    """
+
+    ids: list[int | None]
+    model: Any
+    arguments: Mapping[str, torch.Tensor]
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of each token of the prompt but the first, and of ``tokens`` after it: float32.
+
+        Where a row of a picture stands, NaN.
+        """
+        more = torch.tensor([tokens])
+        text = {
+            "input_ids": more,
+            "inputs_embeds": self.model.get_input_embeddings()(more),
+            "attention_mask": torch.ones_like(more),
+            "mm_token_type_ids": torch.zeros_like(more),
+        }
+        longer = {
+            name: torch.cat([value, text[name]], dim=1) if name in text else value
+            for name, value in self.arguments.items()
+        }
+        table = self.model(**longer).logits[0].log_softmax(-1)
+        return torch.tensor(
+            [
+                math.nan if token is None else float(row[token])
+                for row, token in zip(table, [*self.ids[1:], *tokens], strict=False)
+            ]
+        )
+
+
+class Reference(Protocol):
+    """A loaded checkpoint that we didn't load with our own code."""
+
+    def inputs(self, prompt: Prompt) -> Inputs:
+        """In float32, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the reference makes of a prompt.
+
+    Attributes:
+        ids: as :class:`Inputs`.
+        tokens: ``TOKENS`` greedy ones, whatever they are.
+        logprobs: float32, of each of them.
+        ends: tokens that end an answer.
+        vector: the last hidden state at length 1.
+    """
+
+    ids: list[int | None]
+    tokens: list[int]
+    logprobs: torch.Tensor
+    ends: frozenset[int]
+    vector: torch.Tensor
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, given: Inputs) -> Answer:
+        out = given.model.generate(
+            **given.arguments,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            # No token has this id: nothing ends the answer.
+            eos_token_id=1 << 30,
+            pad_token_id=0,
+            output_logits=True,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        tokens = out.sequences[0, -TOKENS:]
+        rows = torch.cat(out.logits).log_softmax(-1)
+        # Of the first step, which has the whole prompt: the last layer's, at its last position.
+        last = out.hidden_states[0][-1][0, -1]
+        ends = given.model.generation_config.eos_token_id
+        return cls(
+            given.ids,
+            tokens.tolist(),
+            rows.gather(1, tokens[:, None])[:, 0],
+            frozenset(ends if isinstance(ends, list) else [ends]),
+            last / last.norm(),
+        )
+
+    def differs(self, other: Answer) -> bool:
+        """Whether the two are further apart than :meth:`Made.compare` lets outputs be from answers."""
+        same = self.tokens == other.tokens and torch.allclose(
+            self.logprobs, other.logprobs, atol=0.01, rtol=0
+        )
+        return not same and bool((self.vector - other.vector).norm() > 0.01)
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """A row of the table of laws.
+
+    Attributes:
+        name: of the row.
+        make: writes a tiny checkpoint into a folder: as Transformers saves it, or, given True, with the
+            names, the spelling and the shards of the public ones.
+        reference: reads what ``make`` wrote.
+        frame: the prompt around a text.
+        mark: what stands for the ``index``-th picture of ``count``.
+        video: what stands for a video; None if the model has none.
+        options: of the engine.
+    """
+
+    name: str
+    make: Callable[[Path, bool], object]
+    reference: Callable[[Path], Reference]
+    frame: str = "{}"
+    mark: Callable[[int, int], str] | None = None
+    video: str | None = None
+    texts: tuple[str, ...] = ("hello world 0 1 2 3",)
+    single: tuple[tuple[int, int], ...] = ((60, 44), (20, 24))
+    several: tuple[tuple[tuple[int, int], ...], ...] = (((90, 30), (33, 70)), ((20, 20), (64, 40), (41, 83)))
+    frames: int = 5
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def embeds(self) -> bool:
+        """Its outputs are vectors."""
+        return self.options.get("task") == "embed"
+
+    def text_prompts(self) -> list[Prompt]:
+        return [Prompt(self.frame.format(text)) for text in self.texts]
+
+    def single_prompts(self) -> list[Prompt]:
+        """A picture at the end, and one at the start."""
+        if self.mark is None:
+            return []
+        texts = ("describe this image {}", "{}what is shown?")
+        return [
+            Prompt(self.frame.format(text.format(self.mark(0, 1))), (picture(*size, number),))
+            for number, (text, size) in enumerate(zip(texts, self.single, strict=True))
+        ]
+
+    def several_prompts(self) -> list[Prompt]:
+        """Pictures next to each other, and apart."""
+        if self.mark is None:
+            return []
+        found = []
+        for number, (sizes, between) in enumerate(zip(self.several, ("", " and a red "), strict=False)):
+            marks = [self.mark(index, len(sizes)) for index in range(len(sizes))]
+            pictures = tuple(picture(*size, 10 + 10 * number + i) for i, size in enumerate(sizes))
+            found.append(Prompt(self.frame.format(between.join(marks) + "what differs?"), pictures))
+        return found
+
+    def video_prompts(self) -> list[Prompt]:
+        """A video before a picture."""
+        if self.video is None or self.mark is None:
+            return []
+        frames = tuple(picture(40, 56, 50 + number) for number in range(self.frames))
+        text = f"a red square {self.video} on a blue {self.mark(0, 1)}"
+        return [Prompt(self.frame.format(text), (picture(20, 50, 60),), frames)]
+
+    def prompts(self) -> list[Prompt]:
+        """All kinds, mixed."""
+        kinds = (self.single_prompts(), self.text_prompts(), self.several_prompts(), self.video_prompts())
+        return [prompt for kind in kinds for prompt in kind]

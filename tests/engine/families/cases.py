@@ -1,0 +1,138 @@
+"""The rows of the table of laws: every family that the registry knows, and the kinds of text models."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from tests.engine.families import minicpm_v_reference as minicpm_v
+from tests.engine.families import phi3_v_reference as phi3_v
+from tests.engine.families import qwen
+from tests.engine.families.case import FamilyCase
+from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
+from tests.engine.families.onevision import OnevisionReference, make_onevision
+from tests.engine.families.references import (
+    LlavaReference,
+    TextReference,
+    make_llava_1_5,
+    make_text_model,
+)
+from tests.engine.tiny import make_qwen2_vl, split_shards
+
+TEXTS = ("hello world 0 1 2 3", "the quick brown fox jumps over the lazy dog. what is shown?", "a red square")
+
+
+def _qwen2_vl(path: Path, hub: bool) -> None:
+    make_qwen2_vl(path, hub_names=hub, tied=hub, gqa_ratio=4 if hub else 2)
+
+
+def _later_qwen(path: Path, hub: bool, *, make) -> None:
+    make(path, names="hub" if hub else "saved", tied=hub, gqa_ratio=1 if hub else 2)
+
+
+def _phi3_v(path: Path, hub: bool) -> None:
+    """Always under public names: there are no others."""
+    phi3_v.make_phi3_v(path, seed=3)
+    if hub:
+        split_shards(path)
+
+
+def _minicpm_v(path: Path, hub: bool) -> None:
+    """Always under public names: there are no others."""
+    minicpm_v.make(path)
+    if hub:
+        split_shards(path)
+
+
+def _phi3_v_mark(index: int, count: int) -> str:
+    """In the reverse order of the pictures."""
+    return f"<|image_{count - index}|>"
+
+
+_QWEN = {
+    "frame": qwen.FRAME,
+    "mark": lambda index, count: qwen.IMAGE,
+    "video": qwen.VIDEO,
+}
+_PHI3_V = {
+    "make": _phi3_v,
+    "frame": "<|user|>\n{}<|end|>\n<|assistant|>\n",
+    "mark": _phi3_v_mark,
+}
+_IDEFICS = {
+    "frame": "<|im_start|>User:{}<end_of_utterance>\nAssistant:",
+    "mark": lambda index, count: "<image>",
+}
+# Shorter than where Phi's long factors would begin.
+_SHORT = {"max_model_len": phi3_v.ORIGINAL}
+
+CASES = [
+    FamilyCase(
+        "LLaVA-1.5",
+        make_llava_1_5,
+        LlavaReference,
+        frame="USER: {} ASSISTANT:",
+        mark=lambda index, count: "<image>\n",
+    ),
+    FamilyCase(
+        "LLaVA-OneVision",
+        make_onevision,
+        OnevisionReference,
+        frame=qwen.FRAME,
+        mark=lambda index, count: "<image>",
+        video="<video>",
+        # In several tiles, shrunk to 4 of them; and in a line of them.
+        single=((190, 200), (300, 9)),
+    ),
+    FamilyCase("Phi-3.5-vision", reference=phi3_v.Phi3VReference, options=_SHORT, **_PHI3_V),
+    FamilyCase(
+        "VLM2Vec",
+        reference=partial(phi3_v.Phi3VReference, num_crops=9),
+        # Fewer and smaller, for up to 9 crops of each.
+        several=(((28, 28), (60, 20)), ((30, 30), (27, 80))),
+        options={**_SHORT, "task": "embed", "mm_processor_kwargs": {"num_crops": 9}},
+        **{**_PHI3_V, "frame": "{}"},
+    ),
+    FamilyCase("Qwen2-VL", _qwen2_vl, partial(qwen.Reference, kind="Qwen2VL"), **_QWEN),
+    FamilyCase(
+        "Qwen2.5-VL",
+        partial(_later_qwen, make=qwen.make_qwen2_5_vl),
+        partial(qwen.Reference, kind="Qwen2_5_VL"),
+        options={"mm_processor_kwargs": {"fps": qwen.FPS["Qwen2_5_VL"]}},
+        **_QWEN,
+    ),
+    FamilyCase(
+        "Qwen3-VL",
+        partial(_later_qwen, make=qwen.make_qwen3_vl),
+        qwen.qwen3_vl_reference,
+        options={"mm_processor_kwargs": {"fps": qwen.FPS["Qwen3VL"]}},
+        **_QWEN,
+    ),
+    FamilyCase(
+        "MiniCPM-V 2.6",
+        _minicpm_v,
+        minicpm_v.MiniCPMVReference,
+        frame=qwen.FRAME,
+        mark=lambda index, count: minicpm_v.MARK,
+        # Columns by rows of slices: 2 by 2, and none; 1 by 2, and 3 by 3; none, 6 by 1, and none.
+        several=(((33, 70), (90, 80)), ((20, 20), (150, 24), (3, 2))),
+    ),
+    FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
+    FamilyCase("SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), **_IDEFICS),
+    *(
+        FamilyCase(kind, partial(make_text_model, kind=kind), TextReference, texts=TEXTS)
+        for kind in ("llama", "llama3", "mistral", "phi3", "qwen2", "qwen3")
+    ),
+    FamilyCase(
+        "phi3_longrope",
+        partial(make_text_model, kind="phi3_longrope"),
+        TextReference,
+        texts=TEXTS,
+        options={"max_model_len": 64},
+    ),
+]
+
+
+def case_named(name: str) -> FamilyCase:
+    (case,) = (case for case in CASES if case.name == name)
+    return case

@@ -1,0 +1,99 @@
+"""Tiny checkpoints of Idefics3 and SmolVLM, and what Transformers makes of their pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.hub import as_on_the_hub
+from tests.engine.tiny import spread, tokenizer
+
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<end_of_utterance>",
+    "<fake_token_around_image>",
+    "<image>",
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)),
+)
+PATCH = 4
+
+
+def make_idefics3(path: Path, hub: bool = False) -> Path:
+    return _make(path, "Idefics3", hub, factor=2, side=32)
+
+
+def make_smolvlm(path: Path, hub: bool = False) -> Path:
+    """Crops that end within a patch, with 25 patches per side: their buckets are not just those in order."""
+    return _make(path, "SmolVLM", hub, factor=5, side=102)
+
+
+def _make(path: Path, kind: str, hub: bool, *, factor: int, side: int) -> Path:
+    """A checkpoint with crops of ``side`` pixels, and pictures of at most 2x2 or so of them."""
+    tok = tokenizer(SPECIALS, vocab_size=340, bos_token="<|im_start|>", eos_token="<end_of_utterance>")
+    if kind == "SmolVLM":
+        # As in Llama 3's vocabulary, two line feeds are one token.
+        tok.add_tokens(["\n\n"])
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": side,
+        "patch_size": PATCH,
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(
+            vocab_size=len(tok),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-5,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        image_token_id=SPECIALS.index("<image>"),
+        scale_factor=factor,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    model = spread(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed=5)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
+    sizes = {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
+    getattr(transformers, f"{kind}ImageProcessorPil")(**sizes).save_pretrained(path)
+    if hub:
+        as_on_the_hub(path, image_processor_type=f"{kind}ImageProcessor", resample=1, **sizes)
+    return path
+
+
+def image_processor(path: Path, kind: str) -> Any:
+    return getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(path)
+
+
+class IdeficsReference:
+    """Transformers' model and processor of the family called ``kind`` there."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        cls = getattr(transformers, f"{kind}ForConditionalGeneration")
+        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        vision = self.model.config.vision_config
+        rows = (vision.image_size // PATCH // self.model.config.scale_factor) ** 2
+        tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+        self.processor = transformers.Idefics3Processor(image_processor(path, kind), tok, image_seq_len=rows)
+
+    def inputs(self, prompt: Prompt) -> Inputs:
+        pictures = [list(prompt.pictures)] if prompt.pictures else None
+        arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
+        return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)

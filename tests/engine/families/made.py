@@ -1,0 +1,134 @@
+"""A family's tiny checkpoint on disk, and how the engine's outputs are held against its reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import LLM, SamplingParams
+from tests.engine.families.case import TOKENS, Answer, FamilyCase, Inputs, Prompt, Reference
+
+#: Ids from here on stand for text in every tokenizer of ours.
+_FIRST_TEXT_ID = 32
+
+
+class Made:
+    """A family's checkpoint and what its reference says, each made when first asked for."""
+
+    def __init__(self, case: FamilyCase, folder: Path, hub: bool = False) -> None:
+        self.case = case
+        self._folder, self._hub = folder, hub
+        self._inputs: dict[Any, Inputs] = {}
+        self._answers: dict[Any, Answer] = {}
+
+    @cached_property
+    def path(self) -> Path:
+        self._folder.mkdir(exist_ok=True)
+        self.case.make(self._folder, self._hub)
+        return self._folder
+
+    @cached_property
+    def _reference(self) -> Reference:
+        return self.case.reference(self.path)
+
+    def inputs(self, prompt: Prompt) -> Inputs:
+        if prompt.key not in self._inputs:
+            with torch.inference_mode():
+                self._inputs[prompt.key] = self._reference.inputs(prompt)
+        return self._inputs[prompt.key]
+
+    def answer(self, prompt: Prompt) -> Answer:
+        if prompt.key not in self._answers:
+            self._answers[prompt.key] = Answer.of(self.inputs(prompt))
+        return self._answers[prompt.key]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of every engine, unless a law says otherwise. On a CPU, with a GPU or without."""
+        return {"max_model_len": 512, "kv_cache_bytes": 8 << 20, "device": "cpu", **self.case.options}
+
+    def llm(self, **options: Any) -> LLM:
+        return LLM(str(self.path), **{**self.options, **options})
+
+    def check(self, llm: LLM, prompts: Sequence[Prompt]) -> None:
+        """``llm``'s outputs for a batch are the reference's, and nothing is left behind."""
+        outputs = self.run(llm, [prompt.entry for prompt in prompts])
+        for output, prompt in zip(outputs, prompts, strict=True):
+            self.compare(output, self.answer(prompt))
+        llm.check_integrity()
+
+    def run(self, llm: LLM, entries: Sequence[dict[str, Any]]) -> list[Any]:
+        """Outputs for entries as ``LLM.generate`` takes them."""
+        if self.case.embeds:
+            return llm.embed(entries, use_tqdm=False)
+        params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
+        return llm.generate(entries, params, use_tqdm=False)
+
+    def check_all(self) -> None:
+        """Tokens and all logits of a batch of all kinds of prompts are the reference's."""
+        llm, prompts = self.llm(), self.case.prompts()
+        self.check(llm, prompts)
+        assert max(self.distances(llm, prompts, prompts)) < 1e-4
+
+    def compare(self, output: Any, answer: Answer) -> None:
+        """The prompt's ids, and the tokens with their log-probabilities, or the vector."""
+        assert len(output.prompt_token_ids) == len(answer.ids)
+        named = zip(output.prompt_token_ids, answer.ids, strict=True)
+        assert all(theirs in (None, ours) for ours, theirs in named)
+        if self.case.embeds:
+            torch.testing.assert_close(torch.tensor(output.embedding), answer.vector, atol=1e-4, rtol=0)
+            return
+        (completion,) = output.outputs
+        assert completion.token_ids == answer.tokens
+        torch.testing.assert_close(_logprobs(completion), answer.logprobs, atol=1e-3, rtol=0)
+
+    def check_ends(self, llm: LLM) -> None:
+        """Every token that ends the reference's answers ends ours, and no other does."""
+        prompt = self.case.text_prompts()[0]
+        ends = self.answer(prompt).ends
+        for token in {*ends, _FIRST_TEXT_ID}:
+            params = SamplingParams(temperature=0.0, max_tokens=3, allowed_token_ids=[token])
+            (output,) = llm.generate(prompt.entry, params, use_tqdm=False)
+            found = output.outputs[0].token_ids, output.outputs[0].finish_reason
+            assert found == (([token], "stop") if token in ends else ([token] * 3, "length"))
+
+    def distances(self, llm: LLM, given: Sequence[Prompt], prompts: Sequence[Prompt]) -> list[float]:
+        """How far ``llm``'s outputs for the batch ``given`` are from the reference's for ``prompts``.
+
+        Of vectors, which have length 1, as it is. Of log-probabilities of prompts and of answers to them, as
+        a share of how widely the reference's are spread.
+        """
+        entries = [prompt.entry for prompt in given]
+        if self.case.embeds:
+            vectors = [torch.tensor(output.embedding) for output in self.run(llm, entries)]
+            pairs = zip(vectors, prompts, strict=True)
+            return [float((vector - self.answer(prompt).vector).norm()) for vector, prompt in pairs]
+        text = list(range(_FIRST_TEXT_ID, 256))
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=TOKENS,
+            ignore_eos=True,
+            allowed_token_ids=text,
+            logprobs=0,
+            prompt_logprobs=0,
+        )
+        outputs, found = llm.generate(entries, params, use_tqdm=False), []
+        for output, prompt in zip(outputs, prompts, strict=True):
+            (completion,) = output.outputs
+            of_prompt = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+            ours = torch.cat(
+                [torch.tensor([row[token].logprob for row, token in of_prompt]), _logprobs(completion)]
+            )
+            theirs = self.inputs(prompt).logprobs(completion.token_ids)
+            ours, theirs = ours[~theirs.isnan()], theirs[~theirs.isnan()]
+            found.append(float((ours - theirs).norm() / (theirs - theirs.mean()).norm()))
+        return found
+
+
+def _logprobs(completion: Any) -> torch.Tensor:
+    rows = zip(completion.logprobs, completion.token_ids, strict=True)
+    return torch.tensor([row[token].logprob for row, token in rows])

@@ -1,0 +1,64 @@
+"""Transformers' LLaVA-1.5 and text models, as references of the laws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.hub import as_on_the_hub
+from tests.engine.tiny import make_llava, make_text
+
+
+def make_llava_1_5(path: Path, hub: bool, **variant: str) -> None:
+    make_llava(path, hub_names=hub, **variant)
+    if hub:
+        as_on_the_hub(
+            path,
+            image_processor_type="CLIPImageProcessor",
+            processor_class="LlavaProcessor",
+            size={"shortest_edge": 30},
+            crop_size={"height": 30, "width": 30},
+            do_center_crop=True,
+            resample=3,
+        )
+
+
+class LlavaReference:
+    def __init__(self, path: Path) -> None:
+        cls = transformers.LlavaForConditionalGeneration
+        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        tok = transformers.PreTrainedTokenizerFast.from_pretrained(
+            path, extra_special_tokens={"image_token": "<image>"}
+        )
+        self.processor = transformers.LlavaProcessor(
+            transformers.CLIPImageProcessorPil.from_pretrained(path),
+            tok,
+            patch_size=7,
+            vision_feature_select_strategy=self.model.config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+        )
+
+    def inputs(self, prompt: Prompt) -> Inputs:
+        pictures = list(prompt.pictures) or None
+        arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
+        return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
+
+
+def make_text_model(path: Path, hub: bool, kind: str) -> None:
+    make_text(path, kind, seed=7)
+    if hub:
+        as_on_the_hub(path)
+
+
+class TextReference:
+    def __init__(self, path: Path) -> None:
+        cls = transformers.AutoModelForCausalLM
+        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+
+    def inputs(self, prompt: Prompt) -> Inputs:
+        ids = self.tokenizer(prompt.text, return_tensors="pt").input_ids
+        return Inputs(ids[0].tolist(), self.model, {"input_ids": ids})

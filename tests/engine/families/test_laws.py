@@ -1,0 +1,197 @@
+"""The laws that every family keeps, each stated once: the table of families and laws of the README.
+
+Answers are compared with Transformers' own, or with those of a reference put together from its parts: tokens
+under greedy and their log-probabilities, or the vectors of models that make embeddings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.encoder import EncoderEngine
+from engine.errors import InvalidRequest
+from engine.families.base import PromptAwareProcessor
+from engine.families.registry import supported_architectures
+from engine.inputs.frontend import load_media_processor
+from engine.weights.checkpoint import Checkpoint
+from tests.engine.families.case import Prompt
+from tests.engine.families.cases import CASES
+from tests.engine.families.made import Made
+from tests.engine.tiny import picture
+
+
+def single_image(model: Made, hub: Made) -> None:
+    """One picture, and another one in the same words."""
+    _check_media(model, model.case.single_prompts())
+
+
+def several_images(model: Made, hub: Made) -> None:
+    """Next to each other and apart, of different sizes; each of them counts."""
+    _check_media(model, model.case.several_prompts())
+
+
+def video(model: Made, hub: Made) -> None:
+    """Frames as one item, before a picture, each of which counts; models without videos say so."""
+    if model.case.video is not None:
+        _check_media(model, model.case.video_prompts())
+    elif model.case.mark is not None:
+        _check_refused(model, {"video": [picture(40, 56), picture(40, 56, 1)]}, "frames|videos")
+    else:
+        _check_refused(model, {"video": [picture(40, 56)]}, "no pictures")
+
+
+def _check_media(model: Made, prompts: list[Prompt]) -> None:
+    """With another picture the same words have another answer, and what is cached of them isn't mixed up."""
+    if not prompts:
+        _check_refused(model, {"image": [picture(40, 56)]}, "no pictures")
+        return
+    llm = model.llm()
+    model.check(llm, prompts)
+    for prompt in prompts:
+        others = prompt.others()
+        wanted = model.answer(prompt)
+        # Or all of this would hold if pictures were ignored.
+        assert all(model.answer(other).differs(wanted) for other in others)
+        model.check(llm, others)
+
+
+def _check_refused(model: Made, data: dict, reason: str) -> None:
+    llm = model.llm()
+    with pytest.raises(InvalidRequest, match=reason):
+        model.run(llm, [{"prompt": model.case.frame.format("hello"), "multi_modal_data": data}])
+    llm.check_integrity()
+
+
+def batch_is_alone(model: Made, hub: Made) -> None:
+    """A text, a picture, several, and a video in one batch; each by itself; and all of their logits."""
+    prompts = model.case.prompts()
+    model.check(model.llm(), prompts)
+    llm = model.llm(enable_prefix_caching=False)
+    for prompt in prompts:
+        model.check(llm, [prompt])
+    assert max(model.distances(llm, prompts, prompts)) < 1e-4
+
+
+def chunked_is_whole(model: Made, hub: Made) -> None:
+    """So few tokens a step that pictures are cut by steps, and so small blocks that they cut them too."""
+    model.check(model.llm(max_num_batched_tokens=13, max_num_seqs=4, block_size=4), model.case.prompts())
+
+
+def preempted_or_cached(model: Made, hub: Made) -> None:
+    """Blocks for two prompts, but not for their answers, so that one is interrupted and computed again; and
+    all prompts twice, the second time from the cache."""
+    prompts = model.case.prompts()
+    lengths = [len(model.answer(prompt).ids) for prompt in prompts[:2]]
+    blocks = sum(-(-length // 4) for length in lengths) + 2
+    llm = model.llm(num_kv_blocks=blocks, block_size=4, enable_prefix_caching=False)
+    model.check(llm, prompts[:2] * 2)
+    # Vectors have no answer for which blocks could lack: those prompts wait for each other.
+    assert model.case.embeds or llm.metrics()["preempted"] > 0
+    llm = model.llm(block_size=4)
+    for _ in range(2):
+        model.check(llm, prompts)
+    assert llm.metrics()["cached_tokens"] > 0
+
+
+def embeds_are_pixels(model: Made, hub: Made) -> None:
+    """Rows of pictures in place of pictures, item by item and all in one tensor."""
+    prompts = model.case.single_prompts() + model.case.several_prompts()
+    if not prompts:
+        _check_refused(model, {"image": torch.zeros(1, 4, 64)}, "no pictures")
+        return
+    llm = model.llm()
+    config = EngineConfig(model=str(model.path), **model.options)
+    encoder, processor = EncoderEngine.load(config), load_media_processor(config)
+    for prompt in prompts:
+        ours = processor
+        if isinstance(processor, PromptAwareProcessor):
+            ours = processor.among(len(prompt.pictures))
+        media = [ours.prepare(image) for image in prompt.pictures]
+        rows = encoder.encode(media)
+        ways = [rows, torch.stack(rows)] if ours.embedding_field is None else [rows, torch.cat(rows)]
+        described = {
+            None: {},
+            "image_grid_thw": {"image_grid_thw": torch.tensor([entry.item.grid for entry in media])},
+            "image_size_list": {"image_size_list": [image.size for image in prompt.pictures]},
+        }[ours.embedding_field]
+        for embeds in ways:
+            data = {"image": {"image_embeds": embeds, **described}}
+            (output,) = model.run(llm, [{"prompt": prompt.text, "multi_modal_data": data}])
+            model.compare(output, model.answer(prompt))
+    llm.check_integrity()
+
+
+def hub_layout(model: Made, hub: Made) -> None:
+    """config.json, tensors and shards as in public checkpoints, with tied embeddings where small ones tie
+    them; and what ends an answer, in this layout and in the other."""
+    hub.check(hub.llm(), hub.case.prompts())
+    if not model.case.embeds:
+        hub.check_ends(hub.llm())
+        model.check_ends(model.llm())
+
+
+def bfloat16(model: Made, hub: Made) -> None:
+    """On a CPU; see :func:`_check_bfloat16`."""
+    _check_bfloat16(model, "cpu")
+
+
+def bfloat16_on_gpu(model: Made, hub: Made) -> None:
+    """With the kernels that serve; see :func:`_check_bfloat16`."""
+    _check_bfloat16(model, "cuda")
+
+
+#: In bfloat16: how far outputs may be from the reference's in float32, see :meth:`Made.distances`.
+TOLERANCE = 0.06
+
+
+def _check_bfloat16(model: Made, device: str) -> None:
+    """In a batch, whole and cut, outputs are near the reference's; and those with other pictures are not: the
+    bound is a sharp one."""
+    prompts = model.case.prompts()
+    shown = [prompt for prompt in prompts if prompt.pictures]
+    for options in ({}, {"max_num_batched_tokens": 13, "max_num_seqs": 4}):
+        llm = model.llm(device=device, dtype="bfloat16", enable_prefix_caching=False, **options)
+        assert max(model.distances(llm, prompts, prompts)) < TOLERANCE
+        others = model.distances(llm, [prompt.other() for prompt in shown], shown)
+        assert min(others, default=1) > 2 * TOLERANCE
+        llm.check_integrity()
+
+
+LAWS = {
+    "single image": single_image,
+    "several images": several_images,
+    "video": video,
+    "batch = alone": batch_is_alone,
+    "chunked = whole": chunked_is_whole,
+    "preempted or cached": preempted_or_cached,
+    "embeds = pixels": embeds_are_pixels,
+    "hub layout": hub_layout,
+    "bf16 on a CPU": bfloat16,
+    "bf16 on a GPU": bfloat16_on_gpu,
+}
+
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CELLS = [
+    pytest.param(case, law, id=f"{case.name}-{law}", marks=[pytest.mark.gpu, _NO_GPU] if "GPU" in law else [])
+    for case in CASES
+    for law in LAWS
+]
+
+
+def test_every_architecture_has_a_row(made):
+    rows = {name for case in CASES for name in Checkpoint.open(str(made(case).path)).config["architectures"]}
+    assert rows == set(supported_architectures())
+
+
+def test_the_readme_has_all_columns():
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    assert [law for law in LAWS if f"\n| {law} | " not in readme] == []
+
+
+@pytest.mark.parametrize(("case", "law"), CELLS)
+def test_law(made, case, law):
+    LAWS[law](made(case), made(case, hub=True))
