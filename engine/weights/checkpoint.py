@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
 
 _HEADER_LIMIT = 100 << 20
 _HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -22,7 +19,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies. ``dtype`` as safetensors writes it; ``begin`` orders tensors within ``file``."""
+    """Where a tensor lies. ``dtype`` as safetensors writes it; ``begin`` is its first byte in ``file``."""
 
     file: Path
     dtype: str
@@ -31,7 +28,7 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """A local checkpoint. Nothing but JSON is read before :meth:`read`; pickles are never loaded."""
+    """A local checkpoint. Nothing but JSON and headers is read here; pickles are never loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,24 +103,6 @@ class Checkpoint:
             raise CheckpointError(f"tensors of the index that no shard holds: {', '.join(absent[:8])}")
         return found
 
-    def read(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The named tensors one at a time, in the order in which they lie on disk.
-
-        Each is a view of the mapped file: what isn't touched is not read.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        for file, inside in by_file.items():
-            try:
-                with safe_open(file, framework="pt", device="cpu") as shard:
-                    for name in sorted(inside, key=lambda name: self.tensors[name].begin):
-                        yield name, shard.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} can't be read: {error}") from error
-
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     """The tensors that a safetensors file announces, once it is long enough to hold them."""
@@ -148,7 +127,10 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
                 f"tensor {name} in {file.name} has dtype {entry['dtype']}; only floating-point weights "
                 "are supported"
             )
-        yield name, TensorInfo(file, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])
+        yield (
+            name,
+            TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]),
+        )
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -14,6 +14,7 @@ from engine.families.registry import family_named
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder import Decoder
 from engine.weights.checkpoint import Checkpoint, TensorInfo
+from engine.weights.reader import Rows, read_rows
 from engine.weights.rules import ModelPart, WeightRules, listing
 
 LoadFormat = Literal["auto", "dummy"]
@@ -97,11 +98,30 @@ def fill_from_checkpoint(
     wanted = {names[internal]: slot for internal, slot in slots.items()}
     for name, slot in wanted.items():
         _check_shape(name, checkpoint.tensors[name], slot)
-    for name, tensor in checkpoint.read(list(wanted)):
-        slot = wanted[name]
-        source = tensor.reshape(slot.shape)
-        for region, target in slot.copies:
-            target.copy_(source[region])
+    found = [(name, checkpoint.tensors[name], slot) for name, slot in wanted.items()]
+    found.sort(key=lambda entry: (entry[1].file, entry[1].begin))
+    rows = (Rows.of(name, info, *_needed(slot)) for name, info, slot in found)
+    on_gpu = any(parameter.is_cuda for parameter in module.parameters())
+    for piece, values in read_rows(rows, pinned=on_gpu):
+        _take_in(piece, values, wanted[piece.name])
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def _needed(slot: WeightSlot) -> tuple[int, int]:
+    """The first row that a slot's copies look at, and the one after the last."""
+    spans = [region[0] for region, _ in slot.copies]
+    return min(span.start for span in spans), max(span.stop for span in spans)
+
+
+def _take_in(piece: Rows, values: torch.Tensor, slot: WeightSlot) -> None:
+    """Copy some rows of a slot's tensor to where they belong."""
+    values = values.reshape(piece.count, *slot.shape[1:])
+    for (span, *columns), target in slot.copies:
+        begin, end = max(piece.first, span.start), min(piece.first + piece.count, span.stop)
+        if begin < end:
+            own = values[(slice(begin - piece.first, end - piece.first), *columns)]
+            target[begin - span.start : end - span.start].copy_(own, non_blocking=True)
 
 
 def fill_with_noise(module: nn.Module, seed: int) -> None:

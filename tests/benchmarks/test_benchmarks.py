@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import __main__ as all_of_them
-from benchmarks import host, offline, serve
+from benchmarks import host, load, offline, serve
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine.config import EngineConfig
 from engine.inputs.frontend import Frontend
@@ -29,6 +29,16 @@ def test_offline(monkeypatch, capsys, tmp_path):
     found = json.loads(file.read_text())
     works = ["w1 req/s", "w2 out tok/s", "w3 first ms", "w3 ms/tok", "w4 tok/s", "first answer s"]
     assert all(found[name] > 0 for name in works)
+
+
+def test_load(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "load.json"
+    arguments = ["load", "--shape", "tiny", "--folder", str(tmp_path), "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    load.main()
+    found = json.loads(file.read_text())
+    assert all(found[f"{kind} {way} s"] > 0 for kind in ("cold", "warm") for way in ("read", "load"))
+    assert found["GB"] > 0.01 and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -58,4 +68,4 @@ def test_serve_against_a_running_application(served, monkeypatch, capsys, tmp_pa
 
 
 def test_every_benchmark_is_among_all_of_them():
-    assert all_of_them.BENCHMARKS.keys() == {"kernels", "host", "offline", "serve"}
+    assert all_of_them.BENCHMARKS.keys() == {"kernels", "host", "load", "offline", "serve"}

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
 from engine.families.registry import resolve
+from engine.weights import loader
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.loader import load_language_model, load_vision_encoder
 from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors, split_shards
@@ -51,7 +52,7 @@ def test_missing_tensors_are_named(path):
 
 def test_missing_tensors_are_seen_before_data_is_read(path, monkeypatch):
     rewrite_tensors(path, without("model.norm.weight"))
-    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read data"))
+    monkeypatch.setattr(loader, "read_rows", lambda *_, **__: pytest.fail("read data"))
     with pytest.raises(CheckpointError, match=r"norm\.weight"):
         load(path)
 
