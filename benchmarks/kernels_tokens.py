@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.act_mul import act_mul, act_mul_reference
 from engine.kernels.gumbel import gumbel_argmax, gumbel_argmax_reference
-from engine.kernels.kv_write import kv_write
+from engine.kernels.kv_write import rotary_kv_write, rotary_kv_write_reference
+from engine.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from engine.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from engine.kernels.rms_norm import rms_norm, rms_norm_reference
 from engine.kernels.rotary import rotary, rotary_reference
 from engine.kernels.truncation import truncation_threshold, truncation_threshold_reference
@@ -26,9 +28,12 @@ TINY_ROTARY = [(3, 4, 2, 16, section) for section in (None, (2, 3, 3))]
 #: (tokens, intermediate size)
 ACT = [(1, 8960), (64, 8960), (8192, 8960)]
 TINY_ACT = [(3, 40)]
-#: (tokens, KV heads, head size)
-WRITE = [(64, 2, 128), (8192, 2, 128), (8192, 8, 128)]
-TINY_WRITE = [(5, 2, 16)]
+#: (patches, width of the tower): Qwen2-VL's at one picture and at sixteen
+VISION = [(1600, 1280), (25600, 1280)]
+TINY_VISION = [(3, 24)]
+#: (tokens, query heads, KV heads, head size)
+WRITE = [(1, 12, 2, 128), (64, 12, 2, 128), (8192, 12, 2, 128), (8192, 32, 8, 128)]
+TINY_WRITE = [(5, 4, 2, 16)]
 #: (rows, vocabulary)
 SAMPLING = [(rows, 151936) for rows in (1, 64, 256)]
 TINY_SAMPLING = [(3, 1000)]
@@ -45,8 +50,11 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         yield Case("rotary", label, partial(rotation, device, *sizes))
     for sizes in TINY_ACT if tiny else ACT:
         yield Case("act_mul", "{}x{}".format(*sizes), partial(gate, device, *sizes))
+    for tokens, size in TINY_VISION if tiny else VISION:
+        yield Case("layer_norm", f"{tokens}x{size} with residual", partial(layer_norm, device, tokens, size))
+        yield Case("quick_gelu", f"{tokens}x{4 * size}", partial(tower_gelu, device, tokens, 4 * size))
     for sizes in TINY_WRITE if tiny else WRITE:
-        yield Case("kv_write", "{}, heads {}, D {}".format(*sizes), partial(write, device, *sizes))
+        yield Case("kv_write", "{}, heads {}/{}, D {}".format(*sizes), partial(write, device, *sizes))
     for sizes in TINY_SAMPLING if tiny else SAMPLING:
         yield Case("gumbel", "{}x{}".format(*sizes), partial(sample, device, *sizes))
     truncations = {"top-k 50": (50, 1.0, 0.0), "top-p 0.9": (0, 0.9, 0.0), "min-p 0.05": (0, 1.0, 0.05)}
@@ -106,30 +114,46 @@ def gate(device, tokens, size) -> Problem:
     return Problem(run, lambda: (run(), act_mul_reference(x.float())), 1.5 * x.nbytes, peers=peers)
 
 
-def write(device, tokens, heads, dim) -> Problem:
-    fused = torch.randn((tokens, 4, heads, dim), device=device, dtype=dtype_on(device))
-    k, v = fused[:, 2], fused[:, 3]
+def layer_norm(device, tokens, size) -> Problem:
+    x, residual = torch.randn((2, tokens, size), device=device, dtype=dtype_on(device)).unbind(0)
+    weight, bias = torch.randn((2, size), device=device, dtype=x.dtype).unbind(0)
+    run = partial(add_layer_norm, x, residual, weight, bias, 1e-6)
+    wanted = partial(add_layer_norm_reference, x, residual, weight, bias, 1e-6)
+    peers: dict[str, Work] = {"torch": wanted}
+    return Problem(run, lambda: (torch.stack(run()), torch.stack(wanted())), 4 * x.nbytes, peers=peers)
+
+
+def tower_gelu(device, tokens, size) -> Problem:
+    x = torch.randn((tokens, size), device=device, dtype=dtype_on(device))
+    run = partial(quick_gelu, x)
+    peers: dict[str, Work] = {"torch": partial(quick_gelu_reference, x)}
+    return Problem(run, lambda: (run(), quick_gelu_reference(x)), 2 * x.nbytes, peers=peers)
+
+
+def write(device, tokens, heads, kv_heads, dim) -> Problem:
+    fused = torch.randn((tokens, heads + 2 * kv_heads, dim), device=device, dtype=dtype_on(device))
     blocks = -(-tokens // BLOCK)
-    caches = torch.zeros((2, blocks, heads, BLOCK, dim), device=device, dtype=fused.dtype)
+    caches = torch.zeros((2, blocks, kv_heads, BLOCK, dim), device=device, dtype=fused.dtype)
     slots = torch.randperm(blocks * BLOCK)[:tokens].to(device)
-    block, offset = slots // BLOCK, slots % BLOCK
+    angles = torch.rand((4096, dim // 2), device=device) * 6.28
+    cos, sin = angles.cos(), angles.sin()
+    positions = torch.randint(0, 4096, (tokens,), device=device)
 
-    def run() -> None:
-        kv_write(k, v, caches[0], caches[1], slots)
-
-    def by_index() -> None:
-        caches[0][block, :, offset] = k
-        caches[1][block, :, offset] = v
+    def run(kernel: Callable[..., None] = rotary_kv_write, source: torch.Tensor = fused) -> None:
+        q, k, v = source.split([heads, kv_heads, kv_heads], dim=1)
+        kernel(q, k, v, positions, cos, sin, caches[0], caches[1], slots)
 
     def check() -> tuple[torch.Tensor, torch.Tensor]:
-        run()
-        found = caches.clone()
-        caches.zero_()
-        by_index()
-        return found, caches
+        made = []
+        for kernel in (rotary_kv_write, rotary_kv_write_reference):
+            caches.zero_()
+            copy = fused.clone()
+            run(kernel, copy)
+            made.append(torch.cat([copy[:, :heads].flatten(), caches.flatten()]))
+        return made[0], made[1]
 
-    amount = 2 * (k.numel() + v.numel()) * k.element_size() + slots.nbytes
-    return Problem(run, check, amount, peers={"index_put": by_index})
+    amount = 2 * fused.nbytes + slots.nbytes + positions.nbytes
+    return Problem(run, check, amount, peers={"reference": partial(run, rotary_kv_write_reference)})
 
 
 def likelihoods(device, rows, vocab) -> tuple[torch.Tensor, torch.Tensor]:

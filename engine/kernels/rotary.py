@@ -178,14 +178,17 @@ def _rotary_kernel(
         INTERLEAVED,
         HALF_PAD,
     )
-    _rotate(q_ptr + token * q_token, q_head, cos, sin, Q_HEADS, HALF, Q_HEADS_PAD, HALF_PAD)
-    _rotate(k_ptr + token * k_token, k_head, cos, sin, K_HEADS, HALF, K_HEADS_PAD, HALF_PAD)
+    q_row, k_row = q_ptr + token * q_token, k_ptr + token * k_token
+    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, Q_HEADS_PAD, HALF_PAD)
+    rotate_heads(k_row, k_head, k_row, k_head, cos, sin, K_HEADS, HALF, K_HEADS_PAD, HALF_PAD)
 
 
 @triton.jit
-def _rotate(
+def rotate_heads(
     row_ptr,
     head_stride,
+    out_ptr,
+    out_stride,
     cos,
     sin,
     HEADS: tl.constexpr,
@@ -193,7 +196,7 @@ def _rotate(
     HEADS_PAD: tl.constexpr,
     HALF_PAD: tl.constexpr,
 ):
-    """Rotate all heads of one token."""
+    """Rotate all heads of one token, in place where ``out_ptr`` is ``row_ptr``."""
     dtype = row_ptr.dtype.element_ty
     c = cos[None, :].to(dtype).to(tl.float32)
     s = sin[None, :].to(dtype).to(tl.float32)
@@ -206,5 +209,6 @@ def _rotate(
     # Products and sums are rounded where torch rounds them.
     low = (first * c).to(dtype).to(tl.float32) - (second * s).to(dtype).to(tl.float32)
     high = (second * c).to(dtype).to(tl.float32) + (first * s).to(dtype).to(tl.float32)
-    tl.store(place, low.to(dtype), mask=mask)
-    tl.store(place + HALF, high.to(dtype), mask=mask)
+    target = out_ptr + head * out_stride + angle
+    tl.store(target, low.to(dtype), mask=mask)
+    tl.store(target + HALF, high.to(dtype), mask=mask)

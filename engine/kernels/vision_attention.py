@@ -55,12 +55,7 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
     segments = cu_seqlens.shape[0] - 1
     if tokens == 0 or segments == 0:
         return out
-    # A head of 80 is cut into 64 + 16, one of 96 into 64 + 32: that costs less than padding it to 128. Other
-    # sizes are padded.
-    main = 1 << (dim.bit_length() - 1)
-    rest = dim - main
-    if rest & (rest - 1) or rest < 16:
-        main, rest = triton.next_power_of_2(dim), 0
+    main, rest = head_parts(dim)
     wide = dim > 128 or q.element_size() > 2
     rows, keys, warps = (32, 32, 4) if wide else (128, 64, 8)
     if max_len <= 64:
@@ -81,7 +76,7 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
         v.stride(1),
         HEADS=heads,
         DIM=dim,
-        MAIN=max(main, 16),
+        MAIN=main,
         REST=rest,
         ROWS=rows,
         KEYS=keys,
@@ -89,6 +84,71 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
         num_stages=2 if wide else 3,
     )
     return out
+
+
+def head_parts(dim: int) -> tuple[int, int]:
+    """The powers of two, 0 for none, that a head is cut into: 80 is 64 + 16 and 72 the same with 8 of padding,
+    which costs less than padding them to 128."""
+    main = max(16, 1 << (dim.bit_length() - 1))
+    rest = max(16, triton.next_power_of_2(dim - main)) if dim > main else 0
+    return (main, rest) if rest < main else (2 * main, 0)
+
+
+@triton.jit
+def _attend(
+    acc,
+    acc_rest,
+    top,
+    total,
+    q,
+    q_rest,
+    k_start,
+    v_start,
+    first_key,
+    length,
+    scale,
+    k_token,
+    v_token,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys into the running softmax; an unmasked one lies wholly inside of the segment."""
+    place = first_key + tl.arange(0, KEYS)
+    inside = place < length
+    main = tl.arange(0, MAIN)
+    k_row = k_start + place[None, :] * k_token
+    v_row = v_start + place[:, None] * v_token
+    if MASKED or MAIN > DIM:
+        k = tl.load(k_row + main[:, None], mask=inside[None, :] & (main < DIM)[:, None], other=0.0)
+        v = tl.load(v_row + main[None, :], mask=inside[:, None] & (main < DIM)[None, :], other=0.0)
+    else:
+        k = tl.load(k_row + main[:, None])
+        v = tl.load(v_row + main[None, :])
+    scores = tl.dot(q, k, input_precision="ieee")
+    if REST > 0:
+        rest = MAIN + tl.arange(0, REST)
+        if MASKED or MAIN + REST > DIM:
+            k_rest = tl.load(k_row + rest[:, None], mask=inside[None, :] & (rest < DIM)[:, None], other=0.0)
+            v_rest = tl.load(v_row + rest[None, :], mask=inside[:, None] & (rest < DIM)[None, :], other=0.0)
+        else:
+            k_rest = tl.load(k_row + rest[:, None])
+            v_rest = tl.load(v_row + rest[None, :])
+        scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
+    if MASKED:
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+    # The scale is positive: it goes into the same multiply-add as the subtraction.
+    higher = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - higher[:, None])
+    decay = tl.exp2(top - higher)
+    total = total * decay + tl.sum(weights, axis=1)
+    weights = weights.to(v.dtype)
+    acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
+    if REST > 0:
+        acc_rest = tl.dot(weights, v_rest, acc_rest * decay[:, None], input_precision="ieee")
+    return acc, acc_rest, higher, total
 
 
 @triton.jit
@@ -120,7 +180,6 @@ def _vision_kernel(
     if first >= length:
         return
     row = first + tl.arange(0, ROWS)
-    key = tl.arange(0, KEYS)
     main = tl.arange(0, MAIN)
     row_ok = (row < length)[:, None]
     main_ok = (main < DIM)[None, :]
@@ -130,37 +189,61 @@ def _vision_kernel(
     k_start = k_ptr + base * k_token + head * k_head
     v_start = v_ptr + base * v_token + head * v_head
     acc = tl.zeros([ROWS, MAIN], tl.float32)
+    # Without a rest these stand in for it, and nothing reads them.
+    q_rest = q
+    acc_rest = acc
     if REST > 0:
         rest = MAIN + tl.arange(0, REST)
-        rest_ok = (rest < DIM)[None, :]
-        q_rest = tl.load(q_row + rest[None, :], mask=row_ok & rest_ok, other=0.0)
+        rest_ok = row_ok & (rest < DIM)[None, :]
+        q_rest = tl.load(q_row + rest[None, :], mask=rest_ok, other=0.0)
         acc_rest = tl.zeros([ROWS, REST], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for first_key in range(0, length, KEYS):
-        place = first_key + key
-        inside = place < length
-        k_row = k_start + place[None, :] * k_token
-        k = tl.load(k_row + main[:, None], mask=inside[None, :] & (main < DIM)[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee")
-        if REST > 0:
-            k_rest = tl.load(k_row + rest[:, None], mask=inside[None, :] & (rest < DIM)[:, None], other=0.0)
-            scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
-        scores = tl.where(inside[None, :], scores * scale, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
-        decay = tl.exp2(top - higher)
-        total = total * decay + tl.sum(weights, axis=1)
-        v_row = v_start + place[:, None] * v_token
-        v = tl.load(v_row + main[None, :], mask=inside[:, None] & main_ok, other=0.0)
-        weights = weights.to(v.dtype)
-        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
-        if REST > 0:
-            v_rest = tl.load(v_row + rest[None, :], mask=inside[:, None] & rest_ok, other=0.0)
-            acc_rest = tl.dot(weights, v_rest, acc_rest * decay[:, None], input_precision="ieee")
-        top = higher
+    whole = length // KEYS * KEYS
+    for first_key in range(0, whole, KEYS):
+        acc, acc_rest, top, total = _attend(
+            acc,
+            acc_rest,
+            top,
+            total,
+            q,
+            q_rest,
+            k_start,
+            v_start,
+            first_key,
+            length,
+            scale,
+            k_token,
+            v_token,
+            DIM,
+            MAIN,
+            REST,
+            KEYS,
+            False,
+        )
+    if whole < length:
+        acc, acc_rest, top, total = _attend(
+            acc,
+            acc_rest,
+            top,
+            total,
+            q,
+            q_rest,
+            k_start,
+            v_start,
+            whole,
+            length,
+            scale,
+            k_token,
+            v_token,
+            DIM,
+            MAIN,
+            REST,
+            KEYS,
+            True,
+        )
     out_row = out_ptr + ((base + row)[:, None] * HEADS + head) * DIM
     dtype = out_ptr.dtype.element_ty
     tl.store(out_row + main[None, :], (acc / total[:, None]).to(dtype), mask=row_ok & main_ok)
     if REST > 0:
-        tl.store(out_row + rest[None, :], (acc_rest / total[:, None]).to(dtype), mask=row_ok & rest_ok)
+        tl.store(out_row + rest[None, :], (acc_rest / total[:, None]).to(dtype), mask=rest_ok)

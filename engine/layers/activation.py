@@ -7,10 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(1.702 x)``, CLIP's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
+from engine.kernels.quick_gelu import quick_gelu
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:

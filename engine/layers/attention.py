@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.kernels.kv_write import kv_write
 from engine.kernels.paged_attention import paged_attention
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
@@ -19,7 +18,7 @@ KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
-    """Fused qkv → optional qk-norm → rotary → write to the cache → attention over it → output projection."""
+    """Fused qkv → optional qk-norm → rotary, write to the cache → attention over it → output projection."""
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()
@@ -43,8 +42,7 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        self.rotary(q, k, positions)
-        kv_write(k, v, cache[0], cache[1], meta.slot_mapping)
+        self.rotary(q, k, v, positions, cache, meta.slot_mapping)
         out = paged_attention(
             q,
             cache[0],

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.kernels.layer_norm import add_layer_norm
 from engine.kernels.rms_norm import rms_norm
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 
@@ -44,6 +45,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of ``x + residual``, ``(N, width)`` contiguous, and that sum."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "weight", self.weight), plain_slot(prefix + "bias", self.bias)]

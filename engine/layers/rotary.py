@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from engine.kernels.rotary import rotary
+from engine.kernels.kv_write import rotary_kv_write
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import RopeConfig
 
@@ -57,7 +57,7 @@ def attention_factor(rope: RopeConfig, max_position: int) -> float:
 
 
 class Rotary(nn.Module):
-    """Rotates queries and keys in place by their positions.
+    """Rotates queries and keys by their positions, and puts keys and values into the cache.
 
     Holds float32 tables ``cos`` and ``sin`` of shape ``(length, rotary_dim / 2)``.
     """
@@ -76,14 +76,26 @@ class Rotary(nn.Module):
         self.register_buffer("cos", (angles.cos() * factor).to(build.device), persistent=False)
         self.register_buffer("sin", (angles.sin() * factor).to(build.device), persistent=False)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> None:
-        """``q (T, heads, head_dim)`` and ``k`` likewise, in place; positions ``(T,)`` or ``(3, T)`` int64."""
-        rotary(
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """``q (T, heads, head_dim)`` is rotated in place; ``k`` and ``v`` likewise go to their slots of
+        ``cache``, ``k`` rotated and not to be used any more. Positions ``(T,)`` or ``(3, T)`` int64."""
+        rotary_kv_write(
             q,
             k,
+            v,
             positions,
             self.cos,
             self.sin,
+            *cache,
+            slot_mapping,
             mrope_section=self.section if positions.dim() == 2 else None,
             mrope_interleaved=self.interleaved,
         )

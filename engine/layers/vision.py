@@ -87,8 +87,8 @@ class VisionBlock(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.activation, build)
 
     def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), segments, index)
-        return x + self.mlp(self.norm2(x))
+        normed, x = self.norm2.add(self.attn(self.norm1(x), segments, index), x)
+        return x + self.mlp(normed)
 
 
 class VisionTransformer(nn.Module):

@@ -1,32 +1,20 @@
-"""kv_write, rms_norm, rotary and act_mul: Triton against references, references against Transformers."""
+"""Norms, rotation, cache writes, activations: Triton against references, those against Transformers."""
 
 import pytest
 import torch
+from transformers.activations import QuickGELUActivation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 
 from engine.kernels.act_mul import act_mul_reference, act_mul_triton
-from engine.kernels.kv_write import kv_write_reference, kv_write_triton
+from engine.kernels.kv_write import rotary_kv_write_reference, rotary_kv_write_triton
+from engine.kernels.layer_norm import add_layer_norm_reference, add_layer_norm_triton
+from engine.kernels.quick_gelu import quick_gelu_reference, quick_gelu_triton
 from engine.kernels.rms_norm import rms_norm_reference, rms_norm_triton
 from engine.kernels.rotary import angle_axes, rotary_reference, rotary_triton
 
 from .compare import assert_close
-
-
-@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 16), (9, 3, 80), (20, 2, 24)])
-def test_kv_write(device, dtype, tokens, heads, dim):
-    fused = torch.randn(tokens, 3 * heads, dim, device=device, dtype=dtype)
-    k, v = fused[:, :heads], fused[:, 2 * heads :]
-    slots = torch.randperm(8 * 4, device=device)[:tokens]
-    slots[::4] = -1
-    found = [torch.full((8, heads, 4, dim), -7.0, device=device, dtype=dtype) for _ in range(2)]
-    wanted = [cache.clone() for cache in found]
-    kv_write_triton(k, v, *found, slots)
-    kv_write_reference(k, v, *wanted, slots)
-    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
-    written = sum(int(slot) >= 0 for slot in slots)
-    assert (found[0] != -7.0).sum() == written * heads * dim, "exactly the mapped slots are written"
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -70,6 +58,53 @@ def test_rotary(device, dtype, kind, dim, half):
         run(x[:, :3], x[:, 3:4], positions, cos, sin, mrope_section=section, mrope_interleaved=interleaved)
     assert_close(fused, other)
     assert not torch.equal(fused[:, 3], fused[:, 4]), "the last head is a value: it stays"
+
+
+@pytest.mark.parametrize("kind", ROTARY)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "dim"), [(1, 4, 1, 16), (9, 6, 3, 24), (20, 3, 3, 16)]
+)
+def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim):
+    section, interleaved = ROTARY[kind]
+    positions = torch.randint(0, 50, (3, tokens) if section else (tokens,), device=device)
+    cos, sin = torch.randn(50, 8, device=device), torch.randn(50, 8, device=device)
+    slots = torch.randperm(8 * 4, device=device)[:tokens]
+    slots[1::4] = -1
+    results = []
+    fused = torch.randn(tokens, heads + 2 * kv_heads, dim, device=device, dtype=dtype)
+    for run in (rotary_kv_write_triton, rotary_kv_write_reference):
+        q, k, v = fused.clone().split([heads, kv_heads, kv_heads], dim=1)
+        caches = [torch.full((8, kv_heads, 4, dim), -7.0, device=device, dtype=dtype) for _ in range(2)]
+        options = {"mrope_section": section, "mrope_interleaved": interleaved}
+        run(q, k, v, positions, cos, sin, *caches, slots, **options)
+        results.append((q, *caches))
+        written = sum(int(slot) >= 0 for slot in slots)
+        assert all((c != -7.0).sum() == written * kv_heads * dim for c in caches), "exactly the mapped slots"
+    for found, wanted in zip(*results, strict=True):
+        assert_close(found, wanted)
+    assert torch.equal(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 700), (2, 5, 11)])
+def test_quick_gelu(device, dtype, shape):
+    x = torch.randn(shape, device=device, dtype=dtype) * 3
+    assert_close(quick_gelu_triton(x), quick_gelu_reference(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quick_gelu_is_transformers(dtype):
+    x = torch.randn(300).to(dtype) * 3
+    assert torch.equal(quick_gelu_reference(x), QuickGELUActivation()(x))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (5, 96), (3, 1300)])
+def test_add_layer_norm(device, dtype, rows, size):
+    x, residual = torch.randn(2, rows, size, device=device, dtype=dtype) * 3 + 1
+    weight, bias = torch.randn(2, size, device=device, dtype=dtype)
+    found = add_layer_norm_triton(x, residual, weight, bias, 1e-6)
+    wanted = add_layer_norm_reference(x, residual, weight, bias, 1e-6)
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

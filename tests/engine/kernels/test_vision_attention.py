@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from engine.kernels.vision_attention import vision_attention_reference, vision_attention_triton
+from engine.kernels.vision_attention import head_parts, vision_attention_reference, vision_attention_triton
 
 from .compare import assert_close
 
 
-@pytest.mark.parametrize("dim", [16, 24, 72, 80])
+@pytest.mark.parametrize("dim", [8, 16, 24, 40, 64, 72, 80, 96])
 @pytest.mark.parametrize("lengths", [[5], [64, 1, 70], [16, 0, 33, 16]])
 def test_triton_equals_reference(device, dtype, dim, lengths):
     heads, tokens = 2, sum(lengths)
@@ -17,6 +17,12 @@ def test_triton_equals_reference(device, dtype, dim, lengths):
     found = vision_attention_triton(q, k, v, bounds, **options)
     wanted = vision_attention_reference(q.double(), k.double(), v.double(), bounds, **options)
     assert_close(found, wanted)
+
+
+def test_heads_are_cut_where_that_costs_less():
+    parts = {dim: head_parts(dim) for dim in (8, 16, 24, 64, 72, 80, 96, 112, 128)}
+    cut = {72: (64, 16), 80: (64, 16), 96: (64, 32)}
+    assert parts == {8: (16, 0), 16: (16, 0), 24: (32, 0), 64: (64, 0), 112: (128, 0), 128: (128, 0), **cut}
 
 
 def test_segments_do_not_see_each_other(device):

@@ -1,0 +1,45 @@
+"""CLIP's approximation of GELU in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.dispatch import use_triton
+
+_BLOCK = 2048
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(1.702 x)``, each step rounded to the input's dtype as torch does.
+
+    Args:
+        x: any shape, contiguous.
+
+    Returns:
+        As ``x``.
+    """
+    return (quick_gelu_triton if use_triton(x) else quick_gelu_reference)(x)
+
+
+def quick_gelu_reference(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def quick_gelu_triton(x: torch.Tensor) -> torch.Tensor:
+    assert x.is_contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        _quick_gelu_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
+    return out
+
+
+@triton.jit
+def _quick_gelu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < size, other=0.0)
+    wide = x.to(tl.float32)
+    inner = (1.702 * wide).to(x.dtype).to(tl.float32)
+    gate = tl.sigmoid(inner).to(x.dtype).to(tl.float32)
+    tl.store(out_ptr + place, (wide * gate).to(x.dtype), mask=place < size)

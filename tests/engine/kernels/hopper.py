@@ -1,0 +1,161 @@
+"""Compiles the engine's kernels for a Hopper GPU where there is none, and prints what each needs.
+
+    python -m tests.engine.kernels.hopper
+
+One JSON object per line: the kernel, its registers per thread, and the bytes of its stack, which hold what
+did not fit into registers. Sizes are those of public models. Nothing runs: a launch ends when the compiler is
+through.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+BF16, I32 = torch.bfloat16, torch.int32
+
+
+class NoDevice:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(BF16)
+
+
+def paged(heads: int, kv_heads: int, dim: int, tokens: list[int]) -> None:
+    from engine.kernels.paged_attention import paged_attention_triton
+
+    count = len(tokens)
+    starts = torch.tensor([0, *tokens]).cumsum(0).to(I32)
+    tables, lengths = torch.zeros(count, 64, dtype=I32), torch.full((count,), 1000, dtype=I32)
+    cache = noise(2, kv_heads, 16, dim)
+    paged_attention_triton(
+        noise(sum(tokens), heads, dim),
+        cache,
+        cache,
+        tables,
+        starts,
+        lengths,
+        scale=0.1,
+        max_query_len=max(tokens),
+        max_seq_len=4096,
+    )
+
+
+def vision(heads: int, dim: int, tokens: int) -> None:
+    from engine.kernels.vision_attention import vision_attention_triton
+
+    q, k, v = noise(tokens, 3 * heads, dim).split(heads, dim=1)
+    bounds = torch.tensor([0, tokens], dtype=I32)
+    vision_attention_triton(q, k, v, bounds, max_len=tokens, scale=0.1)
+
+
+def moving() -> None:
+    """What only moves data."""
+    from engine.kernels.act_mul import act_mul_triton
+    from engine.kernels.kv_write import rotary_kv_write_triton
+    from engine.kernels.layer_norm import add_layer_norm_triton
+    from engine.kernels.quick_gelu import quick_gelu_triton
+    from engine.kernels.rms_norm import rms_norm_triton
+    from engine.kernels.rotary import rotary_triton
+
+    x = noise(4, 3584)
+    rms_norm_triton(x, x[0], 1e-6)
+    rms_norm_triton(x, x[0], 1e-6, x)
+    x = noise(4, 1280)
+    add_layer_norm_triton(x, x, x[0], x[0], 1e-6)
+    quick_gelu_triton(noise(4, 5120))
+    act_mul_triton(noise(4, 17920))
+    cos = torch.randn(64, 64)
+    q, k, v = noise(4, 16, 128).split([12, 2, 2], dim=1)
+    positions, slots, cache = (
+        torch.zeros(3, 4, dtype=torch.int64),
+        torch.zeros(4, dtype=torch.int64),
+        noise(2, 2, 16, 128),
+    )
+    rotary_kv_write_triton(q, k, v, positions, cos, cos, cache, cache, slots, mrope_section=(16, 24, 24))
+    q, k = noise(4, 32, 80).split(16, dim=1)
+    rotary_triton(q, k, positions[0], cos[:, :40], cos[:, :40])
+
+
+def choosing() -> None:
+    """What chooses tokens, and the products of a decode step."""
+    from engine.kernels.gumbel import gumbel_argmax_triton
+    from engine.kernels.skinny_linear import skinny_linear_triton
+    from engine.kernels.truncation import truncation_threshold_triton
+
+    logits, ones = noise(4, 151936), torch.ones(4)
+    ids = torch.ones(4, dtype=torch.int64)
+    truncation_threshold_triton(logits, ones, ids, ones, ones)
+    gumbel_argmax_triton(logits, ones, ids, ids, ones)
+    for rows in (1, 16):
+        skinny_linear_triton(noise(rows, 1536), noise(2048, 1536), noise(2048))
+
+
+CASES: list[Callable[[], None]] = [
+    moving,
+    choosing,
+    # One sequence is split over several programs, many are not.
+    lambda: paged(12, 2, 128, [1]),
+    lambda: paged(12, 2, 128, [1] * 16),
+    lambda: paged(28, 4, 128, [300, 1, 7]),
+    lambda: paged(32, 32, 128, [300, 1, 7]),
+    lambda: vision(16, 80, 1600),
+    lambda: vision(16, 64, 577),
+    lambda: vision(16, 72, 1024),
+]
+
+
+def resources(binary: bytes) -> dict[str, int]:
+    """Registers per thread and bytes of stack, read from a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    assert found is not None, said.stdout
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def main() -> None:
+    driver.set_active(NoDevice())
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        print(json.dumps({"kernel": self.__name__, **resources(kernel.asm["cubin"])}), flush=True)
+        return kernel
+
+    JITFunction.run = compile_only
+    for case in CASES:
+        case()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
