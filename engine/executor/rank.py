@@ -11,6 +11,7 @@ from engine.distributed.group import TensorParallelGroup
 from engine.errors import ConfigError
 from engine.families.base import ModelConfig
 from engine.families.registry import family_named
+from engine.graphs import make_recorder
 from engine.layers.decoder import Decoder
 from engine.layers.decoder_config import DecoderConfig
 from engine.placement import resolve_device, resolve_dtype
@@ -108,7 +109,7 @@ class ModelRank:
             num_slots=num_slots,
             max_model_len=max_model_len,
             positions=positions,
-            capture_graphs=not config.enforce_eager,
+            record=make_recorder(decoder.device, enforce_eager=config.enforce_eager),
         )
 
 

@@ -1,4 +1,4 @@
-"""Captured decode steps, one per batch size and way of sampling."""
+"""Recorded decode steps, one per batch size and way of sampling."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from engine.graphs import Recorder, Replay
+
 DecodeStep = Callable[[torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def bucket_sizes(num_slots: int) -> list[int]:
-    """Batch sizes that are captured: all small ones, then steps of 8, 16 and 32."""
+    """Batch sizes that are recorded: all small ones, then steps of 8, 16 and 32."""
     sizes = [1, 2, 3, 4, 6, 8, *range(12, 33, 4), *range(40, 65, 8), *range(80, 129, 16)]
     sizes += range(160, num_slots + 32, 32)
     return [*(size for size in sizes if size < num_slots), num_slots]
@@ -21,28 +23,30 @@ class DecodeGraphs:
     """Replays a decode step whose whole state lives on the device.
 
     The step reads the slots it works on from a static buffer; rows beyond the batch point at the padding
-    slot. All graphs share one memory pool, since they never run at the same time, and are captured from the
-    largest on, so that the small ones fit into what the large ones took.
+    slot.
 
     Args:
         step: the decode step; with a plan it samples and advances the state, with None it stops at logits.
+        record: see :class:`engine.graphs.Recorder`.
         num_slots: largest batch.
         padding_slot: the row that padding works on.
-        device: a CUDA device.
+        device: where the state is.
     """
 
-    def __init__(self, step: DecodeStep, num_slots: int, padding_slot: int, device: torch.device) -> None:
+    def __init__(
+        self, step: DecodeStep, record: Recorder, num_slots: int, padding_slot: int, device: torch.device
+    ) -> None:
         self._step = step
+        self._record = record
         self._sizes = bucket_sizes(num_slots)
         self._padding_slot = padding_slot
         self._device = device
         self._slots: dict[int, torch.Tensor] = {}
         self._filled: dict[int, torch.Tensor] = {}
-        self._graphs: dict[tuple[int, Hashable], tuple[torch.cuda.CUDAGraph, torch.Tensor, Any]] = {}
-        self._pool: Any = None
+        self._replays: dict[tuple[int, Hashable], Replay] = {}
 
     def capture(self, plans: Iterable[Hashable]) -> None:
-        """Capture every batch size for each of ``plans``."""
+        """Record every batch size for each of ``plans``."""
         for plan in plans:
             for size in reversed(self._sizes):
                 self._get(size, plan)
@@ -54,36 +58,23 @@ class DecodeGraphs:
         """
         count = slots.shape[0]
         size = next(size for size in self._sizes if size >= count)
-        graph, logits, tokens = self._get(size, plan)
+        replay = self._get(size, plan)
         if self._filled.get(size) is not slots:
             buffer = self._slots[size]
             buffer[:count] = slots
             buffer[count:] = self._padding_slot
             self._filled[size] = slots
-        graph.replay()
+        logits, tokens = replay()
         return logits[:count], None if tokens is None else tokens[:count]
 
-    def _get(self, size: int, plan: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, Any]:
-        if (size, plan) not in self._graphs:
-            self._graphs[size, plan] = self._capture(size, plan)
-        return self._graphs[size, plan]
-
-    def _capture(self, size: int, plan: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, Any]:
-        slots = self._slots.setdefault(
-            size, torch.full((size,), self._padding_slot, dtype=torch.int64, device=self._device)
-        )
-        saved = slots.clone()
-        slots.fill_(self._padding_slot)
-        # Kernels compile and libraries pick their algorithms outside of the capture.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(slots, plan)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits, tokens = self._step(slots, plan)
-        if self._pool is None:
-            self._pool = graph.pool()
-        slots.copy_(saved)
-        return graph, logits, tokens
+    def _get(self, size: int, plan: Any) -> Replay:
+        if (size, plan) not in self._replays:
+            slots = self._slots.setdefault(
+                size, torch.full((size,), self._padding_slot, dtype=torch.int64, device=self._device)
+            )
+            # Nobody's state may advance while it is recorded.
+            saved = slots.clone()
+            slots.fill_(self._padding_slot)
+            self._replays[size, plan] = self._record(lambda: self._step(slots, plan))
+            slots.copy_(saved)
+        return self._replays[size, plan]

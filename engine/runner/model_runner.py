@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.graphs import Recorder
 from engine.layers.decoder import Decoder
 from engine.layers.metadata import AttentionMetadata
 from engine.request import Request
 from engine.runner.cuda_graphs import DecodeGraphs
+from engine.runner.forward_graphs import ForwardGraphs
 from engine.runner.input_batch import (
     DeviceState,
     SlotInfo,
@@ -76,7 +78,7 @@ class ModelRunner:
         num_slots: rows of requests.
         max_model_len: longest sequence.
         positions: rotary positions of a request's prompt, as the model's family defines them.
-        capture_graphs: replay CUDA graphs for decode steps (GPU only).
+        record: records decode steps and small forward passes, to be replayed; None: all is launched anew.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class ModelRunner:
         num_slots: int,
         max_model_len: int,
         positions: Positions,
-        capture_graphs: bool,
+        record: Recorder | None,
     ) -> None:
         self.model = model
         self.device = kv[0][0].device
@@ -105,8 +107,22 @@ class ModelRunner:
         self._info: dict[int, SlotInfo] = {}
         self._slots_seen: np.ndarray | None = None
         self._slots = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self._graphs = DecodeGraphs(self._decode, num_slots, self._state.padding_slot, self.device)
-        self._use_graphs = capture_graphs and self.device.type == "cuda"
+        self._decodes: DecodeGraphs | None = None
+        self._forwards: ForwardGraphs | None = None
+        if record is not None:
+            self._decodes = DecodeGraphs(
+                self._decode, record, num_slots, self._state.padding_slot, self.device
+            )
+            self._forwards = ForwardGraphs(
+                lambda embeds, positions, meta: model(embeds, positions, kv, meta),
+                record,
+                width=model.config.hidden_size,
+                dtype=self.dtype,
+                axes=3 if self._mrope else None,
+                max_blocks=self._state.block_tables.shape[1],
+                max_seq_len=max_model_len,
+                device=self.device,
+            )
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> PendingStep:
@@ -132,7 +148,7 @@ class ModelRunner:
         else:
             slots = self._decode_slot_tensor(batch.decode_slots)
             captured = replace(plan, num_logprobs=-1)
-            step = self._graphs.replay if self._use_graphs else self._decode
+            step = self._decode if self._decodes is None else self._decodes.replay
             logits, tokens = step(slots, captured if captured in _CAPTURED_PLANS else None)
         if tokens is None:
             mask = None
@@ -143,10 +159,12 @@ class ModelRunner:
         return PendingStep(tokens, self.sampler.logprobs(logits, tokens, plan), found, pooled)
 
     def warm_up(self) -> None:
-        """Capture the decode graphs, so that no request waits for it."""
-        if self._use_graphs:
-            with torch.inference_mode():
-                self._graphs.capture([*_CAPTURED_PLANS, None])
+        """Record what is recorded at all, so that no request waits for it."""
+        with torch.inference_mode():
+            if self._forwards is not None:
+                self._forwards.capture()
+            if self._decodes is not None:
+                self._decodes.capture([*_CAPTURED_PLANS, None])
 
     @torch.inference_mode()
     def profile(self, num_tokens: int) -> None:
@@ -297,7 +315,8 @@ class ModelRunner:
     def _mixed(
         self, batch: ScheduledBatch, places: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward over decodes and chunks: hidden states ``(T, H)``, and the rows that sample."""
+        """One forward over decodes and chunks: hidden states ``(T, H)``, which the next may
+        overwrite, and the rows that sample."""
         state, decodes = self._state, len(batch.decode_slots)
         slots = places["slots"]
         tables = state.block_tables.index_select(0, slots)
@@ -324,7 +343,12 @@ class ModelRunner:
                 layers = media[:, width:].unflatten(1, (-1, width)).transpose(0, 1)
                 deepstack.index_copy_(1, places["embed_places"], layers)
         positions = torch.cat([positions, places["positions"]], dim=-1)
-        hidden = self.model(embeds, positions, self._kv, meta, deepstack)
+        small = self._forwards is not None and self._forwards.fits(len(embeds), len(slots))
+        if small and deepstack is None:
+            assert self._forwards is not None
+            hidden = self._forwards.replay(embeds, positions, meta)
+        else:
+            hidden = self.model(embeds, positions, self._kv, meta, deepstack)
         state.length.index_copy_(0, slots, torch.cat([computed + 1, places["ends"]]))
         return hidden, places["rows"]
 

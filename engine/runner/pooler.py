@@ -34,7 +34,8 @@ class Pooler:
             return hidden[-1].float() if chunk.completes else None
         if kind == "cls":
             if chunk.start == 0:
-                self._partial[chunk.slot] = hidden[0].float()
+                # A copy: the hidden states are the step's own.
+                self._partial[chunk.slot] = hidden[0].to(torch.float32, copy=True)
         else:
             total = hidden.float().sum(dim=0)
             if chunk.start > 0:

@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams
+from engine.executor import rank
+from engine.graphs import rerun
+from engine.runner import forward_graphs
 
 from . import tiny
 
@@ -83,6 +86,25 @@ def test_tokens_are_those_of_transformers(model, way):
         assert output.outputs[0].token_ids == case.wanted
     if way == "few blocks":
         assert llm.metrics()["preempted"] > 0
+    llm.check_integrity()
+
+
+@pytest.mark.parametrize("way", ["plain", "tiny budget", "few blocks", "far ahead"])
+def test_recorded_steps_give_the_same_tokens(model, monkeypatch, way):
+    """Padded to recorded sizes, and read from static tensors. On a GPU all of this file runs that way; here
+    a replay runs the work anew."""
+    path, cases = model
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(rank, "make_recorder", lambda device, enforce_eager: rerun)
+    monkeypatch.setattr(forward_graphs, "TOKEN_STEP", 24)
+    monkeypatch.setattr(forward_graphs, "MAX_TOKENS", 72)
+    monkeypatch.setattr(forward_graphs, "MAX_SEQUENCES", 3)
+    llm = LLM(str(path), max_model_len=190, **{"max_num_seqs": 5, **WAYS[way]})
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
+    for chosen in (cases, cases[:1], cases[1:3]):
+        outputs = llm.generate([case.entry for case in chosen], params, use_tqdm=False)
+        for case, output in zip(chosen, outputs, strict=True):
+            assert output.outputs[0].token_ids == case.wanted
     llm.check_integrity()
 
 
