@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SightlineError, Unavailable
 from engine.families.base import MediaEncoder
 from engine.families.registry import resolve
+from engine.graphs import make_recorder
 from engine.inputs.prompt import EmbeddedMedia, PreparedMedia
 from engine.placement import resolve_device, resolve_dtype
 from engine.weights.checkpoint import Checkpoint
@@ -104,6 +105,9 @@ class EncoderEngine:
             load_format=config.load_format,
             seed=config.seed,
         )
+        recorder = make_recorder(device, enforce_eager=config.enforce_eager)
+        if recorder is not None:
+            encoder.record(recorder)
         return cls(encoder, device, max_batch_cost=max_batch_cost, cache_bytes=cache_bytes)
 
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from engine.graphs import Recorder
     from engine.layers.build import BuildContext
     from engine.weights.checkpoint import Checkpoint
     from engine.weights.rules import WeightRules
@@ -141,6 +142,9 @@ class MediaEncoder(Protocol):
 
     def cost(self, item: MediaItem) -> int:
         """Patches that the tower attends over for ``item``: the unit in which launches are budgeted."""
+
+    def record(self, record: Recorder) -> None:
+        """Record passes through the tower for few pictures, so that none waits for it."""
 
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         """Rows ``(num_tokens, embedding_width)`` of each item, in the model's dtype, on the device.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.anyres import AnyresConfig, tiled_rows
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
@@ -32,6 +33,9 @@ class AnyresVisionEncoder(nn.Module):
 
     def cost(self, item: MediaItem) -> int:
         return self.crops.cost(item)
+
+    def record(self, record: Recorder) -> None:
+        self.crops.record(record)
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

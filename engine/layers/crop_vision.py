@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine.errors import InvalidRequest
+from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.bucketed_positions import bucketed_positions
 from engine.layers.build import BuildContext
@@ -16,7 +17,8 @@ from engine.layers.connector import MLPConnector
 from engine.layers.crop_vision_config import CropVisionConfig
 from engine.layers.pixel_shuffle import PixelShuffleConnector
 from engine.layers.pixels import Pixels
-from engine.layers.vision import VisionSegments, VisionTransformer
+from engine.layers.vision import VisionTransformer
+from engine.layers.vision_segments import VisionSegments
 
 
 class CropVisionEncoder(nn.Module):
@@ -37,6 +39,9 @@ class CropVisionEncoder(nn.Module):
 
     def cost(self, item: MediaItem) -> int:
         return item.grid[0] * self.config.patches_per_crop
+
+    def record(self, record: Recorder) -> None:
+        self.tower.record(record)
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import InvalidRequest
+from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.connector import MLPConnector
 from engine.layers.hd_config import HDVisionConfig
 from engine.layers.pixels import Pixels
-from engine.layers.vision import VisionSegments, VisionTransformer
+from engine.layers.vision import VisionTransformer
+from engine.layers.vision_segments import VisionSegments
 
 
 class HDVisionEncoder(nn.Module):
@@ -40,6 +42,9 @@ class HDVisionEncoder(nn.Module):
 
     def cost(self, item: MediaItem) -> int:
         return (item.grid[0] * item.grid[1] + 1) * self.config.side**2
+
+    def record(self, record: Recorder) -> None:
+        self.tower.record(record)
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from engine.errors import InvalidRequest
+from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.connector import PatchMerger
 from engine.layers.native_grid import FramePlan, plan_frame
 from engine.layers.native_vision_config import NativeVisionConfig
 from engine.layers.pixels import Pixels
-from engine.layers.vision import VisionSegments, VisionTransformer, make_norm
+from engine.layers.vision import VisionTransformer, make_norm
+from engine.layers.vision_segments import VisionSegments
 
 
 class NativeVisionEncoder(nn.Module):
@@ -32,7 +34,7 @@ class NativeVisionEncoder(nn.Module):
         self.config = config
         self.device = build.device
         self.pixels = Pixels(config.mean, config.std, config.scale, build)
-        self.tower = VisionTransformer(config.tower, build)
+        self.tower = VisionTransformer(config.tower, build, keep=config.deepstack_layers)
         width, group = config.tower.hidden_size, config.merge_size**2
         self.position_embedding = (
             build.parameter(config.position_side**2, width) if config.position_side is not None else None
@@ -47,6 +49,10 @@ class NativeVisionEncoder(nn.Module):
 
     def cost(self, item: MediaItem) -> int:
         return item.grid[0] * item.grid[1] * item.grid[2]
+
+    def record(self, record: Recorder) -> None:
+        window = self.config.window
+        self.tower.record(record, window_len=window and (window * self.config.merge_size) ** 2)
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
@@ -112,12 +118,12 @@ class NativeVisionEncoder(nn.Module):
         windows = None
         if self.config.window is not None:
             windows = self._segments([size for f in frames for size in f.windows], cos, sin)
-        states = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
-        appended = []
-        for layer, x in enumerate(states):
-            if layer in self.config.deepstack_layers:
-                appended.append(self.deepstack[self.config.deepstack_layers.index(layer)](x))
-        return torch.cat([self.merger(x), *appended], dim=1)
+        *kept, last = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
+        # Blocks come in their own order, mergers in that of the configuration.
+        layers = self.config.deepstack_layers
+        mergers = [self.deepstack[layers.index(layer)] for layer in sorted(layers)]
+        appended = [merger(x) for merger, x in zip(mergers, kept, strict=True)]
+        return torch.cat([self.merger(last), *appended], dim=1)
 
     def _segments(self, lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> VisionSegments:
         cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from engine.errors import InvalidRequest
+from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.bucketed_positions import bucketed_positions
 from engine.layers.build import BuildContext
 from engine.layers.pixels import Pixels
 from engine.layers.resampler import Resampler
 from engine.layers.slice_vision_config import SliceVisionConfig, pieces
-from engine.layers.vision import VisionSegments, VisionTransformer
+from engine.layers.vision import VisionTransformer
+from engine.layers.vision_segments import VisionSegments
 
 
 class SliceVisionEncoder(nn.Module):
@@ -41,6 +43,9 @@ class SliceVisionEncoder(nn.Module):
 
     def cost(self, item: MediaItem) -> int:
         return _patches(item.grid)
+
+    def record(self, record: Recorder) -> None:
+        self.tower.record(record)
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

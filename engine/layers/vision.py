@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Container
 
 import torch
 from torch import nn
 
+from engine.graphs import Recorder
 from engine.kernels.rotary import rotary
 from engine.kernels.vision_attention import vision_attention
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
@@ -16,25 +15,8 @@ from engine.layers.linear import Linear, qkv_linear
 from engine.layers.mlp import MLP, GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.layers.vision_config import VisionConfig
-
-
-@dataclass(slots=True)
-class VisionSegments:
-    """How a flat batch of ``N`` tokens divides into segments that don't see each other.
-
-    Attributes:
-        cu_seqlens: ``(segments + 1,)`` int32, where each segment begins.
-        max_len: tokens of the longest segment.
-        cos, sin: ``(N, head_dim / 2)`` float32 rotary tables, one row per token; None without rotary.
-        positions: rows of the learned position table, int64, for all ``N`` tokens or for those of one image
-            where all are alike; None takes the whole table in order for each image.
-    """
-
-    cu_seqlens: torch.Tensor
-    max_len: int
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
+from engine.layers.vision_graphs import TowerGraphs
+from engine.layers.vision_segments import VisionSegments
 
 
 def make_norm(config: VisionConfig, width: int, build: BuildContext) -> LayerNorm | RMSNorm:
@@ -92,11 +74,16 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Flattened patches ``(N, patch_dim)`` to features ``(N, hidden_size)``."""
+    """Flattened patches ``(N, patch_dim)`` to features ``(N, hidden_size)``.
 
-    def __init__(self, config: VisionConfig, build: BuildContext) -> None:
+    Args:
+        keep: blocks whose outputs are wanted beside the last one's, ascending.
+    """
+
+    def __init__(self, config: VisionConfig, build: BuildContext, *, keep: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.keep = config, keep
+        self._graphs: TowerGraphs | None = None
         width = config.hidden_size
         self.patch_embed = Linear(config.patch_dim, width, build, bias=config.patch_bias)
         self.class_embedding = build.parameter(width) if config.class_token else None
@@ -110,7 +97,7 @@ class VisionTransformer(nn.Module):
     def forward(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
         """Patches in the model's dtype. Where there is a class token, images are of equal size, it is put
         before each, and ``cu_seqlens`` and the result count it."""
-        (x,) = deque(self.states(patches, segments), maxlen=1)
+        x = self.states(patches, segments)[-1]
         return x if self.post_norm is None else self.post_norm(x)
 
     def states(
@@ -120,8 +107,10 @@ class VisionTransformer(nn.Module):
         *,
         windows: VisionSegments | None = None,
         positions: torch.Tensor | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """The output ``(N, hidden_size)`` of each block.
+    ) -> list[torch.Tensor]:
+        """The outputs ``(N, hidden_size)`` of the blocks ``keep``, and of the last one.
+
+        Where passes are recorded, the next one may overwrite them.
 
         Args:
             windows: what the blocks outside of ``full_layers`` attend within; None: the segments.
@@ -132,13 +121,43 @@ class VisionTransformer(nn.Module):
             x = x + positions
         if self.pre_norm is not None:
             x = self.pre_norm(x)
+        if self._graphs is not None and self._graphs.fits(x, segments, windows):
+            return self._graphs.replay(x, segments, windows)
+        return self._run(x, segments, windows)
+
+    def record(self, record: Recorder, *, window_len: int | None = None) -> None:
+        """Record passes through the blocks for few pictures.
+
+        Args:
+            window_len: most tokens of a window; None: there are none.
+        """
+        weight = self.patch_embed.weight
+        self._graphs = TowerGraphs(
+            self._run,
+            record,
+            width=self.config.hidden_size,
+            angles=None if self.config.rope_theta is None else self.config.head_dim // 2,
+            window_len=window_len,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        with torch.inference_mode():
+            self._graphs.capture()
+
+    def _run(
+        self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None
+    ) -> list[torch.Tensor]:
+        """``x`` ``(N, hidden_size)`` through all blocks; what :meth:`states` returns."""
         # One row of the rotary tables per token: its row number is its position.
         index = None if segments.cos is None else torch.arange(len(x), device=x.device)
         full = self.config.full_layers
+        kept = []
         for layer, block in enumerate(self.blocks):
             within = segments if windows is None or full is None or layer in full else windows
             x = block(x, within, index)
-            yield x
+            if layer in self.keep:
+                kept.append(x)
+        return [*kept, x]
 
     def embed(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
         """Patch projection, class token and learned positions."""

@@ -10,8 +10,9 @@ from engine.distributed.group import SingleProcessGroup
 from engine.families.clip import clip_rules
 from engine.layers.activation import ACTIVATIONS
 from engine.layers.build import BuildContext
-from engine.layers.vision import VisionSegments, VisionTransformer
+from engine.layers.vision import VisionTransformer
 from engine.layers.vision_config import VISION_ACTIVATIONS, VisionConfig
+from engine.layers.vision_segments import VisionSegments
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.loader import fill_from_checkpoint
 from engine.weights.rules import WeightRules

@@ -1,0 +1,38 @@
+"""Towers and decoders whose passes are recorded give the reference's answers.
+
+On a GPU passes are recorded in every test. Here a replay runs the work anew, over the same static, padded
+tensors.
+"""
+
+import pytest
+import torch
+
+from engine import encoder
+from engine.executor import rank
+from engine.graphs import rerun
+from engine.layers import vision_graphs
+from engine.runner import forward_graphs
+from tests.engine.families.cases import CASES
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Sizes so small that some batches fit and others don't."""
+    if not torch.cuda.is_available():
+        for module in (encoder, rank):
+            monkeypatch.setattr(module, "make_recorder", lambda device, enforce_eager: rerun)
+    sizes = {"TOKEN_STEP": 24, "MAX_TOKENS": 192}
+    for name, value in sizes.items():
+        monkeypatch.setattr(vision_graphs, name, value)
+        monkeypatch.setattr(forward_graphs, name, value)
+    monkeypatch.setattr(forward_graphs, "MAX_SEQUENCES", 3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_answers_are_the_reference_s(recorded, made, case):
+    model, prompts = made(case), case.prompts()
+    # One launch of the tower with several items, then each by itself.
+    model.check(model.llm(max_num_seqs=4), prompts)
+    llm = model.llm(max_num_seqs=4, enable_prefix_caching=False)
+    for prompt in prompts:
+        model.check(llm, [prompt])

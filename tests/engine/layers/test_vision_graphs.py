@@ -1,0 +1,75 @@
+"""Recorded passes through a tower are those that are launched, whatever ran before."""
+
+import pytest
+import torch
+
+from engine.distributed.group import SingleProcessGroup
+from engine.graphs import rerun
+from engine.layers import vision_graphs
+from engine.layers.build import BuildContext
+from engine.layers.vision import VisionTransformer
+from engine.layers.vision_config import VisionConfig
+from engine.layers.vision_segments import VisionSegments
+
+#: Lengths of segments, one batch after the other: many short ones before few long ones, and the other way.
+BATCHES = [[9, 5, 8, 7], [40, 33], [3], [64, 2, 2], [70], [10, 10, 10, 10]]
+
+
+def tower(window_len: int | None) -> VisionTransformer:
+    config = VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=3,
+        num_heads=2,
+        patch_dim=12,
+        activation="gelu",
+        rope_theta=10000.0,
+        full_layers=None if window_len is None else (1,),
+    )
+    build = BuildContext(torch.device("cpu"), torch.float32, SingleProcessGroup())
+    made = VisionTransformer(config, build, keep=(0,))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return made
+
+
+def bounds(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("window_len", [None, 4])
+def test_replays_are_launches(monkeypatch, window_len):
+    monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
+    monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 80)
+    launched, recorded = tower(window_len), tower(window_len)
+    recorded.record(rerun, window_len=window_len)
+    for number, lengths in enumerate(BATCHES):
+        count, generator = sum(lengths), torch.Generator().manual_seed(number)
+        angles, patches = (
+            torch.randn(count, 8, generator=generator),
+            torch.randn(count, 12, generator=generator),
+        )
+        segments = VisionSegments(bounds(lengths), max(lengths), angles.cos(), angles.sin())
+        windows = None
+        if window_len is not None:
+            cut = [min(window_len, n - i) for n in lengths for i in range(0, n, window_len)]
+            windows = VisionSegments(bounds(cut), window_len, angles.cos(), angles.sin())
+        with torch.inference_mode():
+            wanted = launched.states(patches, segments, windows=windows)
+            found = recorded.states(patches, segments, windows=windows)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_what_does_not_fit_is_launched(monkeypatch):
+    monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
+    monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 32)
+    made, recordings = tower(None), []
+    made.record(lambda work: recordings.append(work()) or work)
+    assert len(recordings) == 2
+    for lengths in ([33], [4] * 5):
+        count = sum(lengths)
+        segments = VisionSegments(bounds(lengths), max(lengths), torch.ones(count, 8), torch.zeros(count, 8))
+        assert made.states(torch.zeros(count, 12), segments)[-1].shape == (count, 32)
+    assert len(recordings) == 2
