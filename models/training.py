@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2VLForConditionalGeneration
 
+from engine.graphs import Recorder, Replay, make_recorder
 from models.pocket_format import (
     IMAGE,
     PATCH,
@@ -208,7 +209,7 @@ def check_pass(trainee: Trainee, batches: list[Batch]) -> None:
             assert error < 1e-3, f"the training pass is off by {error}"
 
 
-class Replay:
+class ReplayBuffer:
     """Batches on a device: new ones as they come, and in between recent ones again, up to ``kept`` of them.
 
     Reading never waits once the first batch is there.
@@ -244,67 +245,48 @@ class Replay:
 class Passes:
     """Forward and backward passes. They leave gradients, times the scaler's scale, in ``.grad``.
 
-    On a GPU a shape of batch that keeps coming back is captured as a graph: the host would take several times
-    as long to launch what the device does.
-
     Args:
-        patience: passes over a shape before it is captured.
+        record: records passes over a shape of batch that keeps coming back, or the host would take several
+            times as long to launch what the device does; None launches all anew.
+        patience: passes over a shape before it is recorded.
     """
 
-    def __init__(self, trainee: Trainee, scaler: torch.amp.GradScaler, patience: int = 3) -> None:
-        self._trainee, self._scaler, self._patience = trainee, scaler, patience
+    def __init__(
+        self, trainee: Trainee, scaler: torch.amp.GradScaler, record: Recorder | None, patience: int = 3
+    ) -> None:
+        self._trainee, self._scaler = trainee, scaler
+        self._record, self._patience = record, patience
         self._gradients = []
         for parameter in trainee.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 self._gradients.append(parameter.grad)
         self._seen: Counter[tuple] = Counter()
-        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._recorded: dict[tuple, tuple[Batch, Replay]] = {}
 
     @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
+    def num_recorded(self) -> int:
+        return len(self._recorded)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The loss, which the next call may overwrite."""
         key = tuple((name, tuple(value.shape)) for name, value in batch.items())
-        if key in self._graphs:
-            graph, inputs, loss = self._graphs[key]
-            for name, value in batch.items():
-                inputs[name].copy_(value, non_blocking=True)
-            graph.replay()
-            return loss
         self._seen[key] += 1
-        if self._seen[key] > self._patience and batch["ids"].is_cuda:
-            self._graphs[key] = self._capture(batch)
-            return self(batch)
-        return self._run(batch)
+        if key not in self._recorded:
+            if self._record is None or self._seen[key] <= self._patience:
+                return self._run(batch)
+            inputs = {name: value.clone() for name, value in batch.items()}
+            self._recorded[key] = inputs, self._record(lambda: self._run(inputs))
+        inputs, replay = self._recorded[key]
+        for name, value in batch.items():
+            inputs[name].copy_(value, non_blocking=True)
+        return replay()
 
     def _run(self, batch: Batch) -> torch.Tensor:
         torch._foreach_zero_(self._gradients)
         loss = self._trainee(batch)
         self._scaler.scale(loss).backward()
         return loss.detach()
-
-    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]:
-        inputs = {name: value.clone() for name, value in batch.items()}
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # What is allocated and chosen at a first run must not be part of the graph.
-            self._run(inputs)
-            torch.cuda.synchronize()
-            # Threads that read data go on using the device's memory functions meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                loss = self._run(inputs)
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
-            self._pool = graph.pool()
-        return graph, inputs, loss
 
 
 def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float) -> None:
@@ -318,7 +300,7 @@ def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float)
         prefetch_factor=3 if options.workers else None,
         pin_memory=cuda,
     )
-    replay = Replay(loader, device, options.replay)
+    replay = ReplayBuffer(loader, device, options.replay)
     parameters = [p for p in trainee.parameters() if p.requires_grad]
     decay = [p for p in parameters if p.dim() >= 2]
     rest = [p for p in parameters if p.dim() < 2]
@@ -329,7 +311,7 @@ def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float)
     if cuda:
         trainee.dtype = torch.bfloat16
         trainee.fuse()
-    passes = Passes(trainee, scaler)
+    passes = Passes(trainee, scaler, make_recorder(device, enforce_eager=False))
     step, seen, losses, last = 0, 0, [], time.monotonic()
     trainee.train()
     while (used := (time.monotonic() - start) / options.seconds) < 1.0:
@@ -356,7 +338,7 @@ def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float)
             print(
                 f"{now - start:.0f} s step {step} samples {seen} loss {mean:.4f} {pace:.1f} step/s,"
                 f" {replay.fresh / step:.0%} of the batches new, {skipped:.0f} skipped,"
-                f" {passes.num_graphs} graphs",
+                f" {passes.num_recorded} shapes recorded",
                 flush=True,
             )
             losses, last = [], now

@@ -8,10 +8,11 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from engine.graphs import Recorder, rerun
 from models import pocket_format, samples, scenes
 from models.pocket_format import END, IMAGE, PAD
-from models.train_pocket import TransformersAsk, check_batches
-from models.training import Trainee, check_pass, save
+from models.train_pocket import Answerer, TransformersAsk, check_batches
+from models.training import Passes, Trainee, check_pass, save
 from tests.engine.tiny import reference_processor
 
 
@@ -93,6 +94,28 @@ def test_the_training_pass_is_transformers_forward(core: Tokenizer) -> None:
         if parameter.dim() == 1:
             parameter.data.add_(0.2 * torch.randn_like(parameter))
     check_pass(trainee, check_batches(core))
+
+
+@pytest.mark.parametrize("recorder", [None, rerun], ids=["launched", "recorded"])
+def test_passes_leave_the_gradients_of_each_batch(core: Tokenizer, recorder: Recorder | None) -> None:
+    torch.manual_seed(2)
+    trainee = Answerer(pocket_format.make_model(core))
+    batches = [*check_batches(core), *check_batches(core)[::-1]]
+    wanted = []
+    for batch in batches:
+        trainee.zero_grad()
+        loss = trainee(batch)
+        loss.backward()
+        wanted.append(
+            (loss.item(), [None if p.grad is None else p.grad.clone() for p in trainee.parameters()])
+        )
+    passes = Passes(trainee, torch.amp.GradScaler("cpu", init_scale=1.0), recorder, patience=1)
+    for batch, (loss, gradients) in zip(batches, wanted, strict=True):
+        assert passes(batch).item() == pytest.approx(loss, rel=1e-5)
+        for parameter, gradient in zip(trainee.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
+    # Two of the three batches are of one shape.
+    assert passes.num_recorded == (0 if recorder is None else 2)
 
 
 def test_a_saved_checkpoint_answers_in_batches_as_alone(folder: Path) -> None:
