@@ -13,6 +13,7 @@ from pydantic import (
     PositiveInt,
     field_validator,
 )
+from ray.serve.config import AutoscalingConfig
 
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
@@ -48,6 +49,22 @@ class StageConfig(_Strict):
     env: dict[str, str] = {}
     max_ongoing_requests: PositiveInt = 64
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _whole_gpus(cls, value: float) -> float:
+        if value > 1 and value % 1:
+            raise ValueError("a share of a GPU, or a whole number of them")
+        return value
+
+    @field_validator("autoscaling")
+    @classmethod
+    def _autoscaling_is_understood(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            if unknown := value.keys() - AutoscalingConfig.model_fields.keys():
+                raise ValueError(f"Ray Serve's autoscaling_config has no field {sorted(unknown)[0]!r}")
+            AutoscalingConfig.model_validate(value)
+        return value
 
     def options(self) -> dict[str, Any]:
         """The options of ``serve.deployment``."""
@@ -120,7 +137,8 @@ class ModelSpec(_Strict):
     @classmethod
     def _absolute(cls, engine: EngineConfig) -> EngineConfig:
         # Replicas run in other folders than the process that reads the configuration.
-        paths = {name: _resolved(getattr(engine, name)) for name in ("model", "tokenizer", "chat_template")}
+        names = ("model", "tokenizer", "chat_template", "allowed_local_media_path")
+        paths = {name: _resolved(getattr(engine, name)) for name in names}
         return engine.model_copy(update=paths)
 
     @property
@@ -164,7 +182,7 @@ class AppConfig(_Strict):
         images: what a picture may be.
     """
 
-    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    models: tuple[ModelSpec, ...]
     ingress: IngressConfig = IngressConfig()
     fetch: FetchPolicy = FetchPolicy()
     images: ImageLimits = ImageLimits()
@@ -172,6 +190,9 @@ class AppConfig(_Strict):
     @field_validator("models")
     @classmethod
     def _different(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
+        # A length given to pydantic would be told beside every other fault.
+        if not models:
+            raise ValueError("at least one model")
         seen: dict[str, str] = {}
         for model in models:
             if model.slug in seen:

@@ -10,7 +10,7 @@ from PIL import Image
 from deployments.handoff import PixelsRef, put
 from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, InvalidRequest
-from engine.inputs.frontend import MediaProcessor, for_prompt, load_media_processor
+from engine.inputs.frontend import MediaProcessor, fetch_policy, for_prompt, load_media_processor
 from engine.inputs.messages import MediaSource
 from engine.inputs.prompt import PreparedMedia
 from engine.media.decode import ImageLimits, check_total, decode_image, read_size
@@ -34,7 +34,7 @@ class Preprocessor:
         processor = load_media_processor(config)
         assert processor is not None, "models without pictures have no preprocessor"
         self._processor = processor
-        self._fetcher = MediaFetcher(fetch)
+        self._fetcher = MediaFetcher(fetch_policy(config, fetch))
         self._limits = images
         self._max_tokens = config.max_model_len
         self._threads = ThreadPoolExecutor(threads, "pictures")

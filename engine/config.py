@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+
+_MOST_MEDIA: dict[Literal["image", "video"], int] = {"image": 8, "video": 1}
+_DTYPE_NAMES = {"half": "float16", "float": "float32"}
 
 
 class EngineConfig(BaseModel):
@@ -15,7 +18,8 @@ class EngineConfig(BaseModel):
         tokenizer: folder of the tokenizer if it isn't the model's.
         revision: hub revision.
         task: ``generate``, or ``embed`` to pool hidden states instead of sampling.
-        dtype: ``auto`` takes the checkpoint's on a GPU and float32 on a CPU.
+        dtype: ``auto`` takes the checkpoint's on a GPU and float32 on a CPU. ``half``, ``float`` and torch's
+            dtypes are understood too.
         device: ``auto`` takes a GPU if there is one.
         load_format: ``auto`` reads safetensors; ``dummy`` fills weights with noise in place (benchmarks).
         max_model_len: longest prompt plus completion, in tokens; the model's own limit if None.
@@ -32,7 +36,7 @@ class EngineConfig(BaseModel):
         tensor_parallel_size: ranks that share the language model, each with a process of its own and, where
             there are GPUs, a GPU; rank 0 is the engine's process. Must divide the model's heads and its
             intermediate size; KV heads may be fewer.
-        limit_mm_per_prompt: most items of each kind in one prompt.
+        limit_mm_per_prompt: most items of each kind in one prompt; kinds that aren't named keep the default.
         mm_processor_kwargs: processor options of the model's family, e.g. ``max_pixels`` or ``num_crops``.
         chat_template: a Jinja template or the path of one; overrides the checkpoint's.
         allowed_local_media_path: folder from which ``file://`` pictures may be read; None allows none.
@@ -60,14 +64,26 @@ class EngineConfig(BaseModel):
     enforce_eager: bool = False
     run_ahead: NonNegativeInt = 1
     tensor_parallel_size: PositiveInt = 1
-    limit_mm_per_prompt: dict[Literal["image", "video"], NonNegativeInt] = {"image": 8, "video": 1}
+    limit_mm_per_prompt: dict[Literal["image", "video"], NonNegativeInt] = _MOST_MEDIA
     mm_processor_kwargs: dict[str, Any] = Field(default_factory=dict)
     chat_template: str | None = None
     allowed_local_media_path: str | None = None
     seed: int = 0
 
-    @model_validator(mode="after")
-    def _block_size_is_a_power_of_two(self) -> EngineConfig:
-        if self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
-        return self
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype_by_any_name(cls, value: Any) -> str:
+        name = str(value).removeprefix("torch.")
+        return _DTYPE_NAMES.get(name, name)
+
+    @field_validator("limit_mm_per_prompt")
+    @classmethod
+    def _every_kind_has_a_limit(cls, value: dict[Any, int]) -> dict[Any, int]:
+        return {**_MOST_MEDIA, **value}
+
+    @field_validator("block_size")
+    @classmethod
+    def _block_size_is_a_power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"block_size must be a power of two, got {value}")
+        return value

@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
+
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
-from engine.errors import InvalidRequest
+from engine.errors import ConfigError, InvalidRequest
 from engine.inputs.frontend import Frontend, PreparedPrompt, load_sampling_defaults
 from engine.loading import load_engine
-from engine.offline import Job, OfflineRunner
+from engine.media.guard import FetchPolicy
+from engine.offline import Job, OfflineRunner, Params
 from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
 from engine.pooling_params import Pooling, PoolingParams
 from engine.sampling_params import SamplingParams
@@ -29,18 +32,32 @@ class LLM:
 
     Args:
         model: folder of a checkpoint in Hugging Face layout, or a hub name.
+        fetch: fields of :class:`~engine.media.guard.FetchPolicy`: where :meth:`chat` may fetch pictures from;
+            public addresses if not given.
         trust_remote_code: accepted for compatibility; code from checkpoints is never run.
         options: every field of :class:`~engine.config.EngineConfig`.
 
     Raises:
-        CheckpointError, ConfigError: see :func:`engine.loading.load_engine`.
+        ConfigError: an option is unknown or of no use; names it.
+        CheckpointError: see :func:`engine.loading.load_engine`.
     """
 
-    def __init__(self, model: str, *, trust_remote_code: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        fetch: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
         if trust_remote_code:
             logger.warning("trust_remote_code is ignored: code from checkpoints is never run")
-        self.config = EngineConfig(model=model, **options)
-        self._frontend = Frontend.load(self.config)
+        try:
+            self.config = EngineConfig(model=model, **options)
+            policy = FetchPolicy(**(fetch or {}))
+        except ValidationError as error:
+            raise _config_error(error) from None
+        self._frontend = Frontend.load(self.config, policy)
         self._encoder = EncoderEngine.load(self.config) if self._frontend.takes_media else None
         self._engine = load_engine(self.config)
         self._runner = OfflineRunner(self._engine, self._encoder)
@@ -140,7 +157,7 @@ class LLM:
             ),
         ]
         params = PoolingParams(pooling=pooling, normalize=normalize)
-        jobs = self._runner.run(prepare, [params] * len(prepare), use_tqdm)
+        jobs = self._run(prepare, [params] * len(prepare), use_tqdm)
         return [job.embedding for job in jobs if job.embedding is not None]
 
     def score(
@@ -183,6 +200,14 @@ class LLM:
         many: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return [partial(self._frontend.from_messages, conversation, **options) for conversation in many]
 
+    def _run(
+        self, prepare: Sequence[Callable[[], PreparedPrompt]], params: Sequence[Params], use_tqdm: bool
+    ) -> list[Job]:
+        try:
+            return self._runner.run(prepare, params, use_tqdm)
+        finally:
+            self._frontend.close()
+
     def _run_generation(
         self,
         prepare: Sequence[Callable[[], PreparedPrompt]],
@@ -195,7 +220,12 @@ class LLM:
             params = [params] * len(prepare)
         if len(params) != len(prepare):
             raise InvalidRequest(f"There are {len(prepare)} prompts, but {len(params)} sampling_params.")
-        return [_request_output(job) for job in self._runner.run(prepare, params, use_tqdm)]
+        return [_request_output(job) for job in self._run(prepare, params, use_tqdm)]
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+    return ConfigError("; ".join(f"{field}: {words}" for field, words in faults), param=faults[0][0] or None)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

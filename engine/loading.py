@@ -12,6 +12,7 @@ from engine.executor.executor import load_ranks
 from engine.executor.launch import Launcher, LocalLauncher
 from engine.families.base import ModelConfig
 from engine.families.registry import resolve
+from engine.inputs.frontend import tokenizer_folder
 from engine.inputs.tokenizer import Tokenizer
 from engine.metrics import EngineMetrics
 from engine.output_processor import OutputProcessor
@@ -65,7 +66,7 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
     if scheduler.max_model_len < max_model_len:
         logger.warning("KV blocks hold %d tokens: max_model_len is cut to that", scheduler.max_model_len)
     runner = ranks.make_runner(num_blocks, scheduler.max_model_len, len(scheduler.slots.requests))
-    tokenizer = Tokenizer.load(config.tokenizer or checkpoint.path)
+    tokenizer = Tokenizer.load(tokenizer_folder(config, checkpoint))
     grammars = GrammarCompiler(tokenizer.backend, model.decoder.vocab_size, model.eos_token_ids)
     metrics = EngineMetrics()
     return LoadedEngine(

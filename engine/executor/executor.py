@@ -14,9 +14,10 @@ from engine.distributed.group import SingleProcessGroup, TorchGroup
 from engine.errors import Unavailable
 from engine.executor.channel import Workers
 from engine.executor.launch import Launcher
-from engine.executor.rank import ModelRank, check_split, rank_device
+from engine.executor.rank import ModelRank, check_gpus, rank_device
 from engine.executor.wire import BatchSender, MakeRunner, MeasureBlocks, Setup
 from engine.families.base import ModelConfig
+from engine.fit import check_fit
 from engine.runner import model_runner
 from engine.runner.model_runner import ModelRunner
 from engine.scheduling.batch import ScheduledBatch, StepResult
@@ -52,7 +53,8 @@ def load_ranks(
         ConfigError: a field of ``config`` does not fit the model or the machine.
         Unavailable: a rank has died.
     """
-    check_split(config, model.decoder)
+    check_fit(config, model)
+    check_gpus(config)
     size = config.tensor_parallel_size
     if size == 1:
         return ModelRank.load(config, checkpoint, model, SingleProcessGroup())

@@ -11,9 +11,9 @@ from engine.distributed.group import TensorParallelGroup
 from engine.errors import ConfigError
 from engine.families.base import ModelConfig
 from engine.families.registry import family_named
+from engine.fit import longest_sequence
 from engine.graphs import make_recorder
 from engine.layers.decoder import Decoder
-from engine.layers.decoder_config import DecoderConfig
 from engine.placement import resolve_device, resolve_dtype
 from engine.request import Request
 from engine.runner.kv_storage import allocate_kv, block_bytes, measure_free_bytes
@@ -45,12 +45,7 @@ class ModelRank:
             CheckpointError: see :func:`engine.weights.loader.load_language_model`.
             ConfigError: ``max_model_len`` is more than the model was made for.
         """
-        max_model_len = config.max_model_len or model.max_position
-        if max_model_len > model.max_position:
-            raise ConfigError(
-                f"max_model_len is {max_model_len}, but the model was made for {model.max_position} tokens",
-                param="max_model_len",
-            )
+        max_model_len = longest_sequence(config, model)
         decoder = load_language_model(
             checkpoint,
             model,
@@ -121,28 +116,15 @@ def rank_device(config: EngineConfig, rank: int) -> torch.device:
     return device
 
 
-def check_split(config: EngineConfig, decoder: DecoderConfig) -> None:
+def check_gpus(config: EngineConfig) -> None:
     """
     Raises:
-        ConfigError: ``tensor_parallel_size`` doesn't fit the model, or the machine has too few GPUs.
+        ConfigError: the machine has fewer GPUs than ``tensor_parallel_size`` ranks.
     """
     size = config.tensor_parallel_size
-    possible = [number for number in range(1, decoder.num_heads + 1) if _splits(decoder, number)]
-    if size not in possible:
-        raise ConfigError(
-            f"tensor_parallel_size is {size}, but a model of {decoder.num_heads} attention heads, "
-            f"{decoder.num_kv_heads} KV heads and an intermediate size of {decoder.intermediate_size} can be "
-            f"split over {', '.join(map(str, possible))} ranks",
-            param="tensor_parallel_size",
-        )
     if size > 1 and resolve_device(config).type == "cuda" and size > (count := torch.cuda.device_count()):
         raise ConfigError(
             f"tensor_parallel_size is {size}, but PyTorch sees {count} GPU{'s' * (count > 1)} here and every "
             "rank needs its own",
             param="tensor_parallel_size",
         )
-
-
-def _splits(decoder: DecoderConfig, size: int) -> bool:
-    whole_kv = decoder.num_kv_heads % size == 0 or size % decoder.num_kv_heads == 0
-    return whole_kv and decoder.num_heads % size == 0 and decoder.intermediate_size % size == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,12 @@ class PromptBuilder:
         """A tokenised prompt, in which each item is one mark, or already its whole placeholder.
 
         Raises:
-            InvalidRequest: neither fits the items.
+            InvalidRequest: neither fits the items, or an id is no integer.
         """
-        ids = list(ids)
+        try:
+            ids = [operator.index(token) for token in ids]
+        except TypeError:
+            raise InvalidRequest("Token ids must be a list of integers.", param="prompt_token_ids") from None
         spans = self._find_expanded(ids, items)
         if spans is not None:
             return EngineInput(ids, spans, None, cache_salt)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from PIL import Image
@@ -12,13 +14,14 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequest
 from engine.families.base import Family, MediaProcessor, ModelConfig, PromptAwareProcessor
 from engine.families.registry import resolve
+from engine.fit import check_fit
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.embeds import are_embeddings, given_embeddings
 from engine.inputs.messages import MediaSource, check_media_limits, parse_messages
 from engine.inputs.prompt import EngineInput, MediaItem, PreparedMedia
 from engine.inputs.tokenizer import Tokenizer
-from engine.media.decode import ImageLimits, decode_image, to_rgb
+from engine.media.decode import ImageLimits, decode_image, upright_rgb
 from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.sampling_params import generation_defaults
@@ -32,14 +35,23 @@ def load_prompt_builder(config: EngineConfig) -> PromptBuilder:
         CheckpointError, ConfigError: a file is missing or unusable.
     """
     checkpoint, family, model = _describe(config)
-    folder = checkpoint.path
-    if config.tokenizer:
-        folder = Checkpoint.open(config.tokenizer, weights=False).path
+    folder = tokenizer_folder(config, checkpoint)
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(
         folder, tokenizer.config, config.chat_template, family.prompt_format(model).default_template
     )
     return PromptBuilder.for_model(family, model, tokenizer, template)
+
+
+def tokenizer_folder(config: EngineConfig, checkpoint: Checkpoint) -> Path:
+    """Where the tokenizer of ``checkpoint`` lies, or the one that ``config`` names instead.
+
+    Raises:
+        CheckpointError: there is no such folder or hub name.
+    """
+    if config.tokenizer is None:
+        return checkpoint.path
+    return Checkpoint.open(config.tokenizer, weights=False, config=False).path
 
 
 def load_media_processor(config: EngineConfig) -> MediaProcessor | None:
@@ -51,6 +63,13 @@ def load_media_processor(config: EngineConfig) -> MediaProcessor | None:
     """
     checkpoint, family, model = _describe(config)
     return family.media_processor(checkpoint, model, config.mm_processor_kwargs)
+
+
+def fetch_policy(config: EngineConfig, policy: FetchPolicy) -> FetchPolicy:
+    """``policy``, with the folder that ``config`` allows its model's pictures to be read from."""
+    if config.allowed_local_media_path is None:
+        return policy
+    return policy.model_copy(update={"allowed_local_media_path": config.allowed_local_media_path})
 
 
 def for_prompt(processor: MediaProcessor, sources: Sequence[MediaSource]) -> MediaProcessor:
@@ -68,7 +87,9 @@ def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
 def _describe(config: EngineConfig) -> tuple[Checkpoint, Family, ModelConfig]:
     checkpoint = Checkpoint.open(config.model, config.revision, weights=False)
     family = resolve(checkpoint)
-    return checkpoint, family, family.parse(checkpoint)
+    model = family.parse(checkpoint)
+    check_fit(config, model)
+    return checkpoint, family, model
 
 
 @dataclass(slots=True)
@@ -103,11 +124,13 @@ class Frontend:
         self._processor = processor
         self._fetcher = fetcher
         self._limits = ImageLimits()
+        # One picture may stand in several prompts: no two threads may read its file at a time.
+        self._opening = [Lock() for _ in range(64)]
 
     @classmethod
-    def load(cls, config: EngineConfig) -> Frontend:
+    def load(cls, config: EngineConfig, policy: FetchPolicy | None = None) -> Frontend:
         """The front of ``config.model``; errors as :func:`load_prompt_builder`."""
-        fetcher = MediaFetcher(FetchPolicy(allowed_local_media_path=config.allowed_local_media_path))
+        fetcher = MediaFetcher(fetch_policy(config, policy or FetchPolicy()))
         return cls(config, load_prompt_builder(config), load_media_processor(config), fetcher)
 
     @property
@@ -122,6 +145,12 @@ class Frontend:
         """
         if isinstance(prompt, str):
             return PreparedPrompt(self._builder.from_text(prompt))
+        if not isinstance(prompt, Mapping):
+            raise InvalidRequest(
+                "A prompt must be a text, or a dict with 'prompt' or 'prompt_token_ids', "
+                f"not {type(prompt).__name__}.",
+                param="prompt",
+            )
         unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data", "cache_salt"}
         if unknown:
             raise InvalidRequest(f"A prompt has no entry {sorted(unknown)[0]!r}.", param="prompt")
@@ -181,6 +210,10 @@ class Frontend:
         )
         return _prepared(inputs, media)
 
+    def close(self) -> None:
+        """Close connections. They are opened again when they are needed."""
+        self._fetcher.close_blocking()
+
     def _prepare(self, sources: Sequence[MediaSource]) -> list[PreparedMedia]:
         if not sources:
             return []
@@ -200,7 +233,8 @@ class Frontend:
 
     def _picture(self, source: MediaSource, budget: ByteBudget) -> Image.Image:
         if source.image is not None:
-            return to_rgb(source.image)
+            with self._opening[id(source.image) % len(self._opening)]:
+                return upright_rgb(source.image, where=source.where)
         data = self._fetcher.fetch_blocking(source, budget)
         return decode_image(data, self._limits, where=source.where)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
+from pydantic import PositiveInt
 
 from engine.errors import MediaError, MediaTooLarge
 
@@ -21,6 +23,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +37,10 @@ class ImageLimits:
         formats: Pillow's names of the formats that are read.
     """
 
-    max_pixels: int = 64_000_000
-    max_side: int = 65_535
-    max_total_pixels: int = 256_000_000
-    formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+    max_pixels: PositiveInt = 64_000_000
+    max_side: PositiveInt = 65_535
+    max_total_pixels: PositiveInt = 256_000_000
+    formats: tuple[ImageFormat, ...] = get_args(ImageFormat)
 
 
 def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) -> Image.Image:
@@ -69,6 +72,28 @@ def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) 
         ) from None
     except Exception as error:
         raise MediaError(f"{name} is damaged or incomplete and can't be decoded.", param=where) from error
+
+
+def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
+    """A picture that a caller has opened or made, as :func:`decode_image` would show it.
+
+    Turned is only what is as its file has it: a copy made from that (its ``format`` is None) may have been
+    turned already. Not for two threads at a time with one picture: its file may be unread yet.
+
+    Raises:
+        MediaError: it has no pixels, its file is damaged or closed, or its pixels have no meaning as colours.
+    """
+    name = where or "the picture"
+    if min(image.size) < 1:
+        raise MediaError(f"{name} has no pixels.", param=where)
+    try:
+        orientation = _orientation(image) if image.format else 1
+        image.load()
+        return _upright(to_rgb(image), orientation)
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(f"{name}, of mode {image.mode}, can't be read: {error}", param=where) from error
 
 
 def read_size(data: bytes, limits: ImageLimits, *, where: str | None = None) -> tuple[int, int]:
@@ -110,9 +135,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A decoded picture as 8-bit RGB.
 
     Opaque pictures become what ``image.convert("RGB")`` makes of them, as in Transformers. Those with an
-    alpha channel or a transparent colour are composed on white (Transformers shows the model the colours
-    hidden below), and 16-bit and float grey is scaled to 8 bits (``convert`` would clip it). EXIF is not
-    looked at.
+    alpha channel or a transparent colour are composed on white, as in its later releases, and 16-bit and
+    float grey is scaled to 8 bits (``convert`` would clip it). EXIF is not looked at.
 
     Raises:
         MediaError: the pixels have no meaning as colours, e.g. floats outside of 0 to 255.

@@ -34,11 +34,14 @@ class Checkpoint:
         self.path = path
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
+    def open(
+        cls, model: str, revision: str | None = None, *, weights: bool = True, config: bool = True
+    ) -> Checkpoint:
         """The checkpoint in folder ``model``, or of the hub's ``owner/name``, which is then downloaded.
 
         Args:
             weights: whether a download includes the tensors.
+            config: whether config.json must be there; a tokenizer alone has none.
 
         Raises:
             CheckpointError: there is no such folder or model, or it has no config.json.
@@ -46,7 +49,7 @@ class Checkpoint:
         path = Path(model).expanduser()
         if not path.is_dir():
             path = _download(model, revision, [*_HUB_TEXTS, *(_HUB_WEIGHTS if weights else ())])
-        if not (path / "config.json").is_file():
+        if config and not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json, so it is no checkpoint in Hugging Face layout")
         return cls(path)
 

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from deployments.app import build
 from deployments.config import AppConfig
 from engine.errors import CheckpointError, ConfigError
+from engine.inputs.frontend import fetch_policy
+from engine.media.guard import FetchPolicy
 from tests.serving import ROOT, app_args
 
 
@@ -30,9 +32,24 @@ def test_the_shipped_configuration_builds():
     [
         (("models",), [], "models"),
         (("models", 0, "engine", "max_num_seq"), 4, "models.0.engine.max_num_seq"),
-        (("models", 0, "engine", "block_size"), 12, "models.0.engine"),
+        (("models", 0, "engine", "block_size"), 12, "models.0.engine.block_size"),
+        (("models", 0, "engine", "dtype"), "int8", "models.0.engine.dtype"),
+        (
+            ("models", 0, "engine", "limit_mm_per_prompt"),
+            {"image": -1},
+            "models.0.engine.limit_mm_per_prompt.image",
+        ),
         (("models", 0, "encoder", "num_replicas"), 0, "models.0.encoder.num_replicas"),
         (("models", 0, "language_model", "num_gpu"), 1, "models.0.language_model.num_gpu"),
+        (("models", 0, "encoder", "num_gpus"), 1.5, "models.0.encoder.num_gpus"),
+        (("models", 0, "encoder", "autoscaling"), {"min_replica": 1}, "models.0.encoder.autoscaling"),
+        (
+            ("models", 0, "encoder", "autoscaling"),
+            {"min_replicas": 2, "max_replicas": 1},
+            "models.0.encoder.autoscaling",
+        ),
+        (("images",), {"max_pixels": -1}, "images.max_pixels"),
+        (("images",), {"formats": ["EPS"]}, "images.formats.0"),
         (("ingress", "max_body_bytes"), 0, "ingress.max_body_bytes"),
         (("fetch", "timeout"), -1, "fetch.timeout"),
     ],
@@ -45,7 +62,8 @@ def test_a_bad_value_is_named(path, value, field):
     place[path[-1]] = value
     with pytest.raises(ValidationError) as caught:
         AppConfig.model_validate(args)
-    assert ".".join(map(str, caught.value.errors()[0]["loc"])) == field
+    (fault,) = caught.value.errors()
+    assert ".".join(map(str, fault["loc"])) == field
 
 
 def test_names_that_would_collide():
@@ -69,6 +87,29 @@ def test_an_unknown_architecture_is_refused_with_those_supported(tmp_path):
 def test_an_option_of_the_processor_that_does_not_exist():
     with pytest.raises(ConfigError, match="num_crops"):
         build(changed(mm_processor_kwargs={"num_crops": 4}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_model_len", 1_000_000), ("tensor_parallel_size", 3), ("chat_template", "/nowhere")],
+)
+def test_what_does_not_fit_the_model_is_named(field, value):
+    """Before any replica starts."""
+    with pytest.raises(ConfigError) as caught:
+        build(changed(**{field: value}))
+    assert caught.value.param == field
+
+
+def test_a_folder_of_pictures_is_the_models_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    config = changed(allowed_local_media_path="pictures").models[0].engine
+    assert config.allowed_local_media_path == str(tmp_path / "pictures")
+    general = FetchPolicy(timeout=3, allowed_local_media_path="/elsewhere")
+    assert fetch_policy(config, general) == general.model_copy(
+        update={"allowed_local_media_path": str(tmp_path / "pictures")}
+    )
+    assert fetch_policy(changed().models[0].engine, general) == general
 
 
 def test_every_stage_of_every_model_is_a_deployment_of_its_own():

@@ -1,3 +1,4 @@
+import inspect
 import io
 import struct
 import zlib
@@ -6,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import load_image
 
 from engine.errors import MediaError, MediaTooLarge
-from engine.media.decode import ImageLimits, check_total, decode_image, read_size, to_rgb
+from engine.media.decode import ImageLimits, check_total, decode_image, read_size, to_rgb, upright_rgb
 
 LIMITS = ImageLimits(max_pixels=1_000_000, max_side=5000)
 WHERE = "messages[0].content[0].image_url.url"
@@ -199,6 +201,42 @@ def test_every_format_has_its_bounds(form):
 def test_opaque_pictures_are_those_of_transformers(mode):
     picture = noise().convert(mode)
     same(to_rgb(picture), convert_to_rgb(picture))
+
+
+def transparent(mode):
+    if mode != "P":
+        return noise(mode)
+    picture = noise().convert("P")
+    picture.info["transparency"] = 3
+    return picture
+
+
+@pytest.mark.skipif(
+    "return_numpy" not in inspect.signature(convert_to_rgb).parameters,
+    reason="this release of Transformers shows the colours under transparent pixels",
+)
+@pytest.mark.parametrize("mode", ["LA", "PA", "P", "RGBA"])
+def test_transparent_pictures_are_those_of_transformers(mode):
+    picture = transparent(mode)
+    np.testing.assert_array_equal(
+        np.asarray(to_rgb(picture)), convert_to_rgb(picture.copy(), return_numpy=True)
+    )
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_opened_pictures_are_turned_as_transformers_turns_them(form, loaded):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    data = encoded(noise(size=(16, 8)), form, exif=exif)
+    with Image.open(io.BytesIO(data)) as theirs, Image.open(io.BytesIO(data)) as ours:
+        wanted = load_image(theirs)
+        if loaded:
+            ours.load()
+        same(upright_rgb(ours), wanted)
+        # One that was turned already is left as it is.
+        same(upright_rgb(ImageOps.exif_transpose(ours)), wanted)
+    assert wanted.size == (8, 16)
 
 
 def test_rgb_is_not_copied():

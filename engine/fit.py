@@ -1,0 +1,46 @@
+"""Whether a configuration fits its model: what can be told before anything is loaded."""
+
+from __future__ import annotations
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.families.base import ModelConfig
+from engine.layers.decoder_config import DecoderConfig
+
+
+def check_fit(config: EngineConfig, model: ModelConfig) -> None:
+    """
+    Raises:
+        ConfigError: ``max_model_len`` is more than the model was made for, or it can't be split over
+            ``tensor_parallel_size`` ranks.
+    """
+    longest_sequence(config, model)
+    check_split(config.tensor_parallel_size, model.decoder)
+
+
+def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
+    """``max_model_len``, in tokens; errors as :func:`check_fit`."""
+    wanted = config.max_model_len or model.max_position
+    if wanted > model.max_position:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the model was made for {model.max_position} tokens",
+            param="max_model_len",
+        )
+    return wanted
+
+
+def check_split(size: int, decoder: DecoderConfig) -> None:
+    """Whether ``size`` ranks can share a decoder; errors as :func:`check_fit`."""
+    possible = [number for number in range(1, decoder.num_heads + 1) if _splits(decoder, number)]
+    if size not in possible:
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but a model of {decoder.num_heads} attention heads, "
+            f"{decoder.num_kv_heads} KV heads and an intermediate size of {decoder.intermediate_size} can be "
+            f"split over {', '.join(map(str, possible))} ranks",
+            param="tensor_parallel_size",
+        )
+
+
+def _splits(decoder: DecoderConfig, size: int) -> bool:
+    whole_kv = decoder.num_kv_heads % size == 0 or size % decoder.num_kv_heads == 0
+    return whole_kv and decoder.num_heads % size == 0 and decoder.intermediate_size % size == 0

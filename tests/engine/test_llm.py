@@ -1,0 +1,333 @@
+"""``LLM`` as users call it: its options, all that a prompt may be, and where pictures may come from."""
+
+import base64
+import functools
+import io
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import LLM, SamplingParams
+from engine.errors import ConfigError, InvalidRequest, MediaError, MediaForbidden, MediaTooLarge
+from tests.engine import tiny
+
+MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return tiny.make_qwen2_vl(tmp_path_factory.mktemp("llm"), seed=8)
+
+
+@pytest.fixture(scope="module")
+def llm(path) -> LLM:
+    return LLM(str(path), max_model_len=256, limit_mm_per_prompt={"image": 2})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with ``a.png`` in it."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny.picture(60, 44, 1).save(folder / "a.png")
+    return folder
+
+
+@pytest.fixture
+def site(files) -> Iterator[str]:
+    """The address of a server of those files."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(files)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def generated(llm: LLM, prompts) -> list[list[int]]:
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    llm.check_integrity()
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def about(image, text: str = MARK + "what?") -> dict:
+    return {"prompt": text, "multi_modal_data": {"image": image}}
+
+
+def asked(url: str) -> list[dict]:
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+    return [{"role": "user", "content": content}]
+
+
+def test_every_way_to_give_a_prompt(llm):
+    one, two = tiny.picture(60, 44, 1), tiny.picture(24, 40, 2)
+    encode = llm.get_tokenizer().encode
+    both = f"{MARK} and {MARK}"
+    prompts = [
+        "hello world",
+        {"prompt": "hello world"},
+        {"prompt_token_ids": encode("hello world")},
+        {"prompt_token_ids": np.array(encode("hello world"))},
+        about(one),
+        about([one]),
+        {"prompt_token_ids": encode(MARK + "what?"), "multi_modal_data": {"image": one}},
+        about([one, two], both),
+        about([two, one], both),
+    ]
+    together = generated(llm, prompts)
+    assert together == [tokens for prompt in prompts for tokens in generated(llm, prompt)]
+    assert together[0] == together[1] == together[2] == together[3]
+    assert together[4] == together[5] == together[6]
+    assert len({tuple(tokens) for tokens in together}) == 4
+    assert llm.generate([], use_tqdm=False) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([3], "not int"),
+        ({"prompt_token_ids": ["a"]}, "list of integers"),
+        ({"prompt_token_ids": [1.5]}, "list of integers"),
+        ({"prompt_token_ids": [320]}, "320 is outside of the vocabulary"),
+        ({"prompt": 3}, "needs a text"),
+        ({"text": "a"}, "no entry 'text'"),
+        (about(3), r"multi_modal_data\.image\[0\] must be a PIL image, not int"),
+        ({"prompt": "a", "multi_modal_data": {"audio": []}}, "no entry 'audio'"),
+        (about([]), "1 places for an item of kind image, but 0"),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt(llm, prompt, words):
+    with pytest.raises(InvalidRequest, match=words):
+        generated(llm, prompt)
+    llm.check_integrity()
+
+
+def test_what_an_output_says(llm):
+    (output,) = llm.generate("hello world", GREEDY, use_tqdm=False)
+    (completion,) = output.outputs
+    assert output.prompt == "hello world"
+    assert output.prompt_token_ids == llm.get_tokenizer().encode("hello world")
+    assert completion.text == llm.get_tokenizer().decode(completion.token_ids)
+    assert completion.finish_reason == "length" and len(completion.token_ids) == 6
+    assert [next(iter(row)) for row in completion.logprobs] == completion.token_ids
+    assert completion.cumulative_logprob == pytest.approx(
+        sum(row[token].logprob for row, token in zip(completion.logprobs, completion.token_ids, strict=True))
+    )
+
+
+def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
+    picture = tiny.picture(24, 24)
+    with pytest.raises(MediaTooLarge, match="3 images, but limit_mm_per_prompt allows 2"):
+        generated(llm, about([picture] * 3, MARK * 3))
+    assert llm.config.limit_mm_per_prompt == {"image": 2, "video": 1}
+    videos = {"prompt": "a", "multi_modal_data": {"video": [[picture] * 2] * 2}}
+    with pytest.raises(MediaTooLarge, match="2 videos, but limit_mm_per_prompt allows 1"):
+        generated(llm, videos)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_model_length": 5}, "max_model_length: Extra"),
+        ({"max_model_len": 0}, "max_model_len: .*greater than 0"),
+        ({"max_model_len": 4096}, "max_model_len is 4096, but the model was made for 1024"),
+        ({"dtype": "int8"}, "dtype: .*'bfloat16'"),
+        ({"dtype": torch.int8}, "dtype: .*'bfloat16'"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization: .*less than or equal to 1"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size is 3.*over 1, 2, 4 ranks"),
+        ({"limit_mm_per_prompt": {"audio": 1}}, r"limit_mm_per_prompt\.audio"),
+        ({"mm_processor_kwargs": {"num_crops": 4}}, "mm_processor_kwargs.*num_crops"),
+        ({"chat_template": "/nowhere.jinja"}, "neither a file nor the text"),
+        ({"block_size": 12}, "block_size: .*power of two"),
+        ({"fetch": {"timeout": -1}}, "timeout: .*greater than 0"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(path, options, words):
+    with pytest.raises(ConfigError, match=words):
+        LLM(str(path), **options)
+
+
+def test_options_that_are_understood(path, caplog):
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(
+            model=str(path),
+            trust_remote_code=True,
+            dtype=torch.bfloat16,
+            gpu_memory_utilization=0.5,
+            tensor_parallel_size=1,
+            mm_processor_kwargs={"max_pixels": 1024},
+            max_model_len=64,
+        )
+    assert "trust_remote_code is ignored" in caplog.text
+    assert llm.config.dtype == "bfloat16" and llm.max_model_len == 64
+    (output,) = llm.generate(about(tiny.picture(90, 90)), GREEDY, use_tqdm=False)
+    # 1024 pixels are 16 rows of 8 by 8.
+    assert output.prompt_token_ids.count(tiny.QWEN_SPECIALS.index("<|image_pad|>")) == 16
+    assert [LLM(str(path), dtype=name).config.dtype for name in ("half", "float")] == ["float16", "float32"]
+
+
+def test_the_seed_decides_where_requests_bring_none(path):
+    def sampled(seed: int) -> list[int]:
+        llm = LLM(str(path), max_model_len=64, seed=seed)
+        (output,) = llm.generate("hello", SamplingParams(temperature=1.0, max_tokens=16), use_tqdm=False)
+        return output.outputs[0].token_ids
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_one_picture_of_several_prompts_is_read_once(llm, tmp_path):
+    """It is opened, but not read yet; and prompts are prepared by several threads."""
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    for _ in range(3):
+        with Image.open(tmp_path / "a.jpg") as picture:
+            tokens = generated(llm, [about(picture)] * 8)
+        assert all(each == tokens[0] for each in tokens)
+
+
+def test_pictures_are_turned_as_their_file_says(llm):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    tiny.picture(64, 40, 3).save(buffer, "PNG", exif=exif)
+    with Image.open(buffer) as opened:
+        turned = opened.transpose(Image.Transpose.ROTATE_270)
+        upright, copied, lying = generated(llm, [about(opened), about(turned), about(opened.copy())])
+    assert upright == copied != lying
+    (by_bytes,) = generated(llm, about(buffer.getvalue()))
+    assert by_bytes == upright
+
+
+def test_pictures_that_cannot_be_read(llm, files):
+    data = (files / "a.png").read_bytes()
+    cut = Image.open(io.BytesIO(data[: len(data) // 2]))
+    closed = Image.open(io.BytesIO(data))
+    closed.close()
+    for picture in (cut, closed, Image.new("La", (9, 9)), Image.new("RGB", (0, 9)), Image.new("L", (9, 0))):
+        with pytest.raises(MediaError) as caught:
+            generated(llm, [about(tiny.picture(24, 24)), about(picture)])
+        assert caught.value.param == "multi_modal_data.image[0]"
+        with pytest.raises(MediaError) as caught:
+            llm.chat([{"role": "user", "content": [{"type": "image", "image": picture}]}], use_tqdm=False)
+        assert caught.value.param == "messages[0].content[0].image"
+        llm.check_integrity()
+
+
+def test_pictures_of_messages_by_url(path, llm, files, site):
+    def chatted(llm: LLM, messages) -> list[list[int]]:
+        try:
+            outputs = llm.chat(messages, GREEDY, use_tqdm=False)
+        finally:
+            llm.check_integrity()
+            assert "media-fetch" not in {thread.name for thread in threading.enumerate()}
+        return [output.outputs[0].token_ids for output in outputs]
+
+    picture = Image.open(files / "a.png")
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]
+    wanted = chatted(llm, [{"role": "user", "content": parts}])
+    inline = "data:image/png;base64," + base64.b64encode((files / "a.png").read_bytes()).decode()
+    assert chatted(llm, asked(inline)) == wanted
+    for url in (f"{site}/a.png", f"file://{files}/a.png"):
+        with pytest.raises(MediaForbidden) as caught:
+            chatted(llm, asked(url))
+        assert caught.value.param == "messages[0].content[0].image_url.url"
+    allowed = LLM(
+        str(path),
+        max_model_len=256,
+        allowed_local_media_path=str(files),
+        fetch={"allow_private": ["127.0.0.0/8"], "allowed_ports": [int(site.rpartition(":")[2])]},
+    )
+    urls = [f"{site}/a.png", f"file://{files}/a.png", inline]
+    assert chatted(allowed, [asked(url) for url in urls]) == wanted * 3
+    with pytest.raises(MediaError, match="404"):
+        chatted(allowed, asked(f"{site}/missing.png"))
+    with pytest.raises(MediaForbidden, match="outside"):
+        chatted(allowed, asked(f"file://{path}/config.json"))
+
+
+def test_chat_templates_come_from_where_they_are_given(tmp_path):
+    model = tiny.make_text(tmp_path / "model", "llama")
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    messages = [{"role": "user", "content": "hello"}]
+
+    def prompt(llm: LLM, **options) -> str:
+        (output,) = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False, **options)
+        return output.prompt
+
+    without = LLM(str(model), max_model_len=64)
+    with pytest.raises(InvalidRequest, match=r"no chat template\. Set chat_template"):
+        prompt(without)
+    assert prompt(without, chat_template=str(file)) == "[user]hello"
+    assert prompt(without, chat_template="{{ messages[0].content }}!") == "hello!"
+    assert prompt(LLM(str(model), max_model_len=64, chat_template=str(file))) == "[user]hello"
+    (model / "chat_template.jinja").write_text("own: {{ messages[0].content }}")
+    assert prompt(LLM(str(model), max_model_len=64)) == "own: hello"
+    assert prompt(LLM(str(model), max_model_len=64, chat_template=str(file))) == "[user]hello"
+
+
+def test_the_progress_bar_tells_rates(llm, capsys):
+    llm.generate([about(tiny.picture(24, 24)), "hello"], GREEDY)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown and "images/s" in shown and "tokens/s" in shown
+    llm.generate("hello", GREEDY)
+    shown = capsys.readouterr().err
+    assert "images/s" not in shown and "tokens/s" in shown
+    llm.generate("hello", GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_names_of_the_hub(path, tmp_path):
+    """From a cache as downloads fill it; and a tokenizer from elsewhere, with no model beside it."""
+    commit = "0" * 40
+    cached = tmp_path / "hub" / "models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / commit).symlink_to(path)
+    alone = tmp_path / "tokenizer"
+    alone.mkdir()
+    for file in path.glob("*token*"):
+        (alone / file.name).write_bytes(file.read_bytes())
+    code = f"""
+from engine import LLM, SamplingParams
+from engine.errors import CheckpointError
+greedy = SamplingParams(temperature=0, max_tokens=4)
+for options in ({{}}, {{"tokenizer": "owner/name"}}, {{"tokenizer": {str(alone)!r}}}):
+    llm = LLM("owner/name", max_model_len=64, **options)
+    print(llm.generate("hello", greedy, use_tqdm=False)[0].outputs[0].token_ids)
+try:
+    LLM("owner/other")
+except CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *answers, refusal = done.stdout.splitlines()
+    params = SamplingParams(temperature=0, max_tokens=4)
+    (wanted,) = LLM(str(path), max_model_len=64).generate("hello", params, use_tqdm=False)
+    assert answers == [str(wanted.outputs[0].token_ids)] * 3
+    assert "no folder 'owner/other'" in refusal
