@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.serving import Served, app_args, free_port
+from tests.serving import Served, app_args, free_port, serve_files
 
 # Read by Triton when a kernel is decorated, so it must be set before any kernel file is imported. Tensors on
 # a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
@@ -19,8 +19,9 @@ os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
 
 
 @pytest.fixture(scope="session")
-def served() -> Iterator[Served]:
-    """``serve_config.yaml``'s application on a port of its own, with a second model that makes embeddings."""
+def served(tmp_path_factory) -> Iterator[Served]:
+    """``serve_config.yaml``'s application on a port of its own, with a second model that makes embeddings,
+    and a site of pictures that it may fetch from."""
     import ray
     from ray import serve
 
@@ -38,8 +39,13 @@ def served() -> Iterator[Served]:
         "kv_cache_bytes": 16 << 20,
     }
     args["models"].append({"name": "tests/vectors", "engine": vectors})
-    serve.run(build(AppConfig.model_validate(args)), name="sightline", route_prefix="/")
-    yield Served(f"http://127.0.0.1:{port}")
+    pictures = tmp_path_factory.mktemp("pictures")
+    # An address of its own: the machine's usual ones stay forbidden.
+    with serve_files(pictures, "127.0.0.2") as site:
+        ports = [80, int(site.rpartition(":")[2])]
+        args["fetch"] = {"allow_private": ["127.0.0.2/32"], "allowed_ports": ports}
+        serve.run(build(AppConfig.model_validate(args)), name="sightline", route_prefix="/")
+        yield Served(f"http://127.0.0.1:{port}", pictures, site)
     serve.shutdown()
     ray.shutdown()
 

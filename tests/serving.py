@@ -1,9 +1,13 @@
 """What tests know of the running application."""
 
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,25 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
+@contextmanager
+def serve_files(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
+    """Serve a folder over plain HTTP meanwhile; its address."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer((host, 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://{host}:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 def app_args() -> dict[str, Any]:
     """The arguments of ``serve_config.yaml``, which is what users start with."""
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
@@ -35,9 +58,16 @@ def app_args() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Served:
-    """The running application."""
+    """The running application.
+
+    Attributes:
+        root: its address.
+        pictures: a folder from which it may fetch, as it stands under the address ``site``.
+    """
 
     root: str
+    pictures: Path
+    site: str
 
     @property
     def base_url(self) -> str:

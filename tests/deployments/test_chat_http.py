@@ -5,6 +5,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 
 from tests.deployments.pictures import CASES, ask, circle, data_url, square
@@ -72,6 +73,27 @@ def test_a_picture_between_texts_and_a_follow_up(client):
     assert "red" in second.choices[0].message.content
     # The first turn is not computed again.
     assert second.usage.prompt_tokens_details.cached_tokens >= 32
+
+
+def test_pictures_by_url_among_texts(served, client):
+    circle("red").save(served.pictures / "a.png")
+    circle("blue").save(served.pictures / "b.webp", lossless=True)
+    content = [
+        {"type": "text", "text": "Look:"},
+        {"type": "image_url", "image_url": {"url": f"{served.site}/a.png"}},
+        {"type": "text", "text": "Now this one:"},
+        {"type": "image_url", "image_url": {"url": f"{served.site}/b.webp"}},
+        {"type": "text", "text": "Do both pictures show the same color?"},
+    ]
+    fetched = answer(client, [{"role": "user", "content": content}])
+    content[1]["image_url"]["url"] = data_url(circle("red"))
+    assert fetched == answer(client, [{"role": "user", "content": content}])
+    content[1]["image_url"]["url"] = data_url(circle("blue"))
+    assert fetched != answer(client, [{"role": "user", "content": content}])
+    content[1]["image_url"]["url"] = f"{served.site}/missing.png"
+    with pytest.raises(openai.BadRequestError, match="answered with status 404") as caught:
+        answer(client, [{"role": "user", "content": content}])
+    assert caught.value.param == "messages[0].content[1].image_url.url"
 
 
 def test_without_a_picture(client):
@@ -236,8 +258,6 @@ def test_a_client_that_leaves_before_the_whole_answer_is_noticed_too(served):
 
 def test_others_never_notice_a_bad_picture(client):
     """A broken picture amid good requests."""
-    import openai
-
     broken = [
         {
             "role": "user",

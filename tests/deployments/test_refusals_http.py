@@ -53,10 +53,10 @@ CASES = {
     "stream option": ({"stream_options": {"include_usage": True}}, 400, None, "stream"),
     "long": ({"messages": [{"role": "user", "content": "word " * 4000}]}, 400, "messages", "1024"),
     "private address": (
-        {"messages": image("http://127.0.0.1:6379/")},
+        {"messages": image("http://127.0.0.1/")},
         400,
         "messages[0].content[0].image_url.url",
-        "not",
+        "is not public",
     ),
     "file": ({"messages": image("file:///etc/passwd")}, 400, "messages[0].content[0].image_url.url", "files"),
     "no base64": (

@@ -1,7 +1,6 @@
 """``LLM`` as users call it: its options, all that a prompt may be, and where pictures may come from."""
 
 import base64
-import functools
 import io
 import logging
 import os
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from PIL import Image
 from engine import LLM, SamplingParams
 from engine.errors import ConfigError, InvalidRequest, MediaError, MediaForbidden, MediaTooLarge
 from tests.engine import tiny
+from tests.serving import serve_files
 
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1)
@@ -46,18 +45,8 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture
 def site(files) -> Iterator[str]:
     """The address of a server of those files."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(files)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serve_files(files) as address:
+        yield address
 
 
 def generated(llm: LLM, prompts) -> list[list[int]]:
