@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import ConfigError, InvalidRequest
 from engine.inputs.frontend import Frontend, PreparedPrompt, load_sampling_defaults
-from engine.loading import load_engine
+from engine.loading import check_checkpoint, load_engine
 from engine.media.guard import FetchPolicy
 from engine.offline import Job, OfflineRunner, Params
 from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
@@ -58,7 +58,11 @@ class LLM:
         except ValidationError as error:
             raise _config_error(error) from None
         self._frontend = Frontend.load(self.config, policy)
-        self._encoder = EncoderEngine.load(self.config) if self._frontend.takes_media else None
+        self._encoder = None
+        if self._frontend.takes_media:
+            # What is wrong with the last tensor is told before the first is read.
+            check_checkpoint(self.config)
+            self._encoder = EncoderEngine.load(self.config)
         self._engine = load_engine(self.config)
         self._runner = OfflineRunner(self._engine, self._encoder)
 

@@ -24,6 +24,7 @@ from engine.scheduling.prefix_cache import BlockHasher
 from engine.scheduling.scheduler import Scheduler
 from engine.structured.grammar import GrammarCompiler
 from engine.weights.checkpoint import Checkpoint
+from engine.weights.loader import check_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,17 @@ class LoadedEngine:
     core: EngineCore
     outputs: OutputProcessor
     metrics: EngineMetrics
+
+
+def check_checkpoint(config: EngineConfig) -> None:
+    """Whether the tensors of all parts of ``config.model`` are there, by their headers.
+
+    Raises:
+        CheckpointError: see :mod:`engine.weights.loader`.
+    """
+    if config.load_format == "auto":
+        checkpoint = Checkpoint.open(config.model, config.revision)
+        check_tensors(checkpoint, resolve(checkpoint).parse(checkpoint))
 
 
 def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> LoadedEngine:

@@ -67,6 +67,22 @@ def load_vision_encoder(
     return encoder
 
 
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Whether all tensors of all parts are there, by their headers; errors as :func:`load_language_model`.
+
+    Each part's loading checks its own. Where one process loads several, what is wrong with the last is told
+    before the first takes its time.
+    """
+    family = family_named(config.family)
+    build = BuildContext(torch.device("meta"), torch.float32, SingleProcessGroup())
+    rules = family.weight_rules(config)
+    _match(Decoder(config.decoder, build), "language", checkpoint, rules)
+    if config.vision is not None:
+        encoder = family.build_encoder(config, build)
+        assert isinstance(encoder, nn.Module)
+        _match(encoder, "vision", checkpoint, rules)
+
+
 def _fill(
     module: nn.Module,
     part: ModelPart,
@@ -86,6 +102,21 @@ def fill_from_checkpoint(
     module: nn.Module, part: ModelPart, checkpoint: Checkpoint, rules: WeightRules
 ) -> None:
     """Stream the tensors of ``part`` into ``module``; see :func:`load_language_model` for errors."""
+    wanted = _match(module, part, checkpoint, rules)
+    found = [(name, checkpoint.tensors[name], slot) for name, slot in wanted.items()]
+    found.sort(key=lambda entry: (entry[1].file, entry[1].begin))
+    rows = (Rows.of(name, info, *_needed(slot)) for name, info, slot in found)
+    on_gpu = any(parameter.is_cuda for parameter in module.parameters())
+    for piece, values in read_rows(rows, pinned=on_gpu):
+        _take_in(piece, values, wanted[piece.name])
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def _match(
+    module: nn.Module, part: ModelPart, checkpoint: Checkpoint, rules: WeightRules
+) -> dict[str, WeightSlot]:
+    """Where each tensor of ``part`` belongs, by its name in the checkpoint; none is read."""
     names = rules.assign(checkpoint.tensors)[part]
     slots = _collect_slots(module, names)
     missing = slots.keys() - names.keys()
@@ -98,14 +129,7 @@ def fill_from_checkpoint(
     wanted = {names[internal]: slot for internal, slot in slots.items()}
     for name, slot in wanted.items():
         _check_shape(name, checkpoint.tensors[name], slot)
-    found = [(name, checkpoint.tensors[name], slot) for name, slot in wanted.items()]
-    found.sort(key=lambda entry: (entry[1].file, entry[1].begin))
-    rows = (Rows.of(name, info, *_needed(slot)) for name, info, slot in found)
-    on_gpu = any(parameter.is_cuda for parameter in module.parameters())
-    for piece, values in read_rows(rows, pinned=on_gpu):
-        _take_in(piece, values, wanted[piece.name])
-    if on_gpu:
-        torch.cuda.synchronize()
+    return wanted
 
 
 def _needed(slot: WeightSlot) -> tuple[int, int]:

@@ -16,7 +16,15 @@ import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams
-from engine.errors import ConfigError, InvalidRequest, MediaError, MediaForbidden, MediaTooLarge
+from engine.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidRequest,
+    MediaError,
+    MediaForbidden,
+    MediaTooLarge,
+)
+from engine.weights import loader
 from tests.engine import tiny
 from tests.serving import serve_files
 
@@ -171,6 +179,15 @@ def test_options_that_are_understood(path, caplog):
     # 1024 pixels are 16 rows of 8 by 8.
     assert output.prompt_token_ids.count(tiny.QWEN_SPECIALS.index("<|image_pad|>")) == 16
     assert [LLM(str(path), dtype=name).config.dtype for name in ("half", "float")] == ["float16", "float32"]
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "visual.blocks.1.norm2.bias"])
+def test_a_missing_tensor_is_named_before_any_is_read(tmp_path, monkeypatch, name):
+    tiny.make_qwen2_vl(tmp_path)
+    tiny.rewrite_tensors(tmp_path, lambda tensors: {k: v for k, v in tensors.items() if k != name})
+    monkeypatch.setattr(loader, "read_rows", lambda *_, **__: pytest.fail("read data"))
+    with pytest.raises(CheckpointError, match=name.split(".", 1)[1].replace(".", r"\.")):
+        LLM(str(tmp_path))
 
 
 def test_the_seed_decides_where_requests_bring_none(path):
