@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+#: Major and minor number: references differ between releases in what is told where it matters.
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
+
 QWEN_SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",

@@ -18,7 +18,7 @@ from engine.weights.loader import load_vision_encoder
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.families.qwen import Reference, frames, make_qwen2_5_vl
-from tests.engine.tiny import picture, rewrite_json
+from tests.engine.tiny import TRANSFORMERS, picture, rewrite_json
 
 CPU = torch.device("cpu")
 
@@ -90,6 +90,8 @@ def test_windows_equal_transformers(path, grid):
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 2 / 24, 2 / 30, 7.3])
 def test_positions_equal_transformers(path, reference, seconds):
     """Pictures never move in time; videos do by their pace, whole positions only."""
+    if seconds % 1 and TRANSFORMERS < (5, 23):
+        pytest.skip("earlier versions of Transformers cut off fractions of seconds")
     _, config = parse(path)
     ids, types, spans = [], [], []
     grids = [("text", 3), ("video", (40, 4, 2)), ("text", 2), ("image", (1, 10, 6)), ("text", 2)]
