@@ -11,6 +11,12 @@ from engine.inputs.tokenizer import Tokenizer
 
 _FIRST_STAND_IN = 0xF0000  # private use, planes 15 and 16
 _LAST_STAND_IN = 0x10FFF0
+#: Unicode's White_Space, which tokens take in at their sides. Python's own strip() takes U+001C to U+001F as
+#: well.
+_SPACE = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +105,12 @@ class ControlText:
         for match in self._token.finditer(text):
             token = self._tokenizer.added_tokens[self._ids[match.group()]]
             before = text[position : match.start()]
-            before = before.rstrip() if token.lstrip else before
+            before = before.rstrip(_SPACE) if token.lstrip else before
             ids += self._plain(before, stand_ins, at_start and position == 0)
             ids.append(self._ids[match.group()])
             position = match.end()
             if token.rstrip:
-                position += len(text) - position - len(text[position:].lstrip())
+                position += len(text) - position - len(text[position:].lstrip(_SPACE))
         ids += self._plain(text[position:], stand_ins, at_start and position == 0)
         return self._tokenizer.with_special_tokens(ids) if add_special_tokens else ids
 
