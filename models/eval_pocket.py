@@ -25,10 +25,10 @@ def evaluate(ask: Ask, count: int, tasks: tuple[str, ...] = data.EVALUATION_TASK
 
     Args:
         ask: answers each sample's first question.
-        count: questions per task.
+        count: questions per task; 0 asks nothing.
     """
     scores = {}
-    for task in tasks:
+    for task in tasks if count else ():
         samples = data.evaluation_set(task, count)
         given = ask(samples)
         wrong = [

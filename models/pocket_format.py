@@ -257,14 +257,15 @@ def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(MEAN, device=device) * 255, torch.tensor(STD, device=device) * 255
 
 
-def patchify(images: torch.Tensor) -> torch.Tensor:
-    """uint8 ``(N, H, W, 3)`` to normalised patches ``(N, H * W / 196, 1176)``, 2x2 neighbours together."""
+def patchify(images: torch.Tensor, frames: int = 2) -> torch.Tensor:
+    """uint8 ``(N, H, W, 3)`` to normalised patches ``(N, H * W / 196, 588 * frames)``, 2x2 neighbours
+    together, each picture standing for so many frames."""
     n, height, width, _ = images.shape
     mean, std = _statistics(images.device)
     x = (images.float() - mean) / std
     gh, gw = height // FACTOR, width // FACTOR
     x = x.view(n, gh, MERGE, PATCH, gw, MERGE, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
-    x = x[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
+    x = x[:, :, :, :, :, :, None].expand(-1, -1, -1, -1, -1, -1, frames, -1, -1)
     return x.reshape(n, gh * gw * MERGE * MERGE, -1)
 
 

@@ -111,7 +111,7 @@ class TransformersAsk:
 def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    training.add_options(parser, seconds=520, batch=248, lr=1e-3)
+    training.add_options(parser, seconds=520, batch=160, lr=1e-3)
     options = parser.parse_args()
     model, core = training.prepare(options)
     trainee = Answerer(model)
