@@ -148,7 +148,13 @@ class ChatCompletionRequest(BaseModel):
                 raise ValueError(
                     "chat_template can't come with a request; it is set where the model is configured"
                 )
-            return {k: v for k, v in data.items() if k not in _NO_EFFECT and k != "chat_template"}
+            known = cls.model_fields.keys()
+            # A field of OpenAI's that we don't have may still be sent as null: nothing is asked for then.
+            return {
+                k: v
+                for k, v in data.items()
+                if k not in _NO_EFFECT and k != "chat_template" and (v is not None or k in known)
+            }
         return data
 
     @model_validator(mode="after")

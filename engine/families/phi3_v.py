@@ -181,10 +181,12 @@ class Phi3VProcessor:
         """
         width, height = size
         unit, ratio = self.vision.image_size, width / height
-        if ratio > min(_MAX_ASPECT_RATIO, unit):
+        # A row of all crops must still be a pixel high.
+        most = min(_MAX_ASPECT_RATIO, self.num_crops * unit)
+        if ratio > most:
             raise InvalidRequest(
                 f"a picture of {width}x{height} pixels is too elongated: the longer side may be at most "
-                f"{_MAX_ASPECT_RATIO} times the shorter",
+                f"{most} times the shorter",
                 param="image",
             )
         columns = 1

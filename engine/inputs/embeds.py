@@ -95,6 +95,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
             f"{_ROWS} must have the shape (items, rows, hidden) or (rows, hidden), not {tuple(value.shape)}.",
             param=_WHERE,
         )
+    if not value.isfinite().all():
+        raise InvalidRequest(f"{_ROWS} has numbers that are not finite.", param=_WHERE)
     return [value.detach()] if value.dim() == 2 else list(value.detach().unbind(0))
 
 

@@ -87,6 +87,7 @@ def test_what_is_refused(qwen, llava):
         ({"image_embeds": rows[None, 1:], "image_grid_thw": [grid]}, f"{count - 1} rows.* takes {count}"),
         ({"image_embeds": rows[None, :, 1:], "image_grid_thw": [grid]}, "shape"),
         ({"image_embeds": rows[None].long(), "image_grid_thw": [grid]}, "floating-point"),
+        ({"image_embeds": rows[None] / 0, "image_grid_thw": [grid]}, "not finite"),
         ({"image_embeds": rows.to_sparse(), "image_grid_thw": [grid]}, "dense"),
         ({"image_embeds": rows[None, None], "image_grid_thw": [grid]}, "must have the shape"),
         ({"image_embeds": rows[None], "image_grid_thw": [(1, 3, 4)]}, "multiples of 2"),

@@ -90,8 +90,12 @@ def test_what_is_refused(composed, tmp_path):
     with pytest.raises(ConfigError, match="'crops'"):
         load_media_processor(EngineConfig(model=str(path), mm_processor_kwargs={"crops": 4}))
     processor = load_media_processor(EngineConfig(model=str(path)))
-    with pytest.raises(InvalidRequest, match="too elongated"):
-        processor.prepare(Image.new("RGB", (300, 1)))
+    unit, crops = processor.vision.image_size, processor.num_crops
+    # Scaled to all crops in a row, one more would leave less than a pixel of its height.
+    assert processor.prepare(Image.new("RGB", (crops * unit, 1))).item.grid == (1, crops)
+    assert processor.prepare(Image.new("RGB", (1, crops * unit))).item.grid == (crops, 1)
+    with pytest.raises(InvalidRequest, match=f"at most {crops * unit} times"):
+        processor.prepare(Image.new("RGB", (crops * unit + 1, 1)))
     make_phi3_v(tmp_path)
     rewrite_json(tmp_path / "config.json", {"embd_layer": {"hd_transform_order": "glb_sub"}})
     with pytest.raises(CheckpointError, match="hd_transform_order"):
