@@ -1,6 +1,6 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [kernels] [host] [load] [offline] [serve]
+python -m benchmarks [kernels] [host] [load] [memory] [offline] [serve]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "kernels": ("", ""),
     "host": ("", "--steps 200"),
     "load": ("--shape qwen2-vl-7b", "--shape tiny"),
+    "memory": ("--shape qwen2-vl-2b", "--requests 200"),
     "offline": ("--shape qwen2-vl-2b", "--shape tiny"),
     "serve": (
         "--gpu --shape qwen2-vl-2b --rates 8,16,32 --requests 200 --preprocessors 4",

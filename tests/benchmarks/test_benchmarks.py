@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import __main__ as all_of_them
-from benchmarks import host, load, offline, serve
+from benchmarks import host, load, memory, offline, serve
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine.config import EngineConfig
 from engine.inputs.frontend import Frontend
@@ -39,6 +39,15 @@ def test_load(monkeypatch, capsys, tmp_path):
     found = json.loads(file.read_text())
     assert all(found[f"{kind} {way} s"] > 0 for kind in ("cold", "warm") for way in ("read", "load"))
     assert found["GB"] > 0.01 and list(tmp_path.iterdir()) == [file]
+
+
+def test_memory(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "memory.json"
+    monkeypatch.setattr(sys, "argv", ["memory", "--requests", "30", "--json", str(file)])
+    memory.main()
+    found = json.loads(file.read_text())
+    assert [row["requests"] for row in found["rows"]] == list(range(3, 31, 3))
+    assert found["resident MiB grown"] == found["rows"][-1]["resident MiB"] - found["rows"][0]["resident MiB"]
 
 
 @pytest.mark.parametrize("name", SHAPES)
