@@ -46,8 +46,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of ``x + residual``, ``(N, width)`` contiguous, and that sum."""
+        if residual is None:
+            return self(x), x
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:

@@ -53,7 +53,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP. The residual travels beside the hidden states, as in the decoder."""
 
     def __init__(self, config: VisionConfig, build: BuildContext) -> None:
         super().__init__()
@@ -68,9 +68,16 @@ class VisionBlock(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.activation, build)
 
-    def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:
-        normed, x = self.norm2.add(self.attn(self.norm1(x), segments, index), x)
-        return x + self.mlp(normed)
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        segments: VisionSegments,
+        index: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, residual = self.norm1.add(x, residual)
+        normed, residual = self.norm2.add(self.attn(normed, segments, index), residual)
+        return self.mlp(normed), residual
 
 
 class VisionTransformer(nn.Module):
@@ -151,13 +158,13 @@ class VisionTransformer(nn.Module):
         # One row of the rotary tables per token: its row number is its position.
         index = None if segments.cos is None else torch.arange(len(x), device=x.device)
         full = self.config.full_layers
-        kept = []
+        kept, residual = [], None
         for layer, block in enumerate(self.blocks):
             within = segments if windows is None or full is None or layer in full else windows
-            x = block(x, within, index)
+            x, residual = block(x, residual, within, index)
             if layer in self.keep:
-                kept.append(x)
-        return [*kept, x]
+                kept.append(x + residual)
+        return [*kept, x if residual is None else x + residual]
 
     def embed(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
         """Patch projection, class token and learned positions."""

@@ -144,5 +144,7 @@ def test_rms_norm_and_gated_mlp_as_in_qwen2_5_vl(tmp_path):
         expected = reference(
             x, cu_seqlens=starts, max_seqlen=12, position_embeddings=(doubled.cos(), doubled.sin())
         )
-        result = block(x, VisionSegments(starts, 12, angles.cos(), angles.sin()), torch.arange(20))
+        segments = VisionSegments(starts, 12, angles.cos(), angles.sin())
+        branch, residual = block(x, None, segments, torch.arange(20))
+        result = branch + residual
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
