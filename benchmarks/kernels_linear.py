@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
-from engine.kernels.skinny_linear import MAX_ROWS, skinny_linear
+from engine.kernels.linear import linear, norm_linear, norm_linear_reference
 
 #: Layers of Qwen2-VL-2B: (name, input features, output features)
 LAYERS = [
@@ -27,9 +27,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     for name, inputs, outputs in TINY_LAYERS if tiny else LAYERS:
         for batch in BATCHES:
             label, sizes = f"{name} {inputs}->{outputs}, batch {batch}", (device, batch, inputs, outputs)
-            yield Case("linear", label, partial(linear, *sizes))
-            if batch <= MAX_ROWS:
-                yield Case("skinny_linear", label, partial(skinny, *sizes))
+            yield Case("linear", label, partial(plain, *sizes))
+        yield Case("norm_linear", f"{name} {inputs}->{outputs}", partial(after_norm, device, inputs, outputs))
 
 
 class Layer:
@@ -44,16 +43,21 @@ class Layer:
         return self.x.float() @ self.weight.float().T
 
 
-def linear(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
-    """The product as layers compute it."""
+def plain(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
+    """The product alone."""
     layer = Layer(device, batch, inputs, outputs)
-    run = partial(F.linear, layer.x, layer.weight)
-    return Problem(run, lambda: (run(), layer.wanted()), layer.moved)
-
-
-def skinny(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
-    """The product by the kernel for few rows."""
-    layer = Layer(device, batch, inputs, outputs)
-    run = partial(skinny_linear, layer.x, layer.weight)
+    run = partial(linear, layer.x, layer.weight)
     peers: dict[str, Work] = {"torch": partial(F.linear, layer.x, layer.weight)}
     return Problem(run, lambda: (run(), layer.wanted()), layer.moved, peers=peers)
+
+
+def after_norm(device: torch.device, inputs: int, outputs: int) -> Problem:
+    """The product of one row, with the residual sum, the norm and the gate around it."""
+    layer = Layer(device, 1, inputs, outputs)
+    residual, norm = torch.randn_like(layer.x), torch.rand_like(layer.x[0]) + 0.5
+    given = (layer.x, residual, norm, 1e-6, layer.weight)
+    run = partial(norm_linear, *given, activation="silu")
+    apart = partial(norm_linear_reference, *given, activation="silu")
+    return Problem(
+        lambda: run()[0], lambda: (run()[0], apart()[0].float()), layer.moved, peers={"apart": apart}
+    )

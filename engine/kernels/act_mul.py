@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.overlap import overlap, wait_for_previous
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -40,12 +41,15 @@ def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
     if rows:
         block = min(1024, triton.next_power_of_2(size))
         grid = (rows, triton.cdiv(size, block))
-        _act_mul_kernel[grid](gate_up, out, size, SILU=activation == "silu", BLOCK=block, num_warps=4)
+        _act_mul_kernel[grid](
+            gate_up, out, size, SILU=activation == "silu", BLOCK=block, num_warps=4, **overlap(gate_up)
+        )
     return out
 
 
 @triton.jit
-def _act_mul_kernel(in_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _act_mul_kernel(in_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size

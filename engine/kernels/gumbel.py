@@ -84,7 +84,7 @@ def _mix_u32(x):
     return x ^ (x >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "num_chunks"])
 def _partial_argmax_kernel(
     logits, temperature, seeds, index, threshold, best, best_id,
     stride_logits, stride_temperature, stride_seeds, stride_index, stride_threshold,
@@ -130,7 +130,7 @@ def _partial_argmax_kernel(
     tl.store(best_id + row * num_chunks + part, tl.min(tl.where(top == value, top_id, 2147483647), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _final_argmax_kernel(best, best_id, out, num_chunks, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
@@ -164,5 +164,7 @@ def gumbel_argmax_triton(
         vocab, chunk, num_chunks,
         HAS_THRESHOLD=threshold is not None, BLOCK=block,
     )  # fmt: skip
-    _final_argmax_kernel[(rows,)](best, best_id, out, num_chunks, BLOCK=triton.next_power_of_2(num_chunks))
+    # The block holds the chunks of a single row, the most there are: one kernel serves all batch sizes.
+    most = triton.next_power_of_2(triton.cdiv(vocab, block))
+    _final_argmax_kernel[(rows,)](best, best_id, out, num_chunks, BLOCK=most)
     return out

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.overlap import overlap, wait_for_previous
 from engine.kernels.rotary import load_angles, rotary_reference, rotate_heads
 
 
@@ -130,6 +131,7 @@ def rotary_kv_write_triton(
         HALF_PAD=triton.next_power_of_2(half),
         REST_PAD=triton.next_power_of_2(max(rest, 1)),
         num_warps=4,
+        **overlap(q),
     )
 
 
@@ -169,7 +171,9 @@ def _rotary_kv_write_kernel(
     DIM_PAD: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     cos, sin = load_angles(
         positions_ptr,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.overlap import overlap, wait_for_previous
 
 
 def add_layer_norm(
@@ -48,6 +49,7 @@ def add_layer_norm_triton(x, residual, weight, bias, eps):
             SIZE=size,
             BLOCK=block,
             num_warps=1 if block <= 256 else 4,
+            **overlap(x),
         )
     return out, total
 
@@ -63,7 +65,9 @@ def _add_layer_norm_kernel(
     eps,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * SIZE
     column = tl.arange(0, BLOCK)
     mask = column < SIZE

@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.overlap import overlap, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 32
+_FEW_SPLITS = 4
 
 
 def paged_attention(
@@ -125,12 +127,12 @@ class Tiling:
 def tiling(head_dim: int, group: int, decode: bool, itemsize: int) -> Tiling:
     """The tile for a problem; the one place where this is decided."""
     wide = head_dim > 128 or itemsize > 2
-    if decode:
-        return Tiling(max(16, triton.next_power_of_2(group)), 32 if wide else 64, 4, 2 if wide else 3)
     rows = max(16, triton.next_power_of_2(group))
+    if decode:
+        return Tiling(rows, 32, 4, 2) if wide else Tiling(rows, 64, 2, 3)
     if wide:
         return Tiling(max(rows, 32), 32, 4, 2)
-    return Tiling(max(rows, 128), 64, 8, 3)
+    return Tiling(max(rows, 64), 64, 4, 3)
 
 
 @functools.cache
@@ -139,8 +141,8 @@ def _num_processors(device: torch.device) -> int:
 
 
 def num_splits(programs: int, processors: int, max_seq_len: int, keys: int) -> int:
-    """Programs per sequence and KV head in a decode step: enough to fill the GPU twice."""
-    wanted = -(-2 * processors // max(programs, 1))
+    """Programs per sequence and KV head in a decode step: enough for every processor."""
+    wanted = -(-processors // max(programs, 1))
     return max(1, min(wanted, _MAX_SPLITS, -(-max_seq_len // keys)))
 
 
@@ -191,6 +193,7 @@ def paged_attention_triton(
         partial,
         stats,
         sequences,
+        splits,
         scale * _LOG2E,
         0.0 if softcap is None else softcap * _LOG2E,
         0 if window is None else window,
@@ -206,11 +209,12 @@ def paged_attention_triton(
         KEYS=tile.keys,
         TOKENS=tokens_per_tile,
         DECODE=decode,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **overlap(q),
     )
     if splits > 1:
         _merge_kernel[(sequences, heads)](
@@ -218,12 +222,13 @@ def paged_attention_triton(
             stats,
             query_start,
             out,
+            splits,
             HEADS=heads,
             DIM=dim,
             DIM_PAD=dim_pad,
-            SPLITS=splits,
-            SPLITS_PAD=triton.next_power_of_2(splits),
+            MAX_SPLITS=_FEW_SPLITS if splits <= _FEW_SPLITS else _MAX_SPLITS,
             num_warps=2,
+            **overlap(q),
         )
     return out
 
@@ -303,7 +308,8 @@ def _attend(
     return acc, higher, total
 
 
-@triton.jit
+# Batch sizes differ in these numbers; a kernel compiled for each would make a long start.
+@triton.jit(do_not_specialize=["sequences", "splits"])
 def _attention_kernel(
     q_ptr,
     k_ptr,
@@ -315,6 +321,7 @@ def _attention_kernel(
     partial_ptr,
     stats_ptr,
     sequences,
+    splits,
     scale,
     cap,
     window,
@@ -330,10 +337,12 @@ def _attention_kernel(
     KEYS: tl.constexpr,
     TOKENS: tl.constexpr,
     DECODE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -366,8 +375,8 @@ def _attention_kernel(
     start = 0
     if WINDOW:
         start = tl.maximum(length - count + first_token - window + 1, 0) // KEYS * KEYS
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - start, KEYS), SPLITS) * KEYS
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - start, KEYS), splits) * KEYS
         start = start + split * share
         end = tl.minimum(start + share, end)
     whole = tl.minimum((length - count + first_token + 1) // KEYS * KEYS, end // KEYS * KEYS)
@@ -435,8 +444,8 @@ def _attention_kernel(
         )
 
     out_mask = live[:, None] & (column[None, :] < DIM)
-    if SPLITS > 1:
-        place = ((sequence.to(tl.int64) * KV_HEADS * GROUP + head) * SPLITS + split)[:, None]
+    if SPLIT:
+        place = ((sequence.to(tl.int64) * KV_HEADS * GROUP + head) * splits + split)[:, None]
         tl.store(partial_ptr + place * DIM + column[None, :], acc, mask=out_mask)
         tl.store(stats_ptr + place * 2, top[:, None], mask=live[:, None])
         tl.store(stats_ptr + place * 2 + 1, total[:, None], mask=live[:, None])
@@ -446,28 +455,30 @@ def _attention_kernel(
         tl.store(out_ptr + place + column[None, :], result.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     partial_ptr,
     stats_ptr,
     query_start_ptr,
     out_ptr,
+    splits,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Weighs the splits of one sequence and head by their maxima and sums."""
+    wait_for_previous(OVERLAP)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     begin = tl.load(query_start_ptr + sequence).to(tl.int64)
     if tl.load(query_start_ptr + sequence + 1) == begin:
         return
-    split = tl.arange(0, SPLITS_PAD)
+    split = tl.arange(0, MAX_SPLITS)
     column = tl.arange(0, DIM_PAD)
-    inside = split < SPLITS
-    place = (sequence * HEADS + head) * SPLITS + split
+    inside = split < splits
+    place = (sequence * HEADS + head) * splits + split
     top = tl.load(stats_ptr + place * 2, mask=inside, other=float("-inf"))
     total = tl.load(stats_ptr + place * 2 + 1, mask=inside, other=0.0)
     weight = tl.exp2(top - tl.max(top, axis=0))

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.overlap import overlap, wait_for_previous
 
 _BLOCK = 2048
 
@@ -31,12 +32,14 @@ def quick_gelu_triton(x: torch.Tensor) -> torch.Tensor:
     assert x.is_contiguous()
     out = torch.empty_like(x)
     if x.numel():
-        _quick_gelu_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK, num_warps=4)
+        grid = (triton.cdiv(x.numel(), _BLOCK),)
+        _quick_gelu_kernel[grid](x, out, x.numel(), BLOCK=_BLOCK, num_warps=4, **overlap(x))
     return out
 
 
 @triton.jit
-def _quick_gelu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _quick_gelu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    wait_for_previous(OVERLAP)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + place, mask=place < size, other=0.0)
     wide = x.to(tl.float32)

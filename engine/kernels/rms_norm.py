@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.overlap import overlap, wait_for_previous
 
 
 @overload
@@ -80,6 +81,7 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0):
             BLOCK=block,
             ADD=residual is not None,
             num_warps=1 if block <= 256 else (4 if block <= 4096 else 8),
+            **overlap(x),
         )
     return out if residual is None else (out, total)
 
@@ -99,7 +101,9 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.overlap import overlap, wait_for_previous
 
 
 def rotary(
@@ -97,6 +98,7 @@ def rotary_triton(q, k, positions, cos, sin, *, mrope_section=None, mrope_interl
         K_HEADS_PAD=triton.next_power_of_2(k.shape[1]),
         HALF_PAD=triton.next_power_of_2(half),
         num_warps=4,
+        **overlap(q),
     )
 
 
@@ -160,7 +162,9 @@ def _rotary_kernel(
     Q_HEADS_PAD: tl.constexpr,
     K_HEADS_PAD: tl.constexpr,
     HALF_PAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     cos, sin = load_angles(
         positions_ptr,

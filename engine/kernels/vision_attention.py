@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.overlap import overlap, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 
@@ -48,6 +50,25 @@ def vision_attention_reference(q, k, v, cu_seqlens, *, max_len, scale):
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Rows and keys per tile, and how the compiler schedules them."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiling(head_dim: int, max_len: int, groups: int, itemsize: int) -> Tiling:
+    """The tile for a problem with so many heads of segments; the one place where this is decided."""
+    if head_dim > 128 or itemsize > 2:
+        return Tiling(32, 32, 4, 2)
+    # Fewer keys are read in larger tiles, but many small ones leave less of the GPU idle at the end.
+    few = triton.cdiv(max_len, 128) * groups <= 256
+    return Tiling(128, 64, 8, 2) if few and max_len > 64 else Tiling(64, 64, 4, 3)
+
+
 def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
     tokens, heads, dim = q.shape
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -56,12 +77,8 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
     if tokens == 0 or segments == 0:
         return out
     main, rest = head_parts(dim)
-    wide = dim > 128 or q.element_size() > 2
-    rows, keys, warps = (32, 32, 4) if wide else (128, 64, 8)
-    if max_len <= 64:
-        rows, warps = min(rows, 64), 4
-    grid = (triton.cdiv(max_len, rows), heads, segments)
-    _vision_kernel[grid](
+    tile = tiling(dim, max_len, heads * segments, q.element_size())
+    _vision_kernel[(triton.cdiv(max_len, tile.rows), heads, segments)](
         q,
         k,
         v,
@@ -78,10 +95,11 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
         DIM=dim,
         MAIN=main,
         REST=rest,
-        ROWS=rows,
-        KEYS=keys,
-        num_warps=warps,
-        num_stages=2 if wide else 3,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **overlap(q),
     )
     return out
 
@@ -171,7 +189,9 @@ def _vision_kernel(
     REST: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     segment = tl.program_id(2)
     head = tl.program_id(1)
     begin = tl.load(bounds_ptr + segment)

@@ -18,7 +18,8 @@ KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
-    """Fused qkv → optional qk-norm → rotary, write to the cache → attention over it → output projection."""
+    """Norm → fused qkv → optional qk-norm → rotary, write to the cache → attention over it → output
+    projection."""
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()
@@ -35,11 +36,17 @@ class Attention(nn.Module):
         self.rotary = rotary
 
     def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, cache: KVCache, meta: AttentionMetadata
-    ) -> torch.Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1)
-        )
+        self,
+        norm: RMSNorm,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        cache: KVCache,
+        meta: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the norm of ``x + residual``, and that sum; both ``(T, hidden)``."""
+        qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         self.rotary(q, k, v, positions, cache, meta.slot_mapping)
@@ -55,4 +62,4 @@ class Attention(nn.Module):
             max_seq_len=meta.max_seq_len,
             window=self.window,
         )
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1)), residual

@@ -19,7 +19,7 @@ from engine.layers.rotary import Rotary
 
 class DecoderLayer(nn.Module):
     """Pre-norm attention and gated MLP. The residual travels beside the hidden states, so that each addition
-    is fused with the norm that follows it."""
+    is fused with the norm that follows it, and the norm with the product after it where that pays."""
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()
@@ -38,10 +38,8 @@ class DecoderLayer(nn.Module):
         cache: KVCache,
         meta: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, positions, cache, meta)
-        x, residual = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.self_attn(self.input_layernorm, x, residual, positions, cache, meta)
+        return self.mlp.after_norm(self.post_attention_layernorm, x, residual)
 
 
 class Decoder(nn.Module):

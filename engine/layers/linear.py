@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.kernels.linear import linear, norm_linear
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.layers.norm import RMSNorm
 
 
 class Linear(nn.Module):
@@ -71,6 +73,17 @@ class FusedColumnLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+    def after_norm(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, *, activation: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projections of the norm of ``x + residual``, and that sum; both ``(T, width)``.
+
+        Args:
+            activation: of a gate that comes before what it multiplies; see
+                :func:`~engine.kernels.linear.norm_linear`.
+        """
+        return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias, activation=activation)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         parent = prefix.removesuffix(self.fused_name + ".")
@@ -149,8 +162,8 @@ class RowLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        out = self.tp.all_reduce(F.linear(x, self.weight))
+            return linear(x, self.weight, self.bias)
+        out = self.tp.all_reduce(linear(x, self.weight))
         return out if self.bias is None else out + self.bias
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:

@@ -9,6 +9,7 @@ from engine.kernels.act_mul import act_mul
 from engine.layers.activation import ACTIVATIONS
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear, RowLinear, gate_up_linear
+from engine.layers.norm import RMSNorm
 
 
 class GatedMLP(nn.Module):
@@ -24,6 +25,13 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(act_mul(self.gate_up_proj(x), self.activation))
+
+    def after_norm(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the norm of ``x + residual``, and that sum; both ``(T, hidden)``."""
+        inner, residual = self.gate_up_proj.after_norm(norm, x, residual, activation=self.activation)
+        return self.down_proj(inner), residual
 
 
 class MLP(nn.Module):

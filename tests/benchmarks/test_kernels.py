@@ -33,7 +33,11 @@ def test_every_case_runs_and_is_right(capsys, tmp_path):
 
 
 def test_every_kernel_of_the_engine_is_measured():
-    names = {path.stem for path in Path(package.__path__[0]).glob("*.py")} - {"__init__", "dispatch"}
+    names = {path.stem for path in Path(package.__path__[0]).glob("*.py")} - {
+        "__init__",
+        "dispatch",
+        "overlap",
+    }
     measured = {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=True)}
     attention = {"paged_decode", "paged_prefill", "paged_mixed", "vision"}
     assert (names - {"paged_attention", "vision_attention"}) | attention <= measured

@@ -24,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from engine.kernels import overlap
+
 TARGET = GPUTarget("cuda", 90, 32)
 BF16, I32 = torch.bfloat16, torch.int32
 
@@ -65,11 +67,11 @@ def paged(heads: int, kv_heads: int, dim: int, tokens: list[int]) -> None:
     )
 
 
-def vision(heads: int, dim: int, tokens: int) -> None:
+def vision(heads: int, dim: int, tokens: int, pictures: int = 1) -> None:
     from engine.kernels.vision_attention import vision_attention_triton
 
-    q, k, v = noise(tokens, 3 * heads, dim).split(heads, dim=1)
-    bounds = torch.tensor([0, tokens], dtype=I32)
+    q, k, v = noise(pictures * tokens, 3 * heads, dim).split(heads, dim=1)
+    bounds = (torch.arange(pictures + 1) * tokens).to(I32)
     vision_attention_triton(q, k, v, bounds, max_len=tokens, scale=0.1)
 
 
@@ -104,15 +106,17 @@ def moving() -> None:
 def choosing() -> None:
     """What chooses tokens, and the products of a decode step."""
     from engine.kernels.gumbel import gumbel_argmax_triton
-    from engine.kernels.skinny_linear import skinny_linear_triton
+    from engine.kernels.linear import linear_triton, norm_linear_triton
     from engine.kernels.truncation import truncation_threshold_triton
 
     logits, ones = noise(4, 151936), torch.ones(4)
     ids = torch.ones(4, dtype=torch.int64)
     truncation_threshold_triton(logits, ones, ids, ones, ones)
     gumbel_argmax_triton(logits, ones, ids, ids, ones)
-    for rows in (1, 16):
-        skinny_linear_triton(noise(rows, 1536), noise(2048, 1536), noise(2048))
+    x, norm = noise(1, 1536), noise(1536)
+    linear_triton(noise(1, 8960), noise(1536, 8960))
+    norm_linear_triton(x, x, norm, 1e-6, noise(2048, 1536), noise(2048))
+    norm_linear_triton(x, x, norm, 1e-6, noise(17920, 1536), activation="silu")
 
 
 CASES: list[Callable[[], None]] = [
@@ -124,6 +128,7 @@ CASES: list[Callable[[], None]] = [
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: paged(32, 32, 128, [300, 1, 7]),
     lambda: vision(16, 80, 1600),
+    lambda: vision(16, 80, 1600, pictures=4),
     lambda: vision(16, 64, 577),
     lambda: vision(16, 72, 1024),
 ]
@@ -145,6 +150,7 @@ def resources(binary: bytes) -> dict[str, int]:
 
 def main() -> None:
     driver.set_active(NoDevice())
+    overlap._can_overlap = lambda device: True
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -9,14 +9,29 @@ import sys
 from tests.serving import ROOT
 
 
-def test_all_compile_and_nothing_leaves_the_registers():
-    # The interpreter takes the compiler's place when kernels are decorated: another process must do this.
+def run(module: str) -> str:
+    """What a module prints that uses the compiler. Where kernels are decorated for the interpreter there is
+    none: another process must do this."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.engine.kernels.hopper"]
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
+
+
+def test_all_compile_and_nothing_leaves_the_registers():
+    found = [json.loads(line) for line in run("tests.engine.kernels.hopper").splitlines()]
     sources = (path.read_text() for path in (ROOT / "engine" / "kernels").glob("*.py"))
     kernels = {name for source in sources for name in re.findall(r"def (_\w+_kernel)\(", source)}
     assert len(kernels) > 10 and {kernel["kernel"] for kernel in found} == kernels
     assert [kernel for kernel in found if kernel["stack"]] == []
+
+
+def test_a_start_compiles_a_kernel_once_whatever_the_batch_sizes():
+    count = json.loads(run("tests.engine.kernels.variants"))
+    # With prompts; one token of many sequences; of few, which are split; and of one, which overlaps.
+    assert count["_attention_kernel"] == 4
+    # Of few splits, of many, and overlapping.
+    assert count["_merge_kernel"] == 3
+    assert count["_final_argmax_kernel"] == 1
+    assert sum(count.values()) < 30, count

@@ -100,7 +100,8 @@ def test_reference_equals_sdpa():
 
 def test_splits_fill_small_grids_only():
     assert num_splits(2, 132, 100_000, 64) == 32
-    assert num_splits(256, 132, 100_000, 64) == 2
+    assert num_splits(64, 132, 100_000, 64) == 3
+    assert num_splits(256, 132, 100_000, 64) == 1
     assert num_splits(1000, 132, 100_000, 64) == 1
     assert num_splits(2, 132, 100, 64) == 2
 

@@ -1,0 +1,46 @@
+"""Kernels that are launched before the one ahead of them has ended (programmatic dependent launch).
+
+The decode step of one sequence is a few hundred kernels of some microseconds each, and between two of them the
+device would do nothing for about one more. A kernel that says so at its launch may start while its predecessor's
+last programs run. It must wait before it reads or writes anything but weights, in every program, whatever it does
+after: the next kernel takes its end as a sign that its own predecessors have ended too.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Until the kernel ahead has ended and what it wrote is there; then the next one may start."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def overlap(x: torch.Tensor) -> dict[str, Any]:
+    """Launch options of a kernel over the rows of ``x`` that calls :func:`wait_for_previous` with its argument
+    ``OVERLAP``.
+
+    Only one row's kernels overlap. With more, programs that wait take the place of those that work: 64 rows
+    decode 9 % slower so, one row 9 % faster.
+    """
+    return _OVERLAPPING if x.shape[0] == 1 and _can_overlap(x.device) else _ALONE
+
+
+_OVERLAPPING: dict[str, Any] = {"OVERLAP": True, "launch_pdl": True}
+_ALONE: dict[str, Any] = {"OVERLAP": False}
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    """Whether ``device`` knows such launches: NVIDIA's do since Hopper."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)

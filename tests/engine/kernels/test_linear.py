@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from engine.kernels.linear import (
+    linear,
+    linear_reference,
+    linear_triton,
+    norm_linear,
+    norm_linear_reference,
+    norm_linear_triton,
+    tiling,
+)
+
+from .compare import assert_close
+
+SIZES = [(34, 40), (70, 1100), (8, 1536), (4, 9000)]
+
+
+def problem(device, dtype, rows, outputs, inputs):
+    """Parts of wider tensors, whose other elements are NaN."""
+    wide = torch.full((rows, inputs + 5), torch.nan, device=device, dtype=dtype)
+    weight = torch.full((outputs + 1, inputs + 8), torch.nan, device=device, dtype=dtype)
+    wide[:, :inputs] = torch.randn(rows, inputs)
+    weight[:outputs, :inputs] = torch.randn(outputs, inputs) * inputs**-0.5
+    return wide[:, :inputs], weight[:outputs, :inputs], torch.randn(outputs).to(device, dtype)
+
+
+def double(*tensors):
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [*SIZES, (1, 5), (33, 512)])
+def test_triton_equals_float64(device, dtype, outputs, inputs, with_bias):
+    x, weight, bias = problem(device, dtype, 1, outputs, inputs)
+    bias = bias if with_bias else None
+    wanted = linear_reference(*double(x, weight, bias))
+    assert_close(linear_triton(x, weight, bias), wanted)
+
+
+@pytest.mark.parametrize("scale", [0.01, 30.0])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+def test_after_a_norm_triton_equals_float64(device, dtype, outputs, inputs, with_residual, activation, scale):
+    x, weight, bias = problem(device, dtype, 1, outputs, inputs)
+    x *= scale
+    residual = torch.randn(1, inputs).to(device, dtype) if with_residual else None
+    norm = torch.rand(inputs).to(device, dtype) + 0.5
+    found, total = norm_linear_triton(x, residual, norm, 1e-3, weight, bias, activation=activation)
+    summed = x if residual is None else x + residual
+    assert torch.equal(total, summed)
+    # The sum is rounded, as it is kept.
+    wide = double(summed, None, norm)
+    wanted, _ = norm_linear_reference(*wide, 1e-3, *double(weight, bias), activation=activation)
+    assert_close(found, wanted)
+
+
+def test_several_rows_are_left_to_torch(device, dtype):
+    x, weight, bias = problem(device, dtype, 2, 12, 16)
+    torch.testing.assert_close(linear(x, weight, bias), linear_reference(x, weight, bias))
+    norm, residual = torch.rand(16).to(device, dtype), x.clone()
+    found = norm_linear(x, residual, norm, 1e-3, weight, bias, activation="silu")
+    wanted = norm_linear_reference(x, residual, norm, 1e-3, weight, bias, activation="silu")
+    torch.testing.assert_close(found, wanted)
+
+
+def test_no_rows(device):
+    x, weight, bias = problem(device, torch.float32, 0, 12, 16)
+    assert linear(x, weight, bias).shape == (0, 12)
+    out, total = norm_linear(x, x, torch.ones(16, device=device), 1e-3, weight, activation="silu")
+    assert out.shape == (0, 6) and total.shape == (0, 16)
+
+
+@pytest.mark.parametrize("after_norm", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1536, 1536), (1536, 8960), (8960, 1536), (151936, 1536)])
+def test_programs_fill_the_gpu(outputs, inputs, after_norm):
+    tile = tiling(outputs, inputs, after_norm)
+    assert -(-outputs // tile.outputs) >= 384
