@@ -1,6 +1,6 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [kernels] [host] [load] [memory] [offline] [serve]
+python -m benchmarks [kernels] [host] [load] [memory] [offline] [serve] [tiles]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ BENCHMARKS = {
     "load": ("--shape qwen2-vl-7b", "--shape tiny"),
     "memory": ("--shape qwen2-vl-2b", "--requests 200"),
     "offline": ("--shape qwen2-vl-2b", "--shape tiny"),
+    "tiles": ("", ""),
     "serve": (
         "--gpu --shape qwen2-vl-2b --rates 8,16,32 --requests 200 --preprocessors 4",
         "--shape tiny --rates 4,8 --requests 12",

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.linear import linear, norm_linear, norm_linear_reference
 
-#: Layers of Qwen2-VL-2B: (name, input features, output features)
+#: Layers of Qwen2-VL's 2B and 7B: (name, input features, output features)
 LAYERS = [
     ("qkv", 1536, 2048),
     ("o", 1536, 1536),
     ("gate_up", 1536, 17920),
     ("down", 8960, 1536),
     ("head", 1536, 151936),
+    ("7B gate_up", 3584, 37888),
+    ("7B down", 18944, 3584),
 ]
 TINY_LAYERS = [("tiny", 48, 80)]
 BATCHES = (1, 4, 16, 64)

@@ -102,14 +102,12 @@ def tiling(outputs: int, inputs: int, after_norm: bool) -> Tiling:
     return Tiling(tile_outputs, min(tile_inputs, triton.next_power_of_2(inputs)), 4)
 
 
-def linear_triton(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, tile: Tiling | None = None
-) -> torch.Tensor:
-    return _launch(x, None, None, 0.0, weight, bias, None, tile)[0]
+def linear_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return _launch(x, None, None, 0.0, weight, bias, None)[0]
 
 
-def norm_linear_triton(x, residual, norm, eps, weight, bias=None, *, activation=None, tile=None):
-    return _launch(x, residual, norm, eps, weight, bias, activation, tile)
+def norm_linear_triton(x, residual, norm, eps, weight, bias=None, *, activation=None):
+    return _launch(x, residual, norm, eps, weight, bias, activation)
 
 
 def _launch(
@@ -120,7 +118,6 @@ def _launch(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str | None,
-    tile: Tiling | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, gated = x.shape[1], activation is not None
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -129,7 +126,7 @@ def _launch(
     assert residual is None or residual.is_contiguous()
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(residual)
-    tile = tile or tiling(outputs, inputs, norm is not None)
+    tile = tiling(outputs, inputs, norm is not None)
     _gemv_kernel[(triton.cdiv(outputs, tile.outputs),)](
         x,
         x if residual is None else residual,

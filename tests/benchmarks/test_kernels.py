@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import kernels, tiles
 from benchmarks.kernels_timing import Case, Clock, Problem, Rates
 from engine import kernels as package
 
@@ -42,6 +42,33 @@ def test_every_kernel_of_the_engine_is_measured():
     attention = {"paged_decode", "paged_prefill", "paged_mixed", "vision"}
     assert (names - {"paged_attention", "vision_attention"}) | attention <= measured
     assert measured == {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=False)}
+
+
+def test_tiles_are_tried_one_after_the_other(capsys, tmp_path, monkeypatch):
+    taken = []
+
+    def attempt(work, clock):
+        taken.append(
+            {module.tiling("any", "problem", "of", "all") for module in modules if module in patched()}
+        )
+        return float(len(taken))
+
+    modules = {module for module, _ in tiles.TUNED.values()}
+    chosen = {module: module.tiling for module in modules}
+
+    def patched():
+        return {module for module in modules if module.tiling is not chosen[module]}
+
+    monkeypatch.setattr(tiles, "attempt", attempt)
+    file = tmp_path / "tiles.json"
+    tiles.main(["--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["kernel"] for row in rows} == set(tiles.TUNED) and not patched()
+    wanted = []
+    for row in rows:
+        module, tried = tiles.TUNED[row["kernel"]]
+        wanted += [set(), *({module.Tiling(*tile)} for tile in tried)]
+    assert taken == wanted
 
 
 def test_a_failing_case_is_a_row(clock):
