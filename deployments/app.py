@@ -38,5 +38,6 @@ def _stages(spec: ModelSpec, args: AppConfig) -> Stages:
     stage = spec.preprocessor
     preprocessor = deploy(Preprocessor, stage, spec.engine, args.fetch, args.images, stage.threads)
     settings = spec.encoder
-    encoder = deploy(VisionEncoder, settings, spec.engine, settings.max_batch_patches, settings.cache_bytes)
+    limits = (settings.max_batch_patches, settings.cache_bytes, settings.duty_cycle)
+    encoder = deploy(VisionEncoder, settings, spec.engine, *limits)
     return Stages(language_model, preprocessor, encoder)

@@ -103,9 +103,13 @@ class EncoderStage(StageConfig):
     Attributes:
         max_batch_patches: most patches in one launch, over all pictures of all requests.
         cache_bytes: memory for embeddings of pictures seen before.
+        duty_cycle: share of the time that a replica computes at most. Below 1 it rests after each launch, so
+            that a language model on the same GPU keeps its pace while pictures arrive; a launch once begun is
+            not interrupted, so that ``max_batch_patches`` bounds the longest wait.
     """
 
     max_batch_patches: PositiveInt = 32768
+    duty_cycle: float = Field(default=1.0, gt=0, le=1)
     cache_bytes: int = Field(default=512 << 20, ge=0)
     max_ongoing_requests: PositiveInt = 256
 

@@ -11,8 +11,12 @@ from engine.inputs.prompt import MediaItem, PreparedMedia
 class VisionEncoder:
     """A replica holds the vision part of one model, and nothing else of it."""
 
-    def __init__(self, config: EngineConfig, max_batch_patches: int, cache_bytes: int) -> None:
-        self._engine = EncoderEngine.load(config, max_batch_cost=max_batch_patches, cache_bytes=cache_bytes)
+    def __init__(
+        self, config: EngineConfig, max_batch_patches: int, cache_bytes: int, duty_cycle: float
+    ) -> None:
+        self._engine = EncoderEngine.load(
+            config, max_batch_cost=max_batch_patches, cache_bytes=cache_bytes, duty_cycle=duty_cycle
+        )
 
     async def encode(self, item: MediaItem, pixels: np.ndarray, salt: str = "") -> RowsRef:
         """Embedding rows of one picture.

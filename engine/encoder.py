@@ -32,7 +32,8 @@ CACHE_BYTES = 512 << 20
 
 @dataclass(slots=True)
 class EncoderCounters:
-    """What the engine did since its start. ``seconds`` is time spent encoding."""
+    """What the engine did since its start. ``seconds`` is time spent encoding, ``rest_seconds`` time in which
+    it didn't so that others could compute."""
 
     items: int = 0
     rows: int = 0
@@ -42,6 +43,7 @@ class EncoderCounters:
     cache_hits: int = 0
     joined: int = 0
     seconds: float = 0.0
+    rest_seconds: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +65,8 @@ class EncoderEngine:
         device: where ``encoder`` lives.
         max_batch_cost: patches per launch; a larger item goes alone.
         cache_bytes: rows remembered by content hash, least recently used dropped first; 0 remembers none.
+        duty_cycle: share of the time, above 0 and up to 1, that launches for :meth:`encode_async` take at
+            most: after each the engine rests, and what else runs on the device keeps its pace.
     """
 
     def __init__(
@@ -72,8 +76,10 @@ class EncoderEngine:
         *,
         max_batch_cost: int = MAX_BATCH_COST,
         cache_bytes: int = CACHE_BYTES,
+        duty_cycle: float = 1.0,
     ) -> None:
         self._encoder = encoder
+        self._duty_cycle = duty_cycle
         self._device = device
         self._max_batch_cost = max_batch_cost
         self._cache = _RowCache(cache_bytes)
@@ -86,7 +92,12 @@ class EncoderEngine:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, *, max_batch_cost: int = MAX_BATCH_COST, cache_bytes: int = CACHE_BYTES
+        cls,
+        config: EngineConfig,
+        *,
+        max_batch_cost: int = MAX_BATCH_COST,
+        cache_bytes: int = CACHE_BYTES,
+        duty_cycle: float = 1.0,
     ) -> EncoderEngine:
         """Load the vision part of ``config.model``, and nothing else of it.
 
@@ -108,7 +119,9 @@ class EncoderEngine:
         recorder = make_recorder(device, enforce_eager=config.enforce_eager)
         if recorder is not None:
             encoder.record(recorder)
-        return cls(encoder, device, max_batch_cost=max_batch_cost, cache_bytes=cache_bytes)
+        return cls(
+            encoder, device, max_batch_cost=max_batch_cost, cache_bytes=cache_bytes, duty_cycle=duty_cycle
+        )
 
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         """Rows ``(num_tokens, embedding_width)`` of each item, on the device, in launches of bounded cost.
@@ -198,7 +211,17 @@ class EncoderEngine:
                         return
                     jobs = self._take()
                 if jobs:
+                    began = time.perf_counter()
                     self._serve(jobs)
+                    self._rest(time.perf_counter() - began)
+
+    def _rest(self, worked: float) -> None:
+        """Wait as long as ``worked`` seconds ask for, or until the engine is shut down."""
+        seconds = worked * (1 / self._duty_cycle - 1)
+        if seconds > 0:
+            with self._changed:
+                self._counters.rest_seconds += seconds
+                self._changed.wait_for(lambda: self._closed, timeout=min(seconds, threading.TIMEOUT_MAX))
 
     def _take(self) -> list[_Job]:
         """Waiting jobs in order, up to the cost of one launch; those that nobody waits for are dropped."""

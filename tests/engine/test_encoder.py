@@ -223,6 +223,29 @@ async def test_shutdown_refuses_what_waits(gated):
     engine.shutdown()
 
 
+async def test_rests_between_launches():
+    encoder = GatedEncoder()
+    encoder.release()
+    for duty_cycle, least in ((1.0, 0.0), (0.25, 3.0)):
+        engine = EncoderEngine(encoder, CPU, cache_bytes=0, duty_cycle=duty_cycle)
+        for name in "abc":
+            await engine.encode_async(item(name))
+        engine.shutdown()
+        counters = engine.metrics()
+        assert counters["batches"] == 3 and counters["rest_seconds"] >= least * counters["seconds"]
+        assert (counters["rest_seconds"] == 0) == (duty_cycle == 1)
+
+
+async def test_a_shutdown_ends_a_rest():
+    encoder = GatedEncoder()
+    encoder.release()
+    engine = EncoderEngine(encoder, CPU, duty_cycle=1e-12)
+    await engine.encode_async(item("a"))
+    await asyncio.to_thread(engine.shutdown)
+    with pytest.raises(Unavailable):
+        await engine.encode_async(item("b"))
+
+
 def test_dummy_weights_need_no_weight_file(path, processor, tmp_path):
     (tmp_path / "config.json").write_text((path / "config.json").read_text())
     config = EngineConfig(model=str(tmp_path), device="cpu", load_format="dummy", seed=3)
