@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -121,7 +124,8 @@ def _match(
     slots = _collect_slots(module, names)
     missing = slots.keys() - names.keys()
     if missing:
-        raise CheckpointError(f"the checkpoint lacks tensors of the {part} model: {listing(missing)}")
+        spelled = [_spelled(internal, names) for internal in missing]
+        raise CheckpointError(f"the checkpoint lacks tensors of the {part} model: {listing(spelled)}")
     left_over = names.keys() - slots.keys()
     if left_over:
         surplus = [names[name] for name in left_over]
@@ -130,6 +134,28 @@ def _match(
     for name, slot in wanted.items():
         _check_shape(name, checkpoint.tensors[name], slot)
     return wanted
+
+
+def _spelled(internal: str, names: dict[str, str]) -> str:
+    """What a checkpoint of ``names`` would call the tensor ``internal`` that it lacks: it begins as most of
+    the tensors nearest to it do."""
+    parts = internal.split(".")
+    near = {name: _shared(name.split("."), parts) for name in names}
+    nearest = max(near.values(), default=0)
+    beginnings: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
+    for name in (name for name, shared in near.items() if shared == nearest):
+        own, theirs = name.split("."), names[name].split(".")
+        tail = _shared(own[::-1], theirs[::-1])
+        beginnings[tuple(own[: len(own) - tail]), tuple(theirs[: len(theirs) - tail])] += 1
+    for (head, wanted), _ in beginnings.most_common():
+        if tuple(parts[: len(head)]) == head:
+            return ".".join([*wanted, *parts[len(head) :]])
+    return internal
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many of the first parts are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _needed(slot: WeightSlot) -> tuple[int, int]:

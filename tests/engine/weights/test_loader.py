@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,6 +168,23 @@ def test_names_of_every_generation_load_alike(path, change):
     rewrite_tensors(path, renamed(change))
     after = {**parameters(path), **parameters(path, "vision")}
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("change", [str, as_in_memory, with_language_prefix])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("language", "model.layers.1.mlp.down_proj.weight"),
+        ("language", "model.norm.weight"),
+        ("vision", "visual.blocks.1.attn.proj.bias"),
+    ],
+)
+def test_a_missing_tensor_is_called_what_the_checkpoint_would_call_it(path, change, part, name):
+    rewrite_tensors(path, renamed(change))
+    missing = change(name)
+    rewrite_tensors(path, lambda tensors: {key: x for key, x in tensors.items() if key != missing})
+    with pytest.raises(CheckpointError, match=f": {re.escape(missing)}$"):
+        load(path, part)
 
 
 def test_two_names_for_one_weight_are_refused(path):
