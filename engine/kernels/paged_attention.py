@@ -10,7 +10,6 @@ merges them. Nothing about lengths is decided on the host, so a captured graph s
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,6 +17,7 @@ import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
 from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.tiling import Tiling
 
 _LOG2E = 1.4426950408889634
 _MAX_SPLITS = 32
@@ -112,16 +112,6 @@ def paged_attention_reference(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[first:last] = torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Rows and keys per tile, and how the compiler schedules them."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def tiling(head_dim: int, group: int, decode: bool, itemsize: int) -> Tiling:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -12,6 +11,7 @@ import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
 from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.tiling import Tiling
 
 _LOG2E = 1.4426950408889634
 
@@ -48,16 +48,6 @@ def vision_attention_reference(q, k, v, cu_seqlens, *, max_len, scale):
             parts = (x[first:last].transpose(0, 1)[None] for x in (q, k, v))
             out[first:last] = F.scaled_dot_product_attention(*parts, scale=scale)[0].transpose(0, 1)
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Rows and keys per tile, and how the compiler schedules them."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def tiling(head_dim: int, max_len: int, groups: int, itemsize: int) -> Tiling:

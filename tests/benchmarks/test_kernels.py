@@ -37,6 +37,7 @@ def test_every_kernel_of_the_engine_is_measured():
         "__init__",
         "dispatch",
         "overlap",
+        "tiling",
     }
     measured = {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=True)}
     attention = {"paged_decode", "paged_prefill", "paged_mixed", "vision"}
