@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 Replay = Callable[[], Any]
 
@@ -23,9 +24,16 @@ class Recorder(Protocol):
 
 
 def rerun(work: Callable[[], Any]) -> Replay:
-    """The recorder of devices that have no graphs: a replay runs the work anew."""
-    work()
-    return work
+    """The recorder of devices that have no graphs: a replay runs the work anew, and keeps what comes of it in
+    the tensors that the recording gave."""
+    result = work()
+
+    def replay() -> Any:
+        for kept, new in zip(tree_leaves(result), tree_leaves(work()), strict=True):
+            kept.copy_(new)
+        return result
+
+    return replay
 
 
 class CudaRecorder:

@@ -1,4 +1,4 @@
-"""Recorded decode steps, one per batch size and way of sampling."""
+"""Recorded decode steps: a forward pass per batch size, and each way of sampling from its logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from engine.graphs import Recorder, Replay
 
-DecodeStep = Callable[[torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor | None]]
+Forward = Callable[[torch.Tensor], torch.Tensor]
+Sample = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 
 def bucket_sizes(num_slots: int) -> list[int]:
@@ -23,10 +24,12 @@ class DecodeGraphs:
     """Replays a decode step whose whole state lives on the device.
 
     The step reads the slots it works on from a static buffer; rows beyond the batch point at the padding
-    slot.
+    slot. Forward pass and sampling are recorded apart: the ways of sampling are several, and share the pass,
+    its recording and its logits.
 
     Args:
-        step: the decode step; with a plan it samples and advances the state, with None it stops at logits.
+        forward: slots ``(D,)`` to the logits ``(D, vocabulary)`` of their next tokens.
+        sample: tokens ``(D,)`` of slots, logits and a plan; also advances the slots' state.
         record: see :class:`engine.graphs.Recorder`.
         num_slots: largest batch.
         padding_slot: the row that padding works on.
@@ -34,47 +37,65 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, step: DecodeStep, record: Recorder, num_slots: int, padding_slot: int, device: torch.device
+        self,
+        forward: Forward,
+        sample: Sample,
+        record: Recorder,
+        *,
+        num_slots: int,
+        padding_slot: int,
+        device: torch.device,
     ) -> None:
-        self._step = step
-        self._record = record
+        self._forward, self._sample, self._record = forward, sample, record
         self._sizes = bucket_sizes(num_slots)
         self._padding_slot = padding_slot
         self._device = device
         self._slots: dict[int, torch.Tensor] = {}
         self._filled: dict[int, torch.Tensor] = {}
-        self._replays: dict[tuple[int, Hashable], Replay] = {}
+        self._forwards: dict[int, Replay] = {}
+        self._logits: dict[int, torch.Tensor] = {}
+        self._samples: dict[tuple[int, Hashable], Replay] = {}
 
     def capture(self, plans: Iterable[Hashable]) -> None:
-        """Record every batch size for each of ``plans``."""
-        for plan in plans:
-            for size in reversed(self._sizes):
-                self._get(size, plan)
+        """Record every batch size, and each of ``plans`` for it."""
+        plans = tuple(plans)
+        for size in reversed(self._sizes):
+            self._forward_of(size)
+            for plan in plans:
+                self._sample_of(size, plan)
 
     def replay(self, slots: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the step for ``slots`` ``(D,)``; results are views that the next replay overwrites.
+        """Logits and tokens of ``slots`` ``(D,)``: views that the next replay overwrites.
 
-        ``plan`` must be one that the sampler can run without the host, or None.
+        ``plan`` must be one that the sampler can run without the host; None leaves sampling to the caller.
         """
         count = slots.shape[0]
         size = next(size for size in self._sizes if size >= count)
-        replay = self._get(size, plan)
+        forward = self._forward_of(size)
+        sample = None if plan is None else self._sample_of(size, plan)
         if self._filled.get(size) is not slots:
             buffer = self._slots[size]
             buffer[:count] = slots
             buffer[count:] = self._padding_slot
             self._filled[size] = slots
-        logits, tokens = replay()
-        return logits[:count], None if tokens is None else tokens[:count]
+        logits = forward()
+        return logits[:count], None if sample is None else sample()[:count]
 
-    def _get(self, size: int, plan: Any) -> Replay:
-        if (size, plan) not in self._replays:
-            slots = self._slots.setdefault(
-                size, torch.full((size,), self._padding_slot, dtype=torch.int64, device=self._device)
+    def _forward_of(self, size: int) -> Replay:
+        if size not in self._forwards:
+            slots = self._slots[size] = torch.full(
+                (size,), self._padding_slot, dtype=torch.int64, device=self._device
             )
+            replay = self._forwards[size] = self._record(lambda: self._forward(slots))
+            self._logits[size] = replay()
+        return self._forwards[size]
+
+    def _sample_of(self, size: int, plan: Any) -> Replay:
+        if (size, plan) not in self._samples:
+            slots, logits = self._slots[size], self._logits[size]
             # Nobody's state may advance while it is recorded.
             saved = slots.clone()
             slots.fill_(self._padding_slot)
-            self._replays[size, plan] = self._record(lambda: self._step(slots, plan))
+            self._samples[size, plan] = self._record(lambda: self._sample(slots, logits, plan))
             slots.copy_(saved)
-        return self._replays[size, plan]
+        return self._samples[size, plan]

@@ -44,6 +44,12 @@ class DeviceState:
         kv_slots = block.long() * self.block_size + computed % self.block_size
         return tables, computed, kv_slots, computed + self.delta.index_select(0, slots)
 
+    def advance(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """The last tokens of decoding rows ``(D,)`` are computed; ``tokens`` come next."""
+        self.last_token.index_copy_(0, slots, tokens)
+        self.length.index_copy_(0, slots, self.length.index_select(0, slots) + 1)
+        self.length[self.padding_slot :].zero_()
+
 
 @dataclass(slots=True)
 class SlotInfo:

@@ -33,7 +33,7 @@ from engine.scheduling.batch import ScheduledBatch, StepResult
 #: Rows whose logits are computed at once for log-probabilities of the prompt.
 _LOGPROB_ROWS = 512
 
-#: Ways of sampling that are part of a captured decode step; others sample after its forward pass.
+#: Ways of sampling that are recorded; others sample after a recorded forward pass.
 _CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))
 
 GrammarMask = Callable[[list[int]], np.ndarray]
@@ -111,7 +111,12 @@ class ModelRunner:
         self._forwards: ForwardGraphs | None = None
         if record is not None:
             self._decodes = DecodeGraphs(
-                self._decode, record, num_slots, self._state.padding_slot, self.device
+                self._decode_logits,
+                self._decode_sample,
+                record,
+                num_slots=num_slots,
+                padding_slot=self._state.padding_slot,
+                device=self.device,
             )
             self._forwards = ForwardGraphs(
                 lambda embeds, positions, meta: model(embeds, positions, kv, meta),
@@ -155,7 +160,11 @@ class ModelRunner:
             if grammar_mask is not None:
                 mask = torch.from_numpy(grammar_mask(batch.sampling_slots.tolist())).to(self.device)
             tokens = self.sampler.sample(logits, slots, plan, grammar_mask=mask)
-            self._advance(batch, slots, tokens)
+            if batch.prefills:
+                # Lengths are those after the pass already.
+                self._state.last_token.index_copy_(0, slots, tokens)
+            else:
+                self._state.advance(slots, tokens)
         return PendingStep(tokens, self.sampler.logprobs(logits, tokens, plan), found, pooled)
 
     def warm_up(self) -> None:
@@ -164,7 +173,7 @@ class ModelRunner:
             if self._forwards is not None:
                 self._forwards.capture()
             if self._decodes is not None:
-                self._decodes.capture([*_CAPTURED_PLANS, None])
+                self._decodes.capture(_CAPTURED_PLANS)
 
     @torch.inference_mode()
     def profile(self, num_tokens: int) -> None:
@@ -246,6 +255,10 @@ class ModelRunner:
 
     def _decode(self, slots: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the last token of each row and sample the next; with ``plan`` None stop at the logits."""
+        logits = self._decode_logits(slots)
+        return logits, None if plan is None else self._decode_sample(slots, logits, plan)
+
+    def _decode_logits(self, slots: torch.Tensor) -> torch.Tensor:
         state, count = self._state, slots.shape[0]
         tables, computed, kv_slots, positions = state.decode_places(slots)
         meta = AttentionMetadata(
@@ -258,14 +271,12 @@ class ModelRunner:
         )
         embeds = self.model.embed(state.last_token.index_select(0, slots))
         hidden = self.model(embeds, positions.expand(3, -1) if self._mrope else positions, self._kv, meta)
-        logits = self.model.logits(hidden)
-        if plan is None:
-            return logits, None
+        return self.model.logits(hidden)
+
+    def _decode_sample(self, slots: torch.Tensor, logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
         tokens = self.sampler.sample(logits, slots, plan, grammar_mask=None)
-        state.last_token.index_copy_(0, slots, tokens)
-        state.length.index_copy_(0, slots, computed + 1)
-        state.length[state.padding_slot :].zero_()
-        return logits, tokens
+        self._state.advance(slots, tokens)
+        return tokens
 
     # Mixed steps: decodes first, then prompt chunks.
 
@@ -351,13 +362,6 @@ class ModelRunner:
             hidden = self.model(embeds, positions, self._kv, meta, deepstack)
         state.length.index_copy_(0, slots, torch.cat([computed + 1, places["ends"]]))
         return hidden, places["rows"]
-
-    def _advance(self, batch: ScheduledBatch, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """After sampling outside of the decode step: remember tokens, and the lengths of pure decodes."""
-        self._state.last_token.index_copy_(0, slots, tokens)
-        if not batch.prefills:
-            computed = self._state.length.index_select(0, slots)
-            self._state.length.index_copy_(0, slots, computed + 1)
 
     def _pool(self, batch: ScheduledBatch, hidden: torch.Tensor, pooled: list) -> None:
         row = len(batch.decode_slots)

@@ -27,9 +27,10 @@ def upload(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, tor
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:
-    """Start copying ``tensor`` to the host; valid once an event recorded after it has passed."""
+    """Start copying ``tensor`` to the host; valid once an event recorded after it has passed. What overwrites
+    the tensor afterwards doesn't reach the copy."""
     if tensor.device.type != "cuda":
-        return tensor
+        return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
