@@ -56,9 +56,9 @@ def test_mask_keeps_the_tokens_of_its_bits():
 
 def test_sparse_additions_skip_padding():
     logits = random_logits(2)
-    ids = torch.tensor([[0, 49, -1], [-1, -1, -1]])
+    ids = torch.tensor([[1, 49, -1], [-1, -1, -1]])
     ours = add_at(logits.clone(), ids, torch.full((2, 3), 2.0))
-    expected = SequenceBiasLogitsProcessor([[[0], 2.0], [[49], 2.0]])(torch.zeros(1, 1).long(), logits[:1])
+    expected = SequenceBiasLogitsProcessor([[[1], 2.0], [[49], 2.0]])(torch.zeros(1, 1).long(), logits[:1])
     torch.testing.assert_close(ours[:1], expected)
     assert torch.equal(ours[1], logits[1])
 
