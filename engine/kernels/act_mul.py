@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -41,8 +42,16 @@ def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
     if rows:
         block = min(1024, triton.next_power_of_2(size))
         grid = (rows, triton.cdiv(size, block))
-        _act_mul_kernel[grid](
-            gate_up, out, size, SILU=activation == "silu", BLOCK=block, num_warps=4, **overlap(gate_up)
+        launch(
+            _act_mul_kernel,
+            grid,
+            gate_up,
+            out,
+            size,
+            SILU=activation == "silu",
+            BLOCK=block,
+            num_warps=4,
+            **overlap(gate_up),
         )
     return out
 

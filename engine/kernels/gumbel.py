@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 
 _M32 = 0xFFFFFFFF
 
@@ -157,7 +158,7 @@ def gumbel_argmax_triton(
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return out
-    _partial_argmax_kernel[(rows, num_chunks)](
+    launch(_partial_argmax_kernel, (rows, num_chunks),
         logits, temperature, seeds, index, temperature if threshold is None else threshold, best, best_id,
         logits.stride(0), temperature.stride(0), seeds.stride(0), index.stride(0),
         0 if threshold is None else threshold.stride(0),
@@ -166,5 +167,5 @@ def gumbel_argmax_triton(
     )  # fmt: skip
     # The block holds the chunks of a single row, the most there are: one kernel serves all batch sizes.
     most = triton.next_power_of_2(triton.cdiv(vocab, block))
-    _final_argmax_kernel[(rows,)](best, best_id, out, num_chunks, BLOCK=most)
+    launch(_final_argmax_kernel, (rows,), best, best_id, out, num_chunks, BLOCK=most)
     return out

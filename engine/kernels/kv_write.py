@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 from engine.kernels.rotary import load_angles, rotary_reference, rotate_heads
 
@@ -95,7 +96,9 @@ def rotary_kv_write_triton(
         return
     section, half = mrope_section or (0, 0, 0), cos.shape[-1]
     rest = dim - 2 * half
-    _rotary_kv_write_kernel[(tokens,)](
+    launch(
+        _rotary_kv_write_kernel,
+        (tokens,),
         q,
         k,
         v,

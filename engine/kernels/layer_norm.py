@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 
 
@@ -38,7 +39,9 @@ def add_layer_norm_triton(x, residual, weight, bias, eps):
     out, total = torch.empty_like(x), torch.empty_like(x)
     if rows:
         block = triton.next_power_of_2(size)
-        _add_layer_norm_kernel[(rows,)](
+        launch(
+            _add_layer_norm_kernel,
+            (rows,),
             x,
             residual,
             weight,

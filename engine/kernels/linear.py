@@ -17,6 +17,7 @@ import triton.language as tl
 
 from engine.kernels.act_mul import act_mul
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 from engine.kernels.rms_norm import rms_norm
 
@@ -127,7 +128,9 @@ def _launch(
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(residual)
     tile = tiling(outputs, inputs, norm is not None)
-    _gemv_kernel[(triton.cdiv(outputs, tile.outputs),)](
+    launch(
+        _gemv_kernel,
+        (triton.cdiv(outputs, tile.outputs),),
         x,
         x if residual is None else residual,
         x if norm is None else norm,

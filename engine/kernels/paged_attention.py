@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 from engine.kernels.tiling import Tiling
 
@@ -172,7 +173,9 @@ def paged_attention_triton(
         partial = torch.empty((sequences, heads, splits, dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((sequences, heads, splits, 2), dtype=torch.float32, device=q.device)
     dim_pad = triton.next_power_of_2(dim)
-    _attention_kernel[(tiles, kv_heads, splits)](
+    launch(
+        _attention_kernel,
+        (tiles, kv_heads, splits),
         q,
         k_cache,
         v_cache,
@@ -207,7 +210,9 @@ def paged_attention_triton(
         **overlap(q),
     )
     if splits > 1:
-        _merge_kernel[(sequences, heads)](
+        launch(
+            _merge_kernel,
+            (sequences, heads),
             partial,
             stats,
             query_start,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 
 _BLOCK = 2048
@@ -33,7 +34,7 @@ def quick_gelu_triton(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     if x.numel():
         grid = (triton.cdiv(x.numel(), _BLOCK),)
-        _quick_gelu_kernel[grid](x, out, x.numel(), BLOCK=_BLOCK, num_warps=4, **overlap(x))
+        launch(_quick_gelu_kernel, grid, x, out, x.numel(), BLOCK=_BLOCK, num_warps=4, **overlap(x))
     return out
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 
 
@@ -66,7 +67,9 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0):
         x = x.contiguous().view(rows, size)
     if rows:
         block = triton.next_power_of_2(size)
-        _rms_norm_kernel[(rows,)](
+        launch(
+            _rms_norm_kernel,
+            (rows,),
             x,
             residual if residual is not None else x,
             weight,

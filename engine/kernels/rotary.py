@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 
 
@@ -73,7 +74,9 @@ def rotary_triton(q, k, positions, cos, sin, *, mrope_section=None, mrope_interl
     section = mrope_section or (0, 0, 0)
     half = cos.shape[-1]
     axis_stride = positions.stride(0) if mrope_section is not None else 0
-    _rotary_kernel[(tokens,)](
+    launch(
+        _rotary_kernel,
+        (tokens,),
         q,
         k,
         positions,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 from engine.kernels.tiling import Tiling
 
@@ -68,7 +69,9 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
         return out
     main, rest = head_parts(dim)
     tile = tiling(dim, max_len, heads * segments, q.element_size())
-    _vision_kernel[(triton.cdiv(max_len, tile.rows), heads, segments)](
+    launch(
+        _vision_kernel,
+        (triton.cdiv(max_len, tile.rows), heads, segments),
         q,
         k,
         v,

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from engine.graphs import Recorder
+from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import compiling
 from engine.kernels.rotary import rotary
 from engine.kernels.vision_attention import vision_attention
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
@@ -149,6 +151,9 @@ class VisionTransformer(nn.Module):
             device=weight.device,
         )
         with torch.inference_mode():
+            if use_triton(weight):
+                with compiling():
+                    self._graphs.rehearse()
             self._graphs.capture()
 
     def _run(

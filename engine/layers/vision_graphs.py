@@ -51,6 +51,12 @@ class TowerGraphs:
         self._window_bounds = torch.zeros(MAX_WINDOWS + 1, dtype=torch.int32, device=device)
         self._replays: dict[tuple[int, int], Replay] = {}
 
+    def rehearse(self) -> None:
+        """Run the largest and the smallest passes without recording them."""
+        for size in (MAX_TOKENS, TOKEN_STEP):
+            for count in (MAX_SEGMENTS, 1):
+                self._work(size, count)()
+
     def capture(self) -> None:
         """Record every size."""
         for size in range(MAX_TOKENS, 0, -TOKEN_STEP):
@@ -79,13 +85,16 @@ class TowerGraphs:
 
     def _get(self, size: int, count: int) -> Replay:
         if (size, count) not in self._replays:
-            cos, sin = (self._cos[:size], self._sin[:size]) if self._rotates else (None, None)
-            segments, windows = VisionSegments(self._bounds[: count + 1], size, cos, sin), None
-            if self._window_len is not None:
-                windows = VisionSegments(self._window_bounds, min(size, self._window_len), cos, sin)
-            x = self._x[:size]
-            self._replays[size, count] = self._record(lambda: self._blocks(x, segments, windows))
+            self._replays[size, count] = self._record(self._work(size, count))
         return self._replays[size, count]
+
+    def _work(self, size: int, count: int) -> Callable[[], list[torch.Tensor]]:
+        cos, sin = (self._cos[:size], self._sin[:size]) if self._rotates else (None, None)
+        segments, windows = VisionSegments(self._bounds[: count + 1], size, cos, sin), None
+        if self._window_len is not None:
+            windows = VisionSegments(self._window_bounds, min(size, self._window_len), cos, sin)
+        x = self._x[:size]
+        return lambda: self._blocks(x, segments, windows)
 
 
 def _fill(bounds: torch.Tensor, given: torch.Tensor, end: int) -> None:

@@ -57,6 +57,11 @@ class ForwardGraphs:
         self._lengths = torch.zeros(MAX_SEQUENCES, dtype=torch.int32, device=device)
         self._replays: dict[int, Replay] = {}
 
+    def rehearse(self) -> None:
+        """Run the largest and the smallest pass without recording them."""
+        for size in (MAX_TOKENS, TOKEN_STEP):
+            self._work(size)()
+
     def capture(self) -> None:
         """Record every size."""
         for size in range(MAX_TOKENS, 0, -TOKEN_STEP):
@@ -82,17 +87,20 @@ class ForwardGraphs:
 
     def _get(self, size: int) -> Replay:
         if size not in self._replays:
-            # No row may write keys while it is recorded: what follows fills all buffers anew anyway.
-            self._slot_mapping.fill_(-1)
-            self._starts.zero_()
-            meta = AttentionMetadata(
-                block_tables=self._tables,
-                query_start=self._starts,
-                seq_lens=self._lengths,
-                slot_mapping=self._slot_mapping[:size],
-                max_query_len=size,
-                max_seq_len=self._max_seq_len,
-            )
-            embeds, positions = self._embeds[:size], self._positions[..., :size]
-            self._replays[size] = self._record(lambda: self._forward(embeds, positions, meta))
+            self._replays[size] = self._record(self._work(size))
         return self._replays[size]
+
+    def _work(self, size: int) -> Callable[[], torch.Tensor]:
+        # No row may write keys while it is recorded: what follows fills all buffers anew anyway.
+        self._slot_mapping.fill_(-1)
+        self._starts.zero_()
+        meta = AttentionMetadata(
+            block_tables=self._tables,
+            query_start=self._starts,
+            seq_lens=self._lengths,
+            slot_mapping=self._slot_mapping[:size],
+            max_query_len=size,
+            max_seq_len=self._max_seq_len,
+        )
+        embeds, positions = self._embeds[:size], self._positions[..., :size]
+        return lambda: self._forward(embeds, positions, meta)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from engine.graphs import Recorder
+from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import compiling
 from engine.layers.decoder import Decoder
 from engine.layers.metadata import AttentionMetadata
 from engine.request import Request
@@ -169,6 +171,7 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Record what is recorded at all, so that no request waits for it."""
+        self._compile()
         with torch.inference_mode():
             if self._forwards is not None:
                 self._forwards.capture()
@@ -178,6 +181,7 @@ class ModelRunner:
     @torch.inference_mode()
     def profile(self, num_tokens: int) -> None:
         """A forward pass over ``num_tokens`` rows that touches no KV block but 0, to measure peak memory."""
+        self._compile()
         device, zeros = self.device, torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         # No sequence may be longer than the row of its block table.
         longest = min(num_tokens, self._max_model_len)
@@ -194,6 +198,21 @@ class ModelRunner:
         hidden = self.model(self.model.embed(zeros), positions, self._kv, meta)
         rows = hidden[: self._state.padding_slot]
         self.model.logits(rows).float().softmax(-1)
+
+    def _compile(self) -> None:
+        """Compile the kernels of what is recorded, many at a time and not each where it comes up first."""
+        if self._decodes is None or self._forwards is None or not use_triton(self._slots):
+            return
+        padding = self._state.padding_slot
+        with torch.inference_mode(), compiling():
+            # Batches that differ in their kernels differ by more than a factor of two.
+            for size in (1 << power for power in range(padding.bit_length())):
+                slots = torch.full((size,), padding, dtype=torch.int64, device=self.device)
+                logits = self._decode_logits(slots)
+                for plan in _CAPTURED_PLANS:
+                    # No state may take in these tokens: nothing has computed them.
+                    self.sampler.sample(logits, slots, plan)
+            self._forwards.rehearse()
 
     # State.
 

@@ -2,8 +2,9 @@
 
     python -m tests.engine.kernels.variants
 
-Prints one JSON object: how often each kernel would be compiled while all that is recorded at a start is
-launched. Nothing is compiled and nothing runs: results are whatever was in memory.
+Prints two JSON objects: how often each kernel would be compiled beforehand, many at a time, and how often
+later, while all that is recorded at a start is launched. Nothing is compiled and nothing runs: results are
+whatever was in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import engine.executor.rank
 from benchmarks.shapes import write_checkpoint
 from engine import LLM
 from engine.graphs import rerun
-from engine.kernels import dispatch, overlap, paged_attention
+from engine.kernels import dispatch, launch, overlap, paged_attention
 from tests.engine.kernels.hopper import NoDevice
 
 
@@ -44,10 +45,11 @@ def main() -> None:
     engine.executor.rank.make_recorder = engine.encoder.make_recorder = lambda *_, **__: rerun
     # Ids that no kernel has sampled are of no vocabulary.
     functional.embedding = lambda ids, weight: weight[torch.zeros_like(ids)]
-    count: Counter[str] = Counter()
+    beforehand: Counter[str] = Counter()
+    later: Counter[str] = Counter()
 
     def compile_nothing(self: JITFunction, key: str, signature: Any, device: int, *_: Any) -> Compiled:
-        count[self.__name__] += 1
+        (beforehand if launch._compiling.get() else later)[self.__name__] += 1
         return self.device_caches[device][0].setdefault(key, Compiled())
 
     run = JITFunction.run
@@ -55,7 +57,8 @@ def main() -> None:
     JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
     with tempfile.TemporaryDirectory() as folder:
         LLM(str(write_checkpoint("tiny", Path(folder))), load_format="dummy", max_num_seqs=256)
-    print(json.dumps(count))
+    print(json.dumps(beforehand))
+    print(json.dumps(later))
 
 
 if __name__ == "__main__":
