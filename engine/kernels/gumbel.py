@@ -158,7 +158,8 @@ def gumbel_argmax_triton(
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return out
-    launch(_partial_argmax_kernel, (rows, num_chunks),
+    launch(
+        _partial_argmax_kernel, (rows, num_chunks),
         logits, temperature, seeds, index, temperature if threshold is None else threshold, best, best_id,
         logits.stride(0), temperature.stride(0), seeds.stride(0), index.stride(0),
         0 if threshold is None else threshold.stride(0),

@@ -149,7 +149,8 @@ def truncation_threshold_triton(
     assert logits.stride(1) == 1
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        launch(_threshold_kernel, (rows,),
+        launch(
+            _threshold_kernel, (rows,),
             logits, temperature, top_k, top_p, min_p, out,
             logits.stride(0), temperature.stride(0), top_k.stride(0), top_p.stride(0), min_p.stride(0),
             vocab, SHIFT=16 if logits.dtype == torch.bfloat16 else 0,
