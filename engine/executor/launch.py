@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -41,13 +39,15 @@ class LocalLauncher:
     """Processes of this machine. They end with this one, however it ends: their standard input closes."""
 
     def __init__(self) -> None:
-        # A folder that only this user can enter: who comes to the meeting is trusted.
-        self._folder = Path(tempfile.mkdtemp(prefix="sightline-ranks-"))
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
 
     @property
     def address(self) -> str:
-        return f"file://{self._folder}/meeting"
+        if self._folder is None:
+            # Only this user can enter: who comes to the meeting is trusted. Goes with this object at latest.
+            self._folder = tempfile.TemporaryDirectory(prefix="sightline-ranks-", ignore_cleanup_errors=True)
+        return f"file://{self._folder.name}/meeting"
 
     def start(self, size: int) -> list[Connection]:
         # Fresh interpreters: multiprocessing would run the caller's script again in each.
@@ -86,4 +86,5 @@ class LocalLauncher:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.cleanup()

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,6 +213,16 @@ def test_ranks_end_with_their_engine_however_it_ends(path, how):
         script.send_signal(how)
         assert script.wait(60) != 0
     assert_gone(processes)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_folder_where_ranks_meet_is_there_only_with_them(path, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    llm = LLM(str(path), tensor_parallel_size=size, max_model_len=64)
+    assert len(list(tmp_path.glob("sightline-*"))) == size - 1
+    del llm
+    gc.collect()
+    assert list(tmp_path.glob("sightline-*")) == []
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_starts(path):
