@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,7 @@ class ModelRank:
     decoder: Decoder
     group: TensorParallelGroup
     max_model_len: int
+    _compiled: bool = field(default=False, init=False)
 
     @classmethod
     def load(
@@ -95,7 +96,7 @@ class ModelRank:
         def positions(request: Request):
             return family.positions(model, request.num_prompt, request.spans)
 
-        return ModelRunner(
+        runner = ModelRunner(
             decoder,
             allocate_kv(
                 decoder.config, num_blocks, config.block_size, decoder.dtype, decoder.device, self.group.size
@@ -106,6 +107,10 @@ class ModelRank:
             positions=positions,
             record=make_recorder(decoder.device, enforce_eager=config.enforce_eager),
         )
+        if not self._compiled:
+            runner.compile()
+            self._compiled = True
+        return runner
 
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:

@@ -171,7 +171,6 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Record what is recorded at all, so that no request waits for it."""
-        self._compile()
         with torch.inference_mode():
             if self._forwards is not None:
                 self._forwards.capture()
@@ -181,7 +180,6 @@ class ModelRunner:
     @torch.inference_mode()
     def profile(self, num_tokens: int) -> None:
         """A forward pass over ``num_tokens`` rows that touches no KV block but 0, to measure peak memory."""
-        self._compile()
         device, zeros = self.device, torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         # No sequence may be longer than the row of its block table.
         longest = min(num_tokens, self._max_model_len)
@@ -199,8 +197,9 @@ class ModelRunner:
         rows = hidden[: self._state.padding_slot]
         self.model.logits(rows).float().softmax(-1)
 
-    def _compile(self) -> None:
-        """Compile the kernels of what is recorded, many at a time and not each where it comes up first."""
+    def compile(self) -> None:
+        """Compile the kernels of what is recorded, many at a time and not each where it comes up first. Other
+        runners of the process have them then, too."""
         if self._decodes is None or self._forwards is None or not use_triton(self._slots):
             return
         padding = self._state.padding_slot
