@@ -103,6 +103,15 @@ def columns(values: Sequence[str]) -> str:
     )
 
 
+def selected(parser: argparse.ArgumentParser, only: str | None, names: set[str]) -> set[str]:
+    """The comma-separated kernels of ``only``, all of ``names`` without it; the command ends at an unknown
+    one."""
+    wanted = set(only.split(",")) if only else names
+    if unknown := wanted - names:
+        parser.error(f"no such kernels: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+    return wanted
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", help="kernels, comma-separated; all by default")
@@ -113,13 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tiny = options.tiny or device.type == "cpu"
     cases = all_cases(device, tiny)
-    if options.only:
-        names = {case.kernel for case in cases}
-        if unknown := set(options.only.split(",")) - names:
-            parser.error(
-                f"no such kernels: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}"
-            )
-        cases = [case for case in cases if case.kernel in options.only.split(",")]
+    wanted = selected(parser, options.only, {case.kernel for case in cases})
+    cases = [case for case in cases if case.kernel in wanted]
     results: dict[str, Any] = {**versions(), "smoke run": tiny, "rows": []}
     print("  ".join(f"{name} {value}" for name, value in versions().items()))
     if tiny:

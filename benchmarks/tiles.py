@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import kernels_attention, kernels_linear
-from benchmarks.kernels import attempt
+from benchmarks.kernels import attempt, selected
 from benchmarks.kernels_timing import Case, Clock
 from benchmarks.offline import versions
 from engine.kernels import linear, paged_attention, vision_attention
@@ -84,9 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = set(options.only.split(",")) if options.only else set(TUNED)
-    if unknown := wanted - set(TUNED):
-        parser.error(f"no such kernels: {', '.join(sorted(unknown))}; there are {', '.join(TUNED)}")
+    wanted = selected(parser, options.only, set(TUNED))
     results: dict[str, Any] = {**versions(), "smoke run": device.type == "cpu", "rows": []}
     torch.manual_seed(0)
     clock = Clock(device, options.seconds)

@@ -18,7 +18,7 @@ from engine.families.decoder_json import (
     parse_decoder,
     refuse_quantised,
 )
-from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, content_hash, resize
+from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, check_aspect_ratio, content_hash, resize
 from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.layers.crop_vision_config import CropVisionConfig
 from engine.weights.rules import DECODER_RULES, ROTARY_BUFFERS, TIED_HEAD, WeightRules
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
 _CONNECTOR = r"(?:model\.)?multi_modal_projector\."
-_MAX_ASPECT_RATIO = 200
 
 
 class LlavaFamily:
@@ -171,12 +170,7 @@ class LlavaProcessor:
         return cls(side, vision.rows_per_crop, config.image_token_id, raw.get("resample", 3))
 
     def check(self, size: tuple[int, int]) -> int:
-        if max(size) > _MAX_ASPECT_RATIO * min(size):
-            raise InvalidRequest(
-                f"a picture of {size[0]}x{size[1]} pixels is too elongated: the longer side may be at most "
-                f"{_MAX_ASPECT_RATIO} times the shorter",
-                param="image",
-            )
+        check_aspect_ratio(size)
         return self.rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:

@@ -12,7 +12,7 @@ import numpy as np
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import ModelConfig
 from engine.families.described import SIZE_FIELD, described_size
-from engine.inputs.image_ops import content_hash, resize
+from engine.inputs.image_ops import check_aspect_ratio, content_hash, resize
 from engine.inputs.prompt import MediaItem, PlaceholderRun, PreparedMedia
 from engine.layers.slice_vision_config import SliceVisionConfig, pieces
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _BICUBIC = 3
 _MAX_SLICES = 64
-_MAX_ASPECT_RATIO = 200
 
 
 def slice_grid(size: tuple[int, int], resolution: int, max_slices: int) -> tuple[int, int]:
@@ -113,12 +112,7 @@ class MiniCPMVProcessor:
         Raises:
             InvalidRequest: it is too elongated.
         """
-        if max(size) > _MAX_ASPECT_RATIO * min(size):
-            raise InvalidRequest(
-                f"a picture of {size[0]}x{size[1]} pixels is too elongated: the longer side may be at most "
-                f"{_MAX_ASPECT_RATIO} times the shorter",
-                param="image",
-            )
+        check_aspect_ratio(size)
         rows, columns = slice_grid(size, self.resolution, self.max_slices)
         overview = fit(size, self.resolution, self.patch)
         if not rows:

@@ -19,7 +19,7 @@ from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, Prom
 from engine.families.clip import clip_rules, parse_clip, unused_clip_tensors
 from engine.families.decoder_json import checkpoint_dtype, eos_ids, parse_decoder, refuse_quantised
 from engine.families.described import SIZE_FIELD, described_size
-from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, content_hash
+from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, MAX_ASPECT_RATIO, check_aspect_ratio, content_hash
 from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.layers.hd_config import HDVisionConfig
 from engine.weights.rules import DECODER_RULES, ROTARY_BUFFERS, TIED_HEAD, WeightRules
@@ -42,7 +42,6 @@ _IMAGE_TOKEN = 32044
 #: ``<|endoftext|>`` and ``<|end|>`` end answers, though generation_config.json names neither.
 _ENDS = (32000, 32007)
 _MAX_CROPS = 64
-_MAX_ASPECT_RATIO = 200
 
 
 class Phi3VFamily:
@@ -182,13 +181,7 @@ class Phi3VProcessor:
         width, height = size
         unit, ratio = self.vision.image_size, width / height
         # A row of all crops must still be a pixel high.
-        most = min(_MAX_ASPECT_RATIO, self.num_crops * unit)
-        if ratio > most:
-            raise InvalidRequest(
-                f"a picture of {width}x{height} pixels is too elongated: the longer side may be at most "
-                f"{most} times the shorter",
-                param="image",
-            )
+        check_aspect_ratio(size, min(MAX_ASPECT_RATIO, self.num_crops * unit))
         columns = 1
         while (columns + 1) * math.ceil((columns + 1) / ratio) <= self.num_crops:
             columns += 1

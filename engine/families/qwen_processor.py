@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import ModelConfig
-from engine.inputs.image_ops import content_hash, resize
+from engine.inputs.image_ops import check_aspect_ratio, content_hash, resize
 from engine.inputs.prompt import MediaItem, PlaceholderRun, PreparedMedia
 from engine.layers.native_vision_config import NativeVisionConfig
 from engine.weights.checkpoint import Checkpoint
@@ -19,7 +19,6 @@ from engine.weights.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_ASPECT_RATIO = 200
 DEFAULT_FPS = 24.0
 """What Transformers takes for frames that come without their rate."""
 
@@ -48,12 +47,7 @@ def smart_resize(
     Raises:
         InvalidRequest: the aspect ratio is beyond 200.
     """
-    if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise InvalidRequest(
-            f"a picture of {size[0]}x{size[1]} pixels is too elongated: the longer side may be at most "
-            f"{MAX_ASPECT_RATIO} times the shorter",
-            param="image",
-        )
+    check_aspect_ratio(size)
     width, height = size
     new_width, new_height = round(width / factor) * factor, round(height / factor) * factor
     area = round(frames / temporal) * temporal * new_width * new_height

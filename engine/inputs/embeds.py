@@ -6,7 +6,6 @@ stranger's file is the caller's own affair.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from engine.errors import InvalidRequest
 from engine.families.base import EmbeddingProcessor, MediaProcessor, PromptAwareProcessor
+from engine.inputs.image_ops import name_of
 from engine.inputs.prompt import MediaItem
 
 if TYPE_CHECKING:
@@ -116,6 +116,4 @@ def _key(rows: torch.Tensor) -> str:
     import torch
 
     data = rows.contiguous().cpu()
-    digest = hashlib.blake2b(f"embeds|{data.dtype}|{tuple(data.shape)}|".encode(), digest_size=32)
-    digest.update(data.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return name_of(f"embeds|{data.dtype}|{tuple(data.shape)}|", data.view(torch.uint8).numpy())

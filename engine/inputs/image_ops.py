@@ -10,8 +10,26 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from engine.errors import InvalidRequest
+
+MAX_ASPECT_RATIO = 200
+"""What the published Qwen2-VL processor allows, and families without a limit of their own."""
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def check_aspect_ratio(size: tuple[int, int], most: int = MAX_ASPECT_RATIO) -> None:
+    """
+    Raises:
+        InvalidRequest: the longer side of a picture of ``size`` is more than ``most`` times the shorter.
+    """
+    if max(size) > most * min(size):
+        raise InvalidRequest(
+            f"a picture of {size[0]}x{size[1]} pixels is too elongated: the longer side may be at most "
+            f"{most} times the shorter",
+            param="image",
+        )
 
 
 def resize(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
@@ -51,7 +69,12 @@ def content_hash(
     described = json.dumps(
         [family, dict(sorted(options.items())), kind, list(size), str(pixels.dtype), list(pixels.shape)]
     )
-    # Processors have instructions for this one: a picture takes half of BLAKE2's time.
+    return name_of(described, pixels)
+
+
+def name_of(described: str, content: np.ndarray) -> str:
+    """Hex name of an array's bytes and of what they are."""
+    # Processors have instructions for this hash: a picture takes half of BLAKE2's time.
     digest = hashlib.sha256(described.encode())
-    digest.update(np.ascontiguousarray(pixels).data)
+    digest.update(np.ascontiguousarray(content).data)
     return digest.hexdigest()

@@ -57,6 +57,15 @@ def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
 
 
 @triton.jit
+def activate(x, SILU: tl.constexpr):
+    """SiLU of float32 ``x``, or GELU by its tanh approximation."""
+    if SILU:
+        return x * tl.sigmoid(x)
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * tl.sigmoid(2.0 * inner)
+
+
+@triton.jit
 def _act_mul_kernel(in_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
@@ -64,11 +73,6 @@ def _act_mul_kernel(in_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constex
     mask = column < size
     gate = tl.load(in_ptr + row * 2 * size + column, mask=mask)
     up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask)
-    x = gate.to(tl.float32)
-    if SILU:
-        active = x * tl.sigmoid(x)
-    else:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        active = x * tl.sigmoid(2.0 * inner)
+    active = activate(gate.to(tl.float32), SILU)
     result = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * size + column, result.to(gate.dtype), mask=mask)

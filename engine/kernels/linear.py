@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.act_mul import act_mul
+from engine.kernels.act_mul import act_mul, activate
 from engine.kernels.dispatch import use_triton
 from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
@@ -229,9 +229,5 @@ def _gemv_kernel(
     if ACTIVATION != "":
         if BIAS:
             factor += tl.load(bias_ptr + outputs + output, mask=output < outputs, other=0.0).to(tl.float32)
-        if ACTIVATION == "silu":
-            result = result * tl.sigmoid(result) * factor
-        else:
-            inner = 0.7978845608028654 * (result + 0.044715 * result * result * result)
-            result = result * tl.sigmoid(2.0 * inner) * factor
+        result = activate(result, ACTIVATION == "silu") * factor
     tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=output < outputs)
