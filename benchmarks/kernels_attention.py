@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
+from engine.kernels.decode_attention import decode_attention
 from engine.kernels.paged_attention import paged_attention, paged_attention_reference
 from engine.kernels.vision_attention import vision_attention, vision_attention_reference
 
@@ -65,11 +66,14 @@ class Paged:
         self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
         self.starts = list(accumulate(queries, initial=0))
         self.query_start = torch.tensor(self.starts, dtype=torch.int32, device=device)
-        self.options = {"scale": dim**-0.5, "max_seq_len": max(lengths)}
+        self.options = {"scale": dim**-0.5}
+        self.decoding = Decoding(self) if max(queries) == 1 else None
 
     def run(self) -> torch.Tensor:
+        if self.decoding is not None:
+            return self.decoding.run()
         arguments = (self.q, self.k, self.v, self.tables, self.query_start, self.seq_lens)
-        return paged_attention(*arguments, **self.options, max_query_len=max(self.queries))
+        return paged_attention(*arguments, **self.options)
 
     def check(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The last tokens of each sequence, by the reference in float32."""
@@ -86,7 +90,6 @@ class Paged:
             starts,
             self.seq_lens,
             **self.options,
-            max_query_len=max(counts),
         )
         return self.run()[kept], wanted
 
@@ -98,6 +101,41 @@ class Paged:
         pairs = zip(self.lengths, self.queries, strict=True)
         seen = sum(count * length - count * (count - 1) / 2 for length, count in pairs)
         return 4.0 * seen * self.q.shape[1] * self.dim
+
+
+class Decoding:
+    """The new tokens of sequences that have one each, turned by no angle, so that they are what they were."""
+
+    def __init__(self, paged: Paged) -> None:
+        self.paged = paged
+        count, device = len(paged.lengths), paged.device
+        last = paged.seq_lens.long() - 1
+        block = paged.tables.gather(1, (last // BLOCK)[:, None])[:, 0].long()
+        self.slots = block * BLOCK + last % BLOCK
+        self.key, self.value = (cache[block, :, last % BLOCK] for cache in (paged.k, paged.v))
+        self.positions = torch.zeros(count, dtype=torch.int64, device=device)
+        self.cos = torch.ones((1, paged.dim // 2), device=device)
+        self.sin = torch.zeros_like(self.cos)
+        self.arrivals = torch.zeros((count, paged.kv_heads), dtype=torch.int32, device=device)
+
+    def run(self) -> torch.Tensor:
+        paged = self.paged
+        return decode_attention(
+            paged.q,
+            self.key,
+            self.value,
+            self.positions,
+            self.cos,
+            self.sin,
+            paged.k,
+            paged.v,
+            self.slots,
+            paged.tables,
+            paged.seq_lens,
+            **paged.options,
+            max_seq_len=max(paged.lengths),
+            arrivals=self.arrivals,
+        )
 
 
 def decode(device, sequences, context, heads, kv_heads, dim) -> Problem:

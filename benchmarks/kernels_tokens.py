@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.act_mul import act_mul, act_mul_reference
+from engine.kernels.decode_state import DecodePlaces, decode_places, decode_places_reference
 from engine.kernels.gumbel import gumbel_argmax, gumbel_argmax_reference
 from engine.kernels.kv_write import rotary_kv_write, rotary_kv_write_reference
 from engine.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
@@ -37,6 +38,9 @@ TINY_WRITE = [(5, 4, 2, 16)]
 #: (rows, vocabulary)
 SAMPLING = [(rows, 151936) for rows in (1, 64, 256)]
 TINY_SAMPLING = [(3, 1000)]
+#: (rows, blocks of a table)
+STATE = [(1, 256), (64, 256)]
+TINY_STATE = [(3, 5)]
 
 
 def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
@@ -57,11 +61,29 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         yield Case("kv_write", "{}, heads {}/{}, D {}".format(*sizes), partial(write, device, *sizes))
     for sizes in TINY_SAMPLING if tiny else SAMPLING:
         yield Case("gumbel", "{}x{}".format(*sizes), partial(sample, device, *sizes))
+    for sizes in TINY_STATE if tiny else STATE:
+        yield Case("decode_state", "{} rows of {} blocks".format(*sizes), partial(places, device, *sizes))
     truncations = {"top-k 50": (50, 1.0, 0.0), "top-p 0.9": (0, 0.9, 0.0), "min-p 0.05": (0, 1.0, 0.05)}
     for sizes in TINY_SAMPLING if tiny else SAMPLING:
         for name, limits in truncations.items():
             label = "{}x{}, ".format(*sizes) + name
             yield Case("truncation", label, partial(truncate, device, *sizes, *limits))
+
+
+def places(device, rows, blocks) -> Problem:
+    slots = torch.arange(rows, device=device)
+    tables = torch.arange(rows * blocks, dtype=torch.int32, device=device).view(rows, blocks)
+    length = torch.randint(0, blocks * BLOCK, (rows,), device=device)
+    given = (slots, tables, length, length, length)
+    run = partial(decode_places, *given, block_size=BLOCK)
+    reference = partial(decode_places_reference, *given, block_size=BLOCK)
+
+    def flat(found: DecodePlaces) -> torch.Tensor:
+        return torch.cat([part.float().flatten() for part in found])
+
+    return Problem(
+        run, lambda: (flat(run()), flat(reference())), 2 * tables.nbytes, peers={"torch": reference}
+    )
 
 
 def norm(device, tokens, size, with_residual) -> Problem:

@@ -42,6 +42,11 @@ def gumbel_argmax(
     return gumbel_argmax_reference(logits, temperature, seeds, index, threshold)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The token (N,) int64 of each row of logits (N, V) that is most likely; the lowest id wins ties."""
+    return argmax_triton(logits) if use_triton(logits) else logits.argmax(dim=-1)
+
+
 def gumbel_argmax_reference(
     logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
 ) -> Tensor:
@@ -90,20 +95,21 @@ def _partial_argmax_kernel(
     logits, temperature, seeds, index, threshold, best, best_id,
     stride_logits, stride_temperature, stride_seeds, stride_index, stride_threshold,
     vocab, chunk, num_chunks,
-    HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr, HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    temp = tl.load(temperature + row * stride_temperature)
-    is_random = temp != 0.0
-    scale = tl.where(is_random, temp, 1.0)
-    seed = tl.load(seeds + row * stride_seeds)
-    step = tl.load(index + row * stride_index).to(tl.uint32)
-    low = seed.to(tl.uint32)
-    high = (seed >> 32).to(tl.uint32)
-    key0 = _mix_u32(_mix_u32(_mix_u32(low ^ 0x9E3779B9) ^ high) ^ step)
-    key1 = _mix_u32(_mix_u32(_mix_u32(high ^ 0x7F4A7C15) + low) + step * 0x85157AF5)
     floor = float("-inf")
+    if not GREEDY:
+        temp = tl.load(temperature + row * stride_temperature)
+        is_random = temp != 0.0
+        scale = tl.where(is_random, temp, 1.0)
+        seed = tl.load(seeds + row * stride_seeds)
+        step = tl.load(index + row * stride_index).to(tl.uint32)
+        low = seed.to(tl.uint32)
+        high = (seed >> 32).to(tl.uint32)
+        key0 = _mix_u32(_mix_u32(_mix_u32(low ^ 0x9E3779B9) ^ high) ^ step)
+        key1 = _mix_u32(_mix_u32(_mix_u32(high ^ 0x7F4A7C15) + low) + step * 0x85157AF5)
     if HAS_THRESHOLD:
         floor = tl.where(is_random, tl.load(threshold + row * stride_threshold), float("-inf"))
 
@@ -116,12 +122,15 @@ def _partial_argmax_kernel(
         inside = (ids < vocab) & (offset + tl.arange(0, BLOCK) < chunk)
         x = tl.load(logits + row * stride_logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
         score = x
-        if is_random:
-            bits = _mix_u32(ids.to(tl.uint32) * 0x9E3779B1 + key0)
-            bits = _mix_u32(bits ^ key1)
-            v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
-            exponential = tl.where(v < 1e-3, v * (1.0 + v * (0.5 + v * 0.3333333333333333)), -tl.log(1.0 - v))
-            score = x / scale - tl.log(exponential)
+        if not GREEDY:
+            if is_random:
+                bits = _mix_u32(ids.to(tl.uint32) * 0x9E3779B1 + key0)
+                bits = _mix_u32(bits ^ key1)
+                v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+                exponential = tl.where(
+                    v < 1e-3, v * (1.0 + v * (0.5 + v * 0.3333333333333333)), -tl.log(1.0 - v)
+                )
+                score = x / scale - tl.log(exponential)
         score = tl.where(inside & (x >= floor), score, float("-inf"))
         better = score > top
         top = tl.where(better, score, top)
@@ -146,6 +155,20 @@ def _final_argmax_kernel(best, best_id, out, num_chunks, BLOCK: tl.constexpr):
 def gumbel_argmax_triton(
     logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
 ) -> Tensor:
+    return _argmax(logits, temperature, seeds, index, threshold)
+
+
+def argmax_triton(logits: Tensor) -> Tensor:
+    return _argmax(logits)
+
+
+def _argmax(
+    logits: Tensor,
+    temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    index: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> Tensor:
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
     block = 1024
@@ -160,11 +183,10 @@ def gumbel_argmax_triton(
         return out
     launch(
         _partial_argmax_kernel, (rows, num_chunks),
-        logits, temperature, seeds, index, temperature if threshold is None else threshold, best, best_id,
-        logits.stride(0), temperature.stride(0), seeds.stride(0), index.stride(0),
-        0 if threshold is None else threshold.stride(0),
+        logits, temperature, seeds, index, threshold, best, best_id,
+        logits.stride(0), *(0 if x is None else x.stride(0) for x in (temperature, seeds, index, threshold)),
         vocab, chunk, num_chunks,
-        HAS_THRESHOLD=threshold is not None, BLOCK=block,
+        GREEDY=temperature is None, HAS_THRESHOLD=threshold is not None, BLOCK=block,
     )  # fmt: skip
     # The block holds the chunks of a single row, the most there are: one kernel serves all batch sizes.
     most = triton.next_power_of_2(triton.cdiv(vocab, block))

@@ -178,6 +178,7 @@ def _rotary_kv_write_kernel(
 ):
     wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
+    angle = tl.arange(0, HALF_PAD)
     cos, sin = load_angles(
         positions_ptr,
         cos_ptr,
@@ -186,13 +187,13 @@ def _rotary_kv_write_kernel(
         axis_stride,
         position_stride,
         table_stride,
-        HALF,
+        angle,
+        angle < HALF,
         SECTION_T,
         SECTION_H,
         SECTION_W,
         MROPE,
         INTERLEAVED,
-        HALF_PAD,
     )
     q_row = q_ptr + token * q_token
     rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, Q_HEADS_PAD, HALF_PAD)

@@ -1,15 +1,12 @@
-"""Causal attention over a paged KV cache: prefill, decode and mixtures of them in one launch.
+"""Causal attention over a paged KV cache: prefill, and mixtures with decode, in one launch.
 
 Query tokens of a sequence and the query heads that share a KV head are packed into the rows of one tile, so
 that keys and values are read once for all of them. Keys come in tiles of their own size, gathered through the
-block table. Where one token per sequence leaves most of the GPU idle, the keys of a sequence are split over
-several programs, each of which works out its share from the sequence's length on the device; a second kernel
-merges them. Nothing about lengths is decided on the host, so a captured graph stays valid as they grow.
+block table. Nothing about lengths is decided on the host, so a captured graph stays valid as they grow. Where
+every sequence has one token, :mod:`engine.kernels.decode_attention` does it all.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
@@ -20,9 +17,7 @@ from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 from engine.kernels.tiling import Tiling
 
-_LOG2E = 1.4426950408889634
-_MAX_SPLITS = 32
-_FEW_SPLITS = 4
+LOG2E = 1.4426950408889634
 
 
 def paged_attention(
@@ -34,8 +29,6 @@ def paged_attention(
     seq_lens: torch.Tensor,
     *,
     scale: float,
-    max_query_len: int,
-    max_seq_len: int,
     window: int | None = None,
     softcap: float | None = None,
     out: torch.Tensor | None = None,
@@ -52,7 +45,6 @@ def paged_attention(
         query_start: ``(S + 1,)`` int32.
         seq_lens: ``(S,)`` int32.
         scale: multiplies the scores.
-        max_query_len, max_seq_len: upper bounds, known to the host.
         window: a query at position p sees keys at positions greater than ``p - window``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         out: ``(T, Hq, D)`` contiguous, to write to; padding rows are left as they are.
@@ -69,8 +61,6 @@ def paged_attention(
         query_start,
         seq_lens,
         scale=scale,
-        max_query_len=max_query_len,
-        max_seq_len=max_seq_len,
         window=window,
         softcap=softcap,
         out=out,
@@ -86,8 +76,6 @@ def paged_attention_reference(
     seq_lens,
     *,
     scale,
-    max_query_len,
-    max_seq_len,
     window=None,
     softcap=None,
     out=None,
@@ -115,26 +103,12 @@ def paged_attention_reference(
     return out
 
 
-def tiling(head_dim: int, group: int, decode: bool, itemsize: int) -> Tiling:
+def tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
     """The tile for a problem; the one place where this is decided."""
-    wide = head_dim > 128 or itemsize > 2
-    rows = max(16, triton.next_power_of_2(group))
-    if decode:
-        return Tiling(rows, 32, 4, 2) if wide else Tiling(rows, 64, 2, 3)
-    if wide:
+    rows = triton.next_power_of_2(group)
+    if head_dim > 128 or itemsize > 2:
         return Tiling(max(rows, 32), 32, 4, 2)
     return Tiling(max(rows, 64), 64, 4, 3)
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def num_splits(programs: int, processors: int, max_seq_len: int, keys: int) -> int:
-    """Programs per sequence and KV head in a decode step: enough for every processor."""
-    wanted = -(-processors // max(programs, 1))
-    return max(1, min(wanted, _MAX_SPLITS, -(-max_seq_len // keys)))
 
 
 def paged_attention_triton(
@@ -146,8 +120,6 @@ def paged_attention_triton(
     seq_lens,
     *,
     scale,
-    max_query_len,
-    max_seq_len,
     window=None,
     softcap=None,
     out=None,
@@ -160,22 +132,14 @@ def paged_attention_triton(
     assert out.is_contiguous()
     if tokens == 0 or sequences == 0:
         return out
-    group, decode = heads // kv_heads, max_query_len == 1
-    tile = tiling(dim, group, decode, q.element_size())
-    splits = 1
-    if decode:
-        splits = num_splits(sequences * kv_heads, _num_processors(q.device), max_seq_len, tile.keys)
-    tokens_per_tile = 1 if decode else tile.rows // group
+    group = heads // kv_heads
+    tile = tiling(dim, group, q.element_size())
+    tokens_per_tile = tile.rows // group
     # Each sequence starts a tile of its own, so there can be one more tile per sequence than tokens fill.
-    tiles = sequences if decode else tokens // tokens_per_tile + sequences
-    partial, stats = out, out
-    if splits > 1:
-        partial = torch.empty((sequences, heads, splits, dim), dtype=torch.float32, device=q.device)
-        stats = torch.empty((sequences, heads, splits, 2), dtype=torch.float32, device=q.device)
-    dim_pad = triton.next_power_of_2(dim)
+    tiles = tokens // tokens_per_tile + sequences
     launch(
         _attention_kernel,
-        (tiles, kv_heads, splits),
+        (tiles, kv_heads),
         q,
         k_cache,
         v_cache,
@@ -183,12 +147,9 @@ def paged_attention_triton(
         query_start,
         seq_lens,
         out,
-        partial,
-        stats,
         sequences,
-        splits,
-        scale * _LOG2E,
-        0.0 if softcap is None else softcap * _LOG2E,
+        scale * LOG2E,
+        0.0 if softcap is None else softcap * LOG2E,
         0 if window is None else window,
         q.stride(0),
         q.stride(1),
@@ -196,35 +157,17 @@ def paged_attention_triton(
         KV_HEADS=kv_heads,
         GROUP=group,
         DIM=dim,
-        DIM_PAD=dim_pad,
+        DIM_PAD=triton.next_power_of_2(dim),
         BLOCK_SIZE=block_size,
         ROWS=tile.rows,
         KEYS=tile.keys,
         TOKENS=tokens_per_tile,
-        DECODE=decode,
-        SPLIT=splits > 1,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **overlap(q),
     )
-    if splits > 1:
-        launch(
-            _merge_kernel,
-            (sequences, heads),
-            partial,
-            stats,
-            query_start,
-            out,
-            splits,
-            HEADS=heads,
-            DIM=dim,
-            DIM_PAD=dim_pad,
-            MAX_SPLITS=_FEW_SPLITS if splits <= _FEW_SPLITS else _MAX_SPLITS,
-            num_warps=2,
-            **overlap(q),
-        )
     return out
 
 
@@ -243,7 +186,7 @@ def _find_sequence(query_start_ptr, tile, sequences, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _attend(
+def attend(
     acc,
     top,
     total,
@@ -304,7 +247,7 @@ def _attend(
 
 
 # Batch sizes differ in these numbers; a kernel compiled for each would make a long start.
-@triton.jit(do_not_specialize=["sequences", "splits"])
+@triton.jit(do_not_specialize=["sequences"])
 def _attention_kernel(
     q_ptr,
     k_ptr,
@@ -313,10 +256,7 @@ def _attention_kernel(
     query_start_ptr,
     seq_lens_ptr,
     out_ptr,
-    partial_ptr,
-    stats_ptr,
     sequences,
-    splits,
     scale,
     cap,
     window,
@@ -331,8 +271,6 @@ def _attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     TOKENS: tl.constexpr,
-    DECODE: tl.constexpr,
-    SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -340,15 +278,9 @@ def _attention_kernel(
     wait_for_previous(OVERLAP)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    if DECODE:
-        sequence = tile
-        first_token = 0
-    else:
-        sequence = _find_sequence(query_start_ptr, tile, sequences, TOKENS)
-        begin = tl.load(query_start_ptr + sequence)
-        first_token = (tile - begin // TOKENS - sequence) * TOKENS
+    sequence = _find_sequence(query_start_ptr, tile, sequences, TOKENS)
     begin = tl.load(query_start_ptr + sequence)
+    first_token = (tile - begin // TOKENS - sequence) * TOKENS
     count = tl.load(query_start_ptr + sequence + 1) - begin
     length = tl.load(seq_lens_ptr + sequence)
     if first_token >= count:
@@ -370,10 +302,6 @@ def _attention_kernel(
     start = 0
     if WINDOW:
         start = tl.maximum(length - count + first_token - window + 1, 0) // KEYS * KEYS
-    if SPLIT:
-        share = tl.cdiv(tl.cdiv(end - start, KEYS), splits) * KEYS
-        start = start + split * share
-        end = tl.minimum(start + share, end)
     whole = tl.minimum((length - count + first_token + 1) // KEYS * KEYS, end // KEYS * KEYS)
     whole = tl.maximum(whole, start)
     if WINDOW:
@@ -388,7 +316,7 @@ def _attention_kernel(
     v_base = v_ptr + kv_head * head_stride
     table = table_ptr + sequence.to(tl.int64) * table_row
     for first_key in range(start, whole, KEYS):
-        acc, top, total = _attend(
+        acc, top, total = attend(
             acc,
             top,
             total,
@@ -413,7 +341,7 @@ def _attention_kernel(
             SOFTCAP,
         )
     for first_key in range(whole, end, KEYS):
-        acc, top, total = _attend(
+        acc, top, total = attend(
             acc,
             top,
             total,
@@ -439,46 +367,6 @@ def _attention_kernel(
         )
 
     out_mask = live[:, None] & (column[None, :] < DIM)
-    if SPLIT:
-        place = ((sequence.to(tl.int64) * KV_HEADS * GROUP + head) * splits + split)[:, None]
-        tl.store(partial_ptr + place * DIM + column[None, :], acc, mask=out_mask)
-        tl.store(stats_ptr + place * 2, top[:, None], mask=live[:, None])
-        tl.store(stats_ptr + place * 2 + 1, total[:, None], mask=live[:, None])
-    else:
-        result = acc / total[:, None]
-        place = ((begin + token).to(tl.int64) * KV_HEADS * GROUP + head)[:, None] * DIM
-        tl.store(out_ptr + place + column[None, :], result.to(out_ptr.dtype.element_ty), mask=out_mask)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _merge_kernel(
-    partial_ptr,
-    stats_ptr,
-    query_start_ptr,
-    out_ptr,
-    splits,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Weighs the splits of one sequence and head by their maxima and sums."""
-    wait_for_previous(OVERLAP)
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    begin = tl.load(query_start_ptr + sequence).to(tl.int64)
-    if tl.load(query_start_ptr + sequence + 1) == begin:
-        return
-    split = tl.arange(0, MAX_SPLITS)
-    column = tl.arange(0, DIM_PAD)
-    inside = split < splits
-    place = (sequence * HEADS + head) * splits + split
-    top = tl.load(stats_ptr + place * 2, mask=inside, other=float("-inf"))
-    total = tl.load(stats_ptr + place * 2 + 1, mask=inside, other=0.0)
-    weight = tl.exp2(top - tl.max(top, axis=0))
-    mask = inside[:, None] & (column[None, :] < DIM)
-    acc = tl.load(partial_ptr + place[:, None] * DIM + column[None, :], mask=mask, other=0.0)
-    result = tl.sum(acc * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
-    target = out_ptr + (begin * HEADS + head) * DIM + column
-    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
+    result = acc / total[:, None]
+    place = ((begin + token).to(tl.int64) * KV_HEADS * GROUP + head)[:, None] * DIM
+    tl.store(out_ptr + place + column[None, :], result.to(out_ptr.dtype.element_ty), mask=out_mask)

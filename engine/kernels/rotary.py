@@ -114,18 +114,16 @@ def load_angles(
     axis_stride,
     position_stride,
     table_stride,
-    HALF: tl.constexpr,
+    angle,
+    mask,
     SECTION_T: tl.constexpr,
     SECTION_H: tl.constexpr,
     SECTION_W: tl.constexpr,
     MROPE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    HALF_PAD: tl.constexpr,
 ):
-    """cos and sin ``(HALF_PAD,)`` float32 of one token, each angle by its own axis."""
-    angle = tl.arange(0, HALF_PAD)
-    mask = angle < HALF
-    axis = tl.zeros([HALF_PAD], tl.int64)
+    """float32 cos and sin of one token for each ``angle``, by the angle's own axis; 0 outside of ``mask``."""
+    axis = tl.zeros_like(angle).to(tl.int64)
     if MROPE:
         if INTERLEAVED:
             height = (angle % 3 == 1) & (angle < 3 * SECTION_H)
@@ -169,6 +167,7 @@ def _rotary_kernel(
 ):
     wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
+    angle = tl.arange(0, HALF_PAD)
     cos, sin = load_angles(
         positions_ptr,
         cos_ptr,
@@ -177,13 +176,13 @@ def _rotary_kernel(
         axis_stride,
         position_stride,
         table_stride,
-        HALF,
+        angle,
+        angle < HALF,
         SECTION_T,
         SECTION_H,
         SECTION_W,
         MROPE,
         INTERLEAVED,
-        HALF_PAD,
     )
     q_row, k_row = q_ptr + token * q_token, k_ptr + token * k_token
     rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, Q_HEADS_PAD, HALF_PAD)

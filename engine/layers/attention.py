@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from engine.kernels.decode_attention import decode_attention
 from engine.kernels.paged_attention import paged_attention
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
@@ -49,17 +50,36 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        attend = self._decode if meta.max_query_len == 1 else self._prefill
+        return self.o_proj(attend(q, k, v, positions, cache, meta).flatten(1)), residual
+
+    def _prefill(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
         self.rotary(q, k, v, positions, cache, meta.slot_mapping)
-        out = paged_attention(
+        return paged_attention(
             q,
-            cache[0],
-            cache[1],
+            *cache,
             meta.block_tables,
             meta.query_start,
             meta.seq_lens,
             scale=self.scale,
-            max_query_len=meta.max_query_len,
-            max_seq_len=meta.max_seq_len,
             window=self.window,
         )
-        return self.o_proj(out.flatten(1)), residual
+
+    def _decode(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
+        return decode_attention(
+            q,
+            k,
+            v,
+            positions,
+            self.rotary.cos,
+            self.rotary.sin,
+            *cache,
+            meta.slot_mapping,
+            meta.block_tables,
+            meta.seq_lens,
+            scale=self.scale,
+            max_seq_len=meta.max_seq_len,
+            window=self.window,
+            **self.rotary.axes(positions),
+            arrivals=meta.arrivals,
+        )

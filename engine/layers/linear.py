@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels.linear import linear, norm_linear
+from engine.kernels.linear import linear
+from engine.kernels.norm_linear import norm_linear
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.norm import RMSNorm
 
@@ -81,7 +82,7 @@ class FusedColumnLinear(nn.Module):
 
         Args:
             activation: of a gate that comes before what it multiplies; see
-                :func:`~engine.kernels.linear.norm_linear`.
+                :func:`~engine.kernels.norm_linear.norm_linear`.
         """
         return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias, activation=activation)
 

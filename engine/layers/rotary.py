@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,6 +97,10 @@ class Rotary(nn.Module):
             self.sin,
             *cache,
             slot_mapping,
-            mrope_section=self.section if positions.dim() == 2 else None,
-            mrope_interleaved=self.interleaved,
+            **self.axes(positions),
         )
+
+    def axes(self, positions: torch.Tensor) -> dict[str, Any]:
+        """What kernels must know of the axes of ``positions``, ``(T,)`` or ``(3, T)``."""
+        section = self.section if positions.dim() == 2 else None
+        return {"mrope_section": section, "mrope_interleaved": self.interleaved}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.inputs.prompt import EmbeddedMedia, MediaSpan
+from engine.kernels.decode_state import DecodePlaces, advance, decode_places
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 
 
@@ -34,21 +35,15 @@ class DeviceState:
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.delta = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def decode_places(
-        self, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of decoding rows ``(D,)``: block tables, computed tokens, KV slots and rotary positions."""
-        tables = self.block_tables.index_select(0, slots)
-        computed = self.length.index_select(0, slots)
-        block = tables.gather(1, (computed // self.block_size)[:, None]).squeeze(1)
-        kv_slots = block.long() * self.block_size + computed % self.block_size
-        return tables, computed, kv_slots, computed + self.delta.index_select(0, slots)
+    def decode_places(self, slots: torch.Tensor) -> DecodePlaces:
+        """What decoding rows ``(D,)`` compute next, and where."""
+        return decode_places(
+            slots, self.block_tables, self.last_token, self.length, self.delta, block_size=self.block_size
+        )
 
     def advance(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """The last tokens of decoding rows ``(D,)`` are computed; ``tokens`` come next."""
-        self.last_token.index_copy_(0, slots, tokens)
-        self.length.index_copy_(0, slots, self.length.index_select(0, slots) + 1)
-        self.length[self.padding_slot :].zero_()
+        advance(slots, tokens, self.last_token, self.length, padding_slot=self.padding_slot)
 
 
 @dataclass(slots=True)

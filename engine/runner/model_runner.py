@@ -104,6 +104,12 @@ class ModelRunner:
         self.vocab_size = model.config.vocab_size
         self._mrope = model.config.rope.mrope_section is not None
         self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
+        # Where the tokens of a decode step begin: each sequence has one.
+        self._each = torch.arange(num_slots + 2, dtype=torch.int32, device=self.device)
+        # One row per sequence of a decode step and one column per KV head.
+        self._arrivals = torch.zeros(
+            (num_slots + 1, kv[0][0].shape[1]), dtype=torch.int32, device=self.device
+        )
         self.sampler = Sampler(num_slots, self.vocab_size, self.device)
         self._pooler = Pooler()
         self._info: dict[int, SlotInfo] = {}
@@ -209,8 +215,7 @@ class ModelRunner:
                 slots = torch.full((size,), padding, dtype=torch.int64, device=self.device)
                 logits = self._decode_logits(slots)
                 for plan in _CAPTURED_PLANS:
-                    # No state may take in these tokens: nothing has computed them.
-                    self.sampler.sample(logits, slots, plan)
+                    self._decode_sample(slots, logits, plan)
             self._forwards.rehearse()
 
     # State.
@@ -278,17 +283,18 @@ class ModelRunner:
 
     def _decode_logits(self, slots: torch.Tensor) -> torch.Tensor:
         state, count = self._state, slots.shape[0]
-        tables, computed, kv_slots, positions = state.decode_places(slots)
+        places = state.decode_places(slots)
         meta = AttentionMetadata(
-            block_tables=tables,
-            query_start=torch.arange(count + 1, dtype=torch.int32, device=self.device),
-            seq_lens=(computed + 1).int(),
-            slot_mapping=kv_slots,
+            block_tables=places.tables,
+            query_start=self._each[: count + 1],
+            seq_lens=places.seq_lens,
+            slot_mapping=places.kv_slots,
             max_query_len=1,
             max_seq_len=self._max_model_len,
+            arrivals=self._arrivals,
         )
-        embeds = self.model.embed(state.last_token.index_select(0, slots))
-        hidden = self.model(embeds, positions.expand(3, -1) if self._mrope else positions, self._kv, meta)
+        positions = places.positions.expand(3, -1) if self._mrope else places.positions
+        hidden = self.model(self.model.embed(places.ids), positions, self._kv, meta)
         return self.model.logits(hidden)
 
     def _decode_sample(self, slots: torch.Tensor, logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
@@ -349,19 +355,18 @@ class ModelRunner:
         state, decodes = self._state, len(batch.decode_slots)
         slots = places["slots"]
         tables = state.block_tables.index_select(0, slots)
-        _, computed, kv_slots, positions = state.decode_places(slots[:decodes])
-        if self._mrope:
-            positions = positions.expand(3, -1)
+        decoding = state.decode_places(slots[:decodes])
+        positions = decoding.positions.expand(3, -1) if self._mrope else decoding.positions
         longest = max((c.start + c.count for c in batch.prefills), default=0)
         meta = AttentionMetadata(
             block_tables=tables,
             query_start=places["query_start"].int(),
-            seq_lens=torch.cat([computed + 1, places["ends"]]).int(),
-            slot_mapping=torch.cat([kv_slots, places["kv_slots"]]),
+            seq_lens=torch.cat([decoding.seq_lens, places["ends"].int()]),
+            slot_mapping=torch.cat([decoding.kv_slots, places["kv_slots"]]),
             max_query_len=max(c.count for c in batch.prefills),
             max_seq_len=self._max_model_len if decodes else longest,
         )
-        ids = torch.cat([state.last_token.index_select(0, slots[:decodes]), places["ids"]])
+        ids = torch.cat([decoding.ids, places["ids"]])
         embeds = self.model.embed(ids)
         deepstack = None
         if rows := self._embed_rows(batch):
@@ -378,7 +383,7 @@ class ModelRunner:
             hidden = self._forwards.replay(embeds, positions, meta)
         else:
             hidden = self.model(embeds, positions, self._kv, meta, deepstack)
-        state.length.index_copy_(0, slots, torch.cat([computed + 1, places["ends"]]))
+        state.length.index_copy_(0, slots, meta.seq_lens.long())
         return hidden, places["rows"]
 
     def _pool(self, batch: ScheduledBatch, hidden: torch.Tensor, pooled: list) -> None:

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from engine.kernels.gumbel import gumbel_argmax
+from engine.kernels.gumbel import argmax, gumbel_argmax
 from engine.kernels.truncation import truncation_threshold
 from engine.runner import sampler_state as state
 from engine.runner.logprobs import LogprobTensors, compute_logprobs
@@ -156,7 +156,7 @@ class Sampler:
         if plan.processes:
             logits = self._process(logits, slots, plan, floats, ints, grammar_mask)
         if plan.all_greedy:
-            tokens = logits.argmax(dim=-1)
+            tokens = argmax(logits)
         else:
             temperature, threshold = floats[:, state.TEMPERATURE], None
             if plan.truncates:

@@ -42,7 +42,7 @@ def test_every_kernel_of_the_engine_is_measured():
     }
     measured = {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=True)}
     attention = {"paged_decode", "paged_prefill", "paged_mixed", "vision"}
-    assert (names - {"paged_attention", "vision_attention"}) | attention <= measured
+    assert (names - {"decode_attention", "paged_attention", "vision_attention"}) | attention <= measured
     assert measured == {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=False)}
 
 

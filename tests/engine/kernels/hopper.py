@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from engine.kernels import overlap
+from engine.kernels import overlap, tiling
 
 TARGET = GPUTarget("cuda", 90, 32)
 BF16, I32 = torch.bfloat16, torch.int32
@@ -62,8 +62,29 @@ def paged(heads: int, kv_heads: int, dim: int, tokens: list[int]) -> None:
         starts,
         lengths,
         scale=0.1,
-        max_query_len=max(tokens),
+    )
+
+
+def decode(heads: int, kv_heads: int, dim: int, sequences: int) -> None:
+    from engine.kernels.decode_attention import decode_attention_triton
+
+    q, k, v = noise(sequences, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
+    cache, angles = noise(2, kv_heads, 16, dim), torch.randn(64, dim // 2)
+    decode_attention_triton(
+        q,
+        k,
+        v,
+        torch.zeros(3, sequences, dtype=torch.int64),
+        angles,
+        angles,
+        cache,
+        cache,
+        torch.zeros(sequences, dtype=torch.int64),
+        torch.zeros(sequences, 64, dtype=I32),
+        torch.full((sequences,), 1000, dtype=I32),
+        scale=0.1,
         max_seq_len=4096,
+        mrope_section=(16, 24, 24),
     )
 
 
@@ -105,26 +126,36 @@ def moving() -> None:
 
 def choosing() -> None:
     """What chooses tokens, and the products of a decode step."""
-    from engine.kernels.gumbel import gumbel_argmax_triton
-    from engine.kernels.linear import linear_triton, norm_linear_triton
+    from engine.kernels.decode_state import advance_triton, decode_places_triton
+    from engine.kernels.gumbel import argmax_triton, gumbel_argmax_triton
+    from engine.kernels.linear import linear_triton
+    from engine.kernels.norm_linear import norm_linear_triton
     from engine.kernels.truncation import truncation_threshold_triton
 
     logits, ones = noise(4, 151936), torch.ones(4)
     ids = torch.ones(4, dtype=torch.int64)
     truncation_threshold_triton(logits, ones, ids, ones, ones)
     gumbel_argmax_triton(logits, ones, ids, ids, ones)
+    argmax_triton(logits)
+    tables = torch.zeros(9, 256, dtype=I32)
+    decode_places_triton(ids, tables, ids, ids, ids, block_size=16)
+    advance_triton(ids, ids, ids, ids, padding_slot=3)
     x, norm = noise(1, 1536), noise(1536)
     linear_triton(noise(1, 8960), noise(1536, 8960))
     norm_linear_triton(x, x, norm, 1e-6, noise(2048, 1536), noise(2048))
     norm_linear_triton(x, x, norm, 1e-6, noise(17920, 1536), activation="silu")
+    x, norm = noise(1, 3584), noise(3584)
+    norm_linear_triton(x, x, norm, 1e-6, noise(37888, 3584), activation="silu")
 
 
 CASES: list[Callable[[], None]] = [
     moving,
     choosing,
     # One sequence is split over several programs, many are not.
-    lambda: paged(12, 2, 128, [1]),
-    lambda: paged(12, 2, 128, [1] * 16),
+    lambda: decode(12, 2, 128, 1),
+    lambda: decode(28, 4, 128, 1),
+    lambda: decode(32, 32, 128, 1),
+    lambda: decode(12, 2, 128, 256),
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: paged(32, 32, 128, [300, 1, 7]),
     lambda: vision(16, 80, 1600),
@@ -151,6 +182,7 @@ def resources(binary: bytes) -> dict[str, int]:
 def main() -> None:
     driver.set_active(NoDevice())
     overlap._can_overlap = lambda device: True
+    tiling._PROCESSORS_WITHOUT_GPU = 132
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -4,7 +4,13 @@ import pytest
 import torch
 from scipy import stats
 
-from engine.kernels.gumbel import exponential_noise, gumbel_argmax_reference, gumbel_argmax_triton
+from engine.kernels.gumbel import (
+    argmax,
+    argmax_triton,
+    exponential_noise,
+    gumbel_argmax_reference,
+    gumbel_argmax_triton,
+)
 from engine.kernels.truncation import truncation_threshold_reference, truncation_threshold_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +52,7 @@ def test_tokens_are_those_of_the_reference(shape, dtype, truncated):
     tokens = gumbel_argmax_triton(*arguments)
     assert tokens.tolist() == gumbel_argmax_reference(*arguments).tolist()
     assert tokens[::4].tolist() == logits[::4].argmax(dim=1).tolist()
+    assert argmax_triton(logits).tolist() == logits.argmax(dim=1).tolist()
 
 
 @pytest.mark.parametrize("kernel", [gumbel_argmax_reference, gumbel_argmax_triton])
@@ -55,6 +62,7 @@ def test_ties_and_rows_without_candidates(kernel):
     temperature = torch.tensor([0.0, 0.0, 1.0], device=DEVICE)
     zeros = torch.zeros(3, dtype=torch.int64, device=DEVICE)
     assert kernel(logits, temperature, zeros, zeros).tolist() == [17, 0, 0]
+    assert argmax(logits).tolist() == argmax_triton(logits).tolist() == [17, 0, 0]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

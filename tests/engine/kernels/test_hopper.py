@@ -30,9 +30,8 @@ def test_all_compile_and_nothing_leaves_the_registers():
 def test_a_start_compiles_a_kernel_once_whatever_the_batch_sizes():
     count, later = map(json.loads, run("tests.engine.kernels.variants").splitlines())
     assert later == {}, "these are not compiled many at a time"
-    # With prompts; one token of many sequences; of few, which are split; and of one, which overlaps.
-    assert count["_attention_kernel"] == 4
-    # Of few splits, of many, and overlapping.
-    assert count["_merge_kernel"] == 3
+    assert count["_attention_kernel"] == 1
+    # Many sequences; few, which are split; and one, which overlaps.
+    assert count["_decode_kernel"] == 3
     assert count["_final_argmax_kernel"] == 1
     assert sum(count.values()) < 30, count

@@ -5,7 +5,8 @@ import torch
 
 from engine.graphs import CudaRecorder
 from engine.kernels import overlap
-from engine.kernels.linear import linear_triton, norm_linear_triton
+from engine.kernels.linear import linear_triton
+from engine.kernels.norm_linear import norm_linear_triton
 
 
 def test_only_one_row_overlaps_and_only_where_the_device_can(monkeypatch):

@@ -26,7 +26,7 @@ import engine.executor.rank
 from benchmarks.shapes import write_checkpoint
 from engine import LLM
 from engine.graphs import rerun
-from engine.kernels import dispatch, launch, overlap, paged_attention
+from engine.kernels import dispatch, launch, overlap, tiling
 from tests.engine.kernels.hopper import NoDevice
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     driver.set_active(NoDevice())
     dispatch._CHOICE = "triton"
     overlap._can_overlap = lambda device: True
-    paged_attention._num_processors = lambda device: 132
+    tiling._PROCESSORS_WITHOUT_GPU = 132
     engine.executor.rank.make_recorder = engine.encoder.make_recorder = lambda *_, **__: rerun
     # Ids that no kernel has sampled are of no vocabulary.
     functional.embedding = lambda ids, weight: weight[torch.zeros_like(ids)]

@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from engine.kernels.decode_state import (
+    advance_reference,
+    advance_triton,
+    decode_places_reference,
+    decode_places_triton,
+)
+
+PADDING = 6
+
+
+def state(device, columns):
+    tables = torch.arange(7 * columns, dtype=torch.int32).view(7, columns)
+    length = torch.tensor([0, 15, 16, 31, 40, 3, 0])
+    last, delta = torch.randint(0, 99, (7,)), torch.randint(-9, 9, (7,))
+    return [x.to(device) for x in (tables, last, length, delta)]
+
+
+@pytest.mark.parametrize("slots", [[4], [3, 0, 5], [1, 2, PADDING, PADDING], []])
+@pytest.mark.parametrize("columns", [5, 1030])
+def test_places(device, slots, columns):
+    slots = torch.tensor(slots, dtype=torch.int64, device=device)
+    given = state(device, columns)
+    found = decode_places_triton(slots, *given, block_size=16)
+    wanted = decode_places_reference(slots, *given, block_size=16)
+    for name, one, other in zip(found._fields, found, wanted, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+    if 4 in slots.tolist():
+        # The 41st token of a sequence goes to the ninth place of its third block.
+        assert found.kv_slots[0] == (4 * columns + 2) * 16 + 8 and found.seq_lens[0] == 41
+
+
+@pytest.mark.parametrize("slots", [[4], [3, 0, 5], [1, PADDING, 2, PADDING], []])
+@pytest.mark.parametrize("run", [advance_reference, advance_triton])
+def test_advance(device, slots, run):
+    _, last, length, _ = state(device, 5)
+    before, tokens = length.tolist(), [100 + slot for slot in slots]
+    tensors = (torch.tensor(x, dtype=torch.int64, device=device) for x in (slots, tokens))
+    run(*tensors, last, length, padding_slot=PADDING)
+    for slot in range(PADDING):
+        assert length[slot] == before[slot] + (slot in slots)
+        assert (last[slot] == 100 + slot) == (slot in slots)
+    assert length[PADDING] == 0
