@@ -139,9 +139,13 @@ def decode_attention_reference(
 
 
 def tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
-    """The tile for a problem; the one place where this is decided."""
+    """The tile for a problem; the one place where this is decided.
+
+    Of the fastest on an H100 the one that takes the least memory: what is free is where the next kernel's programs
+    can wait with their weights.
+    """
     rows = max(16, triton.next_power_of_2(group))
-    return Tiling(rows, 32, 4, 2) if head_dim > 128 or itemsize > 2 else Tiling(rows, 64, 2, 3)
+    return Tiling(rows, 32, 4, 2) if head_dim > 128 or itemsize > 2 else Tiling(rows, 64, 2, 2)
 
 
 def num_splits(programs: int, processors: int, max_seq_len: int, keys: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from engine.graphs import Recorder
+from engine.kernels.decode_state import DecodePlaces
 from engine.kernels.dispatch import use_triton
 from engine.kernels.launch import compiling
 from engine.layers.decoder import Decoder
@@ -213,7 +214,10 @@ class ModelRunner:
             # Batches that differ in their kernels differ by more than a factor of two.
             for size in (1 << power for power in range(padding.bit_length())):
                 slots = torch.full((size,), padding, dtype=torch.int64, device=self.device)
-                logits = self._decode_logits(slots)
+                places = self._state.decode_places(slots)
+                # No kernel has filled it, and the table of embeddings has an end.
+                places.ids.zero_()
+                logits = self._decode_rows(places)
                 for plan in _CAPTURED_PLANS:
                     self._decode_sample(slots, logits, plan)
             self._forwards.rehearse()
@@ -282,11 +286,12 @@ class ModelRunner:
         return logits, None if plan is None else self._decode_sample(slots, logits, plan)
 
     def _decode_logits(self, slots: torch.Tensor) -> torch.Tensor:
-        state, count = self._state, slots.shape[0]
-        places = state.decode_places(slots)
+        return self._decode_rows(self._state.decode_places(slots))
+
+    def _decode_rows(self, places: DecodePlaces) -> torch.Tensor:
         meta = AttentionMetadata(
             block_tables=places.tables,
-            query_start=self._each[: count + 1],
+            query_start=self._each[: len(places.ids) + 1],
             seq_lens=places.seq_lens,
             slot_mapping=places.kv_slots,
             max_query_len=1,
