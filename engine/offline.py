@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,8 @@ class Job:
 class OfflineRunner:
     """Drives an engine on the caller's thread.
 
-    Prompts are prepared by worker threads while the device works on earlier ones.
+    Prompts are prepared by worker threads while the device works on earlier ones; a lone one by the caller's
+    thread, which would only wait for another.
 
     Args:
         engine: the loaded engine.
@@ -50,6 +51,8 @@ class OfflineRunner:
     def __init__(self, engine: LoadedEngine, encoder: EncoderEngine | None) -> None:
         self._engine = engine
         self._encoder = encoder
+        # Threads start when there is work for them, and end with this object.
+        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 32), "prepare")
         self._count = 0
         self._num_media = 0
         self._num_tokens = 0
@@ -64,12 +67,11 @@ class OfflineRunner:
         """
         core, outputs = self._engine.core, self._engine.outputs
         self._num_media = self._num_tokens = 0
-        workers = min(os.cpu_count() or 1, 32)
         jobs: list[Job] = []
         by_group: dict[int, Job] = {}
         progress = tqdm(total=len(prepare), desc="prompts", disable=not use_tqdm, dynamic_ncols=True)
-        with ThreadPoolExecutor(workers, "prepare") as pool, progress:
-            waiting = self._start(prepare, params, pool, jobs)
+        with progress:
+            waiting = self._start(prepare, params, jobs)
             try:
                 ready = next(waiting, None)
                 while ready is not None or core.has_work:
@@ -90,16 +92,12 @@ class OfflineRunner:
         return jobs
 
     def _start(
-        self,
-        prepare: Sequence[Callable[[], PreparedPrompt]],
-        params: Sequence[Params],
-        pool: ThreadPoolExecutor,
-        jobs: list[Job],
+        self, prepare: Sequence[Callable[[], PreparedPrompt]], params: Sequence[Params], jobs: list[Job]
     ) -> Iterator[Job]:
         """Jobs in order, with preparation running a bounded distance ahead."""
         ahead: deque[Job] = deque()
         for work, wanted in zip(prepare, params, strict=True):
-            job = Job(wanted, pool.submit(work))
+            job = Job(wanted, self._pool.submit(work) if len(prepare) > 1 else _done(work()))
             jobs.append(job)
             ahead.append(job)
             if len(ahead) > 2 * self._engine.config.max_num_seqs:
@@ -155,14 +153,21 @@ class OfflineRunner:
     def _abandon(self, jobs: Sequence[Job]) -> None:
         """After an error: free all that the call's other prompts hold."""
         core = self._engine.core
+        # Nobody may use what the call has opened any more when it returns.
+        wait([job.prepared for job in jobs if not job.prepared.cancel()])
         for job in jobs:
-            job.prepared.cancel()
             if job.group is not None:
                 self._engine.outputs.remove(job.group)
                 for request in job.group.requests:
                     core.abort(request)
         while core.has_work:
             core.step()
+
+
+def _done(prepared: PreparedPrompt) -> Future[PreparedPrompt]:
+    future: Future[PreparedPrompt] = Future()
+    future.set_result(prepared)
+    return future
 
 
 def _rates(progress: tqdm, media: int, tokens: int) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,6 +208,37 @@ def test_one_picture_of_several_prompts_is_read_once(llm, tmp_path):
         with Image.open(tmp_path / "a.jpg") as picture:
             tokens = generated(llm, [about(picture)] * 8)
         assert all(each == tokens[0] for each in tokens)
+
+
+class Watched(dict):
+    """A prompt that notes who begins and who ends reading it."""
+
+    def __init__(self, prompt, began: list[str], ended: list[str], seconds: float = 0.0) -> None:
+        super().__init__(prompt=prompt)
+        self.began, self.ended, self.seconds = began, ended, seconds
+
+    def get(self, key, default=None):
+        if key == "multi_modal_data":
+            self.began.append(threading.current_thread().name)
+            time.sleep(self.seconds)
+            self.ended.append(threading.current_thread().name)
+        return super().get(key, default)
+
+
+def test_who_prepares(llm):
+    """Threads prepare many prompts, the caller a lone one; an error leaves no thread at work."""
+    began, ended = [], []
+    generated(llm, Watched("what?", began, ended))
+    assert began == [threading.current_thread().name]
+    began.clear()
+    generated(llm, [Watched("what?", began, ended)] * 3)
+    assert len(began) == 3 and all(name.startswith("prepare") for name in began)
+    began.clear()
+    ended.clear()
+    with pytest.raises(InvalidRequest):
+        generated(llm, [Watched(5, began, ended), *[Watched("what?", began, ended, 0.2)] * 40])
+    assert len(began) == len(ended)
+    llm.check_integrity()
 
 
 def test_pictures_are_turned_as_their_file_says(llm):
