@@ -80,12 +80,13 @@ class NativeVisionEncoder(nn.Module):
             self.config.merge_size,
             self.config.temporal_patch_size,
         )
-        frames = pixels if pixels.dim() == 4 else pixels.expand(temporal, *pixels.shape)
+        # Before a picture is repeated over time, there is half as much to look up.
+        values = self.pixels.normalise(pixels)
+        frames = values if values.dim() == 4 else values.expand(temporal, *values.shape)
         frames = frames.unflatten(0, (-1, temporal))
         frames = frames.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
         # t, T, H, m, p, W, m, p, C  →  t, H, W, m, m, C, T, p, p
-        flat = frames.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3, temporal * patch * patch)
-        return self.pixels(flat)
+        return frames.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3 * temporal * patch * patch)
 
     def _check(self, entry: PreparedMedia) -> None:
         t, h, w = entry.item.grid
