@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.encoder import EncoderEngine
-from engine.inputs.frontend import PreparedPrompt
+from engine.inputs.frontend import Encode, PreparedPrompt
+from engine.inputs.prompt import PreparedMedia
 from engine.loading import LoadedEngine
 from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -23,6 +24,8 @@ from engine.sampling_params import SamplingParams
 _TOGETHER = 16
 
 Params = SamplingParams | PoolingParams
+#: Prepares one prompt; its media are encoded as well where that is given.
+Prepare = Callable[[Encode | None], PreparedPrompt]
 
 
 @dataclass(slots=True)
@@ -41,7 +44,7 @@ class OfflineRunner:
     """Drives an engine on the caller's thread.
 
     Prompts are prepared by worker threads while the device works on earlier ones; a lone one by the caller's
-    thread, which would only wait for another.
+    thread, which would only wait for another, and encoded before its prompt is built.
 
     Args:
         engine: the loaded engine.
@@ -57,9 +60,7 @@ class OfflineRunner:
         self._num_media = 0
         self._num_tokens = 0
 
-    def run(
-        self, prepare: Sequence[Callable[[], PreparedPrompt]], params: Sequence[Params], use_tqdm: bool
-    ) -> list[Job]:
+    def run(self, prepare: Sequence[Prepare], params: Sequence[Params], use_tqdm: bool) -> list[Job]:
         """Prepare, encode and compute all prompts; the jobs, done, in order.
 
         Raises:
@@ -91,13 +92,12 @@ class OfflineRunner:
                 raise
         return jobs
 
-    def _start(
-        self, prepare: Sequence[Callable[[], PreparedPrompt]], params: Sequence[Params], jobs: list[Job]
-    ) -> Iterator[Job]:
+    def _start(self, prepare: Sequence[Prepare], params: Sequence[Params], jobs: list[Job]) -> Iterator[Job]:
         """Jobs in order, with preparation running a bounded distance ahead."""
         ahead: deque[Job] = deque()
         for work, wanted in zip(prepare, params, strict=True):
-            job = Job(wanted, self._pool.submit(work) if len(prepare) > 1 else _done(work()))
+            alone = len(prepare) == 1
+            job = Job(wanted, _done(work(self._encode)) if alone else self._pool.submit(work, None))
             jobs.append(job)
             ahead.append(job)
             if len(ahead) > 2 * self._engine.config.max_num_seqs:
@@ -119,9 +119,7 @@ class OfflineRunner:
         media = [item for prompt in prompts for item in prompt.media]
         rows: Iterator[Any] = iter(())
         if media:
-            assert self._encoder is not None
-            rows = iter(self._encoder.encode(media))
-            self._num_media += len(media)
+            rows = iter(self._encode(media))
         requests, outputs = self._engine.requests, self._engine.outputs
         for job, prompt in zip(batch, prompts, strict=True):
             embeddings = [*prompt.embeddings, *(next(rows) for _ in prompt.media)]
@@ -138,6 +136,11 @@ class OfflineRunner:
             for request in job.group.requests:
                 self._engine.core.add(request)
         return batch
+
+    def _encode(self, media: Sequence[PreparedMedia]) -> Sequence[Any]:
+        assert self._encoder is not None
+        self._num_media += len(media)
+        return self._encoder.encode(media)
 
     def _take(self, job: Job, update: StreamUpdate | EmbeddingOutput, progress: tqdm) -> None:
         if isinstance(update, EmbeddingOutput):

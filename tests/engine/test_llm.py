@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams
+from engine.config import EngineConfig
 from engine.errors import (
     CheckpointError,
     ConfigError,
@@ -25,6 +26,7 @@ from engine.errors import (
     MediaForbidden,
     MediaTooLarge,
 )
+from engine.inputs.frontend import Frontend
 from engine.weights import loader
 from tests.engine import tiny
 from tests.serving import serve_files
@@ -239,6 +241,27 @@ def test_who_prepares(llm):
         generated(llm, [Watched(5, began, ended), *[Watched("what?", began, ended, 0.2)] * 40])
     assert len(began) == len(ended)
     llm.check_integrity()
+
+
+def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
+    front = Frontend.load(EngineConfig(model=str(path)))
+    image, video = tiny.picture(24, 24, 1), [tiny.picture(24, 24, 2)] * 2
+    mark = MARK.replace("image", "video")
+    prompt = {"prompt": f"{mark}{MARK}{MARK}", "multi_modal_data": {"image": [image] * 2, "video": video}}
+    encoded = []
+
+    def encode(media):
+        encoded.extend(media)
+        return [len(media) * 10 + index for index in range(len(media))]
+
+    ahead, apart = front.from_prompt(prompt, encode), front.from_prompt(prompt)
+    assert [media.item.hash for media in encoded] == ["", "", ""]
+    assert [media.item.kind for media in encoded] == ["image", "image", "video"]
+    assert ahead.inputs == apart.inputs and not ahead.media
+    # Of equal pictures any one's rows will do.
+    assert ahead.embeddings in ([32, 30, 30], [32, 31, 31])
+    assert [media.item for media in apart.media] == [span.item for span in apart.inputs.spans]
+    assert generated(llm, prompt)[0] == generated(llm, [prompt, prompt])[1]
 
 
 def test_pictures_are_turned_as_their_file_says(llm):
