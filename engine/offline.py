@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +71,9 @@ class OfflineRunner:
         self._num_media = self._num_tokens = 0
         jobs: list[Job] = []
         by_group: dict[int, Job] = {}
-        progress = tqdm(total=len(prepare), desc="prompts", disable=not use_tqdm, dynamic_ncols=True)
-        with progress:
+        # A bar that is never shown takes locks of all processes nevertheless.
+        bar = tqdm(total=len(prepare), desc="prompts", dynamic_ncols=True) if use_tqdm else nullcontext()
+        with bar as progress:
             waiting = self._start(prepare, params, jobs)
             try:
                 ready = next(waiting, None)
@@ -142,16 +144,18 @@ class OfflineRunner:
         self._num_media += len(media)
         return self._encoder.encode(media)
 
-    def _take(self, job: Job, update: StreamUpdate | EmbeddingOutput, progress: tqdm) -> None:
+    def _take(self, job: Job, update: StreamUpdate | EmbeddingOutput, progress: tqdm | None) -> None:
         if isinstance(update, EmbeddingOutput):
             job.embedding = update
-            progress.update()
-            return
-        job.update = update if job.update is None else merge_updates(job.update, update)
-        if update.finished:
+        else:
+            job.update = update if job.update is None else merge_updates(job.update, update)
+            if not update.finished:
+                return
             self._num_tokens += update.usage.completion_tokens
+        if progress is not None:
             progress.update()
-            progress.set_postfix_str(_rates(progress, self._num_media, self._num_tokens))
+            if self._num_tokens:
+                progress.set_postfix_str(_rates(progress, self._num_media, self._num_tokens))
 
     def _abandon(self, jobs: Sequence[Job]) -> None:
         """After an error: free all that the call's other prompts hold."""
