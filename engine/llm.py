@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import ConfigError, InvalidRequest
-from engine.inputs.frontend import Frontend, PreparedPrompt, load_sampling_defaults
+from engine.inputs.frontend import Frontend, load_sampling_defaults
 from engine.loading import check_checkpoint, load_engine
 from engine.media.guard import FetchPolicy
-from engine.offline import Job, OfflineRunner, Params
+from engine.offline import Job, OfflineRunner, Params, Prepare
 from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
 from engine.pooling_params import Pooling, PoolingParams
 from engine.sampling_params import SamplingParams
@@ -195,18 +195,14 @@ class LLM:
         assert self._engine.outputs.num_groups == 0
         self._engine.core.check_integrity()
 
-    def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[Callable[[], PreparedPrompt]]:
+    def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[Prepare]:
         return [partial(self._frontend.from_prompt, prompt) for prompt in _as_list(prompts)]
 
-    def _conversations(
-        self, messages: Messages | Sequence[Messages], **options: Any
-    ) -> list[Callable[[], PreparedPrompt]]:
+    def _conversations(self, messages: Messages | Sequence[Messages], **options: Any) -> list[Prepare]:
         many: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return [partial(self._frontend.from_messages, conversation, **options) for conversation in many]
 
-    def _run(
-        self, prepare: Sequence[Callable[[], PreparedPrompt]], params: Sequence[Params], use_tqdm: bool
-    ) -> list[Job]:
+    def _run(self, prepare: Sequence[Prepare], params: Sequence[Params], use_tqdm: bool) -> list[Job]:
         try:
             return self._runner.run(prepare, params, use_tqdm)
         finally:
@@ -214,7 +210,7 @@ class LLM:
 
     def _run_generation(
         self,
-        prepare: Sequence[Callable[[], PreparedPrompt]],
+        prepare: Sequence[Prepare],
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:

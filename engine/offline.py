@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from engine.encoder import EncoderEngine
-from engine.inputs.frontend import PreparedPrompt
+from engine.inputs.frontend import Encode, PreparedPrompt
+from engine.inputs.prompt import PreparedMedia
 from engine.loading import LoadedEngine
 from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -23,6 +25,8 @@ from engine.sampling_params import SamplingParams
 _TOGETHER = 16
 
 Params = SamplingParams | PoolingParams
+#: Prepares one prompt; its media are encoded as well where that is given.
+Prepare = Callable[[Encode | None], PreparedPrompt]
 
 
 @dataclass(slots=True)
@@ -40,7 +44,8 @@ class Job:
 class OfflineRunner:
     """Drives an engine on the caller's thread.
 
-    Prompts are prepared by worker threads while the device works on earlier ones.
+    Prompts are prepared by worker threads while the device works on earlier ones; a lone one by the caller's
+    thread, which would only wait for another, and encoded before its prompt is built.
 
     Args:
         engine: the loaded engine.
@@ -50,13 +55,13 @@ class OfflineRunner:
     def __init__(self, engine: LoadedEngine, encoder: EncoderEngine | None) -> None:
         self._engine = engine
         self._encoder = encoder
+        # Threads start when there is work for them, and end with this object.
+        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 32), "prepare")
         self._count = 0
         self._num_media = 0
         self._num_tokens = 0
 
-    def run(
-        self, prepare: Sequence[Callable[[], PreparedPrompt]], params: Sequence[Params], use_tqdm: bool
-    ) -> list[Job]:
+    def run(self, prepare: Sequence[Prepare], params: Sequence[Params], use_tqdm: bool) -> list[Job]:
         """Prepare, encode and compute all prompts; the jobs, done, in order.
 
         Raises:
@@ -64,12 +69,12 @@ class OfflineRunner:
         """
         core, outputs = self._engine.core, self._engine.outputs
         self._num_media = self._num_tokens = 0
-        workers = min(os.cpu_count() or 1, 32)
         jobs: list[Job] = []
         by_group: dict[int, Job] = {}
-        progress = tqdm(total=len(prepare), desc="prompts", disable=not use_tqdm, dynamic_ncols=True)
-        with ThreadPoolExecutor(workers, "prepare") as pool, progress:
-            waiting = self._start(prepare, params, pool, jobs)
+        # A bar that is never shown takes locks of all processes nevertheless.
+        bar = tqdm(total=len(prepare), desc="prompts", dynamic_ncols=True) if use_tqdm else nullcontext()
+        with bar as progress:
+            waiting = self._start(prepare, params, jobs)
             try:
                 ready = next(waiting, None)
                 while ready is not None or core.has_work:
@@ -89,17 +94,12 @@ class OfflineRunner:
                 raise
         return jobs
 
-    def _start(
-        self,
-        prepare: Sequence[Callable[[], PreparedPrompt]],
-        params: Sequence[Params],
-        pool: ThreadPoolExecutor,
-        jobs: list[Job],
-    ) -> Iterator[Job]:
+    def _start(self, prepare: Sequence[Prepare], params: Sequence[Params], jobs: list[Job]) -> Iterator[Job]:
         """Jobs in order, with preparation running a bounded distance ahead."""
         ahead: deque[Job] = deque()
         for work, wanted in zip(prepare, params, strict=True):
-            job = Job(wanted, pool.submit(work))
+            alone = len(prepare) == 1
+            job = Job(wanted, _done(work(self._encode)) if alone else self._pool.submit(work, None))
             jobs.append(job)
             ahead.append(job)
             if len(ahead) > 2 * self._engine.config.max_num_seqs:
@@ -121,9 +121,7 @@ class OfflineRunner:
         media = [item for prompt in prompts for item in prompt.media]
         rows: Iterator[Any] = iter(())
         if media:
-            assert self._encoder is not None
-            rows = iter(self._encoder.encode(media))
-            self._num_media += len(media)
+            rows = iter(self._encode(media))
         requests, outputs = self._engine.requests, self._engine.outputs
         for job, prompt in zip(batch, prompts, strict=True):
             embeddings = [*prompt.embeddings, *(next(rows) for _ in prompt.media)]
@@ -141,28 +139,42 @@ class OfflineRunner:
                 self._engine.core.add(request)
         return batch
 
-    def _take(self, job: Job, update: StreamUpdate | EmbeddingOutput, progress: tqdm) -> None:
+    def _encode(self, media: Sequence[PreparedMedia]) -> Sequence[Any]:
+        assert self._encoder is not None
+        self._num_media += len(media)
+        return self._encoder.encode(media)
+
+    def _take(self, job: Job, update: StreamUpdate | EmbeddingOutput, progress: tqdm | None) -> None:
         if isinstance(update, EmbeddingOutput):
             job.embedding = update
-            progress.update()
-            return
-        job.update = update if job.update is None else merge_updates(job.update, update)
-        if update.finished:
+        else:
+            job.update = update if job.update is None else merge_updates(job.update, update)
+            if not update.finished:
+                return
             self._num_tokens += update.usage.completion_tokens
+        if progress is not None:
             progress.update()
-            progress.set_postfix_str(_rates(progress, self._num_media, self._num_tokens))
+            if self._num_tokens:
+                progress.set_postfix_str(_rates(progress, self._num_media, self._num_tokens))
 
     def _abandon(self, jobs: Sequence[Job]) -> None:
         """After an error: free all that the call's other prompts hold."""
         core = self._engine.core
+        # Nobody may use what the call has opened any more when it returns.
+        wait([job.prepared for job in jobs if not job.prepared.cancel()])
         for job in jobs:
-            job.prepared.cancel()
             if job.group is not None:
                 self._engine.outputs.remove(job.group)
                 for request in job.group.requests:
                     core.abort(request)
         while core.has_work:
             core.step()
+
+
+def _done(prepared: PreparedPrompt) -> Future[PreparedPrompt]:
+    future: Future[PreparedPrompt] = Future()
+    future.set_result(prepared)
+    return future
 
 
 def _rates(progress: tqdm, media: int, tokens: int) -> str:

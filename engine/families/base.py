@@ -118,6 +118,18 @@ class PromptAwareProcessor(Protocol):
 
 
 @runtime_checkable
+class NamelessProcessor(Protocol):
+    """A :class:`MediaProcessor` whose items can be named after their encoding was begun: that takes longer
+    than the rest of their preparation, and no encoder asks for it."""
+
+    def nameless(self) -> MediaProcessor:
+        """The same processor, but its items have no content hash yet (``""``)."""
+
+    def named(self, media: PreparedMedia) -> PreparedMedia:
+        """``media`` of :meth:`nameless` as this processor itself would have prepared it."""
+
+
+@runtime_checkable
 class EmbeddingProcessor(Protocol):
     """A :class:`MediaProcessor` whose pictures may also come as embedding rows.
 

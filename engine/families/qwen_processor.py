@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,7 +85,7 @@ class VideoRules:
 
 @dataclass(frozen=True, slots=True)
 class QwenProcessor:
-    """See :class:`engine.families.base.MediaProcessor`.
+    """See :class:`engine.families.base.MediaProcessor` and :class:`engine.families.base.NamelessProcessor`.
 
     Attributes:
         family: the family's name.
@@ -95,6 +95,7 @@ class QwenProcessor:
         video_pixels: the same for videos, as ``video.size`` understands it.
         resample: PIL's filter number.
         fps: rate of the frames of videos.
+        names: whether items get their content hash.
     """
 
     family: str
@@ -106,6 +107,7 @@ class QwenProcessor:
     video: VideoRules
     resample: int = 3
     fps: float = DEFAULT_FPS
+    names: bool = True
 
     @classmethod
     def create(
@@ -168,6 +170,20 @@ class QwenProcessor:
         times = self.video.times(count, temporal, self.fps) if self.video.times else ()
         return self._media("video", np.stack(resized), len(resized) // temporal, size, times)
 
+    def nameless(self) -> QwenProcessor:
+        return replace(self, names=False)
+
+    def named(self, media: PreparedMedia) -> PreparedMedia:
+        item, vision = media.item, self.vision
+        options = {
+            "patch": vision.patch_size,
+            "merge": vision.merge_size,
+            "temporal": vision.temporal_patch_size,
+            "times": item.times,
+        }
+        key = content_hash(media.pixels, family=self.family, options=options, kind=item.kind, size=item.size)
+        return PreparedMedia(replace(item, hash=key), media.pixels)
+
     @property
     def embedding_field(self) -> str:
         return "image_grid_thw"
@@ -203,22 +219,17 @@ class QwenProcessor:
         h, w = (side // vision.patch_size for side in pixels.shape[-3:-1])
         rows = t * h * w // vision.merge_size**2
         token = self.image_token_id if kind == "image" else self.video_token_id
-        options = {
-            "patch": vision.patch_size,
-            "merge": vision.merge_size,
-            "temporal": vision.temporal_patch_size,
-            "times": times,
-        }
         item = MediaItem(
             kind=kind,
-            hash=content_hash(pixels, family=self.family, options=options, kind=kind, size=size),
+            hash="",
             num_tokens=rows,
             grid=(t, h, w),
             size=size,
             placeholder=(PlaceholderRun(token, rows, True),),
             times=times,
         )
-        return PreparedMedia(item, pixels)
+        media = PreparedMedia(item, pixels)
+        return self.named(media) if self.names else media
 
 
 def _check(raw: Mapping[str, Any], vision: NativeVisionConfig) -> None:

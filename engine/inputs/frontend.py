@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -12,7 +12,13 @@ from PIL import Image
 
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
-from engine.families.base import Family, MediaProcessor, ModelConfig, PromptAwareProcessor
+from engine.families.base import (
+    Family,
+    MediaProcessor,
+    ModelConfig,
+    NamelessProcessor,
+    PromptAwareProcessor,
+)
 from engine.families.registry import resolve
 from engine.fit import check_fit
 from engine.inputs.builder import PromptBuilder
@@ -26,6 +32,9 @@ from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.sampling_params import generation_defaults
 from engine.weights.checkpoint import Checkpoint
+
+#: Prepared media to their embedding rows; see :meth:`engine.encoder.EncoderEngine.encode`.
+Encode = Callable[[Sequence[PreparedMedia]], Sequence[Any]]
 
 
 def load_prompt_builder(config: EngineConfig) -> PromptBuilder:
@@ -137,8 +146,12 @@ class Frontend:
     def takes_media(self) -> bool:
         return self._processor is not None
 
-    def from_prompt(self, prompt: str | Mapping[str, Any]) -> PreparedPrompt:
+    def from_prompt(self, prompt: str | Mapping[str, Any], encode: Encode | None = None) -> PreparedPrompt:
         """One prompt of :meth:`engine.LLM.generate`.
+
+        Args:
+            encode: encodes the media here and now, if given: a device computes their rows while they are
+                named and the prompt is built.
 
         Raises:
             InvalidRequest: naming the entry that can't be used.
@@ -158,10 +171,10 @@ class Frontend:
         if are_embeddings(data.get("image")):
             given = self._given(data)
             inputs = self._inputs(prompt, [item for item, _ in given], salt)
-            rows = {item.hash: tensor for item, tensor in given}
-            return PreparedPrompt(inputs, embeddings=[rows[span.item.hash] for span in inputs.spans])
-        media = self._prepare(_media_sources(data))
-        return _prepared(self._inputs(prompt, [prepared.item for prepared in media], salt), media)
+            tensors = {item.hash: tensor for item, tensor in given}
+            return PreparedPrompt(inputs, embeddings=[tensors[span.item.hash] for span in inputs.spans])
+        media, rows = self._prepare(_media_sources(data), encode)
+        return _prepared(self._inputs(prompt, [prepared.item for prepared in media], salt), media, rows)
 
     def _inputs(self, prompt: Mapping[str, Any], items: Sequence[MediaItem], salt: str) -> EngineInput:
         if (ids := prompt.get("prompt_token_ids")) is not None:
@@ -185,6 +198,7 @@ class Frontend:
     def from_messages(
         self,
         messages: Sequence[Mapping[str, Any]],
+        encode: Encode | None = None,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -192,13 +206,13 @@ class Frontend:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> PreparedPrompt:
-        """One conversation of :meth:`engine.LLM.chat`.
+        """One conversation of :meth:`engine.LLM.chat`; ``encode`` as in :meth:`from_prompt`.
 
         Raises:
             InvalidRequest: naming the message or part that can't be used.
         """
         parsed, sources = parse_messages(messages)
-        media = self._prepare(sources)
+        media, rows = self._prepare(sources, encode)
         builder = self._builder if chat_template is None else self._builder.with_template(chat_template)
         inputs = builder.from_messages(
             parsed,
@@ -208,20 +222,26 @@ class Frontend:
             tools=tools,
             template_kwargs=chat_template_kwargs,
         )
-        return _prepared(inputs, media)
+        return _prepared(inputs, media, rows)
 
     def close(self) -> None:
         """Close connections. They are opened again when they are needed."""
         self._fetcher.close_blocking()
 
-    def _prepare(self, sources: Sequence[MediaSource]) -> list[PreparedMedia]:
+    def _prepare(
+        self, sources: Sequence[MediaSource], encode: Encode | None
+    ) -> tuple[list[PreparedMedia], Sequence[Any] | None]:
+        """The media of a prompt, and their rows if they are to be encoded here."""
         if not sources:
-            return []
+            return [], None
         if self._processor is None:
             raise InvalidRequest("This model takes no pictures.", param=sources[0].where)
         check_media_limits(sources, self._config.limit_mm_per_prompt)
         budget = ByteBudget(self._fetcher.policy.max_total_bytes)
         processor = for_prompt(self._processor, sources)
+        names_later = processor if encode is not None and isinstance(processor, NamelessProcessor) else None
+        if names_later is not None:
+            processor = names_later.nameless()
         prepared = []
         for source in sources:
             if source.kind == "video":
@@ -229,7 +249,10 @@ class Frontend:
                 prepared.append(processor.prepare_video(frames))
             else:
                 prepared.append(processor.prepare(self._picture(source, budget)))
-        return prepared
+        rows = None if encode is None else encode(prepared)
+        if names_later is not None:
+            prepared = [names_later.named(media) for media in prepared]
+        return prepared, rows
 
     def _picture(self, source: MediaSource, budget: ByteBudget) -> Image.Image:
         if source.image is not None:
@@ -239,10 +262,15 @@ class Frontend:
         return decode_image(data, self._limits, where=source.where)
 
 
-def _prepared(inputs: EngineInput, media: Sequence[PreparedMedia]) -> PreparedPrompt:
+def _prepared(
+    inputs: EngineInput, media: Sequence[PreparedMedia], rows: Sequence[Any] | None
+) -> PreparedPrompt:
     # A raw prompt may mark a video before a picture, which stand the other way round in multi_modal_data.
-    by_hash = {prepared.item.hash: prepared for prepared in media}
-    return PreparedPrompt(inputs, [by_hash[span.item.hash] for span in inputs.spans])
+    place = {prepared.item.hash: index for index, prepared in enumerate(media)}
+    order = [place[span.item.hash] for span in inputs.spans]
+    if rows is None:
+        return PreparedPrompt(inputs, [media[index] for index in order])
+    return PreparedPrompt(inputs, embeddings=[rows[index] for index in order])
 
 
 def _media_sources(data: Mapping[str, Any]) -> list[MediaSource]:

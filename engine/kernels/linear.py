@@ -56,7 +56,7 @@ def tiling(outputs: int, inputs: int) -> Tiling:
     The best of nine on an H100, by the time of whole decode steps of models of 2 and 7 billion parameters, or
     within a hundredth of it.
     """
-    tile_outputs, tile_inputs = (4, 512) if outputs > 8192 else (1, 2048)
+    tile_outputs, tile_inputs = (4, 512) if outputs > 8192 else (1, 1024)
     return Tiling(tile_outputs, min(tile_inputs, triton.next_power_of_2(inputs)), 4)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from engine.layers.native_vision_config import NativeVisionConfig
+from engine.layers.vision_segments import VisionSegments
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,8 @@ class FramePlan:
             windows.
         inverse: back to reading order.
         windows: patches in each window.
+        alone: what the tower attends within where this frame is the whole batch: segments, and windows or
+            None. The same objects every time.
         taps: ``(h * w, 4)`` int64, rows of the position table that a patch lies between; None without table.
         weights: ``(h * w, 4)`` float32, their shares.
     """
@@ -29,6 +33,7 @@ class FramePlan:
     order: torch.Tensor | None
     inverse: torch.Tensor | None
     windows: tuple[int, ...]
+    alone: tuple[VisionSegments, VisionSegments | None]
     taps: torch.Tensor | None
     weights: torch.Tensor | None
 
@@ -53,7 +58,15 @@ def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device)
     if config.position_side is not None:
         taps, weights = _taps(config.position_side, (rows, h), (columns, w))
         taps, weights = taps.to(device), weights.to(device)
-    return FramePlan(angles.cos().to(device), angles.sin().to(device), order, inverse, windows, taps, weights)
+    cos, sin = angles.cos().to(device), angles.sin().to(device)
+    alone = segments_of([h * w], cos, sin), segments_of(windows, cos, sin) if windows else None
+    return FramePlan(cos, sin, order, inverse, windows, alone, taps, weights)
+
+
+def segments_of(lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> VisionSegments:
+    """Consecutive segments of ``lengths`` patches, with the rotary tables of all."""
+    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    return VisionSegments(cu_seqlens.to(cos.device, non_blocking=True), max(lengths), cos, sin)
 
 
 def _windows(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:

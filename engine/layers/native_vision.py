@@ -14,7 +14,7 @@ from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.connector import PatchMerger
-from engine.layers.native_grid import FramePlan, plan_frame
+from engine.layers.native_grid import FramePlan, plan_frame, segments_of
 from engine.layers.native_vision_config import NativeVisionConfig
 from engine.layers.pixels import Pixels
 from engine.layers.vision import VisionTransformer, make_norm
@@ -59,7 +59,7 @@ class NativeVisionEncoder(nn.Module):
         for entry in media:
             self._check(entry)
         plans = [self._plan(*entry.item.grid[1:]) for entry in media]
-        patches = torch.cat(
+        patches = _joined(
             [
                 self._reorder(self.patchify(self.pixels.upload(entry.pixels)), entry, plan.order)
                 for entry, plan in zip(media, plans, strict=True)
@@ -80,12 +80,13 @@ class NativeVisionEncoder(nn.Module):
             self.config.merge_size,
             self.config.temporal_patch_size,
         )
-        frames = pixels if pixels.dim() == 4 else pixels.expand(temporal, *pixels.shape)
+        # Before a picture is repeated over time, there is half as much to look up.
+        values = self.pixels.normalise(pixels)
+        frames = values if values.dim() == 4 else values.expand(temporal, *values.shape)
         frames = frames.unflatten(0, (-1, temporal))
         frames = frames.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
         # t, T, H, m, p, W, m, p, C  →  t, H, W, m, m, C, T, p, p
-        flat = frames.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3, temporal * patch * patch)
-        return self.pixels(flat)
+        return frames.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3 * temporal * patch * patch)
 
     def _check(self, entry: PreparedMedia) -> None:
         t, h, w = entry.item.grid
@@ -113,21 +114,13 @@ class NativeVisionEncoder(nn.Module):
 
     def _rows(self, patches: torch.Tensor, frames: Sequence[FramePlan]) -> torch.Tensor:
         """Each frame of patches attends within itself, in windows where the tower has them."""
-        cos, sin = torch.cat([f.cos for f in frames]), torch.cat([f.sin for f in frames])
-        segments = self._segments([len(f.cos) for f in frames], cos, sin)
-        windows = None
-        if self.config.window is not None:
-            windows = self._segments([size for f in frames for size in f.windows], cos, sin)
+        segments, windows = frames[0].alone if len(frames) == 1 else _segments(frames)
         *kept, last = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
         # Blocks come in their own order, mergers in that of the configuration.
         layers = self.config.deepstack_layers
         mergers = [self.deepstack[layers.index(layer)] for layer in sorted(layers)]
         appended = [merger(x) for merger, x in zip(mergers, kept, strict=True)]
-        return torch.cat([self.merger(last), *appended], dim=1)
-
-    def _segments(self, lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> VisionSegments:
-        cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        return VisionSegments(cu_seqlens.to(self.device, non_blocking=True), max(lengths), cos, sin)
+        return _joined([self.merger(last), *appended], dim=1)
 
     def _positions(self, frames: Sequence[FramePlan]) -> torch.Tensor | None:
         """Learned positions ``(N, width)``, weighed in float32."""
@@ -145,3 +138,16 @@ class NativeVisionEncoder(nn.Module):
         if self.position_embedding is None:
             return []
         return [plain_slot(prefix + "position_embedding", self.position_embedding)]
+
+
+def _segments(frames: Sequence[FramePlan]) -> tuple[VisionSegments, VisionSegments | None]:
+    """What a batch of frames attends within, and its windows if there are any."""
+    cos, sin = torch.cat([f.cos for f in frames]), torch.cat([f.sin for f in frames])
+    windows = [size for f in frames for size in f.windows]
+    segments = segments_of([len(f.cos) for f in frames], cos, sin)
+    return segments, segments_of(windows, cos, sin) if windows else None
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """``torch.cat``, which would copy a lone part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

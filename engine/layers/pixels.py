@@ -20,7 +20,10 @@ class Pixels(nn.Module):
         self.dtype, self.device = build.dtype, build.device
         table = torch.from_numpy(normalisation_table(mean, std, scale)).to(build.dtype)
         self.table: torch.Tensor
-        self.register_buffer("table", table.to(build.device), persistent=False)
+        self.offset: torch.Tensor
+        self.register_buffer("table", table.flatten().to(build.device), persistent=False)
+        offset = torch.arange(len(mean)) * table.shape[1]
+        self.register_buffer("offset", offset.to(build.device), persistent=False)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """``array`` on the device; it may be read-only and shared, and is copied before this returns."""
@@ -31,6 +34,8 @@ class Pixels(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 ``(N, channels, n)`` to normalised ``(N, channels * n)`` in the model's dtype."""
-        channels = self.table.shape[0]
-        offset = torch.arange(channels, device=self.device, dtype=torch.int32)[:, None] * 256
-        return self.table.view(-1)[(patches.int() + offset).long()].flatten(1)
+        return self.table[patches + self.offset[:, None]].flatten(1)
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 ``(..., channels)`` to their values in the model's dtype, same shape."""
+        return self.table[pixels + self.offset]

@@ -49,6 +49,7 @@ class TowerGraphs:
         self._rotates = angles is not None
         self._bounds = torch.zeros(MAX_SEGMENTS + 1, dtype=torch.int32, device=device)
         self._window_bounds = torch.zeros(MAX_WINDOWS + 1, dtype=torch.int32, device=device)
+        self._filled: tuple[VisionSegments, VisionSegments | None] | None = None
         self._replays: dict[tuple[int, int], Replay] = {}
 
     def rehearse(self) -> None:
@@ -71,17 +72,28 @@ class TowerGraphs:
     def replay(
         self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None
     ) -> list[torch.Tensor]:
-        """What ``blocks`` gives: views that the next replay overwrites."""
+        """What ``blocks`` gives: views that the next replay overwrites.
+
+        Segments and windows are not to be changed afterwards: those of the replay before, the same objects,
+        are in their places already.
+        """
         tokens = len(x)
         count = 1 if len(segments.cu_seqlens) == 2 else MAX_SEGMENTS
         replay = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, count)
         self._x[:tokens] = x
+        if self._filled is None or self._filled[0] is not segments or self._filled[1] is not windows:
+            # Until all is in its place nothing is.
+            self._filled = None
+            self._place(segments, windows, tokens)
+            self._filled = segments, windows
+        return [out[:tokens] for out in replay()]
+
+    def _place(self, segments: VisionSegments, windows: VisionSegments | None, tokens: int) -> None:
         if segments.cos is not None and segments.sin is not None:
             self._cos[:tokens], self._sin[:tokens] = segments.cos, segments.sin
         _fill(self._bounds, segments.cu_seqlens, tokens)
         if windows is not None:
             _fill(self._window_bounds, windows.cu_seqlens, tokens)
-        return [out[:tokens] for out in replay()]
 
     def _get(self, size: int, count: int) -> Replay:
         if (size, count) not in self._replays:

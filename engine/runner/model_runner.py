@@ -158,7 +158,7 @@ class ModelRunner:
             self._pool(batch, hidden, pooled)
             self._score_prompts(batch, hidden, found)
             slots, tokens = places["sampling_slots"], None
-            logits = self.model.logits(hidden[rows])
+            logits = self.model.logits(hidden.index_select(0, rows))
         else:
             slots = self._decode_slot_tensor(batch.decode_slots)
             captured = replace(plan, num_logprobs=-1)
@@ -250,7 +250,8 @@ class ModelRunner:
             slot, column, block = places["tables"]
             self._state.block_tables[slot, column] = block.int()
         if "deltas" in places:
-            self._state.delta[places["deltas"][0]] = places["deltas"][1]
+            slot, delta = places["deltas"]
+            self._state.delta.index_copy_(0, slot, delta)
         return places
 
     def _admit(self, request: Request, slot: int, num_computed: int) -> None:
@@ -358,37 +359,40 @@ class ModelRunner:
         """One forward over decodes and chunks: hidden states ``(T, H)``, which the next may
         overwrite, and the rows that sample."""
         state, decodes = self._state, len(batch.decode_slots)
-        slots = places["slots"]
+        slots, ids, positions = places["slots"], places["ids"], places["positions"]
+        lengths, kv_slots = places["ends"], places["kv_slots"]
         tables = state.block_tables.index_select(0, slots)
-        decoding = state.decode_places(slots[:decodes])
-        positions = decoding.positions.expand(3, -1) if self._mrope else decoding.positions
-        longest = max((c.start + c.count for c in batch.prefills), default=0)
+        if decodes:
+            decoding = state.decode_places(slots[:decodes])
+            decode_positions = decoding.positions.expand(3, -1) if self._mrope else decoding.positions
+            ids = torch.cat([decoding.ids, ids])
+            positions = torch.cat([decode_positions, positions], dim=-1)
+            lengths = torch.cat([decoding.seq_lens, lengths])
+            kv_slots = torch.cat([decoding.kv_slots, kv_slots])
         meta = AttentionMetadata(
             block_tables=tables,
             query_start=places["query_start"].int(),
-            seq_lens=torch.cat([decoding.seq_lens, places["ends"].int()]),
-            slot_mapping=torch.cat([decoding.kv_slots, places["kv_slots"]]),
+            seq_lens=lengths.int(),
+            slot_mapping=kv_slots,
             max_query_len=max(c.count for c in batch.prefills),
-            max_seq_len=self._max_model_len if decodes else longest,
+            max_seq_len=self._max_model_len if decodes else max(c.start + c.count for c in batch.prefills),
         )
-        ids = torch.cat([decoding.ids, places["ids"]])
         embeds = self.model.embed(ids)
         deepstack = None
         if rows := self._embed_rows(batch):
-            media, width = torch.cat(rows), embeds.shape[1]
-            embeds = embeds.index_copy(0, places["embed_places"], media[:, :width])
+            media, width = rows[0] if len(rows) == 1 else torch.cat(rows), embeds.shape[1]
+            embeds.index_copy_(0, places["embed_places"], media[:, :width])
             if media.shape[1] > width:
                 deepstack = embeds.new_zeros((media.shape[1] // width - 1, *embeds.shape))
                 layers = media[:, width:].unflatten(1, (-1, width)).transpose(0, 1)
                 deepstack.index_copy_(1, places["embed_places"], layers)
-        positions = torch.cat([positions, places["positions"]], dim=-1)
         small = self._forwards is not None and self._forwards.fits(len(embeds), len(slots))
         if small and deepstack is None:
             assert self._forwards is not None
             hidden = self._forwards.replay(embeds, positions, meta)
         else:
             hidden = self.model(embeds, positions, self._kv, meta, deepstack)
-        state.length.index_copy_(0, slots, meta.seq_lens.long())
+        state.length.index_copy_(0, slots, lengths)
         return hidden, places["rows"]
 
     def _pool(self, batch: ScheduledBatch, hidden: torch.Tensor, pooled: list) -> None:

@@ -14,16 +14,20 @@ def upload(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, tor
     On a GPU the copy goes through fresh pinned memory and doesn't wait; PyTorch's pinned allocator keeps the
     memory until the copy is through.
     """
-    flat = [np.ascontiguousarray(array, dtype=np.int64).reshape(-1) for array in arrays.values()]
-    host = torch.from_numpy(np.concatenate(flat))
+    # Each begins at 16 bytes, as tensors of their own do: for others kernels would be compiled once more.
+    sizes = [array.size + array.size % 2 for array in arrays.values()]
+    joined = np.zeros(sum(sizes), np.int64)
+    offset = 0
+    for array, size in zip(arrays.values(), sizes, strict=True):
+        joined[offset : offset + array.size] = array.reshape(-1)
+        offset += size
+    host = torch.from_numpy(joined)
     if device.type == "cuda":
         host = host.pin_memory().to(device, non_blocking=True)
-    views: dict[str, torch.Tensor] = {}
-    offset = 0
-    for name, array in arrays.items():
-        views[name] = host[offset : offset + array.size].view(array.shape)
-        offset += array.size
-    return views
+    return {
+        name: part[: array.size].view(array.shape)
+        for (name, array), part in zip(arrays.items(), host.split(sizes), strict=True)
+    }
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ WAYS = {
     # 17 tokens a step split every picture; blocks of 4 cut them in the middle.
     "tiny budget": {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4},
     # Too few blocks for all: some are interrupted and computed again.
-    "few blocks": {"num_kv_blocks": 50, "block_size": 4, "max_num_batched_tokens": 64},
+    "few blocks": {"num_kv_blocks": 42, "block_size": 4, "max_num_batched_tokens": 64},
     "no run-ahead": {"run_ahead": 0, "enable_prefix_caching": False},
     "far ahead": {"run_ahead": 3, "max_num_batched_tokens": 100},
 }

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams
+from engine.config import EngineConfig
 from engine.errors import (
     CheckpointError,
     ConfigError,
@@ -24,6 +26,7 @@ from engine.errors import (
     MediaForbidden,
     MediaTooLarge,
 )
+from engine.inputs.frontend import Frontend
 from engine.weights import loader
 from tests.engine import tiny
 from tests.serving import serve_files
@@ -207,6 +210,58 @@ def test_one_picture_of_several_prompts_is_read_once(llm, tmp_path):
         with Image.open(tmp_path / "a.jpg") as picture:
             tokens = generated(llm, [about(picture)] * 8)
         assert all(each == tokens[0] for each in tokens)
+
+
+class Watched(dict):
+    """A prompt that notes who begins and who ends reading it."""
+
+    def __init__(self, prompt, began: list[str], ended: list[str], seconds: float = 0.0) -> None:
+        super().__init__(prompt=prompt)
+        self.began, self.ended, self.seconds = began, ended, seconds
+
+    def get(self, key, default=None):
+        if key == "multi_modal_data":
+            self.began.append(threading.current_thread().name)
+            time.sleep(self.seconds)
+            self.ended.append(threading.current_thread().name)
+        return super().get(key, default)
+
+
+def test_who_prepares(llm):
+    """Threads prepare many prompts, the caller a lone one; an error leaves no thread at work."""
+    began, ended = [], []
+    generated(llm, Watched("what?", began, ended))
+    assert began == [threading.current_thread().name]
+    began.clear()
+    generated(llm, [Watched("what?", began, ended)] * 3)
+    assert len(began) == 3 and all(name.startswith("prepare") for name in began)
+    began.clear()
+    ended.clear()
+    with pytest.raises(InvalidRequest):
+        generated(llm, [Watched(5, began, ended), *[Watched("what?", began, ended, 0.2)] * 40])
+    assert len(began) == len(ended)
+    llm.check_integrity()
+
+
+def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
+    front = Frontend.load(EngineConfig(model=str(path)))
+    image, video = tiny.picture(24, 24, 1), [tiny.picture(24, 24, 2)] * 2
+    mark = MARK.replace("image", "video")
+    prompt = {"prompt": f"{mark}{MARK}{MARK}", "multi_modal_data": {"image": [image] * 2, "video": video}}
+    encoded = []
+
+    def encode(media):
+        encoded.extend(media)
+        return [len(media) * 10 + index for index in range(len(media))]
+
+    ahead, apart = front.from_prompt(prompt, encode), front.from_prompt(prompt)
+    assert [media.item.hash for media in encoded] == ["", "", ""]
+    assert [media.item.kind for media in encoded] == ["image", "image", "video"]
+    assert ahead.inputs == apart.inputs and not ahead.media
+    # Of equal pictures any one's rows will do.
+    assert ahead.embeddings in ([32, 30, 30], [32, 31, 31])
+    assert [media.item for media in apart.media] == [span.item for span in apart.inputs.spans]
+    assert generated(llm, prompt)[0] == generated(llm, [prompt, prompt])[1]
 
 
 def test_pictures_are_turned_as_their_file_says(llm):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.qwen2_vl import FAMILY
+from engine.graphs import rerun
 from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.layers.native_vision import NativeVisionEncoder
 from engine.weights.checkpoint import Checkpoint
@@ -82,6 +83,18 @@ def test_rows_equal_transformers(path):
     rows = encoder(path).encode([processor(path).prepare(image) for image in pictures])
     for ours, theirs in zip(rows, features.pooler_output, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_what_is_kept_of_a_grid_serves_its_next_picture(path):
+    """Recorded passes take over what the last picture left in place."""
+    ours, kept = processor(path), encoder(path)
+    kept.record(rerun)
+    wide, tall = ((60, 44), (33, 90))
+    batches = [[wide], [wide], [tall], [wide], [wide, tall], [tall], [tall, tall], [wide]]
+    for seed, sizes in enumerate(batches):
+        media = [ours.prepare(picture(*size, seed + n)) for n, size in enumerate(sizes)]
+        for found, wanted in zip(kept.encode(media), encoder(path).encode(media), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

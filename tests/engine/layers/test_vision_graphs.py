@@ -1,5 +1,7 @@
 """Recorded passes through a tower are those that are launched, whatever ran before."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,6 +60,37 @@ def test_replays_are_launches(monkeypatch, window_len):
         with torch.inference_mode():
             wanted = launched.states(patches, segments, windows=windows)
             found = recorded.states(patches, segments, windows=windows)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window_len", [None, 4])
+def test_segments_that_come_again_are_in_place(monkeypatch, window_len):
+    """The same objects in a row, others of the same lengths after them, other windows of their segments."""
+    monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
+    monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
+    launched, recorded = tower(window_len), tower(window_len)
+    recorded.record(rerun, window_len=window_len)
+    generator = torch.Generator().manual_seed(0)
+
+    def segments(*lengths: int) -> VisionSegments:
+        angles = torch.randn(sum(lengths), 8, generator=generator)
+        return VisionSegments(bounds(list(lengths)), max(lengths), angles.cos(), angles.sin())
+
+    def windows(given: VisionSegments, *lengths: int) -> VisionSegments | None:
+        return None if window_len is None else replace(given, cu_seqlens=bounds(list(lengths)), max_len=4)
+
+    long, same_length, short = segments(20), segments(20), segments(3, 9)
+    first = long, windows(long, 4, 4, 4, 4, 4)
+    second = same_length, windows(same_length, 2, 4, 4, 4, 4, 2)
+    third = short, windows(short, 3, 4, 4, 1)
+    cut_otherwise = long, windows(long, 1, 3, 4, 4, 4, 4)
+    batches = [first, first, second, first, third, third, first, cut_otherwise, first]
+    for within, windowed in batches:
+        patches = torch.randn(int(within.cu_seqlens[-1]), 12, generator=generator)
+        with torch.inference_mode():
+            wanted = launched.states(patches, within, windows=windowed)
+            found = recorded.states(patches, within, windows=windowed)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
