@@ -7,8 +7,8 @@ Starts the application with dummy weights in the shape of a public model on a po
 the first token (TTFT), between any two tokens of an answer (ITL) and to the end (E2E) in milliseconds.
 Goodput counts the requests that kept both ``--slo-ttft`` and ``--slo-itl`` (their mean time between tokens).
 
-How well running answers keep their pace while pictures arrive: ITL with ``--text-share 1`` beside ITL
-without, and with the encoder's ``--duty-cycle`` and ``--batch-patches`` lowered.
+How well running answers keep their pace while pictures arrive: ITL with ``--text-share 1,0.5``, and the same
+with the encoder's ``--duty-cycle`` and ``--batch-patches`` lowered.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Trace:
         return [after - before for before, after in pairwise(self.tokens)]
 
 
-def bodies(options: argparse.Namespace, model: str, count: int, seed: int) -> list[bytes]:
+def bodies(options: argparse.Namespace, model: str, count: int, seed: int, text_share: float) -> list[bytes]:
     """Requests, made beforehand: a share with one picture each that no other request has."""
     rng = random.Random(seed)
     made = []
@@ -62,7 +62,7 @@ def bodies(options: argparse.Namespace, model: str, count: int, seed: int) -> li
         content: list[dict[str, Any]] = [
             {"type": "text", "text": " ".join(str(rng.randrange(1000)) for _ in range(options.words))}
         ]
-        if rng.random() >= options.text_share:
+        if rng.random() >= text_share:
             buffer = io.BytesIO()
             unique_picture(options.side, seed * 1_000_003 + index).save(buffer, "JPEG", quality=90)
             url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, help="of the square pictures; the shape's own by default")
     parser.add_argument("--words", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=32, help="to be generated")
-    parser.add_argument("--text-share", type=float, default=0.0, help="requests without a picture")
+    parser.add_argument("--text-share", default="0", help="of requests without a picture, comma-separated")
     parser.add_argument("--preprocessors", type=int, default=1)
     parser.add_argument("--duty-cycle", type=float, default=1.0, help="of the encoder")
     parser.add_argument("--batch-patches", type=int, default=32768, help="most in one launch of the encoder")
@@ -242,14 +242,15 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, base_url: str) -> list[dict[str, float]]:
-    """All rates, after a few requests that are not counted."""
-    rows = []
+    """All rates with each share of text, after a few requests that are not counted."""
+    rows: list[dict[str, float]] = []
     model = options.model or options.shape
-    asyncio.run(load(base_url, bodies(options, model, 4, 1), 4.0, 1))
-    for number, rate in enumerate(map(float, options.rates.split(",")), start=2):
-        requests = bodies(options, model, options.requests, number)
+    asyncio.run(load(base_url, bodies(options, model, 4, 1, 0.0), 4.0, 1))
+    rates, shares = (list(map(float, given.split(","))) for given in (options.rates, options.text_share))
+    for number, (rate, share) in enumerate(product(rates, shares), start=2):
+        requests = bodies(options, model, options.requests, number, share)
         traces = asyncio.run(load(base_url, requests, rate, number))
-        rows.append(summary(traces, rate, options))
+        rows.append({"text": share, **summary(traces, rate, options)})
         if number == 2:
             print("  ".join(f"{name:>9}" for name in rows[0]))
         print("  ".join(f"{value:9.1f}" for value in rows[-1].values()), flush=True)

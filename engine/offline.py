@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,7 @@ class OfflineRunner:
         by_group: dict[int, Job] = {}
         # A bar that is never shown takes locks of all processes nevertheless.
         bar = tqdm(total=len(prepare), desc="prompts", dynamic_ncols=True) if use_tqdm else nullcontext()
-        with bar as progress:
+        with _young_garbage_only(), bar as progress:
             waiting = self._start(prepare, params, jobs)
             try:
                 ready = next(waiting, None)
@@ -169,6 +170,21 @@ class OfflineRunner:
                     core.abort(request)
         while core.has_work:
             core.step()
+
+
+@contextmanager
+def _young_garbage_only() -> Iterator[None]:
+    """Keep the collector from going through all that was there before: the modules of a process that has
+    loaded a model take it tens of milliseconds, each time, and the device waits."""
+    if gc.get_freeze_count():
+        # Somebody has decided already, and might not want it undone.
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _done(prepared: PreparedPrompt) -> Future[PreparedPrompt]:

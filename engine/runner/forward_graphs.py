@@ -12,7 +12,9 @@ from engine.layers.metadata import AttentionMetadata
 #: Every multiple of the step up to the most tokens is recorded. Beyond, launching keeps up with the device.
 TOKEN_STEP = 64
 MAX_TOKENS = 1024
-MAX_SEQUENCES = 16
+#: Recorded for so many sequences, and for as many as there may be: kernels that look for a row's sequence
+#: among many take longer.
+FEW_SEQUENCES = 16
 
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata], torch.Tensor]
 
@@ -29,6 +31,7 @@ class ForwardGraphs:
         width: of embeddings and hidden states.
         dtype: theirs.
         axes: of positions, 3 with M-RoPE; None for plain ones.
+        max_sequences: most sequences of a batch.
         max_blocks: columns of block tables.
         max_seq_len: longest sequence.
         device: where all that is.
@@ -42,6 +45,7 @@ class ForwardGraphs:
         width: int,
         dtype: torch.dtype,
         axes: int | None,
+        max_sequences: int,
         max_blocks: int,
         max_seq_len: int,
         device: torch.device,
@@ -52,29 +56,32 @@ class ForwardGraphs:
         shape = (MAX_TOKENS,) if axes is None else (axes, MAX_TOKENS)
         self._positions = torch.zeros(shape, dtype=torch.int64, device=device)
         self._slot_mapping = torch.full((MAX_TOKENS,), -1, dtype=torch.int64, device=device)
-        self._tables = torch.zeros((MAX_SEQUENCES, max_blocks), dtype=torch.int32, device=device)
-        self._starts = torch.zeros(MAX_SEQUENCES + 1, dtype=torch.int32, device=device)
-        self._lengths = torch.zeros(MAX_SEQUENCES, dtype=torch.int32, device=device)
-        self._replays: dict[int, Replay] = {}
+        self._counts = sorted({min(FEW_SEQUENCES, max_sequences), max_sequences})
+        self._tables = torch.zeros((max_sequences, max_blocks), dtype=torch.int32, device=device)
+        self._starts = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
+        self._lengths = torch.zeros(max_sequences, dtype=torch.int32, device=device)
+        self._replays: dict[tuple[int, int], Replay] = {}
 
     def rehearse(self) -> None:
         """Run the largest and the smallest pass without recording them."""
         for size in (MAX_TOKENS, TOKEN_STEP):
-            self._work(size)()
+            self._work(size, self._counts[-1])()
 
     def capture(self) -> None:
         """Record every size."""
         for size in range(MAX_TOKENS, 0, -TOKEN_STEP):
-            self._get(size)
+            for count in reversed(self._counts):
+                self._get(size, count)
 
     def fits(self, tokens: int, sequences: int) -> bool:
         """Whether a batch is small enough for :meth:`replay`."""
-        return 0 < tokens <= MAX_TOKENS and sequences <= MAX_SEQUENCES
+        return 0 < tokens <= MAX_TOKENS and sequences <= self._counts[-1]
 
     def replay(self, embeds: torch.Tensor, positions: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
         """Hidden states ``(T, width)``: a view that the next replay overwrites."""
         tokens, sequences = embeds.shape[0], meta.seq_lens.shape[0]
-        replay = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP)
+        count = next(count for count in self._counts if count >= sequences)
+        replay = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, count)
         self._embeds[:tokens] = embeds
         self._positions[..., :tokens] = positions
         self._slot_mapping[:tokens] = meta.slot_mapping
@@ -85,19 +92,19 @@ class ForwardGraphs:
         self._lengths[:sequences] = meta.seq_lens
         return replay()[:tokens]
 
-    def _get(self, size: int) -> Replay:
-        if size not in self._replays:
-            self._replays[size] = self._record(self._work(size))
-        return self._replays[size]
+    def _get(self, size: int, count: int) -> Replay:
+        if (size, count) not in self._replays:
+            self._replays[size, count] = self._record(self._work(size, count))
+        return self._replays[size, count]
 
-    def _work(self, size: int) -> Callable[[], torch.Tensor]:
+    def _work(self, size: int, count: int) -> Callable[[], torch.Tensor]:
         # No row may write keys while it is recorded: what follows fills all buffers anew anyway.
         self._slot_mapping.fill_(-1)
         self._starts.zero_()
         meta = AttentionMetadata(
-            block_tables=self._tables,
-            query_start=self._starts,
-            seq_lens=self._lengths,
+            block_tables=self._tables[:count],
+            query_start=self._starts[: count + 1],
+            seq_lens=self._lengths[:count],
             slot_mapping=self._slot_mapping[:size],
             max_query_len=size,
             max_seq_len=self._max_seq_len,

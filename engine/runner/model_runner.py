@@ -133,6 +133,7 @@ class ModelRunner:
                 width=model.config.hidden_size,
                 dtype=self.dtype,
                 axes=3 if self._mrope else None,
+                max_sequences=num_slots,
                 max_blocks=self._state.block_tables.shape[1],
                 max_seq_len=max_model_len,
                 device=self.device,

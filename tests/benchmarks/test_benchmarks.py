@@ -69,12 +69,14 @@ def test_shapes_are_models_that_can_be_served(name, tmp_path):
 def test_serve_against_a_running_application(served, monkeypatch, capsys, tmp_path):
     file = tmp_path / "serve.json"
     arguments = ["--base-url", served.base_url, "--model", "pocket", "--side", "112", "--tokens", "6"]
-    arguments += ["--requests", "5", "--rates", "20", "--text-share", "0.4", "--json", str(file)]
+    arguments += ["--requests", "5", "--rates", "20", "--text-share", "0.4,1", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["serve", *arguments])
     serve.main()
-    (row,) = json.loads(file.read_text())
-    assert row["failed"] == 0 and row["req/s"] > 0 and row["goodput"] <= row["req/s"]
-    assert 0 < row["ttft p50"] <= row["ttft p99"] <= row["e2e p99"]
+    rows = json.loads(file.read_text())
+    assert [row["text"] for row in rows] == [0.4, 1.0]
+    for row in rows:
+        assert row["failed"] == 0 and row["req/s"] > 0 and row["goodput"] <= row["req/s"]
+        assert 0 < row["ttft p50"] <= row["ttft p99"] <= row["e2e p99"]
 
 
 def test_every_benchmark_is_among_all_of_them():

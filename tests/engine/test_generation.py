@@ -98,7 +98,7 @@ def test_recorded_steps_give_the_same_tokens(model, monkeypatch, way):
         monkeypatch.setattr(rank, "make_recorder", lambda device, enforce_eager: rerun)
     monkeypatch.setattr(forward_graphs, "TOKEN_STEP", 24)
     monkeypatch.setattr(forward_graphs, "MAX_TOKENS", 72)
-    monkeypatch.setattr(forward_graphs, "MAX_SEQUENCES", 3)
+    monkeypatch.setattr(forward_graphs, "FEW_SEQUENCES", 2)
     llm = LLM(str(path), max_model_len=190, **{"max_num_seqs": 5, **WAYS[way]})
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS)
     for chosen in (cases, cases[:1], cases[1:3]):

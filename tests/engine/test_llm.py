@@ -1,6 +1,7 @@
 """``LLM`` as users call it: its options, all that a prompt may be, and where pictures may come from."""
 
 import base64
+import gc
 import io
 import logging
 import os
@@ -241,6 +242,21 @@ def test_who_prepares(llm):
         generated(llm, [Watched(5, began, ended), *[Watched("what?", began, ended, 0.2)] * 40])
     assert len(began) == len(ended)
     llm.check_integrity()
+
+
+def test_the_collector_looks_at_what_a_call_makes_only(llm, monkeypatch):
+    frozen = []
+    step = llm._engine.core.step
+    monkeypatch.setattr(llm._engine.core, "step", lambda: frozen.append(gc.get_freeze_count()) or step())
+    generated(llm, "what?")
+    assert min(frozen) > 1000 and gc.get_freeze_count() == 0
+    # What was frozen before stays so.
+    gc.freeze()
+    try:
+        generated(llm, "what?")
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):

@@ -25,7 +25,7 @@ def recorded(monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setattr(vision_graphs, name, value)
         monkeypatch.setattr(forward_graphs, name, value)
-    monkeypatch.setattr(forward_graphs, "MAX_SEQUENCES", 3)
+    monkeypatch.setattr(forward_graphs, "FEW_SEQUENCES", 2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
