@@ -4,6 +4,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig, ModelSpec, StageConfig
 from deployments.encoder import VisionEncoder
@@ -11,6 +12,7 @@ from deployments.ingress import Ingress
 from deployments.language_model import LanguageModel
 from deployments.pipeline import Stages
 from deployments.preprocessor import Preprocessor
+from deployments.routing import SessionRouter
 from engine.inputs.frontend import load_media_processor, load_prompt_builder
 
 
@@ -28,11 +30,13 @@ def build(args: AppConfig) -> Application:
 def _stages(spec: ModelSpec, args: AppConfig) -> Stages:
     load_prompt_builder(spec.engine)
 
-    def deploy(cls: type, stage: StageConfig, *init: Any) -> Any:
+    def deploy(cls: type, stage: StageConfig, *init: Any, **options: Any) -> Any:
         # What is bound here reaches the ingress as a handle.
-        return serve.deployment(name=f"{cls.__name__}:{spec.slug}", **stage.options())(cls).bind(*init)
+        name = f"{cls.__name__}:{spec.slug}"
+        return serve.deployment(name=name, **stage.options(), **options)(cls).bind(*init)
 
-    language_model = deploy(LanguageModel, spec.language_model, spec.engine)
+    routing = RequestRouterConfig(request_router_class=SessionRouter)  # type: ignore[arg-type]
+    language_model = deploy(LanguageModel, spec.language_model, spec.engine, request_router_config=routing)
     if load_media_processor(spec.engine) is None:
         return Stages(language_model)
     stage = spec.preprocessor

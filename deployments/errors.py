@@ -27,6 +27,10 @@ class BodyTooLarge(SightlineError):
     code = "request_too_large"
 
 
+class Misrouted(Unavailable):
+    """A request reached another replica than the one that holds its embeddings."""
+
+
 class NoSuchRoute(SightlineError):
     status = 404
     code = "not_found"
@@ -47,6 +51,7 @@ def as_sightline(error: BaseException) -> SightlineError:
     if isinstance(error, BackPressureError):
         return Overloaded("The server has too many requests at the moment; try again shortly.")
     if is_lost(error) or isinstance(error, DeploymentUnavailableError | RayServeException):
+        logger.warning("a request lost a part of the server: %r", error)
         return Unavailable("A part of the server stopped while it worked on this request; try again shortly.")
     if isinstance(error, asyncio.TimeoutError | GetTimeoutError):
         return Unavailable("A part of the server did not answer in time; try again shortly.")

@@ -4,6 +4,10 @@ An array is put into the object store by the replica that made it, and only its 
 the ingress in the middle never holds the bytes. References are passed as top-level arguments, which Ray
 resolves for the receiver: without a copy on the same node. Both need Ray's own actor calls; Serve's gRPC
 transport would pickle references into a byte string, where nothing counts them and they are never freed.
+
+Tokens stream by gRPC, which carries several times as many items a second as actor calls do, and lets a reader
+that is behind slow the writer down. So a picture's rows are handed over first, by a call of their own, and
+the stream that follows goes to the replica that holds them.
 """
 
 import asyncio
@@ -51,26 +55,30 @@ class RowsRef:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One request to generate, without the embeddings: those are arguments of their own.
+    """One request to generate, without the embeddings: those were handed over before.
 
     Attributes:
         request_id: unique.
         inputs: the prompt.
         params: how to sample.
         priority: smaller goes first.
-        media: what the embedding rows that follow are.
+        has_media: whether embeddings were handed over under this id.
     """
 
     request_id: str
     inputs: EngineInput
     params: SamplingParams
     priority: int = 0
-    media: tuple[RowsInfo, ...] = field(default=())
+    has_media: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """One request to pool; fields as :class:`Generation`."""
+    """One request to pool; fields as :class:`Generation`. Its embeddings are arguments of their own.
+
+    Attributes:
+        media: what the embedding rows that follow are.
+    """
 
     request_id: str
     inputs: EngineInput
@@ -89,9 +97,16 @@ def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
 
 
 @asynccontextmanager
-async def stream(handle: DeploymentHandle, method: str, *args: Any) -> AsyncIterator[AsyncIterator[Any]]:
-    """Call a generator method; leaving the block before its end cancels it in the replica."""
-    response = getattr(handle.options(stream=True, _by_reference=True), method).remote(*args)
+async def stream(
+    handle: DeploymentHandle, method: str, *args: Any, replica: str = ""
+) -> AsyncIterator[AsyncIterator[Any]]:
+    """Call a generator method with plain values; leaving the block before its end cancels it in the replica.
+
+    Args:
+        replica: id of the one to be called, see :mod:`deployments.routing`; empty: any.
+    """
+    streaming = handle.options(stream=True, _by_reference=False, session_id=replica)
+    response = getattr(streaming, method).remote(*args)
     ended = False
 
     async def items() -> AsyncIterator[Any]:

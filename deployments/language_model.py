@@ -1,14 +1,21 @@
 """Prompts and embeddings to text."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
+from ray import serve
 
-from deployments.handoff import Embedding, Generation
+from deployments.errors import Misrouted
+from deployments.handoff import Embedding, Generation, RowsInfo
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
+from engine.inputs.prompt import EmbeddedMedia
 from engine.outputs import EmbeddingOutput, StreamUpdate
+
+#: How long embeddings wait for their request, which follows them at once.
+HOLD_S = 30.0
 
 
 class LanguageModel:
@@ -16,14 +23,31 @@ class LanguageModel:
 
     def __init__(self, config: EngineConfig) -> None:
         self._engine = AsyncEngine(config)
+        self._held: dict[str, list[EmbeddedMedia]] = {}
 
-    async def generate(self, request: Generation, *rows: np.ndarray) -> AsyncIterator[StreamUpdate]:
-        """Stream a request's output; each item holds all that came since the last.
+    async def hold(self, request_id: str, media: Sequence[RowsInfo], *rows: np.ndarray) -> str:
+        """Keep a request's embeddings until it comes, for a while.
 
         Args:
-            rows: embedding rows for ``request.media``, resolved from the references that the caller passed.
+            rows: embedding rows for ``media``, resolved from the references that the caller passed.
+
+        Returns:
+            This replica's id, for the session of the call of :meth:`generate`.
         """
-        media = [info.embedded(array) for info, array in zip(request.media, rows, strict=True)]
+        self._held[request_id] = [info.embedded(array) for info, array in zip(media, rows, strict=True)]
+        # The caller may be gone, or its client.
+        asyncio.get_running_loop().call_later(HOLD_S, self._held.pop, request_id, None)
+        return serve.get_replica_context().replica_id.unique_id
+
+    async def generate(self, request: Generation) -> AsyncIterator[StreamUpdate]:
+        """Stream a request's output; each item holds all that came since the last.
+
+        Raises:
+            Misrouted: the request's embeddings are not here but with another replica, or gone with it.
+        """
+        media = self._held.pop(request.request_id, None) if request.has_media else []
+        if media is None:
+            raise Misrouted("The pictures of this request were lost with a part of the server; try again.")
         updates = self._engine.generate(
             request.request_id, request.inputs, request.params, embeddings=media, priority=request.priority
         )
@@ -35,7 +59,7 @@ class LanguageModel:
             await updates.aclose()  # type: ignore[attr-defined]
 
     async def embed(self, request: Embedding, *rows: np.ndarray) -> EmbeddingOutput:
-        """Pool a prompt's hidden states into a vector; ``rows`` as in :meth:`generate`."""
+        """Pool a prompt's hidden states into a vector; ``rows`` are those of ``request.media``."""
         media = [info.embedded(array) for info, array in zip(request.media, rows, strict=True)]
         return await self._engine.embed(request.request_id, request.inputs, request.params, embeddings=media)
 
@@ -49,7 +73,7 @@ class LanguageModel:
 
     async def check_integrity(self) -> bool:
         """Whether the engine is idle; raises AssertionError if it is, but still holds something."""
-        if not self._engine.idle:
+        if not self._engine.idle or self._held:
             return False
         self._engine.check_integrity()
         return True

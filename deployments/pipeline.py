@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import ModelSpec
-from deployments.errors import as_sightline, is_lost
+from deployments.errors import Misrouted, as_sightline, is_lost
 from deployments.handoff import Embedding, Generation, PixelsRef, RowsRef, by_reference, stream
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.inputs.frontend import load_prompt_builder, load_sampling_defaults
@@ -19,7 +19,8 @@ from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 
-T = TypeVar("T")
+#: Times that a stream is begun until it reaches the replica that holds its embeddings.
+_ROUTING_ATTEMPTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +152,23 @@ class Pipeline:
         Raises:
             SightlineError: a refusal, or Unavailable where the replica died.
         """
-        media = tuple(ref.info for ref in prompt.rows)
-        request = Generation(request_id, prompt.inputs, params, priority, media)
-        rows = [ref.rows for ref in prompt.rows]
-        try:
-            async with stream(self._language_model, "generate", request, *rows) as updates:
-                async for update in updates:
-                    yield update
-        except Exception as error:
-            raise as_sightline(error) from error
+        replica = ""
+        if prompt.rows:
+            infos = [ref.info for ref in prompt.rows]
+            rows = [ref.rows for ref in prompt.rows]
+            replica = await self._call(self._language_model.hold.remote(request_id, infos, *rows))
+        request = Generation(request_id, prompt.inputs, params, priority, has_media=bool(prompt.rows))
+        for attempt in range(_ROUTING_ATTEMPTS):
+            try:
+                async with stream(self._language_model, "generate", request, replica=replica) as updates:
+                    async for update in updates:
+                        yield update
+                return
+            except Exception as error:
+                failure = as_sightline(error)
+                # That is the first thing such a stream says, so that nothing comes twice.
+                if not isinstance(failure, Misrouted) or attempt == _ROUTING_ATTEMPTS - 1:
+                    raise failure from error
 
     async def embed(self, request_id: str, prompt: Prompt, params: PoolingParams) -> EmbeddingOutput:
         """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""
