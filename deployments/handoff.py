@@ -86,9 +86,23 @@ class Embedding:
     media: tuple[RowsInfo, ...] = field(default=())
 
 
+#: How long the maker of an array holds on to it.
+KEEP_S = 10.0
+
+
 async def put(array: np.ndarray) -> ray.ObjectRef:
-    """``array`` in the object store. Copies on a thread: megabytes would hold up an event loop."""
-    return await asyncio.to_thread(ray.put, array)
+    """``array`` in the object store. Copies on a thread: megabytes would hold up an event loop.
+
+    The reference is kept for a while: until a busy receiver has counted the one inside a result as its own,
+    there would be none, and the array be gone.
+    """
+    reference = await asyncio.to_thread(ray.put, array)
+    asyncio.get_running_loop().call_later(KEEP_S, _let_go, reference)
+    return reference
+
+
+def _let_go(reference: ray.ObjectRef) -> None:
+    """Whoever was to call this has held the reference until now."""
 
 
 def by_reference(handle: DeploymentHandle) -> DeploymentHandle:

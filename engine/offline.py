@@ -22,6 +22,9 @@ from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 
+#: Threads that prepare prompts. Each may hold the interpreter for milliseconds at a time, and the thread that
+#: keeps the device busy waits for all that stand before it: with 16, up to 50 ms.
+_PREPARING = 4
 #: Most prompts whose media are encoded in one go.
 _TOGETHER = 16
 
@@ -57,7 +60,7 @@ class OfflineRunner:
         self._engine = engine
         self._encoder = encoder
         # Threads start when there is work for them, and end with this object.
-        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 32), "prepare")
+        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _PREPARING), "prepare")
         self._count = 0
         self._num_media = 0
         self._num_tokens = 0
