@@ -112,14 +112,15 @@ def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
 
 @asynccontextmanager
 async def stream(
-    handle: DeploymentHandle, method: str, *args: Any, replica: str = ""
+    handle: DeploymentHandle, method: str, *args: Any, replica: str = "", large: bool = False
 ) -> AsyncIterator[AsyncIterator[Any]]:
     """Call a generator method with plain values; leaving the block before its end cancels it in the replica.
 
     Args:
         replica: id of the one to be called, see :mod:`deployments.routing`; empty: any.
+        large: an item may be of more than the 4 MB that gRPC takes: the stream goes by actor calls.
     """
-    streaming = handle.options(stream=True, _by_reference=False, session_id=replica)
+    streaming = handle.options(stream=True, _by_reference=large, session_id=replica)
     response = getattr(streaming, method).remote(*args)
     ended = False
 

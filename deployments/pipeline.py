@@ -158,9 +158,14 @@ class Pipeline:
             rows = [ref.rows for ref in prompt.rows]
             replica = await self._call(self._language_model.hold.remote(request_id, infos, *rows))
         request = Generation(request_id, prompt.inputs, params, priority, has_media=bool(prompt.rows))
+        # Twenty alternatives for each token of a long prompt come in one item.
+        large = params.prompt_logprobs is not None
+        language_model = self._language_model
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
-                async with stream(self._language_model, "generate", request, replica=replica) as updates:
+                async with stream(
+                    language_model, "generate", request, replica=replica, large=large
+                ) as updates:
                     async for update in updates:
                         yield update
                 return

@@ -64,10 +64,12 @@ def test_embeddings_that_are_elsewhere_are_missed():
 
 @pytest.mark.parametrize(("misses", "served"), [(0, True), (2, True), (9, False)])
 def test_a_misrouted_stream_is_begun_again(monkeypatch, misses, served):
-    sessions = []
+    sessions, sizes = [], []
 
     @asynccontextmanager
-    async def stream(handle, method, request, replica=""):
+    async def stream(handle, method, request, replica="", large=False):
+        sizes.append(large)
+
         async def items():
             sessions.append(replica)
             if len(sessions) <= misses:
@@ -84,12 +86,13 @@ def test_a_misrouted_stream_is_begun_again(monkeypatch, misses, served):
     one._language_model = SimpleNamespace(hold=SimpleNamespace(remote=hold))
     prompt = Prompt(None, (RowsRef(RowsInfo("h", "float32"), None),))
 
-    async def run():
-        return [update async for update in one.generate("one", prompt, SamplingParams())]
+    async def run(**params):
+        return [update async for update in one.generate("one", prompt, SamplingParams(**params))]
 
     if served:
         assert asyncio.run(run()) == ["token"]
-        assert sessions == ["b"] * (misses + 1)
+        assert sessions == ["b"] * (misses + 1) and not any(sizes)
+        assert asyncio.run(run(prompt_logprobs=5)) == ["token"] and sizes[-1]
     else:
         with pytest.raises(Unavailable):
             asyncio.run(run())
