@@ -70,6 +70,7 @@ def measure(case: Case, clock: Clock) -> dict[str, Any]:
     module, tiles = TUNED[case.kernel]
     problem = case.build()
     if torch.cuda.is_available():
+        # One after the other they would take most of the time.
         with compiling():
             for tile in tiles:
                 with tiled(module, tile):

@@ -122,7 +122,7 @@ def _load_rows(start, row, end, stride, lane, inside):
     return tl.load(place, mask=(row < end)[:, None] & inside, other=0.0)
 
 
-# Layers differ in these numbers; one compiled kernel serves all of them.
+# Layers differ in this number; a kernel compiled for each would make a long start.
 @triton.jit(do_not_specialize=["share"])
 def _norm_gemv_kernel(
     x_ptr,

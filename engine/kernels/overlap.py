@@ -2,8 +2,9 @@
 
 The decode step of one sequence is a few hundred kernels of some microseconds each, and between two of them the
 device would do nothing for about one more. A kernel that says so at its launch may start while its predecessor's
-last programs run. It must wait before it reads or writes anything but weights, in every program, whatever it does
-after: the next kernel takes its end as a sign that its own predecessors have ended too.
+last programs run. It must wait before it writes anything, and before it reads what the kernel ahead makes, in
+every program, whatever it does after: the next kernel takes its end as a sign that its own predecessors have
+ended too. So what the kernels before the one ahead have made may be read at once, as weights may.
 """
 
 from __future__ import annotations

@@ -106,11 +106,9 @@ class ModelRunner:
         self._mrope = model.config.rope.mrope_section is not None
         self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
         # Where the tokens of a decode step begin: each sequence has one.
-        self._each = torch.arange(num_slots + 2, dtype=torch.int32, device=self.device)
+        self._each = torch.arange(num_slots + 1, dtype=torch.int32, device=self.device)
         # One row per sequence of a decode step and one column per KV head.
-        self._arrivals = torch.zeros(
-            (num_slots + 1, kv[0][0].shape[1]), dtype=torch.int32, device=self.device
-        )
+        self._arrivals = torch.zeros((num_slots, kv[0][0].shape[1]), dtype=torch.int32, device=self.device)
         self.sampler = Sampler(num_slots, self.vocab_size, self.device)
         self._pooler = Pooler()
         self._info: dict[int, SlotInfo] = {}
