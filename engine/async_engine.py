@@ -57,6 +57,11 @@ class _Mailbox:
         return result
 
 
+def _put_all(parcels: Sequence[tuple[_Mailbox, Result]]) -> None:
+    for mailbox, result in parcels:
+        mailbox.put(result)
+
+
 class AsyncEngine:
     """Add, stream, abort.
 
@@ -247,13 +252,22 @@ class AsyncEngine:
     def _run_outputs(self) -> None:
         outputs = self._engine.outputs
         try:
-            while (item := self._steps.get()) is not None:
-                events, commands = item
-                for verb, group in commands:
-                    outputs.add(group) if verb == "add" else outputs.remove(group)
+            ended = False
+            while not ended:
+                # All that has gathered since: text that is late is made in fewer and larger pieces.
+                items = [self._steps.get()]
+                while not self._steps.empty():
+                    items.append(self._steps.get())
+                events: list[StepEvents] = []
+                for item in items:
+                    if item is None:
+                        ended = True
+                        break
+                    events += item[0]
+                    for verb, group in item[1]:
+                        outputs.add(group) if verb == "add" else outputs.remove(group)
                 updates, stopped = outputs.process(events)
-                for group, result in updates:
-                    self._deliver(group, result)
+                self._deliver(updates)
                 with self._wake:
                     for request in stopped:
                         self._inbox.append(("abort", RequestGroup(request.id, [request], Usage())))
@@ -262,10 +276,16 @@ class AsyncEngine:
         except BaseException as error:
             self._die(error)
 
-    def _deliver(self, group: RequestGroup, result: Result) -> None:
-        mailbox = self._mailboxes.get(id(group))
-        if mailbox is not None and not mailbox.loop.is_closed():
-            mailbox.loop.call_soon_threadsafe(mailbox.put, result)
+    def _deliver(self, results: Sequence[tuple[RequestGroup, Result]]) -> None:
+        """Wake each event loop once for all of its readers: to wake it takes a call of the system."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Result]]] = {}
+        for group, result in results:
+            mailbox = self._mailboxes.get(id(group))
+            if mailbox is not None:
+                by_loop.setdefault(mailbox.loop, []).append((mailbox, result))
+        for loop, parcels in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, parcels)
 
     def _die(self, error: BaseException) -> None:
         logger.exception("the engine's thread died", exc_info=error)

@@ -21,12 +21,18 @@ from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import StepEvents
 
 #: Threads that prepare prompts. Each may hold the interpreter for milliseconds at a time, and the thread that
 #: keeps the device busy waits for all that stand before it: with 16, up to 50 ms.
 _PREPARING = 4
 #: Most prompts whose media are encoded in one go.
 _TOGETHER = 16
+#: Prompts that are prepared ahead of the one that is taken in next. More would be ready too early, and hold
+#: up the first ones, whose pictures are prepared while the device has nothing to do yet.
+_AHEAD = 2 * _TOGETHER
+#: Steps whose tokens are turned into text together, which takes less than one step at a time.
+_STEPS = 8
 
 Params = SamplingParams | PoolingParams
 #: Prepares one prompt; its media are encoded as well where that is given.
@@ -72,6 +78,9 @@ class OfflineRunner:
             InvalidRequest: a prompt can't be served; nothing is left behind of the others.
         """
         core, outputs = self._engine.core, self._engine.outputs
+        # Where a stop string ends a request, every step that sees it later is one for nothing.
+        steps = 1 if any(isinstance(p, SamplingParams) and p.stop for p in params) else _STEPS
+        events: list[StepEvents] = []
         self._num_media = self._num_tokens = 0
         jobs: list[Job] = []
         by_group: dict[int, Job] = {}
@@ -88,7 +97,11 @@ class OfflineRunner:
                         ready = next(waiting, None)
                     for job in self._admit(batch):
                         by_group[id(job.group)] = job
-                    updates, stopped = outputs.process(core.step())
+                    events += core.step()
+                    if len(events) < steps and (ready is not None or core.has_work):
+                        continue
+                    updates, stopped = outputs.process(events)
+                    events = []
                     for request in stopped:
                         core.abort(request)
                     for group, update in updates:
@@ -106,7 +119,7 @@ class OfflineRunner:
             job = Job(wanted, _done(work(self._encode)) if alone else self._pool.submit(work, None))
             jobs.append(job)
             ahead.append(job)
-            if len(ahead) > 2 * self._engine.config.max_num_seqs:
+            if len(ahead) > _AHEAD:
                 yield ahead.popleft()
         yield from ahead
 

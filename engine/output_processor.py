@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -91,59 +90,74 @@ class OutputProcessor:
     def process(
         self, steps: Iterable[StepEvents]
     ) -> tuple[list[tuple[RequestGroup, StreamUpdate | EmbeddingOutput]], list[Request]]:
-        """Turn finished steps into updates; also the requests that a stop string ended, to be aborted."""
-        updates: list[tuple[RequestGroup, StreamUpdate | EmbeddingOutput]] = []
+        """Turn finished steps into updates, one per group however many steps there are.
+
+        Returns:
+            The updates, and the requests that a stop string ended, to be aborted.
+        """
+        changed: dict[str, tuple[RequestGroup, StreamUpdate]] = {}
+        deltas: dict[str, OutputDelta] = {}
+        pooled: list[tuple[RequestGroup, EmbeddingOutput]] = []
         stopped: list[Request] = []
         for step in steps:
-            changed: dict[str, tuple[RequestGroup, StreamUpdate]] = {}
-            now = time.monotonic()
             # How many requests got their last token when: most of them in the same step.
             previous: Counter[float] = Counter()
             self._prompt_logprobs(step, changed)
-            for row, request in enumerate(step.requests):
+            count = 0
+            for row, (request, token) in enumerate(zip(step.requests, step.tokens.tolist(), strict=True)):
                 if request is None or (found := self._running.get(request.id)) is None or found[1].done:
                     continue
                 group, sequence = found
-                delta = self._delta(group, sequence, row, step)
+                delta = deltas.get(request.id)
+                if delta is None:
+                    delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
+                    self._update(group, changed).deltas.append(delta)
+                self._extend(delta, group, sequence, token, row, step)
                 if delta.finish_reason is not None and not request.finished:
                     stopped.append(request)
-                self._update(group, changed).deltas.append(delta)
-                self._time(group, now, previous)
-            for group, update in changed.values():
-                update.finished = any(d.finish_reason for d in update.deltas) and group.finished
-                if update.finished:
-                    self._metrics.observe_finish(group.usage)
-                    self.remove(group)
-                updates.append((group, update))
-            for last, count in previous.items():
-                self._metrics.observe_gap(now - last, count)
-            self._metrics.observe_tokens(sum(len(update.deltas) for _, update in changed.values()), now)
-            updates += self._pooled(step)
-        return updates, stopped
+                self._time(group, step.time, previous)
+                count += 1
+            for last, tokens in previous.items():
+                self._metrics.observe_gap(step.time - last, tokens)
+            self._metrics.observe_tokens(count, step.time)
+            pooled += self._pooled(step)
+        for group, update in changed.values():
+            update.finished = any(d.finish_reason for d in update.deltas) and group.finished
+            if update.finished:
+                self._metrics.observe_finish(group.usage)
+                self.remove(group)
+        return [*changed.values(), *pooled], stopped
 
-    def _delta(self, group: RequestGroup, sequence: _Sequence, row: int, step: StepEvents) -> OutputDelta:
+    def _extend(
+        self,
+        delta: OutputDelta,
+        group: RequestGroup,
+        sequence: _Sequence,
+        token: int,
+        row: int,
+        step: StepEvents,
+    ) -> None:
+        """Add the token that ``step`` gave in ``row``."""
         request = sequence.request
-        token = int(step.tokens[row])
         reason: FinishReason | None = step.finished.get(row)  # type: ignore[assignment]
-        stop_reason: int | str | None = None
         if group.usage.completion_tokens == 0:
             group.usage.cached_tokens = request.num_cached or 0
         group.usage.completion_tokens += 1
+        delta.token_ids.append(token)
         ended_by_token = reason == "stop"
-        text = ""
         if not ended_by_token or request.params.include_stop_str_in_output:
-            text = sequence.detokenizer.append_one(token)
+            delta.text += sequence.detokenizer.append_one(token)
         if sequence.detokenizer.stop_reason is not None:
-            reason, stop_reason = "stop", sequence.detokenizer.stop_reason
+            reason, delta.stop_reason = "stop", sequence.detokenizer.stop_reason
         elif reason is not None:
-            text += sequence.detokenizer.finish()
+            delta.text += sequence.detokenizer.finish()
             if ended_by_token and token in request.params.stop_token_ids:
-                stop_reason = token
+                delta.stop_reason = token
+        delta.finish_reason = reason
         sequence.done = reason is not None
-        logprobs = None
         if request.params.logprobs is not None and step.logprobs is not None:
-            logprobs = [self._row_logprobs(step.logprobs, row, token, request.params.logprobs)]
-        return OutputDelta(sequence.index, text, [token], logprobs, reason, stop_reason)
+            values = self._row_logprobs(step.logprobs, row, token, request.params.logprobs)
+            delta.logprobs = [*(delta.logprobs or ()), values]
 
     def _update(
         self, group: RequestGroup, changed: dict[str, tuple[RequestGroup, StreamUpdate]]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
@@ -31,7 +32,27 @@ def compiling() -> Iterator[None]:
     """
     token = _compiling.set(True)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        with _CompilingPool(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
             yield
     finally:
         _compiling.reset(token)
+
+
+class _CompilingPool(ThreadPoolExecutor):
+    """Compiles kernels, and loads them on the GPU of the thread that made it."""
+
+    def __init__(self, threads: int | None) -> None:
+        super().__init__(threads, "compile")
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def submit(self, compile_kernel: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        return super().submit(self._load, compile_kernel)
+
+    def _load(self, compile_kernel: Callable[[], Any]) -> Any:
+        kernel = compile_kernel()
+        if self._device is not None:
+            # What launches it is compiled as well, by a C compiler in some versions of Triton. Left to the
+            # first launch, all of them would be made one after the other.
+            with torch.cuda.device(self._device):
+                kernel.run  # noqa: B018
+        return kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,7 @@ class StepEvents:
     Attributes:
         requests: the request of each row, None where the row is void.
         tokens: int64 ``(R,)``.
+        time: when the tokens were read, in seconds of the monotonic clock.
         finished: rows that ended, with their reason (``stop`` or ``length``).
         logprobs: per row the runner's log-probabilities, where any row asked.
         prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
@@ -108,6 +110,7 @@ class StepEvents:
 
     requests: list[Request | None]
     tokens: np.ndarray
+    time: float = field(default_factory=time.monotonic)
     finished: dict[int, str] = field(default_factory=dict)
     logprobs: LogprobTensors | None = None
     prompt_logprobs: list[tuple[Request, int, LogprobTensors]] = field(default_factory=list)

@@ -1,0 +1,110 @@
+"""Steps turned into text one at a time, or several together: the same comes of it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.host import MODEL
+from engine.inputs.tokenizer import Tokenizer
+from engine.metrics import EngineMetrics
+from engine.output_processor import OutputProcessor, RequestGroup, merge_updates
+from engine.outputs import StreamUpdate, Usage
+from engine.request import Request
+from engine.runner.logprobs import LogprobTensors
+from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import StepEvents
+
+PROMPT = [20, 30, 40]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(MODEL)
+
+
+def groups(tokenizer: Tokenizer) -> list[RequestGroup]:
+    """Two completions of one prompt; with log-probabilities; with a stop string; one that ends early."""
+    wanted = [{"n": 2}, {"logprobs": 2}, {"stop": [tokenizer.decode([70, 71])[1:]]}, {}]
+    found = []
+    for index, fields in enumerate(wanted):
+        params = SamplingParams(temperature=0.0, max_tokens=24, **fields)
+        ids = [f"{index}/{n}" for n in range(params.n)]
+        requests = [Request(key, list(PROMPT), len(PROMPT), params, 64, frozenset()) for key in ids]
+        found.append(RequestGroup(str(index), requests, Usage(prompt_tokens=len(PROMPT))))
+    return found
+
+
+def steps_of(requests: list[Request], seed: int) -> list[StepEvents]:
+    """What an engine might give for ``requests``: not all in each step, in changing rows."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    left = {request.id: 24 if request.id[0] != "3" else 9 for request in requests}
+    steps = []
+    while any(left.values()):
+        rows: list[Request | None] = [r for r in requests if left[r.id] and rng.random() < 0.8]
+        rng.shuffle(rows)
+        if rng.random() < 0.3:
+            rows.insert(0, None)
+        count = len(rows)
+        # Pieces of characters are among them, and the stop string comes up now and then.
+        tokens = np.array([rng.choice([70, 71, 200, 130, 131, 400]) for _ in rows], np.int64)
+        finished = {}
+        for row, request in enumerate(rows):
+            if request is not None:
+                left[request.id] -= 1
+                if not left[request.id]:
+                    finished[row] = "length"
+        top = -torch.rand((count, 2), generator=generator)
+        ranks = torch.arange(count) + 1
+        logprobs = LogprobTensors(top[:, 0], ranks, torch.tensor([[5, 6]]).expand(count, 2), top)
+        steps.append(StepEvents(rows, tokens, finished=finished, logprobs=logprobs))
+    return steps
+
+
+def play(
+    tokenizer: Tokenizer, seed: int, sizes: list[int]
+) -> tuple[dict[str, StreamUpdate], dict, list[str]]:
+    """All updates of each group as one, by id; what was counted, and who was stopped."""
+    metrics = EngineMetrics()
+    outputs = OutputProcessor(tokenizer, metrics)
+    wanted = groups(tokenizer)
+    for group in wanted:
+        outputs.add(group)
+    steps = steps_of([request for group in wanted for request in group.requests], seed)
+    merged: dict[str, StreamUpdate] = {}
+    stops: list[str] = []
+    first = 0
+    while first < len(steps):
+        size = sizes[first % len(sizes)]
+        updates, stopped = outputs.process(steps[first : first + size])
+        first += size
+        stops += [request.id for request in stopped]
+        ids = [group.id for group, _ in updates]
+        assert len(ids) == len(set(ids)), "a group has one update"
+        for group, update in updates:
+            assert isinstance(update, StreamUpdate)
+            earlier = merged.get(group.id)
+            merged[group.id] = update if earlier is None else merge_updates(earlier, update)
+    assert outputs.num_groups == 0
+    return merged, metrics.snapshot(), stops
+
+
+@pytest.mark.parametrize("sizes", [[2], [8], [1, 3, 7], [1000]])
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_together_give_what_they_give_one_by_one(tokenizer, seed, sizes):
+    apart, counted, stopped = play(tokenizer, seed, [1])
+    together, counted_together, stopped_together = play(tokenizer, seed, sizes)
+    assert together.keys() == apart.keys() == {"0", "1", "2", "3"}
+    for key, update in apart.items():
+        other = together[key]
+        assert sorted(other.deltas, key=lambda d: d.index) == sorted(update.deltas, key=lambda d: d.index)
+        assert other.usage == update.usage and other.finished and update.finished
+    assert sorted(stopped_together) == sorted(stopped)
+    assert apart["2"].deltas[0].stop_reason is not None, "the stop string has to come up"
+    for name in ("requests_finished", "completion_tokens"):
+        assert counted_together[name] == counted[name]
+    assert counted_together["time_between_tokens_s"]["count"] == counted["time_between_tokens_s"]["count"]
+    assert len(together["0"].deltas) == 2
