@@ -11,6 +11,7 @@ from torch import nn
 from engine.errors import InvalidRequest
 from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
+from engine.kernels.patchify import patchify
 from engine.layers.bucketed_positions import bucketed_positions
 from engine.layers.build import BuildContext
 from engine.layers.connector import MLPConnector
@@ -41,7 +42,9 @@ class CropVisionEncoder(nn.Module):
         return item.grid[0] * self.config.patches_per_crop
 
     def record(self, record: Recorder) -> None:
-        self.tower.record(record)
+        size = self.config.image_size
+        crop = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=self.device)
+        self.tower.record(record, rehearse=lambda: self.patchify(crop))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
@@ -64,11 +67,7 @@ class CropVisionEncoder(nn.Module):
 
     def patchify(self, crops: torch.Tensor) -> torch.Tensor:
         """Normalised flat patches ``(crops * patches, 3 * patch²)``, row by row, in the model's dtype."""
-        patch = self.config.patch_size
-        # Pixels beyond the last whole patch are not looked at, as in a convolution with that stride.
-        whole = self.config.image_size // patch * patch
-        grid = crops[:, :whole, :whole].unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
-        return self.pixels(grid.permute(0, 1, 3, 5, 2, 4).reshape(-1, 3, patch * patch))
+        return patchify(crops, self.pixels.table, patch=self.config.patch_size, merge=1, temporal=1)
 
     def features(self, patches: torch.Tensor, crops: int) -> torch.Tensor:
         """The tower's features ``(crops, rows_per_crop, hidden_size)``."""

@@ -12,6 +12,7 @@ from torch import nn
 from engine.errors import InvalidRequest
 from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
+from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.connector import PatchMerger
 from engine.layers.native_grid import FramePlan, plan_frame, segments_of
@@ -52,7 +53,13 @@ class NativeVisionEncoder(nn.Module):
 
     def record(self, record: Recorder) -> None:
         window = self.config.window
-        self.tower.record(record, window_len=window and (window * self.config.merge_size) ** 2)
+        side = self.config.patch_size * self.config.merge_size
+        picture = torch.zeros((side, side, 3), dtype=torch.uint8, device=self.device)
+        self.tower.record(
+            record,
+            window_len=window and (window * self.config.merge_size) ** 2,
+            rehearse=lambda: self.patchify(picture),
+        )
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
@@ -75,18 +82,13 @@ class NativeVisionEncoder(nn.Module):
     def patchify(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised flat patches ``(t * h * w, 3 * temporal * patch²)`` of one item on the device, in the
         model's dtype."""
-        patch, merge, temporal = (
-            self.config.patch_size,
-            self.config.merge_size,
-            self.config.temporal_patch_size,
+        return patchify(
+            pixels,
+            self.pixels.table,
+            patch=self.config.patch_size,
+            merge=self.config.merge_size,
+            temporal=self.config.temporal_patch_size,
         )
-        # Before a picture is repeated over time, there is half as much to look up.
-        values = self.pixels.normalise(pixels)
-        frames = values if values.dim() == 4 else values.expand(temporal, *values.shape)
-        frames = frames.unflatten(0, (-1, temporal))
-        frames = frames.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
-        # t, T, H, m, p, W, m, p, C  →  t, H, W, m, m, C, T, p, p
-        return frames.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3 * temporal * patch * patch)
 
     def _check(self, entry: PreparedMedia) -> None:
         t, h, w = entry.item.grid

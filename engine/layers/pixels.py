@@ -35,7 +35,3 @@ class Pixels(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 ``(N, channels, n)`` to normalised ``(N, channels * n)`` in the model's dtype."""
         return self.table[patches + self.offset[:, None]].flatten(1)
-
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 ``(..., channels)`` to their values in the model's dtype, same shape."""
-        return self.table[pixels + self.offset]

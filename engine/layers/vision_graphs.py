@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,14 +18,17 @@ MAX_TOKENS = 2048
 MAX_SEGMENTS = 4
 MAX_WINDOWS = 256
 
-Blocks = Callable[[torch.Tensor, VisionSegments, VisionSegments | None], list[torch.Tensor]]
+#: Goes on from what the stage before it made, a structure of tensors.
+Stage = Callable[[Any, VisionSegments, VisionSegments | None], Any]
 
 
 class TowerGraphs:
     """Replays a tower's blocks. Tokens beyond the batch's are in no segment.
 
     Args:
-        blocks: tokens ``(N, width)``, segments and windows to outputs ``(N, width)``.
+        stages: the first takes tokens ``(N, width)``, segments and windows, the last gives a list of outputs
+            ``(N, width)``. Each is launched by itself, and the device begins with the first while the host
+            launches the next.
         record: see :class:`engine.graphs.Recorder`.
         width: of tokens.
         angles: columns of the rotary tables; None without rotary.
@@ -34,7 +39,7 @@ class TowerGraphs:
 
     def __init__(
         self,
-        blocks: Blocks,
+        stages: Sequence[Stage],
         record: Recorder,
         *,
         width: int,
@@ -43,20 +48,20 @@ class TowerGraphs:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._blocks, self._record, self._window_len = blocks, record, window_len
+        self._stages, self._record, self._window_len = stages, record, window_len
         self._x = torch.zeros((MAX_TOKENS, width), dtype=dtype, device=device)
         self._cos, self._sin = torch.zeros((2, MAX_TOKENS, angles or 0), device=device)
         self._rotates = angles is not None
         self._bounds = torch.zeros(MAX_SEGMENTS + 1, dtype=torch.int32, device=device)
         self._window_bounds = torch.zeros(MAX_WINDOWS + 1, dtype=torch.int32, device=device)
         self._filled: tuple[VisionSegments, VisionSegments | None] | None = None
-        self._replays: dict[tuple[int, int], Replay] = {}
+        self._replays: dict[tuple[int, int], list[Replay]] = {}
 
     def rehearse(self) -> None:
         """Run the largest and the smallest passes without recording them."""
         for size in (MAX_TOKENS, TOKEN_STEP):
             for count in (MAX_SEGMENTS, 1):
-                self._work(size, count)()
+                self._stage_by_stage(size, count, lambda work: work)
 
     def capture(self) -> None:
         """Record every size."""
@@ -79,14 +84,15 @@ class TowerGraphs:
         """
         tokens = len(x)
         count = 1 if len(segments.cu_seqlens) == 2 else MAX_SEGMENTS
-        replay = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, count)
+        replays = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, count)
         self._x[:tokens] = x
         if self._filled is None or self._filled[0] is not segments or self._filled[1] is not windows:
             # Until all is in its place nothing is.
             self._filled = None
             self._place(segments, windows, tokens)
             self._filled = segments, windows
-        return [out[:tokens] for out in replay()]
+        outputs = [replay() for replay in replays][-1]
+        return [out[:tokens] for out in outputs]
 
     def _place(self, segments: VisionSegments, windows: VisionSegments | None, tokens: int) -> None:
         if segments.cos is not None and segments.sin is not None:
@@ -95,18 +101,22 @@ class TowerGraphs:
         if windows is not None:
             _fill(self._window_bounds, windows.cu_seqlens, tokens)
 
-    def _get(self, size: int, count: int) -> Replay:
+    def _get(self, size: int, count: int) -> list[Replay]:
         if (size, count) not in self._replays:
-            self._replays[size, count] = self._record(self._work(size, count))
+            self._replays[size, count] = self._stage_by_stage(size, count, self._record)
         return self._replays[size, count]
 
-    def _work(self, size: int, count: int) -> Callable[[], list[torch.Tensor]]:
+    def _stage_by_stage(self, size: int, count: int, record: Recorder) -> list[Replay]:
         cos, sin = (self._cos[:size], self._sin[:size]) if self._rotates else (None, None)
         segments, windows = VisionSegments(self._bounds[: count + 1], size, cos, sin), None
         if self._window_len is not None:
             windows = VisionSegments(self._window_bounds, min(size, self._window_len), cos, sin)
-        x = self._x[:size]
-        return lambda: self._blocks(x, segments, windows)
+        replays: list[Replay] = []
+        given: Any = self._x[:size]
+        for stage in self._stages:
+            replays.append(record(partial(stage, given, segments, windows)))
+            given = replays[-1]()
+        return replays
 
 
 def _fill(bounds: torch.Tensor, given: torch.Tensor, end: int) -> None:

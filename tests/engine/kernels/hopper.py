@@ -101,6 +101,7 @@ def moving() -> None:
     from engine.kernels.act_mul import act_mul_triton
     from engine.kernels.kv_write import rotary_kv_write_triton
     from engine.kernels.layer_norm import add_layer_norm_triton
+    from engine.kernels.patchify import patchify_triton
     from engine.kernels.quick_gelu import quick_gelu_triton
     from engine.kernels.rms_norm import rms_norm_triton
     from engine.kernels.rotary import rotary_triton
@@ -111,6 +112,8 @@ def moving() -> None:
     x = noise(4, 1280)
     add_layer_norm_triton(x, x, x[0], x[0], 1e-6)
     quick_gelu_triton(noise(4, 5120))
+    pixels = torch.zeros(560, 560, 3, dtype=torch.uint8)
+    patchify_triton(pixels, noise(3 * 256), patch=14, merge=2, temporal=2)
     act_mul_triton(noise(4, 17920))
     cos = torch.randn(64, 64)
     q, k, v = noise(4, 16, 128).split([12, 2, 2], dim=1)

@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from engine.kernels.act_mul import act_mul_reference, act_mul_triton
 from engine.kernels.kv_write import rotary_kv_write_reference, rotary_kv_write_triton
 from engine.kernels.layer_norm import add_layer_norm_reference, add_layer_norm_triton
+from engine.kernels.patchify import patchify_reference, patchify_triton
 from engine.kernels.quick_gelu import quick_gelu_reference, quick_gelu_triton
 from engine.kernels.rms_norm import rms_norm_reference, rms_norm_triton
 from engine.kernels.rotary import angle_axes, rotary_reference, rotary_triton
@@ -95,6 +96,23 @@ def test_quick_gelu(device, dtype, shape):
 def test_quick_gelu_is_transformers(dtype):
     x = torch.randn(300).to(dtype) * 3
     assert torch.equal(quick_gelu_reference(x), QuickGELUActivation()(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "merge", "temporal"),
+    [
+        ((28, 56, 3), 14, 2, 2),
+        ((2, 12, 8, 3), 2, 2, 2),
+        ((6, 9, 18, 3), 3, 3, 2),
+        ((8, 4, 1), 2, 1, 1),
+        ((2, 7, 9, 3), 3, 1, 1),
+    ],
+)
+def test_patchify(device, dtype, shape, patch, merge, temporal):
+    pixels = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+    table = torch.randn(shape[-1] * 256, device=device, dtype=dtype)
+    found = patchify_triton(pixels, table, patch=patch, merge=merge, temporal=temporal)
+    assert torch.equal(found, patchify_reference(pixels, table, patch=patch, merge=merge, temporal=temporal))
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (5, 96), (3, 1300)])

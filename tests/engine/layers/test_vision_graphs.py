@@ -21,15 +21,15 @@ def tower(window_len: int | None) -> VisionTransformer:
     config = VisionConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_layers=3,
+        num_layers=6,
         num_heads=2,
         patch_dim=12,
         activation="gelu",
         rope_theta=10000.0,
-        full_layers=None if window_len is None else (1,),
+        full_layers=None if window_len is None else (1, 5),
     )
     build = BuildContext(torch.device("cpu"), torch.float32, SingleProcessGroup())
-    made = VisionTransformer(config, build, keep=(0,))
+    made = VisionTransformer(config, build, keep=(0, 4))
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -100,9 +100,9 @@ def test_what_does_not_fit_is_launched(monkeypatch):
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 32)
     made, recordings = tower(None), []
     made.record(lambda work: recordings.append(work()) or work)
-    assert len(recordings) == 2
+    assert len(recordings) == 4
     for lengths in ([33], [4] * 5):
         count = sum(lengths)
         segments = VisionSegments(bounds(lengths), max(lengths), torch.ones(count, 8), torch.zeros(count, 8))
         assert made.states(torch.zeros(count, 12), segments)[-1].shape == (count, 32)
-    assert len(recordings) == 2
+    assert len(recordings) == 4

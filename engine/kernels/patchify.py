@@ -1,0 +1,113 @@
+"""Pictures as bytes to the flat, normalised patches that a tower takes, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.dispatch import use_triton
+from engine.kernels.launch import launch
+
+#: Values of a byte.
+_LEVELS = 256
+
+
+def patchify(
+    pixels: torch.Tensor, table: torch.Tensor, *, patch: int, merge: int, temporal: int
+) -> torch.Tensor:
+    """Cut a picture, or the frames of a video, into patches.
+
+    Args:
+        pixels: uint8 ``(H, W, C)``, or ``(F, H, W, C)`` with ``F`` a multiple of ``temporal``; contiguous. A
+            picture is as ``temporal`` equal frames. What is beyond the last whole square is not looked at, as in
+            a convolution with that stride.
+        table: ``(C * 256,)``, what each byte of each channel becomes.
+        patch: side of a patch.
+        merge: side of the square of patches that are neighbours in the result.
+        temporal: frames of a patch.
+
+    Returns:
+        ``(F / temporal * H / patch * W / patch, C * temporal * patch²)`` in the dtype of ``table``. Rows go frame
+        by frame, square by square, and through each square line by line.
+    """
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous() and table.is_contiguous()
+    run = patchify_triton if use_triton(pixels) else patchify_reference
+    return run(pixels, table, patch=patch, merge=merge, temporal=temporal)
+
+
+def patchify_reference(pixels, table, *, patch, merge, temporal):
+    # Before a picture is repeated over time, there is half as much to look up.
+    values = table[pixels + torch.arange(pixels.shape[-1], device=pixels.device) * _LEVELS]
+    frames = values if values.dim() == 4 else values.expand(temporal, *values.shape)
+    side = patch * merge
+    height, width = (length // side * side for length in pixels.shape[-3:-1])
+    frames = frames[:, :height, :width].unflatten(0, (-1, temporal))
+    frames = frames.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
+    # t, T, H, m, p, W, m, p, C  →  t, H, W, m, m, C, T, p, p
+    return frames.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).flatten(5).flatten(0, 4)
+
+
+def patchify_triton(pixels, table, *, patch, merge, temporal):
+    *frames, height, width, channels = pixels.shape
+    size = channels * temporal * patch**2
+    squares = (height // (patch * merge)) * (width // (patch * merge))
+    rows = (frames[0] // temporal if frames else 1) * squares * merge**2
+    out = torch.empty((rows, size), dtype=table.dtype, device=pixels.device)
+    launch(
+        _patchify_kernel,
+        (rows,),
+        pixels,
+        table,
+        out,
+        height,
+        width,
+        CHANNELS=channels,
+        TEMPORAL=temporal,
+        PATCH=patch,
+        MERGE=merge,
+        MOVING=bool(frames),
+        LEVELS=_LEVELS,
+        SIZE=size,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=4,
+    )
+    return out
+
+
+# A kernel compiled for each size of picture that comes up would make requests wait.
+@triton.jit(do_not_specialize=["height", "width"])
+def _patchify_kernel(
+    pixels_ptr,
+    table_ptr,
+    out_ptr,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    TEMPORAL: tl.constexpr,
+    PATCH: tl.constexpr,
+    MERGE: tl.constexpr,
+    MOVING: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    across = width // (PATCH * MERGE)
+    squares = height // (PATCH * MERGE) * across
+    square, inner = row // (MERGE * MERGE), row % (MERGE * MERGE)
+    frame, place = square // squares, square % squares
+    top = (place // across * MERGE + inner // MERGE) * PATCH
+    left = (place % across * MERGE + inner % MERGE) * PATCH
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    channel = column // (TEMPORAL * PATCH * PATCH)
+    y = top + column // PATCH % PATCH
+    x = left + column % PATCH
+    source = (y * width + x) * CHANNELS + channel
+    if MOVING:
+        moment = frame * TEMPORAL + column // (PATCH * PATCH) % TEMPORAL
+        source += moment.to(tl.int64) * height * width * CHANNELS
+    level = tl.load(pixels_ptr + source, mask=inside, other=0).to(tl.int32)
+    value = tl.load(table_ptr + channel * LEVELS + level, mask=inside, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64) * SIZE + column, value, mask=inside)
