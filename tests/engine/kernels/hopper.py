@@ -114,6 +114,7 @@ def moving() -> None:
     quick_gelu_triton(noise(4, 5120))
     pixels = torch.zeros(560, 560, 3, dtype=torch.uint8)
     patchify_triton(pixels, noise(3 * 256), patch=14, merge=2, temporal=2)
+    patchify_triton(pixels[None], noise(3 * 256), patch=14, merge=1, temporal=1)
     act_mul_triton(noise(4, 17920))
     cos = torch.randn(64, 64)
     q, k, v = noise(4, 16, 128).split([12, 2, 2], dim=1)
