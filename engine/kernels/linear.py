@@ -1,4 +1,4 @@
-"""Linear layers. A product with one row is ours, products with more are left to torch.
+"""Linear layers. Products with one row and with a few are ours, those with more are left to torch.
 
 The product with one row is bound by reading the weight: each program reads a few rows of it from end to end and
 sums products, and there is nothing for the matrix unit to do.
@@ -13,23 +13,43 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from engine.kernels import few_rows
+from engine.kernels.act_mul import act_mul
 from engine.kernels.dispatch import use_triton
 from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``, summed in float32 and rounded once.
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    arrivals: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T + bias``, summed in float32, and the gate after it where there is one.
 
     Args:
         x: ``(T, K)``, last dimension contiguous.
         weight: ``(N, K)``, last dimension contiguous, dtype of ``x``.
         bias: ``(N,)``.
+        activation: ``silu`` or ``gelu_tanh``: the first half of the outputs goes through it and multiplies the
+            second, see :func:`engine.kernels.act_mul.act_mul`.
+        arrivals: int32 zeros for the layer's own use, see :func:`arrivals_of`; None: a few rows may take longer.
 
     Returns:
-        ``(T, N)`` in the dtype of ``x``.
+        ``(T, N)``, or ``(T, N / 2)`` with an activation, in the dtype of ``x``.
     """
-    return (linear_triton if is_row(x) else linear_reference)(x, weight, bias)
+    if few_rows.takes(x, weight):
+        return few_rows.few_rows_linear_triton(x, weight, bias, activation=activation, arrivals=arrivals)
+    out = (linear_triton if is_row(x) else linear_reference)(x, weight, bias)
+    return out if activation is None else act_mul(out, activation)
+
+
+def arrivals_of(outputs: int, device: torch.device) -> torch.Tensor:
+    """What a layer with so many outputs gives to each of its calls of :func:`linear`, one at a time."""
+    return torch.zeros(triton.cdiv(outputs, few_rows.TILE_OUTPUTS), dtype=torch.int32, device=device)
 
 
 def is_row(x: torch.Tensor) -> bool:

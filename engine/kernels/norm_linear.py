@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.act_mul import act_mul, activate
+from engine.kernels.act_mul import activate
 from engine.kernels.launch import launch
-from engine.kernels.linear import is_row
+from engine.kernels.linear import is_row, linear
 from engine.kernels.overlap import overlap, wait_for_previous
 from engine.kernels.rms_norm import rms_norm
 from engine.kernels.tiling import num_processors
@@ -36,7 +35,7 @@ def norm_linear(
     """A linear layer of the RMS norm of ``x + residual``, and that sum.
 
     With one row nothing is rounded in between but the sum; with more, what comes from each of the operations
-    that it is made of then.
+    that it is made of then, see :func:`engine.kernels.linear.linear`.
 
     Args:
         x: ``(T, K)``, last dimension contiguous.
@@ -57,8 +56,7 @@ def norm_linear(
 
 def norm_linear_reference(x, residual, norm, eps, weight, bias=None, *, activation=None):
     normed, total = (rms_norm(x, norm, eps), x) if residual is None else rms_norm(x, norm, eps, residual)
-    out = F.linear(normed, weight, bias)
-    return out if activation is None else act_mul(out, activation), total
+    return linear(normed, weight, bias, activation=activation), total
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+#: Rows up to which a product with a weight is bound by reading it.
+FEW_ROWS = 64
+
 _PROCESSORS_WITHOUT_GPU = 4
+_MEMORY_WITHOUT_GPU = 227 << 10
 
 
 @functools.cache
@@ -16,6 +20,14 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _PROCESSORS_WITHOUT_GPU
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use on a GPU; those of a Hopper GPU where there is none."""
+    if device.type != "cuda":
+        return _MEMORY_WITHOUT_GPU
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @dataclass(frozen=True, slots=True)

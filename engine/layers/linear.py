@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels.linear import linear
+from engine.kernels.linear import arrivals_of, linear
 from engine.kernels.norm_linear import norm_linear
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.norm import RMSNorm
@@ -160,11 +160,13 @@ class RowLinear(nn.Module):
         self.in_features = build.share(in_features, "input features")
         self.weight = build.parameter(out_features, self.in_features)
         self.bias = build.parameter(out_features) if bias else None
+        self.arrivals: torch.Tensor
+        self.register_buffer("arrivals", arrivals_of(out_features, build.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
-            return linear(x, self.weight, self.bias)
-        out = self.tp.all_reduce(linear(x, self.weight))
+            return linear(x, self.weight, self.bias, arrivals=self.arrivals)
+        out = self.tp.all_reduce(linear(x, self.weight, arrivals=self.arrivals))
         return out if self.bias is None else out + self.bias
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:

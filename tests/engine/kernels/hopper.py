@@ -131,8 +131,9 @@ def moving() -> None:
 def choosing() -> None:
     """What chooses tokens, and the products of a decode step."""
     from engine.kernels.decode_state import advance_triton, decode_places_triton
+    from engine.kernels.few_rows import few_rows_linear_triton
     from engine.kernels.gumbel import argmax_triton, gumbel_argmax_triton
-    from engine.kernels.linear import linear_triton
+    from engine.kernels.linear import arrivals_of, linear_triton
     from engine.kernels.norm_linear import norm_linear_triton
     from engine.kernels.truncation import truncation_threshold_triton
 
@@ -150,6 +151,12 @@ def choosing() -> None:
     norm_linear_triton(x, x, norm, 1e-6, noise(17920, 1536), activation="silu")
     x, norm = noise(1, 3584), noise(3584)
     norm_linear_triton(x, x, norm, 1e-6, noise(37888, 3584), activation="silu")
+    for rows in (16, 64):
+        few_rows_linear_triton(noise(rows, 1536), noise(17920, 1536), activation="silu")
+        few_rows_linear_triton(noise(rows, 1536), noise(2048, 1536), noise(2048))
+        few_rows_linear_triton(
+            noise(rows, 8960), noise(1536, 8960), arrivals=arrivals_of(1536, torch.device("cpu"))
+        )
 
 
 CASES: list[Callable[[], None]] = [

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from engine.kernels.linear import linear, linear_reference, linear_triton, tiling
+from engine.kernels import few_rows
+from engine.kernels.few_rows import few_rows_linear_triton
+from engine.kernels.linear import arrivals_of, linear, linear_reference, linear_triton, tiling
 from engine.kernels.norm_linear import norm_linear, norm_linear_reference, norm_linear_triton
 
 from .compare import assert_close
@@ -49,13 +51,52 @@ def test_after_a_norm_triton_equals_float64(device, dtype, outputs, inputs, with
     assert_close(found, wanted)
 
 
-def test_several_rows_are_left_to_torch(device, dtype):
-    x, weight, bias = problem(device, dtype, 2, 12, 16)
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(34, 40), (130, 256), (2, 5), (202, 1100)])
+def test_a_few_rows_equal_float64(device, dtype, outputs, inputs, with_bias, activation, rows):
+    x, weight, bias = problem(device, dtype, rows, outputs, inputs)
+    bias = bias if with_bias else None
+    wanted = linear(*double(x, weight, bias), activation=activation)
+    assert_close(few_rows_linear_triton(x, weight, bias, activation=activation), wanted)
+
+
+@pytest.mark.parametrize("rows", [2, 33])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "splits"), [(34, 2048, 2), (130, 3100, 3), (70, 5000, 4), (8, 9000, 8)]
+)
+def test_programs_that_share_inputs_equal_float64(
+    device, dtype, monkeypatch, outputs, inputs, splits, with_bias, rows
+):
+    monkeypatch.setattr(few_rows, "num_processors", lambda device: splits * -(-outputs // 64))
+    x, weight, bias = problem(device, dtype, rows, outputs, inputs)
+    bias = bias if with_bias else None
+    arrivals = arrivals_of(outputs, device)
+    wanted = linear(*double(x, weight, bias))
+    for _ in range(2):
+        assert_close(few_rows_linear_triton(x, weight, bias, arrivals=arrivals), wanted)
+        assert not arrivals.any()
+
+
+def test_many_rows_are_left_to_torch(device, dtype):
+    x, weight, bias = problem(device, dtype, 65, 12, 16)
     torch.testing.assert_close(linear(x, weight, bias), linear_reference(x, weight, bias))
     norm, residual = torch.rand(16).to(device, dtype), x.clone()
     found = norm_linear(x, residual, norm, 1e-3, weight, bias, activation="silu")
     wanted = norm_linear_reference(x, residual, norm, 1e-3, weight, bias, activation="silu")
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("memory", [100 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_a_few_rows_fit_into_the_memory_of_smaller_gpus(rows, gated, memory):
+    sizes = {"gated": gated, "processors": 132, "memory": memory, "itemsize": 2}
+    tile = few_rows.tiling(rows, 1536, 8960, **sizes)
+    assert tile.stages >= 2
+    assert (64 * (2 if gated else 1) + rows) * tile.inputs * 2 * tile.stages <= memory
 
 
 def test_no_rows(device):

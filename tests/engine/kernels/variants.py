@@ -56,7 +56,12 @@ def main() -> None:
     JITFunction._do_compile = compile_nothing
     JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
     with tempfile.TemporaryDirectory() as folder:
-        LLM(str(write_checkpoint("tiny", Path(folder))), load_format="dummy", max_num_seqs=256)
+        LLM(
+            str(write_checkpoint("tiny", Path(folder))),
+            load_format="dummy",
+            max_num_seqs=256,
+            dtype="bfloat16",
+        )
     print(json.dumps(beforehand))
     print(json.dumps(later))
 
