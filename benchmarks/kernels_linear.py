@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
-from engine.kernels.linear import linear
+from engine.kernels.act_mul import act_mul, act_mul_reference
+from engine.kernels.linear import arrivals_of, linear
 from engine.kernels.norm_linear import norm_linear, norm_linear_reference
 
 #: Layers of Qwen2-VL's 2B and 7B: (name, input features, output features)
@@ -32,6 +33,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         for batch in BATCHES:
             label, sizes = f"{name} {inputs}->{outputs}, batch {batch}", (device, batch, inputs, outputs)
             yield Case("linear", label, partial(plain, *sizes))
+            if name in AFTER_NORM and batch > 1:
+                yield Case("few_rows", f"{label}, gated", partial(gated, *sizes))
         if name in AFTER_NORM:
             yield Case(
                 "norm_linear", f"{name} {inputs}->{outputs}", partial(after_norm, device, inputs, outputs)
@@ -53,9 +56,21 @@ class Layer:
 def plain(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
     """The product alone."""
     layer = Layer(device, batch, inputs, outputs)
-    run = partial(linear, layer.x, layer.weight)
+    run = partial(linear, layer.x, layer.weight, arrivals=arrivals_of(outputs, device))
     peers: dict[str, Work] = {"torch": partial(F.linear, layer.x, layer.weight)}
     return Problem(run, lambda: (run(), layer.wanted()), layer.moved, peers=peers)
+
+
+def gated(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
+    """The product of a few rows with the gate after it."""
+    layer = Layer(device, batch, inputs, outputs)
+    run = partial(linear, layer.x, layer.weight, activation="silu")
+
+    def apart() -> torch.Tensor:
+        return act_mul(F.linear(layer.x, layer.weight))
+
+    peers: dict[str, Work] = {"torch, gate apart": apart}
+    return Problem(run, lambda: (run(), act_mul_reference(layer.wanted())), layer.moved, peers=peers)
 
 
 def after_norm(device: torch.device, inputs: int, outputs: int) -> Problem:

@@ -14,6 +14,7 @@ from engine.kernels.decode_state import DecodePlaces, decode_places, decode_plac
 from engine.kernels.gumbel import gumbel_argmax, gumbel_argmax_reference
 from engine.kernels.kv_write import rotary_kv_write, rotary_kv_write_reference
 from engine.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from engine.kernels.patchify import patchify, patchify_reference
 from engine.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from engine.kernels.rms_norm import rms_norm, rms_norm_reference
 from engine.kernels.rotary import rotary, rotary_reference
@@ -57,6 +58,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     for tokens, size in TINY_VISION if tiny else VISION:
         yield Case("layer_norm", f"{tokens}x{size} with residual", partial(layer_norm, device, tokens, size))
         yield Case("quick_gelu", f"{tokens}x{4 * size}", partial(tower_gelu, device, tokens, 4 * size))
+    for side in (56,) if tiny else (560, 1120):
+        yield Case("patchify", f"{side}x{side}", partial(patches, device, side))
     for sizes in TINY_WRITE if tiny else WRITE:
         yield Case("kv_write", "{}, heads {}/{}, D {}".format(*sizes), partial(write, device, *sizes))
     for sizes in TINY_SAMPLING if tiny else SAMPLING:
@@ -150,6 +153,16 @@ def tower_gelu(device, tokens, size) -> Problem:
     run = partial(quick_gelu, x)
     peers: dict[str, Work] = {"torch": partial(quick_gelu_reference, x)}
     return Problem(run, lambda: (run(), quick_gelu_reference(x)), 2 * x.nbytes, peers=peers)
+
+
+def patches(device, side) -> Problem:
+    pixels = torch.randint(0, 256, (side, side, 3), device=device, dtype=torch.uint8)
+    table = torch.randn(3 * 256, device=device, dtype=dtype_on(device))
+    cut = {"patch": 14, "merge": 2, "temporal": 2}
+    run, wanted = (partial(way, pixels, table, **cut) for way in (patchify, patchify_reference))
+    peers: dict[str, Work] = {"torch": wanted}
+    moved = pixels.nbytes * (1 + 2 * table.element_size())
+    return Problem(run, lambda: (run(), wanted()), moved, peers=peers)
 
 
 def write(device, tokens, heads, kv_heads, dim) -> Problem:

@@ -3,7 +3,7 @@
 The product is bound by reading the weight, as with one row, but takes the matrix unit. A tile of the weight's rows
 is the left operand, whose height the unit is made for, and the few rows of the input the right one. Where a layer
 has too few outputs to fill the device, programs share the inputs of a tile, and the one that is through last adds
-up what the others have left.
+up what the others have left. The reference is that of :mod:`engine.kernels.linear`.
 """
 
 from __future__ import annotations
