@@ -22,6 +22,7 @@ import numpy as np
 from engine.core import EngineCore
 from engine.inputs.tokenizer import Tokenizer
 from engine.metrics import EngineMetrics
+from engine.offline import STEPS_TOGETHER
 from engine.output_processor import OutputProcessor, new_group
 from engine.request import Request
 from engine.sampling_params import SamplingParams
@@ -33,8 +34,6 @@ from engine.scheduling.prefix_cache import BlockHasher
 from engine.scheduling.scheduler import Scheduler
 
 PROMPT, BLOCK = 64, 16
-#: Steps that are turned into text together.
-TOGETHER = 8
 MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
 
 
@@ -79,7 +78,7 @@ def measure(count: int, steps: int) -> dict[str, float]:
         outputs.add(new_group(str(index), [request]))
         core.add(request)
     stepping, made = [], []
-    text: dict[int, list[float]] = {1: [], TOGETHER: []}
+    text: dict[int, list[float]] = {1: [], STEPS_TOGETHER: []}
     # What is kept here for later would send the garbage collector over it again and again.
     gc.disable()
     for _ in range(steps):
@@ -89,7 +88,7 @@ def measure(count: int, steps: int) -> dict[str, float]:
     gc.enable()
     # Apart from the steps, as on its own thread: it would push the scheduler's data out of the cache.
     half = len(made) // 2
-    for size, together in ((1, made[:half]), (TOGETHER, made[half:])):
+    for size, together in ((1, made[:half]), (STEPS_TOGETHER, made[half:])):
         for first in range(0, len(together), size):
             events = [event for step in together[first : first + size] for event in step]
             start = time.perf_counter()
@@ -101,7 +100,7 @@ def measure(count: int, steps: int) -> dict[str, float]:
         "step us": statistics.mean(stepping[20:]) * 1e6,
         "step p99 us": statistics.quantiles(stepping[20:], n=100)[98] * 1e6,
         "text us": statistics.mean(text[1][20:]) * 1e6,
-        f"text of {TOGETHER} us": statistics.mean(text[TOGETHER][:-1]) * 1e6,
+        f"text of {STEPS_TOGETHER} us": statistics.mean(text[STEPS_TOGETHER][:-1]) * 1e6,
     }
 
 

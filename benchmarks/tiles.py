@@ -25,7 +25,7 @@ from benchmarks import kernels_attention, kernels_linear
 from benchmarks.kernels import attempt, selected
 from benchmarks.kernels_timing import Case, Clock
 from benchmarks.offline import versions
-from engine.kernels import decode_attention, linear, norm_linear, paged_attention, vision_attention
+from engine.kernels import decode_attention, few_rows, linear, norm_linear, paged_attention, vision_attention
 from engine.kernels.launch import compiling
 
 _ATTENTION = [
@@ -43,6 +43,7 @@ TUNED: dict[str, tuple[ModuleType, list[tuple[int, ...]]]] = {
     "paged_prefill": (paged_attention, _ATTENTION),
     "vision": (vision_attention, _ATTENTION),
     "linear": (linear, _GEMV),
+    "few_rows": (few_rows, list(product((64, 128), (4, 8), (3, 4, 5), (1,)))),
     "norm_linear": (norm_linear, list(product((1, 2, 4, 8), (4, 8), (1, 2, 4)))),
 }
 
@@ -51,7 +52,7 @@ TUNED: dict[str, tuple[ModuleType, list[tuple[int, ...]]]] = {
 def tiled(module: ModuleType, tile: tuple[int, ...]) -> Iterator[None]:
     """Let the kernels of ``module`` take ``tile`` whatever the problem."""
     chosen = module.tiling
-    module.tiling = lambda *_: module.Tiling(*tile)
+    module.tiling = lambda *_, **__: module.Tiling(*tile)
     try:
         yield
     finally:
@@ -61,7 +62,7 @@ def tiled(module: ModuleType, tile: tuple[int, ...]) -> Iterator[None]:
 def tuned_cases(device: torch.device, tiny: bool) -> list[Case]:
     """Problems that go through a kernel with a tile."""
     cases = [*kernels_attention.cases(device, tiny), *kernels_linear.cases(device, tiny)]
-    # With more rows torch computes the product.
+    # With more rows the product is another kernel's, or torch's.
     return [c for c in cases if c.kernel in TUNED and (c.kernel != "linear" or c.label.endswith("batch 1"))]
 
 

@@ -32,7 +32,7 @@ _TOGETHER = 16
 #: up the first ones, whose pictures are prepared while the device has nothing to do yet.
 _AHEAD = 2 * _TOGETHER
 #: Steps whose tokens are turned into text together, which takes less than one step at a time.
-_STEPS = 8
+STEPS_TOGETHER = 8
 
 Params = SamplingParams | PoolingParams
 #: Prepares one prompt; its media are encoded as well where that is given.
@@ -79,7 +79,7 @@ class OfflineRunner:
         """
         core, outputs = self._engine.core, self._engine.outputs
         # Where a stop string ends a request, every step that sees it later is one for nothing.
-        steps = 1 if any(isinstance(p, SamplingParams) and p.stop for p in params) else _STEPS
+        steps = 1 if any(isinstance(p, SamplingParams) and p.stop for p in params) else STEPS_TOGETHER
         events: list[StepEvents] = []
         self._num_media = self._num_tokens = 0
         jobs: list[Job] = []

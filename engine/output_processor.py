@@ -156,8 +156,9 @@ class OutputProcessor:
         delta.finish_reason = reason
         sequence.done = reason is not None
         if request.params.logprobs is not None and step.logprobs is not None:
-            values = self._row_logprobs(step.logprobs, row, token, request.params.logprobs)
-            delta.logprobs = [*(delta.logprobs or ()), values]
+            if delta.logprobs is None:
+                delta.logprobs = []
+            delta.logprobs.append(self._row_logprobs(step.logprobs, row, token, request.params.logprobs))
 
     def _update(
         self, group: RequestGroup, changed: dict[str, tuple[RequestGroup, StreamUpdate]]

@@ -62,11 +62,11 @@ def patchify_triton(pixels, table, *, patch, merge, temporal):
         out,
         height,
         width,
+        height * width * channels if frames else 0,
         CHANNELS=channels,
         TEMPORAL=temporal,
         PATCH=patch,
         MERGE=merge,
-        MOVING=bool(frames),
         LEVELS=_LEVELS,
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
@@ -75,19 +75,19 @@ def patchify_triton(pixels, table, *, patch, merge, temporal):
     return out
 
 
-# A kernel compiled for each size of picture that comes up would make requests wait.
-@triton.jit(do_not_specialize=["height", "width"])
+# A kernel compiled for each size of picture that comes up, or for the first video, would make requests wait.
+@triton.jit(do_not_specialize=["height", "width", "frame_stride"])
 def _patchify_kernel(
     pixels_ptr,
     table_ptr,
     out_ptr,
     height,
     width,
+    frame_stride,
     CHANNELS: tl.constexpr,
     TEMPORAL: tl.constexpr,
     PATCH: tl.constexpr,
     MERGE: tl.constexpr,
-    MOVING: tl.constexpr,
     LEVELS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -104,10 +104,8 @@ def _patchify_kernel(
     channel = column // (TEMPORAL * PATCH * PATCH)
     y = top + column // PATCH % PATCH
     x = left + column % PATCH
-    source = (y * width + x) * CHANNELS + channel
-    if MOVING:
-        moment = frame * TEMPORAL + column // (PATCH * PATCH) % TEMPORAL
-        source += moment.to(tl.int64) * height * width * CHANNELS
+    moment = frame * TEMPORAL + column // (PATCH * PATCH) % TEMPORAL
+    source = moment.to(tl.int64) * frame_stride + (y * width + x) * CHANNELS + channel
     level = tl.load(pixels_ptr + source, mask=inside, other=0).to(tl.int32)
     value = tl.load(table_ptr + channel * LEVELS + level, mask=inside, other=0.0)
     tl.store(out_ptr + row.to(tl.int64) * SIZE + column, value, mask=inside)

@@ -107,6 +107,7 @@ class TowerGraphs:
         return self._replays[size, count]
 
     def _stage_by_stage(self, size: int, count: int, record: Recorder) -> list[Replay]:
+        """Record each stage over what the one before it keeps its results in."""
         cos, sin = (self._cos[:size], self._sin[:size]) if self._rotates else (None, None)
         segments, windows = VisionSegments(self._bounds[: count + 1], size, cos, sin), None
         if self._window_len is not None:
