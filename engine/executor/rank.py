@@ -105,6 +105,7 @@ class ModelRank:
             num_slots=num_slots,
             max_model_len=max_model_len,
             positions=positions,
+            pooling=config.task == "embed",
             record=make_recorder(decoder.device, enforce_eager=config.enforce_eager),
         )
         if not self._compiled:

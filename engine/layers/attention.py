@@ -44,14 +44,19 @@ class Attention(nn.Module):
         positions: torch.Tensor,
         cache: KVCache,
         meta: AttentionMetadata,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of the norm of ``x + residual``, and that sum; both ``(T, hidden)``."""
+        """Attention of the norm of ``x + residual``, and that sum; both ``(T, hidden)``, or of ``rows``
+        alone: the keys and values of all are written nevertheless."""
         qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         attend = self._decode if meta.max_query_len == 1 else self._prefill
-        return self.o_proj(attend(q, k, v, positions, cache, meta).flatten(1)), residual
+        out = attend(q, k, v, positions, cache, meta).flatten(1)
+        if rows is not None:
+            out, residual = out.index_select(0, rows), residual.index_select(0, rows)
+        return self.o_proj(out), residual
 
     def _prefill(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
         self.rotary(q, k, v, positions, cache, meta.slot_mapping)

@@ -37,8 +37,9 @@ class DecoderLayer(nn.Module):
         positions: torch.Tensor,
         cache: KVCache,
         meta: AttentionMetadata,
+        rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.self_attn(self.input_layernorm, x, residual, positions, cache, meta)
+        x, residual = self.self_attn(self.input_layernorm, x, residual, positions, cache, meta, rows)
         return self.mlp.after_norm(self.post_attention_layernorm, x, residual)
 
 
@@ -78,8 +79,12 @@ class Decoder(nn.Module):
         kv_caches: Sequence[KVCache],
         meta: AttentionMetadata,
         deepstack: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the new tokens of a batch and write their keys and values.
+
+        Most rows of a prompt are there for their keys and values: where it is told which others are wanted,
+        the last layer goes on with those alone after its attention.
 
         Args:
             embeds: ``(T, hidden_size)``.
@@ -88,15 +93,19 @@ class Decoder(nn.Module):
             meta: where each sequence's tokens and blocks are.
             deepstack: ``(n, T, hidden_size)`` added to the hidden states after each of the first ``n``
                 layers; zero at text positions.
+            rows: ``(R,)`` int64, the tokens whose hidden states are wanted; None for all of them.
 
         Returns:
-            Hidden states ``(T, hidden_size)`` after the final norm.
+            Hidden states ``(T, hidden_size)`` after the final norm, or ``(R, hidden_size)`` of ``rows``.
         """
         x, residual = embeds, None
+        last = len(self.layers) - 1
         for index, (layer, cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
-            x, residual = layer(x, residual, positions, cache, meta)
+            wanted = rows if index == last else None
+            x, residual = layer(x, residual, positions, cache, meta, wanted)
             if deepstack is not None and index < len(deepstack):
-                x = x + deepstack[index]
+                added = deepstack[index]
+                x = x + (added if wanted is None else added.index_select(0, wanted))
         return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -64,13 +64,17 @@ class DecodeGraphs:
             for plan in plans:
                 self._sample_of(size, plan)
 
+    def size_for(self, count: int) -> int:
+        """The recorded batch size that ``count`` rows are padded to."""
+        return next(size for size in self._sizes if size >= count)
+
     def replay(self, slots: torch.Tensor, plan: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits and tokens of ``slots`` ``(D,)``: views that the next replay overwrites.
 
         ``plan`` must be one that the sampler can run without the host; None leaves sampling to the caller.
         """
         count = slots.shape[0]
-        size = next(size for size in self._sizes if size >= count)
+        size = self.size_for(count)
         forward = self._forward_of(size)
         sample = None if plan is None else self._sample_of(size, plan)
         if self._filled.get(size) is not slots:

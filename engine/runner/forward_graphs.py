@@ -16,7 +16,7 @@ MAX_TOKENS = 1024
 #: among many take longer.
 FEW_SEQUENCES = 16
 
-Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata], torch.Tensor]
+Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, torch.Tensor | None], torch.Tensor]
 
 
 class ForwardGraphs:
@@ -26,7 +26,8 @@ class ForwardGraphs:
     no tokens.
 
     Args:
-        forward: embeddings ``(T, width)``, positions and metadata to hidden states ``(T, width)``.
+        forward: embeddings ``(T, width)``, positions, metadata and the rows wanted, or None, to hidden states
+            ``(R, width)`` of those rows, or of all.
         record: see :class:`engine.graphs.Recorder`.
         width: of embeddings and hidden states.
         dtype: theirs.
@@ -34,6 +35,7 @@ class ForwardGraphs:
         max_sequences: most sequences of a batch.
         max_blocks: columns of block tables.
         max_seq_len: longest sequence.
+        all_rows: the hidden states of all rows are wanted; else of as many as there are sequences, at most.
         device: where all that is.
     """
 
@@ -48,6 +50,7 @@ class ForwardGraphs:
         max_sequences: int,
         max_blocks: int,
         max_seq_len: int,
+        all_rows: bool,
         device: torch.device,
     ) -> None:
         self._forward, self._record = forward, record
@@ -60,6 +63,10 @@ class ForwardGraphs:
         self._tables = torch.zeros((max_sequences, max_blocks), dtype=torch.int32, device=device)
         self._starts = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(max_sequences, dtype=torch.int32, device=device)
+        self.all_rows = all_rows
+        self._rows = torch.zeros(max_sequences, dtype=torch.int64, device=device)
+        # Entries of it that may not be zero.
+        self._num_rows = 0
         self._replays: dict[tuple[int, int], Replay] = {}
 
     def rehearse(self) -> None:
@@ -77,10 +84,19 @@ class ForwardGraphs:
         """Whether a batch is small enough for :meth:`replay`."""
         return 0 < tokens <= MAX_TOKENS and sequences <= self._counts[-1]
 
-    def replay(self, embeds: torch.Tensor, positions: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
-        """Hidden states ``(T, width)``: a view that the next replay overwrites."""
+    def replay(
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        meta: AttentionMetadata,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Hidden states ``(R, width)`` of ``rows``, or ``(T, width)`` where those of all are recorded: a view
+        that the next replay overwrites."""
+        assert (rows is None) == self.all_rows
         tokens, sequences = embeds.shape[0], meta.seq_lens.shape[0]
-        count = next(count for count in self._counts if count >= sequences)
+        num_rows = 0 if rows is None else rows.shape[0]
+        count = next(count for count in self._counts if count >= max(sequences, num_rows))
         replay = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, count)
         self._embeds[:tokens] = embeds
         self._positions[..., :tokens] = positions
@@ -90,7 +106,14 @@ class ForwardGraphs:
         self._starts[: sequences + 1] = meta.query_start
         self._starts[sequences + 1 :] = tokens
         self._lengths[:sequences] = meta.seq_lens
-        return replay()[:tokens]
+        if rows is None:
+            return replay()[:tokens]
+        self._rows[:num_rows] = rows
+        if self._num_rows > num_rows:
+            # A row of a longer pass may be beyond the end of this one.
+            self._rows[num_rows : self._num_rows] = 0
+        self._num_rows = num_rows
+        return replay()[:num_rows]
 
     def _get(self, size: int, count: int) -> Replay:
         if (size, count) not in self._replays:
@@ -101,6 +124,8 @@ class ForwardGraphs:
         # No row may write keys while it is recorded: what follows fills all buffers anew anyway.
         self._slot_mapping.fill_(-1)
         self._starts.zero_()
+        self._rows.zero_()
+        self._num_rows = 0
         meta = AttentionMetadata(
             block_tables=self._tables[:count],
             query_start=self._starts[: count + 1],
@@ -110,4 +135,5 @@ class ForwardGraphs:
             max_seq_len=self._max_seq_len,
         )
         embeds, positions = self._embeds[:size], self._positions[..., :size]
-        return lambda: self._forward(embeds, positions, meta)
+        rows = None if self.all_rows else self._rows[:count]
+        return lambda: self._forward(embeds, positions, meta, rows)

@@ -81,6 +81,7 @@ class ModelRunner:
         num_slots: rows of requests.
         max_model_len: longest sequence.
         positions: rotary positions of a request's prompt, as the model's family defines them.
+        pooling: requests are for vectors, and want the hidden states of all their tokens.
         record: records decode steps and small forward passes, to be replayed; None: all is launched anew.
     """
 
@@ -93,6 +94,7 @@ class ModelRunner:
         num_slots: int,
         max_model_len: int,
         positions: Positions,
+        pooling: bool,
         record: Recorder | None,
     ) -> None:
         self.model = model
@@ -102,6 +104,7 @@ class ModelRunner:
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._positions = positions
+        self._pooling = pooling
         self.vocab_size = model.config.vocab_size
         self._mrope = model.config.rope.mrope_section is not None
         self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
@@ -126,7 +129,7 @@ class ModelRunner:
                 device=self.device,
             )
             self._forwards = ForwardGraphs(
-                lambda embeds, positions, meta: model(embeds, positions, kv, meta),
+                lambda embeds, positions, meta, rows: model(embeds, positions, kv, meta, rows=rows),
                 record,
                 width=model.config.hidden_size,
                 dtype=self.dtype,
@@ -134,6 +137,7 @@ class ModelRunner:
                 max_sequences=num_slots,
                 max_blocks=self._state.block_tables.shape[1],
                 max_seq_len=max_model_len,
+                all_rows=pooling,
                 device=self.device,
             )
 
@@ -153,11 +157,15 @@ class ModelRunner:
         found: list[tuple[Request, int, LogprobTensors]] = []
         pooled: list[tuple[Request, torch.Tensor]] = []
         if batch.prefills:
-            hidden, rows = self._mixed(batch, places)
-            self._pool(batch, hidden, pooled)
-            self._score_prompts(batch, hidden, found)
             slots, tokens = places["sampling_slots"], None
-            logits = self.model.logits(hidden.index_select(0, rows))
+            if _wants_all_rows(batch):
+                hidden = self._mixed(batch, places, None)
+                self._pool(batch, hidden, pooled)
+                self._score_prompts(batch, hidden, found)
+                hidden = hidden.index_select(0, places["rows"])
+            else:
+                hidden = self._mixed(batch, places, places["rows"])
+            logits = self.model.logits(hidden)[: len(slots)]
         else:
             slots = self._decode_slot_tensor(batch.decode_slots)
             captured = replace(plan, num_logprobs=-1)
@@ -325,10 +333,18 @@ class ModelRunner:
             "query_start": np.concatenate([np.arange(decodes + 1), last_rows + 1]),
             "slots": np.concatenate([batch.decode_slots, [c.slot for c in chunks]]),
             "ends": ends,
-            "rows": np.concatenate([np.arange(decodes), last_rows[samples]]),
+            "rows": self._padded(np.concatenate([np.arange(decodes), last_rows[samples]])),
             "sampling_slots": batch.sampling_slots,
             "embed_places": self._embed_places(batch),
         }
+
+    def _padded(self, rows: np.ndarray) -> np.ndarray:
+        """The rows that sample, and row 0 again and again up to the next recorded batch size: the kernels of
+        other sizes would be loaded when they come up first, which takes the host tens of milliseconds."""
+        if self._pooling:
+            return rows
+        size = max(1, len(rows)) if self._decodes is None else self._decodes.size_for(len(rows))
+        return np.concatenate([rows, np.zeros(size - len(rows), np.int64)])
 
     def _embed_places(self, batch: ScheduledBatch) -> np.ndarray:
         """Batch rows that embedding rows overwrite, in the order of :meth:`_embed_rows`."""
@@ -353,10 +369,10 @@ class ModelRunner:
         return rows
 
     def _mixed(
-        self, batch: ScheduledBatch, places: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward over decodes and chunks: hidden states ``(T, H)``, which the next may
-        overwrite, and the rows that sample."""
+        self, batch: ScheduledBatch, places: dict[str, torch.Tensor], rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One forward over decodes and chunks: the hidden states ``(R, H)`` of ``rows``, or of all, which the
+        next may overwrite."""
         state, decodes = self._state, len(batch.decode_slots)
         slots, ids, positions = places["slots"], places["ids"], places["positions"]
         lengths, kv_slots = places["ends"], places["kv_slots"]
@@ -378,21 +394,25 @@ class ModelRunner:
         )
         embeds = self.model.embed(ids)
         deepstack = None
-        if rows := self._embed_rows(batch):
-            media, width = rows[0] if len(rows) == 1 else torch.cat(rows), embeds.shape[1]
+        if parts := self._embed_rows(batch):
+            media, width = parts[0] if len(parts) == 1 else torch.cat(parts), embeds.shape[1]
             embeds.index_copy_(0, places["embed_places"], media[:, :width])
             if media.shape[1] > width:
                 deepstack = embeds.new_zeros((media.shape[1] // width - 1, *embeds.shape))
                 layers = media[:, width:].unflatten(1, (-1, width)).transpose(0, 1)
                 deepstack.index_copy_(1, places["embed_places"], layers)
-        small = self._forwards is not None and self._forwards.fits(len(embeds), len(slots))
-        if small and deepstack is None:
-            assert self._forwards is not None
-            hidden = self._forwards.replay(embeds, positions, meta)
+        graphs = self._forwards
+        if (
+            graphs is not None
+            and graphs.all_rows == (rows is None)
+            and graphs.fits(len(embeds), len(slots))
+            and deepstack is None
+        ):
+            hidden = graphs.replay(embeds, positions, meta, rows)
         else:
-            hidden = self.model(embeds, positions, self._kv, meta, deepstack)
+            hidden = self.model(embeds, positions, self._kv, meta, deepstack, rows)
         state.length.index_copy_(0, slots, lengths)
-        return hidden, places["rows"]
+        return hidden
 
     def _pool(self, batch: ScheduledBatch, hidden: torch.Tensor, pooled: list) -> None:
         row = len(batch.decode_slots)
@@ -431,3 +451,9 @@ class ModelRunner:
     def check_idle(self) -> None:
         """Raise AssertionError unless no request is remembered but those released in the next step."""
         assert not self._pooler._partial, "hidden states of ended requests are still held"
+
+
+def _wants_all_rows(batch: ScheduledBatch) -> bool:
+    """Whether hidden states of more rows are wanted than of those that sample."""
+    requests = (chunk.request for chunk in batch.prefills)
+    return any(r.pooling is not None or r.params.prompt_logprobs is not None for r in requests)

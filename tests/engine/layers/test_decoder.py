@@ -17,7 +17,7 @@ from engine.layers.decoder import Decoder
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.loader import fill_from_checkpoint, load_language_model
 from engine.weights.rules import WeightRules
-from tests.engine.decoding import prefill_logits
+from tests.engine.decoding import kv_caches, metadata, prefill_logits
 from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, spread
 
 CPU = torch.device("cpu")
@@ -119,7 +119,8 @@ def test_deepstack_and_interleaved_positions_as_in_qwen3_vl(tmp_path):
     positions = torch.randint(0, 40, (3, 23), generator=generator)
     visual = torch.zeros(23, dtype=torch.bool)
     visual[4:15] = True
-    features = torch.randn(2, 11, 64, generator=generator)
+    # One for every layer, the last one too.
+    features = torch.randn(3, 11, 64, generator=generator)
     with torch.inference_mode():
         expected = reference(
             inputs_embeds=embeds[None],
@@ -127,10 +128,16 @@ def test_deepstack_and_interleaved_positions_as_in_qwen3_vl(tmp_path):
             visual_pos_masks=visual[None],
             deepstack_visual_embeds=list(features),
         ).last_hidden_state[0]
-    deepstack = torch.zeros(2, 23, 64)
+    deepstack = torch.zeros(3, 23, 64)
     deepstack[:, visual] = features
     hidden = prefill_logits(decoder, [embeds], [positions], deepstack=[deepstack], split=[9])[0][:, :64]
     torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=0)
+    # Some tokens alone, pictures' and text's.
+    rows = torch.tensor([22, 7, 7, 0])
+    meta = metadata([0], [23], [[3, 1, 6, 2, 5, 4]])
+    with torch.inference_mode():
+        some = decoder(embeds, positions, kv_caches(decoder, 7), meta, deepstack, rows)
+    torch.testing.assert_close(some, expected[rows], atol=1e-4, rtol=0)
 
 
 def test_bfloat16_stays_near_float32(tmp_path):
