@@ -24,6 +24,8 @@ from engine.kernels.tiling import FEW_ROWS, num_processors, shared_memory
 _MOST_OUTPUTS = 1 << 16
 #: Fewer inputs for a program would be read in less time than it takes to add up.
 _LEAST_SHARE = 1024
+#: Up to so many inputs, rows of the weight are short.
+_SHORT_INPUTS = 2048
 #: Outputs of a tile, and so of those that share a counter.
 TILE_OUTPUTS = 64
 
@@ -58,7 +60,13 @@ def tiling(
         processors: that there are to be filled.
         memory: bytes that a program may use.
     """
-    width, stages = (64, 4) if gated and rows > 16 else (128, 3 if gated else 5)
+    if not gated:
+        width, stages = 128, 5
+    elif inputs > _SHORT_INPUTS:
+        # Long rows gain more by what is on its way than by two programs on a processor.
+        width, stages = 128, 4
+    else:
+        width, stages = (128, 3) if rows <= 16 else (64, 4)
     width = max(16, min(width, triton.next_power_of_2(inputs)))
     held = (TILE_OUTPUTS * (2 if gated else 1) + rows) * width * itemsize
     tiles = triton.cdiv(outputs, TILE_OUTPUTS)

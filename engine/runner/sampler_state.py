@@ -164,12 +164,18 @@ class SlotStates:
         stop_ids: frozenset[int],
     ) -> None:
         """Buffers everything of one admission."""
-        temperature = 0.0 if params.greedy else params.temperature
-        floats = [temperature, params.top_p, params.min_p, params.repetition_penalty]
-        floats += [params.presence_penalty, params.frequency_penalty]
-        self.floats.write(slot, np.array(floats, dtype=np.float32))
-        top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0
-        self.ints.write(slot, np.array([seed, len(output_ids), params.min_tokens, top_k], dtype=np.int64))
+        if params.greedy and not params.min_tokens and not penalizes(params):
+            # Of such rows only the temperature is looked at.
+            self.floats.reset(slot)
+            self.ints.reset(slot)
+        else:
+            temperature = 0.0 if params.greedy else params.temperature
+            floats = [temperature, params.top_p, params.min_p, params.repetition_penalty]
+            floats += [params.presence_penalty, params.frequency_penalty]
+            self.floats.write(slot, np.array(floats, dtype=np.float32))
+            top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0
+            ints = [seed, len(output_ids), params.min_tokens, top_k]
+            self.ints.write(slot, np.array(ints, dtype=np.int64))
         if params.min_tokens:
             self.stop_ids.write(slot, np.array(sorted(stop_ids), dtype=np.int64))
         self._write_bias(slot, params)
