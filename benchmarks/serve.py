@@ -8,7 +8,7 @@ the first token (TTFT), between any two tokens of an answer (ITL) and to the end
 Goodput counts the requests that kept both ``--slo-ttft`` and ``--slo-itl`` (their mean time between tokens).
 
 How well running answers keep their pace while pictures arrive: ITL with ``--text-share 1,0.5``, and the same
-with the encoder's ``--duty-cycle`` and ``--batch-patches`` lowered.
+with the encoder's ``--duty-cycle`` and ``--batch-patches``, and the engine's ``--batched-tokens`` lowered.
 """
 
 from __future__ import annotations
@@ -166,9 +166,10 @@ def application(options: argparse.Namespace) -> Iterator[str]:
 
 def serve_config(options: argparse.Namespace, path: str, port: int) -> dict[str, Any]:
     engine: dict[str, Any] = {"model": path, "load_format": "dummy", "max_model_len": 4096}
+    engine["max_num_batched_tokens"] = options.batched_tokens
     share: tuple[float, float] = (0.0, 0.0)
     if options.gpu:
-        engine |= {"gpu_memory_utilization": 0.7, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
+        engine |= {"gpu_memory_utilization": 0.7, "max_num_seqs": 256}
         share = (0.25, 0.75)
     else:
         engine |= {"max_num_seqs": 16, "max_model_len": 512}
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--preprocessors", type=int, default=1)
     parser.add_argument("--duty-cycle", type=float, default=1.0, help="of the encoder")
     parser.add_argument("--batch-patches", type=int, default=32768, help="most in one launch of the encoder")
+    parser.add_argument("--batched-tokens", type=int, default=8192, help="most in one step of the engine")
     parser.add_argument("--slo-ttft", type=float, default=500.0)
     parser.add_argument("--slo-itl", type=float, default=50.0)
     parser.add_argument("--start-timeout", type=float, default=180.0)

@@ -191,6 +191,20 @@ def test_reused_slots_carry_nothing_over():
     assert draw(sampler, logits.expand(2, -1), slots)[0, 0] == 1
 
 
+def test_a_greedy_request_after_a_random_one_is_greedy():
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3)).expand(2, -1)
+    hot = SamplingParams(temperature=50.0)
+    sampler, slots = make_sampler([hot, hot])
+    assert len(set(draw(sampler, logits, slots, 8)[:, 0].tolist())) > 1
+    sampler.release(0)
+    # The other row still asks for noise.
+    sampler.admit(0, SamplingParams(temperature=0, top_k=5), [], [], seed=0, stop_ids=frozenset())
+    sampler.flush()
+    tokens = draw(sampler, logits, slots, 8)
+    assert set(tokens[:, 0].tolist()) == {int(logits[0].argmax())}
+    assert len(set(tokens[:, 1].tolist())) > 1
+
+
 def test_padded_rows_are_harmless():
     sampler, slots = make_sampler(FEATURES, stop_ids=[0])
     other, _ = make_sampler(FEATURES, stop_ids=[0])
