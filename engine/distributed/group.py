@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -26,8 +27,14 @@ class TensorParallelGroup(Protocol):
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrite ``tensor`` with that of rank ``source``; returns it."""
 
+    def abort(self) -> None:
+        """Leave the group, whatever the others do: operations that still wait for them fail or end.
+
+        Returns at once; may be called from any thread, and repeatedly.
+        """
+
     def close(self) -> None:
-        """Leave the group, whatever the others do; operations that still wait for them fail or end."""
+        """As :meth:`abort`, and wait until nothing is left of it. Recorded work that used it must be gone."""
 
 
 class SingleProcessGroup:
@@ -45,6 +52,9 @@ class SingleProcessGroup:
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         return tensor
 
+    def abort(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -60,6 +70,13 @@ class TorchGroup:
         self._backend = backend
         self.rank: int = backend.rank()
         self.size: int = backend.size()
+        self._aborted = threading.Event()
+        # Started early, since an interpreter at its end starts no more. It also keeps the backend from the
+        # collector, which would wait there for recorded work that it has still to collect.
+        self._aborting = threading.Thread(
+            target=_abort_when, args=(self._aborted, backend), name="group-abort", daemon=True
+        )
+        self._aborting.start()
 
     @classmethod
     def join(
@@ -107,11 +124,16 @@ class TorchGroup:
         _wait(self._backend.broadcast([tensor], options))
         return tensor
 
+    def abort(self) -> None:
+        self._aborted.set()
+
     def close(self) -> None:
-        # Unlike a shutdown it waits for no other rank: they may be gone.
-        self._backend.abort()
+        self.abort()
+        self._aborting.join(_CLOSE_S)
 
 
+#: NCCL frees what a group had within a fraction of that.
+_CLOSE_S = 10.0
 #: Hosts of an address that is only reached from its own machine; a path has none.
 _LOCAL = (None, "localhost", "127.0.0.1")
 
@@ -129,6 +151,12 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta, *, local: bool) 
     options = c10d.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return c10d.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _abort_when(wanted: threading.Event, backend: Any) -> None:
+    wanted.wait()
+    # Unlike a shutdown it waits for no other rank: they may be gone. NCCL's waits for recorded work.
+    backend.abort()
 
 
 def _wait(work: Any) -> None:

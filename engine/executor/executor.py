@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +62,24 @@ def load_ranks(
     return ParallelExecutor(config, checkpoint, model, launcher)
 
 
+@dataclass(slots=True)
+class _Parts:
+    """What does not just go with the last reference to it."""
+
+    workers: Workers
+    group: TorchGroup | None = None
+    runner: ModelRunner | None = None
+
+    def end(self) -> None:
+        self.workers.stop()
+        if self.group is not None:
+            # A step that waits for the others ends first, then what was recorded of it, then the group.
+            self.group.abort()
+            if self.runner is not None:
+                self.runner.close()
+            self.group.close()
+
+
 class ParallelExecutor:
     """This process's rank 0 and the lines to the others.
 
@@ -72,14 +91,16 @@ class ParallelExecutor:
     ) -> None:
         size = config.tensor_parallel_size
         self.workers = Workers(launcher, size)
-        self._close = weakref.finalize(self, self.workers.stop)
+        self._parts = _Parts(self.workers)
+        self._close = weakref.finalize(self, self._parts.end)
         try:
             self.workers.send_each([Setup(config, rank, launcher.address) for rank in range(1, size)])
             # From here on they only wait for each other, and for this one.
             self.workers.receive()
             device = rank_device(config, 0)
             group = TorchGroup.join(rank=0, size=size, address=launcher.address, device=device)
-            self.workers.when_lost(group.close)
+            self._parts.group = group
+            self.workers.when_lost(group.abort)
             self._own = ModelRank.load(config, checkpoint, model, group)
             self.workers.receive()
         except BaseException:
@@ -94,7 +115,7 @@ class ParallelExecutor:
 
     def make_runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ParallelRunner:
         self.workers.send(MakeRunner(num_blocks, max_model_len, num_slots))
-        runner = self._own.make_runner(num_blocks, max_model_len, num_slots)
+        runner = self._parts.runner = self._own.make_runner(num_blocks, max_model_len, num_slots)
         self.workers.receive()
         return ParallelRunner(runner, self)
 

@@ -107,6 +107,7 @@ class ModelRank:
             positions=positions,
             pooling=config.task == "embed",
             record=make_recorder(decoder.device, enforce_eager=config.enforce_eager),
+            group=self.group,
         )
         if not self._compiled:
             runner.compile()

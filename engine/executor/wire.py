@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 
 from engine.config import EngineConfig
 from engine.request import Request
+from engine.runner.input_batch import AwaitedRows
 from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, TableUpdate
 
 
@@ -106,7 +105,7 @@ class BatchReceiver:
 
 
 def _copy(request: Request, num_computed: int) -> Request:
-    """What a runner needs of a request; embeddings on the host, and only those not consumed yet.
+    """What a runner needs of a request. Embeddings don't travel with it, but from device to device.
 
     Its blocks are complete: only decoding requests get more, and those are told by table updates.
     """
@@ -119,13 +118,9 @@ def _copy(request: Request, num_computed: int) -> Request:
         request.max_total,
         request.stop_ids,
         request.spans,
-        {key: _on_host(rows) for key, rows in request.embeddings.items() if key in wanted},
+        {key: AwaitedRows.like(rows) for key, rows in request.embeddings.items() if key in wanted},
         seed=request.seed,
         pooling=request.pooling,
         blocks=request.blocks,
         num_preemptions=request.num_preemptions,
     )
-
-
-def _on_host(rows: Any) -> Any:
-    return rows.cpu() if isinstance(rows, torch.Tensor) else rows

@@ -76,12 +76,25 @@ def span_rows(span: MediaSpan, start: int, end: int) -> tuple[int, int, np.ndarr
     return first, last, places + span.offset - start
 
 
+@dataclass(frozen=True, slots=True)
+class AwaitedRows:
+    """Encoder rows ``(num_tokens, width)`` that another rank of the group has."""
+
+    shape: tuple[int, ...]
+
+    @classmethod
+    def like(cls, media: EmbeddedMedia | torch.Tensor) -> AwaitedRows:
+        return cls(tuple(media.shape if isinstance(media, torch.Tensor) else media.rows.shape))
+
+
 def embedding_tensor(
-    media: EmbeddedMedia | torch.Tensor, dtype: torch.dtype, device: torch.device
+    media: EmbeddedMedia | AwaitedRows | torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Encoder rows ``(num_tokens, width)`` on ``device``."""
+    """Encoder rows ``(num_tokens, width)`` on ``device``, contiguous; awaited ones hold nothing yet."""
+    if isinstance(media, AwaitedRows):
+        return torch.empty(media.shape, dtype=dtype, device=device)
     if isinstance(media, torch.Tensor):
-        return media.to(device=device, dtype=dtype)
+        return media.to(device=device, dtype=dtype).contiguous()
     # Arrays from shared memory are read-only, which torch tensors can't express: copy.
     rows = torch.from_numpy(np.array(media.rows.view(np.int16) if media.dtype == "bfloat16" else media.rows))
     if media.dtype == "bfloat16":

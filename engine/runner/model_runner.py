@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.distributed.group import TensorParallelGroup
 from engine.graphs import Recorder
 from engine.kernels.decode_state import DecodePlaces
 from engine.kernels.dispatch import use_triton
@@ -83,6 +84,7 @@ class ModelRunner:
         positions: rotary positions of a request's prompt, as the model's family defines them.
         pooling: requests are for vectors, and want the hidden states of all their tokens.
         record: records decode steps and small forward passes, to be replayed; None: all is launched anew.
+        group: the ranks that compute with this one, of which 0 has the embeddings.
     """
 
     def __init__(
@@ -96,8 +98,10 @@ class ModelRunner:
         positions: Positions,
         pooling: bool,
         record: Recorder | None,
+        group: TensorParallelGroup,
     ) -> None:
         self.model = model
+        self._group = group
         self.device = kv[0][0].device
         self.dtype = kv[0][0].dtype
         self._kv = kv
@@ -265,7 +269,9 @@ class ModelRunner:
         found = self._positions(request) if self._mrope else None
         positions, delta = found if found is not None else (None, 0)
         rows = {
-            span.item.hash: embedding_tensor(request.embeddings[span.item.hash], self.dtype, self.device)
+            span.item.hash: self._group.broadcast(
+                embedding_tensor(request.embeddings[span.item.hash], self.dtype, self.device)
+            )
             for span in request.spans
             if span.offset + span.length > num_computed
         }
@@ -446,7 +452,8 @@ class ModelRunner:
         """A device of this process fails in its steps; there is nothing else to ask."""
 
     def close(self) -> None:
-        """Nothing runs but in this process, and memory goes with the object."""
+        """Let go of what was recorded; all other memory goes with the object."""
+        self._decodes = self._forwards = None
 
     def check_idle(self) -> None:
         """Raise AssertionError unless no request is remembered but those released in the next step."""

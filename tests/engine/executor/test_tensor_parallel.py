@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from engine import LLM, SamplingParams
 from engine.async_engine import AsyncEngine
@@ -35,6 +36,14 @@ CHOICES = ["a red square", "a blue circle", "nothing at all"]
 @pytest.fixture(autouse=True)
 def one_thread_per_rank(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def room_for_ranks(request):
+    """On a machine with GPUs each rank needs one."""
+    size = request.node.callspec.params.get("size", 2) if hasattr(request.node, "callspec") else 2
+    if torch.cuda.is_available() and torch.cuda.device_count() < size:
+        pytest.skip(f"{size} ranks need {size} GPUs")
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +159,13 @@ async def stream(engine: AsyncEngine, params: SamplingParams):
         yield update
 
 
-async def test_a_rank_that_dies_fails_what_runs_and_what_comes(path):
-    engine = AsyncEngine(config(path, tensor_parallel_size=4))
+@pytest.mark.parametrize("size", [2, 4])
+async def test_a_rank_that_dies_fails_what_runs_and_what_comes(path, size):
+    engine = AsyncEngine(config(path, tensor_parallel_size=size))
     processes = ranks()
     updates = stream(engine, SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True))
     await anext(updates)
-    processes[1].kill()
+    processes[-1].kill()
     with pytest.raises(Unavailable, match=r"Rank . of the language model|A rank failed"):
         async for _ in updates:
             pass
@@ -213,6 +223,15 @@ def test_ranks_end_with_their_engine_however_it_ends(path, how):
         script.send_signal(how)
         assert script.wait(60) != 0
     assert_gone(processes)
+
+
+def test_a_script_that_comes_to_its_end_ends_quietly(path):
+    """With recorded steps too: what they hold must go in the right order."""
+    script = SCRIPT[: SCRIPT.index("while")] + 'print(llm.generate("hello world", params, use_tqdm=False))'
+    command = [sys.executable, "-c", script, str(path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "RequestOutput" in ended.stdout
+    assert "Traceback" not in ended.stderr and "terminate" not in ended.stderr, ended.stderr
 
 
 @pytest.mark.parametrize("size", [1, 2])

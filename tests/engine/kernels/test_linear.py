@@ -54,7 +54,7 @@ def test_after_a_norm_triton_equals_float64(device, dtype, outputs, inputs, with
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 64])
 @pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), [(34, 40), (130, 256), (2, 5), (202, 1100)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(34, 40), (130, 256), (2, 5), (202, 1100), (34, 2500)])
 def test_a_few_rows_equal_float64(device, dtype, outputs, inputs, with_bias, activation, rows):
     x, weight, bias = problem(device, dtype, rows, outputs, inputs)
     bias = bias if with_bias else None
