@@ -36,15 +36,15 @@ _ATTENTION = [
     (128, 64, 8, 3),
     (128, 128, 8, 2),
 ]
-_GEMV = [*product((1, 2, 4, 8), (512, 1024, 2048), (4,)), (16, 256, 4), (4, 512, 2)]
+_GEMV = [*product((1, 2, 4, 8), (512, 1024, 2048), (4,)), (1, 256, 2), (16, 256, 4), (4, 512, 2)]
 #: Kernel to the module that decides its tile, and the tiles to try.
 TUNED: dict[str, tuple[ModuleType, list[tuple[int, ...]]]] = {
-    "paged_decode": (decode_attention, [(16, *rest) for rest in product((64, 128), (2, 4), (2, 3))]),
+    "paged_decode": (decode_attention, [(16, *rest) for rest in product((32, 64, 128), (1, 2, 4), (2, 3))]),
     "paged_prefill": (paged_attention, _ATTENTION),
     "vision": (vision_attention, _ATTENTION),
     "linear": (linear, _GEMV),
     "few_rows": (few_rows, list(product((64, 128), (4, 8), (3, 4, 5), (1,)))),
-    "norm_linear": (norm_linear, list(product((1, 2, 4, 8), (4, 8), (1, 2, 4)))),
+    "norm_linear": (norm_linear, [*product((1, 2, 4, 8), (4, 8), (1, 2, 4)), (1, 2, 8)]),
 }
 
 

@@ -24,6 +24,8 @@ from engine.kernels.tiling import Tiling, num_processors
 _MAX_SPLITS = 32
 #: Splits that a merging program holds at a time.
 _MERGED = 4
+#: Programs for a processor from which on they are many.
+_MANY = 6
 
 
 def decode_attention(
@@ -138,19 +140,27 @@ def decode_attention_reference(
     )
 
 
-def tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
+def tiling(head_dim: int, group: int, itemsize: int, programs: int, processors: int) -> Tiling:
     """The tile for a problem; the one place where this is decided.
 
-    Of the fastest on an H100 the one that takes the least memory: what is free is where the next kernel's programs
-    can wait with their weights.
+    Of the fastest on an H100 and an H200 the one that takes the least memory: what is free is where the next
+    kernel's programs can wait with their weights.
+
+    Args:
+        group: query heads of a KV head.
+        programs: KV heads of all sequences.
+        processors: that there are to be filled.
     """
     rows = max(16, triton.next_power_of_2(group))
-    return Tiling(rows, 32, 4, 2) if head_dim > 128 or itemsize > 2 else Tiling(rows, 64, 2, 2)
+    if head_dim > 128 or itemsize > 2:
+        return Tiling(rows, 32, 4, 2)
+    # Where there are many, small ones keep a processor busier than large ones.
+    return Tiling(rows, 32, 1, 3) if programs >= _MANY * processors else Tiling(rows, 64, 2, 2)
 
 
 def num_splits(programs: int, processors: int, max_seq_len: int, keys: int) -> int:
-    """Programs per sequence and KV head: enough for every processor."""
-    wanted = -(-processors // max(programs, 1))
+    """Programs per sequence and KV head: enough for two on every processor."""
+    wanted = -(-2 * processors // max(programs, 1))
     return max(1, min(wanted, _MAX_SPLITS, -(-max_seq_len // keys)))
 
 
@@ -183,8 +193,9 @@ def decode_attention_triton(
     if sequences == 0:
         return out
     group = heads // kv_heads
-    tile = tiling(dim, group, q.element_size())
-    splits = num_splits(sequences * kv_heads, num_processors(q.device), max_seq_len, tile.keys)
+    programs, processors = sequences * kv_heads, num_processors(q.device)
+    tile = tiling(dim, group, q.element_size(), programs, processors)
+    splits = num_splits(programs, processors, max_seq_len, tile.keys)
     partial, stats = out, out
     if splits > 1:
         partial = torch.empty((sequences, heads, splits, dim), dtype=torch.float32, device=q.device)

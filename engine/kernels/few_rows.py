@@ -52,7 +52,7 @@ def tiling(
 ) -> Tiling:
     """The tile for a problem; the one place where this is decided.
 
-    Among the best of dozens on an H100 for the layers of models of 2 and 7 billion parameters.
+    Among the best of dozens on an H100 and an H200 for the layers of models of 2 and 7 billion parameters.
 
     Args:
         rows: of the tile.
@@ -60,16 +60,19 @@ def tiling(
         processors: that there are to be filled.
         memory: bytes that a program may use.
     """
+    tiles = triton.cdiv(outputs, TILE_OUTPUTS)
     if not gated:
         width, stages = 128, 5
-    elif inputs > _SHORT_INPUTS:
-        # Long rows gain more by what is on its way than by two programs on a processor.
-        width, stages = 128, 4
+    elif rows <= 16:
+        width, stages = 128, 4 if inputs > _SHORT_INPUTS else 3
+    elif tiles <= 2 * processors:
+        # Small enough for two programs on a processor: all tiles are worked on at once.
+        width, stages = 64, 4
     else:
-        width, stages = (128, 3) if rows <= 16 else (64, 4)
+        # In several rounds, what is on its way while a tile ends counts for more.
+        width, stages = 128, 4
     width = max(16, min(width, triton.next_power_of_2(inputs)))
     held = (TILE_OUTPUTS * (2 if gated else 1) + rows) * width * itemsize
-    tiles = triton.cdiv(outputs, TILE_OUTPUTS)
     splits = 1 if gated else max(1, min(processors // tiles, inputs // _LEAST_SHARE))
     return Tiling(width, 4, max(1, min(stages, memory // held)), splits)
 

@@ -222,8 +222,8 @@ class ModelRunner:
             return
         padding = self._state.padding_slot
         with torch.inference_mode(), compiling():
-            # Batches that differ in their kernels differ by more than a factor of two.
-            for size in (1 << power for power in range(padding.bit_length())):
+            # Batches that differ in their kernels differ by more than a factor of two, but for the largest.
+            for size in {padding, *(1 << power for power in range(padding.bit_length()))}:
                 slots = torch.full((size,), padding, dtype=torch.int64, device=self.device)
                 places = self._state.decode_places(slots)
                 # No kernel has filled it, and the table of embeddings has an end.

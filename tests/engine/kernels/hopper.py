@@ -150,6 +150,7 @@ def choosing() -> None:
     norm_linear_triton(x, x, norm, 1e-6, noise(2048, 1536), noise(2048))
     norm_linear_triton(x, x, norm, 1e-6, noise(17920, 1536), activation="silu")
     x, norm = noise(1, 3584), noise(3584)
+    linear_triton(x, noise(3584, 3584))
     norm_linear_triton(x, x, norm, 1e-6, noise(37888, 3584), activation="silu")
     for rows in (16, 64):
         few_rows_linear_triton(noise(rows, 1536), noise(17920, 1536), activation="silu")
@@ -167,6 +168,8 @@ CASES: list[Callable[[], None]] = [
     lambda: decode(28, 4, 128, 1),
     lambda: decode(32, 32, 128, 1),
     lambda: decode(12, 2, 128, 256),
+    # So many that they are cut smaller.
+    lambda: decode(32, 32, 128, 64),
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: paged(32, 32, 128, [300, 1, 7]),
     lambda: vision(16, 80, 1600),

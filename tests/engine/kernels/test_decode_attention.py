@@ -135,10 +135,19 @@ def test_no_sequences(device):
 
 def test_splits_fill_small_grids_only():
     assert num_splits(2, 132, 100_000, 64) == 32
-    assert num_splits(64, 132, 100_000, 64) == 3
-    assert num_splits(256, 132, 100_000, 64) == 1
+    assert num_splits(64, 132, 100_000, 64) == 5
+    assert num_splits(256, 132, 100_000, 64) == 2
     assert num_splits(1000, 132, 100_000, 64) == 1
     assert num_splits(2, 132, 100, 64) == 2
+
+
+@pytest.mark.parametrize("case", ["many", "two, seven heads", "head of 96"])
+def test_many_sequences_are_cut_smaller(device, dtype, case, monkeypatch):
+    heads, processors = CASES[case]["heads"] // CASES[case]["kv_heads"], 132
+    small, large = (module.tiling(128, heads, 2, n * processors, processors) for n in (8, 2))
+    assert small.keys < large.keys and small.warps < large.warps
+    monkeypatch.setattr(module, "tiling", lambda *_: small)
+    run(*problem(device, dtype, **CASES[case]))
 
 
 @pytest.mark.gpu
