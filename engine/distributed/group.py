@@ -34,7 +34,10 @@ class TensorParallelGroup(Protocol):
         """
 
     def close(self) -> None:
-        """As :meth:`abort`, and wait until nothing is left of it. Recorded work that used it must be gone."""
+        """As :meth:`abort`, and wait until nothing is left of it.
+
+        Recorded work that used it must be gone, and where the ranks met must still be there.
+        """
 
 
 class SingleProcessGroup:
@@ -67,7 +70,7 @@ class TorchGroup:
     """
 
     def __init__(self, backend: Any) -> None:
-        self._backend = backend
+        self._backend: Any = backend
         self.rank: int = backend.rank()
         self.size: int = backend.size()
         self._aborted = threading.Event()
@@ -130,6 +133,8 @@ class TorchGroup:
     def close(self) -> None:
         self.abort()
         self._aborting.join(_CLOSE_S)
+        # The last reference to it: going, it waits for its own threads.
+        self._backend = None
 
 
 #: NCCL frees what a group had within a fraction of that.

@@ -67,6 +67,7 @@ class _Parts:
     """What does not just go with the last reference to it."""
 
     workers: Workers
+    launcher: Launcher
     group: TorchGroup | None = None
     runner: ModelRunner | None = None
 
@@ -78,6 +79,8 @@ class _Parts:
             if self.runner is not None:
                 self.runner.close()
             self.group.close()
+        # The group looks there once a second, and would wait for what is gone.
+        self.launcher.clear()
 
 
 class ParallelExecutor:
@@ -90,15 +93,17 @@ class ParallelExecutor:
         self, config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, launcher: Launcher
     ) -> None:
         size = config.tensor_parallel_size
+        # At the interpreter's end what was made first goes last, and this must outlast the group.
+        address = launcher.address
         self.workers = Workers(launcher, size)
-        self._parts = _Parts(self.workers)
+        self._parts = _Parts(self.workers, launcher)
         self._close = weakref.finalize(self, self._parts.end)
         try:
-            self.workers.send_each([Setup(config, rank, launcher.address) for rank in range(1, size)])
+            self.workers.send_each([Setup(config, rank, address) for rank in range(1, size)])
             # From here on they only wait for each other, and for this one.
             self.workers.receive()
             device = rank_device(config, 0)
-            group = TorchGroup.join(rank=0, size=size, address=launcher.address, device=device)
+            group = TorchGroup.join(rank=0, size=size, address=address, device=device)
             self._parts.group = group
             self.workers.when_lost(group.abort)
             self._own = ModelRank.load(config, checkpoint, model, group)

@@ -34,6 +34,9 @@ class Launcher(Protocol):
     def stop(self) -> None:
         """End them, and return when they are gone; may be called repeatedly."""
 
+    def clear(self) -> None:
+        """Leave nothing behind where the ranks met, when the last has left; may be called repeatedly."""
+
 
 class LocalLauncher:
     """Processes of this machine. They end with this one, however it ends: their standard input closes."""
@@ -86,5 +89,7 @@ class LocalLauncher:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def clear(self) -> None:
         if self._folder is not None:
             self._folder.cleanup()
