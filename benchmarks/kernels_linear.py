@@ -1,4 +1,5 @@
-"""Linear layers of decode size: a few rows against a weight that has to be read in full."""
+"""Linear layers of decode size: a few rows against a weight that has to be read in full. Inner layers of
+towers: many rows, and an activation after the product."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
+from engine.kernels import many_rows
 from engine.kernels.act_mul import act_mul, act_mul_reference
 from engine.kernels.linear import arrivals_of, linear
+from engine.kernels.many_rows import many_rows_linear_triton
 from engine.kernels.norm_linear import norm_linear, norm_linear_reference
+from engine.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 
 #: Layers of Qwen2-VL's 2B and 7B: (name, input features, output features)
 LAYERS = [
@@ -26,6 +30,9 @@ LAYERS = [
 TINY_LAYERS = [("tiny", 48, 80)]
 AFTER_NORM = ("qkv", "gate_up", "7B gate_up", "tiny")
 BATCHES = (1, 4, 16, 64)
+#: Inner layers of the towers of Qwen2-VL and LLaVA: (tokens, input features, output features)
+TOWERS = [(1600, 1280, 5120), (25600, 1280, 5120), (9232, 1024, 4096)]
+TINY_TOWERS = [(130, 48, 80)]
 
 
 def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
@@ -39,6 +46,9 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             yield Case(
                 "norm_linear", f"{name} {inputs}->{outputs}", partial(after_norm, device, inputs, outputs)
             )
+    for tokens, inputs, outputs in TINY_TOWERS if tiny else TOWERS:
+        label = f"{inputs}->{outputs} with GELU, {tokens} rows"
+        yield Case("many_rows", label, partial(activated, device, tokens, inputs, outputs))
 
 
 class Layer:
@@ -71,6 +81,24 @@ def gated(device: torch.device, batch: int, inputs: int, outputs: int) -> Proble
 
     peers: dict[str, Work] = {"torch, gate apart": apart}
     return Problem(run, lambda: (run(), act_mul_reference(layer.wanted())), layer.moved, peers=peers)
+
+
+def activated(device: torch.device, tokens: int, inputs: int, outputs: int) -> Problem:
+    """The product of many rows with the activation after it."""
+    layer = Layer(device, tokens, inputs, outputs)
+    bias = torch.randn(outputs, device=device, dtype=layer.x.dtype)
+
+    def apart() -> torch.Tensor:
+        return quick_gelu(F.linear(layer.x, layer.weight, bias))
+
+    def run() -> torch.Tensor:
+        if many_rows.takes(layer.x, layer.weight):
+            return many_rows_linear_triton(layer.x, layer.weight, bias, activation="quick_gelu")
+        return apart()
+
+    operations, peers = 2 * tokens * inputs * outputs, {"torch, GELU apart": apart}
+    wanted = partial(quick_gelu_reference, layer.wanted() + bias)
+    return Problem(run, lambda: (run(), wanted()), operations, compute=True, peers=peers)
 
 
 def after_norm(device: torch.device, inputs: int, outputs: int) -> Problem:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from engine.kernels.activation import activate
 from engine.kernels.dispatch import use_triton
 from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
@@ -48,7 +49,7 @@ def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
             gate_up,
             out,
             size,
-            SILU=activation == "silu",
+            ACTIVATION=activation,
             BLOCK=block,
             num_warps=4,
             **overlap(gate_up),
@@ -57,22 +58,15 @@ def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
 
 
 @triton.jit
-def activate(x, SILU: tl.constexpr):
-    """SiLU of float32 ``x``, or GELU by its tanh approximation."""
-    if SILU:
-        return x * tl.sigmoid(x)
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x * tl.sigmoid(2.0 * inner)
-
-
-@triton.jit
-def _act_mul_kernel(in_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _act_mul_kernel(
+    in_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
     gate = tl.load(in_ptr + row * 2 * size + column, mask=mask)
     up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask)
-    active = activate(gate.to(tl.float32), SILU)
+    active = activate(gate.to(tl.float32), ACTIVATION)
     result = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * size + column, result.to(gate.dtype), mask=mask)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.act_mul import activate
+from engine.kernels.activation import activate
 from engine.kernels.dispatch import use_triton
 from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
@@ -219,5 +219,5 @@ def _few_rows_kernel(
             if BIAS:
                 bias = tl.load(bias_ptr + outputs + output, mask=output < outputs, other=0.0)
                 factor += bias.to(tl.float32)[:, None]
-            acc = activate(acc, ACTIVATION == "silu") * factor
+            acc = activate(acc, ACTIVATION) * factor
         tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=wanted)

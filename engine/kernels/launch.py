@@ -18,10 +18,15 @@ _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)``; within :func:`compiling` the kernel is compiled only."""
-    if _compiling.get() and isinstance(kernel, JITFunction):
+    if is_compiling() and isinstance(kernel, JITFunction):
         kernel.warmup(*args, grid=grid, **options)
     else:
         kernel[grid](*args, **options)
+
+
+def is_compiling() -> bool:
+    """Whether this is within :func:`compiling`."""
+    return _compiling.get()
 
 
 @contextmanager

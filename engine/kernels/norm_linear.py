@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.act_mul import activate
+from engine.kernels.activation import activate
 from engine.kernels.launch import launch
 from engine.kernels.linear import is_row, linear
 from engine.kernels.overlap import overlap, wait_for_previous
@@ -182,6 +182,6 @@ def _norm_gemv_kernel(
             factor = tl.sum(up.to(tl.float32) * wide, axis=1) * scale
             if BIAS:
                 factor += tl.load(bias_ptr + outputs + row, mask=mine, other=0.0).to(tl.float32)
-            result = activate(result, ACTIVATION == "silu") * factor
+            result = activate(result, ACTIVATION) * factor
         tl.store(out_ptr + row, result.to(out_ptr.dtype.element_ty), mask=mine)
         row = ahead

@@ -21,3 +21,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "quick_gelu": quick_gelu,
     "silu": F.silu,
 }
+
+#: What they are called where they are fused with the product before them, see
+#: :func:`engine.kernels.activation.activate`.
+KERNEL_NAMES = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.layers.activation import ACTIVATIONS
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear
 from engine.layers.norm import LayerNorm, RMSNorm
@@ -25,12 +24,12 @@ class MLPConnector(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[activation]
+        self.activation = activation
         self.fc1 = Linear(in_features, hidden, build, bias=bias)
         self.fc2 = Linear(hidden, out_features, build, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.fc1.activated(x, self.activation))
 
 
 class PatchMerger(nn.Module):

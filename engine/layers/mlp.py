@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from engine.kernels.act_mul import act_mul
-from engine.layers.activation import ACTIVATIONS
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear, RowLinear, gate_up_linear
 from engine.layers.norm import RMSNorm
@@ -39,9 +38,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, activation: str, build: BuildContext) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[activation]
+        self.activation = activation
         self.fc1 = Linear(hidden, intermediate, build)
         self.fc2 = Linear(intermediate, hidden, build)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.fc1.activated(x, self.activation))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,13 @@ def moving() -> None:
     rotary_triton(q, k, positions[0], cos[:, :40], cos[:, :40])
 
 
+def activating(rows: int, inputs: int, outputs: int, activation: str) -> None:
+    from engine.kernels.many_rows import many_rows_linear_triton
+
+    x, weight, bias = noise(rows, inputs), noise(outputs, inputs), noise(outputs)
+    many_rows_linear_triton(x, weight, bias, activation=activation)
+
+
 def choosing() -> None:
     """What chooses tokens, and the products of a decode step."""
     from engine.kernels.decode_state import advance_triton, decode_places_triton
@@ -176,6 +184,10 @@ CASES: list[Callable[[], None]] = [
     lambda: vision(16, 80, 1600, pictures=4),
     lambda: vision(16, 64, 577),
     lambda: vision(16, 72, 1024),
+    *(
+        partial(activating, 4096, 1280, 5120, activation)
+        for activation in ("silu", "gelu", "gelu_tanh", "quick_gelu")
+    ),
 ]
 
 

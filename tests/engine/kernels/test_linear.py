@@ -1,19 +1,21 @@
 import pytest
 import torch
 
-from engine.kernels import few_rows
+from engine.kernels import few_rows, many_rows
 from engine.kernels.few_rows import few_rows_linear_triton
 from engine.kernels.linear import arrivals_of, linear, linear_reference, linear_triton, tiling
+from engine.kernels.many_rows import many_rows_linear_triton
 from engine.kernels.norm_linear import norm_linear, norm_linear_reference, norm_linear_triton
+from engine.layers.activation import ACTIVATIONS, KERNEL_NAMES
 
 from .compare import assert_close
 
 SIZES = [(34, 40), (70, 1100), (8, 1536), (4, 9000), (202, 65)]
 
 
-def problem(device, dtype, rows, outputs, inputs):
+def problem(device, dtype, rows, outputs, inputs, beyond=5):
     """Parts of wider tensors, whose other elements are NaN."""
-    wide = torch.full((rows, inputs + 5), torch.nan, device=device, dtype=dtype)
+    wide = torch.full((rows, inputs + beyond), torch.nan, device=device, dtype=dtype)
     weight = torch.full((outputs + 1, inputs + 8), torch.nan, device=device, dtype=dtype)
     wide[:, :inputs] = torch.randn(rows, inputs)
     weight[:outputs, :inputs] = torch.randn(outputs, inputs) * inputs**-0.5
@@ -78,6 +80,34 @@ def test_programs_that_share_inputs_equal_float64(
     for _ in range(2):
         assert_close(few_rows_linear_triton(x, weight, bias, arrivals=arrivals), wanted)
         assert not arrivals.any()
+
+
+@pytest.mark.parametrize("activation", sorted(KERNEL_NAMES))
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(3, 16, 8), (300, 520, 200), (130, 512, 64)])
+def test_many_rows_equal_float64(device, rows, outputs, inputs, with_bias, activation):
+    """Sizes that end within a tile. The descriptors of the kernel take rows at multiples of 16 bytes."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x, weight, bias = problem(device, dtype, rows, outputs, inputs, beyond=8)
+    bias = bias if with_bias else None
+    wanted = ACTIVATIONS[activation](linear_reference(*double(x, weight, bias)))
+    assert_close(many_rows_linear_triton(x, weight, bias, activation=KERNEL_NAMES[activation]), wanted)
+
+
+def test_many_rows_are_ours_where_they_fill_the_gpu():
+    assert many_rows.keeps_busy(1600, 5120, 132) and many_rows.keeps_busy(25600, 5120, 132)
+    # One round, and three of which the last has a third of the processors.
+    assert not many_rows.keeps_busy(577, 4096, 132)
+    assert not many_rows.keeps_busy(2308, 4096, 132)
+
+
+@pytest.mark.gpu
+def test_what_descriptors_cannot_describe_is_left_to_torch(device):
+    if device.type == "cpu":
+        pytest.skip("descriptors are a GPU's")
+    x, weight = (torch.zeros(4096, 1283, dtype=torch.bfloat16, device=device)[:, 3:] for _ in range(2))
+    assert not many_rows.takes(x, weight) and many_rows.takes(x.contiguous(), weight.contiguous())
+    assert not many_rows.takes(x.float().contiguous(), weight.float().contiguous())
 
 
 def test_many_rows_are_left_to_torch(device, dtype):
