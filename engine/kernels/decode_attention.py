@@ -65,7 +65,7 @@ def decode_attention(
             nothing.
         block_tables: ``(S, max_blocks)`` int32.
         seq_lens: ``(S,)`` int32, at least 1: the new token counts.
-        scale: multiplies the scores.
+        scale: multiplies the scores; positive.
         max_seq_len: upper bound of ``seq_lens``, known to the host.
         window: a query at position p sees keys at positions greater than ``p - window``.
         softcap: scores become ``softcap * tanh(score / softcap)``.

@@ -44,7 +44,7 @@ def paged_attention(
         block_tables: ``(S, max_blocks)`` int32.
         query_start: ``(S + 1,)`` int32.
         seq_lens: ``(S,)`` int32.
-        scale: multiplies the scores.
+        scale: multiplies the scores; positive.
         window: a query at position p sees keys at positions greater than ``p - window``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         out: ``(T, Hq, D)`` contiguous, to write to; padding rows are left as they are.
@@ -104,11 +104,14 @@ def paged_attention_reference(
 
 
 def tiling(head_dim: int, group: int, itemsize: int) -> Tiling:
-    """The tile for a problem; the one place where this is decided."""
+    """The tile for a problem; the one place where this is decided.
+
+    The fastest of eight on an H100 for prompts of 448 and 704 tokens, and for 8192 all but the fastest.
+    """
     rows = triton.next_power_of_2(group)
     if head_dim > 128 or itemsize > 2:
         return Tiling(max(rows, 32), 32, 4, 2)
-    return Tiling(max(rows, 64), 64, 4, 3)
+    return Tiling(max(rows, 64), 64, 4, 2)
 
 
 def paged_attention_triton(
@@ -214,7 +217,10 @@ def attend(
     key = first_key + tl.arange(0, KEYS)
     column = tl.arange(0, DIM_PAD)
     inside = key < length
-    block = tl.load(table_ptr + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    if MASKED:
+        block = tl.load(table_ptr + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    else:
+        block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
     place = block * block_stride + (key % BLOCK_SIZE) * DIM
     if MASKED or DIM != DIM_PAD:
         k_mask = (column[:, None] < DIM) & inside[None, :]
@@ -228,17 +234,19 @@ def attend(
     if SOFTCAP:
         # tanh(x) = 2 sigmoid(2x) - 1; scores and cap are both in units of log2(e).
         scores = cap * (2.0 * tl.sigmoid(2.0 * scores * scale / cap) - 1.0)
-    else:
-        scores = scores * scale
+        scale = 1.0
     if MASKED:
         seen = (key[None, :] <= position[:, None]) & inside[None, :]
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, axis=1))
-    # A row that has seen nothing yet has no maximum to subtract.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores - base[:, None])
+    # Scaled together with the subtraction below, each score takes one operation.
+    higher = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    base = higher
+    if MASKED:
+        # A row that has seen nothing yet has no maximum to subtract.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores * scale - base[:, None])
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(weights, axis=1)
     acc = acc * decay[:, None]
