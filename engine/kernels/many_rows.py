@@ -69,7 +69,7 @@ class Tiling:
 
 
 def tiling() -> Tiling:
-    """The tile; the one place where this is decided. The best of a few on an H100 and an H200."""
+    """The tile; the one place where this is decided. The best of three on an H100."""
     return Tiling(128, 256, 64, 8, 4)
 
 
