@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
-from engine.kernels import many_rows
 from engine.kernels.act_mul import act_mul, act_mul_reference
 from engine.kernels.linear import arrivals_of, linear
-from engine.kernels.many_rows import many_rows_linear_triton
+from engine.kernels.many_rows import activated_linear, activated_linear_reference
 from engine.kernels.norm_linear import norm_linear, norm_linear_reference
-from engine.kernels.quick_gelu import quick_gelu, quick_gelu_reference
+from engine.kernels.quick_gelu import quick_gelu_reference
 
 #: Layers of Qwen2-VL's 2B and 7B: (name, input features, output features)
 LAYERS = [
@@ -88,15 +87,9 @@ def activated(device: torch.device, tokens: int, inputs: int, outputs: int) -> P
     layer = Layer(device, tokens, inputs, outputs)
     bias = torch.randn(outputs, device=device, dtype=layer.x.dtype)
 
-    def apart() -> torch.Tensor:
-        return quick_gelu(F.linear(layer.x, layer.weight, bias))
-
-    def run() -> torch.Tensor:
-        if many_rows.takes(layer.x, layer.weight):
-            return many_rows_linear_triton(layer.x, layer.weight, bias, activation="quick_gelu")
-        return apart()
-
-    operations, peers = 2 * tokens * inputs * outputs, {"torch, GELU apart": apart}
+    given = (layer.x, layer.weight, bias, "quick_gelu")
+    run, operations = partial(activated_linear, *given), 2 * tokens * inputs * outputs
+    peers: dict[str, Work] = {"torch, GELU apart": partial(activated_linear_reference, *given)}
     wanted = partial(quick_gelu_reference, layer.wanted() + bias)
     return Problem(run, lambda: (run(), wanted()), operations, compute=True, peers=peers)
 

@@ -97,13 +97,13 @@ def integer(config: Json, field: str) -> int:
     return value
 
 
-def vision_activation(name: str) -> str:
-    """``name`` if towers can be run with that activation."""
+def vision_activation(name: str, field: str = "hidden_act") -> str:
+    """``name``, which ``field`` states, if towers and connectors can be run with that activation."""
     if name not in VISION_ACTIVATIONS:
         raise CheckpointError(
-            f"config.json: hidden_act {name!r} of the tower is not supported; "
+            f"config.json: {field} {name!r} of the vision part is not supported; "
             f"{', '.join(VISION_ACTIVATIONS)} are",
-            param="hidden_act",
+            param=field,
         )
     return name
 

@@ -17,6 +17,7 @@ from engine.families.decoder_json import (
     eos_ids,
     parse_decoder,
     refuse_quantised,
+    vision_activation,
 )
 from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, check_aspect_ratio, content_hash, resize
 from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
@@ -130,7 +131,9 @@ def _vision(
         patch_size=filled["patch_size"],
         keep_class_token=strategy == "full",
         out_features=hidden,
-        connector_activation=raw.get("projector_hidden_act", "gelu"),
+        connector_activation=vision_activation(
+            raw.get("projector_hidden_act", "gelu"), "projector_hidden_act"
+        ),
         connector_bias=raw.get("multimodal_projector_bias", True),
         mean=tuple(processor.get("image_mean") or CLIP_MEAN),
         std=tuple(processor.get("image_std") or CLIP_STD),

@@ -13,7 +13,13 @@ from PIL import Image
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, PromptFormat
 from engine.families.clip import clip_rules, unused_clip_tensors
-from engine.families.decoder_json import checkpoint_dtype, eos_ids, parse_decoder, refuse_quantised
+from engine.families.decoder_json import (
+    checkpoint_dtype,
+    eos_ids,
+    parse_decoder,
+    refuse_quantised,
+    vision_activation,
+)
 from engine.families.described import SIZE_FIELD, described_size
 from engine.families.siglip import parse_siglip
 from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD, content_hash, resize
@@ -139,7 +145,9 @@ def _vision(raw: Mapping[str, Any], processor: Mapping[str, Any], hidden: int) -
         mean=tuple(processor.get("image_mean") or CLIP_MEAN),
         std=tuple(processor.get("image_std") or CLIP_STD),
         scale=processor.get("rescale_factor", 1 / 255),
-        connector_activation=raw.get("projector_hidden_act", "gelu"),
+        connector_activation=vision_activation(
+            raw.get("projector_hidden_act", "gelu"), "projector_hidden_act"
+        ),
         connector_bias=raw.get("multimodal_projector_bias", True),
     )
     pinpoints = _pinpoints(raw.get("image_grid_pinpoints"), crops.image_size)

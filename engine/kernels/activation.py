@@ -1,19 +1,38 @@
-"""Activations within kernels."""
+"""Activations: of plain (ungated) MLPs by their Hugging Face names, and within kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+from engine.kernels.quick_gelu import quick_gelu
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """Of float32 ``x``: ``silu``; ``gelu``; ``gelu_tanh``, its tanh approximation; ``quick_gelu``, CLIP's."""
+    """Of float32 ``x``: one of ``ACTIVATIONS``, or ``gelu_tanh``, as decoders call ``gelu_pytorch_tanh``."""
     if ACTIVATION == "silu":
         result = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
         result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == "gelu_tanh" or ACTIVATION == "gelu_pytorch_tanh":
         result = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
         tl.static_assert(ACTIVATION == "quick_gelu")

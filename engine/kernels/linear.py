@@ -79,7 +79,7 @@ def tiling(outputs: int, inputs: int) -> Tiling:
     if outputs > 8192:
         tile_outputs, tile_inputs, warps = 4, 512, 4
     elif outputs > 2048:
-        # One output each, all programs are on the device at once; the smaller, the more evenly they spread.
+        # One output for a program: the smaller it is, the more of them a processor holds at once.
         tile_outputs, tile_inputs, warps = 1, 256, 2
     else:
         tile_outputs, tile_inputs, warps = 1, 1024, 4

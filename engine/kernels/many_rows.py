@@ -8,18 +8,18 @@ The reference is torch's product with the activation after it.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from engine.kernels.activation import activate
+from engine.kernels.activation import ACTIVATIONS, activate
 from engine.kernels.dispatch import use_triton
 from engine.kernels.launch import is_compiling, launch
-from engine.kernels.tiling import num_processors
+from engine.kernels.tiling import num_processors, nvidia_capability
 
 #: Share of the processors that have a tile in an average round. With less, torch's smaller tiles take less time.
 _LEAST_BUSY = 0.85
@@ -27,14 +27,39 @@ _LEAST_BUSY = 0.85
 _GROUP = 8
 
 
-def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the product of ``x`` ``(T, K)`` with ``weight`` ``(N, K)`` and its activation are ours; while kernels
-    are compiled ahead, whether they may be for other numbers of rows."""
-    if x.element_size() != 2 or not use_triton(x) or not _is_hopper(x.device):
-        return False
-    describable = _fits(x) and _fits(weight) and weight.shape[0] % 8 == 0
-    busy = is_compiling() or keeps_busy(x.shape[0], weight.shape[0], num_processors(x.device))
-    return describable and busy
+def activated_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    """``activation(x @ weight.T + bias)``.
+
+    Args:
+        x: ``(..., K)``, last dimension contiguous.
+        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``.
+        bias: ``(N,)``.
+        activation: a key of :data:`engine.kernels.activation.ACTIVATIONS`.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``x``.
+    """
+    flat = x.flatten(0, -2)
+    if can_take(flat, weight):
+        busy = keeps_busy(flat.shape[0], weight.shape[0], num_processors(x.device))
+        # Ahead of time the kernels for other numbers of rows are compiled as well.
+        if busy or is_compiling():
+            out = activated_linear_triton(flat, weight, bias, activation)
+        if busy:
+            return out.unflatten(0, x.shape[:-1])
+    return activated_linear_reference(x, weight, bias, activation)
+
+
+def activated_linear_reference(x, weight, bias, activation):
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def can_take(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel can compute the product of ``x`` ``(T, K)`` with ``weight`` ``(N, K)``."""
+    wanted = x.element_size() == 2 and use_triton(x) and nvidia_capability(x.device) == (9, 0)
+    return wanted and _fits(x) and _fits(weight) and weight.shape[0] % 8 == 0
 
 
 def keeps_busy(rows: int, outputs: int, processors: int) -> bool:
@@ -49,12 +74,6 @@ def _fits(matrix: torch.Tensor) -> bool:
     """Whether a descriptor can describe it."""
     row, column = matrix.stride()
     return column == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +92,11 @@ def tiling() -> Tiling:
     return Tiling(128, 256, 64, 8, 4)
 
 
-def many_rows_linear_triton(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str
+def activated_linear_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
-    """``activation(x @ weight.T + bias)``; nothing is rounded in between.
-
-    Args:
-        x: ``(T, K)``, rows at multiples of 16 bytes.
-        weight: ``(N, K)``, likewise, dtype of ``x``.
-        bias: ``(N,)``.
-        activation: see :func:`engine.kernels.activation.activate`.
-
-    Returns:
-        ``(T, N)`` in the dtype of ``x``.
-    """
+    """See :func:`activated_linear`; for ``x`` ``(T, K)`` and a weight with rows at multiples of 16 bytes. Nothing is
+    rounded in between."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
     assert weight.shape[1] == inputs > 0 and x.dtype == weight.dtype
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)

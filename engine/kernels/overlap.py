@@ -9,7 +9,6 @@ ended too. So what the kernels before the one ahead have made may be read at onc
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.tiling import FEW_ROWS
+from engine.kernels.tiling import FEW_ROWS, nvidia_capability
 
 
 @triton.jit
@@ -42,8 +41,6 @@ _OVERLAPPING: dict[str, Any] = {"OVERLAP": True, "launch_pdl": True}
 _ALONE: dict[str, Any] = {"OVERLAP": False}
 
 
-@functools.cache
 def _can_overlap(device: torch.device) -> bool:
     """Whether ``device`` knows such launches: NVIDIA's do since Hopper."""
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return nvidia_capability(device) >= (9, 0)

@@ -30,6 +30,14 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+@functools.cache
+def nvidia_capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU, (9, 0) for Hopper's; (0, 0) of everything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """Rows and keys per tile of an attention kernel, and how the compiler schedules them."""

@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels import many_rows
-from engine.kernels.launch import is_compiling
 from engine.kernels.linear import arrivals_of, linear
+from engine.kernels.many_rows import activated_linear
 from engine.kernels.norm_linear import norm_linear
-from engine.layers.activation import ACTIVATIONS, KERNEL_NAMES
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.norm import RMSNorm
 
@@ -35,16 +33,9 @@ class Linear(nn.Module):
         """The same, and an activation of it.
 
         Args:
-            activation: a key of :data:`~engine.layers.activation.ACTIVATIONS`.
+            activation: a key of :data:`~engine.kernels.activation.ACTIVATIONS`.
         """
-        flat = x.flatten(0, -2)
-        if many_rows.takes(flat, self.weight):
-            kernel = KERNEL_NAMES[activation]
-            out = many_rows.many_rows_linear_triton(flat, self.weight, self.bias, activation=kernel)
-            # Ahead of time the kernels for other numbers of rows are compiled as well.
-            if not is_compiling():
-                return out.unflatten(0, x.shape[:-1])
-        return ACTIVATIONS[activation](self(x))
+        return activated_linear(x, self.weight, self.bias, activation)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         # A convolution over whole patches is this layer with its kernel flattened.

@@ -123,6 +123,7 @@ def test_refusals(path, tmp_path):
         ({"vision_feature_layer": -9}, "vision_feature_layer"),
         ({"vision_config": {"model_type": "pixtral"}}, "pixtral"),
         ({"text_config": {"model_type": "gemma"}}, "gemma"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
     ],
     ids=str,
 )

@@ -130,10 +130,9 @@ def moving() -> None:
 
 
 def activating(rows: int, inputs: int, outputs: int, activation: str) -> None:
-    from engine.kernels.many_rows import many_rows_linear_triton
+    from engine.kernels.many_rows import activated_linear_triton
 
-    x, weight, bias = noise(rows, inputs), noise(outputs, inputs), noise(outputs)
-    many_rows_linear_triton(x, weight, bias, activation=activation)
+    activated_linear_triton(noise(rows, inputs), noise(outputs, inputs), noise(outputs), activation)
 
 
 def choosing() -> None:
@@ -186,7 +185,7 @@ CASES: list[Callable[[], None]] = [
     lambda: vision(16, 72, 1024),
     *(
         partial(activating, 4096, 1280, 5120, activation)
-        for activation in ("silu", "gelu", "gelu_tanh", "quick_gelu")
+        for activation in ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")
     ),
 ]
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from engine.kernels import few_rows, many_rows
+from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.few_rows import few_rows_linear_triton
 from engine.kernels.linear import arrivals_of, linear, linear_reference, linear_triton, tiling
-from engine.kernels.many_rows import many_rows_linear_triton
+from engine.kernels.many_rows import activated_linear_reference, activated_linear_triton
 from engine.kernels.norm_linear import norm_linear, norm_linear_reference, norm_linear_triton
-from engine.layers.activation import ACTIVATIONS, KERNEL_NAMES
 
 from .compare import assert_close
 
@@ -82,7 +82,7 @@ def test_programs_that_share_inputs_equal_float64(
         assert not arrivals.any()
 
 
-@pytest.mark.parametrize("activation", sorted(KERNEL_NAMES))
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(3, 16, 8), (300, 520, 200), (130, 512, 64)])
 def test_many_rows_equal_float64(device, rows, outputs, inputs, with_bias, activation):
@@ -90,8 +90,27 @@ def test_many_rows_equal_float64(device, rows, outputs, inputs, with_bias, activ
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, weight, bias = problem(device, dtype, rows, outputs, inputs, beyond=8)
     bias = bias if with_bias else None
-    wanted = ACTIVATIONS[activation](linear_reference(*double(x, weight, bias)))
-    assert_close(many_rows_linear_triton(x, weight, bias, activation=KERNEL_NAMES[activation]), wanted)
+    wanted = activated_linear_reference(*double(x, weight, bias), activation)
+    assert_close(activated_linear_triton(x, weight, bias, activation), wanted)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_activated_layer_takes_the_kernel_where_it_pays(device, monkeypatch, busy):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    launched = []
+
+    def kernel(x, *given):
+        launched.append(x.shape)
+        return activated_linear_triton(x, *given)
+
+    monkeypatch.setattr(many_rows, "can_take", lambda *_: True)
+    monkeypatch.setattr(many_rows, "keeps_busy", lambda *_: busy)
+    monkeypatch.setattr(many_rows, "activated_linear_triton", kernel)
+    x, weight, bias = problem(device, dtype, 10, 16, 8, beyond=8)
+    x = x.contiguous().unflatten(0, (2, 5))
+    found = many_rows.activated_linear(x, weight, bias, "gelu")
+    assert launched == ([(10, 8)] if busy else [])
+    assert_close(found, activated_linear_reference(*double(x, weight, bias), "gelu"))
 
 
 def test_many_rows_are_ours_where_they_fill_the_gpu():
@@ -106,8 +125,8 @@ def test_what_descriptors_cannot_describe_is_left_to_torch(device):
     if device.type == "cpu":
         pytest.skip("descriptors are a GPU's")
     x, weight = (torch.zeros(4096, 1283, dtype=torch.bfloat16, device=device)[:, 3:] for _ in range(2))
-    assert not many_rows.takes(x, weight) and many_rows.takes(x.contiguous(), weight.contiguous())
-    assert not many_rows.takes(x.float().contiguous(), weight.float().contiguous())
+    assert not many_rows.can_take(x, weight) and many_rows.can_take(x.contiguous(), weight.contiguous())
+    assert not many_rows.can_take(x.float().contiguous(), weight.float().contiguous())
 
 
 def test_many_rows_are_left_to_torch(device, dtype):

@@ -8,7 +8,7 @@ import transformers
 
 from engine.distributed.group import SingleProcessGroup
 from engine.families.clip import clip_rules
-from engine.layers.activation import ACTIVATIONS
+from engine.kernels.activation import ACTIVATIONS
 from engine.layers.build import BuildContext
 from engine.layers.vision import VisionTransformer
 from engine.layers.vision_config import VISION_ACTIVATIONS, VisionConfig
