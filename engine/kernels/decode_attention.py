@@ -5,6 +5,9 @@ gathered through the block table, as in :mod:`engine.kernels.paged_attention`. W
 of each are split over several programs, which work out their shares from the sequence's length on the device; the
 program that is through last merges them. The new token's key and value never come out of the cache: the program
 that puts them there begins its softmax with them.
+
+The last tile of a program's share is the only one that may have keys beyond it. Where programs are few it is asked
+for before the kernel ahead has made the query, and comes first.
 """
 
 from __future__ import annotations
@@ -17,15 +20,13 @@ from engine.kernels.dispatch import use_triton
 from engine.kernels.kv_write import rotary_kv_write_reference
 from engine.kernels.launch import launch
 from engine.kernels.overlap import overlap, wait_for_previous
-from engine.kernels.paged_attention import LOG2E, attend, paged_attention_reference
+from engine.kernels.paged_attention import LOG2E, accumulate, attend, load_keys, paged_attention_reference
 from engine.kernels.rotary import load_angles
 from engine.kernels.tiling import Tiling, num_processors
 
 _MAX_SPLITS = 32
-#: Splits that a merging program holds at a time.
-_MERGED = 4
-#: Programs for a processor from which on they are many.
-_MANY = 6
+#: Programs for a processor from which on they are many, and keys are not split.
+_MANY = 2
 
 
 def decode_attention(
@@ -140,11 +141,13 @@ def decode_attention_reference(
     )
 
 
-def tiling(head_dim: int, group: int, itemsize: int, programs: int, processors: int) -> Tiling:
-    """The tile for a problem; the one place where this is decided.
+def tiling(
+    head_dim: int, group: int, itemsize: int, programs: int, processors: int, max_seq_len: int
+) -> tuple[Tiling, int]:
+    """The tile for a problem, and how many programs share the keys of a sequence and KV head; the one place where
+    this is decided.
 
-    Of the fastest on an H100 and an H200 the one that takes the least memory: what is free is where the next
-    kernel's programs can wait with their weights.
+    Among the best of a dozen on an H100, by the time of whole decode steps of models of 2 and 7 billion parameters.
 
     Args:
         group: query heads of a KV head.
@@ -152,15 +155,23 @@ def tiling(head_dim: int, group: int, itemsize: int, programs: int, processors: 
         processors: that there are to be filled.
     """
     rows = max(16, triton.next_power_of_2(group))
-    if head_dim > 128 or itemsize > 2:
-        return Tiling(rows, 32, 4, 2)
-    # Where there are many, small ones keep a processor busier than large ones.
-    return Tiling(rows, 32, 1, 3) if programs >= _MANY * processors else Tiling(rows, 64, 2, 2)
+    many = programs >= _MANY * processors
+    large = head_dim > 128 or itemsize > 2
+    keys = 32 if many or large else 64
+    splits = num_splits(programs, processors, max_seq_len, keys)
+    if large:
+        return Tiling(rows, keys, 4, 2), splits
+    if many:
+        # Small ones keep a processor busier than large ones.
+        return Tiling(rows, keys, 1, 3), splits
+    # With a processor for each program, the sooner one is through, the better. With fewer, what is free is where
+    # the next kernel's programs can wait with their weights.
+    return Tiling(rows, keys, 8 if programs * splits <= processors else 2, 2), splits
 
 
 def num_splits(programs: int, processors: int, max_seq_len: int, keys: int) -> int:
     """Programs per sequence and KV head: enough for two on every processor."""
-    wanted = -(-2 * processors // max(programs, 1))
+    wanted = -(-_MANY * processors // max(programs, 1))
     return max(1, min(wanted, _MAX_SPLITS, -(-max_seq_len // keys)))
 
 
@@ -194,8 +205,7 @@ def decode_attention_triton(
         return out
     group = heads // kv_heads
     programs, processors = sequences * kv_heads, num_processors(q.device)
-    tile = tiling(dim, group, q.element_size(), programs, processors)
-    splits = num_splits(programs, processors, max_seq_len, tile.keys)
+    tile, splits = tiling(dim, group, q.element_size(), programs, processors, max_seq_len)
     partial, stats = out, out
     if splits > 1:
         partial = torch.empty((sequences, heads, splits, dim), dtype=torch.float32, device=q.device)
@@ -253,8 +263,10 @@ def decode_attention_triton(
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         SPLIT=splits > 1,
-        MAX_SPLITS=_MAX_SPLITS,
-        MERGED=_MERGED,
+        # As many as the registers hold.
+        MERGED=max(4, tile.warps),
+        # A single warp has no registers for it.
+        AHEAD=tile.warps > 1,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **overlap(q),
@@ -319,8 +331,8 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     MERGED: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
@@ -352,6 +364,7 @@ def _decode_kernel(
     sin = sin.to(dtype).to(tl.float32)
     sin = tl.where(column < HALF, -sin, sin)
     partner = tl.where(turns, tl.where(column < HALF, column + HALF, column - HALF), column)
+    slot = tl.load(slot_ptr + sequence)
     # Keys of the cache that are in sight, and this program's share of them.
     start = 0
     if WINDOW:
@@ -360,6 +373,26 @@ def _decode_kernel(
     used = tl.maximum(tl.cdiv(old - start, share), 1)
     start = start + split * share
     end = tl.minimum(start + share, old)
+    last = tl.maximum((end - 1) // KEYS * KEYS, start)
+    head_stride = BLOCK_SIZE * DIM
+    block_stride = KV_HEADS * BLOCK_SIZE * DIM
+    k_base = k_cache_ptr + kv_head * head_stride
+    v_base = v_cache_ptr + kv_head * head_stride
+    table = table_ptr + sequence * table_row
+    if AHEAD:
+        last_k, last_v = load_keys(
+            k_base,
+            v_base,
+            table,
+            last,
+            end,
+            block_stride,
+            DIM,
+            DIM_PAD,
+            BLOCK_SIZE,
+            KEYS,
+            True,
+        )
     wait_for_previous(OVERLAP)
     if split >= used:
         return
@@ -376,14 +409,11 @@ def _decode_kernel(
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    head_stride = BLOCK_SIZE * DIM
-    block_stride = KV_HEADS * BLOCK_SIZE * DIM
     if split == 0:
         k_row = k_ptr + sequence * k_token + kv_head * k_head
         k = tl.load(k_row + column, mask=in_head, other=0.0)
         k = _rotate(k, tl.load(k_row + partner, mask=in_head, other=0.0), cos, sin)
         v = tl.load(v_ptr + sequence * v_token + kv_head * v_head + column, mask=in_head, other=0.0)
-        slot = tl.load(slot_ptr + sequence)
         if slot >= 0:
             place = slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * DIM
             tl.store(k_cache_ptr + place + column, k, mask=in_head)
@@ -395,62 +425,74 @@ def _decode_kernel(
         acc += v.to(tl.float32)[None, :]
 
     position = tl.zeros([ROWS], tl.int32) + old
-    k_base = k_cache_ptr + kv_head * head_stride
-    v_base = v_cache_ptr + kv_head * head_stride
-    table = table_ptr + sequence * table_row
-    whole = tl.maximum(end // KEYS * KEYS, start)
-    if WINDOW:
-        whole = start
-    for first_key in range(start, whole, KEYS):
-        acc, top, total = attend(
+    if AHEAD:
+        acc, top, total = accumulate(
             acc,
             top,
             total,
             q,
-            k_base,
-            v_base,
-            table,
-            first_key,
+            last_k,
+            last_v,
+            last,
             position,
-            old,
+            end,
             scale,
             cap,
             window,
-            head_stride,
-            block_stride,
-            DIM,
-            DIM_PAD,
-            BLOCK_SIZE,
-            KEYS,
-            False,
-            WINDOW,
-            SOFTCAP,
-        )
-    for first_key in range(whole, end, KEYS):
-        acc, top, total = attend(
-            acc,
-            top,
-            total,
-            q,
-            k_base,
-            v_base,
-            table,
-            first_key,
-            position,
-            old,
-            scale,
-            cap,
-            window,
-            head_stride,
-            block_stride,
-            DIM,
-            DIM_PAD,
-            BLOCK_SIZE,
             KEYS,
             True,
             WINDOW,
             SOFTCAP,
         )
+    for first_key in range(start, last, KEYS):
+        acc, top, total = attend(
+            acc,
+            top,
+            total,
+            q,
+            k_base,
+            v_base,
+            table,
+            first_key,
+            position,
+            end,
+            scale,
+            cap,
+            window,
+            block_stride,
+            DIM,
+            DIM_PAD,
+            BLOCK_SIZE,
+            KEYS,
+            WINDOW,
+            WINDOW,
+            SOFTCAP,
+        )
+    if not AHEAD:
+        for first_key in range(last, end, KEYS):
+            acc, top, total = attend(
+                acc,
+                top,
+                total,
+                q,
+                k_base,
+                v_base,
+                table,
+                first_key,
+                position,
+                end,
+                scale,
+                cap,
+                window,
+                block_stride,
+                DIM,
+                DIM_PAD,
+                BLOCK_SIZE,
+                KEYS,
+                True,
+                WINDOW,
+                SOFTCAP,
+            )
 
     HEADS: tl.constexpr = KV_HEADS * GROUP
     alone = used == 1
@@ -479,7 +521,6 @@ def _decode_kernel(
                     GROUP_PAD,
                     DIM,
                     DIM_PAD,
-                    MAX_SPLITS,
                     MERGED,
                 )
 
@@ -496,32 +537,32 @@ def _merge(
     GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     MERGED: tl.constexpr,
 ):
-    """Weighs the ``used`` splits of a group of heads by their maxima and sums."""
+    """Weighs the ``used`` splits of a group of heads by their maxima and sums, ``MERGED`` at a time: all that is
+    known of them is asked for at once."""
     row = tl.arange(0, GROUP_PAD)
     live = row < GROUP
     head = first_head + row
     column = tl.arange(0, DIM_PAD)
-    split = tl.arange(0, MAX_SPLITS)
-    inside = live[:, None] & (split < used)[None, :]
-    place = head[:, None] * splits + split[None, :]
-    tops = tl.load(stats_ptr + place * 2, mask=inside, other=float("-inf"))
-    totals = tl.load(stats_ptr + place * 2 + 1, mask=inside, other=0.0)
-    highest = tl.max(tops, axis=1)
-    # Rows beyond the group have seen nothing; what they come to is not stored.
-    highest = tl.where(live, highest, 0.0)
-    total = tl.sum(totals * tl.exp2(tops - highest[:, None]), axis=1)
     acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    # Rows beyond the group see nothing; what they come to is not stored.
+    top = tl.where(live, float("-inf"), 0.0)
     for first in range(0, used, MERGED):
         part = first + tl.arange(0, MERGED)
         here = live[:, None] & (part < used)[None, :]
         source = head[:, None] * splits + part[None, :]
-        weights = tl.exp2(tl.load(stats_ptr + source * 2, mask=here, other=float("-inf")) - highest[:, None])
-        sums = partial_ptr + source[:, :, None] * DIM + column[None, None, :]
+        tops = tl.load(stats_ptr + source * 2, mask=here, other=float("-inf"))
+        totals = tl.load(stats_ptr + source * 2 + 1, mask=here, other=0.0)
         mask = here[:, :, None] & (column < DIM)[None, None, :]
-        acc += tl.sum(tl.load(sums, mask=mask, other=0.0) * weights[:, :, None], axis=1)
+        sums = tl.load(partial_ptr + source[:, :, None] * DIM + column[None, None, :], mask=mask, other=0.0)
+        higher = tl.maximum(top, tl.max(tops, axis=1))
+        weights = tl.exp2(tops - higher[:, None])
+        decay = tl.exp2(top - higher)
+        total = total * decay + tl.sum(totals * weights, axis=1)
+        acc = acc * decay[:, None] + tl.sum(sums * weights[:, :, None], axis=1)
+        top = higher
     target = out_ptr + head[:, None] * DIM + column[None, :]
     kept = live[:, None] & (column < DIM)[None, :]
     tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=kept)

@@ -17,7 +17,7 @@ import triton.language as tl
 from engine.kernels.activation import activate
 from engine.kernels.launch import launch
 from engine.kernels.linear import is_row, linear
-from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.overlap import overlap, start_next, wait_for_previous
 from engine.kernels.rms_norm import rms_norm
 from engine.kernels.tiling import num_processors
 
@@ -68,14 +68,17 @@ class Tiling:
     programs: int
 
 
-def tiling(inputs: int) -> Tiling:
+def tiling(inputs: int, *, gated: bool) -> Tiling:
     """The tile for a problem; the one place where this is decided.
 
     The best of a dozen on an H100 and an H200, by the time of whole decode steps of models of 2 and 7 billion
     parameters.
     """
     # Longer rows would not leave registers for eight programs of two warps.
-    return Tiling(1, 2, 8) if inputs <= 2048 else Tiling(1, 4, 4)
+    if inputs > 2048:
+        return Tiling(1, 4, 4)
+    # Without a gate it is attention that comes next: its programs find room to start in.
+    return Tiling(1, 2, 8 if gated else 6)
 
 
 def norm_linear_triton(x, residual, norm, eps, weight, bias=None, *, activation=None):
@@ -86,7 +89,7 @@ def norm_linear_triton(x, residual, norm, eps, weight, bias=None, *, activation=
     assert residual is None or residual.is_contiguous()
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(residual)
-    tile = tiling(inputs)
+    tile = tiling(inputs, gated=gated)
     share = triton.cdiv(outputs, tile.programs * num_processors(x.device))
     launch(
         _norm_gemv_kernel,
@@ -156,6 +159,8 @@ def _norm_gemv_kernel(
     if ACTIVATION != "":
         next_up = _load_rows(up_ptr, row, end, weight_stride, lane, inside)
     norm = tl.load(norm_ptr + lane, mask=inside, other=0.0)
+    # Attention may ask for its keys meanwhile.
+    start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     x = tl.load(x_ptr + lane, mask=inside, other=0.0)
     if ADD:

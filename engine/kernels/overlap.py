@@ -5,6 +5,10 @@ device would do nothing for about one more. A kernel that says so at its launch 
 last programs run. It must wait before it writes anything, and before it reads what the kernel ahead makes, in
 every program, whatever it does after: the next kernel takes its end as a sign that its own predecessors have
 ended too. So what the kernels before the one ahead have made may be read at once, as weights may.
+
+The next kernel may start when every program has waited, or earlier where this one says so. It may find the kernel
+before this one at work then, and what that one makes may not be read at once either. No two kernels in a row let
+the next one start earlier.
 """
 
 from __future__ import annotations
@@ -17,6 +21,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine.kernels.tiling import FEW_ROWS, nvidia_capability
+
+
+@triton.jit
+def start_next(OVERLAP: tl.constexpr):
+    """The next kernel may start when every program has said this, not only when it has waited."""
+    if OVERLAP:
+        gdc_launch_dependents()
 
 
 @triton.jit

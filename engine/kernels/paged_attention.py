@@ -189,31 +189,20 @@ def _find_sequence(query_start_ptr, tile, sequences, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def attend(
-    acc,
-    top,
-    total,
-    q,
+def load_keys(
     k_ptr,
     v_ptr,
     table_ptr,
     first_key,
-    position,
     length,
-    scale,
-    cap,
-    window,
-    head_stride,
     block_stride,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
 ):
-    """One tile of keys into the running softmax. Unmasked tiles lie wholly before every row's position."""
+    """One tile of keys, ``(DIM_PAD, KEYS)``, and values, ``(KEYS, DIM_PAD)``; unmasked ones lie before ``length``."""
     key = first_key + tl.arange(0, KEYS)
     column = tl.arange(0, DIM_PAD)
     inside = key < length
@@ -230,6 +219,31 @@ def attend(
     else:
         k = tl.load(k_ptr + place[None, :] + column[:, None])
         v = tl.load(v_ptr + place[:, None] + column[None, :])
+    return k, v
+
+
+@triton.jit
+def accumulate(
+    acc,
+    top,
+    total,
+    q,
+    k,
+    v,
+    first_key,
+    position,
+    length,
+    scale,
+    cap,
+    window,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """A tile of keys that is loaded into the running softmax. Unmasked ones lie wholly before every row's position."""
+    key = first_key + tl.arange(0, KEYS)
+    inside = key < length
     scores = tl.dot(q, k, input_precision="ieee")
     if SOFTCAP:
         # tanh(x) = 2 sigmoid(2x) - 1; scores and cap are both in units of log2(e).
@@ -252,6 +266,64 @@ def attend(
     acc = acc * decay[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return acc, higher, total
+
+
+@triton.jit
+def attend(
+    acc,
+    top,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    first_key,
+    position,
+    length,
+    scale,
+    cap,
+    window,
+    block_stride,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """One tile of keys out of the cache into the running softmax."""
+    k, v = load_keys(
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        first_key,
+        length,
+        block_stride,
+        DIM,
+        DIM_PAD,
+        BLOCK_SIZE,
+        KEYS,
+        MASKED,
+    )
+    return accumulate(
+        acc,
+        top,
+        total,
+        q,
+        k,
+        v,
+        first_key,
+        position,
+        length,
+        scale,
+        cap,
+        window,
+        KEYS,
+        MASKED,
+        WINDOW,
+        SOFTCAP,
+    )
 
 
 # Batch sizes differ in these numbers; a kernel compiled for each would make a long start.
@@ -338,7 +410,6 @@ def _attention_kernel(
             scale,
             cap,
             window,
-            head_stride,
             block_stride,
             DIM,
             DIM_PAD,
@@ -363,7 +434,6 @@ def _attention_kernel(
             scale,
             cap,
             window,
-            head_stride,
             block_stride,
             DIM,
             DIM_PAD,

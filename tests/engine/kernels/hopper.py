@@ -170,12 +170,12 @@ def choosing() -> None:
 CASES: list[Callable[[], None]] = [
     moving,
     choosing,
-    # One sequence is split over several programs, many are not.
+    # Programs with a processor each, some, and so many that they are cut smaller and nothing is split.
     lambda: decode(12, 2, 128, 1),
     lambda: decode(28, 4, 128, 1),
     lambda: decode(32, 32, 128, 1),
+    lambda: decode(12, 2, 128, 64),
     lambda: decode(12, 2, 128, 256),
-    # So many that they are cut smaller.
     lambda: decode(32, 32, 128, 64),
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: paged(32, 32, 128, [300, 1, 7]),

@@ -141,12 +141,24 @@ def test_splits_fill_small_grids_only():
     assert num_splits(2, 132, 100, 64) == 2
 
 
-@pytest.mark.parametrize("case", ["many", "two, seven heads", "head of 96"])
-def test_many_sequences_are_cut_smaller(device, dtype, case, monkeypatch):
-    heads, processors = CASES[case]["heads"] // CASES[case]["kv_heads"], 132
-    small, large = (module.tiling(128, heads, 2, n * processors, processors) for n in (8, 2))
-    assert small.keys < large.keys and small.warps < large.warps
-    monkeypatch.setattr(module, "tiling", lambda *_: small)
+TILES = {
+    number: module.tiling(128, 4, 2, number, processors=132, max_seq_len=4096) for number in (4, 32, 400)
+}
+
+
+def test_tiles():
+    """A processor for each program, some, and so many that they are cut smaller."""
+    alone, some, many = (TILES[number] for number in (4, 32, 400))
+    assert alone[0].warps > some[0].warps > many[0].warps == 1
+    assert alone[1] > some[1] > many[1] == 1
+    assert many[0].keys < some[0].keys
+
+
+@pytest.mark.parametrize("splits", [1, 12])
+@pytest.mark.parametrize("programs", TILES)
+@pytest.mark.parametrize("case", ["many", "one long", "two, seven heads", "head of 96"])
+def test_every_tile(device, dtype, case, programs, splits, monkeypatch):
+    monkeypatch.setattr(module, "tiling", lambda *_: (TILES[programs][0], splits))
     run(*problem(device, dtype, **CASES[case]))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.distributed.group import SingleProcessGroup
-from engine.graphs import rerun
+from engine.graphs import CudaRecorder, rerun
 from engine.layers import vision_graphs
 from engine.layers.build import BuildContext
 from engine.layers.vision import VisionTransformer
@@ -34,6 +34,44 @@ def tower(window_len: int | None) -> VisionTransformer:
     for parameter in made.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[1600], [1000, 24, 900], [100]])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_recorded_on_a_gpu(lengths):
+    """A tower of Qwen2-VL's width in bfloat16, with the kernels for many rows in its recordings; against the
+    same weights in float32, launched."""
+    device = torch.device("cuda")
+    config = VisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_layers=6,
+        num_heads=16,
+        patch_dim=1176,
+        activation="quick_gelu",
+        rope_theta=10000.0,
+    )
+    recorded, launched = (
+        VisionTransformer(config, BuildContext(device, dtype, SingleProcessGroup()), keep=(2,))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    torch.manual_seed(0)
+    for parameter, wide in zip(recorded.parameters(), launched.parameters(), strict=True):
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
+        parameter.data.normal_(std=scale)
+        wide.data.copy_(parameter)
+    recorded.record(CudaRecorder(device))
+    count = sum(lengths)
+    angles = torch.randn(count, 40, device=device)
+    segments = VisionSegments(bounds(lengths).to(device), max(lengths), angles.cos(), angles.sin())
+    for _ in range(2):
+        patches = torch.randn(count, 1176, device=device).bfloat16()
+        with torch.inference_mode():
+            wanted = launched.states(patches.float(), segments)
+            found = recorded.states(patches, segments)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one.float() - other).norm() < 0.03 * other.norm()
 
 
 def bounds(lengths: list[int]) -> torch.Tensor:
