@@ -69,15 +69,16 @@ class TorchGroup:
     once.
     """
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, device: torch.device) -> None:
         self._backend: Any = backend
         self.rank: int = backend.rank()
         self.size: int = backend.size()
-        self._aborted = threading.Event()
+        self._on_gpu = device.type == "cuda"
+        self._aborted, self._gone, self._stuck = threading.Event(), threading.Event(), False
         # Started early, since an interpreter at its end starts no more. It also keeps the backend from the
         # collector, which would wait there for recorded work that it has still to collect.
         self._aborting = threading.Thread(
-            target=_abort_when, args=(self._aborted, backend), name="group-abort", daemon=True
+            target=_abort_when, args=(self._aborted, self._gone, backend), name="group-abort", daemon=True
         )
         self._aborting.start()
 
@@ -101,12 +102,12 @@ class TorchGroup:
         backend._set_sequence_number_for_group()
         if device.type == "cuda":
             backend.eager_connect_single_device(device)
-        return cls(backend)
+        return cls(backend, device)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         options = c10d.AllreduceOptions()
         options.asyncOp = False
-        _wait(self._backend.allreduce([tensor], options))
+        self._wait(self._backend.allreduce([tensor], options))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -117,14 +118,14 @@ class TorchGroup:
         if rows.numel():
             options = c10d.AllgatherOptions()
             options.asyncOp = False
-            _wait(self._backend._allgather_base(rows, tensor.contiguous(), options))
+            self._wait(self._backend._allgather_base(rows, tensor.contiguous(), options))
         return torch.cat(rows.unflatten(0, (self.size, tensor.shape[0])).unbind(0), dim=dim)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         options = c10d.BroadcastOptions()
         options.rootRank = source
         options.asyncOp = False
-        _wait(self._backend.broadcast([tensor], options))
+        self._wait(self._backend.broadcast([tensor], options))
         return tensor
 
     def abort(self) -> None:
@@ -132,13 +133,36 @@ class TorchGroup:
 
     def close(self) -> None:
         self.abort()
-        self._aborting.join(_CLOSE_S)
-        # The last reference to it: going, it waits for its own threads.
+        if not self._stuck:
+            self._gone.set()
+            self._aborting.join(_CLOSE_S)
+        # The last reference to it, unless something of it is stuck: going, it waits for its own threads.
         self._backend = None
+
+    def _wait(self, work: Any) -> None:
+        # Some backends have waited by themselves, and return nothing.
+        if work is None:
+            return
+        if self._on_gpu:
+            work.wait()
+            return
+        # Gloo's operations end when another rank's connections close, which they do with its process. But not
+        # when its host is gone, and now and then it misses the close.
+        while not work.is_completed():
+            aborted = self._aborted.is_set()
+            try:
+                work.wait(_LOOK)
+            except RuntimeError:
+                if aborted and not work.is_completed():
+                    self._stuck = True
+                    raise
+        work.wait()
 
 
 #: NCCL frees what a group had within a fraction of that.
 _CLOSE_S = 10.0
+#: How often one who waits looks whether it is to go on waiting.
+_LOOK = timedelta(seconds=1)
 #: Hosts of an address that is only reached from its own machine; a path has none.
 _LOCAL = (None, "localhost", "127.0.0.1")
 
@@ -158,13 +182,9 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta, *, local: bool) 
     return c10d.ProcessGroupNCCL(store, rank, size, options)
 
 
-def _abort_when(wanted: threading.Event, backend: Any) -> None:
+def _abort_when(wanted: threading.Event, gone: threading.Event, backend: Any) -> None:
     wanted.wait()
     # Unlike a shutdown it waits for no other rank: they may be gone. NCCL's waits for recorded work.
     backend.abort()
-
-
-def _wait(work: Any) -> None:
-    # Some backends have waited by themselves, and return nothing.
-    if work is not None:
-        work.wait()
+    # A backend with a stuck operation stays until the process ends.
+    gone.wait()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,41 @@ def test_two_ranks_equal_one(tmp_path, address):
     for path, first, second in zip(paths, *ranks, strict=True):
         assert torch.equal(first, second)
         torch.testing.assert_close(first, logits(path, SingleProcessGroup()), atol=1e-4, rtol=0)
+
+
+def _stop_after_one(address: str) -> None:
+    group = TorchGroup.join(rank=1, size=2, address=address, device=CPU, timeout_s=60)
+    group.all_reduce(torch.ones(3))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_who_waits_for_a_silent_rank_can_be_freed(tmp_path):
+    """Its connections stay open, as those of a host that is gone do."""
+    address = by_file(tmp_path)
+    peer = multiprocessing.get_context("spawn").Process(target=_stop_after_one, args=(address,), daemon=True)
+    peer.start()
+    try:
+        group = TorchGroup.join(rank=0, size=2, address=address, device=CPU, timeout_s=250)
+        assert group.all_reduce(torch.ones(3)).tolist() == [2.0] * 3
+        found: list[BaseException] = []
+
+        def wait_for_it() -> None:
+            try:
+                group.all_reduce(torch.ones(3))
+            except RuntimeError as error:
+                found.append(error)
+
+        waiting = threading.Thread(target=wait_for_it)
+        waiting.start()
+        waiting.join(2.5)
+        assert waiting.is_alive(), "a group that nobody has left goes on waiting"
+        group.abort()
+        waiting.join(60)
+        assert len(found) == 1
+        group.close()
+    finally:
+        peer.kill()
+        peer.join()
 
 
 class Imagined(SingleProcessGroup):
