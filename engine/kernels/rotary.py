@@ -138,7 +138,8 @@ def load_angles(
     return cos, sin
 
 
-@triton.jit
+# Positions along several axes lie as far apart as there are tokens.
+@triton.jit(do_not_specialize=["axis_stride"])
 def _rotary_kernel(
     q_ptr,
     k_ptr,

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
-from engine.kernels.launch import launch
+from engine.kernels.launch import is_compiling, launch
 from engine.kernels.overlap import overlap, wait_for_previous
 from engine.kernels.tiling import Tiling
 
 _LOG2E = 1.4426950408889634
+#: One of these it is for most problems.
+_TILES = Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 3)
 
 
 def vision_attention(
@@ -57,7 +59,7 @@ def tiling(head_dim: int, max_len: int, groups: int, itemsize: int) -> Tiling:
         return Tiling(32, 32, 4, 2)
     # Fewer keys are read in larger tiles, but many small ones leave less of the GPU idle at the end.
     few = triton.cdiv(max_len, 128) * groups <= 256
-    return Tiling(128, 64, 8, 2) if few and max_len > 64 else Tiling(64, 64, 4, 3)
+    return _TILES[0] if few and max_len > 64 else _TILES[1]
 
 
 def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
@@ -68,32 +70,34 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
     if tokens == 0 or segments == 0:
         return out
     main, rest = head_parts(dim)
-    tile = tiling(dim, max_len, heads * segments, q.element_size())
-    launch(
-        _vision_kernel,
-        (triton.cdiv(max_len, tile.rows), heads, segments),
-        q,
-        k,
-        v,
-        cu_seqlens,
-        out,
-        scale * _LOG2E,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        HEADS=heads,
-        DIM=dim,
-        MAIN=main,
-        REST=rest,
-        ROWS=tile.rows,
-        KEYS=tile.keys,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **overlap(q),
-    )
+    wanted = tiling(dim, max_len, heads * segments, q.element_size())
+    # Ahead of time the kernel for other segments is compiled as well.
+    for tile in _TILES if wanted in _TILES and is_compiling() else (wanted,):
+        launch(
+            _vision_kernel,
+            (triton.cdiv(max_len, tile.rows), heads, segments),
+            q,
+            k,
+            v,
+            cu_seqlens,
+            out,
+            scale * _LOG2E,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            HEADS=heads,
+            DIM=dim,
+            MAIN=main,
+            REST=rest,
+            ROWS=tile.rows,
+            KEYS=tile.keys,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **overlap(q),
+        )
     return out
 
 

@@ -17,7 +17,7 @@ from engine.layers.build import BuildContext
 from engine.layers.connector import MLPConnector
 from engine.layers.crop_vision_config import CropVisionConfig
 from engine.layers.pixel_shuffle import PixelShuffleConnector
-from engine.layers.pixels import Pixels
+from engine.layers.pixels import Pixels, blank
 from engine.layers.vision import VisionTransformer
 from engine.layers.vision_segments import VisionSegments
 
@@ -43,8 +43,8 @@ class CropVisionEncoder(nn.Module):
 
     def record(self, record: Recorder) -> None:
         size = self.config.image_size
-        crop = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=self.device)
-        self.tower.record(record, rehearse=lambda: self.patchify(crop))
+        crop = blank((1, size, size, 3), (1,), self.config.rows_per_crop)
+        self.tower.record(record, rehearse=lambda: self.encode([crop]))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

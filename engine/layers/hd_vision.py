@@ -15,7 +15,7 @@ from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.connector import MLPConnector
 from engine.layers.hd_config import HDVisionConfig
-from engine.layers.pixels import Pixels
+from engine.layers.pixels import Pixels, blank
 from engine.layers.vision import VisionTransformer
 from engine.layers.vision_segments import VisionSegments
 
@@ -44,7 +44,9 @@ class HDVisionEncoder(nn.Module):
         return (item.grid[0] * item.grid[1] + 1) * self.config.side**2
 
     def record(self, record: Recorder) -> None:
-        self.tower.record(record)
+        size, grid = self.config.image_size, (1, 1)
+        picture = blank((size, size, 3), grid, self.config.num_rows(grid))
+        self.tower.record(record, rehearse=lambda: self.encode([picture]))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

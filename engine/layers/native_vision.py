@@ -17,7 +17,7 @@ from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.connector import PatchMerger
 from engine.layers.native_grid import FramePlan, plan_frame, segments_of
 from engine.layers.native_vision_config import NativeVisionConfig
-from engine.layers.pixels import Pixels
+from engine.layers.pixels import Pixels, blank
 from engine.layers.vision import VisionTransformer, make_norm
 from engine.layers.vision_segments import VisionSegments
 
@@ -52,13 +52,13 @@ class NativeVisionEncoder(nn.Module):
         return item.grid[0] * item.grid[1] * item.grid[2]
 
     def record(self, record: Recorder) -> None:
-        window = self.config.window
-        side = self.config.patch_size * self.config.merge_size
-        picture = torch.zeros((side, side, 3), dtype=torch.uint8, device=self.device)
+        window, merge = self.config.window, self.config.merge_size
+        side = self.config.patch_size * merge
+        picture = blank((side, side, 3), (1, merge, merge), 1)
         self.tower.record(
             record,
-            window_len=window and (window * self.config.merge_size) ** 2,
-            rehearse=lambda: self.patchify(picture),
+            window_len=window and (window * merge) ** 2,
+            rehearse=lambda: self.encode([picture]),
         )
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from engine.inputs.image_ops import normalisation_table
+from engine.inputs.prompt import MediaItem, PlaceholderRun, PreparedMedia
 from engine.layers.build import BuildContext
 
 
@@ -35,3 +36,15 @@ class Pixels(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 ``(N, channels, n)`` to normalised ``(N, channels * n)`` in the model's dtype."""
         return self.table[patches + self.offset[:, None]].flatten(1)
+
+
+def blank(shape: tuple[int, ...], grid: tuple[int, ...], num_tokens: int) -> PreparedMedia:
+    """A black picture of so many rows, for which an encoder needs the same kernels as for any other.
+
+    Args:
+        shape: of its pixels.
+        grid: see :class:`engine.inputs.prompt.MediaItem`.
+    """
+    placeholder = (PlaceholderRun(0, num_tokens, is_embed=True),)
+    item = MediaItem("image", "blank", num_tokens, grid, (1, 1), placeholder)
+    return PreparedMedia(item, np.zeros(shape, np.uint8))

@@ -14,7 +14,7 @@ from engine.graphs import Recorder
 from engine.inputs.prompt import MediaItem, PreparedMedia
 from engine.layers.bucketed_positions import bucketed_positions
 from engine.layers.build import BuildContext
-from engine.layers.pixels import Pixels
+from engine.layers.pixels import Pixels, blank
 from engine.layers.resampler import Resampler
 from engine.layers.slice_vision_config import SliceVisionConfig, pieces
 from engine.layers.vision import VisionTransformer
@@ -45,7 +45,8 @@ class SliceVisionEncoder(nn.Module):
         return _patches(item.grid)
 
     def record(self, record: Recorder) -> None:
-        self.tower.record(record)
+        picture = blank((1, 3, self.config.patch_size**2), (1, 1, 0, 0, 0, 0), self.config.num_queries)
+        self.tower.record(record, rehearse=lambda: self.encode([picture]))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

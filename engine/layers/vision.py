@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -146,13 +147,13 @@ class VisionTransformer(nn.Module):
         record: Recorder,
         *,
         window_len: int | None = None,
-        rehearse: Callable[[], object] = lambda: None,
+        rehearse: Callable[[], object],
     ) -> None:
         """Record passes through the blocks for few pictures.
 
         Args:
             window_len: most tokens of a window; None: there are none.
-            rehearse: launches what else is to be compiled beforehand, together with the blocks' kernels.
+            rehearse: encodes a picture, so that the kernels around the blocks are compiled beforehand, too.
         """
         weight = self.patch_embed.weight
         self._graphs = TowerGraphs(
@@ -165,10 +166,8 @@ class VisionTransformer(nn.Module):
             device=weight.device,
         )
         with torch.inference_mode():
-            if use_triton(weight):
-                with compiling():
-                    rehearse()
-                    self._graphs.rehearse()
+            with compiling() if use_triton(weight) else nullcontext():
+                self._graphs.rehearse(rehearse)
             self._graphs.capture()
 
     def _first_blocks(

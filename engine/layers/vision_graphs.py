@@ -57,11 +57,15 @@ class TowerGraphs:
         self._filled: tuple[VisionSegments, VisionSegments | None] | None = None
         self._replays: dict[tuple[int, int], list[Replay]] = {}
 
-    def rehearse(self) -> None:
-        """Run the largest and the smallest passes without recording them."""
+    def rehearse(self, encode: Callable[[], object]) -> None:
+        """Run the largest and the smallest passes, and ``encode``, which leads here, without recording."""
+        record, self._record = self._record, lambda work: work
         for size in (MAX_TOKENS, TOKEN_STEP):
             for count in (MAX_SEGMENTS, 1):
-                self._stage_by_stage(size, count, lambda work: work)
+                self._get(size, count)
+        encode()
+        self._record = record
+        self._replays.clear()
 
     def capture(self) -> None:
         """Record every size."""

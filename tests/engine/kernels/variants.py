@@ -1,10 +1,10 @@
-"""Counts the kernels that a model's start would compile on a Hopper GPU, where there is none.
+"""Counts the kernels that a model would compile on a Hopper GPU, where there is none.
 
     python -m tests.engine.kernels.variants
 
 Prints two JSON objects: how often each kernel would be compiled beforehand, many at a time, and how often
-later, while all that is recorded at a start is launched. Nothing is compiled and nothing runs: results are
-whatever was in memory.
+later, while all that is recorded at a start is launched and requests of many sizes are served. Nothing is
+compiled and nothing runs: results are whatever was in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -24,9 +26,10 @@ from triton.runtime.jit import JITFunction
 import engine.encoder
 import engine.executor.rank
 from benchmarks.shapes import write_checkpoint
-from engine import LLM
+from engine import LLM, SamplingParams
 from engine.graphs import rerun
-from engine.kernels import dispatch, launch, overlap, tiling
+from engine.kernels import dispatch, launch, many_rows, overlap, tiling
+from engine.runner.sampler import Sampler
 from tests.engine.kernels.hopper import NoDevice
 
 
@@ -42,9 +45,12 @@ def main() -> None:
     dispatch._CHOICE = "triton"
     overlap._can_overlap = lambda device: True
     tiling._PROCESSORS_WITHOUT_GPU = 132
+    many_rows.nvidia_capability = lambda device: (9, 0)
     engine.executor.rank.make_recorder = engine.encoder.make_recorder = lambda *_, **__: rerun
     # Ids that no kernel has sampled are of no vocabulary.
     functional.embedding = lambda ids, weight: weight[torch.zeros_like(ids)]
+    sample = Sampler.sample
+    Sampler.sample = lambda *args, **options: sample(*args, **options).zero_()
     beforehand: Counter[str] = Counter()
     later: Counter[str] = Counter()
 
@@ -56,14 +62,35 @@ def main() -> None:
     JITFunction._do_compile = compile_nothing
     JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
     with tempfile.TemporaryDirectory() as folder:
-        LLM(
+        llm = LLM(
             str(write_checkpoint("tiny", Path(folder))),
             load_format="dummy",
             max_num_seqs=256,
             dtype="bfloat16",
         )
+    # The tiny model's products are too narrow for it to come up by itself.
+    many_rows.keeps_busy = lambda *_: True
+    serve(llm)
     print(json.dumps(beforehand))
     print(json.dumps(later))
+
+
+def serve(llm: LLM) -> None:
+    """Steps and pictures that are recorded, and others that are launched; alone and several at once."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    drawn = SamplingParams(max_tokens=3, top_p=0.9, ignore_eos=True)
+    for lengths in ([1], [47], [1531], [700, 911, 2], [2100, 5], [*range(1, 10)]):
+        for params in (greedy, drawn):
+            prompts = [{"prompt_token_ids": [5] * length} for length in lengths]
+            llm.generate(prompts, params, use_tqdm=False)
+    for sides in ([28], [300], [1400], [500, 700, 900, 33], [2000] * 4):
+        pictures = [Image.fromarray(np.full((side, side + 90, 3), side % 251, np.uint8)) for side in sides]
+        mark = "<|vision_start|><|image_pad|><|vision_end|>"
+        llm.generate(
+            [{"prompt": mark, "multi_modal_data": {"image": picture}} for picture in pictures],
+            greedy,
+            use_tqdm=False,
+        )
 
 
 if __name__ == "__main__":

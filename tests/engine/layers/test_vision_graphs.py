@@ -61,7 +61,7 @@ def test_recorded_on_a_gpu(lengths):
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
         parameter.data.normal_(std=scale)
         wide.data.copy_(parameter)
-    recorded.record(CudaRecorder(device))
+    recorded.record(CudaRecorder(device), rehearse=lambda: None)
     count = sum(lengths)
     angles = torch.randn(count, 40, device=device)
     segments = VisionSegments(bounds(lengths).to(device), max(lengths), angles.cos(), angles.sin())
@@ -83,7 +83,7 @@ def test_replays_are_launches(monkeypatch, window_len):
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 80)
     launched, recorded = tower(window_len), tower(window_len)
-    recorded.record(rerun, window_len=window_len)
+    recorded.record(rerun, window_len=window_len, rehearse=lambda: None)
     for number, lengths in enumerate(BATCHES):
         count, generator = sum(lengths), torch.Generator().manual_seed(number)
         angles, patches = (
@@ -108,7 +108,7 @@ def test_segments_that_come_again_are_in_place(monkeypatch, window_len):
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
     launched, recorded = tower(window_len), tower(window_len)
-    recorded.record(rerun, window_len=window_len)
+    recorded.record(rerun, window_len=window_len, rehearse=lambda: None)
     generator = torch.Generator().manual_seed(0)
 
     def segments(*lengths: int) -> VisionSegments:
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_launched(monkeypatch):
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 32)
     made, recordings = tower(None), []
-    made.record(lambda work: recordings.append(work()) or work)
+    made.record(lambda work: recordings.append(work()) or work, rehearse=lambda: None)
     assert len(recordings) == 4
     for lengths in ([33], [4] * 5):
         count = sum(lengths)
