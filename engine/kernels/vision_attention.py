@@ -83,11 +83,12 @@ def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
             out,
             scale * _LOG2E,
             q.stride(0),
-            q.stride(1),
             k.stride(0),
-            k.stride(1),
             v.stride(0),
-            v.stride(1),
+            # Known to the compiler they tell how a head's rows are aligned, of which 16 bytes are read at once.
+            Q_HEAD=q.stride(1),
+            K_HEAD=k.stride(1),
+            V_HEAD=v.stride(1),
             HEADS=heads,
             DIM=dim,
             MAIN=main,
@@ -175,11 +176,11 @@ def _vision_kernel(
     out_ptr,
     scale,
     q_token,
-    q_head,
     k_token,
-    k_head,
     v_token,
-    v_head,
+    Q_HEAD: tl.constexpr,
+    K_HEAD: tl.constexpr,
+    V_HEAD: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -201,10 +202,10 @@ def _vision_kernel(
     row_ok = (row < length)[:, None]
     main_ok = (main < DIM)[None, :]
     base = begin.to(tl.int64)
-    q_row = q_ptr + (base + row)[:, None] * q_token + head * q_head
+    q_row = q_ptr + (base + row)[:, None] * q_token + head * Q_HEAD
     q = tl.load(q_row + main[None, :], mask=row_ok & main_ok, other=0.0)
-    k_start = k_ptr + base * k_token + head * k_head
-    v_start = v_ptr + base * v_token + head * v_head
+    k_start = k_ptr + base * k_token + head * K_HEAD
+    v_start = v_ptr + base * v_token + head * V_HEAD
     acc = tl.zeros([ROWS, MAIN], tl.float32)
     # Without a rest these stand in for it, and nothing reads them.
     q_rest = q
