@@ -103,6 +103,7 @@ class ModelRank:
             ),
             block_size=config.block_size,
             num_slots=num_slots,
+            max_num_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
             positions=positions,
             pooling=config.task == "embed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
@@ -9,12 +10,32 @@ import torch
 from engine.graphs import Recorder, Replay
 from engine.layers.metadata import AttentionMetadata
 
-#: Every multiple of the step up to the most tokens is recorded. Beyond, launching keeps up with the device.
+#: Every multiple of the step up to so many tokens is recorded.
 TOKEN_STEP = 64
-MAX_TOKENS = 1024
+FINE_TOKENS = 1024
+#: Beyond, as long as a GPU computes a layer in less time than a slow host takes to launch its kernels, sizes
+#: at most a quarter apart up to so many tokens.
+MAX_TOKENS = 4096
+#: Parameters times tokens that such a GPU multiplies in that time: half a millisecond for ten kernels.
+_LAUNCH_WORK = 1.5e11
 #: Recorded for so many sequences, and for as many as there may be: kernels that look for a row's sequence
 #: among many take longer.
 FEW_SEQUENCES = 16
+
+
+def recorded_sizes(layer_parameters: int, max_tokens: int) -> list[int]:
+    """Numbers of tokens that are recorded, ascending.
+
+    Args:
+        layer_parameters: of a layer of the decoder, on this rank.
+        max_tokens: most tokens of a step.
+    """
+    most = max(FINE_TOKENS, min(MAX_TOKENS, int(_LAUNCH_WORK / layer_parameters)))
+    sizes = list(range(TOKEN_STEP, FINE_TOKENS + 1, TOKEN_STEP))
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + (1 << sizes[-1].bit_length() - 1) // 4)
+    return sizes[: bisect_left(sizes, max_tokens) + 1]
+
 
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, torch.Tensor | None], torch.Tensor]
 
@@ -29,6 +50,7 @@ class ForwardGraphs:
         forward: embeddings ``(T, width)``, positions, metadata and the rows wanted, or None, to hidden states
             ``(R, width)`` of those rows, or of all.
         record: see :class:`engine.graphs.Recorder`.
+        sizes: numbers of tokens to record, ascending.
         width: of embeddings and hidden states.
         dtype: theirs.
         axes: of positions, 3 with M-RoPE; None for plain ones.
@@ -44,6 +66,7 @@ class ForwardGraphs:
         forward: Forward,
         record: Recorder,
         *,
+        sizes: list[int],
         width: int,
         dtype: torch.dtype,
         axes: int | None,
@@ -54,11 +77,12 @@ class ForwardGraphs:
         device: torch.device,
     ) -> None:
         self._forward, self._record = forward, record
-        self._max_seq_len = max_seq_len
-        self._embeds = torch.zeros((MAX_TOKENS, width), dtype=dtype, device=device)
-        shape = (MAX_TOKENS,) if axes is None else (axes, MAX_TOKENS)
+        self._sizes, self._max_seq_len = sizes, max_seq_len
+        most = sizes[-1]
+        self._embeds = torch.zeros((most, width), dtype=dtype, device=device)
+        shape = (most,) if axes is None else (axes, most)
         self._positions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._slot_mapping = torch.full((MAX_TOKENS,), -1, dtype=torch.int64, device=device)
+        self._slot_mapping = torch.full((most,), -1, dtype=torch.int64, device=device)
         self._counts = sorted({min(FEW_SEQUENCES, max_sequences), max_sequences})
         self._tables = torch.zeros((max_sequences, max_blocks), dtype=torch.int32, device=device)
         self._starts = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
@@ -71,18 +95,18 @@ class ForwardGraphs:
 
     def rehearse(self) -> None:
         """Run the largest and the smallest pass without recording them."""
-        for size in (MAX_TOKENS, TOKEN_STEP):
+        for size in (self._sizes[-1], self._sizes[0]):
             self._work(size, self._counts[-1])()
 
     def capture(self) -> None:
         """Record every size."""
-        for size in range(MAX_TOKENS, 0, -TOKEN_STEP):
+        for size in reversed(self._sizes):
             for count in reversed(self._counts):
                 self._get(size, count)
 
     def fits(self, tokens: int, sequences: int) -> bool:
         """Whether a batch is small enough for :meth:`replay`."""
-        return 0 < tokens <= MAX_TOKENS and sequences <= self._counts[-1]
+        return 0 < tokens <= self._sizes[-1] and sequences <= self._counts[-1]
 
     def replay(
         self,
@@ -97,7 +121,7 @@ class ForwardGraphs:
         tokens, sequences = embeds.shape[0], meta.seq_lens.shape[0]
         num_rows = 0 if rows is None else rows.shape[0]
         count = next(count for count in self._counts if count >= max(sequences, num_rows))
-        replay = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, count)
+        replay = self._get(self._sizes[bisect_left(self._sizes, tokens)], count)
         self._embeds[:tokens] = embeds
         self._positions[..., :tokens] = positions
         self._slot_mapping[:tokens] = meta.slot_mapping

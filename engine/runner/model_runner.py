@@ -18,7 +18,7 @@ from engine.layers.decoder import Decoder
 from engine.layers.metadata import AttentionMetadata
 from engine.request import Request
 from engine.runner.cuda_graphs import DecodeGraphs
-from engine.runner.forward_graphs import ForwardGraphs
+from engine.runner.forward_graphs import ForwardGraphs, recorded_sizes
 from engine.runner.input_batch import (
     DeviceState,
     SlotInfo,
@@ -80,6 +80,7 @@ class ModelRunner:
         kv: per layer the key and value tensors.
         block_size: tokens per KV block.
         num_slots: rows of requests.
+        max_num_tokens: most tokens of a step.
         max_model_len: longest sequence.
         positions: rotary positions of a request's prompt, as the model's family defines them.
         pooling: requests are for vectors, and want the hidden states of all their tokens.
@@ -94,6 +95,7 @@ class ModelRunner:
         *,
         block_size: int,
         num_slots: int,
+        max_num_tokens: int,
         max_model_len: int,
         positions: Positions,
         pooling: bool,
@@ -135,6 +137,9 @@ class ModelRunner:
             self._forwards = ForwardGraphs(
                 lambda embeds, positions, meta, rows: model(embeds, positions, kv, meta, rows=rows),
                 record,
+                sizes=recorded_sizes(
+                    sum(parameter.numel() for parameter in model.layers[0].parameters()), max_num_tokens
+                ),
                 width=model.config.hidden_size,
                 dtype=self.dtype,
                 axes=3 if self._mrope else None,

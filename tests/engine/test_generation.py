@@ -97,6 +97,7 @@ def test_recorded_steps_give_the_same_tokens(model, monkeypatch, way):
     if not torch.cuda.is_available():
         monkeypatch.setattr(rank, "make_recorder", lambda device, enforce_eager: rerun)
     monkeypatch.setattr(forward_graphs, "TOKEN_STEP", 24)
+    monkeypatch.setattr(forward_graphs, "FINE_TOKENS", 48)
     monkeypatch.setattr(forward_graphs, "MAX_TOKENS", 72)
     monkeypatch.setattr(forward_graphs, "FEW_SEQUENCES", 2)
     llm = LLM(str(path), max_model_len=190, **{"max_num_seqs": 5, **WAYS[way]})

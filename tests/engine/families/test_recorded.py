@@ -25,6 +25,7 @@ def recorded(monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setattr(vision_graphs, name, value)
         monkeypatch.setattr(forward_graphs, name, value)
+    monkeypatch.setattr(forward_graphs, "FINE_TOKENS", 48)
     monkeypatch.setattr(forward_graphs, "FEW_SEQUENCES", 2)
 
 
