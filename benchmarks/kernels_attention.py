@@ -26,7 +26,7 @@ TINY_PREFILL = [(40, 4, 2, 16)]
 MIXED = [(32, 4096, 2048, 4096, 32, 8, 128), (32, 1024, 2048, 2048, 12, 2, 128)]
 TINY_MIXED = [(2, 40, 20, 40, 4, 2, 16)]
 #: (pictures, patches of each, heads, head size)
-VISION = [(1, 1600, 16, 80), (1, 10764, 16, 80), (16, 1600, 16, 80)]
+VISION = [(1, 1600, 16, 80), (1, 10764, 16, 80), (16, 1600, 16, 80), (8, 729, 16, 72)]
 TINY_VISION = [(1, 36, 2, 80), (3, 16, 2, 80)]
 #: Rows of a long prompt that are compared: the reference holds all scores at once.
 COMPARED = 256
@@ -73,7 +73,7 @@ class Paged:
         if self.decoding is not None:
             return self.decoding.run()
         arguments = (self.q, self.k, self.v, self.tables, self.query_start, self.seq_lens)
-        return paged_attention(*arguments, **self.options)
+        return paged_attention(*arguments, **self.options, max_query_len=max(self.queries))
 
     def check(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The last tokens of each sequence, by the reference in float32."""

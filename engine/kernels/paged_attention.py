@@ -3,7 +3,8 @@
 Query tokens of a sequence and the query heads that share a KV head are packed into the rows of one tile, so
 that keys and values are read once for all of them. Keys come in tiles of their own size, gathered through the
 block table. Nothing about lengths is decided on the host, so a captured graph stays valid as they grow. Where
-every sequence has one token, :mod:`engine.kernels.decode_attention` does it all.
+every sequence has one token, :mod:`engine.kernels.decode_attention` does it all; long prompts go to
+:mod:`engine.kernels.prefill_attention` where it can take them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dispatch import use_triton
-from engine.kernels.launch import launch
+from engine.kernels.launch import is_compiling, launch
 from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.prefill_attention import LONG, can_take, prefill_attention_gluon
+from engine.kernels.sequences import find_sequence
 from engine.kernels.tiling import Tiling
 
 LOG2E = 1.4426950408889634
@@ -31,6 +34,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    max_query_len: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence's new tokens over all its tokens up to themselves.
@@ -47,24 +51,23 @@ def paged_attention(
         scale: multiplies the scores; positive.
         window: a query at position p sees keys at positions greater than ``p - window``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
+        max_query_len: at least the most queries of one sequence, as the host knows it; it decides by which kernel.
         out: ``(T, Hq, D)`` contiguous, to write to; padding rows are left as they are.
 
     Returns:
         ``(T, Hq, D)``.
     """
-    run = paged_attention_triton if use_triton(q) else paged_attention_reference
-    return run(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_start,
-        seq_lens,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        out=out,
-    )
+    arguments = (q, k_cache, v_cache, block_tables, query_start, seq_lens)
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    if not use_triton(q):
+        return paged_attention_reference(*arguments, **options, out=out)
+    if window is None and softcap is None and can_take(q, k_cache):
+        # Ahead of time the kernels for other lengths are compiled as well.
+        if max_query_len > LONG or is_compiling():
+            out = prefill_attention_gluon(*arguments, scale=scale, out=out)
+        if max_query_len > LONG and not is_compiling():
+            return out
+    return paged_attention_triton(*arguments, **options, out=out)
 
 
 def paged_attention_reference(
@@ -172,20 +175,6 @@ def paged_attention_triton(
         **overlap(q),
     )
     return out
-
-
-@triton.jit
-def _find_sequence(query_start_ptr, tile, sequences, TOKENS: tl.constexpr):
-    """The sequence that a tile belongs to: the last whose first tile, ``start // TOKENS + s``, is not later."""
-    low = 0
-    high = sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // TOKENS + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 @triton.jit
@@ -358,7 +347,7 @@ def _attention_kernel(
     wait_for_previous(OVERLAP)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    sequence = _find_sequence(query_start_ptr, tile, sequences, TOKENS)
+    sequence = find_sequence(query_start_ptr, tile, sequences, TOKENS)
     begin = tl.load(query_start_ptr + sequence)
     first_token = (tile - begin // TOKENS - sequence) * TOKENS
     count = tl.load(query_start_ptr + sequence + 1) - begin

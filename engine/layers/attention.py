@@ -68,6 +68,7 @@ class Attention(nn.Module):
             meta.seq_lens,
             scale=self.scale,
             window=self.window,
+            max_query_len=meta.max_query_len,
         )
 
     def _decode(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:

@@ -66,6 +66,14 @@ def paged(heads: int, kv_heads: int, dim: int, tokens: list[int]) -> None:
     )
 
 
+def prefill(heads: int, kv_heads: int, dim: int) -> None:
+    from engine.kernels.prefill_attention import prefill_attention_gluon
+
+    starts, cache = torch.tensor([0, 2000], dtype=I32), noise(2, kv_heads, 16, dim)
+    q, tables = noise(2000, heads, dim), torch.zeros(1, 128, dtype=I32)
+    prefill_attention_gluon(q, cache, cache, tables, starts, starts[1:], scale=0.1)
+
+
 def decode(heads: int, kv_heads: int, dim: int, sequences: int) -> None:
     from engine.kernels.decode_attention import decode_attention_triton
 
@@ -179,6 +187,8 @@ CASES: list[Callable[[], None]] = [
     lambda: decode(32, 32, 128, 64),
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: paged(32, 32, 128, [300, 1, 7]),
+    lambda: prefill(28, 4, 128),
+    lambda: prefill(14, 2, 64),
     lambda: vision(16, 80, 1600),
     lambda: vision(16, 80, 1600, pictures=4),
     lambda: vision(16, 64, 577),

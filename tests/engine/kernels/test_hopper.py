@@ -33,6 +33,7 @@ def test_a_start_compiles_a_kernel_once_whatever_the_batch_sizes():
     assert later == {}, "these are not compiled many at a time"
     # Many rows, and few, which overlap.
     assert count["_attention_kernel"] == 2
+    assert count["_prefill_kernel"] == 1
     # Up to two that have a processor for each program, up to 131 that are split, some of which overlap,
     # and more.
     assert count["_decode_kernel"] == 4

@@ -28,7 +28,7 @@ import engine.executor.rank
 from benchmarks.shapes import write_checkpoint
 from engine import LLM, SamplingParams
 from engine.graphs import rerun
-from engine.kernels import dispatch, launch, many_rows, overlap, tiling
+from engine.kernels import dispatch, launch, many_rows, overlap, prefill_attention, tiling
 from engine.runner.sampler import Sampler
 from tests.engine.kernels.hopper import NoDevice
 
@@ -45,7 +45,7 @@ def main() -> None:
     dispatch._CHOICE = "triton"
     overlap._can_overlap = lambda device: True
     tiling._PROCESSORS_WITHOUT_GPU = 132
-    many_rows.nvidia_capability = lambda device: (9, 0)
+    many_rows.nvidia_capability = prefill_attention.nvidia_capability = lambda device: (9, 0)
     engine.executor.rank.make_recorder = engine.encoder.make_recorder = lambda *_, **__: rerun
     # Ids that no kernel has sampled are of no vocabulary.
     functional.embedding = lambda ids, weight: weight[torch.zeros_like(ids)]
