@@ -169,44 +169,13 @@ def _prefill_kernel(
         place = (begin, first_token, count, length, head, num_tiles, masked)
         strides = (q_token, q_head)
         table = table_ptr + sequence.to(gl.int64) * table_row
+        work = (q_ptr, out_ptr, queries, ring, place, strides, scale)
         first: gl.constexpr = 0
         second: gl.constexpr = 1
         gl.warp_specialize(
             [
-                (
-                    _attend,
-                    (
-                        first,
-                        q_ptr,
-                        out_ptr,
-                        queries,
-                        ring,
-                        place,
-                        strides,
-                        scale,
-                        KV_HEADS * GROUP,
-                        GROUP,
-                        TOKENS,
-                        STAGES,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        second,
-                        q_ptr,
-                        out_ptr,
-                        queries,
-                        ring,
-                        place,
-                        strides,
-                        scale,
-                        KV_HEADS * GROUP,
-                        GROUP,
-                        TOKENS,
-                        STAGES,
-                    ),
-                ),
+                (_attend, (first, work, KV_HEADS * GROUP, GROUP, TOKENS, STAGES)),
+                (_attend, (second, work, KV_HEADS * GROUP, GROUP, TOKENS, STAGES)),
                 (
                     _fetch_tiles,
                     (k_desc, v_desc, table, ring, length, kv_head, num_tiles, KV_HEADS, BLOCK_SIZE, STAGES),
@@ -296,19 +265,14 @@ def _fetch_tile(
 @gluon.jit
 def _attend(
     half: gl.constexpr,
-    q_ptr,
-    out_ptr,
-    queries,
-    ring,
-    place,
-    strides,
-    scale,
+    work,
     HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The part of a group of four warps: the attention of 64 rows."""
+    q_ptr, out_ptr, queries, ring, place, strides, scale = work
     keys, keys_ready, keys_free, values, values_ready, _ = ring
     begin, first_token, count, length, head, num_tiles, masked = place
     ROWS: gl.constexpr = queries.shape[1]
