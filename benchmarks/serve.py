@@ -8,7 +8,8 @@ the first token (TTFT), between any two tokens of an answer (ITL) and to the end
 Goodput counts the requests that kept both ``--slo-ttft`` and ``--slo-itl`` (their mean time between tokens).
 
 How well running answers keep their pace while pictures arrive: ITL with ``--text-share 1,0.5``, and the same
-with the encoder's ``--duty-cycle`` and ``--batch-patches``, and the engine's ``--batched-tokens`` lowered.
+with the encoder's ``--duty-cycle`` and ``--batch-patches``, and the engine's ``--batched-tokens`` lowered,
+or with ``--encoder-gpu``.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def serve_config(options: argparse.Namespace, path: str, port: int) -> dict[str,
     share: tuple[float, float] = (0.0, 0.0)
     if options.gpu:
         engine |= {"gpu_memory_utilization": 0.7, "max_num_seqs": 256}
-        share = (0.25, 0.75)
+        share = (1.0, 1.0) if options.encoder_gpu else (0.25, 0.75)
     else:
         engine |= {"max_num_seqs": 16, "max_model_len": 512}
     model = {
@@ -217,6 +218,11 @@ def main() -> None:
     parser.add_argument("--model", help="to be asked; the shape's name by default")
     parser.add_argument(
         "--gpu", action="store_true", help="encoder on a quarter of a GPU, the rest on it too"
+    )
+    parser.add_argument(
+        "--encoder-gpu",
+        action="store_true",
+        help="with --gpu, the encoder on a GPU that the rest leaves alone",
     )
     parser.add_argument("--rates", default="4", help="requests a second, comma-separated")
     parser.add_argument("--requests", type=int, default=16, help="for each rate")

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from engine.kernels.vision_attention import head_parts, vision_attention_reference, vision_attention_triton
+from engine.kernels.vision_attention import (
+    head_parts,
+    tiling,
+    vision_attention_reference,
+    vision_attention_triton,
+)
 
 from .compare import assert_close
 
@@ -23,6 +28,13 @@ def test_heads_are_cut_where_that_costs_less():
     parts = {dim: head_parts(dim) for dim in (8, 16, 24, 64, 72, 80, 96, 112, 128)}
     cut = {72: (64, 16), 80: (64, 16), 96: (64, 32)}
     assert parts == {8: (16, 0), 16: (16, 0), 24: (32, 0), 64: (64, 0), 112: (128, 0), 128: (128, 0), **cut}
+
+
+@pytest.mark.parametrize(
+    ("length", "segments", "rows"), [(64, 1, 64), (1444, 1, 64), (1600, 1, 128), (784, 2, 128), (1600, 2, 64)]
+)
+def test_tiles_are_large_where_small_ones_would_need_a_second_round(length, segments, rows):
+    assert tiling(80, length, 16 * segments, 2, processors=132).rows == rows
 
 
 def test_segments_do_not_see_each_other(device):
