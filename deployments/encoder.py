@@ -3,6 +3,7 @@
 import numpy as np
 
 from deployments.handoff import RowsInfo, RowsRef, put
+from deployments.threads import take_turns
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.inputs.prompt import MediaItem, PreparedMedia
@@ -14,6 +15,7 @@ class VisionEncoder:
     def __init__(
         self, config: EngineConfig, max_batch_patches: int, cache_bytes: int, duty_cycle: float
     ) -> None:
+        take_turns()
         self._engine = EncoderEngine.load(
             config, max_batch_cost=max_batch_patches, cache_bytes=cache_bytes, duty_cycle=duty_cycle
         )

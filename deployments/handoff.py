@@ -7,7 +7,8 @@ transport would pickle references into a byte string, where nothing counts them 
 
 Tokens stream by gRPC, which carries several times as many items a second as actor calls do, and lets a reader
 that is behind slow the writer down. So a picture's rows are handed over first, by a call of their own, and
-the stream that follows goes to the replica that holds them.
+the stream that follows goes to the replica that holds them. Its items are plain tuples, which become bytes in
+a fifth of the time that objects take.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from engine.inputs.prompt import EmbeddedMedia, EngineInput, MediaItem
+from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.pooling_params import PoolingParams
 from engine.sampling_params import SamplingParams
 
@@ -84,6 +86,28 @@ class Embedding:
     inputs: EngineInput
     params: PoolingParams
     media: tuple[RowsInfo, ...] = field(default=())
+
+
+#: An update of a stream: its fields in their order, and its deltas and its usage likewise.
+PackedUpdate = tuple[str, list[tuple[Any, ...]], tuple[int, int, int], list[Any] | None, bool]
+
+
+def pack(update: StreamUpdate) -> PackedUpdate:
+    """``update`` as it travels."""
+    deltas = [
+        (d.index, d.text, d.token_ids, d.logprobs, d.finish_reason, d.stop_reason) for d in update.deltas
+    ]
+    usage = update.usage
+    counts = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+    return update.request_id, deltas, counts, update.prompt_logprobs, update.finished
+
+
+def unpack(packed: PackedUpdate) -> StreamUpdate:
+    """What :func:`pack` was given."""
+    request_id, deltas, counts, prompt_logprobs, finished = packed
+    return StreamUpdate(
+        request_id, [OutputDelta(*delta) for delta in deltas], Usage(*counts), prompt_logprobs, finished
+    )
 
 
 #: How long the maker of an array holds on to it.

@@ -8,6 +8,7 @@ from ray import serve
 from deployments.api import create_api
 from deployments.config import AppConfig
 from deployments.pipeline import Pipeline, Stages
+from deployments.threads import take_turns
 
 
 @serve.ingress()
@@ -20,6 +21,7 @@ class Ingress:
     """
 
     def __init__(self, config: AppConfig, *stages: Stages) -> None:
+        take_turns()
         self._config = config
         threads = ThreadPoolExecutor(config.ingress.threads, "prompts")
         self._pipelines = {

@@ -8,11 +8,12 @@ import numpy as np
 from ray import serve
 
 from deployments.errors import Misrouted
-from deployments.handoff import Embedding, Generation, RowsInfo
+from deployments.handoff import Embedding, Generation, PackedUpdate, RowsInfo, pack
+from deployments.threads import take_turns
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.inputs.prompt import EmbeddedMedia
-from engine.outputs import EmbeddingOutput, StreamUpdate
+from engine.outputs import EmbeddingOutput
 
 #: How long embeddings wait for their request, which follows them at once.
 HOLD_S = 30.0
@@ -22,6 +23,7 @@ class LanguageModel:
     """A replica holds one engine."""
 
     def __init__(self, config: EngineConfig) -> None:
+        take_turns()
         self._engine = AsyncEngine(config)
         self._held: dict[str, list[EmbeddedMedia]] = {}
 
@@ -39,7 +41,7 @@ class LanguageModel:
         asyncio.get_running_loop().call_later(HOLD_S, self._held.pop, request_id, None)
         return serve.get_replica_context().replica_id.unique_id
 
-    async def generate(self, request: Generation) -> AsyncIterator[StreamUpdate]:
+    async def generate(self, request: Generation) -> AsyncIterator[PackedUpdate]:
         """Stream a request's output; each item holds all that came since the last.
 
         Raises:
@@ -53,7 +55,7 @@ class LanguageModel:
         )
         try:
             async for update in updates:
-                yield update
+                yield pack(update)
         finally:
             # Cancellation ends up here: what the request holds is freed now, not when garbage is collected.
             await updates.aclose()  # type: ignore[attr-defined]

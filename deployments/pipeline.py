@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import ModelSpec
 from deployments.errors import Misrouted, as_sightline, is_lost
-from deployments.handoff import Embedding, Generation, PixelsRef, RowsRef, by_reference, stream
+from deployments.handoff import Embedding, Generation, PixelsRef, RowsRef, by_reference, stream, unpack
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.inputs.frontend import load_prompt_builder, load_sampling_defaults
 from engine.inputs.messages import MediaSource, check_media_limits
@@ -166,8 +166,8 @@ class Pipeline:
                 async with stream(
                     language_model, "generate", request, replica=replica, large=large
                 ) as updates:
-                    async for update in updates:
-                        yield update
+                    async for packed in updates:
+                        yield unpack(packed)
                 return
             except Exception as error:
                 failure = as_sightline(error)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from deployments.handoff import PixelsRef, put
+from deployments.threads import take_turns
 from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.inputs.frontend import MediaProcessor, fetch_policy, for_prompt, load_media_processor
@@ -31,6 +32,7 @@ class Preprocessor:
     """
 
     def __init__(self, config: EngineConfig, fetch: FetchPolicy, images: ImageLimits, threads: int) -> None:
+        take_turns()
         processor = load_media_processor(config)
         assert processor is not None, "models without pictures have no preprocessor"
         self._processor = processor

@@ -1,11 +1,15 @@
 """Arrays on their way between deployments."""
 
 import asyncio
+import sys
 import weakref
 
 import numpy as np
+import pytest
 
 from deployments import handoff
+from deployments.threads import take_turns
+from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 
 
 class Reference:
@@ -26,3 +30,32 @@ def test_the_maker_holds_on_to_an_array_for_a_while(monkeypatch):
 
     assert asyncio.run(kept(60.0))
     assert not asyncio.run(kept(0.0))
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        StreamUpdate("a", [OutputDelta(0, " wörd", [17])], Usage(30, 5, 16)),
+        StreamUpdate(
+            "b",
+            [
+                OutputDelta(1, "", [4], [{4: TokenLogprob(-0.5, 1, "x")}], "stop", "END"),
+                OutputDelta(0, "y", [5, 6]),
+            ],
+            Usage(1, 2),
+            [None, {3: TokenLogprob(-1.0, 2)}],
+            finished=True,
+        ),
+    ],
+)
+def test_an_update_arrives_as_it_was_sent(update):
+    assert handoff.unpack(handoff.pack(update)) == update
+
+
+def test_threads_take_turns_more_often_than_a_step_takes():
+    before = sys.getswitchinterval()
+    try:
+        take_turns()
+        assert sys.getswitchinterval() <= 0.0005
+    finally:
+        sys.setswitchinterval(before)

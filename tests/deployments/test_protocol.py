@@ -1,9 +1,13 @@
-"""Bodies of requests, without a server."""
+"""Bodies of requests and of answers, without a server."""
+
+import json
 
 import pytest
 from pydantic import ValidationError
 
-from deployments.protocol.chat import ChatCompletionRequest
+from deployments import sse
+from deployments.protocol.chat import ChatCompletionRequest, ChunkChoice, Delta
+from deployments.routers.chat import Answer
 
 BODY = {"model": "pocket", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -13,3 +17,17 @@ def test_a_field_that_is_null_asks_for_nothing():
     assert ChatCompletionRequest.model_validate(BODY | {"tools": None, "stop": None}) == plain
     with pytest.raises(ValidationError, match="tools"):
         ChatCompletionRequest.model_validate(BODY | {"tools": []})
+
+
+@pytest.mark.parametrize(
+    "text", [" word", 'a "quote"\n\t\\', "wörd \u2028 \U0001f600", "\x00\x1f\x7f</script>"]
+)
+def test_an_event_of_text_alone_is_that_of_the_schema(text):
+    answer = Answer('chatcmpl-"1"', 1, "möd/el")
+    choice = ChunkChoice(
+        index=2, delta=Delta(content=text), logprobs=None, finish_reason=None, stop_reason=None
+    )
+    for _ in range(2):
+        found = json.loads(answer.text_event(2, text).removeprefix(b"data: "))
+        assert found == json.loads(sse.event(answer.chunk([choice])).removeprefix(b"data: "))
+    assert answer.text_event(2, text).endswith(b"}\n\n") and answer.text_event(2, text).count(b"\n") == 2

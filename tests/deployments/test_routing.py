@@ -9,11 +9,12 @@ import pytest
 
 from deployments import language_model, pipeline
 from deployments.errors import Misrouted
-from deployments.handoff import Generation, RowsInfo, RowsRef
+from deployments.handoff import Generation, RowsInfo, RowsRef, pack
 from deployments.language_model import LanguageModel
 from deployments.pipeline import Pipeline, Prompt
 from deployments.routing import SessionRouter
 from engine.errors import Unavailable
+from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.sampling_params import SamplingParams
 
 
@@ -65,6 +66,7 @@ def test_embeddings_that_are_elsewhere_are_missed():
 @pytest.mark.parametrize(("misses", "served"), [(0, True), (2, True), (9, False)])
 def test_a_misrouted_stream_is_begun_again(monkeypatch, misses, served):
     sessions, sizes = [], []
+    update = StreamUpdate("one", [OutputDelta(0, "token", [1])], Usage())
 
     @asynccontextmanager
     async def stream(handle, method, request, replica="", large=False):
@@ -74,7 +76,7 @@ def test_a_misrouted_stream_is_begun_again(monkeypatch, misses, served):
             sessions.append(replica)
             if len(sessions) <= misses:
                 raise Misrouted("elsewhere")
-            yield "token"
+            yield pack(update)
 
         yield items()
 
@@ -90,9 +92,9 @@ def test_a_misrouted_stream_is_begun_again(monkeypatch, misses, served):
         return [update async for update in one.generate("one", prompt, SamplingParams(**params))]
 
     if served:
-        assert asyncio.run(run()) == ["token"]
+        assert asyncio.run(run()) == [update]
         assert sessions == ["b"] * (misses + 1) and not any(sizes)
-        assert asyncio.run(run(prompt_logprobs=5)) == ["token"] and sizes[-1]
+        assert asyncio.run(run(prompt_logprobs=5)) == [update] and sizes[-1]
     else:
         with pytest.raises(Unavailable):
             asyncio.run(run())
