@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="to be generated")
     parser.add_argument("--text-share", default="0", help="of requests without a picture, comma-separated")
     parser.add_argument("--preprocessors", type=int, default=1)
-    parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument("--ingresses", type=int, default=1, help="replicas that speak HTTP")
     parser.add_argument("--duty-cycle", type=float, default=1.0, help="of the encoder")
     parser.add_argument("--batch-patches", type=int, default=32768, help="most in one launch of the encoder")
     parser.add_argument("--batched-tokens", type=int, default=8192, help="most in one step of the engine")
