@@ -21,8 +21,9 @@ def event(data: BaseModel) -> bytes:
 
 def error_event(error: SightlineError) -> bytes:
     """What a stream that has begun says when it can't go on."""
-    return b"data: " + _compact(error_body(error)) + b"\n\n"
+    return b"data: " + compact(error_body(error)) + b"\n\n"
 
 
-def _compact(data: Any) -> bytes:
+def compact(data: Any) -> bytes:
+    """``data`` as JSON without spaces."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()

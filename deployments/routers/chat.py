@@ -1,12 +1,10 @@
 """Chat completions."""
 
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
-from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -27,7 +25,6 @@ from engine.outputs import TokenLogprob as EngineLogprob
 from engine.sampling_params import SamplingParams
 
 router = APIRouter()
-_CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
 @router.post("/v1/chat/completions")
@@ -72,25 +69,25 @@ class Answer:
     id: str
     created: int
     model: str
-    _head: str = ""
+    _around_text: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
 
     def text_event(self, index: int, text: str) -> bytes:
-        """What nearly all events are: the next piece of text and nothing else. By way of :meth:`chunk` the
-        same takes several times as long."""
-        if not self._head:
-            head = {"id": self.id, "object": _CHUNK, "created": self.created, "model": self.model}
-            self._head = json.dumps(head, ensure_ascii=False, separators=(",", ":"))[:-1]
-        return (
-            f'data: {self._head},"choices":[{{"index":{index},"delta":{{"content":'
-            f'{json.dumps(text, ensure_ascii=False)}}},"logprobs":null,"finish_reason":null,'
-            '"stop_reason":null}]}\n\n'
-        ).encode()
+        """What nearly all events are: the next piece of text and nothing else. All but the text is made once,
+        by way of :meth:`chunk`, which takes several times as long.
+        """
+        if index not in self._around_text:
+            event = sse.event(self.chunk([_choice(OutputDelta(index, "text", []), 0)]))
+            # No string comes after it.
+            before, _, after = event.rpartition(b'"text"')
+            self._around_text[index] = before, after
+        before, after = self._around_text[index]
+        return before + sse.compact(text) + after
 
     def chunk(self, choices: list[wire.ChunkChoice], usage: Usage | None = None) -> wire.ChatCompletionChunk:
         fields = {} if usage is None else {"usage": _usage(usage)}
         return wire.ChatCompletionChunk(
             id=self.id,
-            object=_CHUNK,
+            object="chat.completion.chunk",
             created=self.created,
             model=self.model,
             choices=choices,
@@ -177,14 +174,17 @@ def _event(answer: Answer, delta: OutputDelta, usage: Usage | None, tops: int) -
         return None
     if usage is None and delta.logprobs is None and delta.finish_reason is None:
         return answer.text_event(delta.index, delta.text)
-    choice = wire.ChunkChoice(
+    return sse.event(answer.chunk([_choice(delta, tops)], usage))
+
+
+def _choice(delta: OutputDelta, tops: int) -> wire.ChunkChoice:
+    return wire.ChunkChoice(
         index=delta.index,
         delta=wire.Delta(content=delta.text) if delta.text else wire.Delta(),
         logprobs=None if delta.logprobs is None else wire.Logprobs(content=_logprobs(delta, tops)),
         finish_reason=delta.finish_reason,
         stop_reason=delta.stop_reason,
     )
-    return sse.event(answer.chunk([choice], usage))
 
 
 def _logprobs(delta: OutputDelta, count: int) -> list[wire.TokenLogprob]:

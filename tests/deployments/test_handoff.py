@@ -1,14 +1,12 @@
-"""Arrays on their way between deployments."""
+"""Arrays and updates on their way between deployments."""
 
 import asyncio
-import sys
 import weakref
 
 import numpy as np
 import pytest
 
 from deployments import handoff
-from deployments.threads import take_turns
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 
 
@@ -50,12 +48,3 @@ def test_the_maker_holds_on_to_an_array_for_a_while(monkeypatch):
 )
 def test_an_update_arrives_as_it_was_sent(update):
     assert handoff.unpack(handoff.pack(update)) == update
-
-
-def test_threads_take_turns_more_often_than_a_step_takes():
-    before = sys.getswitchinterval()
-    try:
-        take_turns()
-        assert sys.getswitchinterval() <= 0.0005
-    finally:
-        sys.setswitchinterval(before)

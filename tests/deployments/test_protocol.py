@@ -22,8 +22,9 @@ def test_a_field_that_is_null_asks_for_nothing():
 @pytest.mark.parametrize(
     "text", [" word", 'a "quote"\n\t\\', "wörd \u2028 \U0001f600", "\x00\x1f\x7f</script>"]
 )
-def test_an_event_of_text_alone_is_that_of_the_schema(text):
-    answer = Answer('chatcmpl-"1"', 1, "möd/el")
+@pytest.mark.parametrize("model", ["möd/el", '"', "text", '"text"'])
+def test_an_event_of_text_alone_is_that_of_the_schema(text, model):
+    answer = Answer('chatcmpl-"1"', 1, model)
     choice = ChunkChoice(
         index=2, delta=Delta(content=text), logprobs=None, finish_reason=None, stop_reason=None
     )
