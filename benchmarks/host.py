@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from engine.core import EngineCore
-from engine.inputs.tokenizer import Tokenizer
 from engine.metrics import EngineMetrics
 from engine.offline import STEPS_TOGETHER
 from engine.output_processor import OutputProcessor, new_group
@@ -32,6 +31,7 @@ from engine.scheduling.encoder_ledger import EncoderLedger
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.prefix_cache import BlockHasher
 from engine.scheduling.scheduler import Scheduler
+from engine.text.tokenizer import Tokenizer
 
 PROMPT, BLOCK = 64, 16
 MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"

@@ -21,11 +21,11 @@ import transformers
 
 from benchmarks.offline import timed, versions
 from benchmarks.shapes import SHAPES, write_checkpoint
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
+from engine.families.load import load_language_model, load_vision_encoder
 from engine.families.registry import resolve
 from engine.placement import resolve_device, resolve_dtype
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_language_model, load_vision_encoder
 
 _CHUNK = 16 << 20
 

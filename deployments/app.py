@@ -13,7 +13,7 @@ from deployments.language_model import LanguageModel
 from deployments.pipeline import Stages
 from deployments.preprocessor import Preprocessor
 from deployments.routing import SessionRouter
-from engine.inputs.frontend import load_media_processor, load_prompt_builder
+from engine.frontend import load_media_processor, load_prompt_builder
 
 
 def build(args: AppConfig) -> Application:

@@ -6,7 +6,7 @@ from deployments.handoff import RowsInfo, RowsRef, put
 from deployments.threads import take_turns
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
-from engine.inputs.prompt import MediaItem, PreparedMedia
+from engine.prompt import MediaItem, PreparedMedia
 
 
 class VisionEncoder:

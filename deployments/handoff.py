@@ -21,9 +21,9 @@ import numpy as np
 import ray
 from ray.serve.handle import DeploymentHandle
 
-from engine.inputs.prompt import EmbeddedMedia, EngineInput, MediaItem
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.pooling_params import PoolingParams
+from engine.prompt import EmbeddedMedia, EngineInput, MediaItem
 from engine.sampling_params import SamplingParams
 
 

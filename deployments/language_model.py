@@ -12,8 +12,8 @@ from deployments.handoff import Embedding, Generation, PackedUpdate, RowsInfo, p
 from deployments.threads import take_turns
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.inputs.prompt import EmbeddedMedia
 from engine.outputs import EmbeddingOutput
+from engine.prompt import EmbeddedMedia
 
 #: How long embeddings wait for their request, which follows them at once.
 HOLD_S = 30.0

@@ -12,11 +12,11 @@ from deployments.config import ModelSpec
 from deployments.errors import Misrouted, as_sightline, is_lost
 from deployments.handoff import Embedding, Generation, PixelsRef, RowsRef, by_reference, stream, unpack
 from engine.errors import ContextLengthExceeded, InvalidRequest
-from engine.inputs.frontend import load_prompt_builder, load_sampling_defaults
-from engine.inputs.messages import MediaSource, check_media_limits
-from engine.inputs.prompt import EngineInput, MediaItem
+from engine.frontend import load_prompt_builder, load_sampling_defaults
+from engine.media.source import MediaSource, check_media_limits
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
+from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams
 
 #: Times that a stream is begun until it reaches the replica that holds its embeddings.

@@ -11,12 +11,12 @@ from deployments.handoff import PixelsRef, put
 from deployments.threads import take_turns
 from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, InvalidRequest
-from engine.inputs.frontend import MediaProcessor, fetch_policy, for_prompt, load_media_processor
-from engine.inputs.messages import MediaSource
-from engine.inputs.prompt import PreparedMedia
+from engine.frontend import MediaProcessor, fetch_policy, for_prompt, load_media_processor
 from engine.media.decode import ImageLimits, check_total, decode_image, read_size
 from engine.media.fetch import MediaFetcher
 from engine.media.guard import FetchPolicy
+from engine.media.source import MediaSource
+from engine.prompt import PreparedMedia
 
 T = TypeVar("T")
 

@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Sequence
 
 from engine.config import EngineConfig
 from engine.errors import SightlineError, Unavailable
-from engine.inputs.prompt import EngineInput
 from engine.loading import LoadedEngine, load_engine
 from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.pooling_params import PoolingParams
+from engine.prompt import EngineInput
 from engine.request_factory import Embedding
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents

@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, SightlineError, Unavailable
 from engine.families.base import MediaEncoder
+from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
 from engine.graphs import make_recorder
-from engine.inputs.prompt import EmbeddedMedia, PreparedMedia
 from engine.placement import resolve_device, resolve_dtype
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.prompt import EmbeddedMedia, PreparedMedia
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import ConfigError, InvalidRequest
-from engine.inputs.frontend import Frontend, load_sampling_defaults
+from engine.frontend import Frontend, load_sampling_defaults
 from engine.loading import check_checkpoint, load_engine
 from engine.media.guard import FetchPolicy
 from engine.offline import Job, OfflineRunner, Params, Prepare
@@ -72,7 +72,7 @@ class LLM:
         return self._engine.requests.max_model_len
 
     def get_tokenizer(self):
-        """The model's :class:`~engine.inputs.tokenizer.Tokenizer`."""
+        """The model's :class:`~engine.text.tokenizer.Tokenizer`."""
         return self._engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:

@@ -6,14 +6,15 @@ import logging
 import secrets
 from dataclasses import dataclass
 
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.executor.executor import load_ranks
 from engine.executor.launch import Launcher, LocalLauncher
 from engine.families.base import ModelConfig
+from engine.families.load import check_tensors
 from engine.families.registry import resolve
-from engine.inputs.frontend import tokenizer_folder
-from engine.inputs.tokenizer import Tokenizer
+from engine.frontend import tokenizer_folder
 from engine.metrics import EngineMetrics
 from engine.output_processor import OutputProcessor
 from engine.request_factory import RequestFactory
@@ -23,8 +24,7 @@ from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.prefix_cache import BlockHasher
 from engine.scheduling.scheduler import Scheduler
 from engine.structured.grammar import GrammarCompiler
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import check_tensors
+from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def check_checkpoint(config: EngineConfig) -> None:
     """Whether the tensors of all parts of ``config.model`` are there, by their headers.
 
     Raises:
-        CheckpointError: see :mod:`engine.weights.loader`.
+        CheckpointError: see :mod:`engine.families.load`.
     """
     if config.load_format == "auto":
         checkpoint = Checkpoint.open(config.model, config.revision)
@@ -61,7 +61,7 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
         launcher: starts the ranks beyond the first; processes of this machine if None.
 
     Raises:
-        CheckpointError: the checkpoint is unusable; see :mod:`engine.weights.loader`.
+        CheckpointError: the checkpoint is unusable; see :mod:`engine.families.load`.
         ConfigError: a field of ``config`` does not fit the model or the machine.
         Unavailable: a rank has died.
     """

@@ -14,12 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.encoder import EncoderEngine
-from engine.inputs.frontend import Encode, PreparedPrompt
-from engine.inputs.prompt import PreparedMedia
+from engine.frontend import Encode, PreparedPrompt
 from engine.loading import LoadedEngine
 from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
+from engine.prompt import PreparedMedia
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
 

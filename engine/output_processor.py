@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.inputs.detokenizer import IncrementalDetokenizer
-from engine.inputs.tokenizer import Tokenizer
+from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
 from engine.outputs import EmbeddingOutput, FinishReason, OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.request import Request
-from engine.runner.logprobs import LogprobTensors
 from engine.scheduling.batch import StepEvents
+from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.tokenizer import Tokenizer
 
 #: Prompt tokens a detokenizer sees before the first output token: some decoders depend on the left context.
 _PROMPT_TAIL = 8

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.inputs.prompt import EmbeddedMedia, MediaSpan
 from engine.pooling_params import PoolingParams
+from engine.prompt import EmbeddedMedia, MediaSpan
 from engine.sampling_params import SamplingParams
 
 

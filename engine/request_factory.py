@@ -11,14 +11,14 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.families.base import ModelConfig
-from engine.inputs.prompt import EmbeddedMedia, EngineInput, MediaSpan
-from engine.inputs.tokenizer import Tokenizer
 from engine.output_processor import RequestGroup, new_group
 from engine.pooling_params import PoolingParams
+from engine.prompt import EmbeddedMedia, EngineInput, MediaSpan
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.structured.grammar import GrammarCompiler
+from engine.text.tokenizer import Tokenizer
 
 Embedding = EmbeddedMedia | Any  # or a device tensor (num_tokens, width), where the encoder is in-process
 

@@ -1,21 +1,41 @@
-"""Which part may know of which: the import direction of the source, read from the files themselves."""
+"""The floors of the house: which package may import which, read from the source files themselves."""
+
+from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: From the top down: a package imports only what stands further down, or in its own line.
-LAYERS = [
-    ["llm", "async_engine"],
+#: Floors of the engine from the ground up. A package imports itself and packages of lower floors, no others.
+FLOORS = [
+    ["errors", "graphs", "logprobs", "outputs", "prompt", "distributed", "kernels"],
+    ["config", "sampling_params", "pooling_params", "checkpoint", "text", "media", "metrics", "layers"],
+    ["request", "structured", "vision", "weights"],
+    ["families", "scheduling"],
+    ["fit", "placement", "inputs", "runner", "core"],
+    ["frontend", "encoder", "executor", "output_processor"],
+    ["request_factory"],
     ["loading"],
-    ["core", "request_factory", "output_processor"],
-    ["encoder"],
-    ["runner"],
-    ["scheduling", "structured"],
+    ["async_engine", "offline"],
+    ["llm"],
+    ["__init__"],
+]
+
+#: Floors of the deployments from the ground up.
+SERVER_FLOORS = [
+    ["config", "errors", "handoff", "routing", "threads", "protocol"],
+    ["body", "sse"],
+    ["pipeline", "preprocessor", "encoder", "language_model"],
+    ["routers"],
+    ["api"],
+    ["ingress"],
+    ["app"],
 ]
 
 #: The engine's modules that deployments may import.
@@ -25,83 +45,214 @@ PUBLIC = {
     "engine.config",
     "engine.encoder",
     "engine.errors",
-    "engine.inputs.frontend",
+    "engine.frontend",
+    "engine.inputs.builder",
     "engine.inputs.messages",
-    "engine.inputs.prompt",
     "engine.media.decode",
     "engine.media.fetch",
     "engine.media.guard",
+    "engine.media.source",
     "engine.outputs",
     "engine.pooling_params",
+    "engine.prompt",
     "engine.sampling_params",
 }
+
+#: Heavy or foreign packages, and the packages that must not load them, directly or through other modules.
+NEVER_LOADED = {
+    "torch": [
+        "engine.scheduling",
+        "engine.inputs",
+        "engine.media",
+        "engine.text",
+        "engine.frontend",
+        "deployments",
+    ],
+    "transformers": ["engine", "deployments"],
+    "ray": ["engine"],
+    "fastapi": ["engine"],
+    "starlette": ["engine"],
+    "deployments": ["engine"],
+}
+
+#: Modules of the deployments that run a model, and so load torch.
+RUNS_A_MODEL = {"deployments.app", "deployments.encoder", "deployments.language_model"}
+
+Imports = Mapping[str, frozenset[str]]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 
 
 def sources(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def imports(path: Path, *, deep: bool = True) -> Iterator[str]:
-    """Modules that a file imports; with ``deep`` inside of functions and type checking blocks too."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if deep else iter(tree.body)
+def imported(tree: ast.AST, *, at_load: bool) -> Iterator[str]:
+    """Modules that a file imports. With ``at_load`` those alone that its own import loads: neither what
+    functions import nor what type checkers read."""
+    nodes = _at_load(tree) if at_load else ast.walk(tree)
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            assert node.module is not None
+            assert node.level == 0 and node.module is not None, "relative imports are not used here"
+            # ``from package import module`` names a module as well as ``import package.module``.
             yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _at_load(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _at_load(child)
+
+
+def read_imports(*folders: str, at_load: bool = False) -> dict[str, frozenset[str]]:
+    """Every module below ``folders`` with the modules that it imports."""
+    return {
+        module_name(path): frozenset(imported(ast.parse(path.read_text()), at_load=at_load))
+        for folder in folders
+        for path in sources(folder)
+    }
+
+
+def package_of(module: str, root: str) -> str | None:
+    """``engine.layers.norm`` belongs to ``layers`` of the root ``engine``; None for modules outside."""
+    parts = module.split(".")
+    if parts[0] != root:
+        return None
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def upward(imports: Imports, floors: list[list[str]], root: str) -> list[tuple[str, str]]:
+    """Pairs of a module and an import of it that leads to the same floor or a higher one."""
+    height = {name: level for level, names in enumerate(floors) for name in names}
+    found = []
+    for module, names in imports.items():
+        own = package_of(module, root)
+        if own is None:
+            continue
+        for name in names:
+            other = package_of(name, root)
+            # The root itself, or a name that it exports, as in ``from engine import LLM``.
+            if name == root or other == own or other not in height:
+                continue
+            if height[other] >= height[own]:
+                found.append((module, name))
+    return sorted(found)
+
+
+def loads(imports: Imports, start: str) -> set[str]:
+    """All modules that importing ``start`` loads: ours, their parent packages, and names of others."""
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        parts = module.split(".")
+        waiting += [".".join(parts[:count]) for count in range(1, len(parts))]
+        for name in imports.get(module, ()):
+            # Names within a module come with the module.
+            known = name in imports or name.partition(".")[0] not in ("engine", "deployments")
+            waiting += [name] if known else []
+    return seen
 
 
 def within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
 
-def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def loading_paths(imports: Imports, banned: str, packages: Iterable[str]) -> list[str]:
+    """Modules below ``packages`` that load ``banned``."""
+    return sorted(
+        module
+        for module in imports
+        if any(within(module, package) for package in packages) and banned in loads(imports, module)
+    )
 
 
-@pytest.mark.parametrize("path", sources("engine"), ids=relative)
-def test_the_engine_knows_nothing_of_its_servers(path):
-    for module in imports(path):
-        assert not any(within(module, outer) for outer in ("ray", "deployments", "fastapi", "starlette"))
+def test_every_package_stands_on_a_floor():
+    for folder, floors in (("engine", FLOORS), ("deployments", SERVER_FLOORS)):
+        found = {package_of(module, folder) for module in read_imports(folder)}
+        named = [name for floor in floors for name in floor]
+        assert len(named) == len(set(named))
+        assert found - {"__init__"} == set(named) - {"__init__"}
 
 
-@pytest.mark.parametrize("path", sources("engine/scheduling"), ids=relative)
-def test_scheduling_is_pure_python(path):
-    for module in imports(path):
-        assert not within(module, "torch") and not within(module, "transformers")
+def test_imports_lead_down():
+    assert upward(read_imports("engine"), FLOORS, "engine") == []
+    assert upward(read_imports("deployments"), SERVER_FLOORS, "deployments") == []
 
 
-@pytest.mark.parametrize("path", sources("deployments"), ids=relative)
-def test_deployments_use_the_engines_public_modules(path):
-    for module in imports(path):
-        assert not within(module, "torch") and not within(module, "transformers")
-        if within(module, "engine"):
-            assert module in PUBLIC
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("engine.kernels.linear", "engine.layers.norm"),
+        ("engine.layers.decoder", "engine.vision.pixels"),
+        ("engine.media.fetch", "engine.inputs.messages"),
+        ("engine.weights.loader", "engine.families.registry"),
+        ("engine.scheduling.batch", "engine.runner.sampler"),
+        ("engine.families.llava.family", "engine.inputs.builder"),
+        ("engine.inputs.builder", "engine.frontend"),
+        ("engine.core", "engine.runner.model_runner"),
+        ("engine.errors", "engine.prompt"),
+    ],
+)
+def test_a_planted_upward_import_is_found(module, name):
+    imports = read_imports("engine")
+    assert module in imports
+    imports[module] |= {name}
+    assert (module, name) in upward(imports, FLOORS, "engine")
 
 
-@pytest.mark.parametrize("part", ["kernels", "layers", "families", "weights", "media"])
-def test_lower_parts_know_nothing_of_upper_ones(part):
-    upper = [name for line in LAYERS for name in line]
-    for path in sources(f"engine/{part}"):
-        for module in imports(path):
-            assert not any(within(module, f"engine.{name}") for name in upper), (relative(path), module)
+def test_heavy_packages_stay_where_they_belong():
+    imports = read_imports("engine", "deployments", at_load=True)
+    for banned, packages in NEVER_LOADED.items():
+        found = set(loading_paths(imports, banned, packages)) - (RUNS_A_MODEL if banned == "torch" else set())
+        assert found == set(), banned
 
 
-def test_kernels_import_no_layers_and_layers_no_families():
-    for lower, upper in (("kernels", "layers"), ("kernels", "families"), ("layers", "families")):
-        for path in sources(f"engine/{lower}"):
-            for module in imports(path):
-                assert not within(module, f"engine.{upper}"), (relative(path), module)
+@pytest.mark.parametrize(
+    ("module", "name", "banned"),
+    [
+        # Directly, and through a module in between.
+        ("engine.scheduling.scheduler", "torch", "torch"),
+        ("engine.scheduling.kv_manager", "engine.logprobs", "torch"),
+        ("engine.media.decode", "engine.vision.pixels", "torch"),
+        ("engine.prompt", "ray", "ray"),
+    ],
+)
+def test_a_planted_heavy_import_is_found(module, name, banned):
+    imports = read_imports("engine", "deployments", at_load=True)
+    assert module in imports
+    imports[module] |= {name}
+    assert module in loading_paths(imports, banned, NEVER_LOADED[banned])
+
+
+def test_functions_of_the_engine_import_no_server_either():
+    for module, names in read_imports("engine").items():
+        assert not any(within(name, "ray") or within(name, "deployments") for name in names), module
+
+
+def test_deployments_use_the_engines_public_modules():
+    for module, names in read_imports("deployments").items():
+        for name in names:
+            assert not within(name, "torch") and not within(name, "transformers"), module
+            if within(name, "engine"):
+                assert name in PUBLIC or name.rpartition(".")[0] in PUBLIC, (module, name)
 
 
 def test_what_runs_without_a_model_imports_no_torch():
     """The ingress and the preprocessor: torch would cost each of them 200 MB and a second at start."""
-    import subprocess
-    import sys
-
     code = "import sys, deployments.ingress, deployments.preprocessor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

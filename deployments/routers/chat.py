@@ -19,9 +19,9 @@ from deployments.protocol.usage import Usage as UsageBody
 from deployments.routers.models import find_pipeline
 from engine.errors import SightlineError
 from engine.inputs.messages import parse_messages
-from engine.inputs.prompt import EngineInput, MediaItem
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.outputs import TokenLogprob as EngineLogprob
+from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams
 
 router = APIRouter()

@@ -16,8 +16,8 @@ from deployments.protocol import embeddings as wire
 from deployments.protocol.usage import PromptTokensDetails, Usage
 from deployments.routers.models import find_pipeline
 from engine.inputs.messages import parse_messages
-from engine.inputs.prompt import EngineInput, MediaItem
 from engine.outputs import EmbeddingOutput
+from engine.prompt import EngineInput, MediaItem
 
 router = APIRouter()
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.core import GrammarMask, Runner
 from engine.distributed.group import SingleProcessGroup, TorchGroup
@@ -22,7 +23,6 @@ from engine.fit import check_fit
 from engine.runner import model_runner
 from engine.runner.model_runner import ModelRunner
 from engine.scheduling.batch import ScheduledBatch, StepResult
-from engine.weights.checkpoint import Checkpoint
 
 _POLL_S = 2e-5
 #: A death is noticed on two ways; the one that says whose it was may be the later one.
@@ -50,7 +50,7 @@ def load_ranks(
         launcher: starts the others; not used for a single rank.
 
     Raises:
-        CheckpointError: the checkpoint is unusable; see :mod:`engine.weights.loader`.
+        CheckpointError: the checkpoint is unusable; see :mod:`engine.families.load`.
         ConfigError: a field of ``config`` does not fit the model or the machine.
         Unavailable: a rank has died.
     """

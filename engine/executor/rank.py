@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.distributed.group import TensorParallelGroup
 from engine.errors import ConfigError
 from engine.families.base import ModelConfig
+from engine.families.load import load_language_model
 from engine.families.registry import family_named
 from engine.fit import longest_sequence
 from engine.graphs import make_recorder
@@ -18,8 +20,6 @@ from engine.placement import resolve_device, resolve_dtype
 from engine.request import Request
 from engine.runner.kv_storage import allocate_kv, block_bytes, measure_free_bytes
 from engine.runner.model_runner import ModelRunner
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_language_model
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class ModelRank:
     ) -> ModelRank:
         """
         Raises:
-            CheckpointError: see :func:`engine.weights.loader.load_language_model`.
+            CheckpointError: see :func:`engine.families.load.load_language_model`.
             ConfigError: ``max_model_len`` is more than the model was made for.
         """
         max_model_len = longest_sequence(config, model)

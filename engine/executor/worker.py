@@ -12,13 +12,13 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
+from engine.checkpoint.folder import Checkpoint
 from engine.distributed.group import TorchGroup
 from engine.errors import SightlineError, Unavailable
 from engine.executor.rank import ModelRank, rank_device
 from engine.executor.wire import BatchReceiver, MakeRunner, MeasureBlocks, Setup
 from engine.families.registry import resolve
 from engine.runner.model_runner import ModelRunner
-from engine.weights.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.layers.decoder_config import DecoderConfig
+from engine.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from engine.checkpoint.folder import Checkpoint
+    from engine.checkpoint.rules import WeightRules
     from engine.graphs import Recorder
     from engine.layers.build import BuildContext
-    from engine.weights.checkpoint import Checkpoint
-    from engine.weights.rules import WeightRules
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import Family
-from engine.weights.checkpoint import Checkpoint
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
@@ -25,7 +25,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "Qwen3ForCausalLM",
     ),
 }
-"""Module under ``engine.families`` to the architectures it serves; each module has one ``FAMILY``."""
+"""Folder under ``engine.families`` to the architectures it serves; each ``family.py`` has one ``FAMILY``."""
 
 
 def supported_architectures() -> list[str]:
@@ -35,7 +35,7 @@ def supported_architectures() -> list[str]:
 
 def family_named(name: str) -> Family:
     """The family of that module name."""
-    return import_module(f"engine.families.{name}").FAMILY
+    return import_module(f"engine.families.{name}.family").FAMILY
 
 
 def resolve(checkpoint: Checkpoint) -> Family:

@@ -14,7 +14,7 @@ from engine.families.base import Family, ModelConfig, PromptFormat
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.control_text import ControlText, StandIns
 from engine.inputs.marks import Marks
-from engine.inputs.prompt import (
+from engine.prompt import (
     EngineInput,
     MediaItem,
     MediaPart,
@@ -23,7 +23,7 @@ from engine.inputs.prompt import (
     PlaceholderRun,
     TextPart,
 )
-from engine.inputs.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 Placeholder = Callable[[MediaItem, int], tuple[PlaceholderRun, ...]]
 _NOTHING = StandIns({})

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.inputs.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 _FIRST_STAND_IN = 0xF0000  # private use, planes 15 and 16
 _LAST_STAND_IN = 0x10FFF0

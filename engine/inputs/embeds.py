@@ -13,8 +13,8 @@ import numpy as np
 
 from engine.errors import InvalidRequest
 from engine.families.base import EmbeddingProcessor, MediaProcessor, PromptAwareProcessor
-from engine.inputs.image_ops import name_of
-from engine.inputs.prompt import MediaItem
+from engine.media.image_ops import name_of
+from engine.prompt import MediaItem
 
 if TYPE_CHECKING:
     import torch

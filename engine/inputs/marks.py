@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from engine.families.base import PromptFormat
-from engine.inputs.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 
 class Marks:

@@ -20,8 +20,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from engine.errors import MediaError, MediaForbidden, MediaTooLarge
-from engine.inputs.messages import MediaSource
 from engine.media.guard import FetchPolicy, check_url, is_allowed
+from engine.media.source import MediaSource
 
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "sightline"}
 _CHUNK = 1 << 16

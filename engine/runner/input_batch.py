@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.inputs.prompt import EmbeddedMedia, MediaSpan
 from engine.kernels.decode_state import DecodePlaces, advance, decode_places
+from engine.prompt import EmbeddedMedia, MediaSpan
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 
 

@@ -16,6 +16,7 @@ from engine.kernels.dispatch import use_triton
 from engine.kernels.launch import compiling
 from engine.layers.decoder import Decoder
 from engine.layers.metadata import AttentionMetadata
+from engine.logprobs import LogprobTensors, prompt_logprobs
 from engine.request import Request
 from engine.runner.cuda_graphs import DecodeGraphs
 from engine.runner.forward_graphs import ForwardGraphs, recorded_sizes
@@ -28,7 +29,6 @@ from engine.runner.input_batch import (
     span_rows,
     table_updates,
 )
-from engine.runner.logprobs import LogprobTensors, prompt_logprobs
 from engine.runner.pooler import Pooler
 from engine.runner.sampler import Sampler, SamplingPlan
 from engine.runner.staging import download, download_logprobs, record_event, upload

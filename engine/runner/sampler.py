@@ -11,8 +11,8 @@ from torch import Tensor
 
 from engine.kernels.gumbel import argmax, gumbel_argmax
 from engine.kernels.truncation import truncation_threshold
+from engine.logprobs import LogprobTensors, compute_logprobs
 from engine.runner import sampler_state as state
-from engine.runner.logprobs import LogprobTensors, compute_logprobs
 from engine.runner.sampler_processors import (
     add_at,
     forbid_bad_words,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from engine.logprobs import LogprobTensors
     from engine.request import Request
-    from engine.runner.logprobs import LogprobTensors
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from engine.inputs.prompt import MediaSpan
+from engine.prompt import MediaSpan
 
 _DIGEST = 16
 

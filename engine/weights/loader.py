@@ -5,107 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Literal
 
 import torch
 from torch import nn
 
-from engine.distributed.group import SingleProcessGroup, TensorParallelGroup
+from engine.checkpoint.folder import Checkpoint, TensorInfo
+from engine.checkpoint.rules import ModelPart, WeightRules, listing
 from engine.errors import CheckpointError
-from engine.families.base import MediaEncoder, ModelConfig
-from engine.families.registry import family_named
-from engine.layers.build import BuildContext, WeightSlot
-from engine.layers.decoder import Decoder
-from engine.weights.checkpoint import Checkpoint, TensorInfo
+from engine.layers.build import WeightSlot
 from engine.weights.reader import Rows, read_rows
-from engine.weights.rules import ModelPart, WeightRules, listing
 
-LoadFormat = Literal["auto", "dummy"]
 _DUMMY_STD = 0.02
-
-
-def load_language_model(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    tp: TensorParallelGroup | None = None,
-    load_format: LoadFormat = "auto",
-    seed: int = 0,
-    max_model_len: int | None = None,
-) -> Decoder:
-    """This rank's share of the decoder, filled. Only its own tensors are read.
-
-    Args:
-        load_format: ``dummy`` fills with seeded noise instead, without touching a weight file.
-        max_model_len: see :class:`Decoder`.
-
-    Raises:
-        CheckpointError: naming tensors that are missing, unknown or of the wrong shape, before any is read.
-    """
-    build = BuildContext(device, dtype, tp or SingleProcessGroup())
-    decoder = Decoder(config.decoder, build, max_model_len=max_model_len)
-    _fill(decoder, "language", checkpoint, config, load_format, seed)
-    return decoder
-
-
-def load_vision_encoder(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    load_format: LoadFormat = "auto",
-    seed: int = 0,
-) -> MediaEncoder:
-    """The vision part, filled; as :func:`load_language_model`."""
-    if config.vision is None:
-        raise CheckpointError(f"{config.architecture} has no vision part")
-    encoder = family_named(config.family).build_encoder(
-        config, BuildContext(device, dtype, SingleProcessGroup())
-    )
-    assert isinstance(encoder, nn.Module)
-    _fill(encoder, "vision", checkpoint, config, load_format, seed)
-    return encoder
-
-
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Whether all tensors of all parts are there, by their headers; errors as :func:`load_language_model`.
-
-    Each part's loading checks its own. Where one process loads several, what is wrong with the last is told
-    before the first takes its time.
-    """
-    family = family_named(config.family)
-    build = BuildContext(torch.device("meta"), torch.float32, SingleProcessGroup())
-    rules = family.weight_rules(config)
-    _match(Decoder(config.decoder, build), "language", checkpoint, rules)
-    if config.vision is not None:
-        encoder = family.build_encoder(config, build)
-        assert isinstance(encoder, nn.Module)
-        _match(encoder, "vision", checkpoint, rules)
-
-
-def _fill(
-    module: nn.Module,
-    part: ModelPart,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    load_format: LoadFormat,
-    seed: int,
-) -> None:
-    if load_format == "dummy":
-        fill_with_noise(module, seed)
-    else:
-        fill_from_checkpoint(module, part, checkpoint, family_named(config.family).weight_rules(config))
-    module.eval()
 
 
 def fill_from_checkpoint(
     module: nn.Module, part: ModelPart, checkpoint: Checkpoint, rules: WeightRules
 ) -> None:
-    """Stream the tensors of ``part`` into ``module``; see :func:`load_language_model` for errors."""
-    wanted = _match(module, part, checkpoint, rules)
+    """Stream the tensors of ``part`` into ``module``; errors as :func:`match_tensors`."""
+    wanted = match_tensors(module, part, checkpoint, rules)
     found = [(name, checkpoint.tensors[name], slot) for name, slot in wanted.items()]
     found.sort(key=lambda entry: (entry[1].file, entry[1].begin))
     rows = (Rows.of(name, info, *_needed(slot)) for name, info, slot in found)
@@ -116,10 +33,14 @@ def fill_from_checkpoint(
         torch.cuda.synchronize()
 
 
-def _match(
+def match_tensors(
     module: nn.Module, part: ModelPart, checkpoint: Checkpoint, rules: WeightRules
 ) -> dict[str, WeightSlot]:
-    """Where each tensor of ``part`` belongs, by its name in the checkpoint; none is read."""
+    """Map each tensor name of ``part`` in the checkpoint to the slot that it fills. Only headers are read.
+
+    Raises:
+        CheckpointError: naming tensors that are missing, unknown or of the wrong shape.
+    """
     names = rules.assign(checkpoint.tensors)[part]
     slots = _collect_slots(module, names)
     missing = slots.keys() - names.keys()

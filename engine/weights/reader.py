@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.folder import TensorInfo
 from engine.errors import CheckpointError
-from engine.weights.checkpoint import TensorInfo
 
 _CHUNK = 32 << 20
 _BUFFERS = 6

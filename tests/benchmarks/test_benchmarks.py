@@ -10,7 +10,7 @@ from benchmarks import __main__ as all_of_them
 from benchmarks import host, load, memory, offline, serve
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine.config import EngineConfig
-from engine.inputs.frontend import Frontend
+from engine.frontend import Frontend
 from tests.engine.tiny import picture
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from deployments.app import build
 from deployments.config import AppConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.inputs.frontend import fetch_policy
+from engine.frontend import fetch_policy
 from engine.media.guard import FetchPolicy
 from tests.serving import ROOT, app_args
 

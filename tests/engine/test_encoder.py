@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import CheckpointError, InvalidRequest, Unavailable
-from engine.families.qwen2_vl import FAMILY
-from engine.inputs.prompt import MediaItem, PreparedMedia
-from engine.weights.checkpoint import Checkpoint
+from engine.families.qwen2_vl.family import FAMILY
+from engine.prompt import MediaItem, PreparedMedia
 from tests.engine.tiny import make_qwen2_vl, make_text, picture, reference_inputs, reference_model
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ class GatedEncoder:
 
 
 def item(name: str, rows: int = 4, value: int = 7) -> PreparedMedia:
-    from engine.inputs.prompt import PlaceholderRun
+    from engine.prompt import PlaceholderRun
 
     described = MediaItem("image", name, rows, (1, rows, 1), (1, 1), (PlaceholderRun(0, rows, True),))
     return PreparedMedia(described, np.full((1, 1, 3), value, np.uint8))

@@ -27,7 +27,7 @@ from engine.errors import (
     MediaForbidden,
     MediaTooLarge,
 )
-from engine.inputs.frontend import Frontend
+from engine.frontend import Frontend
 from engine.weights import loader
 from tests.engine import tiny
 from tests.serving import serve_files

@@ -8,7 +8,7 @@ from PIL import Image
 
 from engine import LLM, SamplingParams
 from engine.config import EngineConfig
-from engine.inputs.frontend import Frontend, PreparedPrompt
+from engine.frontend import Frontend, PreparedPrompt
 from engine.loading import LoadedEngine, load_engine
 
 from . import tiny

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from benchmarks.host import MODEL
-from engine.inputs.tokenizer import Tokenizer
+from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
 from engine.output_processor import OutputProcessor, RequestGroup, merge_updates
 from engine.outputs import StreamUpdate, Usage
 from engine.request import Request
-from engine.runner.logprobs import LogprobTensors
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
+from engine.text.tokenizer import Tokenizer
 
 PROMPT = [20, 30, 40]
 

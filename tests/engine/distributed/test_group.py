@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+from engine.checkpoint.folder import Checkpoint
 from engine.distributed.group import SingleProcessGroup, TorchGroup
 from engine.errors import ConfigError
+from engine.families.load import load_language_model
 from engine.families.registry import resolve
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_language_model
 from tests.engine.decoding import prefill_logits
 from tests.engine.tiny import make_text
 

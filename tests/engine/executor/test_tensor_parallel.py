@@ -22,9 +22,9 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, Unavailable
 from engine.executor.launch import LocalLauncher
-from engine.inputs.prompt import EngineInput
 from engine.loading import load_engine
 from engine.outputs import RequestOutput
+from engine.prompt import EngineInput
 from engine.sampling_params import StructuredSpec
 from tests.engine import tiny
 

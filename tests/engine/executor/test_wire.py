@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.executor.wire import BatchReceiver, BatchSender, StepMessage
-from engine.inputs.prompt import EmbeddedMedia, MediaItem, MediaSpan, PlaceholderRun
+from engine.prompt import EmbeddedMedia, MediaItem, MediaSpan, PlaceholderRun
 from engine.request import Request
 from engine.runner.input_batch import AwaitedRows
 from engine.sampling_params import SamplingParams

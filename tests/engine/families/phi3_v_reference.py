@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import processors
 from torch import nn
 
-from engine.inputs.image_ops import CLIP_MEAN, CLIP_STD
+from engine.media.image_ops import CLIP_MEAN, CLIP_STD
 from tests.engine.families.case import Inputs, Prompt
 from tests.engine.families.hub import all_tensors
 from tests.engine.tiny import spread, tokenizer

@@ -10,12 +10,12 @@ import torch
 import transformers
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.idefics3 import FAMILY
-from engine.inputs.prompt import PreparedMedia
-from engine.layers.bucketed_positions import bucketed_positions
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.families.idefics3.family import FAMILY
+from engine.families.load import load_vision_encoder
+from engine.prompt import PreparedMedia
+from engine.vision.bucketed_positions import bucketed_positions
 from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
 from tests.engine.tiny import picture, rewrite_json
 

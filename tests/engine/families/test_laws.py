@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import InvalidRequest
 from engine.families.base import PromptAwareProcessor
 from engine.families.registry import supported_architectures
-from engine.inputs.frontend import load_media_processor
-from engine.weights.checkpoint import Checkpoint
+from engine.frontend import load_media_processor
 from tests.engine.families.case import Prompt
 from tests.engine.families.cases import CASES
 from tests.engine.families.made import Made

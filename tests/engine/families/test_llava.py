@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.llava import FAMILY
-from engine.inputs.prompt import PreparedMedia
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.families.llava.family import FAMILY
+from engine.families.load import load_vision_encoder
+from engine.prompt import PreparedMedia
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.families.references import make_llava_1_5

@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.llava_onevision import FAMILY
-from engine.inputs.prompt import PreparedMedia
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.families.llava_onevision.family import FAMILY
+from engine.families.load import load_vision_encoder
+from engine.prompt import PreparedMedia
 from tests.engine.families.onevision import PATCH, make_onevision
 from tests.engine.tiny import picture, rewrite_json
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from engine import LLM, SamplingParams
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.minicpm_v import FAMILY
+from engine.families.load import load_vision_encoder
+from engine.families.minicpm_v.family import FAMILY
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.messages import parse_messages
-from engine.inputs.prompt import PreparedMedia
-from engine.inputs.tokenizer import Tokenizer
-from engine.layers.bucketed_positions import bucketed_positions
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.prompt import PreparedMedia
+from engine.text.tokenizer import Tokenizer
+from engine.vision.bucketed_positions import bucketed_positions
 from tests.engine.families import minicpm_v_reference as composed
 from tests.engine.families.minicpm_v_reference import MARK
 from tests.engine.families.qwen import FRAME

@@ -6,13 +6,13 @@ import pytest
 import torch
 import transformers
 
+from engine.checkpoint.folder import Checkpoint
 from engine.distributed.group import SingleProcessGroup
 from engine.errors import InvalidRequest
-from engine.families.minicpm_v import FAMILY
+from engine.families.minicpm_v.config import pieces
+from engine.families.minicpm_v.family import FAMILY
 from engine.layers.build import BuildContext
-from engine.layers.pixels import Pixels
-from engine.layers.slice_vision_config import pieces
-from engine.weights.checkpoint import Checkpoint
+from engine.vision.pixels import Pixels
 from tests.engine.families import minicpm_v_reference as composed
 from tests.engine.tiny import TRANSFORMERS, picture, rewrite_json
 

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from engine import LLM, SamplingParams
+from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.phi3_v import FAMILY
-from engine.inputs.frontend import load_media_processor
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.families.load import load_vision_encoder
+from engine.families.phi3_v.family import FAMILY
+from engine.frontend import load_media_processor
 from tests.engine.families.case import TOKENS, Prompt
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made

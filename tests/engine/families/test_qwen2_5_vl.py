@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError
-from engine.families.qwen2_5_vl import FAMILY
+from engine.families.load import load_vision_encoder
+from engine.families.qwen2_5_vl.family import FAMILY
 from engine.families.registry import resolve
-from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun
-from engine.layers.native_grid import plan_frame
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
+from engine.vision.native_grid import plan_frame
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.families.qwen import Reference, frames, make_qwen2_5_vl

@@ -10,13 +10,13 @@ import torch
 import transformers
 from PIL import Image
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.qwen2_vl import FAMILY
+from engine.families.load import load_vision_encoder
+from engine.families.qwen2_vl.family import FAMILY
 from engine.graphs import rerun
-from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
-from engine.layers.native_vision import NativeVisionEncoder
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
+from engine.vision.native import NativeVisionEncoder
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.families.qwen import IMAGE

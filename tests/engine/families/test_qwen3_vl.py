@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.qwen3_vl import FAMILY, patch_times, video_size
+from engine.families.load import load_vision_encoder
+from engine.families.qwen3_vl.family import FAMILY, patch_times, video_size
 from engine.families.registry import resolve
 from engine.inputs.builder import PromptBuilder
-from engine.inputs.tokenizer import Tokenizer
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_vision_encoder
+from engine.text.tokenizer import Tokenizer
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.families.qwen import IMAGE, VIDEO, frames, make_qwen3_vl, qwen3_vl_reference

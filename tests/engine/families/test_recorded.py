@@ -10,8 +10,8 @@ import torch
 from engine import encoder
 from engine.executor import rank
 from engine.graphs import rerun
-from engine.layers import vision_graphs
 from engine.runner import forward_graphs
+from engine.vision import graphs as vision_graphs
 from tests.engine.families.cases import CASES
 
 

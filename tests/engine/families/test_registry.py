@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.registry import family_named, resolve, supported_architectures
-from engine.weights.checkpoint import Checkpoint
 
 
 def checkpoint(tmp_path, config):
@@ -32,5 +32,7 @@ def test_unknown_architectures_are_refused_with_the_supported(tmp_path, config):
 
 def test_families_need_no_torch():
     """Processes that only prepare pictures or render prompts don't load it."""
-    code = "import sys, engine.families.qwen2_vl, engine.families.text, engine.families.registry; "
+    code = (
+        "import sys, engine.families.qwen2_vl.family, engine.families.text.family, engine.families.registry; "
+    )
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, timeout=60)

@@ -4,12 +4,12 @@ import pytest
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+from engine.checkpoint.folder import Checkpoint
 from engine.families.registry import resolve
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.messages import parse_messages
-from engine.inputs.tokenizer import Tokenizer
-from engine.weights.checkpoint import Checkpoint
+from engine.text.tokenizer import Tokenizer
 from tests.engine import tiny
 
 PICTURES = [tiny.picture(64, 40, 1), tiny.picture(50, 90, 2), tiny.picture(9, 30, 3)]

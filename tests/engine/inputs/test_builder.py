@@ -10,10 +10,10 @@ from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.control_text import ControlText, StandIns
 from engine.inputs.messages import parse_messages
-from engine.inputs.prompt import MediaItem, PlaceholderRun
-from engine.inputs.tokenizer import Tokenizer
+from engine.prompt import MediaItem, PlaceholderRun
+from engine.text.tokenizer import Tokenizer
 from tests.engine.inputs import templates
-from tests.engine.inputs.conftest import KINDS
+from tests.engine.tokenizers import KINDS
 
 TOKENIZERS = {name: Tokenizer(make(), config) for name, (make, config) in KINDS.items()}
 CHATML = TOKENIZERS["byte_level"]

@@ -2,8 +2,9 @@ import pytest
 from PIL import Image
 
 from engine.errors import InvalidRequest, MediaTooLarge
-from engine.inputs.messages import MediaSource, check_media_limits, parse_messages
-from engine.inputs.prompt import MediaPart, Message, TextPart
+from engine.inputs.messages import parse_messages
+from engine.media.source import MediaSource, check_media_limits
+from engine.prompt import MediaPart, Message, TextPart
 
 PICTURE = Image.new("RGB", (2, 2))
 

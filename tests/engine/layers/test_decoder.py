@@ -9,14 +9,15 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from engine.checkpoint.folder import Checkpoint
+from engine.checkpoint.rules import WeightRules
 from engine.distributed.group import SingleProcessGroup
-from engine.families.decoder_json import parse_decoder
+from engine.families.load import load_language_model
+from engine.families.parsing.decoder import parse_decoder
 from engine.families.registry import resolve
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import fill_from_checkpoint, load_language_model
-from engine.weights.rules import WeightRules
+from engine.weights.loader import fill_from_checkpoint
 from tests.engine.decoding import kv_caches, metadata, prefill_logits
 from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, spread
 

@@ -12,9 +12,9 @@ from aiohttp.abc import AbstractResolver
 from aiohttp.test_utils import TestServer
 
 from engine.errors import MediaError, MediaForbidden, MediaTooLarge
-from engine.inputs.messages import MediaSource
 from engine.media.fetch import MediaFetcher
 from engine.media.guard import FetchPolicy
+from engine.media.source import MediaSource
 
 BODY = b"\x89PNG" + bytes(3000)
 PUBLIC, PRIVATE = "8.8.8.8", "10.0.0.1"

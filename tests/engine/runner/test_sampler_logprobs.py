@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.runner.logprobs import compute_logprobs, prompt_logprobs
+from engine.logprobs import compute_logprobs, prompt_logprobs
 from engine.runner.sampler import Sampler
 from engine.sampling_params import SamplingParams
 

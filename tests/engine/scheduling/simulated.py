@@ -12,7 +12,7 @@ from hashlib import blake2b
 import numpy as np
 
 from engine.core import EngineCore
-from engine.inputs.prompt import MediaItem, MediaSpan, PlaceholderRun
+from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import ScheduledBatch, StepResult

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
+from engine.families.load import load_language_model, load_vision_encoder
 from engine.families.registry import resolve
 from engine.weights import loader
-from engine.weights.checkpoint import Checkpoint
-from engine.weights.loader import load_language_model, load_vision_encoder
 from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors, split_shards
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.weights import reader
-from engine.weights.checkpoint import Checkpoint
 from engine.weights.reader import Rows, read_rows
 
 TENSORS = {

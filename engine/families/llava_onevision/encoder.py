@@ -1,0 +1,82 @@
+"""The encoder of pictures as a whole and in tiles, without their padding, each row of features ended."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.graphs import Recorder
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.anyres import AnyresConfig, tiled_rows
+from engine.vision.crops import CropVisionEncoder, unfit
+
+
+class AnyresVisionEncoder(nn.Module):
+    """uint8 crops ``(crops, size, size, 3)`` to rows of ``out_features``, by an item's grid:
+
+    - ``(1, 0, 0)``, a picture in one crop: its features and one row that ends it;
+    - ``(1 + h * w, h, w)``, a picture as a whole and in tiles: the features of the whole, then those of the
+      tiles as one picture, without its padding and with a row to end each line;
+    - a video of ``(frames, 0, 0)``: the features of each frame, halved in both directions, and one row to end
+      them all.
+    """
+
+    def __init__(self, config: AnyresConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.crops = CropVisionEncoder(config.crops, build)
+        self.newline = build.parameter(config.crops.out_features)
+
+    def cost(self, item: MediaItem) -> int:
+        return self.crops.cost(item)
+
+    def record(self, record: Recorder) -> None:
+        self.crops.record(record)
+
+    @torch.inference_mode()
+    def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
+        for entry in media:
+            if (
+                entry.item.kind == "image"
+                and entry.item.grid[0] != 1 + entry.item.grid[1] * entry.item.grid[2]
+            ):
+                raise unfit(entry)
+        features = self.crops.crop_rows(media).split([entry.item.grid[0] for entry in media])
+        return [self._rows(entry.item, part) for entry, part in zip(media, features, strict=True)]
+
+    def _rows(self, item: MediaItem, features: torch.Tensor) -> torch.Tensor:
+        """Rows of one item from ``(crops, rows_per_crop, out_features)``."""
+        if item.kind == "video":
+            side = -(-self.config.crops.grid_side // 2)
+            halved = _resized(self._as_grids(features), side, side)
+            return torch.cat([halved.flatten(0, 2), self.newline[None]])
+        if len(features) == 1:
+            return torch.cat([features[0], self.newline[None]])
+        return torch.cat([features[0], self._tiles(item, self._as_grids(features[1:]))])
+
+    def _as_grids(self, features: torch.Tensor) -> torch.Tensor:
+        return features.unflatten(1, (self.config.crops.grid_side, -1))
+
+    def _tiles(self, item: MediaItem, tiles: torch.Tensor) -> torch.Tensor:
+        """``(tiles, side, side, out_features)`` as one picture, line by line."""
+        _, down, along = item.grid
+        picture = tiles.unflatten(0, (down, along)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        part = tiled_rows(item.size, (down, along), self.config.crops.grid_side, self.config.max_tiles)
+        picture = picture[part.top : part.top + part.height, part.left : part.left + part.width]
+        if (part.rows, part.columns) != (part.height, part.width):
+            picture = _resized(picture[None], part.rows, part.columns)[0]
+        ends = self.newline.expand(part.rows, 1, -1)
+        return torch.cat([picture, ends], dim=1).flatten(0, 1)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        return [plain_slot(prefix + "newline", self.newline)]
+
+
+def _resized(grids: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """``(N, height, width, features)`` at another height and width, bilinearly."""
+    resized = F.interpolate(grids.permute(0, 3, 1, 2), size=(rows, columns), mode="bilinear")
+    return resized.permute(0, 2, 3, 1)

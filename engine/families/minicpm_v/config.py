@@ -1,0 +1,46 @@
+"""The switches of encoders that take an overview of a picture and slices of it. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+from engine.vision.transformer_config import VisionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SliceVisionConfig:
+    """A tower with bucketed positions, and a resampler.
+
+    Attributes:
+        tower: its learned positions are a square table.
+        patch_size: side of a patch in pixels.
+        num_queries: rows per piece, which is the overview or one slice.
+        num_heads: attention heads of the resampler.
+        out_features: width of a row.
+        mean, std, scale: normalisation of bytes, per channel.
+    """
+
+    tower: VisionConfig
+    patch_size: int
+    num_queries: int
+    num_heads: int
+    out_features: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+
+    @property
+    def table_side(self) -> int:
+        return isqrt(self.tower.num_positions)
+
+
+def pieces(grid: tuple[int, ...]) -> list[tuple[int, int]]:
+    """``(height, width)`` in patches of each piece of a picture: the overview, then its slices row by row.
+
+    Args:
+        grid: ``(height, width, rows, columns, slice_height, slice_width)``: the overview in patches, how many
+            slices there are, and each one in patches.
+    """
+    height, width, rows, columns, slice_height, slice_width = grid
+    return [(height, width)] + [(slice_height, slice_width)] * (rows * columns)

@@ -1,0 +1,85 @@
+"""The encoder of towers that look at a whole picture and at slices of it, as MiniCPM-V."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.errors import InvalidRequest
+from engine.families.minicpm_v.config import SliceVisionConfig, pieces
+from engine.graphs import Recorder
+from engine.layers.build import BuildContext
+from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.bucketed_positions import bucketed_positions
+from engine.vision.pixels import Pixels, blank
+from engine.vision.resampler import Resampler
+from engine.vision.segments import VisionSegments
+from engine.vision.transformer import VisionTransformer
+
+
+class SliceVisionEncoder(nn.Module):
+    """uint8 patches ``(N, 3, patch²)`` of a picture, piece by piece and row by row in each, to
+    ``(pieces * num_queries, out_features)``; grids are those of
+    :func:`engine.layers.slice_vision_config.pieces`."""
+
+    def __init__(self, config: SliceVisionConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.device = build.device
+        self.pixels = Pixels(config.mean, config.std, config.scale, build)
+        self.tower = VisionTransformer(config.tower, build)
+        self.resampler = Resampler(
+            config.num_queries, config.tower.hidden_size, config.out_features, config.num_heads, build
+        )
+        self._positions = lru_cache(maxsize=256)(
+            lambda height, width: bucketed_positions(
+                height, width, config.table_side, round_products=False
+            ).to(build.device)
+        )
+
+    def cost(self, item: MediaItem) -> int:
+        return _patches(item.grid)
+
+    def record(self, record: Recorder) -> None:
+        picture = blank((1, 3, self.config.patch_size**2), (1, 1, 0, 0, 0, 0), self.config.num_queries)
+        self.tower.record(record, rehearse=lambda: self.encode([picture]))
+
+    @torch.inference_mode()
+    def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
+        for entry in media:
+            self._check(entry)
+        sizes = [piece for entry in media for piece in pieces(entry.item.grid)]
+        lengths = [height * width for height, width in sizes]
+        starts = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+        segments = VisionSegments(
+            starts.to(self.device, non_blocking=True),
+            max(lengths),
+            positions=torch.cat([self._positions(*size) for size in sizes]),
+        )
+        patches = torch.cat([self.pixels(self.pixels.upload(entry.pixels)) for entry in media])
+        rows = self.resampler(self.tower(patches, segments), sizes).flatten(0, 1)
+        return list(rows.split([entry.item.num_tokens for entry in media]))
+
+    def _check(self, entry: PreparedMedia) -> None:
+        grid = entry.item.grid
+        fits = (
+            len(grid) == 6
+            and all(height > 0 and width > 0 for height, width in pieces(grid))
+            and entry.pixels.shape == (_patches(grid), 3, self.config.patch_size**2)
+            and entry.pixels.dtype == np.uint8
+            and entry.item.num_tokens == len(pieces(grid)) * self.config.num_queries
+        )
+        if not fits:
+            raise InvalidRequest(
+                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
+                f"do not fit grid {grid}",
+                param="image",
+            )
+
+
+def _patches(grid: tuple[int, ...]) -> int:
+    return sum(height * width for height, width in pieces(grid))

@@ -1,0 +1,39 @@
+"""The switches of the encoder that stitches crops to a picture (Phi-3.5-vision). No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.vision.transformer_config import VisionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HDVisionConfig:
+    """A CLIP tower for square crops, patches joined two by two, a learned row's end and a separator.
+
+    Attributes:
+        image_size: side of a crop in pixels.
+        patch_size: side of a patch in pixels.
+        out_features: width of a row, and of the connector's hidden layer.
+        mean, std, scale: normalisation of bytes, per channel.
+    """
+
+    tower: VisionConfig
+    image_size: int
+    patch_size: int
+    out_features: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+
+    @property
+    def side(self) -> int:
+        """Patches along a crop's side."""
+        return self.image_size // self.patch_size
+
+    def num_rows(self, grid: tuple[int, ...]) -> int:
+        """Rows of a picture of ``(down, across)`` crops: the stitched picture, the separator, the overview;
+        every line of joined patches ends in a row of its own."""
+        joined = self.side // 2
+        down, across = grid
+        return down * joined * (across * joined + 1) + 1 + joined * (joined + 1)

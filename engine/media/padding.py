@@ -1,0 +1,54 @@
+"""Pictures resized with their aspect ratio, and padded to a given size. PIL and numpy only."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from engine.media.image_ops import resize
+
+_STRIP_PIXELS = 1 << 22
+
+
+def resize_on_canvas(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
+    """An RGB picture as large as fits into ``(width, height)``, centred on black, as uint8
+    ``(height, width, 3)``. ``resample`` is PIL's filter number.
+    """
+    width, height = size
+    along, down = width / image.width, height / image.height
+    if along < down:
+        fitted = width, min(math.ceil(image.height * along), height)
+    else:
+        fitted = min(math.ceil(image.width * down), width), height
+    left, top = (width - fitted[0]) // 2, (height - fitted[1]) // 2
+    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas[top : top + fitted[1], left : left + fitted[0]] = resize(image, fitted, resample)
+    return canvas
+
+
+def resize_in_square(image: Image.Image, side: int, colour: tuple[int, ...], resample: int) -> np.ndarray:
+    """An RGB picture centred on a square of ``colour`` as long as its longer side, and that square resized to
+    ``side`` pixels: uint8 ``(side, side, 3)``.
+
+    The square of a panorama may be a thousand times its size, so it is never made: it is resized across in
+    strips of rows, then down, which are the two passes that PIL makes.
+    """
+    longest = max(image.size)
+    if image.width == image.height or longest == side:
+        return resize(_centred(image, (longest, longest), colour), (side, side), resample)
+    narrow = Image.new("RGB", (side, longest), colour)
+    top = (longest - image.height) // 2
+    rows = max(1, _STRIP_PIXELS // longest)
+    for start in range(0, image.height, rows):
+        strip = image.crop((0, start, image.width, min(start + rows, image.height)))
+        padded = _centred(strip, (longest, strip.height), colour)
+        narrow.paste(Image.fromarray(resize(padded, (side, strip.height), resample)), (0, top + start))
+    return resize(narrow, (side, side), resample)
+
+
+def _centred(image: Image.Image, size: tuple[int, int], colour: tuple[int, ...]) -> Image.Image:
+    canvas = Image.new("RGB", size, colour)
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas

@@ -1,0 +1,65 @@
+"""Where the media of a request come from, and how many a request may have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from engine.errors import MediaTooLarge
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MediaKind = Literal["image", "video"]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSource:
+    """Where a picture or video comes from. Exactly one of ``url``, ``data``, ``image`` and ``frames`` is set.
+
+    Attributes:
+        index: its number in the request, from 0; what :class:`MediaPart` refers to.
+        where: the field of the request, e.g. ``messages[0].content[1].image_url``.
+        kind: ``image`` or ``video``.
+        url: an ``http``, ``https``, ``data`` or ``file`` URL.
+        data: bytes of an encoded picture.
+        image: a decoded picture (offline use).
+        frames: a video's pictures in order.
+        detail: OpenAI's hint ``auto``, ``low`` or ``high``; no model that is served here heeds it.
+    """
+
+    index: int
+    where: str
+    kind: str = "image"
+    url: str | None = None
+    data: bytes | None = None
+    image: Image.Image | None = None
+    frames: tuple[MediaSource, ...] = ()
+    detail: str = "auto"
+
+
+def check_media_limits(
+    sources: Sequence[MediaSource], limits: Mapping[MediaKind, int], *, max_frames: int = 256
+) -> None:
+    """Refuse a request with too many media, before any of them costs anything.
+
+    Args:
+        limits: most items of each kind (``limit_mm_per_prompt``); a kind that is missing is unlimited.
+        max_frames: most frames of all videos together.
+
+    Raises:
+        MediaTooLarge: naming the limit.
+    """
+    for kind, limit in limits.items():
+        given = [source for source in sources if source.kind == kind]
+        if len(given) > limit:
+            raise MediaTooLarge(
+                f"The request has {len(given)} {kind}s, but limit_mm_per_prompt allows {limit}.",
+                param=given[limit].where,
+            )
+    frames = sum(len(source.frames) for source in sources)
+    if frames > max_frames:
+        raise MediaTooLarge(
+            f"The request has {frames} video frames; {max_frames} are allowed.", param="messages"
+        )

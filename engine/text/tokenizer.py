@@ -1,0 +1,262 @@
+"""A checkpoint's tokenizer, straight on the ``tokenizers`` library: ids, text, and bytes of single tokens."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from engine.errors import CheckpointError, InvalidRequest
+from engine.text.token_bytes import TokenBytes
+
+
+class Tokenizer:
+    """Text to ids and back, equal to Transformers' fast tokenizer made of the same ``tokenizer.json``.
+
+    Not thread-safe against its own construction, but every method may be called from any thread.
+
+    Args:
+        backend: the tokenizer proper; it is changed (padding and truncation off, named tokens added).
+        config: the content of tokenizer_config.json.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+        self.backend = backend
+        self.config = dict(config)
+        backend.no_truncation()
+        backend.no_padding()
+        self._add_configured_tokens()
+        added = backend.get_added_tokens_decoder()
+        self.added_tokens: dict[int, AddedToken] = dict(sorted(added.items()))
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._pieces = TokenBytes(backend)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read the tokenizer of a checkpoint folder.
+
+        ``tokenizer.json`` is taken as it stands. Only where there is none, Transformers is imported to
+        convert a sentencepiece or vocabulary file.
+
+        Raises:
+            CheckpointError: the folder has no tokenizer that can be read.
+        """
+        folder = Path(path)
+        config = _read_config(folder)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            return cls(_converted(folder), config)
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(file)), config)
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{file.name} can't be read: {error}") from error
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id that stands for something. A model's embedding may have more rows."""
+        largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        return largest + 1
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """Id of the beginning-of-sequence token, if the checkpoint names one."""
+        return self._named("bos_token")
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        """Id of the end-of-sequence token, if the checkpoint names one."""
+        return self._named("eos_token")
+
+    @cached_property
+    def pad_id(self) -> int | None:
+        """Id of the padding token, if the checkpoint names one."""
+        return self._named("pad_token")
+
+    def token_text(self, role: str) -> str | None:
+        """The token of a role such as ``bos_token`` or ``eos_token``, as tokenizer_config.json has it."""
+        return _content(self.config.get(role))
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token given exactly as the vocabulary spells it; None if it has none."""
+        return self.backend.token_to_id(token)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of ``text``; special-token strings inside of it become their ids.
+
+        Raises:
+            InvalidRequest: the text holds lone surrogates.
+        """
+        return _encode(self.backend, text, add_special_tokens)
+
+    def encode_plain(self, text: str, *, at_start: bool = True) -> list[int]:
+        """Ids of ``text`` with nothing added, strings that look like added tokens read as plain text.
+
+        No id of a special token ever comes out of it, but that for unknown characters.
+
+        Args:
+            at_start: the text opens a prompt; otherwise tokenizers that put a space before the first word do
+                so only if they do it after every special token as well.
+        """
+        if not text:
+            return []
+        backend = self._plain_backend if at_start else self._plain_inner
+        ids = _encode(backend, text, False)
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        # Some vocabularies (Unigram) hold control tokens as ordinary pieces: spell those out.
+        found: list[int] = []
+        for piece in self._inside_special.split(text):
+            found += _encode(backend, piece, False)
+            backend = self._plain_pieces
+        unknown = self._named("unk_token")
+        return [i for i in found if i == unknown or i not in self.special_ids]
+
+    def with_special_tokens(self, ids: Sequence[int]) -> list[int]:
+        """``ids`` between the tokens that ``encode(..., add_special_tokens=True)`` puts around a text."""
+        return [*self.special_prefix, *ids, *self.special_suffix]
+
+    @property
+    def special_prefix(self) -> list[int]:
+        """Ids put before a text by ``add_special_tokens``, such as BOS."""
+        return self._surrounding[0]
+
+    @property
+    def special_suffix(self) -> list[int]:
+        """Ids put after a text by ``add_special_tokens``."""
+        return self._surrounding[1]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of ``ids``; ids outside of the vocabulary give nothing."""
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes that a token adds to running text; possibly a part of a character, or nothing."""
+        return self._pieces.of(token_id)
+
+    def first_token_bytes(self, token_id: int) -> bytes:
+        """As :meth:`token_bytes`, for a token with no text before it: some decoders drop a leading space."""
+        return self._pieces.of_first(token_id)
+
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        return self._plain(())
+
+    @cached_property
+    def _plain_inner(self) -> tokenizers.Tokenizer:
+        return self._plain(("first",))
+
+    @cached_property
+    def _plain_pieces(self) -> tokenizers.Tokenizer:
+        return self._plain(("first", "always"))
+
+    def _plain(self, unspaced: tuple[str, ...]) -> tokenizers.Tokenizer:
+        """The same pipeline without added tokens, and without the Metaspace prefix of these schemes."""
+        plain = tokenizers.Tokenizer(self.backend.model)  # shares the vocabulary
+        if self.backend.normalizer is not None:
+            plain.normalizer = self.backend.normalizer
+        if self.backend.pre_tokenizer is None:
+            return plain
+        state = json.loads(self.backend.pre_tokenizer.__getstate__())
+        for step in state.get("pretokenizers", [state]):
+            if step["type"] == "Metaspace" and step["prepend_scheme"] in unspaced:
+                step["prepend_scheme"] = "never"
+        pre_tokenizer = copy.deepcopy(self.backend.pre_tokenizer)
+        pre_tokenizer.__setstate__(json.dumps(state).encode())
+        plain.pre_tokenizer = pre_tokenizer
+        return plain
+
+    @cached_property
+    def _surrounding(self) -> tuple[list[int], list[int]]:
+        encoding = self.backend.encode("a", add_special_tokens=True)
+        inner = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+        return encoding.ids[: inner[0]], encoding.ids[inner[-1] + 1 :]
+
+    @cached_property
+    def _inside_special(self) -> re.Pattern[str]:
+        """Matches the empty place after the first character of every special token's string."""
+        contents = {self.added_tokens[i].content for i in self.special_ids}
+        places = [f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in contents if len(c) > 1]
+        return re.compile("|".join(places) or "(?!)")
+
+    def _named(self, role: str) -> int | None:
+        text = self.token_text(role)
+        return None if text is None else self.token_id(text)
+
+    def _add_configured_tokens(self) -> None:
+        """Tokens that tokenizer_config.json names; those that are new get the next free ids, in order.
+
+        As in Transformers, what its ``added_tokens_decoder`` says of a token counts for more than
+        tokenizer.json, and tokens that have a role (``..._token``) are special.
+        """
+        described = self.config.get("added_tokens_decoder") or {}
+        tokens = [
+            _added_token(value) for _, value in sorted(described.items(), key=lambda item: int(item[0]))
+        ]
+        self.backend.add_tokens(tokens)
+        tokens = tokens or list(self.backend.get_added_tokens_decoder().values())
+        known = {token.content: token for token in tokens}
+        extra = self.config.get("extra_special_tokens") or self.config.get("additional_special_tokens") or []
+        extra = extra.values() if isinstance(extra, Mapping) else extra
+        roles = [value for key, value in self.config.items() if key.endswith("_token") and _content(value)]
+        values = roles + list(extra)
+        self.backend.add_special_tokens(
+            [known.get(_content(value) or "", _added_token(value)) for value in values]
+        )
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can spell
+        raise InvalidRequest("The text has characters that are not valid Unicode.") from error
+
+
+def _content(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _added_token(value: Any) -> AddedToken:
+    if not isinstance(value, Mapping):
+        return AddedToken(str(value), special=True, normalized=False)
+    flags = {
+        name: bool(value[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in value
+    }
+    return AddedToken(value["content"], special=bool(value.get("special")), **flags)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # older checkpoints
+        config |= _read_json(folder / "special_tokens_map.json")
+    return config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file.name} is not valid JSON: {error}") from error
+
+
+def _converted(folder: Path) -> tokenizers.Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        slow = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"there is no tokenizer in {folder.name} that can be read: {error}") from error
+    backend = getattr(slow, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError("the checkpoint's tokenizer has no fast form; convert it to tokenizer.json")
+    return backend

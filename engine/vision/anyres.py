@@ -1,0 +1,71 @@
+"""Pictures as one crop of the whole and tiles of a larger version: where its features are. No torch here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from engine.vision.crops_config import CropVisionConfig
+
+_SHRINK_FROM = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class AnyresConfig:
+    """Crops and how a picture divides into them.
+
+    Attributes:
+        crops: the tower and its connector.
+        pinpoints: ``(height, width)`` in pixels of the tilings to choose from, multiples of a crop's side.
+        max_tiles: tiles whose features are shown in full; more are shrunk to about as many.
+    """
+
+    crops: CropVisionConfig
+    pinpoints: tuple[tuple[int, int], ...]
+    max_tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class TiledRows:
+    """What is shown of a tiling's features: ``height`` by ``width`` of them from ``(top, left)`` on, the rest
+    being padding, shrunk to ``rows`` by ``columns``."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    rows: int
+    columns: int
+
+
+def best_pinpoint(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The ``(height, width)`` that keeps most of a picture of ``(width, height)`` and wastes least."""
+
+    def rating(pinpoint: tuple[int, int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / size[0], pinpoint[0] / size[1])
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return kept, kept - pinpoint[0] * pinpoint[1]
+
+    return max(pinpoints, key=rating)
+
+
+def tiled_rows(size: tuple[int, int], tiles: tuple[int, int], side: int, max_tiles: int) -> TiledRows:
+    """What is shown of a picture of ``(width, height)`` pixels.
+
+    The arithmetic, with its rounding, is that of the published LLaVA-OneVision models.
+
+    Args:
+        tiles: tiles in a column and in a row.
+        side: features along a tile's side.
+    """
+    height, width = tiles[0] * side, tiles[1] * side
+    top = left = 0
+    if size[0] / size[1] > width / height:
+        top = (height - int(round(size[1] * (width / size[0]), 7))) // 2
+    else:
+        left = (width - int(round(size[0] * (height / size[1]), 7))) // 2
+    height, width = height - 2 * top, width - 2 * left
+    ratio = math.sqrt(height * width / (max_tiles * side**2))
+    if ratio > _SHRINK_FROM:
+        return TiledRows(top, left, height, width, int(height // ratio), int(width // ratio))
+    return TiledRows(top, left, height, width, height, width)

@@ -1,0 +1,103 @@
+"""The encoder of towers of fixed resolution, as CLIP: square crops in, equally many rows for each out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.errors import InvalidRequest
+from engine.graphs import Recorder
+from engine.kernels.patchify import patchify
+from engine.layers.build import BuildContext
+from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.bucketed_positions import bucketed_positions
+from engine.vision.connector import MLPConnector
+from engine.vision.crops_config import CropVisionConfig
+from engine.vision.pixel_shuffle import PixelShuffleConnector
+from engine.vision.pixels import Pixels, blank
+from engine.vision.segments import VisionSegments
+from engine.vision.transformer import VisionTransformer
+
+
+class CropVisionEncoder(nn.Module):
+    """uint8 crops ``(crops, size, size, 3)`` to ``(crops * rows_per_crop, out_features)``, crop by crop; an
+    item's grid begins with the number of its crops."""
+
+    def __init__(self, config: CropVisionConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.device = build.device
+        self.pixels = Pixels(config.mean, config.std, config.scale, build)
+        self.tower = VisionTransformer(config.tower, build)
+        self.connector = _connector(config, build)
+        side = config.grid_side
+        self.positions = (
+            bucketed_positions(side, side, side).to(build.device) if config.bucketed_positions else None
+        )
+
+    def cost(self, item: MediaItem) -> int:
+        return item.grid[0] * self.config.patches_per_crop
+
+    def record(self, record: Recorder) -> None:
+        size = self.config.image_size
+        crop = blank((1, size, size, 3), (1,), self.config.rows_per_crop)
+        self.tower.record(record, rehearse=lambda: self.encode([crop]))
+
+    @torch.inference_mode()
+    def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
+        for entry in media:
+            if entry.item.num_tokens != entry.item.grid[0] * self.config.rows_per_crop:
+                raise unfit(entry)
+        rows = self.crop_rows(media).flatten(0, 1)
+        return list(rows.split([entry.item.num_tokens for entry in media]))
+
+    def crop_rows(self, media: Sequence[PreparedMedia]) -> torch.Tensor:
+        """The rows ``(crops, rows_per_crop, out_features)`` of all crops of ``media``, in order.
+
+        Raises:
+            InvalidRequest: an item's pixels are not the crops that its grid announces.
+        """
+        for entry in media:
+            self._check(entry)
+        patches = torch.cat([self.patchify(self.pixels.upload(entry.pixels)) for entry in media])
+        return self.connector(self.features(patches, sum(entry.item.grid[0] for entry in media)))
+
+    def patchify(self, crops: torch.Tensor) -> torch.Tensor:
+        """Normalised flat patches ``(crops * patches, 3 * patch²)``, row by row, in the model's dtype."""
+        return patchify(crops, self.pixels.table, patch=self.config.patch_size, merge=1, temporal=1)
+
+    def features(self, patches: torch.Tensor, crops: int) -> torch.Tensor:
+        """The tower's features ``(crops, rows_per_crop, hidden_size)``."""
+        has_class = self.config.tower.class_token
+        length = self.config.patches_per_crop + has_class
+        starts = torch.arange(0, (crops + 1) * length, length, dtype=torch.int32, device=self.device)
+        segments = VisionSegments(starts, length, positions=self.positions)
+        features = self.tower(patches, segments).unflatten(0, (crops, length))
+        return features[:, 1:] if has_class and not self.config.keep_class_token else features
+
+    def _check(self, entry: PreparedMedia) -> None:
+        size = self.config.image_size
+        if entry.pixels.shape != (entry.item.grid[0], size, size, 3) or entry.pixels.dtype != np.uint8:
+            raise unfit(entry)
+
+
+def unfit(entry: PreparedMedia) -> InvalidRequest:
+    """The error for an item whose pixels, rows and grid contradict each other."""
+    return InvalidRequest(
+        f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
+        f"do not fit grid {entry.item.grid}",
+        param="image",
+    )
+
+
+def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
+    """From features ``(crops, patches, width)`` to rows ``(crops, rows_per_crop, out_features)``."""
+    width, out = config.tower.hidden_size, config.out_features
+    if config.pixel_shuffle is not None:
+        return PixelShuffleConnector(width, config.grid_side, config.pixel_shuffle, out, build)
+    return MLPConnector(
+        width, out, out, build, activation=config.connector_activation, bias=config.connector_bias
+    )

@@ -1,0 +1,155 @@
+"""The encoder of towers that take pictures in their own resolution, as Qwen's: pixels in, merged rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.errors import InvalidRequest
+from engine.graphs import Recorder
+from engine.kernels.patchify import patchify
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.connector import PatchMerger
+from engine.vision.native_config import NativeVisionConfig
+from engine.vision.native_grid import FramePlan, plan_frame, segments_of
+from engine.vision.pixels import Pixels, blank
+from engine.vision.segments import VisionSegments
+from engine.vision.transformer import VisionTransformer, make_norm
+
+
+class NativeVisionEncoder(nn.Module):
+    """uint8 pictures ``(H, W, 3)`` or videos ``(frames, H, W, 3)``, sides multiples of ``patch * merge``, to
+    rows ``(t * h * w / merge², out_features)`` of their grids ``(t, h, w)``, one more ``out_features`` wide
+    for each deepstack layer.
+
+    Patches go in the order of the merged squares, so that a square's patches are neighbours.
+    """
+
+    def __init__(self, config: NativeVisionConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.device = build.device
+        self.pixels = Pixels(config.mean, config.std, config.scale, build)
+        self.tower = VisionTransformer(config.tower, build, keep=config.deepstack_layers)
+        width, group = config.tower.hidden_size, config.merge_size**2
+        self.position_embedding = (
+            build.parameter(config.position_side**2, width) if config.position_side is not None else None
+        )
+        merger = partial(PatchMerger, width=width, group=group, out_features=config.out_features, build=build)
+        self.merger = merger(make_norm(config.tower, width, build))
+        self.deepstack = nn.ModuleList(
+            merger(make_norm(config.tower, width * group, build), norm_after=True)
+            for _ in config.deepstack_layers
+        )
+        self._plan = lru_cache(maxsize=64)(lambda h, w: plan_frame(config, h, w, build.device))
+
+    def cost(self, item: MediaItem) -> int:
+        return item.grid[0] * item.grid[1] * item.grid[2]
+
+    def record(self, record: Recorder) -> None:
+        window, merge = self.config.window, self.config.merge_size
+        side = self.config.patch_size * merge
+        picture = blank((side, side, 3), (1, merge, merge), 1)
+        self.tower.record(
+            record,
+            window_len=window and (window * merge) ** 2,
+            rehearse=lambda: self.encode([picture]),
+        )
+
+    @torch.inference_mode()
+    def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
+        for entry in media:
+            self._check(entry)
+        plans = [self._plan(*entry.item.grid[1:]) for entry in media]
+        patches = _joined(
+            [
+                self._reorder(self.patchify(self.pixels.upload(entry.pixels)), entry, plan.order)
+                for entry, plan in zip(media, plans, strict=True)
+            ]
+        )
+        frames = [plan for entry, plan in zip(media, plans, strict=True) for _ in range(entry.item.grid[0])]
+        rows = self._rows(patches, frames).split([entry.item.num_tokens for entry in media])
+        return [
+            self._reorder(part, entry, plan.inverse)
+            for part, entry, plan in zip(rows, media, plans, strict=True)
+        ]
+
+    def patchify(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised flat patches ``(t * h * w, 3 * temporal * patch²)`` of one item on the device, in the
+        model's dtype."""
+        return patchify(
+            pixels,
+            self.pixels.table,
+            patch=self.config.patch_size,
+            merge=self.config.merge_size,
+            temporal=self.config.temporal_patch_size,
+        )
+
+    def _check(self, entry: PreparedMedia) -> None:
+        t, h, w = entry.item.grid
+        side, merge = self.config.patch_size, self.config.merge_size
+        frames = () if entry.item.kind == "image" else (t * self.config.temporal_patch_size,)
+        fits = (
+            entry.pixels.shape == (*frames, h * side, w * side, 3)
+            and entry.pixels.dtype == np.uint8
+            and h % merge == w % merge == 0
+            and entry.item.num_tokens == t * h * w // merge**2
+        )
+        if not fits:
+            raise InvalidRequest(
+                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
+                f"do not fit grid {entry.item.grid}",
+                param="image",
+            )
+
+    @staticmethod
+    def _reorder(x: torch.Tensor, entry: PreparedMedia, order: torch.Tensor | None) -> torch.Tensor:
+        """The merged squares of each frame in another order: ``x`` has one row per square or per patch."""
+        if order is None:
+            return x
+        return x.view(entry.item.grid[0], len(order), -1, x.shape[-1])[:, order].flatten(0, 2)
+
+    def _rows(self, patches: torch.Tensor, frames: Sequence[FramePlan]) -> torch.Tensor:
+        """Each frame of patches attends within itself, in windows where the tower has them."""
+        segments, windows = frames[0].alone if len(frames) == 1 else _segments(frames)
+        *kept, last = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
+        # Blocks come in their own order, mergers in that of the configuration.
+        layers = self.config.deepstack_layers
+        mergers = [self.deepstack[layers.index(layer)] for layer in sorted(layers)]
+        appended = [merger(x) for merger, x in zip(mergers, kept, strict=True)]
+        return _joined([self.merger(last), *appended], dim=1)
+
+    def _positions(self, frames: Sequence[FramePlan]) -> torch.Tensor | None:
+        """Learned positions ``(N, width)``, weighed in float32."""
+        if self.position_embedding is None:
+            return None
+        taps = torch.cat([f.taps for f in frames if f.taps is not None])
+        weights = torch.cat([f.weights for f in frames if f.weights is not None])
+        # One tap at a time: all four rows of every patch at once would take four times the memory.
+        weighed = self.position_embedding[taps[:, 0]].float() * weights[:, :1]
+        for tap in range(1, 4):
+            weighed += self.position_embedding[taps[:, tap]].float() * weights[:, tap, None]
+        return weighed.to(self.position_embedding.dtype)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        if self.position_embedding is None:
+            return []
+        return [plain_slot(prefix + "position_embedding", self.position_embedding)]
+
+
+def _segments(frames: Sequence[FramePlan]) -> tuple[VisionSegments, VisionSegments | None]:
+    """What a batch of frames attends within, and its windows if there are any."""
+    cos, sin = torch.cat([f.cos for f in frames]), torch.cat([f.sin for f in frames])
+    windows = [size for f in frames for size in f.windows]
+    segments = segments_of([len(f.cos) for f in frames], cos, sin)
+    return segments, segments_of(windows, cos, sin) if windows else None
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """``torch.cat``, which would copy a lone part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -1,0 +1,146 @@
+"""Recorded passes through a tower are those that are launched, whatever ran before."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.distributed.group import SingleProcessGroup
+from engine.graphs import CudaRecorder, rerun
+from engine.layers.build import BuildContext
+from engine.vision import graphs as vision_graphs
+from engine.vision.segments import VisionSegments
+from engine.vision.transformer import VisionTransformer
+from engine.vision.transformer_config import VisionConfig
+
+#: Lengths of segments, one batch after the other: many short ones before few long ones, and the other way.
+BATCHES = [[9, 5, 8, 7], [40, 33], [3], [64, 2, 2], [70], [10, 10, 10, 10]]
+
+
+def tower(window_len: int | None) -> VisionTransformer:
+    config = VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=6,
+        num_heads=2,
+        patch_dim=12,
+        activation="gelu",
+        rope_theta=10000.0,
+        full_layers=None if window_len is None else (1, 5),
+    )
+    build = BuildContext(torch.device("cpu"), torch.float32, SingleProcessGroup())
+    made = VisionTransformer(config, build, keep=(0, 4))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[1600], [1000, 24, 900], [100]])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_recorded_on_a_gpu(lengths):
+    """A tower of Qwen2-VL's width in bfloat16, with the kernels for many rows in its recordings; against the
+    same weights in float32, launched."""
+    device = torch.device("cuda")
+    config = VisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_layers=6,
+        num_heads=16,
+        patch_dim=1176,
+        activation="quick_gelu",
+        rope_theta=10000.0,
+    )
+    recorded, launched = (
+        VisionTransformer(config, BuildContext(device, dtype, SingleProcessGroup()), keep=(2,))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    torch.manual_seed(0)
+    for parameter, wide in zip(recorded.parameters(), launched.parameters(), strict=True):
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
+        parameter.data.normal_(std=scale)
+        wide.data.copy_(parameter)
+    recorded.record(CudaRecorder(device), rehearse=lambda: None)
+    count = sum(lengths)
+    angles = torch.randn(count, 40, device=device)
+    segments = VisionSegments(bounds(lengths).to(device), max(lengths), angles.cos(), angles.sin())
+    for _ in range(2):
+        patches = torch.randn(count, 1176, device=device).bfloat16()
+        with torch.inference_mode():
+            wanted = launched.states(patches.float(), segments)
+            found = recorded.states(patches, segments)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one.float() - other).norm() < 0.03 * other.norm()
+
+
+def bounds(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("window_len", [None, 4])
+def test_replays_are_launches(monkeypatch, window_len):
+    monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
+    monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 80)
+    launched, recorded = tower(window_len), tower(window_len)
+    recorded.record(rerun, window_len=window_len, rehearse=lambda: None)
+    for number, lengths in enumerate(BATCHES):
+        count, generator = sum(lengths), torch.Generator().manual_seed(number)
+        angles, patches = (
+            torch.randn(count, 8, generator=generator),
+            torch.randn(count, 12, generator=generator),
+        )
+        segments = VisionSegments(bounds(lengths), max(lengths), angles.cos(), angles.sin())
+        windows = None
+        if window_len is not None:
+            cut = [min(window_len, n - i) for n in lengths for i in range(0, n, window_len)]
+            windows = VisionSegments(bounds(cut), window_len, angles.cos(), angles.sin())
+        with torch.inference_mode():
+            wanted = launched.states(patches, segments, windows=windows)
+            found = recorded.states(patches, segments, windows=windows)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window_len", [None, 4])
+def test_segments_that_come_again_are_in_place(monkeypatch, window_len):
+    """The same objects in a row, others of the same lengths after them, other windows of their segments."""
+    monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
+    monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
+    launched, recorded = tower(window_len), tower(window_len)
+    recorded.record(rerun, window_len=window_len, rehearse=lambda: None)
+    generator = torch.Generator().manual_seed(0)
+
+    def segments(*lengths: int) -> VisionSegments:
+        angles = torch.randn(sum(lengths), 8, generator=generator)
+        return VisionSegments(bounds(list(lengths)), max(lengths), angles.cos(), angles.sin())
+
+    def windows(given: VisionSegments, *lengths: int) -> VisionSegments | None:
+        return None if window_len is None else replace(given, cu_seqlens=bounds(list(lengths)), max_len=4)
+
+    long, same_length, short = segments(20), segments(20), segments(3, 9)
+    first = long, windows(long, 4, 4, 4, 4, 4)
+    second = same_length, windows(same_length, 2, 4, 4, 4, 4, 2)
+    third = short, windows(short, 3, 4, 4, 1)
+    cut_otherwise = long, windows(long, 1, 3, 4, 4, 4, 4)
+    batches = [first, first, second, first, third, third, first, cut_otherwise, first]
+    for within, windowed in batches:
+        patches = torch.randn(int(within.cu_seqlens[-1]), 12, generator=generator)
+        with torch.inference_mode():
+            wanted = launched.states(patches, within, windows=windowed)
+            found = recorded.states(patches, within, windows=windowed)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_what_does_not_fit_is_launched(monkeypatch):
+    monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
+    monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 32)
+    made, recordings = tower(None), []
+    made.record(lambda work: recordings.append(work()) or work, rehearse=lambda: None)
+    assert len(recordings) == 4
+    for lengths in ([33], [4] * 5):
+        count = sum(lengths)
+        segments = VisionSegments(bounds(lengths), max(lengths), torch.ones(count, 8), torch.zeros(count, 8))
+        assert made.states(torch.zeros(count, 12), segments)[-1].shape == (count, 32)
+    assert len(recordings) == 4
