@@ -13,7 +13,6 @@ from pydantic import (
     PositiveInt,
     field_validator,
 )
-from ray.serve.config import AutoscalingConfig
 
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
@@ -61,6 +60,9 @@ class StageConfig(_Strict):
     @classmethod
     def _autoscaling_is_understood(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         if value is not None:
+            # Imported here: an application in one process has no use for Ray.
+            from ray.serve.config import AutoscalingConfig
+
             if unknown := value.keys() - AutoscalingConfig.model_fields.keys():
                 raise ValueError(f"Ray Serve's autoscaling_config has no field {sorted(unknown)[0]!r}")
             AutoscalingConfig.model_validate(value)

@@ -1,5 +1,6 @@
 """What tests know of the running application."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -31,6 +32,15 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
+async def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """As :func:`wait_for`, for coroutines: the event loop goes on meanwhile."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.005)
+    return found
+
+
 @contextmanager
 def serve_files(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
     """Serve a folder over plain HTTP meanwhile; its address."""
@@ -54,6 +64,21 @@ def app_args() -> dict[str, Any]:
     """The arguments of ``serve_config.yaml``, which is what users start with."""
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     return config["applications"][0]["args"]
+
+
+def tested_args(site: str) -> dict[str, Any]:
+    """The same with a second model that makes embeddings; images may be fetched from ``site``."""
+    args = app_args()
+    vectors = {
+        "model": "models/pocket-embed",
+        "task": "embed",
+        "max_model_len": 512,
+        "kv_cache_bytes": 16 << 20,
+    }
+    args["models"].append({"name": "tests/vectors", "engine": vectors})
+    host, port = site.removeprefix("http://").split(":")
+    args["fetch"] = {"allow_private": [f"{host}/32"], "allowed_ports": [80, int(port)]}
+    return args
 
 
 @dataclass(frozen=True)
@@ -84,4 +109,4 @@ class Served:
 
     def wait_until_idle(self) -> None:
         """Until the engine holds nothing of any request; fails if it ends up holding something."""
-        wait_for(lambda: self.stage("LanguageModel").check_integrity.remote().result(timeout_s=30))
+        wait_for(lambda: self.stage("LanguageModel").is_idle.remote().result(timeout_s=30))

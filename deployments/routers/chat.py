@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from deployments import sse
 from deployments.body import read_body
 from deployments.errors import as_sightline
-from deployments.pipeline import Pipeline, Prompt
+from deployments.pipeline import Pipeline, PreparedPrompt
 from deployments.protocol import chat as wire
 from deployments.protocol.usage import PromptTokensDetails
 from deployments.protocol.usage import Usage as UsageBody
@@ -46,7 +46,9 @@ async def create_chat_completion(request: Request) -> Response:
     )
 
 
-async def _prepare(pipeline: Pipeline, body: wire.ChatCompletionRequest, params: SamplingParams) -> Prompt:
+async def _prepare(
+    pipeline: Pipeline, body: wire.ChatCompletionRequest, params: SamplingParams
+) -> PreparedPrompt:
     messages, sources = parse_messages(body.messages)
 
     def build(items: list[MediaItem]) -> EngineInput:

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import time
 import uuid
-from collections.abc import Awaitable
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -15,6 +14,7 @@ from deployments.pipeline import Pipeline
 from deployments.protocol import embeddings as wire
 from deployments.protocol.usage import PromptTokensDetails, Usage
 from deployments.routers.models import find_pipeline
+from deployments.tasks import all_or_none
 from engine.inputs.messages import parse_messages
 from engine.outputs import EmbeddingOutput
 from engine.prompt import EngineInput, MediaItem
@@ -39,7 +39,7 @@ async def create_embedding(request: Request) -> Response:
             prompt = await (_chat(pipeline, body) if body.messages else _plain(pipeline, body, given))
             return await pipeline.embed(f"{name}-{index}", prompt, params)
 
-    outputs = await _all_or_none([embed(index, given) for index, given in enumerate(body.inputs)])
+    outputs = await all_or_none(embed(index, given) for index, given in enumerate(body.inputs))
     tokens = sum(output.usage.prompt_tokens for output in outputs)
     response = wire.EmbeddingResponse(
         id=name,
@@ -84,16 +84,6 @@ async def _plain(pipeline: Pipeline, body: wire.EmbeddingRequest, given: str | l
         return pipeline.builder.from_token_ids(given, cache_salt=body.cache_salt)
 
     return await pipeline.prepare(build, min_tokens=0, salt=body.cache_salt)
-
-
-async def _all_or_none(work: list[Awaitable[EmbeddingOutput]]) -> list[EmbeddingOutput]:
-    """All results; the first error ends the others."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _encoded(vector: list[float], encoding: str) -> list[float] | str:

@@ -1,48 +1,44 @@
-"""The whole way from an HTTP request with a picture to the answer."""
+"""Chat completions: from an HTTP request with an image to the answer."""
 
-import http.client
+import asyncio
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
 from tests.deployments.pictures import CASES, ask, circle, data_url, square
-from tests.serving import wait_for
+from tests.serving import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("idle_afterwards")]
+pytestmark = pytest.mark.usefixtures("idle_afterwards")
 
 
-def answer(client, messages, **options) -> str:
-    made = client.chat.completions.create(
+async def answer(client, messages, **options) -> str:
+    made = await client.chat.completions.create(
         model="pocket", messages=messages, **{"max_tokens": 40, "temperature": 0} | options
     )
     return made.choices[0].message.content
 
 
-def test_sixteen_at_once_each_with_its_own_picture(client):
-    with ThreadPoolExecutor(16) as pool:
-        given = list(pool.map(lambda case: answer(client, ask(case.question, case.picture)), CASES))
+async def test_sixteen_at_once_each_with_its_own_picture(client):
+    given = await asyncio.gather(*(answer(client, ask(case.question, case.picture)) for case in CASES))
     wrong = {case.word: text for case, text in zip(CASES, given, strict=True) if case.word not in text}
     assert not wrong
 
 
-def test_streamed_and_whole_say_the_same(client):
+async def test_streamed_and_whole_say_the_same(client):
     for case in CASES[::3]:
         messages = ask(case.question, case.picture)
-        chunks = list(
-            client.chat.completions.create(
-                model="pocket",
-                messages=messages,
-                temperature=0,
-                max_tokens=40,
-                stream=True,
-                stream_options={"include_usage": True},
-            )
+        stream = await client.chat.completions.create(
+            model="pocket",
+            messages=messages,
+            temperature=0,
+            max_tokens=40,
+            stream=True,
+            stream_options={"include_usage": True},
         )
+        chunks = [chunk async for chunk in stream]
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-        assert case.word in text and text == answer(client, messages)
+        assert case.word in text and text == await answer(client, messages)
         assert chunks[0].choices[0].delta.role == "assistant"
         assert chunks[-2].choices[0].finish_reason == "stop"
         usage = chunks[-1].usage
@@ -50,63 +46,66 @@ def test_streamed_and_whole_say_the_same(client):
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
-def test_two_pictures_keep_their_order(client):
+async def test_two_pictures_keep_their_order(client):
     red, blue = circle("red"), circle("blue")
     question = "Do both pictures show the same color?"
-    assert answer(client, ask(question, red, blue)) == "No, first red, then blue."
-    assert answer(client, ask(question, blue, red)) == "No, first blue, then red."
+    assert await answer(client, ask(question, red, blue)) == "No, first red, then blue."
+    assert await answer(client, ask(question, blue, red)) == "No, first blue, then red."
 
 
-def test_a_picture_between_texts_and_a_follow_up(client):
+async def test_a_picture_between_texts_and_a_follow_up(client):
     content = [
         {"type": "image_url", "image_url": {"url": data_url(square("red"), "JPEG")}},
         {"type": "text", "text": "What shape is this?"},
     ]
     messages = [{"role": "user", "content": content}]
-    first = answer(client, messages)
+    first = await answer(client, messages)
     assert "square" in first
     messages += [
         {"role": "assistant", "content": first},
         {"role": "user", "content": "What color is the square?"},
     ]
-    second = client.chat.completions.create(model="pocket", messages=messages, max_tokens=40, temperature=0)
+    second = await client.chat.completions.create(
+        model="pocket", messages=messages, max_tokens=40, temperature=0
+    )
     assert "red" in second.choices[0].message.content
     # The first turn is not computed again.
     assert second.usage.prompt_tokens_details.cached_tokens >= 32
 
 
-def test_pictures_by_url_among_texts(served, client):
-    circle("red").save(served.pictures / "a.png")
-    circle("blue").save(served.pictures / "b.webp", lossless=True)
+async def test_pictures_by_url_among_texts(running, client):
+    circle("red").save(running.pictures / "a.png")
+    circle("blue").save(running.pictures / "b.webp", lossless=True)
     content = [
         {"type": "text", "text": "Look:"},
-        {"type": "image_url", "image_url": {"url": f"{served.site}/a.png"}},
+        {"type": "image_url", "image_url": {"url": f"{running.site}/a.png"}},
         {"type": "text", "text": "Now this one:"},
-        {"type": "image_url", "image_url": {"url": f"{served.site}/b.webp"}},
+        {"type": "image_url", "image_url": {"url": f"{running.site}/b.webp"}},
         {"type": "text", "text": "Do both pictures show the same color?"},
     ]
-    fetched = answer(client, [{"role": "user", "content": content}])
+    fetched = await answer(client, [{"role": "user", "content": content}])
     content[1]["image_url"]["url"] = data_url(circle("red"))
-    assert fetched == answer(client, [{"role": "user", "content": content}])
+    assert fetched == await answer(client, [{"role": "user", "content": content}])
     content[1]["image_url"]["url"] = data_url(circle("blue"))
-    assert fetched != answer(client, [{"role": "user", "content": content}])
-    content[1]["image_url"]["url"] = f"{served.site}/missing.png"
+    assert fetched != await answer(client, [{"role": "user", "content": content}])
+    content[1]["image_url"]["url"] = f"{running.site}/missing.png"
     with pytest.raises(openai.BadRequestError, match="answered with status 404") as caught:
-        answer(client, [{"role": "user", "content": content}])
+        await answer(client, [{"role": "user", "content": content}])
     assert caught.value.param == "messages[0].content[1].image_url.url"
 
 
-def test_without_a_picture(client):
-    assert answer(client, [{"role": "user", "content": "Hello!"}]).startswith("Hello! Show me a picture")
+async def test_without_a_picture(client):
+    said = await answer(client, [{"role": "user", "content": "Hello!"}])
+    assert said.startswith("Hello! Show me a picture")
 
 
-def test_answers_are_cut_where_the_request_says(client):
-    made = client.chat.completions.create(
+async def test_answers_are_cut_where_the_request_says(client):
+    made = await client.chat.completions.create(
         model="pocket", messages=[{"role": "user", "content": "Hello!"}], max_tokens=2, temperature=0
     )
     assert made.choices[0].finish_reason == "length" and made.usage.completion_tokens == 2
-    whole = answer(client, [{"role": "user", "content": "Hello!"}])
-    made = client.chat.completions.create(
+    whole = await answer(client, [{"role": "user", "content": "Hello!"}])
+    made = await client.chat.completions.create(
         model="pocket",
         messages=[{"role": "user", "content": "Hello!"}],
         stop=[" picture"],
@@ -117,8 +116,8 @@ def test_answers_are_cut_where_the_request_says(client):
     assert made.choices[0].message.content == whole[: whole.index(" picture")]
 
 
-def test_several_choices_and_their_probabilities(client):
-    made = client.chat.completions.create(
+async def test_several_choices_and_their_probabilities(client):
+    made = await client.chat.completions.create(
         model="pocket",
         messages=ask("What color is the circle?", circle("blue")),
         n=3,
@@ -137,7 +136,7 @@ def test_several_choices_and_their_probabilities(client):
             assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
 
 
-def test_an_answer_in_json(client):
+async def test_an_answer_in_json(client):
     schema = {
         "type": "object",
         "properties": {
@@ -149,7 +148,7 @@ def test_an_answer_in_json(client):
     }
     wanted = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
     for temperature in (0, 1.5):
-        text = answer(
+        text = await answer(
             client,
             ask("What color is the circle?", circle("blue")),
             response_format=wanted,
@@ -159,7 +158,7 @@ def test_an_answer_in_json(client):
         )
         found = json.loads(text)
         assert found["color"] in ("red", "green", "blue") and isinstance(found["count"], int)
-    text = answer(
+    text = await answer(
         client,
         ask("What color is the circle?", circle("blue")),
         extra_body={"structured_outputs": {"choice": ["The circle is red.", "The circle is blue."]}},
@@ -167,8 +166,8 @@ def test_an_answer_in_json(client):
     assert text == "The circle is blue."
 
 
-def test_a_constraint_and_a_stop_string_together(client):
-    text = answer(
+async def test_a_constraint_and_a_stop_string_together(client):
+    text = await answer(
         client,
         [{"role": "user", "content": "Hello!"}],
         stop=["3"],
@@ -177,8 +176,8 @@ def test_a_constraint_and_a_stop_string_together(client):
     assert text == "12"
 
 
-def test_log_probabilities_of_the_prompt(client):
-    made = client.chat.completions.create(
+async def test_log_probabilities_of_the_prompt(client):
+    made = await client.chat.completions.create(
         model="pocket",
         messages=[{"role": "user", "content": "Hello!"}],
         max_tokens=1,
@@ -192,9 +191,14 @@ def test_log_probabilities_of_the_prompt(client):
         assert {1, 2} <= {value["rank"] for value in row.values()}
 
 
-def test_tenants_share_no_cache(client):
-    def cached(salt: str) -> int:
-        made = client.chat.completions.create(
+async def test_tenants_share_no_cache(running, client):
+    """Neither the language model's cache nor the encoder's."""
+
+    def encoded() -> float:
+        return running.pocket.encoder.metrics()["items"]
+
+    async def cached(salt: str) -> int:
+        made = await client.chat.completions.create(
             model="pocket",
             messages=ask("What color is the circle?", circle("pink", (210, 160))),
             max_tokens=1,
@@ -202,22 +206,13 @@ def test_tenants_share_no_cache(client):
         )
         return made.usage.prompt_tokens_details.cached_tokens
 
-    assert cached("one") == 0
-    assert cached("one") > 0
-    assert cached("two") == 0
+    before = encoded()
+    assert await cached("one") == 0 and encoded() == before + 1
+    assert await cached("one") > 0 and encoded() == before + 1
+    assert await cached("two") == 0 and encoded() == before + 2
 
 
-def test_models_and_health(served, client):
-    import urllib.request
-
-    assert [model.id for model in client.models.list()] == ["pocket", "tests/vectors"]
-    assert client.models.retrieve("pocket").max_model_len == 1024
-    assert client.models.retrieve("tests/vectors").max_model_len == 512
-    with urllib.request.urlopen(f"{served.root}/health") as response:
-        assert json.load(response) == {"status": "ok", "models": {"pocket": "ok", "tests/vectors": "ok"}}
-
-
-def test_a_client_that_leaves_frees_its_blocks_at_once(served):
+async def test_a_client_that_leaves_a_stream_frees_its_blocks_at_once(running, http):
     """Far more tokens are asked for than the test would wait for."""
     body = {
         "model": "pocket",
@@ -226,37 +221,33 @@ def test_a_client_that_leaves_frees_its_blocks_at_once(served):
         "ignore_eos": True,
         "stream": True,
     }
-    before = served.engine_metrics()["output_tokens"]
-    host = served.root.removeprefix("http://")
-    connection = http.client.HTTPConnection(host)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
-    response = connection.getresponse()
-    assert response.readline().startswith(b"data: ")
-    wait_for(lambda: served.engine_metrics()["running"] == 1)
-    connection.sock.shutdown(2)
-    connection.close()
-    wait_for(lambda: served.engine_metrics()["running"] == 0)
-    served.wait_until_idle()
-    assert served.engine_metrics()["output_tokens"] - before < 900
+    engine = running.pocket.language_model
+    before = engine.metrics()["output_tokens"]
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert (await anext(response.aiter_lines())).startswith("data: ")
+        assert engine.metrics()["running"] == 1
+    await wait_until(lambda: engine.metrics()["running"] == 0)
+    await running.wait_until_idle()
+    assert engine.metrics()["output_tokens"] - before < 900
 
 
-def test_a_client_that_leaves_before_the_whole_answer_is_noticed_too(served):
+async def test_a_client_that_leaves_before_the_whole_answer_is_noticed_too(running, http):
     body = {
         "model": "pocket",
         "messages": [{"role": "user", "content": "Hello!"}],
         "max_tokens": 900,
         "ignore_eos": True,
     }
-    before = served.engine_metrics()["output_tokens"]
-    connection = http.client.HTTPConnection(served.root.removeprefix("http://"))
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
-    wait_for(lambda: served.engine_metrics()["running"] == 1)
-    connection.close()
-    wait_for(lambda: served.engine_metrics()["running"] == 0)
-    assert served.engine_metrics()["output_tokens"] - before < 900
+    engine = running.pocket.language_model
+    before = engine.metrics()["output_tokens"]
+    request = asyncio.ensure_future(http.post("/v1/chat/completions", json=body))
+    await wait_until(lambda: engine.metrics()["running"] == 1)
+    request.cancel()
+    await wait_until(lambda: engine.metrics()["running"] == 0)
+    assert engine.metrics()["output_tokens"] - before < 900
 
 
-def test_others_never_notice_a_bad_picture(client):
+async def test_others_never_notice_a_bad_picture(client):
     """A broken picture amid good requests."""
     broken = [
         {
@@ -267,18 +258,16 @@ def test_others_never_notice_a_bad_picture(client):
             ],
         }
     ]
-    failures = []
 
-    def spoil() -> None:
+    async def spoil() -> list[str]:
+        codes = []
         for _ in range(8):
             with pytest.raises(openai.BadRequestError) as caught:
-                answer(client, broken)
-            failures.append(caught.value.body["code"])
+                await answer(client, broken)
+            codes.append(caught.value.body["code"])
+        return codes
 
-    thread = threading.Thread(target=spoil)
-    thread.start()
-    with ThreadPoolExecutor(8) as pool:
-        given = list(pool.map(lambda c: answer(client, ask(c.question, c.picture)), CASES[:8]))
-    thread.join()
+    spoiling = asyncio.ensure_future(spoil())
+    given = await asyncio.gather(*(answer(client, ask(c.question, c.picture)) for c in CASES[:8]))
     assert all(case.word in text for case, text in zip(CASES[:8], given, strict=True))
-    assert failures == ["invalid_image"] * 8
+    assert await spoiling == ["invalid_image"] * 8

@@ -1,6 +1,5 @@
-"""What is refused, with which status, and what the body says."""
+"""Refused requests: the status, the field and the words of the answer."""
 
-import http.client
 import json
 
 import pytest
@@ -8,19 +7,15 @@ from PIL import Image
 
 from tests.deployments.pictures import ask, circle, data_url
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("idle_afterwards")]
+pytestmark = pytest.mark.usefixtures("idle_afterwards")
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 
 
-def post(served, body, path: str = "/v1/chat/completions") -> tuple[int, dict]:
-    connection = http.client.HTTPConnection(served.root.removeprefix("http://"), timeout=60)
+async def post(http, body, path: str = "/v1/chat/completions") -> tuple[int, dict]:
     data = body if isinstance(body, bytes | str) else json.dumps(body)
-    connection.request("POST", path, data, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    found = json.loads(response.read())
-    connection.close()
-    return response.status, found
+    response = await http.post(path, content=data, headers={"Content-Type": "application/json"})
+    return response.status_code, response.json()
 
 
 def image(url: str) -> list[dict]:
@@ -109,11 +104,11 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_bad_request_is_told_what_to_change(served, case, stream):
+async def test_a_bad_request_is_told_what_to_change(http, case, stream):
     change, status, param, words = CASES[case]
     if "stream_options" in change and stream:
         pytest.skip("stream_options are right for streams")
-    found, body = post(served, {"model": "pocket", "messages": HELLO, "stream": stream} | change)
+    found, body = await post(http, {"model": "pocket", "messages": HELLO, "stream": stream} | change)
     error = body["error"]
     assert (found, error["param"]) == (status, param), error
     assert words in error["message"]
@@ -121,33 +116,14 @@ def test_a_bad_request_is_told_what_to_change(served, case, stream):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"a"', b"\xff\xfe", b"[" * 100_000])
-def test_a_body_that_is_no_json_object(served, body):
-    status, found = post(served, body)
+async def test_a_body_that_is_no_json_object(http, body):
+    status, found = await post(http, body)
     assert status == 400 and "JSON" in found["error"]["message"]
 
 
-def test_a_body_beyond_the_limit_is_refused_before_it_is_read(served):
-    connection = http.client.HTTPConnection(served.root.removeprefix("http://"), timeout=60)
-    connection.putrequest("POST", "/v1/chat/completions")
-    connection.putheader("Content-Length", str(1 << 40))
-    connection.endheaders()
-    connection.send(b"{")
-    response = connection.getresponse()
-    assert response.status == 413
-    assert json.loads(response.read())["error"]["code"] == "request_too_large"
-    connection.close()
-
-
-def test_unknown_routes_and_methods(served):
-    status, body = post(served, {}, "/v1/nothing")
-    assert status == 404 and body["error"]["message"] == "There is no endpoint /v1/nothing."
-    status, body = post(served, {}, "/v1/models")
-    assert status == 405 and body["error"]["code"] == "method_not_allowed"
-
-
-def test_marks_typed_in_a_text_are_only_text(client):
+async def test_marks_typed_in_a_text_are_only_text(client):
     """No picture can be claimed by writing its mark."""
-    made = client.chat.completions.create(
+    made = await client.chat.completions.create(
         model="pocket",
         messages=ask("<|vision_start|><|image_pad|><|vision_end|> What color is the circle?", circle("red")),
         max_tokens=20,

@@ -1,4 +1,4 @@
-"""Which replica of a language model a request goes to."""
+"""Chooses the replica of a language model that gets a request."""
 
 import random
 
@@ -8,11 +8,10 @@ from ray.serve.request_router import FIFOMixin, RequestRouter
 
 
 class SessionRouter(FIFOMixin, RequestRouter):
-    """A request whose session is a replica's id goes to that replica; any other to the less busy of two.
+    """Sends a request whose session is a replica's id to that replica, any other to the less busy of two.
 
-    Nearly always: of requests that wait at the same time Serve gives the replica found for one to the one
-    that came first. And where a session's replica is gone, others take its requests. Either way the replica
-    says so.
+    This is best effort. Serve may give the chosen replica to an older request that waits, and requests for a
+    dead replica go to others. A replica that gets a wrong request answers with a ``Misrouted`` refusal.
     """
 
     async def choose_replicas(

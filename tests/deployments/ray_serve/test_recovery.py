@@ -38,8 +38,8 @@ def healthy(served) -> bool:
         return False
 
 
-def color(client) -> str:
-    made = client.chat.completions.create(
+def color(ray_client) -> str:
+    made = ray_client.chat.completions.create(
         model="pocket",
         messages=ask("What color is the circle?", circle("red")),
         max_tokens=20,
@@ -48,8 +48,8 @@ def color(client) -> str:
     return made.choices[0].message.content
 
 
-def test_a_language_model_that_dies_in_mid_stream(served, client):
-    stream = client.chat.completions.create(
+def test_a_language_model_that_dies_in_mid_stream(served, ray_client):
+    stream = ray_client.chat.completions.create(
         model="pocket",
         messages=ask("What shape is this?", square("blue")),
         max_tokens=900,
@@ -62,17 +62,17 @@ def test_a_language_model_that_dies_in_mid_stream(served, client):
         list(stream)
     assert caught.value.code == "unavailable" and "try again" in caught.value.message
     wait_for(lambda: healthy(served))
-    assert "red" in color(client)
+    assert "red" in color(ray_client)
 
 
-def test_a_language_model_that_dies_before_the_answer(served, client):
+def test_a_language_model_that_dies_before_the_answer(served, ray_client):
     import threading
 
     caught: list[openai.APIStatusError] = []
 
     def ask_long() -> None:
         try:
-            client.chat.completions.create(
+            ray_client.chat.completions.create(
                 model="pocket",
                 messages=[{"role": "user", "content": "Hello!"}],
                 max_tokens=900,
@@ -90,13 +90,13 @@ def test_a_language_model_that_dies_before_the_answer(served, client):
     assert caught[0].body["type"] == "server_error" and caught[0].body["code"] == "unavailable"
     assert caught[0].response.headers["retry-after"]
     wait_for(lambda: healthy(served))
-    assert "red" in color(client)
+    assert "red" in color(ray_client)
 
 
 @pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])
-def test_a_media_stage_that_died_is_waited_for(served, client, stage):
+def test_a_media_stage_that_died_is_waited_for(served, ray_client, stage):
     """Nothing was delivered yet, and the pictures' sources are still there: the request is served late."""
     kill(stage)
-    assert "red" in color(client)
+    assert "red" in color(ray_client)
     wait_for(lambda: len(replica_pids(stage)) == 1)
     served.wait_until_idle()

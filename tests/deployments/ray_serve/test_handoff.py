@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 
-from deployments import handoff
+from deployments.ray_serve.handoff import ObjectStore, pack, unpack
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 
 
@@ -14,20 +14,15 @@ class Reference:
     """Stands for a reference to an object."""
 
 
-def test_the_maker_holds_on_to_an_array_for_a_while(monkeypatch):
+@pytest.mark.parametrize(("seconds", "kept"), [(60.0, True), (0.0, False)])
+async def test_the_maker_of_an_array_keeps_its_reference_for_a_while(seconds, kept):
     """A receiver that is slow to count the reference inside a result as its own would find nothing."""
-    monkeypatch.setattr(handoff.ray, "put", lambda array: Reference())
-
-    async def kept(seconds: float) -> bool:
-        monkeypatch.setattr(handoff, "KEEP_S", seconds)
-        reference = weakref.ref(await handoff.put(np.zeros(3)))
-        later = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.001, later.set)
-        await asyncio.wait_for(later.wait(), 10)
-        return reference() is not None
-
-    assert asyncio.run(kept(60.0))
-    assert not asyncio.run(kept(0.0))
+    store = ObjectStore(lambda array: Reference(), seconds)
+    reference = weakref.ref(await store.put(np.zeros(3)))
+    later = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.001, later.set)
+    await asyncio.wait_for(later.wait(), 10)
+    assert (reference() is not None) == kept
 
 
 @pytest.mark.parametrize(
@@ -47,4 +42,4 @@ def test_the_maker_holds_on_to_an_array_for_a_while(monkeypatch):
     ],
 )
 def test_an_update_arrives_as_it_was_sent(update):
-    assert handoff.unpack(handoff.pack(update)) == update
+    assert unpack(pack(update)) == update

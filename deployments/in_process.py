@@ -1,0 +1,71 @@
+"""The whole application in one process, without Ray: the pipeline calls the stages directly."""
+
+from fastapi import FastAPI
+
+from deployments.api import create_api
+from deployments.config import AppConfig, ModelSpec
+from deployments.encoder import VisionEncoder
+from deployments.language_model import LanguageModel
+from deployments.pipeline import make_pipelines
+from deployments.preprocessor import Preprocessor
+from deployments.stages import Stages
+from engine.frontend import load_media_processor
+
+
+class LocalModel:
+    """The stages of one model in this process; the models are loaded here.
+
+    Args:
+        spec: the model. Its numbers of replicas and resources are not used.
+        config: the application's.
+    """
+
+    def __init__(self, spec: ModelSpec, config: AppConfig) -> None:
+        self.language_model = LanguageModel(spec.engine)
+        self.preprocessor: Preprocessor | None = None
+        self.encoder: VisionEncoder | None = None
+        if load_media_processor(spec.engine) is not None:
+            self.preprocessor = Preprocessor(
+                spec.engine, config.fetch, config.images, spec.preprocessor.threads
+            )
+            stage = spec.encoder
+            self.encoder = VisionEncoder(
+                spec.engine, stage.max_batch_patches, stage.cache_bytes, stage.duty_cycle
+            )
+
+    @property
+    def stages(self) -> Stages:
+        return Stages(self.language_model, self.preprocessor, self.encoder)
+
+    async def close(self) -> None:
+        """End the stages and their threads."""
+        if self.preprocessor is not None:
+            await self.preprocessor.close()
+        if self.encoder is not None:
+            self.encoder.close()
+        self.language_model.close()
+
+
+class LocalApplication:
+    """An application of any ASGI server or client.
+
+    Args:
+        config: what ``serve_config.yaml`` gives as ``args``.
+
+    Attributes:
+        api: the ASGI application.
+        models: the stages of each model, by name.
+
+    Raises:
+        CheckpointError, ConfigError: a model can't be served.
+    """
+
+    def __init__(self, config: AppConfig) -> None:
+        self.models = {spec.name: LocalModel(spec, config) for spec in config.models}
+        stages = [model.stages for model in self.models.values()]
+        self.api: FastAPI = create_api(config.ingress, make_pipelines(config, stages))
+
+    async def close(self) -> None:
+        """End all stages."""
+        for model in self.models.values():
+            await model.close()

@@ -1,0 +1,65 @@
+"""Errors on their way through Ray: refusals travel as values, Ray's own errors become ours."""
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from deployments.errors import as_sightline, logger
+from deployments.stages import StageLost
+from engine.errors import Overloaded, SightlineError, Unavailable
+
+T = TypeVar("T")
+
+
+class Misrouted(Unavailable):
+    """A request reached another replica than the one that holds its embeddings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A deliberate error as a result. Serve would log one that is raised as a failure, with a traceback."""
+
+    error: SightlineError
+
+
+async def answered(work: Awaitable[T]) -> T | Refusal:
+    """The result of ``work``, or the deliberate error that it raises."""
+    try:
+        return await work
+    except SightlineError as error:
+        return Refusal(error)
+
+
+def checked(result: Any) -> Any:
+    """``result`` as a replica returned it.
+
+    Raises:
+        SightlineError: it is a refusal.
+    """
+    if isinstance(result, Refusal):
+        raise result.error
+    return result
+
+
+def translated(error: Exception) -> SightlineError:
+    """The error to report for ``error``, which a call of a replica raised."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        # Errors raised in a replica arrive wrapped.
+        error = error.cause
+    if isinstance(error, SightlineError):
+        return error
+    if isinstance(error, BackPressureError):
+        return Overloaded("The server has too many requests at the moment; try again shortly.")
+    if isinstance(error, RayActorError | ObjectLostError):
+        logger.warning("a request lost a part of the server: %r", error)
+        return StageLost("A part of the server stopped while it worked on this request; try again shortly.")
+    if isinstance(error, DeploymentUnavailableError | RayServeException):
+        logger.warning("a part of the server is unavailable: %r", error)
+        return Unavailable("A part of the server is not available; try again shortly.")
+    if isinstance(error, asyncio.TimeoutError | GetTimeoutError):
+        return Unavailable("A part of the server did not answer in time; try again shortly.")
+    return as_sightline(error)

@@ -1,0 +1,109 @@
+"""The stages as the ingress sees them: behind handles of Ray Serve deployments."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.ray_serve.failures import Misrouted, checked, translated
+from deployments.ray_serve.handoff import PixelsRef, RowsRef, by_reference, stream, unpack
+from deployments.stages import Generation, Pooling, Stages
+from engine.errors import SightlineError
+from engine.media.source import MediaSource
+from engine.outputs import EmbeddingOutput, StreamUpdate
+
+#: How often a stream is started until it reaches the replica that holds its embeddings.
+_ROUTING_ATTEMPTS = 4
+
+
+class RemotePreprocessor:
+    """The preprocessor stage behind ``handle``. Pixels are in the object store."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = by_reference(handle)
+
+    async def prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
+        return await _call(self._handle.prepare, list(sources))
+
+
+class RemoteEncoder:
+    """The encoder stage behind ``handle``. Embedding rows are in the object store."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = by_reference(handle)
+
+    async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
+        return await _call(self._handle.encode, pixels.item, pixels.pixels, salt)
+
+
+class RemoteLanguageModel:
+    """The language model stage behind ``handle``."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = by_reference(handle)
+
+    async def max_model_len(self) -> int:
+        return await _call(self._handle.max_model_len)
+
+    async def generate(
+        self, request: Generation, media: Sequence[RowsRef]
+    ) -> AsyncGenerator[StreamUpdate, None]:
+        replica = ""
+        if media:
+            infos = [ref.info for ref in media]
+            replica = await _call(self._handle.hold, request.request_id, infos, *(ref.rows for ref in media))
+        # Log-probabilities of a long prompt come in one item.
+        large = request.params.prompt_logprobs is not None
+        for attempt in range(_ROUTING_ATTEMPTS):
+            try:
+                async with stream(
+                    self._handle, "generate", request, bool(media), replica=replica, large=large
+                ) as updates:
+                    async for packed in updates:
+                        yield unpack(checked(packed))
+                return
+            except Misrouted:
+                # Always the first item of a stream, so starting again cannot repeat output.
+                if attempt == _ROUTING_ATTEMPTS - 1:
+                    raise
+            except SightlineError:
+                raise
+            except Exception as error:
+                raise translated(error) from error
+
+    async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
+        infos = [ref.info for ref in media]
+        return await _call(self._handle.embed, request, infos, *(ref.rows for ref in media))
+
+
+def remote_stages(
+    language_model: DeploymentHandle,
+    preprocessor: DeploymentHandle | None = None,
+    encoder: DeploymentHandle | None = None,
+) -> Stages:
+    """The stages of one model behind the handles of its deployments."""
+    return Stages(
+        RemoteLanguageModel(language_model),
+        None if preprocessor is None else RemotePreprocessor(preprocessor),
+        None if encoder is None else RemoteEncoder(encoder),
+    )
+
+
+async def _call(method: Any, *args: Any) -> Any:
+    """Call a replica's method.
+
+    Raises:
+        SightlineError: the method refused, or the replica or the call failed.
+    """
+    response = method.remote(*args)
+    try:
+        return checked(await response)
+    except asyncio.CancelledError:
+        # Serve would let the replica work on.
+        response.cancel()
+        raise
+    except SightlineError:
+        raise
+    except Exception as error:
+        raise translated(error) from error

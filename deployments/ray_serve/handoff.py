@@ -1,0 +1,131 @@
+"""How requests, arrays and token streams pass between Ray Serve deployments.
+
+The replica that makes an array puts it into the object store, and only its reference travels on: the ingress
+in the middle never holds the bytes. References are passed as top-level arguments, which Ray resolves for the
+receiver, without a copy on the same node. Both need Ray's actor calls. Serve's gRPC transport would pickle a
+reference into a byte string; Ray does not count it there and never frees its object.
+
+Tokens stream by gRPC. It carries several times as many items per second as actor calls, and a slow reader
+slows the writer down. So a request's embeddings are handed over first, by an actor call, and the stream that
+follows goes to the replica that holds them. Its items are plain tuples, which pickle in a fifth of the time
+that objects take.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.serve.handle import DeploymentHandle
+
+from engine.outputs import OutputDelta, StreamUpdate, Usage
+from engine.prompt import EmbeddedMedia, MediaItem
+
+
+@dataclass(frozen=True, slots=True)
+class PixelsRef:
+    """A prepared image: its description, and the reference to its pixels."""
+
+    item: MediaItem
+    pixels: ray.ObjectRef
+
+
+@dataclass(frozen=True, slots=True)
+class RowsInfo:
+    """How to read the embedding rows of an item; their reference is a separate argument."""
+
+    hash: str
+    dtype: str
+
+    def embedded(self, rows: np.ndarray) -> EmbeddedMedia:
+        """The embedding, once Ray has resolved the reference to ``rows``."""
+        return EmbeddedMedia(self.hash, rows, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRef:
+    """An encoded item: the reference to its embedding rows, and how to read them."""
+
+    info: RowsInfo
+    rows: ray.ObjectRef
+
+
+#: A :class:`StreamUpdate` as nested tuples; fields in the order of the dataclasses.
+PackedUpdate = tuple[str, list[tuple[Any, ...]], tuple[int, int, int], list[Any] | None, bool]
+
+
+def pack(update: StreamUpdate) -> PackedUpdate:
+    """``update`` as nested tuples, which are cheaper to pickle."""
+    deltas = [
+        (d.index, d.text, d.token_ids, d.logprobs, d.finish_reason, d.stop_reason) for d in update.deltas
+    ]
+    usage = update.usage
+    counts = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
+    return update.request_id, deltas, counts, update.prompt_logprobs, update.finished
+
+
+def unpack(packed: PackedUpdate) -> StreamUpdate:
+    """The inverse of :func:`pack`."""
+    request_id, deltas, counts, prompt_logprobs, finished = packed
+    return StreamUpdate(
+        request_id, [OutputDelta(*delta) for delta in deltas], Usage(*counts), prompt_logprobs, finished
+    )
+
+
+class ObjectStore:
+    """Puts arrays into Ray's object store.
+
+    Args:
+        put: stores an array and returns its reference.
+        keep_s: seconds for which this process keeps every reference. A busy receiver may be late to count a
+            reference inside a result as its own, and until then Ray frees an array without another reference.
+    """
+
+    def __init__(self, put: Callable[[np.ndarray], Any] = ray.put, keep_s: float = 10.0) -> None:
+        self._put = put
+        self._keep_s = keep_s
+
+    async def put(self, array: np.ndarray) -> ray.ObjectRef:
+        """Copy ``array`` into the store, on a thread: megabytes would block the event loop."""
+        reference = await asyncio.to_thread(self._put, array)
+        asyncio.get_running_loop().call_later(self._keep_s, _drop, reference)
+        return reference
+
+
+def _drop(reference: ray.ObjectRef) -> None:
+    """Do nothing: the timer that calls this has kept the reference alive until now."""
+
+
+def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
+    """``handle`` with calls whose arguments and results may hold references."""
+    return handle.options(_by_reference=True)
+
+
+@asynccontextmanager
+async def stream(
+    handle: DeploymentHandle, method: str, *args: Any, replica: str = "", large: bool = False
+) -> AsyncIterator[AsyncIterator[Any]]:
+    """Call a generator method with plain values. Leaving the block before its end cancels it in the replica.
+
+    Args:
+        replica: id of the replica to call, see :mod:`deployments.ray_serve.routing`; empty: any replica.
+        large: an item may exceed gRPC's limit of 4 MB: stream by actor calls instead.
+    """
+    streaming = handle.options(stream=True, _by_reference=large, session_id=replica)
+    response = getattr(streaming, method).remote(*args)
+    ended = False
+
+    async def items() -> AsyncIterator[Any]:
+        nonlocal ended
+        async for item in response:
+            yield item
+        ended = True
+
+    try:
+        yield items()
+    finally:
+        if not ended:
+            response.cancel()

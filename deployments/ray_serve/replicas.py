@@ -1,0 +1,169 @@
+"""The stages as Ray Serve replicas: each class holds a stage and passes its arrays through the object store.
+
+Deliberate errors are returned as :class:`~deployments.ray_serve.failures.Refusal`, not raised.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+from ray import serve
+
+from deployments.encoder import VisionEncoder
+from deployments.language_model import LanguageModel
+from deployments.preprocessor import Preprocessor
+from deployments.ray_serve.failures import Misrouted, Refusal, answered
+from deployments.ray_serve.handoff import ObjectStore, PackedUpdate, PixelsRef, RowsInfo, RowsRef, pack
+from deployments.stages import Generation, Pooling
+from deployments.tasks import all_or_none
+from deployments.threads import take_turns
+from engine.errors import SightlineError
+from engine.media.source import MediaSource
+from engine.outputs import EmbeddingOutput
+from engine.prompt import EmbeddedMedia, MediaItem, PreparedMedia
+
+#: Seconds for which a replica keeps embeddings whose request does not come. It follows at once, unless its
+#: sender or its client is gone.
+HOLD_S = 30.0
+
+
+class PreprocessorReplica:
+    """Arguments as :class:`~deployments.preprocessor.Preprocessor`."""
+
+    def __init__(self, *args: Any) -> None:
+        take_turns()
+        self._stage = Preprocessor(*args)
+        self._store = ObjectStore()
+
+    async def prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef] | Refusal:
+        """Prepare all media of a request, in order."""
+        return await answered(self._prepare(sources))
+
+    async def _prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
+        prepared = await self._stage.prepare(sources)
+        references = await all_or_none(self._store.put(media.pixels) for media in prepared)
+        return [PixelsRef(media.item, ref) for media, ref in zip(prepared, references, strict=True)]
+
+
+class VisionEncoderReplica:
+    """Arguments as :class:`~deployments.encoder.VisionEncoder`."""
+
+    def __init__(self, *args: Any) -> None:
+        take_turns()
+        self._stage = VisionEncoder(*args)
+        self._store = ObjectStore()
+
+    async def encode(self, item: MediaItem, pixels: np.ndarray, salt: str) -> RowsRef | Refusal:
+        """Encode one item; Ray has resolved the reference to ``pixels``."""
+        return await answered(self._encode(PreparedMedia(item, pixels), salt))
+
+    async def _encode(self, pixels: PreparedMedia, salt: str) -> RowsRef:
+        embedded = await self._stage.encode(pixels, salt)
+        return RowsRef(RowsInfo(embedded.hash, embedded.dtype), await self._store.put(embedded.rows))
+
+    async def metrics(self) -> dict[str, float]:
+        """Counters of the encoder."""
+        return self._stage.metrics()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_stage"):
+            self._stage.close()
+
+
+class HeldMedia:
+    """Embeddings that were handed over ahead of their requests, by request id.
+
+    Args:
+        seconds: how long they are kept.
+    """
+
+    def __init__(self, seconds: float = HOLD_S) -> None:
+        self._seconds = seconds
+        self._media: dict[str, list[EmbeddedMedia]] = {}
+
+    def __len__(self) -> int:
+        return len(self._media)
+
+    def keep(self, request_id: str, media: list[EmbeddedMedia]) -> None:
+        """Keep ``media`` for a while."""
+        self._media[request_id] = media
+        asyncio.get_running_loop().call_later(self._seconds, self._media.pop, request_id, None)
+
+    def take(self, request_id: str) -> list[EmbeddedMedia]:
+        """The media of a request, which are no longer kept.
+
+        Raises:
+            Misrouted: another replica has them, or they were dropped.
+        """
+        media = self._media.pop(request_id, None)
+        if media is None:
+            raise Misrouted("The pictures of this request were lost with a part of the server; try again.")
+        return media
+
+
+class LanguageModelReplica:
+    """Arguments as :class:`~deployments.language_model.LanguageModel`."""
+
+    def __init__(self, *args: Any) -> None:
+        take_turns()
+        self._stage = LanguageModel(*args)
+        self._held = HeldMedia()
+
+    async def hold(self, request_id: str, infos: Sequence[RowsInfo], *rows: np.ndarray) -> str:
+        """Keep a request's embeddings until :meth:`generate` takes them.
+
+        Args:
+            rows: embedding rows, one array for each of ``infos``; Ray has resolved their references.
+
+        Returns:
+            This replica's id: the session to call :meth:`generate` with.
+        """
+        self._held.keep(request_id, _embedded(infos, rows))
+        return serve.get_replica_context().replica_id.unique_id
+
+    async def generate(self, request: Generation, has_media: bool) -> AsyncIterator[PackedUpdate | Refusal]:
+        """Stream a request's output.
+
+        Args:
+            has_media: embeddings were handed over under the request's id. If this replica doesn't have them,
+                the first item is a :class:`~deployments.ray_serve.failures.Misrouted` refusal.
+        """
+        try:
+            media = self._held.take(request.request_id) if has_media else []
+            async with aclosing(self._stage.generate(request, media)) as updates:
+                async for update in updates:
+                    yield pack(update)
+        except SightlineError as error:
+            yield Refusal(error)
+
+    async def embed(
+        self, request: Pooling, infos: Sequence[RowsInfo], *rows: np.ndarray
+    ) -> EmbeddingOutput | Refusal:
+        """Pool a prompt's hidden states into a vector; ``infos`` and ``rows`` as in :meth:`hold`."""
+        return await answered(self._stage.embed(request, _embedded(infos, rows)))
+
+    async def max_model_len(self) -> int:
+        """The most tokens of prompt and answer together."""
+        return await self._stage.max_model_len()
+
+    async def metrics(self) -> dict[str, Any]:
+        """Counters, gauges and times of the engine."""
+        return self._stage.metrics()
+
+    async def is_idle(self) -> bool:
+        """Whether nothing of any request is here. Raises AssertionError if an idle engine holds memory."""
+        return self._stage.is_idle() and not len(self._held)
+
+    async def check_health(self) -> None:
+        """Ray Serve restarts a replica that raises here."""
+        self._stage.check_health()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_stage"):
+            self._stage.close()
+
+
+def _embedded(infos: Sequence[RowsInfo], rows: Sequence[np.ndarray]) -> list[EmbeddedMedia]:
+    return [info.embedded(array) for info, array in zip(infos, rows, strict=True)]

@@ -1,0 +1,116 @@
+"""The three stages of an answer as the pipeline sees them: preprocessor, encoder, language model.
+
+A stage may run in this process (:mod:`deployments.in_process`) or in replicas of its own
+(:mod:`deployments.ray_serve`). Every implementation keeps these promises:
+
+- A refusal or failure is a :class:`~engine.errors.SightlineError`; any other exception is a bug.
+- :class:`StageLost` says that the process that did the work has died. The same call may be made again.
+- Cancelling the task that awaits a stage, or closing its iterator, ends the work and frees what it held.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.errors import Unavailable
+from engine.media.source import MediaSource
+from engine.outputs import EmbeddingOutput, StreamUpdate
+from engine.pooling_params import PoolingParams
+from engine.prompt import EngineInput, MediaItem
+from engine.sampling_params import SamplingParams
+
+
+class StageLost(Unavailable):
+    """The process that worked on this request died, and its work with it."""
+
+
+class Pixels(Protocol):
+    """A prepared image or video. Its pixels are in this process, or elsewhere behind a reference."""
+
+    @property
+    def item(self) -> MediaItem: ...
+
+
+#: Embedding rows of one item, in this process or behind a reference. Made by the encoder stage, and read by
+#: the language model stage of the same implementation only.
+Rows = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A request to generate text.
+
+    Attributes:
+        request_id: unique.
+        inputs: the prompt.
+        params: how to sample.
+        priority: requests with a smaller number are scheduled first.
+    """
+
+    request_id: str
+    inputs: EngineInput
+    params: SamplingParams
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """A request to pool a prompt's hidden states; fields as in :class:`Generation`."""
+
+    request_id: str
+    inputs: EngineInput
+    params: PoolingParams
+
+
+class PreprocessorStage(Protocol):
+    """Fetches, decodes and resizes images. Needs no GPU."""
+
+    async def prepare(self, sources: Sequence[MediaSource]) -> Sequence[Pixels]:
+        """Prepare all media of a request, in order.
+
+        Raises:
+            MediaError: an item can't be fetched, decoded or shown; ``param`` is its ``where``.
+        """
+        ...
+
+
+class EncoderStage(Protocol):
+    """Turns prepared media into embedding rows."""
+
+    async def encode(self, pixels: Any, salt: str) -> Rows:
+        """Encode one item.
+
+        Args:
+            pixels: made by the preprocessor stage of the same implementation.
+            salt: keeps the caches of tenants apart.
+        """
+        ...
+
+
+class LanguageModelStage(Protocol):
+    """Runs the language model over prompts and embedding rows."""
+
+    async def max_model_len(self) -> int:
+        """The most tokens of prompt and answer together."""
+        ...
+
+    def generate(self, request: Generation, media: Sequence[Rows]) -> AsyncGenerator[StreamUpdate, None]:
+        """Stream the output; each update holds everything since the last one.
+
+        Args:
+            media: embedding rows of the prompt's items, each distinct item once.
+        """
+        ...
+
+    async def embed(self, request: Pooling, media: Sequence[Rows]) -> EmbeddingOutput:
+        """Pool the prompt's hidden states into a vector; ``media`` as in :meth:`generate`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages of one model. A text-only model has neither preprocessor nor encoder."""
+
+    language_model: LanguageModelStage
+    preprocessor: PreprocessorStage | None = None
+    encoder: EncoderStage | None = None

@@ -1,0 +1,93 @@
+"""HTTP clients of an application in the same process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+
+
+class AppTransport(httpx.AsyncBaseTransport):
+    """Sends requests to an ASGI application; httpx's own one waits for the whole answer before it returns.
+
+    A client that closes a response or cancels its request is gone. The application learns of it as in Ray
+    Serve: the task that runs it is cancelled.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        exchange = Exchange(self._app, _scope(request), [part async for part in request.stream])
+        try:
+            start = await exchange.next_message()
+        except BaseException:
+            await exchange.aclose()
+            raise
+        return httpx.Response(start["status"], headers=start["headers"], stream=exchange)
+
+
+class Exchange(httpx.AsyncByteStream):
+    """One request and its answer.
+
+    Args:
+        body: parts of the request's body; with ``endless`` more are announced, but none comes.
+
+    Attributes:
+        read: parts of the body that the application has taken.
+    """
+
+    def __init__(self, app: Any, scope: dict[str, Any], body: list[bytes], *, endless: bool = False) -> None:
+        self._body = list(body) or [b""]
+        self._endless = endless
+        self.read = 0
+        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._task = asyncio.ensure_future(app(scope, self._receive, self._messages.put))
+
+    async def next_message(self) -> dict[str, Any]:
+        """The application's next message; its exception if it has raised one."""
+        get = asyncio.ensure_future(self._messages.get())
+        try:
+            await asyncio.wait({get, self._task}, return_when=asyncio.FIRST_COMPLETED)
+            if get.done() or not self._messages.empty():
+                return await get
+            self._task.result()
+            raise AssertionError("the application ended without an answer")
+        finally:
+            get.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        more = True
+        while more:
+            message = await self.next_message()
+            yield message.get("body", b"")
+            more = message.get("more_body", False)
+
+    async def aclose(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _receive(self) -> dict[str, Any]:
+        if self.read < len(self._body):
+            part = self._body[self.read]
+            self.read += 1
+            more = self._endless or self.read < len(self._body)
+            return {"type": "http.request", "body": part, "more_body": more}
+        return await asyncio.Future()
+
+
+def _scope(request: httpx.Request) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": request.method,
+        "scheme": request.url.scheme,
+        "path": request.url.path,
+        "raw_path": request.url.raw_path,
+        "query_string": request.url.query,
+        "root_path": "",
+        "headers": [(name.lower(), value) for name, value in request.headers.raw],
+        "client": ("127.0.0.1", 1),
+        "server": (request.url.host, request.url.port),
+    }

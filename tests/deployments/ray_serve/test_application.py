@@ -1,0 +1,104 @@
+"""The application through real Ray: one chat in every form, a client that leaves, references."""
+
+import http.client
+import json
+import re
+
+import openai
+import pytest
+
+from tests.deployments.pictures import ask, circle, square
+from tests.serving import wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
+
+
+def test_a_chat_streamed_and_whole(ray_client):
+    asked = {
+        "model": "pocket",
+        "messages": ask("Do both pictures show the same color?", circle("red"), circle("blue")),
+        "max_tokens": 40,
+        "temperature": 0,
+    }
+    whole = ray_client.chat.completions.create(**asked)
+    chunks = list(ray_client.chat.completions.create(**asked, stream=True))
+    assert whole.choices[0].message.content == "No, first red, then blue."
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "No, first red, then blue."
+
+
+def test_a_long_item_of_a_stream_and_a_vector(ray_client):
+    made = ray_client.chat.completions.create(
+        model="pocket",
+        messages=ask("What shape is this?", square("blue")),
+        max_tokens=1,
+        extra_body={"prompt_logprobs": 2},
+    )
+    assert len(made.model_extra["prompt_logprobs"]) == made.usage.prompt_tokens
+    body = {"model": "tests/vectors", "messages": ask("What is this?", circle("red"))}
+    vector = ray_client.post("/embeddings", body=body, cast_to=openai.types.CreateEmbeddingResponse)
+    assert len(vector.data[0].embedding) == 256
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        # Refused by the ingress, by the preprocessor, and by the language model whole and streamed.
+        ({"temperature": -1}, "temperature"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:,a"}]}]}, "url"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}, "stream": True}, "logit_bias"),
+    ],
+)
+def test_a_refusal_of_each_stage(ray_client, change, param):
+    body = {"model": "pocket", "messages": ask("What shape is this?", square("blue"))} | change
+    with pytest.raises(openai.BadRequestError) as caught:
+        ray_client.post("/chat/completions", body=body, cast_to=object)
+    assert param in caught.value.param
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks_at_once(served, stream):
+    """Far more tokens are asked for than the test would wait for."""
+    body = {
+        "model": "pocket",
+        "messages": ask("What color is the circle?", circle("red")),
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+    before = served.engine_metrics()["output_tokens"]
+    connection = http.client.HTTPConnection(served.root.removeprefix("http://"))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    if stream:
+        assert connection.getresponse().readline().startswith(b"data: ")
+    wait_for(lambda: served.engine_metrics()["running"] == 1)
+    connection.sock.shutdown(2)
+    connection.close()
+    wait_for(lambda: served.engine_metrics()["running"] == 0)
+    served.wait_until_idle()
+    assert served.engine_metrics()["output_tokens"] - before < 900
+
+
+def stored_objects() -> int:
+    """Objects in the object stores of the cluster."""
+    from ray._private.internal_api import memory_summary
+
+    found = re.search(r"Plasma memory usage \d+ MiB, (\d+) objects", memory_summary(stats_only=True))
+    assert found is not None
+    return int(found[1])
+
+
+def test_pixels_and_embeddings_leave_the_object_store(ray_client):
+    def once(width: int) -> None:
+        ray_client.chat.completions.create(
+            model="pocket",
+            messages=ask("What color is the circle?", circle("red", (width, 160))),
+            max_tokens=4,
+        )
+
+    once(200)
+    before = stored_objects()
+    for width in range(201, 213):
+        once(width)
+    # Counting is distributed: owners hear of the last use a moment later.
+    wait_for(lambda: stored_objects() <= before)

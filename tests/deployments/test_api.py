@@ -1,0 +1,74 @@
+"""The ASGI application around the endpoints: limits, and errors that no endpoint handles."""
+
+import httpx
+import pytest
+
+from deployments.api import create_api
+from deployments.config import IngressConfig
+from tests.deployments.asgi import AppTransport, Exchange
+from tests.serving import wait_until
+
+
+def scope(path: str = "/v1/chat/completions", **headers: str) -> dict:
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+    }
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_body_beyond_the_limit_is_refused_before_all_of_it_is_read(running, announced):
+    headers = {"content_length": str(1 << 40)} if announced else {}
+    parts = [b"{" * (1 << 20)] * 100
+    exchange = Exchange(running.app.api, scope(**headers), parts, endless=True)
+    start = await exchange.next_message()
+    assert start["status"] == 413
+    assert b"request_too_large" in b"".join([part async for part in exchange])
+    assert exchange.read == (0 if announced else 65)
+    await exchange.aclose()
+
+
+async def test_unknown_routes_and_methods(http):
+    found = await http.post("/v1/nothing", json={})
+    assert found.status_code == 404
+    assert found.json()["error"]["message"] == "There is no endpoint /v1/nothing."
+    found = await http.post("/v1/models", json={})
+    assert found.status_code == 405 and found.json()["error"]["code"] == "method_not_allowed"
+
+
+async def test_requests_beyond_the_limit_are_refused_and_free_their_places(running):
+    api = create_api(IngressConfig(max_active_requests=2), {})
+    waiting = [Exchange(api, scope(), [b"{"], endless=True) for _ in range(2)]
+    await wait_until(lambda: all(exchange.read for exchange in waiting))
+    async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
+        refused = await http.post("/v1/chat/completions", json={})
+        assert refused.status_code == 429 and refused.headers["retry-after"]
+        assert refused.json()["error"] == {
+            "message": "More than 2 requests are open; try again shortly.",
+            "type": "rate_limit_error",
+            "param": None,
+            "code": "overloaded",
+        }
+        assert (await http.get("/v1/models")).status_code == 200
+        await waiting[0].aclose()
+        assert (await http.post("/v1/chat/completions", json={})).status_code == 400
+        await waiting[1].aclose()
+
+
+class Broken(dict):
+    """Stands for models that can't even be looked up."""
+
+    def __contains__(self, name: object) -> bool:
+        raise RuntimeError("a secret of the server")
+
+
+async def test_a_bug_is_a_500_without_details():
+    api = create_api(IngressConfig(), Broken())
+    async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
+        body = {"model": "any", "messages": []}
+        found = await http.post("/v1/chat/completions", json=body)
+    assert found.status_code == 500 and "secret" not in found.text
+    assert found.json()["error"]["type"] == "server_error"
