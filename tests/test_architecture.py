@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Floors of the engine from the ground up. A package imports itself and packages of lower floors, no others.
 FLOORS = [
-    ["errors", "graphs", "logprobs", "outputs", "prompt", "distributed", "kernels"],
+    ["errors", "graphs", "logprobs", "outputs", "parsers", "prompt", "distributed", "kernels"],
     ["config", "sampling_params", "pooling_params", "checkpoint", "text", "media", "metrics", "layers"],
     ["request", "structured", "vision", "weights"],
     ["families", "scheduling"],

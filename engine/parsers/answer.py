@@ -1,0 +1,56 @@
+"""Thoughts and tool calls of one answer together."""
+
+from __future__ import annotations
+
+from engine.parsers.events import Event, Parser, Text
+from engine.parsers.reasoning import ReasoningParser
+
+
+class AnswerParser:
+    """Runs an answer through a parser of tool calls and a parser of thoughts.
+
+    Args:
+        reasoning: splits thoughts; None if the family has none.
+        calls: splits tool calls; None if the request has no tools.
+        calls_in_thoughts: whether tags mark calls, so that they are found within a thought too. Calls that
+            only their place at the beginning marks are looked for behind the thought.
+    """
+
+    def __init__(
+        self, reasoning: ReasoningParser | None, calls: Parser | None, *, calls_in_thoughts: bool = True
+    ) -> None:
+        self._reasoning, self._calls = reasoning, calls
+        self._calls_first = calls_in_thoughts
+
+    def feed(self, text: str) -> list[Event]:
+        return self._pass([Text(text)] if text else [], finish=False)
+
+    def finish(self) -> list[Event]:
+        return self._pass([], finish=True)
+
+    def _pass(self, events: list[Event], *, finish: bool) -> list[Event]:
+        if self._calls_first:
+            events = _through(self._calls, events, finish)
+            return self._split_thoughts(events, finish)
+        return _through(self._calls, self._split_thoughts(events, finish), finish)
+
+    def _split_thoughts(self, events: list[Event], finish: bool) -> list[Event]:
+        if self._reasoning is None:
+            return events
+        split: list[Event] = []
+        for event in events:
+            if isinstance(event, Text):
+                split += self._reasoning.feed(event.text)
+            else:
+                split += [*self._reasoning.interrupt(), event]
+        return split + (self._reasoning.finish() if finish else [])
+
+
+def _through(parser: Parser | None, events: list[Event], finish: bool) -> list[Event]:
+    """Replace the visible text of ``events`` with what ``parser`` makes of it."""
+    if parser is None:
+        return events
+    parsed: list[Event] = []
+    for event in events:
+        parsed += parser.feed(event.text) if isinstance(event, Text) else [event]
+    return parsed + (parser.finish() if finish else [])

@@ -1,0 +1,73 @@
+"""The pieces that an answer's text is split into: visible text, thoughts, and tool calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Visible text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Text of a thought, without its tags."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """A tool call begins.
+
+    Attributes:
+        index: number of the call in the answer, from 0.
+        name: the function's name.
+    """
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """A piece of the JSON text of a call's arguments; the pieces of one call join up to one JSON object."""
+
+    index: int
+    text: str
+
+
+Event = Text | Reasoning | CallStart | CallArguments
+
+
+class Parser(Protocol):
+    """Splits an answer that arrives in pieces. The joined events don't depend on how the text was cut."""
+
+    def feed(self, text: str) -> list[Event]:
+        """Return the events that are certain after ``text``."""
+
+    def finish(self) -> list[Event]:
+        """Return the events of the text that was held back; nothing may be fed afterwards."""
+
+
+def held_back(text: str, markers: tuple[str, ...]) -> int:
+    """Length of the longest end of ``text`` that may be the beginning of one of ``markers``."""
+    longest = max((len(marker) for marker in markers), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if any(marker.startswith(text[-length:]) for marker in markers):
+            return length
+    return 0
+
+
+def first_marker(text: str, markers: tuple[str, ...], start: int = 0) -> tuple[int, str] | None:
+    """Position and text of the earliest marker at or after ``start``; the longest one where several begin."""
+    found = [(text.find(marker, start), marker) for marker in markers]
+    present = [(position, -len(marker), marker) for position, marker in found if position >= 0]
+    if not present:
+        return None
+    position, _, marker = min(present)
+    return position, marker

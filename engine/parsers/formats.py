@@ -1,0 +1,132 @@
+"""Which format of tool calls and of thoughts a checkpoint uses: its chat template tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.parsers.events import Parser
+from engine.parsers.grammar import PYTHON_CALL, XML_CALL, CallLayout, json_call
+from engine.parsers.leading_json import LeadingJsonCalls
+from engine.parsers.mistral import MistralCalls
+from engine.parsers.pythonic import PythonicCalls
+from engine.parsers.qwen_xml import QwenXmlCalls
+from engine.parsers.reasoning import ReasoningTags
+from engine.parsers.tagged import TaggedCalls
+
+Schemas = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How a family writes tool calls.
+
+    Attributes:
+        name: in the configuration.
+        signs: texts that a chat template of the family holds, one of each group.
+        parser: makes a parser for one answer, given the JSON schemas of the functions' parameters by name.
+        layout: the same format as grammar rules.
+        anywhere: whether calls may stand in the middle of a text.
+    """
+
+    name: str
+    signs: tuple[tuple[str, ...], ...]
+    parser: Callable[[Schemas], Parser]
+    layout: CallLayout
+    anywhere: bool = True
+
+
+_HERMES_CALL = json_call('\n{"name": "', '", "arguments": ', "}\n</tool_call>")
+_INTERNLM_TAGS = ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>")
+_FENCED = "\n```python\n"
+
+#: The first whose signs a template has is taken, so the more specific formats come first.
+TOOL_FORMATS = {
+    found.name: found
+    for found in (
+        ToolFormat(
+            "qwen_xml",
+            (("<tool_call>",), ("<function=",), ("<parameter=",)),
+            QwenXmlCalls,
+            CallLayout("<tool_call>", XML_CALL),
+        ),
+        ToolFormat(
+            "hermes",
+            (("<tool_call>",),),
+            lambda schemas: TaggedCalls(("<tool_call>",), "</tool_call>"),
+            CallLayout("<tool_call>", _HERMES_CALL),
+        ),
+        ToolFormat(
+            "mistral_names",
+            (("[TOOL_CALLS]",), ("[ARGS]",)),
+            lambda schemas: MistralCalls(),
+            CallLayout("[TOOL_CALLS]", json_call("", "[ARGS]", "")),
+        ),
+        ToolFormat(
+            "mistral",
+            (("[TOOL_CALLS]",),),
+            lambda schemas: MistralCalls(),
+            CallLayout("[TOOL_CALLS]", json_call('{"name": "', '", "arguments": ', "}"), "[", ", ", "]"),
+        ),
+        ToolFormat(
+            "internlm",
+            (("<|action_start|>",), ("<|plugin|>",)),
+            lambda schemas: TaggedCalls(
+                ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>"), "<|action_end|>"
+            ),
+            CallLayout(
+                "<|action_start|>",
+                json_call('<|plugin|>\n{"name": "', '", "parameters": ', "}\n<|action_end|>"),
+            ),
+        ),
+        ToolFormat(
+            "minicpm",
+            (("<|tool_call_start|>",),),
+            lambda schemas: PythonicCalls("<|tool_call_start|>", "<|tool_call_end|>"),
+            CallLayout("<|tool_call_start|>", PYTHON_CALL, _FENCED, "\n", "\n```\n<|tool_call_end|>"),
+        ),
+        ToolFormat(
+            "llama_json",
+            (("<|python_tag|>", '"parameters"', "ipython"), ("parameters",)),
+            lambda schemas: LeadingJsonCalls(),
+            CallLayout(
+                "",
+                json_call('{"name": "', '", "parameters": ', "}"),
+                between="; ",
+                refused_start=r'[ \t\r\n]*\{[ \t\r\n]*"name"',
+            ),
+            anywhere=False,
+        ),
+        ToolFormat(
+            "pythonic",
+            (("<|python_start|>", "[func_name1(params_name1=params_value1"),),
+            lambda schemas: PythonicCalls(),
+            CallLayout(
+                "", PYTHON_CALL, "[", ", ", "]", refused_start=r"[ \t\r\n]*\[[a-zA-Z_][a-zA-Z0-9_.]*\("
+            ),
+            anywhere=False,
+        ),
+    )
+}
+
+REASONING_TAGS = {
+    "think": ReasoningTags("<think>", "</think>"),
+    "thinking": ReasoningTags("<thinking>", "</thinking>"),
+    "mistral": ReasoningTags("[THINK]", "[/THINK]"),
+    "seed": ReasoningTags("<seed:think>", "</seed:think>"),
+    "kimi": ReasoningTags("◁think▷", "◁/think▷"),
+}
+
+
+def tool_format_of(template: str) -> ToolFormat | None:
+    """The format whose signs stand in a chat template; None if the template writes no calls."""
+    for found in TOOL_FORMATS.values():
+        if all(any(sign in template for sign in group) for group in found.signs):
+            return found
+    return None
+
+
+def reasoning_tags_of(template: str) -> ReasoningTags | None:
+    """The tags of thoughts that a chat template speaks of; None if it speaks of none."""
+    return next((tags for tags in REASONING_TAGS.values() if tags.end in template), None)

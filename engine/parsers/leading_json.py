@@ -1,0 +1,105 @@
+"""Tool calls as bare JSON objects at an answer's beginning: Llama 3."""
+
+from __future__ import annotations
+
+from engine.parsers.events import CallArguments, CallStart, Event, Text
+from engine.parsers.json_call import JsonCall, MalformedCall
+
+#: Characters between two calls.
+_BETWEEN = " \t\r\n;,"
+
+
+class LeadingJsonCalls:
+    """Parses ``[PREFIX] {"name": ..., "parameters": {...}}[; {...}]``, or a JSON list of such objects.
+
+    An answer that begins otherwise is text, also where it holds JSON later. So is an object without a name.
+
+    Args:
+        prefix: a tag that may stand before the first call.
+    """
+
+    def __init__(self, prefix: str = "<|python_tag|>") -> None:
+        self._prefix = prefix
+        self._buffer = ""
+        self._state = "start"
+        self._call = JsonCall()
+        self._calls = 0
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer += text
+        events: list[Event] = []
+        while self._step(events):
+            pass
+        return events
+
+    def finish(self) -> list[Event]:
+        rest, self._buffer = self._buffer, ""
+        # Without a call, everything that was held back is the answer.
+        return (
+            [Text(rest)] if rest and (self._state == "text" or self._calls == 0) and not self._named else []
+        )
+
+    @property
+    def _named(self) -> bool:
+        return self._call.name is not None
+
+    def _step(self, events: list[Event]) -> bool:
+        if self._state == "start":
+            return self._read_start()
+        if self._state == "text":
+            if self._buffer:
+                events.append(Text(self._buffer))
+                self._buffer = ""
+            return False
+        if self._state == "between":
+            self._buffer = self._buffer.lstrip(_BETWEEN)
+            if not self._buffer:
+                return False
+            self._state = "call" if self._buffer[0] == "{" else "rest"
+            return True
+        if self._state == "rest":
+            # What follows the last call isn't meant for the reader: a closing bracket, an end tag, noise.
+            self._buffer = ""
+            return False
+        return self._read_call(events)
+
+    def _read_start(self) -> bool:
+        stripped = self._buffer.lstrip()
+        if self._prefix.startswith(stripped):
+            return False
+        body = stripped.removeprefix(self._prefix).lstrip()
+        opened = body[1:].lstrip() if body.startswith("[") else body
+        if not opened:
+            return False
+        self._state = "call" if opened.startswith("{") else "text"
+        return True
+
+    def _read_call(self, events: list[Event]) -> bool:
+        """Try the whole held text while the name isn't known; afterwards pass the arguments on."""
+        if not self._named:
+            call = JsonCall()
+            start = self._buffer.find("{") if self._calls == 0 else 0
+            try:
+                arguments, rest = call.feed(self._buffer[start:])
+            except MalformedCall:
+                self._state = "text" if self._calls == 0 else "rest"
+                return True
+            if call.name is None:
+                return False
+            self._call = call
+            events.append(CallStart(self._calls, call.name))
+        else:
+            if not self._buffer:
+                return False
+            arguments, rest = self._call.feed(self._buffer)
+        self._buffer = rest
+        if arguments:
+            events.append(CallArguments(self._calls, arguments))
+        if self._call.broken:
+            self._state = "rest"
+        elif self._call.done:
+            self._calls += 1
+            self._call, self._state = JsonCall(), "between"
+        else:
+            return False
+        return True

@@ -1,0 +1,151 @@
+"""Tool calls behind ``[TOOL_CALLS]``: Mistral's older form as a JSON list, and the newer one by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.parsers.events import CallArguments, CallStart, Event, Text, first_marker, held_back
+from engine.parsers.json_call import JsonCall, JsonValue, MalformedCall
+
+_TAG = "[TOOL_CALLS]"
+_ARGS = "[ARGS]"
+_CALL_ID = "[CALL_ID]"
+
+
+class MistralCalls:
+    """Parses ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`` and ``[TOOL_CALLS]name[ARGS]{...}``."""
+
+    def __init__(self) -> None:
+        self._buffer = ""
+        self._state: Callable[[list[Event]], bool] = self._read_text
+        self._call = JsonCall()
+        self._value = JsonValue()
+        self._calls = 0
+        self._named = False
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer += text
+        events: list[Event] = []
+        while self._step(events):
+            pass
+        return events
+
+    def finish(self) -> list[Event]:
+        rest, self._buffer = self._buffer, ""
+        if self._state == self._read_text:
+            return [Text(rest)] if rest else []
+        # A tag without a call is text.
+        return [Text(_TAG + rest)] if not self._started else []
+
+    @property
+    def _started(self) -> bool:
+        """Whether a call was reported."""
+        return self._calls > 0 or self._named or self._call.name is not None
+
+    def _step(self, events: list[Event]) -> bool:
+        return self._state(events)
+
+    def _read_text(self, events: list[Event]) -> bool:
+        found = first_marker(self._buffer, (_TAG,))
+        if found is None:
+            kept = len(self._buffer) - held_back(self._buffer, (_TAG,))
+            kept = len(self._buffer[:kept].rstrip())
+            if kept:
+                events.append(Text(self._buffer[:kept]))
+                self._buffer = self._buffer[kept:]
+            return False
+        visible = self._buffer[: found[0]].rstrip()
+        if visible:
+            events.append(Text(visible))
+        self._buffer = self._buffer[found[0] + len(_TAG) :]
+        self._state = self._read_tag
+        return True
+
+    def _read_tag(self, events: list[Event]) -> bool:
+        """Tell the two forms apart by the first character."""
+        rest = self._buffer.lstrip()
+        if not rest:
+            return False
+        self._buffer = rest
+        self._state = self._read_list if rest[0] == "[" else self._read_name
+        return True
+
+    def _read_list(self, events: list[Event]) -> bool:
+        if self._call.name is None:
+            call = JsonCall()
+            start = self._buffer.find("{")
+            if start < 0:
+                return False
+            try:
+                arguments, rest = call.feed(self._buffer[start:])
+            except MalformedCall:
+                self._state = self._read_rest
+                if self._calls == 0:
+                    events.append(Text(_TAG))
+                    self._state = self._read_text
+                return True
+            if call.name is None:
+                return False
+            self._call = call
+            events.append(CallStart(self._calls, call.name))
+        elif self._buffer:
+            arguments, rest = self._call.feed(self._buffer)
+        else:
+            return False
+        self._buffer = rest
+        if arguments:
+            events.append(CallArguments(self._calls, arguments))
+        if self._call.broken:
+            self._state = self._read_rest
+        elif self._call.done:
+            self._calls += 1
+            self._call = JsonCall()
+        else:
+            return False
+        return True
+
+    def _read_name(self, events: list[Event]) -> bool:
+        end = first_marker(self._buffer, (_ARGS, "{"))
+        if end is None:
+            return False
+        name = self._buffer[: end[0]].partition(_CALL_ID)[0].strip()
+        self._buffer = self._buffer[end[0] + (len(_ARGS) if end[1] == _ARGS else 0) :].lstrip()
+        self._state, self._value, self._named = self._read_space, JsonValue(), True
+        events.append(CallStart(self._calls, name))
+        return True
+
+    def _read_space(self, events: list[Event]) -> bool:
+        self._buffer = self._buffer.lstrip()
+        if not self._buffer:
+            return False
+        self._state = self._read_arguments if self._buffer[0] == "{" else self._read_rest
+        return True
+
+    def _read_arguments(self, events: list[Event]) -> bool:
+        if not self._buffer:
+            return False
+        end, state = self._value.feed(self._buffer, 0)
+        if end:
+            events.append(CallArguments(self._calls, self._buffer[:end]))
+        self._buffer = self._buffer[end:]
+        if state == "more":
+            return False
+        self._calls += 1
+        self._state = self._read_again if state == "ended" else self._read_rest
+        return True
+
+    def _read_again(self, events: list[Event]) -> bool:
+        """Another call begins with the tag again."""
+        rest = self._buffer.lstrip()
+        if _TAG.startswith(rest):
+            return False
+        if rest.startswith(_TAG):
+            self._buffer, self._state = rest[len(_TAG) :], self._read_tag
+        else:
+            self._state = self._read_rest
+        return True
+
+    def _read_rest(self, events: list[Event]) -> bool:
+        """Drop what follows the last call."""
+        self._buffer = ""
+        return False

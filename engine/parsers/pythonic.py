@@ -1,0 +1,221 @@
+"""Tool calls as a list of Python calls: Llama 4, and MiniCPM between its tags. Nothing is evaluated."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from typing import Any
+
+from engine.parsers.events import CallArguments, CallStart, Event, Text, first_marker, held_back
+
+_OPEN, _CLOSE = "([{", ")]}"
+#: Longest call that is parsed, in characters: Python's parser is not made for hostile megabytes.
+_MAX_CALL = 100_000
+
+
+class PythonicCalls:
+    """Parses ``[name(key=literal, ...), ...]`` at an answer's beginning, or between tags anywhere.
+
+    A call is reported as soon as its closing parenthesis is there. Arguments must be literals with names.
+
+    Args:
+        begin: the opening tag; None where the calls stand at the answer's beginning, in brackets.
+        end: the closing tag.
+    """
+
+    def __init__(self, begin: str | None = None, end: str | None = None) -> None:
+        self._begin, self._end = begin, end
+        self._buffer = ""
+        self._state: Callable[[list[Event]], bool] = self._read_start if begin is None else self._read_text
+        self._calls = self._in_block = 0
+        self._between = self._visible = False
+        self._scan = _CallScan()
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer += text
+        events: list[Event] = []
+        while self._step(events):
+            pass
+        return events
+
+    def finish(self) -> list[Event]:
+        rest, self._buffer = self._buffer, ""
+        if self._state == self._read_calls:
+            return [Text((self._begin or "") + rest)] if not self._in_block else []
+        if self._state == self._read_rest or (self._between and rest.isspace()):
+            return []
+        return [Text(rest)] if rest else []
+
+    def _step(self, events: list[Event]) -> bool:
+        return self._state(events)
+
+    def _read_start(self, events: list[Event]) -> bool:
+        stripped = self._buffer.lstrip()
+        if not stripped:
+            return False
+        self._state = self._read_calls if stripped[0] == "[" else self._read_plain
+        return True
+
+    def _read_plain(self, events: list[Event]) -> bool:
+        if self._buffer:
+            events.append(Text(self._buffer))
+            self._buffer = ""
+        return False
+
+    def _read_text(self, events: list[Event]) -> bool:
+        assert self._begin is not None
+        if self._between:
+            text = self._buffer.lstrip()
+            if not text:
+                return False
+            # White space behind a call separates two texts; without a text before the call it is dropped.
+            self._buffer, self._between = self._buffer if self._visible else text, False
+        found = first_marker(self._buffer, (self._begin,))
+        if found is None:
+            kept = len(self._buffer) - held_back(self._buffer, (self._begin,))
+            kept = len(self._buffer[:kept].rstrip())
+            if kept:
+                events.append(Text(self._buffer[:kept]))
+                self._visible = True
+                self._buffer = self._buffer[kept:]
+            return False
+        visible = self._buffer[: found[0]].rstrip()
+        if visible:
+            events.append(Text(visible))
+            self._visible = True
+        self._buffer = self._buffer[found[0] + len(self._begin) :]
+        self._state, self._scan, self._in_block = self._read_calls, _CallScan(), 0
+        return True
+
+    def _read_calls(self, events: list[Event]) -> bool:
+        found = self._scan.next(self._buffer, self._end)
+        if found is None:
+            return False
+        kind, position = found
+        if kind == "call":
+            call = _parsed(self._buffer[self._scan.start : position])
+            if call is not None:
+                events += [CallStart(self._calls, call[0]), CallArguments(self._calls, call[1])]
+                self._calls += 1
+                self._in_block += 1
+                self._buffer = self._buffer[position:]
+                return True
+        if kind == "end":
+            self._buffer, self._between = self._buffer[position:], True
+            self._state = self._read_text if self._begin is not None else self._read_rest
+            return True
+        # Not a list of calls: the block is text, unless a call of it was reported.
+        if self._in_block:
+            self._state = self._read_rest
+        elif self._begin is None:
+            self._state = self._read_plain
+        else:
+            events.append(Text(self._begin))
+            self._state = self._read_text
+        return True
+
+    def _read_rest(self, events: list[Event]) -> bool:
+        self._buffer = ""
+        return False
+
+
+class _CallScan:
+    """Looks for the next complete call in a growing text.
+
+    Attributes:
+        start: where the call found begins.
+    """
+
+    def __init__(self) -> None:
+        self.start = 0
+
+    def next(self, text: str, end: str | None) -> tuple[str, int] | None:
+        """Find the next part of a list of calls.
+
+        Args:
+            end: the tag behind the list; None where a bracket closes it.
+
+        Returns:
+            ``("call", index behind it)``, ``("end", index behind the list)`` or ``("broken", index)``. None
+            if more text is needed.
+        """
+        index = 0
+        while index < len(text):
+            rest = text[index:]
+            if end is not None:
+                if rest.startswith(end):
+                    return "end", index + len(end)
+                if end.startswith(rest) or "```".startswith(rest):
+                    return None
+                if rest.startswith("```"):
+                    fence = first_marker(text, ("\n", end), index)
+                    if fence is None:
+                        return None
+                    index = fence[0]
+                    continue
+            elif text[index] == "]":
+                return "end", index + 1
+            if text[index] not in " \t\r\n,;[]":
+                return self._call(text, index)
+            index += 1
+        return None
+
+    def _call(self, text: str, start: int) -> tuple[str, int] | None:
+        self.start = start
+        depth, quote, escaped = 0, "", False
+        for index in range(start, len(text)):
+            character = text[index]
+            if index - start > _MAX_CALL:
+                return "broken", index
+            if quote:
+                if escaped:
+                    escaped = False
+                elif character == "\\":
+                    escaped = True
+                elif character == quote:
+                    quote = ""
+            elif character in "'\"" and depth:
+                quote = character
+            elif character in _OPEN:
+                if depth == 0 and (character != "(" or index == start):
+                    return "broken", index
+                depth += 1
+            elif character in _CLOSE:
+                depth -= 1
+                if depth == 0:
+                    return "call", index + 1
+                if depth < 0:
+                    return "broken", index
+            elif depth == 0 and not (character.isalnum() or character in "_.-"):
+                return "broken", index
+        return None
+
+
+def _parsed(text: str) -> tuple[str, str] | None:
+    """Name and JSON arguments of one call; None if it isn't one."""
+    name, _, arguments = text.partition("(")
+    try:
+        node = ast.parse("f(" + arguments, mode="eval").body
+        assert isinstance(node, ast.Call)
+        if node.args or any(keyword.arg is None for keyword in node.keywords):
+            return None
+        values = {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+        return name.strip(), json.dumps(values, ensure_ascii=False, allow_nan=False)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, AssertionError):
+        return None
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal; JSON's own ``true``, ``false`` and ``null`` are understood too."""
+    if isinstance(node, ast.Name) and node.id in ("true", "false", "null"):
+        return {"true": True, "false": False, "null": None}[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(entry) for entry in node.elts]
+    if isinstance(node, ast.Dict):
+        return {
+            str(_literal(key)): _literal(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+            if key is not None
+        }
+    return ast.literal_eval(node)

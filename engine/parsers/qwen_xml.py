@@ -1,0 +1,138 @@
+"""Tool calls as nested tags: Qwen3-Coder and Qwen3.5."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine.parsers.events import CallArguments, CallStart, Event, Text, first_marker, held_back
+
+_CALL, _CALL_END = "<tool_call>", "</tool_call>"
+_FUNCTION, _FUNCTION_END = "<function=", "</function>"
+_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
+
+
+class QwenXmlCalls:
+    """Parses ``<tool_call><function=NAME><parameter=KEY>VALUE</parameter>...</function></tool_call>``.
+
+    The outer tag may be missing. A value is text for parameters that the schema calls strings, JSON for all
+    others; what is no JSON is passed on as a string.
+
+    Args:
+        schemas: JSON schema of the parameters of each function, by name.
+    """
+
+    def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+        self._schemas = schemas
+        self._buffer = ""
+        self._state = "text"
+        self._calls = 0
+        self._between = self._visible = False
+        self._name = ""
+        self._keys: list[str] = []
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer += text
+        events: list[Event] = []
+        while self._step(events):
+            pass
+        return events
+
+    def finish(self) -> list[Event]:
+        rest, self._buffer = self._buffer, ""
+        if self._state == "text" and rest and not (self._between and rest.isspace()):
+            return [Text(rest)]
+        # The arguments of a call that was cut off stay an open object.
+        return []
+
+    def _step(self, events: list[Event]) -> bool:
+        return self._read_text(events) if self._state == "text" else self._read_function(events)
+
+    def _read_text(self, events: list[Event]) -> bool:
+        if self._between:
+            text = self._buffer.lstrip()
+            if not text:
+                return False
+            # White space behind a call separates two texts; without a text before the call it is dropped.
+            self._buffer, self._between = self._buffer if self._visible else text, False
+        markers = (_FUNCTION, _CALL_END) if self._calls else (_FUNCTION,)
+        found = first_marker(self._buffer, markers)
+        if found is None:
+            return self._pass_text(events, markers)
+        position, marker = found
+        if marker == _CALL_END:
+            self._buffer, self._between = (
+                self._buffer[:position].rstrip() + self._buffer[position + len(marker) :],
+                True,
+            )
+            return True
+        name_end = self._buffer.find(">", position)
+        if name_end < 0:
+            return False
+        visible = self._buffer[:position].rstrip().removesuffix(_CALL).rstrip()
+        if visible:
+            events.append(Text(visible))
+            self._visible = True
+        self._name = self._buffer[position + len(_FUNCTION) : name_end].strip()
+        self._buffer = self._buffer[name_end + 1 :]
+        self._keys = []
+        self._state = "function"
+        events += [CallStart(self._calls, self._name), CallArguments(self._calls, "{")]
+        return True
+
+    def _pass_text(self, events: list[Event], markers: tuple[str, ...]) -> bool:
+        kept = len(self._buffer) - held_back(self._buffer, (*markers, _CALL))
+        visible = self._buffer[:kept].rstrip()
+        # The outer tag is held until the function's tag tells whether a call begins.
+        visible = visible.removesuffix(_CALL).rstrip()
+        if visible:
+            events.append(Text(visible))
+            self._visible = True
+            self._buffer = self._buffer[len(visible) :]
+        return False
+
+    def _read_function(self, events: list[Event]) -> bool:
+        found = first_marker(self._buffer, (_PARAMETER, _FUNCTION_END, _CALL_END))
+        if found is None:
+            return False
+        position, marker = found
+        if marker != _PARAMETER:
+            self._buffer = self._buffer[position + (len(marker) if marker == _FUNCTION_END else 0) :]
+            events.append(CallArguments(self._calls, "}"))
+            self._calls += 1
+            self._state, self._between = "text", True
+            return True
+        key_end = self._buffer.find(">", position)
+        value_end = self._buffer.find(_PARAMETER_END, position)
+        if key_end < 0 or value_end < 0:
+            return False
+        key = self._buffer[position + len(_PARAMETER) : key_end].strip()
+        value = self._buffer[key_end + 1 : value_end].removeprefix("\n").removesuffix("\n")
+        self._buffer = self._buffer[value_end + len(_PARAMETER_END) :]
+        if key not in self._keys:
+            comma = ", " if self._keys else ""
+            self._keys.append(key)
+            text = f"{comma}{json.dumps(key, ensure_ascii=False)}: {self._json(key, value)}"
+            events.append(CallArguments(self._calls, text))
+        return True
+
+    def _json(self, key: str, value: str) -> str:
+        properties = self._schemas.get(self._name, {}).get("properties")
+        schema = properties.get(key) if isinstance(properties, Mapping) else None
+        if not _is_string(schema):
+            try:
+                return json.dumps(json.loads(value), ensure_ascii=False)
+            except ValueError:
+                pass
+        return json.dumps(value, ensure_ascii=False)
+
+
+def _is_string(schema: Any) -> bool:
+    if not isinstance(schema, Mapping):
+        return False
+    kind = schema.get("type")
+    if kind == "string":
+        return True
+    values = schema.get("enum")
+    return kind is None and isinstance(values, list) and all(isinstance(entry, str) for entry in values)

@@ -1,0 +1,113 @@
+"""Thoughts between tags: ``<think> ... </think>`` and its relatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.parsers.events import Event, Reasoning, Text, held_back
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningTags:
+    """The tags around a thought.
+
+    Attributes:
+        start: opens a thought.
+        end: closes it.
+    """
+
+    start: str
+    end: str
+
+
+class ReasoningParser:
+    """Splits thoughts from visible text. White space beside the tags is layout and is dropped.
+
+    A thought is opened at the answer's beginning only: a tag that the visible text mentions later is text.
+
+    Args:
+        tags: the family's.
+        begins_inside: the prompt has opened the thought, so the answer begins within it.
+    """
+
+    def __init__(self, tags: ReasoningTags, *, begins_inside: bool = False) -> None:
+        self._tags = tags
+        self._state = "inside" if begins_inside else "before"
+        self._buffer = ""
+        self._trim = True
+
+    @property
+    def inside(self) -> bool:
+        """Whether the text that comes next belongs to a thought."""
+        return self._state == "inside"
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer += text
+        events: list[Event] = []
+        while self._step(events):
+            pass
+        return events
+
+    def finish(self) -> list[Event]:
+        """Return what was held back. White space at the end of a thought is dropped, as at its tags."""
+        rest, self._buffer = self._buffer, ""
+        if self._state == "inside":
+            rest = rest.strip() if self._trim else rest.rstrip()
+            return [Reasoning(rest)] if rest else []
+        return [Text(rest)] if rest else []
+
+    def interrupt(self) -> list[Event]:
+        """Return what was held back, because something else follows, such as a tool call."""
+        events = self.finish()
+        if self._state == "before":
+            self._state = "after"
+        return events
+
+    def _step(self, events: list[Event]) -> bool:
+        if self._state == "before":
+            return self._read_beginning()
+        if self._state == "inside":
+            return self._read_thought(events)
+        if self._trim:
+            self._buffer = self._buffer.lstrip()
+        if self._buffer:
+            self._trim = False
+            events.append(Text(self._buffer))
+            self._buffer = ""
+        return False
+
+    def _read_beginning(self) -> bool:
+        stripped = self._buffer.lstrip()
+        if stripped.startswith(self._tags.start):
+            self._buffer = stripped[len(self._tags.start) :]
+            self._state = "inside"
+            return True
+        if self._tags.start.startswith(stripped):
+            return False
+        # No thought: the answer's own white space stays.
+        self._state, self._trim = "after", False
+        return True
+
+    def _read_thought(self, events: list[Event]) -> bool:
+        if self._trim:
+            self._buffer = self._buffer.lstrip()
+            # The template has opened the thought already, and the model repeats the tag.
+            if self._buffer.startswith(self._tags.start):
+                self._buffer = self._buffer[len(self._tags.start) :].lstrip()
+            elif self._tags.start.startswith(self._buffer):
+                return False
+        position = self._buffer.find(self._tags.end)
+        if position >= 0:
+            thought = self._buffer[:position].rstrip()
+            if thought:
+                events.append(Reasoning(thought))
+            self._buffer = self._buffer[position + len(self._tags.end) :]
+            self._state, self._trim = "after", True
+            return True
+        kept = len(self._buffer) - held_back(self._buffer, (self._tags.end,))
+        kept = len(self._buffer[:kept].rstrip())
+        if kept:
+            events.append(Reasoning(self._buffer[:kept]))
+            self._buffer = self._buffer[kept:]
+            self._trim = False
+        return False

@@ -1,0 +1,188 @@
+"""Formats of tool calls other than JSON between tags."""
+
+import random
+
+import pytest
+
+from engine.parsers.leading_json import LeadingJsonCalls
+from engine.parsers.mistral import MistralCalls
+from engine.parsers.pythonic import PythonicCalls
+from engine.parsers.qwen_xml import QwenXmlCalls
+from engine.parsers.tagged import TaggedCalls
+from tests.engine.parsers.cuts import parse
+
+SCHEMAS = {
+    "report": {
+        "type": "object",
+        "properties": {
+            "color": {"type": "string"},
+            "count": {"type": "integer"},
+            "tags": {"type": "array"},
+            "kind": {"enum": ["a", "b"]},
+        },
+    }
+}
+
+
+def check(make, text, visible, calls):
+    found = parse(make, text)
+    assert found["text"] == visible
+    assert found["calls"] == calls
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        ('{"name": "f", "parameters": {"x": 1}}', "", [("f", '{"x": 1}')]),
+        ('<|python_tag|>{"name": "f", "parameters": {"x": 1}}', "", [("f", '{"x": 1}')]),
+        (
+            '{"name": "f", "parameters": {}}; {"name": "g", "arguments": {"y": 2}}',
+            "",
+            [("f", "{}"), ("g", '{"y": 2}')],
+        ),
+        (
+            '[{"name": "f", "parameters": {}}, {"name": "g", "parameters": {}}]',
+            "",
+            [("f", "{}"), ("g", "{}")],
+        ),
+        ('  {"name": "f", "parameters": {"a": "b', "", [("f", '{"a": "b')]),
+        # An answer in JSON is no call, and a call in the middle of a text isn't one either.
+        ('{"color": "red"}', '{"color": "red"}', []),
+        ("[1, 2]", "[1, 2]", []),
+        ('Sure: {"name": "f", "parameters": {}}', 'Sure: {"name": "f", "parameters": {}}', []),
+        ("Hello", "Hello", []),
+        ('{"name": "f"', "", [("f", "")]),
+        ("  ", "  ", []),
+    ],
+)
+def test_llama(text, visible, calls):
+    check(LeadingJsonCalls, text, visible, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        ('[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]', "", [("f", '{"x": 1}')]),
+        (
+            'Wait. [TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"a": "]"}}]',
+            "Wait.",
+            [("f", "{}"), ("g", '{"a": "]"}')],
+        ),
+        ('[TOOL_CALLS]f[ARGS]{"x": {"y": "}"}}', "", [("f", '{"x": {"y": "}"}}')]),
+        (
+            '[TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]g[CALL_ID]abc[ARGS]{"a": 1}',
+            "",
+            [("f", "{}"), ("g", '{"a": 1}')],
+        ),
+        ('[TOOL_CALLS]f{"x": 1}', "", [("f", '{"x": 1}')]),
+        ("[TOOL", "[TOOL", []),
+        ("[TOOL_CALLS]", "[TOOL_CALLS]", []),
+        ("a list [1] and [TOOL_CALLS", "a list [1] and [TOOL_CALLS", []),
+    ],
+)
+def test_mistral(text, visible, calls):
+    check(MistralCalls, text, visible, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        (
+            "<tool_call>\n<function=report>\n<parameter=color>\nred\n</parameter>\n<parameter=count>\n3\n</parameter>\n"
+            "</function>\n</tool_call>",
+            "",
+            [("report", '{"color": "red", "count": 3}')],
+        ),
+        # A string stays one whatever it looks like; an unknown type is JSON if it can be.
+        (
+            "ok <function=report><parameter=color>3</parameter><parameter=kind>1</parameter>"
+            '<parameter=tags>["a", "<b>"]</parameter><parameter=other>tr"ue</parameter></function> done',
+            "ok done",
+            [("report", '{"color": "3", "kind": "1", "tags": ["a", "<b>"], "other": "tr\\"ue"}')],
+        ),
+        (
+            "<tool_call><function=f></function></tool_call>\n<tool_call><function=g></function>",
+            "",
+            [("f", "{}"), ("g", "{}")],
+        ),
+        (
+            "<tool_call>\n<function=f>\n<parameter=a>\nline 1\n\nline 2\n</parameter>\n</tool_call>",
+            "",
+            [("f", '{"a": "line 1\\n\\nline 2"}')],
+        ),
+        ("a <tool_call> b", "a <tool_call> b", []),
+        ("<function", "<function", []),
+        ("<tool_call><function=f><parameter=a>1</parameter><parameter=b>x", "", [("f", '{"a": 1')]),
+    ],
+)
+def test_qwen_xml(text, visible, calls):
+    check(lambda: QwenXmlCalls(SCHEMAS), text, visible, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        ("[f(a=1, b='x')]", "", [("f", '{"a": 1, "b": "x"}')]),
+        (
+            '[f(), g(a=[1, (2, 3)], b={"k": None}, c=True)]',
+            "",
+            [("f", "{}"), ("g", '{"a": [1, [2, 3]], "b": {"k": null}, "c": true}')],
+        ),
+        ("[a.b(x=-1.5)]", "", [("a.b", '{"x": -1.5}')]),
+        ("[f(a='it\\'s (fine)]')]", "", [("f", '{"a": "it\'s (fine)]"}')]),
+        ("[f(a=true, b=null)]", "", [("f", '{"a": true, "b": null}')]),
+        # Not calls: nothing is evaluated, positional values have no name.
+        ("[1, 2]", "[1, 2]", []),
+        ("[Note] see below", "[Note] see below", []),
+        ("[f(1)]", "[f(1)]", []),
+        ("[f(a=open('x'))]", "[f(a=open('x'))]", []),
+        ("[f(a=1e999)]", "[f(a=1e999)]", []),
+        ("[f(a=", "[f(a=", []),
+        ("f(a=1)", "f(a=1)", []),
+        ("[f(a=1), oops", "", [("f", '{"a": 1}')]),
+    ],
+)
+def test_pythonic(text, visible, calls):
+    check(PythonicCalls, text, visible, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        (
+            "I look.\n<|tool_call_start|>\n```python\nf(a=1)\ng(b='```')\n```\n<|tool_call_end|>\nDone.",
+            "I look.\nDone.",
+            [("f", '{"a": 1}'), ("g", '{"b": "```"}')],
+        ),
+        ("<|tool_call_start|>[f(a=1), g()]<|tool_call_end|>", "", [("f", '{"a": 1}'), ("g", "{}")]),
+        ("<|tool_call_start|>oops<|tool_call_end|>", "<|tool_call_start|>oops<|tool_call_end|>", []),
+        ("a <|tool", "a <|tool", []),
+    ],
+)
+def test_pythonic_between_tags(text, visible, calls):
+    check(lambda: PythonicCalls("<|tool_call_start|>", "<|tool_call_end|>"), text, visible, calls)
+
+
+FORMATS = {
+    "tagged": lambda: TaggedCalls(("<tool_call>",), "</tool_call>"),
+    "llama": LeadingJsonCalls,
+    "mistral": MistralCalls,
+    "qwen_xml": lambda: QwenXmlCalls(SCHEMAS),
+    "pythonic": PythonicCalls,
+    "pythonic between tags": lambda: PythonicCalls("<|tool_call_start|>", "<|tool_call_end|>"),
+}
+
+#: Pieces of all formats, to be put together at random.
+PIECES = [
+    "<tool_call>", "</tool_call>", "<function=report>", "</function>", "<parameter=color>",
+    "</parameter>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>",
+    "```", "```python\n", '{"name": "f", "arguments": ', '{"a": 1}', '{"name": "g"', "}", "{", "[", "]",
+    "f(a=1)", "f(", ")", "'", '"', "\\", "\n", " ", ",", "text", "1", ":", "=", "<", "ü😀",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_text_gives_the_same_for_every_cut(name):
+    rng = random.Random(name)
+    for _ in range(150):
+        parse(FORMATS[name], "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 9))))

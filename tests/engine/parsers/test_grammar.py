@@ -1,0 +1,256 @@
+"""Grammars of tool calls: what they allow parses to calls that keep their schemas, and text stays free."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cache
+from typing import Any, NamedTuple
+
+import jsonschema
+import llguidance
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from engine.parsers.answer import AnswerParser
+from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS, ToolFormat, reasoning_tags_of, tool_format_of
+from engine.parsers.grammar import SpecialTokens, ToolSchema, grammar_behind_thought, tool_grammar
+from engine.parsers.reasoning import ReasoningParser
+from tests.engine.parsers.cuts import joined
+from tests.engine.tokenizers import byte_fallback, byte_level
+
+THINK = REASONING_TAGS["think"]
+TOOLS = [
+    ToolSchema(
+        "report",
+        {
+            "type": "object",
+            "properties": {
+                "color": {"enum": ["red", "blue"]},
+                "count": {"type": "integer", "minimum": 0, "maximum": 9},
+                "sure": {"type": "boolean"},
+                "note": {"type": "string", "maxLength": 5},
+            },
+            "required": ["color", "count"],
+            "additionalProperties": False,
+        },
+    ),
+    ToolSchema("stop", {"type": "object", "properties": {}, "additionalProperties": False}),
+    ToolSchema(
+        "pick",
+        {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}, "b": {"type": "boolean"}},
+            "additionalProperties": False,
+        },
+    ),
+]
+SCHEMAS = {tool.name: tool.parameters for tool in TOOLS}
+TAGS = (
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|action_start|>", "<|plugin|>",
+    "<|action_end|>", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>", "<think>",
+    "</think>", "<|other|>",
+)  # fmt: skip
+
+#: A vocabulary in which the tags are tokens of their own, and one in which they are plain text.
+VOCABULARIES = {"tokens": (byte_level, "<|im_end|>"), "text": (byte_fallback, "</s>")}
+
+
+#: Texts that end a free text in one of the formats.
+CLOSINGS = ("\n</parameter>\n", "</think>", '"')
+
+
+class Walk(NamedTuple):
+    """An answer, and whether it came to its end within the limit."""
+
+    text: str
+    finished: bool
+
+    def calls(self, parsed: dict[str, Any]) -> list[tuple[str, str]]:
+        """The calls that are complete: the limit may have cut the last one."""
+        return parsed["calls"] if self.finished else parsed["calls"][:-1]
+
+
+class Vocabulary:
+    """A tokenizer, as the grammar engine and the grammars see it."""
+
+    def __init__(self, name: str) -> None:
+        make, end = VOCABULARIES[name]
+        self.backend: Backend = make()
+        if name == "tokens":
+            self.backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+        self.size = self.backend.get_vocab_size(with_added_tokens=True)
+        self.end = self.backend.token_to_id(end)
+        self.engine = llguidance.LLTokenizer(self.backend.to_str(), n_vocab=self.size, eos_token=[self.end])
+        added = {token.content: index for index, token in self.backend.get_added_tokens_decoder().items()}
+        self.special = SpecialTokens(added, frozenset([self.end]))
+        self.bytes = {index: self.engine.decode_bytes([index]) for index in range(self.size)}
+
+    def text(self, tokens: list[int]) -> str:
+        """Tags that are tokens spell themselves."""
+        spelled = {index: content.encode() for content, index in self.special.ids.items()}
+        return b"".join(spelled.get(token, self.bytes[token]) for token in tokens).decode(errors="replace")
+
+    def accepts(self, grammar: str, text: str) -> bool:
+        """Whether the grammar allows ``text`` as a whole answer."""
+        matcher = llguidance.LLMatcher(self.engine, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        tokens = self.backend.encode(text, add_special_tokens=False).ids
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    def walk(self, grammar: str, seed: int, tags: frozenset[int] = frozenset(), limit: int = 300) -> Walk:
+        """Choose tokens at random among those allowed, ``tags`` nine times in ten where they are allowed."""
+        matcher = llguidance.LLMatcher(self.engine, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        rng, tokens = random.Random(seed), []
+        mask = np.zeros((self.size + 31) // 32, np.int32)
+        while len(tokens) < limit:
+            if len(tokens) > 60 and rng.random() < 0.3:
+                # Chance alone would hardly ever spell the end of a free text.
+                closing = self.backend.encode(rng.choice(CLOSINGS), add_special_tokens=False).ids
+                tokens += closing[: matcher.try_consume_tokens(closing)]
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+            assert allowed, "the grammar has no way on"
+            liked = [token for token in allowed if token in tags]
+            ends = matcher.is_accepting() and rng.random() < 0.2
+            token = self.end if ends else rng.choice(liked if liked and rng.random() < 0.9 else allowed)
+            if token == self.end:
+                assert matcher.is_accepting()
+                return Walk(self.text(tokens), True)
+            matcher.consume_token(token)
+            tokens.append(token)
+        return Walk(self.text(tokens), False)
+
+
+@cache
+def vocabulary(name: str) -> Vocabulary:
+    return Vocabulary(name)
+
+
+def grammar(found: ToolFormat, words: Vocabulary, choice="auto", **options) -> str:
+    return tool_grammar(found.layout, TOOLS, words.special, choice=choice, **options)
+
+
+CELLS = pytest.mark.parametrize(
+    ("found", "words"), [(found, words) for found in TOOL_FORMATS.values() for words in VOCABULARIES],
+    ids=lambda value: getattr(value, "name", value),
+)  # fmt: skip
+
+
+def check_calls(calls: list[tuple[str, str]]) -> None:
+    for name, arguments in calls:
+        jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+
+
+@CELLS
+def test_required_calls_keep_their_schemas(found, words):
+    words = vocabulary(words)
+    text = grammar(found, words, "required")
+    for seed in range(6):
+        walk = words.walk(text, seed)
+        parsed = joined(found.parser(SCHEMAS), [walk.text])
+        # An unfinished call is text.
+        assert parsed["calls"] and not (walk.finished and parsed["text"].strip()), walk
+        check_calls(walk.calls(parsed))
+
+
+@CELLS
+def test_one_call_where_calls_are_not_parallel(found, words):
+    words = vocabulary(words)
+    text = grammar(found, words, "required", parallel=False)
+    for seed in range(4):
+        walk = words.walk(text, seed)
+        parsed = joined(found.parser(SCHEMAS), [walk.text])
+        assert len(parsed["calls"]) == 1
+        check_calls(walk.calls(parsed))
+
+
+@CELLS
+def test_text_stays_free_and_calls_in_it_keep_their_schemas(found, words):
+    words = vocabulary(words)
+    text = grammar(found, words)
+    for plain in ("Hello!", "a < b, {c} and [d]", '{"color": "red"}', "two\n\nlines", ""):
+        assert words.accepts(text, plain), plain
+    trigger = frozenset(words.special.ids[tag] for tag in (found.layout.trigger,) if tag in words.special.ids)
+    called = 0
+    for seed in range(8):
+        walk = words.walk(text, seed, trigger, limit=150)
+        parsed = joined(found.parser(SCHEMAS), [walk.text])
+        check_calls(walk.calls(parsed))
+        called += len(parsed["calls"])
+    assert called or not trigger
+
+
+@CELLS
+def test_a_call_of_an_unknown_function_is_not_allowed(found, words):
+    words = vocabulary(words)
+    for choice in ("auto", "required"):
+        text = grammar(found, words, choice)
+        (call,) = {
+            "hermes": ['<tool_call>\n{"name": "NAME", "arguments": {}}\n</tool_call>'],
+            "qwen_xml": ["<tool_call>\n<function=NAME>\n</function>\n</tool_call>"],
+            "mistral": ['[TOOL_CALLS][{"name": "NAME", "arguments": {}}]'],
+            "mistral_names": ["[TOOL_CALLS]NAME[ARGS]{}"],
+            "internlm": ['<|action_start|><|plugin|>\n{"name": "NAME", "parameters": {}}\n<|action_end|>'],
+            "minicpm": ["<|tool_call_start|>\n```python\nNAME()\n```\n<|tool_call_end|>"],
+            "llama_json": ['{"name": "NAME", "parameters": {}}'],
+            "pythonic": ["[NAME()]"],
+        }[found.name]
+        assert words.accepts(text, call.replace("NAME", "stop"))
+        assert not words.accepts(text, call.replace("NAME", "other"))
+
+
+@CELLS
+def test_a_thought_may_come_first(found, words):
+    words = vocabulary(words)
+    tags = frozenset(words.special.ids[tag] for tag in (THINK.start, THINK.end) if tag in words.special.ids)
+    for inside in (False, True):
+        text = grammar(found, words, "required", reasoning=THINK, begins_inside=inside)
+        thought = 0
+        for seed in range(4):
+            walk = words.walk(text, seed, tags)
+            reasoning = ReasoningParser(THINK, begins_inside=inside)
+            calls = found.parser(SCHEMAS)
+            parsed = joined(AnswerParser(reasoning, calls, calls_in_thoughts=found.anywhere), [walk.text])
+            # An unfinished call is text.
+            assert not (walk.finished and parsed["text"].strip()), walk
+            check_calls(walk.calls(parsed))
+            thought += THINK.end in walk.text
+        assert thought or not (inside or tags)
+
+
+@pytest.mark.parametrize("words", VOCABULARIES)
+def test_structured_output_begins_behind_the_thought(words):
+    words = vocabulary(words)
+    text = grammar_behind_thought('%json {"type": "integer"}', words.special, THINK, begins_inside=False)
+    assert words.accepts(text, "<think>12 {x}\n</think>\n12")
+    assert words.accepts(text, "12")
+    assert not words.accepts(text, "<think>hm</think>\ntwelve")
+    inside = grammar_behind_thought('%json {"type": "integer"}', words.special, THINK, begins_inside=True)
+    assert words.accepts(inside, "hm</think>12") and not words.accepts(inside, "12")
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ '<tool_call>' }} {\"name\": <function-name>}", "hermes"),
+        ("<tool_call>\n<function=example>\n<parameter=a>", "qwen_xml"),
+        ("[AVAILABLE_TOOLS] [TOOL_CALLS] [", "mistral"),
+        ("[TOOL_CALLS]{{ name }}[ARGS]", "mistral_names"),
+        ("<|python_tag|> {\"name\": function name, \"parameters\": dictionary}", "llama_json"),
+        ("<|action_start|><|plugin|>", "internlm"),
+        ("<|tool_call_start|>", "minicpm"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
+    ],
+)  # fmt: skip
+def test_the_template_tells_the_format(template, name):
+    found = tool_format_of(template)
+    assert (found and found.name) == name
+
+
+def test_the_template_tells_the_tags_of_thoughts():
+    assert reasoning_tags_of("{{ '<think>\\n' }} </think>") is THINK
+    assert reasoning_tags_of("nothing") is None
