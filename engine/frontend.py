@@ -13,13 +13,8 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest
-from engine.families.base import (
-    Family,
-    MediaProcessor,
-    ModelConfig,
-    NamelessProcessor,
-    PromptAwareProcessor,
-)
+from engine.families.base import MediaProcessor, ModelConfig, NamelessProcessor, PromptAwareProcessor
+from engine.families.family import Family
 from engine.families.registry import resolve
 from engine.fit import check_fit
 from engine.inputs.builder import PromptBuilder

@@ -43,6 +43,22 @@ class MediaItem:
     placeholder: tuple[PlaceholderRun, ...]
     times: tuple[float, ...] = ()
 
+    @classmethod
+    def of_rows(
+        cls,
+        kind: str,
+        key: str,
+        token_id: int,
+        num_tokens: int,
+        *,
+        grid: tuple[int, ...],
+        size: tuple[int, int],
+        times: tuple[float, ...] = (),
+    ) -> MediaItem:
+        """An item with the content hash ``key``, whose placeholder is ``token_id`` ``num_tokens`` times."""
+        placeholder = (PlaceholderRun(token_id, num_tokens, True),)
+        return cls(kind, key, num_tokens, grid, size, placeholder, times)
+
     def __post_init__(self) -> None:
         rows = sum(run.count for run in self.placeholder if run.is_embed)
         assert rows == self.num_tokens, f"{rows} placeholder rows for {self.num_tokens} embedding rows"

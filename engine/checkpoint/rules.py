@@ -12,6 +12,16 @@ from engine.errors import CheckpointError
 ModelPart = Literal["language", "vision"]
 
 
+DECODER_RULES: tuple[tuple[str, str], ...] = (
+    (r"(?:model\.|language_model\.)?lm_head\.(.*)", r"lm_head.\1"),
+    (r"(?:model\.language_model|language_model\.model|model\.text_model|model)\.(.*)", r"\1"),
+)
+"""Names of a language model: alone, inside a VLM as saved today, and inside one as saved before."""
+
+ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
+TIED_HEAD = r".*lm_head\.weight"
+
+
 @dataclass(frozen=True, slots=True)
 class WeightRules:
     """Rename rules. Each is a regular expression for a whole tensor name and the name in the part's module
@@ -21,7 +31,7 @@ class WeightRules:
         ignore: names that may be present and are not wanted, e.g. rotary buffers or a tied ``lm_head``.
     """
 
-    language: tuple[tuple[str, str], ...]
+    language: tuple[tuple[str, str], ...] = DECODER_RULES
     vision: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
 
@@ -59,16 +69,6 @@ class WeightRules:
                 if match:
                     return part, match.expand(replacement)
         return None
-
-
-DECODER_RULES: tuple[tuple[str, str], ...] = (
-    (r"(?:model\.|language_model\.)?lm_head\.(.*)", r"lm_head.\1"),
-    (r"(?:model\.language_model|language_model\.model|model\.text_model|model)\.(.*)", r"\1"),
-)
-"""Names of a language model: alone, inside a VLM as saved today, and inside one as saved before."""
-
-ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
-TIED_HEAD = r".*lm_head\.weight"
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

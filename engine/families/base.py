@@ -1,44 +1,38 @@
-"""What a model family is: the one place that knows its configuration, pictures, prompts and weights.
+"""The types that families share with the rest of the engine: configurations, and interfaces of their parts.
 
-A family is a stateless object with the methods of :class:`Family`. Nothing here imports torch: configurations
-and media processors are used in processes that never run a model.
+Nothing here imports torch: configurations and media processors are used in processes that never run a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
-
 from engine.layers.decoder_config import DecoderConfig
-from engine.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
+from engine.prompt import MediaItem, PreparedMedia
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from engine.checkpoint.folder import Checkpoint
-    from engine.checkpoint.rules import WeightRules
     from engine.graphs import Recorder
-    from engine.layers.build import BuildContext
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A checkpoint's configuration, in our own terms.
+    """A checkpoint's configuration, in the engine's own terms.
 
     Attributes:
         architecture: the entry of ``architectures`` in config.json.
-        family: name of the family, as the registry knows it.
+        family: the family's name in the registry.
         decoder: the language model.
-        vision: the family's own description of its vision part; None for text-only models.
+        vision: the vision part, of a type that the family chooses; None for text-only models.
         eos_token_ids: tokens that end an answer, from generation_config.json, config.json and the family.
         dtype: the checkpoint's own dtype: ``float32``, ``float16`` or ``bfloat16``.
-        image_token_id: the token that embedding rows of pictures overwrite.
+        image_token_id: the token whose embedding is replaced by the embedding rows of images.
         video_token_id: the same for videos.
-        extra: whatever else a family must remember; plain data.
+        extra: further values that the family needs later; plain data.
     """
 
     architecture: str
@@ -59,22 +53,22 @@ class ModelConfig:
 
     @property
     def embedding_width(self) -> int:
-        """Numbers per embedding row: the hidden size, followed by one more per deepstack layer."""
+        """Numbers per embedding row: the hidden size, and as many again for each deepstack layer."""
         return self.decoder.hidden_size * (1 + self.decoder.num_deepstack)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """How a family's prompts speak of pictures.
+    """The placeholder strings of images and videos in a family's prompts.
 
     Attributes:
-        image: what marks a picture in a rendered prompt, and becomes the item's placeholder. ``{index}`` in
-            it stands for the picture's number in the prompt, from 1.
-        video: the same for a video; None if the family has none.
-        separator: what joins the parts of a message for chat templates that take strings.
-        split_at_media: text before, between and after the marks is tokenised piece by piece, each with the
-            tokenizer's own special tokens (Phi-3.5-vision), instead of as one text.
-        default_template: Jinja chat template to use where the checkpoint brings none; None: there is none.
+        image: the placeholder string of an image in a rendered prompt. The prompt builder replaces it by the
+            item's placeholder tokens. ``{index}`` in it stands for the image's number in the prompt, from 1.
+        video: the same for a video; None if the family has no videos.
+        separator: joins the parts of a message for chat templates that take strings.
+        split_at_media: whether the texts before, between and after placeholder strings are tokenised piece by
+            piece, each with the tokenizer's special tokens (Phi-3.5-vision), instead of as one text.
+        default_template: Jinja chat template for checkpoints that bring none; None if there is none.
     """
 
     image: str | None = None
@@ -85,17 +79,17 @@ class PromptFormat:
 
 
 class MediaProcessor(Protocol):
-    """Turns decoded pictures into what the encoder takes. CPU only, thread-safe, picklable."""
+    """Turns decoded images into the encoder's input. CPU only, thread-safe, picklable."""
 
     def check(self, size: tuple[int, int]) -> int:
-        """Embedding rows for a picture of ``(width, height)`` pixels, without looking at it.
+        """Number of embedding rows of an image of ``(width, height)`` pixels, by its size alone.
 
         Raises:
-            InvalidRequest: if a picture of this size can't be shown to the model.
+            InvalidRequest: the model can't be shown an image of this size.
         """
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        """Prepare an upright RGB picture exactly as the checkpoint's own processor does.
+        """Prepare an upright RGB image exactly as the checkpoint's own processor does.
 
         Raises:
             InvalidRequest: as :meth:`check`.
@@ -105,58 +99,79 @@ class MediaProcessor(Protocol):
         """Prepare upright RGB frames of one size as one item of kind ``video``.
 
         Raises:
-            InvalidRequest: if the family has no video, or as :meth:`check`.
+            InvalidRequest: the family has no videos, the frames differ in size, or as :meth:`check`.
         """
 
 
 @runtime_checkable
 class PromptAwareProcessor(Protocol):
-    """A :class:`MediaProcessor` that shows a picture otherwise where it is one of several."""
+    """A :class:`MediaProcessor` that prepares an image differently when the prompt has several."""
 
     def among(self, num_images: int) -> MediaProcessor:
-        """The processor for each picture of a prompt with ``num_images``, videos not counted."""
+        """The processor for each image of a prompt with ``num_images`` images; videos don't count."""
 
 
 @runtime_checkable
 class NamelessProcessor(Protocol):
-    """A :class:`MediaProcessor` whose items can be named after their encoding was begun: that takes longer
-    than the rest of their preparation, and no encoder asks for it."""
+    """A :class:`MediaProcessor` that can leave out the content hash and add it later.
+
+    Hashing is the slowest part of the preparation and the encoder doesn't need the hash, so encoding may
+    start before it.
+    """
 
     def nameless(self) -> MediaProcessor:
-        """The same processor, but its items have no content hash yet (``""``)."""
+        """The same processor, but with an empty content hash (``""``) in its items."""
 
     def named(self, media: PreparedMedia) -> PreparedMedia:
-        """``media`` of :meth:`nameless` as this processor itself would have prepared it."""
+        """``media``, prepared by :meth:`nameless`, with its content hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingField:
+    """The numbers that describe each item whose embedding rows come from the caller.
+
+    Attributes:
+        name: the entry of ``multi_modal_data["image"]`` that holds them, e.g. ``image_grid_thw``.
+        numbers: their names in order, e.g. ``("t", "h", "w")``.
+    """
+
+    name: str
+    numbers: tuple[str, ...]
+
+
+IMAGE_SIZES = EmbeddingField("image_size_list", ("width", "height"))
+"""For families in which the size of an image decides how many rows it has."""
 
 
 @runtime_checkable
 class EmbeddingProcessor(Protocol):
-    """A :class:`MediaProcessor` whose pictures may also come as embedding rows.
+    """A :class:`MediaProcessor` whose images may also come as embedding rows."""
 
-    ``embedding_field`` names what describes each item beside its rows; None if rows say it all.
-    """
+    @property
+    def embedding_field(self) -> EmbeddingField | None:
+        """The description that each item needs beside its rows; None if it needs none."""
 
-    embedding_field: str | None
+    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
+        """The item of a description.
 
-    def embedding_rows(self, description: tuple[int, ...] | None) -> int:
-        """Rows of an item so described.
+        Args:
+            description: the positive numbers of ``embedding_field``; empty if that is None.
+            key: the item's content hash.
 
         Raises:
-            InvalidRequest: the description has no meaning.
+            InvalidRequest: no image has this description.
         """
-
-    def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
-        """The item, with ``key`` as its content hash; errors as :meth:`embedding_rows`."""
 
 
 class MediaEncoder(Protocol):
-    """A loaded vision part: pixels to embedding rows, on its device."""
+    """A loaded vision part: computes embedding rows from pixels, on its device."""
 
     def cost(self, item: MediaItem) -> int:
-        """Patches that the tower attends over for ``item``: the unit in which launches are budgeted."""
+        """Number of patches that the tower attends over for ``item``: the unit of launch budgets."""
 
     def record(self, record: Recorder) -> None:
-        """Record passes through the tower for few pictures, so that none waits for it."""
+        """Capture the tower's forward pass for small batches, whose kernel launches take the host longer than
+        the device computes."""
 
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         """Rows ``(num_tokens, embedding_width)`` of each item, in the model's dtype, on the device.
@@ -164,50 +179,3 @@ class MediaEncoder(Protocol):
         Raises:
             InvalidRequest: an item's pixels don't have the shape that its grid announces.
         """
-
-
-class Family(Protocol):
-    """One model family. Instances are stateless."""
-
-    name: str
-    architectures: tuple[str, ...]
-
-    def parse(self, checkpoint: Checkpoint) -> ModelConfig:
-        """Read the checkpoint's JSON files.
-
-        Raises:
-            CheckpointError: naming the field that is missing or not supported.
-        """
-
-    def prompt_format(self, config: ModelConfig) -> PromptFormat:
-        """How prompts mark pictures."""
-
-    def placeholder(
-        self, config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
-    ) -> tuple[PlaceholderRun, ...]:
-        """Token runs that replace the mark of the ``index``-th item (from 0) of a prompt.
-
-        ``item.placeholder`` in most families; ``encode`` tokenises text without special tokens for those that
-        write the picture's number into the prompt.
-        """
-
-    def positions(
-        self, config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]
-    ) -> tuple[np.ndarray, int] | None:
-        """Rotary positions ``(3, num_tokens)`` int64 of a prompt, and what to add to the index of every later
-        token to get its position on all three axes; None where positions are plain indices."""
-
-    def media_processor(
-        self, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
-    ) -> MediaProcessor | None:
-        """The processor of this checkpoint with the user's ``mm_processor_kwargs``; None for text-only ones.
-
-        Raises:
-            ConfigError: naming the option that is unknown or out of bounds.
-        """
-
-    def weight_rules(self, config: ModelConfig) -> WeightRules:
-        """Which checkpoint tensors belong to which part, and what they are called in it."""
-
-    def build_encoder(self, config: ModelConfig, build: BuildContext) -> MediaEncoder:
-        """The vision part, with weights allocated but not filled; also a ``torch.nn.Module``."""

@@ -1,4 +1,4 @@
-"""Builds the parts of a model as its family describes them, and fills them from a checkpoint."""
+"""Builds the parts of a model and fills them from a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def load_language_model(
     seed: int = 0,
     max_model_len: int | None = None,
 ) -> Decoder:
-    """This rank's share of the decoder, filled. Only its own tensors are read.
+    """This rank's share of the decoder with its weights. Only the rank's own rows are read.
 
     Args:
         load_format: ``dummy`` fills with seeded noise instead, without touching a weight file.
         max_model_len: see :class:`Decoder`.
 
     Raises:
-        CheckpointError: naming tensors that are missing, unknown or of the wrong shape, before any is read.
+        CheckpointError: naming tensors that are missing, unknown or of the wrong shape. The headers are
+            checked before any tensor is read.
     """
     build = BuildContext(device, dtype, tp or SingleProcessGroup())
     decoder = Decoder(config.decoder, build, max_model_len=max_model_len)
@@ -55,7 +56,7 @@ def load_vision_encoder(
     load_format: LoadFormat = "auto",
     seed: int = 0,
 ) -> MediaEncoder:
-    """The vision part, filled; as :func:`load_language_model`."""
+    """The vision part with its weights; arguments and errors as :func:`load_language_model`."""
     if config.vision is None:
         raise CheckpointError(f"{config.architecture} has no vision part")
     encoder = family_named(config.family).build_encoder(
@@ -67,10 +68,10 @@ def load_vision_encoder(
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Whether all tensors of all parts are there, by their headers; errors as :func:`load_language_model`.
+    """Check the headers of all parts' tensors; errors as :func:`load_language_model`.
 
-    Each part's loading checks its own. Where one process loads several, what is wrong with the last is told
-    before the first takes its time.
+    Loading a part checks that part alone. A process that loads several calls this first, so that a fault in
+    the last part is reported before the first one is read.
     """
     family = family_named(config.family)
     build = BuildContext(torch.device("meta"), torch.float32, SingleProcessGroup())

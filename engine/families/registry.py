@@ -1,4 +1,4 @@
-"""Which family runs which architecture. Families are imported when they are asked for."""
+"""The families by architecture. A family is imported when it is first needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.base import Family
+from engine.families.family import Family
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
@@ -25,24 +25,24 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "Qwen3ForCausalLM",
     ),
 }
-"""Folder under ``engine.families`` to the architectures it serves; each ``family.py`` has one ``FAMILY``."""
+"""The architectures of each folder under ``engine.families``; its ``family.py`` has the value ``FAMILY``."""
 
 
 def supported_architectures() -> list[str]:
-    """Every entry of config.json's ``architectures`` that can be run."""
+    """All entries of ``architectures`` in config.json that a family serves, sorted."""
     return sorted(name for names in _FAMILIES.values() for name in names)
 
 
 def family_named(name: str) -> Family:
-    """The family of that module name."""
+    """The family in the folder ``name``."""
     return import_module(f"engine.families.{name}.family").FAMILY
 
 
 def resolve(checkpoint: Checkpoint) -> Family:
-    """The family for a checkpoint.
+    """The family of a checkpoint.
 
     Raises:
-        CheckpointError: the architecture is not supported; says which are.
+        CheckpointError: the architecture is not supported; the message lists those that are.
     """
     architectures = checkpoint.config.get("architectures") or []
     for architecture in architectures:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InvalidRequest
-from engine.families.base import Family, ModelConfig, PromptFormat
+from engine.families.base import ModelConfig, PromptFormat
+from engine.families.family import Family
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.control_text import ControlText, StandIns
 from engine.inputs.marks import Marks

@@ -6,13 +6,13 @@ stranger's file is the caller's own affair.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from engine.errors import InvalidRequest
-from engine.families.base import EmbeddingProcessor, MediaProcessor, PromptAwareProcessor
+from engine.families.base import EmbeddingField, EmbeddingProcessor, MediaProcessor, PromptAwareProcessor
 from engine.media.image_ops import name_of
 from engine.prompt import MediaItem
 
@@ -46,24 +46,25 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
     if not isinstance(processor, EmbeddingProcessor):
         raise InvalidRequest("This model takes pictures, but no embeddings of them.", param=_WHERE)
     field = processor.embedding_field
+    name = None if field is None else field.name
     given = dict(value) if isinstance(value, Mapping) else {_ROWS: value}
-    if unknown := given.keys() - {_ROWS, field}:
+    if unknown := given.keys() - {_ROWS, name}:
         raise InvalidRequest(f"{_WHERE} has no entry {sorted(map(str, unknown))[0]!r}.", param=_WHERE)
     tensors = _tensors(given[_ROWS])
-    descriptions: list[tuple[int, ...] | None] = [None] * len(tensors)
+    descriptions: list[tuple[int, ...]] = [()] * len(tensors)
     if field is not None:
-        if field not in given:
-            raise InvalidRequest(f"Embeddings for this model need {field} beside {_ROWS}.", param=_WHERE)
-        descriptions = [*_descriptions(given[field], field)]
+        if field.name not in given:
+            raise InvalidRequest(f"Embeddings for this model need {name} beside {_ROWS}.", param=_WHERE)
+        descriptions = _descriptions(given[field.name], field)
     describer: EmbeddingProcessor = processor
     if isinstance(processor, PromptAwareProcessor):
         describer = cast(EmbeddingProcessor, processor.among(len(descriptions)))
-    counts = [describer.embedding_rows(description) for description in descriptions]
+    counts = [describer.embedding_item(description, "").num_tokens for description in descriptions]
     if len(tensors) == 1 and len(counts) > 1 and len(tensors[0]) == sum(counts):
         tensors = list(tensors[0].split(counts))
     if len(tensors) != len(counts):
         raise InvalidRequest(
-            f"{_ROWS} holds {len(tensors)} items, {field} describes {len(counts)}.", param=_WHERE
+            f"{_ROWS} holds {len(tensors)} items, {name} describes {len(counts)}.", param=_WHERE
         )
     found = []
     for index, (rows, count, description) in enumerate(zip(tensors, counts, descriptions, strict=True)):
@@ -72,7 +73,7 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
                 f"Item {index} of {_ROWS} has {len(rows)} rows; its place in the prompt takes {count}.",
                 param=_WHERE,
             )
-        found.append((describer.describe_embedding(description, _key(rows)), rows))
+        found.append((describer.embedding_item(description, _key(rows)), rows))
     return found
 
 
@@ -100,14 +101,19 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [value.detach()] if value.dim() == 2 else list(value.detach().unbind(0))
 
 
-def _descriptions(value: Any, field: str) -> Sequence[tuple[int, ...]]:
+def _descriptions(value: Any, field: EmbeddingField) -> list[tuple[int, ...]]:
     rows = value.tolist() if hasattr(value, "tolist") else value
     try:
         found = [tuple(int(number) for number in row) for row in rows]
     except (TypeError, ValueError):
-        raise InvalidRequest(f"{field} must be a list of tuples of integers.", param=_WHERE) from None
-    if any(number < 1 for row in found for number in row):
-        raise InvalidRequest(f"{field} must be of positive integers.", param=_WHERE)
+        raise InvalidRequest(f"{field.name} must be a list of tuples of integers.", param=_WHERE) from None
+    for row in found:
+        if len(row) != len(field.numbers):
+            raise InvalidRequest(
+                f"{field.name} must hold ({', '.join(field.numbers)}) of each image; got {row}.", param=_WHERE
+            )
+        if min(row) < 1:
+            raise InvalidRequest(f"{field.name} must be of positive integers.", param=_WHERE)
     return found
 
 

@@ -30,7 +30,7 @@ class CropVisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.device = build.device
-        self.pixels = Pixels(config.mean, config.std, config.scale, build)
+        self.pixels = Pixels(config.normalisation, build)
         self.tower = VisionTransformer(config.tower, build)
         self.connector = _connector(config, build)
         side = config.grid_side

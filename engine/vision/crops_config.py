@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
 
 
@@ -21,7 +22,7 @@ class CropVisionConfig:
             row per patch.
         bucketed_positions: learned positions are looked up by where a patch lies in the picture, as in towers
             that also take pictures of other sizes, rather than by its number.
-        mean, std, scale: normalisation of bytes, per channel.
+        normalisation: of the pixels' bytes.
     """
 
     tower: VisionConfig
@@ -29,9 +30,7 @@ class CropVisionConfig:
     patch_size: int
     keep_class_token: bool
     out_features: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
+    normalisation: Normalisation
     connector_activation: str = "gelu"
     connector_bias: bool = True
     pixel_shuffle: int | None = None

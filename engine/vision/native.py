@@ -34,7 +34,7 @@ class NativeVisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.device = build.device
-        self.pixels = Pixels(config.mean, config.std, config.scale, build)
+        self.pixels = Pixels(config.normalisation, build)
         self.tower = VisionTransformer(config.tower, build, keep=config.deepstack_layers)
         width, group = config.tower.hidden_size, config.merge_size**2
         self.position_embedding = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
 
 
@@ -16,7 +17,7 @@ class NativeVisionConfig:
         merge_size: side, in patches, of the square that becomes one row.
         temporal_patch_size: frames that one patch spans; a picture is its own next frame.
         out_features: width of a row.
-        mean, std, scale: normalisation of bytes, per channel.
+        normalisation: of the pixels' bytes.
         window: side, in rows, of the squares that a picture divides into, beginning at its top left corner;
             blocks that aren't in ``tower.full_layers`` attend within them. None has no windows.
         position_side: side of the square table of learned positions that is stretched over a picture's grid;
@@ -29,9 +30,7 @@ class NativeVisionConfig:
     merge_size: int
     temporal_patch_size: int
     out_features: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
+    normalisation: Normalisation
     window: int | None = None
     position_side: int | None = None
     deepstack_layers: tuple[int, ...] = ()

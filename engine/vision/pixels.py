@@ -7,23 +7,21 @@ import torch
 from torch import nn
 
 from engine.layers.build import BuildContext
-from engine.media.image_ops import normalisation_table
-from engine.prompt import MediaItem, PlaceholderRun, PreparedMedia
+from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.normalisation import Normalisation
 
 
 class Pixels(nn.Module):
     """Uploads and normalises uint8 pictures by table, which gives the very numbers of the CPU processors."""
 
-    def __init__(
-        self, mean: tuple[float, ...], std: tuple[float, ...], scale: float, build: BuildContext
-    ) -> None:
+    def __init__(self, normalisation: Normalisation, build: BuildContext) -> None:
         super().__init__()
         self.dtype, self.device = build.dtype, build.device
-        table = torch.from_numpy(normalisation_table(mean, std, scale)).to(build.dtype)
+        table = torch.from_numpy(normalisation.table()).to(build.dtype)
         self.table: torch.Tensor
         self.offset: torch.Tensor
         self.register_buffer("table", table.flatten().to(build.device), persistent=False)
-        offset = torch.arange(len(mean)) * table.shape[1]
+        offset = torch.arange(len(table)) * table.shape[1]
         self.register_buffer("offset", offset.to(build.device), persistent=False)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
@@ -45,6 +43,5 @@ def blank(shape: tuple[int, ...], grid: tuple[int, ...], num_tokens: int) -> Pre
         shape: of its pixels.
         grid: see :class:`engine.prompt.MediaItem`.
     """
-    placeholder = (PlaceholderRun(0, num_tokens, is_embed=True),)
-    item = MediaItem("image", "blank", num_tokens, grid, (1, 1), placeholder)
+    item = MediaItem.of_rows("image", "blank", 0, num_tokens, grid=grid, size=(1, 1))
     return PreparedMedia(item, np.zeros(shape, np.uint8))

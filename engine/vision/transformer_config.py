@@ -13,7 +13,7 @@ class VisionConfig:
     """A pre-norm vision transformer: CLIP, SigLIP, and Qwen's towers of native resolution.
 
     Attributes:
-        num_layers: blocks that are run; where features are taken before the tower's end, there are no more.
+        num_layers: number of blocks that are built and run: those up to the last one whose output is used.
         patch_dim: numbers per flattened patch, channels before pixels.
         patch_bias: whether the patch projection has a bias.
         activation: of the MLP, by its Hugging Face name; one of ``VISION_ACTIVATIONS``.
@@ -25,6 +25,7 @@ class VisionConfig:
         full_layers: the blocks that attend over whole segments even where the input has windows; None: all.
         rope_theta: base of two-dimensional rotary embeddings, half of the angles for rows and half for
             columns; None has none.
+        stored_layers: number of blocks in the checkpoint, if that is more than ``num_layers``.
     """
 
     hidden_size: int
@@ -43,6 +44,7 @@ class VisionConfig:
     post_norm: bool = False
     rope_theta: float | None = None
     full_layers: tuple[int, ...] | None = None
+    stored_layers: int = 0
 
     @property
     def head_dim(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt
 
+from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
 
 
@@ -18,7 +19,7 @@ class SliceVisionConfig:
         num_queries: rows per piece, which is the overview or one slice.
         num_heads: attention heads of the resampler.
         out_features: width of a row.
-        mean, std, scale: normalisation of bytes, per channel.
+        normalisation: of the pixels' bytes.
     """
 
     tower: VisionConfig
@@ -26,9 +27,7 @@ class SliceVisionConfig:
     num_queries: int
     num_heads: int
     out_features: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
+    normalisation: Normalisation
 
     @property
     def table_side(self) -> int:

@@ -24,13 +24,13 @@ from engine.vision.transformer import VisionTransformer
 class SliceVisionEncoder(nn.Module):
     """uint8 patches ``(N, 3, patch²)`` of a picture, piece by piece and row by row in each, to
     ``(pieces * num_queries, out_features)``; grids are those of
-    :func:`engine.layers.slice_vision_config.pieces`."""
+    :func:`engine.families.minicpm_v.config.pieces`."""
 
     def __init__(self, config: SliceVisionConfig, build: BuildContext) -> None:
         super().__init__()
         self.config = config
         self.device = build.device
-        self.pixels = Pixels(config.mean, config.std, config.scale, build)
+        self.pixels = Pixels(config.normalisation, build)
         self.tower = VisionTransformer(config.tower, build)
         self.resampler = Resampler(
             config.num_queries, config.tower.hidden_size, config.out_features, config.num_heads, build

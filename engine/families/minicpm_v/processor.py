@@ -1,4 +1,4 @@
-"""How MiniCPM-V's pictures are sliced, resized and cut into patches."""
+"""MiniCPM-V's images: sliced, resized and cut into patches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.base import ModelConfig
-from engine.families.described import SIZE_FIELD, described_size
+from engine.checkpoint.folder import Checkpoint
+from engine.errors import CheckpointError, InvalidRequest
+from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
+from engine.families.parsing.processor import count_option
 from engine.media.image_ops import check_aspect_ratio, content_hash, resize
-from engine.prompt import MediaItem, PlaceholderRun, PreparedMedia
+from engine.prompt import MediaItem, PreparedMedia
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,10 +25,11 @@ _MAX_SLICES = 64
 
 
 def slice_grid(size: tuple[int, int], resolution: int, max_slices: int) -> tuple[int, int]:
-    """Rows and columns of slices for a picture of ``(width, height)`` pixels: about as many as squares of
-    ``resolution`` pixels cover its area, with its aspect ratio; 0 and 0 where one square does.
+    """Rows and columns of slices for an image of ``(width, height)`` pixels.
 
-    Of two that fit equally well it is the one with fewer columns, as in the published processor.
+    The number of slices is about the image's area divided by that of a square with sides of ``resolution``
+    pixels; rows and columns fit its aspect ratio. 0 and 0 if one square covers the area. Of two grids that
+    fit equally well the one with fewer columns is taken, as in the published processor.
     """
     width, height = size
     wanted = min(math.ceil(width * height / resolution**2), max_slices)
@@ -45,10 +47,10 @@ def slice_grid(size: tuple[int, int], resolution: int, max_slices: int) -> tuple
 
 
 def fit(size: tuple[int, int], resolution: int, patch: int) -> tuple[int, int]:
-    """Height and width in patches for a picture of ``(width, height)`` pixels, at about the area of a square
-    of ``resolution`` pixels.
+    """Height and width in patches of an image of ``(width, height)`` pixels, resized to about the area of a
+    square with sides of ``resolution`` pixels.
 
-    The arithmetic, with the width taken from the truncated height, is that of the published processor.
+    The arithmetic, with the width computed from the truncated height, is the published processor's.
     """
     ratio = size[0] / size[1]
     height = int(resolution / math.sqrt(ratio))
@@ -58,14 +60,15 @@ def fit(size: tuple[int, int], resolution: int, patch: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class MiniCPMVProcessor:
-    """See :class:`engine.families.base.MediaProcessor` and ``EmbeddingProcessor`` there. Pixels are patches;
-    grids are those of :func:`engine.layers.slice_vision_config.pieces`.
+    """See :class:`engine.families.base.MediaProcessor`. Pixels are patches; grids are those of
+    :func:`engine.families.minicpm_v.config.pieces`.
 
     Attributes:
-        resolution: side in pixels of a square that has the area of the overview and of each slice.
+        resolution: side in pixels of a square with the area of the overview and of each slice.
         patch: side of a patch in pixels.
         rows: embedding rows for each of them.
-        max_slices: most slices of one picture.
+        image_token_id: the token that rows replace.
+        max_slices: most slices of an image.
     """
 
     resolution: int
@@ -76,10 +79,11 @@ class MiniCPMVProcessor:
 
     @classmethod
     def create(
-        cls, raw: Mapping[str, Any], config: ModelConfig, options: Mapping[str, Any]
+        cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
     ) -> MiniCPMVProcessor:
-        """From preprocessor_config.json with the user's options over it."""
-        vision: SliceVisionConfig = config.vision
+        """The checkpoint's processor with the option ``max_slice_nums``."""
+        raw, vision = checkpoint.preprocessor_config, config.vision
+        assert isinstance(vision, SliceVisionConfig) and config.image_token_id is not None
         wanted = {
             "patch_size": vision.patch_size,
             "image_feature_size": vision.num_queries,
@@ -90,24 +94,12 @@ class MiniCPMVProcessor:
                 raise CheckpointError(
                     f"preprocessor_config.json: {field} should be {value}, not {raw[field]!r}", param=field
                 )
-        max_slices = raw.get("max_slice_nums", 9)
-        for name, value in options.items():
-            where = f"mm_processor_kwargs.{name}"
-            if name != "max_slice_nums":
-                raise ConfigError(
-                    f"mm_processor_kwargs: unknown option {name!r}; known is max_slice_nums", param=where
-                )
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SLICES:
-                raise ConfigError(
-                    f"mm_processor_kwargs: {name} should be 1 to {_MAX_SLICES}; got {value!r}", param=where
-                )
-            max_slices = value
-        assert config.image_token_id is not None
+        slices = count_option(options, "max_slice_nums", raw.get("max_slice_nums", 9), _MAX_SLICES)
         resolution = raw.get("scale_resolution", 448)
-        return cls(resolution, vision.patch_size, vision.num_queries, config.image_token_id, max_slices)
+        return cls(resolution, vision.patch_size, vision.num_queries, config.image_token_id, slices)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """The grid of a picture of ``(width, height)`` pixels.
+        """The grid of an image of ``(width, height)`` pixels.
 
         Raises:
             InvalidRequest: it is too elongated.
@@ -117,47 +109,42 @@ class MiniCPMVProcessor:
         overview = fit(size, self.resolution, self.patch)
         if not rows:
             return (*overview, 0, 0, 0, 0)
-        # What one slice has of the picture once its sides are multiples of the grid's, then its own size.
+        # A slice's share of the image once the image's sides are multiples of the grid's, then its own size.
         share = (max(round(size[0] / columns), 1), max(round(size[1] / rows), 1))
         return (*overview, rows, columns, *fit(share, self.resolution, self.patch))
 
     def check(self, size: tuple[int, int]) -> int:
         return len(pieces(self.grid(size))) * self.rows
 
-    @property
-    def embedding_field(self) -> str:
-        return SIZE_FIELD
-
-    def embedding_rows(self, description: tuple[int, ...] | None) -> int:
-        return self.check(described_size(description))
-
-    def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
-        size = described_size(description)
-        rows = self.check(size)
-        # Only what takes rows: the tokens around them need the tokenizer.
-        runs = (PlaceholderRun(self.image_token_id, rows, True),)
-        return MediaItem("image", key, rows, self.grid(size), size, runs)
-
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        height, width, rows, columns, slice_height, slice_width = self.grid(image.size)
+        grid = self.grid(image.size)
+        height, width, rows, columns, slice_height, slice_width = grid
         patches = self._cut(image, (height, width), (1, 1))
         if rows:
             slices = self._cut(image, (slice_height, slice_width), (rows, columns))
             patches = np.concatenate([patches, slices])
-        content = content_hash(
-            patches,
-            family="minicpm_v",
-            options={"rows": self.rows, "grid": [height, width, rows, columns, slice_height, slice_width]},
-            kind="image",
-            size=image.size,
-        )
-        return PreparedMedia(self.describe_embedding(image.size, content), patches)
+        options = {"rows": self.rows, "grid": list(grid)}
+        key = content_hash(patches, family="minicpm_v", options=options, kind="image", size=image.size)
+        return PreparedMedia(self.embedding_item(image.size, key), patches)
 
     def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
-        raise InvalidRequest("this model takes videos as pictures, one for each frame", param="video")
+        raise InvalidRequest("this model takes videos as images, one for each frame", param="video")
+
+    @property
+    def embedding_field(self) -> EmbeddingField:
+        return IMAGE_SIZES
+
+    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
+        """The item of an image of ``(width, height)``. Its placeholder lacks the tokens around the rows: they
+        need the tokenizer."""
+        width, height = description
+        grid = self.grid((width, height))
+        rows = len(pieces(grid)) * self.rows
+        return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=grid, size=(width, height))
 
     def _cut(self, image: Image.Image, piece: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-        """The picture resized to ``grid`` (rows and columns) of pieces (in patches), cut into patches."""
+        """Resize the image to ``grid`` (rows and columns) of pieces (in patches) and cut it into patches:
+        uint8 ``(N, 3, patch²)``."""
         (height, width), (rows, columns), side = piece, grid, self.patch
         pixels = resize(image, (columns * width * side, rows * height * side), _BICUBIC)
         parts = pixels.reshape(rows, height, side, columns, width, side, 3)

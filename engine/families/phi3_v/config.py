@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
 
 
@@ -15,16 +16,14 @@ class HDVisionConfig:
         image_size: side of a crop in pixels.
         patch_size: side of a patch in pixels.
         out_features: width of a row, and of the connector's hidden layer.
-        mean, std, scale: normalisation of bytes, per channel.
+        normalisation: of the pixels' bytes.
     """
 
     tower: VisionConfig
     image_size: int
     patch_size: int
     out_features: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float = 1 / 255
+    normalisation: Normalisation
 
     @property
     def side(self) -> int:

@@ -33,7 +33,7 @@ class HDVisionEncoder(nn.Module):
         self.device, self.dtype = build.device, build.dtype
         # Normalised in float32 whatever the model's dtype: the overview is interpolated from these numbers.
         exact = BuildContext(build.device, torch.float32, build.tp)
-        self.pixels = Pixels(config.mean, config.std, config.scale, exact)
+        self.pixels = Pixels(config.normalisation, exact)
         self.tower = VisionTransformer(config.tower, build)
         width = 4 * config.tower.hidden_size
         self.sub_GN = build.parameter(1, 1, 1, width)

@@ -1,34 +1,35 @@
-"""Qwen2.5-VL: Qwen2-VL with a tower that attends within windows, and videos that tell their pace."""
+"""Qwen2.5-VL: Qwen2-VL with a tower that attends within windows, and positions that follow a video's pace.
+
+The option ``fps`` states how many of a video's frames make a second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from engine.checkpoint.rules import WeightRules
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, PromptFormat
-from engine.families.parsing.decoder import integer
+from engine.families.base import ModelConfig
+from engine.families.family import Family, Positions
+from engine.families.parsing.decoder import Json, integer
+from engine.families.parsing.model import ConfigReader
 from engine.families.qwen2_vl.config import (
-    IMAGE_MARK,
+    IMAGE_TOKEN,
+    PROMPT_FORMAT,
     SEQUENTIAL_MERGER,
-    VIDEO_MARK,
+    VIDEO_TOKEN,
+    native_encoder,
     native_vision,
-    parse_qwen_vl,
+    qwen_text,
     qwen_vl_rules,
+    require_mrope,
 )
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
-from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
+from engine.prompt import MediaSpan
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.transformer_config import VisionConfig
-
-if TYPE_CHECKING:
-    from engine.checkpoint.folder import Checkpoint
-    from engine.layers.build import BuildContext
 
 
 def patch_times(frames: int, temporal: int, fps: float) -> tuple[float, ...]:
@@ -36,56 +37,7 @@ def patch_times(frames: int, temporal: int, fps: float) -> tuple[float, ...]:
     return tuple(step * (temporal / fps) for step in range(-(-frames // temporal)))
 
 
-class Qwen25VLFamily:
-    """Qwen2.5-VL, 3B tied to 72B untied.
-
-    The option ``fps`` says how many of a video's frames make a second.
-    """
-
-    name = "qwen2_5_vl"
-    architectures = ("Qwen2_5_VLForConditionalGeneration",)
-
-    def parse(self, checkpoint: Checkpoint) -> ModelConfig:
-        config = parse_qwen_vl(
-            checkpoint,
-            family=self.name,
-            architecture=self.architectures[0],
-            kind="qwen2_vl",
-            vision=_vision,
-        )
-        stated = checkpoint.config.get("vision_config") or {}
-        return replace(config, extra={"tokens_per_second": stated.get("tokens_per_second", 4)})
-
-    def prompt_format(self, config: ModelConfig) -> PromptFormat:
-        return PromptFormat(image=IMAGE_MARK, video=VIDEO_MARK)
-
-    def placeholder(
-        self, config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
-    ) -> tuple[PlaceholderRun, ...]:
-        return item.placeholder
-
-    def positions(
-        self, config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]
-    ) -> tuple[np.ndarray, int] | None:
-        assert config.extra is not None
-        pace = config.extra["tokens_per_second"]
-        return grid_positions(num_tokens, spans, config.vision.merge_size, tokens_per_second=pace)
-
-    def media_processor(
-        self, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
-    ) -> MediaProcessor | None:
-        return QwenProcessor.create(checkpoint, config, options, VideoRules(times=patch_times))
-
-    def weight_rules(self, config: ModelConfig) -> WeightRules:
-        return qwen_vl_rules(config, *SEQUENTIAL_MERGER)
-
-    def build_encoder(self, config: ModelConfig, build: BuildContext) -> MediaEncoder:
-        from engine.vision.native import NativeVisionEncoder
-
-        return NativeVisionEncoder(config.vision, build)
-
-
-def _vision(raw: Mapping[str, Any], processor: Mapping[str, Any], hidden: int) -> NativeVisionConfig:
+def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
     filled = {
         "depth": 32,
         "hidden_size": 1280,
@@ -98,7 +50,7 @@ def _vision(raw: Mapping[str, Any], processor: Mapping[str, Any], hidden: int) -
         "fullatt_block_indexes": (7, 15, 23, 31),
         "hidden_act": "silu",
         "out_hidden_size": hidden,
-        **raw,
+        **(raw.get("vision_config") or {}),
     }
     if filled["hidden_act"] != "silu":
         raise CheckpointError(
@@ -135,4 +87,33 @@ def _vision(raw: Mapping[str, Any], processor: Mapping[str, Any], hidden: int) -
     )
 
 
-FAMILY = Qwen25VLFamily()
+def _with_pace(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """Remembers the number of positions that a second of video takes."""
+    stated = checkpoint.config.get("vision_config") or {}
+    config = require_mrope(config, checkpoint)
+    return replace(config, extra={"tokens_per_second": stated.get("tokens_per_second", 4)})
+
+
+def _positions(config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]) -> Positions:
+    assert config.extra is not None
+    pace = config.extra["tokens_per_second"]
+    return grid_positions(num_tokens, spans, config.vision.merge_size, tokens_per_second=pace)
+
+
+FAMILY = Family(
+    name="qwen2_5_vl",
+    architectures=("Qwen2_5_VLForConditionalGeneration",),
+    reader=ConfigReader(
+        text=qwen_text("qwen2_vl"),
+        vision=_vision,
+        image_token=IMAGE_TOKEN,
+        video_token=VIDEO_TOKEN,
+        finish=_with_pace,
+    ),
+    prompt_format=lambda config: PROMPT_FORMAT,
+    positions=_positions,
+    processor=QwenProcessor.with_videos(VideoRules(times=patch_times)),
+    options=("min_pixels", "max_pixels", "fps"),
+    weights=lambda config: qwen_vl_rules(*SEQUENTIAL_MERGER),
+    build_encoder=native_encoder,
+)

@@ -1,70 +1,46 @@
-"""What the Qwen-VL families' configurations have in common."""
+"""The parts of the Qwen-VL families' configurations that Qwen2-VL, Qwen2.5-VL and Qwen3-VL share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import Checkpoint
-from engine.checkpoint.rules import DECODER_RULES, ROTARY_BUFFERS, TIED_HEAD, WeightRules
+from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.base import ModelConfig
-from engine.families.parsing.decoder import (
-    DecoderKind,
-    checkpoint_dtype,
-    eos_ids,
-    integer,
-    parse_decoder,
-    refuse_quantised,
-)
-from engine.media.image_ops import CLIP_MEAN, CLIP_STD
+from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.parsing.decoder import DecoderKind, Json, integer
+from engine.families.parsing.model import TextFields, tied_text, token_field
+from engine.families.parsing.processor import parse_normalisation
 from engine.vision.native_config import NativeVisionConfig
+from engine.vision.normalisation import CLIP_NORMALISATION
 from engine.vision.transformer_config import VisionConfig
 
-Json = Mapping[str, Any]
+if TYPE_CHECKING:
+    from engine.layers.build import BuildContext
+
 VISUAL = r"(?:model\.)?visual\."
-"""Prefix of the tower's tensors in public checkpoints, of Qwen3-VL and before."""
+"""Prefix of the tower's tensors in public checkpoints."""
 
-IMAGE_MARK, VIDEO_MARK = "<|image_pad|>", "<|video_pad|>"
+PROMPT_FORMAT = PromptFormat(image="<|image_pad|>", video="<|video_pad|>")
+IMAGE_TOKEN = token_field("image_token_id", default=151655)
+VIDEO_TOKEN = token_field("video_token_id", default=151656)
 
 
-def parse_qwen_vl(
-    checkpoint: Checkpoint,
-    *,
-    family: str,
-    architecture: str,
-    kind: DecoderKind,
-    vision: Callable[[Json, Json, int], NativeVisionConfig],
-    text_defaults: Json | None = None,
-) -> ModelConfig:
-    """The configuration from a config.json that is flat (the public one) or has a text_config.
+def qwen_text(kind: DecoderKind, defaults: Json | None = None) -> TextFields:
+    """The decoder's fields are in ``text_config``, or in config.json itself as in public checkpoints."""
+    return lambda raw: (tied_text(raw, {**(defaults or {}), **(raw.get("text_config") or raw)}), kind)
 
-    Args:
-        vision: of ``vision_config``, the processor's JSON, and the decoder's hidden size.
+
+def require_mrope(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """``config``, whose decoder must have positions on three axes.
 
     Raises:
-        CheckpointError: naming the field that is missing or not supported.
+        CheckpointError: it has not.
     """
-    refuse_quantised(checkpoint)
-    raw = checkpoint.config
-    text = {**(text_defaults or {}), **(raw.get("text_config") or raw)}
-    text["tie_word_embeddings"] = bool(
-        raw.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
-    )
-    decoder = parse_decoder(text, kind)
-    if decoder.rope.mrope_section is None:
+    if config.decoder.rope.mrope_section is None:
         raise CheckpointError("config.json: mrope_section is missing", param="rope_scaling")
-    return ModelConfig(
-        architecture=architecture,
-        family=family,
-        decoder=decoder,
-        vision=vision(raw.get("vision_config") or {}, checkpoint.preprocessor_config, decoder.hidden_size),
-        eos_token_ids=eos_ids(checkpoint, text, vocab_size=decoder.vocab_size),
-        dtype=checkpoint_dtype(raw, text),
-        bos_token_id=text.get("bos_token_id"),
-        image_token_id=raw.get("image_token_id", 151655),
-        video_token_id=raw.get("video_token_id", 151656),
-    )
+    return config
 
 
 def native_vision(
@@ -80,8 +56,11 @@ def native_vision(
     """The vision part of ``filled``, a vision_config with its defaults.
 
     Args:
-        width_field, out_field: what the widths of the tower and of its rows are called.
-        tower: of the tower's width and the numbers in a patch.
+        filled: see above.
+        processor: the image processor's JSON.
+        hidden: the decoder's hidden size.
+        width_field, out_field: the names of the fields for the widths of the tower and of embedding rows.
+        tower: makes the tower's configuration from its width and the count of numbers in a patch.
         more: further fields of :class:`NativeVisionConfig`.
     """
     if filled[out_field] != hidden:
@@ -93,33 +72,26 @@ def native_vision(
     if filled.get("in_channels", filled.get("in_chans", 3)) != 3:
         raise CheckpointError("config.json: only towers of 3 channels are supported", param="vision_config")
     patch, temporal = integer(filled, "patch_size"), integer(filled, "temporal_patch_size")
-    fields: dict[str, Any] = {
-        "mean": tuple(processor.get("image_mean") or CLIP_MEAN),
-        "std": tuple(processor.get("image_std") or CLIP_STD),
-        "scale": processor.get("rescale_factor", 1 / 255),
-        **more,
-    }
     return NativeVisionConfig(
         tower=tower(integer(filled, width_field), 3 * temporal * patch * patch),
         patch_size=patch,
         merge_size=integer(filled, "spatial_merge_size"),
         temporal_patch_size=temporal,
         out_features=hidden,
-        **fields,
+        normalisation=parse_normalisation(processor, CLIP_NORMALISATION),
+        **more,
     )
 
 
-def qwen_vl_rules(config: ModelConfig, *vision: tuple[str, str]) -> WeightRules:
-    """Rename rules: the family's own for its merger and position table, then those that all towers share."""
-    tied = (TIED_HEAD,) if config.decoder.tie_word_embeddings else ()
+def qwen_vl_rules(*vision: tuple[str, str]) -> WeightRules:
+    """Rename rules: ``vision``, the family's own, then those that all Qwen-VL towers share."""
     return WeightRules(
         vision=(
             *vision,
             (VISUAL + r"patch_embed\.proj\.(.*)", r"tower.patch_embed.\1"),
             (VISUAL + r"(blocks\..*)", r"tower.\1"),
         ),
-        language=DECODER_RULES,
-        ignore=(ROTARY_BUFFERS, r".*visual\.rotary_pos_emb\.inv_freq", *tied),
+        ignore=(r".*visual\.rotary_pos_emb\.inv_freq",),
     )
 
 
@@ -129,3 +101,10 @@ SEQUENTIAL_MERGER = (
     (VISUAL + r"merger\.mlp\.2\.(.*)", r"merger.mlp.fc2.\1"),
 )
 """The merger's names in Qwen2-VL and Qwen2.5-VL."""
+
+
+def native_encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
+    """The encoder of all Qwen-VL families."""
+    from engine.vision.native import NativeVisionEncoder
+
+    return NativeVisionEncoder(config.vision, build)

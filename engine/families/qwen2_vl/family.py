@@ -1,78 +1,29 @@
-"""Qwen2-VL: pictures and videos in their own resolution, rows merged two by two, M-RoPE."""
+"""Qwen2-VL: images and videos at their own resolution, patches merged two by two, M-RoPE."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-from engine.checkpoint.rules import WeightRules
-from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, PromptFormat
-from engine.families.parsing.decoder import integer, vision_activation
+from engine.families.family import Family
+from engine.families.parsing.decoder import Json, integer, vision_activation
+from engine.families.parsing.model import ConfigReader
 from engine.families.qwen2_vl.config import (
-    IMAGE_MARK,
+    IMAGE_TOKEN,
+    PROMPT_FORMAT,
     SEQUENTIAL_MERGER,
-    VIDEO_MARK,
+    VIDEO_TOKEN,
+    native_encoder,
     native_vision,
-    parse_qwen_vl,
+    qwen_text,
     qwen_vl_rules,
+    require_mrope,
 )
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
-from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.transformer_config import VisionConfig
 
-if TYPE_CHECKING:
-    from engine.checkpoint.folder import Checkpoint
-    from engine.layers.build import BuildContext
 
-
-class Qwen2VLFamily:
-    """Qwen2-VL, 2B tied to 72B untied."""
-
-    name = "qwen2_vl"
-    architectures = ("Qwen2VLForConditionalGeneration",)
-
-    def parse(self, checkpoint: Checkpoint) -> ModelConfig:
-        return parse_qwen_vl(
-            checkpoint,
-            family=self.name,
-            architecture=self.architectures[0],
-            kind="qwen2_vl",
-            vision=_vision,
-        )
-
-    def prompt_format(self, config: ModelConfig) -> PromptFormat:
-        return PromptFormat(image=IMAGE_MARK, video=VIDEO_MARK)
-
-    def placeholder(
-        self, config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
-    ) -> tuple[PlaceholderRun, ...]:
-        return item.placeholder
-
-    def positions(
-        self, config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]
-    ) -> tuple[np.ndarray, int] | None:
-        return grid_positions(num_tokens, spans, config.vision.merge_size)
-
-    def media_processor(
-        self, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
-    ) -> MediaProcessor | None:
-        return QwenProcessor.create(checkpoint, config, options, VideoRules())
-
-    def weight_rules(self, config: ModelConfig) -> WeightRules:
-        return qwen_vl_rules(config, *SEQUENTIAL_MERGER)
-
-    def build_encoder(self, config: ModelConfig, build: BuildContext) -> MediaEncoder:
-        from engine.vision.native import NativeVisionEncoder
-
-        return NativeVisionEncoder(config.vision, build)
-
-
-def _vision(raw: Mapping[str, Any], processor: Mapping[str, Any], hidden: int) -> NativeVisionConfig:
-    # The public files state little more than hidden_size, which is the width of the rows, not of the tower.
+def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
+    # Public files state little more than hidden_size, which is the width of embedding rows, not of the tower.
     filled = {
         "depth": 32,
         "embed_dim": 1280,
@@ -83,7 +34,7 @@ def _vision(raw: Mapping[str, Any], processor: Mapping[str, Any], hidden: int) -
         "temporal_patch_size": 2,
         "hidden_act": "quick_gelu",
         "hidden_size": hidden,
-        **raw,
+        **(raw.get("vision_config") or {}),
     }
 
     def tower(width: int, patch_dim: int) -> VisionConfig:
@@ -102,4 +53,20 @@ def _vision(raw: Mapping[str, Any], processor: Mapping[str, Any], hidden: int) -
     )
 
 
-FAMILY = Qwen2VLFamily()
+FAMILY = Family(
+    name="qwen2_vl",
+    architectures=("Qwen2VLForConditionalGeneration",),
+    reader=ConfigReader(
+        text=qwen_text("qwen2_vl"),
+        vision=_vision,
+        image_token=IMAGE_TOKEN,
+        video_token=VIDEO_TOKEN,
+        finish=require_mrope,
+    ),
+    prompt_format=lambda config: PROMPT_FORMAT,
+    positions=lambda config, num_tokens, spans: grid_positions(num_tokens, spans, config.vision.merge_size),
+    processor=QwenProcessor.with_videos(VideoRules()),
+    options=("min_pixels", "max_pixels"),
+    weights=lambda config: qwen_vl_rules(*SEQUENTIAL_MERGER),
+    build_encoder=native_encoder,
+)

@@ -1,4 +1,4 @@
-"""Pictures and videos as the Qwen-VL families take them: in their own resolution, rounded to whole rows."""
+"""Images and videos of the Qwen-VL families: at their own resolution, rounded to whole merged squares."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.base import ModelConfig
+from engine.families.base import EmbeddingField, ModelConfig
+from engine.families.parsing.processor import bad_option, check_frames, require_steps
 from engine.media.image_ops import check_aspect_ratio, content_hash, resize
-from engine.prompt import MediaItem, PlaceholderRun, PreparedMedia
+from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.native_config import NativeVisionConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_FPS = 24.0
-"""What Transformers takes for frames that come without their rate."""
+"""Frames per second that Transformers assumes for frames without a rate."""
 
 _MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280
 _MAX_FPS = 1000.0
@@ -38,11 +39,11 @@ def smart_resize(
     frames: int = 1,
     temporal: int = 1,
 ) -> tuple[int, int]:
-    """The ``(width, height)`` that a picture of ``size`` is resized to: multiples of ``factor`` with an area
-    between the bounds where possible, near the picture's aspect ratio.
+    """The new ``(width, height)`` of an image of ``size``: multiples of ``factor`` near its aspect ratio and
+    an area between the bounds if possible.
 
-    The arithmetic, banker's rounding included, is that of the published Qwen2-VL processor; with ``frames``
-    that of Qwen3-VL, which bounds the area of all frames together, counted in whole temporal patches.
+    The arithmetic, banker's rounding included, is the published Qwen2-VL processor's. With ``frames`` it is
+    Qwen3-VL's, which bounds the area of all frames together, counted in whole temporal patches.
 
     Raises:
         InvalidRequest: the aspect ratio is beyond 200.
@@ -65,18 +66,19 @@ def smart_resize(
 def frame_size(
     frames: int, size: tuple[int, int], temporal: int, factor: int, low: int, high: int
 ) -> tuple[int, int]:
-    """Size of a video's frames where each is bounded as a picture is."""
+    """Size of a resized video's frames, each bounded as an image is."""
     return smart_resize(size, factor, low, high)
 
 
 @dataclass(frozen=True, slots=True)
 class VideoRules:
-    """What a family does with videos.
+    """The family's treatment of videos.
 
     Attributes:
-        size: frames, ``(width, height)``, temporal patch, factor and the two bounds to a frame's new size.
-        times: frames, temporal patch and frames per second to :attr:`MediaItem.times`; None if the family
-            doesn't tell a video's pace.
+        size: the new size of a video's frames, from their number, ``(width, height)``, the temporal patch,
+            the factor and the two bounds.
+        times: :attr:`MediaItem.times` from the number of frames, the temporal patch and the frames per
+            second; None if the model isn't told a video's pace.
     """
 
     size: VideoSize = frame_size
@@ -90,11 +92,12 @@ class QwenProcessor:
     Attributes:
         family: the family's name.
         vision: the tower's configuration.
-        image_token_id, video_token_id: what the rows overwrite.
-        pixels: least and greatest area of a resized picture.
-        video_pixels: the same for videos, as ``video.size`` understands it.
+        image_token_id, video_token_id: the tokens that rows replace.
+        pixels: least and greatest area of a resized image.
+        video_pixels: the same for videos, as ``video.size`` interprets it.
+        video: the family's treatment of videos.
         resample: PIL's filter number.
-        fps: rate of the frames of videos.
+        fps: frames per second of videos.
         names: whether items get their content hash.
     """
 
@@ -110,40 +113,42 @@ class QwenProcessor:
     names: bool = True
 
     @classmethod
+    def with_videos(
+        cls, video: VideoRules
+    ) -> Callable[[Checkpoint, ModelConfig, Mapping[str, Any]], QwenProcessor]:
+        """:meth:`create` for a family with ``video`` as its treatment of videos."""
+        return lambda checkpoint, config, options: cls.create(checkpoint, config, options, video)
+
+    @classmethod
     def create(
         cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any], video: VideoRules
     ) -> QwenProcessor:
         """From the checkpoint's processor files in any spelling, with the user's options over them.
 
-        Options are ``min_pixels`` and ``max_pixels``, for pictures and videos, and ``fps``, the rate of a
-        video's frames, where the family tells it.
+        Options are ``min_pixels`` and ``max_pixels``, for images and videos, and ``fps``, the frames per
+        second of videos, if the model is told their pace.
         """
         raw, vision = checkpoint.preprocessor_config, config.vision
-        options = dict(options)
-        fps = DEFAULT_FPS if video.times is None else _fps(options.pop("fps", DEFAULT_FPS))
-        known = ("min_pixels", "max_pixels", *(("fps",) if video.times else ()))
+        assert isinstance(vision, NativeVisionConfig)
+        assert config.image_token_id is not None and config.video_token_id is not None
         limit = config.max_position * (vision.patch_size * vision.merge_size) ** 2
         of_video = (
             checkpoint.json("video_preprocessor_config.json")
             or checkpoint.json("processor_config.json").get("video_processor")
             or raw
         )
-        _check(raw, vision)
-        _check(of_video, vision)
-        pixels, video_pixels = (
-            _pixel_bounds(options, *_stated_bounds(source), limit, known) for source in (raw, of_video)
-        )
-        assert config.image_token_id is not None and config.video_token_id is not None
+        for source in (raw, of_video):
+            _check(source, vision)
         return cls(
             config.family,
             vision,
             config.image_token_id,
             config.video_token_id,
-            pixels,
-            video_pixels,
+            _pixel_bounds(options, *_stated_bounds(raw), limit),
+            _pixel_bounds(options, *_stated_bounds(of_video), limit),
             video,
             raw.get("resample", 3),
-            fps,
+            _fps(options.get("fps", DEFAULT_FPS)),
         )
 
     @property
@@ -160,12 +165,10 @@ class QwenProcessor:
         return self._media("image", resize(image, target, self.resample), 1, image.size)
 
     def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
-        if not frames or any(frame.size != frames[0].size for frame in frames):
-            raise InvalidRequest("a video needs frames, all of the same size", param="video")
-        count, size, temporal = len(frames), frames[0].size, self.vision.temporal_patch_size
+        size, count, temporal = check_frames(frames), len(frames), self.vision.temporal_patch_size
         target = self.video.size(count, size, temporal, self.factor, *self.video_pixels)
         resized = [resize(frame, target, self.resample) for frame in frames]
-        # The last frame stands in for those that a whole patch lacks.
+        # The last frame fills up the last temporal patch.
         resized += [resized[-1]] * (-count % temporal)
         times = self.video.times(count, temporal, self.fps) if self.video.times else ()
         return self._media("video", np.stack(resized), len(resized) // temporal, size, times)
@@ -185,32 +188,20 @@ class QwenProcessor:
         return PreparedMedia(replace(item, hash=key), media.pixels)
 
     @property
-    def embedding_field(self) -> str:
-        return "image_grid_thw"
+    def embedding_field(self) -> EmbeddingField:
+        return EmbeddingField("image_grid_thw", ("t", "h", "w"))
 
-    def embedding_rows(self, description: tuple[int, ...] | None) -> int:
-        assert description is not None
-        if len(description) != 3 or any(side % self.vision.merge_size for side in description[1:]):
+    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
+        """The item of an image with the grid ``(t, h, w)`` in patches."""
+        t, h, w = description
+        patch, merge = self.vision.patch_size, self.vision.merge_size
+        if h % merge or w % merge:
             raise InvalidRequest(
-                f"image_grid_thw must hold (t, h, w) with h and w multiples of {self.vision.merge_size}; "
-                f"got {description}.",
+                f"image_grid_thw must hold (t, h, w) with h and w multiples of {merge}; got {description}.",
                 param="multi_modal_data.image",
             )
-        return math.prod(description) // self.vision.merge_size**2
-
-    def describe_embedding(self, description: tuple[int, ...] | None, key: str) -> MediaItem:
-        rows = self.embedding_rows(description)
-        assert description is not None
-        t, h, w = description
-        patch = self.vision.patch_size
-        return MediaItem(
-            kind="image",
-            hash=key,
-            num_tokens=rows,
-            grid=(t, h, w),
-            size=(w * patch, h * patch),
-            placeholder=(PlaceholderRun(self.image_token_id, rows, True),),
-        )
+        rows, size = t * h * w // merge**2, (w * patch, h * patch)
+        return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=(t, h, w), size=size)
 
     def _media(
         self, kind: str, pixels: np.ndarray, t: int, size: tuple[int, int], times: tuple[float, ...] = ()
@@ -219,23 +210,13 @@ class QwenProcessor:
         h, w = (side // vision.patch_size for side in pixels.shape[-3:-1])
         rows = t * h * w // vision.merge_size**2
         token = self.image_token_id if kind == "image" else self.video_token_id
-        item = MediaItem(
-            kind=kind,
-            hash="",
-            num_tokens=rows,
-            grid=(t, h, w),
-            size=size,
-            placeholder=(PlaceholderRun(token, rows, True),),
-            times=times,
-        )
+        item = MediaItem.of_rows(kind, "", token, rows, grid=(t, h, w), size=size, times=times)
         media = PreparedMedia(item, pixels)
         return self.named(media) if self.names else media
 
 
 def _check(raw: Mapping[str, Any], vision: NativeVisionConfig) -> None:
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if not raw.get(step, True):
-            raise CheckpointError(f"preprocessor_config.json: {step} false is not supported", param=step)
+    require_steps(raw, "do_resize", "do_rescale", "do_normalize")
     for field in ("patch_size", "merge_size", "temporal_patch_size"):
         expected = getattr(vision, field)
         if raw.get(field, expected) != expected:
@@ -254,38 +235,26 @@ def _stated_bounds(raw: Mapping[str, Any]) -> tuple[int, int]:
 
 def _fps(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FPS:
-        raise ConfigError(
-            f"mm_processor_kwargs: fps should be a number above 0 and up to {_MAX_FPS:g}; got {value!r}",
-            param="mm_processor_kwargs.fps",
-        )
+        raise bad_option("fps", value, f"a number above 0 and up to {_MAX_FPS:g}")
     return float(value)
 
 
-def _pixel_bounds(
-    options: Mapping[str, Any], low: int, high: int, limit: int, known_names: Sequence[str]
-) -> tuple[int, int]:
-    """The checkpoint's bounds with the user's over them, each checked."""
-    known = {"min_pixels": low, "max_pixels": high}
-    for name, value in options.items():
-        if name not in known:
-            raise ConfigError(
-                f"mm_processor_kwargs: unknown option {name!r}; known are {', '.join(known_names)}",
-                param=f"mm_processor_kwargs.{name}",
-            )
+def _pixel_bounds(options: Mapping[str, Any], low: int, high: int, limit: int) -> tuple[int, int]:
+    """The checkpoint's bounds with the user's over them, each at most ``limit``."""
+    bounds = {"min_pixels": low, "max_pixels": high}
+    given = {name: options[name] for name in bounds if name in options}
+    for name, value in given.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise ConfigError(
-                f"mm_processor_kwargs: {name} should be an integer from 1 to {limit}, the area that fills "
-                f"the model's context; got {value!r}",
-                param=f"mm_processor_kwargs.{name}",
-            )
-        known[name] = value
-    if known["min_pixels"] > known["max_pixels"]:
-        if "min_pixels" in options and "max_pixels" in options:
+            wanted = f"an integer from 1 to {limit}, the area that fills the model's context"
+            raise bad_option(name, value, wanted)
+    bounds |= given
+    if bounds["min_pixels"] > bounds["max_pixels"]:
+        if len(given) == 2:
             raise ConfigError(
                 "mm_processor_kwargs: min_pixels is greater than max_pixels",
                 param="mm_processor_kwargs.min_pixels",
             )
-        # One bound given: the checkpoint's other one gives way.
-        bound = options.get("min_pixels", options.get("max_pixels", known["max_pixels"]))
+        # With one bound given, the checkpoint's other bound becomes equal to it.
+        bound = next(iter(given.values()), bounds["max_pixels"])
         return bound, bound
-    return known["min_pixels"], known["max_pixels"]
+    return bounds["min_pixels"], bounds["max_pixels"]

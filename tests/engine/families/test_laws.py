@@ -112,12 +112,13 @@ def embeds_are_pixels(model: Made, hub: Made) -> None:
             ours = processor.among(len(prompt.pictures))
         media = [ours.prepare(image) for image in prompt.pictures]
         rows = encoder.encode(media)
-        ways = [rows, torch.stack(rows)] if ours.embedding_field is None else [rows, torch.cat(rows)]
+        field = ours.embedding_field
+        ways = [rows, torch.stack(rows) if field is None else torch.cat(rows)]
         described = {
             None: {},
             "image_grid_thw": {"image_grid_thw": torch.tensor([entry.item.grid for entry in media])},
             "image_size_list": {"image_size_list": [image.size for image in prompt.pictures]},
-        }[ours.embedding_field]
+        }[field and field.name]
         for embeds in ways:
             data = {"image": {"image_embeds": embeds, **described}}
             (output,) = model.run(llm, [{"prompt": prompt.text, "multi_modal_data": data}])

@@ -11,7 +11,9 @@ from engine.distributed.group import SingleProcessGroup
 from engine.errors import InvalidRequest
 from engine.families.minicpm_v.config import pieces
 from engine.families.minicpm_v.family import FAMILY
+from engine.inputs.embeds import given_embeddings
 from engine.layers.build import BuildContext
+from engine.vision.normalisation import HALF_NORMALISATION
 from engine.vision.pixels import Pixels
 from tests.engine.families import minicpm_v_reference as composed
 from tests.engine.tiny import TRANSFORMERS, picture, rewrite_json
@@ -39,7 +41,7 @@ def processor(tmp_path_factory):
 def encoder_pixels(media) -> torch.Tensor:
     """As the encoder normalises them."""
     build = BuildContext(torch.device("cpu"), torch.float32, SingleProcessGroup())
-    pixels = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 1 / 255, build)
+    pixels = Pixels(HALF_NORMALISATION, build)
     return pixels(pixels.upload(media.pixels))
 
 
@@ -88,8 +90,9 @@ def test_slices_are_those_of_the_later_version_in_transformers(processor, size):
 def test_an_item_is_described_by_the_size_of_its_picture(processor):
     for size in [(640, 480), (20, 24), (1500, 240)]:
         prepared = processor.prepare(picture(*size)).item
-        assert processor.embedding_rows(size) == prepared.num_tokens
-        assert processor.describe_embedding(size, prepared.hash) == prepared
-    for description, words in (((1, 201), "elongated"), ((1, 2, 3), "image_size_list"), (None, "width")):
+        assert processor.embedding_item(size, "").num_tokens == prepared.num_tokens
+        assert processor.embedding_item(size, prepared.hash) == prepared
+    for description, words in (((1, 201), "elongated"), ((1, 2, 3), "image_size_list"), ((), "width")):
+        rows = {"image_embeds": torch.zeros(1, 64, 4), "image_size_list": [description]}
         with pytest.raises(InvalidRequest, match=words):
-            processor.describe_embedding(description, "")
+            given_embeddings(rows, processor)

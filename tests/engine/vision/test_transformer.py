@@ -9,7 +9,7 @@ import transformers
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.distributed.group import SingleProcessGroup
-from engine.families.parsing.clip import clip_rules
+from engine.families.parsing.tower import tower_rules
 from engine.kernels.activation import ACTIVATIONS
 from engine.layers.build import BuildContext
 from engine.vision.segments import VisionSegments
@@ -34,7 +34,7 @@ def ours(path, reference, config: VisionConfig) -> VisionTransformer:
     (path / "config.json").touch()
     tower = VisionTransformer(config, BUILD)
     rules = WeightRules(
-        language=(), vision=clip_rules(r"(?:vision_model\.)?", ""), ignore=(r".*position_ids",)
+        language=(), vision=tower_rules(r"(?:vision_model\.)?", ""), ignore=(r".*position_ids",)
     )
     fill_from_checkpoint(tower, "vision", Checkpoint(path), rules)
     return tower

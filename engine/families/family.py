@@ -1,0 +1,112 @@
+"""A model family: the steps that all families share, and the parts in which one differs from the others.
+
+A family's module makes one value of :class:`Family` and states only its difference; every field that has a
+default may be left out. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.checkpoint.folder import Checkpoint
+from engine.checkpoint.rules import ROTARY_BUFFERS, TIED_HEAD, WeightRules
+from engine.errors import ConfigError
+from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, PromptFormat
+from engine.families.parsing.model import ConfigReader
+from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
+
+if TYPE_CHECKING:
+    from engine.layers.build import BuildContext
+
+Options = Mapping[str, Any]
+Positions = tuple[np.ndarray, int]
+
+
+def item_placeholder(
+    config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
+) -> tuple[PlaceholderRun, ...]:
+    """The item's own placeholder: embedding rows without text among them."""
+    return item.placeholder
+
+
+def plain_positions(config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]) -> Positions | None:
+    """No positions of the family's own: a token's position is its index."""
+    return None
+
+
+def no_encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
+    """For text-only families, which are never asked for an encoder."""
+    raise AssertionError("a text-only model has no encoder")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: the folder under ``engine.families``.
+        architectures: the entries of ``architectures`` in config.json that the family serves.
+        reader: reads config.json and the files beside it.
+        prompt_format: the placeholder strings in prompts of a model.
+        placeholder: token runs that replace the placeholder string of the ``index``-th item (from 0) of its
+            kind in a prompt; ``encode`` tokenises text without adding special tokens.
+        positions: rotary positions ``(3, num_tokens)`` int64 of a prompt, and the number to add to the index
+            of every later token to get its position on all three axes; None if positions are token indices.
+        processor: makes the media processor of a checkpoint with the user's options; None if the family is
+            text-only.
+        options: names of the ``mm_processor_kwargs`` that ``processor`` takes.
+        weights: the names of the checkpoint's tensors, without those that every family ignores.
+        build_encoder: makes the vision part with its weights allocated but not filled; the result is also a
+            ``torch.nn.Module``.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    reader: ConfigReader
+    prompt_format: Callable[[ModelConfig], PromptFormat] = lambda config: PromptFormat()
+    placeholder: Callable[
+        [ModelConfig, MediaItem, int, Callable[[str], list[int]]], tuple[PlaceholderRun, ...]
+    ] = item_placeholder
+    positions: Callable[[ModelConfig, int, Sequence[MediaSpan]], Positions | None] = plain_positions
+    processor: Callable[[Checkpoint, ModelConfig, Options], MediaProcessor] | None = None
+    options: tuple[str, ...] = ()
+    weights: Callable[[ModelConfig], WeightRules] = lambda config: WeightRules()
+    build_encoder: Callable[[ModelConfig, BuildContext], MediaEncoder] = no_encoder
+
+    def parse(self, checkpoint: Checkpoint) -> ModelConfig:
+        """Read the checkpoint's JSON files.
+
+        Raises:
+            CheckpointError: naming the field that is missing or not supported.
+        """
+        named = checkpoint.config.get("architectures") or []
+        architecture = next((name for name in named if name in self.architectures), self.architectures[0])
+        return self.reader.read(checkpoint, self.name, architecture)
+
+    def media_processor(
+        self, checkpoint: Checkpoint, config: ModelConfig, options: Options
+    ) -> MediaProcessor | None:
+        """The processor of a checkpoint with the user's ``mm_processor_kwargs``; None for a text-only model.
+
+        Raises:
+            CheckpointError: naming the field of the processor's file that is not supported.
+            ConfigError: naming the option that is unknown or out of bounds.
+        """
+        for name in options:
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise ConfigError(
+                    f"mm_processor_kwargs: {config.architecture} has no option {name!r}; it has {known}",
+                    param=f"mm_processor_kwargs.{name}",
+                )
+        return None if self.processor is None else self.processor(checkpoint, config, options)
+
+    def weight_rules(self, config: ModelConfig) -> WeightRules:
+        """Rules that give each of the checkpoint's tensors its part of the model and its name there."""
+        rules = self.weights(config)
+        tied = (TIED_HEAD,) if config.decoder.tie_word_embeddings else ()
+        return replace(rules, ignore=(ROTARY_BUFFERS, *tied, *rules.ignore))

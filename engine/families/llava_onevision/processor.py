@@ -1,0 +1,147 @@
+"""LLaVA-OneVision's images and videos: crops of the tower's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from engine.checkpoint.folder import Checkpoint
+from engine.errors import CheckpointError
+from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
+from engine.families.parsing.processor import check_frames, require_steps
+from engine.media.image_ops import content_hash, resize
+from engine.media.padding import resize_in_square, resize_on_canvas
+from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.anyres import AnyresConfig, best_pinpoint, tiled_rows
+
+_DEFAULT_SIDES = tuple(384 * tiles for tiles in range(1, 7))
+
+
+def parse_pinpoints(raw: Any, side: int) -> tuple[tuple[int, int], ...]:
+    """The ``image_grid_pinpoints`` of a JSON file: ``(height, width)`` of each tiling, in pixels.
+
+    Args:
+        raw: the field's value; None or empty takes the public model's.
+        side: of a tile, in pixels.
+
+    Raises:
+        CheckpointError: a side is no multiple of a tile's.
+    """
+    default = [(height, width) for height in _DEFAULT_SIDES for width in _DEFAULT_SIDES]
+    pinpoints = tuple((height, width) for height, width in raw or default)
+    for height, width in pinpoints:
+        if height <= 0 or width <= 0 or height % side or width % side:
+            raise CheckpointError(
+                f"config.json: image_grid_pinpoints has {height}x{width}, but its sides should be multiples "
+                f"of the tower's {side} pixels",
+                param="image_grid_pinpoints",
+            )
+    return pinpoints
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaOnevisionProcessor:
+    """See :class:`engine.families.base.MediaProcessor`; grids are those of
+    :class:`engine.families.llava_onevision.encoder.AnyresVisionEncoder`.
+
+    Attributes:
+        vision: the tower and the tilings.
+        image_token_id, video_token_id: the tokens that rows replace.
+        resample: PIL's filter number.
+        tiled: whether an image is shown in tiles as well; else in one crop, padded to a square.
+    """
+
+    vision: AnyresConfig
+    image_token_id: int
+    video_token_id: int
+    resample: int = 3
+    tiled: bool = True
+
+    @classmethod
+    def create(
+        cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
+    ) -> LlavaOnevisionProcessor:
+        """The checkpoint's processor; it has no options."""
+        raw, vision = checkpoint.preprocessor_config, config.vision
+        assert isinstance(vision, AnyresConfig)
+        assert config.image_token_id is not None and config.video_token_id is not None
+        side = vision.crops.image_size
+        require_steps(raw, "do_resize", "do_rescale", "do_normalize")
+        size = raw.get("size") or {}
+        if {size.get(name, side) for name in ("height", "width", "shortest_edge")} != {side}:
+            raise CheckpointError(
+                f"preprocessor_config.json: size should be the tower's {side} pixels", param="size"
+            )
+        pinpoints = parse_pinpoints(raw.get("image_grid_pinpoints"), side) if raw else vision.pinpoints
+        if pinpoints != vision.pinpoints:
+            raise CheckpointError(
+                "preprocessor_config.json: image_grid_pinpoints differ from those of config.json",
+                param="image_grid_pinpoints",
+            )
+        return cls(vision, config.image_token_id, config.video_token_id, raw.get("resample", 3))
+
+    def among(self, num_images: int) -> LlavaOnevisionProcessor:
+        """Only the single image of a prompt is shown in tiles."""
+        return replace(self, tiled=num_images <= 1)
+
+    def check(self, size: tuple[int, int]) -> int:
+        crops = self.vision.crops
+        if not self.tiled:
+            return crops.rows_per_crop + 1
+        shown = tiled_rows(size, self._tiles(size), crops.grid_side, self.vision.max_tiles)
+        return crops.rows_per_crop + shown.rows * (shown.columns + 1)
+
+    def prepare(self, image: Image.Image) -> PreparedMedia:
+        side, grid = self.vision.crops.image_size, self._grid(image.size)
+        if not self.tiled:
+            colour = tuple(int(value * 255) for value in self.vision.crops.normalisation.mean)
+            pixels = resize_in_square(image, side, colour, self.resample)[None]
+            return self._media("image", pixels, grid, image.size)
+        _, down, along = grid
+        canvas = resize_on_canvas(image, (along * side, down * side), self.resample)
+        tiles = canvas.reshape(down, side, along, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        pixels = np.concatenate([resize(image, (side, side), self.resample)[None], tiles])
+        return self._media("image", pixels, grid, image.size)
+
+    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
+        size, side = check_frames(frames), self.vision.crops.image_size
+        pixels = np.stack([resize(frame, (side, side), self.resample) for frame in frames])
+        return self._media("video", pixels, (len(frames), 0, 0), size)
+
+    @property
+    def embedding_field(self) -> EmbeddingField:
+        return IMAGE_SIZES
+
+    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
+        width, height = description
+        return self._item("image", key, self._grid((width, height)), (width, height))
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Number of crops, and of tiles in a column and in a row, of an image."""
+        if not self.tiled:
+            return 1, 0, 0
+        down, along = self._tiles(size)
+        return 1 + down * along, down, along
+
+    def _tiles(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tiles in a column and in a row for an image of ``(width, height)``."""
+        height, width = best_pinpoint(size, self.vision.pinpoints)
+        return height // self.vision.crops.image_size, width // self.vision.crops.image_size
+
+    def _media(
+        self, kind: str, pixels: np.ndarray, grid: tuple[int, ...], size: tuple[int, int]
+    ) -> PreparedMedia:
+        options = {"tiled": self.tiled}
+        key = content_hash(pixels, family="llava_onevision", options=options, kind=kind, size=size)
+        return PreparedMedia(self._item(kind, key, grid, size), pixels)
+
+    def _item(self, kind: str, key: str, grid: tuple[int, ...], size: tuple[int, int]) -> MediaItem:
+        if kind == "image":
+            token, rows = self.image_token_id, self.check(size)
+        else:
+            token, rows = self.video_token_id, grid[0] * (-(-self.vision.crops.grid_side // 2)) ** 2 + 1
+        return MediaItem.of_rows(kind, key, token, rows, grid=grid, size=size)

@@ -1,0 +1,122 @@
+"""Reads a checkpoint's JSON files into a ModelConfig: the steps that all families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from engine.checkpoint.folder import Checkpoint
+from engine.errors import CheckpointError
+from engine.families.base import ModelConfig
+from engine.families.parsing.decoder import (
+    DecoderKind,
+    Json,
+    checkpoint_dtype,
+    eos_ids,
+    parse_decoder,
+    refuse_quantised,
+)
+from engine.layers.decoder_config import DecoderConfig
+
+TextFields = Callable[[Json], tuple[Json, DecoderKind]]
+"""From config.json: the fields of the decoder, and its kind."""
+
+
+def flat_text(kind: DecoderKind) -> TextFields:
+    """The decoder's fields are those of config.json itself."""
+    return lambda raw: (raw, kind)
+
+
+def nested_text(*kinds: DecoderKind, defaults: Json | None = None, text_may_tie: bool = True) -> TextFields:
+    """The decoder's fields are in ``text_config``, whose ``model_type`` is one of ``kinds``.
+
+    Args:
+        kinds: the first is assumed where ``model_type`` is missing.
+        defaults: fields that the family assumes where ``text_config`` doesn't state them.
+        text_may_tie: whether ``tie_word_embeddings`` in ``text_config`` ties the embeddings, as the field of
+            the same name in config.json does.
+    """
+
+    def fields(raw: Json) -> tuple[Json, DecoderKind]:
+        stated = raw.get("text_config") or {}
+        kind = stated.get("model_type", kinds[0])
+        if kind not in kinds:
+            raise CheckpointError(
+                f"config.json: text_config.model_type {kind!r} is not supported; {', '.join(kinds)} are",
+                param="text_config",
+            )
+        return tied_text(raw, {**(defaults or {}), **stated}, text_may_tie), cast(DecoderKind, kind)
+
+    return fields
+
+
+def tied_text(raw: Json, text: Json, text_may_tie: bool = True) -> Json:
+    """``text`` with ``tie_word_embeddings`` as config.json (``raw``) and perhaps itself state it."""
+    tied = raw.get("tie_word_embeddings") or (text_may_tie and text.get("tie_word_embeddings"))
+    return {**text, "tie_word_embeddings": bool(tied)}
+
+
+TokenId = Callable[[Json, DecoderConfig], int | None]
+"""From config.json and the decoder: the id of a placeholder token."""
+
+
+def no_token(raw: Json, decoder: DecoderConfig) -> None:
+    """The family has no such items."""
+
+
+def token_field(*names: str, default: int) -> TokenId:
+    """The first of the fields ``names`` that config.json states, else ``default``."""
+    return lambda raw, decoder: next((raw[name] for name in names if name in raw), default)
+
+
+def as_read(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The configuration without changes."""
+    return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigReader:
+    """Reads the configuration of one family's checkpoints.
+
+    Attributes:
+        text: finds the decoder's fields in config.json.
+        vision: reads the vision part from config.json, the image processor's JSON and the decoder's hidden
+            size; None if the family is text-only.
+        image_token, video_token: find the ids of the placeholder tokens.
+        end_tokens: tokens that end an answer whether or not the files name them.
+        finish: completes a configuration with values of the family's own.
+    """
+
+    text: TextFields
+    vision: Callable[[Json, Json, int], Any] | None = None
+    image_token: TokenId = no_token
+    video_token: TokenId = no_token
+    end_tokens: tuple[int, ...] = ()
+    finish: Callable[[ModelConfig, Checkpoint], ModelConfig] = as_read
+
+    def read(self, checkpoint: Checkpoint, family: str, architecture: str) -> ModelConfig:
+        """Read the files of ``checkpoint``.
+
+        Raises:
+            CheckpointError: naming the field that is missing or not supported.
+        """
+        refuse_quantised(checkpoint)
+        raw = checkpoint.config
+        text, kind = self.text(raw)
+        decoder = parse_decoder(text, kind)
+        vision = None
+        if self.vision is not None:
+            vision = self.vision(raw, checkpoint.preprocessor_config, decoder.hidden_size)
+        config = ModelConfig(
+            architecture=architecture,
+            family=family,
+            decoder=decoder,
+            vision=vision,
+            eos_token_ids=eos_ids(checkpoint, text, vocab_size=decoder.vocab_size, defaults=self.end_tokens),
+            dtype=checkpoint_dtype(raw, text),
+            bos_token_id=text.get("bos_token_id"),
+            image_token_id=self.image_token(raw, decoder),
+            video_token_id=self.video_token(raw, decoder),
+        )
+        return self.finish(config, checkpoint)

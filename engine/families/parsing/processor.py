@@ -1,0 +1,65 @@
+"""Fields that the image processors' JSON files have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.vision.normalisation import Normalisation
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def parse_normalisation(raw: Mapping[str, Any], default: Normalisation) -> Normalisation:
+    """The normalisation that an image processor's JSON states, with ``default`` for missing fields."""
+    return Normalisation(
+        mean=tuple(raw.get("image_mean") or default.mean),
+        std=tuple(raw.get("image_std") or default.std),
+        scale=raw.get("rescale_factor", default.scale),
+    )
+
+
+def require_steps(raw: Mapping[str, Any], *steps: str) -> None:
+    """Refuse a processor that leaves out one of ``steps``, e.g. ``do_resize``.
+
+    Raises:
+        CheckpointError: naming the step.
+    """
+    for step in steps:
+        if not raw.get(step, True):
+            raise CheckpointError(f"preprocessor_config.json: {step} false is not supported", param=step)
+
+
+def count_option(options: Mapping[str, Any], name: str, default: int, most: int) -> int:
+    """The user's option ``name``, an integer from 1 to ``most``, or ``default`` without it.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if name not in options:
+        return default
+    value = options[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise bad_option(name, value, f"an integer from 1 to {most}")
+    return value
+
+
+def bad_option(name: str, value: Any, wanted: str) -> ConfigError:
+    """The error for an option of ``mm_processor_kwargs`` whose value is not ``wanted``."""
+    return ConfigError(
+        f"mm_processor_kwargs: {name} should be {wanted}; got {value!r}",
+        param=f"mm_processor_kwargs.{name}",
+    )
+
+
+def check_frames(frames: Sequence[Image.Image]) -> tuple[int, int]:
+    """The common ``(width, height)`` of a video's frames, in pixels.
+
+    Raises:
+        InvalidRequest: there are none, or they differ in size.
+    """
+    if not frames or any(frame.size != frames[0].size for frame in frames):
+        raise InvalidRequest("a video needs frames, all of the same size", param="video")
+    return frames[0].size
