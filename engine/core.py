@@ -12,7 +12,7 @@ import numpy as np
 from engine.request import Request
 from engine.scheduling.batch import ScheduledBatch, StepEvents, StepResult
 from engine.scheduling.scheduler import Scheduler
-from engine.structured.grammar import GrammarMatcher
+from engine.structured.matcher import GrammarMatcher
 
 GrammarMask = Callable[[list[int]], np.ndarray]
 

@@ -14,6 +14,10 @@ MAX_REGEX_LENGTH = 16 * 1024
 MAX_CHOICES = 4096
 
 
+class GrammarRefused(Exception):
+    """A grammar is invalid, or takes more time, memory or stack than a grammar may."""
+
+
 def check_spec(spec: StructuredSpec) -> None:
     """Raises :class:`InvalidRequest` if the spec is malformed or larger than a spec may be."""
     if len(spec.text) > MAX_STRUCTURED_TEXT:
@@ -38,14 +42,14 @@ def check_spec(spec: StructuredSpec) -> None:
 
 
 def refusal(spec: StructuredSpec, reason: str) -> str:
-    """One short sentence for the caller, whatever the length of the compiler's message."""
+    """A short sentence for the caller, however long the compiler's message is."""
     name = {"json_object": "JSON schema", "json_schema": "JSON schema"}.get(spec.kind, spec.kind)
-    reason = " ".join(reason.replace("<non-verbose/>", "").split())
-    return f"The {name} is refused: {reason if len(reason) <= 300 else reason[:297] + '...'}"
+    reason = reason.rstrip(". ") if len(reason) <= 300 else reason[:297] + ".."
+    return f"The {name} is refused: {reason}."
 
 
 def _refused(spec: StructuredSpec, reason: str) -> InvalidRequest:
-    return InvalidRequest(refusal(spec, reason + "."), param=structured_param(spec))
+    return InvalidRequest(refusal(spec, reason), param=structured_param(spec))
 
 
 def _parse(spec: StructuredSpec) -> Any:

@@ -9,11 +9,12 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import Overloaded, Unavailable
+from engine.structured.checks import GrammarRefused
+from engine.structured.vocabulary import Vocabulary
 
 LIMITS: dict[str, Any] = {"max_lexer_states": 30_000, "verbose_errors": False}
 """Of llguidance's parser, per grammar; a lexer state takes 1 to 2 kB."""
@@ -23,17 +24,11 @@ _START_SECONDS = 60.0
 _RECYCLE_KIB = 96 << 10
 
 
-class GrammarRefused(Exception):
-    """A grammar is invalid, or takes more time, memory or stack than a grammar may."""
-
-
 class GrammarProber:
     """A small pool of helper processes, started when first needed and replaced when they die.
 
     Args:
-        tokenizer: JSON of the ``tokenizers`` library.
-        vocab_size: width of masks.
-        eos_ids: tokens that may follow a complete answer.
+        vocabulary: of the masks.
         processes: grammars tried out at once.
         time_limit: seconds for one grammar.
         memory: bytes that one grammar may take.
@@ -42,17 +37,14 @@ class GrammarProber:
 
     def __init__(
         self,
-        tokenizer: str,
-        vocab_size: int,
-        eos_ids: Sequence[int],
+        vocabulary: Vocabulary,
         *,
         processes: int = 2,
         time_limit: float = 5.0,
         memory: int = 384 << 20,
         queue_limit: float = 30.0,
     ) -> None:
-        setup = {"tokenizer": tokenizer, "vocab_size": vocab_size, "eos_ids": list(eos_ids)}
-        self._setup = {**setup, "limits": LIMITS, "memory": memory}
+        self._setup = {**vocabulary.as_json(), "limits": LIMITS, "memory": memory}
         self._time_limit, self._queue_limit = time_limit, queue_limit
         # Last in, first out: a second process starts only when two grammars come at once.
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()

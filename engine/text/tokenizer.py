@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from engine.errors import CheckpointError, InvalidRequest
 from engine.text.token_bytes import TokenBytes
@@ -118,6 +118,11 @@ class Tokenizer:
         unknown = self._named("unk_token")
         return [i for i in found if i == unknown or i not in self.special_ids]
 
+    def encode_piece(self, text: str) -> list[int]:
+        """Ids of ``text`` as a part of a longer one: nothing is added or put before it, and strings that look
+        like added tokens are read as plain text."""
+        return _encode(self._plain_pieces, text, False) if text else []
+
     def with_special_tokens(self, ids: Sequence[int]) -> list[int]:
         """``ids`` between the tokens that ``encode(..., add_special_tokens=True)`` puts around a text."""
         return [*self.special_prefix, *ids, *self.special_suffix]
@@ -157,10 +162,13 @@ class Tokenizer:
         return self._plain(("first", "always"))
 
     def _plain(self, unspaced: tuple[str, ...]) -> tokenizers.Tokenizer:
-        """The same pipeline without added tokens, and without the Metaspace prefix of these schemes."""
+        """The same pipeline without added tokens, and without the space that Metaspace puts in front in these
+        schemes. With ``always`` among them the normalizer puts none in front either."""
         plain = tokenizers.Tokenizer(self.backend.model)  # shares the vocabulary
         if self.backend.normalizer is not None:
             plain.normalizer = self.backend.normalizer
+            if "always" in unspaced:
+                plain.normalizer = _without_prepend(self.backend.normalizer)
         if self.backend.pre_tokenizer is None:
             return plain
         state = json.loads(self.backend.pre_tokenizer.__getstate__())
@@ -216,6 +224,18 @@ def _encode(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool =
         return backend.encode(text, add_special_tokens=add_special_tokens).ids
     except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can spell
         raise InvalidRequest("The text has characters that are not valid Unicode.") from error
+
+
+def _without_prepend(normalizer: normalizers.Normalizer) -> normalizers.Normalizer | None:
+    """``normalizer`` without the steps that put a string, the space of older Llama files, before a text."""
+    state = json.loads(normalizer.__getstate__())
+    if state["type"] == "Prepend":
+        return None
+    if state["type"] == "Sequence":
+        state["normalizers"] = [step for step in state["normalizers"] if step["type"] != "Prepend"]
+        normalizer = copy.deepcopy(normalizer)
+        normalizer.__setstate__(json.dumps(state).encode())
+    return normalizer
 
 
 def _content(value: Any) -> str | None:

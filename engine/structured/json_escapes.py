@@ -1,0 +1,60 @@
+"""Which escapes strings of JSON answers may hold: a model must never be led from an escape it has begun to
+another character than it meant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import llguidance
+
+from engine.structured.json_schema import literals, schemas_in
+
+#: Strings that hold a character which JSON can only write as an escape; all but five of them as ``\u00XX``.
+_ESCAPED = r"[\x00-\x1f\x7f]"
+
+#: What ``\`` may be followed by where strings follow a pattern: no ``u``.
+_SHORT_ESCAPES = 'nrbtf\\"'
+
+#: Bounds the search for such a character to milliseconds.
+_FUEL = 200_000
+
+
+def escape_options(schema: Any) -> dict[str, Any]:
+    r"""llguidance's options for the escapes of a JSON schema's strings.
+
+    Left alone, llguidance lets a string begin ``\u00`` and then only end in a control character: a model that
+    writes ``\u00e9`` is led to ``\u0000``. It can allow all ``\uXXXX``, but not in strings that follow a
+    pattern. Where no pattern allows an escaped character, nothing can be begun there, and all are allowed
+    elsewhere. Otherwise no ``\u`` is ever begun: a character that needs one can't come then.
+    """
+    patterns = list(dict.fromkeys(_patterns(schema)))
+    if patterns and _may_hold_escapes(patterns) and not _names_escapes(schema):
+        return {"json_allowed_escapes": _SHORT_ESCAPES}
+    return {"json_allow_general_unicode_escapes": True}
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """Regexes that strings or keys anywhere in ``schema`` must follow."""
+    for node in schemas_in(schema):
+        if isinstance(node.get("pattern"), str):
+            yield node["pattern"]
+        if isinstance(node.get("patternProperties"), dict):
+            yield from node["patternProperties"]
+
+
+def _names_escapes(schema: Any) -> bool:
+    """Whether a value that ``schema`` spells out needs ``\\u``."""
+    text = json.dumps(list(literals(schema)), ensure_ascii=False)
+    return "\\u00" in text or "\x7f" in text
+
+
+def _may_hold_escapes(patterns: list[str]) -> bool:
+    """Whether a string that follows one of ``patterns`` may hold a character that JSON must escape."""
+    options = [{"type": "string", "allOf": [{"pattern": p}, {"pattern": _ESCAPED}]} for p in patterns]
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps({"anyOf": options}))
+    limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, verbose_errors=False)
+    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
+    # Of a pattern that is wrong in itself the schema's own compilation tells.
+    return not (is_error and messages[0].startswith("Unsatisfiable schema"))

@@ -1,0 +1,217 @@
+"""JSON schemas made ready for llguidance, and its refusals in words that help a caller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from engine.structured.checks import GrammarRefused
+
+Schema = dict[str, Any]
+
+#: Keywords that llguidance lacks, each with what a caller can do instead.
+_UNSUPPORTED = {
+    "not": "say what is allowed instead, with enum, pattern or anyOf",
+    "if": "list the cases with anyOf",
+    "then": "list the cases with anyOf",
+    "else": "list the cases with anyOf",
+    "dependentRequired": "list the cases with anyOf",
+    "dependentSchemas": "list the cases with anyOf",
+    "dependencies": "list the cases with anyOf",
+    "propertyNames": "use patternProperties with additionalProperties false",
+    "contains": "describe every entry with items or prefixItems",
+    "minContains": "describe every entry with items or prefixItems",
+    "maxContains": "describe every entry with items or prefixItems",
+    "unevaluatedProperties": "use additionalProperties in each of the schemas",
+    "unevaluatedItems": "use items in each of the schemas",
+    "$dynamicRef": "use $ref",
+    "$recursiveRef": "use $ref",
+}
+
+#: Formats that answers are made to follow. All others are annotations, as JSON Schema has it by default.
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+
+#: Keywords whose value is a schema, a list of schemas, or schemas by name.
+_IN_SCHEMA = ("additionalItems", "additionalProperties", "items")
+_IN_LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_DEFINITIONS = ("$defs", "definitions")
+_IN_NAMES = ("properties", "patternProperties", *_DEFINITIONS)
+
+
+def _unsupported(keyword: str, where: str = "") -> str:
+    advice = _UNSUPPORTED.get(keyword)
+    return f"the keyword {keyword}{where} is not supported{'; ' + advice if advice else ''}"
+
+
+#: llguidance's messages, in words that say what to change.
+_PLAINER: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(r'Unimplemented keys: \["([^"]+)".*\]'), lambda match: _unsupported(match[1])),
+    (
+        re.compile(r"oneOf constraints are not supported.*"),
+        "oneOf is followed only where its schemas exclude each other, by their types or by different const "
+        "values of a required property; use anyOf instead",
+    ),
+    (
+        re.compile(r"min/maxProperties only supported when .*"),
+        "minProperties and maxProperties are followed only where all of properties are required",
+    ),
+    (
+        re.compile(r"patternProperty regexes (.+) are not disjoint"),
+        r"the patterns \1 of patternProperties must not match the same key",
+    ),
+    (re.compile(r"Pointer '(.*)' does not exist"), r"$ref points to '\1', which is not there"),
+    (
+        re.compile(r"Resource '(.*)' is not present.*"),
+        r"$ref names '\1', which is not fetched; put the schema under $defs",
+    ),
+    (re.compile(r"; following special tokens are available.*"), ""),
+    (re.compile(r"regex parse error:.*error: (.*)"), r"a pattern is no regular expression: \1"),
+]
+
+
+def prepare_schema(schema: Schema) -> Schema:
+    """A schema that llguidance takes and that allows the same answers.
+
+    ``x-guidance``, ``uniqueItems`` and formats that llguidance doesn't know are left out. ``oneOf`` becomes
+    ``anyOf`` where no answer can match two of its schemas.
+
+    Raises:
+        GrammarRefused: it uses a keyword that llguidance lacks.
+    """
+    root = {key: value for key, value in schema.items() if key != "x-guidance"}
+    return _Preparation(root).of(root, "")
+
+
+def schemas_in(schema: Any) -> Iterator[Schema]:
+    """``schema`` and all schemas within it, but not what it gives as data, such as the values of ``enum``."""
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    for key, value in schema.items():
+        if key in _IN_LIST and isinstance(value, list):
+            parts: Iterable[Any] = value
+        elif key in _IN_NAMES and isinstance(value, dict):
+            parts = value.values()
+        else:
+            parts = [value] if key in _IN_SCHEMA else []
+        for part in parts:
+            yield from schemas_in(part)
+
+
+def literals(schema: Any) -> Iterator[Any]:
+    """Values that ``schema`` spells out: of ``const`` and ``enum``, and the keys that objects must have."""
+    for node in schemas_in(schema):
+        if "const" in node:
+            yield node["const"]
+        for key in ("enum", "required"):
+            if isinstance(node.get(key), list):
+                yield from node[key]
+
+
+def plainer(message: str) -> str:
+    """llguidance's message about a grammar in one line that says what to change."""
+    message = " ".join(message.replace("<non-verbose/>", "").split())
+    for pattern, words in _PLAINER:
+        message = pattern.sub(words, message)
+    return message
+
+
+class _Preparation:
+    def __init__(self, root: Schema) -> None:
+        self._root = root
+
+    def of(self, schema: Any, path: str) -> Any:
+        """``schema``, which stands at ``path`` of the root, prepared."""
+        if not isinstance(schema, dict):
+            return schema
+        for keyword in _UNSUPPORTED:
+            if keyword in schema:
+                raise GrammarRefused(_unsupported(keyword, f" at {path or '/'}"))
+        prepared: Schema = {}
+        # The order of keywords is the order of an answer's properties.
+        for key, value in schema.items():
+            new = self._value(key, value, f"{path}/{key}")
+            if key == "oneOf" and isinstance(new, list) and "anyOf" not in schema and self._exclusive(new):
+                prepared["anyOf"] = new
+            elif key != "uniqueItems" and (key != "format" or value in _FORMATS):
+                prepared[key] = new
+        return prepared
+
+    def _value(self, key: str, value: Any, path: str) -> Any:
+        if key in _IN_LIST and isinstance(value, list):
+            return [self.of(entry, f"{path}/{index}") for index, entry in enumerate(value)]
+        if key in _IN_NAMES and isinstance(value, dict):
+            parts = {name: (entry, f"{path}/{name}") for name, entry in value.items()}
+            prepare = self._definition if key in _DEFINITIONS else self.of
+            return {name: prepare(entry, where) for name, (entry, where) in parts.items()}
+        return self.of(value, path) if key in _IN_SCHEMA else value
+
+    def _definition(self, schema: Any, path: str) -> Any:
+        """As :meth:`of`; but what can't be prepared stays as it is, since it may never be referred to."""
+        try:
+            return self.of(schema, path)
+        except GrammarRefused:
+            return schema
+
+    def _exclusive(self, options: list[Any]) -> bool:
+        """Whether no value can match two of ``options``."""
+        schemas = [self._resolved(option) for option in options]
+        return all(
+            _exclude(one, other) for index, one in enumerate(schemas) for other in schemas[index + 1 :]
+        )
+
+    def _resolved(self, schema: Any) -> Any:
+        """The schema that ``$ref`` points to within the root, if ``schema`` is nothing else."""
+        for _ in range(16):
+            if not isinstance(schema, dict) or not isinstance(pointer := schema.get("$ref"), str):
+                return schema
+            if not pointer.startswith("#/"):
+                return None
+            schema = self._root
+            for part in pointer[2:].split("/"):
+                part = part.replace("~1", "/").replace("~0", "~")
+                schema = schema.get(part) if isinstance(schema, dict) else None
+        return None
+
+
+def _exclude(one: Any, other: Any) -> bool:
+    """Whether no value can match both schemas, as far as can be told at a glance."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return False
+    types, others = _types(one), _types(other)
+    if types and others and types.isdisjoint(others):
+        return True
+    if types != {"object"} or others != {"object"}:
+        return False
+    shared = set(_required(one)) & set(_required(other))
+    return any(_values_exclude(one["properties"][name], other["properties"][name]) for name in shared)
+
+
+def _types(schema: Schema) -> set[str]:
+    """The types a value may have; empty if that isn't said."""
+    given = schema.get("type")
+    names = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    # An integer is a number as well.
+    return {"number" if name == "integer" else str(name) for name in names}
+
+
+def _required(schema: Schema) -> Iterator[str]:
+    required, properties = schema.get("required"), schema.get("properties")
+    if isinstance(required, list) and isinstance(properties, dict):
+        yield from (name for name in required if isinstance(name, str) and name in properties)
+
+
+def _values_exclude(one: Any, other: Any) -> bool:
+    values: list[list[Any]] = []
+    for schema in (one, other):
+        if not isinstance(schema, dict):
+            return False
+        if "const" in schema:
+            values.append([schema["const"]])
+        elif isinstance(schema.get("enum"), list):
+            values.append(schema["enum"])
+        else:
+            return False
+    # ``True == 1`` in Python alone; numbers are not told apart from it, which errs on the safe side.
+    return not any(value in values[1] for value in values[0])

@@ -1,0 +1,117 @@
+"""Which tokens may come next in an answer that follows a grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import llguidance
+import numpy as np
+
+
+class GrammarMatcher:
+    """How far one sequence has followed a grammar. Not thread-safe.
+
+    Once EOS was accepted, only EOS may follow, and any number of them. After an error nothing may follow, not
+    even EOS: an answer that breaks off must not look like a whole one.
+    """
+
+    def __init__(
+        self, matcher: llguidance.LLMatcher, eos_ids: frozenset[int], executor: llguidance.LLExecutor
+    ) -> None:
+        self._matcher, self._eos_ids, self._executor = matcher, eos_ids, executor
+        # EOS is counted here, since the library doesn't roll it back like other tokens.
+        self._num_eos = 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but EOS may follow."""
+        return self._num_eos > 0 or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the accepted tokens fulfil the grammar as they stand."""
+        return self.error is None and self._matcher.is_accepting()
+
+    @property
+    def error(self) -> str | None:
+        """Why no token may follow (one was not allowed, none can go on, or a limit was hit), or None."""
+        return self._matcher.get_error() if self._matcher.is_error() else None
+
+    @property
+    def _needs_mask(self) -> bool:
+        return not (self._num_eos or self._matcher.is_error())
+
+    def fill_mask(self, row: np.ndarray) -> None:
+        """Writes which tokens may come next; none after an error.
+
+        Args:
+            row: (ceil(V / 32),) int32, contiguous; bit ``id % 32`` of word ``id // 32``.
+        """
+        assert row.dtype == np.int32 and row.flags["C_CONTIGUOUS"]
+        if self._needs_mask:
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._overwrite(row)
+
+    def _overwrite(self, row: np.ndarray) -> None:
+        """Write the mask of a sequence that has ended. Computing a mask can lead to an error, too; llguidance
+        allows EOS then."""
+        if self._needs_mask:
+            return
+        row[:] = 0
+        words = row.view(np.uint32)
+        for token in self._eos_ids:
+            words[token // 32] |= np.uint32(1 << (token % 32))
+
+    @staticmethod
+    def fill_masks(matchers: Sequence[tuple[GrammarMatcher, int]], mask: np.ndarray) -> None:
+        """:meth:`fill_mask` for some rows of ``mask`` (N, ceil(V / 32)) int32, in parallel on all cores.
+
+        Args:
+            matchers: each with the index of its row.
+        """
+        assert mask.dtype == np.int32 and mask.flags["C_CONTIGUOUS"]
+        live = [(matcher._matcher, row) for matcher, row in matchers if matcher._needs_mask]
+        if len(live) > 1:
+            executor = matchers[0][0]._executor
+            executor.unsafe_compute_mask_ptr(live, mask.ctypes.data, mask.strides[0], mask.shape[0])
+        for matcher, row in matchers:
+            if len(live) > 1:
+                matcher._overwrite(mask[row])
+            else:
+                matcher.fill_mask(mask[row])
+
+    def accept(self, token_ids: Sequence[int]) -> bool:
+        """Follows these tokens. False if one of them isn't allowed, which ends the matcher's use."""
+        for token in token_ids:
+            if token in self._eos_ids and self.is_complete:
+                self._num_eos += 1
+            elif self._num_eos or not self._matcher.consume_token(token):
+                return False
+        return True
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forgets the last tokens accepted, all of which were allowed."""
+        num_eos = min(num_tokens, self._num_eos)
+        self._num_eos -= num_eos
+        if num_tokens > num_eos:
+            done = self._matcher.rollback(num_tokens - num_eos)
+            assert done, "rolled back more tokens than were accepted"
+
+    def clone(self) -> GrammarMatcher:
+        """An independent matcher in the same state."""
+        copy = GrammarMatcher(self._matcher.deep_copy(), self._eos_ids, self._executor)
+        copy._num_eos = self._num_eos
+        return copy
+
+
+class Grammar:
+    """A compiled grammar, shared by all sequences that follow it."""
+
+    def __init__(
+        self, matcher: llguidance.LLMatcher, eos_ids: frozenset[int], executor: llguidance.LLExecutor
+    ) -> None:
+        self._initial, self._eos_ids, self._executor = matcher, eos_ids, executor
+
+    def matcher(self) -> GrammarMatcher:
+        """A matcher at the start; microseconds."""
+        return GrammarMatcher(self._initial.deep_copy(), self._eos_ids, self._executor)

@@ -1,0 +1,231 @@
+"""Text that a grammar forces comes out as it is, in every kind of vocabulary."""
+
+import json
+import random
+from functools import cache
+
+import numpy as np
+import pytest
+
+from engine.errors import InvalidRequest
+from engine.sampling_params import StructuredSpec
+from engine.structured.grammar import GrammarCompiler
+from engine.text.tokenizer import Tokenizer
+from tests.engine.tokenizers import KINDS
+
+TEXTS = [
+    "plain",
+    "<tool_call>{",
+    "<|im_end|>x",
+    "x<|image_pad|>",
+    "x</s>y",
+    "<s>x",
+    "a<image>b",
+    "<|end|> x",
+    "e\u0301x",
+    "\u212bx",
+    " x",
+    "  x",
+    "x ",
+    "\tx",
+    "x\r\ny",
+    "é",
+    "\u00a0x",
+    "a\u2028b",
+    "\ufeffx",
+    "<0x41>▁",
+]
+
+
+class Vocabulary:
+    def __init__(self, name: str) -> None:
+        make, config = KINDS[name]
+        self.tokenizer = Tokenizer(make(), config)
+        self.size = self.tokenizer.vocab_size + 7
+        self.eos = self.tokenizer.eos_id
+        self.compiler = GrammarCompiler(self.tokenizer.backend, self.size, [self.eos], time_limit=20.0)
+
+    def compile(self, kind: str, text: str):
+        return self.compiler.compile(StructuredSpec(kind=kind, text=text))
+
+    def allowed(self, matcher) -> list[int]:
+        mask = np.zeros((self.size + 31) // 32, np.int32)
+        matcher.fill_mask(mask)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        assert not bits[self.size :].any()
+        return np.flatnonzero(bits).tolist()
+
+    def follow(self, matcher, seed: int, steps: int = 80) -> bytes | None:
+        """The text of random allowed tokens up to the end; None if none comes."""
+        rng, data = random.Random(seed), b""
+        for _ in range(steps):
+            tokens = self.allowed(matcher)
+            assert tokens, "the grammar can't go on"
+            token = rng.choice([token for token in tokens if token != self.eos] or tokens)
+            assert matcher.accept([token])
+            if token == self.eos:
+                assert matcher.is_complete
+                return data
+            data += self.tokenizer.token_bytes(token)
+        return None
+
+    def accepts(self, matcher, text: str) -> bool:
+        """Whether the answer ``text``, a byte or character a token, is whole."""
+        ids = [i for c in text for i in self.tokenizer.encode_piece(c)]
+        return matcher.accept(ids) and matcher.is_complete
+
+
+@cache
+def vocabulary(name: str) -> Vocabulary:
+    return Vocabulary(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_end():
+    yield
+    for name in KINDS:
+        vocabulary(name).compiler.close()
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback", "legacy_fallback"])
+def test_forced_text_comes_out_whole(name):
+    model = vocabulary(name)
+    for text in TEXTS:
+        schema = {"type": "object", "properties": {text: {"const": text}}, "required": [text]}
+        schema["additionalProperties"] = False
+        grammars = [model.compile("choice", json.dumps([text, text + "!"]))]
+        grammars.append(model.compile("json_schema", json.dumps(schema)))
+        for seed in range(3):
+            assert model.follow(grammars[0].matcher(), seed) in (text.encode(), text.encode() + b"!")
+            answer = model.follow(grammars[1].matcher(), seed)
+            assert answer is not None and json.loads(answer) == {text: text}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_branches_lead_to_whole_answers(name):
+    """Trying a grammar out takes one way through it; a model may take any other."""
+    model = vocabulary(name)
+    texts = ["the red", " the", "x red", *"abcdefgh"]
+    if name != "unigram":
+        texts += ["x<|im_start|>y", "x<s>y", "n\u0303"]
+    grammar = model.compile("choice", json.dumps(texts))
+    wanted, seen = {text.encode() for text in texts}, set()
+    for seed in range(1000):
+        seen.add(model.follow(grammar.matcher(), seed))
+        assert seen <= wanted
+        if seen == wanted:
+            break
+    assert seen == wanted
+
+
+def test_special_tokens_come_only_where_a_grammar_names_them():
+    model = vocabulary("byte_level")
+    special = model.tokenizer.special_ids
+    matcher = model.compile("regex", r"(.|\n)*").matcher()
+    assert special & set(model.allowed(matcher)) == {model.eos}
+    # ``<tool_call>`` is an added token that stands for text.
+    tool_call, start = model.tokenizer.token_id("<tool_call>"), model.tokenizer.token_id("<|im_start|>")
+    assert tool_call in model.allowed(matcher)
+    for name, token in (("<tool_call>", tool_call), ("<|im_start|>", start), (f"<[{start}]>", start)):
+        text = f'start: {name} /a?/ "<|im_start|>" // <tool_call>\n'
+        matcher = model.compile("grammar", text).matcher()
+        assert model.allowed(matcher) == [token] and matcher.accept([token])
+        answer = model.follow(matcher, 0)
+        assert answer in (b"<|im_start|>", b"a<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("choice", '["the red", "the ☃"]'),
+        ("json_schema", '{"enum": ["the", "☃"]}'),
+        ("json_schema", '{"type": "object", "properties": {"☃": {}}, "required": ["☃"]}'),
+        ("regex", "the ☃"),
+        ("json_object", ""),
+    ],
+)
+def test_text_that_the_vocabulary_cannot_spell_is_refused(kind, text):
+    with pytest.raises(InvalidRequest, match="this model's vocabulary can't spell"):
+        vocabulary("unigram").compile(kind, text)
+
+
+def test_tokens_that_share_their_bytes_may_all_come():
+    model = vocabulary("byte_fallback")
+    matcher = model.compile("regex", "[a-c]").matcher()
+    both = {model.tokenizer.token_id("a"), model.tokenizer.token_id("<0x61>")}
+    assert len(both) == 2 and both <= set(model.allowed(matcher))
+
+
+OCR = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string"},
+        "lines": {"type": "array", "items": {"type": "string", "maxLength": 40}},
+        "date": {"type": "string", "pattern": "^\\d{4}-\\d{2}$"},
+        "kind": {"enum": ["Quittung", "reçu", "領収書"]},
+    },
+    "required": ["title", "lines", "date", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("escaped", [False, True], ids=["as it is", "with \\u escapes"])
+def test_text_read_from_images_is_possible_under_a_schema(name, escaped):
+    """Accents, CJK, quotes, line breaks and emoji, as models write JSON: as they are, or all as escapes."""
+    model = vocabulary(name)
+    answer = {
+        "title": 'Café "Zum Löwen" – 喫茶店 😀',
+        "lines": ["crème brûlée\t3,50 €", "l'été\\naïve", "日本語", "\u0007bell", ""],
+        "date": "2024-05",
+        "kind": "reçu",
+    }
+    text = json.dumps(answer, ensure_ascii=False)
+    if escaped:
+        kind = json.dumps(answer["kind"], ensure_ascii=False)
+        text = json.dumps({**answer, "kind": 0}).replace('"kind": 0', f'"kind": {kind}')
+    assert model.accepts(model.compile("json_schema", json.dumps(OCR)).matcher(), text)
+
+
+STRINGS = [
+    {"type": "string"},
+    {"type": "string", "minLength": 1, "maxLength": 9},
+    {"anyOf": [{"const": "x"}, {"type": "string"}]},
+    {"type": "object"},
+    {},
+]
+
+
+@pytest.mark.parametrize("schema", STRINGS, ids=json.dumps)
+def test_every_escape_that_can_be_begun_can_end_as_any_character(schema):
+    model = vocabulary("byte_level")
+    compiled = model.compile("json_schema", json.dumps(schema))
+    for character in ("\\u00e9", "\\u0041", "\\u65E5", "\\ud83d\\ude00", "\\u0007", "\\n", '\\"'):
+        text = f'{{"k": "{character}"}}' if schema == {"type": "object"} else f'"{character}"'
+        assert model.accepts(compiled.matcher(), text), text
+    # Half of a surrogate pair is no character.
+    assert not model.accepts(compiled.matcher(), '"\\ud83d"')
+
+
+@pytest.mark.parametrize("pattern", ["@", "^[^x]+$", ".*", "(?s).*", "\\S", "^[\\w\\s]+$"])
+@pytest.mark.parametrize("where", ["pattern", "patternProperties"])
+def test_no_escape_is_begun_that_a_pattern_would_bend(pattern, where):
+    """Such strings can hold control characters, the only ones that llguidance would let ``\\u00`` become."""
+    model = vocabulary("byte_level")
+    schema = {"type": "string", "pattern": pattern}
+    if where == "patternProperties":
+        schema = {"type": "object", "patternProperties": {pattern: {}}, "additionalProperties": False}
+    schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": schema}, "required": ["a", "b"]}
+    start = '{"a": "é\\n' if where == "pattern" else '{"a": "", "b": {"'
+    backslash, u = model.tokenizer.token_id("\\"), model.tokenizer.token_id("u")
+    matcher = model.compile("json_schema", json.dumps(schema)).matcher()
+    assert matcher.accept([i for c in start for i in model.tokenizer.encode_piece(c)])
+    if backslash in model.allowed(matcher):
+        assert matcher.accept([backslash]) and u not in model.allowed(matcher)
+
+
+def test_a_value_that_needs_an_escape_has_it():
+    model = vocabulary("byte_level")
+    schema = {"type": "array", "prefixItems": [{"const": "\u0001"}, {"type": "string", "pattern": "\\S"}]}
+    answer = '["\\u0001", "é"]'
+    assert model.accepts(model.compile("json_schema", json.dumps(schema)).matcher(), answer)

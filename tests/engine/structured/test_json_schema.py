@@ -1,0 +1,147 @@
+"""JSON schemas: what is followed, and what is refused with the keyword named and advice."""
+
+import json
+from types import SimpleNamespace
+
+import jsonschema
+import pytest
+
+from engine.errors import InvalidRequest
+from engine.sampling_params import StructuredSpec
+from engine.structured.checks import GrammarRefused
+from engine.structured.json_schema import literals, prepare_schema
+from engine.structured.prepare import prepare
+from tests.engine.structured.conftest import EOS, encode
+from tests.engine.structured.test_grammar import sample
+
+TEXT = {"type": "string"}
+
+
+def closed(**properties):
+    """An object of exactly these properties."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def compile_schema(compiler, schema):
+    return compiler.compile(StructuredSpec(kind="json_schema", text=json.dumps(schema)))
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "object", "properties": {"a": {"not": TEXT}}}, "keyword not at /properties/a .* enum"),
+        ({"if": {}, "then": {}}, "keyword if at / .* anyOf"),
+        ({"anyOf": [TEXT, {"dependentRequired": {"a": ["b"]}}]}, "dependentRequired at /anyOf/1 .* anyOf"),
+        ({"type": "object", "propertyNames": {"pattern": "a"}}, "propertyNames .* patternProperties"),
+        ({"type": "array", "contains": TEXT}, "keyword contains .* prefixItems"),
+        ({"type": "object", "unevaluatedProperties": False}, "unevaluatedProperties .* additionalProperties"),
+        ({"$defs": {"A": {"not": TEXT}}, "$ref": "#/$defs/A"}, "keyword not is not supported; say"),
+        ({"oneOf": [TEXT, {"type": "string", "pattern": "a"}]}, "oneOf is followed only .* use anyOf"),
+        (
+            {"type": "object", "properties": {"a": TEXT, "b": TEXT}, "minProperties": 1},
+            "minProperties and maxProperties are followed only",
+        ),
+        (
+            {"type": "object", "patternProperties": {"a": TEXT, "b": {"type": "null"}}},
+            "/a/ and /b/ of patternProperties must not match the same key",
+        ),
+        ({"$ref": "#/x"}, r"\$ref points to '/x', which is not there"),
+        ({"$ref": "http://127.0.0.1:9/x"}, "which is not fetched; put the schema under"),
+        ({"type": "string", "pattern": "(?=a)b"}, "no regular expression: look-around"),
+        ({"type": "string", "pattern": r"(a)\1"}, "no regular expression: backreferences"),
+        ({"type": "string", "minLength": 5, "maxLength": 3}, r"minLength \(5\) is greater"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refuses_with_the_keyword_named(compiler, schema, words):
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        compile_schema(compiler, schema)
+    assert caught.value.param == "response_format"
+    message = caught.value.message
+    assert message.endswith(".") and "\n" not in message and "coerce_one_of" not in message
+    assert "<non-verbose" not in message and "Unimplemented" not in message
+
+
+def test_a_grammar_that_names_an_unknown_token_is_refused_plainly(compiler):
+    with pytest.raises(InvalidRequest, match='unknown special token: "<nothing>"') as caught:
+        compiler.compile(StructuredSpec(kind="grammar", text="start: <nothing>"))
+    assert "⟦" not in caught.value.message
+
+
+CHEF, COLOUR = closed(kind={"const": "chef"}, age={"type": "integer"}), closed(kind={"enum": ["red", "blue"]})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": [CHEF, COLOUR]},
+        {"$defs": {"A": CHEF, "B": COLOUR}, "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]},
+        {"oneOf": [TEXT, {"type": ["integer", "null"]}, CHEF]},
+        {"type": "array", "items": {"type": "boolean"}, "uniqueItems": False, "maxItems": 2},
+        {"type": "string", "format": "password", "maxLength": 3},
+        {"type": "object", "properties": {"if": TEXT, "not": {"type": "null"}}, "required": ["if"]},
+        {"enum": [{"not": 1}, "x"]},
+        {"$defs": {"unused": {"not": {}}}, "type": "null"},
+        {"type": "null", "x-guidance": {"lenient": True, "whitespace_pattern": "x"}},
+    ],
+    ids=json.dumps,
+)
+def test_answers_are_valid_under_the_schema_as_it_was_given(compiler, tokenizer, vocab_size, schema):
+    grammar = compile_schema(compiler, schema)
+    answers = [sample(tokenizer, vocab_size, grammar.matcher(), seed) for seed in range(40)]
+    finished = [answer for answer in answers if answer is not None]
+    assert finished
+    for answer in finished:
+        jsonschema.validate(json.loads(answer), schema)
+
+
+def test_every_alternative_can_come(compiler, tokenizer):
+    grammar = compile_schema(compiler, {"oneOf": [CHEF, COLOUR, TEXT]})
+    for answer in ('{"kind": "chef", "age": 3}', '{"kind": "blue"}', '"x"'):
+        matcher = grammar.matcher()
+        assert matcher.accept([*encode(tokenizer, answer), EOS[0]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [TEXT, TEXT],
+        [{"type": "integer"}, {"type": "number"}],
+        [closed(a={"const": 1}), closed(a={"enum": [1, 2]})],
+        [closed(a={"const": 1}), closed(b={"const": 2})],
+        [closed(a={"const": 1}) | {"type": ["object", "null"]}, closed(a={"const": 2})],
+        [closed(a={"const": 1}) | {"required": []}, closed(a={"const": 2})],
+        [{"$ref": "#"}, TEXT],
+        [True, TEXT],
+    ],
+    ids=json.dumps,
+)
+def test_one_of_schemas_that_may_overlap_is_left_to_the_grammar_engine(options):
+    assert prepare_schema({"oneOf": options}) == {"oneOf": options}
+
+
+def test_the_order_of_keywords_stays():
+    schema = {"oneOf": [CHEF, COLOUR], "type": "object", "properties": {"z": TEXT, "a": TEXT}}
+    assert list(prepare_schema(schema)) == ["anyOf", "type", "properties"]
+    both = {"oneOf": [CHEF, COLOUR], "anyOf": [CHEF]}
+    assert prepare_schema(both) == both
+
+
+def test_literals_are_values_that_schemas_spell_out():
+    schema = {
+        "properties": {"const": {"const": 5}, "enum": TEXT, "required": {"enum": ["x"]}},
+        "required": ["const"],
+        "default": {"const": "no"},
+    }
+    assert sorted(map(str, literals(schema))) == ["5", "const", "x"]
+
+
+def test_a_number_beyond_json_is_refused():
+    speller = SimpleNamespace(segmenter=SimpleNamespace(cuts_all=True))
+    with pytest.raises(GrammarRefused, match="number"):
+        prepare(StructuredSpec(kind="json_schema", text='{"maximum": 1e999}'), speller)
