@@ -29,7 +29,7 @@ FLOORS = [
 
 #: Floors of the deployments from the ground up.
 SERVER_FLOORS = [
-    ["config", "errors", "stages", "tasks", "threads", "protocol"],
+    ["answers", "config", "errors", "stages", "tasks", "threads", "tools", "protocol"],
     ["body", "sse", "pipeline", "preprocessor", "encoder", "language_model"],
     ["routers"],
     ["api"],
@@ -52,9 +52,15 @@ PUBLIC = {
     "engine.media.guard",
     "engine.media.source",
     "engine.outputs",
+    "engine.parsers.answer",
+    "engine.parsers.events",
+    "engine.parsers.formats",
+    "engine.parsers.grammar",
+    "engine.parsers.reasoning",
     "engine.pooling_params",
     "engine.prompt",
     "engine.sampling_params",
+    "engine.structured.schemas",
 }
 
 #: Heavy or foreign packages, and the packages that must not load them, directly or through other modules.

@@ -22,6 +22,11 @@ class AnswerParser:
         self._reasoning, self._calls = reasoning, calls
         self._calls_first = calls_in_thoughts
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the text that comes next belongs to a thought."""
+        return self._reasoning is not None and self._reasoning.inside
+
     def feed(self, text: str) -> list[Event]:
         return self._pass([Text(text)] if text else [], finish=False)
 

@@ -154,6 +154,25 @@ def grammar_behind_thought(
     return _grammar(start, rules)
 
 
+def grammar_with_budget(
+    special: SpecialTokens, reasoning: ReasoningTags, budget: int, *, begins_inside: bool
+) -> str:
+    """The Lark grammar of a thought of at most ``budget`` tokens between its tags, and any text behind it.
+
+    Raises:
+        ValueError: the tokenizer has no token for the end tag, which alone can be forced.
+    """
+    if reasoning.end not in special.ids:
+        raise ValueError(f"the tokenizer has no token {reasoning.end}")
+    rules = Rules(special)
+    inner = rules.add(f"inner[max_tokens={budget}]", r"/(.|\n)*/").partition("[")[0] if budget else ""
+    opening = "" if begins_inside else special.literal(reasoning.start)
+    thought = f"{opening} {inner} {special.literal(reasoning.end)}".strip()
+    rules.add("CHUNK", CHUNK)
+    text = f"({' | '.join(filter(None, ['CHUNK', special.others(reasoning.start)]))})*"
+    return _grammar(f"{thought} {text}" if begins_inside else f"{thought} {text} | {text}", rules)
+
+
 def _block(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], parallel: bool) -> str:
     """One block of calls behind its trigger."""
     literal = rules.special.literal

@@ -16,7 +16,13 @@ from tokenizers import Tokenizer as Backend
 
 from engine.parsers.answer import AnswerParser
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS, ToolFormat, reasoning_tags_of, tool_format_of
-from engine.parsers.grammar import SpecialTokens, ToolSchema, grammar_behind_thought, tool_grammar
+from engine.parsers.grammar import (
+    SpecialTokens,
+    ToolSchema,
+    grammar_behind_thought,
+    grammar_with_budget,
+    tool_grammar,
+)
 from engine.parsers.reasoning import ReasoningParser
 from tests.engine.parsers.cuts import joined
 from tests.engine.tokenizers import byte_fallback, byte_level
@@ -67,6 +73,7 @@ class Walk(NamedTuple):
 
     text: str
     finished: bool
+    tokens: list[int]
 
     def calls(self, parsed: dict[str, Any]) -> list[tuple[str, str]]:
         """The calls that are complete: the limit may have cut the last one."""
@@ -119,10 +126,10 @@ class Vocabulary:
             token = self.end if ends else rng.choice(liked if liked and rng.random() < 0.9 else allowed)
             if token == self.end:
                 assert matcher.is_accepting()
-                return Walk(self.text(tokens), True)
+                return Walk(self.text(tokens), True, tokens)
             matcher.consume_token(token)
             tokens.append(token)
-        return Walk(self.text(tokens), False)
+        return Walk(self.text(tokens), False, tokens)
 
 
 @cache
@@ -231,6 +238,26 @@ def test_structured_output_begins_behind_the_thought(words):
     assert not words.accepts(text, "<think>hm</think>\ntwelve")
     inside = grammar_behind_thought('%json {"type": "integer"}', words.special, THINK, begins_inside=True)
     assert words.accepts(inside, "hm</think>12") and not words.accepts(inside, "12")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("budget", [0, 1, 7])
+def test_a_thought_ends_within_its_budget(inside, budget):
+    words = vocabulary("tokens")
+    text = grammar_with_budget(words.special, THINK, budget, begins_inside=inside)
+    tags = frozenset([words.special.ids[THINK.start]])
+    for seed in range(6):
+        tokens = words.walk(text, seed, tags, limit=40).tokens
+        start, end = (words.special.ids[tag] for tag in (THINK.start, THINK.end))
+        if inside or tokens[:1] == [start]:
+            assert tokens.index(end) - (not inside) <= budget
+    assert words.accepts(text, THINK.end if inside else THINK.start + THINK.end)
+    assert inside or words.accepts(text, "no thought")
+
+
+def test_a_budget_needs_a_token_that_ends_the_thought():
+    with pytest.raises(ValueError, match="no token </think>"):
+        grammar_with_budget(vocabulary("text").special, THINK, 5, begins_inside=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,142 @@
+"""What an answer says, whatever the endpoint: text, thoughts and tool calls, choice by choice."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
+from engine.parsers.answer import AnswerParser
+from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
+
+
+@dataclass(slots=True)
+class ChoiceDelta:
+    """What one choice gained since its last delta.
+
+    Attributes:
+        index: of the choice.
+        events: the new text, thoughts and pieces of calls, in order.
+        token_ids: all tokens since the last delta.
+        logprobs: per token, as :class:`engine.outputs.OutputDelta` has them.
+        finish_reason: set on the choice's last delta; ``tool_calls`` where the answer holds a call and the
+            model ended it.
+        stop_reason: the stop string or token id that ended the answer.
+    """
+
+    index: int
+    events: list[Event]
+    token_ids: list[int]
+    logprobs: list[dict[int, TokenLogprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class AnswerReader:
+    """Parses the engine's deltas of one request.
+
+    Args:
+        make_parser: makes the parser of one choice; returns None where the text is all there is.
+
+    Attributes:
+        reasoning_tokens: tokens that belong to thoughts so far, over all choices.
+    """
+
+    def __init__(self, make_parser: Callable[[], AnswerParser | None]) -> None:
+        self._make_parser = make_parser
+        self._parsers: dict[int, AnswerParser | None] = {}
+        self._calling: set[int] = set()
+        self.reasoning_tokens = 0
+
+    def read(self, delta: OutputDelta) -> ChoiceDelta:
+        """Parse the next delta of a choice."""
+        if delta.index not in self._parsers:
+            self._parsers[delta.index] = self._make_parser()
+        parser = self._parsers[delta.index]
+        events: list[Event] = []
+        if parser is None:
+            if delta.text:
+                events.append(Text(delta.text))
+        else:
+            thinks = parser.thinks
+            events = parser.feed(delta.text)
+            if thinks or any(isinstance(event, Reasoning) for event in events):
+                self.reasoning_tokens += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                events += parser.finish()
+        if any(isinstance(event, CallStart) for event in events):
+            self._calling.add(delta.index)
+        reason: str | None = delta.finish_reason
+        if reason == "stop" and delta.index in self._calling:
+            reason = "tool_calls"
+        return ChoiceDelta(delta.index, events, delta.token_ids, delta.logprobs, reason, delta.stop_reason)
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call of a finished answer; ``arguments`` is JSON text."""
+
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class Choice:
+    """A finished choice.
+
+    Attributes:
+        text: visible text.
+        reasoning: text of thoughts.
+        calls: tool calls in order.
+        token_ids, logprobs, finish_reason, stop_reason: as in :class:`ChoiceDelta`.
+    """
+
+    index: int
+    text: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, TokenLogprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """Append a delta."""
+        for event in delta.events:
+            if isinstance(event, Text):
+                self.text += event.text
+            elif isinstance(event, Reasoning):
+                self.reasoning += event.text
+            elif isinstance(event, CallStart):
+                self.calls.append(Call(event.name))
+            elif isinstance(event, CallArguments):
+                self.calls[-1].arguments += event.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+@dataclass(slots=True)
+class WholeAnswer:
+    """A finished answer of ``n`` choices."""
+
+    choices: list[Choice]
+    usage: Usage
+    reasoning_tokens: int = 0
+    prompt_logprobs: list[dict[int, TokenLogprob] | None] = field(default_factory=list)
+
+
+async def gather(updates: AsyncIterator[StreamUpdate], reader: AnswerReader) -> WholeAnswer:
+    """Read an answer to its end."""
+    choices: dict[int, Choice] = {}
+    answer = WholeAnswer([], Usage())
+    async with aclosing(updates) as stream:  # type: ignore[type-var]
+        async for update in stream:
+            answer.usage = update.usage
+            answer.prompt_logprobs += update.prompt_logprobs or []
+            for delta in update.deltas:
+                read = reader.read(delta)
+                choices.setdefault(read.index, Choice(read.index)).add(read)
+    answer.choices = [choice for _, choice in sorted(choices.items())]
+    answer.reasoning_tokens = reader.reasoning_tokens
+    return answer

@@ -1,0 +1,305 @@
+"""What a request says of tools and thoughts, and what that makes of prompt, grammar and answer."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.errors import InvalidRequest
+from engine.parsers.answer import AnswerParser
+from engine.parsers.formats import (
+    REASONING_TAGS,
+    TOOL_FORMATS,
+    ToolFormat,
+    reasoning_tags_of,
+    tool_format_of,
+)
+from engine.parsers.grammar import (
+    SpecialTokens,
+    ToolSchema,
+    grammar_behind_thought,
+    grammar_with_budget,
+    tool_grammar,
+)
+from engine.parsers.reasoning import ReasoningParser, ReasoningTags
+from engine.sampling_params import StructuredSpec
+from engine.structured.schemas import for_grammar
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,128}")
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The functions that an answer may call.
+
+    Attributes:
+        functions: as the chat template takes them: ``{"type": "function", "function": {...}}``.
+        schemas: what the grammar holds the arguments to, by function.
+        choice: ``required`` demands a call of one of ``allowed``.
+        allowed: names of the functions that may be called; all if None.
+        parallel: whether an answer may hold several calls.
+    """
+
+    functions: tuple[Mapping[str, Any], ...] = ()
+    schemas: tuple[ToolSchema, ...] = ()
+    choice: Literal["none", "auto", "required"] = "none"
+    allowed: frozenset[str] | None = None
+    parallel: bool = True
+
+    @property
+    def callable(self) -> tuple[ToolSchema, ...]:
+        """The functions that may be called."""
+        return tuple(tool for tool in self.schemas if self.allowed is None or tool.name in self.allowed)
+
+    @property
+    def by_name(self) -> dict[str, Mapping[str, Any]]:
+        return {tool.name: tool.parameters for tool in self.schemas}
+
+
+NO_TOOLS = ToolUse()
+
+
+def read_tools(tools: Any, tool_choice: Any, parallel: bool | None) -> ToolUse:
+    """Read OpenAI's ``tools``, ``tool_choice`` and ``parallel_tool_calls``.
+
+    Raises:
+        InvalidRequest: naming the field that can't be used.
+    """
+    if tools is None or tools == []:
+        if tool_choice not in (None, "none", "auto"):
+            raise InvalidRequest("tool_choice needs tools to choose from.", param="tool_choice")
+        return NO_TOOLS
+    if not isinstance(tools, list):
+        raise InvalidRequest("tools must be a list.", param="tools")
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest(f"{len(tools)} tools are more than the {MAX_TOOLS} allowed.", param="tools")
+    functions: list[dict[str, Any]] = []
+    schemas: list[ToolSchema] = []
+    for index, tool in enumerate(tools):
+        function, schema = _function(tool, f"tools[{index}]")
+        if any(schema.name == other.name for other in schemas):
+            raise InvalidRequest(
+                f"tools[{index}]: the name {schema.name!r} is used twice.",
+                param=f"tools[{index}].function.name",
+            )
+        functions.append(function)
+        schemas.append(schema)
+    choice, allowed = _choice(tool_choice, {schema.name for schema in schemas})
+    return ToolUse(tuple(functions), tuple(schemas), choice, allowed, parallel is not False)
+
+
+def read_functions(functions: Any, function_call: Any) -> ToolUse:
+    """Read ``functions`` and ``function_call``, the older form of tools; errors as :func:`read_tools`."""
+    if functions is None or functions == []:
+        return NO_TOOLS
+    if not isinstance(functions, list):
+        raise InvalidRequest("functions must be a list.", param="functions")
+    tools = [{"type": "function", "function": function} for function in functions]
+    choice = function_call
+    if isinstance(function_call, Mapping):
+        choice = {"type": "function", "function": function_call}
+    try:
+        return read_tools(tools, choice, False)
+    except InvalidRequest as error:
+        renamed = (error.param or "").replace("tools", "functions").replace("tool_choice", "function_call")
+        raise InvalidRequest(error.message, param=renamed) from None
+
+
+def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
+    kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
+    if kind != "function":
+        raise InvalidRequest(
+            f"{where}.type is {kind!r}; tools that run on the server aren't offered, only functions.",
+            param=f"{where}.type",
+        )
+    function = tool.get("function")
+    if not isinstance(function, Mapping):
+        raise InvalidRequest(f"{where}.function must be an object with a name.", param=f"{where}.function")
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{where}.function.name must have 1 to 128 letters, digits, or any of _ . : -",
+            param=f"{where}.function.name",
+        )
+    description = function.get("description")
+    if description is not None and not isinstance(description, str):
+        raise InvalidRequest(
+            f"{where}.function.description must be a string.", param=f"{where}.function.description"
+        )
+    parameters = function.get("parameters")
+    if parameters is None or parameters == {}:
+        parameters = _NO_PARAMETERS
+    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+        raise InvalidRequest(
+            f"{where}.function.parameters must be the JSON schema of an object.",
+            param=f"{where}.function.parameters",
+        )
+    schema = for_grammar({"type": "object", **parameters}, closed=function.get("strict") is not False)
+    shown = {key: value for key, value in function.items() if value is not None and key != "strict"}
+    return {"type": "function", "function": {**shown, "parameters": parameters}}, ToolSchema(name, schema)
+
+
+def _choice(given: Any, names: set[str]) -> tuple[Literal["none", "auto", "required"], frozenset[str] | None]:
+    if given is None or given == "auto":
+        return "auto", None
+    if given == "none" or given == "required":
+        return given, None
+    if given == "any":
+        return "required", None
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if kind == "allowed_tools":
+        allowed = given.get("allowed_tools", given)
+        wanted = [_named(tool) for tool in allowed.get("tools", ()) if isinstance(tool, Mapping)]
+        mode = allowed.get("mode", "auto")
+        if mode in ("auto", "required") and wanted and set(wanted) <= names:
+            return mode, frozenset(str(name) for name in wanted)
+    elif kind in ("function", "tool"):
+        name = _named(given)
+        if name not in names:
+            raise InvalidRequest(
+                f"tool_choice names {name!r}, which is not among the tools.", param="tool_choice"
+            )
+        return "required", frozenset([name])
+    raise InvalidRequest(
+        "tool_choice must be none, auto, required, or name one of the tools.", param="tool_choice"
+    )
+
+
+def _named(choice: Mapping[str, Any]) -> Any:
+    function = choice.get("function")
+    return function.get("name") if isinstance(function, Mapping) else choice.get("name")
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """How one model writes tool calls and thoughts.
+
+    Attributes:
+        special: the tokenizer's added tokens.
+        tools: the format of calls; None if the chat template shows no tools.
+        reasoning: the tags of thoughts; None if the model doesn't think.
+    """
+
+    special: SpecialTokens
+    tools: ToolFormat | None = None
+    reasoning: ReasoningTags | None = None
+
+    def begins_inside(self, prompt: str | None) -> bool:
+        """Whether the prompt has opened a thought."""
+        return self.reasoning is not None and (prompt or "").rstrip().endswith(self.reasoning.start)
+
+    def check(self, use: ToolUse) -> None:
+        """Refuse tools that the model wouldn't see.
+
+        Raises:
+            InvalidRequest: the chat template shows no tools, so that only a required call can be had.
+        """
+        if use.choice == "auto" and self.tools is None:
+            raise InvalidRequest(
+                "This model's chat template shows no tools, so it can't choose one. Serve a model with a "
+                "template for tools, set tool_parser in its configuration, or send tool_choice 'required'.",
+                param="tools",
+            )
+
+    def parser(self, use: ToolUse, prompt: str | None) -> AnswerParser | None:
+        """Make the parser of one answer; None where the text is all there is."""
+        calls = None
+        if use.choice != "none":
+            calls = self._calls.parser(use.by_name)
+        reasoning = None
+        if self.reasoning is not None:
+            reasoning = ReasoningParser(self.reasoning, begins_inside=self.begins_inside(prompt))
+        if calls is None and reasoning is None:
+            return None
+        return AnswerParser(reasoning, calls, calls_in_thoughts=self._calls.anywhere)
+
+    @property
+    def _calls(self) -> ToolFormat:
+        # A required call is written by the grammar, also where the template shows no tools.
+        return self.tools or TOOL_FORMATS["hermes"]
+
+    def constraint(
+        self,
+        use: ToolUse,
+        structured: StructuredSpec | None,
+        prompt: str | None,
+        thinking_budget: int | None = None,
+    ) -> StructuredSpec | None:
+        """What constrains the answer: calls, a form that begins behind the thought, a bounded thought.
+
+        Raises:
+            InvalidRequest: ``structured`` can't be combined with the rest.
+        """
+        inside = self.begins_inside(prompt)
+        if use.choice != "none":
+            if structured is not None and use.choice == "required":
+                raise InvalidRequest(
+                    "An answer that must call a tool can't follow another constraint too.",
+                    param="tool_choice",
+                )
+            # With both, the constraint on the text wins where the model is free to call or not.
+            if structured is None:
+                lark = tool_grammar(
+                    self._calls.layout,
+                    use.callable,
+                    self.special,
+                    choice="required" if use.choice == "required" else "auto",
+                    parallel=use.parallel,
+                    reasoning=self.reasoning,
+                    begins_inside=inside,
+                )
+                return StructuredSpec(kind="grammar", text=lark)
+        if self.reasoning is None:
+            return structured
+        if structured is not None:
+            body = _expression(structured)
+            if body is None:
+                return structured
+            lark = grammar_behind_thought(body, self.special, self.reasoning, begins_inside=inside)
+            return StructuredSpec(kind="grammar", text=lark)
+        if thinking_budget is not None:
+            try:
+                lark = grammar_with_budget(
+                    self.special, self.reasoning, thinking_budget, begins_inside=inside
+                )
+            except ValueError as error:
+                raise InvalidRequest(
+                    f"This model's thoughts can't be bounded: {error}.", param="thinking_budget"
+                ) from None
+            return StructuredSpec(kind="grammar", text=lark)
+        return None
+
+
+def _expression(spec: StructuredSpec) -> str | None:
+    """A constraint as an expression within a larger grammar; None for grammars, which can't be embedded."""
+    if spec.kind == "json_object":
+        return '%json {"type": "object"}'
+    if spec.kind == "json_schema":
+        return f"%json {spec.text}"
+    if spec.kind == "choice":
+        return (
+            "(" + " | ".join(json.dumps(entry, ensure_ascii=False) for entry in json.loads(spec.text)) + ")"
+        )
+    if spec.kind == "regex":
+        return "/" + spec.text.replace("/", r"\/") + "/"
+    return None
+
+
+def answer_format(
+    template: Sequence[str], special: SpecialTokens, tool_parser: str | None, reasoning_parser: str | None
+) -> AnswerFormat:
+    """The format of a model, from the text of its chat templates or as the configuration names it.
+
+    Args:
+        tool_parser, reasoning_parser: ``auto`` lets the template tell, ``none`` turns parsing off.
+    """
+    text = "\n".join(template)
+    tools = tool_format_of(text) if tool_parser in (None, "auto") else TOOL_FORMATS.get(tool_parser or "")
+    if reasoning_parser in (None, "auto"):
+        reasoning = reasoning_tags_of(text)
+    else:
+        reasoning = REASONING_TAGS.get(reasoning_parser or "")
+    return AnswerFormat(special, tools, reasoning)

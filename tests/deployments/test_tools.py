@@ -1,0 +1,160 @@
+"""Tools and thoughts of a request: what is refused, and what constrains the answer."""
+
+import json
+
+import pytest
+
+from deployments.answers import AnswerReader, gather
+from deployments.tools import NO_TOOLS, AnswerFormat, answer_format, read_functions, read_tools
+from engine.errors import InvalidRequest
+from engine.outputs import OutputDelta, StreamUpdate, Usage
+from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
+from engine.parsers.grammar import SpecialTokens
+from engine.sampling_params import StructuredSpec
+
+SPECIAL = SpecialTokens({"<tool_call>": 7, "</tool_call>": 8, "<think>": 9, "</think>": 10}, frozenset([1]))
+HERMES = AnswerFormat(SPECIAL, TOOL_FORMATS["hermes"], REASONING_TAGS["think"])
+REPORT = {"name": "report", "parameters": {"type": "object", "properties": {"color": {"type": "string"}}}}
+TOOLS = [{"type": "function", "function": REPORT}, {"type": "function", "function": {"name": "stop"}}]
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param"),
+    [
+        ("report", None, "tools"),
+        ([5], None, "tools[0].type"),
+        ([{"type": "web_search"}], None, "tools[0].type"),
+        ([{"type": "function"}], None, "tools[0].function"),
+        ([{"type": "function", "function": {"name": "no spaces"}}], None, "tools[0].function.name"),
+        (
+            [{"type": "function", "function": {"name": "f", "parameters": []}}],
+            None,
+            "tools[0].function.parameters",
+        ),
+        (
+            [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}],
+            None,
+            "tools[0].function.parameters",
+        ),
+        (
+            [{"type": "function", "function": {"name": "f", "description": 5}}],
+            None,
+            "tools[0].function.description",
+        ),
+        ([TOOLS[0], TOOLS[0]], None, "tools[1].function.name"),
+        (TOOLS * 65, None, "tools"),
+        (TOOLS, "sometimes", "tool_choice"),
+        (TOOLS, {"type": "function", "function": {"name": "other"}}, "tool_choice"),
+        (TOOLS, {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "other"}]}, "tool_choice"),
+        (None, "required", "tool_choice"),
+    ],
+)
+def test_what_is_refused(tools, choice, param):
+    with pytest.raises(InvalidRequest) as refused:
+        read_tools(tools, choice, None)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("tools", [None, []])
+def test_no_tools(tools):
+    assert read_tools(tools, None, None) == NO_TOOLS == read_tools(tools, "none", True)
+
+
+@pytest.mark.parametrize(
+    ("choice", "mode", "names"),
+    [
+        (None, "auto", {"report", "stop"}),
+        ("auto", "auto", {"report", "stop"}),
+        ("none", "none", {"report", "stop"}),
+        ("required", "required", {"report", "stop"}),
+        ({"type": "function", "function": {"name": "stop"}}, "required", {"stop"}),
+        ({"type": "function", "name": "stop"}, "required", {"stop"}),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"name": "report"}]}},
+            "required",
+            {"report"},
+        ),
+    ],
+)
+def test_choices(choice, mode, names):
+    use = read_tools(TOOLS, choice, None)
+    assert use.choice == mode
+    assert {tool.name for tool in use.callable} == names
+
+
+def test_functions_are_tools_of_an_older_form():
+    use = read_functions([REPORT], {"name": "report"})
+    assert (use.choice, use.parallel) == ("required", False)
+    assert read_functions([REPORT], "auto").choice == "auto"
+    assert read_functions(None, None) == NO_TOOLS
+    with pytest.raises(InvalidRequest) as refused:
+        read_functions([{"name": "f", "parameters": 5}], None)
+    assert refused.value.param == "functions[0].function.parameters"
+
+
+def test_schemas_are_closed_unless_strict_is_off():
+    strict = read_tools(TOOLS, None, None).schemas[0].parameters
+    assert strict["additionalProperties"] is False
+    loose = read_tools([{"type": "function", "function": {**REPORT, "strict": False}}], None, None)
+    assert "additionalProperties" not in loose.schemas[0].parameters
+    # The template sees what the client sent.
+    assert loose.functions[0]["function"]["parameters"] == REPORT["parameters"]
+
+
+def test_tools_need_a_template_that_shows_them():
+    blind = AnswerFormat(SPECIAL)
+    with pytest.raises(InvalidRequest, match="chat template shows no tools") as refused:
+        blind.check(read_tools(TOOLS, "auto", None))
+    assert refused.value.param == "tools"
+    blind.check(read_tools(TOOLS, "required", None))
+    HERMES.check(read_tools(TOOLS, "auto", None))
+
+
+def test_constraints():
+    auto, required = read_tools(TOOLS, "auto", None), read_tools(TOOLS, "required", None)
+    schema = StructuredSpec(kind="json_schema", text='{"type": "integer"}')
+    plain = AnswerFormat(SPECIAL)
+    assert plain.constraint(NO_TOOLS, schema, "") is schema
+    assert plain.constraint(NO_TOOLS, None, "") is None
+    for use in (auto, required):
+        spec = HERMES.constraint(use, None, "")
+        assert spec is not None and spec.kind == "grammar" and "report" in spec.text
+    assert HERMES.constraint(auto, None, "") != HERMES.constraint(required, None, "")
+    behind = HERMES.constraint(NO_TOOLS, schema, "<|im_start|>assistant\n<think>\n")
+    assert behind is not None and "<[10]>" in behind.text and '%json {"type": "integer"}' in behind.text
+    budget = HERMES.constraint(NO_TOOLS, None, "", 16)
+    assert budget is not None and "max_tokens=16" in budget.text
+    with pytest.raises(InvalidRequest, match="must call a tool"):
+        HERMES.constraint(required, schema, "")
+
+
+def test_the_format_comes_from_the_template_or_the_configuration():
+    template = ["{{ '<tool_call>' }}", "</think>"]
+    assert answer_format(template, SPECIAL, None, None) == HERMES
+    named = answer_format(template, SPECIAL, "pythonic", "none")
+    assert named.tools is TOOL_FORMATS["pythonic"] and named.reasoning is None
+    assert answer_format(["{{ messages }}"], SPECIAL, "auto", "auto") == AnswerFormat(SPECIAL)
+
+
+async def test_an_answer_with_a_thought_and_a_call():
+    use = read_tools(TOOLS, None, None)
+    arguments = json.dumps({"color": "red"})
+    text = f'<think>hm</think>Look: <tool_call>\n{{"name": "report", "arguments": {arguments}}}\n</tool_call>'
+
+    async def updates():
+        for position, character in enumerate(text):
+            reason = "stop" if position == len(text) - 1 else None
+            deltas = [OutputDelta(0, character, [position], finish_reason=reason)]
+            if reason:
+                deltas.append(OutputDelta(1, "plain", [5, 6], finish_reason="stop"))
+            yield StreamUpdate("r", deltas, Usage(3, position + 1), finished=reason is not None)
+
+    answer = await gather(updates(), AnswerReader(lambda: HERMES.parser(use, "")))
+    first, second = answer.choices
+    assert (first.text, first.reasoning) == ("Look:", "hm")
+    assert [(call.name, call.arguments) for call in first.calls] == [("report", arguments)]
+    assert (first.finish_reason, second.finish_reason) == ("tool_calls", "stop")
+    assert second.text == "plain" and not second.calls
+    assert first.token_ids == list(range(len(text)))
+    # The tags belong to the thought, to within the tokens around them.
+    assert 2 <= answer.reasoning_tokens <= len("<think>hm</think>")
