@@ -34,8 +34,10 @@ class GrammarCompiler:
     A grammar that isn't in the cache is first tried out in a helper process that is killed when it exceeds
     its limits, so that no spec can slow down, bloat or crash this process.
 
-    Masks are over the true bytes of tokens. Special tokens may come only where a grammar names them: their
-    strings, where an answer must hold them, are spelled with ordinary tokens.
+    Masks are over the true bytes of tokens. Control tokens may come only where a grammar names them: their
+    strings, where an answer must hold them, are spelled with other tokens. Special tokens are control tokens.
+    In Lark grammars, which can name tokens, so are all others that the tokenizer adds to its vocabulary, such
+    as ``<tool_call>``; for the other specs those are text.
 
     Args:
         tokenizer: a ``tokenizers.Tokenizer``, or the JSON of one.
@@ -64,7 +66,7 @@ class GrammarCompiler:
         self._pending: dict[StructuredSpec, Future[Grammar]] = {}
         self._executor = llguidance.LLExecutor()
         self._lock, self._setup_lock = threading.Lock(), threading.Lock()
-        self._parts: _Parts | None = None
+        self._parts: dict[bool, _Parts] = {}
         # Threads wait for helper processes; some more of them, so that the checks of sizes never do.
         self._threads = ThreadPoolExecutor(processes + 2, thread_name_prefix="grammar")
 
@@ -87,8 +89,8 @@ class GrammarCompiler:
     def close(self) -> None:
         """Ends threads and helper processes."""
         self._threads.shutdown(wait=True)
-        if self._parts is not None:
-            self._parts.prober.close()
+        for parts in set(self._parts.values()):
+            parts.prober.close()
 
     def _lookup(self, spec: StructuredSpec) -> Grammar | None:
         with self._lock:
@@ -131,7 +133,7 @@ class GrammarCompiler:
         check_spec(spec)
         if not self._eos_ids:
             raise GrammarRefused("this model has no end token, so that no answer could end after it is whole")
-        parts = self._set_up()
+        parts = self._set_up(spec.kind == "grammar")
         text = parts.prober.probe(spec.kind, prepare(spec, parts.speller))
         limits = llguidance.LLParserLimits(**LIMITS)
         matcher = llguidance.LLMatcher(parts.tokenizer, text, limits=limits, log_level=0)
@@ -145,34 +147,37 @@ class GrammarCompiler:
             while len(entries) > self._cache_size:
                 entries.popitem(last=False)
 
-    def _set_up(self) -> _Parts:
+    def _set_up(self, added_are_control: bool) -> _Parts:
         """Seconds for a large vocabulary, hence only when structured output is first asked for."""
         with self._setup_lock:
-            if self._parts is None:
+            if added_are_control not in self._parts:
                 text = self._backend if isinstance(self._backend, str) else self._backend.to_str()
                 tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(text), {})
-                speller = Speller(tokenizer, self._vocab_size, self._eos_ids)
-                names = {
-                    token: tokenizer.backend.id_to_token(token) or f"<token {token}>"
-                    for token in sorted(speller.control_ids)
-                    if token < self._vocab_size
-                }
-                vocabulary = Vocabulary(
-                    speller.token_bytes,
-                    names,
-                    sorted(self._eos_ids),
-                    speller.spell,
-                    speller.segmenter.cuts_all,
-                )
-                self._parts = _Parts(
-                    speller,
-                    vocabulary.for_llguidance(),
-                    GrammarProber(vocabulary, processes=self._processes, time_limit=self._time_limit),
-                )
-            return self._parts
+                if tokenizer.special_ids.issuperset(tokenizer.added_tokens):
+                    self._parts[True] = self._parts[False] = self._make_parts(tokenizer, self._eos_ids)
+                else:
+                    added = frozenset(tokenizer.added_tokens if added_are_control else ())
+                    self._parts[added_are_control] = self._make_parts(tokenizer, self._eos_ids | added)
+            return self._parts[added_are_control]
+
+    def _make_parts(self, tokenizer: Tokenizer, control_ids: frozenset[int]) -> _Parts:
+        speller = Speller(tokenizer, self._vocab_size, control_ids)
+        vocabulary = Vocabulary(
+            speller.token_bytes,
+            {
+                token: tokenizer.backend.id_to_token(token) or f"<token {token}>"
+                for token in sorted(speller.control_ids)
+                if token < self._vocab_size
+            },
+            sorted(self._eos_ids),
+            speller.spell,
+            speller.segmenter.cuts_all,
+        )
+        prober = GrammarProber(vocabulary, processes=self._processes, time_limit=self._time_limit)
+        return _Parts(speller, vocabulary.for_llguidance(), prober)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Parts:
     """What is made of a vocabulary."""
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 
 from engine.sampling_params import StructuredSpec
 from engine.structured.checks import GrammarRefused
 from engine.structured.json_schema import literals, prepare_schema
 from engine.text.spelling import Speller
-
-#: Parts of Lark in which ``<name>`` is plain text, and the name of a token outside of them.
-_LARK = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|\#[^\n]*|(?P<name><[^<>\s\[][^<>\n]*>)')
 
 
 def prepare(spec: StructuredSpec, speller: Speller) -> str:
@@ -33,15 +29,7 @@ def prepare(spec: StructuredSpec, speller: Speller) -> str:
             return json.dumps(schema, allow_nan=False)
         except ValueError:
             raise GrammarRefused("it holds a number that is no JSON, or too large") from None
-    elif spec.kind == "grammar":
-        return _LARK.sub(lambda match: _by_id(match, speller), spec.text)
     return spec.text
-
-
-def _by_id(match: re.Match[str], speller: Speller) -> str:
-    """llguidance knows special tokens by name; an added token that is ordinary text it knows by its id."""
-    token = speller.added.get(match["name"]) if match["name"] else None
-    return match[0] if token is None else f"<[{token}]>"
 
 
 def _check_spelling(text: str, speller: Speller, shown: str | None = None) -> None:

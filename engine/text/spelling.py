@@ -41,21 +41,21 @@ class Speller:
         return list(self._spell(self.segmenter.beginning(text)))
 
     @cached_property
-    def added(self) -> dict[str, int]:
-        """Added tokens that are ordinary text, such as ``<think>`` of some models."""
+    def _added(self) -> dict[str, int]:
+        """Added tokens that stand for text, such as ``<think>`` of some models."""
         added = self._tokenizer.added_tokens.items()
         return {token.content: i for i, token in added if i not in self.control_ids and token.content}
 
     @cached_property
     def _added_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.added, key=len, reverse=True)
+        longest_first = sorted(self._added, key=len, reverse=True)
         return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)")
 
     def _spell_uncached(self, text: str) -> tuple[int, ...]:
         found: list[int] = []
         for piece in self._added_pattern.split(text):
-            if piece in self.added:
-                found.append(self.added[piece])
+            if piece in self._added:
+                found.append(self._added[piece])
             else:
                 found += self._tokenizer.encode_piece(piece)
         data = text.encode()

@@ -123,15 +123,24 @@ def test_special_tokens_come_only_where_a_grammar_names_them():
     special = model.tokenizer.special_ids
     matcher = model.compile("regex", r"(.|\n)*").matcher()
     assert special & set(model.allowed(matcher)) == {model.eos}
-    # ``<tool_call>`` is an added token that stands for text.
-    tool_call, start = model.tokenizer.token_id("<tool_call>"), model.tokenizer.token_id("<|im_start|>")
-    assert tool_call in model.allowed(matcher)
-    for name, token in (("<tool_call>", tool_call), ("<|im_start|>", start), (f"<[{start}]>", start)):
-        text = f'start: {name} /a?/ "<|im_start|>" // <tool_call>\n'
-        matcher = model.compile("grammar", text).matcher()
-        assert model.allowed(matcher) == [token] and matcher.accept([token])
-        answer = model.follow(matcher, 0)
-        assert answer in (b"<|im_start|>", b"a<|im_start|>")
+    start = model.tokenizer.token_id("<|im_start|>")
+    for name in ("<|im_start|>", f"<[{start}]>"):
+        matcher = model.compile("grammar", f'start: {name} /a?/ "<|im_start|>"').matcher()
+        assert model.allowed(matcher) == [start] and matcher.accept([start])
+        assert model.follow(matcher, 0) in (b"<|im_start|>", b"a<|im_start|>")
+
+
+def test_added_tokens_are_text_but_in_grammars_that_can_name_them():
+    model = vocabulary("byte_level")
+    tool_call = model.tokenizer.token_id("<tool_call>")
+    for kind, text in (("regex", ".*"), ("choice", '["<tool_call>"]')):
+        assert tool_call in model.allowed(model.compile(kind, text).matcher())
+    for start, named in (("/.*/", False), ('"<tool_call>"', False), ("<tool_call>", True)):
+        matcher = model.compile("grammar", f"start: {start}").matcher()
+        assert (tool_call in model.allowed(matcher)) == named
+    # A text with a token in it is spelled out.
+    matcher = model.compile("grammar", 'start: "a<tool_call>"').matcher()
+    assert model.follow(matcher, 0) == b"a<tool_call>"
 
 
 @pytest.mark.parametrize(
