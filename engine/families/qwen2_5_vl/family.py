@@ -11,20 +11,10 @@ from dataclasses import replace
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
-from engine.families.family import Family, Positions
+from engine.families.family import Positions
 from engine.families.parsing.decoder import Json, integer
-from engine.families.parsing.model import ConfigReader
-from engine.families.qwen2_vl.config import (
-    IMAGE_TOKEN,
-    PROMPT_FORMAT,
-    SEQUENTIAL_MERGER,
-    VIDEO_TOKEN,
-    native_encoder,
-    native_vision,
-    qwen_text,
-    qwen_vl_rules,
-    require_mrope,
-)
+from engine.families.qwen2_vl.config import native_vision, require_mrope
+from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
 from engine.prompt import MediaSpan
@@ -100,20 +90,12 @@ def _positions(config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan])
     return grid_positions(num_tokens, spans, config.vision.merge_size, tokens_per_second=pace)
 
 
-FAMILY = Family(
+FAMILY = replace(
+    QWEN2_VL,
     name="qwen2_5_vl",
     architectures=("Qwen2_5_VLForConditionalGeneration",),
-    reader=ConfigReader(
-        text=qwen_text("qwen2_vl"),
-        vision=_vision,
-        image_token=IMAGE_TOKEN,
-        video_token=VIDEO_TOKEN,
-        finish=_with_pace,
-    ),
-    prompt_format=lambda config: PROMPT_FORMAT,
+    reader=replace(QWEN2_VL.reader, vision=_vision, finish=_with_pace),
     positions=_positions,
     processor=QwenProcessor.with_videos(VideoRules(times=patch_times)),
     options=("min_pixels", "max_pixels", "fps"),
-    weights=lambda config: qwen_vl_rules(*SEQUENTIAL_MERGER),
-    build_encoder=native_encoder,
 )

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.base import ModelConfig
 from engine.families.parsing.decoder import DecoderKind, Json, integer
-from engine.families.parsing.model import TextFields, tied_text, token_field
+from engine.families.parsing.model import TextFields, tied_text
 from engine.families.parsing.processor import parse_normalisation
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.normalisation import CLIP_NORMALISATION
 from engine.vision.transformer_config import VisionConfig
 
-if TYPE_CHECKING:
-    from engine.layers.build import BuildContext
-
 VISUAL = r"(?:model\.)?visual\."
 """Prefix of the tower's tensors in public checkpoints."""
-
-PROMPT_FORMAT = PromptFormat(image="<|image_pad|>", video="<|video_pad|>")
-IMAGE_TOKEN = token_field("image_token_id", default=151655)
-VIDEO_TOKEN = token_field("video_token_id", default=151656)
 
 
 def qwen_text(kind: DecoderKind, defaults: Json | None = None) -> TextFields:
@@ -93,18 +86,3 @@ def qwen_vl_rules(*vision: tuple[str, str]) -> WeightRules:
         ),
         ignore=(r".*visual\.rotary_pos_emb\.inv_freq",),
     )
-
-
-SEQUENTIAL_MERGER = (
-    (VISUAL + r"merger\.ln_q\.(.*)", r"merger.norm.\1"),
-    (VISUAL + r"merger\.mlp\.0\.(.*)", r"merger.mlp.fc1.\1"),
-    (VISUAL + r"merger\.mlp\.2\.(.*)", r"merger.mlp.fc2.\1"),
-)
-"""The merger's names in Qwen2-VL and Qwen2.5-VL."""
-
-
-def native_encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
-    """The encoder of all Qwen-VL families."""
-    from engine.vision.native import NativeVisionEncoder
-
-    return NativeVisionEncoder(config.vision, build)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from engine.checkpoint.rules import WeightRules
+from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.parsing.decoder import Json, integer, vision_activation
-from engine.families.parsing.model import ConfigReader
-from engine.families.qwen2_vl.config import (
-    IMAGE_TOKEN,
-    PROMPT_FORMAT,
-    SEQUENTIAL_MERGER,
-    VIDEO_TOKEN,
-    native_encoder,
-    native_vision,
-    qwen_text,
-    qwen_vl_rules,
-    require_mrope,
-)
+from engine.families.parsing.model import ConfigReader, token_field
+from engine.families.qwen2_vl.config import VISUAL, native_vision, qwen_text, qwen_vl_rules, require_mrope
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.transformer_config import VisionConfig
+
+if TYPE_CHECKING:
+    from engine.layers.build import BuildContext
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
@@ -53,20 +50,34 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
     )
 
 
+def _weights(config: ModelConfig) -> WeightRules:
+    return qwen_vl_rules(
+        (VISUAL + r"merger\.ln_q\.(.*)", r"merger.norm.\1"),
+        (VISUAL + r"merger\.mlp\.0\.(.*)", r"merger.mlp.fc1.\1"),
+        (VISUAL + r"merger\.mlp\.2\.(.*)", r"merger.mlp.fc2.\1"),
+    )
+
+
+def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
+    from engine.vision.native import NativeVisionEncoder
+
+    return NativeVisionEncoder(config.vision, build)
+
+
 FAMILY = Family(
     name="qwen2_vl",
     architectures=("Qwen2VLForConditionalGeneration",),
     reader=ConfigReader(
         text=qwen_text("qwen2_vl"),
         vision=_vision,
-        image_token=IMAGE_TOKEN,
-        video_token=VIDEO_TOKEN,
+        image_token=token_field("image_token_id", default=151655),
+        video_token=token_field("video_token_id", default=151656),
         finish=require_mrope,
     ),
-    prompt_format=lambda config: PROMPT_FORMAT,
+    prompt_format=lambda config: PromptFormat(image="<|image_pad|>", video="<|video_pad|>"),
     positions=lambda config, num_tokens, spans: grid_positions(num_tokens, spans, config.vision.merge_size),
     processor=QwenProcessor.with_videos(VideoRules()),
     options=("min_pixels", "max_pixels"),
-    weights=lambda config: qwen_vl_rules(*SEQUENTIAL_MERGER),
-    build_encoder=native_encoder,
+    weights=_weights,
+    build_encoder=_encoder,
 )

@@ -1,4 +1,4 @@
-"""Positions on three axes (time, row, column) for prompts with pictures and videos."""
+"""Positions on three axes (time, row, column) for prompts with images and videos."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from engine.prompt import MediaItem, MediaSpan
 def grid_positions(
     num_tokens: int, spans: Sequence[MediaSpan], merge_size: int, *, tokens_per_second: float | None = None
 ) -> tuple[np.ndarray, int]:
-    """Positions ``(3, num_tokens)`` int64 and the offset of later tokens, as Qwen2-VL defines them.
+    """Rotary positions of a prompt, as Qwen2-VL defines them.
 
-    Text counts on along all axes. An item with grid ``(t, h, w)`` in patches spreads over its own axes from
-    where the text stopped, and text goes on after its longer spatial side, measured in rows of embeddings.
-    Where an item's placeholder holds text, each step in time is an item of its own.
+    Text advances all axes together. An item with the grid ``(t, h, w)`` in patches spreads over its own axes
+    from the position that text has reached, and text continues after the longer of its sides ``h`` and ``w``,
+    counted in merged squares, however many steps in time it has. If an item's placeholder holds text, each
+    of its steps in time is an item of its own.
 
     Args:
-        tokens_per_second: positions in time that a second takes, for items that have times; None: each step
-            in time takes one.
+        merge_size: side of a merged square in patches.
+        tokens_per_second: positions per second of an item that has times; None: one position per step.
+
+    Returns:
+        Positions ``(3, num_tokens)`` int64, and the offset: the later token ``i`` has the position
+        ``i + offset`` on all axes. It is the position of text at this place, so an answer keeps its positions
+        when it becomes part of the next prompt. A long video's last step may have a greater one.
     """
     positions = np.empty((3, num_tokens), dtype=np.int64)
     index = current = 0
@@ -35,13 +41,13 @@ def grid_positions(
         positions[:, offset:index] = current + own
         current += max(h, w)
     positions[:, index:] = current + np.arange(num_tokens - index)
-    return positions, (int(positions.max()) + 1 - num_tokens) if num_tokens else 0
+    return positions, current - index
 
 
 def _grids(
     spans: Sequence[MediaSpan], merge_size: int
 ) -> Iterator[tuple[MediaSpan, int, tuple[int, int, int]]]:
-    """Each unbroken run of rows: its span, where it begins in the prompt, and its grid in rows."""
+    """Each unbroken run of rows: its span, its first index in the prompt, and its grid in merged squares."""
     for span in spans:
         t, h, w = span.item.grid[0], span.item.grid[1] // merge_size, span.item.grid[2] // merge_size
         if span.embed_index is None:
@@ -52,7 +58,7 @@ def _grids(
 
 
 def _paced(item: MediaItem, tokens_per_second: float) -> np.ndarray:
-    """Positions in time of an item's steps, in the published model's float32."""
+    """Positions in time of an item's steps, computed in float32 as in the published model."""
     if len(item.times) < 2:
         return np.zeros(len(item.times), dtype=np.int64)
     interval = np.float32(tokens_per_second) * np.float32(item.times[1])

@@ -12,21 +12,15 @@ from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
-from engine.families.family import Family
 from engine.families.parsing.decoder import Json, integer, vision_activation
-from engine.families.parsing.model import ConfigReader
 from engine.families.qwen2_vl.config import (
-    IMAGE_TOKEN,
-    PROMPT_FORMAT,
-    VIDEO_TOKEN,
     VISUAL,
-    native_encoder,
     native_vision,
     qwen_text,
     qwen_vl_rules,
     require_mrope,
 )
-from engine.families.qwen2_vl.positions import grid_positions
+from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules, smart_resize
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.native_config import NativeVisionConfig
@@ -151,21 +145,18 @@ def _weights(config: ModelConfig) -> WeightRules:
     )
 
 
-FAMILY = Family(
+FAMILY = replace(
+    QWEN2_VL,
     name="qwen3_vl",
     architectures=("Qwen3VLForConditionalGeneration",),
-    reader=ConfigReader(
+    reader=replace(
+        QWEN2_VL.reader,
         text=qwen_text("qwen3", {"rope_theta": 5e5, "max_position_embeddings": 128000}),
         vision=_vision,
-        image_token=IMAGE_TOKEN,
-        video_token=VIDEO_TOKEN,
         finish=_with_deepstack,
     ),
-    prompt_format=lambda config: PROMPT_FORMAT,
     placeholder=_placeholder,
-    positions=lambda config, num_tokens, spans: grid_positions(num_tokens, spans, config.vision.merge_size),
     processor=QwenProcessor.with_videos(VideoRules(size=video_size, times=patch_times)),
     options=("min_pixels", "max_pixels", "fps"),
     weights=_weights,
-    build_encoder=native_encoder,
 )

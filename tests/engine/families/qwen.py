@@ -235,11 +235,12 @@ class Reference:
 
     def video(self, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches and grid of a video."""
+        resized = self.frame_size is not None
         if self.frame_size is not None:
             size = self.frame_size(len(frames), *frames[0].size)
             frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
         frames = [*frames, *frames[-1:] * (len(frames) % 2)]
-        singles = [self.images(frame, return_tensors="pt") for frame in frames]
+        singles = [self.images(frame, do_resize=not resized, return_tensors="pt") for frame in frames]
         # Each frame alone was doubled in time: of two frames, take one half from each.
         halves = [single["pixel_values"].view(-1, 3, 2, 16)[:, :, 0] for single in singles]
         steps = range(0, len(frames), 2)

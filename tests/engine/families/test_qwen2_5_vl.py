@@ -107,16 +107,17 @@ def test_positions_equal_transformers(path, reference, seconds):
         spans.append(MediaSpan(item, len(ids), count))
         ids += [8] * count
         types += [1 if kind == "image" else 2] * count
-    expected, delta = reference.model.model.get_rope_index(
-        torch.tensor([ids]),
-        torch.tensor([types]),
+    # With one more token of text, which is where an answer begins.
+    expected, _ = reference.model.model.get_rope_index(
+        torch.tensor([[*ids, 9]]),
+        torch.tensor([[*types, 0]]),
         torch.tensor([g for kind, g in grids if kind == "image"]),
         torch.tensor([g for kind, g in grids if kind == "video"]),
         second_per_grid_ts=torch.tensor([seconds, seconds]),
     )
     positions, offset = FAMILY.positions(config, len(ids), spans)
-    np.testing.assert_array_equal(positions, expected[:, 0].numpy())
-    assert offset == delta.item()
+    np.testing.assert_array_equal(positions, expected[:, 0, :-1].numpy())
+    assert expected[:, 0, -1].tolist() == [len(ids) + offset] * 3
 
 
 @pytest.mark.parametrize(

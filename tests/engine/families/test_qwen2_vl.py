@@ -208,15 +208,16 @@ def _compare_positions(config, reference, order, grids):
         spans.append(MediaSpan(item, len(ids), count))
         ids += [token] * count
         types += [1 if kind == "image" else 2] * count
-    expected, delta = reference.get_rope_index(
-        torch.tensor([ids]),
-        torch.tensor([types]),
+    # With one more token of text, which is where an answer begins.
+    expected, _ = reference.get_rope_index(
+        torch.tensor([[*ids, 9]]),
+        torch.tensor([[*types, 0]]),
         *(torch.tensor(used[kind]) if used[kind] else None for kind in ("image", "video")),
     )
     positions, offset = FAMILY.positions(config, len(ids), spans)
-    np.testing.assert_array_equal(positions, expected[:, 0].numpy())
+    np.testing.assert_array_equal(positions, expected[:, 0, :-1].numpy())
     assert positions.dtype == np.int64
-    assert offset == delta.item()
+    assert expected[:, 0, -1].tolist() == [len(ids) + offset] * 3
 
 
 def test_videos_equal_transformers(path):
