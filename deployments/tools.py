@@ -24,7 +24,7 @@ from engine.parsers.grammar import (
 )
 from engine.parsers.reasoning import ReasoningParser, ReasoningTags
 from engine.sampling_params import StructuredSpec
-from engine.structured.schemas import for_grammar
+from engine.structured.json_schema import close_objects
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,128}")
@@ -137,7 +137,9 @@ def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
             f"{where}.function.parameters must be the JSON schema of an object.",
             param=f"{where}.function.parameters",
         )
-    schema = for_grammar({"type": "object", **parameters}, closed=function.get("strict") is not False)
+    schema = {"type": "object", **parameters}
+    if function.get("strict") is not False:
+        schema = close_objects(schema)
     shown = {key: value for key, value in function.items() if value is not None and key != "strict"}
     return {"type": "function", "function": {**shown, "parameters": parameters}}, ToolSchema(name, schema)
 

@@ -60,7 +60,7 @@ PUBLIC = {
     "engine.pooling_params",
     "engine.prompt",
     "engine.sampling_params",
-    "engine.structured.schemas",
+    "engine.structured.json_schema",
 }
 
 #: Heavy or foreign packages, and the packages that must not load them, directly or through other modules.

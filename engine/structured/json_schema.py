@@ -83,6 +83,32 @@ def prepare_schema(schema: Schema) -> Schema:
     return _Preparation(root).of(root, "")
 
 
+#: Keywords that tell whether an object may have properties that the schema doesn't name.
+_OPENNESS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
+
+
+def close_objects(schema: Any) -> Any:
+    """Return a copy in which objects have only the properties that they name, as in OpenAI's strict mode.
+
+    Objects that say themselves whether they may have more stay as they are, and so do those that name none.
+    The parts of ``allOf`` stay open: each would refuse the properties of the others.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    found = {}
+    for key, value in schema.items():
+        if key in _IN_LIST and isinstance(value, list) and key != "allOf":
+            value = [close_objects(entry) for entry in value]
+        elif key in _IN_NAMES and isinstance(value, dict):
+            value = {name: close_objects(entry) for name, entry in value.items()}
+        elif key in _IN_SCHEMA:
+            value = close_objects(value)
+        found[key] = value
+    if isinstance(schema.get("properties"), dict) and not any(key in schema for key in _OPENNESS):
+        found["additionalProperties"] = False
+    return found
+
+
 def schemas_in(schema: Any) -> Iterator[Schema]:
     """``schema`` and all schemas within it, but not what it gives as data, such as the values of ``enum``."""
     if not isinstance(schema, dict):

@@ -24,6 +24,9 @@ from engine.parsers.grammar import (
     tool_grammar,
 )
 from engine.parsers.reasoning import ReasoningParser
+from engine.structured.vocabulary import Vocabulary as Masks
+from engine.text.spelling import Speller
+from engine.text.tokenizer import Tokenizer
 from tests.engine.parsers.cuts import joined
 from tests.engine.tokenizers import byte_fallback, byte_level
 
@@ -60,8 +63,12 @@ TAGS = (
     "</think>", "<|other|>",
 )  # fmt: skip
 
-#: A vocabulary in which the tags are tokens of their own, and one in which they are plain text.
-VOCABULARIES = {"tokens": (byte_level, "<|im_end|>"), "text": (byte_fallback, "</s>")}
+#: Vocabularies in which the tags are special tokens, tokens of ordinary text, and no tokens.
+VOCABULARIES = {
+    "special": (byte_level, "<|im_end|>"),
+    "added": (byte_level, "<|im_end|>"),
+    "text": (byte_fallback, "</s>"),
+}
 
 
 #: Texts that end a free text in one of the formats.
@@ -86,25 +93,38 @@ class Vocabulary:
     def __init__(self, name: str) -> None:
         make, end = VOCABULARIES[name]
         self.backend: Backend = make()
-        if name == "tokens":
-            self.backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+        if name != "text":
+            special = name == "special"
+            self.backend.add_tokens([AddedToken(tag, special=special, normalized=False) for tag in TAGS])
+        tokenizer = Tokenizer(self.backend, {})
         self.size = self.backend.get_vocab_size(with_added_tokens=True)
         self.end = self.backend.token_to_id(end)
-        self.engine = llguidance.LLTokenizer(self.backend.to_str(), n_vocab=self.size, eos_token=[self.end])
-        added = {token.content: index for index, token in self.backend.get_added_tokens_decoder().items()}
-        self.special = SpecialTokens(added, frozenset([self.end]))
-        self.bytes = {index: self.engine.decode_bytes([index]) for index in range(self.size)}
+        ends = frozenset([self.end])
+        speller = Speller(tokenizer, self.size, ends)
+        control = {index: self.backend.id_to_token(index) for index in sorted(speller.control_ids)}
+        cuts_all = speller.segmenter.cuts_all
+        vocabulary = Masks(speller.token_bytes, control, [self.end], speller.spell, cuts_all)
+        self.engine = vocabulary.for_llguidance()
+        self.special = SpecialTokens({name: index for index, name in control.items()}, ends, speller.added)
+        #: The text of each token; special tokens spell themselves.
+        self.bytes = [
+            control[index].encode() if index in control else speller.token_bytes[index]
+            for index in range(self.size)
+        ]
+        self.tags = {tag: self.backend.token_to_id(tag) for tag in TAGS if name != "text"}
+        self.encode = speller.spell if name == "text" else self._encode
+
+    def _encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def text(self, tokens: list[int]) -> str:
-        """Tags that are tokens spell themselves."""
-        spelled = {index: content.encode() for content, index in self.special.ids.items()}
-        return b"".join(spelled.get(token, self.bytes[token]) for token in tokens).decode(errors="replace")
+        return b"".join(self.bytes[token] for token in tokens).decode(errors="replace")
 
     def accepts(self, grammar: str, text: str) -> bool:
         """Whether the grammar allows ``text`` as a whole answer."""
         matcher = llguidance.LLMatcher(self.engine, grammar, log_level=0)
         assert not matcher.is_error(), matcher.get_error()
-        tokens = self.backend.encode(text, add_special_tokens=False).ids
+        tokens = self.encode(text)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
     def walk(self, grammar: str, seed: int, tags: frozenset[int] = frozenset(), limit: int = 300) -> Walk:
@@ -116,7 +136,7 @@ class Vocabulary:
         while len(tokens) < limit:
             if len(tokens) > 60 and rng.random() < 0.3:
                 # Chance alone would hardly ever spell the end of a free text.
-                closing = self.backend.encode(rng.choice(CLOSINGS), add_special_tokens=False).ids
+                closing = self.encode(rng.choice(CLOSINGS))
                 tokens += closing[: matcher.try_consume_tokens(closing)]
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
@@ -181,7 +201,7 @@ def test_text_stays_free_and_calls_in_it_keep_their_schemas(found, words):
     text = grammar(found, words)
     for plain in ("Hello!", "a < b, {c} and [d]", '{"color": "red"}', "two\n\nlines", ""):
         assert words.accepts(text, plain), plain
-    trigger = frozenset(words.special.ids[tag] for tag in (found.layout.trigger,) if tag in words.special.ids)
+    trigger = frozenset(words.tags[tag] for tag in (found.layout.trigger,) if tag in words.tags)
     called = 0
     for seed in range(8):
         walk = words.walk(text, seed, trigger, limit=150)
@@ -213,7 +233,7 @@ def test_a_call_of_an_unknown_function_is_not_allowed(found, words):
 @CELLS
 def test_a_thought_may_come_first(found, words):
     words = vocabulary(words)
-    tags = frozenset(words.special.ids[tag] for tag in (THINK.start, THINK.end) if tag in words.special.ids)
+    tags = frozenset(words.tags[tag] for tag in (THINK.start, THINK.end) if tag in words.tags)
     for inside in (False, True):
         text = grammar(found, words, "required", reasoning=THINK, begins_inside=inside)
         thought = 0
@@ -240,18 +260,19 @@ def test_structured_output_begins_behind_the_thought(words):
     assert words.accepts(inside, "hm</think>12") and not words.accepts(inside, "12")
 
 
+@pytest.mark.parametrize("words", ["special", "added"])
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("budget", [0, 1, 7])
-def test_a_thought_ends_within_its_budget(inside, budget):
-    words = vocabulary("tokens")
+def test_a_thought_ends_within_its_budget(words, inside, budget):
+    words = vocabulary(words)
     text = grammar_with_budget(words.special, THINK, budget, begins_inside=inside)
-    tags = frozenset([words.special.ids[THINK.start]])
+    start, end = words.tags[THINK.start], words.tags[THINK.end]
     for seed in range(6):
-        tokens = words.walk(text, seed, tags, limit=40).tokens
-        start, end = (words.special.ids[tag] for tag in (THINK.start, THINK.end))
+        tokens = words.walk(text, seed, frozenset([start]), limit=40).tokens
         if inside or tokens[:1] == [start]:
             assert tokens.index(end) - (not inside) <= budget
     assert words.accepts(text, THINK.end if inside else THINK.start + THINK.end)
+    assert budget < 7 or words.accepts(text, ("" if inside else THINK.start) + "hm" + THINK.end + "so")
     assert inside or words.accepts(text, "no thought")
 
 

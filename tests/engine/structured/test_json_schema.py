@@ -9,7 +9,7 @@ import pytest
 from engine.errors import InvalidRequest
 from engine.sampling_params import StructuredSpec
 from engine.structured.checks import GrammarRefused
-from engine.structured.json_schema import literals, prepare_schema
+from engine.structured.json_schema import close_objects, literals, prepare_schema
 from engine.structured.prepare import prepare
 from tests.engine.structured.conftest import EOS, encode
 from tests.engine.structured.test_grammar import sample
@@ -145,3 +145,30 @@ def test_a_number_beyond_json_is_refused():
     speller = SimpleNamespace(segmenter=SimpleNamespace(cuts_all=True))
     with pytest.raises(GrammarRefused, match="number"):
         prepare(StructuredSpec(kind="json_schema", text='{"maximum": 1e999}'), speller)
+
+
+@pytest.mark.parametrize(
+    ("schema", "wanted"),
+    [
+        ({"properties": {"a": {}}}, {"properties": {"a": {}}, "additionalProperties": False}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"properties": {}, "additionalProperties": True}, {"properties": {}, "additionalProperties": True}),
+        ({"properties": {}, "patternProperties": {}}, {"properties": {}, "patternProperties": {}}),
+        (
+            {"$defs": {"D": {"properties": {}}}, "items": {"anyOf": [{"properties": {}}, True]}},
+            {
+                "$defs": {"D": {"properties": {}, "additionalProperties": False}},
+                "items": {"anyOf": [{"properties": {}, "additionalProperties": False}, True]},
+            },
+        ),
+        ({"allOf": [{"properties": {"a": {}}}]}, {"allOf": [{"properties": {"a": {}}}]}),
+        # Values are no schemas.
+        ({"enum": [{"properties": {}}]}, {"enum": [{"properties": {}}]}),
+        ({"default": {"properties": {}}}, {"default": {"properties": {}}}),
+        (True, True),
+    ],
+)
+def test_closed_objects_have_only_the_properties_that_they_name(schema, wanted):
+    before = json.dumps(schema)
+    assert close_objects(schema) == wanted
+    assert json.dumps(schema) == before
