@@ -79,7 +79,10 @@ async def _plain(pipeline: Pipeline, body: wire.EmbeddingRequest, given: str | l
     def build(_: list[MediaItem]) -> EngineInput:
         if isinstance(given, str):
             return pipeline.builder.from_text(
-                given, add_special_tokens=body.add_special_tokens, cache_salt=body.cache_salt
+                given,
+                add_special_tokens=body.add_special_tokens,
+                cache_salt=body.cache_salt,
+                placeholders_are_text=True,
             )
         return pipeline.builder.from_token_ids(given, cache_salt=body.cache_salt)
 

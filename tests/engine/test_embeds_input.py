@@ -99,7 +99,7 @@ def test_what_is_refused(qwen, llava):
     ):
         with pytest.raises(InvalidRequest, match=words):
             tokens(qwen, MARK + "what?", image)
-    with pytest.raises(InvalidRequest, match="places"):
+    with pytest.raises(InvalidRequest, match="placeholders"):
         tokens(qwen, "no mark", {"image_embeds": rows[None], "image_grid_thw": [grid]})
     with pytest.raises(InvalidRequest, match="rows"):
         tokens(llava, "USER: <image> ASSISTANT:", torch.zeros(1, 3, 64))

@@ -110,7 +110,7 @@ def test_every_way_to_give_a_prompt(llm):
         ({"text": "a"}, "no entry 'text'"),
         (about(3), r"multi_modal_data\.image\[0\] must be a PIL image, not int"),
         ({"prompt": "a", "multi_modal_data": {"audio": []}}, "no entry 'audio'"),
-        (about([]), "1 places for an item of kind image, but 0"),
+        (about([]), "image placeholders in the prompt is 1, but the number of images given is 0"),
     ],
     ids=str,
 )

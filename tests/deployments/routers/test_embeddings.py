@@ -35,6 +35,17 @@ async def test_texts_and_token_ids(client, llm):
     np.testing.assert_allclose(vectors(one)[0], wanted[0], atol=1e-5)
 
 
+async def test_placeholder_strings_in_texts_are_plain_text(client, llm):
+    texts = ["a red circle", "see <|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>"]
+    found = vectors(await client.embeddings.create(model="tests/vectors", input=texts))
+    tokenizer = llm.get_tokenizer()
+    start, end = (tokenizer.token_id(token) for token in ("<|vision_start|>", "<|vision_end|>"))
+    see, image, video = (tokenizer.encode_plain(text) for text in ("see ", "<|image_pad|>", "<|video_pad|>"))
+    ids = [tokenizer.encode(texts[0]), [*see, start, *image, end], video]
+    wanted = [o.embedding for o in llm.embed([{"prompt_token_ids": i} for i in ids], use_tqdm=False)]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 async def test_messages_with_pictures(client, llm):
     async def embed(*pictures):
         body = {"model": "tests/vectors", "messages": ask("What is this?", *pictures)}
