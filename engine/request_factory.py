@@ -151,6 +151,7 @@ class RequestFactory:
             priority=priority,
             arrival=time.monotonic(),
             cache_salt=inputs.cache_salt,
+            rope_variant=self._model.decoder.rope.variant(len(inputs.token_ids)),
         )
 
     def _match(self, spans: Sequence[MediaSpan], embeddings: Sequence[Embedding]) -> dict[str, Embedding]:
