@@ -17,7 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 serve: install
-	RAY_USAGE_STATS_ENABLED=0 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(CONFIG)
+	@$(BIN)/python -m deployments.preflight $(CONFIG) $(ARGS)
+	RAY_USAGE_STATS_ENABLED=0 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(ARGS) $(CONFIG)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)

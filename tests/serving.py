@@ -172,7 +172,7 @@ def serve_run(config: Path, log: Path, health: str) -> Iterator[psutil.Process]:
         )
     processes: list[psutil.Process] = []
     try:
-        wait_for(lambda: server.poll() is not None or answers(health), 120)
+        wait_for(lambda: server.poll() is not None or answers(health), 200)
         assert server.poll() is None, log.read_text()[-3000:]
         yield psutil.Process(server.pid)
         processes = psutil.Process(server.pid).children(recursive=True)
