@@ -12,7 +12,8 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ModelConfig
 from engine.families.parsing.processor import require_steps
-from engine.media.image_ops import check_aspect_ratio, content_hash, resize
+from engine.media.image_ops import check_aspect_ratio, resize
+from engine.media.keys import content_hash
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 
