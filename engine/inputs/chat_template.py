@@ -44,6 +44,8 @@ class ChatTemplate:
             raise ConfigError(
                 f"none of the chat templates ({', '.join(sources)}) is the default", param="chat_template"
             )
+        #: Jinja text by name.
+        self.sources = dict(sources)
         self._environment = TemplateEnvironment(limits or RenderLimits())
         self._variables = dict(variables or {})
         try:

@@ -131,7 +131,7 @@ def tool_grammar(
     rules = Rules(special)
     if choice == "required":
         lead = _lead(rules, reasoning, begins_inside)
-        start = f"{lead} {_required(rules, layout, tools, parallel)}"
+        start = f"{lead} {_required(rules, layout, tools, parallel)}".strip()
     elif layout.trigger:
         start = _text_with_calls(rules, layout, tools, parallel)
     else:
@@ -205,7 +205,7 @@ def _required(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], par
     block = f"{rules.special.literal(layout.trigger)} {_block(rules, layout, tools, parallel)}".strip()
     if not parallel or not layout.trigger or layout.between is not None:
         return block
-    gap = rules.add("GAP", r"/[ \t\r\n]*/")
+    gap = rules.add("GAP", r"/[ \t\r\n]{0,4}/")
     return f"{block} ({gap} {block})*"
 
 
@@ -250,10 +250,10 @@ def _terminal(text: str) -> str:
 
 
 def _lead(rules: Rules, reasoning: ReasoningTags | None, begins_inside: bool) -> str:
-    """A thought, where the family thinks, and white space."""
-    space = rules.add("SPACE", r"/[ \t\r\n]*/")
+    """A thought, where the family thinks, and a little white space behind it."""
     if reasoning is None:
-        return space
+        return ""
+    space = rules.add("SPACE", r"/[ \t\r\n]{0,4}/")
     thought = _thought(rules, reasoning, begins_inside)
     return f"{thought} {space}" if begins_inside else f"{space} ({thought} {space})?"
 
@@ -285,9 +285,14 @@ def json_call(before: str, between: str, after: str) -> CallForm:
     return CallForm(head, arguments)
 
 
+#: Calls are written as Python's ``json.dumps`` writes them, which is what chat templates show.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 def embedded(schema: Any) -> str:
-    """A JSON schema as a grammar's expression."""
-    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+    """A JSON schema as a grammar's expression. White space is fixed: a model could write it for ever."""
+    spaced = {**schema, "x-guidance": _SPACING} if isinstance(schema, Mapping) else schema
+    return f"%json {json.dumps(spaced, ensure_ascii=False)}"
 
 
 def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:

@@ -77,10 +77,13 @@ async def test_texts_find_their_pictures(client):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, "either input or messages"),
+        ({}, "Either input or messages"),
         ({"input": []}, "1 to 2048"),
         ({"input": ["a"] * 2049}, "1 to 2048"),
-        ({"input": "a", "dimensions": 8}, "dimensions"),
+        ({"input": "a", "dimensions": 1000}, "vectors have 256"),
+        ({"input": "a", "dimensions": 0}, "at least 1"),
+        ({"input": ""}, "empty text"),
+        ({"input": "a", "truncate_prompt_tokens": -2}, "number of tokens"),
         ({"input": "a", "pooling": "max"}, "last, mean, cls"),
         ({"input": "word " * 2000}, "512"),
         ({"input": [10**7]}, "vocabulary"),
@@ -90,3 +93,38 @@ async def test_texts_find_their_pictures(client):
 async def test_what_cannot_be_embedded(client, change, words):
     with pytest.raises(openai.BadRequestError, match=words):
         await client.post("/embeddings", body={"model": "tests/vectors"} | change, cast_to=object)
+
+
+async def test_fewer_dimensions_are_the_first_ones_at_length_one(client):
+    async def vector(**options):
+        made = await client.embeddings.create(
+            model="tests/vectors", input="red", encoding_format="float", **options
+        )
+        return np.array(made.data[0].embedding)
+
+    whole, cut = await vector(), await vector(dimensions=8)
+    assert len(whole) == 256 and np.array_equal(await vector(dimensions=256), whole)
+    assert np.allclose(cut, whole[:8] / np.linalg.norm(whole[:8]), atol=1e-6)
+
+
+async def test_a_long_text_can_be_cut(client):
+    async def tokens(**options) -> int:
+        body = {"model": "tests/vectors", "input": "word " * 2000, **options}
+        return (await client.post("/embeddings", body=body, cast_to=dict))["usage"]["prompt_tokens"]
+
+    assert await tokens(truncate_prompt_tokens=-1) == 512
+    assert await tokens(truncate_prompt_tokens=7) == 7
+
+
+async def test_null_asks_for_the_default(client):
+    names = (
+        "encoding_format",
+        "pooling",
+        "normalize",
+        "add_special_tokens",
+        "add_generation_prompt",
+        "cache_salt",
+    )
+    body = {"model": "tests/vectors", "input": "a", "user": "me"} | dict.fromkeys(names)
+    made = await client.post("/embeddings", body=body, cast_to=dict)
+    assert isinstance(made["data"][0]["embedding"], list)
