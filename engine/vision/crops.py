@@ -76,7 +76,7 @@ class CropVisionEncoder(nn.Module):
         starts = torch.arange(0, (crops + 1) * length, length, dtype=torch.int32, device=self.device)
         segments = VisionSegments(starts, length, positions=self.positions)
         features = self.tower(patches, segments).unflatten(0, (crops, length))
-        return features[:, 1:] if has_class and not self.config.keep_class_token else features
+        return features[:, 1:] if self.config.drop_first else features
 
     def _check(self, entry: PreparedMedia) -> None:
         size = self.config.image_size
@@ -95,9 +95,7 @@ def unfit(entry: PreparedMedia) -> InvalidRequest:
 
 def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
     """From features ``(crops, patches, width)`` to rows ``(crops, rows_per_crop, out_features)``."""
-    width, out = config.tower.hidden_size, config.out_features
+    width, out = config.tower.out_features, config.out_features
     if config.pixel_shuffle is not None:
         return PixelShuffleConnector(width, config.grid_side, config.pixel_shuffle, out, build)
-    return MLPConnector(
-        width, out, out, build, activation=config.connector_activation, bias=config.connector_bias
-    )
+    return MLPConnector(width, config.mlp, out, build)

@@ -1,9 +1,10 @@
-"""The switches of encoders that take square crops of one size. No torch here."""
+"""The configuration of encoders that take square crops of one size. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
 
@@ -13,26 +14,26 @@ class CropVisionConfig:
     """A tower of fixed resolution, and a connector: an MLP, or one projection of shuffled pixels.
 
     Attributes:
+        tower: the transformer; its positions are those of one crop's patches.
         image_size: side of a crop in pixels.
         patch_size: side of a patch in pixels.
-        keep_class_token: whether the class token's feature becomes a row as well, before the patches'.
-        out_features: width of a row, and of an MLP connector's hidden layer.
-        connector_activation, connector_bias: of an MLP connector.
-        pixel_shuffle: side of the square of patches that one row is projected from, without MLP; None has one
-            row per patch.
-        bucketed_positions: learned positions are looked up by where a patch lies in the picture, as in towers
-            that also take pictures of other sizes, rather than by its number.
+        drop_first: whether the first token's feature is left out: the class token's if there is one.
+        out_features: width of a row.
+        mlp: the MLP connector, if ``pixel_shuffle`` is None.
+        pixel_shuffle: side, in patches, of the square that becomes one row by a single projection; None makes
+            one row of each patch by an MLP.
+        bucketed_positions: whether a patch's learned position depends on its place relative to the image's
+            size, as in towers that also take images of other sizes; else on its index.
         normalisation: of the pixels' bytes.
     """
 
     tower: VisionConfig
     image_size: int
     patch_size: int
-    keep_class_token: bool
+    drop_first: bool
     out_features: int
     normalisation: Normalisation
-    connector_activation: str = "gelu"
-    connector_bias: bool = True
+    mlp: MLPConfig = field(default_factory=MLPConfig)
     pixel_shuffle: int | None = None
     bucketed_positions: bool = False
 
@@ -49,4 +50,4 @@ class CropVisionConfig:
     def rows_per_crop(self) -> int:
         if self.pixel_shuffle is not None:
             return self.patches_per_crop // self.pixel_shuffle**2
-        return self.patches_per_crop + (1 if self.keep_class_token else 0)
+        return self.patches_per_crop + self.tower.class_token - self.drop_first

@@ -1,4 +1,4 @@
-"""The encoder of towers that take pictures in their own resolution, as Qwen's: pixels in, merged rows out."""
+"""The encoder of towers that take images at their own resolution, as those of Qwen and Pixtral."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.graphs import Recorder
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
-from engine.vision.connector import PatchMerger
+from engine.vision.connector import MLPConnector, PatchMerger
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.native_grid import FramePlan, plan_frame, segments_of
 from engine.vision.pixels import Pixels, blank
@@ -23,11 +23,11 @@ from engine.vision.transformer import VisionTransformer, make_norm
 
 
 class NativeVisionEncoder(nn.Module):
-    """uint8 pictures ``(H, W, 3)`` or videos ``(frames, H, W, 3)``, sides multiples of ``patch * merge``, to
-    rows ``(t * h * w / merge², out_features)`` of their grids ``(t, h, w)``, one more ``out_features`` wide
-    for each deepstack layer.
+    """Encodes uint8 images ``(H, W, 3)`` and videos ``(frames, H, W, 3)`` with sides that are multiples of
+    ``patch * merge``.
 
-    Patches go in the order of the merged squares, so that a square's patches are neighbours.
+    Grids are ``(t, h, w)`` in patches. Rows are ``(t * h * w / merge², out_features)``, with ``out_features``
+    more numbers for each deepstack layer. Inside the tower the patches of a merged square are neighbours.
     """
 
     def __init__(self, config: NativeVisionConfig, build: BuildContext) -> None:
@@ -41,7 +41,11 @@ class NativeVisionEncoder(nn.Module):
             build.parameter(config.position_side**2, width) if config.position_side is not None else None
         )
         merger = partial(PatchMerger, width=width, group=group, out_features=config.out_features, build=build)
-        self.merger = merger(make_norm(config.tower, width, build))
+        self.merger: nn.Module
+        if config.mlp is not None:
+            self.merger = MLPConnector(config.tower.out_features, config.mlp, config.out_features, build)
+        else:
+            self.merger = merger(make_norm(config.tower, width, build))
         self.deepstack = nn.ModuleList(
             merger(make_norm(config.tower, width * group, build), norm_after=True)
             for _ in config.deepstack_layers
@@ -54,11 +58,11 @@ class NativeVisionEncoder(nn.Module):
     def record(self, record: Recorder) -> None:
         window, merge = self.config.window, self.config.merge_size
         side = self.config.patch_size * merge
-        picture = blank((side, side, 3), (1, merge, merge), 1)
+        image = blank((side, side, 3), (1, merge, merge), 1)
         self.tower.record(
             record,
             window_len=window and (window * merge) ** 2,
-            rehearse=lambda: self.encode([picture]),
+            rehearse=lambda: self.encode([image]),
         )
 
     @torch.inference_mode()
@@ -109,28 +113,30 @@ class NativeVisionEncoder(nn.Module):
 
     @staticmethod
     def _reorder(x: torch.Tensor, entry: PreparedMedia, order: torch.Tensor | None) -> torch.Tensor:
-        """The merged squares of each frame in another order: ``x`` has one row per square or per patch."""
+        """Reorder the merged squares of each frame; ``x`` has one row per square or per patch."""
         if order is None:
             return x
         return x.view(entry.item.grid[0], len(order), -1, x.shape[-1])[:, order].flatten(0, 2)
 
     def _rows(self, patches: torch.Tensor, frames: Sequence[FramePlan]) -> torch.Tensor:
-        """Each frame of patches attends within itself, in windows where the tower has them."""
+        """Rows of all frames. Patches attend within their frame, and within windows if there are any."""
+        if self.config.tower.features:
+            return self.merger(self.tower(patches, _segments(frames)[0]))
         segments, windows = frames[0].alone if len(frames) == 1 else _segments(frames)
         *kept, last = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
-        # Blocks come in their own order, mergers in that of the configuration.
+        # Kept outputs are in the order of the blocks, mergers in the order of the configuration.
         layers = self.config.deepstack_layers
         mergers = [self.deepstack[layers.index(layer)] for layer in sorted(layers)]
         appended = [merger(x) for merger, x in zip(mergers, kept, strict=True)]
         return _joined([self.merger(last), *appended], dim=1)
 
     def _positions(self, frames: Sequence[FramePlan]) -> torch.Tensor | None:
-        """Learned positions ``(N, width)``, weighed in float32."""
+        """Learned positions ``(N, width)``, interpolated in float32."""
         if self.position_embedding is None:
             return None
         taps = torch.cat([f.taps for f in frames if f.taps is not None])
         weights = torch.cat([f.weights for f in frames if f.weights is not None])
-        # One tap at a time: all four rows of every patch at once would take four times the memory.
+        # Tap by tap: gathering all four rows of every patch at once would take four times the memory.
         weighed = self.position_embedding[taps[:, 0]].float() * weights[:, :1]
         for tap in range(1, 4):
             weighed += self.position_embedding[taps[:, tap]].float() * weights[:, tap, None]
@@ -143,7 +149,7 @@ class NativeVisionEncoder(nn.Module):
 
 
 def _segments(frames: Sequence[FramePlan]) -> tuple[VisionSegments, VisionSegments | None]:
-    """What a batch of frames attends within, and its windows if there are any."""
+    """The segments of a batch of frames, and its windows if there are any."""
     cos, sin = torch.cat([f.cos for f in frames]), torch.cat([f.sin for f in frames])
     windows = [size for f in frames for size in f.windows]
     segments = segments_of([len(f.cos) for f in frames], cos, sin)
@@ -151,5 +157,5 @@ def _segments(frames: Sequence[FramePlan]) -> tuple[VisionSegments, VisionSegmen
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    """``torch.cat``, which would copy a lone part."""
+    """``torch.cat`` without the copy that it makes of a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

@@ -1,28 +1,32 @@
-"""The switches of encoders that take pictures in their own resolution. No torch here."""
+"""The configuration of encoders that take images at their own resolution. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
 class NativeVisionConfig:
-    """A tower of native resolution with a patch merger.
+    """A tower of native resolution, and the part that turns its features into rows.
 
     Attributes:
+        tower: the transformer.
         patch_size: side of a patch in pixels.
         merge_size: side, in patches, of the square that becomes one row.
-        temporal_patch_size: frames that one patch spans; a picture is its own next frame.
+        temporal_patch_size: frames that one patch spans; an image is repeated to fill them.
         out_features: width of a row.
         normalisation: of the pixels' bytes.
-        window: side, in rows, of the squares that a picture divides into, beginning at its top left corner;
-            blocks that aren't in ``tower.full_layers`` attend within them. None has no windows.
-        position_side: side of the square table of learned positions that is stretched over a picture's grid;
-            None has none.
-        deepstack_layers: blocks whose output is merged as well and appended to the rows, in order.
+        window: side, in merged squares, of the windows of an image, counted from its top left corner; blocks
+            that aren't in ``tower.full_layers`` attend within windows. None if there are none.
+        position_side: side of the square table of learned positions that is interpolated over an image's
+            grid; None if there is none.
+        deepstack_layers: blocks whose merged output is appended to the rows, in order.
+        mlp: the MLP that makes a row of each patch (``merge_size`` 1); None merges patches by a
+            :class:`engine.vision.connector.PatchMerger`.
     """
 
     tower: VisionConfig
@@ -34,3 +38,4 @@ class NativeVisionConfig:
     window: int | None = None
     position_side: int | None = None
     deepstack_layers: tuple[int, ...] = ()
+    mlp: MLPConfig | None = None

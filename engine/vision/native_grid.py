@@ -1,4 +1,4 @@
-"""The geometry of one frame of patches: in which order they go, where they are, what they attend within."""
+"""The geometry of a frame of patches: their order, positions and segments."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from engine.vision.segments import VisionSegments
 
 @dataclass(frozen=True, slots=True)
 class FramePlan:
-    """What a frame of ``h * w`` patches needs besides its pixels. Tensors on the tower's device.
+    """The tower's inputs for a frame of ``h * w`` patches besides its pixels. Tensors on the tower's device.
 
     Attributes:
-        cos, sin: ``(h * w, head_dim / 2)`` float32, angles of the row, then of the column.
-        order: ``(h * w / merge²,)`` int64, the merged squares window by window; None where there are no
-            windows.
-        inverse: back to reading order.
+        cos, sin: ``(h * w, head_dim / 2)`` float32 of the angles of a patch's row, then of its column.
+        order: ``(h * w / merge²,)`` int64, the merged squares window by window; None if there are no windows.
+        inverse: the permutation back to reading order.
         windows: patches in each window.
-        alone: what the tower attends within where this frame is the whole batch: segments, and windows or
-            None. The same objects every time.
-        taps: ``(h * w, 4)`` int64, rows of the position table that a patch lies between; None without table.
-        weights: ``(h * w, 4)`` float32, their shares.
+        alone: segments, and windows or None, of a batch that is this frame alone. The same objects every
+            time, so that captured graphs needn't copy them again.
+        taps: ``(h * w, 4)`` int64, rows of the position table to interpolate between; None without a table.
+        weights: ``(h * w, 4)`` float32, their weights.
     """
 
     cos: torch.Tensor
@@ -39,7 +38,7 @@ class FramePlan:
 
 
 def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device) -> FramePlan:
-    """The plan of a frame of ``h`` rows of ``w`` patches, both multiples of the merged square's side."""
+    """The plan of a frame of ``h`` rows of ``w`` patches, both multiples of ``merge_size``."""
     merge = config.merge_size
     grid = np.arange(h * w).reshape(h // merge, merge, w // merge, merge)
     squares = grid.swapaxes(1, 2).reshape(-1, merge**2)
@@ -64,15 +63,14 @@ def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device)
 
 
 def segments_of(lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> VisionSegments:
-    """Consecutive segments of ``lengths`` patches, with the rotary tables of all."""
+    """Consecutive segments of ``lengths`` patches, with the rotary tables of all patches."""
     cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
     return VisionSegments(cu_seqlens.to(cos.device, non_blocking=True), max(lengths), cos, sin)
 
 
 def _windows(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of a ``height * width`` grid window by window, each in reading order, and each window's cells.
-
-    Windows at the right and lower edges hold what is left.
+    """Cells of a ``height * width`` grid, window by window and in reading order in each, and the number of
+    cells of each window. Windows at the right and lower edges may be smaller.
     """
     across = -(-width // side)
     rows, columns = np.divmod(np.arange(height * width), width)
@@ -81,14 +79,18 @@ def _windows(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _angles(config: NativeVisionConfig, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    theta, half = config.tower.rope_theta, config.tower.head_dim // 2
+    """Angles ``(N, head_dim / 2)`` float32: those of a patch's row, then those of its column."""
+    theta, dim = config.tower.rope_theta, config.tower.head_dim
     assert theta is not None
-    frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
-    return torch.cat([axis.float()[:, None] * frequencies for axis in (rows, columns)], dim=1)
+    even = 1.0 / theta ** (torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2))
+    odd = 1.0 / theta ** (torch.arange(2, dim, 4, dtype=torch.float32) / dim)
+    of_columns = odd if config.tower.rope_alternates else even
+    return torch.cat([rows.float()[:, None] * even, columns.float()[:, None] * of_columns], dim=1)
 
 
 def _taps(side: int, *axes: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bilinear interpolation of a ``side * side`` table with its corners on the frame's corners."""
+    """Taps and weights for bilinear interpolation of a ``side * side`` table whose corners are aligned with
+    the frame's."""
     (row_taps, row_shares), (column_taps, column_shares) = (_axis_taps(side, *axis) for axis in axes)
     taps = row_taps[:, :, None] * side + column_taps[:, None]
     return taps.flatten(1), (row_shares[:, :, None] * column_shares[:, None]).flatten(1)
@@ -98,6 +100,6 @@ def _axis_taps(side: int, index: torch.Tensor, size: int) -> tuple[torch.Tensor,
     place = index.float() * (side - 1) / max(size - 1, 1)
     low = place.floor()
     share = place - low
-    # The last place has nothing beyond it, and needs nothing.
+    # The last position has no upper neighbour; its weight there is 0.
     taps = torch.stack([low.long(), (low.long() + 1).clamp(max=side - 1)], dim=1)
     return taps, torch.stack([1 - share, share], dim=1)

@@ -1,4 +1,4 @@
-"""The one vision transformer. It attends within segments of a flat batch of patches, wherever from."""
+"""The vision transformer of all families: attention within segments of a flat batch of patches."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from engine.vision.graphs import TowerGraphs
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer_config import VisionConfig
 
-#: Blocks that are launched by themselves where passes are recorded. To launch a recording of all takes the
-#: host 0.7 ms; these take the device about as long for a picture of 1600 patches.
+#: Number of blocks in the first of two CUDA graphs. Launching one graph of all blocks takes the host 0.7 ms.
+#: With an image of 1600 patches these blocks keep the device busy as long, which hides the second launch.
 _FIRST_BLOCKS = 4
 
-#: What a block gives to the next, the tokens and the residual beside them, and the outputs to be kept so far.
+#: The hidden states and the residual between two blocks, and the outputs kept so far.
 _State = tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]
 
 
 def make_norm(config: VisionConfig, width: int, build: BuildContext) -> LayerNorm | RMSNorm:
-    """The tower's kind of norm over ``width``."""
+    """A norm of the tower's kind over ``width`` features."""
     return (LayerNorm if config.norm == "layer" else RMSNorm)(width, config.norm_eps, build)
 
 
@@ -46,10 +46,10 @@ class VisionAttention(nn.Module):
             config.num_heads,
             config.head_dim,
             build,
-            bias=True,
+            bias=config.bias,
             fused_name="qkv",
         )
-        self.proj = Linear(config.hidden_size, config.hidden_size, build)
+        self.proj = Linear(config.hidden_size, config.hidden_size, build, bias=config.bias)
 
     def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
@@ -63,7 +63,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP. The residual travels beside the hidden states, as in the decoder."""
+    """Pre-norm attention and MLP. The residual is passed beside the hidden states, as in the decoder."""
 
     def __init__(self, config: VisionConfig, build: BuildContext) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class VisionBlock(nn.Module):
         self.mlp: nn.Module
         if config.gated_mlp:
             self.mlp = GatedMLP(
-                config.hidden_size, config.intermediate_size, config.activation, build, bias=True
+                config.hidden_size, config.intermediate_size, config.activation, build, bias=config.bias
             )
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.activation, build)
@@ -91,15 +91,18 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Flattened patches ``(N, patch_dim)`` to features ``(N, hidden_size)``.
+    """Computes features ``(N, out_features)`` from flat patches ``(N, patch_dim)``.
 
     Args:
-        keep: blocks whose outputs are wanted beside the last one's, ascending.
+        keep: blocks whose outputs :meth:`states` returns beside the last block's, ascending.
     """
 
     def __init__(self, config: VisionConfig, build: BuildContext, *, keep: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.config, self.keep = config, keep
+        assert not (keep and config.features), "the caller takes either states or features"
+        last = config.num_layers - 1
+        self.config = config
+        self.keep = keep or tuple(sorted({state - 1 for state in config.features} - {last}))
         self._graphs: TowerGraphs | None = None
         width = config.hidden_size
         self.patch_embed = Linear(config.patch_dim, width, build, bias=config.patch_bias)
@@ -112,10 +115,16 @@ class VisionTransformer(nn.Module):
         self.post_norm = make_norm(config, width, build) if config.post_norm else None
 
     def forward(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
-        """Patches in the model's dtype. Where there is a class token, images are of equal size, it is put
-        before each, and ``cu_seqlens`` and the result count it."""
-        x = self.states(patches, segments)[-1]
-        return x if self.post_norm is None else self.post_norm(x)
+        """Features of patches in the model's dtype.
+
+        A class token is put before each image's patches; ``cu_seqlens`` and the result count it, and all
+        images have one size.
+        """
+        states = self.states(patches, segments)
+        if self.config.features:
+            outputs = dict(zip([*self.keep, self.config.num_layers - 1], states, strict=True))
+            return torch.cat([outputs[state - 1] for state in self.config.features], dim=-1)
+        return states[-1] if self.post_norm is None else self.post_norm(states[-1])
 
     def states(
         self,
@@ -125,12 +134,13 @@ class VisionTransformer(nn.Module):
         windows: VisionSegments | None = None,
         positions: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """The outputs ``(N, hidden_size)`` of the blocks ``keep``, and of the last one.
+        """Outputs ``(N, hidden_size)`` of the blocks ``keep`` and of the last block; -1 in ``keep`` is the
+        input of the first block.
 
-        Where passes are recorded, the next one may overwrite them.
+        After :meth:`record` the next call may overwrite them.
 
         Args:
-            windows: what the blocks outside of ``full_layers`` attend within; None: the segments.
+            windows: segments for the blocks that are not in ``full_layers``; None: ``segments`` for all.
             positions: ``(N, hidden_size)``, added to the embedded patches.
         """
         x = self.embed(patches, segments)
@@ -149,11 +159,11 @@ class VisionTransformer(nn.Module):
         window_len: int | None = None,
         rehearse: Callable[[], object],
     ) -> None:
-        """Record passes through the blocks for few pictures.
+        """Capture the blocks' forward pass for small batches.
 
         Args:
-            window_len: most tokens of a window; None: there are none.
-            rehearse: encodes a picture, so that the kernels around the blocks are compiled beforehand, too.
+            window_len: most tokens of a window; None if there are no windows.
+            rehearse: encodes an image, so that the kernels around the blocks are compiled before too.
         """
         weight = self.patch_embed.weight
         self._graphs = TowerGraphs(
@@ -173,13 +183,14 @@ class VisionTransformer(nn.Module):
     def _first_blocks(
         self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None
     ) -> _State:
-        """``x`` ``(N, hidden_size)`` through the first blocks."""
-        return self._through(self.blocks[:_FIRST_BLOCKS], 0, (x, None, []), segments, windows)
+        """Run ``x`` ``(N, hidden_size)`` through the first blocks."""
+        kept = [x] if -1 in self.keep else []
+        return self._through(self.blocks[:_FIRST_BLOCKS], 0, (x, None, kept), segments, windows)
 
     def _other_blocks(
         self, state: _State, segments: VisionSegments, windows: VisionSegments | None
     ) -> list[torch.Tensor]:
-        """What :meth:`_first_blocks` gave through the others; what :meth:`states` returns."""
+        """Run the result of :meth:`_first_blocks` through the other blocks; see :meth:`states`."""
         blocks = self.blocks[_FIRST_BLOCKS:]
         x, residual, kept = self._through(blocks, _FIRST_BLOCKS, state, segments, windows)
         return [*kept, x if residual is None else x + residual]
@@ -193,7 +204,7 @@ class VisionTransformer(nn.Module):
         windows: VisionSegments | None,
     ) -> _State:
         x, residual, kept = state
-        # One row of the rotary tables per token: its row number is its position.
+        # The rotary tables have a row per token: a token's position in them is its index.
         index = None if segments.cos is None else torch.arange(len(x), device=x.device)
         full = self.config.full_layers
         for layer, block in enumerate(blocks, first):

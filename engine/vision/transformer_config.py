@@ -10,21 +10,26 @@ VISION_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """A pre-norm vision transformer: CLIP, SigLIP, and Qwen's towers of native resolution.
+    """A pre-norm vision transformer: CLIP, SigLIP, and the towers of Qwen and Pixtral for images of any size.
 
     Attributes:
         num_layers: number of blocks that are built and run: those up to the last one whose output is used.
         patch_dim: numbers per flattened patch, channels before pixels.
         patch_bias: whether the patch projection has a bias.
+        bias: whether the blocks' projections have biases; an ungated MLP always has.
         activation: of the MLP, by its Hugging Face name; one of ``VISION_ACTIVATIONS``.
         gated_mlp: ``down(act(gate) * up)`` instead of ``fc2(act(fc1))``.
         norm: LayerNorm or RMSNorm.
         class_token: whether a learned token precedes the patches.
-        num_positions: rows of the learned position table, class token included; 0 has none.
-        pre_norm, post_norm: norms before the first and after the last block.
-        full_layers: the blocks that attend over whole segments even where the input has windows; None: all.
+        num_positions: rows of the learned position table, class token included; 0 if there is no table.
+        pre_norm, post_norm: whether there is a norm before the first and after the last block.
+        full_layers: the blocks that attend over whole segments even if the input has windows; None: all.
         rope_theta: base of two-dimensional rotary embeddings, half of the angles for rows and half for
-            columns; None has none.
+            columns; None if there are none.
+        rope_alternates: whether rows rotate by the even and columns by the odd frequencies of a
+            one-dimensional embedding (Pixtral); else both rotate by the even ones (Qwen).
+        features: hidden states that are concatenated to the tower's output, 0 being the input of the first
+            block and ``n`` the output of block ``n - 1``; empty takes the last block's output alone.
         stored_layers: number of blocks in the checkpoint, if that is more than ``num_layers``.
     """
 
@@ -34,6 +39,7 @@ class VisionConfig:
     num_heads: int
     patch_dim: int
     patch_bias: bool = False
+    bias: bool = True
     activation: str = "quick_gelu"
     gated_mlp: bool = False
     norm: Literal["layer", "rms"] = "layer"
@@ -44,8 +50,15 @@ class VisionConfig:
     post_norm: bool = False
     rope_theta: float | None = None
     full_layers: tuple[int, ...] | None = None
+    rope_alternates: bool = False
+    features: tuple[int, ...] = ()
     stored_layers: int = 0
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def out_features(self) -> int:
+        """Width of the tower's output."""
+        return self.hidden_size * max(1, len(self.features))

@@ -39,7 +39,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
         tower=tower.config,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
-        keep_class_token=False,
+        drop_first=False,
         out_features=hidden,
         normalisation=parse_normalisation(processor, HALF_NORMALISATION),
         pixel_shuffle=factor,

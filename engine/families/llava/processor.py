@@ -1,4 +1,4 @@
-"""LLaVA's images: the centre square of each, at the tower's size."""
+"""LLaVA's images for towers of one size: padded, resized and cropped to a square."""
 
 from __future__ import annotations
 
@@ -12,68 +12,85 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ModelConfig
 from engine.families.parsing.processor import require_steps
-from engine.media.image_ops import check_aspect_ratio, resize
-from engine.media.keys import content_hash
+from engine.media.centre import FILTERS, centre_of_resized, centre_square
+from engine.media.image_ops import check_aspect_ratio, content_hash, resize
+from engine.media.padding import resize_in_square
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_FILE = "preprocessor_config.json"
+#: Image processors by the beginning of ``image_processor_type``, and whether they crop by default.
+_CROPS = {"CLIP": True, "Llava": True, "Siglip": False}
+
 
 @dataclass(frozen=True, slots=True)
 class LlavaProcessor:
-    """Resizes the shorter side to ``side`` pixels and cuts out the centre square.
-
-    See :class:`engine.families.base.MediaProcessor`.
+    """See :class:`engine.families.base.MediaProcessor`. The steps are: pad to a square, resize, cut out the
+    centre square.
 
     Attributes:
-        side: of the square, in pixels.
+        side: of the result, in pixels.
         rows: embedding rows per image.
         image_token_id: the token that rows replace.
+        background: colour of the padding; None if images are not padded.
+        shortest: pixels of the shorter side after resizing; None if ``exact`` or nothing decides the size.
+        exact: ``(width, height)`` after resizing.
+        crop: whether the centre square is cut out.
         resample: PIL's filter number.
     """
 
     side: int
     rows: int
     image_token_id: int
+    background: tuple[int, ...] | None = None
+    shortest: int | None = None
+    exact: tuple[int, int] | None = None
+    crop: bool = True
     resample: int = 3
 
     @classmethod
     def create(
         cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
     ) -> LlavaProcessor:
-        """The checkpoint's processor; it has no options."""
+        """The checkpoint's processor; it has no options.
+
+        Raises:
+            CheckpointError: naming the field that is not supported or doesn't fit the tower.
+        """
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
-        side = vision.image_size
-        require_steps(raw, "do_resize", "do_center_crop", "do_rescale", "do_normalize")
-        size, crop = raw.get("size", side), raw.get("crop_size", side)
-        if isinstance(size, Mapping):
-            size = size.get("shortest_edge")
-        if isinstance(crop, Mapping):
-            crop = crop.get("height") if crop.get("height") == crop.get("width") else None
-        if size != side or crop != side:
-            raise CheckpointError(
-                f"preprocessor_config.json: size and crop_size should both be the tower's {side} pixels",
-                param="size",
-            )
-        return cls(side, vision.rows_per_crop, config.image_token_id, raw.get("resample", 3))
+        require_steps(raw, "do_rescale", "do_normalize")
+        kind, side = _kind(raw), vision.image_size
+        shortest, exact = _size(raw.get("size", side)) if raw.get("do_resize", True) else (None, None)
+        background = None
+        if kind == "Llava" and raw.get("do_pad", False):
+            # The mean colour, rounded as in Transformers.
+            background = tuple(int(value * 255) for value in vision.normalisation.mean)
+        processor = cls(
+            side,
+            vision.rows_per_crop,
+            config.image_token_id,
+            background,
+            shortest,
+            exact,
+            raw.get("do_center_crop", _CROPS[kind]),
+            raw.get("resample", 3),
+        )
+        processor._check_result(raw.get("crop_size", side))
+        return processor
 
     def check(self, size: tuple[int, int]) -> int:
-        check_aspect_ratio(size)
+        if self.shortest is not None and self.background is None and self.resample not in FILTERS:
+            # Such an image is resized as a whole, which may take gigabytes.
+            check_aspect_ratio(size)
         return self.rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
         self.check(image.size)
-        short, long = min(image.size), max(image.size)
-        longer = int(self.side * long / short)
-        wide = image.width > image.height
-        target = (longer, self.side) if wide else (self.side, longer)
-        resized = resize(image, target, self.resample)
-        offset = (longer - self.side) // 2
-        centre = slice(offset, offset + self.side)
-        pixels = np.ascontiguousarray(resized[:, centre] if wide else resized[centre])[None]
+        pixels = self._square(image)[None]
         options = {"side": self.side, "rows": self.rows}
         key = content_hash(pixels, family="llava", options=options, kind="image", size=image.size)
         return PreparedMedia(self._item(key, image.size), pixels)
@@ -90,3 +107,67 @@ class LlavaProcessor:
 
     def _item(self, key: str, size: tuple[int, int]) -> MediaItem:
         return MediaItem.of_rows("image", key, self.image_token_id, self.rows, grid=(1,), size=size)
+
+    def _square(self, image: Image.Image) -> np.ndarray:
+        """uint8 ``(side, side, 3)``."""
+        if self.background is not None:
+            resized = self.shortest or self.side
+            pixels = resize_in_square(image, resized, self.background, self.resample)
+        elif self.shortest is not None:
+            longer = int(self.shortest * max(image.size) / min(image.size))
+            wide = image.width > image.height
+            size = (longer, self.shortest) if wide else (self.shortest, longer)
+            return centre_of_resized(image, size, self.side, self.resample)
+        else:
+            pixels = np.asarray(image) if self.exact is None else resize(image, self.exact, self.resample)
+        return centre_square(pixels, self.side)
+
+    def _check_result(self, crop_size: Any) -> None:
+        """Refuse steps whose result isn't a square with sides of ``side`` pixels."""
+        if isinstance(crop_size, Mapping):
+            same = crop_size.get("height") == crop_size.get("width")
+            crop_size = crop_size.get("height") if same else None
+        square = (self.side, self.side)
+        if self.background is not None and self.shortest is None and self.exact != square:
+            raise CheckpointError(
+                f"{_FILE}: do_pad needs do_resize and a size with shortest_edge", param="do_pad"
+            )
+        padded = self.background is not None and self.shortest == self.side
+        if not (crop_size == self.side if self.crop else padded or self.exact == square):
+            field = "crop_size" if self.crop else "size"
+            raise CheckpointError(
+                f"{_FILE}: {field} should give images of the tower's size, {self.side} x {self.side} pixels",
+                param=field,
+            )
+
+
+def _kind(raw: Mapping[str, Any]) -> str:
+    """The key of ``_CROPS`` for an image processor's JSON."""
+    stated = raw.get("image_processor_type") or raw.get("feature_extractor_type") or "CLIPImageProcessor"
+    for kind in _CROPS:
+        if str(stated).startswith(kind):
+            return kind
+    raise CheckpointError(
+        f"{_FILE}: image_processor_type {stated!r} is not supported; CLIPImageProcessor, LlavaImageProcessor "
+        "and SiglipImageProcessor are",
+        param="image_processor_type",
+    )
+
+
+def _size(raw: Any) -> tuple[int | None, tuple[int, int] | None]:
+    """The field ``size``: the shorter side, or ``(width, height)``, in pixels."""
+    if isinstance(raw, Mapping) and raw.keys() == {"height", "width"}:
+        width, height = raw["width"], raw["height"]
+        if _is_length(width) and _is_length(height):
+            return None, (width, height)
+    shortest = raw.get("shortest_edge") if isinstance(raw, Mapping) and len(raw) == 1 else raw
+    if not _is_length(shortest):
+        raise CheckpointError(
+            f"{_FILE}: size should be shortest_edge, or height and width, in pixels; got {raw!r}",
+            param="size",
+        )
+    return shortest, None
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -10,9 +10,9 @@ from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.llava_onevision.processor import LlavaOnevisionProcessor, parse_pinpoints
-from engine.families.parsing.decoder import Json, vision_activation
+from engine.families.parsing.decoder import Json
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
-from engine.families.parsing.processor import parse_normalisation
+from engine.families.parsing.processor import parse_normalisation, parse_projector
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
 from engine.vision.anyres import AnyresConfig
 from engine.vision.crops_config import CropVisionConfig
@@ -49,13 +49,10 @@ def _vision(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
         tower=tower.config,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
-        keep_class_token=False,
+        drop_first=False,
         out_features=hidden,
         normalisation=parse_normalisation(processor, CLIP_NORMALISATION),
-        connector_activation=vision_activation(
-            raw.get("projector_hidden_act", "gelu"), "projector_hidden_act"
-        ),
-        connector_bias=raw.get("multimodal_projector_bias", True),
+        mlp=parse_projector(raw),
     )
     pinpoints = parse_pinpoints(raw.get("image_grid_pinpoints"), crops.image_size)
     return AnyresConfig(crops, pinpoints, int(limit.group(1)))
@@ -68,7 +65,7 @@ def _weights(config: ModelConfig) -> WeightRules:
             (r"(?:model\.)?image_newline", "newline"),
             *tower_rules(_TOWER, "crops.tower."),
         ),
-        ignore=(*unused_tensors(_TOWER, config.vision.crops.tower), _TOWER + r"head\..*"),
+        ignore=unused_tensors(_TOWER, config.vision.crops.tower),
     )
 
 

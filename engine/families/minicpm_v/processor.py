@@ -14,8 +14,7 @@ from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
 from engine.families.parsing.processor import count_option
-from engine.media.image_ops import check_aspect_ratio, resize
-from engine.media.keys import content_hash
+from engine.media.image_ops import content_hash, resize
 from engine.prompt import MediaItem, PreparedMedia
 
 if TYPE_CHECKING:
@@ -100,12 +99,7 @@ class MiniCPMVProcessor:
         return cls(resolution, vision.patch_size, vision.num_queries, config.image_token_id, slices)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """The grid of an image of ``(width, height)`` pixels.
-
-        Raises:
-            InvalidRequest: it is too elongated.
-        """
-        check_aspect_ratio(size)
+        """The grid of an image of ``(width, height)`` pixels."""
         rows, columns = slice_grid(size, self.resolution, self.max_slices)
         overview = fit(size, self.resolution, self.patch)
         if not rows:

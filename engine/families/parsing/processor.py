@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.families.parsing.decoder import vision_activation
+from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import Normalisation
 
 if TYPE_CHECKING:
@@ -19,6 +21,12 @@ def parse_normalisation(raw: Mapping[str, Any], default: Normalisation) -> Norma
         std=tuple(raw.get("image_std") or default.std),
         scale=raw.get("rescale_factor", default.scale),
     )
+
+
+def parse_projector(raw: Mapping[str, Any]) -> MLPConfig:
+    """The MLP connector that the config.json of the LLaVA families states."""
+    activation = vision_activation(raw.get("projector_hidden_act", "gelu"), "projector_hidden_act")
+    return MLPConfig(activation, raw.get("multimodal_projector_bias", True))
 
 
 def require_steps(raw: Mapping[str, Any], *steps: str) -> None:

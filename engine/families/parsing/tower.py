@@ -51,13 +51,13 @@ class SquareTower:
     patch_size: int
 
 
-def parse_clip(raw: Mapping[str, Any], *, feature_layer: int) -> SquareTower:
-    """A CLIP tower up to the layer whose output is used.
+def parse_clip(raw: Mapping[str, Any], *, feature_layer: Any) -> SquareTower:
+    """A CLIP tower up to the last layer whose output is used.
 
     Args:
         raw: ``vision_config``.
-        feature_layer: index into the tower's hidden states; 0 is the embeddings, a negative index counts from
-            the end.
+        feature_layer: ``vision_feature_layer``: an index into the tower's hidden states, or a list of indices
+            of those to be concatenated; 0 is the embeddings, a negative index counts from the end.
 
     Raises:
         CheckpointError: naming the field that is not supported.
@@ -66,7 +66,7 @@ def parse_clip(raw: Mapping[str, Any], *, feature_layer: int) -> SquareTower:
 
 
 def parse_siglip(
-    raw: Mapping[str, Any], *, feature_layer: int | None = None, defaults: Mapping[str, Any] | None = None
+    raw: Mapping[str, Any], *, feature_layer: Any = None, defaults: Mapping[str, Any] | None = None
 ) -> SquareTower:
     """A SigLIP tower; arguments and errors as :func:`parse_clip`.
 
@@ -77,20 +77,30 @@ def parse_siglip(
     return _parse({**_SIGLIP_DEFAULTS, **(defaults or {}), **_stated(raw)}, feature_layer, clip=False)
 
 
+def feature_states(feature_layer: Any, layers: int) -> tuple[int, tuple[int, ...]]:
+    """The number of layers to run, and :attr:`VisionConfig.features`, for ``vision_feature_layer``.
+
+    Raises:
+        CheckpointError: an index is not in a tower of ``layers`` layers.
+    """
+    stated = feature_layer if isinstance(feature_layer, list) else [feature_layer]
+    valid = all(isinstance(index, int) and -layers - 1 <= index <= layers for index in stated)
+    states = tuple(index % (layers + 1) for index in stated) if valid else ()
+    if not any(states):
+        raise CheckpointError(
+            f"config.json: vision_feature_layer {feature_layer!r} is not in a tower of {layers} layers",
+            param="vision_feature_layer",
+        )
+    return max(states), states if len(states) > 1 else ()
+
+
 def _stated(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if value is not None}
 
 
-def _parse(filled: Mapping[str, Any], feature_layer: int | None, *, clip: bool) -> SquareTower:
+def _parse(filled: Mapping[str, Any], feature_layer: Any, *, clip: bool) -> SquareTower:
     layers = integer(filled, "num_hidden_layers")
-    used = layers if feature_layer is None else feature_layer
-    if used < 0:
-        used += layers + 1
-    if not 0 < used <= layers:
-        raise CheckpointError(
-            f"config.json: vision_feature_layer {feature_layer} is not in a tower of {layers} layers",
-            param="vision_feature_layer",
-        )
+    used, features = (layers, ()) if feature_layer is None else feature_states(feature_layer, layers)
     if integer(filled, "num_channels") != 3:
         raise CheckpointError("config.json: only towers of 3 channels are supported", param="vision_config")
     image, patch = integer(filled, "image_size"), integer(filled, "patch_size")
@@ -108,6 +118,7 @@ def _parse(filled: Mapping[str, Any], feature_layer: int | None, *, clip: bool) 
         num_positions=(image // patch) ** 2 + clip,
         pre_norm=clip,
         post_norm=feature_layer is None,
+        features=features,
     )
     return SquareTower(tower, image, patch)
 
@@ -135,10 +146,12 @@ def tower_rules(prefix: str, module: str = "tower.") -> tuple[tuple[str, str], .
 
 
 def unused_tensors(prefix: str, tower: VisionConfig) -> tuple[str, ...]:
-    """Names to ignore: layers after the last one that is run, an unused last norm, and position indices."""
+    """Names to ignore: layers after the last one that is run, an unused last norm, SigLIP's pooling head, and
+    position indices."""
     beyond = "|".join(str(index) for index in range(tower.num_layers, tower.stored_layers))
     return (
         prefix + r"embeddings\.position_ids",
+        prefix + r"head\..*",
         *((prefix + rf"encoder\.layers\.(?:{beyond})\..*",) if beyond else ()),
         *(() if tower.post_norm else (prefix + r"post_layernorm\..*",)),
     )

@@ -15,6 +15,7 @@ from engine.graphs import Recorder
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import MLPConnector
+from engine.vision.mlp_config import MLPConfig
 from engine.vision.pixels import Pixels, blank
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
@@ -38,7 +39,7 @@ class HDVisionEncoder(nn.Module):
         width = 4 * config.tower.hidden_size
         self.sub_GN = build.parameter(1, 1, 1, width)
         self.glb_GN = build.parameter(1, 1, width)
-        self.connector = MLPConnector(width, config.out_features, config.out_features, build)
+        self.connector = MLPConnector(width, MLPConfig(), config.out_features, build)
 
     def cost(self, item: MediaItem) -> int:
         return (item.grid[0] * item.grid[1] + 1) * self.config.side**2

@@ -15,8 +15,7 @@ from engine.errors import InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.parsing.processor import count_option
 from engine.families.phi3_v.config import HDVisionConfig
-from engine.media.image_ops import MAX_ASPECT_RATIO, check_aspect_ratio
-from engine.media.keys import content_hash
+from engine.media.image_ops import check_aspect_ratio, content_hash
 from engine.prompt import MediaItem, PreparedMedia
 
 _MAX_CROPS = 64
@@ -56,7 +55,7 @@ class Phi3VProcessor:
         width, height = size
         unit, ratio = self.vision.image_size, width / height
         # A row of all crops must still be a pixel high.
-        check_aspect_ratio(size, min(MAX_ASPECT_RATIO, self.num_crops * unit))
+        check_aspect_ratio(size, self.num_crops * unit)
         columns = 1
         while (columns + 1) * math.ceil((columns + 1) / ratio) <= self.num_crops:
             columns += 1

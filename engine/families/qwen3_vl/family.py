@@ -18,6 +18,7 @@ from engine.families.qwen2_vl.config import (
     native_vision,
     qwen_text,
     qwen_vl_rules,
+    require_mrope,
 )
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules, smart_resize
@@ -102,10 +103,14 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
 
 def _with_deepstack(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Tells the decoder of the features of several depths, and remembers the tokens that enclose media."""
-    raw, decoder = checkpoint.config, config.decoder
+    raw, decoder = checkpoint.config, require_mrope(config, checkpoint).decoder
     return replace(
         config,
-        decoder=replace(decoder, num_deepstack=len(config.vision.deepstack_layers)),
+        decoder=replace(
+            decoder,
+            num_deepstack=len(config.vision.deepstack_layers),
+            rope=replace(decoder.rope, mrope_interleaved=True),
+        ),
         extra={
             "vision_start": raw.get("vision_start_token_id", 151652),
             "vision_end": raw.get("vision_end_token_id", 151653),
@@ -146,7 +151,7 @@ FAMILY = replace(
     architectures=("Qwen3VLForConditionalGeneration",),
     reader=replace(
         QWEN2_VL.reader,
-        text=qwen_text("qwen3_vl"),
+        text=qwen_text("qwen3", {"rope_theta": 5e5, "max_position_embeddings": 128000}),
         vision=_vision,
         finish=_with_deepstack,
     ),

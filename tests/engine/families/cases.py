@@ -10,6 +10,7 @@ from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families import qwen
 from tests.engine.families.case import FamilyCase
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
+from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.onevision import OnevisionReference, make_onevision
 from tests.engine.families.references import (
     LlavaReference,
@@ -75,6 +76,13 @@ CASES = [
         mark=lambda index, count: "<image>\n",
     ),
     FamilyCase(
+        "LLaVA with Pixtral",
+        partial(make_llava_variant, tower="pixtral", processor="Pixtral", layer=-1, text="mistral"),
+        LlavaVariantReference,
+        frame="<s>[INST]{}[/INST]",
+        mark=lambda index, count: "[IMG]",
+    ),
+    FamilyCase(
         "LLaVA-OneVision",
         make_onevision,
         OnevisionReference,
@@ -104,7 +112,7 @@ CASES = [
     FamilyCase(
         "Qwen3-VL",
         partial(_later_qwen, make=qwen.make_qwen3_vl),
-        partial(qwen.Reference, kind="Qwen3VL"),
+        qwen.qwen3_vl_reference,
         options={"mm_processor_kwargs": {"fps": qwen.FPS["Qwen3VL"]}},
         **_QWEN,
     ),

@@ -21,7 +21,7 @@ from tests.engine.tiny import TRANSFORMERS, picture, rewrite_json
 SIZES = [
     *[(448, 448), (449, 448), (448, 449), (1344, 1344), (600, 600), (640, 480), (480, 641), (1920, 1080)],
     *[(1, 1), (2, 1), (1, 3), (15, 16), (4000, 30), (30, 4000), (3000, 20), (1000, 1000), (700, 500)],
-    *[(333, 777), (1601, 401), (350, 350), (5000, 4000)],
+    *[(333, 777), (1601, 401), (350, 350), (5000, 4000), (1, 201), (700, 2), (3, 9000), (20000, 30)],
 ]
 
 
@@ -92,7 +92,7 @@ def test_an_item_is_described_by_the_size_of_its_picture(processor):
         prepared = processor.prepare(picture(*size)).item
         assert processor.embedding_item(size, "").num_tokens == prepared.num_tokens
         assert processor.embedding_item(size, prepared.hash) == prepared
-    for description, words in (((1, 201), "elongated"), ((1, 2, 3), "image_size_list"), ((), "width")):
+    for description, words in (((0, 201), "positive"), ((1, 2, 3), "image_size_list"), ((), "width")):
         rows = {"image_embeds": torch.zeros(1, 64, 4), "image_size_list": [description]}
         with pytest.raises(InvalidRequest, match=words):
             given_embeddings(rows, processor)
