@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 
-.PHONY: install serve test lint bench clean
+.PHONY: install serve test lint bench exactness clean
 
 install: $(VENV)/.installed
 
@@ -17,7 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 serve: install
-	RAY_USAGE_STATS_ENABLED=0 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(CONFIG)
+	@$(BIN)/python -m deployments.preflight $(CONFIG) $(ARGS)
+	RAY_USAGE_STATS_ENABLED=0 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(ARGS) $(CONFIG)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
@@ -29,6 +30,12 @@ lint: install
 
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Draws models and prompts from seeds and compares the engine with Transformers: N cases of each family.
+N    ?= 20
+SEED ?= 0
+exactness: install
+	$(BIN)/python -m tests.engine.families.drawn -n $(N) --seed $(SEED) $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

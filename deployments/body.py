@@ -4,12 +4,12 @@ import asyncio
 import json
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from deployments.errors import BadBody, BodyTooLarge
+from deployments.errors import BodyTooLarge
+from deployments.protocol.base import BadBody, RequestBody
 
-M = TypeVar("M", bound=BaseModel)
+M = TypeVar("M", bound=RequestBody)
 
 #: Larger bodies are parsed on a thread.
 _LARGE = 1 << 17
@@ -23,7 +23,7 @@ async def read_body(request: Request, model: type[M], limit: int) -> M:
 
     Raises:
         BodyTooLarge: naming the limit; the rest is not read.
-        BadBody: naming the field at fault.
+        BadBody, UnsupportedParameter: naming the field at fault.
     """
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > limit:
@@ -47,15 +47,7 @@ def _parse(body: bytes, model: type[M]) -> M:
         raise BadBody("The body is not valid JSON.") from None
     if not isinstance(data, dict):
         raise BadBody("The body must be a JSON object.")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise BadBody(f"Unknown field {field[:100]!r}.", param=field[:100]) from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise BadBody(f"{field}: {message}" if field else message, param=field or None) from None
+    return model.read(data)
 
 
 def _too_large(limit: int) -> str:

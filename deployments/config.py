@@ -1,6 +1,7 @@
 """What ``serve_config.yaml`` may say: models, their stages, and the ingress."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
 )
 
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
 from engine.media.guard import FetchPolicy
+from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 
 #: Model folders of the configuration are relative to the working directory, or to this one.
 PROJECT = Path(__file__).resolve().parent.parent
@@ -131,6 +134,10 @@ class ModelSpec(_Strict):
         engine: see :class:`engine.config.EngineConfig`; ``engine.model`` may be relative to the working
             directory or to the project's folder.
         preprocessor, encoder: unused by models without a vision part.
+        tool_parser: format of the model's tool calls, see :data:`engine.parsers.formats.TOOL_FORMATS`;
+            ``auto`` reads it off the chat template, ``none`` leaves calls in the text.
+        reasoning_parser: tags of the model's thoughts, see :data:`engine.parsers.formats.REASONING_TAGS`;
+            ``auto`` and ``none`` likewise.
     """
 
     name: str = Field(min_length=1, max_length=256)
@@ -138,6 +145,16 @@ class ModelSpec(_Strict):
     preprocessor: PreprocessorStage = PreprocessorStage()
     encoder: EncoderStage = EncoderStage()
     language_model: LanguageModelStage = LanguageModelStage()
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
+
+    @field_validator("tool_parser", "reasoning_parser")
+    @classmethod
+    def _parser_is_known(cls, value: str, info: ValidationInfo) -> str:
+        known: Iterable[str] = TOOL_FORMATS if info.field_name == "tool_parser" else REASONING_TAGS
+        if value not in ("auto", "none", *known):
+            raise ValueError(f"must be auto, none, or one of {', '.join(known)}")
+        return value
 
     @field_validator("engine")
     @classmethod

@@ -13,13 +13,6 @@ logger = logging.getLogger("ray.serve")
 RETRY_AFTER = {429: 1, 503: 3}
 
 
-class BadBody(SightlineError):
-    """The request's body is no JSON object of the form that the endpoint wants."""
-
-    status = 400
-    code = "invalid_request"
-
-
 class BodyTooLarge(SightlineError):
     status = 413
     code = "request_too_large"

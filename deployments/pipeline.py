@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from deployments.config import AppConfig, ModelSpec
 from deployments.stages import Generation, Pixels, Pooling, Rows, StageLost, Stages
 from deployments.tasks import all_or_none
+from deployments.tools import AnswerFormat, answer_format
 from engine.errors import ContextLengthExceeded, InvalidRequest
-from engine.frontend import load_prompt_builder, load_sampling_defaults
+from engine.frontend import load_end_tokens, load_prompt_builder, load_sampling_defaults
+from engine.inputs.builder import PromptBuilder
 from engine.media.source import MediaSource, check_media_limits
 from engine.outputs import EmbeddingOutput, StreamUpdate
+from engine.parsers.grammar import SpecialTokens
 from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams
@@ -36,8 +39,10 @@ class Pipeline:
 
     def __init__(self, spec: ModelSpec, stages: Stages, threads: ThreadPoolExecutor) -> None:
         self.name = spec.name
+        self.task = spec.engine.task
         self.builder = load_prompt_builder(spec.engine)
         self.sampling_defaults = load_sampling_defaults(spec.engine)
+        self.format = _answer_format(spec, self.builder)
         self._limits = spec.engine.limit_mm_per_prompt
         self._stages = stages
         self._threads = threads
@@ -102,15 +107,7 @@ class Pipeline:
         inputs = await loop.run_in_executor(self._threads, build, [each.item for each in pixels])
         count, limit = len(inputs.token_ids), await self.max_model_len()
         if count + min_tokens > limit:
-            wanted = f" and {min_tokens} are to be generated" if min_tokens else ""
-            advice = "shorten the prompt, or use smaller or fewer pictures"
-            if count < limit:
-                advice = "lower max_tokens or shorten the prompt"
-            raise ContextLengthExceeded(
-                f"The prompt has {count} tokens{wanted}, but this model's context holds {limit} in all: "
-                f"{advice}.",
-                param="max_tokens" if count < limit else "messages",
-            )
+            raise _too_long(count, min_tokens, limit)
         return PreparedPrompt(inputs, await self._encode(pixels, salt))
 
     async def _encode(self, pixels: Sequence[Pixels], salt: str) -> tuple[Rows, ...]:
@@ -149,3 +146,23 @@ def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, 
     return {
         spec.name: Pipeline(spec, each, threads) for spec, each in zip(config.models, stages, strict=True)
     }
+
+
+def _answer_format(spec: ModelSpec, builder: PromptBuilder) -> AnswerFormat:
+    """How the model writes tool calls and thoughts."""
+    added = {token.content: number for number, token in builder.tokenizer.added_tokens.items()}
+    special = SpecialTokens(added, load_end_tokens(spec.engine))
+    sources = builder.template.sources if builder.template is not None else {}
+    return answer_format(list(sources.values()), special, spec.tool_parser, spec.reasoning_parser)
+
+
+def _too_long(count: int, wanted: int, limit: int) -> ContextLengthExceeded:
+    """The refusal of a request that can't fit. Clients look for its first words and its code."""
+    asked = f"{wanted} in the completion" if wanted > 1 else "none left for the completion"
+    fits = count < limit
+    advice = "lower max_tokens" if fits else "shorten the prompt, or send smaller or fewer images"
+    return ContextLengthExceeded(
+        f"This model's maximum context length is {limit} tokens. However, you requested {count + wanted} "
+        f"tokens ({count} in the prompt, {asked}): {advice}.",
+        param="max_tokens" if fits else "prompt",
+    )

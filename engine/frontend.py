@@ -89,6 +89,11 @@ def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     return generation_defaults(_describe(config)[0].generation_config)
 
 
+def load_end_tokens(config: EngineConfig) -> frozenset[int]:
+    """The ids of the tokens that end an answer of ``config.model``."""
+    return frozenset(_describe(config)[2].eos_token_ids)
+
+
 def _describe(config: EngineConfig) -> tuple[Checkpoint, Family, ModelConfig]:
     checkpoint = Checkpoint.open(config.model, config.revision, weights=False)
     family = resolve(checkpoint)

@@ -106,4 +106,5 @@ def _scheduler(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
+        recompute_beyond=model.decoder.rope.recompute_beyond,
     )

@@ -6,7 +6,7 @@ These types are plain data. They cross process boundaries, so they hold no tenso
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -115,11 +115,19 @@ class EngineInput:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message after validation. ``parts`` keep the order in which text and media were given."""
+    """One chat message after validation.
+
+    Attributes:
+        role: who speaks.
+        parts: texts and media in the order in which they were given.
+        extra: further fields that chat templates print, such as ``tool_calls``.
+        form: how the caller wrote the content: as a string, as a list of parts, or not at all.
+    """
 
     role: str
     parts: list[TextPart | MediaPart]
     extra: dict[str, Any] = field(default_factory=dict)
+    form: Literal["string", "parts", "absent"] = "string"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ class Request:
         blocks: KV blocks it holds, in order; empty while waiting.
         block_hashes: hashes of its full blocks, as far as they were computed.
         slot: its row in the runner while it runs.
+        rope_variant: the rotary frequencies of its keys, see
+            :meth:`engine.layers.decoder_config.RopeConfig.variant`.
         num_cached: prompt tokens found in the prefix cache when it was first admitted.
         seed: what its random numbers are drawn from.
         arrival, admitted_at: ``time.monotonic()`` when it came and when it first got a slot.
@@ -55,6 +57,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     slot: int | None = None
+    rope_variant: int = 0
     num_cached: int | None = None
     num_preemptions: int = 0
     admitted_at: float | None = None

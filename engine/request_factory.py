@@ -139,6 +139,7 @@ class RequestFactory:
                 f"Token id {bad[0]} is outside of the vocabulary of {self._model.decoder.vocab_size}.",
                 param="prompt",
             )
+        _check_salt(inputs.cache_salt)
         return Request(
             id=request_id,
             token_ids=list(inputs.token_ids),
@@ -151,6 +152,7 @@ class RequestFactory:
             priority=priority,
             arrival=time.monotonic(),
             cache_salt=inputs.cache_salt,
+            rope_variant=self._model.decoder.rope.variant(len(inputs.token_ids)),
         )
 
     def _match(self, spans: Sequence[MediaSpan], embeddings: Sequence[Embedding]) -> dict[str, Embedding]:
@@ -170,6 +172,14 @@ class RequestFactory:
                     f"in the prompt want {wanted}."
                 )
         return by_hash
+
+
+def _check_salt(salt: Any) -> None:
+    """Block hashes encode the salt within a step of all requests, where an error would reach the others."""
+    try:
+        salt.encode()
+    except (AttributeError, UnicodeEncodeError):
+        raise InvalidRequest("cache_salt must be a string of valid Unicode.", param="cache_salt") from None
 
 
 def _signed64(value: int) -> int:

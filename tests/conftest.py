@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Fixtures that every test shares."""
 
 import os
 from collections.abc import Iterator
@@ -6,38 +6,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.serving import Served, free_port, serve_files, tested_args
+from tests.serving import Served, served_application
 
-# Read by Triton when a kernel is decorated, so it must be set before any kernel file is imported. Tensors on
-# a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
+# Triton reads this when a kernel is decorated, so it must be set before any kernel file is imported. Tensors
+# on a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Ray reads these when its processes start.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+# Ray reads this when it is imported. A cluster on one machine asks for a token by default, but a process that
+# connects to one sends a token only if this is set.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory) -> Iterator[Served]:
-    """``serve_config.yaml``'s application on a port of its own, with a second model that makes embeddings,
-    and a site of pictures that it may fetch from."""
-    import ray
-    from ray import serve
-
-    from deployments.app import build
-    from deployments.config import AppConfig
-
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    pictures = tmp_path_factory.mktemp("pictures")
-    with serve_files(pictures, "127.0.0.2") as site:
-        config = AppConfig.model_validate(tested_args(site))
-        serve.run(build(config), name="sightline", route_prefix="/")
-        yield Served(f"http://127.0.0.1:{port}", pictures, site)
-    serve.shutdown()
-    ray.shutdown()
+    """The application as ``make serve`` runs it. At the session's end it is interrupted, which must leave no
+    process behind."""
+    with served_application(tmp_path_factory.mktemp("served")) as served:
+        yield served
 
 
 @pytest.fixture

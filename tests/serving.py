@@ -1,9 +1,14 @@
-"""What tests know of the running application."""
+"""Running the application for tests."""
 
 import asyncio
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -83,16 +89,20 @@ def tested_args(site: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Served:
-    """The running application.
+    """The application in processes of its own, on a Ray cluster of its own.
 
     Attributes:
         root: its address.
-        pictures: a folder from which it may fetch, as it stands under the address ``site``.
+        pictures: a folder from which it may fetch, under the address ``site``.
+        cluster: the address of its Ray cluster. Every call of Ray must name it: others may run here.
+        process: the process of ``serve run``.
     """
 
     root: str
     pictures: Path
     site: str
+    cluster: str
+    process: psutil.Process
 
     @property
     def base_url(self) -> str:
@@ -110,3 +120,86 @@ class Served:
     def wait_until_idle(self) -> None:
         """Until the engine holds nothing of any request; fails if it ends up holding something."""
         wait_for(lambda: self.stage("LanguageModel").is_idle.remote().result(timeout_s=30))
+
+
+@contextmanager
+def served_application(folder: Path) -> Iterator[Served]:
+    """``serve_config.yaml``'s application with a second model, run by ``serve run`` meanwhile.
+
+    Args:
+        folder: for the configuration, the log and the pictures.
+    """
+    import ray
+
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    port = config["http_options"]["port"] = free_port()
+    # An address of its own: the machine's usual addresses stay forbidden.
+    with serve_files(pictures, "127.0.0.2") as site:
+        config["applications"][0]["args"] = tested_args(site)
+        (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+        root = f"http://127.0.0.1:{port}"
+        with serve_run(folder / "serve.yaml", folder / "log", f"{root}/health") as process:
+            cluster = _cluster_of(process)
+            ray.init(cluster, log_to_driver=False)
+            try:
+                yield Served(root, pictures, site, cluster, process)
+            finally:
+                ray.shutdown()
+
+
+@contextmanager
+def serve_run(config: Path, log: Path, health: str) -> Iterator[psutil.Process]:
+    """Start ``serve run``, and enter the block once ``health`` answers. After the block the process is
+    interrupted; it must end without leaving a process behind."""
+    command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
+    environment = os.environ | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            # A cluster of its own, whatever else runs here.
+            [*command, "--address", "local", str(config)],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+            # Shells start background jobs with interrupts ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    processes: list[psutil.Process] = []
+    try:
+        wait_for(lambda: server.poll() is not None or answers(health), 200)
+        assert server.poll() is None, log.read_text()[-3000:]
+        yield psutil.Process(server.pid)
+        processes = psutil.Process(server.pid).children(recursive=True)
+    finally:
+        server.send_signal(signal.SIGINT)
+        code = server.wait(90)
+    assert code == 0, log.read_text()[-3000:]
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
+
+
+def _cluster_of(process: psutil.Process) -> str:
+    """The address of the Ray cluster that ``process`` has started."""
+    found = {
+        argument.removeprefix("--gcs-address=")
+        for child in process.children(recursive=True)
+        for argument in child.cmdline()
+        if argument.startswith("--gcs-address=")
+    }
+    assert len(found) == 1, found
+    return found.pop()
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of ``url`` gives 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status == 200
+    except OSError:
+        return False

@@ -29,8 +29,10 @@ FLOORS = [
 
 #: Floors of the deployments from the ground up.
 SERVER_FLOORS = [
-    ["answers", "config", "errors", "stages", "tasks", "threads", "tools", "protocol"],
+    ["answers", "config", "errors", "preflight", "stages", "tasks", "threads", "tools"],
+    ["protocol"],
     ["body", "sse", "pipeline", "preprocessor", "encoder", "language_model"],
+    ["conversations"],
     ["routers"],
     ["api"],
     ["in_process", "ray_serve"],

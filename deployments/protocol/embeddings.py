@@ -1,53 +1,63 @@
 """Embeddings on the wire: OpenAI's ``input``, or ``messages`` as in a chat."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field
 
+from deployments.protocol.base import RequestBody
 from deployments.protocol.usage import Usage
+from engine.errors import InvalidRequest
 from engine.pooling_params import PoolingParams
 
 #: OpenAI's own limit.
 MAX_INPUTS = 2048
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(RequestBody):
     """Body of ``POST /v1/embeddings``. ``input`` is one text or token list, or a list of either."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "chat_template": "it is set where the model is configured",
+        "mm_processor_kwargs": "processor options are set where the model is configured",
+    }
+    SILENT: ClassVar[frozenset[str]] = frozenset({"priority", "user"})
 
     model: str
     input: str | list[str] | list[int] | list[list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
-    user: str | None = None
     # Beyond OpenAI.
     pooling: str = "last"
     normalize: bool = True
     add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
     add_generation_prompt: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str = Field(default="", max_length=256)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_template(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("chat_template") is not None:
-            raise ValueError(
-                "chat_template can't come with a request; it is set where the model is configured"
-            )
-        return data
+    def check(self) -> None:
+        """Refuse fields that don't fit together.
 
-    @model_validator(mode="after")
-    def _one_kind_of_input(self) -> "EmbeddingRequest":
+        Raises:
+            InvalidRequest: naming the field to change.
+        """
         if (self.input is None) == (self.messages is None):
-            raise ValueError("either input or messages must be given")
-        if self.dimensions is not None:
-            raise ValueError("dimensions can't be chosen: leave it out for the model's own")
+            raise InvalidRequest("Either input or messages must be given.", param="input")
         if not 1 <= len(self.inputs) <= MAX_INPUTS:
-            raise ValueError(f"input must have 1 to {MAX_INPUTS} entries, not {len(self.inputs)}")
-        return self
+            raise InvalidRequest(
+                f"input must have 1 to {MAX_INPUTS} entries, not {len(self.inputs)}.", param="input"
+            )
+        if self.input is not None and any(not entry for entry in self.inputs):
+            raise InvalidRequest("input must not hold an empty text or token list.", param="input")
+        if self.dimensions is not None and self.dimensions < 1:
+            raise InvalidRequest("dimensions must be at least 1.", param="dimensions")
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < -1:
+            raise InvalidRequest(
+                "truncate_prompt_tokens must be a number of tokens, or -1 for the model's context.",
+                param="truncate_prompt_tokens",
+            )
 
     @property
     def inputs(self) -> list[str | list[int]]:

@@ -9,6 +9,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(BaseModel):
+    """``reasoning_tokens`` of the answer belong to thoughts."""
+
+    reasoning_tokens: int = 0
+
+
 class Usage(BaseModel):
     """What a request cost."""
 
@@ -16,3 +22,4 @@ class Usage(BaseModel):
     completion_tokens: int = 0
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()

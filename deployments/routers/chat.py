@@ -2,27 +2,28 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from deployments import sse
+from deployments.answers import Choice as FinishedChoice
+from deployments.answers import ChoiceDelta, WholeAnswer
 from deployments.body import read_body
+from deployments.conversations import Conversation, RunningAnswer, caller_fields, start
 from deployments.errors import as_sightline
-from deployments.pipeline import Pipeline, PreparedPrompt
+from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
-from deployments.protocol.usage import PromptTokensDetails
-from deployments.protocol.usage import Usage as UsageBody
+from deployments.protocol.generation import StreamOptions
 from deployments.routers.models import find_pipeline
+from deployments.routers.values import content_logprobs, finite, usage_body
 from engine.errors import SightlineError
-from engine.inputs.messages import parse_messages
-from engine.outputs import OutputDelta, StreamUpdate, Usage
-from engine.outputs import TokenLogprob as EngineLogprob
-from engine.prompt import EngineInput, MediaItem
-from engine.sampling_params import SamplingParams
+from engine.outputs import StreamUpdate, TokenLogprob
+from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
 
 router = APIRouter()
 
@@ -32,36 +33,41 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, as one JSON object or as a stream of events."""
     body = await read_body(request, wire.ChatCompletionRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
-    params = body.sampling_params(pipeline.sampling_defaults)
-    prompt = await _prepare(pipeline, body, params)
-    answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), pipeline.name)
-    updates = pipeline.generate(answer.id, prompt, params, priority=body.priority)
+    answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), pipeline.name, body)
+    running = await start(pipeline, answer.id, conversation(body, pipeline))
     if not body.stream:
-        return JSONResponse(await _whole(answer, updates, params))
+        return JSONResponse(_whole(answer, await running.whole(), running))
     # What fails before the first token is still an error of its own, not an event in a stream.
-    first = await anext(updates)
-    options = body.stream_options or wire.StreamOptions()
-    return StreamingResponse(
-        _events(answer, first, updates, params, options), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS
+    first = await anext(running.updates)
+    return StreamingResponse(_events(answer, first, running), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+
+
+def conversation(body: wire.ChatCompletionRequest, pipeline: Pipeline) -> Conversation:
+    """The conversation that a body asks to answer.
+
+    Raises:
+        InvalidRequest: naming the field that can't be used.
+    """
+    body.check()
+    names = body.field_names()
+    with caller_fields(names):
+        params = body.sampling_params(pipeline.sampling_defaults)
+        tools = body.tool_use()
+    constraint, constraint_field = body.constraint()
+    return Conversation(
+        body.messages,
+        params,
+        tools,
+        constraint,
+        constraint_field,
+        body.budget(),
+        body.template_options(),
+        body.add_generation_prompt,
+        body.continue_final_message,
+        body.cache_salt,
+        body.priority,
+        names,
     )
-
-
-async def _prepare(
-    pipeline: Pipeline, body: wire.ChatCompletionRequest, params: SamplingParams
-) -> PreparedPrompt:
-    messages, sources = parse_messages(body.messages)
-
-    def build(items: list[MediaItem]) -> EngineInput:
-        return pipeline.builder.from_messages(
-            messages,
-            items,
-            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-            continue_final_message=body.continue_final_message,
-            template_kwargs=body.chat_template_kwargs,
-            cache_salt=body.cache_salt,
-        )
-
-    return await pipeline.prepare(build, sources, min_tokens=params.max_tokens or 1, salt=body.cache_salt)
 
 
 @dataclass(slots=True)
@@ -71,22 +77,44 @@ class Answer:
     id: str
     created: int
     model: str
+    body: wire.ChatCompletionRequest
     _around_text: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    _call_ids: dict[tuple[int, int], str] = field(default_factory=dict)
+
+    @property
+    def options(self) -> StreamOptions:
+        return self.body.stream_options or StreamOptions()
+
+    @property
+    def calls_functions(self) -> bool:
+        """Whether the request speaks of ``functions``, the older form of tools."""
+        return self.body.tools is None and self.body.functions is not None
+
+    def call_id(self, choice: int, index: int) -> str:
+        """The id of a choice's call."""
+        return self._call_ids.setdefault((choice, index), f"call_{uuid.uuid4().hex[:24]}")
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        return "function_call" if reason == "tool_calls" and self.calls_functions else reason
 
     def text_event(self, index: int, text: str) -> bytes:
-        """What nearly all events are: the next piece of text and nothing else. All but the text is made once,
-        by way of :meth:`chunk`, which takes several times as long.
+        """The event of a piece of text and nothing else, which nearly all events are. Everything but the text
+        is built once, by :meth:`chunk`, which takes several times as long.
         """
         if index not in self._around_text:
-            event = sse.event(self.chunk([_choice(OutputDelta(index, "text", []), 0)]))
-            # No string comes after it.
-            before, _, after = event.rpartition(b'"text"')
-            self._around_text[index] = before, after
+            choice = wire.ChunkChoice(index=index, delta=wire.Delta(content="text"), finish_reason=None)
+            event = sse.event(self.chunk([choice]))
+            before, _, after = event.partition(b'"content":"text"')
+            self._around_text[index] = before + b'"content":', after
         before, after = self._around_text[index]
         return before + sse.compact(text) + after
 
-    def chunk(self, choices: list[wire.ChunkChoice], usage: Usage | None = None) -> wire.ChatCompletionChunk:
-        fields = {} if usage is None else {"usage": _usage(usage)}
+    def chunk(self, choices: list[wire.ChunkChoice], **fields: Any) -> wire.ChatCompletionChunk:
+        if self.body.service_tier is not None:
+            fields["service_tier"] = self.body.service_tier
+        if self.options.include_usage:
+            # OpenAI: null in all events but the last.
+            fields.setdefault("usage", None)
         return wire.ChatCompletionChunk(
             id=self.id,
             object="chat.completion.chunk",
@@ -97,71 +125,81 @@ class Answer:
         )
 
 
-@dataclass(slots=True)
-class _Gathered:
-    text: list[str] = field(default_factory=list)
-    logprobs: list[wire.TokenLogprob] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-async def _whole(answer: Answer, updates: AsyncIterator[StreamUpdate], params: SamplingParams) -> dict:
+def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
     """The finished response."""
-    choices: dict[int, _Gathered] = {}
-    usage, prompt_logprobs = Usage(), []
-    async with aclosing(updates) as stream:  # type: ignore[type-var]
-        async for update in stream:
-            usage = update.usage
-            prompt_logprobs += update.prompt_logprobs or []
-            for delta in update.deltas:
-                choice = choices.setdefault(delta.index, _Gathered())
-                choice.text.append(delta.text)
-                if delta.logprobs is not None:
-                    choice.logprobs = [*(choice.logprobs or ()), *_logprobs(delta, params.logprobs or 0)]
-                choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
-    return wire.ChatCompletion(
+    completion = wire.ChatCompletion(
         id=answer.id,
         created=answer.created,
         model=answer.model,
-        choices=[
-            wire.Choice(
-                index=index,
-                message=wire.ChatMessage(content="".join(found.text)),
-                logprobs=None if found.logprobs is None else wire.Logprobs(content=found.logprobs),
-                finish_reason=found.finish_reason,
-                stop_reason=found.stop_reason,
-            )
-            for index, found in sorted(choices.items())
-        ],
-        usage=_usage(usage),
-        prompt_logprobs=[_prompt_logprobs(row) for row in prompt_logprobs],
-    ).model_dump(exclude={"prompt_logprobs"} if params.prompt_logprobs is None else None)
+        choices=[_choice(answer, choice, running.params.logprobs or 0) for choice in found.choices],
+        usage=usage_body(found.usage, found.reasoning_tokens),
+        service_tier=answer.body.service_tier,
+        prompt_logprobs=[_prompt_logprobs(row) for row in found.prompt_logprobs],
+        prompt_token_ids=running.prompt_token_ids if answer.body.return_token_ids else None,
+    )
+    absent = {"prompt_logprobs"} if running.params.prompt_logprobs is None else set()
+    absent |= {name for name in ("service_tier", "prompt_token_ids") if getattr(completion, name) is None}
+    response = completion.model_dump(exclude=absent)
+    for choice in response["choices"]:
+        # Fields of thoughts, calls and ids that aren't there are left out.
+        message = choice["message"]
+        for name in ("reasoning_content", "reasoning", "tool_calls", "function_call"):
+            if message[name] is None:
+                del message[name]
+        if choice["token_ids"] is None:
+            del choice["token_ids"]
+    return response
 
 
-async def _events(
-    answer: Answer,
-    first: StreamUpdate,
-    updates: AsyncIterator[StreamUpdate],
-    params: SamplingParams,
-    options: wire.StreamOptions,
-) -> AsyncIterator[bytes]:
+def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
+    message = wire.ChatMessage(content=found.text)
+    if found.reasoning:
+        message.reasoning_content = message.reasoning = found.reasoning
+    if found.calls:
+        message.content = found.text or None
+        calls = [wire.FunctionCall(name=call.name, arguments=call.arguments) for call in found.calls]
+        if answer.calls_functions:
+            message.function_call = calls[0]
+        else:
+            message.tool_calls = [
+                wire.ToolCall(id=answer.call_id(found.index, index), function=call)
+                for index, call in enumerate(calls)
+            ]
+    logprobs = None
+    if found.logprobs is not None:
+        content = content_logprobs(found.token_ids, found.logprobs, tops)
+        logprobs = wire.Logprobs(content=content)
+    return wire.Choice(
+        index=found.index,
+        message=message,
+        logprobs=logprobs,
+        finish_reason=answer.finish_reason(found.finish_reason),
+        stop_reason=found.stop_reason,
+        token_ids=found.token_ids if answer.body.return_token_ids else None,
+    )
+
+
+async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -> AsyncIterator[bytes]:
     """The response as events; ends in ``[DONE]``, after an error as well."""
-    async with aclosing(updates) as stream:  # type: ignore[type-var]
+    async with aclosing(running.updates) as stream:
         try:
             roles = [
-                wire.ChunkChoice(index=i, delta=wire.Delta(role="assistant", content=""))
-                for i in range(params.n)
+                wire.ChunkChoice(
+                    index=i, delta=wire.Delta(role="assistant", content=""), logprobs=None, finish_reason=None
+                )
+                for i in range(running.params.n)
             ]
-            yield sse.event(answer.chunk(roles))
+            ids = {"prompt_token_ids": running.prompt_token_ids} if answer.body.return_token_ids else {}
+            yield sse.event(answer.chunk(roles, **ids))
             update: StreamUpdate | None = first
             while update is not None:
-                usage = update.usage if options.continuous_usage_stats else None
                 for delta in update.deltas:
-                    if event := _event(answer, delta, usage, params.logprobs or 0):
+                    for event in _delta_events(answer, running, running.reader.read(delta), update):
                         yield event
                 last, update = update, await anext(stream, None)
-            if options.include_usage:
-                yield sse.event(answer.chunk([], last.usage))
+            if answer.options.include_usage:
+                usage = usage_body(last.usage, running.reader.reasoning_tokens)
+                yield sse.event(answer.chunk([], usage=usage))
         except SightlineError as error:
             yield sse.error_event(error)
         except Exception as error:
@@ -169,57 +207,57 @@ async def _events(
         yield sse.DONE
 
 
-def _event(answer: Answer, delta: OutputDelta, usage: Usage | None, tops: int) -> bytes | None:
-    """None where there is nothing to be told: tokens whose text isn't final yet wait for the next one, unless
-    somebody wants to see each."""
-    if not (delta.text or delta.finish_reason or delta.logprobs):
-        return None
-    if usage is None and delta.logprobs is None and delta.finish_reason is None:
-        return answer.text_event(delta.index, delta.text)
-    return sse.event(answer.chunk([_choice(delta, tops)], usage))
+def _delta_events(
+    answer: Answer, running: RunningAnswer, delta: ChoiceDelta, update: StreamUpdate
+) -> list[bytes]:
+    """Events of a delta; none while its tokens give no text yet, unless the client wants each token."""
+    ids = answer.body.return_token_ids and delta.token_ids
+    plain = not (answer.options.continuous_usage_stats or ids or delta.logprobs or delta.finish_reason)
+    if plain and len(delta.events) == 1 and isinstance(delta.events[0], Text):
+        return [answer.text_event(delta.index, delta.events[0].text)]
+    deltas = [_wire_delta(answer, delta.index, event) for event in delta.events]
+    if not deltas:
+        if plain or not (ids or delta.logprobs or delta.finish_reason):
+            return []
+        deltas = [wire.Delta()]
+    choices = [
+        wire.ChunkChoice(index=delta.index, delta=part, logprobs=None, finish_reason=None) for part in deltas
+    ]
+    if delta.logprobs is not None:
+        content = content_logprobs(delta.token_ids, delta.logprobs, running.params.logprobs or 0)
+        choices[0].logprobs = wire.Logprobs(content=content)
+    if ids:
+        choices[0].token_ids = delta.token_ids
+    if delta.finish_reason is not None:
+        choices[-1].finish_reason = answer.finish_reason(delta.finish_reason)
+        choices[-1].stop_reason = delta.stop_reason
+    fields = {}
+    if answer.options.continuous_usage_stats:
+        fields["usage"] = usage_body(update.usage, running.reader.reasoning_tokens)
+    return [sse.event(answer.chunk([choice], **fields)) for choice in choices]
 
 
-def _choice(delta: OutputDelta, tops: int) -> wire.ChunkChoice:
-    return wire.ChunkChoice(
-        index=delta.index,
-        delta=wire.Delta(content=delta.text) if delta.text else wire.Delta(),
-        logprobs=None if delta.logprobs is None else wire.Logprobs(content=_logprobs(delta, tops)),
-        finish_reason=delta.finish_reason,
-        stop_reason=delta.stop_reason,
-    )
+def _wire_delta(answer: Answer, choice: int, event: Event) -> wire.Delta:
+    if isinstance(event, Text):
+        return wire.Delta(content=event.text)
+    if isinstance(event, Reasoning):
+        return wire.Delta(reasoning_content=event.text, reasoning=event.text)
+    if answer.calls_functions:
+        return wire.Delta(function_call=_function(event))
+    call = wire.ToolCallDelta(index=event.index, function=_function(event))
+    if isinstance(event, CallStart):
+        call.id, call.type = answer.call_id(choice, event.index), "function"
+    return wire.Delta(tool_calls=[call])
 
 
-def _logprobs(delta: OutputDelta, count: int) -> list[wire.TokenLogprob]:
-    """Each token with the ``count`` likeliest in its place."""
-    found = []
-    for token, row in zip(delta.token_ids, delta.logprobs or (), strict=True):
-        tops = [_top(value) for value in row.values() if value.rank is not None and value.rank <= count]
-        tops.sort(key=lambda top: -top.logprob)
-        found.append(wire.TokenLogprob(**_top(row[token]).model_dump(), top_logprobs=tops))
-    return found
+def _function(event: CallStart | CallArguments) -> wire.FunctionCall:
+    if isinstance(event, CallStart):
+        return wire.FunctionCall(name=event.name, arguments="")
+    return wire.FunctionCall(arguments=event.text)
 
 
-def _prompt_logprobs(row: dict[int, EngineLogprob] | None) -> dict[int, dict] | None:
-    """One place of the prompt; None for its first token, which nothing precedes."""
+def _prompt_logprobs(row: Mapping[int, TokenLogprob] | None) -> dict[int, dict] | None:
+    """One position of the prompt; None for its first token, which nothing precedes."""
     if row is None:
         return None
-    return {token: asdict(value) | {"logprob": _finite(value.logprob)} for token, value in row.items()}
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity: a token that can't be is as good as one that is very unlikely."""
-    return max(logprob, -9999.0)
-
-
-def _top(value: EngineLogprob) -> wire.TopLogprob:
-    text = value.decoded_token or ""
-    return wire.TopLogprob(token=text, logprob=_finite(value.logprob), bytes=list(text.encode()))
-
-
-def _usage(usage: Usage) -> UsageBody:
-    return UsageBody(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
-    )
+    return {token: asdict(value) | {"logprob": finite(value.logprob)} for token, value in row.items()}

@@ -4,19 +4,22 @@ import asyncio
 import base64
 import time
 import uuid
+from dataclasses import replace
 
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments.body import read_body
+from deployments.conversations import caller_fields
 from deployments.pipeline import Pipeline
 from deployments.protocol import embeddings as wire
-from deployments.protocol.usage import PromptTokensDetails, Usage
 from deployments.routers.models import find_pipeline
+from deployments.routers.values import usage_body
 from deployments.tasks import all_or_none
+from engine.errors import InvalidRequest
 from engine.inputs.messages import parse_messages
-from engine.outputs import EmbeddingOutput
+from engine.outputs import EmbeddingOutput, Usage
 from engine.prompt import EngineInput, MediaItem
 
 router = APIRouter()
@@ -30,6 +33,7 @@ async def create_embedding(request: Request) -> Response:
     """Vectors for all inputs."""
     body = await read_body(request, wire.EmbeddingRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
+    body.check()
     params = body.pooling_params()
     name = f"embd-{uuid.uuid4().hex}"
     places = asyncio.Semaphore(_AT_A_TIME)
@@ -39,25 +43,41 @@ async def create_embedding(request: Request) -> Response:
             prompt = await (_chat(pipeline, body) if body.messages else _plain(pipeline, body, given))
             return await pipeline.embed(f"{name}-{index}", prompt, params)
 
-    outputs = await all_or_none(embed(index, given) for index, given in enumerate(body.inputs))
+    with caller_fields({"prompt": "messages" if body.messages else "input"}):
+        outputs = await all_or_none(embed(index, given) for index, given in enumerate(body.inputs))
     tokens = sum(output.usage.prompt_tokens for output in outputs)
+    cached = sum(output.usage.cached_tokens for output in outputs)
+    vectors = [_shortened(output.embedding, body) for output in outputs]
     response = wire.EmbeddingResponse(
         id=name,
         created=int(time.time()),
         model=pipeline.name,
         data=[
-            wire.EmbeddingObject(index=index, embedding=_encoded(output.embedding, body.encoding_format))
-            for index, output in enumerate(outputs)
+            wire.EmbeddingObject(index=index, embedding=_encoded(vector, body.encoding_format))
+            for index, vector in enumerate(vectors)
         ],
-        usage=Usage(
-            prompt_tokens=tokens,
-            total_tokens=tokens,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=sum(output.usage.cached_tokens for output in outputs)
-            ),
-        ),
+        usage=usage_body(Usage(tokens, 0, cached)),
     )
     return JSONResponse(response.model_dump())
+
+
+def _shortened(vector: list[float], body: wire.EmbeddingRequest) -> list[float]:
+    """The first ``dimensions`` numbers, at length 1 again if the vector was normalised.
+
+    Raises:
+        InvalidRequest: the vector has fewer.
+    """
+    size = body.dimensions
+    if size is None or size == len(vector):
+        return vector
+    if size > len(vector):
+        raise InvalidRequest(
+            f"dimensions is {size}, but this model's vectors have {len(vector)}.", param="dimensions"
+        )
+    cut = np.array(vector[:size])
+    if body.normalize:
+        cut /= max(float(np.linalg.norm(cut)), 1e-12)
+    return cut.tolist()
 
 
 async def _chat(pipeline: Pipeline, body: wire.EmbeddingRequest):
@@ -76,12 +96,21 @@ async def _chat(pipeline: Pipeline, body: wire.EmbeddingRequest):
 
 
 async def _plain(pipeline: Pipeline, body: wire.EmbeddingRequest, given: str | list[int]):
+    limit = body.truncate_prompt_tokens
+    if limit is not None:
+        most = await pipeline.max_model_len()
+        limit = most if limit == -1 else min(limit, most)
+
     def build(_: list[MediaItem]) -> EngineInput:
-        if isinstance(given, str):
-            return pipeline.builder.from_text(
-                given, add_special_tokens=body.add_special_tokens, cache_salt=body.cache_salt
-            )
-        return pipeline.builder.from_token_ids(given, cache_salt=body.cache_salt)
+        if not isinstance(given, str):
+            return pipeline.builder.from_token_ids(given[:limit], cache_salt=body.cache_salt)
+        inputs = pipeline.builder.from_text(
+            given,
+            add_special_tokens=body.add_special_tokens,
+            cache_salt=body.cache_salt,
+            placeholders_are_text=True,
+        )
+        return replace(inputs, token_ids=inputs.token_ids[:limit])
 
     return await pipeline.prepare(build, min_tokens=0, salt=body.cache_salt)
 

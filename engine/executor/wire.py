@@ -122,5 +122,6 @@ def _copy(request: Request, num_computed: int) -> Request:
         seed=request.seed,
         pooling=request.pooling,
         blocks=request.blocks,
+        rope_variant=request.rope_variant,
         num_preemptions=request.num_preemptions,
     )

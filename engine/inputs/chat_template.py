@@ -10,8 +10,7 @@ from typing import Any
 import jinja2
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.inputs.template_analysis import iterates_over_content
-from engine.inputs.template_sandbox import LimitReached, RenderLimits, TemplateEnvironment
+from engine.inputs.template_sandbox import LimitReached, Meter, RenderLimits, TemplateEnvironment
 
 #: What a caller may never set through template options, beside the special tokens.
 _RESERVED = frozenset(
@@ -45,20 +44,17 @@ class ChatTemplate:
             raise ConfigError(
                 f"none of the chat templates ({', '.join(sources)}) is the default", param="chat_template"
             )
+        #: Jinja text by name.
+        self.sources = dict(sources)
         self._environment = TemplateEnvironment(limits or RenderLimits())
         self._variables = dict(variables or {})
         try:
             self._templates = {name: self._environment.from_string(text) for name, text in sources.items()}
-            tree = self._environment.parse(sources["default"])
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"the chat template does not parse: line {error.lineno}: {error.message}",
                 param="chat_template",
             ) from error
-        #: Whether message content is to be a list of typed parts (otherwise it is one string).
-        self.takes_parts = iterates_over_content(tree)
-        #: Whether the template knows the role ``developer``; otherwise such messages are ``system``'s.
-        self.knows_developer = "developer" in sources["default"]
 
     @classmethod
     def load(
@@ -99,7 +95,8 @@ class ChatTemplate:
         """The prompt text of a conversation, as Transformers' ``apply_chat_template`` has it.
 
         Args:
-            messages: plain JSON data, with content as :attr:`takes_parts` wants it.
+            messages: plain JSON data, with content in a form that the template takes; see
+                :class:`engine.inputs.content_form.ContentForms`.
             continue_final_message: the prompt ends within the last message, for the model to go on with it.
             options: variables for the template; those that it doesn't know change nothing.
 
@@ -120,7 +117,6 @@ class ChatTemplate:
                     param="continue_final_message",
                 )
             messages = _tag_final_message(messages)
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
         variables = {
             **(options or {}),
             **self._variables,
@@ -129,15 +125,37 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._bounded(self._templates[name], variables)
+        text = self._bounded(variables)
         return _cut_at_tag(text) if continue_final_message else text
 
-    def _bounded(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
+    def try_render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        meter: Meter,
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> str | None:
+        """The prompt text of a probe; None if the template refuses it or ``meter`` is at its limit."""
+        variables = {
+            **self._variables,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._bounded(variables, meter)
+        except InvalidRequest:
+            return None
+
+    def _bounded(self, variables: dict[str, Any], meter: Meter | None = None) -> str:
+        name = "tool_use" if variables["tools"] and "tool_use" in self._templates else "default"
         parts: list[str] = []
         try:
-            with self._environment.metered() as meter:
-                for part in template.generate(variables):
-                    meter.output(len(part))
+            with self._environment.metered(meter) as counted:
+                for part in self._templates[name].generate(variables):
+                    counted.output(len(part))
                     parts.append(part)
         except LimitReached as error:
             raise InvalidRequest(

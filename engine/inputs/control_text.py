@@ -1,9 +1,9 @@
-"""Keeps strings with which a prompt is steered, typed by a caller, from steering it."""
+"""Stops control strings typed by a caller from acting as special tokens (prompt injection)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ from engine.text.tokenizer import Tokenizer
 
 _FIRST_STAND_IN = 0xF0000  # private use, planes 15 and 16
 _LAST_STAND_IN = 0x10FFF0
-#: Unicode's White_Space, which tokens take in at their sides. Python's own strip() takes U+001C to U+001F as
-#: well.
+#: Unicode's White_Space, which tokens with ``lstrip`` or ``rstrip`` swallow. Python's own strip() removes
+#: U+001C to U+001F as well.
 _SPACE = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
@@ -24,30 +24,32 @@ class StandIns:
     """Private-use characters in place of control strings that a caller typed.
 
     Attributes:
-        originals: what each character stands for; "" marks a border across which nothing may join.
+        originals: the string that each character replaces; "" belongs to a border across which nothing may
+            join.
     """
 
     originals: Mapping[str, str]
 
     def restore(self, text: str) -> str:
-        """``text`` as the caller meant it."""
+        """``text`` with the caller's own strings again."""
         return text.translate({ord(key): value for key, value in self.originals.items()})
 
 
 class ControlText:
-    """Tells the control strings of a prompt's own structure from those in callers' texts.
+    """Tells a prompt's own control strings from those in callers' texts.
 
     Args:
         tokenizer: its special tokens are control strings.
-        marks: patterns of further ones, such as marks of pictures that are no tokens.
+        placeholders: patterns of the placeholder strings of media, which are control strings as well.
     """
 
-    def __init__(self, tokenizer: Tokenizer, marks: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, placeholders: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         contents = {tokenizer.added_tokens[i].content for i in tokenizer.special_ids}
         patterns = [re.escape(text) for text in sorted(contents, key=len, reverse=True) if text]
-        patterns += [mark for mark in marks if mark not in patterns]
+        patterns += [pattern for pattern in placeholders if pattern not in patterns]
         self._control = re.compile("|".join(patterns) or "(?!)")
+        self._placeholder = re.compile("|".join(placeholders) or "(?!)")
         added = sorted(tokenizer.added_tokens.items(), key=lambda item: -len(item[1].content))
         self._ids = {token.content: i for i, token in added}
         self._token = re.compile(
@@ -58,7 +60,7 @@ class ControlText:
         """Replace control strings in everything that callers wrote.
 
         Args:
-            messages: plain JSON; parts of content that touch are looked at together.
+            messages: plain JSON; the text parts of one message are also searched as one text.
             others: further JSON, such as tools.
 
         Returns:
@@ -70,10 +72,7 @@ class ControlText:
         found = {match for text in strings for match in self._control.findall(text)}
         if not found and not split:
             return given, StandIns({})
-        taken = {c for text in strings for c in text if ord(c) >= _FIRST_STAND_IN}
-        free = (chr(c) for c in range(_FIRST_STAND_IN, _LAST_STAND_IN) if chr(c) not in taken)
-        border = next(free)
-        stand_ins = dict(zip(sorted(found), free, strict=False))
+        border, stand_ins = _stand_ins(found, strings)
         prepared = [_with_borders(m, border) if m in split else m for m in messages]
 
         def replaced(value: Any) -> Any:
@@ -88,12 +87,21 @@ class ControlText:
         originals = {character: text for text, character in stand_ins.items()}
         return [replaced(value) for value in [prepared, *others]], StandIns({border: "", **originals})
 
+    def protect_placeholders(self, text: str) -> tuple[str, StandIns]:
+        """Replace the placeholder strings of media in a raw prompt; its other control strings stay."""
+        found = set(self._placeholder.findall(text))
+        if not found:
+            return text, StandIns({})
+        _, stand_ins = _stand_ins(found, [text])
+        protected = self._placeholder.sub(lambda match: stand_ins[match.group()], text)
+        return protected, StandIns({character: text for text, character in stand_ins.items()})
+
     def encode(
         self, text: str, stand_ins: StandIns, *, add_special_tokens: bool, at_start: bool = True
     ) -> list[int]:
-        """Ids of a rendered text; what stands in for control strings becomes plain text.
+        """Token ids of a rendered text; control strings that callers typed become plain text.
 
-        Without stand-ins they are the tokenizer's own.
+        Without stand-ins the ids are the tokenizer's own.
 
         Args:
             at_start: as for :meth:`Tokenizer.encode_plain`.
@@ -125,6 +133,13 @@ class ControlText:
         texts = [part["text"] for part in content if "text" in part]
         whole = "".join(texts)
         return len(self._control.findall(whole)) != sum(len(self._control.findall(text)) for text in texts)
+
+
+def _stand_ins(found: Iterable[str], strings: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A border and a character for each of ``found``, all of which none of ``strings`` has."""
+    taken = {c for text in strings for c in text if ord(c) >= _FIRST_STAND_IN}
+    free = (chr(c) for c in range(_FIRST_STAND_IN, _LAST_STAND_IN) if chr(c) not in taken)
+    return next(free), dict(zip(sorted(found), free, strict=False))
 
 
 def _token_pattern(token: Any) -> str:

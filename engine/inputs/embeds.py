@@ -7,13 +7,14 @@ stranger's file is the caller's own affair.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from engine.errors import InvalidRequest
 from engine.families.base import EmbeddingField, EmbeddingProcessor, MediaProcessor, PromptAwareProcessor
-from engine.media.image_ops import name_of
+from engine.media.keys import embeddings_hash
 from engine.prompt import MediaItem
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
                 f"Item {index} of {_ROWS} has {len(rows)} rows; its place in the prompt takes {count}.",
                 param=_WHERE,
             )
-        found.append((describer.embedding_item(description, _key(rows)), rows))
+        item = describer.embedding_item(description, "")
+        found.append((replace(item, hash=_key(rows, item)), rows))
     return found
 
 
@@ -117,9 +119,9 @@ def _descriptions(value: Any, field: EmbeddingField) -> list[tuple[int, ...]]:
     return found
 
 
-def _key(rows: torch.Tensor) -> str:
-    """Content hash of the numbers; a caller's word on it would not do, since cached blocks go by it."""
+def _key(rows: torch.Tensor, item: MediaItem) -> str:
+    """Content hash of an item and its rows; a caller's own hash could serve one caller another's blocks."""
     import torch
 
     data = rows.contiguous().cpu()
-    return name_of(f"embeds|{data.dtype}|{tuple(data.shape)}|", data.view(torch.uint8).numpy())
+    return embeddings_hash(data.view(torch.uint8).numpy(), str(data.dtype), item)

@@ -55,10 +55,13 @@ def _message(raw: Any, where: str, sources: list[MediaSource]) -> Message:
     if raw.get("tool_calls"):
         extra["tool_calls"] = _tool_calls(raw["tool_calls"], f"{where}.tool_calls")
     content = raw.get("content")
-    if content is None and (role == "assistant" and (extra or raw.get("refusal"))):
-        content = raw.get("refusal") or []
+    if content is None and role == "assistant":
+        if raw.get("refusal"):
+            content = raw["refusal"]
+        elif extra:
+            return Message(role, [], extra, "absent")
     parts = _parts(content, f"{where}.content", role, sources)
-    return Message(role, parts, extra)
+    return Message(role, parts, extra, "string" if isinstance(content, str) else "parts")
 
 
 def _parts(content: Any, where: str, role: str, sources: list[MediaSource]) -> list[TextPart | MediaPart]:

@@ -33,7 +33,9 @@ class LimitReached(Exception):
     """Carries the limit in words. No TemplateError, so that no template can be mistaken for it."""
 
 
-class _Meter:
+class Meter:
+    """Counts the work of one rendering, or several, against ``limits``; its time starts when it is made."""
+
     def __init__(self, limits: RenderLimits) -> None:
         self._limits = limits
         self._deadline = time.monotonic() + limits.seconds
@@ -72,8 +74,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
-    def metered(self) -> _Metered:
-        return _Metered(self._active, _Meter(self._limits))
+    def metered(self, meter: Meter | None = None) -> _Metered:
+        """A context in which this thread's rendering counts on ``meter``, or on one of its own."""
+        return _Metered(self._active, meter or Meter(self._limits))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _CountEverything().visit(super()._parse(source, name, filename))
@@ -109,11 +112,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 class _Metered:
     """Makes a meter the running thread's, for one rendering."""
 
-    def __init__(self, active: threading.local, meter: _Meter) -> None:
+    def __init__(self, active: threading.local, meter: Meter) -> None:
         self._active = active
         self._meter = meter
 
-    def __enter__(self) -> _Meter:
+    def __enter__(self) -> Meter:
         self._active.meter = self._meter
         return self._meter
 

@@ -47,8 +47,7 @@ class Decoder(nn.Module):
     """A decoder-only transformer without state: KV caches and batch come with each call.
 
     Args:
-        max_model_len: longest sequence it will see, in tokens; sizes the rotary tables and settles longrope's
-            factors. None takes the checkpoint's limit.
+        max_model_len: longest sequence in tokens; sizes the rotary tables. None takes the checkpoint's limit.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Decoder(nn.Module):
         self.dtype, self.device = build.dtype, build.device
         self.num_kv_heads = max(1, config.num_kv_heads // build.tp.size)
         length = max_model_len or config.max_position
-        self.rotary = Rotary(config.rope, config.head_dim, config.max_position, length, build)
+        self.rotary = Rotary(config.rope, config.head_dim, length, build)
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, build)
         self.layers = nn.ModuleList(
             DecoderLayer(config, index, self.rotary, build) for index in range(config.num_layers)

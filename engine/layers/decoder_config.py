@@ -5,36 +5,71 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary embedding.
 
+    Two types choose their frequencies by the length of a sequence, as Transformers does. ``longrope`` has two
+    sets: a sequence longer than ``original_max_position`` uses the long one for all of its tokens. Its keys
+    are computed again when it grows beyond that length. ``dynamic`` lowers the frequencies of a longer prompt
+    by the prompt's length, and those of each generated token by the token's own position.
+
     Attributes:
         theta: base of the frequencies.
-        type: how frequencies are rescaled. ``linear`` and ``llama3`` use ``factor``; ``longrope`` divides by
-            ``short_factor`` or ``long_factor`` (see :func:`engine.layers.rotary.inverse_frequencies`).
-        factor: context extension factor.
+        type: how frequencies are rescaled, see :func:`engine.layers.rotary.inverse_frequencies`.
+        factor: context extension factor (linear, dynamic, yarn, llama3).
         low_freq_factor, high_freq_factor: llama3's bounds.
-        original_max_position: context length before extension, in tokens (llama3, longrope).
-        attention_factor: multiplies cos and sin; None derives longrope's.
+        beta_fast, beta_slow: yarn's bounds, in rotations over the original context.
+        truncate: yarn's bounds are rounded to whole dimensions.
+        original_max_position: context length before extension, in tokens (dynamic, yarn, llama3, longrope).
+        short_factor, long_factor: longrope's divisors, one per angle.
+        attention_factor: multiplies cos and sin.
         rotary_dim: rotated leading dimensions of a head; None rotates all.
         mrope_section: angles per axis (t, h, w) of M-RoPE; None is one-dimensional.
         mrope_interleaved: axes alternate (Qwen3-VL) instead of lying in three pieces (Qwen2-VL).
     """
 
     theta: float = 10000.0
-    type: Literal["default", "linear", "llama3", "longrope"] = "default"
+    type: RopeType = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
     original_max_position: int | None = None
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
-    attention_factor: float | None = None
+    attention_factor: float = 1.0
     rotary_dim: int | None = None
     mrope_section: tuple[int, ...] | None = None
     mrope_interleaved: bool = False
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies of a sequence depend on its length."""
+        return self.type in ("dynamic", "longrope")
+
+    def variant(self, num_tokens: int) -> int:
+        """The frequencies that the keys of ``num_tokens`` known tokens are computed with.
+
+        Equal tokens have equal keys only under equal variants. 0 stands for those of short sequences, 1 for
+        longrope's long ones; otherwise the variant is the length itself.
+        """
+        if not self.depends_on_length:
+            return 0
+        assert self.original_max_position is not None
+        if num_tokens <= self.original_max_position:
+            return 0
+        return 1 if self.type == "longrope" else num_tokens
+
+    @property
+    def recompute_beyond(self) -> int | None:
+        """Tokens of the longest sequence that keeps its keys when it grows by one; None if all do."""
+        return self.original_max_position if self.type == "longrope" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +79,7 @@ class DecoderConfig:
     Attributes:
         num_heads, num_kv_heads, head_dim: of the whole model, before tensor parallelism.
         activation: of the gated MLP, ``silu`` or ``gelu_tanh``.
-        max_position: longest context the checkpoint was made for, in tokens.
+        max_position: longest context the checkpoint was made for, in tokens, after rotary scaling.
         qkv_bias, o_bias, mlp_bias: which projections have biases.
         qk_norm: RMSNorm over each head of q and k, before rotation.
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for

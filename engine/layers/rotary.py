@@ -13,25 +13,43 @@ from engine.layers.build import BuildContext
 from engine.layers.decoder_config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, rotary_dim: int, *, length: int) -> torch.Tensor:
-    """Angles per position, ``(rotary_dim / 2,)`` float32.
+def inverse_frequencies(rope: RopeConfig, rotary_dim: int, *, length: int | torch.Tensor) -> torch.Tensor:
+    """Angles per position of a sequence of ``length`` tokens, ``(ceil(rotary_dim / 2),)`` float32.
 
-    ``default`` is ``theta^(-2i/d)``. ``llama3`` divides long wavelengths by ``factor`` and blends in between.
-    ``longrope`` divides by ``long_factor`` if positions may reach ``length > original_max_position``, else by
-    ``short_factor``: one choice for the life of the model, since keys rotated both ways can't share a cache.
+    ``default`` is ``theta^(-2i/d)``, which ``linear`` divides by ``factor``. ``llama3`` divides long
+    wavelengths by it, ``yarn`` those with few rotations over the original context, and both blend in between.
+    ``dynamic`` raises ``theta`` for a ``length`` beyond the original context. ``longrope`` divides by
+    ``long_factor`` if ``length`` is beyond it, else by ``short_factor``.
+
+    Args:
+        length: with ``dynamic`` also int64 ``(N, 1)``, for a row of frequencies per length.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    if rope.type == "dynamic":
+        lengths = torch.as_tensor(length)
+        return 1.0 / _dynamic_theta(rope, rotary_dim, lengths) ** exponents.to(lengths.device)
     powers = rope.theta**exponents
     if rope.type == "longrope":
-        assert rope.original_max_position is not None
-        chosen = rope.long_factor if length > rope.original_max_position else rope.short_factor
+        chosen = rope.long_factor if rope.variant(int(length)) else rope.short_factor
         return 1.0 / (torch.tensor(chosen, dtype=torch.float32) * powers)
+    if rope.type == "yarn":
+        return _yarn(powers, rope, rotary_dim)
     frequencies = 1.0 / powers
     if rope.type == "linear":
         return frequencies / rope.factor
     if rope.type == "llama3":
         return _llama3(frequencies, rope)
     return frequencies
+
+
+def _dynamic_theta(rope: RopeConfig, rotary_dim: int, length: torch.Tensor) -> torch.Tensor:
+    """NTK-aware scaling: float32, of the shape of ``length``."""
+    original = rope.original_max_position
+    assert original is not None
+    ratio = rope.factor * length / original - (rope.factor - 1)
+    # Exactly 1 for short sequences, whatever the rounding.
+    ratio = torch.where(length > original, ratio, 1.0)
+    return rope.theta * ratio ** (rotary_dim / (rotary_dim - 2))
 
 
 def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
@@ -45,37 +63,90 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return torch.where(long, scaled, torch.where(short, frequencies, blended))
 
 
-def attention_factor(rope: RopeConfig, max_position: int) -> float:
-    """What multiplies cos and sin: longrope's ``sqrt(1 + ln(s) / ln(original))`` with ``s`` the ratio of the
-    model's longest context to the original, in short contexts as well; 1 elsewhere."""
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.type != "longrope":
-        return 1.0
-    assert rope.original_max_position is not None
-    scale = max_position / rope.original_max_position
-    return math.sqrt(1 + math.log(scale) / math.log(rope.original_max_position)) if scale > 1 else 1.0
+def _yarn(powers: torch.Tensor, rope: RopeConfig, rotary_dim: int) -> torch.Tensor:
+    """YaRN (https://arxiv.org/abs/2309.00071, section 3.2).
+
+    Angles with more than ``beta_fast`` rotations over the original context keep their frequency; those with
+    less than ``beta_slow`` are divided by ``factor``.
+    """
+    original = rope.original_max_position
+    assert original is not None
+
+    def angle_with(rotations: float) -> float:
+        wavelength = original / (rotations * 2 * math.pi)
+        return rotary_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = angle_with(rope.beta_fast), angle_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    # Equal bounds make a step between two angles.
+    span = high - low or 0.001
+    scaled = ((torch.arange(len(powers), dtype=torch.float32) - low) / span).clamp(0, 1)
+    return scaled / (rope.factor * powers) + (1 - scaled) / powers
 
 
 class Rotary(nn.Module):
     """Rotates queries and keys by their positions, and puts keys and values into the cache.
 
-    Holds float32 tables ``cos`` and ``sin`` of shape ``(length, rotary_dim / 2)``.
+    Holds float32 tables ``cos`` and ``sin`` of shape ``(rows, angles)``. Kernels look up a token's row; they
+    call it its position. Row ``p`` belongs to position ``p`` of a short sequence, of any sequence if
+    frequencies don't depend on its length. The others have rows of their own: see :meth:`offset` and
+    :meth:`write_prompt_rows`.
+
+    Attributes:
+        first_prompt_row: the first of the rows that :meth:`reserve_prompt_rows` adds.
     """
 
-    def __init__(
-        self, rope: RopeConfig, head_dim: int, max_position: int, length: int, build: BuildContext
-    ) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, length: int, build: BuildContext) -> None:
         super().__init__()
+        self.rope = rope
         self.section = rope.mrope_section
         self.interleaved = rope.mrope_interleaved
-        frequencies = inverse_frequencies(rope, rope.rotary_dim or head_dim, length=length)
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
-        factor = attention_factor(rope, max_position)
+        self._dim = rope.rotary_dim or head_dim
+        self._long = self.first_prompt_row = 0
+        angles = self._angles(torch.arange(length), 1)
+        if rope.type == "longrope" and rope.variant(length):
+            self._long = int(rope.original_max_position or 0)
+            angles = torch.cat([angles[: self._long], self._angles(torch.arange(length), length)])
+        elif rope.type == "dynamic":
+            # A generated token's own position makes its sequence as long as it was then.
+            positions = torch.arange(length)
+            angles = self._angles(positions, positions[:, None] + 1)
         self.cos: torch.Tensor
         self.sin: torch.Tensor
-        self.register_buffer("cos", (angles.cos() * factor).to(build.device), persistent=False)
-        self.register_buffer("sin", (angles.sin() * factor).to(build.device), persistent=False)
+        self.register_buffer("cos", (angles.cos() * rope.attention_factor).to(build.device), persistent=False)
+        self.register_buffer("sin", (angles.sin() * rope.attention_factor).to(build.device), persistent=False)
+
+    def _angles(self, positions: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
+        return positions[:, None].float() * inverse_frequencies(self.rope, self._dim, length=length)
+
+    def offset(self, variant: int) -> int:
+        """The row of position 0 for sequences of a :meth:`~RopeConfig.variant`; others follow in order.
+
+        With ``dynamic`` this holds for generated tokens only.
+        """
+        return self._long if variant and self.rope.type == "longrope" else 0
+
+    def reserve_prompt_rows(self, count: int) -> None:
+        """Make room for ``count`` prompt tokens whose frequencies depend on their prompt's length (dynamic).
+
+        Called before a captured graph refers to the tables; does nothing if there is room already.
+        """
+        if self.rope.type != "dynamic" or self.first_prompt_row:
+            return
+        self.first_prompt_row = self.cos.shape[0]
+        room = self.cos.new_zeros((count, self.cos.shape[1]))
+        self.cos, self.sin = torch.cat([self.cos, room]), torch.cat([self.sin, room])
+
+    def write_prompt_rows(self, rows: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Fill reserved ``rows (N,)`` for tokens at ``positions (N,)`` of prompts of ``lengths (N,)``.
+
+        All int64.
+        """
+        angles = self._angles(positions, lengths[:, None])
+        self.cos[rows] = angles.cos() * self.rope.attention_factor
+        self.sin[rows] = angles.sin() * self.rope.attention_factor
 
     def forward(
         self,
@@ -86,8 +157,13 @@ class Rotary(nn.Module):
         cache: tuple[torch.Tensor, torch.Tensor],
         slot_mapping: torch.Tensor,
     ) -> None:
-        """``q (T, heads, head_dim)`` is rotated in place; ``k`` and ``v`` likewise go to their slots of
-        ``cache``, ``k`` rotated and not to be used any more. Positions ``(T,)`` or ``(3, T)`` int64."""
+        """Rotate ``q (T, heads, head_dim)`` in place; write ``k``, rotated, and ``v`` to ``cache``.
+
+        Args:
+            k: must not be used afterwards.
+            positions: int64 ``(T,)`` or ``(3, T)``, see the class.
+            slot_mapping: see :class:`~engine.layers.metadata.AttentionMetadata`.
+        """
         rotary_kv_write(
             q,
             k,
@@ -101,6 +177,6 @@ class Rotary(nn.Module):
         )
 
     def axes(self, positions: torch.Tensor) -> dict[str, Any]:
-        """What kernels must know of the axes of ``positions``, ``(T,)`` or ``(3, T)``."""
+        """Keyword arguments of the kernels: the axis of each angle for ``positions (T,)`` or ``(3, T)``."""
         section = self.section if positions.dim() == 2 else None
         return {"mrope_section": section, "mrope_interleaved": self.interleaved}

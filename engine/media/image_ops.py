@@ -1,11 +1,6 @@
-"""Picture operations that families share, and the content hash. PIL and numpy only."""
+"""Image operations that families share. PIL and numpy only."""
 
 from __future__ import annotations
-
-import hashlib
-import json
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -53,28 +48,3 @@ def normalisation_table(
     scaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
     centred = scaled[None] - np.asarray(mean, dtype=np.float32)[:, None]
     return centred / np.asarray(std, dtype=np.float32)[:, None]
-
-
-def content_hash(
-    pixels: np.ndarray, *, family: str, options: Mapping[str, Any], kind: str, size: tuple[int, int]
-) -> str:
-    """Hex name of a prepared item: equal only where the encoder's result is.
-
-    Args:
-        pixels: what the encoder gets; its dtype, shape and bytes all count.
-        options: the processor's options that matter for the result, as plain JSON.
-        kind: ``image`` or ``video``.
-        size: ``(width, height)`` that the processor saw.
-    """
-    described = json.dumps(
-        [family, dict(sorted(options.items())), kind, list(size), str(pixels.dtype), list(pixels.shape)]
-    )
-    return name_of(described, pixels)
-
-
-def name_of(described: str, content: np.ndarray) -> str:
-    """Hex name of an array's bytes and of what they are."""
-    # Processors have instructions for this hash: a picture takes half of BLAKE2's time.
-    digest = hashlib.sha256(described.encode())
-    digest.update(np.ascontiguousarray(content).data)
-    return digest.hexdigest()

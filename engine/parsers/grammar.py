@@ -7,7 +7,6 @@ for special tokens, which no text can match, and ``[lazy]`` ends a lexeme at its
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,17 +31,15 @@ class ToolSchema:
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """The tokens of a tokenizer that no text in a grammar stands for.
+    """The tokens that a tokenizer adds to its vocabulary: no text in a Lark grammar stands for them.
 
     Attributes:
-        ids: id of each special token by its text.
+        ids: token id by text.
         ends: ids that end an answer.
-        added: id of each added token that is ordinary text, such as ``</think>`` of some models.
     """
 
     ids: Mapping[str, int]
     ends: frozenset[int]
-    added: Mapping[str, int] = field(default_factory=dict)
 
     def literal(self, text: str) -> str:
         """``text`` as a grammar's expression, with special tokens where the text spells them."""
@@ -134,7 +131,7 @@ def tool_grammar(
     rules = Rules(special)
     if choice == "required":
         lead = _lead(rules, reasoning, begins_inside)
-        start = f"{lead} {_required(rules, layout, tools, parallel)}"
+        start = f"{lead} {_required(rules, layout, tools, parallel)}".strip()
     elif layout.trigger:
         start = _text_with_calls(rules, layout, tools, parallel)
     else:
@@ -165,32 +162,18 @@ def grammar_with_budget(
     Raises:
         ValueError: the tokenizer has no token for the end tag, which alone can be forced.
     """
-    end = special.ids.get(reasoning.end, special.added.get(reasoning.end))
-    if end is None:
+    if reasoning.end not in special.ids:
         raise ValueError(f"the tokenizer has no token {reasoning.end}")
     rules = Rules(special)
     inner = ""
     if budget:
-        # The lexeme may not swallow the end tag where that is ordinary text.
         inner = "inner"
-        rules.add(f"inner[max_tokens={budget}]", rf"/(.|\n)*/ & ~/(.|\n)*{_regex(reasoning.end)}(.|\n)*/")
+        rules.add(f"inner[max_tokens={budget}]", r"/(.|\n)*/")
+    opening = "" if begins_inside else special.literal(reasoning.start)
+    thought = f"{opening} {inner} {special.literal(reasoning.end)}".strip()
     rules.add("CHUNK", CHUNK)
-    tokens = special.others(reasoning.start)
-    text = f"({' | '.join(filter(None, ['CHUNK', tokens]))})*"
-    if begins_inside:
-        return _grammar(f"{inner} <[{end}]> {text}", rules)
-    start = special.literal(reasoning.start)
-    if reasoning.start in special.ids:
-        return _grammar(f"{start} {inner} <[{end}]> {text} | {text}", rules)
-    # A text that doesn't begin with a thought.
-    plain = rules.add("PLAIN", rf"{CHUNK} & ~/{_regex(reasoning.start)}(.|\n)*/")
-    rest = f" ({tokens} CHUNK?)*" if tokens else ""
-    return _grammar(f"{start} {inner} <[{end}]> {text} | {plain}?{rest}", rules)
-
-
-def _regex(text: str) -> str:
-    """``text`` within a regular expression of a grammar."""
-    return re.escape(text).replace("/", r"\/")
+    text = f"({' | '.join(filter(None, ['CHUNK', special.others(reasoning.start)]))})*"
+    return _grammar(f"{thought} {text}" if begins_inside else f"{thought} {text} | {text}", rules)
 
 
 def _block(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], parallel: bool) -> str:
@@ -222,7 +205,7 @@ def _required(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], par
     block = f"{rules.special.literal(layout.trigger)} {_block(rules, layout, tools, parallel)}".strip()
     if not parallel or not layout.trigger or layout.between is not None:
         return block
-    gap = rules.add("GAP", r"/[ \t\r\n]*/")
+    gap = rules.add("GAP", r"/[ \t\r\n]{0,4}/")
     return f"{block} ({gap} {block})*"
 
 
@@ -267,10 +250,10 @@ def _terminal(text: str) -> str:
 
 
 def _lead(rules: Rules, reasoning: ReasoningTags | None, begins_inside: bool) -> str:
-    """A thought, where the family thinks, and white space."""
-    space = rules.add("SPACE", r"/[ \t\r\n]*/")
+    """A thought, where the family thinks, and a little white space behind it."""
     if reasoning is None:
-        return space
+        return ""
+    space = rules.add("SPACE", r"/[ \t\r\n]{0,4}/")
     thought = _thought(rules, reasoning, begins_inside)
     return f"{thought} {space}" if begins_inside else f"{space} ({thought} {space})?"
 
@@ -302,9 +285,14 @@ def json_call(before: str, between: str, after: str) -> CallForm:
     return CallForm(head, arguments)
 
 
+#: Calls are written as Python's ``json.dumps`` writes them, which is what chat templates show.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 def embedded(schema: Any) -> str:
-    """A JSON schema as a grammar's expression."""
-    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+    """A JSON schema as a grammar's expression. White space is fixed: a model could write it for ever."""
+    spaced = {**schema, "x-guidance": _SPACING} if isinstance(schema, Mapping) else schema
+    return f"%json {json.dumps(spaced, ensure_ascii=False)}"
 
 
 def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:

@@ -6,6 +6,7 @@ host: it reads them, computes, and advances them. The host only writes what chan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ class DeviceState:
         block_tables: int32 ``(num_slots + 1, max_blocks)``.
         last_token: int64 ``(num_slots + 1,)``, sampled last and not computed yet.
         length: int64 ``(num_slots + 1,)``, computed tokens.
-        delta: int64 ``(num_slots + 1,)``, rotary position minus index of tokens after the prompt.
+        delta: int64 ``(num_slots + 1,)``, row of the rotary tables minus index, for tokens after the prompt.
     """
 
     def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
@@ -48,8 +49,13 @@ class DeviceState:
 
 @dataclass(slots=True)
 class SlotInfo:
-    """What the host remembers of an admitted request: its prompt's rotary positions ``(3, prompt)`` if they
-    aren't plain indices, the delta beyond, and embedding rows on the device by item hash."""
+    """The host's record of an admitted request.
+
+    Attributes:
+        positions: rotary positions ``(3, prompt)`` of its prompt; None if a constant offset describes them.
+        delta: see :class:`DeviceState`; holds for the prompt as well where ``positions`` is None.
+        rows: embedding rows on the device by item hash.
+    """
 
     positions: np.ndarray | None
     delta: int
@@ -57,15 +63,38 @@ class SlotInfo:
 
 
 def chunk_positions(info: SlotInfo, start: int, count: int, mrope: bool) -> np.ndarray:
-    """Rotary positions ``(count,)``, or ``(3, count)`` with M-RoPE, of tokens ``start ..``."""
+    """Rows of the rotary tables ``(count,)``, or ``(3, count)`` with M-RoPE, of tokens ``start ..``."""
     plain = np.arange(start, start + count, dtype=np.int64)
-    if not mrope:
-        return plain
     if info.positions is None:
-        return np.broadcast_to(plain, (3, count))
+        return np.broadcast_to(plain, (3, count)) if mrope else plain + info.delta
     inside = info.positions[:, start : start + count]
     beyond = plain[inside.shape[1] :] + info.delta
     return np.concatenate([inside, np.broadcast_to(beyond, (3, len(beyond)))], axis=1)
+
+
+def long_prompt_rows(
+    chunks: Sequence[PrefillChunk], positions: Sequence[np.ndarray], first_row: int
+) -> np.ndarray:
+    """Assign reserved rows of the rotary tables to prompt tokens whose frequencies depend on their prompt's
+    length.
+
+    Args:
+        positions: of each chunk, from :func:`chunk_positions`; replaced in place by the assigned rows.
+        first_row: the first reserved row.
+
+    Returns:
+        int64 ``(3, n)``: the rows, and the positions and prompt lengths to fill them for.
+    """
+    found = [np.zeros((3, 0), np.int64)]
+    for chunk, where in zip(chunks, positions, strict=True):
+        request = chunk.request
+        count = min(request.num_prompt - chunk.start, chunk.count)
+        if request.rope_variant and count > 0:
+            rows = np.arange(first_row, first_row + count)
+            found.append(np.stack([rows, where[:count], np.full(count, request.rope_variant)]))
+            where[:count] = rows
+            first_row += count
+    return np.concatenate(found, axis=1)
 
 
 def span_rows(span: MediaSpan, start: int, end: int) -> tuple[int, int, np.ndarray]:

@@ -26,6 +26,7 @@ from engine.runner.input_batch import (
     chunk_kv_slots,
     chunk_positions,
     embedding_tensor,
+    long_prompt_rows,
     span_rows,
     table_updates,
 )
@@ -113,6 +114,7 @@ class ModelRunner:
         self._pooling = pooling
         self.vocab_size = model.config.vocab_size
         self._mrope = model.config.rope.mrope_section is not None
+        model.rotary.reserve_prompt_rows(max_num_tokens)
         self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
         # Where the tokens of a decode step begin: each sequence has one.
         self._each = torch.arange(num_slots + 1, dtype=torch.int32, device=self.device)
@@ -265,6 +267,8 @@ class ModelRunner:
         if "tables" in places:
             slot, column, block = places["tables"]
             self._state.block_tables[slot, column] = block.int()
+        if "long_prompts" in places:
+            self.model.rotary.write_prompt_rows(*places["long_prompts"])
         if "deltas" in places:
             slot, delta = places["deltas"]
             self._state.delta.index_copy_(0, slot, delta)
@@ -272,7 +276,7 @@ class ModelRunner:
 
     def _admit(self, request: Request, slot: int, num_computed: int) -> None:
         found = self._positions(request) if self._mrope else None
-        positions, delta = found if found is not None else (None, 0)
+        positions, delta = found or (None, self.model.rotary.offset(request.rope_variant))
         rows = {
             span.item.hash: self._group.broadcast(
                 embedding_tensor(request.embeddings[span.item.hash], self.dtype, self.device)
@@ -337,7 +341,12 @@ class ModelRunner:
         positions = [
             chunk_positions(i, c.start, c.count, self._mrope) for i, c in zip(infos, chunks, strict=True)
         ]
+        more: dict[str, np.ndarray] = {}
+        if self.model.rotary.first_prompt_row:
+            rows = long_prompt_rows(chunks, positions, self.model.rotary.first_prompt_row)
+            more = {"long_prompts": rows} if rows.size else {}
         return {
+            **more,
             "ids": np.concatenate([c.request.token_ids[c.start : c.start + c.count] for c in chunks]),
             "positions": np.concatenate(positions, axis=-1),
             "kv_slots": np.concatenate([chunk_kv_slots(c, self._block_size) for c in chunks]),

@@ -41,9 +41,7 @@ class KVManager:
         if self._hasher is None or every_position:
             return []
         usable = len(request.token_ids) - 1
-        self._hasher.extend(
-            request.block_hashes, request.token_ids, len(request.token_ids), request.spans, request.cache_salt
-        )
+        self._extend_hashes(request, request.token_ids, len(request.token_ids))
         found = []
         for key in request.block_hashes[: usable // self.block_size]:
             if (block := self.pool.lookup(key)) is None:
@@ -80,13 +78,19 @@ class KVManager:
         """Make the blocks findable that ``num_computed`` tokens fill; ``token_ids`` covers at least those."""
         if self._hasher is None:
             return
-        self._hasher.extend(request.block_hashes, token_ids, num_computed, request.spans, request.cache_salt)
+        self._extend_hashes(request, token_ids, num_computed)
         # A block is only ever published by the chunk that fills it, so go back until one is known.
         for index in range(num_computed // self.block_size - 1, -1, -1):
             key = request.block_hashes[index]
             if self.pool.lookup(key) is not None:
                 break
             self.pool.publish(request.blocks[index], key)
+
+    def _extend_hashes(self, request: Request, token_ids: Sequence[int], end: int) -> None:
+        assert self._hasher is not None
+        self._hasher.extend(
+            request.block_hashes, token_ids, end, request.spans, request.cache_salt, request.rope_variant
+        )
 
     def free(self, request: Request) -> None:
         self.pool.release(reversed(request.blocks))

@@ -16,9 +16,9 @@ class BlockHasher:
     """Chains block hashes.
 
     Two blocks get the same hash only if everything that their keys and values depend on is the same: the
-    model, the tenant's salt, all tokens up to the block's end, and content and place of every picture up to
-    there. The chain's root is keyed with a secret of this engine, so that hashes can't be predicted from
-    outside.
+    model, the tenant's salt, the rotary frequencies, all tokens up to the block's end, and content and place
+    of every picture up to there. The chain's root is keyed with a secret of this engine, so that hashes can't
+    be predicted from outside.
 
     Args:
         block_size: tokens per block.
@@ -31,21 +31,31 @@ class BlockHasher:
         self._model_key = model_key.encode()
         self._secret = secret
 
-    def root(self, salt: str) -> bytes:
-        """The parent of a sequence's first block, for a tenant's salt."""
+    def root(self, salt: str, rope_variant: int = 0) -> bytes:
+        """The parent of a sequence's first block, for a tenant's salt and rotary frequencies."""
         digest = blake2b(self._model_key, digest_size=_DIGEST, key=self._secret)
-        digest.update(b"\0" + salt.encode())
+        digest.update(b"\0" + rope_variant.to_bytes(8, "big") + salt.encode())
         return digest.digest()
 
     def extend(
-        self, hashes: list[bytes], token_ids: Sequence[int], end: int, spans: Sequence[MediaSpan], salt: str
+        self,
+        hashes: list[bytes],
+        token_ids: Sequence[int],
+        end: int,
+        spans: Sequence[MediaSpan],
+        salt: str,
+        rope_variant: int = 0,
     ) -> None:
-        """Append to ``hashes`` those of all full blocks of ``token_ids[:end]`` that it lacks."""
+        """Append to ``hashes`` those of all full blocks of ``token_ids[:end]`` that it lacks.
+
+        Args:
+            rope_variant: see :class:`~engine.request.Request`.
+        """
         size = self.block_size
         start = len(hashes) * size
         tokens = np.asarray(token_ids[start : max(start, end)], np.int32).tobytes()
         for first in range(start, end - size + 1, size):
-            parent = hashes[-1] if hashes else self.root(salt)
+            parent = hashes[-1] if hashes else self.root(salt, rope_variant)
             digest = blake2b(parent, digest_size=_DIGEST)
             place = (first - start) * 4
             digest.update(tokens[place : place + size * 4])

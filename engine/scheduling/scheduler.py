@@ -44,6 +44,7 @@ class Scheduler:
             progress however many requests decode.
         max_num_batched_tokens: most tokens computed in one step.
         max_model_len: longest sequence; cut to what the KV blocks hold.
+        recompute_beyond: see :class:`~engine.layers.decoder_config.RopeConfig`.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        recompute_beyond: int | None = None,
     ) -> None:
         self.kv = kv
         self.ledger = ledger
         self.budget = max_num_batched_tokens
         self.max_model_len = min(max_model_len, kv.pool.capacity * kv.block_size)
         self.slots = SlotTable(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
+        self.recompute_beyond = recompute_beyond
         self.stats = SchedulerStats()
         self._waiting: list[tuple[int, float, int, Request]] = []
         self._num_waiting = 0
@@ -168,12 +171,15 @@ class Scheduler:
         stops = stopped.any(axis=1) & (known >= table.min_total[slots]) if stopped.any() else None
         if stops is not None:
             ended |= stops
+        paused = slots[(known >= table.pause[slots]) & ~ended] if self.recompute_beyond else slots[:0]
         for index in np.flatnonzero(ended).tolist():
             row = index if rows is None else int(rows[index])
             events.finished[row] = "stop" if stops is not None and stops[index] else "length"
             request = requests[row]
             assert request is not None
             self._finish(request)
+        for slot in paused.tolist():
+            self._recompute_longer(slot)
         return events
 
     def finish_pooling(self, batch: ScheduledBatch) -> list[Request]:
@@ -242,6 +248,8 @@ class Scheduler:
             heapq.heappop(self._waiting)
             self._num_waiting -= 1
             slot = self.slots.enter(request, computed, len(request.blocks) * self.kv.block_size)
+            if self.recompute_beyond is not None and request.rope_variant == 0:
+                self.slots.pause[slot] = min(self.slots.limit[slot], self.recompute_beyond + 1)
             self.ledger.hold(request, computed)
             if request.num_cached is None:
                 request.num_cached = computed
@@ -252,9 +260,10 @@ class Scheduler:
         return budget
 
     def _retire_full_rows(self, rows: np.ndarray) -> None:
-        """Rows whose last allowed token is in flight stop decoding; they end when it arrives."""
+        """Rows whose last token before a pause is in flight stop decoding; they end, or are computed again,
+        when it arrives."""
         table = self.slots
-        for slot in rows[table.computed[rows] + 1 >= table.limit[rows]].tolist():
+        for slot in rows[table.computed[rows] + 1 >= table.pause[rows]].tolist():
             table.set_decoding(slot, False)
 
     # Ends and interruptions.
@@ -265,12 +274,24 @@ class Scheduler:
         return max(running, key=lambda request: (request.priority, request.arrival))
 
     def _preempt(self, request: Request) -> None:
+        self.stats.preempted += 1
+        self._interrupt(request)
+        self._enqueue(request)
+
+    def _recompute_longer(self, slot: int) -> None:
+        """Compute a request again from its start, with the rotary frequencies of longer sequences."""
+        request = self.slots.requests[slot]
+        assert request is not None and request.rope_variant == 0
+        self._interrupt(request)
+        request.rope_variant, request.block_hashes = 1, []
+        self._enqueue(request)
+
+    def _interrupt(self, request: Request) -> None:
+        """Take a running request's slot and blocks; all its known tokens are to be computed again."""
         assert request.slot is not None
         request.token_ids = self.slots.known_tokens(request.slot)
         request.num_preemptions += 1
-        self.stats.preempted += 1
         self._release(request)
-        self._enqueue(request)
 
     def _finish(self, request: Request) -> None:
         request.finished = True

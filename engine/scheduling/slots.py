@@ -20,6 +20,8 @@ class SlotTable:
         known: tokens the host knows.
         computed: tokens whose keys and values are written by enqueued steps.
         limit: most tokens the row's request may reach.
+        pause: known tokens at which the row stops decoding until the last of them has arrived: ``limit``, or
+            fewer if the request is computed again at that length.
         capacity: tokens that its KV blocks hold.
         epoch: how often the row changed hands.
         decoding: rows that compute one sampled token per step.
@@ -33,6 +35,7 @@ class SlotTable:
         self.known = np.zeros(num_slots, np.int64)
         self.computed = np.zeros(num_slots, np.int64)
         self.limit = np.zeros(num_slots, np.int64)
+        self.pause = np.zeros(num_slots, np.int64)
         self.capacity = np.zeros(num_slots, np.int64)
         self.epoch = np.zeros(num_slots, np.int64)
         self.decoding = np.zeros(num_slots, bool)
@@ -59,7 +62,7 @@ class SlotTable:
         self.tokens[slot, :count] = request.token_ids
         self.known[slot] = count
         self.computed[slot] = computed
-        self.limit[slot] = request.max_total
+        self.limit[slot] = self.pause[slot] = request.max_total
         self.capacity[slot] = capacity
         self.min_total[slot] = request.num_prompt + request.params.min_tokens
         stops = sorted(request.stop_ids)

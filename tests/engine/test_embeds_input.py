@@ -99,8 +99,30 @@ def test_what_is_refused(qwen, llava):
     ):
         with pytest.raises(InvalidRequest, match=words):
             tokens(qwen, MARK + "what?", image)
-    with pytest.raises(InvalidRequest, match="places"):
+    with pytest.raises(InvalidRequest, match="placeholders"):
         tokens(qwen, "no mark", {"image_embeds": rows[None], "image_grid_thw": [grid]})
     with pytest.raises(InvalidRequest, match="rows"):
         tokens(llava, "USER: <image> ASSISTANT:", torch.zeros(1, 3, 64))
     qwen.check_integrity()
+
+
+def test_the_same_rows_under_another_grid_are_another_image(qwen):
+    """Blocks cached for the first must not serve the second: positions and tokens around it differ."""
+    width = qwen._engine.model.embedding_width
+    rows = torch.randn(48, width, generator=torch.Generator().manual_seed(1))
+    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0)
+
+    def asked(grid, salt):
+        image = {"image_embeds": rows, "image_grid_thw": [grid]}
+        entry = {"prompt": MARK + "the quick brown fox", "multi_modal_data": {"image": image}}
+        (output,) = qwen.generate({**entry, "cache_salt": salt}, params, use_tqdm=False)
+        chosen = zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
+        return [(token, row[token].logprob) for row, token in chosen]
+
+    grids = [(1, 12, 16), (1, 16, 12), (3, 8, 8)]
+    alone = [asked(grid, f"alone {grid}") for grid in grids]
+    assert alone[0] != alone[1] != alone[2]
+    for grid, wanted in zip(grids, alone, strict=True):
+        found = asked(grid, "shared")
+        assert [token for token, _ in found] == [token for token, _ in wanted]
+        assert [value for _, value in found] == pytest.approx([value for _, value in wanted], abs=1e-4)

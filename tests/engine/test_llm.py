@@ -108,9 +108,11 @@ def test_every_way_to_give_a_prompt(llm):
         ({"prompt_token_ids": [320]}, "320 is outside of the vocabulary"),
         ({"prompt": 3}, "needs a text"),
         ({"text": "a"}, "no entry 'text'"),
+        ({"prompt": "a", "cache_salt": 7}, "cache_salt must be a string"),
+        ({"prompt": "a", "cache_salt": "\ud800"}, "cache_salt must be a string"),
         (about(3), r"multi_modal_data\.image\[0\] must be a PIL image, not int"),
         ({"prompt": "a", "multi_modal_data": {"audio": []}}, "no entry 'audio'"),
-        (about([]), "1 places for an item of kind image, but 0"),
+        (about([]), "image placeholders in the prompt is 1, but the number of images given is 0"),
     ],
     ids=str,
 )

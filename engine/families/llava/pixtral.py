@@ -11,7 +11,8 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.parsing.processor import require_steps
-from engine.media.image_ops import content_hash, resize
+from engine.media.image_ops import resize
+from engine.media.keys import content_hash
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.native_config import NativeVisionConfig
 

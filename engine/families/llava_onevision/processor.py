@@ -13,7 +13,8 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.parsing.processor import check_frames, require_steps
-from engine.media.image_ops import content_hash, resize
+from engine.media.image_ops import resize
+from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square, resize_on_canvas
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.anyres import AnyresConfig, best_pinpoint, tiled_rows

@@ -14,7 +14,8 @@ from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
 from engine.families.parsing.processor import count_option
-from engine.media.image_ops import content_hash, resize
+from engine.media.image_ops import resize
+from engine.media.keys import content_hash
 from engine.prompt import MediaItem, PreparedMedia
 
 if TYPE_CHECKING:

@@ -2,57 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.layers.decoder_config import DecoderConfig, RopeConfig
+from engine.families.parsing.fields import Json, flag, integer, number
+from engine.families.parsing.rope import parse_rope, stretched_context
+from engine.families.parsing.windows import parse_windows
+from engine.layers.decoder_config import DecoderConfig
 from engine.vision.transformer_config import VISION_ACTIVATIONS
 
-Json = Mapping[str, Any]
-
-_GATED_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 10000.0}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    # What Transformers assumes where a config.json is silent; LLaVA's, for one, says almost nothing.
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-    },
-    "mistral": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "sliding_window": 4096,
-    },
-    "qwen2": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "max_window_layers": 28},
-    "qwen2_vl": {
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "max_window_layers": 80,
-        "rope_theta": 1e6,
-    },
-    "qwen3": {
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "head_dim": 128,
-        "max_window_layers": 28,
-    },
-    "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+_GATED_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
 }
 
-DecoderKind = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen3", "phi3"]
+DecoderKind = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen3", "qwen3_vl", "phi3"]
+
+_COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_size": 4096,
+    "rms_norm_eps": 1e-6,
+}
+_QWEN: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+_QWEN_WINDOWS: dict[str, Any] = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+#: The value of each field that a config.json leaves out, as in Transformers' class of the kind. A null in the
+#: file is not left out. Fields that a kind lacks here are not read: its model has no use for them.
+_DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
+    "llama": {
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "mistral": {
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "phi3": {
+        **_COMMON,
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    },
+    "qwen2": {**_QWEN, **_QWEN_WINDOWS},
+    "qwen2_vl": {
+        **_QWEN,
+        **_QWEN_WINDOWS,
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_window_layers": 80,
+    },
+    "qwen3": {**_QWEN, **_QWEN_WINDOWS, "head_dim": 128, "attention_bias": False},
+    "qwen3_vl": {
+        **_QWEN,
+        "head_dim": 128,
+        "max_position_embeddings": 128000,
+        "rope_theta": 5e5,
+        "attention_bias": False,
+    },
+}
+#: Read by every kind where config.json has them.
+_EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
+_BIASED_QKV = ("qwen2", "qwen2_vl")
+_NORMED_QK = ("qwen3", "qwen3_vl")
 
 
 def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
@@ -61,40 +110,59 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     Raises:
         CheckpointError: naming the field that is missing or not supported.
     """
-    config = {**_COMMON, **_DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
-    hidden, heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
-    layers = integer(config, "num_hidden_layers")
-    qwen_bias = kind in ("qwen2", "qwen2_vl")
-    attention_bias = bool(config.get("attention_bias", False))
+    defaults = _DEFAULTS[kind]
+    config = {**defaults, **{key: raw[key] for key in (*defaults, *_EXTRA) if key in raw}}
+    heads = integer(config, "num_attention_heads")
+    layers, positions = integer(config, "num_hidden_layers"), integer(config, "max_position_embeddings")
+    head_dim = _head_dim(config, kind, heads)
+    rope = parse_rope(config, kind, head_dim)
+    context = stretched_context(rope, positions)
+    attention_bias = "attention_bias" in config and flag(config, "attention_bias")
     return DecoderConfig(
         vocab_size=integer(config, "vocab_size"),
-        hidden_size=hidden,
+        hidden_size=integer(config, "hidden_size"),
         intermediate_size=integer(config, "intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=integer(config, "num_key_value_heads") if "num_key_value_heads" in config else heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        rms_norm_eps=float(config["rms_norm_eps"]),
-        rope=_rope(config, config.get("head_dim") or hidden // heads),
-        max_position=integer(config, "max_position_embeddings"),
+        num_kv_heads=_kv_heads(config, kind, heads),
+        head_dim=head_dim,
+        rms_norm_eps=number(config, "rms_norm_eps"),
+        rope=rope,
+        max_position=context,
         activation=_gated_activation(config["hidden_act"]),
-        tie_word_embeddings=bool(config["tie_word_embeddings"]),
-        qkv_bias=qwen_bias or attention_bias,
-        o_bias=attention_bias and not qwen_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        qk_norm=kind == "qwen3",
-        windows=_windows(config, kind, layers),
+        tie_word_embeddings=config["tie_word_embeddings"] is not None and flag(config, "tie_word_embeddings"),
+        qkv_bias=kind in _BIASED_QKV or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias="mlp_bias" in config and flag(config, "mlp_bias"),
+        qk_norm=kind in _NORMED_QK,
+        windows=parse_windows(config, layers, context),
     )
 
 
-def integer(config: Json, field: str) -> int:
-    """A positive integer field of a configuration."""
-    value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+def _head_dim(config: Json, kind: DecoderKind, heads: int) -> int:
+    hidden = integer(config, "hidden_size")
+    if config["head_dim"] is None and _DEFAULTS[kind]["head_dim"] is None:
+        head_dim = hidden // heads
+    else:
+        head_dim = integer(config, "head_dim", least=2)
+    if head_dim < 2 or head_dim % 2 or (kind == "qwen2_vl" and head_dim * heads != hidden):
         raise CheckpointError(
-            f"config.json: {field} should be a positive integer, not {value!r}", param=field
+            f"config.json: {heads} heads of {head_dim} don't suit a hidden_size of {hidden}",
+            param="num_attention_heads" if config["head_dim"] is None else "head_dim",
         )
-    return value
+    return head_dim
+
+
+def _kv_heads(config: Json, kind: DecoderKind, heads: int) -> int:
+    if config["num_key_value_heads"] is None and kind != "mistral":
+        return heads
+    kv_heads = integer(config, "num_key_value_heads")
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: num_key_value_heads {kv_heads} should divide num_attention_heads {heads}",
+            param="num_key_value_heads",
+        )
+    return kv_heads
 
 
 def vision_activation(name: str, field: str = "hidden_act") -> str:
@@ -144,65 +212,3 @@ def _gated_activation(name: str) -> str:
             param="hidden_act",
         )
     return _GATED_ACTIVATIONS[name]
-
-
-def _rope(config: Json, head_dim: int) -> RopeConfig:
-    stated = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = stated.get("rope_type") or stated.get("type") or "default"
-    kind = {"mrope": "default", "su": "longrope"}.get(kind, kind)
-    if kind not in ("default", "linear", "llama3", "longrope"):
-        raise CheckpointError(f"config.json: rope type {kind!r} is not supported", param="rope_scaling")
-    partial = stated.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    section = stated.get("mrope_section")
-    original = stated.get("original_max_position_embeddings") or config.get(
-        "original_max_position_embeddings"
-    )
-    rope = RopeConfig(
-        theta=float(stated.get("rope_theta") or config["rope_theta"]),
-        type=cast(Any, kind),
-        factor=float(stated.get("factor") or 1.0),
-        low_freq_factor=float(stated.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(stated.get("high_freq_factor", 4.0)),
-        original_max_position=original,
-        short_factor=tuple(stated.get("short_factor") or ()),
-        long_factor=tuple(stated.get("long_factor") or ()),
-        attention_factor=stated.get("attention_factor"),
-        rotary_dim=None if partial == 1.0 else int(head_dim * partial),
-        mrope_section=tuple(section) if section else None,
-        mrope_interleaved=bool(stated.get("mrope_interleaved", False)),
-    )
-    _check_rope(rope, head_dim)
-    return rope
-
-
-def _check_rope(rope: RopeConfig, head_dim: int) -> None:
-    angles = (rope.rotary_dim or head_dim) // 2
-    if rope.type == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == angles:
-        raise CheckpointError(
-            f"config.json: short_factor and long_factor should have {angles} numbers each",
-            param="rope_scaling",
-        )
-    if rope.type in ("longrope", "llama3") and not rope.original_max_position:
-        raise CheckpointError(
-            f"config.json: {rope.type} needs original_max_position_embeddings", param="rope_scaling"
-        )
-    if rope.mrope_section is not None and (len(rope.mrope_section) != 3 or sum(rope.mrope_section) != angles):
-        raise CheckpointError(
-            f"config.json: mrope_section should be three numbers with sum {angles}", param="rope_scaling"
-        )
-
-
-def _windows(config: Json, kind: str, layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    types = config.get("layer_types")
-    if kind == "mistral":
-        # An explicit null turns the window off, silence leaves it at its default.
-        return (window,) * layers if window else ()
-    if kind == "phi3":
-        return (window,) * layers if window and window < config["max_position_embeddings"] else ()
-    if kind == "llama" or not config.get("use_sliding_window") or not window:
-        return ()
-    if types:
-        return tuple(window if entry == "sliding_attention" else None for entry in types)
-    first = config["max_window_layers"]
-    return tuple(window if index >= first else None for index in range(layers))

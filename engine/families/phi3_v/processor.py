@@ -15,7 +15,8 @@ from engine.errors import InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.parsing.processor import count_option
 from engine.families.phi3_v.config import HDVisionConfig
-from engine.media.image_ops import check_aspect_ratio, content_hash
+from engine.media.image_ops import check_aspect_ratio
+from engine.media.keys import content_hash
 from engine.prompt import MediaItem, PreparedMedia
 
 _MAX_CROPS = 64

@@ -13,7 +13,7 @@ from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.family import Positions
 from engine.families.parsing.decoder import Json, integer
-from engine.families.qwen2_vl.config import native_vision, require_mrope
+from engine.families.qwen2_vl.config import native_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
@@ -80,7 +80,6 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
 def _with_pace(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Remembers the number of positions that a second of video takes."""
     stated = checkpoint.config.get("vision_config") or {}
-    config = require_mrope(config, checkpoint)
     return replace(config, extra={"tokens_per_second": stated.get("tokens_per_second", 4)})
 
 

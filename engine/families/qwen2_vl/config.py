@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.base import ModelConfig
 from engine.families.parsing.decoder import DecoderKind, Json, integer
 from engine.families.parsing.model import TextFields, tied_text
 from engine.families.parsing.processor import parse_normalisation
@@ -20,20 +18,9 @@ VISUAL = r"(?:model\.)?visual\."
 """Prefix of the tower's tensors in public checkpoints."""
 
 
-def qwen_text(kind: DecoderKind, defaults: Json | None = None) -> TextFields:
+def qwen_text(kind: DecoderKind) -> TextFields:
     """The decoder's fields are in ``text_config``, or in config.json itself as in public checkpoints."""
-    return lambda raw: (tied_text(raw, {**(defaults or {}), **(raw.get("text_config") or raw)}), kind)
-
-
-def require_mrope(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """``config``, whose decoder must have positions on three axes.
-
-    Raises:
-        CheckpointError: it has not.
-    """
-    if config.decoder.rope.mrope_section is None:
-        raise CheckpointError("config.json: mrope_section is missing", param="rope_scaling")
-    return config
+    return lambda raw: (tied_text(raw, raw.get("text_config") or raw), kind)
 
 
 def native_vision(

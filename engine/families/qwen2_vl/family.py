@@ -9,7 +9,7 @@ from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.parsing.decoder import Json, integer, vision_activation
 from engine.families.parsing.model import ConfigReader, token_field
-from engine.families.qwen2_vl.config import VISUAL, native_vision, qwen_text, qwen_vl_rules, require_mrope
+from engine.families.qwen2_vl.config import VISUAL, native_vision, qwen_text, qwen_vl_rules
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
 from engine.vision.native_config import NativeVisionConfig
@@ -72,7 +72,6 @@ FAMILY = Family(
         vision=_vision,
         image_token=token_field("image_token_id", default=151655),
         video_token=token_field("video_token_id", default=151656),
-        finish=require_mrope,
     ),
     prompt_format=lambda config: PromptFormat(image="<|image_pad|>", video="<|video_pad|>"),
     positions=lambda config, num_tokens, spans: grid_positions(num_tokens, spans, config.vision.merge_size),

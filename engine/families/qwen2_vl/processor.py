@@ -13,7 +13,8 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import EmbeddingField, ModelConfig
 from engine.families.parsing.processor import bad_option, check_frames, require_steps
-from engine.media.image_ops import check_aspect_ratio, content_hash, resize
+from engine.media.image_ops import check_aspect_ratio, resize
+from engine.media.keys import content_hash
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.native_config import NativeVisionConfig
 

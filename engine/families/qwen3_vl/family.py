@@ -18,7 +18,6 @@ from engine.families.qwen2_vl.config import (
     native_vision,
     qwen_text,
     qwen_vl_rules,
-    require_mrope,
 )
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules, smart_resize
@@ -103,14 +102,10 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
 
 def _with_deepstack(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Tells the decoder of the features of several depths, and remembers the tokens that enclose media."""
-    raw, decoder = checkpoint.config, require_mrope(config, checkpoint).decoder
+    raw, decoder = checkpoint.config, config.decoder
     return replace(
         config,
-        decoder=replace(
-            decoder,
-            num_deepstack=len(config.vision.deepstack_layers),
-            rope=replace(decoder.rope, mrope_interleaved=True),
-        ),
+        decoder=replace(decoder, num_deepstack=len(config.vision.deepstack_layers)),
         extra={
             "vision_start": raw.get("vision_start_token_id", 151652),
             "vision_end": raw.get("vision_end_token_id", 151653),
@@ -151,7 +146,7 @@ FAMILY = replace(
     architectures=("Qwen3VLForConditionalGeneration",),
     reader=replace(
         QWEN2_VL.reader,
-        text=qwen_text("qwen3", {"rope_theta": 5e5, "max_position_embeddings": 128000}),
+        text=qwen_text("qwen3_vl"),
         vision=_vision,
         finish=_with_deepstack,
     ),

@@ -79,16 +79,18 @@ def test_a_client_that_leaves_frees_its_blocks_at_once(served, stream):
     assert served.engine_metrics()["output_tokens"] - before < 900
 
 
-def stored_objects() -> int:
+def stored_objects(served) -> int:
     """Objects in the object stores of the cluster."""
     from ray._private.internal_api import memory_summary
 
-    found = re.search(r"Plasma memory usage \d+ MiB, (\d+) objects", memory_summary(stats_only=True))
+    found = re.search(
+        r"Plasma memory usage \d+ MiB, (\d+) objects", memory_summary(served.cluster, stats_only=True)
+    )
     assert found is not None
     return int(found[1])
 
 
-def test_pixels_and_embeddings_leave_the_object_store(ray_client):
+def test_pixels_and_embeddings_leave_the_object_store(served, ray_client):
     def once(width: int) -> None:
         ray_client.chat.completions.create(
             model="pocket",
@@ -97,8 +99,8 @@ def test_pixels_and_embeddings_leave_the_object_store(ray_client):
         )
 
     once(200)
-    before = stored_objects()
+    before = stored_objects(served)
     for width in range(201, 213):
         once(width)
     # Counting is distributed: owners hear of the last use a moment later.
-    wait_for(lambda: stored_objects() <= before)
+    wait_for(lambda: stored_objects(served) <= before)

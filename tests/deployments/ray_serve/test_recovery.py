@@ -2,15 +2,13 @@
 
 import os
 import signal
-import urllib.error
-import urllib.request
 
 import openai
 import pytest
 import ray
 
 from tests.deployments.pictures import ask, circle, square
-from tests.serving import wait_for
+from tests.serving import answers, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -28,14 +26,6 @@ def replica_pids(name: str) -> list[int]:
 def kill(name: str) -> None:
     (pid,) = replica_pids(name)
     os.kill(pid, signal.SIGKILL)
-
-
-def healthy(served) -> bool:
-    try:
-        with urllib.request.urlopen(f"{served.root}/health", timeout=10) as response:
-            return response.status == 200
-    except urllib.error.HTTPError:
-        return False
 
 
 def color(ray_client) -> str:
@@ -61,7 +51,7 @@ def test_a_language_model_that_dies_in_mid_stream(served, ray_client):
     with pytest.raises(openai.APIError) as caught:
         list(stream)
     assert caught.value.code == "unavailable" and "try again" in caught.value.message
-    wait_for(lambda: healthy(served))
+    wait_for(lambda: answers(f"{served.root}/health"))
     assert "red" in color(ray_client)
 
 
@@ -89,7 +79,7 @@ def test_a_language_model_that_dies_before_the_answer(served, ray_client):
     assert caught and caught[0].status_code == 503
     assert caught[0].body["type"] == "server_error" and caught[0].body["code"] == "unavailable"
     assert caught[0].response.headers["retry-after"]
-    wait_for(lambda: healthy(served))
+    wait_for(lambda: answers(f"{served.root}/health"))
     assert "red" in color(ray_client)
 
 

@@ -35,6 +35,17 @@ async def test_texts_and_token_ids(client, llm):
     np.testing.assert_allclose(vectors(one)[0], wanted[0], atol=1e-5)
 
 
+async def test_placeholder_strings_in_texts_are_plain_text(client, llm):
+    texts = ["a red circle", "see <|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>"]
+    found = vectors(await client.embeddings.create(model="tests/vectors", input=texts))
+    tokenizer = llm.get_tokenizer()
+    start, end = (tokenizer.token_id(token) for token in ("<|vision_start|>", "<|vision_end|>"))
+    see, image, video = (tokenizer.encode_plain(text) for text in ("see ", "<|image_pad|>", "<|video_pad|>"))
+    ids = [tokenizer.encode(texts[0]), [*see, start, *image, end], video]
+    wanted = [o.embedding for o in llm.embed([{"prompt_token_ids": i} for i in ids], use_tqdm=False)]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 async def test_messages_with_pictures(client, llm):
     async def embed(*pictures):
         body = {"model": "tests/vectors", "messages": ask("What is this?", *pictures)}
@@ -66,10 +77,13 @@ async def test_texts_find_their_pictures(client):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, "either input or messages"),
+        ({}, "Either input or messages"),
         ({"input": []}, "1 to 2048"),
         ({"input": ["a"] * 2049}, "1 to 2048"),
-        ({"input": "a", "dimensions": 8}, "dimensions"),
+        ({"input": "a", "dimensions": 1000}, "vectors have 256"),
+        ({"input": "a", "dimensions": 0}, "at least 1"),
+        ({"input": ""}, "empty text"),
+        ({"input": "a", "truncate_prompt_tokens": -2}, "number of tokens"),
         ({"input": "a", "pooling": "max"}, "last, mean, cls"),
         ({"input": "word " * 2000}, "512"),
         ({"input": [10**7]}, "vocabulary"),
@@ -79,3 +93,38 @@ async def test_texts_find_their_pictures(client):
 async def test_what_cannot_be_embedded(client, change, words):
     with pytest.raises(openai.BadRequestError, match=words):
         await client.post("/embeddings", body={"model": "tests/vectors"} | change, cast_to=object)
+
+
+async def test_fewer_dimensions_are_the_first_ones_at_length_one(client):
+    async def vector(**options):
+        made = await client.embeddings.create(
+            model="tests/vectors", input="red", encoding_format="float", **options
+        )
+        return np.array(made.data[0].embedding)
+
+    whole, cut = await vector(), await vector(dimensions=8)
+    assert len(whole) == 256 and np.array_equal(await vector(dimensions=256), whole)
+    assert np.allclose(cut, whole[:8] / np.linalg.norm(whole[:8]), atol=1e-6)
+
+
+async def test_a_long_text_can_be_cut(client):
+    async def tokens(**options) -> int:
+        body = {"model": "tests/vectors", "input": "word " * 2000, **options}
+        return (await client.post("/embeddings", body=body, cast_to=dict))["usage"]["prompt_tokens"]
+
+    assert await tokens(truncate_prompt_tokens=-1) == 512
+    assert await tokens(truncate_prompt_tokens=7) == 7
+
+
+async def test_null_asks_for_the_default(client):
+    names = (
+        "encoding_format",
+        "pooling",
+        "normalize",
+        "add_special_tokens",
+        "add_generation_prompt",
+        "cache_salt",
+    )
+    body = {"model": "tests/vectors", "input": "a", "user": "me"} | dict.fromkeys(names)
+    made = await client.post("/embeddings", body=body, cast_to=dict)
+    assert isinstance(made["data"][0]["embedding"], list)

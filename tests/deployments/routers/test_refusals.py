@@ -29,7 +29,6 @@ def blank_png(side: int) -> str:
 
 CASES = {
     "model": ({"model": "gpt"}, 404, "model", "served here: 'pocket', 'tests/vectors'"),
-    "unknown field": ({"tempature": 1}, 400, "tempature", "Unknown field"),
     "type": ({"max_tokens": "many"}, 400, "max_tokens", "integer"),
     "range": ({"temperature": -1}, 400, "temperature", "[0, inf]"),
     "penalty": ({"presence_penalty": 9}, 400, "presence_penalty", "[-2, 2]"),
@@ -38,14 +37,36 @@ CASES = {
     "length": ({"max_tokens": 5000}, 400, "max_tokens", "context"),
     "empty": ({"messages": []}, 400, "messages", "at least one"),
     "role": ({"messages": [{"role": "king", "content": "a"}]}, 400, "messages[0].role", "must be one of"),
-    "template": ({"chat_template": "{{ 1 }}"}, 400, None, "chat_template"),
+    "template": ({"chat_template": "{{ 1 }}"}, 400, "chat_template", "not supported"),
     "template option": (
         {"chat_template_kwargs": {"tokenize": True}},
         400,
         "chat_template_kwargs",
         "tokenize",
     ),
-    "stream option": ({"stream_options": {"include_usage": True}}, 400, None, "stream"),
+    "stream option": ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
+    "length under the newer name": (
+        {"max_completion_tokens": 5000},
+        400,
+        "max_completion_tokens",
+        "maximum context length is 1024 tokens",
+    ),
+    "logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "[0, 20]"),
+    "logprobs off": ({"top_logprobs": 2}, 400, "top_logprobs", "logprobs"),
+    "nested regex": ({"structured_outputs": {"regex": "(("}}, 400, "structured_outputs.regex", "regex"),
+    "no choice": ({"structured_outputs": {"choice": []}}, 400, "structured_outputs.choice", "choice"),
+    "sound": ({"modalities": ["text", "audio"]}, 400, "modalities", "no audio"),
+    "beams": ({"use_beam_search": True}, 400, "use_beam_search", "not supported"),
+    "search": ({"web_search_options": {"a": 1}}, 400, "web_search_options", "not supported"),
+    "tool": ({"tools": [{"type": "function", "function": {}}]}, 400, "tools[0].function.name", "name"),
+    "function": (
+        {"functions": [{"name": "f", "parameters": 5}]},
+        400,
+        "functions[0].function.parameters",
+        "schema",
+    ),
+    "tool choice": ({"tool_choice": "required"}, 400, "tool_choice", "needs tools"),
+    "budget": ({"thinking_budget": -1}, 400, "thinking_budget", "greater than or equal to 0"),
     "long": ({"messages": [{"role": "user", "content": "word " * 4000}]}, 400, "messages", "1024"),
     "private address": (
         {"messages": image("http://127.0.0.1/")},
@@ -76,7 +97,7 @@ CASES = {
     "two constraints": (
         {"guided_regex": "a", "guided_choice": ["a"]},
         400,
-        "response_format",
+        "guided_choice",
         "Only one",
     ),
     "embedding model": ({"model": "tests/vectors"}, 400, None, "embeddings"),
@@ -130,3 +151,39 @@ async def test_marks_typed_in_a_text_are_only_text(client):
         temperature=0,
     )
     assert made.choices[0].finish_reason in ("stop", "length")
+
+
+async def test_a_request_that_is_too_long_has_the_code_that_clients_look_for(http):
+    long = [{"role": "user", "content": "word " * 4000}]
+    for change in ({"messages": long}, {"max_tokens": 5000}, {"max_tokens": 5000, "stream": True}):
+        status, body = await post(http, {"model": "pocket", "messages": HELLO} | change)
+        assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+        assert "maximum context length is 1024 tokens" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unheard_of": 1},
+        {"user": "me", "metadata": {"a": "b"}, "store": True, "verbosity": "low", "prompt_cache_key": "k"},
+        {"reasoning_effort": "none"},
+        {"thinking": {"type": "disabled"}},
+        {"prediction": {"type": "content", "content": "x"}},
+        {"web_search_options": {}, "use_beam_search": False, "return_token_ids": False},
+        {"tools": [], "functions": [], "tool_choice": "none"},
+        {"modalities": ["text"], "top_p": 0},
+        {"priority": None, "cache_salt": None, "add_generation_prompt": None, "stream_options": None},
+        {"response_format": {"type": "text", "json_schema": None}, "tools": None, "chat_template": None},
+    ],
+)
+async def test_fields_that_ask_for_nothing_are_taken(http, change):
+    status, body = await post(http, {"model": "pocket", "messages": HELLO, "max_tokens": 2} | change)
+    assert status == 200, body
+
+
+async def test_an_unknown_field_is_logged_once(http, caplog):
+    for _ in range(2):
+        await post(http, {"model": "pocket", "messages": HELLO, "max_tokens": 2, "never_heard_of": 1})
+    assert [record.getMessage() for record in caplog.records].count(
+        "the unknown field 'never_heard_of' is ignored"
+    ) == 1

@@ -216,12 +216,22 @@ while True:
 def test_ranks_end_with_their_engine_however_it_ends(path, how):
     """A plain script, without a guard around what it does."""
     command = [sys.executable, "-c", SCRIPT, str(path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as script:
-        assert script.stdout is not None and script.stdout.readline() == b"ready\n"
-        processes = ranks(script.pid)
-        assert len(processes) == 1
-        script.send_signal(how)
-        assert script.wait(60) != 0
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # Shells start background jobs with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as script:
+        try:
+            assert script.stdout is not None and script.stdout.readline() == b"ready\n"
+            processes = ranks(script.pid)
+            assert len(processes) == 1
+            script.send_signal(how)
+            assert script.wait(60) != 0
+        finally:
+            script.kill()
     assert_gone(processes)
 
 

@@ -67,11 +67,8 @@ class Inputs:
     arguments: Mapping[str, torch.Tensor]
 
     @torch.inference_mode()
-    def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Of each token of the prompt but the first, and of ``tokens`` after it: float32.
-
-        Where a row of a picture stands, NaN.
-        """
+    def extended(self, tokens: Sequence[int]) -> Inputs:
+        """The same prompt with text ``tokens`` behind it."""
         more = torch.tensor([tokens])
         text = {
             "input_ids": more,
@@ -83,6 +80,15 @@ class Inputs:
             name: torch.cat([value, text[name]], dim=1) if name in text else value
             for name, value in self.arguments.items()
         }
+        return Inputs([*self.ids, *tokens], self.model, longer)
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of each token of the prompt but the first, and of ``tokens`` after it: float32.
+
+        Where a row of a picture stands, NaN.
+        """
+        longer = self.extended(tokens).arguments
         table = self.model(**longer).logits[0].log_softmax(-1)
         return torch.tensor(
             [
@@ -97,59 +103,6 @@ class Reference(Protocol):
 
     def inputs(self, prompt: Prompt) -> Inputs:
         """In float32, on the CPU."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the reference makes of a prompt.
-
-    Attributes:
-        ids: as :class:`Inputs`.
-        tokens: ``TOKENS`` greedy ones, whatever they are.
-        logprobs: float32, of each of them.
-        ends: tokens that end an answer.
-        vector: the last hidden state at length 1.
-    """
-
-    ids: list[int | None]
-    tokens: list[int]
-    logprobs: torch.Tensor
-    ends: frozenset[int]
-    vector: torch.Tensor
-
-    @classmethod
-    @torch.inference_mode()
-    def of(cls, given: Inputs) -> Answer:
-        out = given.model.generate(
-            **given.arguments,
-            max_new_tokens=TOKENS,
-            do_sample=False,
-            # No token has this id: nothing ends the answer.
-            eos_token_id=1 << 30,
-            pad_token_id=0,
-            output_logits=True,
-            output_hidden_states=True,
-            return_dict_in_generate=True,
-        )
-        tokens = out.sequences[0, -TOKENS:]
-        rows = torch.cat(out.logits).log_softmax(-1)
-        # Of the first step, which has the whole prompt: the last layer's, at its last position.
-        last = out.hidden_states[0][-1][0, -1]
-        ends = given.model.generation_config.eos_token_id
-        return cls(
-            given.ids,
-            tokens.tolist(),
-            rows.gather(1, tokens[:, None])[:, 0],
-            frozenset(ends if isinstance(ends, list) else [ends]),
-            last / last.norm(),
-        )
-
-    def differs(self, other: Answer) -> bool:
-        """Whether the two are further apart than :meth:`Made.compare` lets outputs be from answers."""
-        same = self.tokens == other.tokens and torch.allclose(
-            self.logprobs, other.logprobs, atol=0.01, rtol=0
-        )
-        return not same and bool((self.vector - other.vector).norm() > 0.01)
 
 
 @dataclass(frozen=True)

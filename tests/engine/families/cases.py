@@ -112,7 +112,7 @@ CASES = [
     FamilyCase(
         "Qwen3-VL",
         partial(_later_qwen, make=qwen.make_qwen3_vl),
-        qwen.qwen3_vl_reference,
+        partial(qwen.Reference, kind="Qwen3VL"),
         options={"mm_processor_kwargs": {"fps": qwen.FPS["Qwen3VL"]}},
         **_QWEN,
     ),

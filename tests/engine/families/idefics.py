@@ -94,7 +94,7 @@ class IdeficsReference:
         cls = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         vision = self.model.config.vision_config
-        rows = (vision.image_size // PATCH // self.model.config.scale_factor) ** 2
+        rows = (vision.image_size // vision.patch_size // self.model.config.scale_factor) ** 2
         tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         self.processor = transformers.Idefics3Processor(image_processor(path, kind), tok, image_seq_len=rows)
 

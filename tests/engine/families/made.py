@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from engine import LLM, SamplingParams
-from tests.engine.families.case import TOKENS, Answer, FamilyCase, Inputs, Prompt, Reference
+from tests.engine.families.case import TOKENS, FamilyCase, Inputs, Prompt, Reference
+from tests.engine.families.compare import Asked, Tally, compare_completion, compare_vector
+from tests.engine.families.expected import Expected
 
 #: Ids from here on stand for text in every tokenizer of ours.
 _FIRST_TEXT_ID = 32
@@ -23,7 +26,7 @@ class Made:
         self.case = case
         self._folder, self._hub = folder, hub
         self._inputs: dict[Any, Inputs] = {}
-        self._answers: dict[Any, Answer] = {}
+        self._answers: dict[Any, Expected] = {}
 
     @cached_property
     def path(self) -> Path:
@@ -41,9 +44,9 @@ class Made:
                 self._inputs[prompt.key] = self._reference.inputs(prompt)
         return self._inputs[prompt.key]
 
-    def answer(self, prompt: Prompt) -> Answer:
+    def answer(self, prompt: Prompt) -> Expected:
         if prompt.key not in self._answers:
-            self._answers[prompt.key] = Answer.of(self.inputs(prompt))
+            self._answers[prompt.key] = Expected(self.inputs(prompt), TOKENS)
         return self._answers[prompt.key]
 
     @property
@@ -54,19 +57,31 @@ class Made:
     def llm(self, **options: Any) -> LLM:
         return LLM(str(self.path), **{**self.options, **options})
 
-    def check(self, llm: LLM, prompts: Sequence[Prompt]) -> None:
-        """``llm``'s outputs for a batch are the reference's, and nothing is left behind."""
-        outputs = self.run(llm, [prompt.entry for prompt in prompts])
+    def check(
+        self,
+        llm: LLM,
+        prompts: Sequence[Prompt],
+        prompt_logprobs: int | None = None,
+        block: int | None = None,
+    ) -> None:
+        """Compare ``llm``'s outputs for a batch with the reference, field by field; nothing is left behind.
+
+        Args:
+            prompt_logprobs: alternatives asked for at each token of the prompts.
+            block: block size, if all full blocks of the prompts are in the prefix cache.
+        """
+        outputs = self.run(llm, [prompt.entry for prompt in prompts], prompt_logprobs)
         for output, prompt in zip(outputs, prompts, strict=True):
-            self.compare(output, self.answer(prompt))
+            self.compare(output, self.answer(prompt), prompt_logprobs, block)
         llm.check_integrity()
 
-    def run(self, llm: LLM, entries: Sequence[dict[str, Any]]) -> list[Any]:
+    def run(
+        self, llm: LLM, entries: Sequence[dict[str, Any]], prompt_logprobs: int | None = None
+    ) -> list[Any]:
         """Outputs for entries as ``LLM.generate`` takes them."""
         if self.case.embeds:
             return llm.embed(entries, use_tqdm=False)
-        params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
-        return llm.generate(entries, params, use_tqdm=False)
+        return llm.generate(entries, greedy(prompt_logprobs), use_tqdm=False)
 
     def check_all(self) -> None:
         """Tokens and all logits of a batch of all kinds of prompts are the reference's."""
@@ -74,17 +89,22 @@ class Made:
         self.check(llm, prompts)
         assert max(self.distances(llm, prompts, prompts)) < 1e-4
 
-    def compare(self, output: Any, answer: Answer) -> None:
-        """The prompt's ids, and the tokens with their log-probabilities, or the vector."""
-        assert len(output.prompt_token_ids) == len(answer.ids)
-        named = zip(output.prompt_token_ids, answer.ids, strict=True)
-        assert all(theirs in (None, ours) for ours, theirs in named)
+    def compare(
+        self, output: Any, answer: Expected, prompt_logprobs: int | None = None, block: int | None = None
+    ) -> None:
+        """Everything that an output carries."""
+        most = len(answer.ids) - 1
+        tally, some = Tally(), (0 if block is None else most // block * block, most)
         if self.case.embeds:
-            torch.testing.assert_close(torch.tensor(output.embedding), answer.vector, atol=1e-4, rtol=0)
-            return
-        (completion,) = output.outputs
-        assert completion.token_ids == answer.tokens
-        torch.testing.assert_close(_logprobs(completion), answer.logprobs, atol=1e-3, rtol=0)
+            compare_vector(tally, output, answer, "last", True, some)
+        else:
+            asked = Asked(greedy(prompt_logprobs), answer.ends, self._tokenizer, some)
+            compare_completion(tally, output, answer, asked)
+        assert tally.differences == []
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return PreTrainedTokenizerFast.from_pretrained(self.path)
 
     def check_ends(self, llm: LLM) -> None:
         """Every token that ends the reference's answers ends ours, and no other does."""
@@ -127,6 +147,13 @@ class Made:
             ours, theirs = ours[~theirs.isnan()], theirs[~theirs.isnan()]
             found.append(float((ours - theirs).norm() / (theirs - theirs.mean()).norm()))
         return found
+
+
+def greedy(prompt_logprobs: int | None = None) -> SamplingParams:
+    """Parameters of the requests whose outputs :meth:`Made.compare` takes."""
+    return SamplingParams(
+        temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=2, prompt_logprobs=prompt_logprobs
+    )
 
 
 def _logprobs(completion: Any) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,18 @@ def normalised(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy((np.asarray(image).astype(np.float32) / 255 - 0.5) / 0.5).permute(2, 0, 1)
 
 
-def placeholder(size: tuple[int, int], index: int, numbered: bool = True, limit: int = MAX_SLICES) -> str:
+def placeholder(
+    size: tuple[int, int],
+    index: int,
+    numbered: bool = True,
+    limit: int = MAX_SLICES,
+    queries: int = QUERIES,
+    resolution: int = RESOLUTION,
+) -> str:
     text = f"<image_id>{index}</image_id>" if numbered else ""
-    rows = "<unk>" * QUERIES
+    rows = "<unk>" * queries
     text += f"<image>{rows}</image>"
-    grid = best_grid(*size, RESOLUTION, limit)
+    grid = best_grid(*size, resolution, limit)
     lines = [f"<slice>{rows}</slice>" * grid[0] for _ in range(grid[1])] if grid else []
     return text + "\n".join(lines)
 
@@ -160,65 +167,57 @@ class Resampler(nn.Module):
 
 
 class Reference(nn.Module):
-    def __init__(self, vocab_size: int) -> None:
+    """The model that config.json ``raw`` describes."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
         super().__init__()
+        fields = {name: raw["vision_config"][name] for name in VISION}
+        # The last layer is in no file if it is dropped.
+        fields["num_hidden_layers"] -= bool(raw.get("drop_vision_last_layer", True))
         vision = transformers.SiglipVisionConfig(
-            **VISION, vision_use_head=False, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"
-        )
-        text = transformers.Qwen2Config(
-            **TEXT,
-            vocab_size=vocab_size,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            **fields,
+            vision_use_head=False,
+            layer_norm_eps=1e-6,
+            hidden_act="gelu_pytorch_tanh",
         )
         self.vpm = transformers.SiglipVisionModel(vision)
-        self.llm = transformers.Qwen2ForCausalLM(text)
-        self.resampler = Resampler(QUERIES, TEXT["hidden_size"], TEXT["hidden_size"] // 128, 32)
+        self.llm = transformers.Qwen2ForCausalLM(_language(raw))
+        width = self.llm.config.hidden_size
+        self.resampler = Resampler(raw["query_num"], width, width // 128, vision.hidden_size)
+        self.patch, self.table_side = vision.patch_size, vision.image_size // vision.patch_size
 
     def rows(self, piece: Image.Image) -> torch.Tensor:
         tower = getattr(self.vpm, "vision_model", self.vpm)
-        width, height = piece.width // PATCH, piece.height // PATCH
+        width, height = piece.width // self.patch, piece.height // self.patch
         patches = tower.embeddings.patch_embedding(normalised(piece)[None]).flatten(2).transpose(1, 2)
-        places = tower.embeddings.position_embedding(
-            position_ids(width, height, VISION["image_size"] // PATCH)
-        )
+        places = tower.embeddings.position_embedding(position_ids(width, height, self.table_side))
         features = tower.encoder(inputs_embeds=patches + places).last_hidden_state
         return self.resampler(tower.post_layernorm(features)[0], width, height)
 
-    def embeds(self, ids: Sequence[int], images: Sequence[Image.Image]) -> torch.Tensor:
+    def embeds(self, ids: Sequence[int], images: Sequence[Image.Image], **options: Any) -> torch.Tensor:
+        """Embeddings ``(1, T, hidden)``; ``options`` are those of :func:`cut`."""
         tokens = torch.tensor(ids)
         embeds = self.llm.get_input_embeddings()(tokens)
         if images:
-            rows = torch.cat([self.rows(piece) for image in images for piece in cut(image)[0]])
+            rows = torch.cat([self.rows(piece) for image in images for piece in cut(image, **options)[0]])
             embeds[tokens == SPECIALS.index("<unk>")] = rows
         return embeds[None]
 
 
-def make(path: Path, *, seed: int = 0, **config: Any) -> Path:
-    """A checkpoint with the names and the configuration of the public one."""
-    tok = tokenizer(
-        SPECIALS,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<unk>",
-        bos_token="<|im_start|>",
-    )
-    tok.chat_template = TEMPLATE
-    tok.save_pretrained(path)
-    model = spread(Reference(len(tok)), seed=seed)
-    with torch.no_grad():
-        for weight in (model.resampler.attn.in_proj_weight, model.resampler.proj):
-            weight /= TEXT["hidden_size"] ** 0.5
-    tensors = {
-        name.replace("vpm.vision_model.", "vpm.", 1): value.contiguous()
-        for name, value in model.state_dict().items()
-    }
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    public = {
+def _language(raw: Mapping[str, Any]) -> transformers.Qwen2Config:
+    names = transformers.Qwen2Config().to_dict().keys() - {"architectures", "model_type"}
+    more = {name: raw[name] for name in ("rope_theta", "rope_scaling") if name in raw}
+    return transformers.Qwen2Config(**{name: raw[name] for name in names if name in raw}, **more)
+
+
+def configuration(vocabulary: int, **fields: Any) -> dict[str, Any]:
+    """A config.json like the public one, for a tiny model."""
+    return {
         **TEXT,
         "architectures": ["MiniCPMV"],
         "model_type": "minicpmv",
         "version": 2.6,
-        "vocab_size": len(tok),
+        "vocab_size": vocabulary,
         "hidden_act": "silu",
         "rope_theta": 1e6,
         "query_num": QUERIES,
@@ -231,10 +230,13 @@ def make(path: Path, *, seed: int = 0, **config: Any) -> Path:
         "use_image_id": True,
         "torch_dtype": "float32",
         "vision_config": {**VISION, "model_type": "siglip"},
-        **config,
+        **fields,
     }
-    (path / "config.json").write_text(json.dumps(public))
-    processor = {
+
+
+def processor_configuration(**fields: Any) -> dict[str, Any]:
+    """A preprocessor_config.json like the public one, for small images."""
+    return {
         "image_processor_type": "MiniCPMVImageProcessor",
         "max_slice_nums": MAX_SLICES,
         "scale_resolution": RESOLUTION,
@@ -250,16 +252,55 @@ def make(path: Path, *, seed: int = 0, **config: Any) -> Path:
         "norm_mean": [0.5, 0.5, 0.5],
         "norm_std": [0.5, 0.5, 0.5],
         "version": 2.6,
+        **fields,
     }
-    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+def make(path: Path, *, seed: int = 0, processor: Mapping[str, Any] | None = None, **config: Any) -> Path:
+    """A checkpoint with the names and the configuration of the public one.
+
+    Args:
+        processor: fields of preprocessor_config.json that differ.
+        config: fields of config.json that differ.
+    """
+    tok = minicpm_v_tokenizer()
+    tok.save_pretrained(path)
+    raw = configuration(len(tok), **config)
+    model = spread(Reference(raw), seed=seed)
+    with torch.no_grad():
+        for weight in (model.resampler.attn.in_proj_weight, model.resampler.proj):
+            weight /= model.llm.config.hidden_size**0.5
+    tensors = {
+        name.replace("vpm.vision_model.", "vpm.", 1): value.contiguous()
+        for name, value in model.state_dict().items()
+    }
+    if raw["tie_word_embeddings"]:
+        del tensors["llm.lm_head.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(raw))
+    (path / "preprocessor_config.json").write_text(json.dumps(processor_configuration(**(processor or {}))))
     return path
+
+
+def minicpm_v_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    tok = tokenizer(
+        SPECIALS,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        bos_token="<|im_start|>",
+    )
+    tok.chat_template = TEMPLATE
+    return tok
 
 
 def load(path: Path) -> Reference:
     tensors = all_tensors(path)
-    model = Reference(len(tensors["llm.lm_head.weight"]))
+    tensors.setdefault("llm.lm_head.weight", tensors["llm.model.embed_tokens.weight"])
+    model = Reference(json.loads((path / "config.json").read_text()))
     infix = "vision_model." if hasattr(model.vpm, "vision_model") else ""
-    model.load_state_dict({name.replace("vpm.", "vpm." + infix, 1): t for name, t in tensors.items()})
+    given = {name.replace("vpm.", "vpm." + infix, 1): tensor for name, tensor in tensors.items()}
+    model.load_state_dict(given)
     return model.eval()
 
 
@@ -275,14 +316,22 @@ def prompt_ids(path: Path, prompt: str, images: Sequence[Image.Image], **options
 
 
 class MiniCPMVReference:
-    """The model of a checkpoint on disk."""
+    """The model of a checkpoint on disk.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        limit: most slices of an image; the checkpoint's if not given.
+    """
+
+    def __init__(self, path: Path, limit: int | None = None) -> None:
         self.path, self.model = path, load(path)
         self.model.llm.generation_config.update(eos_token_id=[2], pad_token_id=0)
+        stated = json.loads((path / "preprocessor_config.json").read_text())
+        self._cut = {"resolution": stated["scale_resolution"], "limit": limit or stated["max_slice_nums"]}
+        self._numbered, self._queries = stated["use_image_id"], stated["image_feature_size"]
 
     def inputs(self, prompt: Prompt) -> Inputs:
-        ids = prompt_ids(self.path, prompt.text, prompt.pictures)
-        embeds = self.model.embeds(ids, prompt.pictures)
+        options = {**self._cut, "numbered": self._numbered, "queries": self._queries}
+        ids = prompt_ids(self.path, prompt.text, prompt.pictures, **options)
+        embeds = self.model.embeds(ids, prompt.pictures, patch=self.model.patch, **self._cut)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
         return Inputs([*ids], self.model.llm, {"inputs_embeds": embeds, "attention_mask": mask})

@@ -97,6 +97,8 @@ class OnevisionReference:
         cls = transformers.LlavaOnevisionForConditionalGeneration
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         self.images = transformers.LlavaOnevisionImageProcessorPil.from_pretrained(path)
+        vision = self.model.config.vision_config
+        self.side, self.grid = vision.image_size, vision.image_size // vision.patch_size
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         processor = transformers.LlavaOnevisionProcessor
         image_only = type(
@@ -107,13 +109,13 @@ class OnevisionReference:
         self.processor = image_only(
             self.images,
             self.tokenizer,
-            num_image_tokens=(SIDE // PATCH) ** 2,
+            num_image_tokens=self.grid**2,
             vision_feature_select_strategy="full",
-            vision_aspect_ratio="anyres_max_4",
+            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
         )
 
     def inputs(self, prompt: Prompt) -> Inputs:
-        rows = "<video>" * (len(prompt.frames) * 9 + 1)
+        rows = "<video>" * (len(prompt.frames) * (-(-self.grid // 2)) ** 2 + 1)
         # The processor refuses marks of videos that it isn't given: another special token stands in.
         text = prompt.text.replace("<video>", rows.replace("<video>", "<|endoftext|>"))
         # Transformers' chats nest the pictures of a conversation: several are then shown in one crop each.
@@ -125,6 +127,8 @@ class OnevisionReference:
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
 
     def video(self, frames: Sequence[Image.Image]) -> torch.Tensor:
-        resized = [np.asarray(frame.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for frame in frames]
-        values = [(pixels / 255 - self.images.image_mean) / self.images.image_std for pixels in resized]
+        resample, size = Image.Resampling(int(self.images.resample)), (self.side, self.side)
+        resized = [np.asarray(frame.resize(size, resample)) for frame in frames]
+        scale = self.images.rescale_factor
+        values = [(pixels * scale - self.images.image_mean) / self.images.image_std for pixels in resized]
         return torch.tensor(np.stack(values), dtype=torch.float32).permute(0, 3, 1, 2)[None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,17 +183,19 @@ class Reference:
     """Transformers' model and processor of a checkpoint of the family called ``kind`` there.
 
     Args:
-        frame_size: count, width and height of a video's frames to the width and height that they are resized
-            to; as pictures are if not given.
+        fps: frames of a video per second; those of ``FPS`` if not given.
     """
 
-    def __init__(
-        self, path: Path, kind: str, frame_size: Callable[[int, int, int], tuple[int, int]] | None = None
-    ) -> None:
-        self.kind, self.frame_size = kind, frame_size
+    def __init__(self, path: Path, kind: str, fps: float | None = None) -> None:
+        self.kind, self.fps = kind, fps or FPS.get(kind, 1.0)
         model = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = model.from_pretrained(path, dtype=torch.float32).eval()
+        self.vision = self.model.config.vision_config
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.frames = self.images
+        if (path / "video_preprocessor_config.json").is_file():
+            stated = json.loads((path / "video_preprocessor_config.json").read_text())
+            self.frames = transformers.Qwen2VLImageProcessorPil(**stated)
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         processor = getattr(transformers, f"{kind}Processor")
         # The video half needs torchvision.
@@ -208,7 +210,7 @@ class Reference:
         text = prompt.text
         if prompt.frames:
             patches, grid = self.video(prompt.frames)
-            rows = self.placeholder(len(prompt.frames), grid[0].tolist(), FPS.get(self.kind, 1.0))
+            rows = self.placeholder(len(prompt.frames), grid[0].tolist(), self.fps)
             text = text.replace("<|video_pad|>", rows)
         # The processor refuses marks of videos that it isn't given: another special token stands in.
         text = text.replace("<|video_pad|>", "<|vision_pad|>")
@@ -220,41 +222,50 @@ class Reference:
             arguments["mm_token_type_ids"].masked_fill_(of_video, 2)
             arguments["pixel_values_videos"], arguments["video_grid_thw"] = patches, grid
             if self.kind == "Qwen2_5_VL":
-                arguments["second_per_grid_ts"] = torch.tensor([2 / FPS[self.kind]])
+                seconds = self.vision.temporal_patch_size / self.fps
+                arguments["second_per_grid_ts"] = torch.tensor([seconds])
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
 
     def placeholder(self, count: int, grid: Sequence[int], fps: float) -> str:
-        """What stands in place of the mark of a video of ``count`` frames."""
+        """The text in place of the placeholder of a video of ``count`` frames."""
+        merge, temporal = self.vision.spatial_merge_size, self.vision.temporal_patch_size
         if self.kind != "Qwen3VL":
-            return "<|video_pad|>" * (grid[0] * grid[1] * grid[2] // 4)
+            return "<|video_pad|>" * (grid[0] * grid[1] * grid[2] // merge**2)
         # What Transformers' processor, which can't be made without torchvision, does.
-        self.processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+        self.processor.video_processor = SimpleNamespace(merge_size=merge, temporal_patch_size=temporal)
         metadata = VideoMetadata(total_num_frames=count, fps=fps, frames_indices=list(range(count)))
         inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
         return self.processor.replace_video_token(inputs, 0)
 
     def video(self, frames: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches and grid of a video."""
-        resized = self.frame_size is not None
-        if self.frame_size is not None:
-            size = self.frame_size(len(frames), *frames[0].size)
-            frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
-        frames = [*frames, *frames[-1:] * (len(frames) % 2)]
-        singles = [self.images(frame, do_resize=not resized, return_tensors="pt") for frame in frames]
-        # Each frame alone was doubled in time: of two frames, take one half from each.
-        halves = [single["pixel_values"].view(-1, 3, 2, 16)[:, :, 0] for single in singles]
-        steps = range(0, len(frames), 2)
-        patches = torch.cat([torch.stack(halves[i : i + 2], dim=2).flatten(1) for i in steps])
+        temporal, patch = self.vision.temporal_patch_size, self.vision.patch_size
+        size = self.frame_size(len(frames), *frames[0].size)
+        resized = [frame.resize(size, Image.Resampling(int(self.frames.resample))) for frame in frames]
+        resized += resized[-1:] * (-len(resized) % temporal)
+        singles = [self.frames(frame, do_resize=False, return_tensors="pt") for frame in resized]
+        # Each frame alone was repeated in time: one copy of each is joined with its neighbours'.
+        copies = [single["pixel_values"].view(-1, 3, temporal, patch**2)[:, :, 0] for single in singles]
+        steps = range(0, len(resized), temporal)
+        patches = torch.cat([torch.stack(copies[i : i + temporal], dim=2).flatten(1) for i in steps])
         return patches, torch.tensor([[len(steps), *singles[0]["image_grid_thw"][0, 1:].tolist()]])
 
-
-def qwen3_vl_reference(path: Path) -> Reference:
-    resize = import_module("transformers.models.qwen3_vl.video_processing_qwen3_vl").smart_resize
-
-    def frame_size(count: int, width: int, height: int) -> tuple[int, int]:
-        return resize(count, height, width, 2, 8, 256, 4096)[::-1]
-
-    return Reference(path, "Qwen3VL", frame_size)
+    def frame_size(self, count: int, width: int, height: int) -> tuple[int, int]:
+        """Width and height that the frames of a video are resized to, by Transformers' own arithmetic."""
+        bounds, temporal = self.frames.size, self.vision.temporal_patch_size
+        given = {
+            "height": height,
+            "width": width,
+            "factor": self.vision.patch_size * self.vision.spatial_merge_size,
+            "min_pixels": bounds["shortest_edge"],
+            "max_pixels": bounds["longest_edge"],
+        }
+        module = transformers.Qwen2VLImageProcessorPil.__module__
+        if self.kind == "Qwen3VL":
+            module = "transformers.models.qwen3_vl.video_processing_qwen3_vl"
+            given |= {"num_frames": max(count, temporal), "temporal_factor": temporal}
+        height, width = import_module(module).smart_resize(**given)
+        return width, height
 
 
 def frames(count: int) -> list[Image.Image]:

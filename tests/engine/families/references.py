@@ -36,7 +36,7 @@ class LlavaReference:
         self.processor = transformers.LlavaProcessor(
             transformers.CLIPImageProcessorPil.from_pretrained(path),
             tok,
-            patch_size=7,
+            patch_size=self.model.config.vision_config.patch_size,
             vision_feature_select_strategy=self.model.config.vision_feature_select_strategy,
             num_additional_image_tokens=1,
         )

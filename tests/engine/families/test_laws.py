@@ -12,14 +12,11 @@ import pytest
 import torch
 
 from engine.checkpoint.folder import Checkpoint
-from engine.config import EngineConfig
-from engine.encoder import EncoderEngine
 from engine.errors import InvalidRequest
-from engine.families.base import PromptAwareProcessor
 from engine.families.registry import supported_architectures
-from engine.frontend import load_media_processor
 from tests.engine.families.case import Prompt
 from tests.engine.families.cases import CASES
+from tests.engine.families.embedded import as_embeddings
 from tests.engine.families.made import Made
 from tests.engine.tiny import picture
 
@@ -69,16 +66,17 @@ def _check_refused(model: Made, data: dict, reason: str) -> None:
 def batch_is_alone(model: Made, hub: Made) -> None:
     """A text, a picture, several, and a video in one batch; each by itself; and all of their logits."""
     prompts = model.case.prompts()
-    model.check(model.llm(), prompts)
+    model.check(model.llm(), prompts, prompt_logprobs=1)
     llm = model.llm(enable_prefix_caching=False)
     for prompt in prompts:
-        model.check(llm, [prompt])
+        model.check(llm, [prompt], prompt_logprobs=3)
     assert max(model.distances(llm, prompts, prompts)) < 1e-4
 
 
 def chunked_is_whole(model: Made, hub: Made) -> None:
     """So few tokens a step that pictures are cut by steps, and so small blocks that they cut them too."""
-    model.check(model.llm(max_num_batched_tokens=13, max_num_seqs=4, block_size=4), model.case.prompts())
+    llm = model.llm(max_num_batched_tokens=13, max_num_seqs=4, block_size=4)
+    model.check(llm, model.case.prompts(), prompt_logprobs=2)
 
 
 def preempted_or_cached(model: Made, hub: Made) -> None:
@@ -92,9 +90,8 @@ def preempted_or_cached(model: Made, hub: Made) -> None:
     # Vectors have no answer for which blocks could lack: those prompts wait for each other.
     assert model.case.embeds or llm.metrics()["preempted"] > 0
     llm = model.llm(block_size=4)
-    for _ in range(2):
-        model.check(llm, prompts)
-    assert llm.metrics()["cached_tokens"] > 0
+    model.check(llm, prompts)
+    model.check(llm, prompts, block=4)
 
 
 def embeds_are_pixels(model: Made, hub: Made) -> None:
@@ -104,24 +101,10 @@ def embeds_are_pixels(model: Made, hub: Made) -> None:
         _check_refused(model, {"image": torch.zeros(1, 4, 64)}, "no pictures")
         return
     llm = model.llm()
-    config = EngineConfig(model=str(model.path), **model.options)
-    encoder, processor = EncoderEngine.load(config), load_media_processor(config)
-    for prompt in prompts:
-        ours = processor
-        if isinstance(processor, PromptAwareProcessor):
-            ours = processor.among(len(prompt.pictures))
-        media = [ours.prepare(image) for image in prompt.pictures]
-        rows = encoder.encode(media)
-        field = ours.embedding_field
-        ways = [rows, torch.stack(rows) if field is None else torch.cat(rows)]
-        described = {
-            None: {},
-            "image_grid_thw": {"image_grid_thw": torch.tensor([entry.item.grid for entry in media])},
-            "image_size_list": {"image_size_list": [image.size for image in prompt.pictures]},
-        }[field and field.name]
-        for embeds in ways:
-            data = {"image": {"image_embeds": embeds, **described}}
-            (output,) = model.run(llm, [{"prompt": prompt.text, "multi_modal_data": data}])
+    for prompt, forms in zip(prompts, as_embeddings(llm.config, prompts), strict=True):
+        for embeds in forms:
+            entry = {"prompt": prompt.text, "multi_modal_data": {"image": embeds}}
+            (output,) = model.run(llm, [entry])
             model.compare(output, model.answer(prompt))
     llm.check_integrity()
 

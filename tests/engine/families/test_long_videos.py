@@ -9,29 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from engine import SamplingParams
-from tests.engine.families.case import TOKENS, Answer, Inputs, Prompt
+from tests.engine.families.case import TOKENS, Prompt
 from tests.engine.families.cases import case_named
+from tests.engine.families.expected import Expected
+from tests.engine.families.made import greedy
 from tests.engine.families.qwen import FRAME, VIDEO
 from tests.engine.tiny import picture
 
 FRAMES = tuple(picture(16, 16, seed) for seed in range(104))
-PARAMS = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=0)
-
-
-def longer(given: Inputs, tokens: list[int]) -> Inputs:
-    """The reference's inputs with text after them."""
-    ids = torch.tensor([[*given.ids, *tokens]])
-    same = {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
-    same["mm_token_type_ids"][:, : len(given.ids)] = given.arguments["mm_token_type_ids"]
-    return Inputs(ids[0].tolist(), given.model, {**given.arguments, **same, "input_ids": ids})
 
 
 def ask(llm: Any, ids: list[int]) -> Any:
     data = {"video": [list(FRAMES)]}
-    (output,) = llm.generate({"prompt_token_ids": ids, "multi_modal_data": data}, PARAMS, use_tqdm=False)
+    (output,) = llm.generate({"prompt_token_ids": ids, "multi_modal_data": data}, greedy(), use_tqdm=False)
     return output
 
 
@@ -39,13 +30,13 @@ def ask(llm: Any, ids: list[int]) -> Any:
 def test_answers_and_their_next_turn_are_those_of_transformers(made, name):
     model = made(case_named(name))
     first = model.inputs(Prompt(FRAME.format(f"{VIDEO}what is shown?"), frames=FRAMES))
-    answer = Answer.of(first)
-    second = longer(first, [*answer.tokens, *range(40, 60)])
+    answer = Expected(first, TOKENS)
+    second = first.extended([*answer.tokens, *range(40, 60)])
     options = {"max_model_len": 1024, "kv_cache_bytes": 32 << 20, "block_size": 4}
     cached = model.llm(**options)
     model.compare(ask(cached, first.ids), answer)
     computed = model.llm(**options, enable_prefix_caching=False)
-    wanted = Answer.of(second)
+    wanted = Expected(second, TOKENS)
     for llm in (cached, computed):
         model.compare(ask(llm, second.ids), wanted)
     assert cached.metrics()["cached_tokens"] > len(first.ids)

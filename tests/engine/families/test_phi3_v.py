@@ -17,7 +17,7 @@ from engine.frontend import load_media_processor
 from tests.engine.families.case import TOKENS, Prompt
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
-from tests.engine.families.phi3_v_reference import ORIGINAL, canvas_of, make_phi3_v
+from tests.engine.families.phi3_v_reference import ORIGINAL, Phi3VReference, canvas_of, make_phi3_v
 from tests.engine.tiny import picture, rewrite_json
 
 SIZES = [(60, 44), (44, 70), (28, 28), (1, 1), (200, 20), (20, 200), (27, 29), (640, 480), (99, 100)]
@@ -29,24 +29,33 @@ def composed(tmp_path_factory):
     return path, make_phi3_v(path, seed=3)
 
 
-@pytest.mark.parametrize("length", [ORIGINAL, ORIGINAL + 1])
-def test_long_factors_are_chosen_for_the_life_of_the_model(composed, length):
-    """Transformers chooses by the longest position of a batch; compared where both use the same factors."""
-    path, reference = composed
-    llm = LLM(str(path), max_model_len=length)
-    prompt = "<|user|>\n" + "hello world " * 10 + "<|end|>\n<|assistant|>\n"
-    params = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
-    (output,) = llm.generate(prompt, params, use_tqdm=False)
-    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-    assert len(ids) == length
-    with torch.inference_mode():
-        if length > ORIGINAL:
-            # One token more makes the reference take the long factors for all of them.
-            logits = reference.language(input_ids=torch.tensor([ids])).logits[0]
-        else:
-            logits = reference.language(input_ids=torch.tensor([ids[:-1]])).logits[0]
-    start = len(output.prompt_token_ids)
-    assert logits[start - 1 : length - 1].argmax(-1).tolist() == ids[start:]
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_an_answer_that_grows_beyond_the_original_context_is_computed_again(composed, pictures):
+    """Each token is the one that the reference gives for all tokens before it, computed anew."""
+    path, _ = composed
+    reference = Phi3VReference(path)
+    images = (picture(28, 28, 5),) * pictures
+    mark = "<|image_1|>\n" * pictures
+    prompts = [
+        Prompt(f"<|user|>\n{mark}{'a ' * count}<|end|>\n<|assistant|>\n", images) for count in range(160)
+    ]
+    # One prompt ends just before the boundary, one far behind it.
+    near = next(p for p in prompts if len(reference.inputs(p).ids) == ORIGINAL - 5)
+    llm = LLM(str(path), max_model_len=ORIGINAL + 100, kv_cache_bytes=8 << 20)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    for prompt, output in zip(
+        (near, prompts[-1]),
+        llm.generate([near.entry, prompts[-1].entry], params, use_tqdm=False),
+        strict=True,
+    ):
+        given, found = reference.inputs(prompt), []
+        embeds = given.arguments["inputs_embeds"]
+        for _ in range(12):
+            with torch.inference_mode():
+                found.append(int(reference.model.language(inputs_embeds=embeds).logits[0, -1].argmax()))
+            embeds = torch.cat([embeds, reference.model.embeds(found[-1:], {})], dim=1)
+        assert output.outputs[0].token_ids == found
+    llm.check_integrity()
 
 
 @pytest.mark.parametrize("num_crops", [1, 4, 16])

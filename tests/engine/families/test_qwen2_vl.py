@@ -259,10 +259,10 @@ def test_pixels_that_do_not_fit_their_grid_are_refused(path):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"type": "ntk"}}, "ntk"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "mrope_section"),
         ({"rope_scaling": None}, "mrope_section"),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
         ({"num_attention_heads": -4}, "num_attention_heads"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"vision_config": {"hidden_size": 65}}, "hidden_size"),

@@ -18,7 +18,7 @@ from engine.inputs.builder import PromptBuilder
 from engine.text.tokenizer import Tokenizer
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
-from tests.engine.families.qwen import IMAGE, VIDEO, frames, make_qwen3_vl, qwen3_vl_reference
+from tests.engine.families.qwen import IMAGE, VIDEO, Reference, frames, make_qwen3_vl
 from tests.engine.tiny import picture, rewrite_json
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(path):
-    return qwen3_vl_reference(path)
+    return Reference(path, "Qwen3VL")
 
 
 def parse(path):

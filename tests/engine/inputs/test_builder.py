@@ -40,8 +40,8 @@ def user(*parts):
 
 def builder(tokenizer=CHATML, source=templates.CHATML_PARTS, mark="<|image_pad|>", **form):
     template = ChatTemplate({"default": source}, {"bos_token": "<s>"}) if source else None
-    placeholder = form.pop("placeholder", None)
-    return PromptBuilder(tokenizer, template, PromptFormat(image=mark, **form), placeholder)
+    expand = form.pop("expand", None)
+    return PromptBuilder(tokenizer, template, PromptFormat(image=mark, **form), expand)
 
 
 def spelled(ids, token):
@@ -216,7 +216,7 @@ def test_marks_that_are_text_become_runs_of_text_and_rows():
     digits = [CHATML.token_id(c) for c in "01"]
     start, end = CHATML.token_id("<|vision_start|>"), CHATML.token_id("<|vision_end|>")
 
-    def placeholder(media, index):
+    def expand(media, index):
         rows = PlaceholderRun(PAD, media.num_tokens - 1, True)
         return (
             PlaceholderRun(digits[index], 1, False),
@@ -227,7 +227,7 @@ def test_marks_that_are_text_become_runs_of_text_and_rows():
         )
 
     build = builder(
-        source=templates.CHATML_TRIMMED, mark="(<image>./</image>)", separator="\n", placeholder=placeholder
+        source=templates.CHATML_TRIMMED, mark="(<image>./</image>)", separator="\n", expand=expand
     )
     built = build.from_messages(
         user(image(), text("(<image>./</image>)"), image()), [item(3, name="a"), item(4, name="b")]
@@ -246,19 +246,21 @@ def test_marks_that_are_text_become_runs_of_text_and_rows():
 @pytest.mark.parametrize(("marks", "given"), [(0, 1), (1, 0), (2, 1), (1, 2)])
 def test_counts_that_differ_are_both_told(marks, given):
     items = [item(2, name=str(n)) for n in range(given)]
-    for refused in (
-        lambda: builder().from_text("<|image_pad|>" * marks + "x", items),
-        lambda: builder().from_token_ids([PAD] * 0 + [5, PAD] * marks + [5], items),
-    ):
-        with pytest.raises(InvalidRequest, match=rf"has {marks} places .* {given} were given"):
-            refused()
+    told = rf"placeholders in the prompt is {marks}, .* given is {given}\."
+    with pytest.raises(InvalidRequest, match=told) as caught:
+        builder().from_text("<|image_pad|>" * marks + "x", items)
+    assert caught.value.param == "prompt"
+    if given:
+        with pytest.raises(InvalidRequest, match=told) as caught:
+            builder().from_token_ids([5, PAD] * marks + [5], items)
+        assert caught.value.param == "prompt_token_ids"
     with pytest.raises(InvalidRequest, match=f"refer to {marks} .* {given} were given"):
         builder().from_messages(user(*[image()] * marks, text("x")), items)
 
 
 def test_a_template_that_drops_pictures_is_an_error():
     source = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
-    with pytest.raises(InvalidRequest, match="has 0 places"):
+    with pytest.raises(InvalidRequest, match="in the prompt is 0"):
         builder(source=source).from_messages(user(image()), [item(2)])
 
 
@@ -273,22 +275,26 @@ def test_raw_prompts_have_the_ids_of_transformers(references):
     )
 
 
-def test_token_ids_may_hold_marks_or_whole_placeholders():
-    items = [item(2, name="a"), item(3, name="b")]
-    marked = builder().from_token_ids([7, PAD, 8, PAD], items)
-    whole = builder().from_token_ids([7, PAD, PAD, 8, PAD, PAD, PAD], items)
-    assert marked == whole
-    assert [s.offset for s in whole.spans] == [1, 4]
-    assert builder().from_token_ids([1, 2, 3]).token_ids == [1, 2, 3]
-    for ids in ([7, PAD, PAD, 8, PAD, PAD], [7, *[PAD] * 6], [PAD, PAD, 8, PAD, PAD, PAD, 1, PAD]):
-        with pytest.raises(InvalidRequest):
-            builder().from_token_ids(ids, items)
-
-
-def test_touching_pictures_of_one_row_are_told_apart():
-    items = [item(1, name="a"), item(1, name="b")]
-    spans = builder().from_token_ids([PAD, PAD], items).spans
-    assert [(s.item.hash, s.offset, s.length) for s in spans] == [("a", 0, 1), ("b", 1, 1)]
+@pytest.mark.parametrize(
+    ("tokenizer", "mark"), [(CHATML, "<|image_pad|>"), (LLAMA, "<image>"), (LLAMA, "<|image_{index}|>")]
+)
+def test_placeholder_strings_of_a_prompt_without_media_are_plain_text(tokenizer, mark):
+    build = builder(tokenizer, None, mark)
+    mark = mark.replace("{index}", "1")
+    special = sorted(
+        tokenizer.added_tokens[i].content for i in tokenizer.special_ids if i != tokenizer.bos_id
+    )[0]
+    prompt = f"the {mark} is where {special} a picture stands {mark}"
+    built = build.from_text(prompt, placeholders_are_text=True)
+    assert built.spans == [] and built.text == prompt
+    assert built.token_ids.count(tokenizer.token_id(mark)) == 0
+    assert built.token_ids.count(tokenizer.token_id(special)) == 1
+    assert tokenizer.decode(built.token_ids, skip_special_tokens=True).count(mark) == 2
+    # Nothing else about the prompt changes.
+    harmless = prompt.replace(mark, "mark")
+    assert build.from_text(harmless, placeholders_are_text=True) == build.from_text(harmless)
+    with pytest.raises(InvalidRequest, match="placeholders"):
+        build.from_text(prompt)
 
 
 def test_videos_have_their_own_marks():
@@ -320,7 +326,7 @@ def test_what_cannot_be_built():
 def test_developers_are_systems_unless_the_template_knows_them():
     messages, _ = parse_messages([{"role": "developer", "content": "x"}])
     assert "<|system|>" in builder(LLAMA, templates.PHI, None).from_messages(messages).text
-    knowing = templates.PHI + "{# developer #}"
+    knowing = "{% if messages[0].role == 'developer' %}[instructions]{% endif %}" + templates.PHI
     assert "<|developer|>" in builder(LLAMA, knowing, None).from_messages(messages).text
 
 

@@ -85,23 +85,6 @@ def test_a_part_is_continued():
 
 
 @pytest.mark.parametrize(
-    ("source", "parts"),
-    [
-        (templates.CHATML_PARTS, True),
-        (templates.LLAVA, True),
-        (templates.MACRO, True),
-        (templates.ALIAS, True),
-        (templates.PHI, False),
-        (templates.CHATML_TRIMMED, False),
-        (templates.TOOLS, False),
-        (templates.SPLIT, False),
-    ],
-)
-def test_what_content_a_template_wants(source, parts):
-    assert template(source).takes_parts is parts
-
-
-@pytest.mark.parametrize(
     "source",
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",

@@ -63,12 +63,8 @@ TAGS = (
     "</think>", "<|other|>",
 )  # fmt: skip
 
-#: Vocabularies in which the tags are special tokens, tokens of ordinary text, and no tokens.
-VOCABULARIES = {
-    "special": (byte_level, "<|im_end|>"),
-    "added": (byte_level, "<|im_end|>"),
-    "text": (byte_fallback, "</s>"),
-}
+#: Vocabularies in which the tags are added tokens, and in which they are plain text.
+VOCABULARIES = {"tokens": (byte_level, "<|im_end|>"), "text": (byte_fallback, "</s>")}
 
 
 #: Texts that end a free text in one of the formats.
@@ -94,19 +90,18 @@ class Vocabulary:
         make, end = VOCABULARIES[name]
         self.backend: Backend = make()
         if name != "text":
-            special = name == "special"
-            self.backend.add_tokens([AddedToken(tag, special=special, normalized=False) for tag in TAGS])
+            self.backend.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
         tokenizer = Tokenizer(self.backend, {})
         self.size = self.backend.get_vocab_size(with_added_tokens=True)
         self.end = self.backend.token_to_id(end)
         ends = frozenset([self.end])
-        speller = Speller(tokenizer, self.size, ends)
+        speller = Speller(tokenizer, self.size, ends | frozenset(tokenizer.added_tokens))
         control = {index: self.backend.id_to_token(index) for index in sorted(speller.control_ids)}
         cuts_all = speller.segmenter.cuts_all
         vocabulary = Masks(speller.token_bytes, control, [self.end], speller.spell, cuts_all)
         self.engine = vocabulary.for_llguidance()
-        self.special = SpecialTokens({name: index for index, name in control.items()}, ends, speller.added)
-        #: The text of each token; special tokens spell themselves.
+        self.special = SpecialTokens({name: index for index, name in control.items()}, ends)
+        #: The text of each token; added tokens spell themselves.
         self.bytes = [
             control[index].encode() if index in control else speller.token_bytes[index]
             for index in range(self.size)
@@ -260,11 +255,10 @@ def test_structured_output_begins_behind_the_thought(words):
     assert words.accepts(inside, "hm</think>12") and not words.accepts(inside, "12")
 
 
-@pytest.mark.parametrize("words", ["special", "added"])
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("budget", [0, 1, 7])
-def test_a_thought_ends_within_its_budget(words, inside, budget):
-    words = vocabulary(words)
+def test_a_thought_ends_within_its_budget(inside, budget):
+    words = vocabulary("tokens")
     text = grammar_with_budget(words.special, THINK, budget, begins_inside=inside)
     start, end = words.tags[THINK.start], words.tags[THINK.end]
     for seed in range(6):

@@ -1,0 +1,133 @@
+"""From a conversation to its running answer, for every endpoint that speaks of messages."""
+
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from deployments.answers import AnswerReader, WholeAnswer, gather
+from deployments.pipeline import Pipeline
+from deployments.tools import NO_TOOLS, ToolUse
+from engine.errors import SightlineError
+from engine.inputs.messages import parse_messages
+from engine.outputs import StreamUpdate
+from engine.prompt import EngineInput, MediaItem
+from engine.sampling_params import SamplingParams, StructuredSpec
+
+#: Names under which the engine knows constraints, whichever field of the body asks for them.
+_CONSTRAINT_NAMES = ("response_format", "guided_regex", "guided_choice", "guided_grammar")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation to be answered.
+
+    Attributes:
+        messages: in OpenAI's form.
+        params: how to sample, without the constraint.
+        tools: what may be called.
+        constraint: on the form of the visible answer.
+        constraint_field: the field of the body that asks for ``constraint``.
+        thinking_budget: the most tokens of a thought.
+        template_options: variables for the chat template.
+        add_generation_prompt, continue_final_message: see :meth:`PromptBuilder.from_messages`.
+        cache_salt: keeps the caches of tenants apart.
+        priority: requests with a smaller number are scheduled first.
+        field_names: the caller's fields by the name under which the engine knows what they ask for.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    params: SamplingParams
+    tools: ToolUse = NO_TOOLS
+    constraint: StructuredSpec | None = None
+    constraint_field: str | None = None
+    thinking_budget: int | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    cache_salt: str = ""
+    priority: int = 0
+    field_names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RunningAnswer:
+    """An answer on its way.
+
+    Attributes:
+        prompt_token_ids: of the whole prompt.
+        params: how it is sampled.
+        updates: what the engine gives; refusals and failures are raised under the caller's field names.
+        reader: parses the updates.
+    """
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    updates: AsyncGenerator[StreamUpdate, None]
+    reader: AnswerReader
+
+    async def whole(self) -> WholeAnswer:
+        """Wait for the end."""
+        return await gather(self.updates, self.reader)
+
+
+async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> RunningAnswer:
+    """Prepare the media, build the prompt, and start the answer.
+
+    Raises:
+        SightlineError: a refusal, before any expensive work, or a failure.
+    """
+    names = dict(given.field_names)
+    if given.constraint_field is not None:
+        names |= dict.fromkeys(_CONSTRAINT_NAMES, given.constraint_field)
+    elif given.tools.choice != "none":
+        names |= dict.fromkeys(_CONSTRAINT_NAMES, "tools")
+    with caller_fields(names):
+        pipeline.format.check(given.tools)
+        messages, sources = parse_messages(given.messages)
+
+        def build(items: list[MediaItem]) -> EngineInput:
+            return pipeline.builder.from_messages(
+                messages,
+                items,
+                add_generation_prompt=given.add_generation_prompt and not given.continue_final_message,
+                continue_final_message=given.continue_final_message,
+                tools=given.tools.functions if given.tools.choice != "none" else None,
+                template_kwargs=given.template_options,
+                cache_salt=given.cache_salt,
+            )
+
+        prompt = await pipeline.prepare(
+            build, sources, min_tokens=given.params.max_tokens or 1, salt=given.cache_salt
+        )
+        text = prompt.inputs.text
+        constraint = pipeline.format.constraint(given.tools, given.constraint, text, given.thinking_budget)
+    params = replace(given.params, structured=constraint)
+    if pipeline.format.parser(given.tools, text) is not None:
+        # Tags of calls and thoughts may be special tokens.
+        params = replace(params, skip_special_tokens=False)
+    updates = pipeline.generate(request_id, prompt, params, priority=given.priority)
+    reader = AnswerReader(lambda: pipeline.format.parser(given.tools, text))
+    return RunningAnswer(prompt.inputs.token_ids, params, _renamed(updates, names), reader)
+
+
+@contextmanager
+def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Name the caller's field in errors of the block."""
+    try:
+        yield
+    except SightlineError as error:
+        if error.param is not None and error.param in names:
+            error.param = names[error.param]
+        raise
+
+
+async def _renamed(
+    updates: AsyncGenerator[StreamUpdate, None], names: Mapping[str, str]
+) -> AsyncGenerator[StreamUpdate, None]:
+    try:
+        with caller_fields(names):
+            async for update in updates:
+                yield update
+    finally:
+        await updates.aclose()

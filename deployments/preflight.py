@@ -1,0 +1,153 @@
+"""Checks that nothing is in the way of ``serve run``: ``python -m deployments.preflight serve_config.yaml``.
+
+Without it ``serve run`` would put the application into whatever Ray cluster it finds, in place of that
+cluster's applications, and share a busy port with the other server: each would get some of the requests.
+"""
+
+import argparse
+import errno
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: Ray Serve's defaults for ``http_options``.
+_HOST, _PORT = "0.0.0.0", 8000
+
+
+class InTheWay(Exception):
+    """Something that would go wrong; the message says how to change it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what is in the way, if anything is; the exit code is 1 then."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.preflight", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--address", help="the Ray cluster that serve run is told to use, or 'local'")
+    options, _ = parser.parse_known_args(arguments)
+    try:
+        config = read_config(options.config)
+        check_cluster(options.address, os.environ)
+        check_port(config)
+    except InTheWay as error:
+        print(f"make serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """The file that ``serve run`` will read.
+
+    Raises:
+        InTheWay: there is no such file, or it is not YAML.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InTheWay(f"{path} can't be read: {error.strerror}. Name another file by CONFIG=...") from None
+    except yaml.YAMLError as error:
+        raise InTheWay(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(config, Mapping):
+        raise InTheWay(f"{path} should hold a mapping with proxy_location, http_options and applications.")
+    return config
+
+
+def check_cluster(address: str | None, environment: Mapping[str, str]) -> None:
+    """Check that ``serve run`` would start a cluster of its own, unless it is told which cluster to use.
+
+    Args:
+        address: its ``--address``.
+        environment: its environment variables.
+
+    Raises:
+        InTheWay: it would use a cluster that somebody else has started, or fail to connect to it.
+    """
+    if address not in (None, "auto"):
+        return
+    found, said_by = environment.get("RAY_ADDRESS", ""), "RAY_ADDRESS"
+    if found == "local":
+        return
+    if not found:
+        # Written by `ray start`.
+        file = Path(environment.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+        found, said_by = file.read_text().strip() if file.exists() else "", str(file)
+    if not found:
+        return
+    choose = (
+        "To serve on a cluster of its own: make serve ARGS='--address local'. "
+        f"To serve on that one, in place of what it serves now: make serve ARGS='--address {found}'."
+    )
+    if is_listening(found):
+        raise InTheWay(f"another Ray cluster runs at {found} ({said_by}). {choose}")
+    raise InTheWay(
+        f"{said_by} names a Ray cluster at {found}, which does not answer. "
+        + (f"Unset {said_by}, or" if said_by == "RAY_ADDRESS" else "Remove that file, or")
+        + " serve on a cluster of its own: make serve ARGS='--address local'."
+    )
+
+
+def check_port(config: Mapping[str, Any]) -> None:
+    """Check that the port of ``http_options`` is free.
+
+    Raises:
+        InTheWay: another program listens on it, or this user may not.
+    """
+    if config.get("proxy_location") == "Disabled":
+        return
+    options = config.get("http_options") or {}
+    host, port = options.get("host") or _HOST, options.get("port", _PORT)
+    try:
+        # Servers of Ray Serve share a port if they can. This socket doesn't, so it can't be had beside one.
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InTheWay(
+                f"port {port} of {host} is in use by {_listener(port)}. Stop it, or choose another "
+                "port: http_options.port in the configuration."
+            ) from None
+        raise InTheWay(
+            f"no server can listen on port {port} of {host}: {error.strerror}. Change http_options.host or "
+            "http_options.port in the configuration."
+        ) from None
+
+
+def is_listening(address: str) -> bool:
+    """Whether a server accepts connections at ``host:port``."""
+    match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if match is None:
+        return False
+    try:
+        with socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=2):
+            return True
+    except (OSError, OverflowError):
+        return False
+
+
+def _listener(port: int) -> str:
+    """The program that listens on a port, as far as this user can see it."""
+    try:
+        import psutil
+
+        for process in psutil.process_iter(["pid", "name", "cmdline"]):
+            try:
+                connections = process.net_connections("tcp")
+            except psutil.Error:
+                continue
+            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections):
+                title = " ".join(process.info["cmdline"] or ()).strip() or process.info["name"]
+                served = " (another `make serve` or `serve run`)" if "ray::" in title else ""
+                return f"process {process.pid}, {title[:60]}{served}"
+    except ImportError:
+        pass
+    return "another program"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The fields of every endpoint that generates text: sampling, constraints, thoughts, streams."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from deployments.protocol.base import Part, RequestBody
+from engine.errors import InvalidRequest
+from engine.sampling_params import SamplingParams, StructuredSpec
+from engine.structured.json_schema import close_objects
+
+#: Sampling parameters under the same name here and in :class:`SamplingParams`.
+_SAMPLING = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "prompt_logprobs",
+    "allowed_token_ids",
+    "bad_words",
+)
+
+
+class JsonSchema(Part):
+    """A schema under OpenAI's names.
+
+    Attributes:
+        strict: false leaves objects open that don't say whether they may have more properties.
+    """
+
+    name: str = ""
+    json_schema: dict[str, Any] | bool = Field(alias="schema", default_factory=dict)
+    strict: bool = True
+
+    @property
+    def text(self) -> str:
+        """The schema that answers follow, as JSON."""
+        return json.dumps(close_objects(self.json_schema) if self.strict else self.json_schema)
+
+
+class ResponseFormat(Part):
+    """``text``, any JSON object, or JSON that follows a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_there(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema must be given where type is json_schema, and only there")
+        return self
+
+
+class StructuredOutputs(Part):
+    """One constraint, as vLLM's clients give it."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class StreamOptions(Part):
+    """``include_usage`` adds an event with the counts at the end, ``continuous_usage_stats`` to each."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationBody(RequestBody):
+    """Fields that completions and chats share. Ranges are checked by
+    :class:`~engine.sampling_params.SamplingParams`."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "best_of": "ask for n answers with their logprobs, and choose one",
+        "chat_template": "it is set where the model is configured",
+        "documents": "put their text into a message",
+        "length_penalty": "beam search is not offered",
+        "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
+        "logits_processor_pattern": "use logit_bias, allowed_token_ids or bad_words",
+        "mm_processor_kwargs": "processor options are set where the model is configured",
+        "media_io_kwargs": "media options are set where the model is configured",
+        "use_beam_search": "beam search is not offered",
+        "truncate_prompt_tokens": "shorten the prompt",
+    }
+    SILENT: ClassVar[frozenset[str]] = frozenset(
+        {
+            "metadata",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+        }
+        | {"spaces_between_special_tokens", "store", "user"}
+    )
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    # Beyond OpenAI.
+    response_format: ResponseFormat | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    return_token_ids: bool = False
+    priority: int = Field(default=0, ge=-(1 << 31), lt=1 << 31)
+    cache_salt: str = Field(default="", max_length=256)
+
+    def check(self) -> None:
+        """Refuse fields that don't fit together.
+
+        Raises:
+            InvalidRequest: naming the field to change.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is for streams: set stream to true.", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs can't be streamed.", param="prompt_logprobs")
+
+    def sampling(self, defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
+        """Make sampling parameters of the body, over the checkpoint's ``defaults``.
+
+        Args:
+            given: parameters that the endpoint spells in its own way; None leaves the default.
+
+        Raises:
+            InvalidRequest: naming the parameter that is out of range.
+        """
+        named = {name: getattr(self, name) for name in _SAMPLING} | given
+        if named.get("top_p") == 0:
+            # The smallest set of likely tokens is the likeliest alone.
+            named |= {"top_p": None, "temperature": 0.0}
+        found = {name: value for name, value in named.items() if value is not None}
+        return SamplingParams(**{"max_tokens": None, **defaults, **found})
+
+    def constraint(self) -> tuple[StructuredSpec | None, str | None]:
+        """The constraint on the answer's form, and the field that asks for it.
+
+        Raises:
+            InvalidRequest: there are several.
+        """
+        found = list(self._constraints())
+        if len(found) > 1:
+            raise InvalidRequest(
+                f"Only one field can constrain an answer; {found[0][1]} and {found[1][1]} both do.",
+                param=found[1][1],
+            )
+        return found[0] if found else (None, None)
+
+    def _constraints(self):
+        given = self.response_format
+        if given is not None and given.json_schema is not None:
+            yield StructuredSpec(kind="json_schema", text=given.json_schema.text), "response_format"
+        elif given is not None and given.type == "json_object":
+            yield StructuredSpec(kind="json_object"), "response_format"
+        more = self.structured_outputs or StructuredOutputs()
+        for kind, values in (
+            ("json_schema", {"guided_json": self.guided_json, "structured_outputs.json": more.json_}),
+            ("regex", {"guided_regex": self.guided_regex, "structured_outputs.regex": more.regex}),
+            ("choice", {"guided_choice": self.guided_choice, "structured_outputs.choice": more.choice}),
+            ("grammar", {"guided_grammar": self.guided_grammar, "structured_outputs.grammar": more.grammar}),
+        ):
+            for field, value in values.items():
+                if value is not None:
+                    text = value if isinstance(value, str) else json.dumps(value)
+                    yield StructuredSpec(kind=kind, text=text), field  # type: ignore[arg-type]
+        if more.json_object:
+            yield StructuredSpec(kind="json_object"), "structured_outputs.json_object"

@@ -1,0 +1,42 @@
+"""Values of the engine in the form that several endpoints send."""
+
+from collections.abc import Mapping, Sequence
+
+from deployments.protocol.chat import TokenLogprob, TopLogprob
+from deployments.protocol.usage import CompletionTokensDetails, PromptTokensDetails
+from deployments.protocol.usage import Usage as UsageBody
+from engine.outputs import TokenLogprob as EngineLogprob
+from engine.outputs import Usage
+
+
+def usage_body(usage: Usage, reasoning_tokens: int = 0) -> UsageBody:
+    """Token counts as they are sent."""
+    return UsageBody(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
+    )
+
+
+def content_logprobs(
+    token_ids: Sequence[int], rows: Sequence[Mapping[int, EngineLogprob]], count: int
+) -> list[TokenLogprob]:
+    """Each token with the ``count`` likeliest tokens at its position."""
+    found = []
+    for token, row in zip(token_ids, rows, strict=False):
+        tops = [_top(value) for value in row.values() if value.rank is not None and value.rank <= count]
+        tops.sort(key=lambda top: -top.logprob)
+        found.append(TokenLogprob(**_top(row[token]).model_dump(), top_logprobs=tops))
+    return found
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: an impossible token counts as a very unlikely one."""
+    return max(logprob, -9999.0)
+
+
+def _top(value: EngineLogprob) -> TopLogprob:
+    text = value.decoded_token or ""
+    return TopLogprob(token=text, logprob=finite(value.logprob), bytes=list(text.encode()))

@@ -1,0 +1,209 @@
+"""Reads the rotary embedding of a language model from its config.json, as Transformers' classes do.
+
+The parameters are a mapping: ``rope_scaling`` in older files, ``rope_parameters`` in those of Transformers 5;
+``rope_scaling`` wins where both are there. Some of them may also stand beside it, at the top level.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from engine.errors import CheckpointError
+from engine.families.parsing.fields import Json, integer, number, numbers
+from engine.layers.decoder_config import RopeConfig, RopeType
+
+_PARAM = "rope_scaling"
+#: Names that older files use for another type, by the kind of decoder that knows them.
+_ALIASES: dict[str, dict[Any, str]] = {
+    "qwen2_vl": {"mrope": "default"},
+    "qwen3_vl": {"mrope": "default"},
+    "phi3": {"su": "longrope", "yarn": "longrope"},
+}
+_TYPES: dict[str, tuple[RopeType, ...]] = {"phi3": ("default", "longrope")}
+_ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+#: Angles per axis of M-RoPE where the file has none.
+_SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
+
+
+def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
+    """The rotary embedding of a decoder.
+
+    Args:
+        config: the fields of config.json over the defaults of ``kind``; ``rope_theta`` is among them.
+
+    Raises:
+        CheckpointError: naming the field that is missing or not supported.
+    """
+    parameters = _parameters(config)
+    name = parameters.get("rope_type", parameters.get("type", "default"))
+    name = _ALIASES.get(kind, {}).get(name, name) if isinstance(name, str) else name
+    types = _TYPES.get(kind, _ALL_TYPES)
+    if name not in types:
+        raise CheckpointError(
+            f"config.json: rope type {name!r} is not supported; {', '.join(types)} are", param=_PARAM
+        )
+    rope_type = cast(RopeType, name)
+    positions = integer(config, "max_position_embeddings")
+    rotary_dim = _rotary_dim(config, parameters, kind, rope_type, head_dim)
+    angles = -(-(rotary_dim or head_dim) // 2)
+    rope = RopeConfig(
+        theta=number(parameters if "rope_theta" in parameters else config, "rope_theta"),
+        type=rope_type,
+        rotary_dim=rotary_dim,
+        mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
+        mrope_interleaved=kind == "qwen3_vl",
+        **_READERS[rope_type](config, parameters, positions, angles),
+    )
+    if rope.depends_on_length and rope.mrope_section is not None:
+        raise CheckpointError(
+            f"config.json: rope type {name!r} is not supported for models with mrope_section", param=_PARAM
+        )
+    return rope
+
+
+def stretched_context(rope: RopeConfig, positions: int) -> int:
+    """Tokens of the longest sequence that a model is made for, of which config.json states
+    ``max_position_embeddings`` ``positions``.
+
+    Files with linear and dynamic scaling state the length before scaling, and so do many with yarn.
+    """
+    if rope.type in ("linear", "dynamic"):
+        return max(positions, int(positions * rope.factor))
+    if rope.type == "yarn":
+        assert rope.original_max_position is not None
+        return max(positions, int(rope.original_max_position * rope.factor))
+    return positions
+
+
+def _parameters(config: Json) -> Json:
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+        raise CheckpointError(
+            "config.json: rope_scaling should have the same parameters for all layers", param=_PARAM
+        )
+    return stated
+
+
+def _rotary_dim(config: Json, parameters: Json, kind: str, rope_type: RopeType, head_dim: int) -> int | None:
+    """Rotated leading dimensions of a head; None for all.
+
+    Phi-3 alone can rotate a part. The others ignore ``partial_rotary_factor`` without scaling; with scaling
+    Transformers makes tables for a part, which their attention can't use.
+    """
+    field = "partial_rotary_factor"
+    if kind != "phi3" and rope_type == "default":
+        return None
+    beside = config.get(field, 1.0)
+    if beside is None and kind != "phi3":
+        beside = 1.0
+    share = number({field: parameters.get(field, beside)}, field, param=_PARAM)
+    dim = int(head_dim * share)
+    if dim == head_dim:
+        return None
+    if kind != "phi3" or not 0 < dim < head_dim:
+        raise CheckpointError(f"config.json: {field} {share} is not supported", param=_PARAM)
+    return dim
+
+
+def _section(parameters: Json, kind: str, angles: int) -> tuple[int, ...]:
+    section = parameters.get("mrope_section", _SECTIONS[kind])
+    whole = isinstance(section, list | tuple) and all(isinstance(size, int) for size in section)
+    if not whole or len(section) != 3 or min(section) < 0 or sum(section) != angles:
+        raise CheckpointError(
+            f"config.json: mrope_section should be three numbers with sum {angles}, not {section!r}",
+            param=_PARAM,
+        )
+    return tuple(section)
+
+
+def _original(config: Json, parameters: Json, positions: int) -> int:
+    """Context length before extension: the field beside the parameters, that among them, or the model's."""
+    field = "original_max_position_embeddings"
+    return integer({field: positions, **_only(parameters, field), **_only(config, field)}, field, least=2)
+
+
+def _only(mapping: Json, field: str) -> dict[str, Any]:
+    return {field: mapping[field]} if field in mapping else {}
+
+
+def _default(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
+    return {}
+
+
+def _linear(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
+    return {"factor": number(parameters, "factor", param=_PARAM)}
+
+
+def _dynamic(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
+    if angles < 2:
+        raise CheckpointError("config.json: rope type 'dynamic' needs heads of 4 or more", param="head_dim")
+    return {"factor": number(parameters, "factor", param=_PARAM), "original_max_position": positions}
+
+
+def _llama3(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
+    fields = ("factor", "low_freq_factor", "high_freq_factor")
+    return {
+        **{field: number(parameters, field, param=_PARAM) for field in fields},
+        "original_max_position": _original(config, parameters, positions),
+    }
+
+
+def _yarn(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
+    original = _original(config, parameters, positions)
+    factor = _factor(parameters, positions, original, required=True)
+    own, beside = _optional(parameters, "mscale"), _optional(parameters, "mscale_all_dim")
+    attention = _mscale(factor, 1.0)
+    if own and beside:
+        attention = _mscale(factor, own) / _mscale(factor, beside)
+    return {
+        "factor": factor,
+        "original_max_position": original,
+        "attention_factor": _attention_factor(parameters, attention),
+        "beta_fast": _optional(parameters, "beta_fast") or 32.0,
+        "beta_slow": _optional(parameters, "beta_slow") or 1.0,
+        "truncate": bool(parameters.get("truncate", True)),
+    }
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _optional(parameters: Json, field: str) -> float | None:
+    """A number that may be missing, null or 0, which all mean the same."""
+    return number(parameters, field, param=_PARAM) if parameters.get(field) else None
+
+
+def _attention_factor(parameters: Json, derived: float) -> float:
+    field = "attention_factor"
+    return derived if parameters.get(field) is None else number(parameters, field, param=_PARAM)
+
+
+def _longrope(config: Json, parameters: Json, positions: int, angles: int) -> dict[str, Any]:
+    original = _original(config, parameters, positions)
+    factor = _factor(parameters, positions, original)
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "original_max_position": original,
+        "attention_factor": _attention_factor(parameters, attention),
+        "short_factor": numbers(parameters, "short_factor", angles, param=_PARAM),
+        "long_factor": numbers(parameters, "long_factor", angles, param=_PARAM),
+    }
+
+
+def _factor(parameters: Json, positions: int, original: int, *, required: bool = False) -> float:
+    """``factor``; null, or missing where it isn't ``required``, stands for the ratio of the two lengths."""
+    if parameters.get("factor") is None and not (required and "factor" not in parameters):
+        return positions / original
+    return number(parameters, "factor", param=_PARAM)
+
+
+_READERS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+}

@@ -1,0 +1,63 @@
+"""Reads the sliding attention windows of a language model from its config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.families.parsing.fields import Json, integer
+
+
+def parse_windows(config: Json, layers: int, context: int) -> tuple[int | None, ...]:
+    """The window of each of ``layers`` layers in tokens, None where a layer sees everything; empty if all do.
+
+    Reads only the fields that the model's kind knows: Mistral and Phi-3 have ``sliding_window`` for all
+    layers, Qwen2 and Qwen3 also have ``use_sliding_window`` and a choice of layers, Llama has nothing.
+
+    Args:
+        config: the fields of config.json over the defaults of the kind.
+        context: tokens of the longest sequence; a window of that size or more hides nothing.
+
+    Raises:
+        CheckpointError: naming the field that can't be used.
+    """
+    if "sliding_window" not in config:
+        return ()
+    if "use_sliding_window" not in config:
+        window = _window(config, context)
+        return (window,) * layers if window else ()
+    sliding = _sliding_layers(config, layers)
+    if not any(sliding):
+        return ()
+    window = _window(config, context)
+    return tuple(window if slides else None for slides in sliding) if window else ()
+
+
+def _window(config: Json, context: int) -> int | None:
+    if config["sliding_window"] is None:
+        return None
+    window = integer(config, "sliding_window")
+    return window if window < context else None
+
+
+def _sliding_layers(config: Json, layers: int) -> list[bool]:
+    """Which layers of a Qwen have windows: the list of the config, or all from ``max_window_layers`` on."""
+    used = bool(config["use_sliding_window"]) and config["sliding_window"] is not None
+    types: Any = config["layer_types"]
+    if types is None:
+        first = integer(config, "max_window_layers", least=0) if used else layers
+        return [index >= first for index in range(layers)]
+    known = {"full_attention": False, "attention": False, "sliding_attention": True}
+    if not isinstance(types, list | tuple) or [name in known for name in map(str, types)] != [True] * layers:
+        raise CheckpointError(
+            f"config.json: layer_types should name full_attention or sliding_attention for each of {layers} "
+            f"layers, not {types!r}",
+            param="layer_types",
+        )
+    if "sliding_attention" in types and not used:
+        raise CheckpointError(
+            "config.json: layer_types has sliding_attention, but no window is set: use_sliding_window "
+            "should be true and sliding_window its size",
+            param="layer_types",
+        )
+    return [known[name] for name in types]

@@ -1,0 +1,202 @@
+"""Puts the expanded placeholders of media among token ids, and finds those that stand there already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from engine.errors import InvalidRequest
+from engine.inputs.placeholders import Placeholders
+from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
+
+#: Gives the token runs of an item that is the n-th of its kind in a request, from 0.
+Expand = Callable[[MediaItem, int], tuple[PlaceholderRun, ...]]
+
+
+class PromptAssembly:
+    """Token ids and media spans of a prompt that grows from left to right.
+
+    Args:
+        items: the media of the request.
+        expand: gives an item's token runs.
+    """
+
+    def __init__(self, items: Sequence[MediaItem], expand: Expand) -> None:
+        self.ids: list[int] = []
+        self.spans: list[MediaSpan] = []
+        self._items = items
+        self._expand = expand
+
+    def add_ids(self, ids: Iterable[int]) -> None:
+        self.ids += ids
+
+    def add_item(self, index: int) -> None:
+        """Append the expanded placeholder of ``items[index]``."""
+        item = self._items[index]
+        runs = self._expand(item, sum(other.kind == item.kind for other in self._items[:index]))
+        offset = len(self.ids)
+        for run in runs:
+            self.ids += [run.token_id] * run.count
+        embed_index = None
+        if not all(run.is_embed for run in runs):
+            mask = np.repeat([run.is_embed for run in runs], [run.count for run in runs])
+            embed_index = np.flatnonzero(mask).astype(np.int32)
+        self.spans.append(MediaSpan(item, offset, len(self.ids) - offset, embed_index))
+
+
+def match_items(
+    found: Sequence[tuple[str, int | None]],
+    items: Sequence[MediaItem],
+    placeholders: Placeholders,
+    param: str,
+) -> list[int]:
+    """The index of the item that each placeholder stands for.
+
+    Args:
+        found: kind of each placeholder, and its number from 1 where the family numbers them.
+        param: the field of the request to name in errors.
+
+    Raises:
+        InvalidRequest: some item has no placeholder, or some placeholder no item.
+    """
+    of_kind = {
+        kind: [i for i, item in enumerate(items) if item.kind == kind]
+        for kind in {item.kind for item in items} | {kind for kind, _ in found}
+    }
+    counts = dict.fromkeys(of_kind, 0)
+    indices = []
+    for kind, number in found:
+        counts[kind] += 1
+        place = (counts[kind] if number is None else number) - 1
+        if 0 <= place < len(of_kind[kind]):
+            indices.append(of_kind[kind][place])
+    if len(indices) == len(found) and sorted(set(indices)) == list(range(len(items))):
+        return indices
+    kind = next((k for k in of_kind if counts[k] != len(of_kind[k])), next(iter(of_kind)))
+    raise _mismatch(kind, counts[kind], len(of_kind[kind]), placeholders, param)
+
+
+def assemble_ids(
+    ids: Sequence[int], items: Sequence[MediaItem], placeholders: Placeholders, expand: Expand, param: str
+) -> PromptAssembly:
+    """A tokenised prompt in which each item is a placeholder token or its whole expanded placeholder.
+
+    The ids of an earlier prompt, its answer and a new turn may be given together: the first items of a kind
+    may be expanded and the later ones not, and a placeholder token that no item needs is an ordinary token.
+
+    Raises:
+        InvalidRequest: some item has no place in the ids.
+    """
+    expanded = []
+    for index in range(len(items)):
+        alone = PromptAssembly(items, expand)
+        alone.add_item(index)
+        expanded.append(alone.ids)
+    places: list[tuple[int, int, int]] = []
+    for kind in dict.fromkeys(item.kind for item in items):
+        indices = [index for index, item in enumerate(items) if item.kind == kind]
+        spelled = [expanded[index] for index in indices]
+        found = _find_numbered(ids, spelled) if placeholders.numbered else None
+        found = found or _find_in_order(ids, spelled, placeholders.ids.get(kind))
+        if len(found) < len(indices):
+            pads = _pads(ids, placeholders.ids.get(kind), _end(found))
+            raise _mismatch(kind, len(found) + len(pads), len(indices), placeholders, param)
+        places += ((start, length, index) for (start, length), index in zip(found, indices, strict=True))
+    places.sort()
+    assembly, end = PromptAssembly(items, expand), 0
+    for start, length, index in places:
+        if start < end:
+            raise _mismatch(items[index].kind, 0, 1, placeholders, param)
+        assembly.add_ids(ids[end:start])
+        assembly.add_item(index)
+        end = start + length
+    assembly.add_ids(ids[end:])
+    return assembly
+
+
+def _find_in_order(
+    ids: Sequence[int], spelled: Sequence[list[int]], pad: int | None
+) -> list[tuple[int, int]]:
+    """Start and length of each item of a kind in ``ids``, in order; fewer than items if they don't all fit.
+
+    Args:
+        spelled: the items' expanded placeholders.
+        pad: the placeholder token of the kind; None if it has none.
+    """
+    whole: list[tuple[int, int]] = []
+    for wanted in spelled:
+        start = _find(ids, wanted, _end(whole))
+        if start is None:
+            break
+        whole.append((start, len(wanted)))
+    missing = len(spelled) - len(whole)
+    if not missing or pad is None:
+        return whole
+    pads = _pads(ids, pad, 0)
+    if len(pads) == len(spelled):
+        return [(place, 1) for place in pads]
+    if not whole or pads[0] < whole[0][0]:
+        return whole
+    pads = [place for place in pads if place >= _end(whole)]
+    if len(pads) != missing:
+        # An answer comes before the turn that adds media, so the last placeholder tokens are the media's.
+        # Several in a row come from an answer.
+        alone = [place for place in pads if pad not in (*ids[place - 1 : place], *ids[place + 1 : place + 2])]
+        pads = alone[-missing:]
+    return [*whole, *((place, 1) for place in pads)] if len(pads) == missing else whole
+
+
+def _find_numbered(ids: Sequence[int], spelled: Sequence[list[int]]) -> list[tuple[int, int]] | None:
+    """Start and length of each expanded placeholder, in whatever order they stand; None if one is missing.
+
+    Where several fit, the one that ends where the run of its last token ends is meant, then the first.
+    """
+    places: dict[int, tuple[int, int]] = {}
+    position = 0
+    first = {wanted[0] for wanted in spelled}
+    while position < len(ids) and len(places) < len(spelled):
+        fitting = []
+        if ids[position] in first:
+            for index, wanted in enumerate(spelled):
+                end = position + len(wanted)
+                if index not in places and list(ids[position:end]) == wanted:
+                    fitting.append((list(ids[end : end + 1]) == wanted[-1:], index))
+        if fitting:
+            index = min(fitting)[1]
+            places[index] = position, len(spelled[index])
+            position += len(spelled[index])
+        else:
+            position += 1
+    return [places[index] for index in range(len(spelled))] if len(places) == len(spelled) else None
+
+
+def _pads(ids: Sequence[int], pad: int | None, start: int) -> list[int]:
+    """Indices of the token ``pad`` in ``ids`` from ``start`` on."""
+    return [place for place in range(start, len(ids)) if ids[place] == pad]
+
+
+def _end(places: Sequence[tuple[int, int]]) -> int:
+    return sum(places[-1]) if places else 0
+
+
+def _find(ids: Sequence[int], wanted: list[int], start: int) -> int | None:
+    """Index at or after ``start`` from which on ``ids`` reads ``wanted``."""
+    while True:
+        try:
+            start = ids.index(wanted[0], start)
+        except ValueError:
+            return None
+        if list(ids[start : start + len(wanted)]) == wanted:
+            return start
+        start += 1
+
+
+def _mismatch(kind: str, found: int, given: int, placeholders: Placeholders, param: str) -> InvalidRequest:
+    text = placeholders.text(kind, 1)
+    hint = f"In a raw prompt {text!r} stands for each." if text else f"This model takes no {kind}."
+    return InvalidRequest(
+        f"The number of {kind} placeholders in the prompt is {found}, but the number of {kind}s given is "
+        f"{given}. {hint}",
+        param=param,
+    )

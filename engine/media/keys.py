@@ -1,0 +1,70 @@
+"""Content hashes of media, and what every key in the engine holds.
+
+A cached value may only be served where everything that it depends on is the same. Values that depend on the
+weights are cached within one engine, so their keys don't hold the model, except where the table says so.
+
+=========================  =================================  ==============================================
+cached value               key                                parts of the key
+=========================  =================================  ==============================================
+item prepared from pixels  :func:`content_hash`               pixels (dtype, shape, bytes), family, the
+                                                              processor's options, kind, size; for a video
+                                                              also the times of its frames
+item given as embeddings   :func:`embeddings_hash`            rows (dtype, shape, bytes), kind, grid, size,
+                                                              times, placeholder
+encoder's embedding rows   ``engine.encoder``: salt and the   tenant's salt, content hash
+                           item's hash
+KV block                   ``BlockHasher``: chain of hashes   engine's secret, model, tenant's salt, every
+                                                              token up to the block's end, hash and place of
+                                                              every item up to there
+grammar                    ``StructuredSpec``                 kind and text; one cache per tokenizer
+forms of message content   ``ContentForms``: role and tools   role, whether there are tools; one cache per
+                                                              template and family
+spelling of a text         ``Speller``: the text              the text; one cache per tokenizer
+positions within an image  grid in patches                    one cache per vision tower
+=========================  =================================  ==============================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.prompt import MediaItem
+
+
+def content_hash(
+    pixels: np.ndarray, *, family: str, options: Mapping[str, Any], kind: str, size: tuple[int, int]
+) -> str:
+    """Hex key of a prepared item: equal only where the item and its encoded rows are.
+
+    Args:
+        pixels: the encoder's input; its dtype, shape and bytes all count.
+        options: the processor's options that the result depends on, as plain JSON.
+        kind: ``image`` or ``video``.
+        size: ``(width, height)`` of the image that the processor got.
+    """
+    return _hash([family, dict(sorted(options.items())), kind, list(size)], str(pixels.dtype), pixels)
+
+
+def embeddings_hash(rows: np.ndarray, dtype: str, item: MediaItem) -> str:
+    """Hex key of an item whose embedding rows a caller gives.
+
+    Args:
+        rows: the rows, or their bytes with the row as the first dimension.
+        dtype: the rows' own dtype.
+        item: what the rows are said to be; its ``hash`` is not looked at.
+    """
+    runs = [[run.token_id, run.count, run.is_embed] for run in item.placeholder]
+    item_parts = [item.kind, list(item.grid), list(item.size), list(item.times), runs]
+    return _hash(["embeddings", *item_parts], dtype, rows)
+
+
+def _hash(described: list[Any], dtype: str, content: np.ndarray) -> str:
+    # CPUs have instructions for SHA-256: an image takes half of BLAKE2's time.
+    digest = hashlib.sha256(json.dumps([described, dtype, list(content.shape)]).encode())
+    digest.update(np.ascontiguousarray(content).data)
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""Tool calls over HTTP. The grammar writes the calls here, so any model can make them."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("idle_afterwards")
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "color": {"enum": ["red", "blue"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["color", "count"],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "report", "description": "Reports.", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "stop"}},
+]
+
+
+async def ask(client, **options):
+    given = {"model": "pocket", "messages": HELLO, "max_tokens": 200, "temperature": 0, "tools": TOOLS}
+    return await client.chat.completions.create(**given | options)
+
+
+def check(name: str, arguments: str) -> None:
+    if name == "report":
+        found = json.loads(arguments)
+        assert found["color"] in ("red", "blue") and 0 <= found["count"] <= 9 and len(found) == 2
+    else:
+        assert (name, json.loads(arguments)) == ("stop", {})
+
+
+async def test_a_required_call(client):
+    made = await ask(client, tool_choice="required", parallel_tool_calls=False)
+    (choice,) = made.choices
+    (call,) = choice.message.tool_calls
+    assert choice.message.content is None and choice.finish_reason == "tool_calls"
+    assert call.id.startswith("call_") and call.type == "function"
+    check(call.function.name, call.function.arguments)
+
+
+@pytest.mark.parametrize("name", ["report", "stop"])
+async def test_a_named_call(client, name):
+    made = await ask(
+        client, tool_choice={"type": "function", "function": {"name": name}}, parallel_tool_calls=False
+    )
+    (call,) = made.choices[0].message.tool_calls
+    assert call.function.name == name
+    check(name, call.function.arguments)
+
+
+async def test_a_streamed_call_is_the_whole_one(client):
+    options = {
+        "tool_choice": {"type": "function", "function": {"name": "report"}},
+        "parallel_tool_calls": False,
+    }
+    whole = (await ask(client, **options)).choices[0].message.tool_calls[0].function
+    chunks = [chunk async for chunk in await ask(client, **options, stream=True, n=2)]
+    for index in range(2):
+        choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        calls = [call for choice in choices for call in choice.delta.tool_calls or ()]
+        # The id and the name come once, the arguments in pieces.
+        assert [call.id is not None for call in calls] == [True] + [False] * (len(calls) - 1)
+        assert [call.function.name for call in calls] == ["report"] + [None] * (len(calls) - 1)
+        assert "".join(call.function.arguments for call in calls) == whole.arguments
+        assert len(calls) > 3 and {call.index for call in calls} == {0}
+        assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["tool_calls"]
+        assert not any(choice.delta.content for choice in choices)
+
+
+async def test_functions_are_answered_in_their_own_form(client):
+    given = {"model": "pocket", "messages": HELLO, "max_tokens": 200, "temperature": 0}
+    made = await client.chat.completions.create(
+        **given, functions=[TOOLS[0]["function"]], function_call={"name": "report"}
+    )
+    message = made.choices[0].message
+    assert made.choices[0].finish_reason == "function_call" and message.tool_calls is None
+    check(message.function_call.name, message.function_call.arguments)
+
+
+async def test_no_tools_no_calls(client):
+    for options in ({"tools": []}, {"tool_choice": "none"}):
+        made = await ask(client, **options)
+        assert made.choices[0].message.tool_calls is None and made.choices[0].message.content
+
+
+async def test_a_schema_that_leaves_open_what_objects_hold_is_closed(client):
+    schema = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+    for strict in (True, None):
+        made = await client.chat.completions.create(
+            model="pocket",
+            messages=HELLO,
+            temperature=0,
+            max_tokens=60,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "S", "schema": schema, "strict": strict},
+            },
+        )
+        assert made.choices[0].finish_reason == "stop"
+        assert set(json.loads(made.choices[0].message.content)) == {"color"}

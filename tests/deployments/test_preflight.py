@@ -1,0 +1,101 @@
+"""``make serve`` reports what is in its way before anything starts."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.preflight import InTheWay, check_cluster, main
+from tests.serving import ROOT, free_port
+
+
+@pytest.fixture
+def listening() -> Iterator[socket.socket]:
+    """A server that shares its port with others, as Ray Serve's do."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def no_other_cluster(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+
+
+def config(folder: Path, **http_options) -> str:
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump({"http_options": {"host": "127.0.0.1"} | http_options}))
+    return str(file)
+
+
+def test_a_free_port_and_no_cluster(tmp_path, capsys):
+    assert main([config(tmp_path, port=free_port())]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_busy_port_is_named_with_the_program_that_has_it(tmp_path, listening, capsys):
+    port = listening.getsockname()[1]
+    assert main([config(tmp_path, port=port)]) == 1
+    said = capsys.readouterr().err
+    assert f"port {port} of 127.0.0.1 is in use by process {os.getpid()}" in said
+    assert "http_options.port" in said and "Traceback" not in said
+
+
+def test_an_address_that_this_machine_does_not_have(tmp_path, capsys):
+    assert main([config(tmp_path, host="192.0.2.77", port=free_port())]) == 1
+    assert "http_options.host" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+@pytest.mark.parametrize("alive", [True, False])
+def test_another_cluster(tmp_path, listening, by_file, alive):
+    port = listening.getsockname()[1] if alive else free_port()
+    address = f"127.0.0.1:{port}"
+    environment = {"RAY_TMPDIR": str(tmp_path)}
+    if by_file:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+    else:
+        environment["RAY_ADDRESS"] = address
+    with pytest.raises(InTheWay) as caught:
+        check_cluster(None, environment)
+    said = str(caught.value)
+    assert address in said and "ARGS='--address local'" in said
+    assert ("does not answer" in said) != alive
+    assert ("ray_current_cluster" if by_file else "RAY_ADDRESS") in said
+    # Whoever names a cluster has chosen.
+    for chosen in ("local", address):
+        check_cluster(chosen, environment)
+
+
+@pytest.mark.parametrize(("text", "words"), [("a: [", "YAML"), ("- a", "mapping"), (None, "CONFIG=")])
+def test_a_file_that_is_no_configuration(tmp_path, capsys, text, words):
+    file = tmp_path / "serve.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert main([str(file)]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_serve_runs_it_and_stops(tmp_path, listening):
+    file = config(tmp_path, port=listening.getsockname()[1])
+    command = [
+        "make",
+        "--silent",
+        "--old-file=install",
+        f"CONFIG={file}",
+        f"BIN={Path(sys.executable).parent}",
+    ]
+    made = subprocess.run([*command, "serve"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode != 0
+    assert "is in use by" in made.stderr and "Ray" not in made.stdout

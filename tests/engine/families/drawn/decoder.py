@@ -1,0 +1,213 @@
+"""Draws the language model's part of a config.json, in all the spellings that Transformers reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.engine.families.drawn.choices import Draw
+
+#: KV heads where a config.json does not say; None: as many as there are attention heads.
+_DEFAULT_KV = {
+    "llama": None,
+    "phi3": None,
+    "mistral": 8,
+    "qwen2": 32,
+    "qwen3": 32,
+    "qwen2_vl": 8,
+    "qwen2_5_vl": 8,
+    "qwen3_vl": 32,
+}
+_HAS_HEAD_DIM = ("llama", "mistral", "qwen3", "qwen3_vl")
+_SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+
+
+def draw_decoder(
+    draw: Draw, kind: str, vocab: int, *, tokens: int, width_of: int = 1, section: bool = False
+) -> dict[str, Any]:
+    """Fields of a decoder of ``kind``, a key of ``_DEFAULT_KV``.
+
+    Args:
+        vocab: number of the tokenizer's tokens.
+        tokens: longest sequence that prompts of the family need.
+        width_of: what the hidden size must be a multiple of.
+        section: the rotary embedding has three axes.
+    """
+    # On a GPU each size has kernels of its own, which take long to compile.
+    coarse = draw.coarse
+    heads = 8 if coarse else draw.choice("heads", (1, 2, 3, 4, 6, 8), (1, 2, 2, 3, 1, 1))
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    fields: dict[str, Any] = {
+        "vocab_size": vocab + draw.variant("padded vocabulary", (0, 1, 13, 64), 0.2),
+        "intermediate_size": draw.choice("intermediate", (32, 48, 96, 132)),
+        "num_hidden_layers": draw.choice("layers", (1, 2, 3, 4), (1, 4, 2, 1)),
+        "max_position_embeddings": max(tokens, draw.choice("max position", (tokens, 512, 1024, 4096))),
+        "rms_norm_eps": draw.choice("norm eps", (1e-6, 1e-5, 1e-3)),
+        "hidden_act": draw.variant("decoder activation", ("silu", "gelu_pytorch_tanh", "gelu", "relu"), 0.1),
+        "tie_word_embeddings": draw.variant("tied", (False, True), 0.3),
+    }
+    ways = ("stated", "absent") if kind == "mistral" else ("stated", "absent", "null")
+    absent = draw.variant("kv heads spelled", ways, 0.25)
+    head_dim = 32 if coarse else draw.choice("head dim", (8, 12, 16, 24, 32), (1, 1, 4, 1, 2))
+    if absent == "absent" and not coarse and (default := _DEFAULT_KV[kind]):
+        heads, head_dim = default * draw.choice("heads per kv head", (1, 2)), 8
+    elif absent == "stated":
+        fields["num_key_value_heads"] = draw.choice("kv heads", divisors)
+    elif absent == "null":
+        fields["num_key_value_heads"] = None
+    fields["num_attention_heads"] = heads
+    fields["hidden_size"] = heads * head_dim
+    if kind in _HAS_HEAD_DIM:
+        how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
+        default = 128 if kind.startswith("qwen3") else head_dim
+        if kind.startswith("qwen3") and how != "derived":
+            # These have no null, and 128 if it is absent.
+            how = "stated"
+        if how == "stated":
+            fields["hidden_size"] = heads * draw.choice("hidden per head", (8, 16, 20))
+            fields["head_dim"] = head_dim
+        elif how == "null":
+            fields["head_dim"] = None
+        else:
+            head_dim = default
+    if fields["hidden_size"] % width_of:
+        fields["hidden_size"] = width_of * -(-fields["hidden_size"] // width_of)
+        if "head_dim" not in fields:
+            head_dim = fields["hidden_size"] // heads
+    _biases(draw, kind, fields)
+    _windows(draw, kind, fields)
+    _rope(draw, kind, fields, head_dim, section)
+    draw.spelled(fields, "rms_norm_eps", "hidden_act", "tie_word_embeddings")
+    return fields
+
+
+def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
+    if kind in ("llama", "qwen3", "qwen3_vl") and draw.varies("attention bias", 0.2):
+        fields["attention_bias"] = True
+    if kind == "llama" and draw.varies("mlp bias", 0.2):
+        fields["mlp_bias"] = True
+
+
+def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
+    """Sliding windows, with the switches and the lists of layers that turn them on and off."""
+    window = draw.choice("window", (3, 7, 16, 33))
+    layers = fields["num_hidden_layers"]
+    if kind in ("mistral", "phi3"):
+        how = draw.variant("window spelled", ("null", "stated", "absent"), 0.6)
+        if how != "absent":
+            fields["sliding_window"] = window if how == "stated" else None
+        return
+    if kind not in ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl"):
+        return
+    if draw.varies("window stated", 0.5):
+        fields["sliding_window"] = draw.variant("window null", (window, None), 0.2)
+    if draw.varies("window switch stated", 0.6):
+        fields["use_sliding_window"] = draw.choice("window switch", (True, True, False))
+    if draw.varies("window layers stated", 0.6):
+        fields["max_window_layers"] = draw.integer("window layers", 0, layers)
+    how = draw.variant("layer types spelled", ("absent", "null", "stated"), 0.4)
+    if how == "null":
+        fields["layer_types"] = None
+    elif how == "stated":
+        rng = draw.stream("layer types")
+        kinds = (
+            ["full_attention", "sliding_attention"]
+            if fields.get("use_sliding_window")
+            else ["full_attention"]
+        )
+        if fields.get("sliding_window", 1) is None:
+            kinds = ["full_attention"]
+        fields["layer_types"] = [rng.choice(kinds) for _ in range(layers)]
+
+
+def _rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, section: bool) -> None:
+    """Rotary fields: the old spelling beside a ``rope_scaling``, or Transformers 5's ``rope_parameters``."""
+    scalings = ("default", "longrope") if kind == "phi3" else _SCALINGS
+    scaling = draw.variant("rope scaling", scalings, 0.4)
+    if section and scaling in ("llama3", "longrope"):
+        scaling = "yarn"
+    rotated = head_dim
+    rope: dict[str, Any] = {}
+    if kind == "phi3" and head_dim % 16 == 0 and draw.varies("partial rotary", 0.3):
+        fields["partial_rotary_factor"] = 0.75
+        rotated = int(head_dim * 0.75)
+    if scaling != "default":
+        rope.update(_scaling(draw, kind, scaling, fields, rotated))
+    if section:
+        rope["mrope_section"] = _section(draw, rotated // 2)
+        if kind == "qwen3_vl":
+            rope["mrope_interleaved"] = True
+    theta = draw.choice("rope theta", (1e4, 5e5, 1e6, 1e3))
+    new = draw.varies("rope in the new spelling", 0.4)
+    name = "rope_type" if new else draw.choice("rope type's name", ("type", "rope_type"))
+    if section and scaling == "default" and not new:
+        rope[name] = draw.choice("mrope's name", ("mrope", "default"))
+    elif scaling != "default" or new:
+        rope[name] = scaling
+    if draw.varies("rope theta absent", 0.1):
+        theta = None
+    if new:
+        fields["rope_parameters"] = {**rope, **({"rope_theta": theta} if theta else {})}
+        return
+    if theta:
+        fields["rope_theta"] = int(theta) if draw.varies("rope theta an integer", 0.3) else theta
+    if rope:
+        fields["rope_scaling"] = rope
+    elif draw.varies("rope scaling null", 0.4):
+        fields["rope_scaling"] = None
+
+
+def _scaling(draw: Draw, kind: str, scaling: str, fields: dict[str, Any], rotated: int) -> dict[str, Any]:
+    """The fields of one kind of scaling. Its original context is short, so that prompts go beyond it."""
+    factor = draw.choice("rope factor", (2.0, 4.0, 8.0, 1.5))
+    original = draw.choice("original context", (16, 32, 64, 128))
+    if scaling in ("linear", "dynamic"):
+        if scaling == "dynamic" or draw.varies("stretched context", 0.3):
+            fields["max_position_embeddings"] = max(16, int(fields["max_position_embeddings"] // factor))
+        return {"factor": factor}
+    if scaling == "longrope":
+        return _longrope(draw, kind, fields, original, rotated)
+    found: dict[str, Any] = {"factor": factor}
+    if draw.varies("original context absent", 0.2):
+        pass
+    else:
+        found["original_max_position_embeddings"] = original
+    if scaling == "llama3":
+        return {**found, "low_freq_factor": 1.0, "high_freq_factor": draw.choice("high freq", (4.0, 2.0))}
+    if draw.varies("yarn betas", 0.3):
+        found |= {
+            "beta_fast": draw.choice("beta fast", (32, 16.0, 4)),
+            "beta_slow": draw.choice("beta slow", (1, 2)),
+        }
+    how = draw.variant("yarn attention", ("derived", "stated", "mscale", "one mscale"), 0.4)
+    if how == "stated":
+        found["attention_factor"] = 0.9
+    elif how == "mscale":
+        found |= {"mscale": 0.7, "mscale_all_dim": draw.choice("mscale all", (1.0, 0.5))}
+    elif how == "one mscale":
+        found["mscale"] = 0.7
+    if draw.varies("yarn truncate", 0.2):
+        found["truncate"] = False
+    return found
+
+
+def _longrope(draw: Draw, kind: str, fields: dict[str, Any], original: int, rotated: int) -> dict[str, Any]:
+    rng = draw.stream("longrope factors")
+    found: dict[str, Any] = {
+        "short_factor": [round(rng.uniform(1.0, 1.5), 3) for _ in range(rotated // 2)],
+        "long_factor": [round(rng.uniform(1.5, 9.0), 3) for _ in range(rotated // 2)],
+    }
+    # Phi-3's class takes the field beside the dictionary, and its own default rather than one within.
+    where = "beside" if kind == "phi3" else "within"
+    target = fields if where == "beside" else found
+    target["original_max_position_embeddings"] = original
+    if draw.varies("longrope factor", 0.2):
+        found["factor"] = 3.0
+    if draw.varies("longrope attention factor", 0.2):
+        found["attention_factor"] = 1.1
+    return found
+
+
+def _section(draw: Draw, angles: int) -> list[int]:
+    rng = draw.stream("mrope section")
+    first, second = sorted(rng.sample(range(1, angles), 2)) if angles > 2 else (1, 1)
+    return [first, second - first, angles - second]

@@ -1,0 +1,22 @@
+"""All families that cases are drawn of, by name."""
+
+from __future__ import annotations
+
+from tests.engine.families.drawn.checkpoint import Family
+from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
+from tests.engine.families.drawn.idefics import IdeficsFamily
+from tests.engine.families.drawn.llava import LlavaFamily, OnevisionFamily
+from tests.engine.families.drawn.qwen_vl import QwenVLFamily
+from tests.engine.families.drawn.text import TextFamily
+
+_ALL: tuple[Family, ...] = (
+    LlavaFamily(),
+    OnevisionFamily(),
+    Phi3VFamily("phi3_v"),
+    Phi3VFamily("vlm2vec"),
+    *(QwenVLFamily(kind) for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")),
+    MiniCPMVFamily(),
+    *(IdeficsFamily(kind) for kind in ("Idefics3", "SmolVLM")),
+    *(TextFamily(kind) for kind in ("llama", "mistral", "phi3", "qwen2", "qwen3")),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

@@ -1,0 +1,165 @@
+"""Draws LLaVA-1.5 and LLaVA-OneVision checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
+from tests.engine.families.drawn.choices import Draw
+from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.text import switch_of
+from tests.engine.families.drawn.vision import draw_feature_layer, draw_pixels, draw_side, draw_tower
+from tests.engine.families.onevision import SPECIALS, OnevisionReference
+from tests.engine.families.qwen import FRAME
+from tests.engine.families.references import LlavaReference
+from tests.engine.tiny import tokenizer
+
+_TOWERS = {"clip_vision_model": "CLIPImageProcessor", "siglip_vision_model": "SiglipImageProcessor"}
+
+
+class LlavaFamily:
+    """LLaVA-1.5: one crop per image, and a Llama, Mistral or Qwen2 decoder."""
+
+    name = "llava"
+
+    def make(self, draw: Draw, path: Path) -> Drawn:
+        tok = tokenizer(
+            ("<unk>", "<s>", "</s>", "<image>", "<pad>"),
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            extra_special_tokens={"image_token": "<image>"},
+        )
+        tok.save_pretrained(path)
+        kind = draw.variant("text model", ("llama", "mistral", "qwen2"), 0.5)
+        text = draw_decoder(draw, kind, len(tok), tokens=320)
+        text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4}
+        if kind != "llama" or draw.varies("text model stated", 0.5):
+            text["model_type"] = kind
+        side, patch = draw_side(draw)
+        tower = draw_tower(draw, side=side, patch=patch)
+        tower["model_type"] = draw.variant("tower", tuple(_TOWERS), 0.1)
+        raw: dict[str, Any] = {
+            "model_type": "llava",
+            "torch_dtype": "float32",
+            "text_config": text,
+            "vision_config": tower,
+            draw.choice("image token's name", ("image_token_index", "image_token_id")): 3,
+            "vision_feature_layer": draw_feature_layer(draw, tower["num_hidden_layers"], -2),
+            "pad_token_id": 4,
+        }
+        _connector(draw, raw)
+        tied = text.pop("tie_word_embeddings", None)
+        if tied is not None:
+            (raw if draw.varies("tied stated outside", 0.5) else text)["tie_word_embeddings"] = tied
+        strategy = draw.variant("strategy", ("", "default", "full"), 0.6)
+        if strategy:
+            raw["vision_feature_select_strategy"] = strategy
+        architecture = "LlavaForConditionalGeneration"
+        write_model(draw, path, raw, architecture, _hub_name if draw.varies("hub names", 0.5) else None)
+        draw_ends(draw, path, text, 2, 0)
+        write_json(path / "config.json", {"architectures": [architecture], **raw})
+        self._processor(draw, path, side, _TOWERS[tower["model_type"]])
+        style = Style("USER: {} ASSISTANT:", "</s>", mark=lambda index, count: "<image>\n", longest=40.0)
+        switch = switch_of({**text, "model_type": kind})
+        return Drawn(path, LlavaReference(path), style, 320, media=frozenset({3}), switch=switch)
+
+    def _processor(self, draw: Draw, path: Path, side: int, processor: str) -> None:
+        edge: Any = {"shortest_edge": side}
+        crop: Any = {"height": side, "width": side}
+        stated = {
+            "image_processor_type": processor,
+            "size": side if draw.varies("size an integer", 0.3) else edge,
+            "crop_size": side if draw.varies("crop size an integer", 0.3) else crop,
+            **draw_pixels(draw),
+        }
+        if processor != "CLIPImageProcessor":
+            del stated["crop_size"]
+            stated["size"] = crop
+        if draw.varies("convert stated", 0.3):
+            stated["do_convert_rgb"] = True
+        if draw.varies("crop stated", 0.3):
+            stated["do_center_crop"] = True
+        write_json(path / "preprocessor_config.json", stated)
+
+
+class OnevisionFamily:
+    """LLaVA-OneVision: one image in tiles, several in a crop each, videos, and Qwen2."""
+
+    name = "llava_onevision"
+
+    def make(self, draw: Draw, path: Path) -> Drawn:
+        tok = tokenizer(
+            SPECIALS,
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+        )
+        tok.save_pretrained(path)
+        text = draw_decoder(draw, "qwen2", len(tok), tokens=1024)
+        text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+        if draw.varies("text model stated", 0.7):
+            text["model_type"] = "qwen2"
+        side, patch = draw_side(draw)
+        tower = draw_tower(draw, side=side, patch=patch)
+        tower |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+        rng = draw.stream("pinpoints")
+        most = rng.randint(2, 4)
+        pinpoints = [[a * side, b * side] for a in range(1, most + 1) for b in range(1, most + 1)]
+        if draw.varies("few pinpoints", 0.4):
+            pinpoints = sorted(rng.sample(pinpoints, rng.randint(1, len(pinpoints))))
+        image, video = SPECIALS.index("<image>"), SPECIALS.index("<video>")
+        raw: dict[str, Any] = {
+            "model_type": "llava_onevision",
+            "torch_dtype": "float32",
+            "text_config": text,
+            "vision_config": tower,
+            "image_token_index": image,
+            "video_token_index": video,
+            "image_grid_pinpoints": pinpoints,
+            "vision_feature_layer": draw_feature_layer(draw, tower["num_hidden_layers"], -1),
+            "vision_aspect_ratio": f"anyres_max_{draw.choice('most tiles', (9, 1, 2, 4))}",
+        }
+        _connector(draw, raw)
+        tied = text.pop("tie_word_embeddings", None)
+        if tied is not None:
+            (raw if draw.varies("tied stated outside", 0.5) else text)["tie_word_embeddings"] = tied
+        architecture = "LlavaOnevisionForConditionalGeneration"
+        write_model(draw, path, raw, architecture, _hub_name if draw.varies("hub names", 0.5) else None)
+        draw_ends(draw, path, text, 2, 0)
+        write_json(path / "config.json", {"architectures": [architecture], **raw})
+        stated = {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": {"height": side, "width": side},
+            "image_grid_pinpoints": pinpoints,
+            **draw_pixels(draw),
+        }
+        write_json(path / "preprocessor_config.json", stated)
+        style = Style(
+            FRAME,
+            "<|im_end|>\n",
+            mark=lambda index, count: "<image>",
+            video="<video>",
+            area=4 * side * side,
+            longest=40.0,
+            frames=32,
+        )
+        media = frozenset({image, video})
+        switch = switch_of({**text, "model_type": "qwen2"})
+        return Drawn(path, OnevisionReference(path), style, 1024, media=media, switch=switch)
+
+
+def _connector(draw: Draw, raw: dict[str, Any]) -> None:
+    if draw.varies("connector activation", 0.3):
+        names = ("gelu", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu")
+        raw["projector_hidden_act"] = draw.choice("connector's activation", names)
+    if draw.varies("connector bias stated", 0.3):
+        raw["multimodal_projector_bias"] = draw.choice("connector bias", (True, False))
+
+
+def _hub_name(name: str) -> str:
+    prefix = "vision_tower."
+    return name.replace(prefix, prefix + "vision_model.", 1) if name.startswith(prefix) else name

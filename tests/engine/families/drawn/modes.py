@@ -1,0 +1,260 @@
+"""Ways to serve the same prompts: each must give what the reference gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import transformers
+
+from engine import LLM, SamplingParams
+from engine.errors import InvalidRequest
+from tests.engine.families.case import Prompt
+from tests.engine.families.compare import Asked, Tally, compare_completion, compare_vector
+from tests.engine.families.drawn.checkpoint import STEPS, Drawn, ends_of
+from tests.engine.families.drawn.choices import Draw
+from tests.engine.families.drawn.prompts import as_seen
+from tests.engine.families.embedded import as_embeddings
+from tests.engine.families.expected import Expected
+
+
+@dataclass
+class Question:
+    """A prompt of the case, what the reference makes of it, and what is asked of the engine."""
+
+    number: int
+    prompt: Prompt
+    expected: Expected
+    params: SamplingParams
+
+    @property
+    def length(self) -> int:
+        return len(self.expected.ids)
+
+
+class Session:
+    """The questions of one case, and the engines that answer them.
+
+    Args:
+        options: of every engine, over the checkpoint's own.
+    """
+
+    def __init__(self, draw: Draw, drawn: Drawn, options: Mapping[str, Any]) -> None:
+        self.draw, self.drawn, self._options = draw, drawn, dict(options)
+        self.questions: list[Question] = []
+
+    def ask(self, number: int, prompt: Prompt) -> str | None:
+        """Add a question about ``prompt``; the reason if it can't be one."""
+        try:
+            inputs = self.drawn.reference.inputs(as_seen(prompt))
+        except ValueError as error:
+            return f"the reference refuses the prompt: {error}"
+        steps, switch = STEPS, self.drawn.switch
+        if switch is not None and len(inputs.ids) <= switch:
+            # Transformers would go on with other frequencies, and mix keys of both.
+            steps = min(steps, switch - len(inputs.ids) + 1)
+        if len(inputs.ids) + steps > self.drawn.tokens:
+            return "the prompt is too long"
+        expected = Expected(inputs, steps)
+        self.questions.append(Question(number, prompt, expected, self._params(f"prompt {number}", expected)))
+        return None
+
+    def _params(self, name: str, expected: Expected) -> SamplingParams:
+        rng = self.draw.stream(name + " params")
+        stop, count = [], rng.randint(1, expected.steps) if rng.random() < 0.3 else expected.steps
+        if self.draw.varies(f"{name} stops", 0.2):
+            stop = [expected.tokens[rng.randrange(count)]]
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=count,
+            ignore_eos=rng.random() < 0.5,
+            stop_token_ids=stop,
+            logprobs=rng.choice((None, 0, 1, 3, 20)),
+            prompt_logprobs=rng.choice((None, None, 0, 2)),
+        )
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return transformers.PreTrainedTokenizerFast.from_pretrained(self.drawn.path)
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        return ends_of(self.drawn.path)
+
+    def llm(self, **options: Any) -> LLM:
+        return LLM(str(self.drawn.path), **{**self.drawn.options, **self._options, **options})
+
+    def check(
+        self,
+        tally: Tally,
+        llm: LLM,
+        questions: Sequence[Question],
+        *,
+        cached: Callable[[Question], tuple[int, int]] = lambda question: (0, 0),
+        entries: Sequence[dict[str, Any]] | None = None,
+    ) -> list[Any]:
+        """Ask ``questions`` in one call and compare all that comes back."""
+        outputs = llm.generate(
+            entries or [question.prompt.entry for question in questions],
+            [question.params for question in questions],
+            use_tqdm=False,
+        )
+        for question, output in zip(questions, outputs, strict=True):
+            before = len(tally.differences)
+            asked = Asked(question.params, self._ends, self._tokenizer, cached(question))
+            compare_completion(tally, output, question.expected, asked)
+            _number(tally, before, question)
+        llm.check_integrity()
+        return outputs
+
+    def following(self, question: Question, answer: Sequence[int]) -> tuple[Question, list[int]]:
+        """The next turn after ``answer``: its question, and the token ids behind this prompt's."""
+        kept = [token for token in answer if token not in self.drawn.media]
+        rng = self.draw.stream(f"prompt {question.number} second turn")
+        # Whole characters: nothing of the next answer's first one stands in the prompt.
+        more = kept + self._tokenizer.encode(
+            " and then" + " more" * rng.randint(1, 4), add_special_tokens=False
+        )
+        expected = Expected(question.expected.inputs.extended(more), STEPS)
+        params = self._params(f"prompt {question.number} second turn", expected)
+        return Question(question.number, question.prompt, expected, params), more
+
+
+def alone(session: Session, tally: Tally) -> Iterator[str]:
+    """Each prompt by itself, nothing cached. Prompts that are refused leave the case; yields why."""
+    llm = session.llm(enable_prefix_caching=False)
+    for question in list(session.questions):
+        try:
+            session.check(tally, llm, [question])
+        except InvalidRequest as error:
+            session.questions.remove(question)
+            llm.check_integrity()
+            yield str(error)
+
+
+def batch(session: Session, tally: Tally) -> None:
+    """All prompts in one call, with the engine's own defaults."""
+    session.check(tally, session.llm(), session.questions, cached=_anything)
+
+
+def chunked(session: Session, tally: Tally) -> None:
+    """Few tokens a step and small blocks, which cut prompts and images anywhere."""
+    rng = session.draw.stream("chunks")
+    llm = session.llm(
+        max_num_batched_tokens=rng.choice((2, 3, 5, 13, 40)),
+        max_num_seqs=rng.randint(1, 5),
+        block_size=rng.choice((1, 2, 4, 8, 16)),
+        enable_prefix_caching=rng.random() < 0.5,
+        run_ahead=rng.choice((0, 1, 2)),
+    )
+    session.check(tally, llm, session.questions, cached=_anything)
+
+
+def preempted(session: Session, tally: Tally) -> None:
+    """Blocks for two prompts, but not for their answers: requests are interrupted and computed again."""
+    rng = session.draw.stream("preemption")
+    pair = rng.sample(session.questions, min(2, len(session.questions)))
+    size = rng.choice((1, 2, 4))
+    blocks = sum(-(-question.length // size) for question in pair) + 2
+    # One request must fit when it is alone.
+    blocks = max(blocks, *(-(-(question.length + STEPS) // size) + 1 for question in pair))
+    llm = session.llm(
+        num_kv_blocks=blocks,
+        block_size=size,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=rng.choice((7, 32, 512)),
+    )
+    session.check(tally, llm, pair * 2)
+
+
+def cached(session: Session, tally: Tally) -> None:
+    """All prompts twice, then the next turn of each conversation, twice: from the cache what was computed."""
+    size = session.draw.stream("cache").choice((1, 2, 4, 8))
+    llm = session.llm(block_size=size)
+    outputs = session.check(tally, llm, session.questions, cached=_anything)
+    session.check(tally, llm, session.questions, cached=lambda q: _full_blocks(q, q.length - 1, size))
+    turns, entries, known = [], [], {}
+    for question, output in zip(session.questions, outputs, strict=True):
+        (completion,) = output.outputs
+        turn, more = session.following(question, completion.token_ids)
+        if turn.length + STEPS > session.drawn.tokens or _switches(session, question, turn):
+            continue
+        data = question.prompt.entry["multi_modal_data"]
+        ids = [*output.prompt_token_ids, *more]
+        entries.append({"prompt_token_ids": ids, "multi_modal_data": data})
+        turns.append(turn)
+        known[id(turn)] = question.length
+    if not turns:
+        return
+    session.check(
+        tally, llm, turns, entries=entries, cached=lambda q: _full_blocks(q, known[id(q)] - 1, size)
+    )
+    session.check(tally, llm, turns, entries=entries, cached=lambda q: _full_blocks(q, q.length - 1, size))
+
+
+def vectors(session: Session, tally: Tally) -> None:
+    """Pooled hidden states in place of answers, in a batch and cut into chunks."""
+    rng = session.draw.stream("vectors")
+    pooling, normalize = rng.choice(("last", "last", "mean", "cls")), rng.random() < 0.7
+    for options in ({}, {"max_num_batched_tokens": rng.choice((3, 7, 30)), "block_size": 4}):
+        llm = session.llm(task="embed", **options)
+        entries = [question.prompt.entry for question in session.questions]
+        outputs = llm.embed(entries, pooling=pooling, normalize=normalize, use_tqdm=False)
+        for question, output in zip(session.questions, outputs, strict=True):
+            before = len(tally.differences)
+            compare_vector(tally, output, question.expected, pooling, normalize, _anything(question))
+            _number(tally, before, question)
+        llm.check_integrity()
+
+
+def embeddings(session: Session, tally: Tally) -> None:
+    """Embedding rows in place of images, item by item or in one tensor."""
+    shown = [q for q in session.questions if q.prompt.pictures and not q.prompt.frames]
+    if not shown:
+        return
+    llm = session.llm()
+    ways = as_embeddings(llm.config, [question.prompt for question in shown])
+    for question, forms in zip(shown, ways, strict=True):
+        for data in forms:
+            entry = {"prompt": question.prompt.text, "multi_modal_data": {"image": data}}
+            session.check(tally, llm, [question], entries=[entry], cached=_anything)
+
+
+def ranks(session: Session, tally: Tally) -> None:
+    """The decoder split over two processes."""
+    session.check(tally, session.llm(tensor_parallel_size=2), session.questions, cached=_anything)
+
+
+#: The first of all is :func:`alone`. Those that start processes are left out unless they are asked for.
+MODES: dict[str, Callable[[Session, Tally], None]] = {
+    "batch": batch,
+    "chunked": chunked,
+    "preempted": preempted,
+    "cached": cached,
+    "vectors": vectors,
+    "embeddings": embeddings,
+    "ranks": ranks,
+}
+
+
+def _anything(question: Question) -> tuple[int, int]:
+    """Any number of cached tokens but all of them."""
+    return 0, question.length - 1
+
+
+def _full_blocks(question: Question, known: int, size: int) -> tuple[int, int]:
+    """The cached tokens of a prompt whose first ``known`` tokens have been computed before."""
+    if question.params.prompt_logprobs is not None:
+        return 0, 0
+    return known // size * size, (question.length - 1) // size * size
+
+
+def _switches(session: Session, question: Question, turn: Question) -> bool:
+    switch = session.drawn.switch
+    return switch is not None and question.length <= switch < turn.length + STEPS
+
+
+def _number(tally: Tally, before: int, question: Question) -> None:
+    tally.differences[before:] = [f"prompt {question.number}: {d}" for d in tally.differences[before:]]

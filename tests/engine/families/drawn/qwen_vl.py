@@ -1,0 +1,146 @@
+"""Draws Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.engine.families import qwen
+from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
+from tests.engine.families.drawn.choices import Draw
+from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.vision import draw_pixels
+from tests.engine.tiny import QWEN_SPECIALS, tokenizer
+
+_MODEL_TYPES = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl", "Qwen3VL": "qwen3_vl"}
+
+
+@dataclass(frozen=True)
+class QwenVLFamily:
+    """One of the families; ``kind`` is the beginning of its class names in Transformers."""
+
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return _MODEL_TYPES[self.kind]
+
+    def make(self, draw: Draw, path: Path) -> Drawn:
+        tok = tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+        tok.save_pretrained(path)
+        # Times of Qwen3-VL's videos are text.
+        long = draw.varies("long videos", 0.2)
+        tokens = (4096 if self.kind == "Qwen3VL" else 1024) if long else 512
+        raw = self._config(draw, len(tok), tokens)
+        architecture = f"{self.kind}ForConditionalGeneration"
+        write_model(draw, path, raw, architecture)
+        draw_ends(draw, path, raw, 2, 0)
+        write_json(path / "config.json", {"architectures": [architecture], **raw})
+        vision = raw["vision_config"]
+        cell = vision["patch_size"] * vision["spatial_merge_size"]
+        self._processor(draw, path, vision, cell)
+        fps = None
+        options: dict[str, Any] = {}
+        if self.kind != "Qwen2VL":
+            fps = draw.choice("fps", (1.0, 2.0, 0.5) if self.kind == "Qwen2_5_VL" else (1.5, 24.0, 2.0, 0.3))
+            options["mm_processor_kwargs"] = {"fps": fps}
+        style = Style(
+            qwen.FRAME,
+            "<|im_end|>\n",
+            mark=lambda index, count: qwen.IMAGE,
+            video=qwen.VIDEO,
+            area=60 * cell * cell,
+            longest=draw.variant("longest images", (8.0, 100.0, 250.0), 0.2),
+            frames=300 if long else 24,
+        )
+        media = frozenset({raw["image_token_id"], raw["video_token_id"]})
+        return Drawn(path, qwen.Reference(path, self.kind, fps), style, tokens, options, media)
+
+    def _config(self, draw: Draw, vocab: int, tokens: int) -> dict[str, Any]:
+        text = draw_decoder(draw, self.name, vocab, tokens=tokens, section=True)
+        marks = ("image_pad", "video_pad", "vision_start", "vision_end")
+        raw: dict[str, Any] = {
+            "model_type": self.name,
+            "torch_dtype": "float32",
+            "vision_config": self._vision(draw, text["hidden_size"]),
+            **{f"{m.removesuffix('_pad')}_token_id": QWEN_SPECIALS.index(f"<|{m}|>") for m in marks},
+        }
+        text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+        nested = self.kind == "Qwen3VL" or draw.varies("text_config", 0.4)
+        if not nested:
+            return {**raw, **text}
+        tied = text.pop("tie_word_embeddings", None)
+        for target in (raw, text):
+            if tied is not None and draw.varies(
+                f"tied stated {'within' if target is text else 'outside'}", 0.7
+            ):
+                target["tie_word_embeddings"] = tied
+        if self.kind == "Qwen3VL" or draw.varies("text model_type", 0.6):
+            text["model_type"] = f"{self.name}_text"
+        return {**raw, "text_config": text}
+
+    def _vision(self, draw: Draw, hidden: int) -> dict[str, Any]:
+        heads = draw.choice("tower heads", (1, 2, 3, 4))
+        # Its rotary embedding has two axes.
+        width = heads * draw.choice("tower head dim", (8, 16, 24))
+        depth = draw.integer("tower layers", 1, 4)
+        rng = draw.stream("tower lists")
+        fields: dict[str, Any] = {
+            "depth": depth,
+            "num_heads": heads,
+            "patch_size": draw.choice("patch", (2, 4, 6)),
+            "spatial_merge_size": draw.choice("merge", (2, 2, 2, 1, 3)),
+            "temporal_patch_size": draw.choice("temporal patch", (2, 2, 2, 1, 3)),
+        }
+        if self.kind == "Qwen2VL":
+            act = draw.variant("tower activation", ("", "gelu", "gelu_pytorch_tanh"), 0.2)
+            fields |= {
+                "embed_dim": width,
+                "hidden_size": hidden,
+                "mlp_ratio": draw.choice("mlp ratio", (2, 4)),
+            }
+            return {**fields, **({"hidden_act": act} if act else {})}
+        fields |= {
+            "hidden_size": width,
+            "out_hidden_size": hidden,
+            "intermediate_size": draw.choice("tower intermediate", (24, 48, 52)),
+        }
+        if self.kind == "Qwen2_5_VL":
+            cell = fields["patch_size"] * fields["spatial_merge_size"]
+            fields["window_size"] = cell * draw.integer("window rows", 1, 4)
+            fields["fullatt_block_indexes"] = sorted(rng.sample(range(depth), rng.randint(0, depth)))
+            if draw.varies("tokens per second", 0.6):
+                fields["tokens_per_second"] = rng.choice((1, 2, 25))
+            return fields
+        side = draw.integer("position table's side", 2, 7)
+        layers = draw.choice("deepstack layers", (0, 1, 2, 3))
+        fields["num_position_embeddings"] = side * side
+        fields["deepstack_visual_indexes"] = rng.sample(range(depth), min(layers, depth))
+        return fields
+
+    def _processor(self, draw: Draw, path: Path, vision: dict[str, Any], cell: int) -> None:
+        """preprocessor_config.json, with bounds in one of three spellings, and perhaps one for videos."""
+        rng = draw.stream("pixel bounds")
+        sizes = {"patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"]}
+        sizes["temporal_patch_size"] = vision["temporal_patch_size"]
+
+        def bounds(name: str) -> dict[str, Any]:
+            low, high = cell**2 * rng.choice((1, 4, 6)), cell**2 * rng.choice((12, 30, 60))
+            how = draw.choice(name, ("size", "pixels", "both"))
+            size = {"shortest_edge": low, "longest_edge": high}
+            return {
+                **({"size": size} if how != "pixels" else {}),
+                **({"min_pixels": low, "max_pixels": high} if how != "size" else {}),
+            }
+
+        pixels = draw_pixels(draw)
+        if self.kind == "Qwen3VL":
+            pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **pixels}
+        stated = {"image_processor_type": "Qwen2VLImageProcessor", **sizes, **pixels, **bounds("bounds")}
+        write_json(path / "preprocessor_config.json", stated)
+        if draw.varies("videos' own bounds", 0.4):
+            low, high = cell**2 * rng.choice((1, 4)), cell**2 * rng.choice((8, 16))
+            size = {"shortest_edge": low, "longest_edge": high * (4 if self.kind == "Qwen3VL" else 1)}
+            write_json(path / "video_preprocessor_config.json", {**sizes, **pixels, "size": size})

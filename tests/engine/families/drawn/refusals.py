@@ -1,0 +1,26 @@
+"""Configurations and prompts that the engine refuses though Transformers takes them, with the cause.
+
+A refusal that is not on this list is counted as a difference.
+"""
+
+from __future__ import annotations
+
+import re
+
+#: Regular expression of the message, and why it is so.
+LISTED: tuple[tuple[str, str], ...] = (
+    (r"hidden_act '\w+' is not supported", "the gated MLP's kernels have SiLU and tanh-GELU only"),
+    (r"rope type '\w+' is not supported", "this scaling of rotary embeddings is not implemented"),
+    (r"llama3 needs original_max_position_embeddings", "there is no original context to scale from"),
+    (r"vision_feature_layer \[.*\] with strategy", "lists of feature layers are not implemented"),
+    (r"vision tower '\w+' is not supported", "towers of other families are not implemented"),
+    (r"(of the vision part|projector_hidden_act '\w+') is not supported", "the activation has no kernel"),
+    (r"preprocessor_config.json: do_\w+ false is not supported", "encoders normalise what they are given"),
+    (r"max_model_len is \d+, but the model was made for", "the context is as long as the checkpoint states"),
+    (r"tensor_parallel_size is \d+, but", "the heads can't be split over two ranks"),
+)
+
+
+def cause_of(message: str) -> str | None:
+    """The listed cause of a refusal; None if it isn't listed."""
+    return next((cause for pattern, cause in LISTED if re.search(pattern, message)), None)

@@ -1,0 +1,60 @@
+"""Draws text-only checkpoints: Llama, Mistral, Phi-3, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import processors
+
+from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
+from tests.engine.families.drawn.choices import Draw
+from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.references import TextReference
+from tests.engine.tiny import tokenizer
+
+_TOKENS = 224
+
+
+@dataclass(frozen=True)
+class TextFamily:
+    """One architecture of text models; ``kind`` is its ``model_type``."""
+
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def make(self, draw: Draw, path: Path) -> Drawn:
+        tok = tokenizer(
+            ["<pad>", "<s>", "</s>", "<end>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        )
+        if draw.varies("bos before prompts", 0.3):
+            tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", 1)]
+            )
+        tok.save_pretrained(path)
+        fields = draw_decoder(draw, self.kind, len(tok), tokens=_TOKENS)
+        raw: dict[str, Any] = {"model_type": self.kind, "torch_dtype": "float32", **fields}
+        if self.kind == "phi3":
+            raw["pad_token_id"] = 0
+        write_model(draw, path, raw, f"{self.kind.capitalize()}ForCausalLM")
+        draw_ends(draw, path, raw, 2, 3)
+        write_json(path / "config.json", {"architectures": [f"{self.kind.capitalize()}ForCausalLM"], **raw})
+        words = 30 if draw.varies("short prompts", 0.3) else 70
+        style = Style("{}", "", words=words)
+        return Drawn(path, TextReference(path), style, _TOKENS, switch=switch_of(raw))
+
+
+def switch_of(raw: dict[str, Any]) -> int | None:
+    """Length up to which a sequence has longrope's short factors; None for another rotary embedding."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+        return None
+    beside = raw.get("original_max_position_embeddings")
+    if raw["model_type"].startswith("phi3"):
+        return beside or rope.get("original_max_position_embeddings") or 4096
+    return rope.get("original_max_position_embeddings") or raw["max_position_embeddings"]
