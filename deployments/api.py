@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import IngressConfig
 from deployments.errors import NoSuchRoute, WrongMethod, as_sightline, error_body, error_headers
 from deployments.pipeline import Pipeline
-from deployments.routers import chat, embeddings, health, models
+from deployments.routers import chat, completions, embeddings, health, models, scoring, tokens
 from engine.errors import Overloaded, SightlineError
 
 
@@ -19,36 +19,69 @@ def create_api(config: IngressConfig, pipelines: Mapping[str, Pipeline]) -> Fast
     api = FastAPI(title="Sightline", docs_url="/docs", redoc_url=None)
     api.state.config = config
     api.state.pipelines = pipelines
-    for router in (chat.router, embeddings.router, models.router, health.router):
-        api.include_router(router)
+    for endpoint in (chat, completions, embeddings, scoring, tokens, models, health):
+        api.include_router(endpoint.router)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)
-    api.add_middleware(Admission, limit=config.max_active_requests)
+    api.state.admission = admission = Admission(config.max_active_requests)
+    api.add_middleware(admission.around)
+    api.add_middleware(Spelling)
     api.add_middleware(LastResort)
     return api
 
 
-class Admission:
-    """Refuses what is more than ``limit`` requests at a time, before anything of it is read."""
+class Spelling:
+    """Takes paths with a slash at their end, and HEAD wherever there is GET."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._limit = limit
-        self._active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._active >= self._limit:
-            error = Overloaded(f"More than {self._limit} requests are open; try again shortly.")
-            await error_response(error)(scope, receive, send)
-            return
-        self._active += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._active -= 1
+        path, is_head = scope["path"], scope["method"] == "HEAD"
+        changed = {**scope, "path": path.rstrip("/") or "/"}
+        if is_head:
+            changed["method"] = "GET"
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self._app(changed, receive, send_head if is_head else send)
+
+
+class Admission:
+    """Refuses requests beyond ``limit`` open ones, before their bodies are read.
+
+    Attributes:
+        active: POST requests that are open.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.active = 0
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """``app`` behind this limit."""
+
+        async def admit(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["method"] != "POST":
+                await app(scope, receive, send)
+                return
+            if self.active >= self._limit:
+                error = Overloaded(f"More than {self._limit} requests are open; try again shortly.")
+                await error_response(error)(scope, receive, send)
+                return
+            self.active += 1
+            try:
+                await app(scope, receive, send)
+            finally:
+                self.active -= 1
+
+        return admit
 
 
 class LastResort:
@@ -90,7 +123,9 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:200]
     if error.status_code == 404:
-        return error_response(NoSuchRoute(f"There is no endpoint {path}."))
+        hint = f" Did you mean /v1{path}? Let the client's base URL end in /v1."
+        known = f"/v1{path}" in request.app.openapi()["paths"]
+        return error_response(NoSuchRoute(f"There is no endpoint {path}.{hint if known else ''}"))
     if error.status_code == 405:
         return error_response(WrongMethod(f"{path} does not take {request.method[:20]} requests."))
     return JSONResponse(error_body(as_sightline(error)), error.status_code)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import zlib
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -10,6 +11,9 @@ from deployments.errors import BodyTooLarge
 from deployments.protocol.base import BadBody, RequestBody
 
 M = TypeVar("M", bound=RequestBody)
+
+#: zlib's window sizes, which tell the formats apart.
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 #: Larger bodies are parsed on a thread.
 _LARGE = 1 << 17
@@ -35,9 +39,29 @@ async def read_body(request: Request, model: type[M], limit: int) -> M:
         if size > limit:
             raise BodyTooLarge(_too_large(limit))
     body = b"".join(chunks)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        body = await asyncio.to_thread(_decompressed, body, encoding, limit)
+        size = len(body)
     if size > _LARGE:
         return await asyncio.to_thread(_parse, body, model)
     return _parse(body, model)
+
+
+def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
+    """``body`` without its encoding; never more than ``limit`` bytes are made."""
+    if encoding not in _WINDOW_BITS:
+        raise BadBody(f"The content encoding {encoding[:40]!r} is not supported; gzip and deflate are.")
+    decoder = zlib.decompressobj(_WINDOW_BITS[encoding])
+    try:
+        data = decoder.decompress(body, limit + 1)
+    except zlib.error:
+        raise BadBody(f"The body is not valid {encoding}.") from None
+    if len(data) > limit:
+        raise BodyTooLarge(_too_large(limit))
+    if not decoder.eof:
+        raise BadBody(f"The {encoding} body ends too soon.")
+    return data
 
 
 def _parse(body: bytes, model: type[M]) -> M:

@@ -108,7 +108,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         params = replace(params, skip_special_tokens=False)
     updates = pipeline.generate(request_id, prompt, params, priority=given.priority)
     reader = AnswerReader(lambda: pipeline.format.parser(given.tools, text))
-    return RunningAnswer(prompt.inputs.token_ids, params, _renamed(updates, names), reader)
+    return RunningAnswer(prompt.inputs.token_ids, params, renamed(updates, names), reader)
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-async def _renamed(
+async def renamed(
     updates: AsyncGenerator[StreamUpdate, None], names: Mapping[str, str]
 ) -> AsyncGenerator[StreamUpdate, None]:
     try:

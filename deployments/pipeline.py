@@ -83,14 +83,26 @@ class Pipeline:
             Unavailable: a stage is down, or was lost twice in a row.
         """
         if sources:
-            if self._stages.preprocessor is None:
-                raise InvalidRequest(f"The model {self.name} takes no pictures.", param=sources[0].where)
-            check_media_limits(sources, self._limits)
+            self._check_media(sources)
         try:
             return await self._prepare(build, sources, min_tokens, salt)
         except StageLost:
             # The sources are still here: start again.
             return await self._prepare(build, sources, min_tokens, salt)
+
+    async def tokenize(
+        self, build: Callable[[list[MediaItem]], EngineInput], sources: Sequence[MediaSource] = ()
+    ) -> EngineInput:
+        """Build a prompt without encoding its media; arguments and errors as :meth:`prepare`."""
+        if sources:
+            self._check_media(sources)
+        inputs, _ = await self._build(build, sources)
+        return inputs
+
+    def _check_media(self, sources: Sequence[MediaSource]) -> None:
+        if self._stages.preprocessor is None:
+            raise InvalidRequest(f"The model {self.name} takes no images.", param=sources[0].where)
+        check_media_limits(sources, self._limits)
 
     async def _prepare(
         self,
@@ -99,16 +111,22 @@ class Pipeline:
         min_tokens: int,
         salt: str,
     ) -> PreparedPrompt:
+        inputs, pixels = await self._build(build, sources)
+        count, limit = len(inputs.token_ids), await self.max_model_len()
+        if count + min_tokens > limit:
+            raise _too_long(count, min_tokens, limit)
+        return PreparedPrompt(inputs, await self._encode(pixels, salt))
+
+    async def _build(
+        self, build: Callable[[list[MediaItem]], EngineInput], sources: Sequence[MediaSource]
+    ) -> tuple[EngineInput, Sequence[Pixels]]:
         pixels: Sequence[Pixels] = []
         if sources:
             assert self._stages.preprocessor is not None
             pixels = await self._stages.preprocessor.prepare(sources)
         loop = asyncio.get_running_loop()
         inputs = await loop.run_in_executor(self._threads, build, [each.item for each in pixels])
-        count, limit = len(inputs.token_ids), await self.max_model_len()
-        if count + min_tokens > limit:
-            raise _too_long(count, min_tokens, limit)
-        return PreparedPrompt(inputs, await self._encode(pixels, salt))
+        return inputs, pixels
 
     async def _encode(self, pixels: Sequence[Pixels], salt: str) -> tuple[Rows, ...]:
         """Embedding rows of the distinct items. All are sent at once: the encoder batches waiting items."""

@@ -1,9 +1,10 @@
-"""Whether requests can be served."""
+"""Whether requests can be served, by which version, and how many are open."""
 
 import asyncio
+from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from deployments.errors import as_sightline
 
@@ -25,3 +26,25 @@ async def health(request: Request) -> JSONResponse:
     }
     ok = all(state == "ok" for state in states.values())
     return JSONResponse({"status": "ok" if ok else "unavailable", "models": states}, 200 if ok else 503)
+
+
+@router.get("/ping")
+async def ping() -> Response:
+    """200 while the ingress runs, whatever the models do."""
+    return Response()
+
+
+@router.get("/version")
+async def show_version() -> dict[str, str]:
+    """The version of Sightline."""
+    try:
+        return {"version": version("sightline")}
+    except PackageNotFoundError:
+        # Run from a folder without an installation.
+        return {"version": "unknown"}
+
+
+@router.get("/load")
+async def load(request: Request) -> dict[str, int]:
+    """How many requests this ingress replica has open."""
+    return {"server_load": request.app.state.admission.active}

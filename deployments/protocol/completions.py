@@ -1,0 +1,101 @@
+"""Text completions on the wire: OpenAI's older endpoint."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from deployments.protocol.generation import GenerationBody
+from deployments.protocol.usage import Usage
+from engine.errors import InvalidRequest
+from engine.sampling_params import SamplingParams
+
+#: Most prompts of one request.
+MAX_PROMPTS = 128
+_DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionRequest(GenerationBody):
+    """Body of ``POST /v1/completions``. ``prompt`` is one text or token list, or a list of either."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **GenerationBody.REFUSED,
+        "messages": "use /v1/chat/completions",
+        "prompt_embeds": "send text or token ids",
+        "suffix": "write both texts into the prompt, in the form that the model was trained on",
+        "tools": "use /v1/chat/completions",
+    }
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(default_factory=lambda: [""])
+    echo: bool = False
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+    def check(self) -> None:
+        super().check()
+        if not 1 <= len(self.prompts) <= MAX_PROMPTS:
+            raise InvalidRequest(
+                f"prompt must have 1 to {MAX_PROMPTS} entries, not {len(self.prompts)}.", param="prompt"
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens must be at least 1 unless echo is true.", param="max_tokens")
+        if self.echo and self.stream and self.logprobs is not None:
+            raise InvalidRequest("echo with logprobs can't be streamed.", param="echo")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """All prompts, each a text or a list of token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether the prompt is to be given back without a completion."""
+        return self.max_tokens == 0
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """How to sample; errors as :meth:`sampling`."""
+        tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
+        given: dict[str, Any] = {"max_tokens": tokens, "logprobs": self.logprobs}
+        if self.echo and self.logprobs is not None:
+            given["prompt_logprobs"] = self.logprobs
+        return self.sampling(defaults, **given)
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities in their older form: a list each, one entry per token.
+
+    Attributes:
+        text_offset: where a token's text begins in the choice's text, in characters.
+        token_logprobs, top_logprobs: None for the first token of a prompt, which nothing precedes.
+    """
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(BaseModel):
+    """A whole response, or one event of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None

@@ -1,0 +1,104 @@
+"""Scores of pairs and ranks of documents on the wire."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import AliasChoices, BaseModel, Field
+
+from deployments.protocol.base import RequestBody
+from deployments.protocol.usage import Usage
+from engine.errors import InvalidRequest
+
+#: Most documents of one request.
+MAX_DOCUMENTS = 1024
+
+#: A text, or an object with ``text``, an image's ``image`` or ``image_url``, or chat parts in ``content``.
+Item = str | dict[str, Any]
+
+
+class ScoreRequest(RequestBody):
+    """Body of ``POST /v1/score``. One item against many, many against one, or pairs of equally long lists."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {"truncate_prompt_tokens": "shorten the texts"}
+
+    model: str
+    text_1: Item | list[Item] = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    text_2: Item | list[Item] = Field(validation_alias=AliasChoices("text_2", "documents", "data_2", "items"))
+    cache_salt: str = Field(default="", max_length=256)
+
+    def pairs(self) -> list[tuple[Item, Item]]:
+        """The pairs to be scored.
+
+        Raises:
+            InvalidRequest: the lists don't fit together.
+        """
+        first = self.text_1 if isinstance(self.text_1, list) else [self.text_1]
+        second = self.text_2 if isinstance(self.text_2, list) else [self.text_2]
+        if not first or not second or max(len(first), len(second)) > MAX_DOCUMENTS:
+            raise InvalidRequest(f"text_1 and text_2 must have 1 to {MAX_DOCUMENTS} entries.", param="text_2")
+        if len(first) == 1:
+            first = first * len(second)
+        if len(first) != len(second):
+            raise InvalidRequest(
+                f"text_1 has {len(first)} entries and text_2 {len(second)}; give one against many, or pairs.",
+                param="text_2",
+            )
+        return list(zip(first, second, strict=True))
+
+
+class Score(BaseModel):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreResponse(BaseModel):
+    """Scores in the order of the pairs."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage
+
+
+class RerankRequest(RequestBody):
+    """Body of ``POST /v1/rerank``, as Cohere's and Jina's clients send it."""
+
+    model: str
+    query: Item
+    documents: list[Item]
+    top_n: int | None = None
+    return_documents: bool = True
+    cache_salt: str = Field(default="", max_length=256)
+
+    def check(self) -> None:
+        """
+        Raises:
+            InvalidRequest: naming the field that is out of range.
+        """
+        if not 1 <= len(self.documents) <= MAX_DOCUMENTS:
+            raise InvalidRequest(
+                f"documents must have 1 to {MAX_DOCUMENTS} entries, not {len(self.documents)}.",
+                param="documents",
+            )
+        if self.top_n is not None and self.top_n < 1:
+            raise InvalidRequest("top_n must be at least 1.", param="top_n")
+
+
+class RankedDocument(BaseModel):
+    """``index`` is the document's place in the request."""
+
+    index: int
+    document: dict[str, Any] | None = None
+    relevance_score: float
+
+
+class RerankResponse(BaseModel):
+    """The best documents first."""
+
+    id: str
+    model: str
+    usage: Usage
+    results: list[RankedDocument]

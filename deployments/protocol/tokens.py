@@ -1,0 +1,53 @@
+"""Tokenization on the wire."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+
+from deployments.protocol.base import RequestBody
+from engine.errors import InvalidRequest
+
+
+class TokenizeRequest(RequestBody):
+    """Body of ``POST /tokenize``: a text in ``prompt``, or a conversation in ``messages``."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {"chat_template": "it is set where the model is configured"}
+
+    model: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: Any = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+    def check(self) -> None:
+        """
+        Raises:
+            InvalidRequest: neither or both of ``prompt`` and ``messages`` are given.
+        """
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("Either prompt or messages must be given.", param="prompt")
+
+
+class TokenizeResponse(BaseModel):
+    """``token_strs`` is the text of each token, if it was asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(RequestBody):
+    """Body of ``POST /detokenize``."""
+
+    model: str
+    tokens: list[int]
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str

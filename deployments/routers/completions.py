@@ -1,0 +1,236 @@
+"""Text completions: prompts as they stand, without a chat template."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from deployments import sse
+from deployments.answers import AnswerReader, Choice, gather
+from deployments.body import read_body
+from deployments.conversations import caller_fields, renamed
+from deployments.errors import as_sightline
+from deployments.pipeline import Pipeline, PreparedPrompt
+from deployments.protocol import completions as wire
+from deployments.protocol.generation import StreamOptions
+from deployments.routers.models import find_pipeline
+from deployments.routers.values import finite, usage_body
+from deployments.tasks import all_or_none, merged
+from engine.errors import SightlineError
+from engine.outputs import StreamUpdate, TokenLogprob, Usage
+from engine.prompt import EngineInput, MediaItem
+from engine.sampling_params import SamplingParams
+
+router = APIRouter()
+
+
+@dataclass(slots=True)
+class _Running:
+    """One prompt's completion on its way; ``number`` is the prompt's place in the request."""
+
+    number: int
+    text: str
+    token_ids: list[int]
+    updates: AsyncGenerator[StreamUpdate, None]
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request) -> Response:
+    """Continue texts, as one JSON object or as a stream of events."""
+    body = await read_body(request, wire.CompletionRequest, request.app.state.config.max_body_bytes)
+    pipeline = find_pipeline(request, body.model)
+    body.check()
+    names: dict[str, str] = {}
+    constraint, field = body.constraint()
+    if constraint is not None and field is not None:
+        names = dict.fromkeys(("response_format", "guided_regex", "guided_choice", "guided_grammar"), field)
+    params = replace(body.sampling_params(pipeline.sampling_defaults), structured=constraint)
+    tokenizer = pipeline.builder.tokenizer
+    answer = _Answer(
+        f"cmpl-{uuid.uuid4().hex}",
+        int(time.time()),
+        pipeline.name,
+        body,
+        params,
+        lambda token: tokenizer.decode([token], skip_special_tokens=False),
+    )
+    with caller_fields(names):
+        prompts = await all_or_none(_prepared(pipeline, body, given, params) for given in body.prompts)
+    running = []
+    for number, prompt in enumerate(prompts):
+        updates = pipeline.generate(f"{answer.id}-{number}", prompt, params, priority=body.priority)
+        ids = prompt.inputs.token_ids
+        text = tokenizer.decode(ids, skip_special_tokens=True) if body.echo else ""
+        running.append(_Running(number, text, ids, renamed(updates, names)))
+    if not body.stream:
+        return JSONResponse(await _whole(answer, running))
+    events = merged([each.updates for each in running])
+    # What fails before the first token is still an error of its own, not an event in a stream.
+    first = await anext(events)
+    return StreamingResponse(
+        _events(answer, running, first, events), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS
+    )
+
+
+async def _prepared(
+    pipeline: Pipeline, body: wire.CompletionRequest, given: str | list[int], params: SamplingParams
+) -> PreparedPrompt:
+    def build(_: list[MediaItem]) -> EngineInput:
+        if not isinstance(given, str):
+            return pipeline.builder.from_token_ids(given, cache_salt=body.cache_salt)
+        return pipeline.builder.from_text(
+            given,
+            add_special_tokens=body.add_special_tokens,
+            cache_salt=body.cache_salt,
+            placeholders_are_text=True,
+        )
+
+    return await pipeline.prepare(build, min_tokens=params.max_tokens or 1, salt=body.cache_salt)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What all parts of one response have in common; ``decode`` gives the text of a token."""
+
+    id: str
+    created: int
+    model: str
+    body: wire.CompletionRequest
+    params: SamplingParams
+    decode: Callable[[int], str]
+
+    def completion(self, choices: list[wire.CompletionChoice], **fields) -> wire.Completion:
+        return wire.Completion(
+            id=self.id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            **fields,
+        )
+
+
+async def _whole(answer: _Answer, running: list[_Running]) -> dict:
+    """The finished response: the choices of the first prompt, then those of the second, and so on."""
+    found = await all_or_none(gather(each.updates, AnswerReader(lambda: None)) for each in running)
+    choices, total = [], Usage()
+    for each, whole in zip(running, found, strict=True):
+        usage = whole.usage
+        completed = 0 if answer.body.only_echo else usage.completion_tokens
+        total = Usage(
+            total.prompt_tokens + usage.prompt_tokens,
+            total.completion_tokens + completed,
+            total.cached_tokens + usage.cached_tokens,
+        )
+        choices += [_choice(answer, each, choice, whole.prompt_logprobs) for choice in whole.choices]
+    body = answer.completion(choices, usage=usage_body(total)).model_dump(exclude={"system_fingerprint"})
+    for choice in body["choices"]:
+        for name in ("token_ids", "prompt_token_ids"):
+            if choice[name] is None:
+                del choice[name]
+    return body
+
+
+def _choice(answer: _Answer, each: _Running, choice: Choice, prompt_logprobs: list) -> wire.CompletionChoice:
+    body = answer.body
+    made = wire.CompletionChoice(
+        index=each.number * answer.params.n + choice.index,
+        text=each.text + ("" if body.only_echo else choice.text),
+        finish_reason="length" if body.only_echo else choice.finish_reason,
+        stop_reason=choice.stop_reason,
+    )
+    if choice.logprobs is not None:
+        rows: list[tuple[int, Mapping[int, TokenLogprob] | None]] = (
+            [] if body.only_echo else list(zip(choice.token_ids, choice.logprobs, strict=False))
+        )
+        before = list(zip(each.token_ids, prompt_logprobs, strict=False)) if body.echo else []
+        made.logprobs = _logprobs([*before, *rows], answer.params.logprobs or 0, 0, answer.decode)
+    if body.return_token_ids:
+        made.token_ids, made.prompt_token_ids = choice.token_ids, each.token_ids
+    return made
+
+
+def _logprobs(
+    rows: Sequence[tuple[int, Mapping[int, TokenLogprob] | None]],
+    count: int,
+    offset: int,
+    decode: Callable[[int], str],
+) -> wire.CompletionLogprobs:
+    """Rows of a token and its alternatives in the older form.
+
+    Args:
+        count: alternatives per token.
+        offset: where the first token's text begins in the choice's text.
+        decode: gives the text of a token that has no row.
+    """
+    made = wire.CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+    for token, row in rows:
+        own = row.get(token) if row is not None else None
+        text = decode(token) if own is None else own.decoded_token or ""
+        made.text_offset.append(offset)
+        made.tokens.append(text)
+        made.token_logprobs.append(None if own is None else finite(own.logprob))
+        made.top_logprobs.append(None if row is None else _tops(row, count))
+        offset += len(text)
+    return made
+
+
+def _tops(row: Mapping[int, TokenLogprob], count: int) -> dict[str, float]:
+    best = sorted((value for value in row.values() if (value.rank or 0) <= count), key=lambda v: -v.logprob)
+    return {value.decoded_token or "": finite(value.logprob) for value in best}
+
+
+async def _events(
+    answer: _Answer,
+    running: list[_Running],
+    first: tuple[int, StreamUpdate],
+    updates: AsyncGenerator[tuple[int, StreamUpdate], None],
+) -> AsyncIterator[bytes]:
+    """The response as events; ends in ``[DONE]``, after an error as well."""
+    options = answer.body.stream_options or StreamOptions()
+    offsets: dict[int, int] = {}
+    usages: dict[int, Usage] = {}
+    async with aclosing(updates) as stream:
+        try:
+            item: tuple[int, StreamUpdate] | None = first
+            while item is not None:
+                number, update = item
+                usages[number] = update.usage
+                for delta in update.deltas:
+                    index = number * answer.params.n + delta.index
+                    text = delta.text
+                    if index not in offsets:
+                        offsets[index], text = 0, running[number].text + text
+                    choice = wire.CompletionChoice(
+                        index=index, text=text, logprobs=None, finish_reason=delta.finish_reason
+                    )
+                    if delta.logprobs is not None:
+                        rows = list(zip(delta.token_ids, delta.logprobs, strict=False))
+                        choice.logprobs = _logprobs(
+                            rows, answer.params.logprobs or 0, offsets[index], answer.decode
+                        )
+                    if delta.stop_reason is not None:
+                        choice.stop_reason = delta.stop_reason
+                    if answer.body.return_token_ids:
+                        choice.token_ids = delta.token_ids
+                    offsets[index] += len(text)
+                    if text or delta.finish_reason or delta.logprobs or answer.body.return_token_ids:
+                        fields = {"usage": None} if options.include_usage else {}
+                        yield sse.event(answer.completion([choice], **fields))
+                item = await anext(stream, None)
+            if options.include_usage:
+                total = Usage(
+                    sum(usage.prompt_tokens for usage in usages.values()),
+                    sum(usage.completion_tokens for usage in usages.values()),
+                    sum(usage.cached_tokens for usage in usages.values()),
+                )
+                yield sse.event(answer.completion([], usage=usage_body(total)))
+        except SightlineError as error:
+            yield sse.error_event(error)
+        except Exception as error:
+            yield sse.error_event(as_sightline(error))
+        yield sse.DONE

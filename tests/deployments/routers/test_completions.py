@@ -1,0 +1,93 @@
+"""Text completions."""
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.usefixtures("idle_afterwards")
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+
+
+async def complete(client, **options):
+    given = {"model": "pocket", "prompt": "Hello", "temperature": 0, "max_tokens": 8}
+    return await client.completions.create(**given | options)
+
+
+async def chat_tokens(client) -> list[int]:
+    body = {"model": "pocket", "messages": HELLO}
+    return (await client.post("/tokenize", body=body, cast_to=dict))["tokens"]
+
+
+async def test_the_chats_prompt_is_answered_as_the_chat_is(client):
+    asked = await client.chat.completions.create(model="pocket", messages=HELLO, temperature=0, max_tokens=8)
+    made = await complete(client, prompt=await chat_tokens(client))
+    assert made.object == "text_completion" and made.id.startswith("cmpl-")
+    assert made.choices[0].text == asked.choices[0].message.content
+    assert made.choices[0].finish_reason == asked.choices[0].finish_reason
+    assert made.usage == asked.usage
+
+
+async def test_prompts_in_lists_and_several_choices(client):
+    alone = [(await complete(client, prompt=text)).choices[0].text for text in ("Hello", "red circle")]
+    made = await complete(client, prompt=["Hello", "red circle"], n=2)
+    assert [choice.text for choice in made.choices] == [alone[0], alone[0], alone[1], alone[1]]
+    assert [choice.index for choice in made.choices] == [0, 1, 2, 3]
+    ids = await chat_tokens(client)
+    both = await complete(client, prompt=[ids, ids])
+    assert len({choice.text for choice in both.choices}) == 1
+    assert both.usage.prompt_tokens == 2 * len(ids)
+
+
+async def test_a_streamed_completion_is_the_whole_one(client):
+    whole = await complete(client, prompt=["Hello", "red circle"], logprobs=1)
+    options = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": 1}
+    chunks = [chunk async for chunk in await complete(client, prompt=["Hello", "red circle"], **options)]
+    for index, wanted in enumerate(whole.choices):
+        found = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        assert "".join(choice.text for choice in found) == wanted.text
+        assert [c.finish_reason for c in found if c.finish_reason] == [wanted.finish_reason]
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            pieces = [piece for c in found if c.logprobs for piece in getattr(c.logprobs, name)]
+            assert pieces == getattr(wanted.logprobs, name)
+    assert chunks[-1].usage == whole.usage and not any(chunk.usage for chunk in chunks[:-1])
+
+
+async def test_echo(client):
+    plain = await complete(client, prompt="red circle", max_tokens=2)
+    made = await complete(client, prompt="red circle", max_tokens=2, echo=True, logprobs=2)
+    assert made.choices[0].text == "red circle" + plain.choices[0].text
+    logprobs = made.choices[0].logprobs
+    assert "".join(logprobs.tokens) == made.choices[0].text
+    assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+    assert all(value is not None and value <= 0 for value in logprobs.token_logprobs[1:])
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+        assert made.choices[0].text[offset:].startswith(token)
+    only = await complete(client, prompt="red circle", echo=True, logprobs=0, max_tokens=0)
+    assert only.choices[0].text == "red circle" and only.usage.completion_tokens == 0
+    assert "".join(only.choices[0].logprobs.tokens) == "red circle"
+
+
+async def test_sixteen_tokens_are_the_default(client):
+    made = await complete(client, max_tokens=None, extra_body={"ignore_eos": True})
+    assert made.usage.completion_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"suffix": "end"}, "suffix"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": [10**7]}, "prompt"),
+        ({"prompt": "word " * 3000}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"best_of": 4}, "best_of"),
+        ({"extra_body": {"guided_regex": "("}}, "guided_regex"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_refused(client, change, param, stream):
+    with pytest.raises(openai.BadRequestError) as refused:
+        await complete(client, **change, stream=stream)
+    assert refused.value.param == param
