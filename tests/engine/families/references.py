@@ -61,4 +61,6 @@ class TextReference:
 
     def inputs(self, prompt: Prompt) -> Inputs:
         ids = self.tokenizer(prompt.text, return_tensors="pt").input_ids
-        return Inputs(ids[0].tolist(), self.model, {"input_ids": ids})
+        # Without a mask, generation would leave out what looks like padding.
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return Inputs(ids[0].tolist(), self.model, arguments)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.families.case import Reference
 from tests.engine.families.drawn.choices import Draw
+from tests.engine.families.drawn.decoder import Lengths
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.tiny import split_shards, spread
 
@@ -40,8 +41,7 @@ class Drawn:
         tokens: longest sequence, answer included.
         options: of every engine that loads the checkpoint.
         media: token ids that stand for rows of media.
-        switch: prompt length at which the reference changes the rotary frequencies of a sequence (longrope);
-            answers don't cross it.
+        lengths: how the rotary embedding depends on the length of a sequence.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Drawn:
     tokens: int
     options: Mapping[str, Any] = field(default_factory=dict)
     media: frozenset[int] = frozenset()
-    switch: int | None = None
+    lengths: Lengths = field(default_factory=Lengths)
 
 
 class Family(Protocol):

@@ -11,7 +11,7 @@ from tests.engine.families import minicpm_v_reference as minicpm_v
 from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families.drawn.checkpoint import Drawn
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.decoder import Lengths, draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.vision import draw_tower
 from tests.engine.families.qwen import FRAME
@@ -73,7 +73,9 @@ class Phi3VFamily:
         style = Style(frame, end, mark=mark, longest=20.0, several=3)
         image = min(32044, raw["vocab_size"] - 1)
         reference = phi3_v.Phi3VReference(path, crops)
-        return Drawn(path, reference, style, tokens, options, frozenset({image}), original)
+        # Phi-3's class looks for the crossing in token ids; this reference gives it embeddings.
+        lengths = Lengths(original, crosses=False)
+        return Drawn(path, reference, style, tokens, options, frozenset({image}), lengths)
 
 
 _DECODER_FIELDS = frozenset(
@@ -127,4 +129,5 @@ class MiniCPMVFamily:
         )
         reference = minicpm_v.MiniCPMVReference(path, limit)
         image = minicpm_v.SPECIALS.index("<unk>")
-        return Drawn(path, reference, style, 768, options, frozenset({image, 128244}))
+        media, lengths = frozenset({image, 128244}), lengths_of("qwen2", text)
+        return Drawn(path, reference, style, 768, options, media, lengths)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tests.engine.families.drawn.choices import Draw
@@ -58,6 +61,9 @@ def draw_decoder(
     fields["hidden_size"] = heads * head_dim
     if kind in _HAS_HEAD_DIM:
         how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
+        if heads >= 32:
+            # Heads of the default size would be large together.
+            how = "stated"
         default = 128 if kind.startswith("qwen3") else head_dim
         if kind.startswith("qwen3") and how != "derived":
             # These have no null, and 128 if it is absent.
@@ -78,6 +84,33 @@ def draw_decoder(
     _rope(draw, kind, fields, head_dim, section)
     draw.spelled(fields, "rms_norm_eps", "hidden_act", "tie_word_embeddings")
     return fields
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How frequencies depend on the length of a sequence.
+
+    Attributes:
+        original: longest sequence with the frequencies of short ones; None if they don't depend on it.
+        crosses: the reference has an answer for a sequence that grows beyond ``original``. For longrope only
+            Phi-3's class has one; others go on with other frequencies and mix keys of both.
+    """
+
+    original: int | None = None
+    crosses: bool = True
+
+
+def lengths_of(kind: str, fields: Mapping[str, Any]) -> Lengths:
+    """The lengths of a decoder that :func:`draw_decoder` has drawn."""
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    scaling = rope.get("rope_type", rope.get("type"))
+    if scaling == "dynamic":
+        return Lengths(fields["max_position_embeddings"])
+    if scaling not in ("longrope", "su"):
+        return Lengths()
+    beside = fields.get("original_max_position_embeddings")
+    within = rope.get("original_max_position_embeddings")
+    return Lengths(beside or within or fields["max_position_embeddings"], kind == "phi3")
 
 
 def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
@@ -140,7 +173,8 @@ def _rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, section:
     new = draw.varies("rope in the new spelling", 0.4)
     name = "rope_type" if new else draw.choice("rope type's name", ("type", "rope_type"))
     if section and scaling == "default" and not new:
-        rope[name] = draw.choice("mrope's name", ("mrope", "default"))
+        # Qwen3-VL's class has never had the old name.
+        rope[name] = "default" if kind == "qwen3_vl" else draw.choice("mrope's name", ("mrope", "default"))
     elif scaling != "default" or new:
         rope[name] = scaling
     if draw.varies("rope theta absent", 0.1):
@@ -162,7 +196,7 @@ def _scaling(draw: Draw, kind: str, scaling: str, fields: dict[str, Any], rotate
     original = draw.choice("original context", (16, 32, 64, 128))
     if scaling in ("linear", "dynamic"):
         if scaling == "dynamic" or draw.varies("stretched context", 0.3):
-            fields["max_position_embeddings"] = max(16, int(fields["max_position_embeddings"] // factor))
+            fields["max_position_embeddings"] = math.ceil(fields["max_position_embeddings"] / factor)
         return {"factor": factor}
     if scaling == "longrope":
         return _longrope(draw, kind, fields, original, rotated)

@@ -10,9 +10,8 @@ import transformers
 
 from tests.engine.families.drawn.checkpoint import Drawn, Unavailable, draw_ends, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
-from tests.engine.families.drawn.text import switch_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_tower
 from tests.engine.families.idefics import SPECIALS, IdeficsReference
 from tests.engine.tiny import tokenizer
@@ -81,6 +80,6 @@ class IdeficsFamily:
             longest=6.0,
             several=3,
         )
-        switch = switch_of({**text, "model_type": "llama"})
+        lengths = lengths_of("llama", text)
         media = frozenset({image})
-        return Drawn(path, IdeficsReference(path, self.kind), style, 1024, options, media, switch)
+        return Drawn(path, IdeficsReference(path, self.kind), style, 1024, options, media, lengths)

@@ -7,9 +7,8 @@ from typing import Any
 
 from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
-from tests.engine.families.drawn.text import switch_of
 from tests.engine.families.drawn.vision import draw_feature_layer, draw_pixels, draw_side, draw_tower
 from tests.engine.families.onevision import SPECIALS, OnevisionReference
 from tests.engine.families.qwen import FRAME
@@ -64,8 +63,8 @@ class LlavaFamily:
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         self._processor(draw, path, side, _TOWERS[tower["model_type"]])
         style = Style("USER: {} ASSISTANT:", "</s>", mark=lambda index, count: "<image>\n", longest=40.0)
-        switch = switch_of({**text, "model_type": kind})
-        return Drawn(path, LlavaReference(path), style, 320, media=frozenset({3}), switch=switch)
+        lengths = lengths_of(kind, text)
+        return Drawn(path, LlavaReference(path), style, 320, media=frozenset({3}), lengths=lengths)
 
     def _processor(self, draw: Draw, path: Path, side: int, processor: str) -> None:
         edge: Any = {"shortest_edge": side}
@@ -148,8 +147,8 @@ class OnevisionFamily:
             frames=32,
         )
         media = frozenset({image, video})
-        switch = switch_of({**text, "model_type": "qwen2"})
-        return Drawn(path, OnevisionReference(path), style, 1024, media=media, switch=switch)
+        lengths = lengths_of("qwen2", text)
+        return Drawn(path, OnevisionReference(path), style, 1024, media=media, lengths=lengths)
 
 
 def _connector(draw: Draw, raw: dict[str, Any]) -> None:

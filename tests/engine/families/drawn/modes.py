@@ -51,10 +51,9 @@ class Session:
             inputs = self.drawn.reference.inputs(as_seen(prompt))
         except ValueError as error:
             return f"the reference refuses the prompt: {error}"
-        steps, switch = STEPS, self.drawn.switch
-        if switch is not None and len(inputs.ids) <= switch:
-            # Transformers would go on with other frequencies, and mix keys of both.
-            steps = min(steps, switch - len(inputs.ids) + 1)
+        steps, lengths = STEPS, self.drawn.lengths
+        if lengths.original and not lengths.crosses and len(inputs.ids) <= lengths.original:
+            steps = min(steps, lengths.original - len(inputs.ids) + 1)
         if len(inputs.ids) + steps > self.drawn.tokens:
             return "the prompt is too long"
         expected = Expected(inputs, steps)
@@ -172,25 +171,24 @@ def preempted(session: Session, tally: Tally) -> None:
 def cached(session: Session, tally: Tally) -> None:
     """All prompts twice, then the next turn of each conversation, twice: from the cache what was computed."""
     size = session.draw.stream("cache").choice((1, 2, 4, 8))
-    llm = session.llm(block_size=size)
+    # Nothing is evicted.
+    llm = session.llm(block_size=size, num_kv_blocks=8 * session.drawn.tokens // size)
     outputs = session.check(tally, llm, session.questions, cached=_anything)
     session.check(tally, llm, session.questions, cached=lambda q: _full_blocks(q, q.length - 1, size))
     turns, entries, known = [], [], {}
     for question, output in zip(session.questions, outputs, strict=True):
         (completion,) = output.outputs
         turn, more = session.following(question, completion.token_ids)
-        if turn.length + STEPS > session.drawn.tokens or _switches(session, question, turn):
+        if turn.length + STEPS > session.drawn.tokens or _stops_short(session, turn):
             continue
         data = question.prompt.entry["multi_modal_data"]
         ids = [*output.prompt_token_ids, *more]
         entries.append({"prompt_token_ids": ids, "multi_modal_data": data})
         turns.append(turn)
-        known[id(turn)] = question.length
+        known[id(turn)] = _reusable(session, question, turn)
     if not turns:
         return
-    session.check(
-        tally, llm, turns, entries=entries, cached=lambda q: _full_blocks(q, known[id(q)] - 1, size)
-    )
+    session.check(tally, llm, turns, entries=entries, cached=lambda q: _full_blocks(q, known[id(q)], size))
     session.check(tally, llm, turns, entries=entries, cached=lambda q: _full_blocks(q, q.length - 1, size))
 
 
@@ -251,9 +249,21 @@ def _full_blocks(question: Question, known: int, size: int) -> tuple[int, int]:
     return known // size * size, (question.length - 1) // size * size
 
 
-def _switches(session: Session, question: Question, turn: Question) -> bool:
-    switch = session.drawn.switch
-    return switch is not None and question.length <= switch < turn.length + STEPS
+def _reusable(session: Session, question: Question, turn: Question) -> int:
+    """Tokens of ``turn`` whose keys the engine has computed for ``question``."""
+    original = session.drawn.lengths.original
+    if original is not None and turn.length > original:
+        # Its keys have other frequencies.
+        return 0
+    return question.length - 1
+
+
+def _stops_short(session: Session, turn: Question) -> bool:
+    """Whether an answer to ``turn`` would go where the reference has none."""
+    lengths = session.drawn.lengths
+    if lengths.original is None or lengths.crosses:
+        return False
+    return turn.length <= lengths.original < turn.length + STEPS
 
 
 def _number(tally: Tally, before: int, question: Question) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from tests.engine.families import qwen
 from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.vision import draw_pixels
 from tests.engine.tiny import QWEN_SPECIALS, tokenizer
@@ -56,7 +56,8 @@ class QwenVLFamily:
             frames=300 if long else 24,
         )
         media = frozenset({raw["image_token_id"], raw["video_token_id"]})
-        return Drawn(path, qwen.Reference(path, self.kind, fps), style, tokens, options, media)
+        lengths = lengths_of(self.name, raw.get("text_config") or raw)
+        return Drawn(path, qwen.Reference(path, self.kind, fps), style, tokens, options, media, lengths)
 
     def _config(self, draw: Draw, vocab: int, tokens: int) -> dict[str, Any]:
         text = draw_decoder(draw, self.name, vocab, tokens=tokens, section=True)

@@ -10,7 +10,7 @@ from tokenizers import processors
 
 from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.references import TextReference
 from tests.engine.tiny import tokenizer
@@ -46,15 +46,4 @@ class TextFamily:
         write_json(path / "config.json", {"architectures": [f"{self.kind.capitalize()}ForCausalLM"], **raw})
         words = 30 if draw.varies("short prompts", 0.3) else 70
         style = Style("{}", "", words=words)
-        return Drawn(path, TextReference(path), style, _TOKENS, switch=switch_of(raw))
-
-
-def switch_of(raw: dict[str, Any]) -> int | None:
-    """Length up to which a sequence has longrope's short factors; None for another rotary embedding."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
-        return None
-    beside = raw.get("original_max_position_embeddings")
-    if raw["model_type"].startswith("phi3"):
-        return beside or rope.get("original_max_position_embeddings") or 4096
-    return rope.get("original_max_position_embeddings") or raw["max_position_embeddings"]
+        return Drawn(path, TextReference(path), style, _TOKENS, lengths=lengths_of(self.kind, fields))
