@@ -1,4 +1,7 @@
-"""MiniCPM-V 2.6: an overview and slices of each image, 64 rows for each of them, and a Qwen2 decoder."""
+"""MiniCPM-V 2.6, 4.0 and 4.5: an overview and slices of each image, 64 rows for each of them.
+
+The versions have one architecture name. These three differ in their decoder: Qwen2, Llama and Qwen3.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from engine.families.family import Family
 from engine.families.minicpm_v.config import SliceVisionConfig
 from engine.families.minicpm_v.processor import MiniCPMVProcessor
 from engine.families.parsing.decoder import DecoderKind, Json, integer
-from engine.families.parsing.model import ConfigReader, token_field
+from engine.families.parsing.model import ConfigReader
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.normalisation import HALF_NORMALISATION, Normalisation
@@ -33,18 +36,36 @@ _TOWER_DEFAULTS = {
 }
 _HEAD_DIM = 128  # of the resampler
 _ROW = "<unk>"
-#: ``<|im_end|>`` and ``<|endoftext|>``.
-_END_TOKENS = (151645, 151643)
+_ROW_ID = 128244  # in version 2.6
+#: The decoder, and the tokens that end its answers, by version.
+_VERSIONS: dict[str, tuple[DecoderKind, tuple[str, ...]]] = {
+    "2.6": ("qwen2", ("<|im_end|>", "<|endoftext|>")),
+    "4.0": ("llama", ("<|im_end|>", "</s>")),
+    "4.5": ("qwen3", ("<|im_end|>", "<|endoftext|>")),
+}
+#: Why other versions are refused.
+_OTHERS = {
+    "None": "it is 2.0 or 2.5 if config.json has no version",
+    "2.0": "its tower and its decoder are of other kinds",
+    "2.5": "an image's features depend on the images beside it",
+}
 
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
-    # Other versions have the same architecture name, and other parts.
-    if str(raw.get("version")) != "2.6":
+    version = _version(raw)
+    if version not in _VERSIONS:
+        reason = f" ({_OTHERS[version]})" if version in _OTHERS else ""
         raise CheckpointError(
-            f"config.json: version {raw.get('version')} of MiniCPMV is not supported; 2.6 is",
+            f"config.json: version {version} of MiniCPMV is not supported{reason}; "
+            f"{', '.join(_VERSIONS)} are",
             param="version",
         )
-    return raw, "qwen2"
+    return raw, _VERSIONS[version][0]
+
+
+def _version(raw: Json) -> str:
+    stated = raw.get("version")
+    return f"{stated:.1f}" if isinstance(stated, int | float) else str(stated)
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> SliceVisionConfig:
@@ -69,9 +90,17 @@ def _vision(raw: Json, processor: Json, hidden: int) -> SliceVisionConfig:
     )
 
 
-def _numbered(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Remembers whether prompts give each image its number."""
-    return replace(config, extra={"numbered": bool(checkpoint.preprocessor_config.get("use_image_id", True))})
+def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """Adds the ids of the version's tokens, and whether prompts give each image its number."""
+    added = checkpoint.json("tokenizer.json").get("added_tokens") or []
+    ids = {token["content"]: token["id"] for token in added}
+    ends = [ids[name] for name in _VERSIONS[_version(checkpoint.config)][1] if name in ids]
+    return replace(
+        config,
+        eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *ends])),
+        image_token_id=checkpoint.config.get("image_token_id", ids.get(_ROW, _ROW_ID)),
+        extra={"numbered": bool(checkpoint.preprocessor_config.get("use_image_id", True))},
+    )
 
 
 def _placeholder(
@@ -114,9 +143,7 @@ FAMILY = Family(
     reader=ConfigReader(
         text=_text,
         vision=_vision,
-        image_token=token_field("image_token_id", default=128244),
-        end_tokens=_END_TOKENS,
-        finish=_numbered,
+        finish=_with_tokens,
     ),
     prompt_format=lambda config: PromptFormat(image="(<image>./</image>)", separator="\n"),
     placeholder=_placeholder,

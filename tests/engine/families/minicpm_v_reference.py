@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6 put together from Transformers' and torch's parts, one piece of a picture at a time."""
+"""MiniCPM-V 2.6, 4.0 and 4.5 composed of Transformers' and torch's parts, one piece of an image at a time."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ TEXT = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+#: Transformers' decoder of each version.
+DECODERS = {2.6: "Qwen2", 4.0: "Llama", 4.5: "Qwen3"}
 QUERIES, RESOLUTION, PATCH, MAX_SLICES = 4, 28, 7, 9
 
 
@@ -181,7 +183,8 @@ class Reference(nn.Module):
             hidden_act="gelu_pytorch_tanh",
         )
         self.vpm = transformers.SiglipVisionModel(vision)
-        self.llm = transformers.Qwen2ForCausalLM(_language(raw))
+        kind = DECODERS[raw["version"]]
+        self.llm = getattr(transformers, f"{kind}ForCausalLM")(_language(raw, kind))
         width = self.llm.config.hidden_size
         self.resampler = Resampler(raw["query_num"], width, width // 128, vision.hidden_size)
         self.patch, self.table_side = vision.patch_size, vision.image_size // vision.patch_size
@@ -204,10 +207,11 @@ class Reference(nn.Module):
         return embeds[None]
 
 
-def _language(raw: Mapping[str, Any]) -> transformers.Qwen2Config:
-    names = transformers.Qwen2Config().to_dict().keys() - {"architectures", "model_type"}
+def _language(raw: Mapping[str, Any], kind: str) -> Any:
+    cls = getattr(transformers, f"{kind}Config")
+    names = cls().to_dict().keys() - {"architectures", "model_type"}
     more = {name: raw[name] for name in ("rope_theta", "rope_scaling") if name in raw}
-    return transformers.Qwen2Config(**{name: raw[name] for name in names if name in raw}, **more)
+    return cls(**{name: raw[name] for name in names if name in raw}, **more)
 
 
 def configuration(vocabulary: int, **fields: Any) -> dict[str, Any]:

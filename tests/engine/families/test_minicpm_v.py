@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from engine.prompt import PreparedMedia
 from engine.text.tokenizer import Tokenizer
 from engine.vision.bucketed_positions import bucketed_positions
 from tests.engine.families import minicpm_v_reference as composed
+from tests.engine.families.cases import case_named
+from tests.engine.families.made import Made
 from tests.engine.families.minicpm_v_reference import MARK
 from tests.engine.families.qwen import FRAME
 from tests.engine.tiny import picture, rewrite_json, rewrite_tensors
@@ -42,6 +45,22 @@ def media_processor(path, **options):
 
 def encoder(path):
     return load_vision_encoder(*parse(path), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("version", [4.0, 4.5])
+def test_later_versions_answer_as_their_references_do(tmp_path, version):
+    """Version 4.0 is Llama with longrope, as the public checkpoint is; version 4.5 is Qwen3."""
+    rope = {"rope_type": "longrope", "short_factor": [1.1] * 32, "long_factor": [1.5] * 32}
+    rope["original_max_position_embeddings"] = 2048
+    fields = {4.0: {"rope_scaling": {**rope, "factor": 1.0}}, 4.5: {"head_dim": 32}}[version]
+
+    def make(path, hub):
+        composed.make(path, version=version, **fields)
+
+    model = Made(replace(case_named("MiniCPM-V 2.6"), make=make), tmp_path / "made")
+    model.check_all()
+    # The tokenizer has no </s>, which ends answers of 4.0, but <|endoftext|>, which ends those of 4.5.
+    assert parse(model.path)[1].eos_token_ids == {4.0: (2,), 4.5: (2, 0)}[version]
 
 
 def test_rows_are_those_of_the_reference_alone_and_together(path):
@@ -129,8 +148,10 @@ def test_refusals(path):
 @pytest.mark.parametrize(
     ("file", "change", "field"),
     [
-        ("config.json", {"version": 2.5}, "version"),
-        ("config.json", {"version": None}, "version"),
+        ("config.json", {"version": 2.0}, "version 2.0 .*its tower"),
+        ("config.json", {"version": 2.5}, "version 2.5 .*beside it"),
+        ("config.json", {"version": None}, "no version"),
+        ("config.json", {"version": "o"}, "version o of"),
         ("config.json", {"hidden_size": 200}, "hidden_size"),
         ("config.json", {"query_num": 0}, "query_num"),
         ("preprocessor_config.json", {"slice_mode": False}, "slice_mode"),
