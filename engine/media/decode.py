@@ -12,6 +12,8 @@ from PIL import Image
 from pydantic import PositiveInt
 
 from engine.errors import MediaError, MediaTooLarge
+from engine.media.colour import Encoding, to_rgb
+from engine.media.repair import as_black_is_zero, with_end_marker, without_metadata
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,23 +46,29 @@ class ImageLimits:
 
 
 def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) -> Image.Image:
-    """A picture as a person sees it: upright, transparency on white, of several frames the first, 8-bit RGB.
+    """An image as a person sees it: upright, transparency on white, of several frames the first, 8-bit RGB.
 
     Args:
-        data: an encoded picture.
+        data: an encoded image.
         where: the field of the request, for errors.
 
     Raises:
         MediaTooLarge: the header announces more pixels than allowed.
-        MediaError: the data is no picture of an allowed format, or is damaged.
+        MediaError: the data is no image of an allowed format, or is damaged.
     """
     name = where or "the picture"
     try:
-        with Image.open(io.BytesIO(data), formats=limits.formats) as image:
-            _check_size(image.size, limits, name, where)
-            orientation = _orientation(image)
-            image.load()
-            return _upright(to_rgb(image), orientation)
+        data = without_metadata(data)
+        try:
+            return _decode(data, limits, name, where)
+        except OSError:
+            ended = with_end_marker(data)
+            if ended is None:
+                raise
+            image, other = (_decode(variant, limits, name, where) for variant in ended)
+            if not np.array_equal(np.asarray(image), np.asarray(other)):
+                raise
+            return image
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -72,6 +80,16 @@ def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) 
         ) from None
     except Exception as error:
         raise MediaError(f"{name} is damaged or incomplete and can't be decoded.", param=where) from error
+
+
+def _decode(data: bytes, limits: ImageLimits, name: str, where: str | None) -> Image.Image:
+    positive = as_black_is_zero(data)
+    with Image.open(io.BytesIO(positive or data), formats=limits.formats) as image:
+        _check_size(image.size, limits, name, where)
+        encoding = Encoding.of(image, inverted=positive is not None)
+        orientation = _orientation(image)
+        image.load()
+        return _upright(to_rgb(image, encoding), orientation)
 
 
 def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
@@ -87,9 +105,10 @@ def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
     if min(image.size) < 1:
         raise MediaError(f"{name} has no pixels.", param=where)
     try:
+        encoding = Encoding.of(image)
         orientation = _orientation(image) if image.format else 1
         image.load()
-        return _upright(to_rgb(image), orientation)
+        return _upright(to_rgb(image, encoding), orientation)
     except MediaError:
         raise
     except Exception as error:
@@ -100,7 +119,8 @@ def read_size(data: bytes, limits: ImageLimits, *, where: str | None = None) -> 
     """``(width, height)`` by the header alone, upright; errors as :func:`decode_image`."""
     name = where or "the picture"
     try:
-        with Image.open(io.BytesIO(data), formats=limits.formats) as image:
+        data = without_metadata(data)
+        with Image.open(io.BytesIO(as_black_is_zero(data) or data), formats=limits.formats) as image:
             _check_size(image.size, limits, name, where)
             turned = _orientation(image) >= 5
             return (image.height, image.width) if turned else image.size
@@ -131,43 +151,6 @@ def check_total(sizes: Iterable[tuple[int, int]], limits: ImageLimits) -> None:
         )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as 8-bit RGB.
-
-    Opaque pictures become what ``image.convert("RGB")`` makes of them, as in Transformers. Those with an
-    alpha channel or a transparent colour are composed on white, as in its later releases, and 16-bit and
-    float grey is scaled to 8 bits (``convert`` would clip it). EXIF is not looked at.
-
-    Raises:
-        MediaError: the pixels have no meaning as colours, e.g. floats outside of 0 to 255.
-    """
-    if image.has_transparency_data:
-        upper = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, upper).convert("RGB")
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_as_bytes(np.asarray(image)))
-    return image.convert("RGB")
-
-
-def _as_bytes(grey: np.ndarray) -> np.ndarray:
-    """Grey values of more than 8 bits, ``(height, width)``, as uint8.
-
-    Integers are 16-bit. Floats are fractions of white if none is above 1, else already on the scale to 255.
-    """
-    low, high = (grey.min(), grey.max()) if grey.size else (0, 0)
-    limit = 255 if grey.dtype.kind == "f" else 65535
-    if not (low >= 0 and high <= limit):
-        raise MediaError(
-            f"Grey values outside of 0 to {limit} have no meaning; convert the picture to 8 bits."
-        )
-    if grey.dtype.kind == "f":
-        return np.rint(grey * (255 if high <= 1 else 1)).astype(np.uint8)
-    return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
 def _check_size(size: tuple[int, int], limits: ImageLimits, name: str, where: str | None) -> None:
     width, height = size
     if width * height > limits.max_pixels or max(size) > limits.max_side:
@@ -181,13 +164,14 @@ def _too_many(name: str, limits: ImageLimits) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation; 1 (upright) where there is none or it can't be read, as viewers have it."""
+    """EXIF's orientation; 1 (upright) where it is missing, unreadable or out of range, as in viewers."""
     if image.format == "TIFF":
         return 1  # Pillow turns these itself
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
         return 1
+    return orientation if orientation in _TURNS else 1
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:

@@ -302,7 +302,13 @@ def test_pictures_that_cannot_be_read(llm, files):
     cut = Image.open(io.BytesIO(data[: len(data) // 2]))
     closed = Image.open(io.BytesIO(data))
     closed.close()
-    for picture in (cut, closed, Image.new("La", (9, 9)), Image.new("RGB", (0, 9)), Image.new("L", (9, 0))):
+    for picture in (
+        cut,
+        closed,
+        Image.new("I", (9, 9), -1),
+        Image.new("RGB", (0, 9)),
+        Image.new("L", (9, 0)),
+    ):
         with pytest.raises(MediaError) as caught:
             generated(llm, [about(tiny.picture(24, 24)), about(picture)])
         assert caught.value.param == "multi_modal_data.image[0]"

@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
@@ -221,6 +222,20 @@ def test_transparent_pictures_are_those_of_transformers(mode):
     np.testing.assert_array_equal(
         np.asarray(to_rgb(picture)), convert_to_rgb(picture.copy(), return_numpy=True)
     )
+
+
+@pytest.mark.skipif(
+    "return_numpy" not in inspect.signature(convert_to_rgb).parameters,
+    reason="this release of Transformers shows the colours under transparent pixels",
+)
+@pytest.mark.parametrize("family", ["CLIP", "LlavaOnevision", "Qwen2VL", "Idefics3", "SmolVLM"])
+def test_every_familys_processor_composes_on_white(family):
+    processor = getattr(transformers, f"{family}ImageProcessorPil")()
+    picture = noise("RGBA", (56, 40))
+    wanted = processor(picture, return_tensors="np")["pixel_values"]
+    found = processor(to_rgb(picture), return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(found, wanted)
+    assert not np.array_equal(processor(picture.convert("RGB"), return_tensors="np")["pixel_values"], wanted)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
