@@ -87,9 +87,7 @@ def _decode(data: bytes, limits: ImageLimits, name: str, where: str | None) -> I
     with Image.open(io.BytesIO(positive or data), formats=limits.formats) as image:
         _check_size(image.size, limits, name, where)
         encoding = Encoding.of(image, inverted=positive is not None)
-        orientation = _orientation(image)
-        image.load()
-        return _upright(to_rgb(image, encoding), orientation)
+        return _shown(image, encoding, _orientation(image), where)
 
 
 def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
@@ -106,9 +104,7 @@ def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
         raise MediaError(f"{name} has no pixels.", param=where)
     try:
         encoding = Encoding.of(image)
-        orientation = _orientation(image) if image.format else 1
-        image.load()
-        return _upright(to_rgb(image, encoding), orientation)
+        return _shown(image, encoding, _orientation(image) if image.format else 1, where)
     except MediaError:
         raise
     except Exception as error:
@@ -174,6 +170,12 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
+def _shown(image: Image.Image, encoding: Encoding, orientation: int, where: str | None) -> Image.Image:
+    """An opened image, loaded, as upright 8-bit RGB."""
+    image.load()
+    try:
+        rgb = to_rgb(image, encoding)
+    except MediaError as error:
+        raise MediaError(error.message, param=where) from None
     turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    return rgb if turn is None else rgb.transpose(turn)

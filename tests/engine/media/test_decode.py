@@ -113,8 +113,9 @@ def test_floats_are_fractions_or_bytes():
         np.testing.assert_array_equal(np.asarray(decode_image(data, LIMITS))[..., 0], wanted)
     for values in ([[-1.0, 0]], [[256.0, 0]], [[np.nan, 0]], [[np.inf, 0]]):
         data = encoded(Image.fromarray(np.array(values, dtype=np.float32)), "TIFF")
-        with pytest.raises(MediaError):
-            decode_image(data, LIMITS)
+        with pytest.raises(MediaError) as caught:
+            decode_image(data, LIMITS, where=WHERE)
+        assert caught.value.param == WHERE
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
