@@ -76,10 +76,20 @@ class Checkpoint:
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
-        """The image processor's options: preprocessor_config.json, or where Transformers 5 saves them."""
-        return self.json("preprocessor_config.json") or self.json("processor_config.json").get(
-            "image_processor", {}
-        )
+        """The image processor's options, from the file that Transformers takes: version 5 saves them in
+        processor_config.json, earlier versions in preprocessor_config.json."""
+        return self._processor("image_processor", "preprocessor_config.json")
+
+    @cached_property
+    def video_preprocessor_config(self) -> dict[str, Any]:
+        """The video processor's options, likewise; the image processor's if no file states them."""
+        found = self._processor("video_processor", "video_preprocessor_config.json")
+        return found or self.json("preprocessor_config.json")
+
+    def _processor(self, part: str, file: str) -> dict[str, Any]:
+        """Options nested as ``part`` in processor_config.json, else those in ``file``."""
+        nested = self.json("processor_config.json").get(part)
+        return self.json(file) if nested is None else dict(nested)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:

@@ -12,12 +12,13 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
-from engine.families.parsing.processor import check_frames, require_steps
+from engine.families.parsing.processor import check_frames, require_same_colours, require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square, resize_on_canvas
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.anyres import AnyresConfig, best_pinpoint, tiled_rows
+from engine.vision.normalisation import CLIP_NORMALISATION
 
 _DEFAULT_SIDES = tuple(384 * tiles for tiles in range(1, 7))
 
@@ -52,14 +53,14 @@ class LlavaOnevisionProcessor:
     Attributes:
         vision: the tower and the tilings.
         image_token_id, video_token_id: the tokens that rows replace.
-        resample: PIL's filter number.
+        resample: PIL's filter numbers for images and for videos.
         tiled: whether an image is shown in tiles as well; else in one crop, padded to a square.
     """
 
     vision: AnyresConfig
     image_token_id: int
     video_token_id: int
-    resample: int = 3
+    resample: tuple[int, int] = (3, 3)
     tiled: bool = True
 
     @classmethod
@@ -83,7 +84,16 @@ class LlavaOnevisionProcessor:
                 "preprocessor_config.json: image_grid_pinpoints differ from those of config.json",
                 param="image_grid_pinpoints",
             )
-        return cls(vision, config.image_token_id, config.video_token_id, raw.get("resample", 3))
+        videos = checkpoint.video_preprocessor_config
+        require_steps(videos, "do_resize", "do_rescale", "do_normalize")
+        require_same_colours(videos, vision.crops.normalisation, CLIP_NORMALISATION)
+        size = videos.get("size") or {}
+        if {size.get(name, side) for name in ("height", "width")} != {side}:
+            raise CheckpointError(
+                f"video_preprocessor_config.json: size should be the tower's {side} pixels", param="size"
+            )
+        resample = raw.get("resample", 3), videos.get("resample", 3)
+        return cls(vision, config.image_token_id, config.video_token_id, resample)
 
     def among(self, num_images: int) -> LlavaOnevisionProcessor:
         """Only the single image of a prompt is shown in tiles."""
@@ -100,17 +110,17 @@ class LlavaOnevisionProcessor:
         side, grid = self.vision.crops.image_size, self._grid(image.size)
         if not self.tiled:
             colour = tuple(int(value * 255) for value in self.vision.crops.normalisation.mean)
-            pixels = resize_in_square(image, side, colour, self.resample)[None]
+            pixels = resize_in_square(image, side, colour, self.resample[0])[None]
             return self._media("image", pixels, grid, image.size)
         _, down, along = grid
-        canvas = resize_on_canvas(image, (along * side, down * side), self.resample)
+        canvas = resize_on_canvas(image, (along * side, down * side), self.resample[0])
         tiles = canvas.reshape(down, side, along, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-        pixels = np.concatenate([resize(image, (side, side), self.resample)[None], tiles])
+        pixels = np.concatenate([resize(image, (side, side), self.resample[0])[None], tiles])
         return self._media("image", pixels, grid, image.size)
 
     def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
         size, side = check_frames(frames), self.vision.crops.image_size
-        pixels = np.stack([resize(frame, (side, side), self.resample) for frame in frames])
+        pixels = np.stack([resize(frame, (side, side), self.resample[1]) for frame in frames])
         return self._media("video", pixels, (len(frames), 0, 0), size)
 
     @property

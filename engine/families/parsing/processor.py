@@ -40,6 +40,28 @@ def require_steps(raw: Mapping[str, Any], *steps: str) -> None:
             raise CheckpointError(f"preprocessor_config.json: {step} false is not supported", param=step)
 
 
+def require_same_colours(video: Mapping[str, Any], image: Normalisation, default: Normalisation) -> None:
+    """Refuse videos that are normalised otherwise than images: the encoder has one normalisation.
+
+    Args:
+        video: the video processor's JSON.
+        image: the normalisation of images.
+        default: the normalisation of videos where the JSON states none.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    for field, ours, theirs in (
+        ("image_mean", image.mean, video.get("image_mean") or default.mean),
+        ("image_std", image.std, video.get("image_std") or default.std),
+        ("rescale_factor", image.scale, video.get("rescale_factor", default.scale)),
+    ):
+        if ours != (theirs if field == "rescale_factor" else tuple(theirs)):
+            raise CheckpointError(
+                f"video_preprocessor_config.json: {field} differs from the one for images", param=field
+            )
+
+
 def count_option(options: Mapping[str, Any], name: str, default: int, most: int) -> int:
     """The user's option ``name``, an integer from 1 to ``most``, or ``default`` without it.
 

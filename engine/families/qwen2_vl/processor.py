@@ -12,11 +12,17 @@ import numpy as np
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import EmbeddingField, ModelConfig
-from engine.families.parsing.processor import bad_option, check_frames, require_steps
+from engine.families.parsing.processor import (
+    bad_option,
+    check_frames,
+    require_same_colours,
+    require_steps,
+)
 from engine.media.image_ops import check_aspect_ratio, resize
 from engine.media.keys import content_hash
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.native_config import NativeVisionConfig
+from engine.vision.normalisation import CLIP_NORMALISATION, Normalisation
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,7 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_FPS = 24.0
 """Frames per second that Transformers assumes for frames without a rate."""
 
-_MIN_PIXELS, _MAX_PIXELS = 56 * 56, 28 * 28 * 1280
+#: Areas of resized images where the files state none.
+_BOUNDS = 56 * 56, 28 * 28 * 1280
 _MAX_FPS = 1000.0
 
 VideoSize = Callable[[int, tuple[int, int], int, int, int, int], tuple[int, int]]
@@ -80,10 +87,14 @@ class VideoRules:
             the factor and the two bounds.
         times: :attr:`MediaItem.times` from the number of frames, the temporal patch and the frames per
             second; None if the model isn't told a video's pace.
+        bounds: the two bounds where the files state none.
+        normalisation: the same of the pixels.
     """
 
     size: VideoSize = frame_size
     times: VideoTimes | None = None
+    bounds: tuple[int, int] = (128 * 28 * 28, 768 * 28 * 28)
+    normalisation: Normalisation = CLIP_NORMALISATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +108,7 @@ class QwenProcessor:
         pixels: least and greatest area of a resized image.
         video_pixels: the same for videos, as ``video.size`` interprets it.
         video: the family's treatment of videos.
-        resample: PIL's filter number.
+        resample: PIL's filter numbers for images and for videos.
         fps: frames per second of videos.
         names: whether items get their content hash.
     """
@@ -109,7 +120,7 @@ class QwenProcessor:
     pixels: tuple[int, int]
     video_pixels: tuple[int, int]
     video: VideoRules
-    resample: int = 3
+    resample: tuple[int, int] = (3, 3)
     fps: float = DEFAULT_FPS
     names: bool = True
 
@@ -133,22 +144,24 @@ class QwenProcessor:
         assert isinstance(vision, NativeVisionConfig)
         assert config.image_token_id is not None and config.video_token_id is not None
         limit = config.max_position * (vision.patch_size * vision.merge_size) ** 2
-        of_video = (
-            checkpoint.json("video_preprocessor_config.json")
-            or checkpoint.json("processor_config.json").get("video_processor")
-            or raw
-        )
+        of_video = checkpoint.video_preprocessor_config
         for source in (raw, of_video):
             _check(source, vision)
+        require_same_colours(of_video, vision.normalisation, video.normalisation)
+        if of_video.get("cap_pixels_per_frame"):
+            raise CheckpointError(
+                "video_preprocessor_config.json: cap_pixels_per_frame true is not supported",
+                param="cap_pixels_per_frame",
+            )
         return cls(
             config.family,
             vision,
             config.image_token_id,
             config.video_token_id,
-            _pixel_bounds(options, *_stated_bounds(raw), limit),
-            _pixel_bounds(options, *_stated_bounds(of_video), limit),
+            _pixel_bounds(options, *_stated_bounds(raw, _BOUNDS), limit),
+            _pixel_bounds(options, *_stated_bounds(of_video, video.bounds), limit),
             video,
-            raw.get("resample", 3),
+            (raw.get("resample", 3), of_video.get("resample", 3)),
             _fps(options.get("fps", DEFAULT_FPS)),
         )
 
@@ -163,12 +176,12 @@ class QwenProcessor:
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
         target = smart_resize(image.size, self.factor, *self.pixels)
-        return self._media("image", resize(image, target, self.resample), 1, image.size)
+        return self._media("image", resize(image, target, self.resample[0]), 1, image.size)
 
     def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
         size, count, temporal = check_frames(frames), len(frames), self.vision.temporal_patch_size
         target = self.video.size(count, size, temporal, self.factor, *self.video_pixels)
-        resized = [resize(frame, target, self.resample) for frame in frames]
+        resized = [resize(frame, target, self.resample[1]) for frame in frames]
         # The last frame fills up the last temporal patch.
         resized += [resized[-1]] * (-count % temporal)
         times = self.video.times(count, temporal, self.fps) if self.video.times else ()
@@ -227,10 +240,10 @@ def _check(raw: Mapping[str, Any], vision: NativeVisionConfig) -> None:
             )
 
 
-def _stated_bounds(raw: Mapping[str, Any]) -> tuple[int, int]:
+def _stated_bounds(raw: Mapping[str, Any], default: tuple[int, int]) -> tuple[int, int]:
     size = raw.get("size") or {}
-    low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or _MIN_PIXELS
-    high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or _MAX_PIXELS
+    low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or default[0]
+    high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or default[1]
     return low, high
 
 

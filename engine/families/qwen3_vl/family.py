@@ -23,6 +23,7 @@ from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules, smart_resize
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.native_config import NativeVisionConfig
+from engine.vision.normalisation import HALF_NORMALISATION
 from engine.vision.transformer_config import VisionConfig
 
 
@@ -140,6 +141,13 @@ def _weights(config: ModelConfig) -> WeightRules:
     )
 
 
+_VIDEOS = VideoRules(
+    size=video_size,
+    times=patch_times,
+    bounds=(128 * 32 * 32, 768 * 32 * 32),
+    normalisation=HALF_NORMALISATION,
+)
+
 FAMILY = replace(
     QWEN2_VL,
     name="qwen3_vl",
@@ -151,7 +159,7 @@ FAMILY = replace(
         finish=_with_deepstack,
     ),
     placeholder=_placeholder,
-    processor=QwenProcessor.with_videos(VideoRules(size=video_size, times=patch_times)),
+    processor=QwenProcessor.with_videos(_VIDEOS),
     options=("min_pixels", "max_pixels", "fps"),
     weights=_weights,
 )

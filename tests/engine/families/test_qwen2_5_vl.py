@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -152,6 +153,31 @@ def test_videos_have_bounds_of_their_own(tmp_path):
     (tmp_path / "video_preprocessor_config.json").write_text('{"min_pixels": 64, "max_pixels": 512}')
     media = processor(path).prepare_video(frames(2))
     assert media.pixels.shape[1] * media.pixels.shape[2] <= 512 < 40 * 56
+
+
+def test_videos_have_default_bounds_of_their_own(tmp_path):
+    """Those of Transformers' video processor, where neither file states bounds."""
+    path = make_qwen2_5_vl(tmp_path)
+    rewrite_json(path / "preprocessor_config.json", {"size": None})
+    assert processor(path).pixels == (56 * 56, 1280 * 28 * 28)
+    assert processor(path).video_pixels == (128 * 28 * 28, 768 * 28 * 28)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"cap_pixels_per_frame": True}, "cap_pixels_per_frame"),
+        ({"do_resize": False}, "do_resize"),
+    ],
+    ids=str,
+)
+def test_video_processors_that_are_refused(tmp_path, change, field):
+    path = make_qwen2_5_vl(tmp_path)
+    (path / "video_preprocessor_config.json").write_text(json.dumps(change))
+    with pytest.raises(CheckpointError, match=field):
+        processor(path)
 
 
 @pytest.mark.parametrize(

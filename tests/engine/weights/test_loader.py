@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -16,6 +17,20 @@ from engine.weights import loader
 from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors, split_shards
 
 CPU = torch.device("cpu")
+
+
+def test_processors_options_are_read_from_the_file_that_transformers_takes(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 1}')
+    assert Checkpoint(tmp_path).preprocessor_config == {"size": 1}
+    # Neither file is of the video processor, which takes the image processor's options then.
+    assert Checkpoint(tmp_path).video_preprocessor_config == {"size": 1}
+    (tmp_path / "video_preprocessor_config.json").write_text('{"size": 2}')
+    assert Checkpoint(tmp_path).video_preprocessor_config == {"size": 2}
+    nested = {"patch_size": 14, "image_processor": {"size": 3}, "video_processor": {"size": 4}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    found = Checkpoint(tmp_path)
+    assert (found.preprocessor_config, found.video_preprocessor_config) == ({"size": 3}, {"size": 4})
 
 
 def load(path, part="language", **options):
