@@ -46,7 +46,7 @@ def test_qwen_by_grid(qwen):
     ways = [
         {"image_embeds": torch.cat(rows), "image_grid_thw": torch.tensor(grids)},
         {"image_embeds": rows, "image_grid_thw": grids},
-        {"image_embeds": [r[None].numpy() for r in rows], "image_grid_thw": np.array(grids)},
+        {"image_embeds": [r[None].cpu().numpy() for r in rows], "image_grid_thw": np.array(grids)},
     ]
     for image in ways:
         assert tokens(qwen, prompt, image) == wanted
