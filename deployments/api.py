@@ -5,10 +5,19 @@ from collections.abc import Mapping
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.config import IngressConfig
-from deployments.errors import NoSuchRoute, WrongMethod, as_sightline, error_body, error_headers
+from deployments.errors import (
+    NoSuchRoute,
+    WrongMethod,
+    as_sightline,
+    error_body,
+    error_headers,
+    log_answered,
+    logger,
+)
 from deployments.pipeline import Pipeline
 from deployments.routers import chat, completions, embeddings, health, models, scoring, tokens
 from engine.errors import Overloaded, SightlineError
@@ -54,7 +63,7 @@ class Spelling:
 
 
 class Admission:
-    """Refuses requests beyond ``limit`` open ones, before their bodies are read.
+    """Answers 429 while ``limit`` POST requests are open, before it reads the body.
 
     Attributes:
         active: POST requests that are open.
@@ -73,7 +82,7 @@ class Admission:
                 return
             if self.active >= self._limit:
                 error = Overloaded(f"More than {self._limit} requests are open; try again shortly.")
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
             self.active += 1
             try:
@@ -103,29 +112,39 @@ class LastResort:
 
         try:
             await self._app(scope, receive, note)
+        except ClientDisconnect:
+            logger.info("the client of %s left before its body was read", _name(scope))
         except Exception as error:
             if begun:
                 raise
-            await error_response(as_sightline(error))(scope, receive, send)
+            await error_response(as_sightline(error), scope)(scope, receive, send)
 
 
-def error_response(error: SightlineError) -> JSONResponse:
-    """An error as a whole response."""
+def error_response(error: SightlineError, scope: Scope) -> JSONResponse:
+    """An error as a whole response. Logs it in one line."""
+    log_answered(error, _name(scope))
     return JSONResponse(error_body(error), error.status, error_headers(error))
 
 
+def _name(scope: Scope) -> str:
+    """The method and path of a request, without line breaks and bounded: they are the client's."""
+    return repr(f"{scope['method']} {scope['path']}"[:200])[1:-1]
+
+
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    return error_response(as_sightline(error))
+    return error_response(as_sightline(error), request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
-    """What the router itself refuses."""
+    """The response to a path or method that no endpoint takes."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"][:200]
     if error.status_code == 404:
         hint = f" Did you mean /v1{path}? Let the client's base URL end in /v1."
         known = f"/v1{path}" in request.app.openapi()["paths"]
-        return error_response(NoSuchRoute(f"There is no endpoint {path}.{hint if known else ''}"))
+        missing = NoSuchRoute(f"There is no endpoint {path}.{hint if known else ''}")
+        return error_response(missing, request.scope)
     if error.status_code == 405:
-        return error_response(WrongMethod(f"{path} does not take {request.method[:20]} requests."))
+        wrong = WrongMethod(f"{path} does not take {request.method[:20]} requests.")
+        return error_response(wrong, request.scope)
     return JSONResponse(error_body(as_sightline(error)), error.status_code)

@@ -39,6 +39,19 @@ def as_sightline(error: BaseException) -> SightlineError:
     return SightlineError("Internal error; the server's log has the details.")
 
 
+def log_answered(error: SightlineError, request: str) -> None:
+    """Log in one line that a caller was answered with ``error``.
+
+    Args:
+        request: the method and path.
+    """
+    level = logging.INFO if error.status < 500 else logging.WARNING
+    # Line breaks in a message would look like further records.
+    message = error.message.replace("\n", "\\n")
+    field = f" ({error.param})" if error.param else ""
+    logger.log(level, "%s: %d %s%s: %s", request, error.status, error.code, field, message[:500])
+
+
 def error_body(error: SightlineError) -> dict[str, Any]:
     """OpenAI's error object."""
     if error.status < 500:

@@ -21,7 +21,7 @@ class LocalModel:
     """
 
     def __init__(self, spec: ModelSpec, config: AppConfig) -> None:
-        self.language_model = LanguageModel(spec.engine)
+        self.language_model = LanguageModel.load(spec.engine)
         self.preprocessor: Preprocessor | None = None
         self.encoder: VisionEncoder | None = None
         if load_media_processor(spec.engine) is not None:

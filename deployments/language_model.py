@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Self
 
 from deployments.stages import Generation, Pooling
 from engine.async_engine import AsyncEngine
@@ -15,11 +15,20 @@ class LanguageModel:
     """Holds one engine.
 
     Args:
-        config: the model and how to run it; it is loaded here.
+        engine: the loaded engine; it is closed with this object.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._engine = AsyncEngine(config)
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Self:
+        """Load the model that ``config`` names.
+
+        Raises:
+            CheckpointError, ConfigError: it can't be loaded or run.
+        """
+        return cls(AsyncEngine(config))
 
     async def generate(
         self, request: Generation, media: Sequence[EmbeddedMedia]

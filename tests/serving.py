@@ -96,6 +96,7 @@ class Served:
         pictures: a folder from which it may fetch, under the address ``site``.
         cluster: the address of its Ray cluster. Every call of Ray must name it: others may run here.
         process: the process of ``serve run``.
+        log: its output, and that of the replicas.
     """
 
     root: str
@@ -103,6 +104,7 @@ class Served:
     site: str
     cluster: str
     process: psutil.Process
+    log: Path
 
     @property
     def base_url(self) -> str:
@@ -144,7 +146,7 @@ def served_application(folder: Path) -> Iterator[Served]:
             cluster = _cluster_of(process)
             ray.init(cluster, log_to_driver=False)
             try:
-                yield Served(root, pictures, site, cluster, process)
+                yield Served(root, pictures, site, cluster, process, folder / "log")
             finally:
                 ray.shutdown()
 

@@ -19,6 +19,7 @@ from deployments.ray_serve.handoff import ObjectStore, PackedUpdate, PixelsRef, 
 from deployments.stages import Generation, Pooling
 from deployments.tasks import all_or_none
 from deployments.threads import take_turns
+from engine.config import EngineConfig
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput
@@ -104,11 +105,15 @@ class HeldMedia:
 
 
 class LanguageModelReplica:
-    """Arguments as :class:`~deployments.language_model.LanguageModel`."""
+    """Holds one engine.
 
-    def __init__(self, *args: Any) -> None:
+    Args:
+        config: the model and how to run it.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
         take_turns()
-        self._stage = LanguageModel(*args)
+        self._stage = LanguageModel.load(config)
         self._held = HeldMedia()
 
     async def hold(self, request_id: str, infos: Sequence[RowsInfo], *rows: np.ndarray) -> str:

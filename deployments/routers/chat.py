@@ -2,13 +2,13 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.answers import Choice as FinishedChoice
@@ -39,7 +39,7 @@ async def create_chat_completion(request: Request) -> Response:
         return JSONResponse(_whole(answer, await running.whole(), running))
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(running.updates)
-    return StreamingResponse(_events(answer, first, running), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+    return sse.EventResponse(_events(answer, first, running))
 
 
 def conversation(body: wire.ChatCompletionRequest, pipeline: Pipeline) -> Conversation:
@@ -179,7 +179,7 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
     )
 
 
-async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -> AsyncIterator[bytes]:
+async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -> AsyncGenerator[bytes, None]:
     """The response as events; ends in ``[DONE]``, after an error as well."""
     async with aclosing(running.updates) as stream:
         try:

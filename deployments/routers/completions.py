@@ -2,12 +2,12 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.answers import AnswerReader, Choice, gather
@@ -71,9 +71,7 @@ async def create_completion(request: Request) -> Response:
     events = merged([each.updates for each in running])
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(events)
-    return StreamingResponse(
-        _events(answer, running, first, events), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS
-    )
+    return sse.EventResponse(_events(answer, running, first, events))
 
 
 async def _prepared(
@@ -189,7 +187,7 @@ async def _events(
     running: list[_Running],
     first: tuple[int, StreamUpdate],
     updates: AsyncGenerator[tuple[int, StreamUpdate], None],
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The response as events; ends in ``[DONE]``, after an error as well."""
     options = answer.body.stream_options or StreamOptions()
     offsets: dict[int, int] = {}

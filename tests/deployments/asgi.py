@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -31,18 +31,32 @@ class Exchange(httpx.AsyncByteStream):
     """One request and its answer.
 
     Args:
-        body: parts of the request's body; with ``endless`` more are announced, but none comes.
+        body: parts of the request's body.
+        then: what comes after them: nothing, since they are all (``end``); nothing, though more was announced
+            (``wait``); or the news that the client has left (``leave``).
 
     Attributes:
         read: parts of the body that the application has taken.
     """
 
-    def __init__(self, app: Any, scope: dict[str, Any], body: list[bytes], *, endless: bool = False) -> None:
+    def __init__(
+        self,
+        app: Any,
+        scope: dict[str, Any],
+        body: list[bytes],
+        *,
+        then: Literal["end", "wait", "leave"] = "end",
+    ) -> None:
         self._body = list(body) or [b""]
-        self._endless = endless
+        self._then = then
         self.read = 0
-        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        # As a connection does, it takes no more from the application than the client reads.
+        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue(1)
         self._task = asyncio.ensure_future(app(scope, self._receive, self._messages.put))
+
+    async def finished(self) -> None:
+        """Wait until the application is done with the request; raise what it raised."""
+        await self._task
 
     async def next_message(self) -> dict[str, Any]:
         """The application's next message; its exception if it has raised one."""
@@ -71,8 +85,10 @@ class Exchange(httpx.AsyncByteStream):
         if self.read < len(self._body):
             part = self._body[self.read]
             self.read += 1
-            more = self._endless or self.read < len(self._body)
+            more = self._then != "end" or self.read < len(self._body)
             return {"type": "http.request", "body": part, "more_body": more}
+        if self._then == "leave":
+            return {"type": "http.disconnect"}
         return await asyncio.Future()
 
 

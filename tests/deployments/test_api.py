@@ -1,5 +1,7 @@
 """The ASGI application around the endpoints: limits, and errors that no endpoint handles."""
 
+import logging
+
 import httpx
 import pytest
 
@@ -23,7 +25,7 @@ def scope(path: str = "/v1/chat/completions", **headers: str) -> dict:
 async def test_a_body_beyond_the_limit_is_refused_before_all_of_it_is_read(running, announced):
     headers = {"content_length": str(1 << 40)} if announced else {}
     parts = [b"{" * (1 << 20)] * 100
-    exchange = Exchange(running.app.api, scope(**headers), parts, endless=True)
+    exchange = Exchange(running.app.api, scope(**headers), parts, then="wait")
     start = await exchange.next_message()
     assert start["status"] == 413
     assert b"request_too_large" in b"".join([part async for part in exchange])
@@ -41,7 +43,7 @@ async def test_unknown_routes_and_methods(http):
 
 async def test_requests_beyond_the_limit_are_refused_and_free_their_places(running):
     api = create_api(IngressConfig(max_active_requests=2), {})
-    waiting = [Exchange(api, scope(), [b"{"], endless=True) for _ in range(2)]
+    waiting = [Exchange(api, scope(), [b"{"], then="wait") for _ in range(2)]
     await wait_until(lambda: all(exchange.read for exchange in waiting))
     async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
         refused = await http.post("/v1/chat/completions", json={})
@@ -56,6 +58,26 @@ async def test_requests_beyond_the_limit_are_refused_and_free_their_places(runni
         await waiting[0].aclose()
         assert (await http.post("/v1/chat/completions", json={})).status_code == 400
         await waiting[1].aclose()
+
+
+async def test_a_refusal_is_one_line_of_the_log(http, caplog):
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        body = {"model": "pocket", "messages": [], "temperature": -1}
+        await http.post("/v1/chat/completions", json=body)
+        await http.post("/v1/none%0Asuch", json=body)
+    records = [record for record in caplog.records if record.name == "ray.serve"]
+    assert [record.levelname for record in records] == ["INFO", "INFO"]
+    assert not any(record.exc_info for record in records)
+    first, second = (record.getMessage() for record in records)
+    assert first.startswith("POST /v1/chat/completions: 400 invalid_request (temperature): temperature must")
+    assert second.startswith("POST /v1/none") and "404" in second and "\n" not in second
+
+
+async def test_a_client_that_leaves_while_its_body_is_read_is_no_error(running, caplog):
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        exchange = Exchange(running.app.api, scope(), [b"{"], then="leave")
+        await exchange.finished()
+    assert [record.levelname for record in caplog.records if record.name == "ray.serve"] == ["INFO"]
 
 
 class Broken(dict):

@@ -49,11 +49,15 @@ def test_a_long_item_of_a_stream_and_a_vector(ray_client):
         ({"logit_bias": {"99999": 1}, "stream": True}, "logit_bias"),
     ],
 )
-def test_a_refusal_of_each_stage(ray_client, change, param):
+def test_a_refusal_of_each_stage_is_one_line_of_the_log(served, ray_client, change, param):
+    before = len(served.log.read_text())
     body = {"model": "pocket", "messages": ask("What shape is this?", square("blue"))} | change
     with pytest.raises(openai.BadRequestError) as caught:
         ray_client.post("/chat/completions", body=body, cast_to=object)
     assert param in caught.value.param
+    # Lines of other processes arrive a moment later.
+    wait_for(lambda: "POST /v1/chat/completions: 400 " in served.log.read_text()[before:])
+    assert not re.search("Traceback|ERROR", served.log.read_text()[before:])
 
 
 @pytest.mark.parametrize("stream", [True, False])

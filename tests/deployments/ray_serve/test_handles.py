@@ -7,8 +7,8 @@ import pytest
 import ray.exceptions
 
 from deployments.ray_serve.failures import Misrouted, Refusal
-from deployments.ray_serve.handles import RemoteLanguageModel, RemotePreprocessor
-from deployments.ray_serve.handoff import RowsInfo, RowsRef, pack
+from deployments.ray_serve.handles import RemoteEncoder, RemoteLanguageModel, RemotePreprocessor
+from deployments.ray_serve.handoff import PixelsRef, RowsInfo, RowsRef, pack
 from deployments.stages import Generation, StageLost
 from engine.errors import InvalidRequest, SightlineError, Unavailable
 from engine.outputs import OutputDelta, StreamUpdate, Usage
@@ -109,6 +109,18 @@ async def test_a_stream_that_is_closed_early_is_cancelled():
     await anext(stream)
     await stream.aclose()
     assert handle.cancelled == 1
+
+
+async def test_the_salt_reaches_the_encoder_s_replica():
+    seen = []
+
+    async def encode(item, pixels, salt):
+        seen.append((item, pixels, salt))
+
+    handle = SimpleNamespace(encode=SimpleNamespace(remote=encode))
+    stage = RemoteEncoder(SimpleNamespace(options=lambda **_: handle))
+    await stage.encode(PixelsRef("item", "reference"), "tenant")
+    assert seen == [("item", "reference", "tenant")]
 
 
 async def test_a_cancelled_call_is_cancelled_in_the_replica_too():

@@ -1,0 +1,93 @@
+"""A client's end reaches the engine, wherever the request is at that time.
+
+The tests keep a reference to each stream of the stages below: a stream ends only if it is closed, not by
+garbage collection.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from deployments.api import create_api
+from deployments.config import AppConfig, IngressConfig
+from deployments.language_model import LanguageModel
+from deployments.pipeline import Pipeline
+from deployments.stages import Generation, Stages
+from engine.outputs import OutputDelta, StreamUpdate, Usage
+from engine.prompt import EngineInput
+from engine.sampling_params import SamplingParams
+from tests.deployments.asgi import AppTransport
+from tests.serving import app_args, wait_until
+
+
+class Endless:
+    """An engine, and a language model stage, whose streams give ``count`` updates and then wait for ever."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.streams = []
+        self.closed = 0
+        self.given = 0
+
+    async def max_model_len(self) -> int:
+        return 64
+
+    def generate(self, *args, **options):
+        self.streams.append(self._updates())
+        return self.streams[-1]
+
+    async def _updates(self):
+        try:
+            for _ in range(self.count):
+                self.given += 1
+                yield StreamUpdate("one", [OutputDelta(0, "token", [1])], Usage(1, 1))
+            await asyncio.Future()
+        finally:
+            self.closed += 1
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return AppConfig.model_validate(app_args()).models[0]
+
+
+def client(spec, stage) -> httpx.AsyncClient:
+    pipeline = Pipeline(spec, Stages(stage), ThreadPoolExecutor(1))
+    api = create_api(IngressConfig(), {"pocket": pipeline})
+    return httpx.AsyncClient(transport=AppTransport(api), base_url="http://test")
+
+
+def body(stream: bool) -> dict:
+    return {"model": "pocket", "messages": [{"role": "user", "content": "a"}], "stream": stream}
+
+
+@pytest.mark.parametrize("count", [1, 1000], ids=["waits for a token", "waits for the client"])
+async def test_a_client_leaves_its_stream(spec, count):
+    stage = Endless(count)
+    async with client(spec, stage) as http:
+        async with http.stream("POST", "/v1/chat/completions", json=body(True)) as response:
+            assert (await anext(response.aiter_lines())).startswith("data: ")
+            await asyncio.sleep(0)
+        await wait_until(lambda: stage.closed == 1)
+    # The client that read one event has not been sent all of them.
+    assert stage.given < 100
+
+
+async def test_a_client_leaves_before_its_whole_answer(spec):
+    stage = Endless(3)
+    async with client(spec, stage) as http:
+        request = asyncio.ensure_future(http.post("/v1/chat/completions", json=body(False)))
+        await wait_until(lambda: stage.given == 3)
+        request.cancel()
+        await wait_until(lambda: stage.closed == 1)
+
+
+@pytest.mark.parametrize("count", [1, 1000], ids=["waits for a token", "waits for the reader"])
+async def test_a_stage_s_stream_that_is_closed_closes_the_engine_s(count):
+    engine = Endless(count)
+    updates = LanguageModel(engine).generate(Generation("one", EngineInput([1]), SamplingParams()), [])
+    await anext(updates)
+    await updates.aclose()
+    assert engine.closed == 1

@@ -1,0 +1,142 @@
+"""A request's way through its stages, with stages that a test plays."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from deployments.config import AppConfig
+from deployments.pipeline import Pipeline
+from deployments.stages import StageLost, Stages
+from engine.errors import InvalidRequest, MediaError, Unavailable
+from engine.media.source import MediaSource
+from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
+from tests.serving import app_args
+
+SOURCES = [MediaSource(index, f"messages[0].content[{index}]", url=f"data:,{index}") for index in range(3)]
+
+
+@dataclass
+class Preprocessor:
+    """Prepares an item for each source: equal items for equal URLs. Raises ``errors`` first, one a call."""
+
+    errors: list[Exception] = field(default_factory=list)
+    calls: int = 0
+
+    async def prepare(self, sources):
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return [PreparedMedia(item(source.url), np.zeros(1)) for source in sources]
+
+
+@dataclass
+class Encoder:
+    """Notes what it encodes. Raises ``errors`` first, one a call."""
+
+    errors: list[Exception] = field(default_factory=list)
+    seen: list[tuple[str, str]] = field(default_factory=list)
+    running: int = 0
+    most: int = 0
+    cancelled: int = 0
+
+    async def encode(self, pixels, salt):
+        self.seen.append((pixels.item.hash, salt))
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await asyncio.sleep(0)
+            if self.errors:
+                raise self.errors.pop(0)
+            if pixels.item.hash == "data:,hangs":
+                await asyncio.Future()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+        return EmbeddedMedia(pixels.item.hash, np.zeros((1, 1)), "float32")
+
+
+class LanguageModel:
+    async def max_model_len(self):
+        return 16
+
+
+def item(name: str) -> MediaItem:
+    return MediaItem("image", name, 1, (1, 1, 1), (1, 1), (PlaceholderRun(0, 1, True),))
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return AppConfig.model_validate(app_args()).models[0]
+
+
+def pipeline(spec, preprocessor=None, encoder=None) -> Pipeline:
+    stages = Stages(LanguageModel(), preprocessor or Preprocessor(), encoder or Encoder())
+    return Pipeline(spec, stages, ThreadPoolExecutor(1))
+
+
+def build(items):
+    return EngineInput([1] * 4)
+
+
+async def test_the_salt_reaches_the_encoder(spec):
+    encoder = Encoder()
+    await pipeline(spec, encoder=encoder).prepare(build, SOURCES[:1], salt="tenant")
+    assert encoder.seen == [("data:,0", "tenant")]
+
+
+async def test_distinct_items_are_encoded_once_and_together(spec):
+    encoder = Encoder()
+    prompt = await pipeline(spec, encoder=encoder).prepare(build, [*SOURCES, *SOURCES[:2]])
+    assert [rows.hash for rows in prompt.media] == ["data:,0", "data:,1", "data:,2"]
+    assert len(encoder.seen) == encoder.most == 3
+
+
+@pytest.mark.parametrize("stage", ["preprocessor", "encoder"])
+async def test_a_lost_stage_is_asked_again_once(spec, stage):
+    def lost(times):
+        return [StageLost("gone") for _ in range(times)]
+
+    preprocessor, encoder = Preprocessor(), Encoder()
+    broken = preprocessor if stage == "preprocessor" else encoder
+    broken.errors = lost(1)
+    prompt = await pipeline(spec, preprocessor, encoder).prepare(build, SOURCES[:1])
+    assert len(prompt.media) == 1 and preprocessor.calls == 2
+    broken.errors = lost(2)
+    with pytest.raises(StageLost):
+        await pipeline(spec, preprocessor, encoder).prepare(build, SOURCES[:1])
+
+
+@pytest.mark.parametrize("error", [MediaError("bad"), Unavailable("full")])
+async def test_other_errors_are_not_tried_again(spec, error):
+    preprocessor = Preprocessor([error])
+    with pytest.raises(type(error)):
+        await pipeline(spec, preprocessor).prepare(build, SOURCES)
+    assert preprocessor.calls == 1
+
+
+async def test_the_first_item_that_fails_ends_the_others(spec):
+    encoder = Encoder([InvalidRequest("bad")])
+    sources = [SOURCES[0], MediaSource(1, "messages[0].content[1]", url="data:,hangs")]
+    with pytest.raises(InvalidRequest):
+        await asyncio.wait_for(pipeline(spec, encoder=encoder).prepare(build, sources), 10)
+    await asyncio.sleep(0)
+    assert encoder.cancelled == 1 and encoder.running == 0
+
+
+async def test_a_prompt_that_is_too_long_is_not_encoded(spec):
+    encoder = Encoder()
+    with pytest.raises(InvalidRequest) as caught:
+        await pipeline(spec, encoder=encoder).prepare(build, SOURCES, min_tokens=13)
+    assert caught.value.param == "max_tokens" and not encoder.seen
+
+
+async def test_too_many_items_are_not_prepared(spec):
+    preprocessor = Preprocessor()
+    with pytest.raises(InvalidRequest):
+        await pipeline(spec, preprocessor).prepare(build, SOURCES * 3)
+    assert preprocessor.calls == 0
