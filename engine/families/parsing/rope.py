@@ -22,6 +22,8 @@ _ALIASES: dict[str, dict[Any, str]] = {
 }
 _TYPES: dict[str, tuple[RopeType, ...]] = {"phi3": ("default", "longrope")}
 _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+#: In models whose layers differ, parameters may be given for each of these.
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 #: Angles per axis of M-RoPE where the file has none.
 _SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 
@@ -78,7 +80,7 @@ def stretched_context(rope: RopeConfig, positions: int) -> int:
 
 def _parameters(config: Json) -> Json:
     stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+    if not isinstance(stated, dict) or ("layer_types" in config and _LAYER_TYPES & stated.keys()):
         raise CheckpointError(
             "config.json: rope_scaling should have the same parameters for all layers", param=_PARAM
         )

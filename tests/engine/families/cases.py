@@ -64,9 +64,6 @@ _IDEFICS = {
     "frame": "<|im_start|>User:{}<end_of_utterance>\nAssistant:",
     "mark": lambda index, count: "<image>",
 }
-# Shorter than where Phi's long factors would begin.
-_SHORT = {"max_model_len": phi3_v.ORIGINAL}
-
 CASES = [
     FamilyCase(
         "LLaVA-1.5",
@@ -92,13 +89,13 @@ CASES = [
         # In several tiles, shrunk to 4 of them; and in a line of them.
         single=((190, 200), (300, 9)),
     ),
-    FamilyCase("Phi-3.5-vision", reference=phi3_v.Phi3VReference, options=_SHORT, **_PHI3_V),
+    FamilyCase("Phi-3.5-vision", reference=phi3_v.Phi3VReference, **_PHI3_V),
     FamilyCase(
         "VLM2Vec",
         reference=partial(phi3_v.Phi3VReference, num_crops=9),
         # Fewer and smaller, for up to 9 crops of each.
         several=(((28, 28), (60, 20)), ((30, 30), (27, 80))),
-        options={**_SHORT, "task": "embed", "mm_processor_kwargs": {"num_crops": 9}},
+        options={"task": "embed", "mm_processor_kwargs": {"num_crops": 9}},
         **{**_PHI3_V, "frame": "{}"},
     ),
     FamilyCase("Qwen2-VL", _qwen2_vl, partial(qwen.Reference, kind="Qwen2VL"), **_QWEN),
@@ -135,8 +132,8 @@ CASES = [
         "phi3_longrope",
         partial(make_text_model, kind="phi3_longrope"),
         TextReference,
-        texts=TEXTS,
-        options={"max_model_len": 64},
+        # Of 64 tokens, the original context, one answer stays within and the other begins beyond.
+        texts=(*TEXTS, " and ".join(TEXTS * 2)),
     ),
 ]
 

@@ -36,18 +36,18 @@ def test_an_answer_that_grows_beyond_the_original_context_is_computed_again(comp
     reference = Phi3VReference(path)
     images = (picture(28, 28, 5),) * pictures
     mark = "<|image_1|>\n" * pictures
-    prompts = [
-        Prompt(f"<|user|>\n{mark}{'a ' * count}<|end|>\n<|assistant|>\n", images) for count in range(160)
-    ]
-    # One prompt ends just before the boundary, one far behind it.
-    near = next(p for p in prompts if len(reference.inputs(p).ids) == ORIGINAL - 5)
-    llm = LLM(str(path), max_model_len=ORIGINAL + 100, kv_cache_bytes=8 << 20)
+
+    def prompt_of(count: int) -> Prompt:
+        return Prompt(f"<|user|>\n{mark}{'a ' * count}<|end|>\n<|assistant|>\n", images)
+
+    # One prompt ends just before the boundary, one behind it.
+    near = next(n for n in range(ORIGINAL) if len(reference.inputs(prompt_of(n)).ids) >= ORIGINAL - 5)
+    prompts = [prompt_of(near), prompt_of(near + 20)]
+    llm = LLM(str(path), max_model_len=512, kv_cache_bytes=8 << 20)
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    for prompt, output in zip(
-        (near, prompts[-1]),
-        llm.generate([near.entry, prompts[-1].entry], params, use_tqdm=False),
-        strict=True,
-    ):
+    outputs = llm.generate([prompt.entry for prompt in prompts], params, use_tqdm=False)
+    assert len(outputs[0].prompt_token_ids) < ORIGINAL < len(outputs[1].prompt_token_ids)
+    for prompt, output in zip(prompts, outputs, strict=True):
         given, found = reference.inputs(prompt), []
         embeds = given.arguments["inputs_embeds"]
         for _ in range(12):
