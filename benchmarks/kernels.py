@@ -1,12 +1,13 @@
-"""Speed of each kernel against what the machine allows and against torch's own.
+"""Measures each kernel against the machine's limits and against torch.
 
     python -m benchmarks.kernels [--only paged_decode,linear] [--json FILE]
 
-First the machine's rates: a large copy (bytes read and written) and a large matrix product, in bfloat16 on a
-GPU. Then a row per case: microseconds; the rate that they mean for the bytes or operations that the problem
-needs; that rate's share of the machine's; the largest absolute difference from the kernel's reference (for
-sampling: of the numbers of tokens that differ or are kept); and the microseconds of other ways to do the
-same. On a GPU inputs are cold in L2.
+It first measures the machine: a large copy (bytes read and written) and a large GEMM, in bfloat16 on a GPU.
+    Then it
+prints a row per case: microseconds; the achieved bytes or operations per second; that rate's share of the
+machine's; the largest absolute difference from the kernel's reference (for sampling: of the numbers of tokens
+that differ or are kept); and the microseconds of other implementations. On a GPU inputs are not in the L2
+cache.
 
 Without a GPU this is a smoke run: tiny shapes through the references, whose times mean nothing.
 """
@@ -37,7 +38,7 @@ def all_cases(device: torch.device, tiny: bool) -> list[Case]:
 
 
 def measure(case: Case, clock: Clock, rates: Rates) -> dict[str, Any]:
-    """The row of a case. What fails is named in the row (``failed``, or in place of a peer's time)."""
+    """Measure a case. A failure is part of the row: under ``failed``, or in place of a peer's time."""
     row: dict[str, Any] = {"kernel": case.kernel, "case": case.label}
     try:
         problem = case.build()
@@ -49,8 +50,9 @@ def measure(case: Case, clock: Clock, rates: Rates) -> dict[str, Any]:
 
 
 def figures(problem: Problem, clock: Clock, rates: Rates) -> dict[str, Any]:
-    found, wanted = problem.check()
-    error = float((found.double() - wanted.double()).abs().max())
+    """Measure time, rate and error of a problem."""
+    result, expected = problem.check()
+    error = float((result.double() - expected.double()).abs().max())
     seconds = clock.time(problem.run)
     rate = problem.amount / seconds
     return {
@@ -63,7 +65,7 @@ def figures(problem: Problem, clock: Clock, rates: Rates) -> dict[str, Any]:
 
 
 def attempt(work: Work, clock: Clock) -> float | str:
-    """Microseconds, or why there are none: not every backend takes every shape."""
+    """Return microseconds, or the reason for a failure: not every backend supports every shape."""
     try:
         return clock.time(work) * 1e6
     except Exception as error:
@@ -76,7 +78,7 @@ def brief(error: Exception) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     if "failed" in row:
         return f"{row['kernel']:15} {row['case']:34} FAILED {row['failed']}"
     shown = [
@@ -96,7 +98,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def columns(values: Sequence[str]) -> str:
-    """The first two columns are names, the others figures."""
+    """Align values; the first two columns are names, the others numbers."""
     pairs = zip(values, WIDTHS, strict=True)
     return " ".join(
         f"{value:{'<' if index < 2 else '>'}{width}}" for index, (value, width) in enumerate(pairs)
@@ -104,26 +106,32 @@ def columns(values: Sequence[str]) -> str:
 
 
 def selected(parser: argparse.ArgumentParser, only: str | None, names: set[str]) -> set[str]:
-    """The comma-separated kernels of ``only``, all of ``names`` without it; the command ends at an unknown
-    one."""
-    wanted = set(only.split(",")) if only else names
-    if unknown := wanted - names:
-        parser.error(f"no such kernels: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
-    return wanted
+    """Parse the comma-separated kernels of ``--only``; without it return all ``names``.
+
+    An unknown kernel ends the command with an error.
+    """
+    chosen = set(only.split(",")) if only else names
+    if unknown := chosen - names:
+        parser.error(
+            f"--only: no such kernels: {', '.join(sorted(unknown))}; choose from {', '.join(sorted(names))}"
+        )
+    return chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", help="kernels, comma-separated; all by default")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a GPU too")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of measuring for each call on a GPU")
+    parser.add_argument(
+        "--seconds", type=float, default=0.1, help="seconds to measure each call for, on a GPU"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tiny = options.tiny or device.type == "cpu"
     cases = all_cases(device, tiny)
-    wanted = selected(parser, options.only, {case.kernel for case in cases})
-    cases = [case for case in cases if case.kernel in wanted]
+    chosen = selected(parser, options.only, {case.kernel for case in cases})
+    cases = [case for case in cases if case.kernel in chosen]
     results: dict[str, Any] = {**versions(), "smoke run": tiny, "rows": []}
     print("  ".join(f"{name} {value}" for name, value in versions().items()))
     if tiny:
@@ -132,9 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock = Clock(device, options.seconds)
     rates = Rates.measure(clock, tiny)
     results["rates"] = asdict(rates)
-    print(f"copy {rates.copy / 1e9:.1f} GB/s  matrix product {rates.gemm / 1e12:.2f} TFLOP/s  ", end="")
-    print(f"next to nothing {rates.nothing * 1e6:.1f} us")
-    print(columns(COLUMNS) + "  others, us")
+    print(f"copy {rates.copy / 1e9:.1f} GB/s  GEMM {rates.gemm / 1e12:.2f} TFLOP/s  ", end="")
+    print(f"empty kernel {rates.nothing * 1e6:.1f} us")
+    print(columns(COLUMNS) + "  peers, us")
     for case in cases:
         results["rows"].append(measure(case, clock, rates))
         print(line(results["rows"][-1]), flush=True)
@@ -142,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if options.json:
-            # After every row: a run that is cut short leaves what it has.
+            # Written after every row, so an interrupted run keeps its rows.
             options.json.write_text(json.dumps(results, indent=1))
 
 

@@ -1,8 +1,9 @@
-"""Attention cases: decode, prefill and both at once over the paged cache, and pictures."""
+"""Attention cases: decode, prefill and both mixed over the paged cache, and vision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
-from engine.kernels.decode_attention import decode_attention
-from engine.kernels.paged_attention import paged_attention, paged_attention_reference
+from engine.kernels.dispatch import decode_attention, paged_attention
+from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.kernels.paged_attention import paged_attention_reference
+from engine.kernels.rotary import RotaryTable
 from engine.kernels.vision_attention import vision_attention, vision_attention_reference
 
 BLOCK = 16
@@ -22,13 +25,13 @@ TINY_DECODE = [(2, 40, 4, 2, 16)]
 #: (tokens, query heads, KV heads, head size)
 PREFILL = [(2**power, 32, 8, 128) for power in range(9, 15)]
 TINY_PREFILL = [(40, 4, 2, 16)]
-#: (decoding sequences, their context, new tokens of the chunk, its context with them, heads as above)
+#: (decoding sequences, their context, new tokens of the prompt chunk, context including them, heads as above)
 MIXED = [(32, 4096, 2048, 4096, 32, 8, 128), (32, 1024, 2048, 2048, 12, 2, 128)]
 TINY_MIXED = [(2, 40, 20, 40, 4, 2, 16)]
-#: (pictures, patches of each, heads, head size)
+#: (images, patches of each, heads, head size)
 VISION = [(1, 1600, 16, 80), (1, 10764, 16, 80), (16, 1600, 16, 80), (8, 729, 16, 72)]
 TINY_VISION = [(1, 36, 2, 80), (3, 16, 2, 80)]
-#: Rows of a long prompt that are compared: the reference holds all scores at once.
+#: Last tokens of a long prompt that are compared; the reference holds all their scores at once.
 COMPARED = 256
 
 
@@ -48,94 +51,72 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
 
 
 class Paged:
-    """Sequences over scattered blocks. ``lengths``: tokens of each; ``queries``: how many of them are new."""
+    """Sequences over scattered blocks: ``lengths`` tokens each, of which the last ``queries`` are new.
+
+    If each has one new token, that token is not rotated (angle 0), so that decode attention writes the same
+    key to the cache again.
+    """
 
     def __init__(self, device, lengths, queries, heads, kv_heads, dim) -> None:
         self.device, self.lengths, self.queries = device, lengths, queries
-        self.kv_heads, self.dim = kv_heads, dim
         dtype = dtype_on(device)
         needed = [-(-length // BLOCK) for length in lengths]
         order = torch.randperm(sum(needed), dtype=torch.int32)
         tables = torch.zeros((len(lengths), max(needed)), dtype=torch.int32)
         for row, (first, last) in enumerate(pairwise(accumulate(needed, initial=0))):
             tables[row, : last - first] = order[first:last]
-        self.tables = tables.to(device)
         shape = (sum(needed), kv_heads, BLOCK, dim)
-        self.k, self.v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        self.cache = KVCache(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)))
         self.q = torch.randn((sum(queries), heads, dim), device=device, dtype=dtype)
-        self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
         self.starts = list(accumulate(queries, initial=0))
-        self.query_start = torch.tensor(self.starts, dtype=torch.int32, device=device)
+        last = torch.tensor(lengths) - 1
+        slots = tables.gather(1, (last // BLOCK)[:, None])[:, 0].long() * BLOCK + last % BLOCK
+        self.meta = AttentionMetadata(
+            block_tables=tables.to(device),
+            query_start=torch.tensor(self.starts, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+            # Only decode attention writes to the cache.
+            slot_mapping=slots.to(device),
+            max_query_len=max(queries),
+            max_seq_len=max(lengths),
+            split_counters=torch.zeros((len(lengths), kv_heads), dtype=torch.int32, device=device),
+        )
         self.options = {"scale": dim**-0.5}
-        self.decoding = Decoding(self) if max(queries) == 1 else None
+        self.decodes = max(queries) == 1
+        if self.decodes:
+            block, offset = (slots // BLOCK).to(device), (slots % BLOCK).to(device)
+            self.k, self.v = (x[block, :, offset] for x in (self.cache.keys, self.cache.values))
+            self.positions = torch.zeros(len(lengths), dtype=torch.int64, device=device)
+            angles = torch.zeros((1, dim // 2), device=device)
+            self.table = RotaryTable(angles.cos(), angles.sin())
 
     def run(self) -> torch.Tensor:
-        if self.decoding is not None:
-            return self.decoding.run()
-        arguments = (self.q, self.k, self.v, self.tables, self.query_start, self.seq_lens)
-        return paged_attention(*arguments, **self.options, max_query_len=max(self.queries))
+        if not self.decodes:
+            return paged_attention(self.q, self.cache, self.meta, **self.options)
+        new = (self.q, self.k, self.v, self.positions, self.table)
+        return decode_attention(*new, self.cache, self.meta, **self.options)
 
     def check(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last tokens of each sequence, by the reference in float32."""
+        """Compare the last tokens of each sequence with the reference in float32."""
         counts = [min(count, COMPARED) for count in self.queries]
         ends = self.starts[1:]
         kept = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
         starts = torch.tensor(list(accumulate(counts, initial=0)), dtype=torch.int32)
         kept = kept.to(self.device)
-        wanted = paged_attention_reference(
-            self.q[kept].float(),
-            self.k,
-            self.v,
-            self.tables,
-            starts,
-            self.seq_lens,
-            **self.options,
-        )
-        return self.run()[kept], wanted
+        last = replace(self.meta, query_start=starts)
+        expected = paged_attention_reference(self.q[kept].float(), self.cache, last, **self.options)
+        return self.run()[kept], expected
 
     def kv_bytes(self) -> float:
-        return 2.0 * sum(self.lengths) * self.kv_heads * self.dim * self.k.element_size()
+        """Bytes of the keys and values of all tokens."""
+        _, kv_heads, _, dim = self.cache.keys.shape
+        return 2.0 * sum(self.lengths) * kv_heads * dim * self.cache.keys.element_size()
 
     def operations(self) -> float:
-        """Two products over the keys that each new token sees."""
+        """Operations of two matmuls over the keys that each new token sees."""
         pairs = zip(self.lengths, self.queries, strict=True)
-        seen = sum(count * length - count * (count - 1) / 2 for length, count in pairs)
-        return 4.0 * seen * self.q.shape[1] * self.dim
-
-
-class Decoding:
-    """The new tokens of sequences that have one each, turned by no angle, so that they are what they were."""
-
-    def __init__(self, paged: Paged) -> None:
-        self.paged = paged
-        count, device = len(paged.lengths), paged.device
-        last = paged.seq_lens.long() - 1
-        block = paged.tables.gather(1, (last // BLOCK)[:, None])[:, 0].long()
-        self.slots = block * BLOCK + last % BLOCK
-        self.key, self.value = (cache[block, :, last % BLOCK] for cache in (paged.k, paged.v))
-        self.positions = torch.zeros(count, dtype=torch.int64, device=device)
-        self.cos = torch.ones((1, paged.dim // 2), device=device)
-        self.sin = torch.zeros_like(self.cos)
-        self.arrivals = torch.zeros((count, paged.kv_heads), dtype=torch.int32, device=device)
-
-    def run(self) -> torch.Tensor:
-        paged = self.paged
-        return decode_attention(
-            paged.q,
-            self.key,
-            self.value,
-            self.positions,
-            self.cos,
-            self.sin,
-            paged.k,
-            paged.v,
-            self.slots,
-            paged.tables,
-            paged.seq_lens,
-            **paged.options,
-            max_seq_len=max(paged.lengths),
-            arrivals=self.arrivals,
-        )
+        visible = sum(count * length - count * (count - 1) / 2 for length, count in pairs)
+        return 4.0 * visible * self.q.shape[1] * self.q.shape[2]
 
 
 def decode(device, sequences, context, heads, kv_heads, dim) -> Problem:
@@ -162,7 +143,7 @@ def prefill(device, tokens, heads, kv_heads, dim) -> Problem:
 def mixed(device, sequences, context, chunk, chunk_context, heads, kv_heads, dim) -> Problem:
     lengths, queries = [context] * sequences + [chunk_context], [1] * sequences + [chunk]
     paged = Paged(device, lengths, queries, heads, kv_heads, dim)
-    # The same in two launches, each of one kind.
+    # The same batch in two launches: decodes, then the chunk.
     apart = [
         Paged(device, lengths[:-1], queries[:-1], heads, kv_heads, dim),
         Paged(device, lengths[-1:], queries[-1:], heads, kv_heads, dim),
@@ -171,30 +152,30 @@ def mixed(device, sequences, context, chunk, chunk_context, heads, kv_heads, dim
     return Problem(paged.run, paged.check, paged.operations(), compute=True, peers=peers)
 
 
-def vision(device, pictures, patches, heads, dim) -> Problem:
-    fused = torch.randn((pictures * patches, 3, heads, dim), device=device, dtype=dtype_on(device))
+def vision(device, images, patches, heads, dim) -> Problem:
+    fused = torch.randn((images * patches, 3, heads, dim), device=device, dtype=dtype_on(device))
     q, k, v = fused.unbind(1)
-    bounds = torch.arange(pictures + 1, dtype=torch.int32, device=device) * patches
+    bounds = torch.arange(images + 1, dtype=torch.int32, device=device) * patches
     options = {"max_len": patches, "scale": dim**-0.5}
 
     def check() -> tuple[torch.Tensor, torch.Tensor]:
         wide = (x.float() for x in (q, k, v))
-        found = vision_attention(q, k, v, bounds, **options)
-        return found, vision_attention_reference(*wide, bounds, **options)
+        result = vision_attention(q, k, v, bounds, **options)
+        return result, vision_attention_reference(*wide, bounds, **options)
 
-    def per_picture() -> None:
-        for picture in range(pictures):
-            part = fused[picture * patches : (picture + 1) * patches].permute(1, 2, 0, 3)[:, None]
+    def per_image() -> None:
+        for image in range(images):
+            part = fused[image * patches : (image + 1) * patches].permute(1, 2, 0, 3)[:, None]
             F.scaled_dot_product_attention(*part.unbind(0))
 
-    operations = 4.0 * pictures * patches**2 * heads * dim
-    peers: dict[str, Work] = {"sdpa per picture": per_picture}
+    operations = 4.0 * images * patches**2 * heads * dim
+    peers: dict[str, Work] = {"sdpa per image": per_image}
     run = partial(vision_attention, q, k, v, bounds, **options)
     return Problem(run, check, operations, compute=True, peers=peers)
 
 
 def sdpa_peers(q, k, v, *, causal: bool) -> dict[str, Work]:
-    """torch's attention by backend on contiguous ``(B, H, S, D)``."""
+    """Return torch's attention by backend, on contiguous ``(B, H, S, D)``."""
 
     def call(backend: SDPBackend) -> torch.Tensor:
         with sdpa_kernel(backend):
@@ -205,7 +186,7 @@ def sdpa_peers(q, k, v, *, causal: bool) -> dict[str, Work]:
 
 
 def flex_peer(q, k, v) -> dict[str, Work]:
-    """FlexAttention, compiled for these very sizes."""
+    """Return FlexAttention, compiled for these sizes; nothing where torch lacks it."""
     try:
         from torch.nn.attention.flex_attention import flex_attention
     except ImportError:

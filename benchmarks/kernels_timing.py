@@ -1,4 +1,4 @@
-"""How long something takes on the device, what the machine can do at best, and what a measured case is."""
+"""Clock for calls on a device, the machine's limits, and what a measured case consists of."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from dataclasses import dataclass, field
 import torch
 
 Work = Callable[[], object]
-#: Found and wanted values, to be compared; of any dtype.
+#: Results and expected values to compare, of any dtype.
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
-    """What cases compute in: as models do on a GPU, and in what is fast on a CPU."""
+    """Return the dtype of cases: bfloat16 on a GPU, as models have it; float32 on a CPU, where it is fast."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One call to be timed.
+    """A call to measure.
 
     Attributes:
         run: the call as the engine makes it.
-        check: what the call gives, and what it should.
-        amount: bytes that have to be moved, or floating point operations that have to be done, per call.
+        check: returns the call's result and the expected one.
+        amount: bytes that a call has to move, or floating point operations that it has to do.
         compute: whether ``amount`` counts operations; bytes otherwise.
-        peers: other ways to the same result, by name.
+        peers: other implementations of the same, by name.
     """
 
     run: Work
@@ -40,10 +40,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A problem that is built when its turn comes, so that only one holds memory at a time.
+    """A problem that is built when it is measured, so that only one holds memory at a time.
 
     Attributes:
-        kernel: what ``--only`` selects by.
+        kernel: name for ``--only``.
         label: the problem's sizes.
     """
 
@@ -53,19 +53,19 @@ class Case:
 
 
 class Clock:
-    """Median seconds of a call on one device; on a GPU with nothing of its inputs left in the L2 cache."""
+    """Measures the median time of a call; on a GPU its inputs are not in the L2 cache."""
 
     def __init__(self, device: torch.device, seconds: float) -> None:
-        """``seconds``: how long to measure each call for, about."""
+        """``seconds``: approximate time to measure each call for."""
         self.device = device
         self.seconds = seconds
-        # Much larger than any L2, and long enough in passing that the host gets ahead of the device: what
-        # lies between two events is the device's time then, not the time to launch.
+        # Much larger than any L2 cache. Reading it takes so long that the host runs ahead of the device, and
+        # the time between two events is the device's, not that of launching.
         size = (1 << 30) // 4 if device.type == "cuda" else 0
         self._flush = torch.zeros(size, dtype=torch.float32, device=device)
 
     def time(self, work: Work) -> float:
-        """Seconds per call, the median."""
+        """Return the median seconds per call."""
         return self._on_gpu(work) if self.device.type == "cuda" else self._on_cpu(work)
 
     def _on_cpu(self, work: Work) -> float:
@@ -86,7 +86,7 @@ class Clock:
     def _events(self, work: Work, rounds: int) -> list[float]:
         pairs = []
         for _ in range(rounds):
-            # Reading leaves clean lines: after a write the call would pay for bringing them to memory.
+            # Read, not written: dirty cache lines would be written back during the call.
             self._flush.sum()
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             pair[0].record()
@@ -99,9 +99,13 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the machine does at best, as measured: bytes per second, read and written together, of a large
-    copy; operations per second of a large matrix product; and the seconds between two events around a kernel
-    that does next to nothing, which are part of every other figure."""
+    """Limits of the machine, as measured.
+
+    Attributes:
+        copy: bytes per second, read and written together, of a large copy.
+        gemm: operations per second of a large GEMM.
+        nothing: seconds between two events around a kernel with almost no work; part of every other time.
+    """
 
     copy: float
     gemm: float
@@ -115,14 +119,14 @@ class Rates:
 
 
 def copy_rate(clock: Clock, size: int) -> float:
-    """Bytes per second, read and written together, of a copy of ``size`` bytes."""
+    """Measure bytes per second, read and written together, of a copy of ``size`` bytes."""
     source = torch.zeros(size, dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
     return 2 * size / clock.time(lambda: target.copy_(source))
 
 
 def gemm_rate(clock: Clock, side: int) -> float:
-    """Operations per second of a product of square matrices."""
+    """Measure operations per second of a GEMM of square matrices."""
     shape = (2, side, side)
     a, b = torch.randn(shape, device=clock.device, dtype=dtype_on(clock.device)).unbind(0)
     return 2 * side**3 / clock.time(lambda: a @ b)

@@ -1,4 +1,4 @@
-"""Cases of the kernels that only move data: norms, rotation, gates, cache writes and sampling."""
+"""Cases of memory-bound kernels: norms, rotation, gates, cache writes, state and sampling."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.act_mul import act_mul, act_mul_reference
-from engine.kernels.decode_state import DecodePlaces, decode_places, decode_places_reference
+from engine.kernels.decode_state import DecodeInputs, gather_decode_inputs, gather_decode_inputs_reference
 from engine.kernels.gumbel import gumbel_argmax, gumbel_argmax_reference
 from engine.kernels.kv_write import rotary_kv_write, rotary_kv_write_reference
 from engine.kernels.layer_norm import add_layer_norm, add_layer_norm_reference
+from engine.kernels.paged import KVCache
 from engine.kernels.patchify import patchify, patchify_reference
 from engine.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from engine.kernels.rms_norm import rms_norm, rms_norm_reference
-from engine.kernels.rotary import rotary, rotary_reference
+from engine.kernels.rotary import RotaryTable, rotary, rotary_reference
 from engine.kernels.truncation import truncation_threshold, truncation_threshold_reference
 
 BLOCK = 16
@@ -30,7 +31,7 @@ TINY_ROTARY = [(3, 4, 2, 16, section) for section in (None, (2, 3, 3))]
 #: (tokens, intermediate size)
 ACT = [(1, 8960), (64, 8960), (8192, 8960)]
 TINY_ACT = [(3, 40)]
-#: (patches, width of the tower): Qwen2-VL's at one picture and at sixteen
+#: (patches, width of the tower): Qwen2-VL with one image and with sixteen
 VISION = [(1600, 1280), (25600, 1280)]
 TINY_VISION = [(3, 24)]
 #: (tokens, query heads, KV heads, head size)
@@ -39,7 +40,7 @@ TINY_WRITE = [(5, 4, 2, 16)]
 #: (rows, vocabulary)
 SAMPLING = [(rows, 151936) for rows in (1, 64, 256)]
 TINY_SAMPLING = [(3, 1000)]
-#: (rows, blocks of a table)
+#: (request slots, blocks of a table)
 STATE = [(1, 256), (64, 256)]
 TINY_STATE = [(3, 5)]
 
@@ -65,7 +66,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     for sizes in TINY_SAMPLING if tiny else SAMPLING:
         yield Case("gumbel", "{}x{}".format(*sizes), partial(sample, device, *sizes))
     for sizes in TINY_STATE if tiny else STATE:
-        yield Case("decode_state", "{} rows of {} blocks".format(*sizes), partial(places, device, *sizes))
+        yield Case("decode_state", "{} slots of {} blocks".format(*sizes), partial(state, device, *sizes))
     truncations = {"top-k 50": (50, 1.0, 0.0), "top-p 0.9": (0, 0.9, 0.0), "min-p 0.05": (0, 1.0, 0.05)}
     for sizes in TINY_SAMPLING if tiny else SAMPLING:
         for name, limits in truncations.items():
@@ -73,16 +74,16 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             yield Case("truncation", label, partial(truncate, device, *sizes, *limits))
 
 
-def places(device, rows, blocks) -> Problem:
+def state(device, rows, blocks) -> Problem:
     slots = torch.arange(rows, device=device)
     tables = torch.arange(rows * blocks, dtype=torch.int32, device=device).view(rows, blocks)
     length = torch.randint(0, blocks * BLOCK, (rows,), device=device)
-    given = (slots, tables, length, length, length)
-    run = partial(decode_places, *given, block_size=BLOCK)
-    reference = partial(decode_places_reference, *given, block_size=BLOCK)
+    arguments = (slots, tables, length, length, length)
+    run = partial(gather_decode_inputs, *arguments, block_size=BLOCK)
+    reference = partial(gather_decode_inputs_reference, *arguments, block_size=BLOCK)
 
-    def flat(found: DecodePlaces) -> torch.Tensor:
-        return torch.cat([part.float().flatten() for part in found])
+    def flat(inputs: DecodeInputs) -> torch.Tensor:
+        return torch.cat([part.float().flatten() for part in inputs])
 
     return Problem(
         run, lambda: (flat(run()), flat(reference())), 2 * tables.nbytes, peers={"torch": reference}
@@ -95,13 +96,13 @@ def norm(device, tokens, size, with_residual) -> Problem:
     if not with_residual:
         run = partial(rms_norm, x, weight, 1e-6)
         peers: dict[str, Work] = {"torch": lambda: F.rms_norm(x, (size,), weight, 1e-6)}
-        wanted = partial(rms_norm_reference, x.float(), weight.float(), 1e-6)
-        return Problem(run, lambda: (run(), wanted()), 2 * x.nbytes + weight.nbytes, peers=peers)
+        reference = partial(rms_norm_reference, x.float(), weight.float(), 1e-6)
+        return Problem(run, lambda: (run(), reference()), 2 * x.nbytes + weight.nbytes, peers=peers)
     run = partial(rms_norm, x, weight, 1e-6, residual)
     peers = {"torch": lambda: F.rms_norm(x + residual, (size,), weight, 1e-6)}
 
     def check() -> tuple[torch.Tensor, torch.Tensor]:
-        # The sum is rounded before the norm: of full precision it would differ by more than the kernel does.
+        # The sum is rounded before the norm; a reference in float32 would differ by more than the kernel.
         return torch.stack(run()), torch.stack(rms_norm_reference(x, weight, 1e-6, residual))
 
     return Problem(run, check, 4 * x.nbytes + weight.nbytes, peers=peers)
@@ -111,25 +112,22 @@ def rotation(device, tokens, heads, kv_heads, dim, section) -> Problem:
     fused = torch.randn((tokens, heads + 2 * kv_heads, dim), device=device, dtype=dtype_on(device))
     q, k = fused[:, :heads], fused[:, heads : heads + kv_heads]
     angles = torch.rand((4096, dim // 2), device=device) * 6.28
-    cos, sin = angles.cos(), angles.sin()
+    table = RotaryTable(angles.cos(), angles.sin(), section)
     axes = (tokens,) if section is None else (3, tokens)
     positions = torch.randint(0, 4096, axes, device=device)
 
     def check() -> tuple[torch.Tensor, torch.Tensor]:
-        made = []
+        results = []
         for rotate in (rotary, rotary_reference):
             pair = q.clone(), k.clone()
-            rotate(*pair, positions, cos, sin, mrope_section=section)
-            made.append(torch.cat(pair, dim=1))
-        return made[0], made[1]
+            rotate(*pair, positions, table)
+            results.append(torch.cat(pair, dim=1))
+        return results[0], results[1]
 
-    arguments = partial(rotary, q, k, positions, cos, sin, mrope_section=section)
-    peers: dict[str, Work] = {
-        "reference": partial(rotary_reference, q, k, positions, cos, sin, mrope_section=section)
-    }
-    tables = 2 * tokens * (dim // 2) * cos.element_size()
-    amount = 2 * (q.numel() + k.numel()) * q.element_size() + tables + positions.nbytes
-    return Problem(arguments, check, amount, peers=peers)
+    peers: dict[str, Work] = {"reference": partial(rotary_reference, q, k, positions, table)}
+    angle_bytes = 2 * tokens * (dim // 2) * angles.element_size()
+    amount = 2 * (q.numel() + k.numel()) * q.element_size() + angle_bytes + positions.nbytes
+    return Problem(partial(rotary, q, k, positions, table), check, amount, peers=peers)
 
 
 def gate(device, tokens, size) -> Problem:
@@ -143,9 +141,9 @@ def layer_norm(device, tokens, size) -> Problem:
     x, residual = torch.randn((2, tokens, size), device=device, dtype=dtype_on(device)).unbind(0)
     weight, bias = torch.randn((2, size), device=device, dtype=x.dtype).unbind(0)
     run = partial(add_layer_norm, x, residual, weight, bias, 1e-6)
-    wanted = partial(add_layer_norm_reference, x, residual, weight, bias, 1e-6)
-    peers: dict[str, Work] = {"torch": wanted}
-    return Problem(run, lambda: (torch.stack(run()), torch.stack(wanted())), 4 * x.nbytes, peers=peers)
+    reference = partial(add_layer_norm_reference, x, residual, weight, bias, 1e-6)
+    peers: dict[str, Work] = {"torch": reference}
+    return Problem(run, lambda: (torch.stack(run()), torch.stack(reference())), 4 * x.nbytes, peers=peers)
 
 
 def tower_gelu(device, tokens, size) -> Problem:
@@ -159,40 +157,42 @@ def patches(device, side) -> Problem:
     pixels = torch.randint(0, 256, (side, side, 3), device=device, dtype=torch.uint8)
     table = torch.randn(3 * 256, device=device, dtype=dtype_on(device))
     cut = {"patch": 14, "merge": 2, "temporal": 2}
-    run, wanted = (partial(way, pixels, table, **cut) for way in (patchify, patchify_reference))
-    peers: dict[str, Work] = {"torch": wanted}
+    run, reference = (partial(each, pixels, table, **cut) for each in (patchify, patchify_reference))
+    peers: dict[str, Work] = {"torch": reference}
     moved = pixels.nbytes * (1 + 2 * table.element_size())
-    return Problem(run, lambda: (run(), wanted()), moved, peers=peers)
+    return Problem(run, lambda: (run(), reference()), moved, peers=peers)
 
 
 def write(device, tokens, heads, kv_heads, dim) -> Problem:
     fused = torch.randn((tokens, heads + 2 * kv_heads, dim), device=device, dtype=dtype_on(device))
     blocks = -(-tokens // BLOCK)
-    caches = torch.zeros((2, blocks, kv_heads, BLOCK, dim), device=device, dtype=fused.dtype)
+    cache = KVCache(*torch.zeros((2, blocks, kv_heads, BLOCK, dim), device=device, dtype=fused.dtype))
     slots = torch.randperm(blocks * BLOCK)[:tokens].to(device)
     angles = torch.rand((4096, dim // 2), device=device) * 6.28
-    cos, sin = angles.cos(), angles.sin()
+    table = RotaryTable(angles.cos(), angles.sin())
     positions = torch.randint(0, 4096, (tokens,), device=device)
 
     def run(kernel: Callable[..., None] = rotary_kv_write, source: torch.Tensor = fused) -> None:
         q, k, v = source.split([heads, kv_heads, kv_heads], dim=1)
-        kernel(q, k, v, positions, cos, sin, caches[0], caches[1], slots)
+        kernel(q, k, v, positions, table, cache, slots)
 
     def check() -> tuple[torch.Tensor, torch.Tensor]:
-        made = []
+        results = []
         for kernel in (rotary_kv_write, rotary_kv_write_reference):
-            caches.zero_()
+            cache.keys.zero_()
+            cache.values.zero_()
             copy = fused.clone()
             run(kernel, copy)
-            made.append(torch.cat([copy[:, :heads].flatten(), caches.flatten()]))
-        return made[0], made[1]
+            parts = (copy[:, :heads], cache.keys, cache.values)
+            results.append(torch.cat([part.flatten() for part in parts]))
+        return results[0], results[1]
 
     amount = 2 * fused.nbytes + slots.nbytes + positions.nbytes
     return Problem(run, check, amount, peers={"reference": partial(run, rotary_kv_write_reference)})
 
 
 def likelihoods(device, rows, vocab) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of some peak, and temperatures."""
+    """Return random logits and temperatures."""
     logits = (torch.randn((rows, vocab), device=device) * 3).to(dtype_on(device))
     return logits, torch.full((rows,), 0.8, device=device)
 
@@ -221,11 +221,11 @@ def truncate(device, rows, vocab, top_k, top_p, min_p) -> Problem:
         torch.full((rows,), min_p, device=device),
     )
     run = partial(truncation_threshold, logits, temperature, *limits)
-    wanted = partial(truncation_threshold_reference, logits, temperature, *limits)
+    reference = partial(truncation_threshold_reference, logits, temperature, *limits)
 
     def check() -> tuple[torch.Tensor, torch.Tensor]:
-        # A threshold anywhere between two logits is as good: what counts is how many tokens it keeps.
-        found, right = ((logits >= threshold[:, None]).sum(1) for threshold in (run(), wanted()))
-        return found, right
+        # Thresholds between the same two logits are equivalent, so the numbers of kept tokens are compared.
+        kept, expected = ((logits >= threshold[:, None]).sum(1) for threshold in (run(), reference()))
+        return kept, expected
 
-    return Problem(run, check, logits.nbytes, peers={"sort": wanted})
+    return Problem(run, check, logits.nbytes, peers={"sort": reference})

@@ -213,7 +213,7 @@ def test_imports_lead_down():
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("engine.kernels.linear", "engine.layers.norm"),
+        ("engine.kernels.gemv", "engine.layers.norm"),
         ("engine.layers.decoder", "engine.vision.pixels"),
         ("engine.media.fetch", "engine.inputs.messages"),
         ("engine.weights.loader", "engine.families.registry"),

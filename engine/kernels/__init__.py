@@ -1,0 +1,32 @@
+"""GPU kernels in Triton, each with a torch reference of the same meaning.
+
+Operations with several kernels, chosen in :mod:`engine.kernels.dispatch`; the first condition that holds
+decides::
+
+    operation         kernel                      condition                           file
+    decode_attention  decode_attention_triton     Triton                              decode_attention.py
+                      decode_attention_reference  otherwise                           decode_attention.py
+    paged_attention   paged_attention_reference   not Triton                          paged_attention.py
+                      prefill_attention_gluon     Hopper, 16-bit, no window, a        prefill_attention.py
+                                                  sequence with over 1024 new tokens
+                      paged_attention_triton      otherwise                           paged_attention.py
+    linear            gemv_triton                 Triton, 1 row                       gemv.py
+                      skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py
+                                                  most 65536 outputs
+                      F.linear                    otherwise                           (torch)
+    norm_linear       norm_gemv_triton            Triton, 1 row                       norm_gemv.py
+                      rms_norm, then linear       otherwise                           dispatch.py
+    activated_linear  gemm_activation_triton      Triton, Hopper, 16-bit, tiles fill  gemm_activation.py
+                                                  the GPU
+                      gemm_activation_reference   otherwise                           gemm_activation.py
+
+"Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU.
+
+Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
+act_mul.py, decode_state.py (gather_decode_inputs, advance), gumbel.py (gumbel_argmax, argmax), kv_write.py,
+layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, truncation.py, vision_attention.py.
+
+Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), launch.py (launch or
+compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch), tile.py
+(attention tiles).
+"""

@@ -1,4 +1,4 @@
-"""The gate of a gated MLP: ``activation(gate) * up``."""
+"""Gated activation of an MLP: ``activation(gate) * up``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from engine.kernels.activation import activate
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
-from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.pdl import pdl_options, wait_for_previous
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -23,7 +23,8 @@ def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
         activation: ``silu`` or ``gelu_tanh``.
 
     Returns:
-        ``(T, I)``. The activation is rounded to the input's dtype before the product, as in Transformers.
+        ``(T, I)``. The activation is rounded to the input's dtype before the multiplication, as in
+        Transformers.
     """
     assert activation in ACTIVATIONS, activation
     run = act_mul_triton if use_triton(gate_up) else act_mul_reference
@@ -42,26 +43,17 @@ def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         block = min(1024, triton.next_power_of_2(size))
-        grid = (rows, triton.cdiv(size, block))
         launch(
-            _act_mul_kernel,
-            grid,
-            gate_up,
-            out,
-            size,
-            ACTIVATION=activation,
-            BLOCK=block,
-            num_warps=4,
-            **overlap(gate_up),
-        )
+            _act_mul_kernel, (rows, triton.cdiv(size, block)),
+            in_ptr=gate_up, out_ptr=out, size=size, ACTIVATION=activation, BLOCK=block,
+            num_warps=4, **pdl_options(gate_up),
+        )  # fmt: skip
     return out
 
 
 @triton.jit
-def _act_mul_kernel(
-    in_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
-    wait_for_previous(OVERLAP)
+def _act_mul_kernel(in_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size

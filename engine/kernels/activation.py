@@ -1,4 +1,4 @@
-"""Activations: of plain (ungated) MLPs by their Hugging Face names, and within kernels."""
+"""Activation functions: torch's, by their Hugging Face names, and the same inside kernels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from engine.kernels.quick_gelu import quick_gelu
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU by its tanh approximation."""
+    """Compute GELU in its tanh approximation."""
     return F.gelu(x, approximate="tanh")
 
 
+#: Activations of MLPs without a gate.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": gelu_tanh,
@@ -27,7 +28,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """Of float32 ``x``: one of ``ACTIVATIONS``, or ``gelu_tanh``, as decoders call ``gelu_pytorch_tanh``."""
+    """Apply an activation to float32 ``x``.
+
+    ACTIVATION: a key of ``ACTIVATIONS``, or ``gelu_tanh``, the decoders' name of ``gelu_pytorch_tanh``.
+    """
     if ACTIVATION == "silu":
         result = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":

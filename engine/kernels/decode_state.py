@@ -1,4 +1,9 @@
-"""What a decode step reads of the running requests' state, and how it moves on, a launch each."""
+"""Two kernels of a decode step: one gathers its inputs from per-slot state, one advances that state
+afterwards.
+
+A request slot is the row of one running request in the state tensors; a KV slot is the place of one token in
+the cache.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
 
 
-class DecodePlaces(NamedTuple):
-    """Of ``D`` decoding rows.
+class DecodeInputs(NamedTuple):
+    """What a decode step of ``D`` requests computes, and where; one row per request.
 
     Attributes:
-        ids: int64 ``(D,)``, tokens that are to be computed.
-        tables: int32 ``(D, max_blocks)``.
-        seq_lens: int32 ``(D,)``, tokens once these are computed.
+        ids: int64 ``(D,)``, token ids to compute.
+        tables: int32 ``(D, max_blocks)``, block tables.
+        seq_lens: int32 ``(D,)``, tokens of each sequence including these.
         kv_slots: int64 ``(D,)``, where their keys and values go.
         positions: int64 ``(D,)``, their rotary positions.
     """
@@ -30,7 +35,7 @@ class DecodePlaces(NamedTuple):
     positions: torch.Tensor
 
 
-def decode_places(
+def gather_decode_inputs(
     slots: torch.Tensor,
     block_tables: torch.Tensor,
     last_token: torch.Tensor,
@@ -38,25 +43,27 @@ def decode_places(
     delta: torch.Tensor,
     *,
     block_size: int,
-) -> DecodePlaces:
-    """Gather the state of some slots.
+) -> DecodeInputs:
+    """Gather a decode step's inputs from the state of some request slots.
 
     Args:
-        slots: int64 ``(D,)``.
-        block_tables: int32 ``(N, max_blocks)`` contiguous, blocks of each slot.
+        slots: int64 ``(D,)``, request slots.
+        block_tables: int32 ``(N, max_blocks)`` contiguous, KV blocks of each slot.
         last_token: int64 ``(N,)``, sampled last and not computed yet.
         length: int64 ``(N,)``, computed tokens; less than ``max_blocks * block_size``.
         delta: int64 ``(N,)``, rotary position minus index of the next token.
         block_size: tokens per block.
     """
-    run = decode_places_triton if use_triton(slots) else decode_places_reference
+    run = gather_decode_inputs_triton if use_triton(slots) else gather_decode_inputs_reference
     return run(slots, block_tables, last_token, length, delta, block_size=block_size)
 
 
-def decode_places_reference(slots, block_tables, last_token, length, delta, *, block_size) -> DecodePlaces:
+def gather_decode_inputs_reference(
+    slots, block_tables, last_token, length, delta, *, block_size
+) -> DecodeInputs:
     tables, computed = block_tables.index_select(0, slots), length.index_select(0, slots)
     block = tables.gather(1, (computed // block_size)[:, None]).squeeze(1)
-    return DecodePlaces(
+    return DecodeInputs(
         last_token.index_select(0, slots),
         tables,
         (computed + 1).int(),
@@ -65,7 +72,9 @@ def decode_places_reference(slots, block_tables, last_token, length, delta, *, b
     )
 
 
-def decode_places_triton(slots, block_tables, last_token, length, delta, *, block_size) -> DecodePlaces:
+def gather_decode_inputs_triton(
+    slots, block_tables, last_token, length, delta, *, block_size
+) -> DecodeInputs:
     rows, blocks = slots.shape[0], block_tables.shape[1]
     assert slots.is_contiguous() and block_tables.is_contiguous()
     device = slots.device
@@ -74,41 +83,22 @@ def decode_places_triton(slots, block_tables, last_token, length, delta, *, bloc
     seq_lens = torch.empty(rows, dtype=torch.int32, device=device)
     if rows:
         launch(
-            _places_kernel,
-            (rows,),
-            slots,
-            block_tables,
-            last_token,
-            length,
-            delta,
-            ids,
-            tables,
-            seq_lens,
-            kv_slots,
-            positions,
-            blocks,
-            BLOCK_SIZE=block_size,
-            COLUMNS=min(1024, triton.next_power_of_2(blocks)),
-        )
-    return DecodePlaces(ids, tables, seq_lens, kv_slots, positions)
+            _gather_kernel, (rows,),
+            slots_ptr=slots, block_tables_ptr=block_tables, last_token_ptr=last_token, length_ptr=length,
+            delta_ptr=delta, ids_ptr=ids, tables_ptr=tables, seq_lens_ptr=seq_lens, kv_slots_ptr=kv_slots,
+            positions_ptr=positions, blocks=blocks,
+            BLOCK_SIZE=block_size, COLUMNS=min(1024, triton.next_power_of_2(blocks)),
+        )  # fmt: skip
+    return DecodeInputs(ids, tables, seq_lens, kv_slots, positions)
 
 
 @triton.jit
-def _places_kernel(
-    slots_ptr,
-    block_tables_ptr,
-    last_token_ptr,
-    length_ptr,
-    delta_ptr,
-    ids_ptr,
-    tables_ptr,
-    seq_lens_ptr,
-    kv_slots_ptr,
-    positions_ptr,
-    blocks,
-    BLOCK_SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def _gather_kernel(
+    slots_ptr, block_tables_ptr, last_token_ptr, length_ptr, delta_ptr,
+    ids_ptr, tables_ptr, seq_lens_ptr, kv_slots_ptr, positions_ptr,
+    blocks, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program per request."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     length = tl.load(length_ptr + slot)
@@ -125,19 +115,15 @@ def _places_kernel(
 
 
 def advance(
-    slots: torch.Tensor,
-    tokens: torch.Tensor,
-    last_token: torch.Tensor,
-    length: torch.Tensor,
-    *,
-    padding_slot: int,
-) -> None:
-    """Count the last tokens of some slots as computed; ``tokens`` come next.
+    slots: torch.Tensor, tokens: torch.Tensor, last_token: torch.Tensor, length: torch.Tensor,
+    *, padding_slot: int,
+) -> None:  # fmt: skip
+    """Count the last tokens of some request slots as computed; ``tokens`` come next.
 
     Args:
-        slots, tokens: int64 ``(D,)``; no slot but the padding twice.
-        last_token, length: int64 ``(N,)``, changed in place; see :func:`decode_places`.
-        padding_slot: whose length stays what it is.
+        slots, tokens: int64 ``(D,)``; no slot appears twice, except the padding slot.
+        last_token, length: int64 ``(N,)``, changed in place; see :func:`gather_decode_inputs`.
+        padding_slot: slot of padding rows; its length stays.
     """
     run = advance_triton if use_triton(slots) else advance_reference
     run(slots, tokens, last_token, length, padding_slot=padding_slot)
@@ -153,23 +139,18 @@ def advance_triton(slots, tokens, last_token, length, *, padding_slot) -> None:
     rows = slots.shape[0]
     if rows:
         launch(
-            _advance_kernel,
-            (triton.cdiv(rows, 256),),
-            slots,
-            tokens,
-            last_token,
-            length,
-            padding_slot,
-            rows,
-            ROWS=256,
-        )
+            _advance_kernel, (triton.cdiv(rows, 256),),
+            slots_ptr=slots, tokens_ptr=tokens, last_token_ptr=last_token, length_ptr=length,
+            padding_slot=padding_slot, rows=rows, ROWS=256,
+        )  # fmt: skip
 
 
-# Batch sizes differ in this number; a kernel compiled for each would make a long start.
+# ``rows`` differs between batch sizes; specialising on it would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["rows"])
 def _advance_kernel(
     slots_ptr, tokens_ptr, last_token_ptr, length_ptr, padding_slot, rows, ROWS: tl.constexpr
-):
+):  # fmt: skip
+    """One program per ``ROWS`` requests."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     slot = tl.load(slots_ptr + row, mask=mask, other=0)

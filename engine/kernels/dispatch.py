@@ -1,22 +1,184 @@
-"""Which implementation of a kernel runs: Triton's on a GPU, the torch reference on a CPU."""
+"""The operations that have several kernels; each function here chooses the kernel of its operation.
+
+The table in :mod:`engine.kernels` lists the choices. A new variant is a new file with the kernel, a condition
+here and a line in that table. A kernel's file says what it supports; this file says when it is the fastest.
+"""
 
 from __future__ import annotations
 
-import os
-
 import torch
+import torch.nn.functional as F
 
-_CHOICE = os.environ.get("SIGHTLINE_KERNELS", "auto")
-if _CHOICE not in ("auto", "reference", "triton"):
-    raise ValueError(f"SIGHTLINE_KERNELS must be auto, reference or triton, not {_CHOICE!r}")
+from engine.kernels import gemm_activation, prefill_attention
+from engine.kernels.act_mul import act_mul
+from engine.kernels.decode_attention import decode_attention_reference, decode_attention_triton
+from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, use_triton
+from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
+from engine.kernels.gemv import gemv_triton
+from engine.kernels.launch import is_compiling
+from engine.kernels.norm_gemv import norm_gemv_triton
+from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
+from engine.kernels.prefill_attention import prefill_attention_gluon
+from engine.kernels.rms_norm import rms_norm
+from engine.kernels.rotary import RotaryTable
+from engine.kernels.skinny_gemm import skinny_gemm_triton
+
+#: With more new tokens of one sequence the prefill kernel is faster; shorter prompts don't fill its tiles.
+LONG_PROMPT = 1024
+#: For wider outputs (the LM head) torch's GEMM already reaches memory bandwidth.
+MAX_SKINNY_OUTPUTS = 1 << 16
 
 
-def use_triton(tensor: torch.Tensor) -> bool:
-    """Whether to run the Triton kernel on ``tensor``'s device.
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    table: RotaryTable,
+    cache: KVCache,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Rotate each sequence's one new token, write it to the cache, and attend to all tokens up to it.
 
-    The environment variable ``SIGHTLINE_KERNELS`` overrides the choice for comparisons: ``reference`` runs
-    torch on a GPU too.
+    It equals :func:`~engine.kernels.kv_write.rotary_kv_write` followed by :func:`paged_attention`. ``q`` and
+    ``k`` are undefined afterwards.
+
+    Args:
+        q: ``(S, Hq, D)``; last dimension contiguous, also of ``k`` and ``v``.
+        k, v: ``(S, Hkv, D)``; ``Hq`` is a multiple of ``Hkv``.
+        positions: ``(S,)``, or ``(3, S)`` if the table has sections; int64.
+        cache: changed in place.
+        meta: a batch with one new token per sequence, so ``T == S``.
+        scale: multiplies the scores; positive.
+        window: a query at position p sees keys at positions greater than ``p - window``.
+
+    Returns:
+        ``(S, Hq, D)`` in the dtype of ``q``.
     """
-    if _CHOICE == "auto":
-        return tensor.is_cuda
-    return _CHOICE == "triton"
+    run = decode_attention_triton if use_triton(q) else decode_attention_reference
+    return run(q, k, v, positions, table, cache, meta, scale=scale, window=window)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    cache: KVCache,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of each sequence's new tokens over all its tokens up to themselves.
+
+    The new tokens are the last of each sequence; their keys and values are in the cache already.
+
+    Args:
+        q: ``(T, Hq, D)``, last dimension contiguous; ``Hq`` is a multiple of ``Hkv``. Rows from
+            ``meta.query_start[S]`` on are padding.
+        scale: multiplies the scores; positive.
+        window: a query at position p sees keys at positions greater than ``p - window``.
+        out: ``(T, Hq, D)`` contiguous, to write to; padding rows are not written.
+
+    Returns:
+        ``(T, Hq, D)`` in the dtype of ``q``.
+    """
+    if not use_triton(q):
+        return paged_attention_reference(q, cache, meta, scale=scale, window=window, out=out)
+    if window is None and prefill_attention.supports(q, cache):
+        long = meta.max_query_len > LONG_PROMPT
+        # When compiling ahead of time, compile the kernels for other lengths too.
+        if long or is_compiling():
+            out = prefill_attention_gluon(q, cache, meta, scale=scale, out=out)
+        if long and not is_compiling():
+            return out
+    return paged_attention_triton(q, cache, meta, scale=scale, window=window, out=out)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute ``x @ weight.T + bias``, summed in float32, and the gate after it if there is one.
+
+    Args:
+        x: ``(T, K)``, last dimension contiguous.
+        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``.
+        bias: ``(N,)``.
+        activation: ``silu`` or ``gelu_tanh``: activates the first half of the outputs and multiplies it by
+            the second half, see :func:`engine.kernels.act_mul.act_mul`.
+        counters: the layer's :func:`~engine.kernels.skinny_gemm.split_counters`. None: no split-K, which is
+            slower for a few rows.
+
+    Returns:
+        ``(T, N)``, or ``(T, N / 2)`` with an activation, in the dtype of ``x``.
+    """
+    rows = x.shape[0]
+    ours = rows <= MEMORY_BOUND_ROWS and use_triton(x)
+    if ours and rows > 1 and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS:
+        return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters)
+    out = gemv_triton(x, weight, bias) if ours and rows == 1 else F.linear(x, weight, bias)
+    return out if activation is None else act_mul(out, activation)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute a linear layer of the RMS norm of ``x + residual``, and that sum.
+
+    One row: only ``x + residual`` is rounded to the dtype in between. Several rows: each operation rounds its
+    own result, see :func:`linear`.
+
+    Args:
+        x: ``(T, K)``, last dimension contiguous.
+        residual: shape of ``x``, contiguous; None adds nothing.
+        norm: ``(K,)``, scale of the norm.
+        eps: added to the mean square.
+        weight, bias, activation: see :func:`linear`.
+
+    Returns:
+        ``(T, N)``, or ``(T, N / 2)`` with an activation, and ``(T, K)``; both in the dtype of ``x``.
+    """
+    if x.shape[0] == 1 and use_triton(x):
+        return norm_gemv_triton(x, residual, norm, eps, weight, bias, activation=activation)
+    normed, total = (rms_norm(x, norm, eps), x) if residual is None else rms_norm(x, norm, eps, residual)
+    return linear(normed, weight, bias, activation=activation), total
+
+
+def activated_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    """Compute ``activation(x @ weight.T + bias)``.
+
+    Args:
+        x: ``(..., K)``, last dimension contiguous.
+        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``.
+        bias: ``(N,)``.
+        activation: a key of :data:`engine.kernels.activation.ACTIVATIONS`.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``x``.
+    """
+    flat = x.flatten(0, -2)
+    if use_triton(flat) and gemm_activation.supports(flat, weight):
+        busy = gemm_activation.fills_gpu(flat.shape[0], weight.shape[0], num_sms(x.device))
+        # When compiling ahead of time, compile the kernel for other numbers of rows too.
+        if busy or is_compiling():
+            out = gemm_activation_triton(flat, weight, bias, activation)
+        if busy:
+            return out.unflatten(0, x.shape[:-1])
+    return gemm_activation_reference(x, weight, bias, activation)

@@ -1,11 +1,11 @@
-"""Sampling by Gumbel-max: ``argmax(logit / temperature + noise)`` in one pass over the vocabulary.
+"""Gumbel-max sampling: ``argmax(logit / temperature + noise)`` in one pass over the vocabulary.
 
-The noise is a pure function of (seed, index of the output token, token id), so that a request gets the same
-tokens in whatever batch, row, chunking or after whatever preemption it is computed. It is
-``-log(E)`` with ``E = -log(1 - v)`` and ``v`` uniform in (0, 1): the token with the least ``E / p`` wins the
-exponential race, with probability ``p``.
+The noise is a pure function of (seed, index of the output token, token id), so a request gets the same tokens
+in every batch, row and chunking, and after every preemption. The noise is ``-log(E)`` with ``E = -log(1 -
+v)`` and ``v`` uniform in (0, 1): the token with the least ``E / p`` wins the exponential race, with
+probability ``p``.
 
-``v`` is 32 bits of a keyed integer hash (two rounds of MurmurHash3's finaliser under two keys), which torch
+``v`` has 32 bits of a keyed integer hash (two rounds of MurmurHash3's finaliser with two keys), which torch
 and Triton compute alike.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
 
 _M32 = 0xFFFFFFFF
@@ -25,17 +25,17 @@ _M32 = 0xFFFFFFFF
 def gumbel_argmax(
     logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
 ) -> Tensor:
-    """Samples one token per row; the lowest id wins ties.
+    """Sample one token per row; the lowest id wins ties.
 
     Args:
-        logits: (N, V) of any float dtype, last dimension contiguous.
-        temperature: (N,) float32; 0 takes the exact argmax, ignoring the threshold.
-        seeds: (N,) int64.
-        index: (N,) int64, index of the token in its output.
-        threshold: (N,) float32; tokens with a smaller logit are never sampled. None: all may be.
+        logits: ``(N, V)`` of any float dtype, last dimension contiguous.
+        temperature: ``(N,)`` float32; 0 takes the exact argmax and ignores the threshold.
+        seeds: ``(N,)`` int64.
+        index: ``(N,)`` int64, index of the token in its output.
+        threshold: ``(N,)`` float32; tokens with a smaller logit are never sampled. None: all may be sampled.
 
     Returns:
-        (N,) int64. A row without any candidate (all ``-inf``) gives 0.
+        ``(N,)`` int64; 0 for a row whose logits are all ``-inf``.
     """
     if use_triton(logits):
         return gumbel_argmax_triton(logits, temperature, seeds, index, threshold)
@@ -43,7 +43,8 @@ def gumbel_argmax(
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The token (N,) int64 of each row of logits (N, V) that is most likely; the lowest id wins ties."""
+    """Return the most likely token of each row of logits ``(N, V)``, ``(N,)`` int64; the lowest id wins
+    ties."""
     return argmax_triton(logits) if use_triton(logits) else logits.argmax(dim=-1)
 
 
@@ -60,16 +61,18 @@ def gumbel_argmax_reference(
 
 
 def exponential_noise(seeds: Tensor, index: Tensor, ids: Tensor) -> Tensor:
-    """Standard exponential variates (N, len(ids)) float32 for seeds (N,), index (N,) and token ids, int64."""
+    """Return standard exponential variates ``(N, len(ids))`` float32 for int64 seeds ``(N,)``, index ``(N,)``
+    and token ids."""
     key0, key1 = _row_keys(seeds, index)
     bits = _mix((ids[None, :] * 0x9E3779B1 + key0[:, None]) & _M32)
     bits = _mix(bits ^ key1[:, None])
     v = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
-    # Near 0, where races are won, 1 - v has lost the digits of v.
+    # Near 0, where races are won, 1 - v has lost the digits of v; a series replaces the logarithm.
     return torch.where(v < 1e-3, v * (1.0 + v * (0.5 + v * (1.0 / 3.0))), -torch.log(1.0 - v))
 
 
 def _row_keys(seeds: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Derive two hash keys per row, int64 ``(N,)`` holding uint32 values."""
     low, high, index = seeds & _M32, (seeds >> 32) & _M32, index & _M32
     key0 = _mix(_mix(_mix(low ^ 0x9E3779B9) ^ high) ^ index)
     key1 = _mix((_mix((_mix(high ^ 0x7F4A7C15) + low) & _M32) + index * 0x85157AF5) & _M32)
@@ -77,7 +80,10 @@ def _row_keys(seeds: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser on int64 tensors that hold uint32 values; products wrap, low bits hold."""
+    """Apply MurmurHash3's 32-bit finaliser to int64 tensors that hold uint32 values.
+
+    Multiplications may wrap; the low 32 bits stay exact.
+    """
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _M32
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _M32
     return x ^ (x >> 16)
@@ -85,6 +91,7 @@ def _mix(x: Tensor) -> Tensor:
 
 @triton.jit
 def _mix_u32(x):
+    """Apply MurmurHash3's 32-bit finaliser to uint32."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)
@@ -97,6 +104,7 @@ def _partial_argmax_kernel(
     vocab, chunk, num_chunks,
     GREEDY: tl.constexpr, HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program per row and chunk of the vocabulary: the chunk's best score and its token id."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     floor = float("-inf")
@@ -113,7 +121,7 @@ def _partial_argmax_kernel(
     if HAS_THRESHOLD:
         floor = tl.where(is_random, tl.load(threshold + row * stride_threshold), float("-inf"))
 
-    # Each lane keeps its own best; with ascending ids a strict comparison keeps the lowest.
+    # Each lane keeps its own best score; ids ascend, so a strict comparison keeps the lowest id.
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     top_id = tl.full([BLOCK], 2147483647, tl.int32)
     start = part * chunk
@@ -142,13 +150,14 @@ def _partial_argmax_kernel(
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def _final_argmax_kernel(best, best_id, out, num_chunks, BLOCK: tl.constexpr):
+    """One program per row: the best of its chunks."""
     row = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
     inside = parts < num_chunks
     value = tl.load(best + row * num_chunks + parts, mask=inside, other=float("-inf"))
     ids = tl.load(best_id + row * num_chunks + parts, mask=inside, other=2147483647)
     winner = tl.min(tl.where(value == tl.max(value, axis=0), ids, 2147483647), axis=0)
-    # Without any candidate no id was ever kept.
+    # If all logits are -inf, no chunk has kept an id.
     tl.store(out + row, tl.where(winner == 2147483647, 0, winner).to(tl.int64))
 
 
@@ -172,7 +181,7 @@ def _argmax(
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
     block = 1024
-    # Enough programs to fill the machine when rows are few; long runs per program when they are many.
+    # With few rows, enough programs to fill the GPU; with many rows, long chunks.
     num_chunks = max(1, min(triton.cdiv(vocab, block), triton.cdiv(1024, max(rows, 1))))
     chunk = triton.cdiv(triton.cdiv(vocab, num_chunks), block) * block
     num_chunks = triton.cdiv(vocab, chunk)
@@ -183,12 +192,21 @@ def _argmax(
         return out
     launch(
         _partial_argmax_kernel, (rows, num_chunks),
-        logits, temperature, seeds, index, threshold, best, best_id,
-        logits.stride(0), *(0 if x is None else x.stride(0) for x in (temperature, seeds, index, threshold)),
-        vocab, chunk, num_chunks,
+        logits=logits, temperature=temperature, seeds=seeds, index=index, threshold=threshold,
+        best=best, best_id=best_id,
+        stride_logits=logits.stride(0), stride_temperature=_stride(temperature), stride_seeds=_stride(seeds),
+        stride_index=_stride(index), stride_threshold=_stride(threshold),
+        vocab=vocab, chunk=chunk, num_chunks=num_chunks,
         GREEDY=temperature is None, HAS_THRESHOLD=threshold is not None, BLOCK=block,
     )  # fmt: skip
-    # The block holds the chunks of a single row, the most there are: one kernel serves all batch sizes.
+    # The block fits the chunks of a single row, which has the most: one compiled kernel serves all batch
+    # sizes.
     most = triton.next_power_of_2(triton.cdiv(vocab, block))
-    launch(_final_argmax_kernel, (rows,), best, best_id, out, num_chunks, BLOCK=most)
+    launch(
+        _final_argmax_kernel, (rows,), best=best, best_id=best_id, out=out, num_chunks=num_chunks, BLOCK=most
+    )  # fmt: skip
     return out
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)

@@ -1,4 +1,4 @@
-"""How kernels are launched, or compiled without being launched."""
+"""Launches kernels, or compiles them without launching."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from triton.runtime.jit import JITFunction
 _compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """``kernel[grid](*args, **options)``; within :func:`compiling` the kernel is compiled only."""
-    if is_compiling() and isinstance(kernel, JITFunction):
-        kernel.warmup(*args, grid=grid, **options)
-    else:
-        kernel[grid](*args, **options)
+def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
+    """Launch ``kernel`` on ``grid``; within :func:`compiling` only compile it.
+
+    Args:
+        arguments: the kernel's parameters and launch options, by name.
+    """
+    # What kernel[grid](...) does, without copying the arguments twice more.
+    kernel.run(grid=grid, warmup=is_compiling() and isinstance(kernel, JITFunction), **arguments)
 
 
 def is_compiling() -> bool:
-    """Whether this is within :func:`compiling`."""
+    """Return whether the caller runs within :func:`compiling`."""
     return _compiling.get()
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Launches within compile their kernels, as many at a time as there are processors, and run nothing: what
-    they should write holds what was in memory. In the end all are compiled. One that can't be fails where it
-    is launched, not here.
+    """Compile the kernels that are launched within, on all CPU cores in parallel, and run none of them.
+
+    Output tensors keep whatever was in memory. On exit all kernels are compiled. A kernel that fails to
+    compile raises where it is launched later, not here.
     """
     token = _compiling.set(True)
     try:
@@ -44,7 +47,7 @@ def compiling() -> Iterator[None]:
 
 
 class _CompilingPool(ThreadPoolExecutor):
-    """Compiles kernels, and loads them on the GPU of the thread that made it."""
+    """Thread pool that compiles kernels and loads them on the GPU of the thread that created the pool."""
 
     def __init__(self, threads: int | None) -> None:
         super().__init__(threads, "compile")
@@ -56,8 +59,8 @@ class _CompilingPool(ThreadPoolExecutor):
     def _load(self, compile_kernel: Callable[[], Any]) -> Any:
         kernel = compile_kernel()
         if self._device is not None:
-            # What launches it is compiled as well, by a C compiler in some versions of Triton. Left to the
-            # first launch, all of them would be made one after the other.
+            # Some versions of Triton compile a launcher per kernel with a C compiler. At the first launches
+            # the launchers would be compiled one after the other; here they are compiled in parallel.
             with torch.cuda.device(self._device):
                 kernel.run  # noqa: B018
         return kernel

@@ -1,4 +1,4 @@
-"""Layer norm, with the residual addition before it in the same pass."""
+"""Layer norm, with the residual addition before it in the same kernel."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
-from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.pdl import pdl_options, wait_for_previous
 
 
 def add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer norm of ``x + residual``, and that sum, which is rounded to the input's dtype first.
+    """Return the layer norm of ``x + residual``, and the sum itself; the sum is rounded to the input's dtype
+    first.
 
     Args:
         x, residual: ``(N, H)`` contiguous.
         weight, bias: ``(H,)``.
 
     Returns:
-        Both ``(N, H)``. The norm is computed in float32 and rounded once.
+        Both ``(N, H)`` in the dtype of ``x``. The norm is computed in float32 and rounded once.
     """
     run = add_layer_norm_triton if use_triton(x) else add_layer_norm_reference
     return run(x, residual, weight, bias, eps)
@@ -40,37 +41,20 @@ def add_layer_norm_triton(x, residual, weight, bias, eps):
     if rows:
         block = triton.next_power_of_2(size)
         launch(
-            _add_layer_norm_kernel,
-            (rows,),
-            x,
-            residual,
-            weight,
-            bias,
-            out,
-            total,
-            eps,
-            SIZE=size,
-            BLOCK=block,
-            num_warps=1 if block <= 256 else 4,
-            **overlap(x),
-        )
+            _add_layer_norm_kernel, (rows,),
+            x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, out_ptr=out, total_ptr=total,
+            eps=eps, SIZE=size, BLOCK=block, num_warps=1 if block <= 256 else 4, **pdl_options(x),
+        )  # fmt: skip
     return out, total
 
 
 @triton.jit
 def _add_layer_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    total_ptr,
-    eps,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    wait_for_previous(OVERLAP)
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per row."""
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * SIZE
     column = tl.arange(0, BLOCK)
     mask = column < SIZE

@@ -1,4 +1,4 @@
-"""Pictures as bytes to the flat, normalised patches that a tower takes, in one pass."""
+"""Images as bytes to the flat, normalised patches that a vision tower takes, in one kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
 
 #: Values of a byte.
@@ -16,20 +16,20 @@ _LEVELS = 256
 def patchify(
     pixels: torch.Tensor, table: torch.Tensor, *, patch: int, merge: int, temporal: int
 ) -> torch.Tensor:
-    """Cut a picture, or the frames of a video, into patches.
+    """Cut an image, or the frames of a video, into patches, and look up each byte's normalised value.
 
     Args:
-        pixels: uint8 ``(H, W, C)``, or ``(F, H, W, C)`` with ``F`` a multiple of ``temporal``; contiguous. A
-            picture is as ``temporal`` equal frames. What is beyond the last whole square is not looked at, as in
+        pixels: uint8 ``(H, W, C)``, or ``(F, H, W, C)`` with ``F`` a multiple of ``temporal``; contiguous. An
+            image counts as ``temporal`` equal frames. Pixels beyond the last whole square are ignored, as in
             a convolution with that stride.
-        table: ``(C * 256,)``, what each byte of each channel becomes.
-        patch: side of a patch.
-        merge: side of the square of patches that are neighbours in the result.
-        temporal: frames of a patch.
+        table: ``(C * 256,)``, the value of each byte of each channel.
+        patch: side of a patch, in pixels.
+        merge: side of a square, in patches; patches of a square are neighbours in the result.
+        temporal: frames per patch.
 
     Returns:
-        ``(F / temporal * H / patch * W / patch, C * temporal * patch²)`` in the dtype of ``table``. Rows go frame
-        by frame, square by square, and through each square line by line.
+        ``(F / temporal * H / patch * W / patch, C * temporal * patch²)`` in the dtype of ``table``. Rows are
+        ordered by frame, then by square, then line by line within the square.
     """
     assert pixels.dtype == torch.uint8 and pixels.is_contiguous() and table.is_contiguous()
     run = patchify_triton if use_triton(pixels) else patchify_reference
@@ -37,7 +37,7 @@ def patchify(
 
 
 def patchify_reference(pixels, table, *, patch, merge, temporal):
-    # Before a picture is repeated over time, there is half as much to look up.
+    # Looked up before an image is repeated over time: fewer lookups.
     values = table[pixels + torch.arange(pixels.shape[-1], device=pixels.device) * _LEVELS]
     frames = values if values.dim() == 4 else values.expand(temporal, *values.shape)
     side = patch * merge
@@ -55,57 +55,37 @@ def patchify_triton(pixels, table, *, patch, merge, temporal):
     rows = (frames[0] // temporal if frames else 1) * squares * merge**2
     out = torch.empty((rows, size), dtype=table.dtype, device=pixels.device)
     launch(
-        _patchify_kernel,
-        (rows,),
-        pixels,
-        table,
-        out,
-        height,
-        width,
-        height * width * channels if frames else 0,
-        CHANNELS=channels,
-        TEMPORAL=temporal,
-        PATCH=patch,
-        MERGE=merge,
-        LEVELS=_LEVELS,
-        SIZE=size,
-        BLOCK=triton.next_power_of_2(size),
+        _patchify_kernel, (rows,),
+        pixels_ptr=pixels, table_ptr=table, out_ptr=out, height=height, width=width,
+        frame_stride=height * width * channels if frames else 0,
+        CHANNELS=channels, TEMPORAL=temporal, PATCH=patch, MERGE=merge, LEVELS=_LEVELS, SIZE=size,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out
 
 
-# A kernel compiled for each size of picture that comes up, or for the first video, would make requests wait.
+# These differ between images and videos; specialising on them would compile the kernel again during requests.
 @triton.jit(do_not_specialize=["height", "width", "frame_stride"])
 def _patchify_kernel(
-    pixels_ptr,
-    table_ptr,
-    out_ptr,
-    height,
-    width,
-    frame_stride,
-    CHANNELS: tl.constexpr,
-    TEMPORAL: tl.constexpr,
-    PATCH: tl.constexpr,
-    MERGE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    pixels_ptr, table_ptr, out_ptr, height, width, frame_stride,
+    CHANNELS: tl.constexpr, TEMPORAL: tl.constexpr, PATCH: tl.constexpr, MERGE: tl.constexpr,
+    LEVELS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """One program per patch."""
     row = tl.program_id(0)
     across = width // (PATCH * MERGE)
     squares = height // (PATCH * MERGE) * across
     square, inner = row // (MERGE * MERGE), row % (MERGE * MERGE)
-    frame, place = square // squares, square % squares
-    top = (place // across * MERGE + inner // MERGE) * PATCH
-    left = (place % across * MERGE + inner % MERGE) * PATCH
-    column = tl.arange(0, BLOCK)
-    inside = column < SIZE
+    frame, within = square // squares, square % squares
+    top = (within // across * MERGE + inner // MERGE) * PATCH
+    left = (within % across * MERGE + inner % MERGE) * PATCH
+    column = tl.arange(0, triton.next_power_of_2(SIZE))
+    mask = column < SIZE
     channel = column // (TEMPORAL * PATCH * PATCH)
     y = top + column // PATCH % PATCH
     x = left + column % PATCH
     moment = frame * TEMPORAL + column // (PATCH * PATCH) % TEMPORAL
     source = moment.to(tl.int64) * frame_stride + (y * width + x) * CHANNELS + channel
-    level = tl.load(pixels_ptr + source, mask=inside, other=0).to(tl.int32)
-    value = tl.load(table_ptr + channel * LEVELS + level, mask=inside, other=0.0)
-    tl.store(out_ptr + row.to(tl.int64) * SIZE + column, value, mask=inside)
+    level = tl.load(pixels_ptr + source, mask=mask, other=0).to(tl.int32)
+    value = tl.load(table_ptr + channel * LEVELS + level, mask=mask, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64) * SIZE + column, value, mask=mask)

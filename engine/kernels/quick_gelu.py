@@ -1,4 +1,4 @@
-"""CLIP's approximation of GELU in one pass."""
+"""CLIP's approximation of GELU in one kernel."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
-from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.pdl import pdl_options, wait_for_previous
 
 _BLOCK = 2048
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(1.702 x)``, each step rounded to the input's dtype as torch does.
+    """Compute ``x * sigmoid(1.702 x)``; each operation rounds to the input's dtype as in torch.
 
     Args:
         x: any shape, contiguous.
 
     Returns:
-        As ``x``.
+        Shape and dtype of ``x``.
     """
     return (quick_gelu_triton if use_triton(x) else quick_gelu_reference)(x)
 
@@ -33,17 +33,19 @@ def quick_gelu_triton(x: torch.Tensor) -> torch.Tensor:
     assert x.is_contiguous()
     out = torch.empty_like(x)
     if x.numel():
-        grid = (triton.cdiv(x.numel(), _BLOCK),)
-        launch(_quick_gelu_kernel, grid, x, out, x.numel(), BLOCK=_BLOCK, num_warps=4, **overlap(x))
+        launch(
+            _quick_gelu_kernel, (triton.cdiv(x.numel(), _BLOCK),),
+            x_ptr=x, out_ptr=out, size=x.numel(), BLOCK=_BLOCK, num_warps=4, **pdl_options(x),
+        )  # fmt: skip
     return out
 
 
 @triton.jit
-def _quick_gelu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    wait_for_previous(OVERLAP)
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + place, mask=place < size, other=0.0)
+def _quick_gelu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_previous(PDL)
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offset, mask=offset < size, other=0.0)
     wide = x.to(tl.float32)
     inner = (1.702 * wide).to(x.dtype).to(tl.float32)
     gate = tl.sigmoid(inner).to(x.dtype).to(tl.float32)
-    tl.store(out_ptr + place, (wide * gate).to(x.dtype), mask=place < size)
+    tl.store(out_ptr + offset, (wide * gate).to(x.dtype), mask=offset < size)

@@ -1,4 +1,4 @@
-"""Root-mean-square norm, with the residual addition before it in the same pass."""
+"""RMS norm, with the residual addition before it in the same kernel."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
-from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.pdl import pdl_options, wait_for_previous
 
 
 @overload
@@ -26,18 +26,18 @@ def rms_norm(
 
 
 def rms_norm(x, weight, eps, residual=None, *, offset=0.0):
-    """``(weight + offset) * x / sqrt(mean(x²) + eps)`` over the last dimension.
+    """Compute ``(weight + offset) * x / sqrt(mean(x²) + eps)`` over the last dimension.
 
-    Rounds as Transformers' LlamaRMSNorm does: normalised in float32, cast to the input's dtype, then scaled.
+    It rounds as Transformers' LlamaRMSNorm: normalise in float32, cast to the input's dtype, then scale.
 
     Args:
-        x: ``(..., H)``; rows may be strided, the last dimension is contiguous.
+        x: ``(..., H)``; may be strided, last dimension contiguous.
         weight: ``(H,)``.
-        residual: as ``x``; added first, in the input's dtype.
-        offset: 1 for the families that store ``weight - 1``.
+        residual: shape of ``x``; added to it first, in the input's dtype.
+        offset: 1 for families whose checkpoints store ``weight - 1``.
 
     Returns:
-        The norm, contiguous; with ``residual`` also ``x + residual``.
+        The norm, contiguous; with ``residual`` the norm and ``x + residual``.
     """
     if use_triton(x):
         return rms_norm_triton(x, weight, eps, residual, offset=offset)
@@ -60,7 +60,7 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0):
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else out
     if residual is not None:
         residual = residual.contiguous()
-    # Rows of a (T, H, D) view lie at two strides; of a matrix, at one.
+    # Rows of a (T, heads, D) view have two strides; rows of a matrix have one.
     inner = x.shape[-2] if x.dim() == 3 else 1
     rows = x.numel() // size
     if x.dim() not in (2, 3):
@@ -68,45 +68,23 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0):
     if rows:
         block = triton.next_power_of_2(size)
         launch(
-            _rms_norm_kernel,
-            (rows,),
-            x,
-            residual if residual is not None else x,
-            weight,
-            out,
-            total,
-            x.stride(0),
-            x.stride(-2) if x.dim() == 3 else 0,
-            inner,
-            eps,
-            offset,
-            SIZE=size,
-            BLOCK=block,
-            ADD=residual is not None,
-            num_warps=1 if block <= 256 else (4 if block <= 4096 else 8),
-            **overlap(x),
-        )
+            _rms_norm_kernel, (rows,),
+            x_ptr=x, residual_ptr=x if residual is None else residual, weight_ptr=weight,
+            out_ptr=out, total_ptr=total,
+            outer_stride=x.stride(0), inner_stride=x.stride(-2) if x.dim() == 3 else 0, inner=inner,
+            eps=eps, offset=offset, SIZE=size, BLOCK=block, ADD=residual is not None,
+            num_warps=1 if block <= 256 else (4 if block <= 4096 else 8), **pdl_options(x),
+        )  # fmt: skip
     return out if residual is None else (out, total)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    total_ptr,
-    outer_stride,
-    inner_stride,
-    inner,
-    eps,
-    offset,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    wait_for_previous(OVERLAP)
+    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, outer_stride, inner_stride, inner, eps, offset,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``."""
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE

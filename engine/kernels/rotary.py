@@ -1,53 +1,83 @@
-"""Rotary position embedding in place: one axis, or three (M-RoPE)."""
+"""Rotary position embedding in place, with positions along one axis or three (M-RoPE)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
-from engine.kernels.overlap import overlap, wait_for_previous
+from engine.kernels.pdl import pdl_options, wait_for_previous
 
 
-def rotary(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    mrope_section: tuple[int, ...] | None = None,
-    mrope_interleaved: bool = False,
-) -> None:
-    """Rotate ``q`` and ``k`` by their tokens' positions, halves against each other (NeoX convention).
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """Cosines and sines of a model's rotary embedding; built once.
 
-    As in Transformers, cos and sin are rounded to the tensors' dtype before the products.
-
-    Args:
-        q, k: ``(T, Hq, D)`` and ``(T, Hkv, D)``, changed in place; strided views with a contiguous last
-            dimension, e.g. parts of one fused projection.
-        positions: ``(T,)``, or ``(3, T)`` for axes t, h, w; int64.
-        cos, sin: float32 ``(P, R / 2)`` by position; ``R <= D`` leading dimensions are rotated.
-        mrope_section: angles that belong to each axis, summing to ``R / 2``; required iff positions have axes.
-        mrope_interleaved: angle ``i`` belongs to axis ``i % 3`` as far as sections reach, the rest to t
+    Attributes:
+        cos, sin: ``(P, R / 2)`` float32 by position, last dimension contiguous. The first ``R`` dimensions of
+            a head are rotated.
+        section: M-RoPE: how many angles take their position from each axis t, h, w; they sum to ``R / 2``.
+            None: positions have one axis.
+        interleaved: angle ``i`` takes axis ``i % 3`` up to the sections' lengths and axis t beyond
             (Qwen3-VL), instead of consecutive pieces (Qwen2-VL).
     """
-    assert (positions.dim() == 2) == (mrope_section is not None), "sections and axes come together"
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    section: tuple[int, ...] | None = None
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.cos.stride(-1) == self.sin.stride(-1) == 1 and self.cos.stride(0) == self.sin.stride(0)
+
+    def section_of(self, positions: torch.Tensor) -> tuple[int, ...] | None:
+        """Return the section for positions ``(3, T)``, None for positions ``(T,)``."""
+        if positions.dim() == 1:
+            return None
+        assert self.section is not None, "positions along three axes need sections"
+        return self.section
+
+    def arguments(self, positions: torch.Tensor) -> dict[str, Any]:
+        """Return the arguments that a kernel needs to call :func:`load_angles`, by name."""
+        section = self.section_of(positions)
+        return {
+            "positions_ptr": positions, "cos_ptr": self.cos, "sin_ptr": self.sin,
+            "axis_stride": 0 if section is None else positions.stride(0),
+            "position_stride": positions.stride(-1), "angle_stride": self.cos.stride(0),
+            "HALF": self.cos.shape[1], "SECTION": section, "INTERLEAVED": self.interleaved,
+        }  # fmt: skip
+
+
+def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> None:
+    """Rotate ``q`` and ``k`` in place by their tokens' positions, halves against each other (NeoX
+    convention).
+
+    As in Transformers, cos and sin are rounded to the dtype of ``q`` before the multiplication.
+
+    Args:
+        q, k: ``(T, Hq, D)`` and ``(T, Hkv, D)``; may be strided views with a contiguous last dimension, e.g.
+            parts of a fused projection.
+        positions: ``(T,)``, or ``(3, T)`` for axes t, h, w if the table has sections; int64.
+    """
     run = rotary_triton if use_triton(q) else rotary_reference
-    run(q, k, positions, cos, sin, mrope_section=mrope_section, mrope_interleaved=mrope_interleaved)
+    run(q, k, positions, table)
 
 
-def rotary_reference(q, k, positions, cos, sin, *, mrope_section=None, mrope_interleaved=False) -> None:
-    if mrope_section is not None:
-        axis = angle_axes(mrope_section, mrope_interleaved).to(positions.device)
+def rotary_reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> None:
+    section = table.section_of(positions)
+    if section is not None:
+        axis = angle_axes(section, table.interleaved).to(positions.device)
         angle = torch.arange(len(axis), device=positions.device)
-        # (T, R / 2): the position along each angle's own axis.
+        # (T, R / 2): each angle's position along its own axis.
         along = positions[axis].T
-        cos, sin = cos[along, angle], sin[along, angle]
+        cos, sin = table.cos[along, angle], table.sin[along, angle]
     else:
-        cos, sin = cos[positions], sin[positions]
+        cos, sin = table.cos[positions], table.sin[positions]
     half = cos.shape[-1]
     for x in (q, k):
         c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
@@ -57,7 +87,7 @@ def rotary_reference(q, k, positions, cos, sin, *, mrope_section=None, mrope_int
 
 
 def angle_axes(section: tuple[int, ...], interleaved: bool) -> torch.Tensor:
-    """int64 ``(R / 2,)``: the axis that each angle takes its position from."""
+    """Return the axis that each angle takes its position from, int64 ``(R / 2,)``."""
     if not interleaved:
         return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
     axes = torch.zeros(sum(section), dtype=torch.int64)
@@ -66,156 +96,80 @@ def angle_axes(section: tuple[int, ...], interleaved: bool) -> torch.Tensor:
     return axes
 
 
-def rotary_triton(q, k, positions, cos, sin, *, mrope_section=None, mrope_interleaved=False) -> None:
-    tokens, q_heads, _ = q.shape
-    assert q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
-    if tokens == 0:
+def rotary_triton(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> None:
+    assert q.stride(-1) == k.stride(-1) == 1
+    if q.shape[0] == 0:
         return
-    section = mrope_section or (0, 0, 0)
-    half = cos.shape[-1]
-    axis_stride = positions.stride(0) if mrope_section is not None else 0
     launch(
-        _rotary_kernel,
-        (tokens,),
-        q,
-        k,
-        positions,
-        cos,
-        sin,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        axis_stride,
-        positions.stride(-1),
-        cos.stride(0),
-        Q_HEADS=q_heads,
-        K_HEADS=k.shape[1],
-        HALF=half,
-        SECTION_T=section[0],
-        SECTION_H=section[1],
-        SECTION_W=section[2],
-        MROPE=mrope_section is not None,
-        INTERLEAVED=mrope_interleaved,
-        Q_HEADS_PAD=triton.next_power_of_2(q_heads),
-        K_HEADS_PAD=triton.next_power_of_2(k.shape[1]),
-        HALF_PAD=triton.next_power_of_2(half),
-        num_warps=4,
-        **overlap(q),
-    )
+        _rotary_kernel, (q.shape[0],),
+        q_ptr=q, k_ptr=k, **table.arguments(positions),
+        q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1),
+        Q_HEADS=q.shape[1], K_HEADS=k.shape[1], num_warps=4, **pdl_options(q),
+    )  # fmt: skip
 
 
 @triton.jit
 def load_angles(
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
-    token,
-    axis_stride,
-    position_stride,
-    table_stride,
-    angle,
-    mask,
-    SECTION_T: tl.constexpr,
-    SECTION_H: tl.constexpr,
-    SECTION_W: tl.constexpr,
-    MROPE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """float32 cos and sin of one token for each ``angle``, by the angle's own axis; 0 outside of ``mask``."""
+    positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride, angle, mask,
+    SECTION: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Load the cosine and sine of each ``angle`` at one token's position, float32; 0 outside of ``mask``."""
     axis = tl.zeros_like(angle).to(tl.int64)
-    if MROPE:
+    if SECTION is not None:
         if INTERLEAVED:
-            height = (angle % 3 == 1) & (angle < 3 * SECTION_H)
-            width = (angle % 3 == 2) & (angle < 3 * SECTION_W)
+            height = (angle % 3 == 1) & (angle < 3 * SECTION[1])
+            width = (angle % 3 == 2) & (angle < 3 * SECTION[2])
         else:
-            height = (angle >= SECTION_T) & (angle < SECTION_T + SECTION_H)
-            width = angle >= SECTION_T + SECTION_H
+            height = (angle >= SECTION[0]) & (angle < SECTION[0] + SECTION[1])
+            width = angle >= SECTION[0] + SECTION[1]
         axis = tl.where(height, 1, tl.where(width, 2, 0)).to(tl.int64)
     position = tl.load(positions_ptr + axis * axis_stride + token * position_stride)
-    cos = tl.load(cos_ptr + position * table_stride + angle, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + position * table_stride + angle, mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + position * angle_stride + angle, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + position * angle_stride + angle, mask=mask, other=0.0)
     return cos, sin
 
 
-# Positions along several axes lie as far apart as there are tokens.
+# The stride between axes is the number of tokens; specialising on it would compile the kernel again and
+# again.
 @triton.jit(do_not_specialize=["axis_stride"])
 def _rotary_kernel(
-    q_ptr,
-    k_ptr,
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    axis_stride,
-    position_stride,
-    table_stride,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    SECTION_T: tl.constexpr,
-    SECTION_H: tl.constexpr,
-    SECTION_W: tl.constexpr,
-    MROPE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    Q_HEADS_PAD: tl.constexpr,
-    K_HEADS_PAD: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    wait_for_previous(OVERLAP)
+    q_ptr, k_ptr, positions_ptr, cos_ptr, sin_ptr, q_token, q_head, k_token, k_head,
+    axis_stride, position_stride, angle_stride,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
+    SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per token."""
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
-    angle = tl.arange(0, HALF_PAD)
+    angle = tl.arange(0, triton.next_power_of_2(HALF))
     cos, sin = load_angles(
-        positions_ptr,
-        cos_ptr,
-        sin_ptr,
-        token,
-        axis_stride,
-        position_stride,
-        table_stride,
-        angle,
-        angle < HALF,
-        SECTION_T,
-        SECTION_H,
-        SECTION_W,
-        MROPE,
-        INTERLEAVED,
-    )
+        positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride,
+        angle, angle < HALF, SECTION, INTERLEAVED,
+    )  # fmt: skip
     q_row, k_row = q_ptr + token * q_token, k_ptr + token * k_token
-    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, Q_HEADS_PAD, HALF_PAD)
-    rotate_heads(k_row, k_head, k_row, k_head, cos, sin, K_HEADS, HALF, K_HEADS_PAD, HALF_PAD)
+    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF)
+    rotate_heads(k_row, k_head, k_row, k_head, cos, sin, K_HEADS, HALF)
 
 
 @triton.jit
 def rotate_heads(
-    row_ptr,
-    head_stride,
-    out_ptr,
-    out_stride,
-    cos,
-    sin,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS_PAD: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-):
-    """Rotate all heads of one token, in place where ``out_ptr`` is ``row_ptr``."""
-    dtype = row_ptr.dtype.element_ty
+    in_ptr, in_head, out_ptr, out_head, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """Rotate all heads of one token from ``in_ptr`` to ``out_ptr``, which may be the same.
+
+    Products and sums are rounded where torch rounds them.
+    """
+    dtype = in_ptr.dtype.element_ty
     c = cos[None, :].to(dtype).to(tl.float32)
     s = sin[None, :].to(dtype).to(tl.float32)
-    head = tl.arange(0, HEADS_PAD)[:, None]
-    angle = tl.arange(0, HALF_PAD)[None, :]
+    head = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
+    angle = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     mask = (head < HEADS) & (angle < HALF)
-    place = row_ptr + head * head_stride + angle
-    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
-    # Products and sums are rounded where torch rounds them.
+    source = in_ptr + head * in_head + angle
+    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
     low = (first * c).to(dtype).to(tl.float32) - (second * s).to(dtype).to(tl.float32)
     high = (second * c).to(dtype).to(tl.float32) + (first * s).to(dtype).to(tl.float32)
-    target = out_ptr + head * out_stride + angle
+    target = out_ptr + head * out_head + angle
     tl.store(target, low.to(dtype), mask=mask)
     tl.store(target + HALF, high.to(dtype), mask=mask)

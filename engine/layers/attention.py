@@ -5,17 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.kernels.decode_attention import decode_attention
-from engine.kernels.paged_attention import paged_attention
+from engine.kernels.dispatch import decode_attention, paged_attention
+from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.linear import RowLinear, qkv_linear
-from engine.layers.metadata import AttentionMetadata
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
-
-KVCache = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, each ``(num_blocks, kv_heads on this rank, block_size, head_dim)``."""
 
 
 class Attention(nn.Module):
@@ -60,32 +56,9 @@ class Attention(nn.Module):
 
     def _prefill(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
         self.rotary(q, k, v, positions, cache, meta.slot_mapping)
-        return paged_attention(
-            q,
-            *cache,
-            meta.block_tables,
-            meta.query_start,
-            meta.seq_lens,
-            scale=self.scale,
-            window=self.window,
-            max_query_len=meta.max_query_len,
-        )
+        return paged_attention(q, cache, meta, scale=self.scale, window=self.window)
 
     def _decode(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
         return decode_attention(
-            q,
-            k,
-            v,
-            positions,
-            self.rotary.cos,
-            self.rotary.sin,
-            *cache,
-            meta.slot_mapping,
-            meta.block_tables,
-            meta.seq_lens,
-            scale=self.scale,
-            max_seq_len=meta.max_seq_len,
-            window=self.window,
-            **self.rotary.axes(positions),
-            arrivals=meta.arrivals,
+            q, k, v, positions, self.rotary.table, cache, meta, scale=self.scale, window=self.window
         )

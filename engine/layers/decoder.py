@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from engine.layers.attention import Attention, KVCache
+from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.layers.attention import Attention
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.embedding import LMHead, VocabEmbedding
-from engine.layers.metadata import AttentionMetadata
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary

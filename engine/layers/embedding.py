@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels.linear import linear
+from engine.kernels.dispatch import linear
 from engine.layers.build import BuildContext, WeightSlot
 
 

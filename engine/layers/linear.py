@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels.linear import arrivals_of, linear
-from engine.kernels.many_rows import activated_linear
-from engine.kernels.norm_linear import norm_linear
+from engine.kernels.dispatch import activated_linear, linear, norm_linear
+from engine.kernels.skinny_gemm import split_counters
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.norm import RMSNorm
 
@@ -91,7 +90,7 @@ class FusedColumnLinear(nn.Module):
 
         Args:
             activation: of a gate that comes before what it multiplies; see
-                :func:`~engine.kernels.norm_linear.norm_linear`.
+                :func:`~engine.kernels.dispatch.norm_linear`.
         """
         return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias, activation=activation)
 
@@ -169,13 +168,13 @@ class RowLinear(nn.Module):
         self.in_features = build.share(in_features, "input features")
         self.weight = build.parameter(out_features, self.in_features)
         self.bias = build.parameter(out_features) if bias else None
-        self.arrivals: torch.Tensor
-        self.register_buffer("arrivals", arrivals_of(out_features, build.device), persistent=False)
+        self.counters: torch.Tensor
+        self.register_buffer("counters", split_counters(out_features, build.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
-            return linear(x, self.weight, self.bias, arrivals=self.arrivals)
-        out = self.tp.all_reduce(linear(x, self.weight, arrivals=self.arrivals))
+            return linear(x, self.weight, self.bias, counters=self.counters)
+        out = self.tp.all_reduce(linear(x, self.weight, counters=self.counters))
         return out if self.bias is None else out + self.bias
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from engine.kernels.kv_write import rotary_kv_write
+from engine.kernels.paged import KVCache
+from engine.kernels.rotary import RotaryTable
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import RopeConfig
 
@@ -87,22 +89,21 @@ def _yarn(powers: torch.Tensor, rope: RopeConfig, rotary_dim: int) -> torch.Tens
 
 
 class Rotary(nn.Module):
-    """Rotates queries and keys by their positions, and puts keys and values into the cache.
+    """Rotates queries and keys by their positions, and writes keys and values to the cache.
 
-    Holds float32 tables ``cos`` and ``sin`` of shape ``(rows, angles)``. Kernels look up a token's row; they
-    call it its position. Row ``p`` belongs to position ``p`` of a short sequence, of any sequence if
-    frequencies don't depend on its length. The others have rows of their own: see :meth:`offset` and
+    Holds float32 tables of cosines and sines, ``(rows, angles)``. Kernels look up a token's row; they call it
+    its position. Row ``p`` belongs to position ``p`` of a short sequence, of any sequence if frequencies
+    don't depend on its length. The others have rows of their own: see :meth:`offset` and
     :meth:`write_prompt_rows`.
 
     Attributes:
+        table: the tables, as kernels take them.
         first_prompt_row: the first of the rows that :meth:`reserve_prompt_rows` adds.
     """
 
     def __init__(self, rope: RopeConfig, head_dim: int, length: int, build: BuildContext) -> None:
         super().__init__()
         self.rope = rope
-        self.section = rope.mrope_section
-        self.interleaved = rope.mrope_interleaved
         self._dim = rope.rotary_dim or head_dim
         self._long = self.first_prompt_row = 0
         angles = self._angles(torch.arange(length), 1)
@@ -113,10 +114,10 @@ class Rotary(nn.Module):
             # A generated token's own position makes its sequence as long as it was then.
             positions = torch.arange(length)
             angles = self._angles(positions, positions[:, None] + 1)
-        self.cos: torch.Tensor
-        self.sin: torch.Tensor
-        self.register_buffer("cos", (angles.cos() * rope.attention_factor).to(build.device), persistent=False)
-        self.register_buffer("sin", (angles.sin() * rope.attention_factor).to(build.device), persistent=False)
+        cos, sin = (x * rope.attention_factor for x in (angles.cos(), angles.sin()))
+        self.table = RotaryTable(
+            cos.to(build.device), sin.to(build.device), rope.mrope_section, rope.mrope_interleaved
+        )
 
     def _angles(self, positions: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
         return positions[:, None].float() * inverse_frequencies(self.rope, self._dim, length=length)
@@ -135,9 +136,10 @@ class Rotary(nn.Module):
         """
         if self.rope.type != "dynamic" or self.first_prompt_row:
             return
-        self.first_prompt_row = self.cos.shape[0]
-        room = self.cos.new_zeros((count, self.cos.shape[1]))
-        self.cos, self.sin = torch.cat([self.cos, room]), torch.cat([self.sin, room])
+        cos, sin = self.table.cos, self.table.sin
+        self.first_prompt_row = len(cos)
+        room = cos.new_zeros((count, cos.shape[1]))
+        self.table = replace(self.table, cos=torch.cat([cos, room]), sin=torch.cat([sin, room]))
 
     def write_prompt_rows(self, rows: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> None:
         """Fill reserved ``rows (N,)`` for tokens at ``positions (N,)`` of prompts of ``lengths (N,)``.
@@ -145,8 +147,8 @@ class Rotary(nn.Module):
         All int64.
         """
         angles = self._angles(positions, lengths[:, None])
-        self.cos[rows] = angles.cos() * self.rope.attention_factor
-        self.sin[rows] = angles.sin() * self.rope.attention_factor
+        self.table.cos[rows] = angles.cos() * self.rope.attention_factor
+        self.table.sin[rows] = angles.sin() * self.rope.attention_factor
 
     def forward(
         self,
@@ -154,29 +156,15 @@ class Rotary(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         positions: torch.Tensor,
-        cache: tuple[torch.Tensor, torch.Tensor],
+        cache: KVCache,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Rotate ``q (T, heads, head_dim)`` in place; write ``k``, rotated, and ``v`` to ``cache``.
+        """Rotate ``q`` in place; write the rotated ``k``, and ``v``, to their KV slots.
 
         Args:
-            k: must not be used afterwards.
+            q: ``(T, heads, head_dim)``.
+            k, v: ``(T, kv_heads, head_dim)``; ``k`` is undefined afterwards.
             positions: int64 ``(T,)`` or ``(3, T)``, see the class.
-            slot_mapping: see :class:`~engine.layers.metadata.AttentionMetadata`.
+            slot_mapping: ``(T,)`` int64, KV slot of each token; nothing is written for negative entries.
         """
-        rotary_kv_write(
-            q,
-            k,
-            v,
-            positions,
-            self.cos,
-            self.sin,
-            *cache,
-            slot_mapping,
-            **self.axes(positions),
-        )
-
-    def axes(self, positions: torch.Tensor) -> dict[str, Any]:
-        """Keyword arguments of the kernels: the axis of each angle for ``positions (T,)`` or ``(3, T)``."""
-        section = self.section if positions.dim() == 2 else None
-        return {"mrope_section": section, "mrope_interleaved": self.interleaved}
+        rotary_kv_write(q, k, v, positions, self.table, cache, slot_mapping)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from engine.graphs import Recorder, Replay
-from engine.layers.metadata import AttentionMetadata
+from engine.kernels.paged import AttentionMetadata
 
 #: Every multiple of the step up to so many tokens is recorded.
 TOKEN_STEP = 64

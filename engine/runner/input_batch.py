@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.kernels.decode_state import DecodePlaces, advance, decode_places
+from engine.kernels.decode_state import DecodeInputs, advance, gather_decode_inputs
 from engine.prompt import EmbeddedMedia, MediaSpan
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 
@@ -36,9 +36,9 @@ class DeviceState:
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.delta = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def decode_places(self, slots: torch.Tensor) -> DecodePlaces:
-        """What decoding rows ``(D,)`` compute next, and where."""
-        return decode_places(
+    def decode_inputs(self, slots: torch.Tensor) -> DecodeInputs:
+        """Gather what the requests in ``slots`` ``(D,)`` compute next, and where."""
+        return gather_decode_inputs(
             slots, self.block_tables, self.last_token, self.length, self.delta, block_size=self.block_size
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.kernels.paged import KVCache
 from engine.layers.decoder_config import DecoderConfig
 
 
@@ -20,8 +21,8 @@ def allocate_kv(
     dtype: torch.dtype,
     device: torch.device,
     tp_size: int = 1,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer a key and a value tensor ``(num_blocks, kv_heads, block_size, head_dim)``.
+) -> list[KVCache]:
+    """Allocate the KV cache of every layer.
 
     Zeroed, because padded rows of captured graphs read block 0: whatever lay in memory could be NaN, and a
     masked NaN still poisons a dot product.
@@ -29,7 +30,7 @@ def allocate_kv(
     heads = max(1, config.num_kv_heads // tp_size)
     shape = (num_blocks, heads, block_size, config.head_dim)
     return [
-        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
         for _ in range(config.num_layers)
     ]
 

@@ -11,11 +11,11 @@ import torch
 
 from engine.distributed.group import TensorParallelGroup
 from engine.graphs import Recorder
-from engine.kernels.decode_state import DecodePlaces
-from engine.kernels.dispatch import use_triton
+from engine.kernels.decode_state import DecodeInputs
+from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
+from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.layers.decoder import Decoder
-from engine.layers.metadata import AttentionMetadata
 from engine.logprobs import LogprobTensors, prompt_logprobs
 from engine.request import Request
 from engine.runner.cuda_graphs import DecodeGraphs
@@ -78,7 +78,7 @@ class ModelRunner:
 
     Args:
         model: the decoder with its weights.
-        kv: per layer the key and value tensors.
+        kv: the KV cache of each layer.
         block_size: tokens per KV block.
         num_slots: rows of requests.
         max_num_tokens: most tokens of a step.
@@ -92,7 +92,7 @@ class ModelRunner:
     def __init__(
         self,
         model: Decoder,
-        kv: list[tuple[torch.Tensor, torch.Tensor]],
+        kv: list[KVCache],
         *,
         block_size: int,
         num_slots: int,
@@ -105,8 +105,8 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self._group = group
-        self.device = kv[0][0].device
-        self.dtype = kv[0][0].dtype
+        self.device = kv[0].keys.device
+        self.dtype = kv[0].keys.dtype
         self._kv = kv
         self._block_size = block_size
         self._max_model_len = max_model_len
@@ -118,8 +118,8 @@ class ModelRunner:
         self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
         # Where the tokens of a decode step begin: each sequence has one.
         self._each = torch.arange(num_slots + 1, dtype=torch.int32, device=self.device)
-        # One row per sequence of a decode step and one column per KV head.
-        self._arrivals = torch.zeros((num_slots, kv[0][0].shape[1]), dtype=torch.int32, device=self.device)
+        # Flash-decoding counters: one row per sequence of a decode step and one column per KV head.
+        self._split_counters = torch.zeros((num_slots, kv[0].kv_heads), dtype=torch.int32, device=self.device)
         self.sampler = Sampler(num_slots, self.vocab_size, self.device)
         self._pooler = Pooler()
         self._info: dict[int, SlotInfo] = {}
@@ -232,10 +232,10 @@ class ModelRunner:
             # Batches that differ in their kernels differ by more than a factor of two, but for the largest.
             for size in {padding, *(1 << power for power in range(padding.bit_length()))}:
                 slots = torch.full((size,), padding, dtype=torch.int64, device=self.device)
-                places = self._state.decode_places(slots)
+                inputs = self._state.decode_inputs(slots)
                 # No kernel has filled it, and the table of embeddings has an end.
-                places.ids.zero_()
-                logits = self._decode_rows(places)
+                inputs.ids.zero_()
+                logits = self._decode_rows(inputs)
                 for plan in _CAPTURED_PLANS:
                     self._decode_sample(slots, logits, plan)
             self._forwards.rehearse()
@@ -309,20 +309,20 @@ class ModelRunner:
         return logits, None if plan is None else self._decode_sample(slots, logits, plan)
 
     def _decode_logits(self, slots: torch.Tensor) -> torch.Tensor:
-        return self._decode_rows(self._state.decode_places(slots))
+        return self._decode_rows(self._state.decode_inputs(slots))
 
-    def _decode_rows(self, places: DecodePlaces) -> torch.Tensor:
+    def _decode_rows(self, inputs: DecodeInputs) -> torch.Tensor:
         meta = AttentionMetadata(
-            block_tables=places.tables,
-            query_start=self._each[: len(places.ids) + 1],
-            seq_lens=places.seq_lens,
-            slot_mapping=places.kv_slots,
+            block_tables=inputs.tables,
+            query_start=self._each[: len(inputs.ids) + 1],
+            seq_lens=inputs.seq_lens,
+            slot_mapping=inputs.kv_slots,
             max_query_len=1,
             max_seq_len=self._max_model_len,
-            arrivals=self._arrivals,
+            split_counters=self._split_counters,
         )
-        positions = places.positions.expand(3, -1) if self._mrope else places.positions
-        hidden = self.model(self.model.embed(places.ids), positions, self._kv, meta)
+        positions = inputs.positions.expand(3, -1) if self._mrope else inputs.positions
+        hidden = self.model(self.model.embed(inputs.ids), positions, self._kv, meta)
         return self.model.logits(hidden)
 
     def _decode_sample(self, slots: torch.Tensor, logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
@@ -398,7 +398,7 @@ class ModelRunner:
         lengths, kv_slots = places["ends"], places["kv_slots"]
         tables = state.block_tables.index_select(0, slots)
         if decodes:
-            decoding = state.decode_places(slots[:decodes])
+            decoding = state.decode_inputs(slots[:decodes])
             decode_positions = decoding.positions.expand(3, -1) if self._mrope else decoding.positions
             ids = torch.cat([decoding.ids, ids])
             positions = torch.cat([decode_positions, positions], dim=-1)

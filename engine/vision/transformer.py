@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from engine.graphs import Recorder
-from engine.kernels.dispatch import use_triton
+from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
-from engine.kernels.rotary import rotary
+from engine.kernels.rotary import RotaryTable, rotary
 from engine.kernels.vision_attention import vision_attention
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear, qkv_linear
@@ -55,7 +55,7 @@ class VisionAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         if index is not None:
             assert segments.cos is not None and segments.sin is not None
-            rotary(q, k, index, segments.cos, segments.sin)
+            rotary(q, k, index, RotaryTable(segments.cos, segments.sin))
         out = vision_attention(
             q, k, v, segments.cu_seqlens, max_len=segments.max_len, scale=self.head_dim**-0.5
         )

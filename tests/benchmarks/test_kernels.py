@@ -1,4 +1,4 @@
-"""The benchmark of kernels runs through all its cases, and says which fail."""
+"""The kernel benchmark runs all its cases and reports those that fail."""
 
 import json
 from pathlib import Path
@@ -18,62 +18,61 @@ def clock() -> Clock:
     return Clock(torch.device("cpu"), 0.01)
 
 
-def test_every_case_runs_and_is_right(capsys, tmp_path):
+def test_every_case_runs_and_equals_its_reference(capsys, tmp_path):
     file = tmp_path / "kernels.json"
     kernels.main(["--tiny", "--seconds", "0.001", "--json", str(file)])
-    found = json.loads(file.read_text())
-    assert found["smoke run"] and found["rates"]["copy"] > 0
+    results = json.loads(file.read_text())
+    assert results["smoke run"] and results["rates"]["copy"] > 0
     tolerance = 0.2 if torch.cuda.is_available() else 1e-5
-    for row in found["rows"]:
+    for row in results["rows"]:
         assert "failed" not in row, row
         assert row["us"] > 0 and row["rate"] > 0 and row["error"] <= tolerance, row
         assert all(isinstance(time, float) for time in row["peers us"].values()) or torch.cuda.is_available()
-    said = capsys.readouterr().out
-    assert "smoke run" in said and "FAILED" not in said
+    output = capsys.readouterr().out
+    assert "smoke run" in output and "FAILED" not in output
 
 
 def test_every_kernel_of_the_engine_is_measured():
     names = {path.stem for path in Path(package.__path__[0]).glob("*.py")} - {
         "__init__",
         "activation",
+        "device",
         "dispatch",
         "launch",
-        "overlap",
-        "sequences",
-        "tiling",
+        "paged",
+        "pdl",
+        "tile",
     }
     measured = {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=True)}
     attention = {"paged_decode", "paged_prefill", "paged_mixed", "vision"}
-    attends = {"decode_attention", "paged_attention", "prefill_attention", "vision_attention"}
-    assert (names - attends) | attention <= measured
+    attention_files = {"decode_attention", "paged_attention", "prefill_attention", "vision_attention"}
+    assert (names - attention_files) | attention <= measured
     assert measured == {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=False)}
 
 
 def test_tiles_are_tried_one_after_the_other(capsys, tmp_path, monkeypatch):
-    taken = []
+    used = []
 
     def attempt(work, clock):
-        taken.append(
-            {module.tiling("any", "problem", "of", "all") for module in modules if module in patched()}
-        )
-        return float(len(taken))
+        used.append({module.choose_tile("any problem") for module in patched()})
+        return float(len(used))
 
     modules = {module for module, _ in tiles.TUNED.values()}
-    chosen = {module: module.tiling for module in modules}
+    chosen = {module: module.choose_tile for module in modules}
 
     def patched():
-        return {module for module in modules if module.tiling is not chosen[module]}
+        return {module for module in modules if module.choose_tile is not chosen[module]}
 
     monkeypatch.setattr(tiles, "attempt", attempt)
     file = tmp_path / "tiles.json"
     tiles.main(["--json", str(file)])
     rows = json.loads(file.read_text())["rows"]
     assert {row["kernel"] for row in rows} == set(tiles.TUNED) and not patched()
-    wanted = []
+    expected = []
     for row in rows:
-        module, tried = tiles.TUNED[row["kernel"]]
-        wanted += [set(), *({module.Tiling(*tile)} for tile in tried)]
-    assert taken == wanted
+        _, tried = tiles.TUNED[row["kernel"]]
+        expected += [set(), *({tile} for tile in tried)]
+    assert used == expected
 
 
 def test_a_failing_case_is_a_row(clock):

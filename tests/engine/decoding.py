@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.layers.attention import KVCache
+from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.layers.decoder import Decoder
-from engine.layers.metadata import AttentionMetadata
 
 BLOCK = 4
 
@@ -17,7 +16,7 @@ def kv_caches(decoder: Decoder, num_blocks: int) -> list[KVCache]:
     """Poisoned caches: whatever is read without having been written spoils the result."""
     shape = (num_blocks, decoder.num_kv_heads, BLOCK, decoder.config.head_dim)
     return [
-        (torch.full(shape, torch.nan, dtype=decoder.dtype), torch.full(shape, torch.nan, dtype=decoder.dtype))
+        KVCache(*(torch.full(shape, torch.nan, dtype=decoder.dtype) for _ in range(2)))
         for _ in range(decoder.config.num_layers)
     ]
 

@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture
 def device() -> torch.device:
-    """The GPU if there is one (then kernels run natively), the CPU and Triton's interpreter otherwise."""
+    """Return the GPU if there is one, else the CPU, where kernels run in Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

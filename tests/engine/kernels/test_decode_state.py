@@ -4,8 +4,8 @@ import torch
 from engine.kernels.decode_state import (
     advance_reference,
     advance_triton,
-    decode_places_reference,
-    decode_places_triton,
+    gather_decode_inputs_reference,
+    gather_decode_inputs_triton,
 )
 
 PADDING = 6
@@ -20,16 +20,16 @@ def state(device, columns):
 
 @pytest.mark.parametrize("slots", [[4], [3, 0, 5], [1, 2, PADDING, PADDING], []])
 @pytest.mark.parametrize("columns", [5, 1030])
-def test_places(device, slots, columns):
+def test_gather_decode_inputs(device, slots, columns):
     slots = torch.tensor(slots, dtype=torch.int64, device=device)
-    given = state(device, columns)
-    found = decode_places_triton(slots, *given, block_size=16)
-    wanted = decode_places_reference(slots, *given, block_size=16)
-    for name, one, other in zip(found._fields, found, wanted, strict=True):
+    arguments = (slots, *state(device, columns))
+    result = gather_decode_inputs_triton(*arguments, block_size=16)
+    expected = gather_decode_inputs_reference(*arguments, block_size=16)
+    for name, one, other in zip(result._fields, result, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
     if 4 in slots.tolist():
-        # The 41st token of a sequence goes to the ninth place of its third block.
-        assert found.kv_slots[0] == (4 * columns + 2) * 16 + 8 and found.seq_lens[0] == 41
+        # The 41st token of a sequence goes to offset 8 of its third block.
+        assert result.kv_slots[0] == (4 * columns + 2) * 16 + 8 and result.seq_lens[0] == 41
 
 
 @pytest.mark.parametrize("slots", [[4], [3, 0, 5], [1, PADDING, 2, PADDING], []])

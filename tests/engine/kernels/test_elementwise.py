@@ -1,4 +1,4 @@
-"""Norms, rotation, cache writes, activations: Triton against references, those against Transformers."""
+"""Norms, rotation, cache writes, activations: kernels against references, references against Transformers."""
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from engine.kernels.act_mul import act_mul_reference, act_mul_triton
 from engine.kernels.kv_write import rotary_kv_write_reference, rotary_kv_write_triton
 from engine.kernels.layer_norm import add_layer_norm_reference, add_layer_norm_triton
+from engine.kernels.paged import KVCache
 from engine.kernels.patchify import patchify_reference, patchify_triton
 from engine.kernels.quick_gelu import quick_gelu_reference, quick_gelu_triton
 from engine.kernels.rms_norm import rms_norm_reference, rms_norm_triton
-from engine.kernels.rotary import angle_axes, rotary_reference, rotary_triton
+from engine.kernels.rotary import RotaryTable, angle_axes, rotary_reference, rotary_triton
 
 from .compare import assert_close
 
@@ -26,9 +27,9 @@ def test_rms_norm(device, dtype, shape, with_residual, offset):
     x = wide[..., : shape[-1]]
     weight = torch.randn(shape[-1], device=device, dtype=dtype)
     residual = torch.randn(shape, device=device, dtype=dtype) if with_residual else None
-    found = rms_norm_triton(x, weight, 1e-6, residual, offset=offset)
-    wanted = rms_norm_reference(x, weight, 1e-6, residual, offset=offset)
-    for one, other in zip(*(r if with_residual else (r,) for r in (found, wanted)), strict=True):
+    result = rms_norm_triton(x, weight, 1e-6, residual, offset=offset)
+    expected = rms_norm_reference(x, weight, 1e-6, residual, offset=offset)
+    for one, other in zip(*(r if with_residual else (r,) for r in (result, expected)), strict=True):
         assert_close(one, other)
 
 
@@ -52,13 +53,14 @@ ROTARY = {
 def test_rotary(device, dtype, kind, dim, half):
     section, interleaved = ROTARY[kind]
     positions = torch.randint(0, 50, (3, 6) if section else (6,), device=device)
-    cos, sin = torch.randn(50, half, device=device), torch.randn(50, half, device=device)
+    table = RotaryTable(*torch.randn(2, 50, half, device=device), section, interleaved)
     fused = torch.randn(6, 5, dim, device=device, dtype=dtype)
-    other = fused.clone()
+    before, other = fused.clone(), fused.clone()
     for x, run in ((fused, rotary_triton), (other, rotary_reference)):
-        run(x[:, :3], x[:, 3:4], positions, cos, sin, mrope_section=section, mrope_interleaved=interleaved)
+        run(x[:, :3], x[:, 3:4], positions, table)
     assert_close(fused, other)
-    assert not torch.equal(fused[:, 3], fused[:, 4]), "the last head is a value: it stays"
+    assert torch.equal(fused[:, 4], before[:, 4]), "the last head is a value: it stays"
+    assert not torch.equal(fused[:, 3], before[:, 3])
 
 
 @pytest.mark.parametrize("kind", ROTARY)
@@ -68,7 +70,7 @@ def test_rotary(device, dtype, kind, dim, half):
 def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim):
     section, interleaved = ROTARY[kind]
     positions = torch.randint(0, 50, (3, tokens) if section else (tokens,), device=device)
-    cos, sin = torch.randn(50, 8, device=device), torch.randn(50, 8, device=device)
+    table = RotaryTable(*torch.randn(2, 50, 8, device=device), section, interleaved)
     slots = torch.randperm(8 * 4, device=device)[:tokens]
     slots[1::4] = -1
     results = []
@@ -76,13 +78,12 @@ def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim):
     for run in (rotary_kv_write_triton, rotary_kv_write_reference):
         q, k, v = fused.clone().split([heads, kv_heads, kv_heads], dim=1)
         caches = [torch.full((8, kv_heads, 4, dim), -7.0, device=device, dtype=dtype) for _ in range(2)]
-        options = {"mrope_section": section, "mrope_interleaved": interleaved}
-        run(q, k, v, positions, cos, sin, *caches, slots, **options)
+        run(q, k, v, positions, table, KVCache(*caches), slots)
         results.append((q, *caches))
         written = sum(int(slot) >= 0 for slot in slots)
         assert all((c != -7.0).sum() == written * kv_heads * dim for c in caches), "exactly the mapped slots"
-    for found, wanted in zip(*results, strict=True):
-        assert_close(found, wanted)
+    for result, expected in zip(*results, strict=True):
+        assert_close(result, expected)
     assert torch.equal(results[0][2], results[1][2])
 
 
@@ -93,7 +94,7 @@ def test_quick_gelu(device, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quick_gelu_is_transformers(dtype):
+def test_quick_gelu_equals_transformers(dtype):
     x = torch.randn(300).to(dtype) * 3
     assert torch.equal(quick_gelu_reference(x), QuickGELUActivation()(x))
 
@@ -111,17 +112,17 @@ def test_quick_gelu_is_transformers(dtype):
 def test_patchify(device, dtype, shape, patch, merge, temporal):
     pixels = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
     table = torch.randn(shape[-1] * 256, device=device, dtype=dtype)
-    found = patchify_triton(pixels, table, patch=patch, merge=merge, temporal=temporal)
-    assert torch.equal(found, patchify_reference(pixels, table, patch=patch, merge=merge, temporal=temporal))
+    result = patchify_triton(pixels, table, patch=patch, merge=merge, temporal=temporal)
+    assert torch.equal(result, patchify_reference(pixels, table, patch=patch, merge=merge, temporal=temporal))
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (5, 96), (3, 1300)])
 def test_add_layer_norm(device, dtype, rows, size):
     x, residual = torch.randn(2, rows, size, device=device, dtype=dtype) * 3 + 1
     weight, bias = torch.randn(2, size, device=device, dtype=dtype)
-    found = add_layer_norm_triton(x, residual, weight, bias, 1e-6)
-    wanted = add_layer_norm_reference(x, residual, weight, bias, 1e-6)
-    for one, other in zip(found, wanted, strict=True):
+    result = add_layer_norm_triton(x, residual, weight, bias, 1e-6)
+    expected = add_layer_norm_reference(x, residual, weight, bias, 1e-6)
+    for one, other in zip(result, expected, strict=True):
         assert_close(one, other)
 
 
@@ -135,14 +136,14 @@ def test_rotary_equals_transformers(dtype):
     q, k = torch.randn(tokens, 4, 16).to(dtype), torch.randn(tokens, 2, 16).to(dtype)
     cos, sin = embedding(q, positions[:, None])
     batched = (x.transpose(0, 1)[None] for x in (q, k))
-    wanted = modeling_qwen2_vl.apply_rotary_pos_emb(*batched, cos, sin)
+    expected = modeling_qwen2_vl.apply_rotary_pos_emb(*batched, cos, sin)
     angles = torch.arange(30).float()[:, None] * embedding.inv_freq
-    rotary_reference(q, k, positions, angles.cos(), angles.sin(), mrope_section=(2, 3, 3))
-    assert torch.equal(q, wanted[0][0].transpose(0, 1)) and torch.equal(k, wanted[1][0].transpose(0, 1))
+    rotary_reference(q, k, positions, RotaryTable(angles.cos(), angles.sin(), (2, 3, 3)))
+    assert torch.equal(q, expected[0][0].transpose(0, 1)) and torch.equal(k, expected[1][0].transpose(0, 1))
 
 
 def test_axes_of_interleaved_angles():
-    # Sections 4, 2, 2: axes h and w take every third angle as far as they reach, t the rest.
+    # Sections 4, 2, 2: axes h and w get every third angle, two each; t gets the rest.
     assert angle_axes((4, 2, 2), True).tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
     assert angle_axes((2, 3, 3), False).tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
 

@@ -1,4 +1,4 @@
-"""The sampling kernels against their torch references, and the noise against its distribution."""
+"""Sampling kernels against their torch references, and the noise against its distribution."""
 
 import pytest
 import torch
@@ -17,14 +17,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_rows(rows, vocab, dtype, seed=0):
-    """Logits in a wider tensor whose other elements would win if they were read, and the rows' parameters."""
+    """Return logits that are part of a wider tensor, whose other elements would win, and the rows'
+    parameters."""
     torch.manual_seed(seed)
     wide = torch.full((rows, vocab + 9), 1e4, dtype=dtype)
     wide[:, :vocab] = (torch.randn(rows, vocab) * 3).to(dtype)
     wide[:, 1] = float("-inf")
     temperature = torch.rand(rows) * 2 + 0.3
     temperature[::4] = 0
-    # Columns of tables, like the sampler's.
+    # Columns of tables, as in the sampler.
     floats = torch.stack([temperature, torch.rand(rows) * 0.9 + 0.1, torch.rand(rows) * 0.2], dim=1)
     floats[1::3, 1] = 1.0
     floats[2::3, 2] = 0.0
@@ -45,7 +46,7 @@ SHAPES = [(1, 7), (3, 1000), (2, 5000), (37, 257)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("truncated", [False, True])
-def test_tokens_are_those_of_the_reference(shape, dtype, truncated):
+def test_tokens_equal_the_reference(shape, dtype, truncated):
     logits, floats, ints = random_rows(*shape, dtype)
     threshold = logits.float().quantile(0.8, dim=1) if truncated else None
     arguments = (logits, floats[:, 0], ints[:, 0], ints[:, 1], threshold)
@@ -56,7 +57,7 @@ def test_tokens_are_those_of_the_reference(shape, dtype, truncated):
 
 
 @pytest.mark.parametrize("kernel", [gumbel_argmax_reference, gumbel_argmax_triton])
-def test_ties_and_rows_without_candidates(kernel):
+def test_ties_and_rows_of_minus_infinity(kernel):
     logits = torch.full((3, 3000), float("-inf"), device=DEVICE)
     logits[0, [17, 1500, 2999]] = 2.0
     temperature = torch.tensor([0.0, 0.0, 1.0], device=DEVICE)
@@ -67,7 +68,7 @@ def test_ties_and_rows_without_candidates(kernel):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_truncation_keeps_what_the_reference_keeps(shape, dtype):
+def test_truncation_keeps_the_same_tokens_as_the_reference(shape, dtype):
     logits, floats, ints = random_rows(*shape, dtype, seed=1)
     arguments = (logits, floats[:, 0], ints[:, 2], floats[:, 1], floats[:, 2])
     expected = logits.float() >= truncation_threshold_reference(*arguments)[:, None]
@@ -110,7 +111,7 @@ def test_noise_is_exponential_and_independent():
     rows = torch.cartesian_prod(seeds, index)
     noise = exponential_noise(rows[:, 0], rows[:, 1], torch.arange(1000)).double()
     assert stats.kstest(noise.flatten().numpy(), "expon").pvalue > 1e-3
-    # The races are won near zero, where a float's uniform has few values.
+    # Races are won near zero, where a float32 uniform variable has few values.
     smallest = noise.view(200, -1).min(dim=1).values * noise.numel() / 200
     assert stats.kstest(smallest.numpy(), "expon").pvalue > 1e-3
     uniform = (-noise).exp() - 0.5

@@ -2,50 +2,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.paged_attention import (
-    paged_attention,
-    paged_attention_reference,
-    paged_attention_triton,
-)
+from engine.kernels.dispatch import paged_attention
+from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
 
 from .compare import assert_close
+from .paged_problem import PagedProblem, double
 
 
 def problem(device, dtype, *, lengths, queries, heads, kv_heads, dim, block_size, padding=0):
-    """Sequences over scattered blocks; everything that must not be read is NaN."""
-    needed = [-(-length // block_size) for length in lengths]
-    order = (torch.randperm(sum(needed)) + 1).tolist()
-    width = max(needed) + 1
-    tables = torch.zeros((len(lengths), width), dtype=torch.int32)
-    shape = (sum(needed) + 1, kv_heads, block_size, dim)
-    k_cache, v_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
-    contiguous = []
-    for index, (length, count) in enumerate(zip(lengths, needed, strict=True)):
-        blocks = [order.pop() for _ in range(count)]
-        tables[index, :count] = torch.tensor(blocks, dtype=torch.int32)
-        k, v = torch.randn(length, kv_heads, dim), torch.randn(length, kv_heads, dim)
-        contiguous.append((k, v))
-        for position in range(length):
-            block, offset = blocks[position // block_size], position % block_size
-            k_cache[block, :, offset], v_cache[block, :, offset] = k[position], v[position]
+    """Queries and a cache that holds all tokens already."""
+    sizes = {"kv_heads": kv_heads, "dim": dim, "block_size": block_size}
+    paged = PagedProblem(device, dtype, lengths=lengths, queries=queries, written=lengths, **sizes)
     # Queries are a part of a wider projection, as in the model.
-    q = torch.randn(sum(queries) + padding, heads + 2, dim)[:, :heads]
-    start = torch.tensor([0, *queries]).cumsum(0).int()
-    arguments = [q, k_cache, v_cache, tables, start, torch.tensor(lengths, dtype=torch.int32)]
-    floats = {0, 1, 2}
-    moved = [x.to(device, dtype) if i in floats else x.to(device) for i, x in enumerate(arguments)]
-    options = {"scale": dim**-0.5}
-    return moved, options, contiguous
+    q = torch.randn(sum(queries) + padding, heads + 2, dim)[:, :heads].to(device, dtype)
+    return q, paged
 
 
-def run(arguments, options, **more):
-    out = torch.full(arguments[0].shape, torch.nan, dtype=arguments[0].dtype, device=arguments[0].device)
-    live = int(arguments[4][-1])
-    found = paged_attention_triton(*arguments, **options, **more, out=out)
-    assert found[live:].isnan().all(), "padding rows were touched"
-    wide = [x.double() if x.is_floating_point() else x for x in arguments]
-    wanted = paged_attention_reference(*wide, **options, **more)
-    assert_close(found[:live], wanted[:live])
+def run(q, paged, **window):
+    options = {"scale": q.shape[-1] ** -0.5, **window}
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
+    live = int(paged.meta.query_start[-1])
+    result = paged_attention_triton(q, paged.cache, paged.meta, **options, out=out)
+    assert result[live:].isnan().all(), "padding rows were written"
+    expected = paged_attention_reference(q.double(), double(paged.cache), paged.meta, **options)
+    assert_close(result[:live], expected[:live])
 
 
 CASES = {
@@ -64,36 +44,26 @@ CASES = {
 @pytest.mark.parametrize("block_size", [4, 16])
 @pytest.mark.parametrize("case", CASES)
 def test_triton_equals_reference(device, dtype, case, block_size):
-    arguments, options, _ = problem(device, dtype, **CASES[case], block_size=block_size, padding=3)
-    run(arguments, options)
+    run(*problem(device, dtype, **CASES[case], block_size=block_size, padding=3))
 
 
 @pytest.mark.parametrize("queries", [[1, 1, 1], [30, 1, 45]])
 def test_sliding_window(device, dtype, queries):
     sizes = {"lengths": [30, 70, 45], "queries": queries, "heads": 4, "kv_heads": 2, "dim": 16}
-    arguments, options, _ = problem(device, dtype, **sizes, block_size=8)
-    run(arguments, options, window=11)
-
-
-@pytest.mark.parametrize("queries", [[1, 1], [30, 1]])
-def test_soft_cap(device, dtype, queries):
-    sizes = {"lengths": [30, 70], "queries": queries, "heads": 4, "kv_heads": 2, "dim": 16}
-    arguments, options, _ = problem(device, dtype, **sizes, block_size=8)
-    arguments[0] *= 8
-    run(arguments, options, softcap=5.0)
+    run(*problem(device, dtype, **sizes, block_size=8), window=11)
 
 
 def test_reference_equals_sdpa():
     sizes = {"lengths": [33, 7, 20], "queries": [33, 1, 6], "heads": 6, "kv_heads": 2, "dim": 16}
-    (q, *rest), options, contiguous = problem("cpu", torch.float32, **sizes, block_size=4)
-    found = paged_attention_reference(q, *rest, **options)
+    q, paged = problem("cpu", torch.float32, **sizes, block_size=4)
+    result = paged_attention_reference(q, paged.cache, paged.meta, scale=16**-0.5)
     row = 0
-    for (k, v), count in zip(contiguous, sizes["queries"], strict=True):
+    for (k, v), count in zip(paged.contiguous, sizes["queries"], strict=True):
         length = len(k)
         mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
         parts = (x.transpose(0, 1)[None] for x in (q[row : row + count], k, v))
-        wanted = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-        torch.testing.assert_close(found[row : row + count], wanted, atol=1e-5, rtol=1e-5)
+        expected = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        torch.testing.assert_close(result[row : row + count], expected, atol=1e-5, rtol=1e-5)
         row += count
 
 
@@ -102,15 +72,14 @@ def test_a_captured_graph_stays_valid_while_sequences_grow(device):
     if device.type == "cpu":
         pytest.skip("CUDA graphs need a GPU")
     sizes = {"lengths": [200, 900], "queries": [1, 1], "heads": 8, "kv_heads": 2, "dim": 128}
-    arguments, options, _ = problem(device, torch.bfloat16, **sizes, block_size=16)
-    lengths = arguments[5]
+    q, paged = problem(device, torch.bfloat16, **sizes, block_size=16)
+    lengths = paged.meta.seq_lens
     full = lengths.clone()
     lengths.fill_(3)
-    paged_attention(*arguments, **options)
+    paged_attention(q, paged.cache, paged.meta, scale=0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = paged_attention(*arguments, **options)
+        out = paged_attention(q, paged.cache, paged.meta, scale=0.1)
     lengths.copy_(full)
     graph.replay()
-    wide = [x.double() if x.is_floating_point() else x for x in arguments]
-    assert_close(out, paged_attention_reference(*wide, **options))
+    assert_close(out, paged_attention_reference(q.double(), double(paged.cache), paged.meta, scale=0.1))

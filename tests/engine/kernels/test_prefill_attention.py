@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from engine.kernels import paged_attention as module
-from engine.kernels.paged_attention import paged_attention, paged_attention_reference
-from engine.kernels.prefill_attention import LONG, can_take, prefill_attention_gluon
+from engine.kernels.paged import KVCache
+from engine.kernels.paged_attention import paged_attention_reference
+from engine.kernels.prefill_attention import prefill_attention_gluon, supports
 
 from .compare import assert_close
+from .paged_problem import double
 from .test_paged_attention import problem
 
 CASES = {
@@ -41,51 +42,33 @@ def hopper(device: torch.device) -> torch.device:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_reference(hopper, dtype, case, block_size):
-    arguments, options, _ = problem(hopper, dtype, **CASES[case], block_size=block_size, padding=3)
-    out = torch.full(arguments[0].shape, torch.nan, dtype=dtype, device=hopper)
-    live = int(arguments[4][-1])
-    assert can_take(*arguments[:2])
-    found = prefill_attention_gluon(*arguments, **options, out=out)
-    assert found[live:].isnan().all(), "padding rows were touched"
-    wide = [x.double() if x.is_floating_point() else x for x in arguments]
-    assert_close(found[:live], paged_attention_reference(*wide, **options)[:live])
+    q, paged = problem(hopper, dtype, **CASES[case], block_size=block_size, padding=3)
+    out = torch.full(q.shape, torch.nan, dtype=dtype, device=hopper)
+    live = int(paged.meta.query_start[-1])
+    assert supports(q, paged.cache)
+    result = prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1, out=out)
+    assert result[live:].isnan().all(), "padding rows were written"
+    expected = paged_attention_reference(q.double(), double(paged.cache), paged.meta, scale=0.1)
+    assert_close(result[:live], expected[:live])
 
 
 @pytest.mark.gpu
 def test_the_same_prompt_gives_the_same_bits(hopper):
-    """Warps work side by side: one that read what another had not fetched yet would show now and then."""
+    """Warps work in parallel: a read of a tile that is not loaded yet would show now and then."""
     sizes = {"lengths": [2500], "queries": [2100], "heads": 16, "kv_heads": 4, "dim": 128}
-    arguments, options, _ = problem(hopper, torch.bfloat16, **sizes, block_size=16)
-    first = prefill_attention_gluon(*arguments, **options)
+    q, paged = problem(hopper, torch.bfloat16, **sizes, block_size=16)
+    first = prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1)
     for _ in range(50):
-        assert torch.equal(prefill_attention_gluon(*arguments, **options), first)
+        assert torch.equal(prefill_attention_gluon(q, paged.cache, paged.meta, scale=0.1), first)
 
 
-@pytest.mark.parametrize(
-    ("longest", "options", "wanted"),
-    [
-        (LONG + 1, {}, "prefill"),
-        (LONG, {}, "paged"),
-        (LONG + 1, {"window": 9}, "paged"),
-        (LONG + 1, {"softcap": 9.0}, "paged"),
-    ],
-)
-def test_long_prompts_take_it(monkeypatch, longest, options, wanted):
-    taken = []
-    monkeypatch.setattr(module, "use_triton", lambda _: True)
-    monkeypatch.setattr(module, "can_take", lambda *_: True)
-    monkeypatch.setattr(module, "prefill_attention_gluon", lambda *_, **__: taken.append("prefill"))
-    monkeypatch.setattr(module, "paged_attention_triton", lambda *_, **__: taken.append("paged"))
-    paged_attention(*[torch.zeros(1)] * 6, scale=1.0, max_query_len=longest, **options)
-    assert taken == [wanted]
-
-
-def test_only_what_a_gpu_of_the_kind_has(monkeypatch):
-    q, cache = torch.zeros(4, 4, 128, dtype=torch.bfloat16), torch.zeros(2, 2, 16, 128, dtype=torch.bfloat16)
-    assert not can_take(q, cache)
-    monkeypatch.setattr("engine.kernels.prefill_attention.use_triton", lambda _: True)
-    monkeypatch.setattr("engine.kernels.prefill_attention.nvidia_capability", lambda _: (9, 0))
-    assert can_take(q, cache)
-    assert not can_take(q.float(), cache.float())
-    assert not can_take(q[..., :96], cache[..., :96])
-    assert not can_take(q, cache[:, :, :4])
+def test_only_hopper_and_16_bit_heads_are_supported(monkeypatch):
+    q, blocks = torch.zeros(4, 4, 128, dtype=torch.bfloat16), torch.zeros(2, 2, 16, 128, dtype=torch.bfloat16)
+    cache = KVCache(blocks, blocks)
+    assert not supports(q, cache)
+    monkeypatch.setattr("engine.kernels.prefill_attention.is_hopper", lambda _: True)
+    assert supports(q, cache)
+    for other in (blocks.float(), blocks.half(), blocks[:, :, :4].contiguous()):
+        assert not supports(q if other.element_size() == 2 else q.float(), KVCache(other, other))
+    narrow = blocks[..., :96].contiguous()
+    assert not supports(q[..., :96], KVCache(narrow, narrow))

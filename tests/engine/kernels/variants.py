@@ -1,10 +1,10 @@
-"""Counts the kernels that a model would compile on a Hopper GPU, where there is none.
+"""Counts the kernels that a model would compile on a Hopper GPU, on a machine without one.
 
     python -m tests.engine.kernels.variants
 
-Prints two JSON objects: how often each kernel would be compiled beforehand, many at a time, and how often
-later, while all that is recorded at a start is launched and requests of many sizes are served. Nothing is
-compiled and nothing runs: results are whatever was in memory.
+It prints two JSON objects: how many variants of each kernel would be compiled in parallel at start-up, and
+how many later, while graphs are captured and requests of various sizes are served. Nothing is compiled and
+nothing runs: results are whatever was in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import engine.encoder
@@ -28,26 +27,24 @@ import engine.executor.rank
 from benchmarks.shapes import write_checkpoint
 from engine import LLM, SamplingParams
 from engine.graphs import rerun
-from engine.kernels import dispatch, launch, many_rows, overlap, prefill_attention, tiling
+from engine.kernels import device, gemm_activation, launch, prefill_attention
 from engine.runner.sampler import Sampler
-from tests.engine.kernels.hopper import NoDevice
+from tests.engine.kernels.hopper import prepare
 
 
 class Compiled:
-    """Stands for a kernel."""
+    """Stands in for a compiled kernel."""
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 def main() -> None:
-    driver.set_active(NoDevice())
-    dispatch._CHOICE = "triton"
-    overlap._can_overlap = lambda device: True
-    tiling._PROCESSORS_WITHOUT_GPU = 132
-    many_rows.nvidia_capability = prefill_attention.nvidia_capability = lambda device: (9, 0)
+    prepare()
+    device._BACKEND = "triton"
+    gemm_activation.is_hopper = prefill_attention.is_hopper = lambda device: True
     engine.executor.rank.make_recorder = engine.encoder.make_recorder = lambda *_, **__: rerun
-    # Ids that no kernel has sampled are of no vocabulary.
+    # Nothing has sampled the ids, so they may lie outside the vocabulary.
     functional.embedding = lambda ids, weight: weight[torch.zeros_like(ids)]
     sample = Sampler.sample
     Sampler.sample = lambda *args, **options: sample(*args, **options).zero_()
@@ -68,15 +65,15 @@ def main() -> None:
             max_num_seqs=256,
             dtype="bfloat16",
         )
-    # The tiny model's products are too narrow for it to come up by itself.
-    many_rows.keeps_busy = lambda *_: True
+    # The tiny model's GEMMs are too small to choose this kernel.
+    gemm_activation.fills_gpu = lambda *_: True
     serve(llm)
     print(json.dumps(beforehand))
     print(json.dumps(later))
 
 
 def serve(llm: LLM) -> None:
-    """Steps and pictures that are recorded, and others that are launched; alone and several at once."""
+    """Serve steps and images of captured sizes and of others, alone and several at once."""
     greedy = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     drawn = SamplingParams(max_tokens=3, top_p=0.9, ignore_eos=True)
     for lengths in ([1], [47], [1531], [700, 911, 2], [2100, 5], [*range(1, 10)]):
@@ -84,10 +81,10 @@ def serve(llm: LLM) -> None:
             prompts = [{"prompt_token_ids": [5] * length} for length in lengths]
             llm.generate(prompts, params, use_tqdm=False)
     for sides in ([28], [300], [1400], [500, 700, 900, 33], [2000] * 4):
-        pictures = [Image.fromarray(np.full((side, side + 90, 3), side % 251, np.uint8)) for side in sides]
-        mark = "<|vision_start|><|image_pad|><|vision_end|>"
+        images = [Image.fromarray(np.full((side, side + 90, 3), side % 251, np.uint8)) for side in sides]
+        placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
         llm.generate(
-            [{"prompt": mark, "multi_modal_data": {"image": picture}} for picture in pictures],
+            [{"prompt": placeholder, "multi_modal_data": {"image": image}} for image in images],
             greedy,
             use_tqdm=False,
         )

@@ -1,0 +1,220 @@
+"""The paged KV cache: its tensors, a batch of sequences over it, and the device code that reads it.
+
+:class:`KVCache` and :class:`AttentionMetadata` are the arguments of every attention kernel. The ``jit``
+functions are what decode, mixed and prefill attention share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+#: Kernels compute ``exp2(x * LOG2E)`` instead of ``exp(x)``: exp2 is one instruction.
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of one decoder layer, in blocks of tokens.
+
+    It is built once, when the cache is allocated, so launches need not check the layout.
+
+    Attributes:
+        keys, values: ``(num_blocks, kv_heads, block_size, head_dim)`` contiguous, of one dtype; ``kv_heads``
+            of this rank.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __post_init__(self) -> None:
+        assert self.keys.is_contiguous() and self.values.is_contiguous()
+        assert self.keys.shape == self.values.shape and self.keys.dtype == self.values.dtype
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.keys.shape[2]
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """A batch of ``S`` sequences whose ``T`` new tokens are concatenated; passed through every forward pass.
+
+    A KV slot is the place of one token in the cache: ``block * block_size + offset``.
+
+    Attributes:
+        block_tables: ``(S, max_blocks)`` int32, rows contiguous: KV blocks of each sequence in order; entries
+            beyond its length are never read.
+        query_start: ``(S + 1,)`` int32, where each sequence's new tokens begin among the ``T``.
+        seq_lens: ``(S,)`` int32, tokens of each sequence including the new ones.
+        slot_mapping: ``(T,)`` int64, KV slot of each new token; nothing is written for negative entries.
+        max_query_len: upper bound of the new tokens of one sequence; a host integer. With 1, each sequence
+            has exactly one.
+        max_seq_len: upper bound of ``seq_lens``; a host integer.
+        split_counters: ``(S or more, kv_heads)`` int32 zeros, which count finished programs where decode
+            attention splits keys (flash-decoding); zeros again after each launch. Launches that share them
+            must not overlap. None allocates and clears them at each launch.
+    """
+
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mapping: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
+    split_counters: torch.Tensor | None = None
+
+
+def query_tiles(tokens: int, sequences: int, tokens_per_tile: int) -> int:
+    """Return an upper bound of the query tiles of a batch, for :func:`find_tile`.
+
+    Each sequence starts a tile of its own, so there may be one more tile per sequence than the tokens fill.
+    """
+    return tokens // tokens_per_tile + sequences
+
+
+@triton.jit
+def find_tile(query_start_ptr, seq_lens_ptr, tile, sequences, TOKENS: tl.constexpr):
+    """Find the sequence of a query tile: the last one whose first tile, ``start // TOKENS + s``, is not
+    later.
+
+    Returns:
+        The sequence, where its new tokens begin in the batch, the tile's first token among them (beyond their
+        count if the tile is empty), their count, and the sequence's length.
+    """
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // TOKENS + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    begin = tl.load(query_start_ptr + low)
+    first_token = (tile - begin // TOKENS - low) * TOKENS
+    count = tl.load(query_start_ptr + low + 1) - begin
+    return low, begin, first_token, count, tl.load(seq_lens_ptr + low)
+
+
+class HeadKeys(NamedTuple):
+    """Where a kernel finds the keys and values of one sequence and KV head.
+
+    Attributes:
+        k_ptr, v_ptr: the head in block 0.
+        table_ptr: the sequence's row of the block tables.
+        block_stride: elements between blocks.
+    """
+
+    k_ptr: tl.tensor
+    v_ptr: tl.tensor
+    table_ptr: tl.tensor
+    block_stride: tl.tensor
+
+
+class Softmax(NamedTuple):
+    """State of the online softmax over the tiles of keys seen so far, one row per query (float32).
+
+    Attributes:
+        acc: ``(ROWS, DIM_PAD)``, sum of ``exp2(score - row_max) * value``.
+        row_max: ``(ROWS,)``, maximum score, in units of log2(e).
+        row_sum: ``(ROWS,)``, sum of ``exp2(score - row_max)``.
+    """
+
+    acc: tl.tensor
+    row_max: tl.tensor
+    row_sum: tl.tensor
+
+
+@triton.jit
+def empty_softmax(ROWS: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Return the :class:`Softmax` before any key."""
+    return Softmax(
+        tl.zeros([ROWS, DIM_PAD], tl.float32),
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+    )
+
+
+@triton.jit
+def load_keys(
+    keys, first_key, length,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of keys, ``(DIM_PAD, KEYS)``, and values, ``(KEYS, DIM_PAD)``, through the block table.
+
+    Without ``MASKED`` all keys of the tile must lie before ``length``.
+    """
+    key = first_key + tl.arange(0, KEYS)
+    DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
+    column = tl.arange(0, DIM_PAD)
+    in_range = key < length
+    if MASKED:
+        block = tl.load(keys.table_ptr + key // BLOCK_SIZE, mask=in_range, other=0).to(tl.int64)
+    else:
+        block = tl.load(keys.table_ptr + key // BLOCK_SIZE).to(tl.int64)
+    offset = block * keys.block_stride + (key % BLOCK_SIZE) * DIM
+    if MASKED or DIM != DIM_PAD:
+        k_mask = (column[:, None] < DIM) & in_range[None, :]
+        v_mask = in_range[:, None] & (column[None, :] < DIM)
+        k = tl.load(keys.k_ptr + offset[None, :] + column[:, None], mask=k_mask, other=0.0)
+        v = tl.load(keys.v_ptr + offset[:, None] + column[None, :], mask=v_mask, other=0.0)
+    else:
+        k = tl.load(keys.k_ptr + offset[None, :] + column[:, None])
+        v = tl.load(keys.v_ptr + offset[:, None] + column[None, :])
+    return k, v
+
+
+@triton.jit
+def accumulate(
+    state, q, k, v, first_key, position, length, scale, window, MASKED: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Add a loaded tile of keys and values to the online softmax.
+
+    Args:
+        state: a :class:`Softmax`; the new one is returned.
+        first_key: position of the tile's first key.
+        position: ``(ROWS,)``, position of each row's query; it sees keys up to there.
+        length: keys from there on are masked.
+        scale: of the scores, times log2(e); positive.
+        MASKED: whether some row does not see the whole tile.
+    """
+    key = first_key + tl.arange(0, k.shape[1])
+    in_range = key < length
+    scores = tl.dot(q, k, input_precision="ieee")
+    if MASKED:
+        visible = (key[None, :] <= position[:, None]) & in_range[None, :]
+        if WINDOW:
+            visible = visible & (key[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+    # Scaling here and in the subtraction below costs one multiply-add per score.
+    row_max = tl.maximum(state.row_max, tl.max(scores, axis=1) * scale)
+    base = row_max
+    if MASKED:
+        # For a row that has seen no key yet, -inf - -inf would be NaN.
+        base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    probs = tl.exp2(scores * scale - base[:, None])
+    decay = tl.exp2(state.row_max - base)
+    row_sum = state.row_sum * decay + tl.sum(probs, axis=1)
+    acc = state.acc * decay[:, None]
+    acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+    return Softmax(acc, row_max, row_sum)
+
+
+@triton.jit
+def attend(
+    state, q, keys, first_key, position, length, scale, window,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of keys and values and add it to the online softmax; see :func:`accumulate`."""
+    k, v = load_keys(keys, first_key, length, DIM, BLOCK_SIZE, KEYS, MASKED)
+    return accumulate(state, q, k, v, first_key, position, length, scale, window, MASKED, WINDOW)

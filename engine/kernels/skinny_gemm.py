@@ -1,0 +1,200 @@
+"""GEMM with 2 to 64 input rows ("skinny"), as in the decode steps of a server that is not full.
+
+Such a GEMM is memory-bound: it has to read the weight once. A tile of weight rows is the left operand of the
+tensor core instruction, which is at least 64 rows high on Hopper, and the few input rows are the right
+operand. Where the layer has too few outputs to fill the GPU, several programs share a tile's inputs
+(split-K), and the last one to finish adds up their partial sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.activation import activate
+from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, shared_memory
+from engine.kernels.launch import launch
+from engine.kernels.pdl import pdl_options, wait_for_previous
+
+#: Split-K programs have at least this many inputs: less is read faster than partial sums are added.
+_MIN_SPLIT_INPUTS = 1024
+#: Up to this many inputs a shallower pipeline is faster.
+_SHORT_INPUTS = 2048
+#: Outputs per tile, and per split-K counter.
+TILE_OUTPUTS = 64
+
+
+def split_counters(outputs: int, device: torch.device) -> torch.Tensor:
+    """Allocate zeroed split-K counters for a layer, one per output tile; int32.
+
+    The kernel leaves zeros behind, so the layer passes the same tensor to every call; calls must not overlap.
+    """
+    return torch.zeros(triton.cdiv(outputs, TILE_OUTPUTS), dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class SkinnyTile:
+    """How a skinny GEMM is cut up.
+
+    Attributes:
+        inputs: inputs per step.
+        warps: warps of a program.
+        stages: depth of the software pipeline over inputs.
+        splits: programs that share the inputs of an output tile (split-K).
+    """
+
+    inputs: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def choose_tile(
+    rows: int, outputs: int, inputs: int, *, gated: bool, itemsize: int, sms: int, memory: int
+) -> SkinnyTile:
+    """Choose the tile of a problem.
+
+    Of dozens of tiles it is among the best on an H100 and an H200 for the layers of models of 2 and 7 billion
+    parameters.
+
+    Args:
+        rows: input rows, padded.
+        outputs: outputs of the layer; with a gate, after it.
+        itemsize: bytes of an element.
+        sms: SMs of the GPU.
+        memory: bytes of shared memory that a program may use.
+    """
+    tiles = triton.cdiv(outputs, TILE_OUTPUTS)
+    if not gated:
+        width, stages = 128, 5
+    elif rows <= 16:
+        width, stages = 128, 4 if inputs > _SHORT_INPUTS else 3
+    elif tiles <= 2 * sms:
+        # Small enough for two programs per SM: all tiles run in one wave.
+        width, stages = 64, 4
+    else:
+        # With several waves, deeper pipelining matters more.
+        width, stages = 128, 4
+    width = max(16, min(width, triton.next_power_of_2(inputs)))
+    stage_bytes = (TILE_OUTPUTS * (2 if gated else 1) + rows) * width * itemsize
+    splits = 1 if gated else max(1, min(sms // tiles, inputs // _MIN_SPLIT_INPUTS))
+    return SkinnyTile(width, 4, max(1, min(stages, memory // stage_bytes)), splits)
+
+
+def skinny_gemm_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`engine.kernels.dispatch.linear`; for at most ``MEMORY_BOUND_ROWS`` rows.
+
+    Sums, bias and gate are float32; only the result is rounded.
+
+    Args:
+        counters: see :func:`split_counters`. None: no split-K.
+    """
+    rows, inputs = x.shape
+    gated = activation is not None
+    outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    assert 0 < rows <= MEMORY_BOUND_ROWS and weight.shape[1] == inputs > 0 and x.dtype == weight.dtype
+    assert x.stride(-1) == weight.stride(-1) == 1
+    # Two heights only: a kernel per power of two would make start-up longer.
+    rows_pad = 16 if rows <= 16 else MEMORY_BOUND_ROWS
+    sms, memory = num_sms(x.device), shared_memory(x.device)
+    tile = choose_tile(
+        rows_pad, outputs, inputs, gated=gated, itemsize=x.element_size(), sms=sms, memory=memory
+    )
+    splits = 1 if counters is None else tile.splits
+    tiles = triton.cdiv(outputs, TILE_OUTPUTS)
+    assert counters is None or (counters.is_contiguous() and len(counters) >= tiles)
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    # Without split-K these are never accessed; any tensor does.
+    partial = out if splits == 1 else torch.empty((splits, rows, outputs), device=x.device)
+    launch(
+        _skinny_gemm_kernel, (tiles, splits),
+        x_ptr=x, weight_ptr=weight, bias_ptr=x if bias is None else bias, out_ptr=out,
+        partial_ptr=partial, counters_ptr=out if splits == 1 else counters,
+        rows=rows, outputs=outputs, inputs=inputs,
+        x_stride=x.stride(0), weight_stride=weight.stride(0), splits=splits,
+        ROWS=rows_pad, TILE_OUTPUTS=TILE_OUTPUTS, TILE_INPUTS=tile.inputs, STAGES=tile.stages,
+        # Tiles that are full need no masks.
+        EVEN=inputs % tile.inputs == 0,
+        SPLIT=splits > 1, BIAS=bias is not None, ACTIVATION=activation or "",
+        num_warps=tile.warps, **pdl_options(x),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _load_tile(start, lane, first, end, EVEN: tl.constexpr, AXIS: tl.constexpr):
+    """Load the tile of inputs from ``first`` on; inputs run along dimension ``AXIS``."""
+    if EVEN:
+        return tl.load(start + first)
+    return tl.load(start + first, mask=tl.expand_dims(first + lane < end, 1 - AXIS), other=0.0)
+
+
+# These differ between batches and layers; specialising on them would compile the kernel again at start-up.
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _skinny_gemm_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, partial_ptr, counters_ptr,
+    rows, outputs, inputs, x_stride, weight_stride, splits,
+    ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per output tile and split.
+
+    Args:
+        partial_ptr: ``(splits, rows, outputs)`` float32, each split's sums.
+        counters_ptr: ``(tiles,)`` int32, splits that have finished.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    output = tile * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    row = tl.arange(0, ROWS)
+    lane = tl.arange(0, TILE_INPUTS)
+    share = tl.cdiv(tl.cdiv(inputs, TILE_INPUTS), splits) * TILE_INPUTS
+    first = split * share
+    end = tl.minimum(first + share, inputs)
+    # Beyond the last output or row the last one is loaded again, and not stored.
+    weights = (
+        weight_ptr + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * weight_stride + lane[None, :]
+    )
+    ups = weights + tl.cast(outputs, tl.int64) * weight_stride
+    xs = x_ptr + tl.minimum(row, rows - 1)[None, :] * x_stride + lane[:, None]
+    acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+    up = acc
+    wait_for_previous(PDL)
+    for k in tl.range(first, end, TILE_INPUTS, num_stages=STAGES):
+        x = _load_tile(xs, lane, k, end, EVEN, 0)
+        acc = tl.dot(_load_tile(weights, lane, k, end, EVEN, 1), x, acc, input_precision="ieee")
+        if ACTIVATION != "":
+            up = tl.dot(_load_tile(ups, lane, k, end, EVEN, 1), x, up, input_precision="ieee")
+    mask = (output < outputs)[:, None] & (row < rows)[None, :]
+    offset = row[None, :] * outputs + output[:, None]
+    last = True
+    if SPLIT:
+        tl.store(partial_ptr + split * rows * outputs + offset, acc, mask=mask)
+        # All threads must have written before the program counts itself as finished.
+        tl.debug_barrier()
+        last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == splits - 1
+        if last:
+            tl.store(counters_ptr + tile, 0)
+            acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+            for part in range(splits):
+                acc += tl.load(partial_ptr + part * rows * outputs + offset, mask=mask, other=0.0)
+    if last:
+        if BIAS:
+            bias = tl.load(bias_ptr + output, mask=output < outputs, other=0.0)
+            acc += bias.to(tl.float32)[:, None]
+        if ACTIVATION != "":
+            if BIAS:
+                bias = tl.load(bias_ptr + outputs + output, mask=output < outputs, other=0.0)
+                up += bias.to(tl.float32)[:, None]
+            acc = activate(acc, ACTIVATION) * up
+        tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,130 @@
+"""The choice among kernels, and the table that describes it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import kernels
+from engine.kernels import dispatch, gemm_activation
+from engine.kernels.dispatch import LONG_PROMPT, activated_linear, linear, norm_linear, paged_attention
+from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
+from engine.kernels.norm_gemv import norm_linear_reference
+
+from .compare import assert_close
+from .test_linear import double, problem
+from .test_paged_attention import problem as paged_problem
+
+FOLDER = Path(kernels.__path__[0])
+
+
+def spy(monkeypatch, *names):
+    """Replace kernels in dispatch; return the list of names that are called."""
+    called = []
+    for name in names:
+        monkeypatch.setattr(dispatch, name, lambda *_, name=name, **__: called.append(name))
+    return called
+
+
+@pytest.mark.parametrize(
+    ("longest", "window", "expected"),
+    [
+        (LONG_PROMPT + 1, None, "prefill_attention_gluon"),
+        (LONG_PROMPT, None, "paged_attention_triton"),
+        (LONG_PROMPT + 1, 9, "paged_attention_triton"),
+    ],
+)
+def test_long_prompts_take_the_prefill_kernel(monkeypatch, longest, window, expected):
+    q, paged = paged_problem(
+        "cpu", torch.float32, lengths=[5], queries=[5], heads=2, kv_heads=1, dim=16, block_size=4
+    )
+    paged.meta.max_query_len = longest
+    called = spy(
+        monkeypatch, "prefill_attention_gluon", "paged_attention_triton", "paged_attention_reference"
+    )
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(dispatch.prefill_attention, "supports", lambda *_: True)
+    paged_attention(q, paged.cache, paged.meta, scale=1.0, window=window)
+    assert called == [expected]
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "dtype", "expected"),
+    [
+        (1, 64, torch.bfloat16, ["gemv_triton"]),
+        (1, 64, torch.float32, ["gemv_triton"]),
+        (2, 64, torch.bfloat16, ["skinny_gemm_triton"]),
+        (64, 64, torch.bfloat16, ["skinny_gemm_triton"]),
+        (2, 64, torch.float32, []),
+        (65, 64, torch.bfloat16, []),
+        (2, dispatch.MAX_SKINNY_OUTPUTS + 1, torch.bfloat16, []),
+        (0, 64, torch.bfloat16, []),
+    ],
+)
+def test_linear_layers_choose_by_rows_outputs_and_dtype(monkeypatch, rows, outputs, dtype, expected):
+    called = spy(monkeypatch, "gemv_triton", "skinny_gemm_triton")
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    linear(torch.zeros(rows, 8, dtype=dtype), torch.zeros(outputs, 8, dtype=dtype))
+    assert called == expected
+
+
+def test_one_row_after_a_norm_is_one_kernel(monkeypatch):
+    called = spy(monkeypatch, "norm_gemv_triton", "linear")
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    for rows in (1, 2):
+        norm_linear(torch.zeros(rows, 8), None, torch.zeros(8), 1e-6, torch.zeros(4, 8))
+    assert called == ["norm_gemv_triton", "linear"]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_activated_layer_takes_the_kernel_where_it_fills_the_gpu(device, monkeypatch, busy):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    launched = []
+
+    def kernel(x, *arguments):
+        launched.append(x.shape)
+        return gemm_activation_triton(x, *arguments)
+
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(gemm_activation, "supports", lambda *_: True)
+    monkeypatch.setattr(gemm_activation, "fills_gpu", lambda *_: busy)
+    monkeypatch.setattr(dispatch, "gemm_activation_triton", kernel)
+    x, weight, bias = problem(device, dtype, 10, 16, 8, beyond=8)
+    x = x.contiguous().unflatten(0, (2, 5))
+    result = activated_linear(x, weight, bias, "gelu")
+    assert launched == ([(10, 8)] if busy else [])
+    assert_close(result, gemm_activation_reference(*double(x, weight, bias), "gelu"))
+
+
+def test_many_rows_are_left_to_torch(device, dtype):
+    x, weight, bias = problem(device, dtype, 65, 12, 16)
+    torch.testing.assert_close(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    norm, residual = torch.rand(16).to(device, dtype), x.clone()
+    result = norm_linear(x, residual, norm, 1e-3, weight, bias, activation="silu")
+    expected = norm_linear_reference(x, residual, norm, 1e-3, weight, bias, activation="silu")
+    torch.testing.assert_close(result, expected)
+
+
+def test_no_rows(device):
+    x, weight, bias = problem(device, torch.float32, 0, 12, 16)
+    assert linear(x, weight, bias).shape == (0, 12)
+    out, total = norm_linear(x, x, torch.ones(16, device=device), 1e-3, weight, activation="silu")
+    assert out.shape == (0, 6) and total.shape == (0, 16)
+
+
+def test_the_table_names_every_file_and_every_kernel_that_dispatch_calls():
+    assert kernels.__doc__ is not None
+    named = set(re.findall(r"\b(\w+)\.py\b", kernels.__doc__))
+    assert named == {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
+    called = set(re.findall(r"\b(\w+_(?:triton|gluon|reference))\b", (FOLDER / "dispatch.py").read_text()))
+    listed = set(re.findall(r"\b(\w+_(?:triton|gluon|reference))\b", kernels.__doc__))
+    assert called - {"use_triton"} == listed - {"use_triton"}
+
+
+def test_the_table_names_the_file_of_each_kernel():
+    assert kernels.__doc__ is not None
+    rows = re.findall(r" (\w+_(?:triton|gluon|reference))  .*  (\w+\.py)$", kernels.__doc__, re.MULTILINE)
+    assert len(rows) == 10
+    for kernel, file in rows:
+        assert f"def {kernel}(" in (FOLDER / file).read_text(), kernel

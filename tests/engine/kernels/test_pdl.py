@@ -1,0 +1,51 @@
+"""Programmatic dependent launch: kernels that start before the previous one has finished."""
+
+import pytest
+import torch
+
+from engine.graphs import CudaRecorder
+from engine.kernels import pdl
+from engine.kernels.dispatch import linear, norm_linear
+from engine.kernels.skinny_gemm import split_counters
+
+
+def test_only_few_rows_use_pdl_and_only_on_devices_that_support_it(monkeypatch):
+    assert pdl.pdl_options(torch.zeros(1, 4)) == {"PDL": False}
+    monkeypatch.setattr(pdl, "_supports_pdl", lambda device: True)
+    for rows in (1, 64):
+        assert pdl.pdl_options(torch.zeros(rows, 4)) == {"PDL": True, "launch_pdl": True}
+    assert pdl.pdl_options(torch.zeros(65, 4)) == {"PDL": False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_each_kernel_waits_for_the_previous_one(device, rows):
+    """A chain in which every layer needs the whole output of the previous layer, eager and captured."""
+    if device.type == "cpu":
+        pytest.skip("PDL needs a GPU")
+    size, length = 2048, 64
+    # Skinny GEMMs are 16-bit, and rounding errors add up along the chain.
+    dtype, close = (torch.float32, 1e-4) if rows == 1 else (torch.bfloat16, 0.1)
+    weights = (torch.randn(length, size, size, device=device) * size**-0.5).to(dtype)
+    norm = torch.ones(size, device=device, dtype=dtype)
+    start = torch.randn(rows, size, device=device).to(dtype)
+    counters = split_counters(size, device)
+
+    def chain() -> torch.Tensor:
+        x, residual = start, None
+        for number, weight in enumerate(weights):
+            if number % 2:
+                x = linear(x, weight, counters=counters)
+            else:
+                x, residual = norm_linear(x, residual, norm, 1e-6, weight)
+        return x
+
+    expected, residual = start.double(), None
+    for number, weight in enumerate(weights.double()):
+        if number % 2 == 0:
+            residual = expected if residual is None else expected + residual
+            expected = residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + 1e-6)
+        expected = expected @ weight.T
+    replay = CudaRecorder(device)(chain)
+    for result in (chain(), *(replay().clone() for _ in range(20))):
+        assert (result.double() - expected).norm() < close * expected.norm()
