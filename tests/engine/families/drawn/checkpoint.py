@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import transformers
@@ -72,14 +72,13 @@ def write_model(
     raw: Mapping[str, Any],
     architecture: str,
     rename: Callable[[str], str] | None = None,
-) -> None:
-    """Write config.json as drawn, and random weights for the model that Transformers makes of it.
+) -> torch.nn.Module:
+    """Write config.json as drawn, and random weights for the model that Transformers makes of it; the model.
 
     Args:
         architecture: name of Transformers' class.
         rename: from the names that Transformers saves to those to write.
     """
-    tied = bool(raw.get("tie_word_embeddings"))
     write_json(path / "config.json", {"architectures": [architecture], **raw})
     try:
         config = transformers.AutoConfig.from_pretrained(path)
@@ -90,6 +89,19 @@ def write_model(
     save(draw, path, spread_for(draw, model, tied), rename)
     # Transformers has written its own spelling.
     write_json(path / "config.json", {"architectures": [architecture], **raw})
+    return model
+
+
+R = TypeVar("R")
+
+
+def same_weights(reference: R, model: torch.nn.Module) -> R:
+    """``reference``, which has read all weights of ``model``: Transformers draws new ones for names that it
+    doesn't find."""
+    theirs = dict(reference.model.named_parameters())  # type: ignore[attr-defined]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, theirs[name]), f"{name} was not read"
+    return reference
 
 
 def spread_for(draw: Draw, model: torch.nn.Module, tied: bool) -> torch.nn.Module:

@@ -21,6 +21,8 @@ _DEFAULT_KV = {
     "qwen3_vl": 32,
 }
 _HAS_HEAD_DIM = ("llama", "mistral", "qwen3", "qwen3_vl")
+#: The first is the usual one; of the others "gelu" is not supported.
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "swish", "gelu")
 _SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
@@ -38,6 +40,8 @@ def draw_decoder(
     # On a GPU each size has kernels of its own, which take long to compile.
     coarse = draw.coarse
     heads = 8 if coarse else draw.choice("heads", (1, 2, 3, 4, 6, 8), (1, 2, 2, 3, 1, 1))
+    if width_of > 1:
+        heads = draw.choice("heads of a wide model", (2, 4, 8))
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     fields: dict[str, Any] = {
         "vocab_size": vocab + draw.variant("padded vocabulary", (0, 1, 13, 64), 0.2),
@@ -45,18 +49,20 @@ def draw_decoder(
         "num_hidden_layers": draw.choice("layers", (1, 2, 3, 4), (1, 4, 2, 1)),
         "max_position_embeddings": max(tokens, draw.choice("max position", (tokens, 512, 1024, 4096))),
         "rms_norm_eps": draw.choice("norm eps", (1e-6, 1e-5, 1e-3)),
-        "hidden_act": draw.variant("decoder activation", ("silu", "gelu_pytorch_tanh", "gelu", "relu"), 0.1),
+        "hidden_act": draw.variant("decoder activation", _ACTIVATIONS, 0.15),
         "tie_word_embeddings": draw.variant("tied", (False, True), 0.3),
     }
     ways = ("stated", "absent") if kind == "mistral" else ("stated", "absent", "null")
     absent = draw.variant("kv heads spelled", ways, 0.25)
     head_dim = 32 if coarse else draw.choice("head dim", (8, 12, 16, 24, 32), (1, 1, 4, 1, 2))
-    if absent == "absent" and not coarse and (default := _DEFAULT_KV[kind]):
+    if absent == "absent" and not coarse and width_of == 1 and (default := _DEFAULT_KV[kind]):
         heads, head_dim = default * draw.choice("heads per kv head", (1, 2)), 8
     elif absent == "stated":
         fields["num_key_value_heads"] = draw.choice("kv heads", divisors)
     elif absent == "null":
         fields["num_key_value_heads"] = None
+    if width_of > 1:
+        head_dim = width_of * draw.choice("hidden size in steps", (1, 2)) // heads
     fields["num_attention_heads"] = heads
     fields["hidden_size"] = heads * head_dim
     if kind in _HAS_HEAD_DIM:
@@ -75,10 +81,6 @@ def draw_decoder(
             fields["head_dim"] = None
         else:
             head_dim = default
-    if fields["hidden_size"] % width_of:
-        fields["hidden_size"] = width_of * -(-fields["hidden_size"] // width_of)
-        if "head_dim" not in fields:
-            head_dim = fields["hidden_size"] // heads
     _biases(draw, kind, fields)
     _windows(draw, kind, fields)
     _rope(draw, kind, fields, head_dim, section)

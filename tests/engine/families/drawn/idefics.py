@@ -8,7 +8,14 @@ from typing import Any
 
 import transformers
 
-from tests.engine.families.drawn.checkpoint import Drawn, Unavailable, draw_ends, write_json, write_model
+from tests.engine.families.drawn.checkpoint import (
+    Drawn,
+    Unavailable,
+    draw_ends,
+    same_weights,
+    write_json,
+    write_model,
+)
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
@@ -60,7 +67,7 @@ class IdeficsFamily:
         if tied is not None:
             raw["tie_word_embeddings"] = tied
         architecture = f"{self.kind}ForConditionalGeneration"
-        write_model(draw, path, raw, architecture)
+        model = write_model(draw, path, raw, architecture)
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         stated = {
@@ -82,4 +89,6 @@ class IdeficsFamily:
         )
         lengths = lengths_of("llama", text)
         media = frozenset({image})
-        return Drawn(path, IdeficsReference(path, self.kind), style, 1024, options, media, lengths)
+        return Drawn(
+            path, same_weights(IdeficsReference(path, self.kind), model), style, 1024, options, media, lengths
+        )

@@ -5,48 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
+from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.vision import draw_feature_layer, draw_pixels, draw_side, draw_tower
+from tests.engine.families.llava_variants import SPECIALS as LLAVA_SPECIALS
+from tests.engine.families.llava_variants import LlavaVariantReference
 from tests.engine.families.onevision import SPECIALS, OnevisionReference
 from tests.engine.families.qwen import FRAME
-from tests.engine.families.references import LlavaReference
 from tests.engine.tiny import tokenizer
 
-_TOWERS = {"clip_vision_model": "CLIPImageProcessor", "siglip_vision_model": "SiglipImageProcessor"}
+_TOKENS = 400
+_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral")
 
 
 class LlavaFamily:
-    """LLaVA-1.5: one crop per image, and a Llama, Mistral or Qwen2 decoder."""
+    """LLaVA: one crop per image, or Pixtral's whole images, and a Llama, Mistral or Qwen2 decoder."""
 
     name = "llava"
 
     def make(self, draw: Draw, path: Path) -> Drawn:
-        tok = tokenizer(
-            ("<unk>", "<s>", "</s>", "<image>", "<pad>"),
-            bos_token="<s>",
-            eos_token="</s>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-            extra_special_tokens={"image_token": "<image>"},
-        )
+        roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        tok = tokenizer(LLAVA_SPECIALS, **roles)
         tok.save_pretrained(path)
         kind = draw.variant("text model", ("llama", "mistral", "qwen2"), 0.5)
-        text = draw_decoder(draw, kind, len(tok), tokens=320)
+        text = draw_decoder(draw, kind, len(tok), tokens=_TOKENS)
         text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4}
         if kind != "llama" or draw.varies("text model stated", 0.5):
             text["model_type"] = kind
         side, patch = draw_side(draw)
-        tower = draw_tower(draw, side=side, patch=patch)
-        tower["model_type"] = draw.variant("tower", tuple(_TOWERS), 0.1)
+        tower = self._tower(draw, side, patch)
+        mark = "[IMG]" if tower["model_type"] == "pixtral" else "<image>"
+        image = LLAVA_SPECIALS.index(mark)
         raw: dict[str, Any] = {
             "model_type": "llava",
             "torch_dtype": "float32",
             "text_config": text,
             "vision_config": tower,
-            draw.choice("image token's name", ("image_token_index", "image_token_id")): 3,
+            draw.choice("image token's name", ("image_token_index", "image_token_id")): image,
             "vision_feature_layer": draw_feature_layer(draw, tower["num_hidden_layers"], -2),
             "pad_token_id": 4,
         }
@@ -55,34 +52,67 @@ class LlavaFamily:
         if tied is not None:
             (raw if draw.varies("tied stated outside", 0.5) else text)["tie_word_embeddings"] = tied
         strategy = draw.variant("strategy", ("", "default", "full"), 0.6)
+        if mark == "[IMG]":
+            strategy = "full"
         if strategy:
             raw["vision_feature_select_strategy"] = strategy
         architecture = "LlavaForConditionalGeneration"
-        write_model(draw, path, raw, architecture, _hub_name if draw.varies("hub names", 0.5) else None)
+        # Pixtral's tower has one name.
+        renamed = draw.varies("hub names", 0.5) and mark == "<image>"
+        model = write_model(draw, path, raw, architecture, _hub_name if renamed else None)
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
-        self._processor(draw, path, side, _TOWERS[tower["model_type"]])
-        style = Style("USER: {} ASSISTANT:", "</s>", mark=lambda index, count: "<image>\n", longest=40.0)
-        lengths = lengths_of(kind, text)
-        return Drawn(path, LlavaReference(path), style, 320, media=frozenset({3}), lengths=lengths)
+        self._processor(draw, path, side, tower)
+        style = Style("USER: {} ASSISTANT:", "</s>", mark=lambda index, count: mark + "\n", longest=40.0)
+        lengths, media = lengths_of(kind, text), frozenset({image})
+        return Drawn(
+            path,
+            same_weights(LlavaVariantReference(path), model),
+            style,
+            _TOKENS,
+            media=media,
+            lengths=lengths,
+        )
 
-    def _processor(self, draw: Draw, path: Path, side: int, processor: str) -> None:
-        edge: Any = {"shortest_edge": side}
-        crop: Any = {"height": side, "width": side}
-        stated = {
-            "image_processor_type": processor,
-            "size": side if draw.varies("size an integer", 0.3) else edge,
-            "crop_size": side if draw.varies("crop size an integer", 0.3) else crop,
-            **draw_pixels(draw),
-        }
-        if processor != "CLIPImageProcessor":
-            del stated["crop_size"]
-            stated["size"] = crop
-        if draw.varies("convert stated", 0.3):
-            stated["do_convert_rgb"] = True
-        if draw.varies("crop stated", 0.3):
-            stated["do_center_crop"] = True
-        write_json(path / "preprocessor_config.json", stated)
+    def _tower(self, draw: Draw, side: int, patch: int) -> dict[str, Any]:
+        kind = draw.variant("tower", _TOWERS, 0.4)
+        tower = draw_tower(draw, side=side, patch=patch)
+        if kind == "pixtral":
+            # Its class has neither of the fields, and an axis of angles for each of two directions.
+            del tower["layer_norm_eps" if "layer_norm_eps" in tower else "image_size"]
+            tower |= {"hidden_act": "silu", "image_size": side * 2}
+        if kind == "siglip_vision_model":
+            tower["vision_use_head"] = False
+        return {**tower, "model_type": kind}
+
+    def _processor(self, draw: Draw, path: Path, side: int, tower: dict[str, Any]) -> None:
+        """preprocessor_config.json, whose images fit the tower in one way or another."""
+        square: dict[str, Any] = {"height": side, "width": side}
+        found = {"do_convert_rgb": True} if draw.varies("convert stated", 0.3) else {}
+        found |= draw_pixels(draw)
+        kind = tower["model_type"]
+        if kind == "pixtral":
+            patch = tower["patch_size"]
+            found |= {
+                "image_processor_type": "PixtralImageProcessor",
+                "size": {"longest_edge": tower["image_size"]},
+                "patch_size": {"height": patch, "width": patch},
+            }
+        elif kind == "siglip_vision_model":
+            found |= {"image_processor_type": "SiglipImageProcessor", "size": square}
+        else:
+            padded = draw.varies("padded to a square", 0.2)
+            found["image_processor_type"] = "LlavaImageProcessor" if padded else "CLIPImageProcessor"
+            edge = side + draw.variant("resized beyond the crop", (0, 1, 9), 0.2)
+            found["size"] = edge if draw.varies("size an integer", 0.3) else {"shortest_edge": edge}
+            found["crop_size"] = side if draw.varies("crop size an integer", 0.3) else square
+            if padded:
+                found["do_pad"] = True
+            if draw.varies("crop stated", 0.3):
+                found["do_center_crop"] = True
+            elif draw.varies("no crop", 0.15):
+                found |= {"do_center_crop": False, "size": square}
+        write_json(path / "preprocessor_config.json", found)
 
 
 class OnevisionFamily:
@@ -127,7 +157,9 @@ class OnevisionFamily:
         if tied is not None:
             (raw if draw.varies("tied stated outside", 0.5) else text)["tie_word_embeddings"] = tied
         architecture = "LlavaOnevisionForConditionalGeneration"
-        write_model(draw, path, raw, architecture, _hub_name if draw.varies("hub names", 0.5) else None)
+        model = write_model(
+            draw, path, raw, architecture, _hub_name if draw.varies("hub names", 0.5) else None
+        )
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         stated = {
@@ -148,7 +180,9 @@ class OnevisionFamily:
         )
         media = frozenset({image, video})
         lengths = lengths_of("qwen2", text)
-        return Drawn(path, OnevisionReference(path), style, 1024, media=media, lengths=lengths)
+        return Drawn(
+            path, same_weights(OnevisionReference(path), model), style, 1024, media=media, lengths=lengths
+        )
 
 
 def _connector(draw: Draw, raw: dict[str, Any]) -> None:

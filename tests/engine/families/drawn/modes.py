@@ -13,7 +13,7 @@ from engine import LLM, SamplingParams
 from engine.errors import InvalidRequest
 from tests.engine.families.case import Prompt
 from tests.engine.families.compare import Asked, Tally, compare_completion, compare_vector
-from tests.engine.families.drawn.checkpoint import STEPS, Drawn, ends_of
+from tests.engine.families.drawn.checkpoint import STEPS, Drawn, NotAModel, ends_of
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.prompts import as_seen
 from tests.engine.families.embedded import as_embeddings
@@ -57,14 +57,18 @@ class Session:
         if len(inputs.ids) + steps > self.drawn.tokens:
             return "the prompt is too long"
         expected = Expected(inputs, steps)
-        self.questions.append(Question(number, prompt, expected, self._params(f"prompt {number}", expected)))
+        try:
+            params = self._params(f"prompt {number}", expected)
+        except RuntimeError as error:
+            raise NotAModel(f"the reference fails: {error}") from error
+        self.questions.append(Question(number, prompt, expected, params))
         return None
 
     def _params(self, name: str, expected: Expected) -> SamplingParams:
-        rng = self.draw.stream(name + " params")
+        rng, tokens = self.draw.stream(name + " params"), expected.tokens
         stop, count = [], rng.randint(1, expected.steps) if rng.random() < 0.3 else expected.steps
         if self.draw.varies(f"{name} stops", 0.2):
-            stop = [expected.tokens[rng.randrange(count)]]
+            stop = [tokens[rng.randrange(count)]]
         return SamplingParams(
             temperature=0.0,
             max_tokens=count,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.families import qwen
-from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
+from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
@@ -35,7 +35,7 @@ class QwenVLFamily:
         tokens = (4096 if self.kind == "Qwen3VL" else 1024) if long else 512
         raw = self._config(draw, len(tok), tokens)
         architecture = f"{self.kind}ForConditionalGeneration"
-        write_model(draw, path, raw, architecture)
+        model = write_model(draw, path, raw, architecture)
         draw_ends(draw, path, raw, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         vision = raw["vision_config"]
@@ -57,7 +57,15 @@ class QwenVLFamily:
         )
         media = frozenset({raw["image_token_id"], raw["video_token_id"]})
         lengths = lengths_of(self.name, raw.get("text_config") or raw)
-        return Drawn(path, qwen.Reference(path, self.kind, fps), style, tokens, options, media, lengths)
+        return Drawn(
+            path,
+            same_weights(qwen.Reference(path, self.kind, fps), model),
+            style,
+            tokens,
+            options,
+            media,
+            lengths,
+        )
 
     def _config(self, draw: Draw, vocab: int, tokens: int) -> dict[str, Any]:
         text = draw_decoder(draw, self.name, vocab, tokens=tokens, section=True)

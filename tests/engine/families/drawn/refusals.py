@@ -11,9 +11,6 @@ import re
 LISTED: tuple[tuple[str, str], ...] = (
     (r"hidden_act '\w+' is not supported", "the gated MLP's kernels have SiLU and tanh-GELU only"),
     (r"rope type '\w+' is not supported", "this scaling of rotary embeddings is not implemented"),
-    (r"llama3 needs original_max_position_embeddings", "there is no original context to scale from"),
-    (r"vision_feature_layer \[.*\] with strategy", "lists of feature layers are not implemented"),
-    (r"vision tower '\w+' is not supported", "towers of other families are not implemented"),
     (r"(of the vision part|projector_hidden_act '\w+') is not supported", "the activation has no kernel"),
     (r"preprocessor_config.json: do_\w+ false is not supported", "encoders normalise what they are given"),
     (r"max_model_len is \d+, but the model was made for", "the context is as long as the checkpoint states"),

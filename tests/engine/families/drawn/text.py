@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import processors
 
-from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, write_json, write_model
+from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
@@ -41,9 +41,15 @@ class TextFamily:
         raw: dict[str, Any] = {"model_type": self.kind, "torch_dtype": "float32", **fields}
         if self.kind == "phi3":
             raw["pad_token_id"] = 0
-        write_model(draw, path, raw, f"{self.kind.capitalize()}ForCausalLM")
+        model = write_model(draw, path, raw, f"{self.kind.capitalize()}ForCausalLM")
         draw_ends(draw, path, raw, 2, 3)
         write_json(path / "config.json", {"architectures": [f"{self.kind.capitalize()}ForCausalLM"], **raw})
         words = 30 if draw.varies("short prompts", 0.3) else 70
         style = Style("{}", "", words=words)
-        return Drawn(path, TextReference(path), style, _TOKENS, lengths=lengths_of(self.kind, fields))
+        return Drawn(
+            path,
+            same_weights(TextReference(path), model),
+            style,
+            _TOKENS,
+            lengths=lengths_of(self.kind, fields),
+        )
