@@ -1,4 +1,4 @@
-"""Which addresses a server may fetch pictures from. Everything that is not public is refused by default."""
+"""Decides which addresses a server may fetch media from. All that is not public is refused by default."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from yarl import URL
 
 from engine.errors import MediaForbidden
+from engine.media.address import request_target
 
 #: Networks that ``is_global`` counts as public, but that lead inside or stand for other addresses.
 _NEVER = tuple(
@@ -39,7 +40,7 @@ def _default_timeout() -> float:
 
 
 class FetchPolicy(BaseModel):
-    """What may be fetched, and how much of it.
+    """The addresses and files that may be fetched, and the number of bytes.
 
     Attributes:
         allow_http: admit ``http``, not only ``https``.
@@ -73,8 +74,12 @@ def check_url(text: str, policy: FetchPolicy, where: str) -> URL:
     """The address to fetch, after every check that needs no name resolution.
 
     Args:
-        text: what the caller wrote, or where a server redirects to; absolute.
+        text: the caller's URL, or the one that a server redirects to; absolute.
         where: the field of the request, for errors.
+
+    Returns:
+        The parsed host and port that were checked, with path and query as ``text`` spells them; both are in
+        the result's ``raw_path``.
 
     Raises:
         MediaForbidden: naming the host and what is wrong.
@@ -109,10 +114,10 @@ def check_url(text: str, policy: FetchPolicy, where: str) -> URL:
     except ValueError:
         if _ENDS_IN_NUMBER.search(host):
             raise refuse("the host is a number in another form than a plain IP address.") from None
-        return url
-    if not is_allowed(address, policy):
-        raise refuse(f"the address {host} is not public.")
-    return url
+    else:
+        if not is_allowed(address, policy):
+            raise refuse(f"the address {host} is not public.")
+    return URL.build(scheme=url.scheme, authority=url.raw_authority, path=request_target(text), encoded=True)
 
 
 def is_allowed(address: IPv4Address | IPv6Address, policy: FetchPolicy) -> bool:

@@ -1,0 +1,41 @@
+"""Limits on the bytes of media."""
+
+from __future__ import annotations
+
+from engine.errors import MediaTooLarge
+from engine.media.guard import FetchPolicy
+
+
+class ByteBudget:
+    """The bytes that all items of a request may have together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+
+    def take(self, count: int, where: str) -> None:
+        """Count ``count`` more bytes.
+
+        Raises:
+            MediaTooLarge: the limit is passed.
+        """
+        self._taken += count
+        if self._taken > self._limit:
+            raise MediaTooLarge(
+                f"{where}: the pictures of this request have more than {self._limit} bytes together.",
+                param=where,
+            )
+
+    def give_back(self, count: int) -> None:
+        """Count ``count`` bytes less: they will be fetched again."""
+        self._taken -= count
+
+
+def check_size(count: int, policy: FetchPolicy, where: str) -> None:
+    """Refuse an item of ``count`` bytes.
+
+    Raises:
+        MediaTooLarge: the policy allows fewer.
+    """
+    if count > policy.max_bytes:
+        raise MediaTooLarge(f"{where}: the picture has more than {policy.max_bytes} bytes.", param=where)

@@ -1,0 +1,98 @@
+"""Media that a request brings itself or that lies on this machine: data URLs and files."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import stat
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from engine.errors import MediaError, MediaForbidden
+from engine.media.guard import FetchPolicy
+from engine.media.limits import ByteBudget, check_size
+from engine.media.source import MediaSource
+
+#: From this size on, decoding a data URL would hold up an event loop.
+_LARGE = 1 << 18
+
+
+def is_remote(url: str) -> bool:
+    """Whether fetching ``url`` needs the network."""
+    return not _is_file(url) and url[:5].lower() != "data:"
+
+
+def takes_long(source: MediaSource) -> bool:
+    """Whether :func:`read_local` would hold up an event loop."""
+    return source.url is not None and (_is_file(source.url) or len(source.url) > _LARGE)
+
+
+def read_local(source: MediaSource, policy: FetchPolicy, budget: ByteBudget) -> bytes:
+    """The bytes of a source that needs no network.
+
+    Raises:
+        MediaForbidden: the policy doesn't allow the file.
+        MediaTooLarge: the item or the budget is too large.
+        MediaError: there is no such file, or the data URL is malformed.
+    """
+    where = source.where
+    if source.data is not None:
+        data = source.data
+    elif source.url is None:
+        raise MediaError(f"{where}: there is neither a URL nor data.", param=where)
+    elif _is_file(source.url):
+        data = _read_file(source.url, policy, where)
+    else:
+        data = _decode_data_url(source.url, policy, where)
+    check_size(len(data), policy, where)
+    budget.take(len(data), where)
+    return data
+
+
+def _decode_data_url(url: str, policy: FetchPolicy, where: str) -> bytes:
+    head, comma, payload = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise MediaError(f"{where}: a data URL must look like data:image/png;base64,...", param=where)
+    check_size(len(payload) // 4 * 3 - 2, policy, where)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise MediaError(f"{where}: the data URL is not valid base64.", param=where) from None
+
+
+def _read_file(url: str, policy: FetchPolicy, where: str) -> bytes:
+    allowed = policy.allowed_local_media_path
+    if allowed is None:
+        raise MediaForbidden(f"{where}: this server reads no files.", param=where)
+    host, slash, rest = url[len("file://") :].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise MediaForbidden(f"{where}: a file URL must look like file:///folder/name.", param=where)
+    try:
+        path = Path(os.fsdecode(b"/" + unquote_to_bytes(rest))).resolve()
+        inside = path.is_relative_to(Path(allowed).resolve())
+    except (OSError, ValueError, RuntimeError):
+        inside = False
+    if not inside:
+        raise MediaForbidden(f"{where}: the file is outside of the folder that may be read.", param=where)
+    try:
+        return _read_regular(path, policy.max_bytes + 1)
+    except OSError:
+        raise MediaError(f"{where}: there is no such file.", param=where) from None
+
+
+def _read_regular(path: Path, count: int) -> bytes:
+    """Up to ``count`` bytes of a regular file; OSError for anything else."""
+    # Non-blocking, because opening a pipe without a writer would wait for one.
+    opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise OSError(f"{path} is no regular file")
+        with os.fdopen(opened, "rb", closefd=False) as file:
+            return file.read(count)
+    finally:
+        os.close(opened)
+
+
+def _is_file(url: str) -> bool:
+    return url[:7].lower() == "file://"
