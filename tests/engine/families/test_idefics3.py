@@ -1,4 +1,4 @@
-"""What is Idefics3's and SmolVLM's own; ``test_laws.py`` compares whole answers."""
+"""Tests of Idefics3's and SmolVLM alone; ``test_laws.py`` compares whole answers of all families."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ import torch
 import transformers
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
-from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.idefics3.family import FAMILY
-from engine.families.load import load_vision_encoder
+from engine.errors import ConfigError, InvalidRequest
 from engine.prompt import PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
-from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
-from tests.engine.tiny import picture, rewrite_json
-
-SIZES = [(60, 44), (44, 60), (1, 1), (2, 1), (32, 32), (64, 64), (33, 64), (4000, 30), (30, 4000), (641, 480)]
+from tests.engine.families.idefics import make_idefics3, make_smolvlm
+from tests.engine.families.opened import encoder, media_processor, parse
+from tests.engine.tiny import picture
 
 
 @pytest.fixture(scope="module", params=["Idefics3", "SmolVLM"])
@@ -31,34 +27,6 @@ def kind(request) -> str:
 def path(kind, tmp_path_factory) -> Path:
     make = {"Idefics3": make_idefics3, "SmolVLM": make_smolvlm}[kind]
     return make(tmp_path_factory.mktemp(kind))
-
-
-def parse(path):
-    checkpoint = Checkpoint.open(str(path))
-    return checkpoint, FAMILY.parse(checkpoint)
-
-
-def media_processor(path, **options):
-    return FAMILY.media_processor(*parse(path), options)
-
-
-def encoder(path):
-    return load_vision_encoder(*parse(path), device=torch.device("cpu"), dtype=torch.float32)
-
-
-@pytest.mark.parametrize("options", [{}, {"do_image_splitting": False}, {"size": {"longest_edge": 100}}])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pictures_are_prepared_as_transformers_does(kind, path, size, options):
-    image = picture(*size)
-    theirs = image_processor(path, kind)(image, return_tensors="pt", return_row_col_info=True, **options)
-    ours = media_processor(path, **options)
-    media = ours.prepare(image)
-    assert media.item.grid[1:] == (theirs["rows"][0][0], theirs["cols"][0][0])
-    assert media.item.num_tokens == ours.check(size)
-    assert not torch.any(theirs["pixel_attention_mask"] == 0)
-    patches = encoder(path).patchify(torch.from_numpy(media.pixels.copy()))
-    expected = torch.nn.functional.unfold(theirs["pixel_values"][0], kernel_size=4, stride=4)
-    torch.testing.assert_close(patches, expected.transpose(1, 2).flatten(0, 1), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("side", [6, 25, 26, 32])
@@ -127,19 +95,3 @@ def test_refusals(path):
     media = ours.prepare(picture(60, 44))
     with pytest.raises(InvalidRequest, match="grid"):
         encoder(path).encode([PreparedMedia(media.item, media.pixels[:-1])])
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"text_config": {"model_type": "mistral"}}, "mistral"),
-        ({"scale_factor": 3}, "scale_factor"),
-        ({"vision_config": {"image_size": 64, "patch_size": 4}}, "max_image_size"),
-    ],
-    ids=str,
-)
-def test_bad_configurations_are_refused_by_field(tmp_path, change, field):
-    path = make_idefics3(tmp_path)
-    rewrite_json(path / "config.json", change)
-    with pytest.raises(CheckpointError, match=field):
-        media_processor(path)

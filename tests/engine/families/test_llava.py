@@ -1,4 +1,4 @@
-"""What is LLaVA-1.5's own; ``test_laws.py`` compares whole answers."""
+"""Tests of LLaVA-1.5 alone; ``test_laws.py`` compares whole answers of all families."""
 
 from __future__ import annotations
 
@@ -8,45 +8,20 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
-from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.llava.family import FAMILY
-from engine.families.load import load_vision_encoder
+from engine.errors import ConfigError, InvalidRequest
 from engine.prompt import PreparedMedia
 from tests.engine.families.cases import case_named
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.made import Made
+from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.families.references import make_llava_1_5
-from tests.engine.tiny import TRANSFORMERS, make_llava, picture, rewrite_json
-
-CPU = torch.device("cpu")
-SIZES = [
-    *[(60, 44), (44, 60), (1, 1), (30, 30), (31, 30), (29, 97), (4000, 30), (30, 4000), (641, 480)],
-    *[(201, 1), (3, 2000)],
-]
+from tests.engine.tiny import TRANSFORMERS, make_llava, picture
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return make_llava(tmp_path_factory.mktemp("llava"))
-
-
-def parse(path):
-    checkpoint = Checkpoint.open(str(path))
-    return checkpoint, FAMILY.parse(checkpoint)
-
-
-def processor(path, **options):
-    checkpoint, config = parse(path)
-    return FAMILY.media_processor(checkpoint, config, options)
-
-
-def encoder(path):
-    checkpoint, config = parse(path)
-    return load_vision_encoder(checkpoint, config, device=CPU, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("hub", [False, True])
@@ -84,18 +59,6 @@ def test_variants_answer_as_transformers_does(tmp_path, name, hub):
         mark=lambda index, count: "[IMG]" if variant.get("tower") == "pixtral" else "<image>",
     )
     Made(case, tmp_path / "made", hub).check_all()
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pictures_are_prepared_as_transformers_does(path, size):
-    image = picture(*size)
-    reference = transformers.CLIPImageProcessorPil.from_pretrained(path)
-    theirs = reference(image, return_tensors="pt")["pixel_values"]
-    media = processor(path).prepare(image)
-    assert media.item.num_tokens == processor(path).check(size) == 16
-    patches = encoder(path).patchify(torch.from_numpy(media.pixels.copy()))
-    expected = torch.nn.functional.unfold(theirs, kernel_size=7, stride=7)[0].T
-    torch.testing.assert_close(patches, expected, atol=0, rtol=0)
 
 
 def test_public_configuration_is_filled_up(tmp_path):
@@ -139,32 +102,11 @@ def test_public_configuration_is_filled_up(tmp_path):
 
 
 def test_refusals(path, tmp_path):
-    ours = processor(path)
+    ours = media_processor(path)
     with pytest.raises(InvalidRequest, match="videos"):
         ours.prepare_video([picture(8, 8)])
     with pytest.raises(ConfigError, match="num_crops"):
-        processor(path, num_crops=3)
+        media_processor(path, num_crops=3)
     media = ours.prepare(picture(60, 44))
     with pytest.raises(InvalidRequest, match="grid"):
         encoder(path).encode([PreparedMedia(media.item, np.zeros((1, 28, 28, 3), np.uint8))])
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"vision_feature_layer": [-2, -9]}, "vision_feature_layer"),
-        ({"vision_feature_layer": [0]}, "vision_feature_layer"),
-        ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
-        ({"vision_feature_layer": -9}, "vision_feature_layer"),
-        ({"vision_config": {"model_type": "pixtral"}}, "should be full"),
-        ({"vision_config": {"model_type": "dinov2"}}, "dinov2"),
-        ({"text_config": {"model_type": "gemma"}}, "gemma"),
-        ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
-    ],
-    ids=str,
-)
-def test_bad_configurations_are_refused_by_field(tmp_path, change, field):
-    path = make_llava(tmp_path)
-    rewrite_json(path / "config.json", change)
-    with pytest.raises(CheckpointError, match=field):
-        parse(path)

@@ -1,4 +1,4 @@
-"""What is Phi-3.5-vision's and VLM2Vec's own; ``test_laws.py`` compares whole answers."""
+"""Tests of Phi-3.5-vision's and VLM2Vec alone; ``test_laws.py`` compares whole answers of all families."""
 
 import json
 

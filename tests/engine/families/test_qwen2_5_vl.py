@@ -1,23 +1,20 @@
-"""What is Qwen2.5-VL's own; ``test_laws.py`` compares whole answers."""
+"""Tests of Qwen2.5-VL alone; ``test_laws.py`` compares whole answers of all families."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, ConfigError
-from engine.families.load import load_vision_encoder
+from engine.errors import ConfigError
 from engine.families.qwen2_5_vl.family import FAMILY
-from engine.families.registry import resolve
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
 from engine.vision.native_grid import plan_frame
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
+from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.families.qwen import Reference, frames, make_qwen2_5_vl
 from tests.engine.tiny import TRANSFORMERS, picture, rewrite_json
 
@@ -34,26 +31,11 @@ def reference(path):
     return Reference(path, "Qwen2_5_VL")
 
 
-def parse(path):
-    checkpoint = Checkpoint.open(str(path))
-    assert resolve(checkpoint) is FAMILY
-    return checkpoint, FAMILY.parse(checkpoint)
-
-
-def processor(path, **options):
-    checkpoint, config = parse(path)
-    return FAMILY.media_processor(checkpoint, config, options)
-
-
-def encoder(path):
-    return load_vision_encoder(*parse(path), device=CPU, dtype=torch.float32)
-
-
 @pytest.mark.parametrize("size", [(60, 44), (8, 8), (7, 1000), (64, 64), (33, 90), (16, 120)], ids=str)
 def test_rows_equal_transformers(path, reference, size):
     image = picture(*size)
     theirs = reference.images(image, return_tensors="pt")
-    media = processor(path).prepare(image)
+    media = media_processor(path).prepare(image)
     assert media.item.grid == tuple(theirs["image_grid_thw"][0].tolist())
     vision = encoder(path)
     pixels = vision.patchify(torch.from_numpy(media.pixels.copy()))
@@ -64,7 +46,7 @@ def test_rows_equal_transformers(path, reference, size):
 
 
 def test_rows_of_several_items_at_once(path, reference):
-    ours, vision = processor(path), encoder(path)
+    ours, vision = media_processor(path), encoder(path)
     media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
     media.insert(1, ours.prepare_video(frames(5)))
     patches, grid = reference.video(frames(5))
@@ -134,24 +116,24 @@ def test_other_names_and_ratios(tmp_path, names, tied, ratio):
 
 
 def test_a_video_at_another_pace_is_another_video(path):
-    slow, fast = (processor(path, fps=fps).prepare_video(frames(4)).item for fps in (1, 2))
+    slow, fast = (media_processor(path, fps=fps).prepare_video(frames(4)).item for fps in (1, 2))
     assert slow.times == (0.0, 2.0) and fast.times == (0.0, 1.0)
     assert slow.hash != fast.hash
     # Unless told, as Transformers does.
-    assert processor(path).prepare_video(frames(3)).item.times == (0.0, 2 / 24)
+    assert media_processor(path).prepare_video(frames(3)).item.times == (0.0, 2 / 24)
 
 
 @pytest.mark.parametrize("fps", [0, -1, "2", True, 1e9])
 def test_a_bad_pace_is_refused(path, fps):
     with pytest.raises(ConfigError, match="fps") as error:
-        processor(path, fps=fps)
+        media_processor(path, fps=fps)
     assert error.value.param == "mm_processor_kwargs.fps"
 
 
 def test_videos_have_bounds_of_their_own(tmp_path):
     path = make_qwen2_5_vl(tmp_path)
     (tmp_path / "video_preprocessor_config.json").write_text('{"min_pixels": 64, "max_pixels": 512}')
-    media = processor(path).prepare_video(frames(2))
+    media = media_processor(path).prepare_video(frames(2))
     assert media.pixels.shape[1] * media.pixels.shape[2] <= 512 < 40 * 56
 
 
@@ -159,43 +141,8 @@ def test_videos_have_default_bounds_of_their_own(tmp_path):
     """Those of Transformers' video processor, where neither file states bounds."""
     path = make_qwen2_5_vl(tmp_path)
     rewrite_json(path / "preprocessor_config.json", {"size": None})
-    assert processor(path).pixels == (56 * 56, 1280 * 28 * 28)
-    assert processor(path).video_pixels == (128 * 28 * 28, 768 * 28 * 28)
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
-        ({"rescale_factor": 1.0}, "rescale_factor"),
-        ({"cap_pixels_per_frame": True}, "cap_pixels_per_frame"),
-        ({"do_resize": False}, "do_resize"),
-    ],
-    ids=str,
-)
-def test_video_processors_that_are_refused(tmp_path, change, field):
-    path = make_qwen2_5_vl(tmp_path)
-    (path / "video_preprocessor_config.json").write_text(json.dumps(change))
-    with pytest.raises(CheckpointError, match=field):
-        processor(path)
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"out_hidden_size": 65}, "out_hidden_size"),
-        ({"window_size": 7}, "window_size"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"in_channels": 1}, "3 channels"),
-    ],
-    ids=str,
-)
-def test_bad_configurations_are_refused_by_field(tmp_path, change, field):
-    path = make_qwen2_5_vl(tmp_path)
-    checkpoint = Checkpoint.open(str(path))
-    rewrite_json(path / "config.json", {"vision_config": {**checkpoint.config["vision_config"], **change}})
-    with pytest.raises(CheckpointError, match=field):
-        parse(path)
+    assert media_processor(path).pixels == (56 * 56, 1280 * 28 * 28)
+    assert media_processor(path).video_pixels == (128 * 28 * 28, 768 * 28 * 28)
 
 
 def test_public_configuration(tmp_path):

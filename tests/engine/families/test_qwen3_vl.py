@@ -1,4 +1,4 @@
-"""What is Qwen3-VL's own; ``test_laws.py`` compares whole answers."""
+"""Tests of Qwen3-VL alone; ``test_laws.py`` compares whole answers of all families."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.load import load_vision_encoder
+from engine.errors import ConfigError, InvalidRequest
 from engine.families.qwen3_vl.family import FAMILY, patch_times, video_size
-from engine.families.registry import resolve
 from engine.inputs.builder import PromptBuilder
 from engine.text.tokenizer import Tokenizer
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
+from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.families.qwen import IMAGE, VIDEO, Reference, frames, make_qwen3_vl
 from tests.engine.tiny import picture, rewrite_json
 
-CPU = torch.device("cpu")
 their_video_size = import_module("transformers.models.qwen3_vl.video_processing_qwen3_vl").smart_resize
 
 
@@ -35,21 +32,6 @@ def reference(path):
     return Reference(path, "Qwen3VL")
 
 
-def parse(path):
-    checkpoint = Checkpoint.open(str(path))
-    assert resolve(checkpoint) is FAMILY
-    return checkpoint, FAMILY.parse(checkpoint)
-
-
-def processor(path, **options):
-    checkpoint, config = parse(path)
-    return FAMILY.media_processor(checkpoint, config, options)
-
-
-def encoder(path):
-    return load_vision_encoder(*parse(path), device=CPU, dtype=torch.float32)
-
-
 def their_rows(output) -> torch.Tensor:
     # Divided by items in later versions of Transformers, as the pooled output always is.
     layers = [part if isinstance(part, torch.Tensor) else part[0] for part in output.deepstack_features]
@@ -60,7 +42,7 @@ def their_rows(output) -> torch.Tensor:
 def test_rows_equal_transformers(path, reference, size):
     """Rows for the prompt, and those for the decoder's first layers beside them."""
     theirs = reference.images(picture(*size), return_tensors="pt")
-    media = processor(path).prepare(picture(*size))
+    media = media_processor(path).prepare(picture(*size))
     assert media.item.grid == tuple(theirs["image_grid_thw"][0].tolist())
     vision = encoder(path)
     pixels = vision.patchify(torch.from_numpy(media.pixels.copy()))
@@ -71,7 +53,7 @@ def test_rows_equal_transformers(path, reference, size):
 
 
 def test_rows_of_several_items_at_once(path, reference):
-    ours, vision = processor(path), encoder(path)
+    ours, vision = media_processor(path), encoder(path)
     media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
     media.insert(1, ours.prepare_video(frames(3)))
     patches, grid = reference.video(frames(3))
@@ -87,11 +69,11 @@ def test_rows_of_several_items_at_once(path, reference):
 @pytest.mark.parametrize(("count", "fps"), [(1, 24), (2, 1.5), (5, 1.5), (8, 3), (7, 29.97)])
 def test_placeholders_of_videos_are_those_of_transformers(path, reference, count, fps):
     checkpoint, config = parse(path)
-    item = processor(path, fps=fps).prepare_video(frames(count)).item
+    item = media_processor(path, fps=fps).prepare_video(frames(count)).item
     builder = PromptBuilder.for_model(FAMILY, config, Tokenizer.load(checkpoint.path), None)
     prompt = f"say {VIDEO} and {IMAGE}"
     theirs = prompt.replace("<|video_pad|>", reference.placeholder(count, item.grid, fps))
-    image = processor(path).prepare(picture(8, 8)).item
+    image = media_processor(path).prepare(picture(8, 8)).item
     theirs = theirs.replace("<|image_pad|>", "<|image_pad|>" * image.num_tokens)
     built = builder.from_text(prompt, [image, item])
     assert built.token_ids == reference.tokenizer(theirs)["input_ids"]
@@ -142,28 +124,10 @@ def test_times_are_means_of_first_and_last_frame():
 
 
 def test_a_video_at_another_pace_is_another_video(path):
-    slow, fast = (processor(path, fps=fps).prepare_video(frames(4)).item for fps in (1, 2))
+    slow, fast = (media_processor(path, fps=fps).prepare_video(frames(4)).item for fps in (1, 2))
     assert slow.hash != fast.hash
     with pytest.raises(ConfigError, match="fps"):
-        processor(path, fps=0)
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"out_hidden_size": 65}, "out_hidden_size"),
-        ({"num_position_embeddings": 37}, "num_position_embeddings"),
-        ({"deepstack_visual_indexes": [0, 4]}, "deepstack_visual_indexes"),
-        ({"hidden_act": "relu"}, "hidden_act"),
-    ],
-    ids=str,
-)
-def test_bad_configurations_are_refused_by_field(path, tmp_path, change, field):
-    raw = Checkpoint.open(str(path)).config
-    (tmp_path / "config.json").write_text((path / "config.json").read_text())
-    rewrite_json(tmp_path / "config.json", {"vision_config": {**raw["vision_config"], **change}})
-    with pytest.raises(CheckpointError, match=field):
-        parse(tmp_path)
+        media_processor(path, fps=0)
 
 
 def test_a_silent_configuration_is_filled_up(path, tmp_path):

@@ -1,0 +1,158 @@
+"""Images as the encoder normalises and cuts them into patches: bit for bit those of Transformers' processors.
+
+A row of the table is a checkpoint with options of its processor; each is shown images of all its sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from engine.families.base import PromptAwareProcessor
+from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
+from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
+from tests.engine.families.llava_variants import image_processor_class, make_llava_variant
+from tests.engine.families.onevision import PATCH as ONEVISION_PATCH
+from tests.engine.families.onevision import make_onevision
+from tests.engine.families.opened import encoder, media_processor
+from tests.engine.families.qwen import make_qwen2_5_vl, make_qwen3_vl
+from tests.engine.tiny import make_llava, make_qwen2_vl, picture
+
+#: Of a checkpoint, images and options: patches ``(N, numbers)``, and each image's grid or the end of it.
+Patches = tuple[torch.Tensor, list[tuple[int, ...]]]
+Theirs = Callable[[Path, Sequence[Image.Image], Mapping[str, Any]], Patches]
+
+SIZES = ((60, 44), (44, 60), (1, 1), (2, 1), (29, 97), (641, 480), (4000, 30), (30, 4000))
+SQUARE = (*SIZES, (30, 30), (31, 30), (201, 1), (3, 2000))
+TILED = ((60, 44), (44, 60), (1, 1), (2, 1), (32, 32), (96, 96), (29, 97), (200, 180), (4000, 30), (30, 4000))
+CROPPED = (*SIZES, (32, 32), (64, 64), (33, 64))
+NATIVE = (
+    *[(60, 44), (1, 1), (1, 13), (8, 8), (7, 1000), (199, 1), (4000, 30), (30, 4000), (333, 334), (64, 64)],
+    *[(20, 20), (12, 12), (1001, 777), (33, 90), (16, 120)],
+)
+
+
+def unfolded(pixels: torch.Tensor, patch: int) -> torch.Tensor:
+    """Patches of normalised images ``(N, 3, height, width)``, row by row."""
+    return torch.nn.functional.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1)
+
+
+def llava(
+    path: Path, images: Sequence[Image.Image], options: Mapping[str, Any], kind: str = "CLIP"
+) -> Patches:
+    processor = image_processor_class(kind).from_pretrained(path)
+    return unfolded(processor(images, return_tensors="pt", **options)["pixel_values"], 7), [(1,)]
+
+
+def pixtral(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    made = transformers.PixtralImageProcessorPil.from_pretrained(path)(images, return_tensors="pt", **options)
+    ((height, width),) = torch.as_tensor(made["image_sizes"]).tolist()
+    return unfolded(torch.as_tensor(made["pixel_values"]), 8), [(1, height // 8, width // 8)]
+
+
+def onevision(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    processor = transformers.LlavaOnevisionImageProcessorPil.from_pretrained(path)
+    pixels = processor([list(images)], return_tensors="pt", **options)["pixel_values"]
+    return unfolded(pixels.flatten(0, 1), ONEVISION_PATCH), []
+
+
+def idefics(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any], kind: str) -> Patches:
+    processor = image_processor(path, kind)
+    made = processor(list(images), return_tensors="pt", return_row_col_info=True, **options)
+    assert not torch.any(made["pixel_attention_mask"] == 0)
+    patches = unfolded(made["pixel_values"].flatten(0, 1), IDEFICS_PATCH)
+    return patches, [(made["rows"][0][0], made["cols"][0][0])]
+
+
+def qwen(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
+    made = processor(list(images), return_tensors="pt", **options)
+    return made["pixel_values"], [tuple(grid) for grid in made["image_grid_thw"].tolist()]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checkpoint, the sizes of its images, and Transformers' processor.
+
+    Attributes:
+        count: images of a prompt.
+        options: of the processor.
+    """
+
+    make: Callable[[Path], object]
+    sizes: Sequence[tuple[int, int]]
+    theirs: Theirs
+    count: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _idefics(kind: str, **options: Any) -> Row:
+    make = {"Idefics3": make_idefics3, "SmolVLM": make_smolvlm}[kind]
+    return Row(make, CROPPED, partial(idefics, kind=kind), options=options)
+
+
+def _llava(kind: str, **fields: Any) -> Row:
+    return Row(partial(make_llava_variant, processor=kind, **fields), SQUARE, partial(llava, kind=kind))
+
+
+ROWS = {
+    "LLaVA": Row(make_llava, SQUARE, partial(llava, kind="CLIP")),
+    "LLaVA, padded": _llava("Llava"),
+    "LLaVA, cropped": _llava("CLIP", size={"shortest_edge": 41}),
+    "LLaVA, cropped out of a smaller image": _llava("CLIP", size={"shortest_edge": 23}),
+    "LLaVA, not resized": Row(
+        partial(make_llava_variant, do_resize=False),
+        [size for size in SQUARE if max(size) < 1000],
+        partial(llava, kind="CLIP"),
+    ),
+    "LLaVA, SigLIP": _llava("Siglip", tower="siglip"),
+    "LLaVA, bilinear": _llava("CLIP", resample=2),
+    "LLaVA, Pixtral": Row(
+        partial(make_llava_variant, tower="pixtral", processor="Pixtral"),
+        [size for size in SIZES if max(size) < 64 * min(size)],
+        pixtral,
+    ),
+    "LLaVA-OneVision": Row(make_onevision, TILED, onevision),
+    "LLaVA-OneVision, several": Row(make_onevision, TILED, onevision, count=2),
+    "LLaVA-OneVision, hub": Row(partial(make_onevision, hub=True), TILED, onevision),
+    "LLaVA-OneVision, several, hub": Row(partial(make_onevision, hub=True), TILED, onevision, count=2),
+    "Idefics3": _idefics("Idefics3"),
+    "Idefics3, whole": _idefics("Idefics3", do_image_splitting=False),
+    "Idefics3, larger": _idefics("Idefics3", size={"longest_edge": 100}),
+    "SmolVLM": _idefics("SmolVLM"),
+    "SmolVLM, whole": _idefics("SmolVLM", do_image_splitting=False),
+    "SmolVLM, larger": _idefics("SmolVLM", size={"longest_edge": 100}),
+    "Qwen2-VL": Row(make_qwen2_vl, NATIVE, qwen),
+    "Qwen2.5-VL": Row(make_qwen2_5_vl, NATIVE, qwen),
+    "Qwen3-VL": Row(make_qwen3_vl, NATIVE, qwen),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_patches_are_those_of_transformers(tmp_path, name):
+    row = ROWS[name]
+    row.make(tmp_path)
+    ours, vision = media_processor(tmp_path, **row.options), encoder(tmp_path)
+    if isinstance(ours, PromptAwareProcessor):
+        ours = ours.among(row.count)
+    # OneVision's crops are those of an encoder within its own.
+    patchify = getattr(vision, "crops", vision).patchify
+    for size in row.sizes:
+        images = [picture(*size, seed) for seed in range(row.count)]
+        theirs, grids = row.theirs(tmp_path, images, row.options)
+        media = [ours.prepare(image) for image in images]
+        for entry, grid in zip(media, grids, strict=False):
+            assert entry.item.grid[-len(grid) :] == grid, size
+        assert all(entry.item.num_tokens == ours.check(size) for entry in media), size
+        assert all(entry.pixels.dtype == np.uint8 for entry in media)
+        patches = torch.cat([patchify(torch.from_numpy(entry.pixels.copy())) for entry in media])
+        assert torch.equal(patches, theirs), size

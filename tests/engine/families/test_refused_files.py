@@ -1,0 +1,168 @@
+"""Checkpoints whose JSON files hold a value that a family doesn't support: the error names the field.
+
+A row adds to the table of its family: the change of a file, and a regular expression for the error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import CheckpointError
+from tests.engine.families import minicpm_v_reference as minicpm_v
+from tests.engine.families.idefics import make_idefics3
+from tests.engine.families.llava_variants import make_llava_variant
+from tests.engine.families.onevision import make_onevision
+from tests.engine.families.opened import media_processor
+from tests.engine.families.phi3_v_reference import make_phi3_v
+from tests.engine.families.qwen import make_qwen2_5_vl, make_qwen3_vl
+from tests.engine.tiny import make_llava, make_qwen2_vl
+
+MAKE: dict[str, Callable[[Path], object]] = {
+    "LLaVA": make_llava,
+    "LLaVA with SigLIP": partial(make_llava_variant, tower="siglip", processor="Siglip"),
+    "LLaVA with Pixtral": partial(make_llava_variant, tower="pixtral", processor="Pixtral"),
+    "LLaVA-OneVision": make_onevision,
+    "Idefics3": make_idefics3,
+    "Phi-3.5-vision": make_phi3_v,
+    "Qwen2-VL": partial(make_qwen2_vl, hub_names=True),
+    "Qwen2.5-VL": make_qwen2_5_vl,
+    "Qwen3-VL": make_qwen3_vl,
+    "MiniCPM-V": minicpm_v.make,
+}
+CONFIG, IMAGES, VIDEOS = "config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+
+#: Fields with a dot are those of a nested object; null removes a field.
+REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
+    "LLaVA": [
+        (CONFIG, {"vision_feature_layer": [-2, -9]}, "vision_feature_layer"),
+        (CONFIG, {"vision_feature_layer": [0]}, "vision_feature_layer"),
+        (CONFIG, {"vision_feature_layer": -9}, "vision_feature_layer"),
+        (CONFIG, {"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
+        (CONFIG, {"vision_config": {"model_type": "pixtral"}}, "should be full"),
+        (CONFIG, {"vision_config": {"model_type": "dinov2"}}, "dinov2"),
+        (CONFIG, {"text_config": {"model_type": "gemma"}}, "gemma"),
+        (CONFIG, {"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
+    ],
+    "LLaVA with SigLIP": [
+        (IMAGES, {"size": {"height": 30, "width": 31}}, "size should give images of the tower's size"),
+        (IMAGES, {"size": {"shortest_edge": 30}}, "size should give images of the tower's size"),
+        (IMAGES, {"size": {"longest_edge": 30}}, "size should be shortest_edge"),
+        (IMAGES, {"do_center_crop": True, "crop_size": 29}, "crop_size should give"),
+        (IMAGES, {"do_normalize": False}, "do_normalize"),
+        (IMAGES, {"image_processor_type": "BlipImageProcessor"}, "BlipImageProcessor"),
+        (
+            IMAGES,
+            {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_resize": False},
+            "do_pad",
+        ),
+    ],
+    "LLaVA with Pixtral": [
+        (CONFIG, {"vision_config.hidden_act": "gelu"}, "hidden_act"),
+        (CONFIG, {"vision_config.num_channels": 1}, "3 channels"),
+        ("processor_config.json", {"patch_size": 16}, "patch_size 16 differs"),
+        (IMAGES, {"size": {"shortest_edge": 30}}, "size should be longest_edge"),
+        (IMAGES, {"do_center_crop": True}, "do_center_crop"),
+    ],
+    "LLaVA-OneVision": [
+        (CONFIG, {"text_config": {"model_type": "llama"}}, "llama"),
+        (CONFIG, {"vision_config": {"model_type": "clip_vision_model"}}, "clip"),
+        (CONFIG, {"vision_feature_layer": [-2, -3]}, "vision_feature_layer"),
+        (CONFIG, {"vision_feature_layer": -9}, "vision_feature_layer"),
+        (CONFIG, {"vision_aspect_ratio": "square"}, "vision_aspect_ratio"),
+        (CONFIG, {"image_grid_pinpoints": [[32, 33]]}, "image_grid_pinpoints"),
+        (CONFIG, {"image_grid_pinpoints": [[32, 32]]}, "image_grid_pinpoints"),
+        (VIDEOS, {"size": {"height": 31, "width": 32}}, "video_preprocessor_config.json: size"),
+        (VIDEOS, {"image_std": [1, 1, 1]}, "image_std"),
+    ],
+    "Idefics3": [
+        (CONFIG, {"text_config": {"model_type": "mistral"}}, "mistral"),
+        (CONFIG, {"scale_factor": 3}, "scale_factor"),
+        (CONFIG, {"vision_config": {"image_size": 64, "patch_size": 4}}, "max_image_size"),
+    ],
+    "Phi-3.5-vision": [
+        (CONFIG, {"embd_layer": {"hd_transform_order": "glb_sub"}}, "hd_transform_order"),
+    ],
+    "Qwen2-VL": [
+        (CONFIG, {"rope_scaling": {"type": "ntk"}}, "ntk"),
+        (CONFIG, {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "mrope_section"),
+        (CONFIG, {"rope_scaling": None}, "mrope_section"),
+        (CONFIG, {"hidden_size": "64"}, "hidden_size"),
+        (CONFIG, {"num_attention_heads": -4}, "num_attention_heads"),
+        (CONFIG, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (CONFIG, {"vision_config": {"hidden_size": 65}}, "hidden_size"),
+        (IMAGES, {"do_resize": False}, "do_resize"),
+        (IMAGES, {"merge_size": 4}, "merge_size"),
+    ],
+    "Qwen2.5-VL": [
+        (CONFIG, {"vision_config.out_hidden_size": 65}, "out_hidden_size"),
+        (CONFIG, {"vision_config.window_size": 7}, "window_size"),
+        (CONFIG, {"vision_config.hidden_act": "gelu"}, "hidden_act"),
+        (CONFIG, {"vision_config.in_channels": 1}, "3 channels"),
+        (VIDEOS, {"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
+        (VIDEOS, {"rescale_factor": 1.0}, "rescale_factor"),
+        (VIDEOS, {"cap_pixels_per_frame": True}, "cap_pixels_per_frame"),
+        (VIDEOS, {"do_resize": False}, "do_resize"),
+    ],
+    "Qwen3-VL": [
+        (CONFIG, {"vision_config.out_hidden_size": 65}, "out_hidden_size"),
+        (CONFIG, {"vision_config.num_position_embeddings": 37}, "num_position_embeddings"),
+        (CONFIG, {"vision_config.deepstack_visual_indexes": [0, 4]}, "deepstack_visual_indexes"),
+        (CONFIG, {"vision_config.hidden_act": "relu"}, "hidden_act"),
+    ],
+    "MiniCPM-V": [
+        (CONFIG, {"version": 2.0}, "version 2.0 .*its tower"),
+        (CONFIG, {"version": 2.5}, "version 2.5 .*beside it"),
+        (CONFIG, {"version": None}, "no version"),
+        (CONFIG, {"version": "o"}, "version o of"),
+        (CONFIG, {"hidden_size": 200}, "hidden_size"),
+        (CONFIG, {"query_num": 0}, "query_num"),
+        (IMAGES, {"slice_mode": False}, "slice_mode"),
+        (IMAGES, {"patch_size": 14}, "patch_size"),
+        (IMAGES, {"image_feature_size": 64}, "image_feature_size"),
+    ],
+}
+ROWS = [pytest.param(name, *row, id=f"{name}-{row[1]}") for name, rows in REFUSED.items() for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory) -> Callable[[str], Path]:
+    """The checkpoint of a family, made at its first use."""
+    found: dict[str, Path] = {}
+
+    def path(name: str) -> Path:
+        if name not in found:
+            found[name] = tmp_path_factory.mktemp("unchanged")
+            MAKE[name](found[name])
+            media_processor(found[name])
+        return found[name]
+
+    return path
+
+
+@pytest.mark.parametrize(("name", "file", "change", "error"), ROWS)
+def test_the_error_names_the_field(tmp_path, unchanged, name, file, change, error):
+    for source in unchanged(name).glob("*.json"):
+        (tmp_path / source.name).write_text(source.read_text())
+    changed = tmp_path / file
+    content = json.loads(changed.read_text()) if changed.exists() else {}
+    for field, value in change.items():
+        _set(content, field.split("."), value)
+    changed.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=error):
+        media_processor(tmp_path)
+
+
+def _set(content: dict[str, Any], field: list[str], value: Any) -> None:
+    *parents, last = field
+    for parent in parents:
+        content = content[parent]
+    if value is None:
+        content.pop(last, None)
+    else:
+        content[last] = value
