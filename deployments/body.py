@@ -1,4 +1,4 @@
-"""Request bodies: bounded while they come in, parsed where they hold nothing up."""
+"""Reads request bodies: with a limit on their size, and without blocking the event loop."""
 
 import asyncio
 import json
@@ -20,10 +20,11 @@ _LARGE = 1 << 17
 
 
 async def read_body(request: Request, model: type[M], limit: int) -> M:
-    """The body as ``model``.
+    """Read and parse the body.
 
     Args:
-        limit: most bytes.
+        model: the form of the body.
+        limit: the most bytes.
 
     Raises:
         BodyTooLarge: naming the limit; the rest is not read.
@@ -75,4 +76,4 @@ def _parse(body: bytes, model: type[M]) -> M:
 
 
 def _too_large(limit: int) -> str:
-    return f"The request body has more than {limit} bytes. Send fewer or smaller pictures, or their URLs."
+    return f"The request body has more than {limit} bytes. Send fewer or smaller images, or their URLs."

@@ -1,4 +1,4 @@
-"""What ``serve_config.yaml`` may say: models, their stages, and the ingress."""
+"""The arguments in ``serve_config.yaml``: models, their stages, and the ingress."""
 
 import re
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ class StageConfig(_Strict):
         num_gpus: GPUs, or the share of one, that each replica reserves. A replica with 0 sees no GPU.
         resources: further Ray resources by name.
         env: environment variables of the replica's process, e.g. ``OMP_NUM_THREADS`` for work on CPUs.
-        max_ongoing_requests: requests that a replica works on at a time; others wait in front of it.
+        max_ongoing_requests: requests that a replica works on at a time; further requests wait outside of it.
         graceful_shutdown_timeout_s: how long a replica that is asked to stop may finish its requests.
     """
 
@@ -91,26 +91,26 @@ class StageConfig(_Strict):
         }
 
 
-class PreprocessorStage(StageConfig):
-    """Fetches and prepares pictures.
+class PreprocessorConfig(StageConfig):
+    """Fetches and prepares images.
 
     Attributes:
-        threads: pictures that a replica decodes and resizes at a time.
+        threads: images that a replica decodes and resizes at a time.
     """
 
     threads: PositiveInt = 4
     max_ongoing_requests: PositiveInt = 32
 
 
-class EncoderStage(StageConfig):
-    """Turns pictures into embeddings.
+class EncoderConfig(StageConfig):
+    """Turns images into embeddings.
 
     Attributes:
-        max_batch_patches: most patches in one launch, over all pictures of all requests.
-        cache_bytes: memory for embeddings of pictures seen before.
-        duty_cycle: share of the time that a replica computes at most. Below 1 it rests after each launch, so
-            that a language model on the same GPU keeps its pace while pictures arrive; a launch once begun is
-            not interrupted, so that ``max_batch_patches`` bounds the longest wait.
+        max_batch_patches: the most patches in one launch, over all images of all requests.
+        cache_bytes: memory for embeddings of images seen before.
+        duty_cycle: the largest share of the time that a replica computes. Below 1 it rests after each launch,
+            so that a language model on the same GPU keeps its pace while images arrive. A launch is never
+            interrupted: ``max_batch_patches`` bounds the longest wait.
     """
 
     max_batch_patches: PositiveInt = 32768
@@ -119,7 +119,7 @@ class EncoderStage(StageConfig):
     max_ongoing_requests: PositiveInt = 256
 
 
-class LanguageModelStage(StageConfig):
+class LanguageModelConfig(StageConfig):
     """Generates text. ``max_ongoing_requests`` should not be below the engine's ``max_num_seqs``."""
 
     max_ongoing_requests: PositiveInt = 512
@@ -130,7 +130,7 @@ class ModelSpec(_Strict):
     """One model: its engine, and how each of its stages is deployed.
 
     Attributes:
-        name: what clients put into the ``model`` field.
+        name: the value of ``model`` in clients' requests.
         engine: see :class:`engine.config.EngineConfig`; ``engine.model`` may be relative to the working
             directory or to the project's folder.
         preprocessor, encoder: unused by models without a vision part.
@@ -142,9 +142,9 @@ class ModelSpec(_Strict):
 
     name: str = Field(min_length=1, max_length=256)
     engine: EngineConfig
-    preprocessor: PreprocessorStage = PreprocessorStage()
-    encoder: EncoderStage = EncoderStage()
-    language_model: LanguageModelStage = LanguageModelStage()
+    preprocessor: PreprocessorConfig = PreprocessorConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    language_model: LanguageModelConfig = LanguageModelConfig()
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -191,7 +191,7 @@ class IngressConfig(StageConfig):
     max_active_requests: PositiveInt = 1024
     health_timeout_s: PositiveFloat = 5.0
     threads: PositiveInt = 4
-    # The ingress's own limit comes first: its answer says what happened.
+    # Above max_active_requests, so that the ingress refuses first: its answer says what happened.
     max_ongoing_requests: PositiveInt = 4096
 
 
@@ -199,10 +199,10 @@ class AppConfig(_Strict):
     """The ``args`` of the application.
 
     Attributes:
-        models: at least one, of different names. The first is no default: clients name their model.
+        models: at least one, with different names. None is the default: clients name their model.
         ingress: the HTTP side.
-        fetch: which addresses pictures may come from.
-        images: what a picture may be.
+        fetch: the addresses that images may come from.
+        images: limits on an image's format and size.
     """
 
     models: tuple[ModelSpec, ...]
@@ -213,7 +213,7 @@ class AppConfig(_Strict):
     @field_validator("models")
     @classmethod
     def _different(cls, models: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
-        # A length given to pydantic would be told beside every other fault.
+        # min_length in the type would add its error to every other validation error.
         if not models:
             raise ValueError("at least one model")
         seen: dict[str, str] = {}

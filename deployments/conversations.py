@@ -1,8 +1,9 @@
 """From a conversation to its running answer, for every endpoint that speaks of messages."""
 
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from deployments.answers import AnswerReader, WholeAnswer, gather
@@ -14,6 +15,7 @@ from engine.outputs import StreamUpdate
 from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams, StructuredSpec
 
+_PARAMETERS = {field.name for field in fields(SamplingParams)}
 #: Names under which the engine knows constraints, whichever field of the body asks for them.
 _CONSTRAINT_NAMES = ("response_format", "guided_regex", "guided_choice", "guided_grammar")
 
@@ -113,12 +115,20 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
 
 @contextmanager
 def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
-    """Name the caller's field in errors of the block."""
+    """Name the caller's fields in errors of the block.
+
+    Args:
+        names: the caller's fields by the engine's names.
+    """
     try:
         yield
     except SightlineError as error:
-        if error.param is not None and error.param in names:
-            error.param = names[error.param]
+        name = error.param
+        if name is not None and name in names:
+            error.param = names[name]
+            if name in _PARAMETERS:
+                # Messages about a sampling parameter call it by its name.
+                error.message = re.sub(rf"\b{name}\b", names[name], error.message)
         raise
 
 

@@ -50,7 +50,7 @@ class LocalApplication:
     """An application of any ASGI server or client.
 
     Args:
-        config: what ``serve_config.yaml`` gives as ``args``.
+        config: the ``args`` of ``serve_config.yaml``.
 
     Attributes:
         api: the ASGI application.

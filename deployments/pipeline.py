@@ -114,7 +114,7 @@ class Pipeline:
         inputs, pixels = await self._build(build, sources)
         count, limit = len(inputs.token_ids), await self.max_model_len()
         if count + min_tokens > limit:
-            raise _too_long(count, min_tokens, limit)
+            raise ContextLengthExceeded.by(limit, count, min_tokens)
         return PreparedPrompt(inputs, await self._encode(pixels, salt))
 
     async def _build(
@@ -172,15 +172,3 @@ def _answer_format(spec: ModelSpec, builder: PromptBuilder) -> AnswerFormat:
     special = SpecialTokens(added, load_end_tokens(spec.engine))
     sources = builder.template.sources if builder.template is not None else {}
     return answer_format(list(sources.values()), special, spec.tool_parser, spec.reasoning_parser)
-
-
-def _too_long(count: int, wanted: int, limit: int) -> ContextLengthExceeded:
-    """The refusal of a request that can't fit. Clients look for its first words and its code."""
-    asked = f"{wanted} in the completion" if wanted > 1 else "none left for the completion"
-    fits = count < limit
-    advice = "lower max_tokens" if fits else "shorten the prompt, or send smaller or fewer images"
-    return ContextLengthExceeded(
-        f"This model's maximum context length is {limit} tokens. However, you requested {count + wanted} "
-        f"tokens ({count} in the prompt, {asked}): {advice}.",
-        param="max_tokens" if fits else "prompt",
-    )

@@ -26,7 +26,7 @@ class InTheWay(Exception):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what is in the way, if anything is; the exit code is 1 then."""
+    """Run all checks. Print the first obstacle and return 1, or return 0."""
     parser = argparse.ArgumentParser(prog="python -m deployments.preflight", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--address", help="the Ray cluster that serve run is told to use, or 'local'")

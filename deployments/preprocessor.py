@@ -73,11 +73,7 @@ class Preprocessor:
                 tokens += _name_source(source, processor.check, measured[0])
         check_total(sizes, self._limits)
         if self._max_tokens is not None and tokens >= self._max_tokens:
-            raise ContextLengthExceeded(
-                f"The request's pictures take {tokens} tokens, but this model's context holds "
-                f"{self._max_tokens} in all: use smaller or fewer pictures.",
-                param="messages",
-            )
+            raise ContextLengthExceeded.by(self._max_tokens, tokens, 1)
 
     def _make(self, processor: MediaProcessor, source: MediaSource, images: list[bytes]) -> PreparedMedia:
         decoded = [decode_image(data, self._limits, where=source.where) for data in images]

@@ -1,8 +1,13 @@
 """The errors that a user can cause or must hear of, each with its HTTP status.
 
 Everything raised on purpose derives from :class:`SightlineError`. ``status`` is the HTTP status an ingress
-answers with, ``code`` OpenAI's machine-readable ``error.code``, ``param`` the field of the request at fault.
-They survive pickling, since they cross process boundaries.
+answers with, ``code`` OpenAI's machine-readable ``error.code``. They survive pickling, since they cross
+process boundaries.
+
+``param`` is the part of the request or configuration at fault, by the engine's own name: a field of
+``SamplingParams``, ``PoolingParams`` or ``EngineConfig``, an argument of :class:`engine.LLM`, ``prompt``,
+``model``, or the ``where`` of a media item. The engine knows no wire protocol: a server maps these names to
+the fields that its client sent.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ class SightlineError(Exception):
 
     Args:
         message: what is wrong and what to change, in words meant for the caller.
-        param: the request or configuration field at fault, if one is.
+        param: the part at fault by the engine's own name, if there is one.
     """
 
     status = 500
@@ -55,6 +60,25 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt plus completion can never fit into the model's context or the KV cache."""
 
     code = "context_length_exceeded"
+
+    @classmethod
+    def by(cls, limit: int, prompt: int, answer: int) -> ContextLengthExceeded:
+        """The refusal of a request. Clients search the message for "maximum context length is".
+
+        Args:
+            limit: tokens that the context holds.
+            prompt: tokens of the prompt.
+            answer: tokens that the answer needs: the request's ``max_tokens``, else 1; 0 for embeddings.
+        """
+        needed = f"{prompt} in the prompt" + (f", {answer} in the completion" if answer else "")
+        param, advice = "prompt", "shorten the prompt, or use smaller or fewer images"
+        if prompt < limit and answer > 1:
+            param, advice = "max_tokens", "lower max_tokens"
+        return cls(
+            f"This model's maximum context length is {limit} tokens. However, you requested "
+            f"{prompt + answer} tokens ({needed}): {advice}.",
+            param=param,
+        )
 
 
 class MediaError(InvalidRequest):

@@ -74,17 +74,13 @@ class RequestFactory:
             InvalidRequest: a parameter, the length or an embedding is unusable.
         """
         if self._config.task != "generate":
-            raise InvalidRequest("This model makes embeddings; ask it through the embeddings endpoint.")
+            raise InvalidRequest("This model makes embeddings; it does not generate text.", param="model")
         params.resolve_bad_words(lambda text: self._tokenizer.encode(text, add_special_tokens=False))
         params.verify(self._model.decoder.vocab_size, self.max_model_len)
         count = len(inputs.token_ids)
         max_tokens = params.max_tokens
         if max_tokens is not None and count + max_tokens > self.max_model_len:
-            raise ContextLengthExceeded(
-                f"The prompt has {count} tokens and max_tokens is {max_tokens}, but this model's "
-                f"context holds {self.max_model_len} in all. Shorten the prompt or lower max_tokens.",
-                param="max_tokens",
-            )
+            raise ContextLengthExceeded.by(self.max_model_len, count, max_tokens)
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= frozenset(self._model.eos_token_ids)
@@ -117,7 +113,7 @@ class RequestFactory:
             InvalidRequest: the length or an embedding is unusable.
         """
         if self._config.task != "embed":
-            raise InvalidRequest("This model generates text; it is not served for embeddings.")
+            raise InvalidRequest("This model generates text; it is not served for embeddings.", param="model")
         request = self._request(request_id, inputs, SamplingParams(), embeddings, 0, frozenset())
         request.pooling = params
         self._scheduler.check(request)

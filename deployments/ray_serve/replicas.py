@@ -100,7 +100,7 @@ class HeldMedia:
         """
         media = self._media.pop(request_id, None)
         if media is None:
-            raise Misrouted("The pictures of this request were lost with a part of the server; try again.")
+            raise Misrouted("The images of this request were lost with a part of the server; try again.")
         return media
 
 

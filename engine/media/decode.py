@@ -143,7 +143,7 @@ def check_total(sizes: Iterable[tuple[int, int]], limits: ImageLimits) -> None:
         raise MediaTooLarge(
             f"The request's pictures have {total} pixels together; {limits.max_total_pixels} are allowed. "
             "Send fewer or smaller ones.",
-            param="messages",
+            param="prompt",
         )
 
 

@@ -61,5 +61,5 @@ def check_media_limits(
     frames = sum(len(source.frames) for source in sources)
     if frames > max_frames:
         raise MediaTooLarge(
-            f"The request has {frames} video frames; {max_frames} are allowed.", param="messages"
+            f"The request has {frames} video frames; {max_frames} are allowed.", param="prompt"
         )

@@ -82,17 +82,13 @@ class Scheduler:
         """
         room = 0 if request.pooling else 1
         if request.num_prompt + room > self.max_model_len:
-            raise ContextLengthExceeded(
-                f"The prompt has {request.num_prompt} tokens, but this model's context holds "
-                f"{self.max_model_len} including the answer. Shorten the prompt or use smaller pictures.",
-                param="messages",
-            )
+            raise ContextLengthExceeded.by(self.max_model_len, request.num_prompt, room)
         rows = self.ledger.rows_from(request, 0)
         if rows > self.ledger.budget:
             raise InvalidRequest(
                 f"The request's pictures need {rows} visual tokens, but at most {self.ledger.budget} are "
                 "allowed at once. Send fewer or smaller pictures.",
-                param="messages",
+                param="prompt",
             )
 
     def add(self, request: Request) -> None:

@@ -49,9 +49,15 @@ CASES = {
         {"max_completion_tokens": 5000},
         400,
         "max_completion_tokens",
-        "maximum context length is 1024 tokens",
+        "1024 tokens. However, you requested 5010 tokens (10 in the prompt, 5000 in the completion): lower "
+        "max_completion_tokens",
     ),
-    "logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "[0, 20]"),
+    "logprobs": (
+        {"logprobs": True, "top_logprobs": 21},
+        400,
+        "top_logprobs",
+        "top_logprobs must be in [0, 20]",
+    ),
     "logprobs off": ({"top_logprobs": 2}, 400, "top_logprobs", "logprobs"),
     "nested regex": ({"structured_outputs": {"regex": "(("}}, 400, "structured_outputs.regex", "regex"),
     "no choice": ({"structured_outputs": {"choice": []}}, 400, "structured_outputs.choice", "choice"),
@@ -100,7 +106,7 @@ CASES = {
         "guided_choice",
         "Only one",
     ),
-    "embedding model": ({"model": "tests/vectors"}, 400, None, "embeddings"),
+    "embedding model": ({"model": "tests/vectors"}, 400, "model", "embeddings"),
     "bomb": (
         {"messages": image(blank_png(9000))},
         413,

@@ -151,7 +151,7 @@ def test_aborted_anywhere_leaves_nothing_behind():
 def test_what_can_never_run_is_refused():
     engine = SimulatedEngine(num_blocks=5, block_size=4, encoder_rows=10)
     assert engine.scheduler.max_model_len == 16
-    with pytest.raises(ContextLengthExceeded, match=r"17 tokens.*16"):
+    with pytest.raises(ContextLengthExceeded, match=r"16 tokens.*17 in the prompt"):
         engine.add("long", list(range(17)))
     with pytest.raises(InvalidRequest, match=r"12 visual tokens.*10"):
         engine.add("rows", prompt_with(12, 1, 2), [picture("p", 12, 1)])
