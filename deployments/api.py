@@ -19,7 +19,8 @@ from deployments.errors import (
     logger,
 )
 from deployments.pipeline import Pipeline
-from deployments.routers import chat, completions, embeddings, health, models, scoring, tokens
+from deployments.responses import ResponseStore
+from deployments.routers import chat, completions, embeddings, health, models, responses, scoring, tokens
 from engine.errors import Overloaded, SightlineError
 
 
@@ -28,7 +29,9 @@ def create_api(config: IngressConfig, pipelines: Mapping[str, Pipeline]) -> Fast
     api = FastAPI(title="Sightline", docs_url="/docs", redoc_url=None)
     api.state.config = config
     api.state.pipelines = pipelines
-    for endpoint in (chat, completions, embeddings, scoring, tokens, models, health):
+    api.state.responses = ResponseStore(config.stored_responses, config.stored_responses_s)
+    api.state.background = {}
+    for endpoint in (chat, completions, responses, embeddings, scoring, tokens, models, health):
         api.include_router(endpoint.router)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
@@ -185,12 +186,16 @@ class IngressConfig(StageConfig):
         max_active_requests: requests that one ingress replica has open at a time; more are refused with 429.
         health_timeout_s: how long ``/health`` waits for a model's replica.
         threads: prompts that are rendered and tokenized at a time.
+        stored_responses: the most responses of ``/v1/responses`` that a replica keeps.
+        stored_responses_s: seconds for which it keeps them.
     """
 
     max_body_bytes: PositiveInt = 64 << 20
     max_active_requests: PositiveInt = 1024
     health_timeout_s: PositiveFloat = 5.0
     threads: PositiveInt = 4
+    stored_responses: NonNegativeInt = 1024
+    stored_responses_s: PositiveFloat = 3600.0
     # Above max_active_requests, so that the ingress refuses first: its answer says what happened.
     max_ongoing_requests: PositiveInt = 4096
 

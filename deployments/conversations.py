@@ -124,12 +124,19 @@ def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except SightlineError as error:
         name = error.param
-        if name is not None and name in names:
-            error.param = names[name]
-            if name in _PARAMETERS:
-                # Messages about a sampling parameter call it by its name.
-                error.message = re.sub(rf"\b{name}\b", names[name], error.message)
+        error.param = _renamed(name, names)
+        if name in _PARAMETERS and name in names:
+            # Messages about a sampling parameter call it by its name.
+            error.message = re.sub(rf"\b{name}\b", names[name], error.message)
         raise
+
+
+def _renamed(param: str | None, names: Mapping[str, str]) -> str | None:
+    if param is None or param in names:
+        return names.get(param or "", param)
+    # A part of a message, such as ``messages[2].content[0]``.
+    head, bracket, rest = param.partition("]")
+    return names[head + bracket] + rest if head + bracket in names else param
 
 
 async def renamed(

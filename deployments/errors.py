@@ -23,6 +23,13 @@ class NoSuchRoute(SightlineError):
     code = "not_found"
 
 
+class NotFound(SightlineError):
+    """Something of this id is not kept here."""
+
+    status = 404
+    code = "not_found"
+
+
 class WrongMethod(SightlineError):
     status = 405
     code = "method_not_allowed"

@@ -42,6 +42,11 @@ def event(data: BaseModel) -> bytes:
     return b"data: " + data.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
+def named_event(name: str, data: Any) -> bytes:
+    """An event with a name of its own."""
+    return b"event: " + name.encode() + b"\ndata: " + compact(data) + b"\n\n"
+
+
 def error_event(error: SightlineError) -> bytes:
     """The event of an error in a stream that has begun. Logs the error in one line."""
     log_answered(error, "a stream")

@@ -32,7 +32,7 @@ SERVER_FLOORS = [
     ["answers", "config", "errors", "preflight", "stages", "tasks", "threads", "tools"],
     ["protocol"],
     ["body", "sse", "pipeline", "preprocessor", "encoder", "language_model"],
-    ["conversations"],
+    ["conversations", "responses"],
     ["routers"],
     ["api"],
     ["in_process", "ray_serve"],

@@ -143,7 +143,10 @@ def _source(value: Any, index: int, where: str, detail: str) -> MediaSource:
 
 
 def _tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as objects, which is how chat templates print them."""
+    """Tool calls with their arguments as objects, which is how chat templates print them.
+
+    Arguments that a model has broken off stay text: the history is taken as it is.
+    """
     if not isinstance(raw, list | tuple):
         raise InvalidRequest(f"{where} must be a list.", param=where)
     calls = []
@@ -154,14 +157,15 @@ def _tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                parsed = json.loads(arguments)
             except (ValueError, RecursionError):
-                arguments = None
-        if not isinstance(arguments, Mapping):
+                parsed = None
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        elif not isinstance(arguments, Mapping):
             raise InvalidRequest(
-                f"{where}[{k}].function.arguments must be a JSON object.",
+                f"{where}[{k}].function.arguments must be JSON text.",
                 param=f"{where}[{k}].function.arguments",
             )
-        called = {"name": function["name"], "arguments": dict(arguments)}
+        called = {"name": function["name"], "arguments": arguments}
         calls.append({"id": str(call.get("id", "")), "type": "function", "function": called})
     return calls

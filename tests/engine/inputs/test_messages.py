@@ -108,7 +108,7 @@ def test_tool_calls_keep_what_templates_print():
                 {
                     "role": "assistant",
                     "content": "",
-                    "tool_calls": [{"function": {"name": "f", "arguments": "["}}],
+                    "tool_calls": [{"function": {"name": "f", "arguments": ["a"]}}],
                 }
             ],
             "messages[0].tool_calls[0].function.arguments",
@@ -132,3 +132,10 @@ def test_limits_are_checked_before_anything_is_fetched():
         check_media_limits(sources, {"video": 0})
     with pytest.raises(MediaTooLarge, match="4 video frames"):
         check_media_limits(sources, {}, max_frames=3)
+
+
+@pytest.mark.parametrize("arguments", ["[", '{"a": ', "plain", "[1]"])
+def test_arguments_that_a_model_has_broken_off_stay_text(arguments):
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    (message,), _ = parse_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert message.extra["tool_calls"][0]["function"]["arguments"] == arguments

@@ -1,0 +1,186 @@
+"""The Responses API on the wire: its request, and its input items as chat messages."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from deployments.protocol.base import Part, UnsupportedParameter
+from deployments.protocol.generation import GenerationBody, JsonSchema
+from deployments.tools import ToolUse, read_tools
+from engine.errors import InvalidRequest
+from engine.sampling_params import SamplingParams, StructuredSpec
+
+Message = dict[str, Any]
+
+
+class TextFormat(Part):
+    """``text``, ``json_object``, or ``json_schema`` with its schema beside it."""
+
+    type: str = "text"
+    name: str = ""
+    json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool = True
+
+
+class TextOptions(Part):
+    format: TextFormat = TextFormat()
+
+
+class ReasoningOptions(Part):
+    effort: str | None = None
+
+
+class ResponsesRequest(GenerationBody):
+    """Body of ``POST /v1/responses``.
+
+    ``input`` and ``tools`` stay plain data; :func:`input_messages` and :mod:`deployments.tools` check them.
+    """
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **GenerationBody.REFUSED,
+        "conversation": "send previous_response_id",
+        "image": "answers are text",
+        "messages": "send input, or use /v1/chat/completions",
+        "moderation": "answers are not moderated here",
+        "n": "send several requests",
+        "prompt": "prompt templates are not stored here",
+    }
+    SILENT: ClassVar[frozenset[str]] = GenerationBody.SILENT | {"include", "max_tool_calls", "service_tier"}
+
+    input: str | list[Any] = Field(default_factory=list)
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    text: TextOptions = TextOptions()
+    reasoning: ReasoningOptions = ReasoningOptions()
+    top_logprobs: int | None = None
+    include: list[str] = Field(default_factory=list)
+    truncation: str = "disabled"
+    store: bool = True
+    background: bool = False
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    def check(self) -> None:
+        # The stream of a response always ends with its usage; its own options change nothing.
+        self.stream_options = None
+        super().check()
+        if not self.input and self.previous_response_id is None:
+            raise InvalidRequest("input must not be empty.", param="input")
+        if self.background and self.stream:
+            raise UnsupportedParameter(
+                "Unsupported parameter: a background response can't be streamed; retrieve it.",
+                param="background",
+            )
+        if self.background and not self.store:
+            raise InvalidRequest("A background response must be stored.", param="store")
+        if self.truncation not in ("auto", "disabled"):
+            raise InvalidRequest("truncation must be auto or disabled.", param="truncation")
+
+    def tool_use(self) -> ToolUse:
+        """The functions that may be called; tools that would run on the server are refused by name."""
+        tools = []
+        for index, tool in enumerate(self.tools or ()):
+            kind = tool.get("type") if isinstance(tool, Mapping) else None
+            if kind != "function":
+                raise UnsupportedParameter(
+                    f"Unsupported parameter: tools[{index}] is {kind!r}; only functions are offered.",
+                    param=f"tools[{index}].type",
+                )
+            function = {key: value for key, value in tool.items() if key != "type"}
+            tools.append({"type": "function", "function": tool.get("function", function)})
+        return read_tools(tools, self.tool_choice, self.parallel_tool_calls)
+
+    def constraint(self) -> tuple[StructuredSpec | None, str | None]:
+        wanted = self.text.format
+        if wanted.type == "json_object":
+            return StructuredSpec(kind="json_object"), "text.format"
+        if wanted.type == "json_schema":
+            if wanted.json_schema is None:
+                raise InvalidRequest("text.format needs a schema.", param="text.format.schema")
+            schema = JsonSchema(name=wanted.name, schema=wanted.json_schema, strict=wanted.strict)
+            return StructuredSpec(kind="json_schema", text=schema.text), "text.format"
+        if wanted.type != "text":
+            raise InvalidRequest(
+                "text.format.type must be text, json_object or json_schema.", param="text.format.type"
+            )
+        return super().constraint()
+
+    def template_options(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        options: dict[str, Any] = {}
+        if self.reasoning.effort is not None:
+            options |= {
+                "reasoning_effort": self.reasoning.effort,
+                "enable_thinking": self.reasoning.effort != "none",
+            }
+        return {**options, **self.chat_template_kwargs}
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """How to sample; errors as :meth:`sampling`."""
+        tokens = self.max_output_tokens if self.max_output_tokens is not None else self.max_tokens
+        logprobs = self.top_logprobs
+        if logprobs is None and "message.output_text.logprobs" in self.include:
+            logprobs = 0
+        return self.sampling(defaults, max_tokens=tokens, logprobs=logprobs, n=1)
+
+
+def input_messages(given: str | Sequence[Any]) -> tuple[list[Message], dict[str, str]]:
+    """Turn a response's input into chat messages.
+
+    Returns:
+        The messages, and the field ``input[i]`` from which each of ``messages[j]`` was made.
+
+    Raises:
+        InvalidRequest: naming the item that can't be used.
+    """
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}], {"messages[0]": "input"}
+    messages: list[Message] = []
+    fields: dict[str, str] = {}
+    for index, item in enumerate(given):
+        where = f"input[{index}]"
+        if not isinstance(item, Mapping):
+            raise InvalidRequest(f"{where} must be an object.", param=where)
+        _add_item(messages, item, where)
+        fields[f"messages[{len(messages) - 1}]"] = where
+    return messages, fields
+
+
+def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> None:
+    kind = item.get("type") or "message"
+    if kind == "message":
+        content = item.get("content")
+        if item.get("role") == "assistant" and _open_turn(messages) and "content" not in messages[-1]:
+            # A thought came before its visible text.
+            messages[-1]["content"] = content
+        else:
+            messages.append({"role": item.get("role"), "content": content})
+    elif kind == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        if not _open_turn(messages):
+            messages.append({"role": "assistant"})
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        content = item.get("output")
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
+    elif kind == "reasoning":
+        parts = [*(item.get("content") or ()), *(item.get("summary") or ())]
+        text = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
+        messages.append({"role": "assistant", **({"reasoning_content": text} if text else {"content": ""})})
+    else:
+        raise InvalidRequest(
+            f"{where}.type {kind!r} is not supported; message, function_call, function_call_output and "
+            "reasoning are.",
+            param=f"{where}.type",
+        )
+
+
+def _open_turn(messages: list[Message]) -> bool:
+    """Whether the last message is the assistant's, to which calls and text may be added."""
+    return bool(messages) and messages[-1]["role"] == "assistant"

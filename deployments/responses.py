@@ -1,0 +1,233 @@
+"""Responses under construction: their items, and the typed events that build them up."""
+
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.answers import ChoiceDelta
+from engine.errors import SightlineError
+from engine.outputs import Usage
+from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
+
+Json = dict[str, Any]
+
+#: Incomplete responses' reasons by finish reason.
+_INCOMPLETE = {"length": "max_output_tokens"}
+
+
+class ResponseBuilder:
+    """Builds a response from an answer's events.
+
+    Args:
+        response: the response object without output; it is completed in place.
+    """
+
+    def __init__(self, response: Json) -> None:
+        self.response = response
+        self._sequence = 0
+        self._item: Json | None = None
+        self._text: list[str] = []
+        self._logprobs: list[Json] = []
+
+    def begin(self) -> list[Json]:
+        """The events before any output."""
+        return [self._whole("response.created"), self._whole("response.in_progress")]
+
+    def add(self, delta: ChoiceDelta, logprobs: Sequence[Json] = ()) -> Iterator[Json]:
+        """Append what the answer gained.
+
+        Args:
+            logprobs: of the delta's tokens, in the form that the events carry.
+        """
+        waiting = list(logprobs)
+        for event in delta.events:
+            if self._item is None or not self._continues(event):
+                yield from self._end_item()
+                yield from self._begin_item(event)
+            yield from self._extend(event, waiting)
+            if isinstance(event, Text):
+                waiting = []
+
+    def finish(self, reason: str | None, usage: Usage, reasoning_tokens: int) -> Iterator[Json]:
+        """End the response, as completed or incomplete."""
+        incomplete = _INCOMPLETE.get(reason or "")
+        yield from self._end_item("incomplete" if incomplete else "completed")
+        self.response["usage"] = {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }
+        if incomplete:
+            self.response["status"] = "incomplete"
+            self.response["incomplete_details"] = {"reason": incomplete}
+        else:
+            self.response["status"] = "completed"
+        yield self._whole(f"response.{self.response['status']}")
+
+    def fail(self, error: SightlineError) -> Json:
+        """End the response after a failure."""
+        self.response["status"] = "failed"
+        self.response["error"] = {"code": "server_error", "message": error.message}
+        return self._whole("response.failed")
+
+    def _whole(self, kind: str) -> Json:
+        # A copy: the response goes on changing.
+        return self._event(kind, response={**self.response, "output": list(self.response["output"])})
+
+    def _event(self, kind: str, **fields: Any) -> Json:
+        event = {"type": kind, "sequence_number": self._sequence, **fields}
+        self._sequence += 1
+        return event
+
+    @property
+    def _place(self) -> Json:
+        assert self._item is not None
+        return {"item_id": self._item["id"], "output_index": len(self.response["output"])}
+
+    def _continues(self, event: Event) -> bool:
+        assert self._item is not None
+        kind = {Text: "message", Reasoning: "reasoning"}.get(type(event))
+        if kind is None:
+            return isinstance(event, CallArguments)
+        return self._item["type"] == kind
+
+    def _begin_item(self, event: Event) -> Iterator[Json]:
+        self._text, self._logprobs = [], []
+        if isinstance(event, Text):
+            self._item = {
+                "type": "message",
+                "id": _id("msg"),
+                "role": "assistant",
+                "status": "in_progress",
+                "content": [],
+            }
+        elif isinstance(event, Reasoning):
+            self._item = {
+                "type": "reasoning",
+                "id": _id("rs"),
+                "summary": [],
+                "status": "in_progress",
+                "content": [],
+            }
+        else:
+            assert isinstance(event, CallStart)
+            self._item = {
+                "type": "function_call",
+                "id": _id("fc"),
+                "call_id": _id("call"),
+                "name": event.name,
+                "arguments": "",
+                "status": "in_progress",
+            }
+        index = len(self.response["output"])
+        yield self._event("response.output_item.added", output_index=index, item=dict(self._item))
+        if self._item["type"] != "function_call":
+            yield self._event(
+                "response.content_part.added", **self._place, content_index=0, part=self._part()
+            )
+
+    def _part(self) -> Json:
+        assert self._item is not None
+        text = "".join(self._text)
+        if self._item["type"] == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self._logprobs)}
+
+    def _extend(self, event: Event, logprobs: list[Json]) -> Iterator[Json]:
+        if isinstance(event, CallStart):
+            return
+        self._text.append(event.text)
+        place = self._place
+        if isinstance(event, CallArguments):
+            yield self._event("response.function_call_arguments.delta", **place, delta=event.text)
+        elif isinstance(event, Reasoning):
+            yield self._event("response.reasoning_text.delta", **place, content_index=0, delta=event.text)
+        else:
+            self._logprobs += logprobs
+            yield self._event(
+                "response.output_text.delta", **place, content_index=0, delta=event.text, logprobs=logprobs
+            )
+
+    def _end_item(self, status: str = "completed") -> Iterator[Json]:
+        item = self._item
+        if item is None:
+            return
+        place, text = self._place, "".join(self._text)
+        if item["type"] == "function_call":
+            item["arguments"] = text
+            yield self._event(
+                "response.function_call_arguments.done", **place, name=item["name"], arguments=text
+            )
+        else:
+            part = self._part()
+            item["content"] = [part]
+            if item["type"] == "reasoning":
+                yield self._event("response.reasoning_text.done", **place, content_index=0, text=text)
+            else:
+                yield self._event(
+                    "response.output_text.done", **place, content_index=0, text=text, logprobs=self._logprobs
+                )
+            yield self._event("response.content_part.done", **place, content_index=0, part=part)
+        item["status"] = status
+        yield self._event(
+            "response.output_item.done", output_index=len(self.response["output"]), item=dict(item)
+        )
+        self.response["output"].append(item)
+        self._item = None
+
+
+def _id(kind: str) -> str:
+    return f"{kind}_{uuid.uuid4().hex}"
+
+
+@dataclass(slots=True)
+class StoredResponse:
+    """A response that was kept.
+
+    Attributes:
+        response: the object as clients get it.
+        input_items: the request's input, as items.
+        messages: the whole conversation up to the response's end, as chat messages.
+        stored_at: in seconds of the monotonic clock.
+    """
+
+    response: Json
+    input_items: list[Json]
+    messages: list[Json]
+    stored_at: float = field(default_factory=time.monotonic)
+
+
+class ResponseStore:
+    """The latest responses of one ingress replica, in memory.
+
+    Args:
+        limit: the most responses; the oldest are dropped.
+        seconds: how long a response is kept.
+    """
+
+    def __init__(self, limit: int, seconds: float) -> None:
+        self._limit, self._seconds = limit, seconds
+        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+
+    def put(self, stored: StoredResponse) -> None:
+        """Keep a response."""
+        self._kept[stored.response["id"]] = stored
+        while len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+
+    def get(self, name: str) -> StoredResponse | None:
+        """The response of that id; None if it was never kept, or not any more."""
+        stored = self._kept.get(name)
+        if stored is not None and time.monotonic() - stored.stored_at > self._seconds:
+            del self._kept[name]
+            return None
+        return stored
+
+    def delete(self, name: str) -> bool:
+        """Forget a response; False if there is none."""
+        return self._kept.pop(name, None) is not None

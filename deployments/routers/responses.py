@@ -1,0 +1,235 @@
+"""The Responses API: answers as items, kept for a while, continued by their id."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from deployments import sse
+from deployments.body import read_body
+from deployments.conversations import Conversation, RunningAnswer, caller_fields, start
+from deployments.errors import NotFound, as_sightline
+from deployments.pipeline import Pipeline
+from deployments.protocol import responses as wire
+from deployments.responses import Json, ResponseBuilder, ResponseStore, StoredResponse
+from deployments.routers.models import find_pipeline
+from deployments.routers.values import content_logprobs
+from engine.errors import InvalidRequest
+from engine.outputs import StreamUpdate
+
+router = APIRouter()
+
+
+@router.post("/v1/responses")
+async def create_response(request: Request) -> Response:
+    """Answer an input, as one JSON object, as a stream of typed events, or in the background."""
+    body = await read_body(request, wire.ResponsesRequest, request.app.state.config.max_body_bytes)
+    pipeline = find_pipeline(request, body.model)
+    body.check()
+    store: ResponseStore = request.app.state.responses
+    earlier: list[Json] = []
+    if body.previous_response_id is not None:
+        earlier = _stored(store, body.previous_response_id, "previous_response_id").messages
+    given, fields = wire.input_messages(body.input)
+    stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given])
+    conversation = _conversation(body, pipeline, stored.messages, len(earlier), fields)
+    running = await start(pipeline, stored.response["id"], conversation)
+    builder = ResponseBuilder(stored.response)
+    if body.store:
+        store.put(stored)
+    if body.background:
+        task = asyncio.ensure_future(_to_the_end(builder, running, stored))
+        request.app.state.background[stored.response["id"]] = task
+        task.add_done_callback(lambda _: request.app.state.background.pop(stored.response["id"], None))
+        return JSONResponse(stored.response)
+    if not body.stream:
+        async with aclosing(running.updates):
+            async for _ in _events(builder, running, stored):
+                pass
+        return JSONResponse(stored.response)
+    # What fails before the first token is still an error of its own, not an event in a stream.
+    first = await anext(running.updates)
+    return StreamingResponse(
+        _stream(builder, running, stored, first), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS
+    )
+
+
+@router.get("/v1/responses/{name}")
+async def retrieve_response(request: Request, name: str) -> Response:
+    """A response that was kept."""
+    return JSONResponse(_stored(request.app.state.responses, name, "response_id").response)
+
+
+@router.delete("/v1/responses/{name}")
+async def delete_response(request: Request, name: str) -> Response:
+    """Forget a response; one that still runs is cancelled."""
+    _stored(request.app.state.responses, name, "response_id")
+    await _cancelled(request, name)
+    request.app.state.responses.delete(name)
+    return JSONResponse({"id": name, "object": "response", "deleted": True})
+
+
+@router.post("/v1/responses/{name}/cancel")
+async def cancel_response(request: Request, name: str) -> Response:
+    """Cancel a background response."""
+    stored = _stored(request.app.state.responses, name, "response_id")
+    if not stored.response["background"]:
+        raise InvalidRequest("Only background responses can be cancelled.", param="response_id")
+    await _cancelled(request, name)
+    return JSONResponse(stored.response)
+
+
+@router.get("/v1/responses/{name}/input_items")
+async def list_input_items(request: Request, name: str) -> Response:
+    """The input of a response that was kept."""
+    items = _stored(request.app.state.responses, name, "response_id").input_items
+    ends = {"first_id": items[0]["id"] if items else None, "last_id": items[-1]["id"] if items else None}
+    return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
+
+
+def _stored(store: ResponseStore, name: str, param: str) -> StoredResponse:
+    stored = store.get(name)
+    if stored is None:
+        raise NotFound(
+            f"There is no response {name[:100]!r}. Responses are kept for a limited time, in the ingress "
+            "replica that made them; send the conversation again.",
+            param=param,
+        )
+    return stored
+
+
+def _response(body: wire.ResponsesRequest, pipeline: Pipeline) -> Json:
+    """The response object before its output."""
+    wanted = body.text.format
+    text_format: Json = {"type": wanted.type}
+    if wanted.type == "json_schema":
+        text_format |= {"name": wanted.name, "schema": wanted.json_schema, "strict": wanted.strict}
+    return {
+        "id": f"resp_{uuid.uuid4().hex}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "background": body.background,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata,
+        "model": pipeline.name,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "previous_response_id": body.previous_response_id,
+        "reasoning": {"effort": body.reasoning.effort, "summary": None},
+        "store": body.store,
+        "temperature": body.temperature,
+        "text": {"format": text_format},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": body.tools or [],
+        "top_p": body.top_p,
+        "truncation": body.truncation,
+        "usage": None,
+    }
+
+
+def _items(given: str | list[Any]) -> list[Json]:
+    """The input as items with ids."""
+    if isinstance(given, str):
+        given = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
+    return [{"id": f"msg_{uuid.uuid4().hex}", "type": "message", **item} for item in given]
+
+
+def _conversation(
+    body: wire.ResponsesRequest,
+    pipeline: Pipeline,
+    messages: list[Json],
+    earlier: int,
+    fields: dict[str, str],
+) -> Conversation:
+    names = {
+        "max_tokens": "max_output_tokens",
+        "prompt": "input",
+        "logprobs": "top_logprobs",
+        "messages": "input",
+    }
+    with caller_fields(names):
+        params = body.sampling_params(pipeline.sampling_defaults)
+        tools = body.tool_use()
+        constraint, constraint_field = body.constraint()
+    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    shift = len(system) + earlier
+    moved = {f"messages[{int(name[9:-1]) + shift}]": field for name, field in fields.items()}
+    return Conversation(
+        [*system, *messages],
+        params,
+        tools,
+        constraint,
+        constraint_field,
+        template_options=body.template_options(),
+        cache_salt=body.cache_salt,
+        priority=body.priority,
+        field_names=names | moved,
+    )
+
+
+async def _events(
+    builder: ResponseBuilder,
+    running: RunningAnswer,
+    stored: StoredResponse,
+    first: StreamUpdate | None = None,
+) -> AsyncIterator[Json]:
+    """All events of a response, to its end."""
+    for event in builder.begin():
+        yield event
+    update = first if first is not None else await anext(running.updates, None)
+    reason = None
+    while update is not None:
+        for delta in update.deltas:
+            read = running.reader.read(delta)
+            logprobs: list[Json] = []
+            if read.logprobs is not None:
+                tops = running.params.logprobs or 0
+                logprobs = [e.model_dump() for e in content_logprobs(read.token_ids, read.logprobs, tops)]
+            for event in builder.add(read, logprobs):
+                yield event
+            reason = read.finish_reason or reason
+        last, update = update, await anext(running.updates, None)
+    for event in builder.finish(reason, last.usage, running.reader.reasoning_tokens):
+        yield event
+    stored.messages += wire.input_messages(builder.response["output"])[0]
+
+
+async def _stream(
+    builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse, first: StreamUpdate
+) -> AsyncIterator[bytes]:
+    async with aclosing(running.updates):
+        try:
+            async for event in _events(builder, running, stored, first):
+                yield sse.named_event(event["type"], event)
+        except Exception as error:
+            failed = builder.fail(as_sightline(error))
+            yield sse.named_event(failed["type"], failed)
+
+
+async def _to_the_end(builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse) -> None:
+    async with aclosing(running.updates):
+        try:
+            async for _ in _events(builder, running, stored):
+                pass
+        except asyncio.CancelledError:
+            builder.response["status"] = "cancelled"
+            raise
+        except Exception as error:
+            builder.fail(as_sightline(error))
+
+
+async def _cancelled(request: Request, name: str) -> None:
+    task = request.app.state.background.get(name)
+    if task is not None:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,153 @@
+"""The Responses API, by OpenAI's client."""
+
+import json
+
+import openai
+import pytest
+
+from tests.deployments.pictures import circle, data_url
+
+pytestmark = pytest.mark.usefixtures("idle_afterwards")
+
+RED = {"type": "input_image", "image_url": data_url(circle("red")), "detail": "auto"}
+QUESTION = [{"role": "user", "content": [RED, {"type": "input_text", "text": "What color is the circle?"}]}]
+PARAMETERS = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+TOOL = {"type": "function", "name": "report", "parameters": PARAMETERS}
+
+
+async def ask(client, **options):
+    given = {"model": "pocket", "input": "Hello!", "temperature": 0, "max_output_tokens": 60}
+    return await client.responses.create(**given | options)
+
+
+async def test_an_answer_to_an_image_is_the_chats(client):
+    made = await ask(client, input=QUESTION)
+    content = [
+        {"type": "image_url", "image_url": {"url": RED["image_url"]}},
+        {"type": "text", "text": "What color is the circle?"},
+    ]
+    chat = await client.chat.completions.create(
+        model="pocket", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=60
+    )
+    assert made.output_text == chat.choices[0].message.content and "red" in made.output_text
+    assert made.status == "completed" and made.object == "response"
+    assert made.usage.input_tokens == chat.usage.prompt_tokens
+    assert made.usage.output_tokens == chat.usage.completion_tokens
+
+
+async def test_events_build_up_the_whole_response(client):
+    whole = await ask(client, input=QUESTION, top_logprobs=1)
+    events = [event async for event in await ask(client, input=QUESTION, top_logprobs=1, stream=True)]
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert len(deltas) > 2 and "".join(event.delta for event in deltas) == whole.output_text
+    last = events[-1].response
+    assert last.output_text == whole.output_text and last.usage == whole.usage
+    found = last.output[0].content[0].logprobs
+    assert [entry.token for entry in found] == [e.token for e in whole.output[0].content[0].logprobs]
+    assert "".join(entry.token for entry in found).startswith(whole.output_text)
+
+
+async def test_a_conversation_goes_on_by_the_response_before(client):
+    first = await ask(client, input=QUESTION)
+    second = await ask(client, input="What shape is it?", previous_response_id=first.id)
+    assert second.previous_response_id == first.id
+    turns = [
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "What shape is it?"},
+    ]
+    alone = await ask(client, input=[*QUESTION, *turns])
+    assert second.output_text == alone.output_text
+    assert second.usage.input_tokens == alone.usage.input_tokens
+
+
+async def test_what_is_kept(client):
+    made = await ask(client, metadata={"key": "value"}, instructions="Be brief.")
+    assert await client.responses.retrieve(made.id) == made
+    assert made.metadata == {"key": "value"} and made.instructions == "Be brief."
+    items = (await client.responses.input_items.list(made.id)).data
+    assert [item.content[0].text for item in items] == ["Hello!"]
+    await client.responses.delete(made.id)
+    for gone in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
+        with pytest.raises(openai.NotFoundError):
+            await gone(made.id)
+    with pytest.raises(openai.NotFoundError) as refused:
+        await ask(client, previous_response_id=made.id)
+    assert refused.value.param == "previous_response_id"
+    loose = await ask(client, store=False)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(loose.id)
+
+
+async def test_a_function_call_and_its_output(client):
+    options = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    made = await ask(client, **options, max_output_tokens=200)
+    (call,) = made.output
+    assert call.type == "function_call" and call.name == "report" and call.status == "completed"
+    assert json.loads(call.arguments)["color"] in ("red", "blue")
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    later = await ask(client, input=[output], previous_response_id=made.id)
+    assert later.status in ("completed", "incomplete")
+    again = [{"role": "user", "content": "Hello!"}, call.model_dump(exclude_none=True), output]
+    assert (await ask(client, input=again)).output_text == later.output_text
+
+
+async def test_a_streamed_function_call(client):
+    choice = {"type": "function", "name": "report"}
+    options = {"tools": [TOOL], "tool_choice": choice, "parallel_tool_calls": False}
+    events = [event async for event in await ask(client, **options, stream=True)]
+    deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+    (done,) = [e for e in events if e.type == "response.function_call_arguments.done"]
+    assert "".join(deltas) == done.arguments == events[-1].response.output[0].arguments
+    assert len(deltas) > 2
+
+
+async def test_a_form_for_the_answer(client):
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    text = {"format": {"type": "json_schema", "name": "S", "schema": schema, "strict": True}}
+    made = await ask(client, text=text)
+    assert json.loads(made.output_text)["n"] in (1, 2)
+
+
+async def test_an_answer_that_is_cut(client):
+    made = await ask(client, max_output_tokens=2)
+    assert made.status == "incomplete" and made.incomplete_details.reason == "max_output_tokens"
+    assert made.output[0].status == "incomplete"
+
+
+async def test_a_background_response(client):
+    started = await ask(client, background=True, max_output_tokens=900, extra_body={"ignore_eos": True})
+    assert started.status == "in_progress" and started.background
+    cancelled = await client.responses.cancel(started.id)
+    assert cancelled.status == "cancelled"
+    assert (await client.responses.retrieve(started.id)).status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"input": []}, "input", None),
+        ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0].type", None),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file"}]}]},
+            "input[0].content[0].type",
+            None,
+        ),
+        ({"input": [{"role": "king", "content": "a"}]}, "input[0].role", None),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported_parameter"),
+        ({"tools": [{"type": "function", "name": ""}]}, "tools[0].function.name", None),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", None),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format", None),
+        ({"max_output_tokens": 9000}, "max_output_tokens", "context_length_exceeded"),
+        ({"input": "word " * 4000}, "input", "context_length_exceeded"),
+        ({"conversation": "c"}, "conversation", "unsupported_parameter"),
+        ({"background": True, "stream": True}, "background", "unsupported_parameter"),
+    ],
+)
+async def test_what_is_refused(client, change, param, code):
+    with pytest.raises(openai.BadRequestError) as refused:
+        await ask(client, **change)
+    assert refused.value.param == param and code in (None, refused.value.code)
