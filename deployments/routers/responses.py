@@ -3,12 +3,12 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.body import read_body
@@ -54,9 +54,7 @@ async def create_response(request: Request) -> Response:
         return JSONResponse(stored.response)
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(running.updates)
-    return StreamingResponse(
-        _stream(builder, running, stored, first), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS
-    )
+    return sse.EventResponse(_stream(builder, running, stored, first))
 
 
 @router.get("/v1/responses/{name}")
@@ -205,7 +203,7 @@ async def _events(
 
 async def _stream(
     builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse, first: StreamUpdate
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(running.updates):
         try:
             async for event in _events(builder, running, stored, first):
