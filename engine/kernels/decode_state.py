@@ -1,8 +1,8 @@
 """Two kernels of a decode step: one gathers its inputs from per-slot state, one advances that state
 afterwards.
 
-A request slot is the row of one running request in the state tensors; a KV slot is the place of one token in
-the cache.
+A request slot is the row of one running request in the state tensors; a KV slot is the index of one token in
+the KV cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.kernels.launch import launch
 
 
 class DecodeInputs(NamedTuple):
-    """What a decode step of ``D`` requests computes, and where; one row per request.
+    """Inputs of a decode step of ``D`` requests, one row per request.
 
     Attributes:
         ids: int64 ``(D,)``, token ids to compute.

@@ -121,10 +121,10 @@ def linear(
         ``(T, N)``, or ``(T, N / 2)`` with an activation, in the dtype of ``x``.
     """
     rows = x.shape[0]
-    ours = rows <= MEMORY_BOUND_ROWS and use_triton(x)
-    if ours and rows > 1 and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS:
+    memory_bound = rows <= MEMORY_BOUND_ROWS and use_triton(x)
+    if memory_bound and rows > 1 and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS:
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters)
-    out = gemv_triton(x, weight, bias) if ours and rows == 1 else F.linear(x, weight, bias)
+    out = gemv_triton(x, weight, bias) if memory_bound and rows == 1 else F.linear(x, weight, bias)
     return out if activation is None else act_mul(out, activation)
 
 

@@ -22,7 +22,7 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
     Args:
         arguments: the kernel's parameters and launch options, by name.
     """
-    # What kernel[grid](...) does, without copying the arguments twice more.
+    # The same as kernel[grid](...), which would copy the arguments twice more.
     kernel.run(grid=grid, warmup=is_compiling() and isinstance(kernel, JITFunction), **arguments)
 
 

@@ -1,7 +1,7 @@
 """The paged KV cache: its tensors, a batch of sequences over it, and the device code that reads it.
 
 :class:`KVCache` and :class:`AttentionMetadata` are the arguments of every attention kernel. The ``jit``
-functions are what decode, mixed and prefill attention share.
+functions are shared by decode, mixed and prefill attention.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class KVCache:
 class AttentionMetadata:
     """A batch of ``S`` sequences whose ``T`` new tokens are concatenated; passed through every forward pass.
 
-    A KV slot is the place of one token in the cache: ``block * block_size + offset``.
+    A KV slot is the index of one token in the cache: ``block * block_size + offset``.
 
     Attributes:
         block_tables: ``(S, max_blocks)`` int32, rows contiguous: KV blocks of each sequence in order; entries
@@ -106,7 +106,7 @@ def find_tile(query_start_ptr, seq_lens_ptr, tile, sequences, TOKENS: tl.constex
 
 
 class HeadKeys(NamedTuple):
-    """Where a kernel finds the keys and values of one sequence and KV head.
+    """Pointers to the keys and values of one sequence and KV head.
 
     Attributes:
         k_ptr, v_ptr: the head in block 0.

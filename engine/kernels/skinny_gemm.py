@@ -37,7 +37,7 @@ def split_counters(outputs: int, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class SkinnyTile:
-    """How a skinny GEMM is cut up.
+    """Tile of a skinny GEMM.
 
     Attributes:
         inputs: inputs per step.
@@ -161,7 +161,7 @@ def _skinny_gemm_kernel(
     share = tl.cdiv(tl.cdiv(inputs, TILE_INPUTS), splits) * TILE_INPUTS
     first = split * share
     end = tl.minimum(first + share, inputs)
-    # Beyond the last output or row the last one is loaded again, and not stored.
+    # Lanes beyond the last output or row load the last one again; their results are not stored.
     weights = (
         weight_ptr + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * weight_stride + lane[None, :]
     )

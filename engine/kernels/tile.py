@@ -1,4 +1,4 @@
-"""The tile of an attention kernel."""
+"""Tiles of attention kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """How much of the problem a program works on at a time, and how it is compiled.
+    """Part of an attention problem that a program works on at a time, and how the kernel is compiled.
 
     Attributes:
         rows: rows of queries.

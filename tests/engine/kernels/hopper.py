@@ -1,4 +1,4 @@
-"""Compiles the engine's kernels for a Hopper GPU on a machine without one, and prints what each needs.
+"""Compiles the engine's kernels for a Hopper GPU, on a machine without one, and prints their resources.
 
     python -m tests.engine.kernels.hopper
 
@@ -33,7 +33,7 @@ BF16, I32 = torch.bfloat16, torch.int32
 
 
 class NoDevice:
-    """Answers what the compiler asks of a driver."""
+    """Driver of a GPU that is not there: the compiler asks it for the target only."""
 
     def get_current_target(self) -> GPUTarget:
         return TARGET

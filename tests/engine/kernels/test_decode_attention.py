@@ -18,7 +18,7 @@ BLOCK = 4
 
 
 @dataclass
-class Problem:
+class Step:
     """One new token for each sequence; its key and value are not in the cache yet."""
 
     q: torch.Tensor
@@ -71,19 +71,19 @@ def problem(device, dtype, *, lengths, heads, kv_heads, dim, half=None, section=
     angles = torch.randn(50, half + 3)[:, :half].to(device)
     table = RotaryTable(angles.cos(), angles.sin(), section, interleaved)
     positions = torch.randint(0, 50, (count,) if section is None else (3, count)).to(device)
-    return Problem(q, k, v, positions, table, paged.cache, paged.meta)
+    return Step(q, k, v, positions, table, paged.cache, paged.meta)
 
 
-def run(given: Problem, window=None):
+def run(step: Step, window=None):
     """Compare the kernel with the two references one after the other."""
-    rotated = given.rotated()
+    rotated = step.rotated()
     expected = paged_attention_reference(
-        rotated.q.double(), double(rotated.cache), given.meta, scale=given.scale, window=window
+        rotated.q.double(), double(rotated.cache), step.meta, scale=step.scale, window=window
     )
-    result = decode_attention_triton(*given.arguments(), scale=given.scale, window=window)
+    result = decode_attention_triton(*step.arguments(), scale=step.scale, window=window)
     assert_close(result, expected)
     for cache, written in zip(
-        (given.cache.keys, given.cache.values), (rotated.cache.keys, rotated.cache.values), strict=True
+        (step.cache.keys, step.cache.values), (rotated.cache.keys, rotated.cache.values), strict=True
     ):
         assert torch.equal(cache.isnan(), written.isnan()), "the kernel wrote another KV slot"
         assert_close(cache.nan_to_num(), written.nan_to_num())
@@ -117,7 +117,7 @@ def test_triton_equals_reference(device, dtype, case, splits, monkeypatch):
 def test_options(device, dtype, change, splits, monkeypatch):
     force_splits(monkeypatch, splits)
     interleaved = "interleaved" in change
-    given = problem(
+    step = problem(
         device,
         dtype,
         lengths=[30, 270, 1],
@@ -127,19 +127,19 @@ def test_options(device, dtype, change, splits, monkeypatch):
         section=(2, 3, 3) if interleaved else None,
         interleaved=interleaved,
     )
-    given.q *= 8
-    run(given, change.get("window"))
+    step.q *= 8
+    run(step, change.get("window"))
 
 
 def test_a_token_without_a_slot_is_seen_and_not_written(device):
-    given = problem(device, torch.float32, lengths=[9, 6], heads=2, kv_heads=1, dim=16)
-    written = given.copy()
-    before = clone(given.cache)
-    given.meta.slot_mapping[1] = -1
-    result = decode_attention_triton(*given.arguments(), scale=0.25)
+    step = problem(device, torch.float32, lengths=[9, 6], heads=2, kv_heads=1, dim=16)
+    written = step.copy()
+    before = clone(step.cache)
+    step.meta.slot_mapping[1] = -1
+    result = decode_attention_triton(*step.arguments(), scale=0.25)
     assert_close(result, decode_attention_triton(*written.arguments(), scale=0.25))
     block, offset = divmod(int(written.meta.slot_mapping[0]), BLOCK)
-    for cache, old in ((given.cache.keys, before.keys), (given.cache.values, before.values)):
+    for cache, old in ((step.cache.keys, before.keys), (step.cache.values, before.values)):
         old[block, :, offset] = cache[block, :, offset]
         torch.testing.assert_close(cache, old, equal_nan=True)
 
@@ -148,25 +148,25 @@ def test_split_counters_are_zero_again(device):
     """Also where some splits have no keys, and where there are more rows of counters than sequences."""
     counters = torch.zeros((5, 2), dtype=torch.int32, device=device)
     for lengths in ([300, 3], [3, 300], [70, 140, 1]):
-        given = problem(device, torch.float32, lengths=lengths, heads=4, kv_heads=2, dim=16)
-        expected = decode_attention_reference(*given.copy().arguments(), scale=0.25)
-        given.meta.split_counters = counters
-        assert_close(decode_attention_triton(*given.arguments(), scale=0.25), expected)
+        step = problem(device, torch.float32, lengths=lengths, heads=4, kv_heads=2, dim=16)
+        expected = decode_attention_reference(*step.copy().arguments(), scale=0.25)
+        step.meta.split_counters = counters
+        assert_close(decode_attention_triton(*step.arguments(), scale=0.25), expected)
         assert not counters.any()
 
 
 def test_no_sequences(device):
-    given = problem(device, torch.float32, lengths=[9], heads=2, kv_heads=1, dim=16)
-    given.q, given.k, given.v, given.positions = (x[:0] for x in (given.q, given.k, given.v, given.positions))
-    meta = given.meta
-    given.meta = replace(
+    step = problem(device, torch.float32, lengths=[9], heads=2, kv_heads=1, dim=16)
+    step.q, step.k, step.v, step.positions = (x[:0] for x in (step.q, step.k, step.v, step.positions))
+    meta = step.meta
+    step.meta = replace(
         meta,
         slot_mapping=meta.slot_mapping[:0],
         block_tables=meta.block_tables[:0],
         seq_lens=meta.seq_lens[:0],
     )
     for run in (decode_attention, decode_attention_triton):
-        assert run(*given.arguments(), scale=0.25).shape == (0, 2, 16)
+        assert run(*step.arguments(), scale=0.25).shape == (0, 2, 16)
 
 
 def test_splits_fill_small_grids_only():
@@ -200,23 +200,23 @@ def test_every_tile(device, dtype, case, programs, splits, monkeypatch):
 def test_a_captured_graph_stays_valid_while_sequences_grow(device):
     if device.type == "cpu":
         pytest.skip("CUDA graphs need a GPU")
-    given = problem(device, torch.bfloat16, lengths=[200, 900], heads=8, kv_heads=2, dim=128)
-    kept = given.copy()
-    given.meta.seq_lens.fill_(3)
-    given.meta.split_counters = torch.zeros((2, 2), dtype=torch.int32, device=device)
-    decode_attention(*given.arguments(), scale=given.scale)
+    step = problem(device, torch.bfloat16, lengths=[200, 900], heads=8, kv_heads=2, dim=128)
+    kept = step.copy()
+    step.meta.seq_lens.fill_(3)
+    step.meta.split_counters = torch.zeros((2, 2), dtype=torch.int32, device=device)
+    decode_attention(*step.arguments(), scale=step.scale)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode_attention(*given.arguments(), scale=given.scale)
+        out = decode_attention(*step.arguments(), scale=step.scale)
     rotated = kept.rotated()
     expected = paged_attention_reference(
-        rotated.q.double(), double(rotated.cache), kept.meta, scale=given.scale
+        rotated.q.double(), double(rotated.cache), kept.meta, scale=step.scale
     )
     for name in ("q", "k", "v"):
-        getattr(given, name).copy_(getattr(kept, name))
-    given.cache.keys.copy_(kept.cache.keys)
-    given.cache.values.copy_(kept.cache.values)
-    given.meta.seq_lens.copy_(kept.meta.seq_lens)
+        getattr(step, name).copy_(getattr(kept, name))
+    step.cache.keys.copy_(kept.cache.keys)
+    step.cache.values.copy_(kept.cache.values)
+    step.meta.seq_lens.copy_(kept.meta.seq_lens)
     for _ in range(20):
         graph.replay()
         assert_close(out, expected)

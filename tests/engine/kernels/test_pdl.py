@@ -20,7 +20,7 @@ def test_only_few_rows_use_pdl_and_only_on_devices_that_support_it(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_each_kernel_waits_for_the_previous_one(device, rows):
-    """A chain in which every layer needs the whole output of the previous layer, eager and captured."""
+    """Run a chain in which every layer needs the whole output of the previous one, eager and captured."""
     if device.type == "cpu":
         pytest.skip("PDL needs a GPU")
     size, length = 2048, 64
