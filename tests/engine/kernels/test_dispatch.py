@@ -101,9 +101,10 @@ def test_many_rows_are_left_to_torch(device, dtype):
     x, weight, bias = problem(device, dtype, 65, 12, 16)
     torch.testing.assert_close(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     norm, residual = torch.rand(16).to(device, dtype), x.clone()
-    result = norm_linear(x, residual, norm, 1e-3, weight, bias, activation="silu")
-    expected = norm_linear_reference(x, residual, norm, 1e-3, weight, bias, activation="silu")
-    torch.testing.assert_close(result, expected)
+    out, total = norm_linear(x, residual, norm, 1e-3, weight, bias, activation="silu")
+    expected, summed = norm_linear_reference(x, residual, norm, 1e-3, weight, bias, activation="silu")
+    assert_close(out, expected)
+    assert torch.equal(total, summed)
 
 
 def test_no_rows(device):
