@@ -1,9 +1,9 @@
-"""Everything in front of the engine for one model: prompts and pictures to engine input."""
+"""Turns the prompts and images of one model's callers into input of its engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,6 +21,7 @@ from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.embeds import are_embeddings, given_embeddings
 from engine.inputs.messages import parse_messages
+from engine.inputs.multi_modal import FIELD, media_sources
 from engine.media.decode import ImageLimits, decode_image, upright_rgb
 from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
@@ -29,12 +30,13 @@ from engine.prompt import EngineInput, MediaItem, PreparedMedia
 from engine.sampling_params import generation_defaults
 from engine.text.tokenizer import Tokenizer
 
-#: Prepared media to their embedding rows; see :meth:`engine.encoder.EncoderEngine.encode`.
-Encode = Callable[[Sequence[PreparedMedia]], Sequence[Any]]
+#: Gives the embedding rows of a prompt's media as :meth:`engine.encoder.EncoderEngine.encode` does, or it
+#: refuses the prompt. The media may lack their content hashes yet.
+Encode = Callable[[Sequence[PreparedMedia], EngineInput], Sequence[Any]]
 
 
 def load_prompt_builder(config: EngineConfig) -> PromptBuilder:
-    """Tokenizer, chat template and placeholders of a model; loads no weights.
+    """Load a model's tokenizer, chat template and placeholder strings, but no weights.
 
     Raises:
         CheckpointError, ConfigError: a file is missing or unusable.
@@ -49,7 +51,7 @@ def load_prompt_builder(config: EngineConfig) -> PromptBuilder:
 
 
 def tokenizer_folder(config: EngineConfig, checkpoint: Checkpoint) -> Path:
-    """Where the tokenizer of ``checkpoint`` lies, or the one that ``config`` names instead.
+    """The folder of the checkpoint's tokenizer, or of the one that ``config`` names instead.
 
     Raises:
         CheckpointError: there is no such folder or hub name.
@@ -60,7 +62,7 @@ def tokenizer_folder(config: EngineConfig, checkpoint: Checkpoint) -> Path:
 
 
 def load_media_processor(config: EngineConfig) -> MediaProcessor | None:
-    """What prepares a model's pictures; None for a text-only model.
+    """Load the processor of a model's media; None for a text-only model.
 
     Raises:
         CheckpointError: the model can't be served.
@@ -71,21 +73,21 @@ def load_media_processor(config: EngineConfig) -> MediaProcessor | None:
 
 
 def fetch_policy(config: EngineConfig, policy: FetchPolicy) -> FetchPolicy:
-    """``policy``, with the folder that ``config`` allows its model's pictures to be read from."""
+    """``policy`` with the folder that ``config`` allows media to be read from."""
     if config.allowed_local_media_path is None:
         return policy
     return policy.model_copy(update={"allowed_local_media_path": config.allowed_local_media_path})
 
 
 def for_prompt(processor: MediaProcessor, sources: Sequence[MediaSource]) -> MediaProcessor:
-    """What prepares the media of one prompt: some models show a picture otherwise among several."""
+    """The processor for the media of one prompt: some models show an image otherwise among several."""
     if isinstance(processor, PromptAwareProcessor):
         return processor.among(sum(source.kind == "image" for source in sources))
     return processor
 
 
 def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
-    """The fields of :class:`~engine.sampling_params.SamplingParams` that the checkpoint has defaults for."""
+    """The checkpoint's defaults for fields of :class:`~engine.sampling_params.SamplingParams`."""
     return generation_defaults(_describe(config)[0].generation_config)
 
 
@@ -104,22 +106,35 @@ def _describe(config: EngineConfig) -> tuple[Checkpoint, Family, ModelConfig]:
 
 @dataclass(slots=True)
 class PreparedPrompt:
-    """A prompt ready for the engine, with what is left to encode, in the order of its spans, or what came
-    encoded."""
+    """A prompt ready for the engine.
+
+    Attributes:
+        inputs: token ids and media spans.
+        media: items that are still to be encoded, in the order of the spans.
+        embeddings: rows of each span instead, where they are known.
+    """
 
     inputs: EngineInput
     media: list[PreparedMedia] = field(default_factory=list)
     embeddings: list[Any] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Media:
+    """The prepared media of a prompt; ``naming`` is the processor that adds their content hashes later."""
+
+    items: list[PreparedMedia] = field(default_factory=list)
+    naming: NamelessProcessor | None = None
+
+
 class Frontend:
-    """The offline way in: prompts as :class:`engine.LLM` takes them. Thread-safe.
+    """Prepares prompts as :class:`engine.LLM` takes them. Thread-safe.
 
     Args:
-        config: the engine's.
-        builder: makes prompts.
-        processor: prepares pictures; None for a text-only model.
-        fetcher: gets pictures by URL.
+        config: the engine's configuration.
+        builder: builds prompts.
+        processor: prepares media; None for a text-only model.
+        fetcher: gets images by URL.
     """
 
     def __init__(
@@ -134,12 +149,12 @@ class Frontend:
         self._processor = processor
         self._fetcher = fetcher
         self._limits = ImageLimits()
-        # One picture may stand in several prompts: no two threads may read its file at a time.
+        # One PIL image may stand in several prompts, and two threads must not read its file at a time.
         self._opening = [Lock() for _ in range(64)]
 
     @classmethod
     def load(cls, config: EngineConfig, policy: FetchPolicy | None = None) -> Frontend:
-        """The front of ``config.model``; errors as :func:`load_prompt_builder`."""
+        """The frontend of ``config.model``; errors as :func:`load_prompt_builder`."""
         fetcher = MediaFetcher(fetch_policy(config, policy or FetchPolicy()))
         return cls(config, load_prompt_builder(config), load_media_processor(config), fetcher)
 
@@ -148,11 +163,11 @@ class Frontend:
         return self._processor is not None
 
     def from_prompt(self, prompt: str | Mapping[str, Any], encode: Encode | None = None) -> PreparedPrompt:
-        """One prompt of :meth:`engine.LLM.generate`.
+        """Prepare one prompt of :meth:`engine.LLM.generate`.
 
         Args:
-            encode: encodes the media here and now, if given: a device computes their rows while they are
-                named and the prompt is built.
+            encode: encodes the media at once, if given: the device computes their rows while they are hashed.
+                It gets the prompt as well, so that it can refuse it first.
 
         Raises:
             InvalidRequest: naming the entry that can't be used.
@@ -165,36 +180,18 @@ class Frontend:
                 f"not {type(prompt).__name__}.",
                 param="prompt",
             )
-        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data", "cache_salt"}
+        unknown = prompt.keys() - {"prompt", "prompt_token_ids", FIELD, "cache_salt"}
         if unknown:
             raise InvalidRequest(f"A prompt has no entry {sorted(unknown)[0]!r}.", param="prompt")
-        data, salt = prompt.get("multi_modal_data") or {}, prompt.get("cache_salt", "")
+        data, salt = prompt.get(FIELD) or {}, prompt.get("cache_salt", "")
         if are_embeddings(data.get("image")):
             given = self._given(data)
             inputs = self._inputs(prompt, [item for item, _ in given], salt)
             tensors = {item.hash: tensor for item, tensor in given}
             return PreparedPrompt(inputs, embeddings=[tensors[span.item.hash] for span in inputs.spans])
-        media, rows = self._prepare(_media_sources(data), encode)
-        return _prepared(self._inputs(prompt, [prepared.item for prepared in media], salt), media, rows)
-
-    def _inputs(self, prompt: Mapping[str, Any], items: Sequence[MediaItem], salt: str) -> EngineInput:
-        if (ids := prompt.get("prompt_token_ids")) is not None:
-            return self._builder.from_token_ids(ids, items, cache_salt=salt)
-        if not isinstance(prompt.get("prompt"), str):
-            raise InvalidRequest("A prompt needs a text in 'prompt', or ids in 'prompt_token_ids'.")
-        return self._builder.from_text(prompt["prompt"], items, cache_salt=salt)
-
-    def _given(self, data: Mapping[str, Any]) -> list[tuple[MediaItem, Any]]:
-        """Items that come as embeddings."""
-        where = "multi_modal_data.image"
-        if len(data) > 1:
-            raise InvalidRequest("Embeddings can't be mixed with other media.", param="multi_modal_data")
-        if self._processor is None:
-            raise InvalidRequest("This model takes no pictures.", param=where)
-        given = given_embeddings(data["image"], self._processor)
-        sources = [MediaSource(index, f"{where}[{index}]") for index in range(len(given))]
-        check_media_limits(sources, self._config.limit_mm_per_prompt)
-        return given
+        media = self._prepare(media_sources(data), name_later=encode is not None)
+        inputs = self._inputs(prompt, [prepared.item for prepared in media.items], salt)
+        return _finished(inputs, media, encode)
 
     def from_messages(
         self,
@@ -207,55 +204,69 @@ class Frontend:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> PreparedPrompt:
-        """One conversation of :meth:`engine.LLM.chat`; ``encode`` as in :meth:`from_prompt`.
+        """Prepare one conversation of :meth:`engine.LLM.chat`; ``encode`` as in :meth:`from_prompt`.
 
         Raises:
             InvalidRequest: naming the message or part that can't be used.
         """
         parsed, sources = parse_messages(messages)
-        media, rows = self._prepare(sources, encode)
+        media = self._prepare(sources, name_later=encode is not None)
         builder = self._builder if chat_template is None else self._builder.with_template(chat_template)
         inputs = builder.from_messages(
             parsed,
-            [prepared.item for prepared in media],
+            [prepared.item for prepared in media.items],
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
             template_kwargs=chat_template_kwargs,
         )
-        return _prepared(inputs, media, rows)
+        return _finished(inputs, media, encode)
 
     def close(self) -> None:
         """Close connections. They are opened again when they are needed."""
         self._fetcher.close_blocking()
 
-    def _prepare(
-        self, sources: Sequence[MediaSource], encode: Encode | None
-    ) -> tuple[list[PreparedMedia], Sequence[Any] | None]:
-        """The media of a prompt, and their rows if they are to be encoded here."""
-        if not sources:
-            return [], None
+    def _inputs(self, prompt: Mapping[str, Any], items: Sequence[MediaItem], salt: str) -> EngineInput:
+        if (ids := prompt.get("prompt_token_ids")) is not None:
+            return self._builder.from_token_ids(ids, items, cache_salt=salt)
+        if not isinstance(prompt.get("prompt"), str):
+            raise InvalidRequest("A prompt needs a text in 'prompt', or ids in 'prompt_token_ids'.")
+        return self._builder.from_text(prompt["prompt"], items, cache_salt=salt)
+
+    def _given(self, data: Mapping[str, Any]) -> list[tuple[MediaItem, Any]]:
+        """Items that come as embeddings."""
+        where = f"{FIELD}.image"
+        if len(data) > 1:
+            raise InvalidRequest("Embeddings can't be mixed with other media.", param=FIELD)
         if self._processor is None:
-            raise InvalidRequest("This model takes no pictures.", param=sources[0].where)
+            raise InvalidRequest("This model takes no images.", param=where)
+        given = given_embeddings(data["image"], self._processor)
+        sources = [MediaSource(index, f"{where}[{index}]") for index in range(len(given))]
+        check_media_limits(sources, self._config.limit_mm_per_prompt)
+        return given
+
+    def _prepare(self, sources: Sequence[MediaSource], *, name_later: bool) -> _Media:
+        """Fetch, decode and prepare the media of a prompt."""
+        if not sources:
+            return _Media()
+        if self._processor is None:
+            raise InvalidRequest("This model takes no images.", param=sources[0].where)
         check_media_limits(sources, self._config.limit_mm_per_prompt)
         budget = ByteBudget(self._fetcher.policy.max_total_bytes)
         processor = for_prompt(self._processor, sources)
-        names_later = processor if encode is not None and isinstance(processor, NamelessProcessor) else None
-        if names_later is not None:
-            processor = names_later.nameless()
-        prepared = []
+        naming = processor if name_later and isinstance(processor, NamelessProcessor) else None
+        if naming is not None:
+            processor = naming.nameless()
+        items = []
         for source in sources:
             if source.kind == "video":
-                frames = [self._picture(frame, budget) for frame in source.frames]
-                prepared.append(processor.prepare_video(frames))
+                frames = [self._image(frame, budget) for frame in source.frames]
+                items.append(processor.prepare_video(frames))
             else:
-                prepared.append(processor.prepare(self._picture(source, budget)))
-        rows = None if encode is None else encode(prepared)
-        if names_later is not None:
-            prepared = [names_later.named(media) for media in prepared]
-        return prepared, rows
+                items.append(processor.prepare(self._image(source, budget)))
+        return _Media(items, naming)
 
-    def _picture(self, source: MediaSource, budget: ByteBudget) -> Image.Image:
+    def _image(self, source: MediaSource, budget: ByteBudget) -> Image.Image:
         if source.image is not None:
             with self._opening[id(source.image) % len(self._opening)]:
                 return upright_rgb(source.image, where=source.where)
@@ -263,45 +274,15 @@ class Frontend:
         return decode_image(data, self._limits, where=source.where)
 
 
-def _prepared(
-    inputs: EngineInput, media: Sequence[PreparedMedia], rows: Sequence[Any] | None
-) -> PreparedPrompt:
-    # A raw prompt may mark a video before a picture, which stand the other way round in multi_modal_data.
-    place = {prepared.item.hash: index for index, prepared in enumerate(media)}
-    order = [place[span.item.hash] for span in inputs.spans]
-    if rows is None:
-        return PreparedPrompt(inputs, [media[index] for index in order])
-    return PreparedPrompt(inputs, embeddings=[rows[index] for index in order])
-
-
-def _media_sources(data: Mapping[str, Any]) -> list[MediaSource]:
-    """``multi_modal_data`` as sources: pictures, then videos."""
-    unknown = data.keys() - {"image", "video"}
-    if unknown:
-        raise InvalidRequest(
-            f"multi_modal_data has no entry {sorted(unknown)[0]!r}.", param="multi_modal_data"
-        )
-    sources: list[MediaSource] = []
-    for kind in ("image", "video"):
-        given = data.get(kind)
-        if given is None:
-            continue
-        many = given if isinstance(given, list | tuple) else [given]
-        if kind == "video" and many and isinstance(many[0], Image.Image):
-            many = [many]
-        for value in many:
-            where = f"multi_modal_data.{kind}[{len(sources)}]"
-            if kind == "video":
-                frames = tuple(_source(frame, len(sources), where) for frame in value)
-                sources.append(MediaSource(len(sources), where, "video", frames=frames))
-            else:
-                sources.append(_source(value, len(sources), where))
-    return sources
-
-
-def _source(value: Any, index: int, where: str) -> MediaSource:
-    if isinstance(value, Image.Image):
-        return MediaSource(index, where, image=value)
-    if isinstance(value, bytes):
-        return MediaSource(index, where, data=value)
-    raise InvalidRequest(f"{where} must be a PIL image, not {type(value).__name__}.", param=where)
+def _finished(inputs: EngineInput, media: _Media, encode: Encode | None) -> PreparedPrompt:
+    """The prompt with its media in the order of its spans, encoded if ``encode`` is given."""
+    by_item = {id(prepared.item): prepared for prepared in media.items}
+    items = [by_item[id(span.item)] for span in inputs.spans]
+    if encode is None or not items:
+        return PreparedPrompt(inputs, items)
+    rows = encode(items, inputs)
+    if media.naming is not None:
+        named = [media.naming.named(prepared).item for prepared in items]
+        spans = [replace(span, item=item) for span, item in zip(inputs.spans, named, strict=True)]
+        inputs = replace(inputs, spans=spans)
+    return PreparedPrompt(inputs, embeddings=list(rows))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from engine.loading import LoadedEngine
 from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
-from engine.prompt import PreparedMedia
+from engine.prompt import EngineInput, PreparedMedia
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
 
@@ -55,7 +56,8 @@ class OfflineRunner:
     """Drives an engine on the caller's thread.
 
     Prompts are prepared by worker threads while the device works on earlier ones; a lone one by the caller's
-    thread, which would only wait for another, and encoded before its prompt is built.
+    thread, which would only wait for another. A prompt that can't be served is refused before its media are
+    encoded.
 
     Args:
         engine: the loaded engine.
@@ -115,8 +117,10 @@ class OfflineRunner:
         """Jobs in order, with preparation running a bounded distance ahead."""
         ahead: deque[Job] = deque()
         for work, wanted in zip(prepare, params, strict=True):
-            alone = len(prepare) == 1
-            job = Job(wanted, _done(work(self._encode)) if alone else self._pool.submit(work, None))
+            if len(prepare) == 1:
+                job = Job(wanted, _done(work(partial(self._check_and_encode, wanted))))
+            else:
+                job = Job(wanted, self._pool.submit(work, None))
             jobs.append(job)
             ahead.append(job)
             if len(ahead) > _AHEAD:
@@ -135,6 +139,9 @@ class OfflineRunner:
     def _admit(self, batch: Sequence[Job]) -> Sequence[Job]:
         """Encode the media of all in ``batch`` together, and give their requests to the engine."""
         prompts = [job.prepared.result() for job in batch]
+        for job, prompt in zip(batch, prompts, strict=True):
+            if prompt.media:
+                self._engine.requests.check(prompt.inputs, job.params)
         media = [item for prompt in prompts for item in prompt.media]
         rows: Iterator[Any] = iter(())
         if media:
@@ -155,6 +162,13 @@ class OfflineRunner:
             for request in job.group.requests:
                 self._engine.core.add(request)
         return batch
+
+    def _check_and_encode(
+        self, params: Params, media: Sequence[PreparedMedia], inputs: EngineInput
+    ) -> Sequence[Any]:
+        """Rows of a lone prompt's media, unless the prompt can't be served."""
+        self._engine.requests.check(inputs, params)
+        return self._encode(media)
 
     def _encode(self, media: Sequence[PreparedMedia]) -> Sequence[Any]:
         assert self._encoder is not None

@@ -73,21 +73,7 @@ class RequestFactory:
         Raises:
             InvalidRequest: a parameter, the length or an embedding is unusable.
         """
-        if self._config.task != "generate":
-            raise InvalidRequest("This model makes embeddings; it does not generate text.", param="model")
-        params.resolve_bad_words(lambda text: self._tokenizer.encode(text, add_special_tokens=False))
-        params.verify(self._model.decoder.vocab_size, self.max_model_len)
-        count = len(inputs.token_ids)
-        max_tokens = params.max_tokens
-        if max_tokens is not None and count + max_tokens > self.max_model_len:
-            raise ContextLengthExceeded.by(self.max_model_len, count, max_tokens)
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= frozenset(self._model.eos_token_ids)
-        first = self._request(request_id, inputs, params, embeddings, priority, stop_ids)
-        if max_tokens is not None:
-            first.max_total = count + max_tokens
-        self._scheduler.check(first)
+        first = self._generated(request_id, inputs, params, embeddings, priority)
         grammar = None if params.structured is None else self._grammars.compile(params.structured)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         requests = []
@@ -112,19 +98,67 @@ class RequestFactory:
         Raises:
             InvalidRequest: the length or an embedding is unusable.
         """
+        return new_group(request_id, [self._pooled(request_id, inputs, params, embeddings)])
+
+    def check(self, inputs: EngineInput, params: SamplingParams | PoolingParams) -> None:
+        """Refuse a request before its media are encoded.
+
+        Raises:
+            InvalidRequest: :meth:`generation` or :meth:`pooling` would refuse it, whatever its embeddings.
+        """
+        if isinstance(params, PoolingParams):
+            self._pooled("", inputs, params, None)
+            return
+        self._generated("", inputs, params, None, 0)
+        if params.structured is not None:
+            self._grammars.compile(params.structured)
+
+    def _generated(
+        self,
+        request_id: str,
+        inputs: EngineInput,
+        params: SamplingParams,
+        embeddings: Sequence[Embedding] | None,
+        priority: int,
+    ) -> Request:
+        """The first of a group's requests, checked."""
+        if self._config.task != "generate":
+            raise InvalidRequest("This model makes embeddings; it does not generate text.", param="model")
+        params.resolve_bad_words(lambda text: self._tokenizer.encode(text, add_special_tokens=False))
+        params.verify(self._model.decoder.vocab_size, self.max_model_len)
+        count = len(inputs.token_ids)
+        max_tokens = params.max_tokens
+        if max_tokens is not None and count + max_tokens > self.max_model_len:
+            raise ContextLengthExceeded.by(self.max_model_len, count, max_tokens)
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= frozenset(self._model.eos_token_ids)
+        first = self._request(request_id, inputs, params, embeddings, priority, stop_ids)
+        if max_tokens is not None:
+            first.max_total = count + max_tokens
+        self._scheduler.check(first)
+        return first
+
+    def _pooled(
+        self,
+        request_id: str,
+        inputs: EngineInput,
+        params: PoolingParams,
+        embeddings: Sequence[Embedding] | None,
+    ) -> Request:
         if self._config.task != "embed":
             raise InvalidRequest("This model generates text; it is not served for embeddings.", param="model")
         request = self._request(request_id, inputs, SamplingParams(), embeddings, 0, frozenset())
         request.pooling = params
         self._scheduler.check(request)
-        return new_group(request_id, [request])
+        return request
 
     def _request(
         self,
         request_id: str,
         inputs: EngineInput,
         params: SamplingParams,
-        embeddings: Sequence[Embedding],
+        embeddings: Sequence[Embedding] | None,
         priority: int,
         stop_ids: frozenset[int],
     ) -> Request:
@@ -144,7 +178,7 @@ class RequestFactory:
             max_total=self.max_model_len,
             stop_ids=stop_ids,
             spans=inputs.spans,
-            embeddings=self._match(inputs.spans, embeddings),
+            embeddings={} if embeddings is None else self._match(inputs.spans, embeddings),
             priority=priority,
             arrival=time.monotonic(),
             cache_salt=inputs.cache_salt,

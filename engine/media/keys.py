@@ -13,9 +13,9 @@ item given as embeddings   :func:`embeddings_hash`            rows (dtype, shape
                                                               times, placeholder
 encoder's embedding rows   ``engine.encoder``: salt and the   tenant's salt, content hash
                            item's hash
-KV block                   ``BlockHasher``: chain of hashes   engine's secret, model, tenant's salt, every
-                                                              token up to the block's end, hash and place of
-                                                              every item up to there
+KV block                   ``BlockHasher``: chain of hashes   engine's secret, model, tenant's salt, rotary
+                                                              variant, every token up to the block's end, hash
+                                                              and place of every item up to there
 grammar                    ``StructuredSpec``                 kind and text; one cache per tokenizer
 forms of message content   ``ContentForms``: role and tools   role, whether there are tools; one cache per
                                                               template and family

@@ -148,9 +148,9 @@ def test_block_hashes():
     ids = list(range(20))
     spans = [MediaSpan(item(), 1, 3)]
 
-    def last(ids=ids, spans=spans, salt="s", model="m", secret=b"k" * 32):
+    def last(ids=ids, spans=spans, salt="s", rope=0, model="m", secret=b"k" * 32):
         hashes: list[bytes] = []
-        BlockHasher(4, model, secret).extend(hashes, ids, len(ids), spans, salt)
+        BlockHasher(4, model, secret).extend(hashes, ids, len(ids), spans, salt, rope)
         assert len(hashes) == 5
         return hashes[-1]
 
@@ -164,6 +164,7 @@ def test_block_hashes():
         last(spans=[MediaSpan(item(), 1, 3), MediaSpan(item("b"), 18, 1)]),
         last(salt="t"),
         last(salt=""),
+        last(rope=1),
         last(model="n"),
         last(secret=b"l" * 32),
     ]

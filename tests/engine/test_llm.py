@@ -28,6 +28,7 @@ from engine.errors import (
     MediaTooLarge,
 )
 from engine.frontend import Frontend
+from engine.sampling_params import StructuredSpec
 from engine.weights import loader
 from tests.engine import tiny
 from tests.serving import serve_files
@@ -270,18 +271,41 @@ def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
     prompt = {"prompt": f"{mark}{MARK}{MARK}", "multi_modal_data": {"image": [image] * 2, "video": video}}
     encoded = []
 
-    def encode(media):
+    def encode(media, inputs):
         encoded.extend(media)
+        assert inputs.token_ids and [span.item for span in inputs.spans] == [one.item for one in media]
         return [len(media) * 10 + index for index in range(len(media))]
 
     ahead, apart = front.from_prompt(prompt, encode), front.from_prompt(prompt)
     assert [media.item.hash for media in encoded] == ["", "", ""]
-    assert [media.item.kind for media in encoded] == ["image", "image", "video"]
+    assert [media.item.kind for media in encoded] == ["video", "image", "image"]
     assert ahead.inputs == apart.inputs and not ahead.media
-    # Of equal pictures any one's rows will do.
-    assert ahead.embeddings in ([32, 30, 30], [32, 31, 31])
+    assert ahead.embeddings == [30, 31, 32]
     assert [media.item for media in apart.media] == [span.item for span in apart.inputs.spans]
     assert generated(llm, prompt)[0] == generated(llm, [prompt, prompt])[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        (f"{MARK}{MARK} what?", {}, "placeholders"),
+        (f"{MARK} " + "what " * 300, {}, "maximum context length"),
+        (f"{MARK} what?", {"max_tokens": 10_000}, "max_tokens"),
+        (f"{MARK} what?", {"allowed_token_ids": [10**6]}, "vocabulary"),
+        (f"{MARK} what?", {"structured": StructuredSpec(kind="regex", text="(")}, "."),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_cannot_be_served_costs_no_encoding(llm, prompt, params, words, count):
+    """A prompt that is refused is refused before its images are encoded, alone or as one of several."""
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 4, **params})
+    before = llm._encoder.metrics()["items"]
+    with pytest.raises(InvalidRequest, match=words):
+        llm.generate([about(tiny.picture(24, 24), prompt)] * count, params, use_tqdm=False)
+    with pytest.raises(InvalidRequest, match="embed"):
+        llm.embed([about(tiny.picture(24, 24))] * count, use_tqdm=False)
+    assert llm._encoder.metrics()["items"] == before
+    llm.check_integrity()
 
 
 def test_pictures_are_turned_as_their_file_says(llm):
