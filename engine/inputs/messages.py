@@ -15,6 +15,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 
+DETAILS = ("auto", "low", "high", "original")
+
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _IMAGE_PARTS = ("image_url", "input_image", "image")
 _KEPT = ("name", "tool_call_id", "reasoning_content")
@@ -108,16 +110,17 @@ def _part(part: Any, where: str, sources: list[MediaSource]) -> TextPart | Media
 def _image(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSource:
     key = "image" if kind == "image" and "image" in part else "image_url"
     key = "url" if kind == "image" and "url" in part else key
-    value = part.get(key)
+    value, holder, holder_where = part.get(key), part, where
     where = f"{where}.{key}"
-    detail = part.get("detail", "auto")
     if isinstance(value, Mapping):
-        detail = value.get("detail", detail)
+        if "detail" in value:
+            holder, holder_where = value, where
         value = value.get("url")
         where = f"{where}.url"
-    if detail not in ("auto", "low", "high", None):
-        raise InvalidRequest("detail must be auto, low or high.", param=where)
-    return _source(value, index, where, detail or "auto")
+    detail = holder.get("detail") or "auto"
+    if detail not in DETAILS:
+        raise InvalidRequest(f"detail must be one of {', '.join(DETAILS)}.", param=f"{holder_where}.detail")
+    return _source(value, index, where, detail)
 
 
 def _video(part: Mapping[str, Any], index: int, where: str) -> MediaSource:

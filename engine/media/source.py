@@ -26,7 +26,7 @@ class MediaSource:
         data: bytes of an encoded picture.
         image: a decoded picture (offline use).
         frames: a video's pictures in order.
-        detail: OpenAI's hint ``auto``, ``low`` or ``high``; no model that is served here heeds it.
+        detail: OpenAI's hint ``auto``, ``low``, ``high`` or ``original``; no supported model uses it.
     """
 
     index: int

@@ -25,7 +25,7 @@ def test_texts_and_media_keep_their_order():
                 url("http://a/1.png", detail="low"),
                 {"type": "text", "text": "and"},
                 {"type": "image_url", "image_url": "http://a/2.png"},
-                {"type": "input_image", "image_url": "http://a/3.png", "detail": "high"},
+                {"type": "input_image", "image_url": "http://a/3.png", "detail": "original"},
                 {"type": "input_text", "text": "then"},
                 {"type": "image", "image": PICTURE},
                 {"type": "image", "url": "http://a/4.png"},
@@ -50,7 +50,7 @@ def test_texts_and_media_keep_their_order():
     ]
     assert [s.index for s in sources] == list(range(7))
     assert [s.url for s in sources[:3]] == ["http://a/1.png", "http://a/2.png", "http://a/3.png"]
-    assert [s.detail for s in sources[:3]] == ["low", "auto", "high"]
+    assert [s.detail for s in sources[:3]] == ["low", "auto", "original"]
     assert sources[0].where == "messages[1].content[0].image_url.url"
     assert sources[3].image is PICTURE
     assert (sources[4].url, sources[5].data) == ("http://a/4.png", b"bytes")
@@ -96,7 +96,12 @@ def test_tool_calls_keep_what_templates_print():
         (user({"type": "image_url"}), "messages[0].content[0].image_url"),
         (user({"type": "image_url", "image_url": {"url": 1}}), "messages[0].content[0].image_url.url"),
         (user(url("")), "messages[0].content[0].image_url.url"),
-        (user(url("http://a", detail="most")), "messages[0].content[0].image_url.url"),
+        (user(url("http://a", detail="most")), "messages[0].content[0].image_url.detail"),
+        (user(url("http://a", detail=["low"])), "messages[0].content[0].image_url.detail"),
+        (
+            user({"type": "input_image", "image_url": "http://a", "detail": "most"}),
+            "messages[0].content[0].detail",
+        ),
         (user({"type": "video", "video": []}), "messages[0].content[0].video"),
         (user({"type": "video", "video": "http://a/b.mp4"}), "messages[0].content[0].video"),
         (user({"type": "video", "video": [1]}), "messages[0].content[0].video[0]"),
