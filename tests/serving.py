@@ -51,11 +51,15 @@ async def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any
 def serve_files(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
     """Serve a folder over plain HTTP meanwhile; its address."""
 
-    class Quiet(SimpleHTTPRequestHandler):
+    class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer((host, 0), partial(Quiet, directory=str(folder)))
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """Print nothing where a client has left."""
+
+    server = Server((host, 0), partial(Handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
