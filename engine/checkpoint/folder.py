@@ -1,4 +1,4 @@
-"""A checkpoint folder in Hugging Face layout: its JSON files, and its safetensors by their headers alone."""
+"""A checkpoint folder in Hugging Face layout: its JSON files, and the headers of its safetensors files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies. ``dtype`` as safetensors writes it; ``begin`` is its first byte in ``file``."""
+    """A tensor's place in a file.
+
+    Attributes:
+        file: the safetensors file.
+        dtype: as safetensors writes it, e.g. ``BF16``.
+        shape: of the tensor.
+        begin: offset of its first byte in ``file``.
+    """
 
     file: Path
     dtype: str
@@ -28,7 +35,7 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """A local checkpoint. Nothing but JSON and headers is read here; pickles are never loaded."""
+    """A local checkpoint. This class reads JSON and headers, no weights; pickles are never loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,11 +44,11 @@ class Checkpoint:
     def open(
         cls, model: str, revision: str | None = None, *, weights: bool = True, config: bool = True
     ) -> Checkpoint:
-        """The checkpoint in folder ``model``, or of the hub's ``owner/name``, which is then downloaded.
+        """Open the checkpoint in the folder ``model``, or download the hub's ``owner/name``.
 
         Args:
             weights: whether a download includes the tensors.
-            config: whether config.json must be there; a tokenizer alone has none.
+            config: whether config.json must exist; a folder with a tokenizer alone has none.
 
         Raises:
             CheckpointError: there is no such folder or model, or it has no config.json.
@@ -54,7 +61,11 @@ class Checkpoint:
         return cls(path)
 
     def json(self, name: str) -> dict[str, Any]:
-        """One JSON file of the folder; empty if it isn't there."""
+        """The JSON object in the file ``name``; empty if there is no such file.
+
+        Raises:
+            CheckpointError: the file doesn't hold a JSON object.
+        """
         file = self.path / name
         if not file.is_file():
             return {}
@@ -93,7 +104,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """All tensors by name, from the headers of the shards.
+        """All tensors by name, from the headers of all shards.
 
         Raises:
             CheckpointError: naming the shard that is missing, truncated or not a safetensors file.
@@ -118,7 +129,11 @@ class Checkpoint:
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """The tensors that a safetensors file announces, once it is long enough to hold them."""
+    """The tensors that the header of a safetensors file announces.
+
+    Raises:
+        CheckpointError: the file is missing, is no safetensors file, or is shorter than announced.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""What the tensors of a family's checkpoints are called, and which part of the model they belong to."""
+"""Rules that give each tensor of a checkpoint its part of the model and its name in that part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DECODER_RULES: tuple[tuple[str, str], ...] = (
     (r"(?:model\.|language_model\.)?lm_head\.(.*)", r"lm_head.\1"),
     (r"(?:model\.language_model|language_model\.model|model\.text_model|model)\.(.*)", r"\1"),
 )
-"""Names of a language model: alone, inside a VLM as saved today, and inside one as saved before."""
+"""Rules of a decoder: alone, and inside a VLM as Transformers 5 and as earlier versions save it."""
 
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"
@@ -24,11 +24,12 @@ TIED_HEAD = r".*lm_head\.weight"
 
 @dataclass(frozen=True, slots=True)
 class WeightRules:
-    """Rename rules. Each is a regular expression for a whole tensor name and the name in the part's module
-    (with ``\\1`` groups); the first that matches wins, ``ignore`` before ``vision`` before ``language``.
+    """Rename rules. A rule is a regular expression for a whole tensor name, and the name in the part's module
+    with groups as ``\\1``. The first match counts: ``ignore`` before ``vision`` before ``language``.
 
     Attributes:
-        ignore: names that may be present and are not wanted, e.g. rotary buffers or a tied ``lm_head``.
+        language, vision: the rules of the decoder and of the vision part.
+        ignore: expressions for tensors that may be in a file and aren't loaded, e.g. rotary buffers.
     """
 
     language: tuple[tuple[str, str], ...] = DECODER_RULES
@@ -36,21 +37,21 @@ class WeightRules:
     ignore: tuple[str, ...] = ()
 
     def assign(self, names: Iterable[str]) -> dict[ModelPart, dict[str, str]]:
-        """Sort checkpoint names into parts: module name to checkpoint name.
+        """The checkpoint's tensors of each part: name in the part's module to name in the checkpoint.
 
         Raises:
-            CheckpointError: names that no rule knows, or two names for one tensor.
+            CheckpointError: no rule matches a name, or two names are those of one tensor.
         """
         parts: dict[ModelPart, dict[str, str]] = {"language": {}, "vision": {}}
         unknown = []
         for name in names:
             if any(re.fullmatch(pattern, name) for pattern in self.ignore):
                 continue
-            place = self._place(name)
-            if place is None:
+            found = self._find(name)
+            if found is None:
                 unknown.append(name)
                 continue
-            part, internal = place
+            part, internal = found
             if internal in parts[part]:
                 raise CheckpointError(f"tensors {parts[part][internal]} and {name} are the same weight")
             parts[part][internal] = name
@@ -58,7 +59,7 @@ class WeightRules:
             raise CheckpointError(f"tensors that this model doesn't have: {listing(unknown)}")
         return parts
 
-    def _place(self, name: str) -> tuple[ModelPart, str] | None:
+    def _find(self, name: str) -> tuple[ModelPart, str] | None:
         tables: tuple[tuple[ModelPart, tuple[tuple[str, str], ...]], ...] = (
             ("vision", self.vision),
             ("language", self.language),
@@ -72,7 +73,7 @@ class WeightRules:
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:
-    """The first few names in order, and how many more there are."""
+    """The first ``limit`` names in alphabetical order, and the number of the others."""
     ordered = sorted(names)
     shown = ", ".join(ordered[:limit])
     return shown + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")

@@ -1,4 +1,4 @@
-"""Pictures as one crop of the whole and tiles of a larger version: where its features are. No torch here."""
+"""Images as a whole and in tiles (LLaVA-OneVision): the geometry of their features. No torch here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _SHRINK_FROM = 1.1
 
 @dataclass(frozen=True, slots=True)
 class AnyresConfig:
-    """Crops and how a picture divides into them.
+    """A tower for square crops, and the tilings of images.
 
     Attributes:
         crops: the tower and its connector.
         pinpoints: ``(height, width)`` in pixels of the tilings to choose from, multiples of a crop's side.
-        max_tiles: tiles whose features are shown in full; more are shrunk to about as many.
+        max_tiles: features of more tiles are shrunk to the number of features of this many.
     """
 
     crops: CropVisionConfig
@@ -27,8 +27,12 @@ class AnyresConfig:
 
 @dataclass(frozen=True, slots=True)
 class TiledRows:
-    """What is shown of a tiling's features: ``height`` by ``width`` of them from ``(top, left)`` on, the rest
-    being padding, shrunk to ``rows`` by ``columns``."""
+    """The part of a tiling's features that the decoder gets.
+
+    Attributes:
+        top, left, height, width: the features that are not padding.
+        rows, columns: their number after shrinking.
+    """
 
     top: int
     left: int
@@ -39,7 +43,8 @@ class TiledRows:
 
 
 def best_pinpoint(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The ``(height, width)`` that keeps most of a picture of ``(width, height)`` and wastes least."""
+    """The pinpoint ``(height, width)`` that keeps most pixels of an image of ``size`` ``(width, height)``; of
+    several, the one with the least padding."""
 
     def rating(pinpoint: tuple[int, int]) -> tuple[int, int]:
         scale = min(pinpoint[1] / size[0], pinpoint[0] / size[1])
@@ -50,11 +55,12 @@ def best_pinpoint(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...])
 
 
 def tiled_rows(size: tuple[int, int], tiles: tuple[int, int], side: int, max_tiles: int) -> TiledRows:
-    """What is shown of a picture of ``(width, height)`` pixels.
+    """The part of the features of an image of ``size`` ``(width, height)`` that the decoder gets.
 
-    The arithmetic, with its rounding, is that of the published LLaVA-OneVision models.
+    The arithmetic, with its rounding, is the published LLaVA-OneVision models'.
 
     Args:
+        size: see above, in pixels.
         tiles: tiles in a column and in a row.
         side: features along a tile's side.
     """

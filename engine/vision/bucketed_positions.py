@@ -1,4 +1,4 @@
-"""Learned positions of towers that take pictures of any size."""
+"""Learned positions of towers that take images of any size."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 def bucketed_positions(
     height: int, width: int, table_side: int, *, round_products: bool = True
 ) -> torch.Tensor:
-    """Rows of a table of ``table_side²`` positions for a picture of ``height`` by ``width`` patches: int64
+    """Rows of a table of ``table_side²`` positions for an image of ``height`` by ``width`` patches: int64
     ``(height * width,)`` on the CPU, row by row.
 
-    A patch's fraction of the way along each side picks one of ``table_side`` buckets. Which side of a bound a
-    fraction falls on depends on how it is rounded, so fractions and bounds are computed as the families do
-    that were trained with them; exact ones would pick other buckets for some sizes, 25 by 25 of 25 for one.
+    A patch's place, as a fraction of each side, selects one of ``table_side`` buckets. Rounding decides the
+    bucket of a fraction that lies on a bound. So fractions and bounds are computed as in the published
+    models. Exact arithmetic would select other buckets for some sizes, e.g. 25 patches with a table of 25.
 
     Args:
-        round_products: multiples of the float32 step are rounded to float32 each, as in Idefics3; otherwise
-            they are the terms of a float32 range, as in MiniCPM-V 2.6.
+        round_products: whether fractions are float32 products of an index and a float32 step, as in Idefics3;
+            else they are the terms of a float32 range, as in MiniCPM-V.
     """
     bounds = torch.arange(1 / table_side, 1.0, 1 / table_side)
     down, along = (_buckets(count, bounds, round_products) for count in (height, width))

@@ -1,4 +1,4 @@
-"""The encoder of towers of fixed resolution, as CLIP: square crops in, equally many rows for each out."""
+"""The encoder of towers for square crops of one size, as CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from engine.vision.transformer import VisionTransformer
 
 
 class CropVisionEncoder(nn.Module):
-    """uint8 crops ``(crops, size, size, 3)`` to ``(crops * rows_per_crop, out_features)``, crop by crop; an
-    item's grid begins with the number of its crops."""
+    """Encodes uint8 crops ``(crops, size, size, 3)`` to rows ``(crops * rows_per_crop, out_features)``.
+
+    Rows are in the order of the crops. The first number of an item's grid is the number of its crops.
+    """
 
     def __init__(self, config: CropVisionConfig, build: BuildContext) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class CropVisionEncoder(nn.Module):
         return list(rows.split([entry.item.num_tokens for entry in media]))
 
     def crop_rows(self, media: Sequence[PreparedMedia]) -> torch.Tensor:
-        """The rows ``(crops, rows_per_crop, out_features)`` of all crops of ``media``, in order.
+        """Rows ``(crops, rows_per_crop, out_features)`` of all crops of ``media``, in order.
 
         Raises:
             InvalidRequest: an item's pixels are not the crops that its grid announces.
@@ -94,7 +96,7 @@ def unfit(entry: PreparedMedia) -> InvalidRequest:
 
 
 def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
-    """From features ``(crops, patches, width)`` to rows ``(crops, rows_per_crop, out_features)``."""
+    """The connector from features ``(crops, patches, width)`` to rows ``(crops, rows_per_crop, out)``."""
     width, out = config.tower.out_features, config.out_features
     if config.pixel_shuffle is not None:
         return PixelShuffleConnector(width, config.grid_side, config.pixel_shuffle, out, build)

@@ -1,4 +1,4 @@
-"""Recorded passes through a tower's blocks for few pictures, padded to the next recorded size."""
+"""Captured forward passes of a tower's blocks for small batches, padded to the next captured size."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import torch
 from engine.graphs import Recorder, Replay
 from engine.vision.segments import VisionSegments
 
-#: Every multiple of the step up to the most tokens is recorded, for one segment and for several. Beyond,
-#: launching keeps up with the device.
+#: Sizes that are captured, for one segment and for several: all multiples of the step, in tokens. Larger
+#: batches keep the device busy for longer than the host needs to launch their kernels.
 TOKEN_STEP = 128
 MAX_TOKENS = 2048
 MAX_SEGMENTS = 4
 MAX_WINDOWS = 256
 
-#: Goes on from what the stage before it made, a structure of tensors.
+#: A part of the blocks: from the previous stage's result, segments and windows to a structure of tensors.
 Stage = Callable[[Any, VisionSegments, VisionSegments | None], Any]
 
 
 class TowerGraphs:
-    """Replays a tower's blocks. Tokens beyond the batch's are in no segment.
+    """Replays a tower's blocks over static tensors. Padding tokens are in no segment.
 
     Args:
-        stages: the first takes tokens ``(N, width)``, segments and windows, the last gives a list of outputs
-            ``(N, width)``. Each is launched by itself, and the device begins with the first while the host
-            launches the next.
+        stages: the parts of the blocks, each in a graph of its own: the device runs the first while the host
+            launches the second. The first takes tokens ``(N, width)``, the last returns a list of outputs
+            ``(N, width)``.
         record: see :class:`engine.graphs.Recorder`.
-        width: of tokens.
-        angles: columns of the rotary tables; None without rotary.
+        width: of a token.
+        angles: columns of the rotary tables; None without rotary embeddings.
         window_len: most tokens of a window; None if the tower has no windows.
-        dtype: of tokens.
-        device: where all that is.
+        dtype: of the tokens.
+        device: of all tensors.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TowerGraphs:
         self._replays: dict[tuple[int, int], list[Replay]] = {}
 
     def rehearse(self, encode: Callable[[], object]) -> None:
-        """Run the largest and the smallest passes, and ``encode``, which leads here, without recording."""
+        """Run the largest and the smallest sizes and ``encode`` without capturing, to compile all kernels."""
         record, self._record = self._record, lambda work: work
         for size in (MAX_TOKENS, TOKEN_STEP):
             for count in (MAX_SEGMENTS, 1):
@@ -68,37 +68,37 @@ class TowerGraphs:
         self._replays.clear()
 
     def capture(self) -> None:
-        """Record every size."""
+        """Capture every size."""
         for size in range(MAX_TOKENS, 0, -TOKEN_STEP):
             for count in (MAX_SEGMENTS, 1):
                 self._get(size, count)
 
     def fits(self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None) -> bool:
-        """Whether a batch is small enough for :meth:`replay`."""
+        """True if a batch is small enough for :meth:`replay`."""
         few_windows = windows is None or len(windows.cu_seqlens) <= MAX_WINDOWS + 1
         return 0 < len(x) <= MAX_TOKENS and len(segments.cu_seqlens) <= MAX_SEGMENTS + 1 and few_windows
 
     def replay(
         self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None
     ) -> list[torch.Tensor]:
-        """What ``blocks`` gives: views that the next replay overwrites.
+        """The last stage's outputs, as views that the next replay overwrites.
 
-        Segments and windows are not to be changed afterwards: those of the replay before, the same objects,
-        are in their places already.
+        Segments and windows must not change afterwards: if the next replay gets the same objects, it doesn't
+        copy them again.
         """
         tokens = len(x)
         count = 1 if len(segments.cu_seqlens) == 2 else MAX_SEGMENTS
         replays = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, count)
         self._x[:tokens] = x
         if self._filled is None or self._filled[0] is not segments or self._filled[1] is not windows:
-            # Until all is in its place nothing is.
+            # If copying fails half-way, the next replay copies again.
             self._filled = None
-            self._place(segments, windows, tokens)
+            self._copy(segments, windows, tokens)
             self._filled = segments, windows
         outputs = [replay() for replay in replays][-1]
         return [out[:tokens] for out in outputs]
 
-    def _place(self, segments: VisionSegments, windows: VisionSegments | None, tokens: int) -> None:
+    def _copy(self, segments: VisionSegments, windows: VisionSegments | None, tokens: int) -> None:
         if segments.cos is not None and segments.sin is not None:
             self._cos[:tokens], self._sin[:tokens] = segments.cos, segments.sin
         _fill(self._bounds, segments.cu_seqlens, tokens)
@@ -111,7 +111,7 @@ class TowerGraphs:
         return self._replays[size, count]
 
     def _stage_by_stage(self, size: int, count: int, record: Recorder) -> list[Replay]:
-        """Record each stage over what the one before it keeps its results in."""
+        """Capture each stage on the static results of the previous one."""
         cos, sin = (self._cos[:size], self._sin[:size]) if self._rotates else (None, None)
         segments, windows = VisionSegments(self._bounds[: count + 1], size, cos, sin), None
         if self._window_len is not None:
@@ -125,6 +125,6 @@ class TowerGraphs:
 
 
 def _fill(bounds: torch.Tensor, given: torch.Tensor, end: int) -> None:
-    """Segments beyond the given ones are empty."""
+    """Write ``given`` to the front of ``bounds``; the segments after it are empty."""
     bounds[: len(given)] = given
     bounds[len(given) :] = end

@@ -10,8 +10,9 @@ from engine.layers.linear import Linear
 
 
 class PixelShuffleConnector(nn.Module):
-    """``(images, side², width)`` to ``(images, (side / factor)², out_features)``: every square of ``factor``
-    by ``factor`` features becomes one row, its features side by side, row by row; then one projection.
+    """Joins each square of ``factor`` by ``factor`` features, row by row, and projects it to one row.
+
+    Input ``(images, side², width)``, output ``(images, (side / factor)², out_features)``.
 
     Args:
         side: features along an image's side, a multiple of ``factor``.

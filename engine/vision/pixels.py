@@ -1,4 +1,4 @@
-"""Bytes of pictures on their way to a tower: to the device, and normalised there."""
+"""Upload and normalisation of images' bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from engine.vision.normalisation import Normalisation
 
 
 class Pixels(nn.Module):
-    """Uploads and normalises uint8 pictures by table, which gives the very numbers of the CPU processors."""
+    """Uploads uint8 images and normalises them by a table, which gives the same numbers as the processors of
+    Transformers."""
 
     def __init__(self, normalisation: Normalisation, build: BuildContext) -> None:
         super().__init__()
@@ -25,23 +26,24 @@ class Pixels(nn.Module):
         self.register_buffer("offset", offset.to(build.device), persistent=False)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
-        """``array`` on the device; it may be read-only and shared, and is copied before this returns."""
-        # Pinned memory lets the copy to a GPU run beside its work.
+        """Copy ``array`` to the device. It may be read-only and shared; it isn't read after the return."""
+        # From pinned memory the copy to a GPU overlaps with computation.
         staged = torch.empty(array.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         staged.numpy()[...] = array
         return staged.to(self.device, non_blocking=True)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """uint8 ``(N, channels, n)`` to normalised ``(N, channels * n)`` in the model's dtype."""
+        """Normalise uint8 ``(N, channels, n)`` to ``(N, channels * n)`` in the model's dtype."""
         return self.table[patches + self.offset[:, None]].flatten(1)
 
 
 def blank(shape: tuple[int, ...], grid: tuple[int, ...], num_tokens: int) -> PreparedMedia:
-    """A black picture of so many rows, for which an encoder needs the same kernels as for any other.
+    """A black image, with which encoders compile their kernels.
 
     Args:
         shape: of its pixels.
         grid: see :class:`engine.prompt.MediaItem`.
+        num_tokens: embedding rows of the image.
     """
     item = MediaItem.of_rows("image", "blank", 0, num_tokens, grid=grid, size=(1, 1))
     return PreparedMedia(item, np.zeros(shape, np.uint8))

@@ -1,4 +1,4 @@
-"""Learned queries that gather any number of features into a fixed number of rows."""
+"""The resampler: learned queries attend over any number of features and give a fixed number of rows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ _NORM_EPS = 1e-6
 
 
 class CrossAttention(nn.Module):
-    """Attention of the same queries over each of several groups of keys; weights as torch's
-    ``nn.MultiheadAttention`` has them."""
+    """Attention of the same queries over several groups of keys.
+
+    The weights have the names and shapes of those of torch's ``nn.MultiheadAttention``.
+    """
 
     def __init__(self, width: int, num_heads: int, build: BuildContext) -> None:
         super().__init__()
@@ -30,8 +32,11 @@ class CrossAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
-        """Queries ``(Q, width)`` over keys and values ``(N, width)``, which are groups of ``lengths`` one
-        after the other: ``(groups, Q, width)``."""
+        """Attend with queries ``(Q, width)`` over keys and values ``(N, width)``: ``(groups, Q, width)``.
+
+        Args:
+            lengths: number of consecutive keys in each group; their sum is ``N``.
+        """
         q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
             for x, weight, bias in zip(
@@ -40,7 +45,7 @@ class CrossAttention(nn.Module):
         )
         keys, values = k.split(list(lengths), dim=1), v.split(list(lengths), dim=1)
         out = q.new_empty(len(lengths), *query.shape)
-        # Groups of one length go together, without padding or mask; those of one picture have two at most.
+        # Groups of equal length are one batch, without padding or mask. An image has at most two lengths.
         for length in dict.fromkeys(lengths):
             members = [group for group, other in enumerate(lengths) if other == length]
             attended = F.scaled_dot_product_attention(
@@ -84,16 +89,20 @@ class Resampler(nn.Module):
         )
 
     def forward(self, features: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Features ``(N, in_features)`` of pieces of ``sizes`` (height and width), row by row and one after
-        the other, to ``(pieces, num_queries, out_features)``."""
+        """Rows ``(pieces, num_queries, out_features)`` from features ``(N, in_features)``.
+
+        Args:
+            features: those of each piece row by row, piece after piece.
+            sizes: height and width of each piece in patches.
+        """
         x = self.ln_kv(features if self.kv_proj is None else self.kv_proj(features))
-        places = {size: self._positions(*size) for size in dict.fromkeys(sizes)}
-        keys = x + torch.cat([places[size] for size in sizes])
+        positions = {size: self._positions(*size) for size in dict.fromkeys(sizes)}
+        keys = x + torch.cat([positions[size] for size in sizes])
         rows = self.attn(self.ln_q(self.query), keys, x, [height * width for height, width in sizes])
         return self.ln_post(rows) @ self.proj
 
     def _positions(self, height: int, width: int) -> torch.Tensor:
-        """``(height * width, out_features)``: the column's in the first half of each, then the row's."""
+        """Positions ``(height * width, out_features)``: the column's half, then the row's."""
         columns = self._axis(width).expand(height, -1, -1)
         rows = self._axis(height)[:, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=2).flatten(0, 1)
@@ -103,8 +112,10 @@ class Resampler(nn.Module):
 
 
 def sine_positions(length: int, width: int) -> torch.Tensor:
-    """Positions 0 to ``length`` as float32 ``(length, width)``: ``width / 2`` sines, then as many cosines, of
-    the position over ``10000 ** (2i / width)``."""
+    """Sinusoidal embeddings of the positions 0 to ``length - 1``: float32 ``(length, width)``.
+
+    With ``p`` the position, the first half is ``sin(p / 10000 ** (2i / width))``, the second the cosines.
+    """
     exponents = torch.arange(width // 2, dtype=torch.float32) / (width / 2)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * (1.0 / 10000**exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

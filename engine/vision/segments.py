@@ -1,4 +1,4 @@
-"""How a flat batch of visual tokens divides into what attends to each other."""
+"""The segments of a flat batch of visual tokens: tokens attend within their segment only."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 
 @dataclass(slots=True)
 class VisionSegments:
-    """How a flat batch of ``N`` tokens divides into segments that don't see each other.
+    """Segments of a flat batch of ``N`` tokens.
 
     Attributes:
-        cu_seqlens: ``(segments + 1,)`` int32, where each segment begins.
-        max_len: at least the tokens of the longest segment; a host integer.
-        cos, sin: ``(N, head_dim / 2)`` float32 rotary tables, one row per token; None without rotary.
-        positions: rows of the learned position table, int64, for all ``N`` tokens or for those of one image
-            where all are alike; None takes the whole table in order for each image.
+        cu_seqlens: ``(segments + 1,)`` int32, the first token of each segment, and ``N``.
+        max_len: an upper bound of the longest segment's length, in tokens; on the host.
+        cos, sin: ``(N, head_dim / 2)`` float32 rotary tables with a row per token; None without rotary
+            embeddings.
+        positions: int64 rows of the learned position table, for all ``N`` tokens or, if all images are alike,
+            for those of one image; None takes the whole table in order for each image.
     """
 
     cu_seqlens: torch.Tensor

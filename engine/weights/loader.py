@@ -1,4 +1,4 @@
-"""Fills a model from a checkpoint: every weight exactly once, and nothing left over."""
+"""Loads a checkpoint's tensors into a model: every weight exactly once, and no tensor is left over."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def fill_from_checkpoint(
 ) -> None:
     """Stream the tensors of ``part`` into ``module``; errors as :func:`match_tensors`."""
     wanted = match_tensors(module, part, checkpoint, rules)
-    found = [(name, checkpoint.tensors[name], slot) for name, slot in wanted.items()]
-    found.sort(key=lambda entry: (entry[1].file, entry[1].begin))
-    rows = (Rows.of(name, info, *_needed(slot)) for name, info, slot in found)
+    in_files = [(name, checkpoint.tensors[name], slot) for name, slot in wanted.items()]
+    in_files.sort(key=lambda entry: (entry[1].file, entry[1].begin))
+    rows = (Rows.of(name, info, *_needed_rows(slot)) for name, info, slot in in_files)
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
     for piece, values in read_rows(rows, pinned=on_gpu):
-        _take_in(piece, values, wanted[piece.name])
+        _copy(piece, values, wanted[piece.name])
     if on_gpu:
         torch.cuda.synchronize()
 
@@ -45,8 +45,8 @@ def match_tensors(
     slots = _collect_slots(module, names)
     missing = slots.keys() - names.keys()
     if missing:
-        spelled = [_spelled(internal, names) for internal in missing]
-        raise CheckpointError(f"the checkpoint lacks tensors of the {part} model: {listing(spelled)}")
+        guessed = [_checkpoint_name(internal, names) for internal in missing]
+        raise CheckpointError(f"the checkpoint lacks tensors of the {part} model: {listing(guessed)}")
     left_over = names.keys() - slots.keys()
     if left_over:
         surplus = [names[name] for name in left_over]
@@ -57,36 +57,42 @@ def match_tensors(
     return wanted
 
 
-def _spelled(internal: str, names: dict[str, str]) -> str:
-    """What a checkpoint of ``names`` would call the tensor ``internal`` that it lacks: it begins as most of
-    the tensors nearest to it do."""
+def _checkpoint_name(internal: str, names: dict[str, str]) -> str:
+    """The probable name in the checkpoint of the module's tensor ``internal``, which the checkpoint lacks.
+
+    The tensors with the longest common beginning show how the checkpoint renames beginnings; the most
+    frequent renaming that applies is used.
+
+    Args:
+        names: names in the module to names in the checkpoint.
+    """
     parts = internal.split(".")
-    near = {name: _shared(name.split("."), parts) for name in names}
-    nearest = max(near.values(), default=0)
-    beginnings: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
-    for name in (name for name, shared in near.items() if shared == nearest):
+    common = {name: _common_parts(name.split("."), parts) for name in names}
+    longest = max(common.values(), default=0)
+    renamings: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
+    for name in (name for name, count in common.items() if count == longest):
         own, theirs = name.split("."), names[name].split(".")
-        tail = _shared(own[::-1], theirs[::-1])
-        beginnings[tuple(own[: len(own) - tail]), tuple(theirs[: len(theirs) - tail])] += 1
-    for (head, wanted), _ in beginnings.most_common():
+        tail = _common_parts(own[::-1], theirs[::-1])
+        renamings[tuple(own[: len(own) - tail]), tuple(theirs[: len(theirs) - tail])] += 1
+    for (head, renamed), _ in renamings.most_common():
         if tuple(parts[: len(head)]) == head:
-            return ".".join([*wanted, *parts[len(head) :]])
+            return ".".join([*renamed, *parts[len(head) :]])
     return internal
 
 
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many of the first parts are equal."""
+def _common_parts(one: Sequence[str], other: Sequence[str]) -> int:
+    """Number of equal parts at the beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _needed(slot: WeightSlot) -> tuple[int, int]:
-    """The first row that a slot's copies look at, and the one after the last."""
+def _needed_rows(slot: WeightSlot) -> tuple[int, int]:
+    """The first row that a slot's copies need, and the one after the last."""
     spans = [region[0] for region, _ in slot.copies]
     return min(span.start for span in spans), max(span.stop for span in spans)
 
 
-def _take_in(piece: Rows, values: torch.Tensor, slot: WeightSlot) -> None:
-    """Copy some rows of a slot's tensor to where they belong."""
+def _copy(piece: Rows, values: torch.Tensor, slot: WeightSlot) -> None:
+    """Copy rows of a slot's tensor into the parameters that need them."""
     values = values.reshape(piece.count, *slot.shape[1:])
     for (span, *columns), target in slot.copies:
         begin, end = max(piece.first, span.start), min(piece.first + piece.count, span.stop)
@@ -96,7 +102,7 @@ def _take_in(piece: Rows, values: torch.Tensor, slot: WeightSlot) -> None:
 
 
 def fill_with_noise(module: nn.Module, seed: int) -> None:
-    """Small normal weights, unit norm scales, zero biases: finite activations at any depth."""
+    """Fill with small normal weights, unit norm scales and zero biases: activations stay finite."""
     parameters = list(module.parameters())
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Rows of tensors from disk, read ahead of who takes them in."""
+"""Reads rows of tensors from disk, ahead of the caller."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Consecutive rows of a tensor, and where they lie.
+    """Consecutive rows of a tensor in a file.
 
     Attributes:
         name: the tensor's name.
-        first: the first row.
-        count: how many.
-        tail: the shape of a row.
+        first: index of the first row.
+        count: number of rows.
+        tail: shape of a row.
         dtype: of the numbers.
-        file, offset: the file, and the byte of it where the first row begins.
+        file: the file.
+        offset: offset of the first row in the file, in bytes.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Rows:
 
     @classmethod
     def of(cls, name: str, info: TensorInfo, first: int, end: int) -> Rows:
-        """Rows ``first`` to ``end``, the one after the last, of a tensor with at least one dimension."""
+        """Rows ``first`` to ``end - 1`` of a tensor with at least one dimension."""
         whole = cls(name, 0, info.shape[0], info.shape[1:], _DTYPES[info.dtype], info.file, info.begin)
         return replace(whole, first=first, count=end - first, offset=info.begin + first * whole.row_bytes)
 
@@ -56,7 +57,7 @@ class Rows:
         return size
 
     def pieces(self, limit: int) -> Iterator[Rows]:
-        """These rows in parts of at most ``limit`` bytes, or of one row where that is more."""
+        """These rows in parts of at most ``limit`` bytes; of one row if a row is larger."""
         step = max(1, limit // max(1, self.row_bytes))
         for start in range(0, self.count, step):
             yield replace(
@@ -68,17 +69,21 @@ class Rows:
 
 
 class _Buffer:
-    """Memory that one piece after the other is read into."""
+    """Memory for one piece at a time."""
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._taken_in: torch.cuda.Event | None = None
+        self._read: torch.cuda.Event | None = None
 
     def fill(self, piece: Rows, descriptor: int) -> torch.Tensor:
-        """The rows of ``piece``, valid until the next call."""
-        if self._taken_in is not None:
-            self._taken_in.synchronize()
+        """Read ``piece``: its rows, valid until the next call.
+
+        Raises:
+            CheckpointError: the file ends too early or can't be read.
+        """
+        if self._read is not None:
+            self._read.synchronize()
         size = piece.count * piece.row_bytes
         if len(self._memory) < size:
             self._memory = torch.empty(max(size, _CHUNK), dtype=torch.uint8, pin_memory=self._pinned)
@@ -95,21 +100,22 @@ class _Buffer:
         return self._memory[:size].view(piece.dtype).view(piece.count, *piece.tail)
 
     def release(self) -> None:
-        """What was enqueued on the current stream so far is the last that looks at the rows."""
+        """Note that the work enqueued on the current stream so far is the last that reads the rows."""
         if self._pinned:
-            self._taken_in = torch.cuda.Event()
-            self._taken_in.record()
+            self._read = torch.cuda.Event()
+            self._read.record()
 
 
 def read_rows(wanted: Iterable[Rows], *, pinned: bool) -> Iterator[tuple[Rows, torch.Tensor]]:
-    """The rows asked for, in order and in pieces ``(count, *tail)``, each valid until the next is asked for.
+    """Read the rows in order, in pieces ``(count, *tail)`` that are valid until the next one is requested.
 
-    Several threads read ahead, into few buffers: memory stays small, and the disk is never idle while rows
-    are taken in.
+    Several threads read ahead into a few buffers: memory stays small, and the disk is busy while the caller
+    copies rows.
 
     Args:
-        pinned: into page-locked memory, which a GPU copies from without waiting. Copies that were enqueued on
-            the current stream before the next piece is asked for may still be under way then.
+        wanted: the rows.
+        pinned: whether to read into page-locked memory, from which copies to a GPU are asynchronous. Copies
+            enqueued on the current stream before the next piece is requested may still be running then.
 
     Raises:
         CheckpointError: naming the file that can't be read.

@@ -148,7 +148,7 @@ def _shrunk(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _is_edge(value: Any) -> bool:
-    """Whether ``value`` is ``{"longest_edge": n}`` with 1 <= n <= ``_MAX_EDGE``."""
+    """True for ``{"longest_edge": n}`` with 1 <= n <= ``_MAX_EDGE``."""
     if not isinstance(value, Mapping) or value.keys() != {"longest_edge"}:
         return False
     edge = value["longest_edge"]

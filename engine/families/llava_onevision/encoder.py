@@ -1,4 +1,4 @@
-"""The encoder of pictures as a whole and in tiles, without their padding, each row of features ended."""
+"""LLaVA-OneVision's encoder: images as a whole and in tiles without their padding, and videos."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from engine.vision.crops import CropVisionEncoder, unfit
 
 
 class AnyresVisionEncoder(nn.Module):
-    """uint8 crops ``(crops, size, size, 3)`` to rows of ``out_features``, by an item's grid:
+    """Encodes uint8 crops ``(crops, size, size, 3)`` to rows of ``out_features``, by the item's grid:
 
-    - ``(1, 0, 0)``, a picture in one crop: its features and one row that ends it;
-    - ``(1 + h * w, h, w)``, a picture as a whole and in tiles: the features of the whole, then those of the
-      tiles as one picture, without its padding and with a row to end each line;
-    - a video of ``(frames, 0, 0)``: the features of each frame, halved in both directions, and one row to end
-      them all.
+    - ``(1, 0, 0)``, an image in one crop: its features and the newline row;
+    - ``(1 + h * w, h, w)``, an image as a whole and in tiles: the features of the whole, then those of the
+      tiles joined to one image without its padding, each line followed by the newline row;
+    - ``(frames, 0, 0)``, a video: the features of each frame, shrunk to half the height and width, and one
+      newline row at the end.
     """
 
     def __init__(self, config: AnyresConfig, build: BuildContext) -> None:
@@ -62,21 +62,21 @@ class AnyresVisionEncoder(nn.Module):
         return features.unflatten(1, (self.config.crops.grid_side, -1))
 
     def _tiles(self, item: MediaItem, tiles: torch.Tensor) -> torch.Tensor:
-        """``(tiles, side, side, out_features)`` as one picture, line by line."""
+        """Rows of ``(tiles, side, side, out_features)`` joined to one image, line by line."""
         _, down, along = item.grid
-        picture = tiles.unflatten(0, (down, along)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        image = tiles.unflatten(0, (down, along)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         part = tiled_rows(item.size, (down, along), self.config.crops.grid_side, self.config.max_tiles)
-        picture = picture[part.top : part.top + part.height, part.left : part.left + part.width]
+        image = image[part.top : part.top + part.height, part.left : part.left + part.width]
         if (part.rows, part.columns) != (part.height, part.width):
-            picture = _resized(picture[None], part.rows, part.columns)[0]
+            image = _resized(image[None], part.rows, part.columns)[0]
         ends = self.newline.expand(part.rows, 1, -1)
-        return torch.cat([picture, ends], dim=1).flatten(0, 1)
+        return torch.cat([image, ends], dim=1).flatten(0, 1)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "newline", self.newline)]
 
 
 def _resized(grids: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """``(N, height, width, features)`` at another height and width, bilinearly."""
+    """``(N, height, width, features)`` interpolated bilinearly to ``(N, rows, columns, features)``."""
     resized = F.interpolate(grids.permute(0, 3, 1, 2), size=(rows, columns), mode="bilinear")
     return resized.permute(0, 2, 3, 1)

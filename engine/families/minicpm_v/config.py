@@ -1,4 +1,4 @@
-"""The switches of encoders that take an overview of a picture and slices of it. No torch here."""
+"""The configuration of MiniCPM-V's encoder. No torch here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class SliceVisionConfig:
     """A tower with bucketed positions, and a resampler.
 
     Attributes:
-        tower: its learned positions are a square table.
+        tower: the transformer; its learned positions are a square table.
         patch_size: side of a patch in pixels.
-        num_queries: rows per piece, which is the overview or one slice.
+        num_queries: rows per piece; a piece is the overview or a slice.
         num_heads: attention heads of the resampler.
         out_features: width of a row.
         normalisation: of the pixels' bytes.
@@ -35,11 +35,11 @@ class SliceVisionConfig:
 
 
 def pieces(grid: tuple[int, ...]) -> list[tuple[int, int]]:
-    """``(height, width)`` in patches of each piece of a picture: the overview, then its slices row by row.
+    """``(height, width)`` in patches of each piece of an image: the overview, then its slices row by row.
 
     Args:
-        grid: ``(height, width, rows, columns, slice_height, slice_width)``: the overview in patches, how many
-            slices there are, and each one in patches.
+        grid: ``(height, width, rows, columns, slice_height, slice_width)``: the overview's size in patches,
+            the rows and columns of slices, and a slice's size in patches.
     """
     height, width, rows, columns, slice_height, slice_width = grid
     return [(height, width)] + [(slice_height, slice_width)] * (rows * columns)

@@ -1,4 +1,4 @@
-"""The encoder of towers that look at a whole picture and at slices of it, as MiniCPM-V."""
+"""MiniCPM-V's encoder: an overview and slices of each image."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from engine.vision.transformer import VisionTransformer
 
 
 class SliceVisionEncoder(nn.Module):
-    """uint8 patches ``(N, 3, patch²)`` of a picture, piece by piece and row by row in each, to
-    ``(pieces * num_queries, out_features)``; grids are those of
-    :func:`engine.families.minicpm_v.config.pieces`."""
+    """Encodes an image's uint8 patches ``(N, 3, patch²)`` to rows ``(pieces * num_queries, out_features)``.
+
+    Patches come piece by piece, and row by row in each piece. Grids are those of
+    :func:`engine.families.minicpm_v.config.pieces`.
+    """
 
     def __init__(self, config: SliceVisionConfig, build: BuildContext) -> None:
         super().__init__()
@@ -45,8 +47,8 @@ class SliceVisionEncoder(nn.Module):
         return _patches(item.grid)
 
     def record(self, record: Recorder) -> None:
-        picture = blank((1, 3, self.config.patch_size**2), (1, 1, 0, 0, 0, 0), self.config.num_queries)
-        self.tower.record(record, rehearse=lambda: self.encode([picture]))
+        image = blank((1, 3, self.config.patch_size**2), (1, 1, 0, 0, 0, 0), self.config.num_queries)
+        self.tower.record(record, rehearse=lambda: self.encode([image]))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The switches of the encoder that stitches crops to a picture (Phi-3.5-vision). No torch here."""
+"""The configuration of Phi-3.5-vision's encoder. No torch here."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from engine.vision.transformer_config import VisionConfig
 
 @dataclass(frozen=True, slots=True)
 class HDVisionConfig:
-    """A CLIP tower for square crops, patches joined two by two, a learned row's end and a separator.
+    """A CLIP tower for square crops, and an MLP for patches joined two by two.
 
     Attributes:
+        tower: the transformer.
         image_size: side of a crop in pixels.
         patch_size: side of a patch in pixels.
         out_features: width of a row, and of the connector's hidden layer.
@@ -31,8 +32,8 @@ class HDVisionConfig:
         return self.image_size // self.patch_size
 
     def num_rows(self, grid: tuple[int, ...]) -> int:
-        """Rows of a picture of ``(down, across)`` crops: the stitched picture, the separator, the overview;
-        every line of joined patches ends in a row of its own."""
+        """Number of rows of an image with ``(down, across)`` crops: the stitched crops, the separator and the
+        overview, with a newline row after each line of joined patches."""
         joined = self.side // 2
         down, across = grid
         return down * joined * (across * joined + 1) + 1 + joined * (joined + 1)

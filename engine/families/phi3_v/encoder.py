@@ -1,4 +1,4 @@
-"""Phi-3.5-vision's encoder: an overview and crops of one picture, stitched together again after the tower."""
+"""Phi-3.5-vision's encoder: an overview and crops of an image; the crops' features are stitched."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from engine.vision.transformer import VisionTransformer
 
 
 class HDVisionEncoder(nn.Module):
-    """uint8 canvases ``(down * size, across * size, 3)`` to rows ``(num_rows(grid), out_features)``.
+    """Encodes uint8 canvases ``(down * size, across * size, 3)`` to rows ``(num_rows(grid), out_features)``.
 
-    The order is: the stitched crops line by line, the separator, the overview line by line. Lines end in a
-    learned row; it and the separator go through the connector like all others.
+    The order is: the stitched crops line by line, the separator, the overview line by line. A learned newline
+    follows each line. The connector is applied to newlines and the separator too.
     """
 
     def __init__(self, config: HDVisionConfig, build: BuildContext) -> None:
         super().__init__()
         self.config = config
         self.device, self.dtype = build.device, build.dtype
-        # Normalised in float32 whatever the model's dtype: the overview is interpolated from these numbers.
+        # Normalised in float32 in any model: the overview is interpolated from these numbers.
         exact = BuildContext(build.device, torch.float32, build.tp)
         self.pixels = Pixels(config.normalisation, exact)
         self.tower = VisionTransformer(config.tower, build)
@@ -46,8 +46,8 @@ class HDVisionEncoder(nn.Module):
 
     def record(self, record: Recorder) -> None:
         size, grid = self.config.image_size, (1, 1)
-        picture = blank((size, size, 3), grid, self.config.num_rows(grid))
-        self.tower.record(record, rehearse=lambda: self.encode([picture]))
+        image = blank((size, size, 3), grid, self.config.num_rows(grid))
+        self.tower.record(record, rehearse=lambda: self.encode([image]))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
@@ -71,13 +71,13 @@ class HDVisionEncoder(nn.Module):
         size = self.config.image_size
         height, width = canvas.shape[:2]
         flat = self.pixels(canvas.reshape(-1, 3).T.reshape(1, 3, -1))
-        picture = flat.view(1, 3, height, width)
-        overview = F.interpolate(picture, size=(size, size), mode="bicubic")
-        tiles = picture[0].unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(1, 3, 0, 2, 4)
+        image = flat.view(1, 3, height, width)
+        overview = F.interpolate(image, size=(size, size), mode="bicubic")
+        tiles = image[0].unflatten(2, (-1, size)).unflatten(1, (-1, size)).permute(1, 3, 0, 2, 4)
         return torch.cat([overview, tiles.flatten(0, 1)])
 
     def _features(self, crops: torch.Tensor) -> torch.Tensor:
-        """Features ``(crops, side, side, width)`` of each crop's patches."""
+        """The tower's features ``(crops, side, side, width)``, without the class token's."""
         patch, side = self.config.patch_size, self.config.side
         whole = side * patch
         cut = crops[:, :, :whole, :whole].unflatten(3, (side, patch)).unflatten(2, (side, patch))
@@ -88,16 +88,16 @@ class HDVisionEncoder(nn.Module):
         return features.view(len(crops), length, -1)[:, 1:].unflatten(1, (side, side))
 
     def _joined(self, features: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
-        """Rows ``(num_rows, 4 * width)`` of one picture from the features of its overview and crops."""
+        """The connector's input ``(num_rows, 4 * width)`` from the features of an overview and its crops."""
         down, across = grid
         # down, across, side, side, width  →  down * side, across * side, width
         stitched = features[1:].unflatten(0, (down, across)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
         return torch.cat([self._lines(stitched), self.glb_GN[0], self._lines(features[0])])
 
-    def _lines(self, picture: torch.Tensor) -> torch.Tensor:
-        """``(h, w, width)`` joined two by two, each line with its end: ``(h/2 * (w/2 + 1), 4 * width)``."""
+    def _lines(self, image: torch.Tensor) -> torch.Tensor:
+        """Join ``(h, w, width)`` two by two and add newlines: ``(h/2 * (w/2 + 1), 4 * width)``."""
         # h/2, 2, w/2, 2, width  →  h/2, w/2, 2, 2, width
-        joined = picture.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+        joined = image.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
         return torch.cat([joined, self.sub_GN[0].expand(len(joined), 1, -1)], dim=1).flatten(0, 1)
 
     def _check(self, entry: PreparedMedia) -> None:

@@ -137,9 +137,10 @@ def unchanged(tmp_path_factory) -> Callable[[str], Path]:
 
     def path(name: str) -> Path:
         if name not in found:
-            found[name] = tmp_path_factory.mktemp("unchanged")
-            MAKE[name](found[name])
-            media_processor(found[name])
+            folder = tmp_path_factory.mktemp("unchanged")
+            MAKE[name](folder)
+            media_processor(folder)
+            found[name] = folder
         return found[name]
 
     return path

@@ -1,4 +1,4 @@
-"""Recorded passes through a tower are those that are launched, whatever ran before."""
+"""Captured forward passes of a tower give the eager results, whatever ran before."""
 
 from dataclasses import replace
 
@@ -39,9 +39,9 @@ def tower(window_len: int | None) -> VisionTransformer:
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[1600], [1000, 24, 900], [100]])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_recorded_on_a_gpu(lengths):
-    """A tower of Qwen2-VL's width in bfloat16, with the kernels for many rows in its recordings; against the
-    same weights in float32, launched."""
+def test_captured_on_a_gpu(lengths):
+    """A tower of Qwen2-VL's width, captured in bfloat16 with the kernels for many rows, against the same
+    weights run eagerly in float32."""
     device = torch.device("cuda")
     config = VisionConfig(
         hidden_size=1280,
@@ -52,24 +52,24 @@ def test_recorded_on_a_gpu(lengths):
         activation="quick_gelu",
         rope_theta=10000.0,
     )
-    recorded, launched = (
+    captured, eager = (
         VisionTransformer(config, BuildContext(device, dtype, SingleProcessGroup()), keep=(2,))
         for dtype in (torch.bfloat16, torch.float32)
     )
     torch.manual_seed(0)
-    for parameter, wide in zip(recorded.parameters(), launched.parameters(), strict=True):
+    for parameter, wide in zip(captured.parameters(), eager.parameters(), strict=True):
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
         parameter.data.normal_(std=scale)
         wide.data.copy_(parameter)
-    recorded.record(CudaRecorder(device), rehearse=lambda: None)
+    captured.record(CudaRecorder(device), rehearse=lambda: None)
     count = sum(lengths)
     angles = torch.randn(count, 40, device=device)
     segments = VisionSegments(bounds(lengths).to(device), max(lengths), angles.cos(), angles.sin())
     for _ in range(2):
         patches = torch.randn(count, 1176, device=device).bfloat16()
         with torch.inference_mode():
-            wanted = launched.states(patches.float(), segments)
-            found = recorded.states(patches, segments)
+            wanted = eager.states(patches.float(), segments)
+            found = captured.states(patches, segments)
         for one, other in zip(found, wanted, strict=True):
             assert (one.float() - other).norm() < 0.03 * other.norm()
 
@@ -79,11 +79,11 @@ def bounds(lengths: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("window_len", [None, 4])
-def test_replays_are_launches(monkeypatch, window_len):
+def test_replays_equal_eager_passes(monkeypatch, window_len):
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 80)
-    launched, recorded = tower(window_len), tower(window_len)
-    recorded.record(rerun, window_len=window_len, rehearse=lambda: None)
+    eager, captured = tower(window_len), tower(window_len)
+    captured.record(rerun, window_len=window_len, rehearse=lambda: None)
     for number, lengths in enumerate(BATCHES):
         count, generator = sum(lengths), torch.Generator().manual_seed(number)
         angles, patches = (
@@ -96,19 +96,19 @@ def test_replays_are_launches(monkeypatch, window_len):
             cut = [min(window_len, n - i) for n in lengths for i in range(0, n, window_len)]
             windows = VisionSegments(bounds(cut), window_len, angles.cos(), angles.sin())
         with torch.inference_mode():
-            wanted = launched.states(patches, segments, windows=windows)
-            found = recorded.states(patches, segments, windows=windows)
+            wanted = eager.states(patches, segments, windows=windows)
+            found = captured.states(patches, segments, windows=windows)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("window_len", [None, 4])
-def test_segments_that_come_again_are_in_place(monkeypatch, window_len):
-    """The same objects in a row, others of the same lengths after them, other windows of their segments."""
+def test_segments_are_copied_when_they_change(monkeypatch, window_len):
+    """The same objects several times, others of the same lengths, and other windows of the same segments."""
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
-    launched, recorded = tower(window_len), tower(window_len)
-    recorded.record(rerun, window_len=window_len, rehearse=lambda: None)
+    eager, captured = tower(window_len), tower(window_len)
+    captured.record(rerun, window_len=window_len, rehearse=lambda: None)
     generator = torch.Generator().manual_seed(0)
 
     def segments(*lengths: int) -> VisionSegments:
@@ -127,13 +127,13 @@ def test_segments_that_come_again_are_in_place(monkeypatch, window_len):
     for within, windowed in batches:
         patches = torch.randn(int(within.cu_seqlens[-1]), 12, generator=generator)
         with torch.inference_mode():
-            wanted = launched.states(patches, within, windows=windowed)
-            found = recorded.states(patches, within, windows=windowed)
+            wanted = eager.states(patches, within, windows=windowed)
+            found = captured.states(patches, within, windows=windowed)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_what_does_not_fit_is_launched(monkeypatch):
+def test_batches_too_large_for_a_graph_run_eagerly(monkeypatch):
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 32)
     made, recordings = tower(None), []

@@ -1,4 +1,4 @@
-"""The vision transformer's switches against Transformers' own towers."""
+"""The vision transformer's options against Transformers' towers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_every_named_activation_exists():
 
 
 def test_rms_norm_and_gated_mlp_as_in_qwen2_5_vl(tmp_path):
-    """Full attention in every layer; the windows of that tower are its family's affair."""
+    """Full attention in every layer; the family's own tests cover this tower's windows."""
     raw = transformers.Qwen2_5_VLConfig(
         vision_config={
             "depth": 2,

@@ -1,4 +1,4 @@
-"""What a checkpoint must have, and how it fails when it hasn't."""
+"""Loading of checkpoints, and the errors for tensors that are missing, unknown or of the wrong shape."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_tensors_of_no_known_part_are_named(path):
             load(path, part)
 
 
-def test_known_surplus_is_let_pass(tmp_path):
+def test_ignored_tensors_may_be_present(tmp_path):
     path = make_qwen2_vl(tmp_path, tied=True)
     before = parameters(path)
     surplus = {
@@ -178,7 +178,7 @@ def with_language_prefix(name):
 
 
 @pytest.mark.parametrize("change", [as_in_memory, with_language_prefix])
-def test_names_of_every_generation_load_alike(path, change):
+def test_names_of_all_versions_load_alike(path, change):
     before = {**parameters(path), **parameters(path, "vision")}
     rewrite_tensors(path, renamed(change))
     after = {**parameters(path), **parameters(path, "vision")}
@@ -194,7 +194,7 @@ def test_names_of_every_generation_load_alike(path, change):
         ("vision", "visual.blocks.1.attn.proj.bias"),
     ],
 )
-def test_a_missing_tensor_is_called_what_the_checkpoint_would_call_it(path, change, part, name):
+def test_a_missing_tensor_is_named_as_in_the_checkpoint(path, change, part, name):
     rewrite_tensors(path, renamed(change))
     missing = change(name)
     rewrite_tensors(path, lambda tensors: {key: x for key, x in tensors.items() if key != missing})
@@ -211,7 +211,7 @@ def test_two_names_for_one_weight_are_refused(path):
         load(path)
 
 
-def test_fused_and_apart_are_the_same(tmp_path):
+def test_fused_and_separate_projections_load_alike(tmp_path):
     """Phi3's checkpoints hold q, k, v and gate, up concatenated."""
     path = make_text(tmp_path, "phi3")
     before = parameters(path)

@@ -1,4 +1,4 @@
-"""Rows come as they lie on disk, in pieces, and a file that ends too early is named."""
+"""Reading of rows in pieces; the error names a file that ends too early."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def read(wanted: list[Rows]) -> dict[str, torch.Tensor]:
-    """All pieces of each tensor, joined; every one is copied before the next is asked for."""
+    """All pieces of each tensor, joined; each piece is copied before the next is requested."""
     found: dict[str, list[torch.Tensor]] = {}
     expected = {rows.name: rows.first for rows in wanted}
     for piece, values in read_rows(wanted, pinned=False):
@@ -62,7 +62,7 @@ def test_a_file_that_ends_too_early_is_named(checkpoint):
         read([beyond])
 
 
-def test_who_stops_early_leaves_nothing_open(checkpoint):
+def test_stopping_early_closes_files_and_threads(checkpoint):
     open_files = Path("/proc/self/fd")
     before = len(list(open_files.iterdir()))
     rows = [Rows.of(name, info, 0, info.shape[0]) for name, info in checkpoint.tensors.items()]
