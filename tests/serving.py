@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 import yaml
 
+from deployments.config import AppConfig
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -74,6 +76,13 @@ def app_args() -> dict[str, Any]:
     """The arguments of ``serve_config.yaml``, which is what users start with."""
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     return config["applications"][0]["args"]
+
+
+def changed_config(**engine: Any) -> AppConfig:
+    """The shipped configuration with other values for its model's engine."""
+    args = app_args()
+    args["models"][0]["engine"] |= engine
+    return AppConfig.model_validate(args)
 
 
 def tested_args(site: str) -> dict[str, Any]:

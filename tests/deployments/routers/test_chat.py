@@ -136,6 +136,33 @@ async def test_several_choices_and_their_probabilities(client):
             assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_each_of_several_choices_ends_at_its_own_stop_string(client, stream):
+    """Sequences that share a prompt end at different times, and one may never meet the string."""
+    asked = {
+        "model": "pocket",
+        "messages": ask("Describe this image.", circle("blue"), square("red")),
+        "n": 4,
+        "temperature": 1.2,
+        "seed": 11,
+        "max_tokens": 24,
+    }
+    free = [choice.message.content for choice in (await client.chat.completions.create(**asked)).choices]
+    cut = " circle on"
+    assert 0 < sum(cut in text for text in free) < 4
+    made = await client.chat.completions.create(**asked, stop=[cut], stream=stream)
+    texts, reasons = [""] * 4, [None] * 4
+    if stream:
+        async for chunk in made:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    else:
+        texts = [choice.message.content for choice in made.choices]
+        reasons = [choice.finish_reason for choice in made.choices]
+    assert texts == [text.partition(cut)[0] for text in free] and reasons == ["stop"] * 4
+
+
 async def test_an_answer_in_json(client):
     schema = {
         "type": "object",

@@ -1,0 +1,70 @@
+"""The Ray Serve application that a configuration describes; no replica starts here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.app import build
+from deployments.config import AppConfig
+from engine.errors import CheckpointError, ConfigError
+from tests.serving import ROOT, app_args, changed_config
+
+
+def test_the_shipped_configuration_builds():
+    config = AppConfig.model_validate(app_args())
+    assert Path(config.models[0].engine.model) == ROOT / "models" / "pocket"
+    build(config)
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(CheckpointError, match="no folder"):
+        build(changed_config(model="./nowhere"))
+
+
+def test_an_unknown_architecture_is_refused_with_those_supported(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Mystery"]}))
+    with pytest.raises(CheckpointError, match=r"Mystery.*Qwen2VLForConditionalGeneration"):
+        build(changed_config(model=str(tmp_path)))
+
+
+def test_an_option_of_the_processor_that_does_not_exist():
+    with pytest.raises(ConfigError, match="num_crops"):
+        build(changed_config(mm_processor_kwargs={"num_crops": 4}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_model_len", 1_000_000), ("tensor_parallel_size", 3), ("chat_template", "/nowhere")],
+)
+def test_what_does_not_fit_the_model_is_named(field, value):
+    """Before any replica starts."""
+    with pytest.raises(ConfigError) as caught:
+        build(changed_config(**{field: value}))
+    assert caught.value.param == field
+
+
+def test_every_stage_of_every_model_is_a_deployment_of_its_own():
+    args = app_args()
+    args["models"] = [{**args["models"][0], "name": name} for name in ("one", "org/two")]
+    app = build(AppConfig.model_validate(args))
+    from ray.serve._private.build_app import build_app
+
+    built = build_app(app, name="test", default_runtime_env={})
+    assert {deployment.name for deployment in built.deployments} == {
+        "Ingress",
+        *(
+            f"{stage}:{name}"
+            for stage in ("LanguageModel", "Preprocessor", "VisionEncoder")
+            for name in ("one", "org--two")
+        ),
+    }
+    options = {deployment.name: deployment for deployment in built.deployments}
+    assert options["LanguageModel:one"].max_ongoing_requests >= 256
+
+
+def test_the_file_is_what_serve_reads():
+    from ray.serve.schema import ServeDeploySchema
+
+    ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "serve_config.yaml").read_text()))
