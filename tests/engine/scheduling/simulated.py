@@ -33,21 +33,32 @@ def next_token(cells: list[tuple]) -> int:
     return int.from_bytes(digest, "little") % VOCAB
 
 
-def cells_of(token_ids: list[int], spans: list[MediaSpan]) -> list[tuple]:
-    """What the cache should hold for a sequence: token, position, and the picture row at that place."""
-    cells = [(token, index, None) for index, token in enumerate(token_ids)]
+def cells_of(token_ids: list[int], spans: list[MediaSpan], variant: int) -> list[tuple]:
+    """The cache's content for a sequence: token, position, rotary frequencies, and the picture row there."""
+    cells = [(token, index, variant, None) for index, token in enumerate(token_ids)]
     for span in spans:
         for row in range(span.length):
             index = span.offset + row
-            cells[index] = (token_ids[index], index, (span.item.hash, row))
+            cells[index] = (token_ids[index], index, variant, (span.item.hash, row))
     return cells
 
 
-def tokens_alone(prompt: list[int], spans: list[MediaSpan], max_tokens: int, stop: bool = True) -> list[int]:
+def variant_of(num_tokens: int, original: int | None) -> int:
+    """The rotary frequencies of a sequence: those of long ones beyond ``original`` tokens."""
+    return int(original is not None and num_tokens > original)
+
+
+def tokens_alone(
+    prompt: list[int],
+    spans: list[MediaSpan],
+    max_tokens: int,
+    stop: bool = True,
+    original: int | None = None,
+) -> list[int]:
     """The oracle: the request's output if nothing else existed."""
     ids = list(prompt)
     while len(ids) < len(prompt) + max_tokens:
-        ids.append(next_token(cells_of(ids, spans)))
+        ids.append(next_token(cells_of(ids, spans, variant_of(len(ids), original))))
         if stop and ids[-1] == EOS:
             break
     return ids[len(prompt) :]
@@ -78,6 +89,7 @@ class SimulatedRunner:
         self.tables: list[dict[int, int]] = [{} for _ in range(num_slots)]
         self.length = [0] * num_slots
         self.last = [0] * num_slots
+        self.variant = [0] * num_slots
         self.num_blocks = num_blocks
         self.computed = 0
         self.steps: list[ScheduledBatch] = []
@@ -89,15 +101,18 @@ class SimulatedRunner:
         for admission in batch.admitted:
             self.tables[admission.slot] = dict(enumerate(admission.request.blocks))
             self.length[admission.slot] = admission.num_computed
+            self.variant[admission.slot] = admission.request.rope_variant
         for update in batch.table_updates:
             self.tables[update.slot] |= dict(enumerate(update.blocks, update.column))
         tokens = []
         written = []
         for slot in batch.decode_slots.tolist():
-            written.append((slot, self.length[slot], (self.last[slot], self.length[slot], None)))
+            cell = (self.last[slot], self.length[slot], self.variant[slot], None)
+            written.append((slot, self.length[slot], cell))
         for chunk in batch.prefills:
             assert chunk.start == self.length[chunk.slot], "a chunk starts where the last one ended"
-            cells = cells_of(chunk.request.token_ids, list(chunk.request.spans))
+            request = chunk.request
+            cells = cells_of(request.token_ids, list(request.spans), request.rope_variant)
             for index in range(chunk.start, chunk.start + chunk.count):
                 written.append((chunk.slot, index, cells[index]))
         # As on a device: everything is written before anything is read.
@@ -133,6 +148,7 @@ class SimulatedEngine:
         encoder_rows: int = 64,
         run_ahead: int = 1,
         prefix_caching: bool = True,
+        original: int | None = None,
     ) -> None:
         hasher = BlockHasher(block_size, "model") if prefix_caching else None
         self.scheduler = Scheduler(
@@ -141,6 +157,7 @@ class SimulatedEngine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
+            recompute_beyond=original,
         )
         self.runner = SimulatedRunner(len(self.scheduler.slots.requests), num_blocks, block_size, budget)
         self.core = EngineCore(self.scheduler, self.runner, run_ahead)
@@ -162,6 +179,7 @@ class SimulatedEngine:
             stop_ids=frozenset({EOS}),
             spans=spans,
             arrival=float(self.arrivals),
+            rope_variant=variant_of(len(prompt), self.scheduler.recompute_beyond),
             **changes,
         )
         self.scheduler.check(request)

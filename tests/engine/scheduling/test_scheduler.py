@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -160,6 +162,28 @@ def test_what_can_never_run_is_refused():
     assert len(engine.outputs["fits"]) == 1
 
 
+@pytest.mark.parametrize("run_ahead", [0, 1, 3])
+def test_an_answer_beyond_the_original_context_is_computed_again_once(run_ahead):
+    """All keys of a sequence are of the same rotary frequencies, and what is cached of others isn't used."""
+    engine = SimulatedEngine(original=20, run_ahead=run_ahead, budget=64)
+    lengths = {"within": 5, "crosses": 15, "at the end": 20, "beyond": 21}
+
+    def answers(first: int) -> dict[str, list[int]]:
+        prompts = {key: list(range(first, first + length)) for key, length in lengths.items()}
+        return {key: tokens_alone(prompt, [], 12, original=20) for key, prompt in prompts.items()}
+
+    # Prompts whose answers have their full length.
+    first = next(n for n in range(50) if all(len(tokens) == 12 for tokens in answers(n).values()))
+    for key, length in lengths.items():
+        engine.add(key, list(range(first, first + length)), max_tokens=12)
+    engine.run()
+    assert engine.outputs == answers(first)
+    admitted = [admission.request for step in engine.runner.steps for admission in step.admitted]
+    again = Counter(request.id for request in admitted)
+    assert again == {"within": 1, "crosses": 2, "at the end": 2, "beyond": 1}
+    assert engine.scheduler.stats.preempted == 0
+
+
 def test_embedding_rows_are_budgeted():
     engine = SimulatedEngine(encoder_rows=10, budget=4)
     for key in "abc":
@@ -195,6 +219,7 @@ LIMITS = st.fixed_dictionaries(
         "run_ahead": st.integers(0, 3),
         "encoder_rows": st.integers(18, 40),
         "prefix_caching": st.booleans(),
+        "original": st.one_of(st.none(), st.integers(5, 50)),
     }
 )
 
@@ -214,7 +239,7 @@ def test_whatever_happens_tokens_are_those_of_the_request_alone(requests, limits
                         str(index), ids, spans, spec["max_tokens"], priority=spec["priority"]
                     )
                     most = min(spec["max_tokens"], room - len(ids))
-                    wanted[index] = tokens_alone(ids, spans, most)
+                    wanted[index] = tokens_alone(ids, spans, most, original=limits["original"])
             if spec["aborted"] == step and index in running:
                 engine.core.abort(running[index])
         engine.step()
