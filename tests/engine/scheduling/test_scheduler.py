@@ -162,10 +162,11 @@ def test_what_can_never_run_is_refused():
     assert len(engine.outputs["fits"]) == 1
 
 
+@pytest.mark.parametrize("prefix_caching", [False, True])
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])
-def test_an_answer_beyond_the_original_context_is_computed_again_once(run_ahead):
-    """All keys of a sequence are of the same rotary frequencies, and what is cached of others isn't used."""
-    engine = SimulatedEngine(original=20, run_ahead=run_ahead, budget=64)
+def test_an_answer_beyond_the_original_context_is_computed_again_once(run_ahead, prefix_caching):
+    """All keys of a sequence have the same rotary frequencies; cached keys with others aren't used."""
+    engine = SimulatedEngine(original=20, run_ahead=run_ahead, budget=64, prefix_caching=prefix_caching)
     lengths = {"within": 5, "crosses": 15, "at the end": 20, "beyond": 21}
 
     def answers(first: int) -> dict[str, list[int]]:
@@ -181,6 +182,10 @@ def test_an_answer_beyond_the_original_context_is_computed_again_once(run_ahead)
     admitted = [admission.request for step in engine.runner.steps for admission in step.admitted]
     again = Counter(request.id for request in admitted)
     assert again == {"within": 1, "crosses": 2, "at the end": 2, "beyond": 1}
+    if not prefix_caching:
+        # Every token but the last of each answer, and the 20 that two requests compute twice: no more, though
+        # steps are enqueued ahead.
+        assert engine.runner.computed == sum(length + 11 for length in lengths.values()) + 2 * 20
     assert engine.scheduler.stats.preempted == 0
 
 
