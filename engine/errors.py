@@ -82,19 +82,19 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class MediaError(InvalidRequest):
-    """A picture could not be fetched, decoded or shown to the model."""
+    """An image could not be fetched, decoded or shown to the model."""
 
     code = "invalid_image"
 
 
 class MediaForbidden(MediaError):
-    """The picture's address is outside of what this server may fetch."""
+    """This server may not fetch from the image's address."""
 
     code = "image_url_forbidden"
 
 
 class MediaTooLarge(MediaError):
-    """A picture, or all of them together, exceeds a budget (bytes, pixels, count or visual tokens)."""
+    """An image, or all of them together, exceeds a budget (bytes, pixels, count or visual tokens)."""
 
     status = 413
     code = "image_too_large"

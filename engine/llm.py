@@ -32,8 +32,8 @@ class LLM:
 
     Args:
         model: folder of a checkpoint in Hugging Face layout, or a hub name.
-        fetch: fields of :class:`~engine.media.guard.FetchPolicy`: where :meth:`chat` may fetch pictures from;
-            public addresses if not given.
+        fetch: fields of :class:`~engine.media.guard.FetchPolicy`: the addresses that :meth:`chat` may
+            fetch images from; public ones if not given.
         trust_remote_code: accepted for compatibility; code from checkpoints is never run.
         options: every field of :class:`~engine.config.EngineConfig`.
 
@@ -103,7 +103,7 @@ class LLM:
 
         Args:
             prompts: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
-                ``"multi_modal_data": {"image": picture or list of pictures}``; or a sequence of such.
+                ``"multi_modal_data": {"image": image or list of images}``; or a sequence of such.
             sampling_params: for all, or one for each.
 
         Raises:
@@ -172,7 +172,7 @@ class LLM:
         pooling: Pooling = "last",
         use_tqdm: bool = True,
     ) -> list[float]:
-        """Cosine similarity of the embeddings of prompts, which may hold pictures.
+        """Cosine similarity of the embeddings of prompts, which may hold images.
 
         Args:
             first: one prompt, compared with each of ``second``; or as many as ``second`` has.

@@ -1,6 +1,6 @@
-"""What a request is made of: token ids, and media items tied to places among them.
+"""The parts of a request: token ids, and media items with their places among them.
 
-These types are plain data. They cross process boundaries, so they hold no tensors but where it says so.
+These types are plain data. They cross process boundaries, so they hold no tensors unless stated.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class PlaceholderRun:
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """One prepared picture (or video), without its pixels: small enough to pass around freely.
+    """One prepared image or video, without its pixels: small enough to pass around freely.
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
-        hash: hex content hash over family, processor options, mode, size and pixel bytes.
+        hash: hex content hash, see :mod:`engine.media.keys`.
         num_tokens: embedding rows that the encoder yields for it.
         grid: the family's own shape of the item, e.g. Qwen2-VL's ``(t, h, w)`` in patches.
-        size: ``(width, height)`` of the picture as the model's processor saw it, in pixels.
+        size: ``(width, height)`` of the image that the model's processor got, in pixels.
         placeholder: the token runs that stand for it in a prompt; their ``is_embed`` counts sum to
             ``num_tokens``. Derived from the same processor result as ``num_tokens``.
-        times: for families that tell a video's pace, the second at which each step of ``grid`` in time lies.
+        times: the time in seconds of each step of ``grid`` in time, for families whose models get it.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class MediaItem:
 
 @dataclass(frozen=True, slots=True)
 class PreparedMedia:
-    """A media item with what its encoder needs.
+    """A media item with the encoder's input.
 
     Attributes:
         item: the description.
@@ -80,7 +80,7 @@ class PreparedMedia:
 
 @dataclass(frozen=True, slots=True)
 class MediaSpan:
-    """Where an item stands in a prompt.
+    """The place of an item in a prompt.
 
     Attributes:
         item: the media item.

@@ -1,7 +1,7 @@
-"""Embedding rows that a caller brings in place of pictures.
+"""Checks embedding rows that a caller gives in place of images.
 
-Accepted are dense floating-point tensors (or numpy arrays), never files: what torch.load makes of a
-stranger's file is the caller's own affair.
+Only dense floating-point tensors and numpy arrays are accepted, never files: loading a stranger's file with
+torch.load can run its code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROWS = "image_embeds"
 
 
 def are_embeddings(value: Any) -> bool:
-    """Whether ``multi_modal_data["image"]`` holds embeddings rather than pictures."""
+    """Whether ``multi_modal_data["image"]`` holds embeddings rather than images."""
     if isinstance(value, Mapping):
         return _ROWS in value
     first = value[0] if isinstance(value, list | tuple) and value else value
@@ -33,19 +33,19 @@ def are_embeddings(value: Any) -> bool:
 
 
 def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaItem, torch.Tensor]]:
-    """Each item with its rows ``(num_tokens, hidden)``.
+    """Check embeddings and give each item with its rows ``(num_tokens, hidden)``.
 
     Args:
         value: a tensor ``(rows, hidden)`` or ``(items, rows, hidden)``, a list of such, or a mapping with
-            ``image_embeds`` and what the family needs beside it: Qwen's ``image_grid_thw`` ``(items, 3)``,
-            others' ``image_size_list`` of ``(width, height)``. With the latter the rows of all items may
-            also stand in one tensor ``(all rows, hidden)``.
+            ``image_embeds`` and the description that the family needs: Qwen's ``image_grid_thw``
+            ``(items, 3)``, others' ``image_size_list`` of ``(width, height)``. With a description the rows
+            of all items may also stand in one tensor ``(all rows, hidden)``.
 
     Raises:
-        InvalidRequest: naming what doesn't fit.
+        InvalidRequest: naming the entry that doesn't fit.
     """
     if not isinstance(processor, EmbeddingProcessor):
-        raise InvalidRequest("This model takes pictures, but no embeddings of them.", param=_WHERE)
+        raise InvalidRequest("This model takes images, but no embeddings of them.", param=_WHERE)
     field = processor.embedding_field
     name = None if field is None else field.name
     given = dict(value) if isinstance(value, Mapping) else {_ROWS: value}
@@ -71,7 +71,7 @@ def given_embeddings(value: Any, processor: MediaProcessor) -> list[tuple[MediaI
     for index, (rows, count, description) in enumerate(zip(tensors, counts, descriptions, strict=True)):
         if len(rows) != count:
             raise InvalidRequest(
-                f"Item {index} of {_ROWS} has {len(rows)} rows; its place in the prompt takes {count}.",
+                f"Item {index} of {_ROWS} has {len(rows)} rows; its placeholder in the prompt needs {count}.",
                 param=_WHERE,
             )
         item = describer.embedding_item(description, "")

@@ -1,4 +1,4 @@
-"""OpenAI chat messages, checked and taken apart into text and media."""
+"""Checks OpenAI chat messages and splits them into text and media."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _parts(content: Any, where: str, role: str, sources: list[MediaSource]) -> l
         parts.append(_part(part, f"{where}[{j}]", sources))
         if isinstance(parts[-1], MediaPart) and role not in ("user", "tool"):
             raise InvalidRequest(
-                f"{where}[{j}]: media can stand in user and tool messages, not in those of the role {role}.",
+                f"{where}[{j}]: only user and tool messages can hold media, not those of the role {role}.",
                 param=f"{where}[{j}]",
             )
     return parts
@@ -142,7 +142,7 @@ def _source(value: Any, index: int, where: str, detail: str) -> MediaSource:
         return MediaSource(index, where, data=bytes(value), detail=detail)
     if hasattr(value, "convert") and hasattr(value, "size"):
         return MediaSource(index, where, image=value, detail=detail)
-    raise MediaError(f"{where} must be the URL of a picture (http, https or data).", param=where)
+    raise MediaError(f"{where} must be the URL of an image (http, https or data).", param=where)
 
 
 def _tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:

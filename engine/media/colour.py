@@ -135,7 +135,7 @@ def _as_bytes(grey: np.ndarray, bits: int, inverted: bool) -> np.ndarray:
         limit = white = 2**bits - 1 if bits else 255 if high <= 255 else 65535
     if not (low >= 0 and high <= limit):
         raise MediaError(
-            f"Grey values outside of 0 to {limit:g} have no meaning; convert the picture to 8 bits."
+            f"Grey values outside of 0 to {limit:g} have no meaning; convert the image to 8 bits."
         )
     scaled = grey.astype(np.float64) * (255 / white)
     return np.rint(255 - scaled if inverted else scaled).astype(np.uint8)

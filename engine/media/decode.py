@@ -1,4 +1,4 @@
-"""Encoded pictures to upright RGB, within bounds that are checked before anything is unpacked."""
+"""Decodes images to upright RGB, within bounds that are checked before anything is unpacked."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What a picture may be.
+    """The largest image that is decoded, and the formats.
 
     Attributes:
         max_pixels: most pixels, width times height.
         max_side: most pixels along one side.
-        max_total_pixels: most pixels of all pictures and frames of a request.
+        max_total_pixels: most pixels of all images and frames of a request.
         formats: Pillow's names of the formats that are read.
     """
 
@@ -56,7 +56,7 @@ def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) 
         MediaTooLarge: the header announces more pixels than allowed.
         MediaError: the data is no image of an allowed format, or is damaged.
     """
-    name = where or "the picture"
+    name = where or "the image"
     try:
         data = without_metadata(data)
         try:
@@ -73,10 +73,10 @@ def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) 
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise MediaTooLarge(_too_many(name, limits), param=where) from None
-    # Decoders raise whatever they like, with addresses and paths in the text: none of it is passed on.
+    # Decoders raise any exception, with memory addresses and paths in the text: none of it is passed on.
     except Image.UnidentifiedImageError:
         raise MediaError(
-            f"{name} is no picture in one of the formats {', '.join(limits.formats)}.", param=where
+            f"{name} is not an image in one of the formats {', '.join(limits.formats)}.", param=where
         ) from None
     except Exception as error:
         raise MediaError(f"{name} is damaged or incomplete and can't be decoded.", param=where) from error
@@ -91,15 +91,15 @@ def _decode(data: bytes, limits: ImageLimits, name: str, where: str | None) -> I
 
 
 def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
-    """A picture that a caller has opened or made, as :func:`decode_image` would show it.
+    """An image that a caller has opened or made, as :func:`decode_image` would show it.
 
-    Turned is only what is as its file has it: a copy made from that (its ``format`` is None) may have been
-    turned already. Not for two threads at a time with one picture: its file may be unread yet.
+    Only an image opened from a file is turned: a copy (whose ``format`` is None) may have been turned
+    already. Two threads must not pass the same image at a time: its file may be unread yet.
 
     Raises:
         MediaError: it has no pixels, its file is damaged or closed, or its pixels have no meaning as colours.
     """
-    name = where or "the picture"
+    name = where or "the image"
     if min(image.size) < 1:
         raise MediaError(f"{name} has no pixels.", param=where)
     try:
@@ -113,7 +113,7 @@ def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
 
 def read_size(data: bytes, limits: ImageLimits, *, where: str | None = None) -> tuple[int, int]:
     """``(width, height)`` by the header alone, upright; errors as :func:`decode_image`."""
-    name = where or "the picture"
+    name = where or "the image"
     try:
         data = without_metadata(data)
         with Image.open(io.BytesIO(as_black_is_zero(data) or data), formats=limits.formats) as image:
@@ -133,7 +133,7 @@ def check_total(sizes: Iterable[tuple[int, int]], limits: ImageLimits) -> None:
     """Refuse what would take too much memory once decoded.
 
     Args:
-        sizes: of all pictures and frames of a request.
+        sizes: of all images and frames of a request.
 
     Raises:
         MediaTooLarge: naming the limit.
@@ -141,7 +141,7 @@ def check_total(sizes: Iterable[tuple[int, int]], limits: ImageLimits) -> None:
     total = sum(width * height for width, height in sizes)
     if total > limits.max_total_pixels:
         raise MediaTooLarge(
-            f"The request's pictures have {total} pixels together; {limits.max_total_pixels} are allowed. "
+            f"The request's images have {total} pixels together; {limits.max_total_pixels} are allowed. "
             "Send fewer or smaller ones.",
             param="prompt",
         )

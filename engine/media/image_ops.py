@@ -17,18 +17,18 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def check_aspect_ratio(size: tuple[int, int], most: int = MAX_ASPECT_RATIO) -> None:
     """
     Raises:
-        InvalidRequest: the longer side of a picture of ``size`` is more than ``most`` times the shorter.
+        InvalidRequest: the longer side of an image of ``size`` is more than ``most`` times the shorter.
     """
     if max(size) > most * min(size):
         raise InvalidRequest(
-            f"a picture of {size[0]}x{size[1]} pixels is too elongated: the longer side may be at most "
+            f"an image of {size[0]}x{size[1]} pixels is too elongated: the longer side may be at most "
             f"{most} times the shorter",
             param="image",
         )
 
 
 def resize(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
-    """An RGB picture at ``(width, height)`` as uint8 ``(height, width, 3)``.
+    """Resize an RGB image to ``(width, height)``, as uint8 ``(height, width, 3)``.
 
     ``resample`` is PIL's filter number, as preprocessor_config.json gives it.
     """

@@ -22,7 +22,7 @@ class ByteBudget:
         self._taken += count
         if self._taken > self._limit:
             raise MediaTooLarge(
-                f"{where}: the pictures of this request have more than {self._limit} bytes together.",
+                f"{where}: the images of this request have more than {self._limit} bytes together.",
                 param=where,
             )
 
@@ -38,4 +38,4 @@ def check_size(count: int, policy: FetchPolicy, where: str) -> None:
         MediaTooLarge: the policy allows fewer.
     """
     if count > policy.max_bytes:
-        raise MediaTooLarge(f"{where}: the picture has more than {policy.max_bytes} bytes.", param=where)
+        raise MediaTooLarge(f"{where}: the image has more than {policy.max_bytes} bytes.", param=where)

@@ -1,4 +1,4 @@
-"""Pictures resized with their aspect ratio, and padded to a given size. PIL and numpy only."""
+"""Resizes images with their aspect ratio and pads them to a given size. PIL and numpy only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STRIP_PIXELS = 1 << 22
 
 
 def resize_on_canvas(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
-    """An RGB picture as large as fits into ``(width, height)``, centred on black, as uint8
+    """Resize an RGB image to fit into ``(width, height)`` and centre it on black, as uint8
     ``(height, width, 3)``. ``resample`` is PIL's filter number.
     """
     width, height = size
@@ -29,8 +29,8 @@ def resize_on_canvas(image: Image.Image, size: tuple[int, int], resample: int) -
 
 
 def resize_in_square(image: Image.Image, side: int, colour: tuple[int, ...], resample: int) -> np.ndarray:
-    """An RGB picture centred on a square of ``colour`` as long as its longer side, and that square resized to
-    ``side`` pixels: uint8 ``(side, side, 3)``.
+    """Centre an RGB image on a square of ``colour`` with its longer side, and resize that square to ``side``
+    pixels: uint8 ``(side, side, 3)``.
 
     The square of a panorama may be a thousand times its size, so it is never made: it is resized across in
     strips of rows, then down, which are the two passes that PIL makes.

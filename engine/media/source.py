@@ -1,4 +1,4 @@
-"""Where the media of a request come from, and how many a request may have."""
+"""The sources of a request's media, and the limits on their number."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ MediaKind = Literal["image", "video"]
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """Where a picture or video comes from. Exactly one of ``url``, ``data``, ``image`` and ``frames`` is set.
+    """The source of an image or video. Exactly one of ``url``, ``data``, ``image`` and ``frames`` is set.
 
     Attributes:
-        index: its number in the request, from 0; what :class:`MediaPart` refers to.
+        index: its number in the request, from 0, to which :class:`MediaPart` refers.
         where: the field of the request, e.g. ``messages[0].content[1].image_url``.
         kind: ``image`` or ``video``.
         url: an ``http``, ``https``, ``data`` or ``file`` URL.
-        data: bytes of an encoded picture.
-        image: a decoded picture (offline use).
-        frames: a video's pictures in order.
+        data: bytes of an encoded image.
+        image: a decoded image (offline use).
+        frames: a video's frames in order.
         detail: OpenAI's hint ``auto``, ``low``, ``high`` or ``original``; no supported model uses it.
     """
 

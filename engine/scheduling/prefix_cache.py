@@ -1,4 +1,4 @@
-"""Names for KV blocks by what they hold: a hash chain over tokens and the pictures that overlap them."""
+"""Names KV blocks by their content: a hash chain over tokens and the media that overlap them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class BlockHasher:
 
     Two blocks get the same hash only if everything that their keys and values depend on is the same: the
     model, the tenant's salt, the rotary frequencies, all tokens up to the block's end, and content and place
-    of every picture up to there. The chain's root is keyed with a secret of this engine, so that hashes can't
-    be predicted from outside.
+    of every media item up to there. The chain's root is keyed with a secret of this engine, so that hashes
+    can't be predicted from outside.
 
     Args:
         block_size: tokens per block.
-        model_key: what identifies the weights (name, revision, dtype, adapters).
+        model_key: identifies the weights: name, revision and architecture.
         secret: at most 64 bytes.
     """
 

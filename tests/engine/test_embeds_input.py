@@ -84,7 +84,7 @@ def test_what_is_refused(qwen, llava):
     count = len(rows)
     for image, words in (
         ({"image_embeds": rows[None]}, "need image_grid_thw"),
-        ({"image_embeds": rows[None, 1:], "image_grid_thw": [grid]}, f"{count - 1} rows.* takes {count}"),
+        ({"image_embeds": rows[None, 1:], "image_grid_thw": [grid]}, f"{count - 1} rows.* needs {count}"),
         ({"image_embeds": rows[None, :, 1:], "image_grid_thw": [grid]}, "shape"),
         ({"image_embeds": rows[None].long(), "image_grid_thw": [grid]}, "floating-point"),
         ({"image_embeds": rows[None] / 0, "image_grid_thw": [grid]}, "not finite"),

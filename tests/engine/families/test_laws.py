@@ -38,13 +38,13 @@ def video(model: Made, hub: Made) -> None:
     elif model.case.mark is not None:
         _check_refused(model, {"video": [picture(40, 56), picture(40, 56, 1)]}, "frames|videos")
     else:
-        _check_refused(model, {"video": [picture(40, 56)]}, "no pictures")
+        _check_refused(model, {"video": [picture(40, 56)]}, "no images")
 
 
 def _check_media(model: Made, prompts: list[Prompt]) -> None:
     """With another picture the same words have another answer, and what is cached of them isn't mixed up."""
     if not prompts:
-        _check_refused(model, {"image": [picture(40, 56)]}, "no pictures")
+        _check_refused(model, {"image": [picture(40, 56)]}, "no images")
         return
     llm = model.llm()
     model.check(llm, prompts)
@@ -98,7 +98,7 @@ def embeds_are_pixels(model: Made, hub: Made) -> None:
     """Rows of pictures in place of pictures, item by item and all in one tensor."""
     prompts = model.case.single_prompts() + model.case.several_prompts()
     if not prompts:
-        _check_refused(model, {"image": torch.zeros(1, 4, 64)}, "no pictures")
+        _check_refused(model, {"image": torch.zeros(1, 4, 64)}, "no images")
         return
     llm = model.llm()
     for prompt, forms in zip(prompts, as_embeddings(llm.config, prompts), strict=True):
