@@ -45,6 +45,12 @@ class PixtralProcessor:
         """The checkpoint's processor; it has no options."""
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, NativeVisionConfig) and config.image_token_id is not None
+        kind = str(raw.get("image_processor_type", "PixtralImageProcessor"))
+        if not kind.startswith("Pixtral"):
+            raise CheckpointError(
+                f"{_FILE}: image_processor_type {kind} doesn't fit the tower; PixtralImageProcessor does",
+                param="image_processor_type",
+            )
         require_steps(raw, "do_resize", "do_rescale", "do_normalize")
         if raw.get("do_center_crop"):
             raise CheckpointError(f"{_FILE}: do_center_crop true is not supported", param="do_center_crop")

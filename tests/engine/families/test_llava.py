@@ -16,7 +16,7 @@ from tests.engine.families.llava_variants import LlavaVariantReference, make_lla
 from tests.engine.families.made import Made
 from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.families.references import make_llava_1_5
-from tests.engine.tiny import TRANSFORMERS, make_llava, picture
+from tests.engine.tiny import make_llava, picture
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,8 @@ VARIANTS = {
     "several layers": {"layer": [-2, 1, -1], "strategy": "default"},
     "several layers, among them the embeddings": {"layer": [-3, 0], "strategy": "full"},
     "padded to a square": {"processor": "Llava", "strategy": "default"},
+    "Phi3": {"text": "phi3"},
+    "Qwen3, without the class token": {"text": "qwen3", "strategy": "default"},
     "SigLIP, resized and cropped": {
         "tower": "siglip",
         "size": {"shortest_edge": 36},
@@ -50,8 +52,6 @@ VARIANTS = {
 @pytest.mark.parametrize("hub", [False, True])
 def test_variants_answer_as_transformers_does(tmp_path, name, hub):
     variant = VARIANTS[name]
-    if variant.get("layer") == -1 and variant["tower"] == "siglip" and TRANSFORMERS < (5, 23):
-        pytest.skip("earlier versions of Transformers may normalise the last layer's output")
     case = replace(
         case_named("LLaVA-1.5"),
         make=partial(make_llava_variant, **variant),

@@ -68,6 +68,7 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         ("processor_config.json", {"patch_size": 16}, "patch_size 16 differs"),
         (IMAGES, {"size": {"shortest_edge": 30}}, "size should be longest_edge"),
         (IMAGES, {"do_center_crop": True}, "do_center_crop"),
+        (IMAGES, {"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessor doesn't fit"),
     ],
     "LLaVA-OneVision": [
         (CONFIG, {"text_config": {"model_type": "llama"}}, "llama"),
