@@ -5,18 +5,20 @@ from collections.abc import Mapping
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.access import Access
 from deployments.config import IngressConfig
 from deployments.errors import (
     NoSuchRoute,
     WrongMethod,
     as_sightline,
     error_body,
-    error_headers,
-    log_answered,
+    error_response,
     logger,
+    request_name,
 )
 from deployments.pipeline import Pipeline
 from deployments.responses import ResponseStore
@@ -37,7 +39,16 @@ def create_api(config: IngressConfig, pipelines: Mapping[str, Pipeline]) -> Fast
     api.add_exception_handler(SightlineError, _on_error)
     api.state.admission = admission = Admission(config.max_active_requests)
     api.add_middleware(admission.around)
+    api.add_middleware(Access(config.keys).around)
     api.add_middleware(Spelling)
+    if config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     api.add_middleware(LastResort)
     return api
 
@@ -116,22 +127,11 @@ class LastResort:
         try:
             await self._app(scope, receive, note)
         except ClientDisconnect:
-            logger.info("the client of %s left before its body was read", _name(scope))
+            logger.info("the client of %s left before its body was read", request_name(scope))
         except Exception as error:
             if begun:
                 raise
             await error_response(as_sightline(error), scope)(scope, receive, send)
-
-
-def error_response(error: SightlineError, scope: Scope) -> JSONResponse:
-    """An error as a whole response. Logs it in one line."""
-    log_answered(error, _name(scope))
-    return JSONResponse(error_body(error), error.status, error_headers(error))
-
-
-def _name(scope: Scope) -> str:
-    """The method and path of a request, without line breaks and bounded: they are the client's."""
-    return repr(f"{scope['method']} {scope['path']}"[:200])[1:-1]
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

@@ -17,6 +17,7 @@ from pydantic import (
     field_validator,
 )
 
+from deployments.access import KeyConfig
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
 from engine.media.guard import FetchPolicy
@@ -188,6 +189,8 @@ class IngressConfig(StageConfig):
         threads: prompts that are rendered and tokenized at a time.
         stored_responses: the most responses of ``/v1/responses`` that a replica keeps.
         stored_responses_s: seconds for which it keeps them.
+        keys: who may use the server; everybody if there are none. See :class:`deployments.access.KeyConfig`.
+        cors_origins: web pages that may use the server from a browser, e.g. ``["http://localhost:3000"]``.
     """
 
     max_body_bytes: PositiveInt = 64 << 20
@@ -196,6 +199,8 @@ class IngressConfig(StageConfig):
     threads: PositiveInt = 4
     stored_responses: NonNegativeInt = 1024
     stored_responses_s: PositiveFloat = 3600.0
+    keys: tuple[KeyConfig, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     # Above max_active_requests, so that the ingress refuses first: its answer says what happened.
     max_ongoing_requests: PositiveInt = 4096
 

@@ -4,6 +4,9 @@ import asyncio
 import logging
 from typing import Any
 
+from starlette.responses import JSONResponse
+from starlette.types import Scope
+
 from engine.errors import SightlineError, Unavailable
 
 #: Ray Serve sends this logger's records to its files and to the console, with the request's id.
@@ -72,3 +75,14 @@ def error_headers(error: SightlineError) -> dict[str, str]:
     """Headers of an error's response."""
     wait = RETRY_AFTER.get(error.status)
     return {} if wait is None else {"Retry-After": str(wait)}
+
+
+def error_response(error: SightlineError, scope: Scope) -> JSONResponse:
+    """An error as a whole response. Logs it in one line."""
+    log_answered(error, request_name(scope))
+    return JSONResponse(error_body(error), error.status, error_headers(error))
+
+
+def request_name(scope: Scope) -> str:
+    """The method and path of a request, without line breaks and bounded: they are the client's."""
+    return repr(f"{scope['method']} {scope['path']}"[:200])[1:-1]

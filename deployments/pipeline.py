@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from deployments.access import caller_salt, charge
 from deployments.config import AppConfig, ModelSpec
 from deployments.stages import Generation, Pixels, Pooling, Rows, StageLost, Stages
 from deployments.tasks import all_or_none
@@ -112,10 +113,12 @@ class Pipeline:
         salt: str,
     ) -> PreparedPrompt:
         inputs, pixels = await self._build(build, sources)
+        inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
         count, limit = len(inputs.token_ids), await self.max_model_len()
         if count + min_tokens > limit:
             raise ContextLengthExceeded.by(limit, count, min_tokens)
-        return PreparedPrompt(inputs, await self._encode(pixels, salt))
+        charge(count + min_tokens)
+        return PreparedPrompt(inputs, await self._encode(pixels, caller_salt(salt)))
 
     async def _build(
         self, build: Callable[[list[MediaItem]], EngineInput], sources: Sequence[MediaSource]

@@ -193,12 +193,14 @@ class StoredResponse:
         response: the object as clients get it.
         input_items: the request's input, as items.
         messages: the whole conversation up to the response's end, as chat messages.
+        owner: name of the key that may see the response.
         stored_at: in seconds of the monotonic clock.
     """
 
     response: Json
     input_items: list[Json]
     messages: list[Json]
+    owner: str = ""
     stored_at: float = field(default_factory=time.monotonic)
 
 
@@ -220,10 +222,12 @@ class ResponseStore:
         while len(self._kept) > self._limit:
             self._kept.popitem(last=False)
 
-    def get(self, name: str) -> StoredResponse | None:
-        """The response of that id; None if it was never kept, or not any more."""
+    def get(self, name: str, owner: str = "") -> StoredResponse | None:
+        """The response of that id; None if it is not kept, or belongs to another key."""
         stored = self._kept.get(name)
-        if stored is not None and time.monotonic() - stored.stored_at > self._seconds:
+        if stored is None or stored.owner != owner:
+            return None
+        if time.monotonic() - stored.stored_at > self._seconds:
             del self._kept[name]
             return None
         return stored

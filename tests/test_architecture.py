@@ -29,7 +29,9 @@ FLOORS = [
 
 #: Floors of the deployments from the ground up.
 SERVER_FLOORS = [
-    ["answers", "config", "errors", "preflight", "stages", "tasks", "threads", "tools"],
+    ["errors"],
+    ["access", "answers", "preflight", "stages", "tasks", "threads", "tools"],
+    ["config"],
     ["protocol"],
     ["body", "sse", "pipeline", "preprocessor", "encoder", "language_model"],
     ["conversations", "responses"],

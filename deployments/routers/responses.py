@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
+from deployments.access import caller_name
 from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, caller_fields, start
 from deployments.errors import NotFound, as_sightline
@@ -36,7 +37,7 @@ async def create_response(request: Request) -> Response:
     if body.previous_response_id is not None:
         earlier = _stored(store, body.previous_response_id, "previous_response_id").messages
     given, fields = wire.input_messages(body.input)
-    stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given])
+    stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given], caller_name())
     conversation = _conversation(body, pipeline, stored.messages, len(earlier), fields)
     running = await start(pipeline, stored.response["id"], conversation)
     builder = ResponseBuilder(stored.response)
@@ -91,7 +92,7 @@ async def list_input_items(request: Request, name: str) -> Response:
 
 
 def _stored(store: ResponseStore, name: str, param: str) -> StoredResponse:
-    stored = store.get(name)
+    stored = store.get(name, caller_name())
     if stored is None:
         raise NotFound(
             f"There is no response {name[:100]!r}. Responses are kept for a limited time, in the ingress "

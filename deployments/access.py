@@ -1,0 +1,216 @@
+"""Who may use the server: API keys, each with limits and caches of its own."""
+
+import hashlib
+import hmac
+import os
+from collections.abc import Sequence
+from contextvars import ContextVar
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model_validator
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.errors import error_response
+from engine.errors import ConfigError, Overloaded, SightlineError
+
+#: Paths that need no key: probes of machines, which hold none.
+OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
+
+
+class Unauthorized(SightlineError):
+    """The request has no valid API key."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class KeyConfig(BaseModel):
+    """One API key. Exactly one of ``key``, ``env`` and ``file`` says what it is.
+
+    Attributes:
+        name: shown in logs and never sent by clients; keys with one name share limits and caches.
+        key: the key itself; prefer the others, since configurations are shown and copied.
+        env: environment variable of the ingress that holds the key.
+        file: file that holds the key, such as a mounted secret.
+        max_active_requests: requests that may be open at a time; more are refused with 429.
+        max_active_tokens: prompt and completion tokens that open requests may ask for in all.
+        own_cache: keeps cached content of this name apart from that of others.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, max_length=128)
+    key: SecretStr | None = None
+    env: str | None = None
+    file: str | None = None
+    max_active_requests: PositiveInt | None = None
+    max_active_tokens: PositiveInt | None = None
+    own_cache: bool = True
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "KeyConfig":
+        if sum(source is not None for source in (self.key, self.env, self.file)) != 1:
+            raise ValueError("exactly one of key, env and file must be given")
+        return self
+
+    def secret(self) -> str:
+        """The key.
+
+        Raises:
+            ConfigError: the variable or file is missing or empty; the message holds no secret.
+        """
+        if self.key is not None:
+            found = self.key.get_secret_value()
+        elif self.env is not None:
+            found = os.environ.get(self.env, "")
+        else:
+            assert self.file is not None
+            try:
+                found = Path(self.file).read_text().strip()
+            except OSError as error:
+                raise ConfigError(f"the key {self.name!r} can't be read: {error}", param="keys") from error
+        if not found:
+            raise ConfigError(f"the key {self.name!r} is empty", param="keys")
+        return found
+
+
+class Caller:
+    """The holder of a key, or everybody where there are no keys.
+
+    Args:
+        config: the key; None for everybody.
+
+    Attributes:
+        name: the key's name.
+        salt: keeps cached content apart.
+    """
+
+    def __init__(self, config: KeyConfig | None = None) -> None:
+        self.name = config.name if config is not None else ""
+        self.salt = f"{config.name}\n" if config is not None and config.own_cache else ""
+        self._max_requests = config.max_active_requests if config is not None else None
+        self._max_tokens = config.max_active_tokens if config is not None else None
+        self._requests = self._tokens = 0
+
+    def enter(self) -> "Visit":
+        """Begin a request.
+
+        Raises:
+            Overloaded: too many are open.
+        """
+        if self._max_requests is not None and self._requests >= self._max_requests:
+            raise Overloaded(
+                f"This API key has {self._requests} requests open, which is its limit; try again shortly."
+            )
+        self._requests += 1
+        return Visit(self)
+
+
+class Visit:
+    """One request of a caller, and the tokens that it asks for."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        self._tokens = 0
+
+    def charge(self, tokens: int) -> None:
+        """Count tokens of the prompt and of the longest completion, until the request ends.
+
+        Raises:
+            Overloaded: the caller's open requests ask for too many.
+        """
+        limit, active = self.caller._max_tokens, self.caller._tokens
+        if limit is not None and active + tokens > limit:
+            raise Overloaded(
+                f"This API key's open requests ask for {active} tokens, and this request for {tokens}; its "
+                f"limit is {limit}. Try again shortly."
+            )
+        self.caller._tokens += tokens
+        self._tokens += tokens
+
+    def end(self) -> None:
+        """Give back what the request took."""
+        self.caller._requests -= 1
+        self.caller._tokens -= self._tokens
+        self._tokens = 0
+
+
+#: The request that the current task works on.
+visit: ContextVar[Visit | None] = ContextVar("visit", default=None)
+
+
+def caller_salt(salt: str) -> str:
+    """``salt`` of the current request, within the caller's own cache."""
+    current = visit.get()
+    return salt if current is None else current.caller.salt + salt
+
+
+def caller_name() -> str:
+    """The name of the current request's key; empty if there is none."""
+    current = visit.get()
+    return "" if current is None else current.caller.name
+
+
+def charge(tokens: int) -> None:
+    """Count tokens that the current request asks for; errors as :meth:`Visit.charge`."""
+    current = visit.get()
+    if current is not None:
+        current.charge(tokens)
+
+
+class Access:
+    """Lets in the holders of keys, on every path but :data:`OPEN_PATHS`.
+
+    Args:
+        keys: the keys; everybody may enter if there are none.
+
+    Raises:
+        ConfigError: a key can't be read.
+    """
+
+    def __init__(self, keys: Sequence[KeyConfig]) -> None:
+        callers: dict[str, Caller] = {}
+        self._everybody = Caller()
+        # Digests have one length, so comparing them tells nothing of a key's.
+        self._keys = [(_digest(key.secret()), callers.setdefault(key.name, Caller(key))) for key in keys]
+
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """``app`` behind this check."""
+
+        async def check(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+                await app(scope, receive, send)
+                return
+            try:
+                entered = self._caller(scope).enter()
+            except SightlineError as error:
+                await error_response(error, scope)(scope, receive, send)
+                return
+            token = visit.set(entered)
+            try:
+                await app(scope, receive, send)
+            finally:
+                visit.reset(token)
+                entered.end()
+
+        return check
+
+    def _caller(self, scope: Scope) -> Caller:
+        if not self._keys:
+            return self._everybody
+        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+        scheme, _, given = headers.get("authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            given = headers.get("x-api-key", b"")
+        if not given:
+            raise Unauthorized("No API key was sent. Send it in the header 'Authorization: Bearer KEY'.")
+        digest = _digest(given.strip().decode("latin-1"))
+        # All keys are compared, whichever fits.
+        found = [caller for known, caller in self._keys if hmac.compare_digest(known, digest)]
+        if not found:
+            raise Unauthorized("The API key is not known here.")
+        return found[0]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,135 @@
+"""API keys, their limits and caches, and pages of other origins."""
+
+import asyncio
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from deployments.access import KeyConfig
+from deployments.api import create_api
+from deployments.config import IngressConfig
+from engine.errors import ConfigError
+from tests.deployments.asgi import AppTransport
+from tests.serving import wait_until
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+CHAT = {"model": "pocket", "messages": HELLO, "max_tokens": 4, "temperature": 0}
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def guarded(running, tmp_path, monkeypatch):
+    """A client of the application behind keys."""
+    monkeypatch.setenv("OTHER_KEY", "other-secret")
+    (tmp_path / "key").write_text("file-secret\n")
+    keys = [
+        {"name": "one", "key": "secret", "max_active_requests": 1},
+        {"name": "other", "env": "OTHER_KEY", "max_active_tokens": 100},
+        {"name": "file", "file": str(tmp_path / "key"), "own_cache": False},
+    ]
+    config = IngressConfig(keys=keys, cors_origins=["http://localhost:3000"])
+    api = create_api(config, running.app.api.state.pipelines)
+    yield httpx.AsyncClient(transport=AppTransport(api), base_url="http://test", timeout=60)
+    await running.wait_until_idle()
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, bearer("wrong"), bearer(""), {"Authorization": "Basic secret"}, bearer("sécret"), bearer("secre")],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/openapi.json", "/docs", "/load", "/nothing"])
+async def test_every_path_but_the_probes_needs_a_key(guarded, headers, path):
+    response = await guarded.get(path, headers={k: v.encode() for k, v in headers.items()})
+    assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+    assert "secret" not in response.text
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/version"])
+async def test_probes_need_no_key(guarded, path):
+    assert (await guarded.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [bearer("secret"), bearer("other-secret"), bearer("file-secret"), {"x-api-key": "secret"}],
+)
+async def test_each_key_opens(guarded, headers):
+    response = await guarded.post("/v1/chat/completions", json=CHAT, headers=headers)
+    assert response.status_code == 200, response.text
+
+
+async def test_a_key_has_so_many_requests_open(guarded):
+    body = CHAT | {"max_tokens": 400, "ignore_eos": True}
+    first = asyncio.ensure_future(guarded.post("/v1/chat/completions", json=body, headers=bearer("secret")))
+
+    async def is_open() -> bool:
+        return (await guarded.get("/load", headers=bearer("other-secret"))).json()["server_load"] > 0
+
+    await wait_until(is_open)
+    refused = await guarded.post("/v1/chat/completions", json=CHAT, headers=bearer("secret"))
+    assert refused.status_code == 429 and refused.headers["retry-after"]
+    assert (
+        await guarded.post("/v1/chat/completions", json=CHAT, headers=bearer("other-secret"))
+    ).status_code == 200
+    first.cancel()
+    await asyncio.wait({first})
+    again = await guarded.post("/v1/chat/completions", json=CHAT, headers=bearer("secret"))
+    assert again.status_code == 200
+
+
+async def test_a_key_asks_for_so_many_tokens(guarded):
+    body = CHAT | {"max_tokens": 200}
+    refused = await guarded.post("/v1/chat/completions", json=body, headers=bearer("other-secret"))
+    assert refused.status_code == 429 and "its limit is 100" in refused.json()["error"]["message"]
+    # What was refused is not counted.
+    for _ in range(3):
+        taken = await guarded.post("/v1/chat/completions", json=CHAT, headers=bearer("other-secret"))
+        assert taken.status_code == 200
+
+
+async def test_keys_share_no_cache_and_no_responses(guarded):
+    long = [{"role": "user", "content": "One two three four five six seven eight nine ten. " * 4}]
+
+    async def cached(key: str) -> int:
+        body = CHAT | {"messages": long}
+        response = await guarded.post("/v1/chat/completions", json=body, headers=bearer(key))
+        return response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert await cached("secret") == 0 and await cached("secret") > 0
+    assert await cached("file-secret") == 0
+    made = await guarded.post(
+        "/v1/responses", json={"model": "pocket", "input": "Hello!"}, headers=bearer("secret")
+    )
+    path = f"/v1/responses/{made.json()['id']}"
+    assert (await guarded.get(path, headers=bearer("secret"))).status_code == 200
+    assert (await guarded.get(path, headers=bearer("file-secret"))).status_code == 404
+
+
+async def test_pages_of_other_origins(guarded):
+    asked = {
+        "Origin": "http://localhost:3000",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    response = await guarded.options("/v1/chat/completions", headers=asked)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "http://localhost:3000"
+    made = await guarded.get("/v1/models", headers=bearer("secret") | {"Origin": "http://localhost:3000"})
+    assert made.headers["access-control-allow-origin"] == "http://localhost:3000"
+    other = await guarded.get("/v1/models", headers=bearer("secret") | {"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_key_says_where_it_is():
+    for given in ({}, {"key": "a", "env": "B"}):
+        with pytest.raises(ValueError, match="exactly one"):
+            KeyConfig(name="a", **given)
+    with pytest.raises(ConfigError, match="empty"):
+        KeyConfig(name="a", env="NO_SUCH_VARIABLE").secret()
+    with pytest.raises(ConfigError, match="can't be read"):
+        KeyConfig(name="a", file="/no/such/file").secret()
+    assert "hidden" not in repr(KeyConfig(name="a", key="hidden"))
