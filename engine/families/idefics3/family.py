@@ -87,7 +87,7 @@ FAMILY = Family(
     name="idefics3",
     architectures=("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     reader=ConfigReader(
-        text=nested_text("llama", defaults={"rms_norm_eps": 1e-5}, text_may_tie=False),
+        text=nested_text("llama", text_may_tie=False),
         vision=_vision,
         image_token=token_field("image_token_id", default=128257),
     ),

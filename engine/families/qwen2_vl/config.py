@@ -18,9 +18,13 @@ VISUAL = r"(?:model\.)?visual\."
 """Prefix of the tower's tensors in public checkpoints."""
 
 
-def qwen_text(kind: DecoderKind) -> TextFields:
-    """The decoder's fields are in ``text_config``, or in config.json itself as in public checkpoints."""
-    return lambda raw: (tied_text(raw, raw.get("text_config") or raw), kind)
+def qwen_text(kind: DecoderKind, *, text_may_tie: bool = True) -> TextFields:
+    """The decoder's fields are in ``text_config``, or in config.json itself as in public checkpoints.
+
+    Args:
+        text_may_tie: see :func:`engine.families.parsing.model.tied_text`.
+    """
+    return lambda raw: (tied_text(raw, raw.get("text_config") or raw, text_may_tie), kind)
 
 
 def native_vision(

@@ -154,7 +154,8 @@ FAMILY = replace(
     architectures=("Qwen3VLForConditionalGeneration",),
     reader=replace(
         QWEN2_VL.reader,
-        text=qwen_text("qwen3_vl"),
+        # Transformers' class for it reads the field of config.json alone.
+        text=qwen_text("qwen3_vl", text_may_tie=False),
         vision=_vision,
         finish=_with_deepstack,
     ),

@@ -83,20 +83,26 @@ def _make(path: Path, kind: str, hub: bool, *, factor: int, side: int) -> Path:
     return path
 
 
-def image_processor(path: Path, kind: str) -> Any:
-    return getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(path)
+def image_processor(path: Path, kind: str, **options: Any) -> Any:
+    return getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(path, **options)
 
 
 class IdeficsReference:
-    """Transformers' model and processor of the family called ``kind`` there."""
+    """Transformers' model and processor of the family called ``kind`` there.
 
-    def __init__(self, path: Path, kind: str) -> None:
+    Args:
+        options: fields of the image processor, over those of the checkpoint.
+    """
+
+    def __init__(self, path: Path, kind: str, **options: Any) -> None:
         cls = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         vision = self.model.config.vision_config
         rows = (vision.image_size // vision.patch_size // self.model.config.scale_factor) ** 2
         tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        self.processor = transformers.Idefics3Processor(image_processor(path, kind), tok, image_seq_len=rows)
+        self.processor = transformers.Idefics3Processor(
+            image_processor(path, kind, **options), tok, image_seq_len=rows
+        )
 
     def inputs(self, prompt: Prompt) -> Inputs:
         pictures = [list(prompt.pictures)] if prompt.pictures else None

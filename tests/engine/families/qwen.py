@@ -184,9 +184,12 @@ class Reference:
 
     Args:
         fps: frames of a video per second; those of ``FPS`` if not given.
+        bounds: least and greatest area of an image and of a video's frame; the checkpoint's if not given.
     """
 
-    def __init__(self, path: Path, kind: str, fps: float | None = None) -> None:
+    def __init__(
+        self, path: Path, kind: str, fps: float | None = None, bounds: tuple[int, int] | None = None
+    ) -> None:
         self.kind, self.fps = kind, fps or FPS.get(kind, 1.0)
         model = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = model.from_pretrained(path, dtype=torch.float32).eval()
@@ -196,6 +199,9 @@ class Reference:
         if (path / "video_preprocessor_config.json").is_file():
             stated = json.loads((path / "video_preprocessor_config.json").read_text())
             self.frames = transformers.Qwen2VLImageProcessorPil(**stated)
+        if bounds is not None:
+            for images in (self.images, self.frames):
+                images.size = type(images.size)(shortest_edge=bounds[0], longest_edge=bounds[1])
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         processor = getattr(transformers, f"{kind}Processor")
         # The video half needs torchvision.

@@ -80,7 +80,7 @@ def test_public_configuration_is_filled_up(tmp_path):
     _, parsed = parse(tmp_path)
     tower = parsed.vision.tower
     assert (tower.num_layers, tower.intermediate_size, tower.num_positions) == (12, 3072, 1024)
-    assert parsed.vision.rows_per_crop == 64 and parsed.decoder.rms_norm_eps == 1e-5
+    assert parsed.vision.rows_per_crop == 64 and parsed.decoder.rms_norm_eps == 1e-6
     assert media_processor(tmp_path).grid((1600, 1200)) == (13, 3, 4)
     assert media_processor(tmp_path, size={"longest_edge": 512}).grid((1600, 1200)) == (1, 0, 0)
 

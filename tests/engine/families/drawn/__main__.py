@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -26,6 +27,7 @@ def main() -> int:
     options = _options()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("engine").setLevel(logging.ERROR)
     started = time.monotonic()
     exact = options.device == "cpu" and options.dtype == "float32"
     failed = _compare(options) if exact else _measure(options)

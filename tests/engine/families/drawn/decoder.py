@@ -85,6 +85,11 @@ def draw_decoder(
     _windows(draw, kind, fields)
     _rope(draw, kind, fields, head_dim, section)
     draw.spelled(fields, "rms_norm_eps", "hidden_act", "tie_word_embeddings")
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    # Scalings of a context that is never reached would be the same as none.
+    plain = "factor" not in rope and lengths_of(kind, fields).original is None
+    if plain and draw.varies("max position absent", 0.1):
+        del fields["max_position_embeddings"]
     return fields
 
 

@@ -76,9 +76,13 @@ class IdeficsFamily:
             "max_image_size": {"longest_edge": side},
             **draw_pixels(draw),
         }
-        options: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {}
         if draw.varies("no splitting", 0.2):
             stated["do_image_splitting"] = False
+        if draw.varies("splitting by option", 0.2):
+            kwargs["do_image_splitting"] = draw.choice("splitting", (True, False))
+        if draw.varies("size by option", 0.2):
+            kwargs["size"] = {"longest_edge": side * draw.choice("longest edge of the option", (1, 2))}
         write_json(path / "preprocessor_config.json", stated)
         style = Style(
             "<|im_start|>User:{}<end_of_utterance>\nAssistant:",
@@ -89,6 +93,5 @@ class IdeficsFamily:
         )
         lengths = lengths_of("llama", text)
         media = frozenset({image})
-        return Drawn(
-            path, same_weights(IdeficsReference(path, self.kind), model), style, 1024, options, media, lengths
-        )
+        reference = same_weights(IdeficsReference(path, self.kind, **kwargs), model)
+        return Drawn(path, reference, style, 1024, {"mm_processor_kwargs": kwargs}, media, lengths)

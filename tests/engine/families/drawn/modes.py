@@ -146,7 +146,7 @@ def chunked(session: Session, tally: Tally) -> None:
     """Few tokens a step and small blocks, which cut prompts and images anywhere."""
     rng = session.draw.stream("chunks")
     llm = session.llm(
-        max_num_batched_tokens=rng.choice((2, 3, 5, 13, 40)),
+        max_num_batched_tokens=rng.choices((2, 5, 13, 40), (1, 3, 4, 4))[0],
         max_num_seqs=rng.randint(1, 5),
         block_size=rng.choice((1, 2, 4, 8, 16)),
         enable_prefix_caching=rng.random() < 0.5,

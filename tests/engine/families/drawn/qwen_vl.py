@@ -38,14 +38,21 @@ class QwenVLFamily:
         model = write_model(draw, path, raw, architecture)
         draw_ends(draw, path, raw, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
-        vision = raw["vision_config"]
+        vision = {"spatial_merge_size": 2, "temporal_patch_size": 2, **raw["vision_config"]}
         cell = vision["patch_size"] * vision["spatial_merge_size"]
         self._processor(draw, path, vision, cell)
         fps = None
-        options: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {}
+        bounds = None
+        if draw.varies("bounds by option", 0.2):
+            bounds = (
+                cell**2 * draw.choice("least cells", (1, 5)),
+                cell**2 * draw.choice("most cells", (9, 40)),
+            )
+            kwargs |= {"min_pixels": bounds[0], "max_pixels": bounds[1]}
         if self.kind != "Qwen2VL":
             fps = draw.choice("fps", (1.0, 2.0, 0.5) if self.kind == "Qwen2_5_VL" else (1.5, 24.0, 2.0, 0.3))
-            options["mm_processor_kwargs"] = {"fps": fps}
+            kwargs["fps"] = fps
         style = Style(
             qwen.FRAME,
             "<|im_end|>\n",
@@ -59,10 +66,10 @@ class QwenVLFamily:
         lengths = lengths_of(self.name, raw.get("text_config") or raw)
         return Drawn(
             path,
-            same_weights(qwen.Reference(path, self.kind, fps), model),
+            same_weights(qwen.Reference(path, self.kind, fps, bounds), model),
             style,
             tokens,
-            options,
+            {"mm_processor_kwargs": kwargs},
             media,
             lengths,
         )
@@ -103,6 +110,11 @@ class QwenVLFamily:
             "spatial_merge_size": draw.choice("merge", (2, 2, 2, 1, 3)),
             "temporal_patch_size": draw.choice("temporal patch", (2, 2, 2, 1, 3)),
         }
+        for field, default in (("spatial_merge_size", 2), ("temporal_patch_size", 2)):
+            if fields[field] == default and draw.varies(f"{field} absent", 0.1):
+                del fields[field]
+        if draw.varies("channels stated", 0.4):
+            fields[draw.choice("channels' name", ("in_channels", "in_chans"))] = 3
         if self.kind == "Qwen2VL":
             act = draw.variant("tower activation", ("", "gelu", "gelu_pytorch_tanh"), 0.2)
             fields |= {
@@ -117,7 +129,7 @@ class QwenVLFamily:
             "intermediate_size": draw.choice("tower intermediate", (24, 48, 52)),
         }
         if self.kind == "Qwen2_5_VL":
-            cell = fields["patch_size"] * fields["spatial_merge_size"]
+            cell = fields["patch_size"] * fields.get("spatial_merge_size", 2)
             fields["window_size"] = cell * draw.integer("window rows", 1, 4)
             fields["fullatt_block_indexes"] = sorted(rng.sample(range(depth), rng.randint(0, depth)))
             if draw.varies("tokens per second", 0.6):
