@@ -21,9 +21,7 @@ from engine.kernels.kv_write import rotary_kv_write_reference
 from engine.kernels.launch import launch
 from engine.kernels.paged import (
     LOG2E,
-    AttentionMetadata,
     HeadKeys,
-    KVCache,
     Softmax,
     accumulate,
     attend,
@@ -32,7 +30,7 @@ from engine.kernels.paged import (
 )
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.pdl import pdl_options, wait_for_previous
-from engine.kernels.rotary import RotaryTable, load_angles
+from engine.kernels.rotary import load_angles
 from engine.kernels.tile import AttentionTile
 
 _MAX_SPLITS = 32
@@ -40,18 +38,7 @@ _MAX_SPLITS = 32
 _MANY_PROGRAMS = 2
 
 
-def decode_attention_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    table: RotaryTable,
-    cache: KVCache,
-    meta: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> torch.Tensor:
+def decode_attention_reference(q, k, v, positions, table, cache, meta, *, scale, window=None):
     """Compute :func:`~engine.kernels.dispatch.decode_attention` in two steps; attention in float32."""
     rotary_kv_write_reference(q, k, v, positions, table, cache, meta.slot_mapping)
     return paged_attention_reference(q, cache, meta, scale=scale, window=window)
@@ -92,18 +79,7 @@ def num_splits(programs: int, sms: int, max_seq_len: int, keys: int) -> int:
     return max(1, min(enough, _MAX_SPLITS, -(-max_seq_len // keys)))
 
 
-def decode_attention_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    table: RotaryTable,
-    cache: KVCache,
-    meta: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> torch.Tensor:
+def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, window=None):
     """See :func:`engine.kernels.dispatch.decode_attention`."""
     sequences, heads, dim = q.shape
     kv_heads = cache.kv_heads

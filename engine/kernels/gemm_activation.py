@@ -26,9 +26,7 @@ _MIN_OCCUPANCY = 0.85
 _GROUP = 8
 
 
-def gemm_activation_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
-) -> torch.Tensor:
+def gemm_activation_reference(x, weight, bias, activation):
     return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
@@ -68,9 +66,7 @@ def choose_tile() -> GemmTile:
     return GemmTile(128, 256, 64, 8, 4)
 
 
-def gemm_activation_triton(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
-) -> torch.Tensor:
+def gemm_activation_triton(x, weight, bias, activation):
     """See :func:`engine.kernels.dispatch.activated_linear`; for ``x`` ``(T, K)`` that :func:`supports`
     admits.
 

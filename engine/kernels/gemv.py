@@ -41,7 +41,7 @@ def choose_tile(outputs: int, inputs: int) -> GemvTile:
     return GemvTile(tile_outputs, min(tile_inputs, triton.next_power_of_2(inputs)), warps)
 
 
-def gemv_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def gemv_triton(x, weight, bias=None):
     """See :func:`engine.kernels.dispatch.linear`; for one row, without an activation."""
     outputs, inputs = weight.shape
     assert x.shape == (1, inputs) and inputs > 0

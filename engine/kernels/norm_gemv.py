@@ -51,16 +51,7 @@ def choose_tile(inputs: int, *, gated: bool) -> NormGemvTile:
     return NormGemvTile(1, 2, 8 if gated else 6)
 
 
-def norm_gemv_triton(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    activation: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_gemv_triton(x, residual, norm, eps, weight, bias=None, *, activation=None):
     """See :func:`engine.kernels.dispatch.norm_linear`; for one row."""
     inputs, gated = x.shape[1], activation is not None
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]

@@ -14,9 +14,7 @@ import triton.language as tl
 from engine.kernels.launch import launch
 from engine.kernels.paged import (
     LOG2E,
-    AttentionMetadata,
     HeadKeys,
-    KVCache,
     attend,
     empty_softmax,
     find_tile,
@@ -26,15 +24,7 @@ from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.tile import AttentionTile
 
 
-def paged_attention_reference(
-    q: torch.Tensor,
-    cache: KVCache,
-    meta: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def paged_attention_reference(q, cache, meta, *, scale, window=None, out=None):
     """Compute :func:`~engine.kernels.dispatch.paged_attention` in float32, one sequence after the other."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     group, block_size = q.shape[1] // cache.kv_heads, cache.block_size
@@ -74,15 +64,7 @@ def choose_tile(head_dim: int, group: int, itemsize: int) -> AttentionTile:
     return AttentionTile(max(rows, 64), 64, 4, 2)
 
 
-def paged_attention_triton(
-    q: torch.Tensor,
-    cache: KVCache,
-    meta: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def paged_attention_triton(q, cache, meta, *, scale, window=None, out=None):
     """See :func:`engine.kernels.dispatch.paged_attention`."""
     tokens, heads, dim = q.shape
     kv_heads, sequences = cache.kv_heads, meta.seq_lens.shape[0]

@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.device import is_hopper
 from engine.kernels.launch import launch
-from engine.kernels.paged import LOG2E, AttentionMetadata, KVCache, find_tile, query_tiles
+from engine.kernels.paged import LOG2E, KVCache, find_tile, query_tiles
 
 #: Rows of a program, half of them for each compute group; keys per tile; tiles in shared memory at a time.
 _ROWS, _KEYS, _STAGES = 128, 128, 2
@@ -47,14 +47,7 @@ def supports(q: torch.Tensor, cache: KVCache) -> bool:
     return fits and q.element_size() == 2 and q.dtype == cache.keys.dtype and is_hopper(q.device)
 
 
-def prefill_attention_gluon(
-    q: torch.Tensor,
-    cache: KVCache,
-    meta: AttentionMetadata,
-    *,
-    scale: float,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def prefill_attention_gluon(q, cache, meta, *, scale, out=None):
     """See :func:`engine.kernels.dispatch.paged_attention`; for what :func:`supports` admits, without a
     window."""
     tokens, heads, dim = q.shape

@@ -84,14 +84,7 @@ def choose_tile(
     return SkinnyTile(width, 4, max(1, min(stages, memory // stage_bytes)), splits)
 
 
-def skinny_gemm_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    activation: str | None = None,
-    counters: torch.Tensor | None = None,
-) -> torch.Tensor:
+def skinny_gemm_triton(x, weight, bias=None, *, activation=None, counters=None):
     """See :func:`engine.kernels.dispatch.linear`; for at most ``MEMORY_BOUND_ROWS`` rows.
 
     Sums, bias and gate are float32; only the result is rounded.
