@@ -15,8 +15,11 @@ from engine.layers.rotary import Rotary
 
 
 class Attention(nn.Module):
-    """Norm → fused qkv → optional qk-norm → rotary, write to the cache → attention over it → output
-    projection."""
+    """One attention block.
+
+    In order: norm, fused qkv projection, optional norm of queries and keys, rotation, write to the KV cache,
+    attention over the cache, output projection.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()
@@ -42,8 +45,18 @@ class Attention(nn.Module):
         meta: AttentionMetadata,
         rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of the norm of ``x + residual``, and that sum; both ``(T, hidden)``, or of ``rows``
-        alone: the keys and values of all are written nevertheless."""
+        """Compute ``attention(norm(x + residual))`` and write the keys and values of all ``T`` tokens.
+
+        Args:
+            norm: the norm before this block.
+            x: ``(T, hidden)``, output of the previous block.
+            residual: ``(T, hidden)``, or None before the first block.
+            positions, cache, meta: see :meth:`engine.layers.decoder.Decoder.forward`.
+            rows: int64 ``(R,)``, the tokens whose output is needed; None for all.
+
+        Returns:
+            The output and ``x + residual``, both ``(T, hidden)``, or ``(R, hidden)`` for ``rows``.
+        """
         qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:

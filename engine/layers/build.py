@@ -1,4 +1,4 @@
-"""Where and how a module's parameters are made, and how a layer says which checkpoint tensors fill them."""
+"""Allocates the parameters of modules, and describes the checkpoint tensors that fill them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BuildContext:
-    """Parameters are allocated once, in their final dtype on their final device, without initialisation."""
+    """Device, dtype and tensor-parallel group of a model under construction.
+
+    Parameters are allocated once, with their final dtype and device, and not initialised.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -24,7 +27,14 @@ class BuildContext:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
 
     def share(self, total: int, what: str) -> int:
-        """This rank's equal share of ``total``; an uneven split is a mistake of the configuration."""
+        """Divide ``total`` by the number of ranks.
+
+        Args:
+            what: the name of the number in the error message.
+
+        Raises:
+            ConfigError: the ranks can't have equal shares.
+        """
         from engine.errors import ConfigError
 
         if total % self.tp.size:
@@ -40,14 +50,15 @@ Region = tuple[slice, ...]
 
 @dataclass(slots=True)
 class WeightSlot:
-    """A tensor that a layer wants from the checkpoint, and where its parts go.
+    """A checkpoint tensor that a layer needs, and the parameters that it fills.
 
     Attributes:
         source: the tensor's name.
-        shape: its whole shape in the checkpoint; a list of ints.
-        copies: pairs of a region of the source and the view of a parameter that it fills. A rank names only
-            its own shard, so the rest is never read.
-        reshape: shapes that the checkpoint may also have, with the same numbers in the same order.
+        shape: its whole shape in the checkpoint.
+        copies: pairs of a region of the tensor and the view of a parameter that it fills. A rank lists only
+            its own shard, so other regions are never read.
+        reshape: the checkpoint may also hold the tensor in another shape, with the same elements in the same
+            order.
     """
 
     source: str
@@ -57,11 +68,15 @@ class WeightSlot:
 
 
 def whole(shape: tuple[int, ...]) -> Region:
-    """The region that is all of a tensor of ``shape``."""
+    """Make the region that covers a whole tensor of ``shape``."""
     return tuple(slice(0, size) for size in shape)
 
 
 def plain_slot(source: str, parameter: torch.Tensor, *, reshape: bool = False) -> WeightSlot:
-    """A slot whose tensor fills ``parameter`` as it is."""
+    """Make a slot whose tensor fills all of ``parameter``.
+
+    Args:
+        reshape: see :class:`WeightSlot`.
+    """
     shape = tuple(parameter.shape)
     return WeightSlot(source, shape, [(whole(shape), parameter.data)], reshape)

@@ -1,4 +1,4 @@
-"""The one decoder: Llama, Vicuna, Qwen2, Qwen3, Mistral, Phi3 and the language half of VLMs by switches."""
+"""The decoder of all language models: Llama, Qwen2, Qwen3, Mistral, Phi3 and the text part of VLMs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from engine.layers.rotary import Rotary
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and gated MLP. The residual travels beside the hidden states, so that each addition
-    is fused with the norm that follows it, and the norm with the product after it where that pays."""
+    """Attention and gated MLP, each after a norm.
+
+    The residual is passed beside the hidden states, so that each addition can be fused with the norm behind
+    it, and the norm with the GEMM behind that where it is faster.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer without state: KV caches and batch come with each call.
+    """A decoder-only transformer without state: each call gets the KV caches and the batch.
 
     Args:
         max_model_len: longest sequence in tokens; sizes the rotary tables. None takes the checkpoint's limit.
@@ -68,7 +71,7 @@ class Decoder(nn.Module):
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, build, tied=tied)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids ``(T,)`` to embeddings ``(T, hidden_size)``."""
+        """Map token ids ``(T,)`` to embeddings ``(T, hidden_size)``."""
         return self.embed_tokens(ids)
 
     def forward(
@@ -82,20 +85,21 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Run the new tokens of a batch and write their keys and values.
 
-        Most rows of a prompt are there for their keys and values: where it is told which others are wanted,
-        the last layer goes on with those alone after its attention.
+        Most tokens of a prompt are computed for their keys and values only. With ``rows`` the last layer
+        drops the others after its attention.
 
         Args:
             embeds: ``(T, hidden_size)``.
-            positions: ``(T,)``, or ``(3, T)`` with M-RoPE; int64.
+            positions: rows of the rotary tables, int64 ``(T,)``, or ``(3, T)`` with M-RoPE; see
+                :class:`~engine.layers.rotary.Rotary`.
             kv_caches: one pair per layer.
-            meta: where each sequence's tokens and blocks are.
+            meta: the batch's sequences and their KV blocks.
             deepstack: ``(n, T, hidden_size)`` added to the hidden states after each of the first ``n``
                 layers; zero at text positions.
-            rows: ``(R,)`` int64, the tokens whose hidden states are wanted; None for all of them.
+            rows: int64 ``(R,)``, the tokens whose hidden states are returned; None for all.
 
         Returns:
-            Hidden states ``(T, hidden_size)`` after the final norm, or ``(R, hidden_size)`` of ``rows``.
+            Hidden states after the final norm, ``(T, hidden_size)``, or ``(R, hidden_size)`` for ``rows``.
         """
         x, residual = embeds, None
         last = len(self.layers) - 1
@@ -108,5 +112,5 @@ class Decoder(nn.Module):
         return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``(N, hidden_size)`` to logits ``(N, vocab_size)`` in the model's dtype."""
+        """Map hidden states ``(N, hidden_size)`` to logits ``(N, vocab_size)`` in the model's dtype."""
         return self.lm_head(hidden)

@@ -1,4 +1,4 @@
-"""The switches of the one decoder. No torch here: configurations travel to processes that never load it."""
+"""The configuration of a decoder. It imports no torch: processes without torch read configurations too."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """One decoder-only transformer: Llama, Qwen2, Qwen3, Mistral, Phi3 and the language half of VLMs.
+    """A decoder-only transformer: Llama, Qwen2, Qwen3, Mistral, Phi3 or the text part of a VLM.
 
     Attributes:
-        num_heads, num_kv_heads, head_dim: of the whole model, before tensor parallelism.
+        num_heads, num_kv_heads, head_dim: of the whole model, before it is split over ranks.
         activation: of the gated MLP, ``silu`` or ``gelu_tanh``.
         max_position: longest context the checkpoint was made for, in tokens, after rotary scaling.
-        qkv_bias, o_bias, mlp_bias: which projections have biases.
+        qkv_bias, o_bias, mlp_bias: whether the projections have biases.
         qk_norm: RMSNorm over each head of q and k, before rotation.
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for
             full attention; an empty tuple means full attention everywhere.
@@ -107,5 +107,5 @@ class DecoderConfig:
     num_deepstack: int = 0
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of ``layer`` in tokens; None sees everything."""
+        """Sliding window of ``layer`` in tokens; None for full attention."""
         return self.windows[layer] if self.windows else None

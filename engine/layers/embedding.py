@@ -1,4 +1,4 @@
-"""Token embedding and output projection, split over ranks by vocabulary."""
+"""Token embedding and output projection; their tables are split over ranks by vocabulary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.layers.build import BuildContext, WeightSlot
 
 
 class VocabTable(nn.Module):
-    """Rows ``[rank * rows, (rank + 1) * rows)`` of a ``(vocab_size, width)`` table, zero beyond its end."""
+    """This rank's ``rows`` of a ``(vocab_size, width)`` table, from ``rank * rows`` on; zero beyond its end."""
 
     def __init__(self, vocab_size: int, width: int, build: BuildContext) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class VocabTable(nn.Module):
 
 
 class VocabEmbedding(VocabTable):
-    """Token ids ``(T,)`` to embeddings ``(T, width)``."""
+    """Maps token ids ``(T,)`` to embeddings ``(T, width)``."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
@@ -46,9 +46,10 @@ class VocabEmbedding(VocabTable):
 
 
 class LMHead(VocabTable):
-    """Hidden states ``(N, width)`` to logits ``(N, vocab_size)`` on every rank, in the model's dtype.
+    """Maps hidden states ``(N, width)`` to logits ``(N, vocab_size)`` on every rank, in the model's dtype.
 
-    ``tied`` shares the table of an embedding instead of having its own.
+    Args:
+        tied: the embedding whose table is used; None for a table of its own.
     """
 
     def __init__(

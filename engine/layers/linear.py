@@ -1,4 +1,4 @@
-"""Linear layers. Each knows how it is fused and sharded, and loads its own share of the checkpoint."""
+"""Linear layers. Each defines its fusion, its sharding and the checkpoint tensors that fill its shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.layers.norm import RMSNorm
 
 
 class Linear(nn.Module):
-    """``x @ weight.T + bias``, the same on every rank. Weight ``(out_features, in_features)``."""
+    """Computes ``x @ weight.T + bias``, the same on every rank. Weight ``(out_features, in_features)``."""
 
     def __init__(
         self, in_features: int, out_features: int, build: BuildContext, *, bias: bool = True
@@ -29,7 +29,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """The same, and an activation of it.
+        """Compute ``activation(x @ weight.T + bias)``, fused where that is faster.
 
         Args:
             activation: a key of :data:`~engine.kernels.activation.ACTIVATIONS`.
@@ -37,7 +37,7 @@ class Linear(nn.Module):
         return activated_linear(x, self.weight, self.bias, activation)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
-        # A convolution over whole patches is this layer with its kernel flattened.
+        # A convolution whose stride is its kernel size is this layer, with its kernel flattened.
         slots = [plain_slot(prefix + "weight", self.weight, reshape=True)]
         if self.bias is not None:
             slots.append(plain_slot(prefix + "bias", self.bias))
@@ -46,12 +46,12 @@ class Linear(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the projections that a fused layer concatenates.
+    """One of the projections in a fused layer.
 
     Attributes:
-        name: its name in unfused checkpoints, e.g. ``q_proj``.
-        total: its output features in the whole model.
-        start, size: this rank's rows of it.
+        name: the projection's name in unfused checkpoints, e.g. ``q_proj``.
+        total: output features in the whole model.
+        start, size: this rank's range of the output features.
     """
 
     name: str
@@ -61,12 +61,14 @@ class Part:
 
 
 class FusedColumnLinear(nn.Module):
-    """Several projections of one input as one matrix product; output features are split over ranks.
+    """Several projections of one input, computed by one GEMM; output features are split over ranks.
 
-    Checkpoints may hold the parts apart or, under ``fused_name``, concatenated in the order of ``parts``. The
-    layer's own name is that of the fused tensor; the parts are its siblings.
+    Returns ``(..., sum of part sizes on this rank)``, parts in order.
 
-    Output: ``(..., sum of part sizes on this rank)``, parts in order.
+    Args:
+        parts: the projections. A checkpoint holds each as a tensor, or all concatenated in this order.
+        fused_name: the layer's own name, which is that of the concatenated tensor. The tensors of single
+            parts are its siblings.
     """
 
     def __init__(
@@ -86,11 +88,15 @@ class FusedColumnLinear(nn.Module):
     def after_norm(
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, *, activation: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The projections of the norm of ``x + residual``, and that sum; both ``(T, width)``.
+        """Project ``norm(x + residual)``; fused where that is faster.
 
         Args:
-            activation: of a gate that comes before what it multiplies; see
-                :func:`~engine.kernels.dispatch.norm_linear`.
+            x, residual: ``(T, in_features)``; ``residual`` is None before the first block.
+            activation: if given, the two parts are a gate and its factor, and the result is
+                ``activation(gate) * factor``; see :func:`~engine.kernels.dispatch.norm_linear`.
+
+        Returns:
+            The projections ``(T, out)`` and ``x + residual``.
         """
         return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias, activation=activation)
 
@@ -124,7 +130,7 @@ class FusedColumnLinear(nn.Module):
 
 
 def gate_up_linear(hidden: int, intermediate: int, build: BuildContext, *, bias: bool) -> FusedColumnLinear:
-    """Gate and up projection of a gated MLP; each rank holds the same rows of both."""
+    """Make the gate and up projections of a gated MLP; each rank has the same output features of both."""
     size = build.share(intermediate, "intermediate size")
     parts = [Part(name, intermediate, build.tp.rank * size, size) for name in ("gate_proj", "up_proj")]
     return FusedColumnLinear(hidden, parts, build, fused_name="gate_up_proj", bias=bias)
@@ -140,8 +146,10 @@ def qkv_linear(
     bias: bool,
     fused_name: str = "qkv_proj",
 ) -> FusedColumnLinear:
-    """Query, key and value projection. Ranks split the heads; where there are fewer KV heads than ranks, each
-    KV head lives on several ranks."""
+    """Make the query, key and value projections.
+
+    Ranks split the heads. With fewer KV heads than ranks, several ranks have the same KV head.
+    """
     heads = build.share(num_heads, "attention heads")
     rank, size = build.tp.rank, build.tp.size
     if num_kv_heads >= size:
@@ -159,7 +167,7 @@ def qkv_linear(
 
 
 class RowLinear(nn.Module):
-    """A linear layer whose input features are split over ranks; the output is summed over them."""
+    """A linear layer whose input features are split over ranks; the outputs of all ranks are added up."""
 
     def __init__(self, in_features: int, out_features: int, build: BuildContext, *, bias: bool) -> None:
         super().__init__()

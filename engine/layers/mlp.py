@@ -12,7 +12,7 @@ from engine.layers.norm import RMSNorm
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``, the intermediate features split over ranks."""
+    """Computes ``down(act(gate(x)) * up(x))``; the intermediate features are split over ranks."""
 
     def __init__(
         self, hidden: int, intermediate: int, activation: str, build: BuildContext, *, bias: bool = False
@@ -28,13 +28,13 @@ class GatedMLP(nn.Module):
     def after_norm(
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of the norm of ``x + residual``, and that sum; both ``(T, hidden)``."""
+        """Compute ``mlp(norm(x + residual))``; returns it and ``x + residual``, both ``(T, hidden)``."""
         inner, residual = self.gate_up_proj.after_norm(norm, x, residual, activation=self.activation)
         return self.down_proj(inner), residual
 
 
 class MLP(nn.Module):
-    """``fc2(act(fc1(x)))`` with biases."""
+    """Computes ``fc2(act(fc1(x)))``, both layers with biases."""
 
     def __init__(self, hidden: int, intermediate: int, activation: str, build: BuildContext) -> None:
         super().__init__()

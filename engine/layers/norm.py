@@ -14,7 +14,7 @@ from engine.layers.build import BuildContext, WeightSlot, plain_slot
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x²) + eps)`` over the last dimension."""
+    """Computes ``weight * x / sqrt(mean(x²) + eps)`` over the last dimension."""
 
     def __init__(self, width: int, eps: float, build: BuildContext) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of ``x + residual``, and that sum."""
+        """Return ``norm(x + residual)`` and ``x + residual``; ``residual`` None counts as zero."""
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x
         return rms_norm(x, self.weight, self.eps, residual)
@@ -47,7 +47,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of ``x + residual``, ``(N, width)`` contiguous, and that sum."""
+        """As :meth:`RMSNorm.add`, for ``(N, width)`` contiguous."""
         if residual is None:
             return self(x), x
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
