@@ -13,7 +13,7 @@ from engine.layers.build import BuildContext, WeightSlot
 
 
 class VocabTable(nn.Module):
-    """This rank's ``rows`` of a ``(vocab_size, width)`` table, from ``rank * rows`` on; zero beyond its end."""
+    """This rank's rows of a ``(vocab_size, width)`` table, from ``rank * rows`` on; zero beyond its end."""
 
     def __init__(self, vocab_size: int, width: int, build: BuildContext) -> None:
         super().__init__()

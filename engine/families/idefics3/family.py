@@ -10,7 +10,7 @@ from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.idefics3.processor import Idefics3Processor
-from engine.families.parsing.decoder import Json, integer
+from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors

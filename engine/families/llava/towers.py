@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.parsing.decoder import Json, integer
+from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.processor import parse_normalisation, parse_projector
 from engine.families.parsing.tower import (
     feature_states,

@@ -10,7 +10,7 @@ from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.llava_onevision.processor import LlavaOnevisionProcessor, parse_pinpoints
-from engine.families.parsing.decoder import Json
+from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation, parse_projector
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
-from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, flag, integer, number
 from engine.families.parsing.rope import parse_rope, stretched_context
 from engine.families.parsing.windows import parse_windows
 from engine.layers.decoder_config import DecoderConfig
-from engine.vision.transformer_config import VISION_ACTIVATIONS
 
 _GATED_ACTIVATIONS = {
     "silu": "silu",
@@ -165,48 +162,8 @@ def _kv_heads(config: Json, kind: DecoderKind, heads: int) -> int:
     return kv_heads
 
 
-def vision_activation(name: str, field: str = "hidden_act") -> str:
-    """``name``, which ``field`` states, if towers and connectors can be run with that activation."""
-    if name not in VISION_ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json: {field} {name!r} of the vision part is not supported; "
-            f"{', '.join(VISION_ACTIVATIONS)} are",
-            param=field,
-        )
-    return name
-
-
-def checkpoint_dtype(*configs: Json) -> str:
-    """The dtype that the first of ``configs`` states, bfloat16 if none does."""
-    for config in configs:
-        for field in ("dtype", "torch_dtype"):
-            if config.get(field) in ("float32", "float16", "bfloat16"):
-                return str(config[field])
-    return "bfloat16"
-
-
-def eos_ids(
-    checkpoint: Checkpoint, text: Json, *, vocab_size: int, defaults: Iterable[int] = ()
-) -> tuple[int, ...]:
-    """Ids that end an answer: all that generation_config.json, config.json and the family name, in order."""
-    found: list[int] = []
-    for source in (checkpoint.generation_config, checkpoint.config, text):
-        value = source.get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(i for i in [*found, *defaults] if 0 <= i < vocab_size))
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Quantised checkpoints would load as noise; say so instead."""
-    if checkpoint.config.get("quantization_config"):
-        raise CheckpointError(
-            "config.json: quantization_config is not supported; use a checkpoint of the full weights",
-            param="quantization_config",
-        )
-
-
-def _gated_activation(name: str) -> str:
-    if name not in _GATED_ACTIVATIONS:
+def _gated_activation(name: Any) -> str:
+    if not isinstance(name, str) or name not in _GATED_ACTIVATIONS:
         raise CheckpointError(
             f"config.json: hidden_act {name!r} is not supported; {', '.join(_GATED_ACTIVATIONS)} are",
             param="hidden_act",

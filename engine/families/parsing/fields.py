@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import CheckpointError
+from engine.vision.transformer_config import VISION_ACTIVATIONS
 
 Json = Mapping[str, Any]
 
@@ -54,3 +55,18 @@ def flag(config: Json, field: str) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json: {field} should be true or false, not {value!r}", param=field)
     return value
+
+
+def vision_activation(name: str, field: str = "hidden_act") -> str:
+    """Check the activation ``name`` of a tower or connector, read from ``field``; returns it.
+
+    Raises:
+        CheckpointError: it is not supported.
+    """
+    if name not in VISION_ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: {field} {name!r} of the vision part is not supported; "
+            f"{', '.join(VISION_ACTIVATIONS)} are",
+            param=field,
+        )
+    return name

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
-from engine.families.parsing.decoder import (
-    DecoderKind,
-    Json,
-    checkpoint_dtype,
-    eos_ids,
-    parse_decoder,
-    refuse_quantised,
-)
+from engine.families.parsing.decoder import DecoderKind, parse_decoder
+from engine.families.parsing.fields import Json
 from engine.layers.decoder_config import DecoderConfig
 
 TextFields = Callable[[Json], tuple[Json, DecoderKind]]
@@ -120,3 +114,41 @@ class ConfigReader:
             video_token_id=self.video_token(raw, decoder),
         )
         return self.finish(config, checkpoint)
+
+
+def checkpoint_dtype(*configs: Json) -> str:
+    """Read the dtype from the first of ``configs`` that has one; bfloat16 if none has."""
+    for config in configs:
+        for field in ("dtype", "torch_dtype"):
+            if config.get(field) in ("float32", "float16", "bfloat16"):
+                return str(config[field])
+    return "bfloat16"
+
+
+def eos_ids(
+    checkpoint: Checkpoint, text: Json, *, vocab_size: int, defaults: Iterable[int] = ()
+) -> tuple[int, ...]:
+    """Collect the tokens that end an answer: from generation_config.json, config.json and the family.
+
+    Args:
+        text: the decoder's fields.
+        defaults: the family's own.
+    """
+    found: list[int] = []
+    for source in (checkpoint.generation_config, checkpoint.config, text):
+        value = source.get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(i for i in [*found, *defaults] if 0 <= i < vocab_size))
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse a quantised checkpoint, whose weights would be read as noise.
+
+    Raises:
+        CheckpointError: config.json has a ``quantization_config``.
+    """
+    if checkpoint.config.get("quantization_config"):
+        raise CheckpointError(
+            "config.json: quantization_config is not supported; use a checkpoint of the full weights",
+            param="quantization_config",
+        )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
-from engine.families.parsing.decoder import vision_activation
+from engine.families.parsing.fields import vision_activation
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import Normalisation
 

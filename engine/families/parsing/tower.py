@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.families.parsing.decoder import integer, vision_activation
+from engine.families.parsing.fields import integer, vision_activation
 from engine.vision.transformer_config import VisionConfig
 
 _CLIP_DEFAULTS: dict[str, Any] = {

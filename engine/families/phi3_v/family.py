@@ -12,7 +12,7 @@ from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
-from engine.families.parsing.decoder import Json
+from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, flat_text
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import parse_clip, tower_rules, unused_tensors

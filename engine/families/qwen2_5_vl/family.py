@@ -12,7 +12,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.family import Positions
-from engine.families.parsing.decoder import Json, integer
+from engine.families.parsing.fields import Json, integer
 from engine.families.qwen2_vl.config import native_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.positions import grid_positions

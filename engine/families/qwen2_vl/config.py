@@ -7,7 +7,8 @@ from typing import Any
 
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.parsing.decoder import DecoderKind, Json, integer
+from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import TextFields, tied_text
 from engine.families.parsing.processor import parse_normalisation
 from engine.vision.native_config import NativeVisionConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from engine.checkpoint.rules import WeightRules
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
-from engine.families.parsing.decoder import Json, integer, vision_activation
+from engine.families.parsing.fields import Json, integer, vision_activation
 from engine.families.parsing.model import ConfigReader, token_field
 from engine.families.qwen2_vl.config import VISUAL, native_vision, qwen_text, qwen_vl_rules
 from engine.families.qwen2_vl.positions import grid_positions

@@ -12,7 +12,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
-from engine.families.parsing.decoder import Json, integer, vision_activation
+from engine.families.parsing.fields import Json, integer, vision_activation
 from engine.families.qwen2_vl.config import (
     VISUAL,
     native_vision,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from engine.families.family import Family
-from engine.families.parsing.decoder import DecoderKind, Json
+from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader
 
 _KINDS: dict[str, DecoderKind] = {
