@@ -31,12 +31,11 @@ def _vision(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
         raise CheckpointError(
             f"config.json: vision tower {vision['model_type']!r} is not supported", param="vision_config"
         )
-    layer = raw.get("vision_feature_layer", -1)
     strategy = raw.get("vision_feature_select_strategy", "full")
-    if not isinstance(layer, int) or strategy != "full":
+    if strategy != "full":
         raise CheckpointError(
-            f"config.json: vision_feature_layer {layer!r} with strategy {strategy!r} is not supported",
-            param="vision_feature_layer",
+            f"config.json: vision_feature_select_strategy {strategy!r} is not supported; full is",
+            param="vision_feature_select_strategy",
         )
     aspect = raw.get("vision_aspect_ratio", "anyres_max_9")
     limit = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect))
@@ -44,7 +43,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
         raise CheckpointError(
             f"config.json: vision_aspect_ratio {aspect!r} is not supported", param="vision_aspect_ratio"
         )
-    tower = parse_siglip(vision, feature_layer=layer)
+    tower = parse_siglip(vision, feature_layer=raw.get("vision_feature_layer", -1))
     crops = CropVisionConfig(
         tower=tower.config,
         image_size=tower.image_size,

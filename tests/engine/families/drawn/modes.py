@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -185,7 +186,7 @@ def cached(session: Session, tally: Tally) -> None:
         turn, more = session.following(question, completion.token_ids)
         if turn.length + STEPS > session.drawn.tokens or _stops_short(session, turn):
             continue
-        data = question.prompt.entry["multi_modal_data"]
+        data = _in_order(question.prompt).entry["multi_modal_data"]
         ids = [*output.prompt_token_ids, *more]
         entries.append({"prompt_token_ids": ids, "multi_modal_data": data})
         turns.append(turn)
@@ -251,6 +252,12 @@ def _full_blocks(question: Question, known: int, size: int) -> tuple[int, int]:
     if question.params.prompt_logprobs is not None:
         return 0, 0
     return known // size * size, (question.length - 1) // size * size
+
+
+def _in_order(prompt: Prompt) -> Prompt:
+    """The prompt with its images in the order of their places: token ids don't show numbered placeholders."""
+    numbers = [int(number) - 1 for number in re.findall(r"<\|image_(\d+)\|>", prompt.text)]
+    return replace(prompt, pictures=tuple(prompt.pictures[i] for i in numbers)) if numbers else prompt
 
 
 def _reusable(session: Session, question: Question, turn: Question) -> int:
