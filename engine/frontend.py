@@ -162,6 +162,10 @@ class Frontend:
     def takes_media(self) -> bool:
         return self._processor is not None
 
+    def with_template(self, template: str) -> Frontend:
+        """The same frontend with another chat template; errors as :meth:`PromptBuilder.with_template`."""
+        return Frontend(self._config, self._builder.with_template(template), self._processor, self._fetcher)
+
     def from_prompt(self, prompt: str | Mapping[str, Any], encode: Encode | None = None) -> PreparedPrompt:
         """Prepare one prompt of :meth:`engine.LLM.generate`.
 
@@ -198,7 +202,6 @@ class Frontend:
         messages: Sequence[Mapping[str, Any]],
         encode: Encode | None = None,
         *,
-        chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -210,9 +213,9 @@ class Frontend:
             InvalidRequest: naming the message or part that can't be used.
         """
         parsed, sources = parse_messages(messages)
+        self._builder.check_messages(parsed, len(sources))
         media = self._prepare(sources, name_later=encode is not None)
-        builder = self._builder if chat_template is None else self._builder.with_template(chat_template)
-        inputs = builder.from_messages(
+        inputs = self._builder.from_messages(
             parsed,
             [prepared.item for prepared in media.items],
             add_generation_prompt=add_generation_prompt,

@@ -198,9 +198,14 @@ class LLM:
     def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[Prepare]:
         return [partial(self._frontend.from_prompt, prompt) for prompt in _as_list(prompts)]
 
-    def _conversations(self, messages: Messages | Sequence[Messages], **options: Any) -> list[Prepare]:
+    def _conversations(
+        self, messages: Messages | Sequence[Messages], chat_template: str | None, **options: Any
+    ) -> list[Prepare]:
         many: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return [partial(self._frontend.from_messages, conversation, **options) for conversation in many]
+        frontend = self._frontend
+        if many and chat_template is not None:
+            frontend = frontend.with_template(chat_template)
+        return [partial(frontend.from_messages, conversation, **options) for conversation in many]
 
     def _run(self, prepare: Sequence[Prepare], params: Sequence[Params], use_tqdm: bool) -> list[Job]:
         try:

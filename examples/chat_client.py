@@ -1,8 +1,8 @@
-"""Ask a running server about a picture, and print the answer as it comes.
+"""Ask a running server about an image, and print the answer as it comes.
 
-    python examples/chat_client.py "What is in this picture?" [PICTURE ...]
+    python examples/chat_client.py "What is in this picture?" [IMAGE ...]
 
-A picture is a file or a URL. Without one, a red circle beside a blue square is drawn.
+An image is a file or a URL. Without one, a red circle beside a blue square is drawn.
 """
 
 import argparse
@@ -32,12 +32,12 @@ def drawn() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("question", nargs="?", default="Describe this image.")
-    parser.add_argument("pictures", nargs="*")
+    parser.add_argument("images", nargs="*")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", default="pocket")
     options = parser.parse_args()
 
-    urls = [as_url(picture) for picture in options.pictures] or [drawn()]
+    urls = [as_url(picture) for picture in options.images] or [drawn()]
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": options.question})
     client = OpenAI(base_url=options.base_url, api_key="EMPTY")

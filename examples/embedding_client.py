@@ -1,8 +1,8 @@
-"""Ask a running server for the vector of a picture with a text.
+"""Ask a running server for the vector of an image with a text.
 
     python examples/embedding_client.py --model NAME ["Represent the given image."]
 
-The request's form is not OpenAI's own (that one has no pictures), so it is posted as plain JSON. NAME must be
+The request's form is not OpenAI's own (that one has no images), so it is posted as plain JSON. NAME must be
 a model that is served with task: embed.
 """
 
@@ -15,12 +15,12 @@ from chat_client import as_url, drawn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("text", nargs="?", default="Represent the given image.")
-    parser.add_argument("pictures", nargs="*")
+    parser.add_argument("images", nargs="*")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", required=True)
     options = parser.parse_args()
 
-    urls = [as_url(picture) for picture in options.pictures] or [drawn()]
+    urls = [as_url(picture) for picture in options.images] or [drawn()]
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": options.text})
     response = requests.post(

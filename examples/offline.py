@@ -1,8 +1,8 @@
-"""Ask a model about pictures, without a server.
+"""Ask a model about images, without a server.
 
-    python examples/offline.py [--model models/pocket] [PICTURE ...]
+    python examples/offline.py [--model models/pocket] [IMAGE ...]
 
-Without a picture, one is drawn.
+Without an image, one is drawn.
 """
 
 import argparse
@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "models" / "pocket"))
-    parser.add_argument("pictures", nargs="*", type=Path)
+    parser.add_argument("images", nargs="*", type=Path)
     options = parser.parse_args()
 
-    pictures = [Image.open(path) for path in options.pictures] or [two_shapes()]
+    pictures = [Image.open(path) for path in options.images] or [two_shapes()]
     questions = ["Describe this image.", "How many shapes are there?"]
     conversations = [
         [

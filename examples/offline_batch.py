@@ -1,4 +1,4 @@
-"""Several prompts at once, each with its own picture and its own question; one has no picture at all.
+"""Several prompts at once, each with its own image and its own question; one has no image at all.
 
 python examples/offline_batch.py [--model FOLDER]
 """

@@ -1,4 +1,4 @@
-"""Vectors of texts and pictures in one space, and how alike they are.
+"""Embed texts and images into one space and print their similarity.
 
 python examples/offline_embedding.py [--model FOLDER]
 """

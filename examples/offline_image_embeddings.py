@@ -1,4 +1,4 @@
-"""Embeddings of a picture in place of the picture.
+"""Give an image's embeddings in place of the image.
 
     python examples/offline_image_embeddings.py [--model FOLDER] [--embeddings FILE]
 

@@ -1,4 +1,4 @@
-"""Several pictures in one prompt.
+"""Several images in one prompt.
 
 python examples/offline_multi_image.py [--model FOLDER]
 """

@@ -1,4 +1,4 @@
-"""One picture, one prompt, in the model's own prompt format.
+"""One image and one prompt in the model's own prompt format.
 
 python examples/offline_single_image.py [--model FOLDER]
 """

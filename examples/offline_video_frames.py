@@ -1,4 +1,4 @@
-"""Frames of a video as pictures of one message, in base64.
+"""Frames of a video as images of one message, in base64.
 
 python examples/offline_video_frames.py [--model FOLDER]
 """

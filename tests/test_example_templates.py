@@ -40,6 +40,10 @@ def test_llava(tmp_path):
     without = LLM(str(tmp_path), max_model_len=200)
     with pytest.raises(InvalidRequest, match="has no chat template"):
         without.chat(messages, params, use_tqdm=False)
+    # Before anything is fetched, which would be forbidden here.
+    inside = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}
+    with pytest.raises(InvalidRequest, match="has no chat template"):
+        without.chat([{"role": "user", "content": [inside]}], params, use_tqdm=False)
     template = str(ROOT / "examples" / "template_llava.jinja")
     (output,) = without.chat(messages, params, use_tqdm=False, chat_template=template)
     assert output.prompt == "USER: <image>\nWhat is the content of this image? ASSISTANT:"

@@ -97,7 +97,10 @@ class PromptBuilder:
             InvalidRequest: there is no template, it refuses the messages, or the placeholders that it prints
                 don't fit the items.
         """
-        in_order = self._check(messages, items)
+        self.check_messages(messages, len(items))
+        in_order = [
+            part.index for message in messages for part in message.parts if isinstance(part, MediaPart)
+        ]
         assert self.template is not None and self._forms is not None
         with_tools = bool(tools)
         protected, stand_ins = self._control.protect(
@@ -156,8 +159,12 @@ class PromptBuilder:
         built = assemble_ids(ids, items, self._placeholders, self._expand, "prompt_token_ids")
         return EngineInput(built.ids, built.spans, None, cache_salt)
 
-    def _check(self, messages: Sequence[Message], items: Sequence[MediaItem]) -> list[int]:
-        """The items' indices in the order of the messages, after every check that needs no rendering."""
+    def check_messages(self, messages: Sequence[Message], num_items: int) -> None:
+        """Refuse messages before their ``num_items`` media are fetched.
+
+        Raises:
+            InvalidRequest: there is no template, or the messages don't fit the model or the number of media.
+        """
         if self.template is None:
             raise InvalidRequest(
                 "This model has no chat template. Set chat_template to a Jinja file for it when the model is "
@@ -167,15 +174,14 @@ class PromptBuilder:
         if not messages:
             raise InvalidRequest("messages must not be empty.", param="messages")
         media = [part for message in messages for part in message.parts if isinstance(part, MediaPart)]
-        if sorted(part.index for part in media) != list(range(len(items))):
+        if sorted(part.index for part in media) != list(range(num_items)):
             raise InvalidRequest(
-                f"The messages refer to {len(media)} media items, but {len(items)} were given.",
+                f"The messages refer to {len(media)} media items, but {num_items} were given.",
                 param="messages",
             )
         for part in media:
             if part.kind not in self._placeholders.kinds:
-                raise InvalidRequest(f"This model takes no {part.kind}.", param="messages")
-        return [part.index for part in media]
+                raise InvalidRequest(f"This model takes no {part.kind}s.", param="messages")
 
     def _protected(self, message: Message, protected: Mapping[str, Any], with_tools: bool) -> Message:
         """The message with its strings replaced by the protected ones, in a role that the template knows."""

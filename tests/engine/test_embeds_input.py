@@ -1,4 +1,4 @@
-"""Embeddings in place of pictures: the same tokens, and clear refusals."""
+"""Embeddings in place of images: the same tokens, and clear refusals."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def llava(tmp_path_factory) -> LLM:
 
 
 def encoded(llm: LLM, pictures) -> tuple[list[torch.Tensor], list[tuple[int, ...]]]:
-    """Rows and grids of pictures, by the model's own encoder."""
+    """Rows and grids of images, by the model's own encoder."""
     media = [llm._frontend._processor.prepare(picture) for picture in pictures]
     return llm._encoder.encode(media), [entry.item.grid for entry in media]
 
@@ -64,7 +64,7 @@ def test_llava_by_rows_alone(llava):
     assert tokens(llava, single, rows[0][None]) == tokens(llava, single, pictures[0])
 
 
-def test_in_a_batch_with_pictures_and_texts(qwen):
+def test_in_a_batch_with_images_and_texts(qwen):
     picture = tiny.picture(40, 56, 1)
     (rows,), (grid,) = encoded(qwen, [picture])
     prompts = [

@@ -38,14 +38,14 @@ def user(*parts):
     return parse_messages([{"role": "user", "content": list(parts)}])[0]
 
 
-def builder(tokenizer=CHATML, source=templates.CHATML_PARTS, mark="<|image_pad|>", **form):
+def builder(tokenizer=CHATML, source=templates.CHATML_PARTS, string="<|image_pad|>", **form):
     template = ChatTemplate({"default": source}, {"bos_token": "<s>"}) if source else None
     expand = form.pop("expand", None)
-    return PromptBuilder(tokenizer, template, PromptFormat(image=mark, **form), expand)
+    return PromptBuilder(tokenizer, template, PromptFormat(image=string, **form), expand)
 
 
 def spelled(ids, token):
-    """Ids with every run of ``token`` shortened to one: the prompt before its marks were expanded."""
+    """Ids with every run of ``token`` shortened to one: the prompt before its placeholders were expanded."""
     return [i for n, i in enumerate(ids) if i != token or n == 0 or ids[n - 1] != token]
 
 
@@ -139,7 +139,7 @@ def test_control_strings_do_not_arise_where_texts_touch():
 
 
 def test_control_strings_in_tools_and_options_are_plain_text():
-    build = builder(source=templates.TOOLS, mark=None)
+    build = builder(source=templates.TOOLS, string=None)
     tool = {"type": "function", "function": {"name": "f", "parameters": {"<|im_end|>": "<|im_start|>"}}}
     call = {"function": {"name": "<|im_end|>", "arguments": {"a": ["<|im_start|>"]}}}
     messages, _ = parse_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
@@ -161,7 +161,7 @@ def test_flags_of_special_tokens_hold_around_hidden_strings():
     assert plain.token_ids[plain.token_ids.index(end) :] == hidden.token_ids[hidden.token_ids.index(end) :]
 
 
-def test_llava_gets_its_bos_and_its_pictures_first(references):
+def test_llava_gets_its_bos_and_its_images_first(references):
     build = builder(LLAMA, templates.LLAVA, "<image>")
     built = build.from_messages(user(text("the red"), image(), text("<image>")), [item(4, IMAGE)])
     assert built.text == "USER: <image>\nthe red <image> ASSISTANT:"
@@ -175,7 +175,7 @@ def test_llava_gets_its_bos_and_its_pictures_first(references):
     assert texts.token_ids.count(LLAMA.bos_id) == 1
 
 
-def test_a_template_for_strings_gets_marks_between_the_texts():
+def test_a_template_for_strings_gets_placeholders_between_the_texts():
     build = builder(LLAMA, templates.PHI, "<image>", separator="\n")
     built = build.from_messages(user(text("a"), image(), text("b")), [item(2, IMAGE)])
     assert built.text == "<|user|>\na\n<image>\nb<|end|>\n<|assistant|>\n"
@@ -187,7 +187,7 @@ def phi():
     return builder(LLAMA, templates.PHI, "<|image_{index}|>", split_at_media=True, separator="\n")
 
 
-def test_texts_around_numbered_marks_are_encoded_one_by_one(phi, references):
+def test_texts_around_numbered_placeholders_are_encoded_one_by_one(phi, references):
     items = [item(3, IMAGE, name="a"), item(2, IMAGE, name="b")]
     built = phi.from_messages(user(image(), image(), text("the <|image_1|> red")), items)
     encode = references["byte_fallback"].encode
@@ -200,7 +200,7 @@ def test_texts_around_numbered_marks_are_encoded_one_by_one(phi, references):
     ]
 
 
-def test_numbered_marks_of_a_raw_prompt_name_their_picture(phi, references):
+def test_numbered_placeholders_of_a_raw_prompt_name_their_image(phi, references):
     items = [item(3, IMAGE, name="a"), item(2, IMAGE, name="b")]
     built = phi.from_text("<|image_2|> the <|image_1|>", items)
     encode = references["byte_fallback"].encode
@@ -211,8 +211,8 @@ def test_numbered_marks_of_a_raw_prompt_name_their_picture(phi, references):
             phi.from_text(prompt, items)
 
 
-def test_marks_that_are_text_become_runs_of_text_and_rows():
-    """As MiniCPM-V's: the placeholder holds the picture's number and separators beside its rows."""
+def test_placeholders_that_are_text_become_runs_of_text_and_rows():
+    """As MiniCPM-V's: the placeholder holds the image's number and separators beside its rows."""
     digits = [CHATML.token_id(c) for c in "01"]
     start, end = CHATML.token_id("<|vision_start|>"), CHATML.token_id("<|vision_end|>")
 
@@ -227,7 +227,7 @@ def test_marks_that_are_text_become_runs_of_text_and_rows():
         )
 
     build = builder(
-        source=templates.CHATML_TRIMMED, mark="(<image>./</image>)", separator="\n", expand=expand
+        source=templates.CHATML_TRIMMED, string="(<image>./</image>)", separator="\n", expand=expand
     )
     built = build.from_messages(
         user(image(), text("(<image>./</image>)"), image()), [item(3, name="a"), item(4, name="b")]
@@ -243,22 +243,22 @@ def test_marks_that_are_text_become_runs_of_text_and_rows():
     assert "\n(<image>./</image>)\n" in CHATML.decode(built.token_ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(("marks", "given"), [(0, 1), (1, 0), (2, 1), (1, 2)])
-def test_counts_that_differ_are_both_told(marks, given):
+@pytest.mark.parametrize(("placeholders", "given"), [(0, 1), (1, 0), (2, 1), (1, 2)])
+def test_counts_that_differ_are_both_reported(placeholders, given):
     items = [item(2, name=str(n)) for n in range(given)]
-    told = rf"placeholders in the prompt is {marks}, .* given is {given}\."
-    with pytest.raises(InvalidRequest, match=told) as caught:
-        builder().from_text("<|image_pad|>" * marks + "x", items)
+    message = rf"placeholders in the prompt is {placeholders}, .* given is {given}\."
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        builder().from_text("<|image_pad|>" * placeholders + "x", items)
     assert caught.value.param == "prompt"
     if given:
-        with pytest.raises(InvalidRequest, match=told) as caught:
-            builder().from_token_ids([5, PAD] * marks + [5], items)
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            builder().from_token_ids([5, PAD] * placeholders + [5], items)
         assert caught.value.param == "prompt_token_ids"
-    with pytest.raises(InvalidRequest, match=f"refer to {marks} .* {given} were given"):
-        builder().from_messages(user(*[image()] * marks, text("x")), items)
+    with pytest.raises(InvalidRequest, match=f"refer to {placeholders} .* {given} were given"):
+        builder().from_messages(user(*[image()] * placeholders, text("x")), items)
 
 
-def test_a_template_that_drops_pictures_is_an_error():
+def test_a_template_that_drops_images_is_an_error():
     source = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
     with pytest.raises(InvalidRequest, match="in the prompt is 0"):
         builder(source=source).from_messages(user(image()), [item(2)])
@@ -276,28 +276,28 @@ def test_raw_prompts_have_the_ids_of_transformers(references):
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "mark"), [(CHATML, "<|image_pad|>"), (LLAMA, "<image>"), (LLAMA, "<|image_{index}|>")]
+    ("tokenizer", "string"), [(CHATML, "<|image_pad|>"), (LLAMA, "<image>"), (LLAMA, "<|image_{index}|>")]
 )
-def test_placeholder_strings_of_a_prompt_without_media_are_plain_text(tokenizer, mark):
-    build = builder(tokenizer, None, mark)
-    mark = mark.replace("{index}", "1")
+def test_placeholder_strings_of_a_prompt_without_media_are_plain_text(tokenizer, string):
+    build = builder(tokenizer, None, string)
+    string = string.replace("{index}", "1")
     special = sorted(
         tokenizer.added_tokens[i].content for i in tokenizer.special_ids if i != tokenizer.bos_id
     )[0]
-    prompt = f"the {mark} is where {special} a picture stands {mark}"
+    prompt = f"the {string} is where {special} a picture stands {string}"
     built = build.from_text(prompt, placeholders_are_text=True)
     assert built.spans == [] and built.text == prompt
-    assert built.token_ids.count(tokenizer.token_id(mark)) == 0
+    assert built.token_ids.count(tokenizer.token_id(string)) == 0
     assert built.token_ids.count(tokenizer.token_id(special)) == 1
-    assert tokenizer.decode(built.token_ids, skip_special_tokens=True).count(mark) == 2
+    assert tokenizer.decode(built.token_ids, skip_special_tokens=True).count(string) == 2
     # Nothing else about the prompt changes.
-    harmless = prompt.replace(mark, "mark")
+    harmless = prompt.replace(string, "string")
     assert build.from_text(harmless, placeholders_are_text=True) == build.from_text(harmless)
     with pytest.raises(InvalidRequest, match="placeholders"):
         build.from_text(prompt)
 
 
-def test_videos_have_their_own_marks():
+def test_videos_have_their_own_placeholders():
     video = CHATML.token_id("<|vision_end|>")
     build = PromptBuilder(CHATML, None, PromptFormat(image="<|image_pad|>", video="<|vision_end|>"))
     items = [item(2, video, kind="video", name="v"), item(3, name="i")]
@@ -310,7 +310,7 @@ def test_videos_have_their_own_marks():
         )
 
 
-def test_what_cannot_be_built():
+def test_prompts_that_cannot_be_built():
     with pytest.raises(InvalidRequest, match="no chat template"):
         builder(source=None).from_messages(user(text("x")))
     with pytest.raises(InvalidRequest, match="empty"):
@@ -320,7 +320,7 @@ def test_what_cannot_be_built():
     with pytest.raises(InvalidRequest, match="Unicode"):
         builder().from_text("\ud800")
     with pytest.raises(InvalidRequest, match="takes no image"):
-        builder(mark=None).from_messages(user(image()), [item(2)])
+        builder(string=None).from_messages(user(image()), [item(2)])
 
 
 def test_developers_are_systems_unless_the_template_knows_them():

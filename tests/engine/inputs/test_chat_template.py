@@ -125,7 +125,7 @@ def test_the_sandbox_holds(source):
         template(source).render(TEXT)
 
 
-def test_refusals_and_accidents_are_told():
+def test_refusals_and_errors_are_reported():
     with pytest.raises(InvalidRequest, match="roles must alternate"):
         template("{{ raise_exception('roles must alternate') }}").render(TEXT)
     with pytest.raises(InvalidRequest, match="TypeError"):

@@ -120,7 +120,7 @@ def test_floats_are_fractions_or_bytes():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_pictures_are_turned_upright(form, orientation):
+def test_images_are_turned_upright(form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if form == "WEBP" else {}
@@ -158,7 +158,7 @@ def test_cut_files_are_damaged(form):
 @pytest.mark.parametrize(
     "data", [b"", b"no picture", b"<svg/>", b"%PDF-1.7", b"\x89PNG\r\n\x1a\n", b"II*\0" * 9]
 )
-def test_what_is_no_picture(data):
+def test_data_that_is_not_an_image(data):
     with pytest.raises(MediaError) as caught:
         decode_image(data, LIMITS)
     assert "0x" not in caught.value.message
@@ -200,7 +200,7 @@ def test_every_format_has_its_bounds(form):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
-def test_opaque_pictures_are_those_of_transformers(mode):
+def test_opaque_images_are_those_of_transformers(mode):
     picture = noise().convert(mode)
     same(to_rgb(picture), convert_to_rgb(picture))
 
@@ -218,7 +218,7 @@ def transparent(mode):
     reason="this release of Transformers shows the colours under transparent pixels",
 )
 @pytest.mark.parametrize("mode", ["LA", "PA", "P", "RGBA"])
-def test_transparent_pictures_are_those_of_transformers(mode):
+def test_transparent_images_are_those_of_transformers(mode):
     picture = transparent(mode)
     np.testing.assert_array_equal(
         np.asarray(to_rgb(picture)), convert_to_rgb(picture.copy(), return_numpy=True)
@@ -241,7 +241,7 @@ def test_every_familys_processor_composes_on_white(family):
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("loaded", [False, True])
-def test_opened_pictures_are_turned_as_transformers_turns_them(form, loaded):
+def test_opened_images_are_turned_as_transformers_turns_them(form, loaded):
     exif = Image.Exif()
     exif[0x0112] = 8
     data = encoded(noise(size=(16, 8)), form, exif=exif)
@@ -269,7 +269,7 @@ def test_sizes_by_the_header_are_those_of_decoding(orientation):
         assert read_size(data, LIMITS) == decode_image(data, LIMITS).size
 
 
-def test_what_has_no_readable_header_fails_as_in_decoding():
+def test_unreadable_headers_fail_as_in_decoding():
     for data in (b"", b"hello", encoded(noise(), "PNG")[:20]):
         with pytest.raises(MediaError) as decoding:
             decode_image(data, LIMITS, where="here")
@@ -278,7 +278,7 @@ def test_what_has_no_readable_header_fails_as_in_decoding():
         assert measuring.value.message == decoding.value.message
 
 
-def test_many_pictures_are_bounded_together():
+def test_many_images_are_bounded_together():
     limits = ImageLimits(max_total_pixels=100)
     check_total([(5, 10), (10, 5)], limits)
     with pytest.raises(MediaTooLarge, match="101 pixels together; 100 are allowed"):

@@ -108,7 +108,7 @@ async def site(resolver=None, **policy):
         await here.server.close()
 
 
-async def test_pictures_are_fetched_over_connections_that_are_kept(monkeypatch):
+async def test_images_are_fetched_over_connections_that_are_kept(monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     async with site() as (here, fetcher):
         for _ in range(3):
@@ -215,7 +215,7 @@ async def test_hosts_that_are_not_there():
             await fetcher.fetch(source(f"http://127.0.0.2:{here.server.port}/ok"))
 
 
-async def test_all_pictures_of_a_request_share_a_budget():
+async def test_all_images_of_a_request_share_a_budget():
     async with site(max_total_bytes=2 * len(BODY)) as (here, fetcher):
         url = here.url + "/ok"
         video = source(frames=(source(url), source(data=BODY)))
@@ -316,7 +316,7 @@ async def test_files_outside_of_the_allowed_folder(folder, path):
         await fetcher.fetch(source(f"file://{folder}{path}"))
 
 
-async def test_what_is_no_file(folder):
+async def test_urls_that_name_no_file(folder):
     fetcher = MediaFetcher(FetchPolicy(allowed_local_media_path=folder))
     for path in ("/missing.png", "/sub", "/pipe"):
         with pytest.raises(MediaError) as caught:

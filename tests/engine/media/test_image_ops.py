@@ -24,7 +24,7 @@ def test_table_gives_the_numbers_of_transformers(scale):
     np.testing.assert_array_equal(table, expected[:, 0])
 
 
-def test_resize_leaves_pictures_of_the_right_size_alone():
+def test_resize_leaves_images_of_the_right_size_alone():
     image = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
     np.testing.assert_array_equal(resize(image, (5, 4), 3), np.asarray(image))
     assert resize(image, (10, 2), 3).shape == (2, 10, 3)

@@ -1,4 +1,4 @@
-"""Resizing with padding against PIL on pictures that were padded for real."""
+"""Resizing with padding against PIL on images that were padded for real."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_square_is_resized_as_if_it_had_been_made(size, resample):
 
 
 @pytest.mark.parametrize("size", [(60, 45), (45, 60), (200, 100), (64, 32)], ids=str)
-def test_a_picture_fills_its_canvas_in_one_direction(size):
+def test_an_image_fills_its_canvas_in_one_direction(size):
     image = picture(*size)
     expected = ImageOps.pad(image, (64, 32), method=Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(resize_on_canvas(image, (64, 32), 3), np.asarray(expected))
