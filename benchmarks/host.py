@@ -15,6 +15,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,10 @@ class NullRunner:
     def execute(self, batch: ScheduledBatch, grammar_mask=None) -> _Done:
         return _Done(np.full(len(batch.sampling_slots), 300, np.int64))
 
-    def check_idle(self) -> None:
+    def recover(self) -> None:
+        pass
+
+    def check_idle(self, released: Collection[int]) -> None:
         pass
 
 

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from engine.config import EngineConfig
-from engine.errors import SightlineError, Unavailable
+from engine.errors import RequestFailed, SightlineError, Unavailable
 from engine.loading import LoadedEngine, load_engine
-from engine.output_processor import RequestGroup, merge_updates
+from engine.output_processor import RequestGroup, Result, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput
@@ -23,8 +23,6 @@ from engine.scheduling.batch import StepEvents
 
 logger = logging.getLogger(__name__)
 
-Result = StreamUpdate | EmbeddingOutput
-
 
 class _Mailbox:
     """What a reader hasn't taken yet, merged into one update: a slow reader costs no memory."""
@@ -32,10 +30,13 @@ class _Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._event = asyncio.Event()
-        self._waiting: Result | None = None
+        self._waiting: StreamUpdate | EmbeddingOutput | None = None
         self._error: SightlineError | None = None
 
     def put(self, result: Result) -> None:
+        if isinstance(result, SightlineError):
+            self.fail(result)
+            return
         if isinstance(self._waiting, StreamUpdate) and isinstance(result, StreamUpdate):
             result = merge_updates(self._waiting, result)
         self._waiting = result
@@ -45,7 +46,7 @@ class _Mailbox:
         self._error = error
         self._event.set()
 
-    async def get(self) -> Result:
+    async def get(self) -> StreamUpdate | EmbeddingOutput:
         await self._event.wait()
         self._event.clear()
         if self._waiting is None:
@@ -59,7 +60,11 @@ class _Mailbox:
 
 def _put_all(parcels: Sequence[tuple[_Mailbox, Result]]) -> None:
     for mailbox, result in parcels:
-        mailbox.put(result)
+        try:
+            mailbox.put(result)
+        except Exception as error:
+            logger.exception("an update could not be delivered")
+            mailbox.fail(RequestFailed(f"This request failed inside the engine ({type(error).__name__})."))
 
 
 class AsyncEngine:
@@ -116,6 +121,7 @@ class AsyncEngine:
 
         Raises:
             InvalidRequest: before anything was computed.
+            RequestFailed: computing it raised; what came before holds.
             Unavailable: the engine has died.
         """
         self.check_health()

@@ -1,18 +1,25 @@
-"""The engine's loop: schedule, execute, update."""
+"""The engine's loop: schedule, execute, update.
+
+An exception of one request's work ends that request, and no other: see :mod:`engine.scheduling.recovery`.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import numpy as np
 
-from engine.request import Request
+from engine.request import Request, RequestFault
+from engine.scheduling import recovery
 from engine.scheduling.batch import ScheduledBatch, StepEvents, StepResult
 from engine.scheduling.scheduler import Scheduler
 from engine.structured.matcher import GrammarMatcher
+
+logger = logging.getLogger(__name__)
 
 GrammarMask = Callable[[list[int]], np.ndarray]
 
@@ -30,12 +37,22 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> PendingStep: ...
+    def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> PendingStep:
+        """Enqueue a step.
 
-    def check_idle(self) -> None: ...
+        Raises:
+            RequestFault: the work for one request raised.
+            Exception: any other reason; see :meth:`recover`.
+        """
+
+    def recover(self) -> None:
+        """Get ready for the next step after one that raised; raise if no step can be computed any more."""
+
+    def check_idle(self, released: Collection[int]) -> None:
+        """Raise AssertionError unless all it holds belongs to the slots ``released`` by the next step."""
 
     def check_health(self) -> None:
-        """Raise Unavailable if it can't compute any more."""
+        """Raise Unavailable if no step can be computed any more."""
 
     def close(self) -> None:
         """End what runs for it in other processes; may be called repeatedly."""
@@ -60,7 +77,11 @@ class EngineCore:
         self._ready: list[StepEvents] = []
 
     def add(self, request: Request) -> None:
-        self.scheduler.add(request)
+        try:
+            self.scheduler.add(request)
+        except Exception as error:
+            request.finished = True
+            self.scheduler.failed.append((request, error))
 
     def abort(self, request: Request) -> None:
         self.scheduler.abort(request)
@@ -68,38 +89,93 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._in_flight)
+        return self.scheduler.has_work or bool(self._in_flight or self.scheduler.failed)
 
     def step(self) -> list[StepEvents]:
-        """Enqueue the next step, and return what finished steps gave."""
-        batch = self.scheduler.schedule()
+        """Enqueue the next step, and return what finished steps gave.
+
+        Raises:
+            Exception: no step can be computed any more.
+        """
+        batch = self._schedule()
         if batch is not None:
             self._note_admissions(batch)
-            pending = self.runner.execute(batch, self._grammar_mask(batch))
-            self._in_flight.append((batch, pending))
+            self._execute(batch)
         while len(self._in_flight) > (self._run_ahead if batch is not None else 0):
             self._collect()
+        if self.scheduler.failed:
+            self._report_failures()
         ready, self._ready = self._ready, []
         return ready
+
+    def _schedule(self) -> ScheduledBatch | None:
+        try:
+            return self.scheduler.schedule()
+        except Exception as error:
+            logger.exception("a step could not be scheduled")
+            recovery.abandon(self.scheduler, error)
+            return None
+
+    def _execute(self, batch: ScheduledBatch) -> None:
+        try:
+            self._in_flight.append((batch, self.runner.execute(batch, self._grammar_mask(batch))))
+        except Exception as error:
+            self.runner.recover()
+            # Earlier steps are as good as ever. Their tokens come first.
+            while self._in_flight:
+                self._collect()
+            if isinstance(error, RequestFault):
+                cause = error.__cause__
+                assert isinstance(cause, Exception)
+                recovery.retract(self.scheduler, batch, cause, error.request)
+            else:
+                logger.warning("a step is computed again", exc_info=error)
+                recovery.retract(self.scheduler, batch, error, None)
 
     def _collect(self) -> None:
         """Wait for the oldest step in flight and take in its tokens."""
         batch, pending = self._in_flight.popleft()
-        result = pending.result()
+        try:
+            result = pending.result()
+        except Exception as error:
+            logger.exception("the result of a step is lost")
+            self.runner.recover()
+            self._in_flight.clear()
+            recovery.abandon(self.scheduler, error, batch)
+            return
+        for request, cause in result.failed:
+            self.scheduler.fail(request, cause)
         constrained = np.flatnonzero(self.scheduler.slots.constrained[batch.sampling_slots])
-        events = self.scheduler.update(batch, result.tokens)
-        for row in constrained.tolist():
-            request = events.requests[row]
-            if request is not None and request.grammar is not None and row not in events.finished:
-                request.grammar.accept([int(result.tokens[row])])
+        try:
+            events = self.scheduler.update(batch, result.tokens)
+        except Exception as error:
+            logger.exception("the result of a step could not be taken in")
+            recovery.abandon(self.scheduler, error, batch)
+            return
+        self._ready.append(events)
         events.logprobs = result.logprobs
         events.prompt_logprobs = result.prompt_logprobs
-        vectors = dict(result.pooled)
-        events.pooled = [(request, vectors[request]) for request in self.scheduler.finish_pooling(batch)]
-        for ended in [*(events.requests[row] for row in events.finished), *vectors]:
-            if ended is not None and ended.finished:
-                ended.embeddings.clear()
-        self._ready.append(events)
+        self._advance_grammars(events, constrained.tolist())
+        events.pooled = self.scheduler.finish_pooling(batch, dict(result.pooled))
+        for ended in [*(events.requests[row] for row in events.finished), *(r for r, _ in events.pooled)]:
+            assert ended is not None
+            ended.embeddings.clear()
+
+    def _advance_grammars(self, events: StepEvents, constrained: list[int]) -> None:
+        """Have the grammars of the rows ``constrained`` follow their new tokens."""
+        for row in constrained:
+            request = events.requests[row]
+            if request is not None and request.grammar is not None and row not in events.finished:
+                try:
+                    request.grammar.accept([int(events.tokens[row])])
+                except Exception as error:
+                    self.scheduler.fail(request, error)
+
+    def _report_failures(self) -> None:
+        failed, self.scheduler.failed = self.scheduler.failed, []
+        for request, _ in failed:
+            request.embeddings.clear()
+        self._ready.append(StepEvents([], np.zeros(0, np.int64), failed=failed))
 
     def _grammar_mask(self, batch: ScheduledBatch) -> GrammarMask | None:
         """A callback that masks the constrained rows of ``batch``, or None if there are none.
@@ -117,13 +193,26 @@ class EngineCore:
             words = -(-self.runner.vocab_size // 32)
             mask = np.full((len(slots), words), -1, np.int32)
             rows = np.flatnonzero(table.constrained[slots]).tolist()
-            # Those that ended meanwhile have left their rows.
+            # A request that ended meanwhile has left its slot.
             requests = [(table.requests[slots[row]], row) for row in rows]
-            if matchers := [(request.grammar, row) for request, row in requests if request is not None]:
-                GrammarMatcher.fill_masks(matchers, mask)
+            self._fill_masks([(request, row) for request, row in requests if request is not None], mask)
             return mask
 
         return fill
+
+    def _fill_masks(self, requests: list[tuple[Request, int]], mask: np.ndarray) -> None:
+        """Write the masks of constrained requests into their rows of ``mask``; those that raise end."""
+        try:
+            if requests:
+                GrammarMatcher.fill_masks([(request.grammar, row) for request, row in requests], mask)
+        except Exception:
+            for request, row in requests:
+                try:
+                    request.grammar.fill_mask(mask[row])
+                except Exception as error:
+                    # Its token comes to nothing.
+                    mask[row] = -1
+                    self.scheduler.fail(request, error)
 
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = time.monotonic()
@@ -135,4 +224,4 @@ class EngineCore:
         """At idle: nothing is held anywhere. Raises AssertionError."""
         assert not self._in_flight, "steps are still in flight"
         self.scheduler.check_integrity()
-        self.runner.check_idle()
+        self.runner.check_idle(self.scheduler.released)

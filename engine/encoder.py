@@ -51,6 +51,7 @@ class _Job:
     """One item being encoded for everybody who asked for it meanwhile."""
 
     media: PreparedMedia
+    cost: int
     result: Future[EmbeddedMedia] = field(default_factory=Future)
     waiters: int = 1
 
@@ -88,6 +89,7 @@ class EncoderEngine:
         self._jobs: dict[str, _Job] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -130,12 +132,13 @@ class EncoderEngine:
             InvalidRequest: an item isn't what its description says.
         """
         rows: list[torch.Tensor] = []
-        remaining = deque(media)
+        remaining = deque((entry, self._encoder.cost(entry.item)) for entry in media)
         while remaining:
             batch, cost = [], 0
-            while remaining and self._fits(cost, remaining[0]):
-                cost += self._encoder.cost(remaining[0].item)
-                batch.append(remaining.popleft())
+            while remaining and self._fits(cost, remaining[0][1]):
+                entry, more = remaining.popleft()
+                cost += more
+                batch.append(entry)
             rows += self._launch(batch)
         return rows
 
@@ -147,19 +150,20 @@ class EncoderEngine:
 
         Raises:
             InvalidRequest: the item isn't what its description says; others in its batch are not affected.
-            Unavailable: the engine was shut down.
+            Unavailable: see :meth:`check_health`.
         """
         key = f"{salt}:{media.item.hash}"
+        # An item without a cost must not come before the thread that serves all.
+        cost = self._encoder.cost(media.item)
         with self._changed:
-            if self._closed:
-                raise Unavailable("the encoder is shutting down")
+            self.check_health()
             known = self._cache.get(key)
             if known is not None:
                 self._counters.cache_hits += 1
                 return known
             job = self._jobs.get(key)
             if job is None:
-                job = self._jobs[key] = _Job(media)
+                job = self._jobs[key] = _Job(media, cost)
                 self._queue.append(job)
                 job.result.add_done_callback(lambda future: self._settle(key, future))
                 self._start()
@@ -174,6 +178,16 @@ class EncoderEngine:
             with self._changed:
                 job.waiters -= 1
 
+    def check_health(self) -> None:
+        """
+        Raises:
+            Unavailable: the engine was shut down, or its device or its thread has failed for good.
+        """
+        if self._failure is not None:
+            raise Unavailable(f"The encoder has stopped: {self._failure}")
+        if self._closed:
+            raise Unavailable("The encoder is shutting down.")
+
     def metrics(self) -> dict[str, float]:
         """Counters since the start, and what waits and is cached now."""
         with self._changed:
@@ -186,13 +200,7 @@ class EncoderEngine:
 
     def shutdown(self) -> None:
         """Refuse what waits, finish what runs, end the thread. May be called twice."""
-        with self._changed:
-            self._closed = True
-            dropped = list(self._queue)
-            self._queue.clear()
-            self._changed.notify()
-        for job in dropped:
-            job.result.set_exception(Unavailable("the encoder is shutting down"))
+        self._refuse(Unavailable("The encoder is shutting down."))
         if self._thread is not None:
             self._thread.join()
 
@@ -201,7 +209,30 @@ class EncoderEngine:
             self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
             self._thread.start()
 
+    def _refuse(self, error: Unavailable) -> None:
+        """Fail what waits with ``error``; nothing new is taken in."""
+        with self._changed:
+            self._closed = True
+            dropped = list(self._queue)
+            self._queue.clear()
+            self._changed.notify()
+        for job in dropped:
+            job.result.set_exception(error)
+
     def _run(self) -> None:
+        try:
+            self._serve_all()
+        except BaseException as error:
+            logger.exception("the encoder's thread died")
+            self._failure = error
+            failure = Unavailable(f"The encoder has stopped: {error}")
+            self._refuse(failure)
+            with self._changed:
+                running = [job for job in self._jobs.values() if not job.result.done()]
+            for job in running:
+                job.result.set_exception(failure)
+
+    def _serve_all(self) -> None:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             while True:
@@ -227,17 +258,17 @@ class EncoderEngine:
         """Waiting jobs in order, up to the cost of one launch; those that nobody waits for are dropped."""
         jobs: list[_Job] = []
         cost = 0
-        while self._queue and self._fits(cost, self._queue[0].media):
+        while self._queue and self._fits(cost, self._queue[0].cost):
             job = self._queue.popleft()
             if job.waiters:
-                cost += self._encoder.cost(job.media.item)
+                cost += job.cost
                 jobs.append(job)
             else:
                 job.result.cancel()
         return jobs
 
-    def _fits(self, cost: int, media: PreparedMedia) -> bool:
-        return not cost or cost + self._encoder.cost(media.item) <= self._max_batch_cost
+    def _fits(self, cost: int, more: int) -> bool:
+        return not cost or cost + more <= self._max_batch_cost
 
     def _serve(self, jobs: list[_Job]) -> None:
         try:
@@ -252,7 +283,11 @@ class EncoderEngine:
                 return
             if not isinstance(error, SightlineError):
                 logger.exception("encoding failed")
-            jobs[0].result.set_exception(error)
+            if not jobs[0].result.done():
+                jobs[0].result.set_exception(error)
+            if self._device.type == "cuda":
+                # Raises if no launch can succeed any more.
+                torch.cuda.synchronize(self._device)
 
     def _launch(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         began = time.perf_counter()

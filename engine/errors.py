@@ -114,6 +114,10 @@ class Overloaded(SightlineError):
     code = "overloaded"
 
 
+class RequestFailed(SightlineError):
+    """Computing one request raised an exception. Other requests are not affected."""
+
+
 class Unavailable(SightlineError):
     """A part of the server that this request needs is down or restarting."""
 

@@ -86,7 +86,7 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
         model,
         tokenizer,
         grammars,
-        RequestFactory(config, model, scheduler, tokenizer, grammars),
+        RequestFactory(config, model, scheduler, tokenizer, grammars, max_model_len),
         EngineCore(scheduler, runner, config.run_ahead),
         OutputProcessor(tokenizer, metrics),
         metrics,

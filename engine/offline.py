@@ -15,9 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.encoder import EncoderEngine
+from engine.errors import SightlineError
 from engine.frontend import Encode, PreparedPrompt
 from engine.loading import LoadedEngine
-from engine.output_processor import RequestGroup, merge_updates
+from engine.output_processor import RequestGroup, Result, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, PreparedMedia
@@ -78,6 +79,7 @@ class OfflineRunner:
 
         Raises:
             InvalidRequest: a prompt can't be served; nothing is left behind of the others.
+            RequestFailed: computing a prompt raised; likewise.
         """
         core, outputs = self._engine.core, self._engine.outputs
         # Where a stop string ends a request, every step that sees it later is one for nothing.
@@ -106,8 +108,8 @@ class OfflineRunner:
                     events = []
                     for request in stopped:
                         core.abort(request)
-                    for group, update in updates:
-                        self._take(by_group[id(group)], update, progress)
+                    for group, result in updates:
+                        self._take(by_group[id(group)], result, progress)
             except BaseException:
                 self._abandon(jobs)
                 raise
@@ -175,14 +177,16 @@ class OfflineRunner:
         self._num_media += len(media)
         return self._encoder.encode(media)
 
-    def _take(self, job: Job, update: StreamUpdate | EmbeddingOutput, progress: tqdm | None) -> None:
-        if isinstance(update, EmbeddingOutput):
-            job.embedding = update
+    def _take(self, job: Job, result: Result, progress: tqdm | None) -> None:
+        if isinstance(result, SightlineError):
+            raise result
+        if isinstance(result, EmbeddingOutput):
+            job.embedding = result
         else:
-            job.update = update if job.update is None else merge_updates(job.update, update)
-            if not update.finished:
+            job.update = result if job.update is None else merge_updates(job.update, result)
+            if not result.finished:
                 return
-            self._num_tokens += update.usage.completion_tokens
+            self._num_tokens += result.usage.completion_tokens
         if progress is not None:
             progress.update()
             if self._num_tokens:

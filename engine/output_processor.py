@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.errors import RequestFailed, SightlineError
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
 from engine.outputs import EmbeddingOutput, FinishReason, OutputDelta, StreamUpdate, TokenLogprob, Usage
@@ -15,6 +17,11 @@ from engine.request import Request
 from engine.scheduling.batch import StepEvents
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+#: What a caller gets of a request: items of its stream, its vector, or the error that ended it.
+Result = StreamUpdate | EmbeddingOutput | SightlineError
 
 #: Prompt tokens a detokenizer sees before the first output token: some decoders depend on the left context.
 _PROMPT_TAIL = 8
@@ -38,6 +45,7 @@ class RequestGroup:
         id: the caller's request id.
         requests: the engine's requests, by completion index.
         usage: token counts so far.
+        num_scored: positions of the prompt whose log-probabilities were given, the first one's None included.
     """
 
     id: str
@@ -45,6 +53,7 @@ class RequestGroup:
     usage: Usage
     sequences: dict[str, _Sequence] = field(default_factory=dict)
     last_token_at: float | None = None
+    num_scored: int = 0
 
     @property
     def finished(self) -> bool:
@@ -63,8 +72,16 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._running: dict[str, tuple[RequestGroup, _Sequence]] = {}
+        self._failures: list[tuple[RequestGroup, SightlineError]] = []
 
     def add(self, group: RequestGroup) -> None:
+        """Begin a request. If that raises, the request ends with the next :meth:`process`."""
+        try:
+            self._add(group)
+        except Exception as error:
+            self._fail(group, error)
+
+    def _add(self, group: RequestGroup) -> None:
         for index, request in enumerate(group.requests):
             params = request.params
             detokenizer = IncrementalDetokenizer(
@@ -87,13 +104,13 @@ class OutputProcessor:
     def num_groups(self) -> int:
         return len({id(group) for group, _ in self._running.values()})
 
-    def process(
-        self, steps: Iterable[StepEvents]
-    ) -> tuple[list[tuple[RequestGroup, StreamUpdate | EmbeddingOutput]], list[Request]]:
+    def process(self, steps: Iterable[StepEvents]) -> tuple[list[tuple[RequestGroup, Result]], list[Request]]:
         """Turn finished steps into updates, one per group however many steps there are.
 
+        An exception of one group's text ends that group with an error.
+
         Returns:
-            The updates, and the requests that a stop string ended, to be aborted.
+            The updates and errors, and the requests to be aborted: a stop string or an error ended them.
         """
         changed: dict[str, tuple[RequestGroup, StreamUpdate]] = {}
         deltas: dict[str, OutputDelta] = {}
@@ -108,11 +125,15 @@ class OutputProcessor:
                 if request is None or (found := self._running.get(request.id)) is None or found[1].done:
                     continue
                 group, sequence = found
-                delta = deltas.get(request.id)
-                if delta is None:
-                    delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
-                    self._update(group, changed).deltas.append(delta)
-                self._extend(delta, group, sequence, token, row, step)
+                try:
+                    delta = deltas.get(request.id)
+                    if delta is None:
+                        delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
+                        self._update(group, changed).deltas.append(delta)
+                    self._extend(delta, group, sequence, token, row, step)
+                except Exception as error:
+                    self._fail(group, error)
+                    continue
                 if delta.finish_reason is not None and not request.finished:
                     stopped.append(request)
                 self._time(group, step.time, previous)
@@ -121,12 +142,31 @@ class OutputProcessor:
                 self._metrics.observe_gap(step.time - last, tokens)
             self._metrics.observe_tokens(count, step.time)
             pooled += self._pooled(step)
+            for request, cause in step.failed:
+                if (found := self._running.get(request.id)) is not None:
+                    self._fail(found[0], cause)
+        failures, self._failures = self._failures, []
+        for group, _ in failures:
+            changed.pop(group.id, None)
+            stopped += [request for request in group.requests if not request.finished]
         for group, update in changed.values():
             update.finished = any(d.finish_reason for d in update.deltas) and group.finished
             if update.finished:
                 self._metrics.observe_finish(group.usage)
                 self.remove(group)
-        return [*changed.values(), *pooled], stopped
+        return [*changed.values(), *pooled, *failures], stopped
+
+    def _fail(self, group: RequestGroup, error: Exception) -> None:
+        self.remove(group)
+        if not isinstance(error, SightlineError):
+            logger.error("request %s failed", group.id, exc_info=error)
+            failure = RequestFailed(
+                f"This request failed inside the engine ({type(error).__name__}); other requests are not "
+                "affected. The server's log says more."
+            )
+            failure.__cause__ = error
+            error = failure
+        self._failures.append((group, error))
 
     def _extend(
         self,
@@ -164,7 +204,11 @@ class OutputProcessor:
         self, group: RequestGroup, changed: dict[str, tuple[RequestGroup, StreamUpdate]]
     ) -> StreamUpdate:
         if group.id not in changed:
-            changed[group.id] = (group, StreamUpdate(group.id, [], group.usage))
+            update = StreamUpdate(group.id, [], group.usage)
+            if group.num_scored == 0 and group.requests[0].params.prompt_logprobs is not None:
+                # Nothing comes before the prompt's first token.
+                update.prompt_logprobs, group.num_scored = [None], 1
+            changed[group.id] = (group, update)
         return changed[group.id][1]
 
     def _prompt_logprobs(
@@ -174,28 +218,41 @@ class OutputProcessor:
             group, _ = self._running.get(request.id, (None, None))
             if group is None or request is not group.requests[0]:
                 continue
-            update = self._update(group, changed)
-            found: list[dict[int, TokenLogprob] | None] = update.prompt_logprobs or []
-            if start == 1:
-                found.append(None)
-            wanted = request.params.prompt_logprobs
-            assert wanted is not None
-            tokens = request.token_ids[start : start + len(values.token_logprobs)]
-            found += [self._row_logprobs(values, row, token, wanted) for row, token in enumerate(tokens)]
-            update.prompt_logprobs = found
+            try:
+                update = self._update(group, changed)
+                update.prompt_logprobs = update.prompt_logprobs or []
+                update.prompt_logprobs += self._scores(group, request, start, values)
+            except Exception as error:
+                self._fail(group, error)
+
+    def _scores(
+        self, group: RequestGroup, request: Request, start: int, values: LogprobTensors
+    ) -> list[dict[int, TokenLogprob] | None]:
+        """Log-probabilities of the prompt's tokens from ``start`` on, without those given already: a request
+        preempted in mid-prompt is scored again from its beginning."""
+        wanted = request.params.prompt_logprobs
+        assert wanted is not None and start <= group.num_scored, "a part of the prompt was not scored"
+        first, end = group.num_scored, start + len(values.token_logprobs)
+        group.num_scored = max(first, end)
+        return [
+            self._row_logprobs(values, position - start, request.token_ids[position], wanted)
+            for position in range(first, end)
+        ]
 
     def _pooled(self, step: StepEvents) -> Iterable[tuple[RequestGroup, EmbeddingOutput]]:
         for request, vector in step.pooled:
             group, _ = self._running.get(request.id, (None, None))
             if group is None:
                 continue
-            group.usage.cached_tokens = request.num_cached or 0
+            try:
+                group.usage.cached_tokens = request.num_cached or 0
+                output = EmbeddingOutput(group.id, request.token_ids, _floats(vector), group.usage)
+            except Exception as error:
+                self._fail(group, error)
+                continue
             group.sequences[request.id].done = True
             self.remove(group)
-            yield (
-                group,
-                EmbeddingOutput(group.id, request.token_ids, _floats(vector), group.usage),
-            )
+            yield group, output
 
     def _time(self, group: RequestGroup, now: float, previous: Counter[float]) -> None:
         last = group.last_token_at

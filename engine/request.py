@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from engine.pooling_params import PoolingParams
 from engine.prompt import EmbeddedMedia, MediaSpan
@@ -15,8 +18,9 @@ from engine.sampling_params import SamplingParams
 class Request:
     """One sequence (``n`` completions are ``n`` requests).
 
-    There is no phase: computed tokens chase known ones. While a request runs, its counters live in the
-    scheduler's :class:`~engine.scheduling.slots.SlotTable`; what is here survives preemption.
+    A request has no phase: the scheduler compares the number of its computed tokens with that of its known
+    tokens. While the request runs, these counters live in the scheduler's
+    :class:`~engine.scheduling.slots.SlotTable`; the attributes here survive preemption.
 
     Attributes:
         id: unique within the engine.
@@ -28,16 +32,21 @@ class Request:
         spans: media of the prompt, sorted by offset.
         embeddings: encoder rows by item hash, kept until the request ends so that a preempted one can be
             computed again; numpy rows, or a device tensor where encoder and engine share a process.
+        arrival, admitted_at: ``time.monotonic()`` when it arrived and when it first got a slot.
+        seed: seed of its random numbers.
+        positions: rotary positions ``(3, num_prompt)`` int32 of the prompt; None if they are plain indices.
+        position_delta: rotary position minus index of every token after the prompt.
         pooling: how to make an embedding; None for generation.
         grammar: the matcher that masks this sequence's tokens, if it is constrained.
         blocks: KV blocks it holds, in order; empty while waiting.
         block_hashes: hashes of its full blocks, as far as they were computed.
-        slot: its row in the runner while it runs.
+        slot: its slot while it runs, None while it waits.
         rope_variant: the rotary frequencies of its keys, see
             :meth:`engine.layers.decoder_config.RopeConfig.variant`.
         num_cached: prompt tokens found in the prefix cache when it was first admitted.
-        seed: what its random numbers are drawn from.
-        arrival, admitted_at: ``time.monotonic()`` when it came and when it first got a slot.
+        num_preemptions: how often it lost its slot and had to be computed again.
+        suspect: it took part in a step that failed for an unknown reason. Its prompt is computed in steps
+            that admit no other request, so that a second failure can be attributed to it.
     """
 
     id: str
@@ -52,6 +61,8 @@ class Request:
     arrival: float = 0.0
     cache_salt: str = ""
     seed: int = 0
+    positions: np.ndarray | None = None
+    position_delta: int = 0
     pooling: PoolingParams | None = None
     grammar: Any = None
     blocks: list[int] = field(default_factory=list)
@@ -60,5 +71,35 @@ class Request:
     rope_variant: int = 0
     num_cached: int | None = None
     num_preemptions: int = 0
+    suspect: bool = False
     admitted_at: float | None = None
     finished: bool = False
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed.
+
+        Once an output token is known, the whole prompt was scored, and a preemption changes nothing about it.
+        """
+        return self.params.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt
+
+
+class RequestFault(Exception):
+    """An exception from the work for one request, raised while a step for several was prepared.
+
+    Args:
+        request: the request at fault.
+    """
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(f"request {request.id}")
+        self.request = request
+
+
+@contextmanager
+def attributed_to(request: Request) -> Iterator[None]:
+    """Raise any exception of the block as a :class:`RequestFault` of ``request``."""
+    try:
+        yield
+    except Exception as error:
+        raise RequestFault(request) from error

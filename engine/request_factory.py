@@ -8,9 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.families.base import ModelConfig
+from engine.families.registry import family_named
 from engine.output_processor import RequestGroup, new_group
 from engine.pooling_params import PoolingParams
 from engine.prompt import EmbeddedMedia, EngineInput, MediaSpan
@@ -27,14 +30,15 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 class RequestFactory:
-    """Everything is checked here once more, whatever a server in front has checked: this is the last gate.
+    """Checks every request, whatever a server in front of it has checked: nothing behind it checks again.
 
     Args:
-        config: the engine's.
-        model: the model's.
-        scheduler: knows which requests could never run.
-        tokenizer: the model's.
+        config: the engine's configuration.
+        model: the model's configuration.
+        scheduler: refuses requests that could never run.
+        tokenizer: the model's tokenizer.
         grammars: compiles structured output.
+        num_positions: length of the model's rotary tables: every position must be below it.
     """
 
     def __init__(
@@ -44,12 +48,14 @@ class RequestFactory:
         scheduler: Scheduler,
         tokenizer: Tokenizer,
         grammars: GrammarCompiler,
+        num_positions: int,
     ) -> None:
         self._config = config
         self._model = model
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._grammars = grammars
+        self._num_positions = num_positions
         self._random = random.Random(config.seed)
 
     @property
@@ -75,6 +81,10 @@ class RequestFactory:
         """
         first = self._generated(request_id, inputs, params, embeddings, priority)
         grammar = None if params.structured is None else self._grammars.compile(params.structured)
+        # One of the sequences reports the prompt's log-probabilities for all.
+        unscored = params
+        if params.n > 1 and params.prompt_logprobs is not None:
+            unscored = dataclasses.replace(params, prompt_logprobs=None)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         requests = []
         for index in range(params.n):
@@ -83,6 +93,7 @@ class RequestFactory:
             request.embeddings = dict(first.embeddings)
             request.seed = _signed64(seed + index * _SEED_STRIDE)
             request.grammar = None if grammar is None else grammar.matcher()
+            request.params = params if index == 0 else unscored
             requests.append(request)
         return new_group(request_id, requests)
 
@@ -126,15 +137,16 @@ class RequestFactory:
             raise InvalidRequest("This model makes embeddings; it does not generate text.", param="model")
         params.resolve_bad_words(lambda text: self._tokenizer.encode(text, add_special_tokens=False))
         params.verify(self._model.decoder.vocab_size, self.max_model_len)
-        count = len(inputs.token_ids)
-        max_tokens = params.max_tokens
-        if max_tokens is not None and count + max_tokens > self.max_model_len:
-            raise ContextLengthExceeded.by(self.max_model_len, count, max_tokens)
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            stop_ids |= frozenset(self._model.eos_token_ids)
+            # A checkpoint may name an id that its output layer doesn't have.
+            size = self._model.decoder.vocab_size
+            stop_ids |= {token for token in self._model.eos_token_ids if 0 <= token < size}
         first = self._request(request_id, inputs, params, embeddings, priority, stop_ids)
+        count, max_tokens = first.num_prompt, params.max_tokens
         if max_tokens is not None:
+            if count + max_tokens > first.max_total:
+                raise ContextLengthExceeded.by(first.max_total, count, max_tokens)
             first.max_total = count + max_tokens
         self._scheduler.check(first)
         return first
@@ -148,8 +160,7 @@ class RequestFactory:
     ) -> Request:
         if self._config.task != "embed":
             raise InvalidRequest("This model generates text; it is not served for embeddings.", param="model")
-        request = self._request(request_id, inputs, SamplingParams(), embeddings, 0, frozenset())
-        request.pooling = params
+        request = self._request(request_id, inputs, SamplingParams(), embeddings, pooling=params)
         self._scheduler.check(request)
         return request
 
@@ -159,8 +170,9 @@ class RequestFactory:
         inputs: EngineInput,
         params: SamplingParams,
         embeddings: Sequence[Embedding] | None,
-        priority: int,
-        stop_ids: frozenset[int],
+        priority: int = 0,
+        stop_ids: frozenset[int] = frozenset(),
+        pooling: PoolingParams | None = None,
     ) -> Request:
         if not inputs.token_ids:
             raise InvalidRequest("The prompt is empty.", param="prompt")
@@ -170,7 +182,10 @@ class RequestFactory:
                 param="prompt",
             )
         _check_salt(inputs.cache_salt)
-        return Request(
+        if not isinstance(priority, int):
+            raise InvalidRequest(f"priority must be an integer, got {priority!r}.", param="priority")
+        _check_spans(inputs.spans, len(inputs.token_ids))
+        request = Request(
             id=request_id,
             token_ids=list(inputs.token_ids),
             num_prompt=len(inputs.token_ids),
@@ -182,8 +197,41 @@ class RequestFactory:
             priority=priority,
             arrival=time.monotonic(),
             cache_salt=inputs.cache_salt,
+            pooling=pooling,
             rope_variant=self._model.decoder.rope.variant(len(inputs.token_ids)),
         )
+        self._place(request)
+        return request
+
+    def _place(self, request: Request) -> None:
+        """Set the rotary positions of ``request``, and end its answer where the positions end.
+
+        Positions of a video count seconds, not tokens, so that they can pass the context's length where the
+        tokens don't.
+
+        Raises:
+            InvalidRequest: the prompt's own positions pass it.
+        """
+        if self._model.decoder.rope.mrope_section is None or not request.spans:
+            return
+        if request.num_prompt > self.max_model_len:
+            # Its length is the better reason to refuse it.
+            return
+        found = family_named(self._model.family).positions(self._model, request.num_prompt, request.spans)
+        if found is None:
+            return
+        positions, request.position_delta = found
+        request.positions = positions.astype(np.int32)
+        room = 0 if request.pooling else 1
+        last = max(int(positions.max()), request.num_prompt + request.position_delta - 1 + room)
+        if last >= self._num_positions:
+            raise InvalidRequest(
+                f"The prompt's positions reach {last}, but this model's context ends at "
+                f"{self._num_positions - 1}: its videos last too long at their frame rate. Send shorter "
+                "videos, or raise fps.",
+                param="prompt",
+            )
+        request.max_total = min(request.max_total, self._num_positions - request.position_delta)
 
     def _match(self, spans: Sequence[MediaSpan], embeddings: Sequence[Embedding]) -> dict[str, Embedding]:
         """Embeddings by item hash, each checked against its span."""
@@ -210,6 +258,30 @@ def _check_salt(salt: Any) -> None:
         salt.encode()
     except (AttributeError, UnicodeEncodeError):
         raise InvalidRequest("cache_salt must be a string of valid Unicode.", param="cache_salt") from None
+
+
+def _check_spans(spans: Sequence[MediaSpan], num_tokens: int) -> None:
+    """Check that media lie inside the prompt, one behind the other.
+
+    Raises:
+        InvalidRequest: naming the item that doesn't.
+    """
+    end = 0
+    for index, span in enumerate(spans):
+        rows, places = span.item.num_tokens, span.embed_index
+        fits = end <= span.offset and span.offset + span.length <= num_tokens
+        if places is None:
+            fits &= span.length == rows
+        else:
+            fits &= len(places) == rows and bool(np.all(np.diff(places) > 0))
+            fits &= not rows or (places[0] >= 0 and places[-1] < span.length)
+        if not fits:
+            raise InvalidRequest(
+                f"Image {index + 1} of the prompt takes tokens {span.offset} to {span.offset + span.length}, "
+                f"which do not fit its {rows} embedding rows and the prompt's {num_tokens} tokens.",
+                param="prompt",
+            )
+        end = span.offset + span.length
 
 
 def _signed64(value: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -170,6 +171,7 @@ class ParallelRunner:
         """See :meth:`ModelRunner.execute`.
 
         Raises:
+            RequestFault: the work for one request raised, before the other ranks heard of the step.
             Unavailable: a rank has died, and with it the others.
         """
 
@@ -180,9 +182,10 @@ class ParallelRunner:
             return mask
 
         self._workers.check()
+        prepared = self._own.prepare(batch)
         try:
             self._workers.send(self._sender.message(batch, grammar_mask is not None))
-            step = self._own.execute(batch, None if grammar_mask is None else shared_mask)
+            step = self._own.compute(prepared, None if grammar_mask is None else shared_mask)
         except BaseException as error:
             if isinstance(error, Exception) and self._workers.wait_for_loss(_NOTICE_S):
                 self._workers.check()
@@ -191,8 +194,16 @@ class ParallelRunner:
             raise
         return ParallelStep(step, self._workers)
 
-    def check_idle(self) -> None:
-        self._own.check_idle()
+    def recover(self) -> None:
+        """
+        Raises:
+            Unavailable: a rank has died, or they are no longer in step.
+        """
+        self._workers.check()
+        self._own.recover()
+
+    def check_idle(self, released: Collection[int]) -> None:
+        self._own.check_idle(released)
 
     def check_health(self) -> None:
         """

@@ -12,12 +12,10 @@ from engine.distributed.group import TensorParallelGroup
 from engine.errors import ConfigError
 from engine.families.base import ModelConfig
 from engine.families.load import load_language_model
-from engine.families.registry import family_named
 from engine.fit import longest_sequence
 from engine.graphs import make_recorder
 from engine.layers.decoder import Decoder
 from engine.placement import resolve_device, resolve_dtype
-from engine.request import Request
 from engine.runner.kv_storage import allocate_kv, block_bytes, measure_free_bytes
 from engine.runner.model_runner import ModelRunner
 
@@ -91,11 +89,6 @@ class ModelRank:
 
     def _runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ModelRunner:
         config, decoder = self.config, self.decoder
-        family, model = family_named(self.model.family), self.model
-
-        def positions(request: Request):
-            return family.positions(model, request.num_prompt, request.spans)
-
         runner = ModelRunner(
             decoder,
             allocate_kv(
@@ -105,7 +98,6 @@ class ModelRank:
             num_slots=num_slots,
             max_num_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
-            positions=positions,
             pooling=config.task == "embed",
             record=make_recorder(decoder.device, enforce_eager=config.enforce_eager),
             group=self.group,

@@ -120,6 +120,8 @@ def _copy(request: Request, num_computed: int) -> Request:
         request.spans,
         {key: AwaitedRows.like(rows) for key, rows in request.embeddings.items() if key in wanted},
         seed=request.seed,
+        positions=request.positions,
+        position_delta=request.position_delta,
         pooling=request.pooling,
         blocks=request.blocks,
         rope_variant=request.rope_variant,

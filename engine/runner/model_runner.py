@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,49 +16,60 @@ from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.layers.decoder import Decoder
-from engine.logprobs import LogprobTensors, prompt_logprobs
-from engine.request import Request
+from engine.logprobs import LogprobTensors
+from engine.request import Request, attributed_to
 from engine.runner.cuda_graphs import DecodeGraphs
 from engine.runner.forward_graphs import ForwardGraphs, recorded_sizes
-from engine.runner.input_batch import (
-    DeviceState,
-    SlotInfo,
-    chunk_kv_slots,
-    chunk_positions,
-    embedding_tensor,
-    long_prompt_rows,
-    span_rows,
-    table_updates,
-)
+from engine.runner.input_batch import DeviceState, embedding_tensor
 from engine.runner.pooler import Pooler
+from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
 from engine.runner.staging import download, download_logprobs, record_event, upload
+from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, span_rows, to_device
 from engine.scheduling.batch import ScheduledBatch, StepResult
-
-#: Rows whose logits are computed at once for log-probabilities of the prompt.
-_LOGPROB_ROWS = 512
 
 #: Ways of sampling that are recorded; others sample after a recorded forward pass.
 _CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))
 
 GrammarMask = Callable[[list[int]], np.ndarray]
-Positions = Callable[[Request], tuple[np.ndarray, int] | None]
+
+
+@dataclass(slots=True)
+class PreparedStep:
+    """A step whose data is on the device, but of which nothing is computed.
+
+    Attributes:
+        arrays: what the step needs, on the device.
+        plan: how its rows are sampled.
+    """
+
+    batch: ScheduledBatch
+    arrays: StepArrays[torch.Tensor]
+    plan: SamplingPlan
+
+
+@dataclass(slots=True)
+class _PromptResults:
+    """What the prompts of a step give beside their next tokens; see :class:`StepResult`."""
+
+    scores: list[tuple[Request, int, LogprobTensors]]
+    pooled: list[tuple[Request, torch.Tensor]]
+    failed: list[tuple[Request, Exception]]
 
 
 class PendingStep:
     """A step on its way. :meth:`result` waits for it."""
 
     def __init__(
-        self,
-        tokens: torch.Tensor,
-        logprobs: LogprobTensors | None,
-        prompt_logprobs: list[tuple[Request, int, LogprobTensors]],
-        pooled: list[tuple[Request, torch.Tensor]],
+        self, tokens: torch.Tensor, logprobs: LogprobTensors | None, prompts: _PromptResults
     ) -> None:
         self._tokens = download(tokens)
         self._logprobs = None if logprobs is None else download_logprobs(logprobs)
-        self._prompt_logprobs = [(r, start, download_logprobs(found)) for r, start, found in prompt_logprobs]
-        self._pooled = [(request, download(vector)) for request, vector in pooled]
+        self._scores = [
+            (request, start, download_logprobs(found)) for request, start, found in prompts.scores
+        ]
+        self._pooled = [(request, download(vector)) for request, vector in prompts.pooled]
+        self._failed = prompts.failed
         # One event after all copies: they are on one stream.
         self._event = record_event(tokens.device)
 
@@ -70,7 +81,7 @@ class PendingStep:
         if self._event is not None:
             self._event.synchronize()
         pooled = [(request, vector.numpy().copy()) for request, vector in self._pooled]
-        return StepResult(self._tokens.numpy().copy(), self._logprobs, self._prompt_logprobs, pooled)
+        return StepResult(self._tokens.numpy().copy(), self._logprobs, self._scores, pooled, self._failed)
 
 
 class ModelRunner:
@@ -83,7 +94,6 @@ class ModelRunner:
         num_slots: rows of requests.
         max_num_tokens: most tokens of a step.
         max_model_len: longest sequence.
-        positions: rotary positions of a request's prompt, as the model's family defines them.
         pooling: requests are for vectors, and want the hidden states of all their tokens.
         record: records decode steps and small forward passes, to be replayed; None: all is launched anew.
         group: the ranks that compute with this one, of which 0 has the embeddings.
@@ -98,7 +108,6 @@ class ModelRunner:
         num_slots: int,
         max_num_tokens: int,
         max_model_len: int,
-        positions: Positions,
         pooling: bool,
         record: Recorder | None,
         group: TensorParallelGroup,
@@ -110,7 +119,6 @@ class ModelRunner:
         self._kv = kv
         self._block_size = block_size
         self._max_model_len = max_model_len
-        self._positions = positions
         self._pooling = pooling
         self.vocab_size = model.config.vocab_size
         self._mrope = model.config.rope.mrope_section is not None
@@ -122,7 +130,9 @@ class ModelRunner:
         self._split_counters = torch.zeros((num_slots, kv[0].kv_heads), dtype=torch.int32, device=self.device)
         self.sampler = Sampler(num_slots, self.vocab_size, self.device)
         self._pooler = Pooler()
-        self._info: dict[int, SlotInfo] = {}
+        self._scorer = PromptScorer(model)
+        # Embedding rows by slot and item hash that are not consumed yet.
+        self._embeddings: dict[int, dict[str, torch.Tensor]] = {}
         self._slots_seen: np.ndarray | None = None
         self._slots = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._decodes: DecodeGraphs | None = None
@@ -152,7 +162,6 @@ class ModelRunner:
                 device=self.device,
             )
 
-    @torch.inference_mode()
     def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> PendingStep:
         """Enqueue a step.
 
@@ -160,39 +169,67 @@ class ModelRunner:
             batch: the step.
             grammar_mask: called after the forward pass was enqueued, with the slots of the sampling rows;
                 int32 bit masks ``(R, ceil(V / 32))`` of the tokens allowed. Given iff some row has a grammar.
+
+        Raises:
+            RequestFault: the work for one request raised.
+        """
+        return self.compute(self.prepare(batch), grammar_mask)
+
+    @torch.inference_mode()
+    def prepare(self, batch: ScheduledBatch) -> PreparedStep:
+        """The part of :meth:`execute` that takes no other rank.
+
+        If it raises, the step can be forgotten: its slots are written anew when they are admitted again.
         """
         for slot in batch.released:
             self._release(slot)
-        places = self._apply(batch)
+        for admission in batch.admitted:
+            with attributed_to(admission.request):
+                self._admit(admission.request, admission.slot, admission.num_computed)
+        self.sampler.flush()
         plan = self.sampler.plan(batch.sampling_slots.tolist())
-        found: list[tuple[Request, int, LogprobTensors]] = []
-        pooled: list[tuple[Request, torch.Tensor]] = []
+        rotary = self.model.rotary
+        arrays = StepArrays.changes(batch, rotary)
         if batch.prefills:
-            slots, tokens = places["sampling_slots"], None
-            if _wants_all_rows(batch):
-                hidden = self._mixed(batch, places, None)
-                self._pool(batch, hidden, pooled)
-                self._score_prompts(batch, hidden, found)
-                hidden = hidden.index_select(0, places["rows"])
-            else:
-                hidden = self._mixed(batch, places, places["rows"])
-            logits = self.model.logits(hidden)[: len(slots)]
+            arrays.chunks = ChunkArrays.of(
+                batch, rotary, block_size=self._block_size, padding=self._padding(batch)
+            )
+        return PreparedStep(batch, to_device(arrays, self.device), plan)
+
+    @torch.inference_mode()
+    def compute(self, step: PreparedStep, grammar_mask: GrammarMask | None = None) -> PendingStep:
+        """Enqueue a prepared step; arguments as for :meth:`execute`."""
+        batch, plan = step.batch, step.plan
+        self._write(step)
+        prompts = _PromptResults([], [], [])
+        if step.arrays.chunks is not None:
+            slots, tokens = step.arrays.chunks.sampling_slots, None
+            logits = self._mixed_logits(batch, step.arrays.chunks, prompts)
         else:
             slots = self._decode_slot_tensor(batch.decode_slots)
             captured = replace(plan, num_logprobs=-1)
-            step = self._decode if self._decodes is None else self._decodes.replay
-            logits, tokens = step(slots, captured if captured in _CAPTURED_PLANS else None)
+            decode = self._decode if self._decodes is None else self._decodes.replay
+            logits, tokens = decode(slots, captured if captured in _CAPTURED_PLANS else None)
         if tokens is None:
             mask = None
             if grammar_mask is not None:
                 mask = torch.from_numpy(grammar_mask(batch.sampling_slots.tolist())).to(self.device)
             tokens = self.sampler.sample(logits, slots, plan, grammar_mask=mask)
             if batch.prefills:
-                # Lengths are those after the pass already.
+                # The mixed pass has already advanced the lengths.
                 self._state.last_token.index_copy_(0, slots, tokens)
             else:
                 self._state.advance(slots, tokens)
-        return PendingStep(tokens, self.sampler.logprobs(logits, tokens, plan), found, pooled)
+        return PendingStep(tokens, self.sampler.logprobs(logits, tokens, plan), prompts)
+
+    def recover(self) -> None:
+        """Get ready for the next step after one that raised.
+
+        Raises:
+            RuntimeError: the device computes no more.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def warm_up(self) -> None:
         """Record what is recorded at all, so that no request waits for it."""
@@ -243,48 +280,16 @@ class ModelRunner:
     # State.
 
     def _release(self, slot: int) -> None:
-        self._info.pop(slot, None)
+        self._embeddings.pop(slot, None)
         self._pooler.release(slot)
         self.sampler.release(slot)
 
-    def _apply(self, batch: ScheduledBatch) -> dict[str, torch.Tensor]:
-        """Write what changed to the device, together with this step's own arrays."""
-        for admission in batch.admitted:
-            self._admit(admission.request, admission.slot, admission.num_computed)
-        self.sampler.flush()
-        arrays: dict[str, np.ndarray] = {}
-        updates = table_updates(batch)
-        if updates.size:
-            arrays["tables"] = updates
-        if batch.admitted:
-            slots = [a.slot for a in batch.admitted]
-            arrays["deltas"] = np.array([slots, [self._info[s].delta for s in slots]], np.int64)
-        if batch.prefills:
-            arrays |= self._mixed_arrays(batch)
-        if not arrays:
-            return {}
-        places = upload(arrays, self.device)
-        if "tables" in places:
-            slot, column, block = places["tables"]
-            self._state.block_tables[slot, column] = block.int()
-        if "long_prompts" in places:
-            self.model.rotary.write_prompt_rows(*places["long_prompts"])
-        if "deltas" in places:
-            slot, delta = places["deltas"]
-            self._state.delta.index_copy_(0, slot, delta)
-        return places
-
     def _admit(self, request: Request, slot: int, num_computed: int) -> None:
-        found = self._positions(request) if self._mrope else None
-        positions, delta = found or (None, self.model.rotary.offset(request.rope_variant))
-        rows = {
-            span.item.hash: self._group.broadcast(
-                embedding_tensor(request.embeddings[span.item.hash], self.dtype, self.device)
-            )
+        self._embeddings[slot] = {
+            span.item.hash: embedding_tensor(request.embeddings[span.item.hash], self.dtype, self.device)
             for span in request.spans
             if span.offset + span.length > num_computed
         }
-        self._info[slot] = SlotInfo(positions, delta, rows)
         if request.pooling is None:
             prompt, output = (
                 request.token_ids[: request.num_prompt],
@@ -294,11 +299,25 @@ class ModelRunner:
                 slot, request.params, prompt, output, seed=request.seed, stop_ids=request.stop_ids
             )
 
+    def _write(self, step: PreparedStep) -> None:
+        """Write what a step changes to the state of its slots."""
+        for admission in step.batch.admitted:
+            for rows in self._embeddings[admission.slot].values():
+                self._group.broadcast(rows)
+        if step.arrays.tables is not None:
+            slot, column, block = step.arrays.tables
+            self._state.block_tables[slot, column] = block.int()
+        if step.arrays.chunks is not None and step.arrays.chunks.long_prompts.numel():
+            self.model.rotary.write_prompt_rows(*step.arrays.chunks.long_prompts)
+        if step.arrays.deltas is not None:
+            slot, delta = step.arrays.deltas
+            self._state.delta.index_copy_(0, slot, delta)
+
     def _decode_slot_tensor(self, slots: np.ndarray) -> torch.Tensor:
         """The decoding slots on the device, copied only when the set has changed."""
         if slots is not self._slots_seen:
+            self._slots = upload(slots, self.device)
             self._slots_seen = slots
-            self._slots = upload({"slots": slots}, self.device)["slots"]
         return self._slots
 
     # Decode steps: all on the device.
@@ -332,70 +351,49 @@ class ModelRunner:
 
     # Mixed steps: decodes first, then prompt chunks.
 
-    def _mixed_arrays(self, batch: ScheduledBatch) -> dict[str, np.ndarray]:
-        chunks, decodes = batch.prefills, len(batch.decode_slots)
-        infos = [self._info[chunk.slot] for chunk in chunks]
-        ends = np.array([c.start + c.count for c in chunks], np.int64)
-        last_rows = decodes + np.cumsum([c.count for c in chunks]) - 1
-        samples = np.array([c.completes and c.request.pooling is None for c in chunks], bool)
-        positions = [
-            chunk_positions(i, c.start, c.count, self._mrope) for i, c in zip(infos, chunks, strict=True)
-        ]
-        more: dict[str, np.ndarray] = {}
-        if self.model.rotary.first_prompt_row:
-            rows = long_prompt_rows(chunks, positions, self.model.rotary.first_prompt_row)
-            more = {"long_prompts": rows} if rows.size else {}
-        return {
-            **more,
-            "ids": np.concatenate([c.request.token_ids[c.start : c.start + c.count] for c in chunks]),
-            "positions": np.concatenate(positions, axis=-1),
-            "kv_slots": np.concatenate([chunk_kv_slots(c, self._block_size) for c in chunks]),
-            "query_start": np.concatenate([np.arange(decodes + 1), last_rows + 1]),
-            "slots": np.concatenate([batch.decode_slots, [c.slot for c in chunks]]),
-            "ends": ends,
-            "rows": self._padded(np.concatenate([np.arange(decodes), last_rows[samples]])),
-            "sampling_slots": batch.sampling_slots,
-            "embed_places": self._embed_places(batch),
-        }
+    def _padding(self, batch: ScheduledBatch) -> int:
+        """Rows that pad the sampling rows to a captured batch size.
 
-    def _padded(self, rows: np.ndarray) -> np.ndarray:
-        """The rows that sample, and row 0 again and again up to the next recorded batch size: the kernels of
-        other sizes would be loaded when they come up first, which takes the host tens of milliseconds."""
+        Kernels of other sizes would be loaded at their first use, which takes the host tens of milliseconds.
+        """
+        count = len(batch.sampling_slots)
         if self._pooling:
-            return rows
-        size = max(1, len(rows)) if self._decodes is None else self._decodes.size_for(len(rows))
-        return np.concatenate([rows, np.zeros(size - len(rows), np.int64)])
+            return 0
+        return (max(1, count) if self._decodes is None else self._decodes.size_for(count)) - count
 
-    def _embed_places(self, batch: ScheduledBatch) -> np.ndarray:
-        """Batch rows that embedding rows overwrite, in the order of :meth:`_embed_rows`."""
-        places, row = [np.zeros(0, np.int64)], len(batch.decode_slots)
-        for chunk in batch.prefills:
-            end = chunk.start + chunk.count
-            places += [span_rows(span, chunk.start, end)[2] + row for span in chunk.request.spans]
-            row += chunk.count
-        return np.concatenate(places)
+    def _mixed_logits(
+        self, batch: ScheduledBatch, chunks: ChunkArrays[torch.Tensor], prompts: _PromptResults
+    ) -> torch.Tensor:
+        """Logits ``(R, V)`` of the rows that sample; the other results of prompts go to ``prompts``."""
+        if _wants_all_rows(batch):
+            hidden = self._mixed(batch, chunks, None)
+            self._read_prompts(batch, hidden, prompts)
+            hidden = hidden.index_select(0, chunks.sampling_rows)
+        else:
+            hidden = self._mixed(batch, chunks, chunks.sampling_rows)
+        return self.model.logits(hidden)[: len(chunks.sampling_slots)]
 
-    def _embed_rows(self, batch: ScheduledBatch) -> list[torch.Tensor]:
-        """Embedding rows that this step consumes; those of items that end in it are let go."""
+    def _consumed_rows(self, batch: ScheduledBatch) -> list[torch.Tensor]:
+        """Embedding rows that this step consumes; items that end in it are forgotten."""
         rows: list[torch.Tensor] = []
         for chunk in batch.prefills:
-            info, end = self._info[chunk.slot], chunk.start + chunk.count
+            held, end = self._embeddings[chunk.slot], chunk.start + chunk.count
             for span in chunk.request.spans:
                 first, last, _ = span_rows(span, chunk.start, end)
                 if last > first:
-                    rows.append(info.rows[span.item.hash][first:last])
+                    rows.append(held[span.item.hash][first:last])
             pending = {s.item.hash for s in chunk.request.spans if s.offset + s.length > end}
-            info.rows = {key: value for key, value in info.rows.items() if key in pending}
+            self._embeddings[chunk.slot] = {key: value for key, value in held.items() if key in pending}
         return rows
 
     def _mixed(
-        self, batch: ScheduledBatch, places: dict[str, torch.Tensor], rows: torch.Tensor | None
+        self, batch: ScheduledBatch, chunks: ChunkArrays[torch.Tensor], rows: torch.Tensor | None
     ) -> torch.Tensor:
-        """One forward over decodes and chunks: the hidden states ``(R, H)`` of ``rows``, or of all, which the
-        next may overwrite."""
+        """One forward pass over decodes and chunks: the hidden states ``(R, H)`` of ``rows``, or of all rows,
+        which the next pass may overwrite."""
         state, decodes = self._state, len(batch.decode_slots)
-        slots, ids, positions = places["slots"], places["ids"], places["positions"]
-        lengths, kv_slots = places["ends"], places["kv_slots"]
+        slots, ids, positions = chunks.slots, chunks.ids, chunks.positions
+        lengths, kv_slots = chunks.ends, chunks.kv_slots
         tables = state.block_tables.index_select(0, slots)
         if decodes:
             decoding = state.decode_inputs(slots[:decodes])
@@ -406,21 +404,13 @@ class ModelRunner:
             kv_slots = torch.cat([decoding.kv_slots, kv_slots])
         meta = AttentionMetadata(
             block_tables=tables,
-            query_start=places["query_start"].int(),
+            query_start=chunks.query_start.int(),
             seq_lens=lengths.int(),
             slot_mapping=kv_slots,
             max_query_len=max(c.count for c in batch.prefills),
             max_seq_len=self._max_model_len if decodes else max(c.start + c.count for c in batch.prefills),
         )
-        embeds = self.model.embed(ids)
-        deepstack = None
-        if parts := self._embed_rows(batch):
-            media, width = parts[0] if len(parts) == 1 else torch.cat(parts), embeds.shape[1]
-            embeds.index_copy_(0, places["embed_places"], media[:, :width])
-            if media.shape[1] > width:
-                deepstack = embeds.new_zeros((media.shape[1] // width - 1, *embeds.shape))
-                layers = media[:, width:].unflatten(1, (-1, width)).transpose(0, 1)
-                deepstack.index_copy_(1, places["embed_places"], layers)
+        embeds, deepstack = self._embed(batch, ids, chunks.embedded_rows)
         graphs = self._forwards
         if (
             graphs is not None
@@ -434,33 +424,40 @@ class ModelRunner:
         state.length.index_copy_(0, slots, lengths)
         return hidden
 
-    def _pool(self, batch: ScheduledBatch, hidden: torch.Tensor, pooled: list) -> None:
-        row = len(batch.decode_slots)
-        for chunk in batch.prefills:
-            if chunk.request.pooling is not None:
-                vector = self._pooler.add(chunk, hidden[row : row + chunk.count])
-                if vector is not None:
-                    pooled.append((chunk.request, vector))
-            row += chunk.count
+    def _embed(
+        self, batch: ScheduledBatch, ids: torch.Tensor, embedded_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings ``(T, H)`` of a step's tokens and media, and the deepstack layers ``(L, T, H)`` of its
+        media, if there are any."""
+        embeds = self.model.embed(ids)
+        parts = self._consumed_rows(batch)
+        if not parts:
+            return embeds, None
+        media, width = parts[0] if len(parts) == 1 else torch.cat(parts), embeds.shape[1]
+        embeds.index_copy_(0, embedded_rows, media[:, :width])
+        if media.shape[1] == width:
+            return embeds, None
+        deepstack = embeds.new_zeros((media.shape[1] // width - 1, *embeds.shape))
+        deepstack.index_copy_(1, embedded_rows, media[:, width:].unflatten(1, (-1, width)).transpose(0, 1))
+        return embeds, deepstack
 
-    def _score_prompts(
-        self,
-        batch: ScheduledBatch,
-        hidden: torch.Tensor,
-        found: list[tuple[Request, int, LogprobTensors]],
-    ) -> None:
-        """Log-probabilities of prompt tokens, each from the hidden state of the token before it."""
-        row = len(batch.decode_slots)
-        for chunk in batch.prefills:
-            wanted, request = chunk.request.params.prompt_logprobs, chunk.request
-            end = min(chunk.start + chunk.count + 1, request.num_prompt)
-            if wanted is not None and request.num_preemptions == 0:
-                targets = request.token_ids[chunk.start + 1 : end]
-                for first in range(0, len(targets), _LOGPROB_ROWS):
-                    ids = torch.tensor(targets[first : first + _LOGPROB_ROWS], device=self.device)
-                    logits = self.model.logits(hidden[row + first : row + first + len(ids)])
-                    found.append((request, chunk.start + 1 + first, prompt_logprobs(logits, ids, wanted)))
-            row += chunk.count
+    def _read_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, prompts: _PromptResults) -> None:
+        """Pool and score the chunks of a step from their hidden states."""
+        for chunk, row in chunk_rows(batch):
+            request, rows = chunk.request, hidden[row : row + chunk.count]
+            try:
+                if request.pooling is not None:
+                    vector = self._pooler.add(chunk, rows)
+                    if vector is not None:
+                        prompts.pooled.append((request, vector))
+                elif request.scores_prompt:
+                    scores = self._scorer.score(chunk, rows)
+                    prompts.scores += [(request, start, values) for start, values in scores]
+            except Exception as error:
+                if self._group.size > 1:
+                    # The other ranks may wait for the logits that this one leaves out.
+                    raise
+                prompts.failed.append((request, error))
 
     def check_health(self) -> None:
         """A device of this process fails in its steps; there is nothing else to ask."""
@@ -469,12 +466,13 @@ class ModelRunner:
         """Let go of what was recorded; all other memory goes with the object."""
         self._decodes = self._forwards = None
 
-    def check_idle(self) -> None:
-        """Raise AssertionError unless no request is remembered but those released in the next step."""
-        assert not self._pooler._partial, "hidden states of ended requests are still held"
+    def check_idle(self, released: Collection[int]) -> None:
+        """Raise AssertionError unless all that is held belongs to the slots ``released`` by the next step."""
+        assert self._embeddings.keys() <= set(released), "embedding rows of ended requests are still held"
+        assert self._pooler.slots <= set(released), "hidden states of ended requests are still held"
 
 
 def _wants_all_rows(batch: ScheduledBatch) -> bool:
     """Whether hidden states of more rows are wanted than of those that sample."""
     requests = (chunk.request for chunk in batch.prefills)
-    return any(r.pooling is not None or r.params.prompt_logprobs is not None for r in requests)
+    return any(r.pooling is not None or r.scores_prompt for r in requests)

@@ -16,8 +16,13 @@ class Pooler:
     def __init__(self) -> None:
         self._partial: dict[int, torch.Tensor] = {}
 
+    @property
+    def slots(self) -> set[int]:
+        """Slots whose prompts are pooled in part."""
+        return set(self._partial)
+
     def release(self, slot: int) -> None:
-        """Forget what a preempted or aborted request had gathered."""
+        """Forget the partial result of a preempted or aborted request."""
         self._partial.pop(slot, None)
 
     def add(self, chunk: PrefillChunk, hidden: torch.Tensor) -> torch.Tensor | None:

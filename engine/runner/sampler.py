@@ -114,6 +114,7 @@ class Sampler:
 
     def release(self, slot: int) -> None:
         """Forgets a slot; it costs the device nothing."""
+        self._states.forget(slot)
         self._slot_plans[slot] = self._slot_plans[self.max_slots]
 
     def flush(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.runner.staging import upload
 from engine.sampling_params import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -22,15 +23,6 @@ SEED, OUTPUT_LEN, MIN_TOKENS, TOP_K = range(4)
 STOP_WIDTH = 2 * MAX_STOP_TOKEN_IDS
 BAD_WORDS_WIDTH = 2 * MAX_BAD_WORDS
 BAD_PREFIX = MAX_BAD_WORD_TOKENS - 1
-
-
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device, enqueued without waiting."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor.to(device)
-    # The caching host allocator keeps the pinned block until the copy is done.
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class SlotTable:
@@ -65,6 +57,11 @@ class SlotTable:
             self._pending[slot] = self._default
             self._written.discard(slot)
 
+    def forget(self, slot: int) -> None:
+        """Drop a row that waits to be written; what the device holds instead is reset later."""
+        if self._pending.pop(slot, None) is not None:
+            self._written.add(slot)
+
     def flush(self) -> None:
         if not self._pending:
             return
@@ -91,6 +88,10 @@ class PenaltyCounts:
         # Placeholders of pictures may lie outside of the vocabulary; they have no logit to penalise.
         prompt = prompt[(prompt >= 0) & (prompt < self._shape[1])]
         self._pending[slot] = prompt, output, counts.astype(np.int32)
+
+    def forget(self, slot: int) -> None:
+        """Drop what waits to be written for a slot."""
+        self._pending.pop(slot, None)
 
     def flush(self) -> None:
         if not self._pending:
@@ -149,6 +150,10 @@ class SlotStates:
         self.bad_last = table(BAD_WORDS_WIDTH, fill=-1, dtype=np.int64)
         self.recent = table(BAD_PREFIX, fill=-2, dtype=np.int32)
         self.penalties = PenaltyCounts(rows, vocab_size, device)
+        self._tables = (
+            *(self.floats, self.ints, self.stop_ids, self.bias_ids, self.bias_values, self.allowed),
+            *(self.bad_prefixes, self.bad_last, self.recent, self.penalties),
+        )
         # The padded row, and every slot before its first admission, must exist.
         self.floats.write(max_slots, np.empty(0, dtype=np.float32))
         self.ints.write(max_slots, np.empty(0, dtype=np.int64))
@@ -185,11 +190,14 @@ class SlotStates:
             self.penalties.write(slot, prompt_ids, output_ids)
 
     def flush(self) -> None:
-        for table in (self.floats, self.ints, self.stop_ids, self.bias_ids, self.bias_values, self.allowed):
+        """Write all admissions since the last flush, one copy per table touched."""
+        for table in self._tables:
             table.flush()
-        for table in (self.bad_prefixes, self.bad_last, self.recent):
-            table.flush()
-        self.penalties.flush()
+
+    def forget(self, slot: int) -> None:
+        """Drop what waits to be written for a slot, because of a flush that raised."""
+        for table in self._tables:
+            table.forget(slot)
 
     def _write_bias(self, slot: int, params: SamplingParams) -> None:
         if not params.logit_bias:

@@ -1,6 +1,8 @@
-"""Many small host arrays to the device in one copy."""
+"""Copies between host and device that nobody waits for."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,26 +10,27 @@ import torch
 from engine.logprobs import LogprobTensors
 
 
-def upload(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copy int64-convertible arrays to ``device`` together; the results are int64 views of one tensor.
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of ``array`` on ``device``, with its dtype."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # PyTorch's allocator of pinned memory keeps the block until the copy is finished.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
-    On a GPU the copy goes through fresh pinned memory and doesn't wait; PyTorch's pinned allocator keeps the
-    memory until the copy is through.
-    """
-    # Each begins at 16 bytes, as tensors of their own do: for others kernels would be compiled once more.
-    sizes = [array.size + array.size % 2 for array in arrays.values()]
+
+def upload_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """One copy of several arrays on ``device``, as int64; the results are views of one tensor."""
+    # Each begins at a multiple of 16 bytes, as tensors of their own do: Triton compiles a kernel once more
+    # for other pointers.
+    sizes = [array.size + array.size % 2 for array in arrays]
     joined = np.zeros(sum(sizes), np.int64)
     offset = 0
-    for array, size in zip(arrays.values(), sizes, strict=True):
+    for array, size in zip(arrays, sizes, strict=True):
         joined[offset : offset + array.size] = array.reshape(-1)
         offset += size
-    host = torch.from_numpy(joined)
-    if device.type == "cuda":
-        host = host.pin_memory().to(device, non_blocking=True)
-    return {
-        name: part[: array.size].view(array.shape)
-        for (name, array), part in zip(arrays.items(), host.split(sizes), strict=True)
-    }
+    parts = upload(joined, device).split(sizes)
+    return [part[: array.size].view(array.shape) for array, part in zip(arrays, parts, strict=True)]
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:

@@ -86,12 +86,14 @@ class StepResult:
         logprobs: of the sampled tokens; None if no row asked.
         prompt_logprobs: ``(request, position of the first value, values)``.
         pooled: request and float32 vector.
+        failed: requests whose own part of the step raised, with the exception.
     """
 
     tokens: np.ndarray
     logprobs: LogprobTensors | None = None
     prompt_logprobs: list[tuple[Request, int, LogprobTensors]] = field(default_factory=list)
     pooled: list[tuple[Request, np.ndarray]] = field(default_factory=list)
+    failed: list[tuple[Request, Exception]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -106,6 +108,7 @@ class StepEvents:
         logprobs: per row the runner's log-probabilities, where any row asked.
         prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
         pooled: ``(request, float32 vector)`` of finished pooling requests.
+        failed: requests that an exception ended, with that exception.
     """
 
     requests: list[Request | None]
@@ -115,3 +118,4 @@ class StepEvents:
     logprobs: LogprobTensors | None = None
     prompt_logprobs: list[tuple[Request, int, LogprobTensors]] = field(default_factory=list)
     pooled: list[tuple[Request, np.ndarray]] = field(default_factory=list)
+    failed: list[tuple[Request, Exception]] = field(default_factory=list)

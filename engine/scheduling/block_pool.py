@@ -74,6 +74,16 @@ class BlockPool:
             self._block_of[key] = block
             self._hash_of[block] = key
 
+    def withdraw(self, block: int) -> None:
+        """Make a block unfindable, if it was findable: it doesn't hold the content that its hash says."""
+        if (key := self._hash_of.pop(block, None)) is not None:
+            del self._block_of[key]
+
+    def withdraw_all(self) -> None:
+        """Make all blocks unfindable."""
+        self._block_of.clear()
+        self._hash_of.clear()
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless counts, free list and cache agree."""
         for block in range(1, self.num_blocks):

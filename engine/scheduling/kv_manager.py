@@ -35,7 +35,7 @@ class KVManager:
         At least the last token is left to be computed, since its logits are wanted. Requests that ask for
         log-probabilities of the prompt, or for the mean of all hidden states, need every position.
         """
-        every_position = request.params.prompt_logprobs is not None
+        every_position = request.scores_prompt
         if request.pooling is not None:
             every_position = request.pooling.pooling != "last"
         if self._hasher is None or every_position:
@@ -85,6 +85,11 @@ class KVManager:
             if self.pool.lookup(key) is not None:
                 break
             self.pool.publish(request.blocks[index], key)
+
+    def withdraw(self, request: Request, num_computed: int) -> None:
+        """Make the request's blocks unfindable that tokens from ``num_computed`` on go to."""
+        for block in request.blocks[num_computed // self.block_size :]:
+            self.pool.withdraw(block)
 
     def _extend_hashes(self, request: Request, token_ids: Sequence[int], end: int) -> None:
         assert self._hasher is not None

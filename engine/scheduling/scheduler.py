@@ -1,15 +1,18 @@
 """Decides what every step computes.
 
-One token budget per step is spent on whatever is known but not computed: one token of every decoding
-request first, so that long prompts never hold up running answers, then prompt chunks in order of arrival,
-then requests that wait. Prefix hits, chunked prefill and the recomputation of preempted requests are all
-the same arithmetic.
+A step has a budget of tokens, spent on tokens that are known but not computed: first one token of every
+decoding request, so that long prompts never delay running answers, then prompt chunks in order of arrival,
+then requests that wait. Prefix hits, chunked prefill and the recomputation of preempted requests follow from
+the same two counters.
+
+No exception of one request's work leaves the scheduler: the request ends and is listed in
+:attr:`Scheduler.failed`.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +23,9 @@ from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, Ste
 from engine.scheduling.encoder_ledger import EncoderLedger
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.slots import SlotTable
+from engine.scheduling.waiting import WaitingQueue
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -64,12 +70,13 @@ class Scheduler:
         self.slots = SlotTable(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
         self.recompute_beyond = recompute_beyond
         self.stats = SchedulerStats()
-        self._waiting: list[tuple[int, float, int, Request]] = []
-        self._num_waiting = 0
+        #: Requests that an exception ended, until :class:`~engine.core.EngineCore` reports them.
+        self.failed: list[tuple[Request, Exception]] = []
+        self._waiting = WaitingQueue()
         self._prefilling: list[Request] = []
-        self._released: list[int] = []
+        #: Slots given up since the last step.
+        self.released: list[int] = []
         self._step = itertools.count()
-        self._order = itertools.count()
 
     # Requests come and go.
 
@@ -93,20 +100,55 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that passed :meth:`check`."""
-        self._enqueue(request)
+        self._waiting.push(request)
         self.stats.prompt_tokens += request.num_prompt
 
     def abort(self, request: Request) -> None:
-        """End a request wherever it stands, and free all it holds. Harmless if it has ended."""
+        """End a request, waiting or running, and free all it holds. Does nothing if it has ended."""
         if request.finished:
             return
         request.finished = True
         if request.slot is None:
-            self._num_waiting -= 1
-            if not self._num_waiting:
-                self._waiting.clear()
+            self._waiting.forget(request)
         else:
             self._release(request)
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request as :meth:`abort` does, because ``error`` was raised by its work.
+
+        What it computed is not published: whether that is right is unknown.
+        """
+        if request.finished:
+            return
+        request.finished = True
+        if request.slot is None:
+            self._waiting.forget(request)
+        else:
+            self._release(request, publish=False)
+        self.failed.append((request, error))
+
+    def take_back(self, batch: ScheduledBatch) -> None:
+        """The latest step was not computed: count its tokens out, and release its released slots again.
+
+        Its requests stay as they are; see :mod:`engine.scheduling.recovery`.
+        """
+        self.released = batch.released + self.released
+        self.stats.computed_tokens -= batch.num_tokens
+        for admission in batch.admitted:
+            if admission.request.num_preemptions == 0:
+                # It was admitted for the first time.
+                self.stats.cached_tokens -= admission.num_computed
+                admission.request.num_cached = None
+
+    @property
+    def running(self) -> list[Request]:
+        """All requests that have a slot."""
+        return [request for request in self.slots.requests if request is not None]
+
+    @property
+    def waiting(self) -> list[Request]:
+        """All requests that wait for one."""
+        return self._waiting.requests()
 
     @property
     def num_running(self) -> int:
@@ -114,11 +156,11 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
-        return self._num_waiting > 0 or self.num_running > 0
+        return len(self._waiting) > 0 or self.num_running > 0
 
     # A step.
 
@@ -130,16 +172,18 @@ class Scheduler:
         self.slots.computed[decode_slots] += 1
         left = self.budget - len(decode_slots)
         for request in list(self._prefilling):
-            left -= self._prefill(request, left, batch)
-        left = self._admit_waiting(left, batch)
-        batch.released, self._released = self._released, []
+            try:
+                left -= self._prefill(request, left, batch)
+            except Exception as error:
+                self._drop(request, error, batch)
+        self._admit_waiting(left, batch)
         if not batch.num_tokens:
-            self._released = batch.released
             return None
         rows = batch.sampling_slots
         batch.epochs = self.slots.epochs_of(rows)
-        self.stats.computed_tokens += self.budget - left
+        self.stats.computed_tokens += batch.num_tokens
         self._retire_full_rows(rows)
+        batch.released, self.released = self.released, []
         return batch
 
     def update(self, batch: ScheduledBatch, tokens: np.ndarray) -> StepEvents:
@@ -170,22 +214,22 @@ class Scheduler:
         paused = slots[(known >= table.pause[slots]) & ~ended] if self.recompute_beyond else slots[:0]
         for index in np.flatnonzero(ended).tolist():
             row = index if rows is None else int(rows[index])
-            events.finished[row] = "stop" if stops is not None and stops[index] else "length"
             request = requests[row]
             assert request is not None
-            self._finish(request)
+            if self._finish(request):
+                events.finished[row] = "stop" if stops is not None and stops[index] else "length"
         for slot in paused.tolist():
             self._recompute_longer(slot)
         return events
 
-    def finish_pooling(self, batch: ScheduledBatch) -> list[Request]:
-        """End the pooling requests whose prompts this step completed, and return them."""
+    def finish_pooling(
+        self, batch: ScheduledBatch, vectors: dict[Request, np.ndarray]
+    ) -> list[tuple[Request, np.ndarray]]:
+        """End the pooling requests whose prompts this step completed; those with their vectors."""
         done = [c.request for c in batch.prefills if c.completes and c.request.pooling is not None]
-        # One that was preempted or aborted meanwhile has no slot; the former comes again.
-        done = [request for request in done if request.slot is not None]
-        for request in done:
-            self._finish(request)
-        return done
+        # A request preempted or aborted meanwhile has no slot; a preempted one will be recomputed.
+        done = [request for request in done if request.slot is not None and self._finish(request)]
+        return [(request, vectors[request]) for request in done]
 
     # Parts of a step.
 
@@ -203,8 +247,8 @@ class Scheduler:
                     updates.append(TableUpdate(slot, first, blocks))
                     table.capacity[slot] += len(blocks) * self.kv.block_size
                     break
-                self._preempt(self._victim())
-        # A victim chosen after its own growth gives its rows back; its updates must not reach the runner.
+                self.preempt(self._victim())
+        # A request can grow and be preempted in the same step: its table updates must not reach the runner.
         return [u for u in updates if table.requests[u.slot] is not None]
 
     def _prefill(self, request: Request, budget: int, batch: ScheduledBatch) -> int:
@@ -226,34 +270,48 @@ class Scheduler:
             table.set_decoding(slot, request.pooling is None)
         return count
 
-    def _admit_waiting(self, budget: int, batch: ScheduledBatch) -> int:
-        """Let requests in while there are tokens, slots, blocks and embedding rows; the budget left."""
-        while budget > 0 and self._num_waiting and self.slots.num_free:
-            request = self._waiting[0][-1]
-            if request.finished:
-                heapq.heappop(self._waiting)
-                continue
-            cached = self.kv.cached_prefix(request)
-            computed = len(cached) * self.kv.block_size
-            if not self.ledger.fits(self.ledger.rows_from(request, computed)):
+    def _admit_waiting(self, budget: int, batch: ScheduledBatch) -> None:
+        """Let requests in while there are tokens, slots and blocks."""
+        while budget > 0 and self.slots.num_free and (request := self._waiting.first()) is not None:
+            if batch.prefills and (request.suspect or batch.prefills[-1].request.suspect):
                 break
-            # A request that runs alone may take everything; beside others it leaves them room to grow.
-            reserve = self.kv.pool.capacity // 100 + 1 if self.num_running else 0
-            if not self.kv.admit(request, cached, reserve):
-                break
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
-            slot = self.slots.enter(request, computed, len(request.blocks) * self.kv.block_size)
-            if self.recompute_beyond is not None and request.rope_variant == 0:
-                self.slots.pause[slot] = min(self.slots.limit[slot], self.recompute_beyond + 1)
-            self.ledger.hold(request, computed)
-            if request.num_cached is None:
-                request.num_cached = computed
-                self.stats.cached_tokens += computed
-            batch.admitted.append(Admission(request, slot, computed))
-            self._prefilling.append(request)
-            budget -= self._prefill(request, budget, batch)
-        return budget
+            try:
+                if not self._admit(request, batch):
+                    break
+                budget -= self._prefill(request, budget, batch)
+            except Exception as error:
+                self._drop(request, error, batch)
+
+    def _admit(self, request: Request, batch: ScheduledBatch) -> bool:
+        """Give the first waiting request a slot and blocks; False if there are too few."""
+        cached = self.kv.cached_prefix(request)
+        computed = len(cached) * self.kv.block_size
+        if not self.ledger.fits(self.ledger.rows_from(request, computed)):
+            return False
+        # A request that runs alone may take every block; beside others it leaves them blocks to grow.
+        reserve = self.kv.pool.capacity // 100 + 1 if self.num_running else 0
+        if not self.kv.admit(request, cached, reserve):
+            return False
+        self._waiting.pop()
+        slot = self.slots.enter(request, computed, len(request.blocks) * self.kv.block_size)
+        if self.recompute_beyond is not None and request.rope_variant == 0:
+            self.slots.pause[slot] = min(self.slots.limit[slot], self.recompute_beyond + 1)
+        self.ledger.hold(request, computed)
+        if request.num_cached is None:
+            request.num_cached = computed
+            self.stats.cached_tokens += computed
+        batch.admitted.append(Admission(request, slot, computed))
+        self._prefilling.append(request)
+        return True
+
+    def _drop(self, request: Request, error: Exception, batch: ScheduledBatch) -> None:
+        """End a request whose scheduling raised ``error``, and take it out of the step."""
+        for chunk in batch.prefills:
+            if chunk.request is request:
+                self.kv.withdraw(request, chunk.start)
+        batch.prefills = [chunk for chunk in batch.prefills if chunk.request is not request]
+        batch.admitted = [admission for admission in batch.admitted if admission.request is not request]
+        self.fail(request, error)
 
     def _retire_full_rows(self, rows: np.ndarray) -> None:
         """Rows whose last token before a pause is in flight stop decoding; they end, or are computed again,
@@ -266,13 +324,17 @@ class Scheduler:
 
     def _victim(self) -> Request:
         """The running request that matters least: lowest priority (largest number), then youngest."""
-        running = [request for request in self.slots.requests if request is not None]
-        return max(running, key=lambda request: (request.priority, request.arrival))
+        return max(self.running, key=lambda request: (request.priority, request.arrival))
 
-    def _preempt(self, request: Request) -> None:
+    def preempt(self, request: Request, *, publish: bool = True) -> None:
+        """Take a running request's slot and blocks, and have it computed again later.
+
+        Args:
+            publish: whether its blocks stay findable; not if they may lack what their hashes say.
+        """
         self.stats.preempted += 1
-        self._interrupt(request)
-        self._enqueue(request)
+        self._interrupt(request, publish=publish)
+        self._waiting.push(request)
 
     def _recompute_longer(self, slot: int) -> None:
         """Compute a request again from its start, with the rotary frequencies of longer sequences."""
@@ -280,38 +342,48 @@ class Scheduler:
         assert request is not None and request.rope_variant == 0
         self._interrupt(request)
         request.rope_variant, request.block_hashes = 1, []
-        self._enqueue(request)
+        self._waiting.push(request)
 
-    def _interrupt(self, request: Request) -> None:
+    def _interrupt(self, request: Request, *, publish: bool = True) -> None:
         """Take a running request's slot and blocks; all its known tokens are to be computed again."""
         assert request.slot is not None
         request.token_ids = self.slots.known_tokens(request.slot)
         request.num_preemptions += 1
-        self._release(request)
+        self._release(request, publish=publish)
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: Request) -> bool:
+        """End a request that has all it asked for; False if that raised."""
         request.finished = True
+        try:
+            self._release(request)
+        except Exception as error:
+            self.failed.append((request, error))
+            return False
         self.stats.finished += 1
-        self._release(request)
+        return True
 
-    def _release(self, request: Request) -> None:
-        slot = request.slot
+    def _release(self, request: Request, *, publish: bool = True) -> None:
+        table, slot = self.slots, request.slot
         assert slot is not None
         if request in self._prefilling:
             self._prefilling.remove(request)
-        # Blocks of the answer become findable now, all at once: until it ends nobody asks for them. The last
-        # known token isn't computed.
-        table = self.slots
-        computed = min(int(table.known[slot]) - 1, int(table.computed[slot]))
-        self.kv.publish(request, table.tokens[slot], computed)
-        self._released.append(slot)
-        self.slots.leave(slot)
+        if publish:
+            self._publish_answer(request, slot)
+        self.released.append(slot)
+        table.leave(slot)
         self.kv.free(request)
         self.ledger.release(request)
 
-    def _enqueue(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.priority, request.arrival, next(self._order), request))
-        self._num_waiting += 1
+    def _publish_answer(self, request: Request, slot: int) -> None:
+        """Make a request's blocks findable, the answer's all at once: nobody asks for them before it ends."""
+        table = self.slots
+        # The last known token isn't computed.
+        computed = min(int(table.known[slot]) - 1, int(table.computed[slot]))
+        try:
+            self.kv.publish(request, table.tokens[slot], computed)
+        except Exception:
+            # The answer is right all the same, and the request's slot and blocks must be freed.
+            logger.exception("request %s is left out of the prefix cache", request.id)
 
     def check_integrity(self) -> None:
         """At idle: every block, slot and embedding row is back. Raises AssertionError."""

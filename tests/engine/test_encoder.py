@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine import encoder as encoder_module
 from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import CheckpointError, InvalidRequest, Unavailable
 from engine.families.qwen2_vl.family import FAMILY
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import EmbeddedMedia, MediaItem, PreparedMedia
 from tests.engine.tiny import make_qwen2_vl, make_text, picture, reference_inputs, reference_model
 
 CPU = torch.device("cpu")
@@ -176,6 +177,63 @@ async def test_a_bad_item_fails_alone(gated):
     with pytest.raises(InvalidRequest):
         await engine.encode_async(item("bad"))
     assert engine.metrics()["waiting"] == 0
+
+
+async def test_an_item_without_a_cost_fails_alone(gated, monkeypatch):
+    encoder, engine = gated
+    cost = encoder.cost
+
+    def planted(described: MediaItem) -> int:
+        if described.hash == "bad":
+            raise ValueError("planted")
+        return cost(described)
+
+    monkeypatch.setattr(encoder, "cost", planted)
+    encoder.release()
+    results = await asyncio.gather(
+        *(engine.encode_async(item(name)) for name in ("good", "bad", "other")), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [EmbeddedMedia, ValueError, EmbeddedMedia]
+    engine.check_health()
+    assert engine.metrics()["waiting"] == 0
+    with pytest.raises(ValueError, match="planted"):
+        engine.encode([item("good"), item("bad")])
+
+
+async def test_an_item_whose_rows_cannot_be_handed_on_fails_alone(gated, monkeypatch):
+    encoder, engine = gated
+    embedded = encoder_module._embedded
+
+    def planted(content_hash: str, rows: torch.Tensor) -> EmbeddedMedia:
+        if content_hash == "odd":
+            raise ValueError("planted")
+        return embedded(content_hash, rows)
+
+    monkeypatch.setattr(encoder_module, "_embedded", planted)
+    encoder.release()
+    results = await asyncio.gather(
+        *(engine.encode_async(item(name)) for name in ("good", "odd", "other")), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [EmbeddedMedia, ValueError, EmbeddedMedia]
+    engine.check_health()
+
+
+async def test_a_thread_that_dies_fails_all_and_is_noticed(gated, monkeypatch):
+    encoder, engine = gated
+    first = asyncio.create_task(engine.encode_async(item("first")))
+    await encoder.wait_until_running()
+    others = [asyncio.create_task(engine.encode_async(item(name))) for name in "abcd"]
+    await asyncio.sleep(0)
+    engine.check_health()
+    monkeypatch.setattr(engine, "_launch", lambda media: (_ for _ in ()).throw(SystemExit("planted")))
+    encoder.release()
+    assert len((await first).rows) == 4
+    results = await asyncio.gather(*others, return_exceptions=True)
+    assert all(isinstance(result, Unavailable) for result in results)
+    with pytest.raises(Unavailable, match="planted"):
+        engine.check_health()
+    with pytest.raises(Unavailable, match="planted"):
+        await engine.encode_async(item("late"))
 
 
 async def test_real_pixels_that_lie_fail_alone(processor, engine):

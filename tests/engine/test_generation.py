@@ -1,6 +1,6 @@
 """Greedy tokens of the engine are those of Transformers' ``generate``, however they are computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from engine.graphs import rerun
 from engine.runner import forward_graphs
 
 from . import tiny
+from .same import assert_same_output
 
 MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -120,6 +121,72 @@ def test_alone_is_as_in_a_batch_and_the_second_time_is_cached(model):
         full_blocks = (len(first.prompt_token_ids) - 1) // 16 * 16
         assert second.usage.cached_tokens == full_blocks
     llm.check_integrity()
+
+
+#: Each asks for something else that an output carries.
+ASKED = [
+    {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 2, "max_tokens": TOKENS},
+    {"temperature": 0.0, "prompt_logprobs": 0, "max_tokens": TOKENS, "ignore_eos": True},
+    {"temperature": 1.0, "seed": 4, "n": 2, "logprobs": 0, "prompt_logprobs": 1, "max_tokens": TOKENS},
+    {"temperature": 1.0, "seed": 5, "presence_penalty": 1.0, "logprobs": 5, "max_tokens": 25},
+    {"temperature": 0.8, "seed": 6, "stop": ["e"], "include_stop_str_in_output": True, "max_tokens": 25},
+]
+
+
+@pytest.mark.parametrize("model", [(False, 2)], indirect=True, ids=["untied"], scope="module")
+@pytest.mark.parametrize("way", WAYS)
+def test_everything_that_an_output_carries_is_the_same(model, way):
+    path, cases = model
+    params = [SamplingParams(**asked) for asked in ASKED]
+    alone = LLM(str(path), max_model_len=190, enable_prefix_caching=False)
+    wanted = [
+        alone.generate(case.entry, each, use_tqdm=False)[0] for case, each in zip(cases, params, strict=True)
+    ]
+    llm = LLM(str(path), max_model_len=190, **WAYS[way])
+    # The second time as much as may be comes from the prefix cache.
+    for _ in range(2):
+        outputs = llm.generate([case.entry for case in cases], params, use_tqdm=False)
+        for found, output in zip(outputs, wanted, strict=True):
+            assert_same_output(found, output)
+    if way == "few blocks":
+        assert llm.metrics()["preempted"] > 0
+    llm.check_integrity()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 3])
+def test_a_prompt_preempted_in_its_middle_is_scored_whole(tmp_path, monkeypatch, run_ahead):
+    path = tiny.make_text(tmp_path, "llama")
+    ids = [(i * 7) % 200 + 20 for i in range(60)]
+    # The first request outgrows its blocks while the second one's prompt is computed, a few tokens a step.
+    long = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    scored = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+    entries = [{"prompt_token_ids": ids[:8]}, {"prompt_token_ids": ids}]
+    options = {"max_model_len": 100, "block_size": 4, "enable_prefix_caching": False}
+    (wanted,) = LLM(str(path), **options).generate(entries[1], scored, use_tqdm=False)
+    assert wanted.prompt_logprobs[0] is None and len(wanted.prompt_logprobs) == len(ids)
+    options |= {"max_num_batched_tokens": 7, "max_num_seqs": 2, "run_ahead": run_ahead}
+    in_the_middle = []
+    for blocks in range(18, 24):
+        llm = LLM(str(path), **options, num_kv_blocks=blocks)
+        scheduler = llm._engine.core.scheduler
+
+        def preempt(request, *, scheduler=scheduler, preempt=scheduler.preempt, **changes):
+            if 0 < scheduler.slots.computed[request.slot] < request.num_prompt:
+                in_the_middle.append(request)
+            preempt(request, **changes)
+
+        monkeypatch.setattr(scheduler, "preempt", preempt)
+        outputs = llm.generate(entries, [long, scored], use_tqdm=False)
+        assert_same_output(outputs[1], wanted)
+    assert in_the_middle
+
+
+def test_a_prompt_of_one_token_has_one_entry_of_log_probabilities(tmp_path):
+    llm = LLM(str(tiny.make_text(tmp_path, "llama")), max_model_len=64)
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=1)
+    for n in (1, 2):
+        (output,) = llm.generate({"prompt_token_ids": [50]}, replace(params, n=n), use_tqdm=False)
+        assert output.prompt_logprobs == [None]
 
 
 def test_pictures_change_the_answer(model):

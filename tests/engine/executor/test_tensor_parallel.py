@@ -20,7 +20,7 @@ import torch
 from engine import LLM, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, ConfigError, Unavailable
+from engine.errors import CheckpointError, ConfigError, RequestFailed, Unavailable
 from engine.executor.launch import LocalLauncher
 from engine.loading import load_engine
 from engine.outputs import RequestOutput
@@ -187,6 +187,34 @@ async def test_a_rank_that_dies_is_noticed_while_nothing_runs(path):
             await asyncio.sleep(0.01)
     engine.shutdown()
     assert not ranks()
+
+
+async def test_a_request_that_raises_fails_alone_on_all_ranks(path, monkeypatch):
+    engine = AsyncEngine(config(path))
+    own = engine._engine.core.runner._own
+
+    async def tokens(key: str, ids: list[int]) -> list[int]:
+        updates = engine.generate(key, EngineInput(ids), GREEDY)
+        return [token async for update in updates for delta in update.deltas for token in delta.token_ids]
+
+    wanted = await tokens("alone", [5, 6, 7])
+    admit = own._admit
+
+    def planted(request, slot, num_computed):
+        admit(request, slot, num_computed)
+        if request.id.startswith("bad"):
+            raise ValueError("planted")
+
+    monkeypatch.setattr(own, "_admit", planted)
+    found = await asyncio.gather(
+        tokens("good", [5, 6, 7]), tokens("bad", [8, 9]), tokens("other", [5, 6, 7]), return_exceptions=True
+    )
+    assert isinstance(found[1], RequestFailed)
+    assert found[0] == found[2] == wanted
+    engine.check_health()
+    monkeypatch.undo()
+    assert len(await tokens("bad", [8, 9])) == len(wanted)
+    await asyncio.to_thread(engine.shutdown)
 
 
 async def test_shutdown_ends_the_ranks(path):

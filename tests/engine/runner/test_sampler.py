@@ -205,6 +205,30 @@ def test_a_greedy_request_after_a_random_one_is_greedy():
     assert len(set(tokens[:, 1].tolist())) > 1
 
 
+def test_an_admission_that_cannot_be_written_is_forgotten_with_its_slot():
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3)).expand(3, -1)
+    hot = SamplingParams(temperature=50.0, presence_penalty=1.0)
+    sampler, slots = make_sampler([hot, hot, hot])
+    sampler.release(0)
+    # No such token: the counts of its output can't be written.
+    bad = SamplingParams(temperature=0, presence_penalty=1.0)
+    sampler.admit(0, bad, [], [VOCAB * 5], seed=0, stop_ids=frozenset())
+    with pytest.raises(IndexError):
+        sampler.flush()
+    sampler.release(0)
+    sampler.release(1)
+    sampler.admit(1, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset())
+    sampler.flush()
+    # Nor does the slot keep what its first request had, if a second one was never written.
+    for _ in range(2):
+        sampler.release(0)
+        sampler.admit(0, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset())
+    sampler.flush()
+    tokens = draw(sampler, logits, slots, 8)
+    assert set(tokens[:, :2].flatten().tolist()) == {int(logits[0].argmax())}
+    assert len(set(tokens[:, 2].tolist())) > 1
+
+
 def test_padded_rows_are_harmless():
     sampler, slots = make_sampler(FEATURES, stop_ids=[0])
     other, _ = make_sampler(FEATURES, stop_ids=[0])

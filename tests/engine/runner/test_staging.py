@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from engine.runner.staging import upload
+from engine.runner.staging import upload_together
 
 
 def test_arrays_arrive_with_their_shapes_where_kernels_expect_them():
@@ -16,10 +16,10 @@ def test_arrays_arrive_with_their_shapes_where_kernels_expect_them():
         "turned": np.arange(6).reshape(2, 3).T,
         "flags": np.array([True, False, True]),
     }
-    found = upload(arrays, torch.device("cpu"))
-    assert list(found) == list(arrays)
-    for name, array in arrays.items():
-        assert found[name].dtype == torch.int64
-        np.testing.assert_array_equal(found[name].numpy(), array)
+    found = upload_together(list(arrays.values()), torch.device("cpu"))
+    assert len(found) == len(arrays)
+    for tensor, array in zip(found, arrays.values(), strict=True):
+        assert tensor.dtype == torch.int64
+        np.testing.assert_array_equal(tensor.numpy(), array)
         # Kernels are compiled anew for pointers that aren't.
-        assert found[name].is_contiguous() and found[name].data_ptr() % 16 == 0
+        assert tensor.is_contiguous() and tensor.data_ptr() % 16 == 0

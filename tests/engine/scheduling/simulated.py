@@ -6,7 +6,7 @@ its cache, and so its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -130,7 +130,10 @@ class SimulatedRunner:
         assert 0 < block < self.num_blocks
         return block * self.block_size + index % self.block_size
 
-    def check_idle(self) -> None:
+    def recover(self) -> None:
+        pass
+
+    def check_idle(self, released: Collection[int]) -> None:
         pass
 
 

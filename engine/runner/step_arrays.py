@@ -1,0 +1,212 @@
+"""The arrays that a step brings from the host to the device, all in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from engine.layers.rotary import Rotary
+from engine.prompt import MediaSpan
+from engine.request import Request, attributed_to
+from engine.runner.staging import upload_together
+from engine.scheduling.batch import PrefillChunk, ScheduledBatch
+
+#: int64 arrays: numpy's on the host, torch's on the device.
+A = TypeVar("A", np.ndarray, torch.Tensor)
+
+
+@dataclass(slots=True)
+class ChunkArrays(Generic[A]):
+    """Prompt chunks of T tokens, in a step of S slots of which the first D decode; the chunks' rows follow
+    the decoding rows.
+
+    Attributes:
+        ids: ``(T,)``, the chunks' tokens.
+        positions: ``(T,)``, or ``(3, T)`` with M-RoPE, rows of the rotary tables.
+        kv_slots: ``(T,)``, where their keys and values go.
+        slots: ``(S,)``.
+        query_start: ``(S + 1,)``, first row of each slot, and the number of rows.
+        ends: ``(S - D,)``, computed tokens of each chunk's request after the step.
+        sampling_slots: ``(R,)``, slots that sample.
+        sampling_rows: ``(R + padding,)``, their rows; the padding repeats row 0.
+        embedded_rows: ``(E,)``, rows that embedding rows overwrite, span after span.
+        long_prompts: ``(3, n)``, arguments of :meth:`Rotary.write_prompt_rows`; n is 0 for most models.
+    """
+
+    ids: A
+    positions: A
+    kv_slots: A
+    slots: A
+    query_start: A
+    ends: A
+    sampling_slots: A
+    sampling_rows: A
+    embedded_rows: A
+    long_prompts: A
+
+    @classmethod
+    def of(
+        cls, batch: ScheduledBatch, rotary: Rotary, *, block_size: int, padding: int
+    ) -> ChunkArrays[np.ndarray]:
+        """The chunks of ``batch``, on the host.
+
+        Args:
+            rotary: the model's; its tables give positions their rows.
+            padding: entries of padding in :attr:`sampling_rows`.
+
+        Raises:
+            RequestFault: what a request brings does not go together.
+        """
+        chunks, decodes = batch.prefills, len(batch.decode_slots)
+        last_rows = decodes + np.cumsum([c.count for c in chunks]) - 1
+        samples = np.array([c.completes and c.request.pooling is None for c in chunks], bool)
+        ids, positions, kv_slots = [], [], []
+        embedded: list[np.ndarray] = []
+        for chunk, row in chunk_rows(batch):
+            with attributed_to(chunk.request):
+                end = chunk.start + chunk.count
+                ids.append(np.array(chunk.request.token_ids[chunk.start : end], np.int64))
+                positions.append(_positions(chunk, rotary))
+                kv_slots.append(_kv_slots(chunk, block_size))
+                embedded += [span_rows(s, chunk.start, end)[2] + row for s in chunk.request.spans]
+        long_prompts = _long_prompts(chunks, positions, rotary.first_prompt_row)
+        return ChunkArrays[np.ndarray](
+            ids=np.concatenate(ids),
+            positions=np.concatenate(positions, axis=-1),
+            kv_slots=np.concatenate(kv_slots),
+            slots=np.concatenate([batch.decode_slots, [c.slot for c in chunks]]),
+            query_start=np.concatenate([np.arange(decodes + 1), last_rows + 1]),
+            ends=np.array([c.start + c.count for c in chunks], np.int64),
+            sampling_slots=batch.sampling_slots,
+            sampling_rows=np.concatenate(
+                [np.arange(decodes), last_rows[samples], np.zeros(padding, np.int64)]
+            ),
+            embedded_rows=np.concatenate([*embedded, np.zeros(0, np.int64)]),
+            long_prompts=long_prompts,
+        )
+
+
+@dataclass(slots=True)
+class StepArrays(Generic[A]):
+    """What a step needs and the device does not have.
+
+    Attributes:
+        tables: ``(3, n)``, entries of block tables that change: slot, column and block; None for none.
+        deltas: ``(2, n)``, slots of admitted requests, and row of the rotary tables minus index for tokens
+            after the prompt; None for none.
+        chunks: None if the step only decodes.
+    """
+
+    tables: A | None = None
+    deltas: A | None = None
+    chunks: ChunkArrays[A] | None = None
+
+    @classmethod
+    def changes(cls, batch: ScheduledBatch, rotary: Rotary) -> StepArrays[np.ndarray]:
+        """The arrays of ``batch`` on the host, without its chunks."""
+        arrays = StepArrays[np.ndarray]()
+        if batch.admitted or batch.table_updates:
+            arrays.tables = _table_entries(batch)
+        if batch.admitted:
+            slots = [admission.slot for admission in batch.admitted]
+            deltas = [_delta(admission.request, rotary) for admission in batch.admitted]
+            arrays.deltas = np.array([slots, deltas], np.int64)
+        return arrays
+
+
+def to_device(arrays: StepArrays[np.ndarray], device: torch.device) -> StepArrays[torch.Tensor]:
+    """A copy of ``arrays`` on the device, enqueued without waiting."""
+    chunks = [] if arrays.chunks is None else [getattr(arrays.chunks, name) for name in _CHUNK_FIELDS]
+    given = [array for array in (arrays.tables, arrays.deltas, *chunks) if array is not None]
+    if not given:
+        return StepArrays()
+    sent = iter(upload_together(given, device))
+    return StepArrays(
+        tables=None if arrays.tables is None else next(sent),
+        deltas=None if arrays.deltas is None else next(sent),
+        chunks=None if arrays.chunks is None else ChunkArrays(*sent),
+    )
+
+
+_CHUNK_FIELDS = [field.name for field in fields(ChunkArrays)]
+
+
+def chunk_rows(batch: ScheduledBatch) -> Iterator[tuple[PrefillChunk, int]]:
+    """Each chunk of a step with the index of its first row."""
+    row = len(batch.decode_slots)
+    for chunk in batch.prefills:
+        yield chunk, row
+        row += chunk.count
+
+
+def span_rows(span: MediaSpan, start: int, end: int) -> tuple[int, int, np.ndarray]:
+    """The embedding rows of ``span`` that tokens ``[start, end)`` take: the first, the last + 1, and the
+    indices of their tokens relative to ``start``."""
+    first, last = span.rows_before(start), span.rows_before(end)
+    tokens = np.arange(first, last) if span.embed_index is None else span.embed_index[first:last]
+    return first, last, tokens + span.offset - start
+
+
+def _delta(request: Request, rotary: Rotary) -> int:
+    """Row of the rotary tables minus index, for tokens after the prompt; for all if positions are plain."""
+    return request.position_delta if rotary.rope.mrope_section else rotary.offset(request.rope_variant)
+
+
+def _positions(chunk: PrefillChunk, rotary: Rotary) -> np.ndarray:
+    """Rows of the rotary tables ``(count,)``, or ``(3, count)`` with M-RoPE, of a chunk's tokens."""
+    request, delta = chunk.request, _delta(chunk.request, rotary)
+    plain = np.arange(chunk.start, chunk.start + chunk.count, dtype=np.int64)
+    if not rotary.rope.mrope_section:
+        return plain + delta
+    if request.positions is None:
+        return np.broadcast_to(plain, (3, chunk.count))
+    inside = request.positions[:, chunk.start : chunk.start + chunk.count]
+    beyond = plain[inside.shape[1] :] + delta
+    return np.concatenate([inside, np.broadcast_to(beyond, (3, len(beyond)))], axis=1)
+
+
+def _long_prompts(
+    chunks: Sequence[PrefillChunk], positions: Sequence[np.ndarray], first_row: int
+) -> np.ndarray:
+    """Assign reserved rows of the rotary tables to prompt tokens whose frequencies depend on their prompt's
+    length.
+
+    Args:
+        positions: of each chunk, from :func:`_positions`; replaced in place by the assigned rows.
+        first_row: the first reserved row; 0 if there is none.
+
+    Returns:
+        int64 ``(3, n)``: the rows, and the positions and prompt lengths to fill them for.
+    """
+    found = [np.zeros((3, 0), np.int64)]
+    for chunk, where in zip(chunks, positions, strict=True):
+        request = chunk.request
+        count = min(request.num_prompt - chunk.start, chunk.count)
+        if first_row and request.rope_variant and count > 0:
+            rows = np.arange(first_row, first_row + count)
+            found.append(np.stack([rows, where[:count], np.full(count, request.rope_variant)]))
+            where[:count] = rows
+            first_row += count
+    return np.concatenate(found, axis=1)
+
+
+def _kv_slots(chunk: PrefillChunk, block_size: int) -> np.ndarray:
+    """int64 ``(count,)``: where the chunk's keys and values go."""
+    index = np.arange(chunk.start, chunk.start + chunk.count)
+    blocks = np.asarray(chunk.request.blocks, np.int64)
+    return blocks[index // block_size] * block_size + index % block_size
+
+
+def _table_entries(batch: ScheduledBatch) -> np.ndarray:
+    """int64 ``(3, n)`` rows of slot, column and block: everything that the step changes in the tables."""
+    changes = [(u.slot, u.column, u.blocks) for u in batch.table_updates]
+    changes += [(a.slot, 0, a.request.blocks) for a in batch.admitted]
+    counts = [len(blocks) for _, _, blocks in changes]
+    slots = np.repeat(np.array([slot for slot, _, _ in changes], np.int64), counts)
+    columns = [np.arange(first, first + len(blocks)) for _, first, blocks in changes]
+    blocks = [np.array(blocks, np.int64) for _, _, blocks in changes]
+    return np.stack([slots, np.concatenate(columns), np.concatenate(blocks)])

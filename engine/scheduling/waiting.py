@@ -1,0 +1,47 @@
+"""The queue of requests that wait for a slot."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+
+from engine.request import Request
+
+
+class WaitingQueue:
+    """Requests by priority (the smallest number first), then by arrival."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, float, int, Request]] = []
+        self._count = 0
+        # Equal priorities and arrivals must not compare requests.
+        self._order = itertools.count()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def push(self, request: Request) -> None:
+        heapq.heappush(self._heap, (request.priority, request.arrival, next(self._order), request))
+        self._count += 1
+
+    def first(self) -> Request | None:
+        """The request whose turn is next; None if nobody waits."""
+        while self._heap and self._heap[0][-1].finished:
+            heapq.heappop(self._heap)
+        return self._heap[0][-1] if self._heap else None
+
+    def pop(self) -> Request:
+        """Take out the request that :meth:`first` returned."""
+        self._count -= 1
+        return heapq.heappop(self._heap)[-1]
+
+    def forget(self, request: Request) -> None:
+        """Count a waiting request out that was marked as finished; its entry goes when its turn comes."""
+        assert request.finished
+        self._count -= 1
+        if not self._count:
+            self._heap.clear()
+
+    def requests(self) -> list[Request]:
+        """All requests that wait."""
+        return [entry[-1] for entry in self._heap if not entry[-1].finished]
