@@ -55,7 +55,11 @@ class LanguageModel:
         return self._engine.metrics()
 
     def is_idle(self) -> bool:
-        """Whether no request is in the engine. Raises AssertionError if an idle engine still holds memory."""
+        """Return whether no request is in the engine.
+
+        Raises:
+            AssertionError: an idle engine still holds memory.
+        """
         if not self._engine.idle:
             return False
         self._engine.check_integrity()

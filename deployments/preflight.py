@@ -119,7 +119,7 @@ def check_port(config: Mapping[str, Any]) -> None:
 
 
 def is_listening(address: str) -> bool:
-    """Whether a server accepts connections at ``host:port``."""
+    """Return whether a server accepts connections at ``host:port``."""
     match = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
     if match is None:
         return False

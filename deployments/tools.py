@@ -190,7 +190,7 @@ class AnswerFormat:
     reasoning: ReasoningTags | None = None
 
     def begins_inside(self, prompt: str | None) -> bool:
-        """Whether the prompt has opened a thought."""
+        """Return whether the prompt has opened a thought."""
         return self.reasoning is not None and (prompt or "").rstrip().endswith(self.reasoning.start)
 
     def check(self, use: ToolUse) -> None:

@@ -111,7 +111,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """True if the likeliest token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
 
     def verify(self, vocab_size: int, max_model_len: int) -> None:

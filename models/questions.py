@@ -25,7 +25,7 @@ class Turn:
 
 
 def is_correct(turn: Turn, answer: str) -> bool:
-    """Whether ``answer`` says what it must: the key's words in a row, in any sentence."""
+    """Return whether ``answer`` says what it must: the key's words in a row, in any sentence."""
     if turn.task in ("word", "number"):
         return f" {turn.key} " in f" {letters(answer)} "
     return f" {turn.key.lower()} " in f" {letters(answer).lower()} "
@@ -209,7 +209,7 @@ def ask_order(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def ask_relation(scene: Scene, rng: random.Random) -> Turn | None:
-    """Whether one thing is left of, right of, above or below another."""
+    """Return whether one thing is left of, right of, above or below another."""
     turn = ask_position(scene, rng)
     if turn is None:
         return None

@@ -212,7 +212,7 @@ def _cluster_of(process: psutil.Process) -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether a GET of ``url`` gives 200."""
+    """Return whether a GET of ``url`` gives 200."""
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             return response.status == 200

@@ -53,7 +53,7 @@ class CompletionRequest(GenerationBody):
 
     @property
     def only_echo(self) -> bool:
-        """Whether the prompt is to be given back without a completion."""
+        """True if the prompt is to be given back without a completion."""
         return self.max_tokens == 0
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:

@@ -182,5 +182,5 @@ def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> N
 
 
 def _open_turn(messages: list[Message]) -> bool:
-    """Whether the last message is the assistant's, to which calls and text may be added."""
+    """Return whether the last message is the assistant's, to which calls and text may be added."""
     return bool(messages) and messages[-1]["role"] == "assistant"

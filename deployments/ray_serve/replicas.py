@@ -158,7 +158,11 @@ class LanguageModelReplica:
         return self._stage.metrics()
 
     async def is_idle(self) -> bool:
-        """Whether nothing of any request is here. Raises AssertionError if an idle engine holds memory."""
+        """Return whether this replica holds no data of any request.
+
+        Raises:
+            AssertionError: an idle engine still holds memory.
+        """
         return self._stage.is_idle() and not len(self._held)
 
     async def check_health(self) -> None:

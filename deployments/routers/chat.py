@@ -87,7 +87,7 @@ class Answer:
 
     @property
     def calls_functions(self) -> bool:
-        """Whether the request speaks of ``functions``, the older form of tools."""
+        """True if the request speaks of ``functions``, the older form of tools."""
         return self.body.tools is None and self.body.functions is not None
 
     def call_id(self, choice: int, index: int) -> str:

@@ -84,7 +84,7 @@ class ContentForms:
         self._developer: dict[bool, bool] = {}
 
     def takes_developer(self, *, with_tools: bool = False) -> bool:
-        """Whether the template treats the role ``developer`` differently from a made-up role."""
+        """Return whether the template treats the role ``developer`` differently from a made-up role."""
         if with_tools not in self._developer:
             printed = []
             meter = Meter(PROBE_LIMITS)
@@ -208,7 +208,7 @@ _ORDER: Mapping[str, tuple[Form, ...]] = {
 
 
 def _shows(printed: str, form: str) -> bool:
-    """Whether a rendered probe of ``form`` shows its texts as they are."""
+    """Return whether a rendered probe of ``form`` shows its texts as they are."""
     if form == "absent":
         return "None" not in printed
     return _FIRST in printed and (form != "parts" or _SECOND in printed)

@@ -126,7 +126,7 @@ class ControlText:
         return self._tokenizer.encode_plain(stand_ins.restore(text), at_start=at_start)
 
     def _joins(self, message: Mapping[str, Any]) -> bool:
-        """Whether a control string would arise where two text parts of the message touch."""
+        """Return whether a control string would arise where two text parts of the message touch."""
         content = message.get("content")
         if not isinstance(content, list):
             return False

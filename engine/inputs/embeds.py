@@ -25,7 +25,7 @@ _ROWS = "image_embeds"
 
 
 def are_embeddings(value: Any) -> bool:
-    """Whether ``multi_modal_data["image"]`` holds embeddings rather than images."""
+    """Return whether ``multi_modal_data["image"]`` holds embeddings rather than images."""
     if isinstance(value, Mapping):
         return _ROWS in value
     first = value[0] if isinstance(value, list | tuple) and value else value

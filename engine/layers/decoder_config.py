@@ -50,7 +50,7 @@ class RopeConfig:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether the frequencies of a sequence depend on its length."""
+        """True if the frequencies of a sequence depend on its length."""
         return self.type in ("dynamic", "longrope")
 
     def variant(self, num_tokens: int) -> int:

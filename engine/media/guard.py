@@ -121,7 +121,7 @@ def check_url(text: str, policy: FetchPolicy, where: str) -> URL:
 
 
 def is_allowed(address: IPv4Address | IPv6Address, policy: FetchPolicy) -> bool:
-    """Whether an address may be dialled: public, or in one of the policy's private networks."""
+    """Return whether an address may be dialled: public, or in one of the policy's private networks."""
     if isinstance(address, IPv6Address):
         if address.scope_id is not None:
             return False

@@ -19,12 +19,12 @@ _LARGE = 1 << 18
 
 
 def is_remote(url: str) -> bool:
-    """Whether fetching ``url`` needs the network."""
+    """Return whether fetching ``url`` needs the network."""
     return not _is_file(url) and url[:5].lower() != "data:"
 
 
 def takes_long(source: MediaSource) -> bool:
-    """Whether :func:`read_local` would hold up an event loop."""
+    """Return whether :func:`read_local` would hold up an event loop."""
     return source.url is not None and (_is_file(source.url) or len(source.url) > _LARGE)
 
 

@@ -83,7 +83,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _shows(data: bytes, kind: bytes, start: int, end: int) -> bool:
-    """Whether a chunk of a PNG changes what is seen; ancillary ones only with the right checksum."""
+    """Return whether a chunk of a PNG changes what is seen; ancillary ones only with the right checksum."""
     ancillary = kind[:1].islower()
     if kind == b"iTXt":
         shows = end - start < _XMP_LIMIT and data.startswith(_XMP, start + 8)

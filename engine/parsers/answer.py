@@ -24,7 +24,7 @@ class AnswerParser:
 
     @property
     def thinks(self) -> bool:
-        """Whether the text that comes next belongs to a thought."""
+        """True if the text that comes next belongs to a thought."""
         return self._reasoning is not None and self._reasoning.inside
 
     def feed(self, text: str) -> list[Event]:

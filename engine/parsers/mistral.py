@@ -39,7 +39,7 @@ class MistralCalls:
 
     @property
     def _started(self) -> bool:
-        """Whether a call was reported."""
+        """True if a call was reported."""
         return self._calls > 0 or self._named or self._call.name is not None
 
     def _step(self, events: list[Event]) -> bool:

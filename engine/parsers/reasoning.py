@@ -38,7 +38,7 @@ class ReasoningParser:
 
     @property
     def inside(self) -> bool:
-        """Whether the text that comes next belongs to a thought."""
+        """True if the text that comes next belongs to a thought."""
         return self._state == "inside"
 
     def feed(self, text: str) -> list[Event]:

@@ -45,13 +45,13 @@ def _patterns(schema: Any) -> Iterator[str]:
 
 
 def _names_escapes(schema: Any) -> bool:
-    """Whether a value that ``schema`` spells out needs ``\\u``."""
+    """Return whether a value that ``schema`` spells out needs ``\\u``."""
     text = json.dumps(list(literals(schema)), ensure_ascii=False)
     return "\\u00" in text or "\x7f" in text
 
 
 def _may_hold_escapes(patterns: list[str]) -> bool:
-    """Whether a string that follows one of ``patterns`` may hold a character that JSON must escape."""
+    """Return whether a string that follows one of ``patterns`` may hold a character that JSON must escape."""
     options = [{"type": "string", "allOf": [{"pattern": p}, {"pattern": _ESCAPED}]} for p in patterns]
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps({"anyOf": options}))
     limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, verbose_errors=False)

@@ -181,7 +181,7 @@ class _Preparation:
             return schema
 
     def _exclusive(self, options: list[Any]) -> bool:
-        """Whether no value can match two of ``options``."""
+        """Return whether no value can match two of ``options``."""
         schemas = [self._resolved(option) for option in options]
         return all(
             _exclude(one, other) for index, one in enumerate(schemas) for other in schemas[index + 1 :]
@@ -202,7 +202,7 @@ class _Preparation:
 
 
 def _exclude(one: Any, other: Any) -> bool:
-    """Whether no value can match both schemas, as far as can be told at a glance."""
+    """Return whether no value can match both schemas, as far as can be told at a glance."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return False
     types, others = _types(one), _types(other)

@@ -24,12 +24,12 @@ class GrammarMatcher:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing but EOS may follow."""
+        """True if nothing but EOS may follow."""
         return self._num_eos > 0 or (self._matcher.is_stopped() and not self._matcher.is_error())
 
     @property
     def is_complete(self) -> bool:
-        """Whether the accepted tokens fulfil the grammar as they stand."""
+        """True if the accepted tokens fulfil the grammar as they stand."""
         return self.error is None and self._matcher.is_accepting()
 
     @property

@@ -35,11 +35,11 @@ class Segmenter:
 
     @cached_property
     def cuts_all(self) -> bool:
-        """Whether every byte has a token of its own, so that any text can be cut."""
+        """True if every byte has a token of its own, so that any text can be cut."""
         return all(bytes([byte]) in self._ids for byte in range(256))
 
     def can_cut(self, data: bytes, allowed: frozenset[int] | None = None) -> bool:
-        """Whether tokens, of ``allowed`` alone if given, make up the whole of ``data``."""
+        """Return whether tokens, of ``allowed`` alone if given, make up the whole of ``data``."""
         if allowed is None and self.cuts_all:
             return True
         reachable = bytearray(len(data) + 1)

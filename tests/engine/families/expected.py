@@ -70,7 +70,7 @@ class Expected:
         return frozenset(stated if isinstance(stated, list) else [stated])
 
     def differs(self, other: Expected) -> bool:
-        """Whether an output can't be equal to both, be it an answer or a vector."""
+        """Return whether an output can't be equal to both, be it an answer or a vector."""
         same = self.tokens == other.tokens and torch.allclose(
             self._chosen(), other._chosen(), atol=0.01, rtol=0
         )

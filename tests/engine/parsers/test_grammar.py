@@ -116,7 +116,7 @@ class Vocabulary:
         return b"".join(self.bytes[token] for token in tokens).decode(errors="replace")
 
     def accepts(self, grammar: str, text: str) -> bool:
-        """Whether the grammar allows ``text`` as a whole answer."""
+        """Return whether the grammar allows ``text`` as a whole answer."""
         matcher = llguidance.LLMatcher(self.engine, grammar, log_level=0)
         assert not matcher.is_error(), matcher.get_error()
         tokens = self.encode(text)

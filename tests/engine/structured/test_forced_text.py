@@ -70,7 +70,7 @@ class Vocabulary:
         return None
 
     def accepts(self, matcher, text: str) -> bool:
-        """Whether the answer ``text``, a byte or character a token, is whole."""
+        """Return whether the answer ``text``, a byte or character a token, is whole."""
         ids = [i for c in text for i in self.tokenizer.encode_piece(c)]
         return matcher.accept(ids) and matcher.is_complete
 

@@ -47,7 +47,7 @@ class Draw:
         return round(self.stream(name).uniform(low, high), 3)
 
     def varies(self, name: str, chance: float) -> bool:
-        """Whether the case has the variation ``name``, a departure from the plain case."""
+        """Return whether the case has the variation ``name``, a departure from the plain case."""
         if name in self.without or self.stream(name).random() >= chance:
             return False
         if name not in self.varied:

@@ -270,7 +270,7 @@ def _reusable(session: Session, question: Question, turn: Question) -> int:
 
 
 def _stops_short(session: Session, turn: Question) -> bool:
-    """Whether an answer to ``turn`` would go where the reference has none."""
+    """Return whether an answer to ``turn`` would go where the reference has none."""
     lengths = session.drawn.lengths
     if lengths.original is None or lengths.crosses:
         return False

@@ -116,7 +116,7 @@ FIELDS: dict[str, list[Any]] = {
 
 
 def lenient(kind: str, raw: Mapping[str, Any]) -> bool:
-    """Whether ``raw`` may be read although Transformers refuses it: it can only mean one thing."""
+    """Return whether ``raw`` may be read although Transformers refuses it: it can only mean one thing."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     return (
         any(raw.get(field, 0) is None for field in ("use_sliding_window", "max_window_layers", "head_dim"))
@@ -132,7 +132,7 @@ def lenient(kind: str, raw: Mapping[str, Any]) -> bool:
 
 
 def unsupported(kind: str, raw: Mapping[str, Any]) -> bool:
-    """Whether ``raw`` is refused although Transformers takes it."""
+    """Return whether ``raw`` is refused although Transformers takes it."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     return kind in MROPE and rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")
 
