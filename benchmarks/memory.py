@@ -1,4 +1,4 @@
-"""What many requests leave behind in memory: texts and pictures of all lengths, a tenth of them sampled.
+"""Measures memory growth over many requests: texts and images of all sizes, a tenth of them sampled.
 
     python -m benchmarks.memory --shape qwen2-vl-2b --requests 10000 [--json FILE]
 
@@ -27,7 +27,7 @@ _TOGETHER = 250
 
 
 def requests(shape: str, count: int, rng: random.Random) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
-    """A quarter with a picture of its own, one in ten sampled; no two prompts alike."""
+    """A quarter with an image of its own, one in ten sampled; no two prompts alike."""
     own, prompts, params = SHAPES[shape], [], []
     for _ in range(count):
         text = " ".join(str(rng.randrange(10**6)) for _ in range(rng.randint(1, 40)))
@@ -42,7 +42,7 @@ def requests(shape: str, count: int, rng: random.Random) -> tuple[list[dict[str,
 
 
 def resident_mib() -> float:
-    """Of this process."""
+    """Return this process's resident memory in MiB."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / (1 << 20)

@@ -4,9 +4,9 @@
         [--json FILE]
 
 Works:
-    w1  256 requests, each one picture of its own and 64 text tokens, 128 tokens out: requests per second
+    w1  256 requests, each one image of its own and 64 text tokens, 128 tokens out: requests per second
     w2  256 text requests of 512 tokens, 128 out: output tokens per second
-    w3  one request alone: PIL picture to first token, and time per further token
+    w3  one request alone: PIL image to first token, and time per further token
     w4  64 requests at a context of 1024: decode tokens per second
 """
 
@@ -61,7 +61,7 @@ class Works:
         return [rng.randrange(1000, end) for _ in range(count)]
 
     def picture_prompts(self, count: int) -> list[dict]:
-        """Pictures are drawn beforehand; turning them into model inputs is part of the work."""
+        """Images are drawn beforehand; turning them into model inputs is part of the work."""
         text = "describe " * 8
         prompts = []
         for _ in range(count):
@@ -111,7 +111,7 @@ class Works:
         return {"w4 tok/s": count * (long - short) / (total - base)}
 
     def profile(self) -> None:
-        """Print the operations that take most of a steady decode, and those of a picture's prompt."""
+        """Print the operations that take most of a steady decode, and those of an image's prompt."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -175,7 +175,7 @@ def load(path: str, gpu: bool, ranks: int = 1) -> LLM:
 
 
 def versions() -> dict[str, str]:
-    """Where the figures come from."""
+    """Return the device and the library versions that the figures were measured with."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     return {"device": gpu, "torch": torch.__version__, "triton": triton.__version__}
 

@@ -7,7 +7,7 @@ Starts the application with dummy weights in the shape of a public model on a po
 the first token (TTFT), between any two tokens of an answer (ITL) and to the end (E2E) in milliseconds.
 Goodput counts the requests that kept both ``--slo-ttft`` and ``--slo-itl`` (their mean time between tokens).
 
-How well running answers keep their pace while pictures arrive: ITL with ``--text-share 1,0.5``, and the same
+How well running answers keep their pace while images arrive: ITL with ``--text-share 1,0.5``, and the same
 with the encoder's ``--duty-cycle`` and ``--batch-patches``, and the engine's ``--batched-tokens`` lowered,
 or with ``--encoder-gpu``.
 """
@@ -56,7 +56,7 @@ class Trace:
 
 
 def bodies(options: argparse.Namespace, model: str, count: int, seed: int, text_share: float) -> list[bytes]:
-    """Requests, made beforehand: a share with one picture each that no other request has."""
+    """Requests, made beforehand: a share with one image each that no other request has."""
     rng = random.Random(seed)
     made = []
     for index in range(count):

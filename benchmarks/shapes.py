@@ -59,8 +59,8 @@ _QWEN_PICTURE = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model's configuration files, its special tokens, the text that stands for a picture, and the size of
-    the benchmark's pictures in pixels."""
+    """A model's configuration files, its special tokens, the text that stands for an image, and the size of
+    the benchmark's images in pixels."""
 
     config: dict[str, Any]
     preprocessor: dict[str, Any]

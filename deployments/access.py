@@ -1,4 +1,4 @@
-"""Who may use the server: API keys, each with limits and caches of its own."""
+"""API keys of the server, each with limits and caches of its own."""
 
 import hashlib
 import hmac

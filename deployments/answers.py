@@ -1,4 +1,4 @@
-"""What an answer says, whatever the endpoint: text, thoughts and tool calls, choice by choice."""
+"""An answer's text, thoughts and tool calls, choice by choice, for every endpoint."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -11,7 +11,7 @@ from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Te
 
 @dataclass(slots=True)
 class ChoiceDelta:
-    """What one choice gained since its last delta.
+    """New text, tokens and calls of one choice since its last delta.
 
     Attributes:
         index: of the choice.

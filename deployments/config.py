@@ -32,7 +32,7 @@ class _Strict(BaseModel):
 
 
 class StageConfig(_Strict):
-    """How one deployment is replicated and placed.
+    """Replicas, resources and placement of one deployment.
 
     Attributes:
         num_replicas: replicas, if not autoscaled.

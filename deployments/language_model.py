@@ -66,7 +66,8 @@ class LanguageModel:
         return True
 
     def check_health(self) -> None:
-        """
+        """Check that the engine is running.
+
         Raises:
             Unavailable: the engine has stopped.
         """

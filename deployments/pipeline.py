@@ -170,7 +170,7 @@ def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, 
 
 
 def _answer_format(spec: ModelSpec, builder: PromptBuilder) -> AnswerFormat:
-    """How the model writes tool calls and thoughts."""
+    """Return the model's format of tool calls and thoughts."""
     added = {token.content: number for number, token in builder.tokenizer.added_tokens.items()}
     special = SpecialTokens(added, load_end_tokens(spec.engine))
     sources = builder.template.sources if builder.template is not None else {}

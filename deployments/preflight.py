@@ -59,7 +59,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def check_cluster(address: str | None, environment: Mapping[str, str]) -> None:
-    """Check that ``serve run`` would start a cluster of its own, unless it is told which cluster to use.
+    """Check that ``serve run`` would start a cluster of its own, unless an address names the cluster to use.
 
     Args:
         address: its ``--address``.

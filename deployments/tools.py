@@ -1,4 +1,4 @@
-"""What a request says of tools and thoughts, and what that makes of prompt, grammar and answer."""
+"""Applies a request's tools and thinking options to its prompt, grammar and answer."""
 
 import json
 import re
@@ -177,7 +177,7 @@ def _named(choice: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """How one model writes tool calls and thoughts.
+    """One model's format of tool calls and thoughts.
 
     Attributes:
         special: the tokenizer's added tokens.
@@ -230,7 +230,7 @@ class AnswerFormat:
         prompt: str | None,
         thinking_budget: int | None = None,
     ) -> StructuredSpec | None:
-        """What constrains the answer: calls, a form that begins behind the thought, a bounded thought.
+        """Return the answer's constraint: calls, a format that begins after the thought, a bounded thought.
 
         Raises:
             InvalidRequest: ``structured`` can't be combined with the rest.

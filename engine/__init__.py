@@ -10,7 +10,7 @@ __all__ = ["LLM", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, because processes that only prepare pictures import parts of this package but never run a model.
+    # Lazily, because processes that only prepare images import parts of this package but never run a model.
     if name == "LLM":
         from engine.llm import LLM
 

@@ -11,7 +11,7 @@ _DTYPE_NAMES = {"half": "float16", "float": "float32"}
 
 
 class EngineConfig(BaseModel):
-    """How to run one model. Unknown fields are refused by name.
+    """Settings of one engine. Unknown fields are refused by name.
 
     Attributes:
         model: folder with a checkpoint in Hugging Face layout, or a hub name the user chose to download.
@@ -39,7 +39,7 @@ class EngineConfig(BaseModel):
         limit_mm_per_prompt: most items of each kind in one prompt; kinds that aren't named keep the default.
         mm_processor_kwargs: processor options of the model's family, e.g. ``max_pixels`` or ``num_crops``.
         chat_template: a Jinja template or the path of one; overrides the checkpoint's.
-        allowed_local_media_path: folder from which ``file://`` pictures may be read; None allows none.
+        allowed_local_media_path: folder from which ``file://`` images may be read; None allows none.
         seed: seed of requests that bring none, and of dummy weights.
     """
 

@@ -60,7 +60,7 @@ class LLM:
         self._frontend = Frontend.load(self.config, policy)
         self._encoder = None
         if self._frontend.takes_media:
-            # What is wrong with the last tensor is told before the first is read.
+            # Check all tensor headers before loading any weights.
             check_checkpoint(self.config)
             self._encoder = EncoderEngine.load(self.config)
         self._engine = load_engine(self.config)
@@ -76,7 +76,7 @@ class LLM:
         return self._engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What is used where none are given: the checkpoint's own defaults."""
+        """Return the checkpoint's own defaults, which apply to calls without sampling parameters."""
         return SamplingParams(**load_sampling_defaults(self.config))
 
     def metrics(self) -> dict:

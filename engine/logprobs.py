@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LogprobTensors:
-    """Of N tokens, with k alternatives each.
+    """Log-probabilities of N tokens, with k alternatives each.
 
     Attributes:
         token_logprobs: (N,) float32.

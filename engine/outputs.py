@@ -1,4 +1,4 @@
-"""What generation returns: ``RequestOutput`` for offline use, ``OutputDelta`` for streams."""
+"""Results of generation: ``RequestOutput`` for offline use, ``OutputDelta`` for streams."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class OutputDelta:
-    """What one sequence of a request gained since its last delta.
+    """New text and tokens of one sequence since its last delta.
 
     Attributes:
         index: which of the ``n`` completions.

@@ -1,4 +1,4 @@
-"""How hidden states become one vector."""
+"""Parameters that reduce a sequence's hidden states to one vector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tokens are chosen, as vLLM's and OpenAI's users know it, with every field's bounds."""
+"""Sampling parameters with the names that vLLM and OpenAI use, and the bounds of every field."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Ask a running server about an image, and print the answer as it comes.
 
-    python examples/chat_client.py "What is in this picture?" [IMAGE ...]
+    python examples/chat_client.py "What is in this image?" [IMAGE ...]
 
 An image is a file or a URL. Without one, a red circle beside a blue square is drawn.
 """

@@ -1,4 +1,4 @@
-"""Pictures for the examples, drawn here: nothing has to be downloaded.
+"""Images for the examples, drawn here: nothing has to be downloaded.
 
 python examples/pictures.py FOLDER      # writes them as PNG files
 """

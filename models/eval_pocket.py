@@ -1,4 +1,4 @@
-"""How often a served model answers questions about held-out scenes rightly, task by task.
+"""Measures a served model's accuracy on questions about held-out scenes, task by task.
 
 python -m models.eval_pocket --base-url http://127.0.0.1:8000/v1 --model pocket
 """
@@ -43,7 +43,7 @@ def evaluate(ask: Ask, count: int, tasks: tuple[str, ...] = data.EVALUATION_TASK
 
 
 def messages(sample: data.Sample) -> list[dict[str, Any]]:
-    """The sample's first question as OpenAI messages; pictures as PNG data URLs, before the question."""
+    """The sample's first question as OpenAI messages; images as PNG data URLs, before the question."""
     pictures = [
         {"type": "image_url", "image_url": {"url": data_url(image)}}
         for image, turn in zip(sample.images, sample.shown_at, strict=True)

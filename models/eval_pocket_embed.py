@@ -1,4 +1,4 @@
-"""How often a served model finds the caption of a held-out scene among a hundred, and the scene of a caption.
+"""Measures how often a served model finds a held-out scene's caption among a hundred, and the reverse.
 
 python -m models.eval_pocket_embed --base-url http://127.0.0.1:8000/v1 --model pocket-embed
 """
@@ -18,7 +18,7 @@ from models.eval_pocket import data_url
 from models.pairs import retrieval_set
 
 Item = Image.Image | str
-#: Pictures or texts to float vectors ``(N, D)`` of length 1.
+#: Images or texts to float vectors ``(N, D)`` of length 1.
 Embed = Callable[[Sequence[Item]], np.ndarray]
 RANKS = (1, 5, 10)
 
@@ -50,7 +50,7 @@ def recall(similarity: np.ndarray, rank: int) -> float:
 
 
 def messages(item: Item) -> list[dict[str, Any]]:
-    """One user message: a text, or a picture alone as a PNG data URL."""
+    """One user message: a text, or an image alone as a PNG data URL."""
     if isinstance(item, str):
         part: dict[str, Any] = {"type": "text", "text": item}
     else:

@@ -35,7 +35,7 @@ def reworded(plain: str, rng: random.Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A picture, its caption in the one wording that tells scenes apart, and in any wording."""
+    """An image, its caption in the one wording that tells scenes apart, and in any wording."""
 
     image: Image.Image
     caption: str
@@ -57,6 +57,6 @@ def captioned_pairs(
 
 
 def retrieval_set(count: int, seed: int = 0) -> list[Pair]:
-    """``count`` pairs of distinct captions; the same for every call, and pictures never drawn in training."""
+    """``count`` pairs of distinct captions; the same for every call, and images never drawn in training."""
     # Any colour and shape: one pair in twelve was never seen in training.
     return captioned_pairs(random.Random(_HELD_OUT_SEED + seed), count, None, held_out=None)

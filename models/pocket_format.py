@@ -66,7 +66,7 @@ TEXT = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
     # Contexts are short. With a usual base the width's share of the angles would be next to nothing over the
-    # few rows and columns of a picture.
+    # few rows and columns of an image.
     "rope_theta": 300.0,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 12, 18]},
 }
@@ -148,7 +148,7 @@ class PromptRow:
         self._at += len(new)
 
     def picture(self, grid: tuple[int, int]) -> None:
-        """A picture of ``grid`` patches (height, width), between its marks."""
+        """An image of ``grid`` patches (height, width), between its marks."""
         rows, columns = grid[0] // MERGE, grid[1] // MERGE
         self.text("<|vision_start|>")
         row, column = np.divmod(np.arange(rows * columns), columns)
@@ -167,9 +167,9 @@ def encode_sample(
     """A conversation, of which only answers are learned.
 
     Args:
-        grid: patches of each picture, by height and width.
-        rng: draws a system message and the order of pictures and question; without it there is no system
-            message, pictures come first, and all ends where the first answer begins.
+        grid: patches of each image, by height and width.
+        rng: draws a system message and the order of images and question; without it there is no system
+            message, images come first, and all ends where the first answer begins.
     """
     row = PromptRow(core)
     if rng is not None and rng.random() < 0.08:
@@ -193,7 +193,7 @@ def encode_sample(
 
 
 def resized(size: tuple[int, int]) -> tuple[int, int]:
-    """Qwen2-VL's size rule: width and height of a picture as the model sees it."""
+    """Qwen2-VL's size rule: width and height of an image as the model sees it."""
     width, height = size
     h, w = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
     if h * w > MAX_PIXELS:
@@ -207,7 +207,7 @@ def resized(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def patches(size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches of a picture of width and height ``size``."""
+    """Rows and columns of patches of an image of width and height ``size``."""
     width, height = resized(size)
     return height // PATCH, width // PATCH
 
@@ -225,7 +225,7 @@ def collate(
 
 
 def stack(rows: list[PromptRow], images: list[Image.Image]) -> dict[str, torch.Tensor]:
-    """Sequences padded at their ends, and their pictures, which have one size.
+    """Sequences padded at their ends, and their images, which have one size.
 
     Returns:
         int64 ``ids`` and ``labels`` ``(B, L)``, ``positions`` ``(3, B, L)`` and ``lengths`` ``(B,)``; uint8
@@ -259,7 +259,7 @@ def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def patchify(images: torch.Tensor, frames: int = 2) -> torch.Tensor:
     """uint8 ``(N, H, W, 3)`` to normalised patches ``(N, H * W / 196, 588 * frames)``, 2x2 neighbours
-    together, each picture standing for so many frames."""
+    together, each image standing for so many frames."""
     n, height, width, _ = images.shape
     mean, std = _statistics(images.device)
     x = (images.float() - mean) / std

@@ -167,7 +167,7 @@ def ask_position(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def ask_place(scene: Scene, rng: random.Random) -> Turn | None:
-    """Where one thing is on the picture, by thirds; only of things well within a third."""
+    """Ask for one thing's third of the image; only things well within a third qualify."""
     names = [t.name for t in scene.things]
     single = [t for t in scene.things if names.count(t.name) == 1]
     if not single:

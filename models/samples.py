@@ -1,4 +1,4 @@
-"""Conversations about pictures, for training and for held-out evaluation."""
+"""Conversations about images, for training and for held-out evaluation."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ CHATS = [
 
 @dataclass(slots=True)
 class Sample:
-    """Pictures (none, one or two), and a conversation about them.
+    """Images (none, one or two), and a conversation about them.
 
-    ``shown_at`` says with which turn each picture comes; a question is about the latest one unless it names
+    ``shown_at`` says with which turn each image comes; a question is about the latest one unless it names
     several.
     """
 
@@ -143,7 +143,7 @@ FOLLOW_UPS = [
 
 
 def picture_sample(rng: random.Random, size: tuple[int, int], max_turns: int = 4) -> Sample:
-    """One picture, and a conversation that starts with any task and follows up with others."""
+    """One image, and a conversation that starts with any task and follows up with others."""
     task = rng.choices(list(TRAINING_TASKS), list(TRAINING_TASKS.values()))[0]
     scene, first = make_scene(rng, task, size)
     turns = [first]
@@ -156,13 +156,13 @@ def picture_sample(rng: random.Random, size: tuple[int, int], max_turns: int = 4
 
 
 def album_sample(rng: random.Random, size: tuple[int, int]) -> Sample:
-    """A picture, some talk about it, then another picture."""
+    """An image, some talk about it, then another image."""
     one, two = picture_sample(rng, size, 2), picture_sample(rng, size, 2)
     return Sample(one.images + two.images, one.turns + two.turns, [0, len(one.turns)])
 
 
 def comparison_sample(rng: random.Random, size: tuple[int, int]) -> Sample:
-    """Two pictures with one thing each."""
+    """Two images with one thing each."""
     first = random_pair(rng, False)
     second = random_pair(rng, False)
     if rng.random() < 0.6:
@@ -211,7 +211,7 @@ def _which(rng: random.Random, scenes: list[Scene]) -> Turn:
 
 
 def chat_sample(rng: random.Random) -> Sample:
-    """No picture at all."""
+    """No image at all."""
     questions, answer = rng.choice(CHATS)
     return Sample([], [Turn("chat", rng.choice(questions), answer, letters(answer))], [])
 

@@ -37,7 +37,7 @@ DARK = [("dark", (60, 60, 65)), ("dark", (45, 50, 60))]
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """A shape on a picture; centre and radius in pixels."""
+    """A shape on an image; centre and radius in pixels."""
 
     shape: str
     color: str
@@ -52,7 +52,7 @@ class Thing:
 
 @dataclass(slots=True)
 class Scene:
-    """A picture, and what is on it."""
+    """An image, and what is on it."""
 
     image: Image.Image
     background: str
@@ -178,7 +178,7 @@ def text_scene(rng: random.Random, size: tuple[int, int], text: str) -> Scene:
     pen = ImageDraw.Draw(image)
     colors = ["yellow", "pink", "orange"] if dark else [c for c in COLORS if c not in ("yellow", "pink")]
     color = "black" if not dark and rng.random() < 0.5 else rng.choice(colors)
-    # As wide as the picture allows at most, and never smaller than can be read after scaling down.
+    # As wide as the image allows at most, and never smaller than can be read after scaling down.
     largest = min(size[1] * 0.6, size[0] * 0.9 / (0.72 * len(text)))
     smallest = min(largest, max(24.0, 0.2 * size[1], 0.13 * size[0]))
     font = ImageFont.load_default(size=rng.uniform(smallest, largest))
@@ -190,7 +190,7 @@ def text_scene(rng: random.Random, size: tuple[int, int], text: str) -> Scene:
 
 
 def _finish(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Now and then what cameras and file formats do to pictures."""
+    """Now and then what cameras and file formats do to images."""
     if rng.random() < 0.15:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=rng.randint(55, 95))

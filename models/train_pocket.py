@@ -71,7 +71,7 @@ class Answerer(training.Trainee):
 
 
 def check_batches(core: Tokenizer) -> list[training.Batch]:
-    """Batches with one picture and with two, to compare the training pass on."""
+    """Batches with one image and with two, to compare the training pass on."""
     rng, size = random.Random(5), (150, 210)
     draws = [data.picture_sample, data.comparison_sample, data.album_sample]
     return [collate(core, [draw(rng, size) for _ in range(3)], patches(size), rng) for draw in draws]

@@ -1,4 +1,4 @@
-"""Trains pocket-embed, which puts pictures and texts of the pocket scenes into one space, on one GPU.
+"""Trains pocket-embed, which puts images and texts of the pocket scenes into one space, on one GPU.
 
     python -m models.train_pocket_embed --start-from models/pocket --out models/pocket-embed --seconds 240
 
@@ -36,7 +36,7 @@ BARE = 1 / 3
 
 
 def encode_item(core: Tokenizer, item: Item, *, bare: bool = False) -> PromptRow:
-    """A picture or a text as the chat template puts a user's message; ``bare`` texts are left as they are."""
+    """An image or a text as the chat template puts a user's message; ``bare`` texts are left as they are."""
     row = PromptRow(core)
     if bare:
         assert isinstance(item, str)
@@ -52,7 +52,7 @@ def encode_item(core: Tokenizer, item: Item, *, bare: bool = False) -> PromptRow
 
 
 class PairBatches:
-    """Draws batches of pairs: ``ids`` and the like of texts and, behind ``picture_``, of pictures."""
+    """Draws batches of pairs: ``ids`` and the like of texts and, behind ``picture_``, of images."""
 
     def __init__(self, core: Tokenizer, batch_size: int) -> None:
         self.core, self.batch_size = core, batch_size
@@ -66,13 +66,13 @@ class PairBatches:
 
 
 def picture_side(batch: training.Batch) -> training.Batch:
-    """The pictures' own batch."""
+    """The images' own batch."""
     mark = "picture_"
     return {name.removeprefix(mark): value for name, value in batch.items() if name.startswith(mark)}
 
 
 class Embedder(training.Trainee):
-    """Learns to tell each picture's text from the batch's others, and each text's picture."""
+    """Learns to tell each image's text from the batch's others, and each text's image."""
 
     def __init__(self, model: Qwen2VLForConditionalGeneration) -> None:
         super().__init__(model)
@@ -121,7 +121,7 @@ class TransformersEmbed:
 
 
 def check_batches(core: Tokenizer) -> list[training.Batch]:
-    """Batches of texts and of pictures, to compare the training pass on."""
+    """Batches of texts and of images, to compare the training pass on."""
     batch = PairBatches(core, 4)(random.Random(5))
     return [batch, picture_side(batch)]
 

@@ -1,7 +1,7 @@
-"""What the trainings of all pocket models share: the training pass, the loop, and checkpoints.
+"""Shared parts of all pocket models' training: the training pass, the loop, and checkpoints.
 
-The model is Transformers' own Qwen2-VL; only the training pass takes a shortcut: all pictures of a batch
-have one size, so that the vision tower's attention is one dense batch instead of a loop over pictures, and
+The model is Transformers' own Qwen2-VL; only the training pass takes a shortcut: all images of a batch
+have one size, so that the vision tower's attention is one dense batch instead of a loop over images, and
 what lies between matrix products goes over memory as few times as torch's own operations allow. The pass is
 compared with Transformers' forward first.
 Batches are drawn by worker processes while the GPU trains; where it is faster than they are, it trains on
@@ -44,7 +44,7 @@ Draw = Callable[[random.Random], Batch]
 
 
 class Batches(IterableDataset):
-    """Endless batches, each of pictures of one size. Every worker draws from seeds of its own."""
+    """Endless batches, each of images of one size. Every worker draws from seeds of its own."""
 
     def __init__(self, draw: Draw, seed: int) -> None:
         self.draw, self.seed = draw, seed
@@ -110,7 +110,7 @@ def decoder_layer(x: torch.Tensor, layer: nn.Module, cos: torch.Tensor, sin: tor
 
 
 def vision_angles(grid: tuple[int, int], dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin ``(patches, dim)`` of one picture, in the order of its patches, for :func:`rotate`."""
+    """cos and sin ``(patches, dim)`` of one image, in the order of its patches, for :func:`rotate`."""
     gh, gw = grid
     row = torch.arange(gh, device=device)[:, None].expand(gh, gw)
     column = torch.arange(gw, device=device)[None].expand(gh, gw)
@@ -160,7 +160,7 @@ class Trainee(nn.Module):
         grid = (images.shape[1] // PATCH, images.shape[2] // PATCH)
         cos, sin = vision_angles(grid, VISION["embed_dim"] // VISION["num_heads"], images.device)
         cos, sin = cos.to(self.dtype), sin.to(self.dtype)
-        # The convolution's windows are the patches themselves, and both frames of a patch are the picture.
+        # The convolution's windows are the patches themselves, and both frames of a patch are the image.
         weight = self.visual.patch_embed.proj.weight.sum(2).flatten(1).to(self.dtype)
         x = F.linear(patchify(images, frames=1).to(self.dtype), weight)
         for block in self.visual.blocks:
@@ -171,7 +171,7 @@ class Trainee(nn.Module):
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """``(B, L, hidden)``, after the final norm."""
-        # As a product: the gradient of a lookup adds up rows one after the other where ids repeat.
+        # As a matmul: the gradient of a lookup adds up rows one after the other where ids repeat.
         table = self.language.embed_tokens.weight.to(self.dtype)
         x = (batch["ids"][..., None] == self._vocabulary).to(self.dtype) @ table
         if len(batch["pixels"]):

@@ -41,7 +41,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 
 async def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """As :func:`wait_for`, for coroutines: the event loop goes on meanwhile."""
+    """Wait as :func:`wait_for` does, without blocking the event loop."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "the condition did not come true in time"
@@ -142,7 +142,7 @@ def served_application(folder: Path) -> Iterator[Served]:
     """``serve_config.yaml``'s application with a second model, run by ``serve run`` meanwhile.
 
     Args:
-        folder: for the configuration, the log and the pictures.
+        folder: for the configuration, the log and the images.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""What ARCHITECTURE.md says of files and floors is true."""
+"""ARCHITECTURE.md's statements about files and floors are true."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What the README shows is true."""
+"""The README's examples and statements are true."""
 
 import re
 

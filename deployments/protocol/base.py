@@ -1,4 +1,4 @@
-"""What all request bodies share: null is absence, unknown fields are ignored, some are refused by name."""
+"""Base of all request bodies: null means absent; unknown fields are ignored, some are refused by name."""
 
 import logging
 from collections.abc import Mapping

@@ -96,7 +96,7 @@ class ChatCompletionRequest(GenerationBody):
         return self.thinking.budget_tokens if self.thinking is not None else None
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """How to sample; errors as :meth:`sampling`."""
+        """Return the request's sampling parameters; errors as :meth:`sampling`."""
         tokens = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(defaults, max_tokens=tokens, logprobs=logprobs)

@@ -57,7 +57,7 @@ class CompletionRequest(GenerationBody):
         return self.max_tokens == 0
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """How to sample; errors as :meth:`sampling`."""
+        """Return the request's sampling parameters; errors as :meth:`sampling`."""
         tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
         given: dict[str, Any] = {"max_tokens": tokens, "logprobs": self.logprobs}
         if self.echo and self.logprobs is not None:

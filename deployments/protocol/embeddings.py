@@ -69,7 +69,8 @@ class EmbeddingRequest(RequestBody):
         return list(self.input)  # type: ignore[arg-type]
 
     def pooling_params(self) -> PoolingParams:
-        """
+        """Return the request's pooling parameters.
+
         Raises:
             InvalidRequest: naming the field that is out of range.
         """

@@ -121,7 +121,7 @@ class ResponsesRequest(GenerationBody):
         return {**options, **self.chat_template_kwargs}
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """How to sample; errors as :meth:`sampling`."""
+        """Return the request's sampling parameters; errors as :meth:`sampling`."""
         tokens = self.max_output_tokens if self.max_output_tokens is not None else self.max_tokens
         logprobs = self.top_logprobs
         if logprobs is None and "message.output_text.logprobs" in self.include:

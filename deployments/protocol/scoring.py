@@ -74,7 +74,8 @@ class RerankRequest(RequestBody):
     cache_salt: str = Field(default="", max_length=256)
 
     def check(self) -> None:
-        """
+        """Check the bounds of the request's fields.
+
         Raises:
             InvalidRequest: naming the field that is out of range.
         """

@@ -25,7 +25,8 @@ class TokenizeRequest(RequestBody):
     return_token_strs: bool = False
 
     def check(self) -> None:
-        """
+        """Check that exactly one of ``prompt`` and ``messages`` is given.
+
         Raises:
             InvalidRequest: neither or both of ``prompt`` and ``messages`` are given.
         """

@@ -16,7 +16,7 @@ class CompletionTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """What a request cost."""
+    """Token counts of one request."""
 
     prompt_tokens: int
     completion_tokens: int = 0

@@ -1,4 +1,4 @@
-"""How requests, arrays and token streams pass between Ray Serve deployments.
+"""Passes requests, arrays and token streams between Ray Serve deployments.
 
 The replica that makes an array puts it into the object store, and only its reference travels on: the ingress
 in the middle never holds the bytes. References are passed as top-level arguments, which Ray resolves for the
@@ -35,7 +35,7 @@ class PixelsRef:
 
 @dataclass(frozen=True, slots=True)
 class RowsInfo:
-    """How to read the embedding rows of an item; their reference is a separate argument."""
+    """The layout of an item's embedding rows; their reference is a separate argument."""
 
     hash: str
     dtype: str

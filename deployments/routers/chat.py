@@ -72,7 +72,7 @@ def conversation(body: wire.ChatCompletionRequest, pipeline: Pipeline) -> Conver
 
 @dataclass(slots=True)
 class Answer:
-    """What all parts of one response have in common."""
+    """Fields that all parts of one response share."""
 
     id: str
     created: int

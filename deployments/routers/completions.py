@@ -92,7 +92,7 @@ async def _prepared(
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What all parts of one response have in common; ``decode`` gives the text of a token."""
+    """Fields that all parts of one response share; ``decode`` returns the text of a token."""
 
     id: str
     created: int

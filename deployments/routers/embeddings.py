@@ -1,4 +1,4 @@
-"""Embeddings of texts, and of messages with pictures."""
+"""Embeddings of texts, and of messages with images."""
 
 import asyncio
 import base64

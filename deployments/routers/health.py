@@ -1,4 +1,4 @@
-"""Whether requests can be served, by which version, and how many are open."""
+"""Endpoints that report health, version, and the number of open requests."""
 
 import asyncio
 from importlib.metadata import PackageNotFoundError, version
@@ -46,5 +46,5 @@ async def show_version() -> dict[str, str]:
 
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
-    """How many requests this ingress replica has open."""
+    """Return the number of requests that this ingress replica has open."""
     return {"server_load": request.app.state.admission.active}

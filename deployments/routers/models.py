@@ -1,4 +1,4 @@
-"""Which models are served."""
+"""Endpoints that list the served models."""
 
 import time
 

@@ -33,7 +33,7 @@ _AT_A_TIME = 64
 @router.post("/v1/score")
 @router.post("/score", include_in_schema=False)
 async def score(request: Request) -> Response:
-    """How near the two items of each pair are, from -1 to 1."""
+    """Return the similarity of the two items of each pair, from -1 to 1."""
     body = await read_body(request, wire.ScoreRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
     pairs = body.pairs()

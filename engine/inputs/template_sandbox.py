@@ -22,7 +22,7 @@ _WIDE_FORMAT = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)")
 
 @dataclass(frozen=True, slots=True)
 class RenderLimits:
-    """What one rendering may use: characters of output, loop turns plus calls, and seconds."""
+    """Limits of one rendering: characters of output, loop turns plus calls, and seconds."""
 
     output: int = 8_000_000
     steps: int = 1_000_000

@@ -47,7 +47,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`RMSNorm.add`, for ``(N, width)`` contiguous."""
+        """Return the norm of ``x + residual`` and the sum, both (N, width); see :meth:`RMSNorm.add`."""
         if residual is None:
             return self(x), x
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)

@@ -19,7 +19,7 @@ _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How a file encodes its samples, as far as Pillow doesn't tell once they are loaded.
+    """A file's encoding of its samples: the parts that Pillow doesn't report after loading.
 
     Attributes:
         bits: bits of a sample; 0 where the mode tells.

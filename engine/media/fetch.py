@@ -69,7 +69,7 @@ class MediaFetcher:
         return [[next(found) for _ in source.frames or (source,)] for source in sources]
 
     def fetch_blocking(self, source: MediaSource, budget: ByteBudget | None = None) -> bytes:
-        """As :meth:`fetch`, for callers outside of any event loop."""
+        """Fetch as :meth:`fetch` does, for callers outside of any event loop."""
         if source.url is None or not is_remote(source.url):
             return read_local(source, self.policy, budget or ByteBudget(self.policy.max_total_bytes))
         return self._run(self.fetch(source, budget))

@@ -15,7 +15,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def check_aspect_ratio(size: tuple[int, int], most: int = MAX_ASPECT_RATIO) -> None:
-    """
+    """Check that an image isn't too elongated.
+
     Raises:
         InvalidRequest: the longer side of an image of ``size`` is more than ``most`` times the shorter.
     """

@@ -1,4 +1,4 @@
-"""Which format of tool calls and of thoughts a checkpoint uses: its chat template tells."""
+"""Detects a checkpoint's format of tool calls and of thoughts from its chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Schemas = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a family writes tool calls.
+    """A family's format of tool calls.
 
     Attributes:
         name: in the configuration.

@@ -76,7 +76,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How one call is written.
+    """The syntax of one call.
 
     Attributes:
         head: the text before the arguments, given the function's name.
@@ -90,7 +90,7 @@ class CallForm:
 
 @dataclass(frozen=True, slots=True)
 class CallLayout:
-    """How a family arranges calls.
+    """A family's arrangement of calls within an answer.
 
     Attributes:
         trigger: text that begins calls wherever it stands; empty where calls stand at the answer's beginning.
@@ -194,7 +194,7 @@ def _call(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema]) -> str:
 
 
 def _behind_call(rules: Rules, layout: CallLayout, parallel: bool) -> str:
-    """What may follow the first call of a block."""
+    """Return the grammar expression for the text after the first call of a block."""
     literal = rules.special.literal
     more = f"({literal(layout.between)} call)* " if parallel and layout.between is not None else ""
     return f"{more}{literal(layout.closing)}".strip()

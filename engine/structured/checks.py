@@ -1,4 +1,4 @@
-"""What a structured spec may look like at all: sizes and shapes, before anything is compiled."""
+"""Checks a structured spec's sizes and shapes before anything is compiled."""
 
 from __future__ import annotations
 

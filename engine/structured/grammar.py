@@ -179,7 +179,7 @@ class GrammarCompiler:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Parts:
-    """What is made of a vocabulary."""
+    """Objects that are built once per vocabulary."""
 
     speller: Speller
     tokenizer: llguidance.LLTokenizer

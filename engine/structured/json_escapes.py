@@ -1,5 +1,7 @@
-"""Which escapes strings of JSON answers may hold: a model must never be led from an escape it has begun to
-another character than it meant."""
+"""Selects the escapes that strings of JSON answers may hold.
+
+Once a model has begun an escape, the grammar must not force it to a character that it didn't mean.
+"""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class _Preparation:
         return self.of(value, path) if key in _IN_SCHEMA else value
 
     def _definition(self, schema: Any, path: str) -> Any:
-        """As :meth:`of`; but what can't be prepared stays as it is, since it may never be referred to."""
+        """Prepare a definition; keep a refused one as it is, since nothing may refer to it."""
         try:
             return self.of(schema, path)
         except GrammarRefused:

@@ -1,4 +1,4 @@
-"""Which tokens may come next in an answer that follows a grammar."""
+"""Computes the tokens that may come next in an answer that follows a grammar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class GrammarMatcher:
-    """How far one sequence has followed a grammar. Not thread-safe.
+    """The position of one sequence in a grammar. Not thread-safe.
 
     Once EOS was accepted, only EOS may follow, and any number of them. After an error nothing may follow, not
     even EOS: an answer that breaks off must not look like a whole one.

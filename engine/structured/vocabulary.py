@@ -13,7 +13,7 @@ from engine.text.segmentation import Segmenter
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What masks are computed over.
+    """The tokens over which masks are computed.
 
     Attributes:
         token_bytes: bytes of text by token id, as many as there are logits; empty where a token gives none.

@@ -30,7 +30,7 @@ class Segmenter:
         return found
 
     def beginning(self, text: str) -> str:
-        """As much of ``text`` as the choice of its first token can depend on."""
+        """Return the prefix of ``text`` on which the choice of its first token can depend."""
         return text[: _LOOKAHEAD + 4 * self.longest]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What single tokens are in bytes of text."""
+"""Maps single tokens to the bytes of text that they stand for."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TokenBytes:
         return self._after_anchor(token_id).encode()
 
     def _after_anchor(self, token_id: int) -> str:
-        """What the token adds to a text that has begun, asked of the decoder itself."""
+        """Return the text that the decoder adds for the token after other text."""
         if self._anchor is None:
             for candidate in sorted(self._backend.get_vocab(with_added_tokens=False).values()):
                 text = self._backend.decode([candidate], skip_special_tokens=False)

@@ -146,7 +146,7 @@ class Tokenizer:
         return self._pieces.of(token_id)
 
     def first_token_bytes(self, token_id: int) -> bytes:
-        """As :meth:`token_bytes`, for a token with no text before it: some decoders drop a leading space."""
+        """Return the bytes of a token that begins a text: some decoders drop its leading space."""
         return self._pieces.of_first(token_id)
 
     @cached_property

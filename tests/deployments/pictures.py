@@ -1,4 +1,4 @@
-"""Pictures whose answers are plain to see."""
+"""Images whose answers are plain to see."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ COLORS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A picture, a question about it, and a word that the right answer has and wrong ones lack."""
+    """An image, a question about it, and a word that the right answer has and wrong ones lack."""
 
     picture: Image.Image
     question: str
@@ -65,7 +65,7 @@ def row_of_circles(count: int) -> Image.Image:
     return picture
 
 
-#: Sixteen questions, each about another picture.
+#: Sixteen questions, each about another image.
 CASES = [
     *(Case(circle(color), "What color is the circle?", color) for color in COLORS),
     Case(square("red", (140, 210)), "What shape is this?", "square"),
@@ -86,6 +86,6 @@ def data_url(picture: Image.Image, kind: str = "PNG") -> str:
 
 
 def ask(question: str, *pictures: Image.Image) -> list[dict]:
-    """Messages with the pictures, then the question."""
+    """Messages with the images, then the question."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]

@@ -1,4 +1,4 @@
-"""How the threads of a replica share its interpreter."""
+"""The threads of a replica share its interpreter fairly."""
 
 import sys
 

@@ -68,7 +68,7 @@ def model(request, tmp_path_factory) -> tuple[Path, list[Case]]:
 
 WAYS = {
     "plain": {},
-    # 17 tokens a step split every picture; blocks of 4 cut them in the middle.
+    # 17 tokens a step split every image; blocks of 4 cut them in the middle.
     "tiny budget": {"max_num_batched_tokens": 17, "max_num_seqs": 4, "block_size": 4},
     # Too few blocks for all: some are interrupted and computed again.
     "few blocks": {"num_kv_blocks": 42, "block_size": 4, "max_num_batched_tokens": 64},

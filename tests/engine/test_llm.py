@@ -1,4 +1,4 @@
-"""``LLM`` as users call it: its options, all that a prompt may be, and where pictures may come from."""
+"""``LLM`` as users call it: its options, all that a prompt may be, and where images may come from."""
 
 import base64
 import gc

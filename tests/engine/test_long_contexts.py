@@ -146,7 +146,7 @@ class Reference:
 
     @torch.inference_mode()
     def prompt_logprobs(self, ids: Sequence[int]) -> torch.Tensor:
-        """Of each token of a prompt but the first."""
+        """Return the log-probability of each token of a prompt but the first."""
         rows = self._load()(torch.tensor([ids])).logits[0].log_softmax(-1)
         return rows[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 

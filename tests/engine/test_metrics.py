@@ -1,4 +1,4 @@
-"""What an engine counts and times."""
+"""Counters and timings of an engine."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_a_second_turn_about_two_pictures_computes_only_what_is_new():
     made = len(output.outputs[0].token_ids)
     # A step that was enqueued before the end was known may have computed one token more.
     assert new + made - 1 <= computed <= new + made + 1
-    # Equal pictures in other places are other content.
+    # Equal images in other places are other content.
     swapped = [{"role": "user", "content": [first[0]["content"][i] for i in (1, 0, 2)]}]
     (output,) = llm.chat(swapped, params, use_tqdm=False)
     assert output.usage.cached_tokens == 0

@@ -138,6 +138,6 @@ def test_the_schedules_were_hard(oracle, engines):
 
 
 def test_the_pictures_matter(oracle):
-    """Two pictures of equal size give other tokens, or a mix-up of them would go unseen."""
+    """Two images of equal size give other tokens, or a mix-up of them would go unseen."""
     assert oracle.wanted((0, (0,)), 12) != oracle.wanted((0, (1,)), 12)
     assert np.asarray(oracle.pictures[0]).shape == np.asarray(oracle.pictures[1]).shape

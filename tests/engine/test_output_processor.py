@@ -39,7 +39,7 @@ def groups(tokenizer: Tokenizer) -> list[RequestGroup]:
 
 
 def steps_of(requests: list[Request], seed: int) -> list[StepEvents]:
-    """What an engine might give for ``requests``: not all in each step, in changing rows."""
+    """Return possible step events for ``requests``: not all in each step, in changing rows."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     left = {request.id: 24 if request.id[0] != "3" else 9 for request in requests}
     steps = []

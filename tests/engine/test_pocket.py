@@ -19,7 +19,7 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def conversations() -> list[tuple[list[dict], list]]:
-    """Conversations of every kind, with their pictures."""
+    """Conversations of every kind, with their images."""
     rng = random.Random(11)
     drawn = [data.picture_sample(rng, (w, h)) for w, h in ((90, 131), (224, 168), (300, 140), (150, 340))]
     drawn += [data.comparison_sample(rng, (120, 190)), data.album_sample(rng, (210, 100))]
@@ -28,7 +28,7 @@ def conversations() -> list[tuple[list[dict], list]]:
 
 
 def _messages(sample: data.Sample) -> list[dict]:
-    """All turns but the last answer, pictures where they were shown."""
+    """All turns but the last answer, images where they were shown."""
     messages = []
     for number, turn in enumerate(sample.turns):
         shown = [i for i, at in zip(sample.images, sample.shown_at, strict=True) if at == number]

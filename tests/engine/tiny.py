@@ -71,7 +71,7 @@ def tokenizer(specials: Sequence[str], *, vocab_size: int = 320, **roles: Any) -
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth random RGB picture."""
+    """A smooth random RGB image."""
     noise = np.random.default_rng(seed).integers(
         0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8
     )
@@ -108,7 +108,7 @@ def make_qwen2_vl(
     max_position: int = 1024,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """A Qwen2-VL checkpoint: 4 heads of 16, pictures of 4 to 64 rows of 8x8 pixels.
+    """A Qwen2-VL checkpoint: 4 heads of 16, images of 4 to 64 rows of 8x8 pixels.
 
     Args:
         hub_names: write it as the public checkpoints are: flat config.json in the old spelling,
@@ -272,7 +272,7 @@ def reference_processor(path: Path) -> Any:
 
 
 def reference_inputs(path: Path, prompt: str, images: Sequence[Image.Image] = ()) -> dict[str, torch.Tensor]:
-    """What Transformers' model takes for a rendered prompt, ``mm_token_type_ids`` included."""
+    """Return the inputs of Transformers' model for a rendered prompt, ``mm_token_type_ids`` included."""
     inputs = reference_processor(path)(text=[prompt], images=list(images) or None, return_tensors="pt")
     return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 

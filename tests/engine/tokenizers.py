@@ -25,7 +25,7 @@ def special(content, **flags):
 
 
 def byte_level() -> Backend:
-    """As Qwen2's: ChatML tokens, no BOS, and one added token that isn't special."""
+    """Make a tokenizer like Qwen2's: ChatML tokens, no BOS, and one added token that isn't special."""
     backend = Backend(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -46,7 +46,7 @@ def byte_level() -> Backend:
 
 
 def byte_fallback() -> Backend:
-    """As Llama's and Phi-3's: Metaspace, bytes as tokens, a BOS, and tokens that swallow whitespace."""
+    """Make one like Llama's and Phi-3's: Metaspace, byte tokens, a BOS, and tokens that strip whitespace."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     alphabet = sorted(set("".join(CORPUS).replace(" ", "▁")) - set("你好世界😀\n"))
     words = ["▁t", "he", "▁the", "▁a", "re", "▁re", "▁red", "▁▁", "ss", "st", "er", "US", "ER", ":▁"]
@@ -66,7 +66,7 @@ def byte_fallback() -> Backend:
 
 
 def legacy_fallback() -> Backend:
-    """As older Llama files: the space is put in by the normalizer, after every special token too."""
+    """Make one like older Llama files: the normalizer adds the space, after every special token too."""
     backend = byte_fallback()
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None

@@ -41,7 +41,7 @@ def _window(config: Json, context: int) -> int | None:
 
 
 def _sliding_layers(config: Json, layers: int) -> list[bool]:
-    """Which layers of a Qwen have windows: the list of the config, or all from ``max_window_layers`` on."""
+    """Return per layer whether a Qwen uses a window: by ``layer_types``, or from ``max_window_layers`` on."""
     used = bool(config["use_sliding_window"]) and config["sliding_window"] is not None
     types: Any = config["layer_types"]
     if types is None:

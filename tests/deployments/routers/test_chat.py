@@ -275,7 +275,7 @@ async def test_a_client_that_leaves_before_the_whole_answer_is_noticed_too(runni
 
 
 async def test_others_never_notice_a_bad_picture(client):
-    """A broken picture amid good requests."""
+    """A broken image amid good requests."""
     broken = [
         {
             "role": "user",

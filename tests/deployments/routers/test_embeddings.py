@@ -60,7 +60,7 @@ async def test_messages_with_pictures(client, llm):
 
 
 async def test_texts_find_their_pictures(client):
-    """Over HTTP as the model was trained: a picture alone, and bare texts."""
+    """Over HTTP as the model was trained: an image alone, and bare texts."""
 
     async def embed(picture):
         picture_alone = [{"role": "user", "content": ask("", picture)[0]["content"][:1]}]

@@ -1,4 +1,4 @@
-"""What the laws need to know of a model family, and what its reference says."""
+"""A model family's facts that the laws need, and its reference's results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Prompt:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """As ``LLM.generate`` takes it."""
+        """The prompt in the form that ``LLM.generate`` takes."""
         data = {"image": self.pictures, "video": self.frames}
         return {"prompt": self.text, "multi_modal_data": {k: list(v) for k, v in data.items() if v}}
 
@@ -36,11 +36,11 @@ class Prompt:
         return self.text, tuple(image.tobytes() for image in (*self.pictures, *self.frames))
 
     def other(self) -> Prompt:
-        """The same words with other pictures and frames."""
+        """The same words with other images and frames."""
         return replace(self, pictures=_others(self.pictures), frames=_others(self.frames))
 
     def others(self) -> list[Prompt]:
-        """The same with one picture, or one frame, replaced by another: as many as it has."""
+        """The same with one image, or one frame, replaced by another: as many as it has."""
         return [
             replace(self, **{kind: (*images[:i], *_others(images[i : i + 1]), *images[i + 1 :])})
             for kind, images in (("pictures", self.pictures), ("frames", self.frames))
@@ -57,7 +57,7 @@ class Inputs:
     """A prompt as the reference takes it.
 
     Attributes:
-        ids: of the expanded prompt; None where a row of a picture stands that has no id of its own.
+        ids: of the expanded prompt; None where a row of an image stands that has no id of its own.
         model: the causal model to call.
         arguments: of its forward pass.
     """
@@ -84,9 +84,9 @@ class Inputs:
 
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Of each token of the prompt but the first, and of ``tokens`` after it: float32.
+        """Return float32 log-probabilities of the prompt's tokens but the first, and of ``tokens`` after it.
 
-        Where a row of a picture stands, NaN.
+        Where a row of an image stands, NaN.
         """
         longer = self.extended(tokens).arguments
         table = self.model(**longer).logits[0].log_softmax(-1)
@@ -102,7 +102,7 @@ class Reference(Protocol):
     """A loaded checkpoint that we didn't load with our own code."""
 
     def inputs(self, prompt: Prompt) -> Inputs:
-        """In float32, on the CPU."""
+        """Return the reference's inputs in float32, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class FamilyCase:
             names, the spelling and the shards of the public ones.
         reference: reads what ``make`` wrote.
         frame: the prompt around a text.
-        mark: what stands for the ``index``-th picture of ``count``.
+        mark: what stands for the ``index``-th image of ``count``.
         video: what stands for a video; None if the model has none.
         options: of the engine.
     """
@@ -141,7 +141,7 @@ class FamilyCase:
         return [Prompt(self.frame.format(text)) for text in self.texts]
 
     def single_prompts(self) -> list[Prompt]:
-        """A picture at the end, and one at the start."""
+        """An image at the end, and one at the start."""
         if self.mark is None:
             return []
         texts = ("describe this image {}", "{}what is shown?")
@@ -151,7 +151,7 @@ class FamilyCase:
         ]
 
     def several_prompts(self) -> list[Prompt]:
-        """Pictures next to each other, and apart."""
+        """Images next to each other, and apart."""
         if self.mark is None:
             return []
         found = []
@@ -162,7 +162,7 @@ class FamilyCase:
         return found
 
     def video_prompts(self) -> list[Prompt]:
-        """A video before a picture."""
+        """A video before an image."""
         if self.video is None or self.mark is None:
             return []
         frames = tuple(picture(40, 56, 50 + number) for number in range(self.frames))

@@ -46,7 +46,7 @@ def _minicpm_v(path: Path, hub: bool) -> None:
 
 
 def _phi3_v_mark(index: int, count: int) -> str:
-    """In the reverse order of the pictures."""
+    """Return an image's placeholder; they are numbered in the reverse order of the images."""
     return f"<|image_{count - index}|>"
 
 

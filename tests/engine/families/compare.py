@@ -21,7 +21,7 @@ VECTOR_TOLERANCE = 1e-4
 
 @dataclass
 class Tally:
-    """What a comparison has found.
+    """Results of a comparison.
 
     Attributes:
         outputs: number of outputs that were compared.
@@ -54,7 +54,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asked for, and what is known about how it was served.
+    """A request's parameters, and the facts known about how it was served.
 
     Attributes:
         ends: tokens that end an answer, unless ``params`` say otherwise.

@@ -1,4 +1,4 @@
-"""What the reference makes of a prompt: every number that an output of the engine can carry."""
+"""The reference's results for a prompt: every number that an output of the engine can carry."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def _respelled(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Of all shards."""
+    """Return the tensors of all shards by name."""
     return {
         name: value for file in sorted(path.glob("*.safetensors")) for name, value in load_file(file).items()
     }

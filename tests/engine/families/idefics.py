@@ -1,4 +1,4 @@
-"""Tiny checkpoints of Idefics3 and SmolVLM, and what Transformers makes of their pictures."""
+"""Tiny checkpoints of Idefics3 and SmolVLM, and what Transformers makes of their images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_smolvlm(path: Path, hub: bool = False) -> Path:
 
 
 def _make(path: Path, kind: str, hub: bool, *, factor: int, side: int) -> Path:
-    """A checkpoint with crops of ``side`` pixels, and pictures of at most 2x2 or so of them."""
+    """A checkpoint with crops of ``side`` pixels, and images of at most 2x2 or so of them."""
     try:
         getattr(transformers, f"{kind}ImageProcessorPil")()
     except ImportError:

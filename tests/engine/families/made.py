@@ -51,7 +51,7 @@ class Made:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of every engine, unless a law says otherwise. On a CPU, with a GPU or without."""
+        """Options of every engine unless a law overrides them. On the CPU even where there is a GPU."""
         return {"max_model_len": 512, "kv_cache_bytes": 8 << 20, "device": "cpu", **self.case.options}
 
     def llm(self, **options: Any) -> LLM:
@@ -117,7 +117,7 @@ class Made:
             assert found == (([token], "stop") if token in ends else ([token] * 3, "length"))
 
     def distances(self, llm: LLM, given: Sequence[Prompt], prompts: Sequence[Prompt]) -> list[float]:
-        """How far ``llm``'s outputs for the batch ``given`` are from the reference's for ``prompts``.
+        """Return distances of ``llm``'s outputs for the batch ``given`` from the reference's for ``prompts``.
 
         Of vectors, which have length 1, as it is. Of log-probabilities of prompts and of answers to them, as
         a share of how widely the reference's are spread.

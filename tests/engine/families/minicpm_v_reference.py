@@ -309,7 +309,7 @@ def load(path: Path) -> Reference:
 
 
 def prompt_ids(path: Path, prompt: str, images: Sequence[Image.Image], **options: Any) -> list[int]:
-    """The prompt with its pictures written out, and tokenised whole."""
+    """The prompt with its images written out, and tokenised whole."""
     first, *rest = prompt.split(MARK)
     assert len(rest) == len(images)
     text = first

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of LLaVA-OneVision, and what Transformers makes of their pictures and videos."""
+"""Tiny checkpoints of LLaVA-OneVision, and what Transformers makes of their images and videos."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PINPOINTS = [[a * SIDE, b * SIDE] for a in (1, 2, 3) for b in (1, 2, 3)]
 
 
 def make_onevision(path: Path, hub: bool = False) -> Path:
-    """A checkpoint of which 2 of the tower's 3 layers are used, and pictures of up to 3x3 tiles show 4.
+    """A checkpoint of which 2 of the tower's 3 layers are used, and images of up to 3x3 tiles show 4.
 
     Args:
         hub: write it as the public ones are, with tied embeddings as the smallest of them has.
@@ -118,7 +118,7 @@ class OnevisionReference:
         rows = "<video>" * (len(prompt.frames) * (-(-self.grid // 2)) ** 2 + 1)
         # The processor refuses marks of videos that it isn't given: another special token stands in.
         text = prompt.text.replace("<video>", rows.replace("<video>", "<|endoftext|>"))
-        # Transformers' chats nest the pictures of a conversation: several are then shown in one crop each.
+        # Transformers' chats nest the images of a conversation: several are then shown in one crop each.
         pictures = [list(prompt.pictures)] if prompt.pictures else None
         arguments = dict(self.processor(text=text, images=pictures, return_tensors="pt"))
         if prompt.frames:

@@ -19,7 +19,7 @@ def parse(path: Path) -> tuple[Checkpoint, ModelConfig]:
 
 
 def media_processor(path: Path, **options: Any) -> MediaProcessor | None:
-    """With the user's ``options``."""
+    """Return the checkpoint's media processor with the user's ``options``."""
     checkpoint, config = parse(path)
     return resolve(checkpoint).media_processor(checkpoint, config, options)
 

@@ -122,7 +122,7 @@ class Phi3V(nn.Module):
         self.project = nn.Sequential(nn.Linear(4 * self.width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
     def rows(self, image: Image.Image, num_crops: int) -> torch.Tensor:
-        """Embedding rows of one picture."""
+        """Embedding rows of one image."""
         unit, side = self.unit, self.side
         canvas = canvas_of(image, num_crops, unit)
         pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 255
@@ -154,13 +154,13 @@ class Phi3V(nn.Module):
 
     @torch.inference_mode()
     def embeds(self, ids: list[int], pictures: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Embeddings ``(1, T, hidden)``; id ``-k`` stands for the rows of picture ``k``."""
+        """Embeddings ``(1, T, hidden)``; id ``-k`` stands for the rows of image ``k``."""
         table = self.language.model.embed_tokens.weight
         return torch.cat([pictures[-i] if i < 0 else table[i][None] for i in ids])[None]
 
 
 def canvas_of(image: Image.Image, num_crops: int, unit: int = UNIT) -> Image.Image:
-    """The picture scaled to whole crops of ``unit`` pixels across, white above and below; upright ones are
+    """The image scaled to whole crops of ``unit`` pixels across, white above and below; upright ones are
     mirrored for it."""
     if image.width < image.height:
         return canvas_of(image.transpose(Image.TRANSPOSE), num_crops, unit).transpose(Image.TRANSPOSE)

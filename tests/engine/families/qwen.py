@@ -1,4 +1,4 @@
-"""Tiny checkpoints of the later Qwen-VL families, and what Transformers makes of pictures and videos."""
+"""Tiny checkpoints of the later Qwen-VL families, and what Transformers makes of images and videos."""
 
 from __future__ import annotations
 

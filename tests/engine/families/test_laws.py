@@ -22,7 +22,7 @@ from tests.engine.tiny import picture
 
 
 def single_image(model: Made, hub: Made) -> None:
-    """One picture, and another one in the same words."""
+    """One image, and another one in the same words."""
     _check_media(model, model.case.single_prompts())
 
 
@@ -32,7 +32,7 @@ def several_images(model: Made, hub: Made) -> None:
 
 
 def video(model: Made, hub: Made) -> None:
-    """Frames as one item, before a picture, each of which counts; models without videos say so."""
+    """Frames as one item, before an image, each of which counts; models without videos say so."""
     if model.case.video is not None:
         _check_media(model, model.case.video_prompts())
     elif model.case.mark is not None:
@@ -42,7 +42,7 @@ def video(model: Made, hub: Made) -> None:
 
 
 def _check_media(model: Made, prompts: list[Prompt]) -> None:
-    """With another picture the same words have another answer, and what is cached of them isn't mixed up."""
+    """The same words with another image have another answer, and the prefix cache keeps the two apart."""
     if not prompts:
         _check_refused(model, {"image": [picture(40, 56)]}, "no images")
         return
@@ -51,7 +51,7 @@ def _check_media(model: Made, prompts: list[Prompt]) -> None:
     for prompt in prompts:
         others = prompt.others()
         wanted = model.answer(prompt)
-        # Or all of this would hold if pictures were ignored.
+        # Or all of this would hold if images were ignored.
         assert all(model.answer(other).differs(wanted) for other in others)
         model.check(llm, others)
 
@@ -64,7 +64,7 @@ def _check_refused(model: Made, data: dict, reason: str) -> None:
 
 
 def batch_is_alone(model: Made, hub: Made) -> None:
-    """A text, a picture, several, and a video in one batch; each by itself; and all of their logits."""
+    """A text, an image, several, and a video in one batch; each by itself; and all of their logits."""
     prompts = model.case.prompts()
     model.check(model.llm(), prompts, prompt_logprobs=1)
     llm = model.llm(enable_prefix_caching=False)
@@ -74,7 +74,7 @@ def batch_is_alone(model: Made, hub: Made) -> None:
 
 
 def chunked_is_whole(model: Made, hub: Made) -> None:
-    """So few tokens a step that pictures are cut by steps, and so small blocks that they cut them too."""
+    """Steps and blocks of few tokens split images between them; outputs stay the same."""
     llm = model.llm(max_num_batched_tokens=13, max_num_seqs=4, block_size=4)
     model.check(llm, model.case.prompts(), prompt_logprobs=2)
 
@@ -95,7 +95,7 @@ def preempted_or_cached(model: Made, hub: Made) -> None:
 
 
 def embeds_are_pixels(model: Made, hub: Made) -> None:
-    """Rows of pictures in place of pictures, item by item and all in one tensor."""
+    """Rows of images in place of images, item by item and all in one tensor."""
     prompts = model.case.single_prompts() + model.case.several_prompts()
     if not prompts:
         _check_refused(model, {"image": torch.zeros(1, 4, 64)}, "no images")
@@ -124,7 +124,7 @@ def bfloat16(model: Made, hub: Made) -> None:
 
 
 def bfloat16_on_gpu(model: Made, hub: Made) -> None:
-    """With the kernels that serve; see :func:`_check_bfloat16`."""
+    """Check bfloat16 with the GPU's kernels; see :func:`_check_bfloat16`."""
     _check_bfloat16(model, "cuda")
 
 
@@ -133,8 +133,10 @@ TOLERANCE = 0.06
 
 
 def _check_bfloat16(model: Made, device: str) -> None:
-    """In a batch, whole and cut, outputs are near the reference's; and those with other pictures are not: the
-    bound is a sharp one."""
+    """Check that batched outputs, whole and chunked, are near the reference's.
+
+    Outputs with other images must exceed the same bound, or it would prove nothing.
+    """
     prompts = model.case.prompts()
     shown = [prompt for prompt in prompts if prompt.pictures]
     for options in ({}, {"max_num_batched_tokens": 13, "max_num_seqs": 4}):

@@ -132,7 +132,7 @@ def test_refusals(path):
 
 
 def test_towers_saved_without_their_last_layer(tmp_path):
-    """Where the configuration doesn't say otherwise, the tower has one layer less than it states."""
+    """By default the tower has one layer less than its configuration states."""
     path = composed.make(tmp_path)
     rewrite_json(path / "config.json", {"drop_vision_last_layer": None})
     rewrite_tensors(

@@ -27,7 +27,7 @@ SIZES = [
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
-    """With the public checkpoint's numbers."""
+    """The processor with the public checkpoint's numbers."""
     path = composed.make(tmp_path_factory.mktemp("public"), patch_size=14)
     rewrite_json(
         path / "config.json", {"query_num": 64, "vision_config": {**composed.VISION, "patch_size": 14}}
@@ -39,7 +39,7 @@ def processor(tmp_path_factory):
 
 
 def encoder_pixels(media) -> torch.Tensor:
-    """As the encoder normalises them."""
+    """Return the pixels as the encoder normalises them."""
     build = BuildContext(torch.device("cpu"), torch.float32, SingleProcessGroup())
     pixels = Pixels(HALF_NORMALISATION, build)
     return pixels(pixels.upload(media.pixels))

@@ -121,7 +121,7 @@ def test_what_is_refused(composed, tmp_path):
 
 
 def test_the_public_shape(tmp_path):
-    """CLIP-L/14-336 without a word of it in config.json: 757 rows for a square picture in one crop."""
+    """CLIP-L/14-336 without a word of it in config.json: 757 rows for a square image in one crop."""
     public = {
         "vocab_size": 32064,
         "hidden_size": 3072,

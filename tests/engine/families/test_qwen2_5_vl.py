@@ -72,7 +72,7 @@ def test_windows_equal_transformers(path, grid):
 
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 2 / 24, 2 / 30, 7.3])
 def test_positions_equal_transformers(path, reference, seconds):
-    """Pictures never move in time; videos do by their pace, whole positions only."""
+    """Images never move in time; videos do by their pace, whole positions only."""
     if seconds % 1 and TRANSFORMERS < (5, 23):
         pytest.skip("earlier versions of Transformers cut off fractions of seconds")
     _, config = parse(path)

@@ -53,7 +53,7 @@ def test_rows_equal_transformers(path):
 
 
 def test_what_is_kept_of_a_grid_serves_its_next_picture(path):
-    """Recorded passes take over what the last picture left in place."""
+    """Recorded passes take over what the last image left in place."""
     ours, kept = media_processor(path), encoder(path)
     kept.record(rerun)
     wide, tall = ((60, 44), (33, 90))
@@ -66,7 +66,7 @@ def test_what_is_kept_of_a_grid_serves_its_next_picture(path):
 
 @pytest.mark.parametrize("bounds", [(3136, 12845056), (3136, 1003520), (100000, 200000)])
 def test_token_counts_of_the_public_sizes(path, bounds):
-    """At patch 14, over many sizes, without making a picture of each."""
+    """At patch 14, over many sizes, without making an image of each."""
     theirs = transformers.Qwen2VLImageProcessorPil(min_pixels=bounds[0], max_pixels=bounds[1])
     ours = FAMILY.media_processor(*parse(path), {})
     ours = replace(ours, vision=replace(ours.vision, patch_size=14), pixels=bounds)
@@ -134,7 +134,7 @@ def test_bad_options_are_refused_by_name(path, options, name):
 
 
 def test_positions_equal_transformers(path):
-    """Pictures and videos of several frames, next to each other, at the ends, and none at all."""
+    """Images and videos of several frames, next to each other, at the ends, and none at all."""
     _, config = parse(path)
     reference = reference_model(path).model
     grids = {"image": [(1, 4, 6), (1, 10, 2), (1, 2, 2)], "video": [(3, 4, 2), (2, 2, 8)]}

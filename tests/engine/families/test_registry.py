@@ -31,7 +31,7 @@ def test_unknown_architectures_are_refused_with_the_supported(tmp_path, config):
 
 
 def test_families_need_no_torch():
-    """Processes that only prepare pictures or render prompts don't load it."""
+    """Processes that only prepare images or render prompts don't load it."""
     code = (
         "import sys, engine.families.qwen2_vl.family, engine.families.text.family, engine.families.registry; "
     )

@@ -9,7 +9,7 @@ CHATML_PARTS = (  # Qwen2-VL's
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAVA = (  # pictures first, then texts
+LLAVA = (  # images first, then texts
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"

@@ -108,7 +108,7 @@ def test_numbered_placeholders_may_stand_in_any_order():
 
 
 def test_placeholders_with_text_around_their_rows_are_found():
-    """As Idefics3's: one item is several runs of rows with tokens between them."""
+    """One item is several runs of rows with tokens between them, as in Idefics3."""
 
     def expand(media, index):
         rows = PlaceholderRun(PAD, media.num_tokens, True)

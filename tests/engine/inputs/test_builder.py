@@ -90,7 +90,7 @@ def test_a_chat_has_the_ids_of_transformers(references):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_encoding_around_stand_ins_is_encoding(name, data):
-    """With nothing to hide, the way for texts with control strings gives the tokenizer's own ids."""
+    """Without strings to hide, the code path for control strings returns the tokenizer's own ids."""
     tokenizer = TOKENIZERS[name]
     specials = [token.content for token in tokenizer.added_tokens.values() if token.special]
     pieces = st.one_of(st.sampled_from(specials), st.text("ab reUS \n:", max_size=5), st.text(max_size=3))
@@ -212,7 +212,7 @@ def test_numbered_placeholders_of_a_raw_prompt_name_their_image(phi, references)
 
 
 def test_placeholders_that_are_text_become_runs_of_text_and_rows():
-    """As MiniCPM-V's: the placeholder holds the image's number and separators beside its rows."""
+    """MiniCPM-V's placeholder holds the image's number and separators beside its rows."""
     digits = [CHATML.token_id(c) for c in "01"]
     start, end = CHATML.token_id("<|vision_start|>"), CHATML.token_id("<|vision_end|>")
 

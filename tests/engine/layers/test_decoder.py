@@ -135,7 +135,7 @@ def test_deepstack_and_interleaved_positions_as_in_qwen3_vl(tmp_path):
     deepstack[:, visual] = features
     hidden = prefill_logits(decoder, [embeds], [positions], deepstack=[deepstack], split=[9])[0][:, :64]
     torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=0)
-    # Some tokens alone, pictures' and text's.
+    # Some tokens alone, images' and text's.
     rows = torch.tensor([22, 7, 7, 0])
     meta = metadata([0], [23], [[3, 1, 6, 2, 5, 4]])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What an image viewer shows of every kind of sample that the formats know, by the formats' definitions."""
+"""Every kind of sample that the formats define decodes to the colours that an image viewer shows."""
 
 import io
 import itertools
@@ -125,7 +125,7 @@ def test_grey_of_integers_is_that_of_bytes_or_of_16_bits():
 
 @pytest.mark.parametrize("alpha", [0, 128, 255])
 def test_bmps_without_alpha_are_opaque(alpha):
-    """Of an alpha that is 0 everywhere, that is; others count."""
+    """An alpha channel that is 0 everywhere is ignored; any other counts."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3))
     data = bmp(pixels, np.full((5, 7), alpha))
     share = (alpha or 255) / 255

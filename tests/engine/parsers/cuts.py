@@ -42,7 +42,7 @@ def cuts(text: str, draws: int = 40) -> Iterator[list[str]]:
 
 
 def parse(make: Callable[[], Parser], text: str) -> dict[str, Any]:
-    """What the whole text gives; fails where another cut of the text gives something else."""
+    """Return the result of parsing the whole text; fail if another cut of the text has another result."""
     whole = joined(make(), [text])
     for pieces in cuts(text):
         assert joined(make(), pieces) == whole, pieces

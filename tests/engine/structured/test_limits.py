@@ -1,4 +1,4 @@
-"""What is malformed, too large or hostile is refused in bounded time, and harms nobody else."""
+"""Malformed, oversized and hostile specs are refused in bounded time and don't affect other requests."""
 
 import asyncio
 import json

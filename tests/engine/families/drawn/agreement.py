@@ -1,4 +1,4 @@
-"""How near the engine is to the float32 reference in another dtype, and on a GPU with its kernels and graphs.
+"""Measures the engine's distance from the float32 reference in another dtype, or on a GPU with its kernels.
 
 Rounding decides between tokens that are nearly as likely, so answers are not equal. Two numbers say how good
 they are: the share of tokens that are the reference's likeliest after the same tokens, and the distance of

@@ -95,7 +95,7 @@ def draw_decoder(
 
 @dataclass(frozen=True)
 class Lengths:
-    """How frequencies depend on the length of a sequence.
+    """The dependence of rotary frequencies on the length of a sequence.
 
     Attributes:
         original: longest sequence with the frequencies of short ones; None if they don't depend on it.

@@ -38,7 +38,7 @@ KINDS = ("text", "image last", "image first", "images", "images apart", "turns",
 
 @dataclass(frozen=True)
 class Style:
-    """How prompts of a family look.
+    """The form of a family's prompts.
 
     Attributes:
         frame: text around what a user says, with the start of the answer.

@@ -1,4 +1,4 @@
-"""What a run of many cases says: differences as they come, and a table at the end."""
+"""Prints the report of a run of many cases: differences as they come, and a table at the end."""
 
 from __future__ import annotations
 

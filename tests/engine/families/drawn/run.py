@@ -24,7 +24,7 @@ _REFUSALS = (CheckpointError, ConfigError, InvalidRequest)
 
 @dataclass(frozen=True)
 class Case:
-    """What to run.
+    """One case to run.
 
     Attributes:
         without: variations that are switched off.
@@ -43,7 +43,7 @@ class Case:
 
 @dataclass
 class Result:
-    """What came of a case.
+    """Results of a case.
 
     Attributes:
         varied: the variations that the case has.

@@ -95,7 +95,7 @@ def _view(config: Any, model: Any) -> dict[str, Any]:
 
 
 def _frequencies(rotary: Any, length: int) -> torch.Tensor:
-    """Of a sequence of ``length`` tokens, by a module that has seen none before."""
+    """Return the frequencies for a sequence of ``length`` tokens, from a module that has seen none before."""
     positions = torch.arange(length)[None]
     if hasattr(rotary, "mrope_section"):
         positions = positions.expand(3, 1, -1)
@@ -107,7 +107,7 @@ def _frequencies(rotary: Any, length: int) -> torch.Tensor:
 
 
 def _windows(config: Any, body: Any) -> tuple[int | None, ...]:
-    """Of each layer."""
+    """Return the window of each layer; None for full attention."""
     if config.model_type in ("llama", "qwen3_vl_text"):
         return (None,) * len(body.layers)
     if config.model_type in ("mistral", "phi3"):

@@ -42,6 +42,6 @@ def test_a_window_is_compared_with_the_stretched_context():
 
 
 def test_a_window_of_null_is_none():
-    """As in Mistral-7B-Instruct-v0.2 and Nemo; left out it is 4096."""
+    """Mistral-7B-Instruct-v0.2 and Nemo state null; the default of an absent field is 4096."""
     assert parse_decoder({"sliding_window": None}, "mistral").windows == ()
     assert parse_decoder({}, "mistral").windows == (4096,) * 32
