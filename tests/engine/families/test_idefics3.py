@@ -1,4 +1,4 @@
-"""Tests of Idefics3's and SmolVLM alone; ``test_laws.py`` compares whole answers of all families."""
+"""Tests of Idefics3 and SmolVLM alone; ``test_laws.py`` compares whole answers of all families."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_positions_are_those_of_transformers(side, shape):
 
 
 def test_public_configuration_is_filled_up(tmp_path):
-    """SmolVLM-256M's files say little of the tower."""
+    """SmolVLM-256M's files state few fields of the tower."""
     config = {
         "architectures": ["Idefics3ForConditionalGeneration"],
         "image_token_id": 49190,

@@ -62,7 +62,7 @@ def test_variants_answer_as_transformers_does(tmp_path, name, hub):
 
 
 def test_public_configuration_is_filled_up(tmp_path):
-    """The public 7B file leaves nearly all of the language model to its defaults."""
+    """The public 7B file leaves nearly all of the decoder's fields to their defaults."""
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

@@ -1,4 +1,4 @@
-"""Tests of MiniCPM-V 2.6 alone; ``test_laws.py`` compares whole answers of all families."""
+"""Tests of MiniCPM-V alone; ``test_laws.py`` compares whole answers of all families."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_later_versions_answer_as_their_references_do(tmp_path, version):
 
 
 def test_rows_are_those_of_the_reference_alone_and_together(path):
-    """Among them are 49 patches in a line: their positions, of 7, depend on how fractions are rounded."""
+    """One image has 49 patches in a line, whose positions depend on the rounding of fractions."""
     sizes = [(60, 44), (20, 24), (150, 24), (28, 140), (343, 2)]
     pictures = [picture(*size, seed=i) for i, size in enumerate(sizes)]
     model, ours, prepare = composed.load(path), encoder(path), media_processor(path).prepare
@@ -132,7 +132,7 @@ def test_refusals(path):
 
 
 def test_towers_saved_without_their_last_layer(tmp_path):
-    """By default the tower has one layer less than its configuration states."""
+    """Without drop_vision_last_layer in config.json the tower has one layer less than stated."""
     path = composed.make(tmp_path)
     rewrite_json(path / "config.json", {"drop_vision_last_layer": None})
     rewrite_tensors(

@@ -87,7 +87,7 @@ def test_slices_are_those_of_the_later_version_in_transformers(processor, size):
         start += height * width
 
 
-def test_an_item_is_described_by_the_size_of_its_picture(processor):
+def test_an_item_is_described_by_the_size_of_its_image(processor):
     for size in [(640, 480), (20, 24), (1500, 240)]:
         prepared = processor.prepare(picture(*size)).item
         assert processor.embedding_item(size, "").num_tokens == prepared.num_tokens

@@ -1,4 +1,4 @@
-"""Tests of Phi-3.5-vision's and VLM2Vec alone; ``test_laws.py`` compares whole answers of all families."""
+"""Tests of Phi-3.5-vision and VLM2Vec alone; ``test_laws.py`` compares whole answers of all families."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_an_answer_that_grows_beyond_the_original_context_is_computed_again(comp
 
 @pytest.mark.parametrize("num_crops", [1, 4, 16])
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_and_rows(composed, size, num_crops):
+def test_images_and_rows(composed, size, num_crops):
     path, reference = composed
     processor = load_media_processor(
         EngineConfig(model=str(path), mm_processor_kwargs={"num_crops": num_crops})
@@ -82,7 +82,7 @@ def test_pictures_and_rows(composed, size, num_crops):
 
 
 @pytest.mark.parametrize("size", [(201, 1), (1, 448), (1000, 3)])
-def test_elongated_pictures(composed, size):
+def test_elongated_images(composed, size):
     path, _ = composed
     options = {"num_crops": 16}
     processor = load_media_processor(EngineConfig(model=str(path), mm_processor_kwargs=options))
@@ -101,7 +101,7 @@ def test_chat(tmp_path):
     assert output.outputs[0].token_ids == model.answer(Prompt(prompt, (image,))).tokens
 
 
-def test_what_is_refused(composed, tmp_path):
+def test_refusals(composed, tmp_path):
     path, _ = composed
     with pytest.raises(ConfigError, match="from 1 to 64"):
         load_media_processor(EngineConfig(model=str(path), mm_processor_kwargs={"num_crops": 65}))
@@ -120,8 +120,8 @@ def test_what_is_refused(composed, tmp_path):
         FAMILY.parse(Checkpoint.open(str(tmp_path)))
 
 
-def test_the_public_shape(tmp_path):
-    """CLIP-L/14-336 without a word of it in config.json: 757 rows for a square image in one crop."""
+def test_public_configuration(tmp_path):
+    """config.json doesn't mention CLIP-L/14-336: 757 rows for a square image in one crop."""
     public = {
         "vocab_size": 32064,
         "hidden_size": 3072,

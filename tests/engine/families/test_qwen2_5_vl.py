@@ -72,7 +72,7 @@ def test_windows_equal_transformers(path, grid):
 
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 2 / 24, 2 / 30, 7.3])
 def test_positions_equal_transformers(path, reference, seconds):
-    """Images never move in time; videos do by their pace, whole positions only."""
+    """An image has one position in time; a video's steps are apart by its pace, in whole positions."""
     if seconds % 1 and TRANSFORMERS < (5, 23):
         pytest.skip("earlier versions of Transformers cut off fractions of seconds")
     _, config = parse(path)
@@ -107,7 +107,7 @@ def test_positions_equal_transformers(path, reference, seconds):
     ("names", "tied", "ratio"), [("saved", True, 4), ("hub", False, 4), ("memory", False, 1)]
 )
 def test_other_names_and_ratios(tmp_path, names, tied, ratio):
-    """Beside those of the laws."""
+    """Names, tied embeddings and ratios of heads that the laws don't cover."""
 
     def make(path, hub):
         make_qwen2_5_vl(path, names=names, tied=tied, gqa_ratio=ratio, seed=3)
@@ -138,7 +138,7 @@ def test_videos_have_bounds_of_their_own(tmp_path):
 
 
 def test_videos_have_default_bounds_of_their_own(tmp_path):
-    """Those of Transformers' video processor, where neither file states bounds."""
+    """The bounds of Transformers' video processor, if neither file states any."""
     path = make_qwen2_5_vl(tmp_path)
     rewrite_json(path / "preprocessor_config.json", {"size": None})
     assert media_processor(path).pixels == (56 * 56, 1280 * 28 * 28)

@@ -52,8 +52,8 @@ def test_rows_equal_transformers(path):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_what_is_kept_of_a_grid_serves_its_next_picture(path):
-    """Recorded passes take over what the last image left in place."""
+def test_plans_of_a_grid_serve_its_next_image(path):
+    """Captured passes don't copy segments again that the last image used."""
     ours, kept = media_processor(path), encoder(path)
     kept.record(rerun)
     wide, tall = ((60, 44), (33, 90))
@@ -66,7 +66,7 @@ def test_what_is_kept_of_a_grid_serves_its_next_picture(path):
 
 @pytest.mark.parametrize("bounds", [(3136, 12845056), (3136, 1003520), (100000, 200000)])
 def test_token_counts_of_the_public_sizes(path, bounds):
-    """At patch 14, over many sizes, without making an image of each."""
+    """With patches of 14 pixels, by the sizes alone."""
     theirs = transformers.Qwen2VLImageProcessorPil(min_pixels=bounds[0], max_pixels=bounds[1])
     ours = FAMILY.media_processor(*parse(path), {})
     ours = replace(ours, vision=replace(ours.vision, patch_size=14), pixels=bounds)
@@ -79,7 +79,7 @@ def test_token_counts_of_the_public_sizes(path, bounds):
         assert ours.check((width, height)) * 4 == theirs.get_number_of_image_patches(height, width)
 
 
-def test_elongated_pictures_are_refused(path):
+def test_elongated_images_are_refused(path):
     ours = media_processor(path)
     assert ours.check((200, 1)) > 0
     for size in ((201, 1), (3, 601)):
@@ -89,7 +89,7 @@ def test_elongated_pictures_are_refused(path):
             ours.prepare(Image.new("RGB", size))
 
 
-def test_hash_tells_pictures_apart(path):
+def test_hashes_of_different_images_differ(path):
     ours = media_processor(path)
     image = picture(60, 44)
     changed = image.copy()
@@ -107,7 +107,7 @@ def test_hash_tells_pictures_apart(path):
     assert hashes[0] == ours.prepare(image.copy()).item.hash
 
 
-def test_options_bound_the_picture(path):
+def test_options_bound_the_size_of_images(path):
     small = media_processor(path, max_pixels=512)
     assert small.check((600, 600)) == 4
     # The checkpoint's lower bound gives way to an upper one below it.
@@ -134,7 +134,7 @@ def test_bad_options_are_refused_by_name(path, options, name):
 
 
 def test_positions_equal_transformers(path):
-    """Images and videos of several frames, next to each other, at the ends, and none at all."""
+    """Images and videos of several frames: next to each other, at the prompt's ends, and none."""
     _, config = parse(path)
     reference = reference_model(path).model
     grids = {"image": [(1, 4, 6), (1, 10, 2), (1, 2, 2)], "video": [(3, 4, 2), (2, 2, 8)]}
@@ -174,7 +174,7 @@ def _compare_positions(config, reference, order, grids):
 
 
 def test_videos_equal_transformers(path):
-    """A video is its frames two by two; the last stands in for a missing one."""
+    """A temporal patch has two frames; the last frame is repeated if one is missing."""
     ours, reference = media_processor(path), reference_model(path).model
     frames = [picture(40, 32, seed) for seed in range(5)]
     media = ours.prepare_video(frames)
@@ -193,7 +193,7 @@ def test_videos_equal_transformers(path):
         ours.prepare_video([picture(8, 8), picture(8, 9)])
 
 
-def test_batched_pictures_do_not_see_each_other(path):
+def test_batched_images_do_not_see_each_other(path):
     vision, ours = encoder(path), media_processor(path)
     media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
     media.append(ours.prepare_video([picture(40, 32, seed) for seed in range(3)]))
@@ -210,7 +210,7 @@ def test_pixels_that_do_not_fit_their_grid_are_refused(path):
 
 
 def test_public_configuration_is_filled_up(tmp_path):
-    """The public 2B file states next to nothing of its tower."""
+    """The public 2B file states few fields of its tower."""
     path = make_qwen2_vl(tmp_path, hub_names=True)
     public = {"hidden_size": 64, "in_chans": 3, "spatial_patch_size": 14}
     rewrite_json(path / "config.json", {"vision_config": public, "image_token_id": 5})

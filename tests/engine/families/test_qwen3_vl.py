@@ -40,7 +40,7 @@ def their_rows(output) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [(60, 44), (8, 8), (7, 1000), (64, 64), (33, 90), (16, 120)], ids=str)
 def test_rows_equal_transformers(path, reference, size):
-    """Rows for the prompt, and those for the decoder's first layers beside them."""
+    """Rows for the prompt, and beside them the rows for the decoder's first layers."""
     theirs = reference.images(picture(*size), return_tensors="pt")
     media = media_processor(path).prepare(picture(*size))
     assert media.item.grid == tuple(theirs["image_grid_thw"][0].tolist())
@@ -90,7 +90,7 @@ def test_placeholders_of_videos_are_those_of_transformers(path, reference, count
 
 @pytest.mark.parametrize(("tied", "ratio"), [(True, 2), (False, 4)])
 def test_other_ratios(tmp_path, tied, ratio):
-    """Beside those of the laws."""
+    """Tied embeddings and ratios of heads that the laws don't cover."""
 
     def make(path, hub):
         make_qwen3_vl(path, tied=tied, gqa_ratio=ratio, seed=3)
@@ -99,7 +99,7 @@ def test_other_ratios(tmp_path, tied, ratio):
 
 
 def test_sizes_of_videos_are_those_of_transformers():
-    """All frames together are bounded; frames of less than one row are enlarged first."""
+    """All frames together are bounded; frames smaller than a merged square are enlarged first."""
     generator = np.random.default_rng(0)
     low, high = 4096, 2_000_000
     seen = set()

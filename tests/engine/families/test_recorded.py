@@ -1,6 +1,6 @@
-"""Towers and decoders whose passes are recorded give the reference's answers.
+"""Towers and decoders with captured passes give the reference's answers.
 
-On a GPU passes are recorded in every test. Here a replay runs the work anew, over the same static, padded
+On a GPU every test captures passes. Here a replay runs the work eagerly, over the same static, padded
 tensors.
 """
 

@@ -73,7 +73,8 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
     "LLaVA-OneVision": [
         (CONFIG, {"text_config": {"model_type": "llama"}}, "llama"),
         (CONFIG, {"vision_config": {"model_type": "clip_vision_model"}}, "clip"),
-        (CONFIG, {"vision_feature_layer": [-2, -3]}, "vision_feature_layer"),
+        (CONFIG, {"vision_feature_layer": [-2, -9]}, "vision_feature_layer"),
+        (CONFIG, {"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy"),
         (CONFIG, {"vision_feature_layer": -9}, "vision_feature_layer"),
         (CONFIG, {"vision_aspect_ratio": "square"}, "vision_aspect_ratio"),
         (CONFIG, {"image_grid_pinpoints": [[32, 33]]}, "image_grid_pinpoints"),
