@@ -29,7 +29,8 @@ class EngineConfig(BaseModel):
         gpu_memory_utilization: share of the GPU's total memory this process may use.
         max_num_seqs: requests running at once.
         max_num_batched_tokens: token budget of one step.
-        max_encoder_tokens: embedding rows held for requests whose placeholders are not consumed yet.
+        max_encoder_tokens: most embedding rows of one request; offline also of all requests together whose
+            placeholders are not computed yet.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
         enforce_eager: never capture CUDA graphs.
         run_ahead: steps the host may enqueue before it reads sampled tokens; 0 waits for each step.

@@ -96,7 +96,7 @@ class OfflineRunner:
                 ready = next(waiting, None)
                 while ready is not None or core.has_work:
                     batch: list[Job] = []
-                    while ready is not None and self._wants_more(ready, len(batch)):
+                    while ready is not None and self._wants_more(ready, batch):
                         batch.append(ready)
                         ready = next(waiting, None)
                     for job in self._admit(batch):
@@ -129,14 +129,17 @@ class OfflineRunner:
                 yield ahead.popleft()
         yield from ahead
 
-    def _wants_more(self, job: Job, gathered: int) -> bool:
-        """Whether ``job`` should be taken in now, beside ``gathered`` others: it is prepared, or there is
-        nothing else to do."""
-        core = self._engine.core
-        # Embeddings of only a batch's worth of prompts wait for their turn.
-        if gathered >= _TOGETHER or core.scheduler.num_waiting + gathered >= self._engine.config.max_num_seqs:
+    def _wants_more(self, job: Job, gathered: Sequence[Job]) -> bool:
+        """Whether ``job`` should be taken in now, beside ``gathered`` others.
+
+        It should if it is prepared and its embeddings are within the budget, or if nothing else is to do.
+        """
+        core, count = self._engine.core, len(gathered)
+        if not (core.has_work or gathered):
+            return True
+        if count >= _TOGETHER or core.scheduler.num_waiting + count >= self._engine.config.max_num_seqs:
             return False
-        return job.prepared.done() or not (core.has_work or gathered)
+        return job.prepared.done() and core.scheduler.ledger.fits(sum(map(_num_rows, [*gathered, job])))
 
     def _admit(self, batch: Sequence[Job]) -> Sequence[Job]:
         """Encode the media of all in ``batch`` together, and give their requests to the engine."""
@@ -219,6 +222,15 @@ def _young_garbage_only() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _num_rows(job: Job) -> int:
+    """Embedding rows that the engine will hold for a job."""
+    if job.prepared.exception() is not None:
+        # Taking it in raises that.
+        return 0
+    completions = job.params.n if isinstance(job.params, SamplingParams) else 1
+    return completions * sum(span.item.num_tokens for span in job.prepared.result().inputs.spans)
 
 
 def _done(prepared: PreparedPrompt) -> Future[PreparedPrompt]:

@@ -1,4 +1,4 @@
-"""Counts the embedding rows that running requests still need."""
+"""Counts the embedding rows that requests hold for placeholders that are not computed yet."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from engine.request import Request
 
 
 class EncoderLedger:
-    """A budget of embedding rows. Rows are held from admission until their placeholders are computed.
+    """Embedding rows by request, from its arrival until its placeholders are computed.
+
+    Rows of requests that wait are what piles up: a step computes prompts one after the other, so that at most
+    one running request has rows left. Whoever encodes ahead of the scheduler asks :meth:`fits` first; the
+    budget is a bound on memory if it does.
 
     Args:
-        budget: most rows held at once.
+        budget: most rows to hold at once, and of one request.
     """
 
     def __init__(self, budget: int) -> None:
@@ -17,16 +21,13 @@ class EncoderLedger:
         self._held: dict[str, int] = {}
         self.num_held = 0
 
-    def rows_from(self, request: Request, position: int) -> int:
-        """Rows that computing ``request`` from prompt ``position`` on needs."""
-        return sum(span.item.num_tokens - span.rows_before(position) for span in request.spans)
-
     def fits(self, rows: int) -> bool:
+        """Whether ``rows`` more stay within the budget."""
         return self.num_held + rows <= self.budget
 
     def hold(self, request: Request, position: int) -> None:
-        """Set what ``request`` holds to the rows it needs from ``position`` on."""
-        rows = self.rows_from(request, position) if request.spans else 0
+        """Set what ``request`` holds to the rows that its prompt needs from ``position`` on."""
+        rows = rows_from(request, position) if request.spans else 0
         self.num_held += rows - self._held.pop(request.id, 0)
         if rows:
             self._held[request.id] = rows
@@ -36,3 +37,8 @@ class EncoderLedger:
 
     def check_idle(self) -> None:
         assert self.num_held == 0 and not self._held, f"embedding rows still held: {self._held}"
+
+
+def rows_from(request: Request, position: int) -> int:
+    """Embedding rows of the media that tokens from ``position`` on stand for."""
+    return sum(span.item.num_tokens - span.rows_before(position) for span in request.spans)

@@ -20,7 +20,7 @@ import numpy as np
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.request import Request
 from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, StepEvents, TableUpdate
-from engine.scheduling.encoder_ledger import EncoderLedger
+from engine.scheduling.encoder_ledger import EncoderLedger, rows_from
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.slots import SlotTable
 from engine.scheduling.waiting import WaitingQueue
@@ -90,17 +90,17 @@ class Scheduler:
         room = 0 if request.pooling else 1
         if request.num_prompt + room > self.max_model_len:
             raise ContextLengthExceeded.by(self.max_model_len, request.num_prompt, room)
-        rows = self.ledger.rows_from(request, 0)
+        rows = rows_from(request, 0)
         if rows > self.ledger.budget:
             raise InvalidRequest(
-                f"The request's pictures need {rows} visual tokens, but at most {self.ledger.budget} are "
-                "allowed at once. Send fewer or smaller pictures.",
+                f"The request's images need {rows} visual tokens, but max_encoder_tokens is "
+                f"{self.ledger.budget}. Send fewer or smaller images.",
                 param="prompt",
             )
 
     def add(self, request: Request) -> None:
         """Queue a request that passed :meth:`check`."""
-        self._waiting.push(request)
+        self._enqueue(request)
         self.stats.prompt_tokens += request.num_prompt
 
     def abort(self, request: Request) -> None:
@@ -109,7 +109,7 @@ class Scheduler:
             return
         request.finished = True
         if request.slot is None:
-            self._waiting.forget(request)
+            self._forget_waiting(request)
         else:
             self._release(request)
 
@@ -122,7 +122,7 @@ class Scheduler:
             return
         request.finished = True
         if request.slot is None:
-            self._waiting.forget(request)
+            self._forget_waiting(request)
         else:
             self._release(request, publish=False)
         self.failed.append((request, error))
@@ -286,8 +286,6 @@ class Scheduler:
         """Give the first waiting request a slot and blocks; False if there are too few."""
         cached = self.kv.cached_prefix(request)
         computed = len(cached) * self.kv.block_size
-        if not self.ledger.fits(self.ledger.rows_from(request, computed)):
-            return False
         # A request that runs alone may take every block; beside others it leaves them blocks to grow.
         reserve = self.kv.pool.capacity // 100 + 1 if self.num_running else 0
         if not self.kv.admit(request, cached, reserve):
@@ -334,7 +332,7 @@ class Scheduler:
         """
         self.stats.preempted += 1
         self._interrupt(request, publish=publish)
-        self._waiting.push(request)
+        self._enqueue(request)
 
     def _recompute_longer(self, slot: int) -> None:
         """Compute a request again from its start, with the rotary frequencies of longer sequences."""
@@ -342,7 +340,7 @@ class Scheduler:
         assert request is not None and request.rope_variant == 0
         self._interrupt(request)
         request.rope_variant, request.block_hashes = 1, []
-        self._waiting.push(request)
+        self._enqueue(request)
 
     def _interrupt(self, request: Request, *, publish: bool = True) -> None:
         """Take a running request's slot and blocks; all its known tokens are to be computed again."""
@@ -384,6 +382,14 @@ class Scheduler:
         except Exception:
             # The answer is right all the same, and the request's slot and blocks must be freed.
             logger.exception("request %s is left out of the prefix cache", request.id)
+
+    def _forget_waiting(self, request: Request) -> None:
+        self._waiting.forget(request)
+        self.ledger.release(request)
+
+    def _enqueue(self, request: Request) -> None:
+        self._waiting.push(request)
+        self.ledger.hold(request, 0)
 
     def check_integrity(self) -> None:
         """At idle: every block, slot and embedding row is back. Raises AssertionError."""

@@ -247,6 +247,21 @@ def test_who_prepares(llm):
     llm.check_integrity()
 
 
+def test_embeddings_of_waiting_prompts_stay_within_the_budget(path, llm, monkeypatch):
+    """Each image has nine rows, and each step computes about one prompt."""
+    prompts = [about(tiny.picture(24, 24, seed)) for seed in range(24)]
+    small = LLM(str(path), max_model_len=64, max_encoder_tokens=40, max_num_batched_tokens=16)
+    scheduler, held = small._engine.core.scheduler, []
+    step = small._engine.core.step
+    monkeypatch.setattr(small._engine.core, "step", lambda: held.append(scheduler.ledger.num_held) or step())
+    assert generated(small, prompts) == generated(llm, prompts)
+    assert 9 < max(held) <= 40
+    # What doesn't fit at all is refused; what only fits alone is not.
+    assert generated(small, [about([tiny.picture(48, 48)])] * 2)
+    with pytest.raises(InvalidRequest, match="45 visual tokens, but max_encoder_tokens is 40"):
+        generated(small, [prompts[0], about(tiny.picture(72, 40))])
+
+
 def test_the_collector_looks_at_what_a_call_makes_only(llm, monkeypatch):
     frozen = []
     # Servers of other tests have frozen what they loaded.

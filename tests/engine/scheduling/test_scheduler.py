@@ -155,7 +155,7 @@ def test_what_can_never_run_is_refused():
     assert engine.scheduler.max_model_len == 16
     with pytest.raises(ContextLengthExceeded, match=r"16 tokens.*17 in the prompt"):
         engine.add("long", list(range(17)))
-    with pytest.raises(InvalidRequest, match=r"12 visual tokens.*10"):
+    with pytest.raises(InvalidRequest, match=r"12 visual tokens.*max_encoder_tokens is 10"):
         engine.add("rows", prompt_with(12, 1, 2), [picture("p", 12, 1)])
     engine.add("fits", list(range(15)), max_tokens=50)
     engine.run()
@@ -189,13 +189,16 @@ def test_an_answer_beyond_the_original_context_is_computed_again_once(run_ahead,
     assert engine.scheduler.stats.preempted == 0
 
 
-def test_embedding_rows_are_budgeted():
-    engine = SimulatedEngine(encoder_rows=10, budget=4)
-    for key in "abc":
-        engine.add(key, prompt_with(8, 3, 6), [picture(key, 8, 3)], max_tokens=3)
+def test_embedding_rows_are_held_from_arrival_until_they_are_computed():
+    engine = SimulatedEngine(encoder_rows=26, budget=4, max_num_seqs=3)
+    requests = [engine.add(key, prompt_with(8, 3, 6), [picture(key, 8, 3)], max_tokens=3) for key in "abc"]
+    ledger = engine.scheduler.ledger
+    assert ledger.num_held == 24 and ledger.fits(2) and not ledger.fits(3)
     while engine.core.has_work:
         engine.step()
-        assert engine.scheduler.ledger.num_held <= 10
+        computed = [engine.scheduler.slots.computed[r.slot] for r in requests if r.slot is not None]
+        waiting = sum(r.slot is None and not r.finished for r in requests)
+        assert ledger.num_held == 8 * waiting + sum(8 - min(max(0, end - 3), 8) for end in computed)
     for key in "abc":
         assert engine.outputs[key] == tokens_alone(prompt_with(8, 3, 6), [picture(key, 8, 3)], 3)
 
