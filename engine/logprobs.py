@@ -24,12 +24,6 @@ class LogprobTensors:
     top_ids: Tensor
     top_logprobs: Tensor
 
-    def cpu(self) -> LogprobTensors:
-        """On the host, waiting for the device."""
-        return LogprobTensors(
-            self.token_logprobs.cpu(), self.ranks.cpu(), self.top_ids.cpu(), self.top_logprobs.cpu()
-        )
-
 
 def compute_logprobs(logits: Tensor, tokens: Tensor, k: int) -> LogprobTensors:
     """Logits (N, V) of any float dtype, tokens (N,) int64."""

@@ -41,7 +41,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: str
     vision: Any = None
-    bos_token_id: int | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
     extra: Mapping[str, Any] | None = None

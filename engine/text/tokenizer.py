@@ -64,24 +64,14 @@ class Tokenizer:
         largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
         return largest + 1
 
-    @cached_property
-    def bos_id(self) -> int | None:
-        """Id of the beginning-of-sequence token, if the checkpoint names one."""
-        return self._named("bos_token")
-
-    @cached_property
-    def eos_id(self) -> int | None:
-        """Id of the end-of-sequence token, if the checkpoint names one."""
-        return self._named("eos_token")
-
-    @cached_property
-    def pad_id(self) -> int | None:
-        """Id of the padding token, if the checkpoint names one."""
-        return self._named("pad_token")
-
     def token_text(self, role: str) -> str | None:
         """The token of a role such as ``bos_token`` or ``eos_token``, as tokenizer_config.json has it."""
         return _content(self.config.get(role))
+
+    def role_id(self, role: str) -> int | None:
+        """Id of the token of a role; None if tokenizer_config.json names none or the vocabulary lacks it."""
+        text = self.token_text(role)
+        return None if text is None else self.token_id(text)
 
     def token_id(self, token: str) -> int | None:
         """Id of a token given exactly as the vocabulary spells it; None if it has none."""
@@ -115,7 +105,7 @@ class Tokenizer:
         for piece in self._inside_special.split(text):
             found += _encode(backend, piece, False)
             backend = self._plain_pieces
-        unknown = self._named("unk_token")
+        unknown = self.role_id("unk_token")
         return [i for i in found if i == unknown or i not in self.special_ids]
 
     def encode_piece(self, text: str) -> list[int]:
@@ -192,10 +182,6 @@ class Tokenizer:
         contents = {self.added_tokens[i].content for i in self.special_ids}
         places = [f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in contents if len(c) > 1]
         return re.compile("|".join(places) or "(?!)")
-
-    def _named(self, role: str) -> int | None:
-        text = self.token_text(role)
-        return None if text is None else self.token_id(text)
 
     def _add_configured_tokens(self) -> None:
         """Tokens that tokenizer_config.json names; those that are new get the next free ids, in order.

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +245,24 @@ def test_who_prepares(llm):
     with pytest.raises(InvalidRequest):
         generated(llm, [Watched(5, began, ended), *[Watched("what?", began, ended, 0.2)] * 40])
     assert len(began) == len(ended)
+    llm.check_integrity()
+
+
+def test_nothing_is_computed_beyond_a_stop_string(llm):
+    free = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    (whole,) = llm.generate("hello world", free, use_tqdm=False)
+    text = whole.outputs[0].text
+    stop = next(text[i : i + 3] for i in range(4, 20) if text.find(text[i : i + 3]) == i)
+    before = llm.metrics()
+    (output,) = llm.generate(
+        "hello world", replace(free, stop=[stop], include_stop_str_in_output=True), use_tqdm=False
+    )
+    after = llm.metrics()
+    assert output.outputs[0].finish_reason == "stop" and output.outputs[0].text.endswith(stop)
+    made = len(output.outputs[0].token_ids)
+    assert made < 40
+    # Steps that were enqueued before the end was known have computed one token each.
+    assert after["output_tokens"] - before["output_tokens"] <= made + llm.config.run_ahead + 1
     llm.check_integrity()
 
 

@@ -22,12 +22,11 @@ def flat_text(kind: DecoderKind) -> TextFields:
     return lambda raw: (raw, kind)
 
 
-def nested_text(*kinds: DecoderKind, defaults: Json | None = None, text_may_tie: bool = True) -> TextFields:
+def nested_text(*kinds: DecoderKind, text_may_tie: bool = True) -> TextFields:
     """The decoder's fields are in ``text_config``, whose ``model_type`` is one of ``kinds``.
 
     Args:
         kinds: the first is assumed where ``model_type`` is missing.
-        defaults: fields that the family assumes where ``text_config`` doesn't state them.
         text_may_tie: whether ``tie_word_embeddings`` in ``text_config`` ties the embeddings, as the field of
             the same name in config.json does.
     """
@@ -40,7 +39,7 @@ def nested_text(*kinds: DecoderKind, defaults: Json | None = None, text_may_tie:
                 f"config.json: text_config.model_type {kind!r} is not supported; {', '.join(kinds)} are",
                 param="text_config",
             )
-        return tied_text(raw, {**(defaults or {}), **stated}, text_may_tie), cast(DecoderKind, kind)
+        return tied_text(raw, stated, text_may_tie), cast(DecoderKind, kind)
 
     return fields
 
@@ -109,7 +108,6 @@ class ConfigReader:
             vision=vision,
             eos_token_ids=eos_ids(checkpoint, text, vocab_size=decoder.vocab_size, defaults=self.end_tokens),
             dtype=checkpoint_dtype(raw, text),
-            bos_token_id=text.get("bos_token_id"),
             image_token_id=self.image_token(raw, decoder),
             video_token_id=self.video_token(raw, decoder),
         )

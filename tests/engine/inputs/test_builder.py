@@ -165,14 +165,14 @@ def test_llava_gets_its_bos_and_its_images_first(references):
     build = builder(LLAMA, templates.LLAVA, "<image>")
     built = build.from_messages(user(text("the red"), image(), text("<image>")), [item(4, IMAGE)])
     assert built.text == "USER: <image>\nthe red <image> ASSISTANT:"
-    assert built.token_ids[0] == LLAMA.bos_id
+    assert built.token_ids[0] == LLAMA.role_id("bos_token")
     assert built.token_ids.count(IMAGE) == 4
     one = build.from_messages(user(image(), text("the red")), [item(1, IMAGE)])
     assert one.token_ids == references["byte_fallback"].encode("USER: <image>\nthe red ASSISTANT:")
     texts = builder(LLAMA, "{{ bos_token }}" + templates.LLAVA, "<image>").from_messages(
         user(text("the red"))
     )
-    assert texts.token_ids.count(LLAMA.bos_id) == 1
+    assert texts.token_ids.count(LLAMA.role_id("bos_token")) == 1
 
 
 def test_a_template_for_strings_gets_placeholders_between_the_texts():
@@ -282,7 +282,9 @@ def test_placeholder_strings_of_a_prompt_without_media_are_plain_text(tokenizer,
     build = builder(tokenizer, None, string)
     string = string.replace("{index}", "1")
     special = sorted(
-        tokenizer.added_tokens[i].content for i in tokenizer.special_ids if i != tokenizer.bos_id
+        tokenizer.added_tokens[i].content
+        for i in tokenizer.special_ids
+        if i != tokenizer.role_id("bos_token")
     )[0]
     prompt = f"the {string} is where {special} a picture stands {string}"
     built = build.from_text(prompt, placeholders_are_text=True)

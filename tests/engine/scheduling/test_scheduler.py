@@ -107,6 +107,46 @@ def test_the_youngest_makes_room_and_its_tokens_stay():
         assert engine.outputs[key] == tokens_alone(prompt, [], 25)
 
 
+def long_answer(start: int = 0) -> list[int]:
+    """A prompt of three tokens whose answer has 60 tokens at least."""
+    return next([i, 11, 12] for i in range(start, 50) if len(tokens_alone([i, 11, 12], [], 60)) == 60)
+
+
+@pytest.mark.parametrize(
+    ("beside", "length", "enters"), [(True, 20, True), (True, 23, False), (False, 23, True)]
+)
+def test_a_request_beside_others_leaves_them_a_block_to_grow(beside, length, enters):
+    """A running answer has one of seven blocks; 23 tokens would take all the others."""
+    engine = SimulatedEngine(num_blocks=8 if beside else 7, prefix_caching=False, budget=40)
+    if beside:
+        engine.add("running", long_answer(), max_tokens=20)
+        engine.step()
+        assert engine.scheduler.kv.pool.num_free == 6
+    request = engine.add("new", list(range(length)), max_tokens=1)
+    batch = engine.scheduler.schedule()
+    assert (request in [admission.request for admission in batch.admitted]) == enters
+
+
+def test_what_a_victim_was_given_in_its_last_step_does_not_reach_the_device():
+    engine = SimulatedEngine(num_blocks=4, max_num_seqs=3, prefix_caching=False, run_ahead=0)
+    # Both want the last free block in the same step. The first slot is asked first, but its request matters
+    # less and has to give way.
+    low = engine.add("low", long_answer(), max_tokens=5, priority=1)
+    engine.step()
+    high = engine.add("high", [9, *long_answer(20)], max_tokens=6)
+    engine.step()
+    assert (low.slot, high.slot) == (0, 1)
+    given = list(low.blocks)
+    grow, grown = engine.scheduler.kv.grow, []
+    engine.scheduler.kv.grow = lambda request: grown.append(request.id) or grow(request)
+    engine.step()
+    assert grown == ["low", "high", "high"] and low.blocks == [] != given and low.num_preemptions == 1
+    assert [update.slot for update in engine.runner.steps[-1].table_updates] == [1]
+    engine.run()
+    assert engine.outputs["low"] == tokens_alone(long_answer(), [], 5)
+    assert engine.outputs["high"] == tokens_alone([9, *long_answer(20)], [], 6)
+
+
 def test_priority_goes_first_and_is_interrupted_last():
     engine = SimulatedEngine(max_num_seqs=1)
     engine.add("first", [1, 2], max_tokens=3)

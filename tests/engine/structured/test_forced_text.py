@@ -42,7 +42,7 @@ class Vocabulary:
         make, config = KINDS[name]
         self.tokenizer = Tokenizer(make(), config)
         self.size = self.tokenizer.vocab_size + 7
-        self.eos = self.tokenizer.eos_id
+        self.eos = self.tokenizer.role_id("eos_token")
         self.compiler = GrammarCompiler(self.tokenizer.backend, self.size, [self.eos], time_limit=20.0)
 
     def compile(self, kind: str, text: str):

@@ -33,7 +33,7 @@ ODD = [
 def speller_of(name: str) -> Speller:
     make, config = KINDS[name]
     tokenizer = Tokenizer(make(), config)
-    return Speller(tokenizer, tokenizer.vocab_size + 3, frozenset([tokenizer.eos_id]))
+    return Speller(tokenizer, tokenizer.vocab_size + 3, frozenset([tokenizer.role_id("eos_token")]))
 
 
 def joined(speller, ids):

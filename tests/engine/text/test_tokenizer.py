@@ -40,11 +40,8 @@ def test_ids_and_text_are_those_of_transformers(both, add_special_tokens):
 
 def test_named_tokens(both):
     ours, theirs = both
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (
-        theirs.bos_token_id,
-        theirs.eos_token_id,
-        theirs.pad_token_id,
-    )
+    for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        assert ours.role_id(role) == getattr(theirs, f"{role}_id")
     assert ours.vocab_size == len(theirs)
 
 
