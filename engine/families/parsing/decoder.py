@@ -102,7 +102,7 @@ _NORMED_QK = ("qwen3", "qwen3_vl")
 
 
 def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
-    """The decoder that ``raw`` describes, a flat config.json or its text part.
+    """Read a decoder from ``raw``, a flat config.json or its text part.
 
     Raises:
         CheckpointError: naming the field that is missing or not supported.

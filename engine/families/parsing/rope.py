@@ -29,7 +29,7 @@ _SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 
 
 def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
-    """The rotary embedding of a decoder.
+    """Read the rotary embedding of a decoder.
 
     Args:
         config: the fields of config.json over the defaults of ``kind``; ``rope_theta`` is among them.
@@ -65,10 +65,11 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
 
 
 def stretched_context(rope: RopeConfig, positions: int) -> int:
-    """Tokens of the longest sequence that a model is made for, of which config.json states
-    ``max_position_embeddings`` ``positions``.
+    """Longest context of a model, in tokens, after rotary scaling.
 
-    Files with linear and dynamic scaling state the length before scaling, and so do many with yarn.
+    Args:
+        positions: ``max_position_embeddings`` of config.json. With linear and dynamic scaling this is the
+            context before scaling, with yarn it may be either.
     """
     if rope.type in ("linear", "dynamic"):
         return max(positions, int(positions * rope.factor))
@@ -120,7 +121,7 @@ def _section(parameters: Json, kind: str, angles: int) -> tuple[int, ...]:
 
 
 def _original(config: Json, parameters: Json, positions: int) -> int:
-    """Context length before extension: the field beside the parameters, that among them, or the model's."""
+    """Context before scaling: the field at the top level, else among the parameters, else ``positions``."""
     field = "original_max_position_embeddings"
     return integer({field: positions, **_only(parameters, field), **_only(config, field)}, field, least=2)
 

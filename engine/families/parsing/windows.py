@@ -9,14 +9,18 @@ from engine.families.parsing.fields import Json, integer
 
 
 def parse_windows(config: Json, layers: int, context: int) -> tuple[int | None, ...]:
-    """The window of each of ``layers`` layers in tokens, None where a layer sees everything; empty if all do.
+    """Read the sliding window of each layer.
 
-    Reads only the fields that the model's kind knows: Mistral and Phi-3 have ``sliding_window`` for all
-    layers, Qwen2 and Qwen3 also have ``use_sliding_window`` and a choice of layers, Llama has nothing.
+    Mistral and Phi-3 have ``sliding_window`` for all layers, Qwen2 and Qwen3
+    also have ``use_sliding_window`` and a choice of layers, Llama has none.
 
     Args:
         config: the fields of config.json over the defaults of the kind.
+        layers: number of layers.
         context: tokens of the longest sequence; a window of that size or more hides nothing.
+
+    Returns:
+        Windows in tokens, None for layers with full attention; empty if all have it.
 
     Raises:
         CheckpointError: naming the field that can't be used.
