@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from engine.config import EngineConfig
-from engine.errors import RequestFailed, SightlineError, Unavailable
+from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavailable
 from engine.loading import LoadedEngine, load_engine
 from engine.output_processor import RequestGroup, Result, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
@@ -56,6 +56,18 @@ class _Mailbox:
             self._event.set()
         result, self._waiting = self._waiting, None
         return result
+
+
+def _cut_dead_end(update: StreamUpdate) -> str | None:
+    """Why an answer of ``update`` can't go on, if one can't. The update then holds its text alone: an answer
+    that breaks off must not look like one that has ended."""
+    found = None
+    for delta in update.deltas:
+        if delta.finish_reason == "error":
+            found = str(delta.stop_reason)
+            delta.finish_reason = delta.stop_reason = None
+            update.finished = False
+    return found
 
 
 def _put_all(parcels: Sequence[tuple[_Mailbox, Result]]) -> None:
@@ -121,6 +133,7 @@ class AsyncEngine:
 
         Raises:
             InvalidRequest: before anything was computed.
+            NoTokenAllowed: in the middle of an answer, after its text so far.
             RequestFailed: computing it raised; what came before holds.
             Unavailable: the engine has died.
         """
@@ -133,6 +146,9 @@ class AsyncEngine:
             while True:
                 update = await mailbox.get()
                 assert isinstance(update, StreamUpdate)
+                if (dead_end := _cut_dead_end(update)) is not None:
+                    yield update
+                    raise NoTokenAllowed(dead_end)
                 yield update
                 if update.finished:
                     return

@@ -81,6 +81,12 @@ class ContextLengthExceeded(InvalidRequest):
         )
 
 
+class NoTokenAllowed(InvalidRequest):
+    """In the middle of an answer the request's constraints have left no token that could come next."""
+
+    code = "no_token_allowed"
+
+
 class MediaError(InvalidRequest):
     """An image could not be fetched, decoded or shown to the model."""
 

@@ -12,11 +12,12 @@ from PIL import Image
 
 from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest
+from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import MediaProcessor, ModelConfig, NamelessProcessor, PromptAwareProcessor
 from engine.families.family import Family
 from engine.families.registry import resolve
 from engine.fit import check_fit
+from engine.generation_config import sampling_defaults
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.embeds import are_embeddings, given_embeddings
@@ -27,7 +28,7 @@ from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.media.source import MediaSource, check_media_limits
 from engine.prompt import EngineInput, MediaItem, PreparedMedia
-from engine.sampling_params import generation_defaults
+from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer
 
 #: Gives the embedding rows of a prompt's media as :meth:`engine.encoder.EncoderEngine.encode` does, or it
@@ -87,8 +88,19 @@ def for_prompt(processor: MediaProcessor, sources: Sequence[MediaSource]) -> Med
 
 
 def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
-    """The checkpoint's defaults for fields of :class:`~engine.sampling_params.SamplingParams`."""
-    return generation_defaults(_describe(config)[0].generation_config)
+    """The checkpoint's defaults for fields of :class:`~engine.sampling_params.SamplingParams`.
+
+    Raises:
+        CheckpointError: its generation_config.json has a field that is not supported, or out of bounds.
+    """
+    checkpoint, _, model = _describe(config)
+    size = model.decoder.vocab_size
+    defaults = sampling_defaults(checkpoint.generation_config, model.eos_token_ids, size)
+    try:
+        SamplingParams.from_defaults(defaults).verify(size, max_model_len=1 << 62)
+    except InvalidRequest as error:
+        raise CheckpointError(f"generation_config.json can't be followed: {error.message}") from None
+    return defaults
 
 
 def load_end_tokens(config: EngineConfig) -> frozenset[int]:

@@ -77,7 +77,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the checkpoint's own defaults, which apply to calls without sampling parameters."""
-        return SamplingParams(**load_sampling_defaults(self.config))
+        return SamplingParams.from_defaults(load_sampling_defaults(self.config))
 
     def metrics(self) -> dict:
         """The engine's counters since it was loaded."""

@@ -26,9 +26,15 @@ class LogprobTensors:
 
 
 def compute_logprobs(logits: Tensor, tokens: Tensor, k: int) -> LogprobTensors:
-    """Logits (N, V) of any float dtype, tokens (N,) int64."""
+    """Log-probabilities of one token per row.
+
+    Args:
+        logits: (N, V) of any float dtype.
+        tokens: (N,) int64; where a row has none, -1, its values mean nothing.
+        k: alternatives per row.
+    """
     logits = logits.float()
-    chosen = logits.gather(1, tokens[:, None])
+    chosen = logits.gather(1, tokens.clamp(min=0)[:, None])
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     ranks = (logits > chosen).sum(dim=1) + 1
     top, top_ids = logits.topk(min(k, logits.shape[1]), dim=1)

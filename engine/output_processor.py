@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.constraints import dead_end
 from engine.errors import RequestFailed, SightlineError
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
@@ -16,7 +17,9 @@ from engine.outputs import EmbeddingOutput, FinishReason, OutputDelta, StreamUpd
 from engine.request import Request
 from engine.scheduling.batch import StepEvents
 from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.token_texts import TokenTexts
 from engine.text.tokenizer import Tokenizer
+from engine.token_rows import Row, UnsettledRows, token_row
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,9 @@ class _Sequence:
     index: int
     request: Request
     detokenizer: IncrementalDetokenizer
+    texts: TokenTexts
+    unsettled: UnsettledRows | None = None
+    num_characters: int = 0
     done: bool = False
 
 
@@ -46,6 +52,7 @@ class RequestGroup:
         requests: the engine's requests, by completion index.
         usage: token counts so far.
         num_scored: positions of the prompt whose log-probabilities were given, the first one's None included.
+        prompt_texts: texts of the prompt's tokens, as far as they are scored.
     """
 
     id: str
@@ -54,6 +61,7 @@ class RequestGroup:
     sequences: dict[str, _Sequence] = field(default_factory=dict)
     last_token_at: float | None = None
     num_scored: int = 0
+    prompt_texts: TokenTexts | None = None
 
     @property
     def finished(self) -> bool:
@@ -65,7 +73,7 @@ class OutputProcessor:
 
     Args:
         tokenizer: the model's.
-        metrics: where times and counts go.
+        metrics: takes times and counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, metrics: EngineMetrics) -> None:
@@ -92,7 +100,11 @@ class OutputProcessor:
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
             )
-            sequence = group.sequences[request.id] = _Sequence(index, request, detokenizer)
+            skipped = self._tokenizer.special_ids if params.skip_special_tokens else frozenset()
+            texts = TokenTexts(self._tokenizer, skipped=skipped)
+            sequence = group.sequences[request.id] = _Sequence(index, request, detokenizer, texts)
+            if params.stop and params.logprobs is not None:
+                sequence.unsettled = UnsettledRows()
             self._running[request.id] = group, sequence
 
     def remove(self, group: RequestGroup) -> None:
@@ -136,8 +148,9 @@ class OutputProcessor:
                     continue
                 if delta.finish_reason is not None and not request.finished:
                     stopped.append(request)
-                self._time(group, step.time, previous)
-                count += 1
+                if token >= 0:
+                    self._time(group, step.time, previous)
+                    count += 1
             for last, tokens in previous.items():
                 self._metrics.observe_gap(step.time - last, tokens)
             self._metrics.observe_tokens(count, step.time)
@@ -180,25 +193,43 @@ class OutputProcessor:
         """Add the token that ``step`` gave in ``row``."""
         request = sequence.request
         reason: FinishReason | None = step.finished.get(row)  # type: ignore[assignment]
+        if reason == "error":
+            text = sequence.detokenizer.finish()
+            delta.text += text
+            sequence.num_characters += len(text)
+            delta.finish_reason = reason
+            delta.stop_reason = dead_end(request.params, sequence.detokenizer.num_tokens_consumed)
+            sequence.done = True
+            _settle(delta, sequence)
+            return
         if group.usage.completion_tokens == 0:
             group.usage.cached_tokens = request.num_cached or 0
         group.usage.completion_tokens += 1
-        delta.token_ids.append(token)
-        ended_by_token = reason == "stop"
-        if not ended_by_token or request.params.include_stop_str_in_output:
-            delta.text += sequence.detokenizer.append_one(token)
+        text = ""
+        adds_text = reason != "stop" or request.params.include_stop_str_in_output
+        if adds_text:
+            text = sequence.detokenizer.append_one(token)
         if sequence.detokenizer.stop_reason is not None:
-            reason, delta.stop_reason = "stop", sequence.detokenizer.stop_reason
+            delta.stop_reason = sequence.detokenizer.stop_reason
+            delta.finish_reason = "stop"
         elif reason is not None:
-            delta.text += sequence.detokenizer.finish()
-            if ended_by_token and token in request.params.stop_token_ids:
+            text += sequence.detokenizer.finish()
+            delta.finish_reason = reason
+            if reason == "stop" and token in request.params.stop_token_ids:
                 delta.stop_reason = token
-        delta.finish_reason = reason
-        sequence.done = reason is not None
-        if request.params.logprobs is not None and step.logprobs is not None:
-            if delta.logprobs is None:
-                delta.logprobs = []
-            delta.logprobs.append(self._row_logprobs(step.logprobs, row, token, request.params.logprobs))
+        delta.text += text
+        sequence.num_characters += len(text)
+        sequence.done = delta.finish_reason is not None
+        count = request.params.logprobs
+        if count is None or step.logprobs is None:
+            delta.token_ids.append(token)
+        else:
+            found = token_row(step.logprobs, row, token, count, sequence.texts, adds_text=adds_text)
+            if sequence.unsettled is not None:
+                sequence.unsettled.add(token, found)
+                _settle(delta, sequence)
+            else:
+                _append(delta, token, found)
 
     def _update(
         self, group: RequestGroup, changed: dict[str, tuple[RequestGroup, StreamUpdate]]
@@ -234,10 +265,18 @@ class OutputProcessor:
         assert wanted is not None and start <= group.num_scored, "a part of the prompt was not scored"
         first, end = group.num_scored, start + len(values.token_logprobs)
         group.num_scored = max(first, end)
+        texts = self._prompt_texts(group)
         return [
-            self._row_logprobs(values, position - start, request.token_ids[position], wanted)
+            token_row(values, position - start, request.token_ids[position], wanted, texts)
             for position in range(first, end)
         ]
+
+    def _prompt_texts(self, group: RequestGroup) -> TokenTexts:
+        """The texts of the prompt's tokens, as far as they are scored."""
+        if group.prompt_texts is None:
+            group.prompt_texts = TokenTexts(self._tokenizer, at_start=True)
+            group.prompt_texts.take(group.requests[0].token_ids[0])
+        return group.prompt_texts
 
     def _pooled(self, step: StepEvents) -> Iterable[tuple[RequestGroup, EmbeddingOutput]]:
         for request, vector in step.pooled:
@@ -263,20 +302,20 @@ class OutputProcessor:
             previous[last] += 1
         group.last_token_at = now
 
-    def _row_logprobs(
-        self, values: LogprobTensors, row: int, token: int, count: int
-    ) -> dict[int, TokenLogprob]:
-        """The token itself first, then the ``count`` likeliest."""
-        chosen, rank = float(values.token_logprobs[row]), int(values.ranks[row])
-        found = {token: TokenLogprob(chosen, rank, self._piece(token))}
-        tops = zip(values.top_ids[row].tolist(), values.top_logprobs[row].tolist(), strict=True)
-        for place, (other, value) in enumerate(tops):
-            if place < count:
-                found.setdefault(other, TokenLogprob(value, place + 1, self._piece(other)))
-        return found
 
-    def _piece(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+def _append(delta: OutputDelta, token: int, row: Row) -> None:
+    delta.token_ids.append(token)
+    delta.logprobs = delta.logprobs or []
+    delta.logprobs.append(row)
+
+
+def _settle(delta: OutputDelta, sequence: _Sequence) -> None:
+    """Add the tokens and rows that were held back to ``delta``, as far as their text has come out."""
+    if (unsettled := sequence.unsettled) is None:
+        return
+    settle = unsettled.end if sequence.done else unsettled.settle
+    for token, row in settle(sequence.num_characters):
+        _append(delta, token, row)
 
 
 def merge_updates(first: StreamUpdate, second: StreamUpdate) -> StreamUpdate:

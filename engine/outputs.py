@@ -10,11 +10,20 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(slots=True)
 class TokenLogprob:
-    """Natural log-probability of one token by the raw logits (before temperature and masks), and its rank."""
+    """Natural log-probability of one token by the raw logits (before temperature and masks).
+
+    Attributes:
+        rank: 1 for the likeliest.
+        decoded_token: the text that the token completes; its name where it adds no text. Joined together the
+            texts of an answer's tokens are the answer.
+        bytes: UTF-8 bytes that the token adds to the text, perhaps a part of a character. Empty for a token
+            that ends the answer, for a skipped special token, and for those of a stop string that is cut off.
+    """
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
+    bytes: bytes = b""
 
 
 @dataclass(slots=True)
@@ -27,7 +36,8 @@ class OutputDelta:
         token_ids: all tokens since the last delta.
         logprobs: per token a map of token id to log-probability, the sampled token first; None if not asked.
         finish_reason: set on the last delta of the sequence.
-        stop_reason: the stop string or stop token id that ended it.
+        stop_reason: the stop string or stop token id that ended it; with the finish reason ``error`` a
+            sentence that says why no token could follow.
     """
 
     index: int

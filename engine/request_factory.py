@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import EngineConfig
+from engine.constraints import check_constraints, constraint_names
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.families.base import ModelConfig
 from engine.families.registry import family_named
@@ -21,6 +22,7 @@ from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.scheduler import Scheduler
 from engine.structured.grammar import GrammarCompiler
+from engine.structured.matcher import Grammar
 from engine.text.tokenizer import Tokenizer
 
 Embedding = EmbeddedMedia | Any  # or a device tensor (num_tokens, width), where the encoder is in-process
@@ -80,7 +82,7 @@ class RequestFactory:
             InvalidRequest: a parameter, the length or an embedding is unusable.
         """
         first = self._generated(request_id, inputs, params, embeddings, priority)
-        grammar = None if params.structured is None else self._grammars.compile(params.structured)
+        params, grammar = first.params, self._grammar(first)
         # One of the sequences reports the prompt's log-probabilities for all.
         unscored = params
         if params.n > 1 and params.prompt_logprobs is not None:
@@ -120,9 +122,7 @@ class RequestFactory:
         if isinstance(params, PoolingParams):
             self._pooled("", inputs, params, None)
             return
-        self._generated("", inputs, params, None, 0)
-        if params.structured is not None:
-            self._grammars.compile(params.structured)
+        self._grammar(self._generated("", inputs, params, None, 0))
 
     def _generated(
         self,
@@ -135,7 +135,8 @@ class RequestFactory:
         """The first of a group's requests, checked."""
         if self._config.task != "generate":
             raise InvalidRequest("This model makes embeddings; it does not generate text.", param="model")
-        params.resolve_bad_words(lambda text: self._tokenizer.encode(text, add_special_tokens=False))
+        eos_ids = self._model.eos_token_ids
+        params.resolve_bad_words(lambda text: self._tokenizer.encode(text, add_special_tokens=False), eos_ids)
         params.verify(self._model.decoder.vocab_size, self.max_model_len)
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -143,13 +144,33 @@ class RequestFactory:
             size = self._model.decoder.vocab_size
             stop_ids |= {token for token in self._model.eos_token_ids if 0 <= token < size}
         first = self._request(request_id, inputs, params, embeddings, priority, stop_ids)
-        count, max_tokens = first.num_prompt, params.max_tokens
+        first.params = params.for_prompt(first.num_prompt, first.max_total)
+        count, max_tokens = first.num_prompt, first.params.max_tokens
         if max_tokens is not None:
             if count + max_tokens > first.max_total:
                 raise ContextLengthExceeded.by(first.max_total, count, max_tokens)
             first.max_total = count + max_tokens
         self._scheduler.check(first)
         return first
+
+    def _grammar(self, request: Request) -> Grammar | None:
+        """The grammar of a request that has one; its constraints must leave tokens to begin and to end with.
+
+        Raises:
+            InvalidRequest: they don't, or the grammar is refused.
+        """
+        params, vocab_size = request.params, self._model.decoder.vocab_size
+        grammar = None if params.structured is None else self._grammars.compile(params.structured)
+        if len(constraint_names(params)) > (grammar is not None):
+            check_constraints(
+                params,
+                vocab_size,
+                request.stop_ids,
+                self._model.eos_token_ids,
+                None if grammar is None else grammar.first_mask(vocab_size),
+                self._grammars.can_spell,
+            )
+        return grammar
 
     def _pooled(
         self,

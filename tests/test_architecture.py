@@ -14,9 +14,13 @@ ROOT = Path(__file__).parent.parent
 
 #: Floors of the engine from the ground up. A package imports itself and packages of lower floors, no others.
 FLOORS = [
-    ["errors", "graphs", "logprobs", "outputs", "parsers", "prompt", "distributed", "kernels"],
-    ["config", "sampling_params", "pooling_params", "checkpoint", "text", "media", "metrics", "layers"],
-    ["request", "structured", "vision", "weights"],
+    ["errors"],
+    ["graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"],
+    [
+        *("config", "generation_config", "sampling_params", "pooling_params"),
+        *("checkpoint", "text", "media", "metrics", "layers"),
+    ],
+    ["constraints", "request", "structured", "token_rows", "vision", "weights"],
     ["families", "scheduling"],
     ["fit", "placement", "inputs", "runner", "core"],
     ["frontend", "encoder", "executor", "output_processor"],

@@ -168,7 +168,7 @@ class GenerationBody(RequestBody):
             # The smallest set of likely tokens is the likeliest alone.
             named |= {"top_p": None, "temperature": 0.0}
         found = {name: value for name, value in named.items() if value is not None}
-        return SamplingParams(**{"max_tokens": None, **defaults, **found})
+        return SamplingParams.from_defaults({"max_tokens": None, **defaults}, **found)
 
     def constraint(self) -> tuple[StructuredSpec | None, str | None]:
         """The constraint on the answer's form, and the field that asks for it.

@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -260,4 +260,11 @@ def _prompt_logprobs(row: Mapping[int, TokenLogprob] | None) -> dict[int, dict] 
     """One position of the prompt; None for its first token, which nothing precedes."""
     if row is None:
         return None
-    return {token: asdict(value) | {"logprob": finite(value.logprob)} for token, value in row.items()}
+    return {
+        token: {
+            "logprob": finite(value.logprob),
+            "rank": value.rank,
+            "decoded_token": value.decoded_token,
+        }
+        for token, value in row.items()
+    }

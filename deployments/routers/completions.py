@@ -168,6 +168,9 @@ def _logprobs(
     made = wire.CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
     for token, row in rows:
         own = row.get(token) if row is not None else None
+        if own is not None and not own.bytes:
+            # The token adds nothing to the text: it ends it, or is a special token.
+            continue
         text = decode(token) if own is None else own.decoded_token or ""
         made.text_offset.append(offset)
         made.tokens.append(text)

@@ -23,9 +23,15 @@ def usage_body(usage: Usage, reasoning_tokens: int = 0) -> UsageBody:
 def content_logprobs(
     token_ids: Sequence[int], rows: Sequence[Mapping[int, EngineLogprob]], count: int
 ) -> list[TokenLogprob]:
-    """Each token with the ``count`` likeliest tokens at its position."""
+    """Each token of the content with the ``count`` likeliest tokens at its position.
+
+    Tokens that add nothing to the content, such as the one that ends it, are left out: bytes and texts join
+    up to the content.
+    """
     found = []
     for token, row in zip(token_ids, rows, strict=False):
+        if not row[token].bytes:
+            continue
         tops = [_top(value) for value in row.values() if value.rank is not None and value.rank <= count]
         tops.sort(key=lambda top: -top.logprob)
         found.append(TokenLogprob(**_top(row[token]).model_dump(), top_logprobs=tops))
@@ -38,5 +44,6 @@ def finite(logprob: float) -> float:
 
 
 def _top(value: EngineLogprob) -> TopLogprob:
-    text = value.decoded_token or ""
-    return TopLogprob(token=text, logprob=finite(value.logprob), bytes=list(text.encode()))
+    """``bytes`` is null for a token that is no text, as OpenAI has it."""
+    own_bytes = list(value.bytes) or None
+    return TopLogprob(token=value.decoded_token or "", logprob=finite(value.logprob), bytes=own_bytes)

@@ -121,7 +121,8 @@ def advance(
     """Count the last tokens of some request slots as computed; ``tokens`` come next.
 
     Args:
-        slots, tokens: int64 ``(D,)``; no slot appears twice, except the padding slot.
+        slots: int64 ``(D,)``; no slot appears twice, except the padding slot.
+        tokens: int64 ``(D,)``; -1, of a request that ends, becomes 0, which the embedding has.
         last_token, length: int64 ``(N,)``, changed in place; see :func:`gather_decode_inputs`.
         padding_slot: slot of padding rows; its length stays.
     """
@@ -130,7 +131,7 @@ def advance(
 
 
 def advance_reference(slots, tokens, last_token, length, *, padding_slot) -> None:
-    last_token.index_copy_(0, slots, tokens)
+    last_token.index_copy_(0, slots, tokens.clamp(min=0))
     length.index_copy_(0, slots, length.index_select(0, slots) + (slots != padding_slot))
 
 
@@ -154,6 +155,7 @@ def _advance_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     slot = tl.load(slots_ptr + row, mask=mask, other=0)
-    tl.store(last_token_ptr + slot, tl.load(tokens_ptr + row, mask=mask), mask=mask)
+    token = tl.maximum(tl.load(tokens_ptr + row, mask=mask), 0)
+    tl.store(last_token_ptr + slot, token, mask=mask)
     mask = mask & (slot != padding_slot)
     tl.store(length_ptr + slot, tl.load(length_ptr + slot, mask=mask) + 1, mask=mask)

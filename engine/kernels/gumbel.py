@@ -35,7 +35,7 @@ def gumbel_argmax(
         threshold: ``(N,)`` float32; tokens with a smaller logit are never sampled. None: all may be sampled.
 
     Returns:
-        ``(N,)`` int64; 0 for a row whose logits are all ``-inf``.
+        ``(N,)`` int64; -1 for a row whose logits are all ``-inf``.
     """
     if use_triton(logits):
         return gumbel_argmax_triton(logits, temperature, seeds, index, threshold)
@@ -43,9 +43,9 @@ def gumbel_argmax(
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Return the most likely token of each row of logits ``(N, V)``, ``(N,)`` int64; the lowest id wins
-    ties."""
-    return argmax_triton(logits) if use_triton(logits) else logits.argmax(dim=-1)
+    """Return the most likely token of each row of logits ``(N, V)``, ``(N,)`` int64; the lowest id wins ties.
+    A row whose logits are all ``-inf`` gives -1."""
+    return argmax_triton(logits) if use_triton(logits) else _argmax_reference(logits)
 
 
 def gumbel_argmax_reference(
@@ -57,7 +57,12 @@ def gumbel_argmax_reference(
     score = x / torch.where(greedy, 1.0, temperature[:, None]) - exponential_noise(seeds, index, ids).log()
     if threshold is not None:
         score = torch.where(x >= threshold[:, None], score, float("-inf"))
-    return torch.where(greedy, x, score).argmax(dim=1)
+    return _argmax_reference(torch.where(greedy, x, score))
+
+
+def _argmax_reference(x: Tensor) -> Tensor:
+    best = x.argmax(dim=1)
+    return torch.where(x.gather(1, best[:, None])[:, 0] == float("-inf"), -1, best)
 
 
 def exponential_noise(seeds: Tensor, index: Tensor, ids: Tensor) -> Tensor:
@@ -158,7 +163,7 @@ def _final_argmax_kernel(best, best_id, out, num_chunks, BLOCK: tl.constexpr):
     ids = tl.load(best_id + row * num_chunks + parts, mask=inside, other=2147483647)
     winner = tl.min(tl.where(value == tl.max(value, axis=0), ids, 2147483647), axis=0)
     # If all logits are -inf, no chunk has kept an id.
-    tl.store(out + row, tl.where(winner == 2147483647, 0, winner).to(tl.int64))
+    tl.store(out + row, tl.where(winner == 2147483647, -1, winner).to(tl.int64))
 
 
 def gumbel_argmax_triton(

@@ -217,7 +217,7 @@ class ModelRunner:
             tokens = self.sampler.sample(logits, slots, plan, grammar_mask=mask)
             if batch.prefills:
                 # The mixed pass has already advanced the lengths.
-                self._state.last_token.index_copy_(0, slots, tokens)
+                self._state.last_token.index_copy_(0, slots, tokens.clamp(min=0))
             else:
                 self._state.advance(slots, tokens)
         return PendingStep(tokens, self.sampler.logprobs(logits, tokens, plan), prompts)
@@ -296,7 +296,13 @@ class ModelRunner:
                 request.token_ids[request.num_prompt :],
             )
             self.sampler.admit(
-                slot, request.params, prompt, output, seed=request.seed, stop_ids=request.stop_ids
+                slot,
+                request.params,
+                prompt,
+                output,
+                seed=request.seed,
+                stop_ids=request.stop_ids,
+                max_total=request.max_total,
             )
 
     def _write(self, step: PreparedStep) -> None:

@@ -16,7 +16,8 @@ from engine.runner import sampler_state as state
 from engine.runner.sampler_processors import (
     add_at,
     forbid_bad_words,
-    forbid_stops,
+    forbid_early,
+    forbid_repeated_ngrams,
     mask_tokens,
     penalize,
 )
@@ -34,8 +35,9 @@ class SamplingPlan:
         bitmask: some row bans tokens for its whole output.
         grammar: some row follows a grammar, so that :meth:`Sampler.sample` needs a mask.
         bias_width: most biased tokens of a row, rounded up to a power of two; 0 for none.
-        stop_width: most stop ids of a row with ``min_tokens``, rounded up alike.
+        early_width: most ids of a row that may come only later in its output, rounded up alike.
         bad_words_width: most bad words of several tokens of a row, rounded up alike.
+        ngram_width: most tokens of the sequences that a row must not repeat, rounded up alike.
         num_logprobs: alternatives per token, rounded up to 0, 1, 5 or 20; -1 if no row wants any.
     """
 
@@ -45,8 +47,9 @@ class SamplingPlan:
     bitmask: bool = False
     grammar: bool = False
     bias_width: int = 0
-    stop_width: int = 0
+    early_width: int = 0
     bad_words_width: int = 0
+    ngram_width: int = 0
     num_logprobs: int = -1
 
     @property
@@ -61,8 +64,9 @@ class SamplingPlan:
             or self.bitmask
             or self.grammar
             or self.bias_width
-            or self.stop_width
+            or self.early_width
             or self.bad_words_width
+            or self.ngram_width
         )
 
     def __or__(self, other: SamplingPlan) -> SamplingPlan:
@@ -100,6 +104,7 @@ class Sampler:
         *,
         seed: int,
         stop_ids: frozenset[int],
+        max_total: int,
     ) -> None:
         """Takes a slot for a sequence; uploaded by the next :meth:`flush`.
 
@@ -107,10 +112,11 @@ class Sampler:
             output_ids: what it has already generated, after a preemption.
             seed: int64; equal seeds give equal tokens.
             stop_ids: EOS and stop token ids, which ``min_tokens`` holds back.
+            max_total: most tokens of prompt and output.
         """
         assert 0 <= slot < self.max_slots
-        self._states.write(slot, params, prompt_ids, output_ids, seed, stop_ids)
-        self._slot_plans[slot] = self._intern(_plan_of(params, len(stop_ids)))
+        self._states.write(slot, params, prompt_ids, output_ids, seed, stop_ids, max_total)
+        self._slot_plans[slot] = self._intern(_plan_of(params, stop_ids, self.vocab_size))
 
     def release(self, slot: int) -> None:
         """Forgets a slot; it costs the device nothing."""
@@ -137,8 +143,8 @@ class Sampler:
     ) -> Tensor:
         """One token per row, without host synchronisation; capturable in a CUDA graph.
 
-        The order is vLLM's: masks (allowed and bad words, grammar), bias, ``min_tokens``, penalties,
-        temperature, min-p, top-k, top-p.
+        The order is vLLM's: masks (allowed and bad words, grammar, repeated sequences), bias, ``min_tokens``,
+        penalties, temperature, min-p, top-k, top-p. Transformers applies min-p last.
 
         Args:
             logits: (N, V) float of any dtype; not changed.
@@ -148,7 +154,7 @@ class Sampler:
                 ``plan.grammar``.
 
         Returns:
-            (N,) int64. A row where nothing is allowed gives 0.
+            (N,) int64; -1 where nothing is allowed.
         """
         assert logits.shape[1] == self.vocab_size and (grammar_mask is not None) == plan.grammar
         if plan.all_greedy and not plan.processes:
@@ -192,9 +198,15 @@ class Sampler:
         if plan.bias_width:
             ids = states.bias_ids.tensor[:, : plan.bias_width][slots]
             add_at(logits, ids, states.bias_values.tensor[:, : plan.bias_width][slots])
-        if plan.stop_width:
-            stop_ids = states.stop_ids.tensor[:, : plan.stop_width][slots]
-            forbid_stops(logits, stop_ids, ints[:, state.OUTPUT_LEN] < ints[:, state.MIN_TOKENS])
+        if plan.early_width:
+            early_ids = states.early_ids.tensor[:, : plan.early_width][slots]
+            until = states.early_until.tensor[:, : plan.early_width][slots]
+            forbid_early(logits, early_ids, until, ints[:, state.OUTPUT_LEN])
+        if plan.ngram_width:
+            history = states.history
+            assert history.tokens is not None
+            tokens, lengths, sizes = history.tokens[slots], history.lengths[slots], history.sizes[slots]
+            forbid_repeated_ngrams(logits, tokens, lengths, sizes, plan.ngram_width)
         if grammar_mask is not None:
             mask_tokens(logits, grammar_mask)
         if plan.penalties:
@@ -205,13 +217,18 @@ class Sampler:
         return logits
 
     def _advance(self, slots: Tensor, tokens: Tensor, plan: SamplingPlan) -> None:
-        # A slot that needs a counter has put the feature into every plan it is part of, so that the counters
-        # of the others may stand still.
+        # Counters of slots that don't use a feature are never read, so skipping their update is safe.
         states = self._states
-        if plan.random or plan.stop_width:
+        if plan.random or plan.early_width:
             states.ints.tensor[:, state.OUTPUT_LEN].index_add_(0, slots, torch.ones_like(slots))
+        if not (plan.penalties or plan.bad_words_width or plan.ngram_width):
+            return
+        # A row without a token ends here; its index must stay inside its own row until then.
+        tokens = tokens.clamp(min=0)
         if plan.penalties:
             states.penalties.advance(slots, tokens)
+        if plan.ngram_width:
+            states.history.advance(slots, tokens)
         if plan.bad_words_width:
             recent = states.recent.tensor
             shifted = torch.cat([recent[slots][:, 1:], tokens[:, None].to(recent.dtype)], dim=1)
@@ -224,7 +241,7 @@ class Sampler:
         return index
 
 
-def _plan_of(params: SamplingParams, num_stop_ids: int) -> SamplingPlan:
+def _plan_of(params: SamplingParams, stop_ids: frozenset[int], vocab_size: int) -> SamplingPlan:
     random = not params.greedy
     return SamplingPlan(
         random=random,
@@ -233,8 +250,9 @@ def _plan_of(params: SamplingParams, num_stop_ids: int) -> SamplingPlan:
         bitmask=state.has_bitmask(params),
         grammar=params.structured is not None,
         bias_width=_round_up(len(params.logit_bias)),
-        stop_width=_round_up(num_stop_ids) if params.min_tokens else 0,
+        early_width=_round_up(len(state.early_tokens(params, stop_ids, vocab_size))),
         bad_words_width=_round_up(len(state.long_bad_words(params))),
+        ngram_width=_round_up(params.no_repeat_ngram_size),
         num_logprobs=-1
         if params.logprobs is None
         else next(k for k in (0, 1, 5, 20) if k >= params.logprobs),

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.runner.staging import upload
+from engine.runner.token_history import TokenHistory
 from engine.sampling_params import (
+    MAX_BAD_SEQUENCES,
     MAX_BAD_WORD_TOKENS,
-    MAX_BAD_WORDS,
+    MAX_BEGIN_SUPPRESS,
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
 
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
-SEED, OUTPUT_LEN, MIN_TOKENS, TOP_K = range(4)
+SEED, OUTPUT_LEN, TOP_K = range(3)
 
-STOP_WIDTH = 2 * MAX_STOP_TOKEN_IDS
-BAD_WORDS_WIDTH = 2 * MAX_BAD_WORDS
+# EOS and stop ids under ``min_tokens``, and tokens that the output may not begin with.
+EARLY_WIDTH = 2 * MAX_STOP_TOKEN_IDS + MAX_BEGIN_SUPPRESS
 BAD_PREFIX = MAX_BAD_WORD_TOKENS - 1
 
 
@@ -125,12 +127,12 @@ class SlotStates:
 
     Attributes:
         floats: (R, 6) float32, columns by the constants of this module; temperature 0 is greedy.
-        ints: (R, 4) int64.
-        stop_ids: (R, 256) int64, -1 where there is none.
+        ints: (R, 3) int64.
+        early_ids, early_until: (R, 384) int64, see ``forbid_early``; -1 and 0 where there is none.
         bias_ids, bias_values: (R, 1024) int64, -1 where there is none, and float32.
         allowed: (R, ceil(V / 32)) int32 bitmask.
         bad_prefixes, bad_last: (R, 128, 15) int32 and (R, 128) int64, see ``forbid_bad_words``.
-        recent: (R, 15) int32, latest output tokens of the slots that have bad words.
+        recent: (R, 15) int32, latest tokens of the slots that have bad words.
     """
 
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
@@ -141,18 +143,20 @@ class SlotStates:
             return SlotTable(rows, np.full(shape, fill, dtype=dtype), device)
 
         self.floats = SlotTable(rows, np.array([0, 1, 0, 1, 0, 0], dtype=np.float32), device)
-        self.ints = table(4, fill=0, dtype=np.int64)
-        self.stop_ids = table(STOP_WIDTH, fill=-1, dtype=np.int64)
+        self.ints = table(3, fill=0, dtype=np.int64)
+        self.early_ids = table(EARLY_WIDTH, fill=-1, dtype=np.int64)
+        self.early_until = table(EARLY_WIDTH, fill=0, dtype=np.int64)
         self.bias_ids = table(MAX_LOGIT_BIAS, fill=-1, dtype=np.int64)
         self.bias_values = table(MAX_LOGIT_BIAS, fill=0, dtype=np.float32)
         self.allowed = table((vocab_size + 31) // 32, fill=-1, dtype=np.int32)
-        self.bad_prefixes = table(BAD_WORDS_WIDTH, BAD_PREFIX, fill=-1, dtype=np.int32)
-        self.bad_last = table(BAD_WORDS_WIDTH, fill=-1, dtype=np.int64)
+        self.bad_prefixes = table(MAX_BAD_SEQUENCES, BAD_PREFIX, fill=-1, dtype=np.int32)
+        self.bad_last = table(MAX_BAD_SEQUENCES, fill=-1, dtype=np.int64)
         self.recent = table(BAD_PREFIX, fill=-2, dtype=np.int32)
         self.penalties = PenaltyCounts(rows, vocab_size, device)
+        self.history = TokenHistory(rows, device)
         self._tables = (
-            *(self.floats, self.ints, self.stop_ids, self.bias_ids, self.bias_values, self.allowed),
-            *(self.bad_prefixes, self.bad_last, self.recent, self.penalties),
+            *(self.floats, self.ints, self.early_ids, self.early_until, self.bias_ids, self.bias_values),
+            *(self.allowed, self.bad_prefixes, self.bad_last, self.recent, self.penalties, self.history),
         )
         # The padded row, and every slot before its first admission, must exist.
         self.floats.write(max_slots, np.empty(0, dtype=np.float32))
@@ -167,9 +171,11 @@ class SlotStates:
         output_ids: Sequence[int],
         seed: int,
         stop_ids: frozenset[int],
+        max_total: int,
     ) -> None:
         """Buffers everything of one admission."""
-        if params.greedy and not params.min_tokens and not penalizes(params):
+        early = early_tokens(params, stop_ids, self.vocab_size)
+        if params.greedy and not early and not penalizes(params):
             # Of such rows only the temperature is looked at.
             self.floats.reset(slot)
             self.ints.reset(slot)
@@ -179,13 +185,17 @@ class SlotStates:
             floats += [params.presence_penalty, params.frequency_penalty]
             self.floats.write(slot, np.array(floats, dtype=np.float32))
             top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0
-            ints = [seed, len(output_ids), params.min_tokens, top_k]
-            self.ints.write(slot, np.array(ints, dtype=np.int64))
-        if params.min_tokens:
-            self.stop_ids.write(slot, np.array(sorted(stop_ids), dtype=np.int64))
+            self.ints.write(slot, np.array([seed, len(output_ids), top_k], dtype=np.int64))
+        if early:
+            self.early_ids.write(slot, np.array(list(early), dtype=np.int64))
+            self.early_until.write(slot, np.array(list(early.values()), dtype=np.int64))
+        else:
+            self.early_ids.reset(slot)
         self._write_bias(slot, params)
         self._write_allowed(slot, params)
-        self._write_bad_words(slot, params, output_ids)
+        tokens = [*prompt_ids, *output_ids] if params.no_repeat_ngram_size else ()
+        self.history.write(slot, params.no_repeat_ngram_size, tokens, max_total)
+        self._write_bad_words(slot, params, [*prompt_ids[-BAD_PREFIX:], *output_ids[-BAD_PREFIX:]])
         if penalizes(params):
             self.penalties.write(slot, prompt_ids, output_ids)
 
@@ -215,10 +225,11 @@ class SlotStates:
         bits[: self.vocab_size] = params.allowed_token_ids is None
         if params.allowed_token_ids is not None:
             bits[params.allowed_token_ids] = 1
-        bits[[word[0] for word in params.bad_words_ids if len(word) == 1]] = 0
+        banned = [token for token in suppressed_tokens(params) if 0 <= token < self.vocab_size]
+        bits[banned] = 0
         self.allowed.write(slot, np.packbits(bits, bitorder="little").view(np.int32))
 
-    def _write_bad_words(self, slot: int, params: SamplingParams, output_ids: Sequence[int]) -> None:
+    def _write_bad_words(self, slot: int, params: SamplingParams, latest: Sequence[int]) -> None:
         words = long_bad_words(params)
         if not words:
             self.bad_prefixes.reset(slot)
@@ -230,7 +241,7 @@ class SlotStates:
         self.bad_prefixes.write(slot, prefixes)
         self.bad_last.write(slot, np.array([word[-1] for word in words], dtype=np.int64))
         recent = np.full(BAD_PREFIX, -2, dtype=np.int32)
-        if tail := list(output_ids[-BAD_PREFIX:]):
+        if tail := list(latest[-BAD_PREFIX:]):
             recent[-len(tail) :] = tail
         self.recent.write(slot, recent)
 
@@ -242,9 +253,22 @@ def penalizes(params: SamplingParams) -> bool:
 
 def has_bitmask(params: SamplingParams) -> bool:
     """Whether some ids are banned for the whole output."""
-    return params.allowed_token_ids is not None or any(len(word) == 1 for word in params.bad_words_ids)
+    return params.allowed_token_ids is not None or bool(suppressed_tokens(params))
+
+
+def suppressed_tokens(params: SamplingParams) -> list[int]:
+    """Ids that are banned for the whole output; some may lie outside of the vocabulary."""
+    return [*params.suppress_tokens, *(word[0] for word in params.bad_sequences if len(word) == 1)]
+
+
+def early_tokens(params: SamplingParams, stop_ids: Collection[int], vocab_size: int) -> dict[int, int]:
+    """Ids that may come only later, each with the length of the output from which on it may."""
+    early = {token: 1 for token in params.begin_suppress_tokens if 0 <= token < vocab_size}
+    if params.min_tokens:
+        early |= dict.fromkeys(sorted(stop_ids), params.min_tokens)
+    return early
 
 
 def long_bad_words(params: SamplingParams) -> list[list[int]]:
     """Bad words whose ban depends on the tokens before."""
-    return [word for word in params.bad_words_ids if len(word) > 1]
+    return [word for word in params.bad_sequences if len(word) > 1]

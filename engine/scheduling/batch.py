@@ -82,7 +82,7 @@ class StepResult:
     """What the runner gave for a batch, on the host.
 
     Attributes:
-        tokens: int64 ``(R,)``, one per sampling row.
+        tokens: int64 ``(R,)``, one per sampling row; -1 where none was allowed.
         logprobs: of the sampled tokens; None if no row asked.
         prompt_logprobs: ``(request, position of the first value, values)``.
         pooled: request and float32 vector.
@@ -102,9 +102,10 @@ class StepEvents:
 
     Attributes:
         requests: the request of each row, None where the row is void.
-        tokens: int64 ``(R,)``.
+        tokens: int64 ``(R,)``; -1 where none was allowed.
         time: when the tokens were read, in seconds of the monotonic clock.
-        finished: rows that ended, with their reason (``stop`` or ``length``).
+        finished: rows that ended, with their reason: ``stop``, ``length``, or ``error`` where no token was
+            allowed.
         logprobs: per row the runner's log-probabilities, where any row asked.
         prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
         pooled: ``(request, float32 vector)`` of finished pooling requests.

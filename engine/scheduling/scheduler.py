@@ -191,7 +191,8 @@ class Scheduler:
 
         Args:
             batch: the step.
-            tokens: int64 ``(R,)``, one per row of ``batch.sampling_slots``.
+            tokens: int64 ``(R,)``, one per row of ``batch.sampling_slots``. A request whose token is -1 ends:
+                no token was allowed.
         """
         table, slots = self.slots, batch.sampling_slots
         assert batch.epochs is not None
@@ -201,6 +202,11 @@ class Scheduler:
         if not all_live:
             rows = np.flatnonzero([request is not None for request in requests])
             slots, tokens_live = slots[rows], tokens[rows]
+        if (tokens_live < 0).any():
+            rows = np.arange(len(slots)) if rows is None else rows
+            self._end_without_token(events, rows[tokens_live < 0])
+            live = tokens_live >= 0
+            rows, slots, tokens_live = rows[live], slots[live], tokens_live[live]
         known = table.known[slots]
         table.tokens[slots, known] = tokens_live
         known += 1
@@ -221,6 +227,13 @@ class Scheduler:
         for slot in paused.tolist():
             self._recompute_longer(slot)
         return events
+
+    def _end_without_token(self, events: StepEvents, rows: np.ndarray) -> None:
+        for row in rows.tolist():
+            request = events.requests[row]
+            assert request is not None
+            if self._finish(request):
+                events.finished[row] = "error"
 
     def finish_pooling(
         self, batch: ScheduledBatch, vectors: dict[Request, np.ndarray]

@@ -86,6 +86,11 @@ class GrammarCompiler:
         # Others may wait for the same future, hence it outlives a caller that goes away.
         return await asyncio.shield(asyncio.wrap_future(self._submit(spec)))
 
+    def can_spell(self, text: str, tokens: frozenset[int]) -> bool:
+        """Whether some of ``tokens`` make up ``text``. Seconds if no grammar was ever compiled."""
+        segmenter = self._set_up(added_are_control=False).speller.segmenter
+        return segmenter.can_cut(text.encode(), tokens)
+
     def close(self) -> None:
         """Ends threads and helper processes."""
         self._threads.shutdown(wait=True)

@@ -58,9 +58,10 @@ class GrammarMatcher:
         if self._needs_mask:
             return
         row[:] = 0
-        words = row.view(np.uint32)
-        for token in self._eos_ids:
-            words[token // 32] |= np.uint32(1 << (token % 32))
+        if not self._matcher.is_error():
+            words = row.view(np.uint32)
+            for token in self._eos_ids:
+                words[token // 32] |= np.uint32(1 << (token % 32))
 
     @staticmethod
     def fill_masks(matchers: Sequence[tuple[GrammarMatcher, int]], mask: np.ndarray) -> None:
@@ -115,3 +116,9 @@ class Grammar:
     def matcher(self) -> GrammarMatcher:
         """A matcher at the start; microseconds."""
         return GrammarMatcher(self._initial.deep_copy(), self._eos_ids, self._executor)
+
+    def first_mask(self, vocab_size: int) -> np.ndarray:
+        """(ceil(V / 32),) int32: the tokens that an answer may begin with. Milliseconds."""
+        mask = np.zeros((vocab_size + 31) // 32, np.int32)
+        self.matcher().fill_mask(mask)
+        return mask

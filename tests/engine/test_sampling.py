@@ -1,12 +1,13 @@
 """Sampling parameters, through the whole engine."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
 from engine import LLM, SamplingParams
 from engine.errors import ContextLengthExceeded, InvalidRequest
@@ -90,9 +91,10 @@ def test_logprobs_are_those_of_transformers(spread):
         ({"stop_token_ids": [100]}, {"eos_token_id": [2, 100]}),
         ({"min_tokens": 15}, {"min_new_tokens": 15}),
         ({"logit_bias": {50: 6.0, 60: -7.0}}, {"sequence_bias": [[[50], 6.0], [[60], -7.0]]}),
-        ({"bad_words_ids": [[40], [41, 42]]}, {"bad_words_ids": [[40], [41, 42]]}),
+        ({"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 1}),
+        ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 2}),
     ],
-    ids=["repetition", "stop ids", "min_tokens", "bias", "bad words"],
+    ids=["repetition", "stop ids", "min_tokens", "bias", "no token twice", "no pair twice"],
 )
 def test_greedy_tokens_are_those_of_transformers(spread, options, change):
     path, llm = spread
@@ -101,6 +103,37 @@ def test_greedy_tokens_are_those_of_transformers(spread, options, change):
     inputs = torch.tensor([output.prompt_token_ids])
     wanted = model.generate(input_ids=inputs, max_new_tokens=20, do_sample=False, **change)
     assert output.outputs[0].token_ids == wanted[0, inputs.shape[1] :].tolist()
+
+
+def test_what_a_checkpoint_forbids_is_what_transformers_forbids(spread, tmp_path):
+    """Each field of generation_config.json forbids a token of the answer before, so that all matter."""
+    folder = shutil.copytree(spread[0], tmp_path / "checkpoint")
+    file = folder / "generation_config.json"
+    config = json.loads(file.read_text()) | {"do_sample": False, "max_new_tokens": 24}
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    # The prompt repeats itself, for n-grams that begin in it.
+    prompt = PROMPT + "hello world hello"
+    answers = []
+    for field, value in (
+        ("max_new_tokens", lambda tokens: 24),
+        ("min_new_tokens", lambda tokens: len(tokens) + 4),
+        ("begin_suppress_tokens", lambda tokens: [tokens[0], -1]),
+        ("suppress_tokens", lambda tokens: [tokens[1], 10**6]),
+        ("bad_words_ids", lambda tokens: [[tokens[2]], tokens[4:6], config["eos_token_id"][:1]]),
+        ("no_repeat_ngram_size", lambda tokens: 2),
+        ("repetition_penalty", lambda tokens: 1.4),
+        ("sequence_bias", lambda tokens: [[[tokens[3]], -8.0]]),
+    ):
+        config[field] = value(answers[-1] if answers else [])
+        file.write_text(json.dumps(config))
+        checkpoint = LLM(str(folder), max_model_len=256)
+        output = checkpoint.generate(prompt, use_tqdm=False)[0]
+        inputs = torch.tensor([output.prompt_token_ids])
+        model.generation_config = GenerationConfig(**config)
+        wanted = model.generate(input_ids=inputs)[0, inputs.shape[1] :].tolist()
+        assert output.outputs[0].token_ids == wanted, field
+        answers.append(wanted)
+    assert len(set(map(tuple, answers))) > 6
 
 
 def test_penalties_against_their_formulas(spread):

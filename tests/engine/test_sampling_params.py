@@ -19,6 +19,11 @@ from engine.sampling_params import SamplingParams, StructuredSpec
         ("repetition_penalty", 0.0), ("repetition_penalty", math.inf),
         ("logit_bias", {1: 101.0}), ("logit_bias", {1: math.nan}), ("logit_bias", {"x": 1.0}),
         ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("no_repeat_ngram_size", -1), ("no_repeat_ngram_size", 65), ("no_repeat_ngram_size", 2.0),
+        ("suppress_tokens", ["x"]), ("begin_suppress_tokens", list(range(129))),
+        ("bad_words_ids", [[]]), ("bad_words_ids", [5]), ("bad_words_ids", [[1] * 17]),
+        ("bad_words_ids", [[1, 2]] * 129),
+        ("default_max_tokens", 0), ("max_length", 0), ("min_length", -1),
         ("allowed_token_ids", []),
         ("bad_words", [""]), ("bad_words", ["w"] * 65), ("bad_words", ["w" * 129]),
         ("seed", 1 << 63), ("seed", "1"),
@@ -68,7 +73,7 @@ def test_bad_words_are_banned_at_the_start_and_after_a_space():
     with pytest.raises(InvalidRequest, match="tokenized"):
         params.verify(1000, 100)
     params.resolve_bad_words(lambda text: [ord(c) for c in text])
-    assert params.bad_words_ids == [[110, 111], [32, 110, 111]]
+    assert params.bad_sequences == [[110, 111], [32, 110, 111]]
     params.verify(1000, 100)
     with pytest.raises(InvalidRequest, match="17 tokens"):
         SamplingParams(bad_words=["w"]).resolve_bad_words(lambda text: [1] * 17)
@@ -80,11 +85,8 @@ def test_structured_output_decides_its_own_length():
     assert caught.value.param == "min_tokens"
 
 
-def test_generation_config_gives_defaults_that_requests_override():
-    config = {
-        "do_sample": True, "temperature": 0.01, "top_p": 0.001, "top_k": 1, "repetition_penalty": 1.05,
-        "eos_token_id": [1, 2], "min_p": None, "max_new_tokens": 99, "transformers_version": "4",
-    }  # fmt: skip
-    params = SamplingParams.from_generation_config(config, top_p=0.5)
-    expected = SamplingParams(temperature=0.01, top_p=0.5, top_k=1, repetition_penalty=1.05, max_tokens=99)
-    assert params == expected
+def test_bad_sequences_are_words_and_ids_but_never_an_end_alone():
+    params = SamplingParams(bad_words=["no"], bad_words_ids=[[2], [2, 5], [110, 111]])
+    assert params.bad_sequences == [[2], [2, 5], [110, 111]]
+    params.resolve_bad_words(lambda text: [ord(c) for c in text], eos_ids=[2])
+    assert params.bad_sequences == [[110, 111], [32, 110, 111], [2, 5]]

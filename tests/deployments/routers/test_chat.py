@@ -130,7 +130,7 @@ async def test_several_choices_and_their_probabilities(client):
     assert [choice.index for choice in made.choices] == [0, 1, 2]
     for choice in made.choices:
         pieces = [token.token for token in choice.logprobs.content]
-        assert "".join(pieces).removesuffix("<|im_end|>") == choice.message.content
+        assert "".join(pieces) == choice.message.content
         for token in choice.logprobs.content:
             assert token.logprob <= 0 and len(token.top_logprobs) == 2
             assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
@@ -161,6 +161,63 @@ async def test_each_of_several_choices_ends_at_its_own_stop_string(client, strea
         texts = [choice.message.content for choice in made.choices]
         reasons = [choice.finish_reason for choice in made.choices]
     assert texts == [text.partition(cut)[0] for text in free] and reasons == ["stop"] * 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"extra_body": {"guided_choice": ["é😀 ok"]}},
+        {"extra_body": {"guided_choice": ["日本"]}},
+        {"extra_body": {"guided_choice": ["ab日cd"]}, "stop": ["c"]},
+        {"extra_body": {"guided_choice": ["日本語"]}, "stop": ["本"]},
+        {"extra_body": {"guided_choice": ["the STOP now"]}, "stop": ["STOP", "P n"]},
+        {"extra_body": {"guided_choice": ["abc"], "include_stop_str_in_output": True}, "stop": ["b"]},
+        {"extra_body": {"skip_special_tokens": False}},
+        {"max_tokens": 2, "stop": ["never"]},
+    ],
+    ids=str,
+)
+async def test_bytes_and_texts_of_tokens_join_up_to_the_content(client, options, stream):
+    request = {
+        "model": "pocket",
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+        **options,
+    }
+    if stream:
+        chunks = [c async for c in await client.chat.completions.create(**request, stream=True)]
+        content = "".join(c.choices[0].delta.content or "" for c in chunks)
+        rows = [row for c in chunks if c.choices[0].logprobs for row in c.choices[0].logprobs.content]
+    else:
+        (choice,) = (await client.chat.completions.create(**request)).choices
+        content, rows = choice.message.content, choice.logprobs.content
+    assert content
+    assert bytes(byte for row in rows for byte in row.bytes) == content.encode()
+    assert "".join(row.token for row in rows) == content
+    ends = [top for row in rows for top in row.top_logprobs if top.token == "<|im_end|>"]
+    if "skip_special_tokens" not in options.get("extra_body", {}):
+        assert all(top.bytes is None for top in ends)
+
+
+async def test_an_answer_that_cannot_go_on_is_an_error(client):
+    """Its grammar lets it begin, another constraint keeps it from ending: it must not look whole."""
+    request = {
+        "model": "pocket",
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "extra_body": {"guided_regex": "xx~", "bad_words": ["~"]},
+    }
+    with pytest.raises(openai.BadRequestError, match=r"after 2 tokens, .* and bad_words together") as refused:
+        await client.chat.completions.create(**request)
+    assert refused.value.code == "no_token_allowed"
+    text = ""
+    with pytest.raises(openai.APIError, match="can't go on"):
+        async for chunk in await client.chat.completions.create(**request, stream=True):
+            text += chunk.choices[0].delta.content or ""
+            assert chunk.choices[0].finish_reason is None
+    assert text == "xx"
 
 
 async def test_an_answer_in_json(client):

@@ -31,6 +31,7 @@ def make_sampler(params, *, slots=None, vocab=VOCAB, prompts=None, outputs=None,
             outputs[i] if outputs else [],
             seed=seeds[i] if seeds else i,
             stop_ids=frozenset(stop_ids),
+            max_total=64,
         )
     sampler.flush()
     return sampler, torch.tensor(slots)
@@ -110,6 +111,9 @@ FEATURES = [
     SamplingParams(bad_words_ids=[[7], [8, 9]]),
     SamplingParams(min_tokens=4),
     SamplingParams(temperature=0, min_tokens=4),
+    SamplingParams(no_repeat_ngram_size=2, temperature=0),
+    SamplingParams(no_repeat_ngram_size=1, suppress_tokens=[3, 10**6, -1]),
+    SamplingParams(begin_suppress_tokens=list(range(3, 49))),
 ]
 
 
@@ -180,12 +184,12 @@ def test_reused_slots_carry_nothing_over():
     sampler, slots = make_sampler([heavy, heavy], prompts=[[best]] * 2, stop_ids=[best])
     assert draw(sampler, logits.expand(2, -1), slots, 2).tolist() == [[1, 1], [1, 1]]
     sampler.release(0)
-    sampler.admit(0, SamplingParams(temperature=0), [best], [], seed=0, stop_ids=frozenset())
+    sampler.admit(0, SamplingParams(temperature=0), [best], [], seed=0, stop_ids=frozenset(), max_total=64)
     sampler.flush()
     assert draw(sampler, logits.expand(2, -1), slots).tolist() == [[best, 1]]
     # Counts of the first tenant, who took token 1 twice, would keep the second from it.
     params = SamplingParams(temperature=0, presence_penalty=0.5, allowed_token_ids=[1, 2])
-    sampler.admit(0, params, [], [], seed=0, stop_ids=frozenset())
+    sampler.admit(0, params, [], [], seed=0, stop_ids=frozenset(), max_total=64)
     sampler.flush()
     logits[0, 1], logits[0, 2] = 1.0, 0.75
     assert draw(sampler, logits.expand(2, -1), slots)[0, 0] == 1
@@ -198,7 +202,9 @@ def test_a_greedy_request_after_a_random_one_is_greedy():
     assert len(set(draw(sampler, logits, slots, 8)[:, 0].tolist())) > 1
     sampler.release(0)
     # The other row still asks for noise.
-    sampler.admit(0, SamplingParams(temperature=0, top_k=5), [], [], seed=0, stop_ids=frozenset())
+    sampler.admit(
+        0, SamplingParams(temperature=0, top_k=5), [], [], seed=0, stop_ids=frozenset(), max_total=64
+    )
     sampler.flush()
     tokens = draw(sampler, logits, slots, 8)
     assert set(tokens[:, 0].tolist()) == {int(logits[0].argmax())}
@@ -241,14 +247,14 @@ def test_padded_rows_are_harmless():
         assert tokens[len(slots) :].tolist() == logits[len(slots) :].argmax(-1).tolist()
 
 
-def test_logits_are_not_changed_and_nothing_allowed_is_no_fault():
+def test_logits_are_not_changed_and_no_token_comes_where_none_is_allowed():
     sampler, slots = make_sampler(FEATURES, stop_ids=[0])
     logits = torch.randn(len(FEATURES), VOCAB)
     before = logits.clone()
     draw(sampler, logits, slots)
     assert torch.equal(logits, before)
     tokens = draw(sampler, torch.full_like(logits, float("-inf")), slots)
-    assert tokens.tolist() == [[0] * len(FEATURES)]
+    assert tokens.tolist() == [[-1] * len(FEATURES)]
 
 
 def test_grammar_masks_rows_of_their_own():
@@ -267,7 +273,7 @@ def test_plans_are_hashable_unions():
     assert sampler.plan([0]).random and not sampler.plan([0]).truncates
     union = sampler.plan([0, 5, 7, 9, 10])
     assert union.penalties and union.bitmask
-    assert (union.bias_width, union.stop_width, union.bad_words_width) == (2, 4, 1)
+    assert (union.bias_width, union.early_width, union.bad_words_width) == (2, 4, 1)
     assert len({sampler.plan([0, 2]), sampler.plan([2, 0]), sampler.plan([0])}) == 2
 
 

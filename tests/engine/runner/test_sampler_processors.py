@@ -2,6 +2,7 @@
 
 import torch
 from transformers import (
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
 )
@@ -9,7 +10,8 @@ from transformers import (
 from engine.runner.sampler_processors import (
     add_at,
     forbid_bad_words,
-    forbid_stops,
+    forbid_early,
+    forbid_repeated_ngrams,
     mask_tokens,
     penalize,
 )
@@ -63,11 +65,33 @@ def test_sparse_additions_skip_padding():
     assert torch.equal(ours[1], logits[1])
 
 
-def test_stop_ids_are_masked_only_while_too_early():
-    logits = random_logits(2)
-    ours = forbid_stops(logits.clone(), torch.tensor([[4, -1], [4, -1]]), torch.tensor([True, False]))
-    assert ours[0].isinf().nonzero().tolist() == [[4]]
-    assert torch.equal(ours[1], logits[1])
+def test_early_ids_are_masked_until_their_length():
+    logits = random_logits(3)
+    ids, until = torch.tensor([[4, 7, -1]]).expand(3, 3), torch.tensor([[1, 3, 9]]).expand(3, 3)
+    ours = forbid_early(logits.clone(), ids, until, torch.tensor([0, 1, 3]))
+    assert [row.isinf().nonzero().flatten().tolist() for row in ours] == [[4, 7], [7], []]
+    assert torch.equal(ours[2], logits[2])
+
+
+def test_repeated_ngrams_are_those_of_transformers():
+    """Rows of other sizes and lengths than their neighbours, with ids beyond the vocabulary among them."""
+    generator = torch.Generator().manual_seed(1)
+    rows, banned = 60, 0
+    tokens = torch.randint(0, 4, (rows, 23), generator=generator).int()
+    tokens[::7, 3] = VOCAB + 5
+    lengths = torch.randint(0, 24, (rows,), generator=generator)
+    sizes = torch.tensor([0, 1, 2, 3, 5, 7]).repeat(10)
+    logits = random_logits(rows)
+    ours = forbid_repeated_ngrams(logits.clone(), tokens, lengths, sizes, 8)
+    for row in range(rows):
+        expected, ids = logits[row : row + 1], tokens[row : row + 1, : lengths[row]].long()
+        if sizes[row] and lengths[row]:
+            known = ids.where(ids < VOCAB, VOCAB - 1)
+            expected = NoRepeatNGramLogitsProcessor(int(sizes[row]))(known, expected.clone())
+            expected[0, VOCAB - 1] = logits[row, VOCAB - 1]
+        assert torch.equal(ours[row], expected[0]), (int(sizes[row]), ids.tolist())
+        banned += int(expected.isinf().sum())
+    assert banned > 40
 
 
 def test_bad_words_need_their_whole_prefix():

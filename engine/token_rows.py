@@ -1,0 +1,78 @@
+"""Log-probabilities of an answer's tokens, with texts and bytes that join up to the answer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+
+from engine.logprobs import LogprobTensors
+from engine.outputs import TokenLogprob
+from engine.text.token_texts import TokenTexts
+
+Row = dict[int, TokenLogprob]
+
+
+def token_row(
+    values: LogprobTensors, index: int, token: int, count: int, texts: TokenTexts, *, adds_text: bool = True
+) -> Row:
+    """Log-probabilities of one token and its alternatives: the token itself first, then the likeliest.
+
+    Args:
+        values: on the host.
+        index: the token's row of ``values``.
+        count: alternatives.
+        texts: the sequence so far; the token is added to it.
+        adds_text: whether the token is part of the text, which one that ends an answer is not.
+    """
+    tops = zip(values.top_ids[index].tolist(), values.top_logprobs[index].tolist(), strict=True)
+    others = {
+        other: TokenLogprob(value, rank, *texts.look(other))
+        for rank, (other, value) in enumerate(list(tops)[:count], start=1)
+        if other != token
+    }
+    text, piece = texts.take(token) if adds_text else (texts.name(token), b"")
+    chosen = TokenLogprob(float(values.token_logprobs[index]), int(values.ranks[index]), text, piece)
+    return {token: chosen, **others}
+
+
+class UnsettledRows:
+    """Tokens and rows of one answer whose text is held back, since it may become part of a stop string.
+
+    The rows come out with their text. Those of the stop string itself, which is no part of the answer, come
+    out without bytes at the end.
+    """
+
+    def __init__(self) -> None:
+        self._rows: deque[tuple[int, Row, int]] = deque()  # with the position of the first character
+        self._added = 0
+
+    def add(self, token: int, row: Row) -> None:
+        self._rows.append((token, row, self._added))
+        if row[token].bytes:
+            self._added += len(row[token].decoded_token or "")
+
+    def settle(self, num_characters: int) -> Iterator[tuple[int, Row]]:
+        """The next tokens and rows whose text lies in the first ``num_characters`` of the answer."""
+        while self._rows:
+            token, row, first = self._rows[0]
+            found = row[token]
+            last = first + len(found.decoded_token or "")
+            # A token without text may hold a part of the next character.
+            if found.bytes and (last > num_characters or first == num_characters):
+                return
+            self._rows.popleft()
+            yield token, row
+
+    def end(self, num_characters: int) -> Iterator[tuple[int, Row]]:
+        """All that are left, of an answer that has ended with ``num_characters``."""
+        yield from self.settle(num_characters)
+        for token, row, first in self._rows:
+            found = row[token]
+            text = found.decoded_token or ""
+            kept = max(0, num_characters - first)
+            if found.bytes and kept < max(1, len(text)):
+                size = len(found.bytes) - len(text[kept:].encode()) if kept else 0
+                found = replace(found, decoded_token=text[:kept] if kept else text, bytes=found.bytes[:size])
+            yield token, {**row, token: found}
+        self._rows.clear()
