@@ -34,15 +34,9 @@ def draw_decoder(
     Args:
         vocab: number of the tokenizer's tokens.
         tokens: longest sequence that prompts of the family need.
-        width_of: what the hidden size must be a multiple of.
+        width_of: number that divides the hidden size.
         section: the rotary embedding has three axes.
     """
-    # On a GPU each size has kernels of its own, which take long to compile.
-    coarse = draw.coarse
-    heads = 8 if coarse else draw.choice("heads", (1, 2, 3, 4, 6, 8), (1, 2, 2, 3, 1, 1))
-    if width_of > 1:
-        heads = draw.choice("heads of a wide model", (2, 4, 8))
-    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     fields: dict[str, Any] = {
         "vocab_size": vocab + draw.variant("padded vocabulary", (0, 1, 13, 64), 0.2),
         "intermediate_size": draw.choice("intermediate", (32, 48, 96, 132)),
@@ -52,35 +46,7 @@ def draw_decoder(
         "hidden_act": draw.variant("decoder activation", _ACTIVATIONS, 0.15),
         "tie_word_embeddings": draw.variant("tied", (False, True), 0.3),
     }
-    ways = ("stated", "absent") if kind == "mistral" else ("stated", "absent", "null")
-    absent = draw.variant("kv heads spelled", ways, 0.25)
-    head_dim = 32 if coarse else draw.choice("head dim", (8, 12, 16, 24, 32), (1, 1, 4, 1, 2))
-    if absent == "absent" and not coarse and width_of == 1 and (default := _DEFAULT_KV[kind]):
-        heads, head_dim = default * draw.choice("heads per kv head", (1, 2)), 8
-    elif absent == "stated":
-        fields["num_key_value_heads"] = draw.choice("kv heads", divisors)
-    elif absent == "null":
-        fields["num_key_value_heads"] = None
-    if width_of > 1:
-        head_dim = width_of * draw.choice("hidden size in steps", (1, 2)) // heads
-    fields["num_attention_heads"] = heads
-    fields["hidden_size"] = heads * head_dim
-    if kind in _HAS_HEAD_DIM:
-        how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
-        if heads >= 32:
-            # Heads of the default size would be large together.
-            how = "stated"
-        default = 128 if kind.startswith("qwen3") else head_dim
-        if kind.startswith("qwen3") and how != "derived":
-            # These have no null, and 128 if it is absent.
-            how = "stated"
-        if how == "stated":
-            fields["hidden_size"] = heads * draw.choice("hidden per head", (8, 16, 20))
-            fields["head_dim"] = head_dim
-        elif how == "null":
-            fields["head_dim"] = None
-        else:
-            head_dim = default
+    head_dim = _heads(draw, kind, fields, width_of)
     _biases(draw, kind, fields)
     _windows(draw, kind, fields)
     _rope(draw, kind, fields, head_dim, section)
@@ -91,6 +57,52 @@ def draw_decoder(
     if plain and draw.varies("max position absent", 0.1):
         del fields["max_position_embeddings"]
     return fields
+
+
+def _heads(draw: Draw, kind: str, fields: dict[str, Any], width_of: int) -> int:
+    """Add the numbers of heads and the hidden size, in one of their spellings; the size of a head."""
+    heads = draw.choice("heads", (1, 2, 3, 4, 6, 8), (1, 2, 2, 3, 1, 1))
+    head_dim = draw.choice("head dim", (8, 12, 16, 24, 32), (1, 1, 4, 1, 2))
+    if draw.coarse:
+        # On a GPU each size has kernels of its own, which take long to compile.
+        heads, head_dim = 8, 32
+    if width_of > 1:
+        heads = draw.choice("heads of a wide model", (2, 4, 8))
+        head_dim = width_of * draw.choice("hidden size in steps", (1, 2)) // heads
+    default, ways = _DEFAULT_KV[kind], ["stated", "absent", "null"]
+    if kind == "mistral":
+        ways.remove("null")
+    if default and (draw.coarse or width_of > 1):
+        # The default number would be too large.
+        ways.remove("absent")
+    how = draw.variant("kv heads spelled", ways, 0.25)
+    if how == "absent" and default:
+        heads, head_dim = default * draw.choice("heads per kv head", (1, 2)), 8
+    elif how == "stated":
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        fields["num_key_value_heads"] = draw.choice("kv heads", divisors)
+    elif how == "null":
+        fields["num_key_value_heads"] = None
+    fields["num_attention_heads"] = heads
+    fields["hidden_size"] = heads * head_dim
+    return _head_dim(draw, kind, fields, head_dim) if kind in _HAS_HEAD_DIM else head_dim
+
+
+def _head_dim(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int) -> int:
+    """State the size of a head, or leave it to the reader; the size."""
+    heads = fields["num_attention_heads"]
+    how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
+    if kind.startswith("qwen3"):
+        # It has no null, and 128 is meant where it is absent, which is large for many heads.
+        how = "derived" if how == "derived" and heads < 32 else "stated"
+    if how == "stated":
+        fields["hidden_size"] = heads * draw.choice("hidden per head", (8, 16, 20))
+        fields["head_dim"] = head_dim
+    elif how == "null":
+        fields["head_dim"] = None
+    elif kind.startswith("qwen3"):
+        return 128
+    return head_dim
 
 
 @dataclass(frozen=True)
