@@ -85,10 +85,13 @@ def preempted_or_cached(model: Made, hub: Made) -> None:
     prompts = model.case.prompts()
     lengths = [len(model.answer(prompt).ids) for prompt in prompts[:2]]
     blocks = sum(-(-length // 4) for length in lengths) + 2
-    llm = model.llm(num_kv_blocks=blocks, block_size=4, enable_prefix_caching=False)
-    model.check(llm, prompts[:2] * 2)
-    # Vectors have no answer for which blocks could lack: those prompts wait for each other.
-    assert model.case.embeds or llm.metrics()["preempted"] > 0
+    few = {"num_kv_blocks": blocks, "block_size": 4, "enable_prefix_caching": False}
+    # With few tokens a step, prompts are interrupted as well.
+    for options in (few, {**few, "max_num_batched_tokens": 13}):
+        llm = model.llm(**options)
+        model.check(llm, prompts[:2] * 2, prompt_logprobs=2)
+        # Vectors have no answer for which blocks could lack: those prompts wait for each other.
+        assert model.case.embeds or llm.metrics()["preempted"] > 0
     llm = model.llm(block_size=4)
     model.check(llm, prompts)
     model.check(llm, prompts, block=4)
