@@ -218,17 +218,17 @@ def test_an_admission_that_cannot_be_written_is_forgotten_with_its_slot():
     sampler.release(0)
     # No such token: the counts of its output can't be written.
     bad = SamplingParams(temperature=0, presence_penalty=1.0)
-    sampler.admit(0, bad, [], [VOCAB * 5], seed=0, stop_ids=frozenset())
+    sampler.admit(0, bad, [], [VOCAB * 5], seed=0, stop_ids=frozenset(), max_total=64)
     with pytest.raises(IndexError):
         sampler.flush()
     sampler.release(0)
     sampler.release(1)
-    sampler.admit(1, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset())
+    sampler.admit(1, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset(), max_total=64)
     sampler.flush()
     # Nor does the slot keep what its first request had, if a second one was never written.
     for _ in range(2):
         sampler.release(0)
-        sampler.admit(0, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset())
+        sampler.admit(0, SamplingParams(temperature=0), [], [], seed=0, stop_ids=frozenset(), max_total=64)
     sampler.flush()
     tokens = draw(sampler, logits, slots, 8)
     assert set(tokens[:, :2].flatten().tolist()) == {int(logits[0].argmax())}
