@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,22 +45,27 @@ class UnsettledRows:
     """
 
     def __init__(self) -> None:
-        self._rows: deque[tuple[int, Row, int]] = deque()  # with the position of the first character
+        # With the position of the first character, and the number of last bytes that begin another one.
+        self._rows: deque[tuple[int, Row, int, int]] = deque()
         self._added = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int, row: Row) -> None:
-        self._rows.append((token, row, self._added))
-        if row[token].bytes:
+        piece = row[token].bytes
+        self._decoder.decode(piece)
+        begun = min(len(piece), len(self._decoder.getstate()[0]))
+        self._rows.append((token, row, self._added, begun))
+        if piece:
             self._added += len(row[token].decoded_token or "")
 
     def settle(self, num_characters: int) -> Iterator[tuple[int, Row]]:
         """The next tokens and rows whose text lies in the first ``num_characters`` of the answer."""
         while self._rows:
-            token, row, first = self._rows[0]
+            token, row, first, begun = self._rows[0]
             found = row[token]
             last = first + len(found.decoded_token or "")
-            # A token without text may hold a part of the next character.
-            if found.bytes and (last > num_characters or first == num_characters):
+            # A character that the token begins may become part of a stop string.
+            if found.bytes and (last > num_characters or (begun and last == num_characters)):
                 return
             self._rows.popleft()
             yield token, row
@@ -67,12 +73,12 @@ class UnsettledRows:
     def end(self, num_characters: int) -> Iterator[tuple[int, Row]]:
         """All that are left, of an answer that has ended with ``num_characters``."""
         yield from self.settle(num_characters)
-        for token, row, first in self._rows:
+        for token, row, first, begun in self._rows:
             found = row[token]
             text = found.decoded_token or ""
-            kept = max(0, num_characters - first)
-            if found.bytes and kept < max(1, len(text)):
-                size = len(found.bytes) - len(text[kept:].encode()) if kept else 0
+            kept = min(len(text), max(0, num_characters - first))
+            if found.bytes and first + len(text) >= num_characters:
+                size = len(found.bytes) - begun - len(text[kept:].encode()) if kept else 0
                 found = replace(found, decoded_token=text[:kept] if kept else text, bytes=found.bytes[:size])
             yield token, {**row, token: found}
         self._rows.clear()

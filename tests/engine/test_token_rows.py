@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.logprobs import LogprobTensors
@@ -64,6 +64,9 @@ def test_texts_and_bytes_join_up_to_the_answer(name):
     text_of = st.lists(specials | st.text(alphabet, max_size=5), max_size=6).map("".join)
 
     @settings(max_examples=80, deadline=None)
+    # A token with a space and a part of the picture, of which only the space is in the answer.
+    @example(text=" 😀", stop=[" "], include=True, skip=False, group_of=1, ends="stop")
+    @example(text=" 😀", stop=["😀"], include=False, skip=False, group_of=1, ends="length")
     @given(
         text=text_of,
         stop=st.lists(st.text(alphabet, min_size=1, max_size=3), max_size=2),
@@ -75,7 +78,7 @@ def test_texts_and_bytes_join_up_to_the_answer(name):
     def check(text, stop, include, skip, group_of, ends):
         prompt = tokenizer.encode("the red " + text)
         tokens = tokenizer.encode("x" + text, add_special_tokens=False)
-        tokens += {"stop": [tokenizer.eos_id], "error": [-1], "length": []}[ends]
+        tokens += {"stop": [tokenizer.role_id("eos_token")], "error": [-1], "length": []}[ends]
         if len(prompt) < 2:
             return
         deltas, prompt_rows = answer(
@@ -110,7 +113,7 @@ def test_texts_and_bytes_join_up_to_the_answer(name):
 
 def test_an_ending_token_is_named_and_has_no_bytes():
     tokenizer = TOKENIZERS["byte_fallback"]
-    tokens = [tokenizer.token_id("▁the"), tokenizer.eos_id]
+    tokens = [tokenizer.token_id("▁the"), tokenizer.role_id("eos_token")]
     deltas, _ = answer(tokenizer, [1, 300], tokens, ends="stop")
     found = [
         row[token] for delta in deltas for token, row in zip(delta.token_ids, delta.logprobs, strict=True)
