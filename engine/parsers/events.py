@@ -54,6 +54,24 @@ class Parser(Protocol):
         """Return the events of the text that was held back; nothing may be fed afterwards."""
 
 
+class SteppedParser:
+    """A :class:`Parser` that consumes its buffer step by step, until a step needs more text."""
+
+    def __init__(self) -> None:
+        self._buffer = ""
+
+    def feed(self, text: str) -> list[Event]:
+        self._buffer += text
+        events: list[Event] = []
+        while self._step(events):
+            pass
+        return events
+
+    def _step(self, events: list[Event]) -> bool:
+        """Consume a part of the buffer and add what it says to ``events``; False if more text is needed."""
+        raise NotImplementedError
+
+
 def held_back(text: str, markers: tuple[str, ...]) -> int:
     """Length of the longest end of ``text`` that may be the beginning of one of ``markers``."""
     longest = max((len(marker) for marker in markers), default=0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from engine.parsers.events import CallArguments, CallStart, Event, Text
+from engine.parsers.events import CallArguments, CallStart, Event, SteppedParser, Text
 from engine.parsers.json_call import JsonCall, MalformedCall
 
 #: Characters between two calls.
 _BETWEEN = " \t\r\n;,"
 
 
-class LeadingJsonCalls:
+class LeadingJsonCalls(SteppedParser):
     """Parses ``[PREFIX] {"name": ..., "parameters": {...}}[; {...}]``, or a JSON list of such objects.
 
     An answer that begins otherwise is text, also where it holds JSON later. So is an object without a name.
@@ -20,17 +20,10 @@ class LeadingJsonCalls:
 
     def __init__(self, prefix: str = "<|python_tag|>") -> None:
         self._prefix = prefix
-        self._buffer = ""
+        super().__init__()
         self._state = "start"
         self._call = JsonCall()
         self._calls = 0
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from engine.parsers.events import CallArguments, CallStart, Event, Text, first_marker, held_back
+from engine.parsers.events import (
+    CallArguments,
+    CallStart,
+    Event,
+    SteppedParser,
+    Text,
+    first_marker,
+    held_back,
+)
 from engine.parsers.json_call import JsonCall, JsonValue, MalformedCall
 
 _TAG = "[TOOL_CALLS]"
@@ -12,23 +20,16 @@ _ARGS = "[ARGS]"
 _CALL_ID = "[CALL_ID]"
 
 
-class MistralCalls:
+class MistralCalls(SteppedParser):
     """Parses ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`` and ``[TOOL_CALLS]name[ARGS]{...}``."""
 
     def __init__(self) -> None:
-        self._buffer = ""
+        super().__init__()
         self._state: Callable[[list[Event]], bool] = self._read_text
         self._call = JsonCall()
         self._value = JsonValue()
         self._calls = 0
         self._named = False
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""

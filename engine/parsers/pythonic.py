@@ -7,14 +7,22 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from engine.parsers.events import CallArguments, CallStart, Event, Text, first_marker, held_back
+from engine.parsers.events import (
+    CallArguments,
+    CallStart,
+    Event,
+    SteppedParser,
+    Text,
+    first_marker,
+    held_back,
+)
 
 _OPEN, _CLOSE = "([{", ")]}"
 #: Longest call that is parsed, in characters: Python's parser is not made for hostile megabytes.
 _MAX_CALL = 100_000
 
 
-class PythonicCalls:
+class PythonicCalls(SteppedParser):
     """Parses ``[name(key=literal, ...), ...]`` at an answer's beginning, or between tags anywhere.
 
     A call is reported as soon as its closing parenthesis is there. Arguments must be literals with names.
@@ -26,18 +34,11 @@ class PythonicCalls:
 
     def __init__(self, begin: str | None = None, end: str | None = None) -> None:
         self._begin, self._end = begin, end
-        self._buffer = ""
+        super().__init__()
         self._state: Callable[[list[Event]], bool] = self._read_start if begin is None else self._read_text
         self._calls = self._in_block = 0
         self._between = self._visible = False
         self._scan = _CallScan()
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""

@@ -6,14 +6,22 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.parsers.events import CallArguments, CallStart, Event, Text, first_marker, held_back
+from engine.parsers.events import (
+    CallArguments,
+    CallStart,
+    Event,
+    SteppedParser,
+    Text,
+    first_marker,
+    held_back,
+)
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 
 
-class QwenXmlCalls:
+class QwenXmlCalls(SteppedParser):
     """Parses ``<tool_call><function=NAME><parameter=KEY>VALUE</parameter>...</function></tool_call>``.
 
     The outer tag may be missing. A value is text for parameters that the schema calls strings, JSON for all
@@ -25,19 +33,12 @@ class QwenXmlCalls:
 
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
         self._schemas = schemas
-        self._buffer = ""
+        super().__init__()
         self._state = "text"
         self._calls = 0
         self._between = self._visible = False
         self._name = ""
         self._keys: list[str] = []
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.parsers.events import Event, Reasoning, Text, held_back
+from engine.parsers.events import Event, Reasoning, SteppedParser, Text, held_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class ReasoningTags:
     end: str
 
 
-class ReasoningParser:
+class ReasoningParser(SteppedParser):
     """Splits thoughts from visible text. White space beside the tags is layout and is dropped.
 
     A thought is opened at the answer's beginning only: a tag that the visible text mentions later is text.
@@ -33,20 +33,13 @@ class ReasoningParser:
     def __init__(self, tags: ReasoningTags, *, begins_inside: bool = False) -> None:
         self._tags = tags
         self._state = "inside" if begins_inside else "before"
-        self._buffer = ""
+        super().__init__()
         self._trim = True
 
     @property
     def inside(self) -> bool:
         """True if the text that comes next belongs to a thought."""
         return self._state == "inside"
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         """Return what was held back. White space at the end of a thought is dropped, as at its tags."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from engine.parsers.events import CallArguments, CallStart, Event, Text, first_marker, held_back
+from engine.parsers.events import (
+    CallArguments,
+    CallStart,
+    Event,
+    SteppedParser,
+    Text,
+    first_marker,
+    held_back,
+)
 from engine.parsers.json_call import JsonCall, MalformedCall
 
 
-class TaggedCalls:
+class TaggedCalls(SteppedParser):
     """Parses ``BEGIN {"name": ..., "arguments": {...}} END`` anywhere in an answer.
 
     White space beside a call is layout and is dropped. A block that is no call stays visible text, tags
@@ -19,19 +27,12 @@ class TaggedCalls:
 
     def __init__(self, begin: tuple[str, ...], end: str) -> None:
         self._begin, self._end = begin, end
-        self._buffer = ""
+        super().__init__()
         self._call: JsonCall | None = None
         #: The opening tag of the call with the white space before it, and the call's text behind it.
         self._tag = self._read = ""
         self._calls = 0
         self._between = self._visible = False
-
-    def feed(self, text: str) -> list[Event]:
-        self._buffer += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         events: list[Event] = []
