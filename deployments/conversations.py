@@ -16,8 +16,6 @@ from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams, StructuredSpec
 
 _PARAMETERS = {field.name for field in fields(SamplingParams)}
-#: Names under which the engine knows constraints, whichever field of the body asks for them.
-_CONSTRAINT_NAMES = ("response_format", "guided_regex", "guided_choice", "guided_grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +79,13 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
     """
     names = dict(given.field_names)
     if given.constraint_field is not None:
-        names |= dict.fromkeys(_CONSTRAINT_NAMES, given.constraint_field)
+        names["structured"] = given.constraint_field
     elif given.tools.choice != "none":
-        names |= dict.fromkeys(_CONSTRAINT_NAMES, "tools")
+        names["structured"] = "tools"
     with caller_fields(names):
         pipeline.format.check(given.tools)
+        # Refuses a constraint that other parameters exclude before any image is fetched.
+        replace(given.params, structured=given.constraint)
         messages, sources = parse_messages(given.messages)
 
         def build(items: list[MediaItem]) -> EngineInput:
@@ -104,7 +104,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         )
         text = prompt.inputs.text
         constraint = pipeline.format.constraint(given.tools, given.constraint, text, given.thinking_budget)
-    params = replace(given.params, structured=constraint)
+        params = replace(given.params, structured=constraint)
     if pipeline.format.parser(given.tools, text) is not None:
         # Tags of calls and thoughts may be special tokens.
         params = replace(params, skip_special_tokens=False)
@@ -123,10 +123,9 @@ def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except SightlineError as error:
-        name = error.param
-        error.param = _renamed(name, names)
-        if name in _PARAMETERS and name in names:
-            # Messages about a sampling parameter call it by its name.
+        error.param = _renamed(error.param, names)
+        for name in _PARAMETERS & names.keys():
+            # Messages call sampling parameters by their names.
             error.message = re.sub(rf"\b{name}\b", names[name], error.message)
         raise
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from engine.errors import InvalidRequest
-from engine.sampling_params import SamplingParams, structured_param
+from engine.sampling_params import SamplingParams
 
 #: Characters of choices that are checked for a way to spell them, in milliseconds.
 _CHECKED_CHOICES = 1024
@@ -53,15 +53,14 @@ def check_constraints(
     _require(params, first, "allow no token to begin with", "begin_suppress_tokens")
     if first_mask is not None and params.structured is not None:
         bits = np.unpackbits(first_mask.view(np.uint8), bitorder="little")[:vocab_size].astype(bool)
-        param = structured_param(params.structured)
-        _require(params, first & bits, "allow no token that an answer can begin with", param)
+        _require(params, first & bits, "allow no token that an answer can begin with", "structured")
         ends = np.zeros(vocab_size, bool)
         ends[_inside(eos_ids, vocab_size)] = True
         _require(params, allowed & ends, "allow no token that ends an answer, which a whole one needs")
         if params.structured.kind == "choice" and len(params.structured.text) <= _CHECKED_CHOICES:
             tokens, choices = frozenset(np.flatnonzero(allowed).tolist()), json.loads(params.structured.text)
             possible = np.array([can_spell(choice, tokens) for choice in choices])
-            _require(params, possible, "allow none of the choices", param)
+            _require(params, possible, "allow none of the choices", "structured")
 
 
 def dead_end(params: SamplingParams, num_tokens: int) -> str:
@@ -78,7 +77,7 @@ def dead_end(params: SamplingParams, num_tokens: int) -> str:
 
 def constraint_names(params: SamplingParams) -> list[str]:
     """The fields of ``params`` that keep tokens from being sampled."""
-    names = [] if params.structured is None else [structured_param(params.structured)]
+    names = [] if params.structured is None else ["structured"]
     names += ["allowed_token_ids"] if params.allowed_token_ids is not None else []
     fields = ("bad_words", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
     return names + [name for name in (*fields, "no_repeat_ngram_size", "min_tokens") if getattr(params, name)]

@@ -187,7 +187,10 @@ class SamplingParams:
             check_vocabulary(name, ids, vocab_size)
         for name, length in (("max_tokens", self.max_tokens), ("min_tokens", self.min_tokens)):
             if length is not None and length > max_model_len:
-                message = f"{name} is {length}, but the model's context is {max_model_len} tokens."
+                message = (
+                    f"This model's maximum context length is {max_model_len} tokens. However, {name} is "
+                    f"{length}: lower it."
+                )
                 raise ContextLengthExceeded(message, param=name)
         if self.bad_words and self._bad_sequences is None:
             raise InvalidRequest("bad_words were not tokenized.", param="bad_words")
@@ -276,22 +279,15 @@ class SamplingParams:
     def _check_structured(self, spec: StructuredSpec) -> None:
         if len(spec.text) > MAX_STRUCTURED_TEXT:
             message = f"The grammar has {len(spec.text)} characters; the limit is {MAX_STRUCTURED_TEXT}."
-            raise InvalidRequest(message, param=structured_param(spec))
+            raise InvalidRequest(message, param="structured")
         for name, reason in (
             ("min_tokens", "the grammar decides where the answer ends"),
             ("min_length", "the grammar decides where the answer ends"),
             ("ignore_eos", "nothing may follow a whole answer"),
         ):
             if getattr(self, name):
-                message = f"{name} cannot be combined with structured output: {reason}."
+                message = f"{name} cannot be combined with the parameter structured: {reason}."
                 raise InvalidRequest(message, param=name)
-
-
-def structured_param(spec: StructuredSpec) -> str:
-    """The request field that carries this kind of grammar."""
-    if spec.kind in ("json_object", "json_schema"):
-        return "response_format"
-    return {"regex": "guided_regex", "choice": "guided_choice", "grammar": "guided_grammar"}[spec.kind]
 
 
 def _check_sequences(name: str, sequences: list[list[int]]) -> None:

@@ -47,8 +47,9 @@ async def create_completion(request: Request) -> Response:
     names: dict[str, str] = {}
     constraint, field = body.constraint()
     if constraint is not None and field is not None:
-        names = dict.fromkeys(("response_format", "guided_regex", "guided_choice", "guided_grammar"), field)
-    params = replace(body.sampling_params(pipeline.sampling_defaults), structured=constraint)
+        names = {"structured": field}
+    with caller_fields(names):
+        params = replace(body.sampling_params(pipeline.sampling_defaults), structured=constraint)
     tokenizer = pipeline.builder.tokenizer
     answer = _Answer(
         f"cmpl-{uuid.uuid4().hex}",

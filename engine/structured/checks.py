@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from engine.errors import InvalidRequest
-from engine.sampling_params import MAX_STRUCTURED_TEXT, StructuredSpec, structured_param
+from engine.sampling_params import MAX_STRUCTURED_TEXT, StructuredSpec
 
 MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_NODES = 20_000
@@ -49,7 +49,7 @@ def refusal(spec: StructuredSpec, reason: str) -> str:
 
 
 def _refused(spec: StructuredSpec, reason: str) -> InvalidRequest:
-    return InvalidRequest(refusal(spec, reason), param=structured_param(spec))
+    return InvalidRequest(refusal(spec, reason), param="structured")
 
 
 def _parse(spec: StructuredSpec) -> Any:

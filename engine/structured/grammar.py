@@ -14,7 +14,7 @@ import llguidance
 import tokenizers
 
 from engine.errors import InvalidRequest, Overloaded
-from engine.sampling_params import StructuredSpec, structured_param
+from engine.sampling_params import StructuredSpec
 from engine.structured.checks import GrammarRefused, check_spec, refusal
 from engine.structured.json_schema import plainer
 from engine.structured.matcher import Grammar
@@ -105,7 +105,7 @@ class GrammarCompiler:
             refused_at, message = self._refusals.get(spec, (0.0, ""))
         # What was too slow on a busy machine may pass later.
         if message and time.monotonic() - refused_at < _REFUSAL_SECONDS:
-            raise InvalidRequest(message, param=structured_param(spec))
+            raise InvalidRequest(message, param="structured")
         return None
 
     def _submit(self, spec: StructuredSpec) -> Future[Grammar]:
@@ -126,7 +126,7 @@ class GrammarCompiler:
         except GrammarRefused as error:
             message = refusal(spec, plainer(str(error)))
             self._keep(self._refusals, spec, (time.monotonic(), message))
-            raise InvalidRequest(message, param=structured_param(spec)) from None
+            raise InvalidRequest(message, param="structured") from None
         else:
             self._keep(self._cache, spec, grammar)
             return grammar

@@ -32,11 +32,11 @@ def bits(*tokens):
         ({"allowed_token_ids": [1, 2], "min_tokens": 3}, "min_tokens"),
         ({"suppress_tokens": [0, *range(3, VOCAB)], "min_tokens": 1}, "min_tokens"),
         ({"allowed_token_ids": [5], "begin_suppress_tokens": [5]}, "begin_suppress_tokens"),
-        ({"structured": SPEC, "bad_words_ids": [[7], [8]]}, "guided_choice"),
-        ({"structured": SPEC, "begin_suppress_tokens": [7, 8]}, "guided_choice"),
-        ({"structured": SPEC, "allowed_token_ids": [7, 9]}, "guided_choice"),
-        ({"structured": SPEC, "suppress_tokens": [1]}, "guided_choice"),
-        ({"structured": SPEC, "bad_words_ids": [[9]]}, "guided_choice"),
+        ({"structured": SPEC, "bad_words_ids": [[7], [8]]}, "structured"),
+        ({"structured": SPEC, "begin_suppress_tokens": [7, 8]}, "structured"),
+        ({"structured": SPEC, "allowed_token_ids": [7, 9]}, "structured"),
+        ({"structured": SPEC, "suppress_tokens": [1]}, "structured"),
+        ({"structured": SPEC, "bad_words_ids": [[9]]}, "structured"),
     ],
     ids=str,
 )
@@ -70,9 +70,7 @@ def test_what_can_be_followed_passes(fields):
 def test_a_dead_end_names_the_fields():
     params = SamplingParams(structured=SPEC, no_repeat_ngram_size=2, bad_words_ids=[[3, 4]])
     message = dead_end(params, 5)
-    assert (
-        "guided_choice, bad_words_ids and no_repeat_ngram_size together" in message and "5 tokens" in message
-    )
+    assert "structured, bad_words_ids and no_repeat_ngram_size together" in message and "5 tokens" in message
     assert "valid logits" in dead_end(SamplingParams(), 0)
 
 
@@ -99,9 +97,9 @@ def test_requests_that_contradict_themselves_are_refused(llm):
     for fields, param in (
         ({"allowed_token_ids": [t], "bad_words_ids": [[t]]}, "allowed_token_ids"),
         ({"allowed_token_ids": eos, "min_tokens": 3}, "min_tokens"),
-        ({"structured": choice("qt"), "bad_words": ["t"]}, "guided_choice"),
-        ({"structured": choice("tt"), "allowed_token_ids": [t + 1, *eos]}, "guided_choice"),
-        ({"structured": regex(".*"), "suppress_tokens": eos}, "guided_regex"),
+        ({"structured": choice("qt"), "bad_words": ["t"]}, "structured"),
+        ({"structured": choice("tt"), "allowed_token_ids": [t + 1, *eos]}, "structured"),
+        ({"structured": regex(".*"), "suppress_tokens": eos}, "structured"),
     ):
         with pytest.raises(InvalidRequest) as caught:
             llm.generate("the", SamplingParams(**fields), use_tqdm=False)

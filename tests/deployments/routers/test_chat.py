@@ -209,7 +209,7 @@ async def test_an_answer_that_cannot_go_on_is_an_error(client):
         "messages": [{"role": "user", "content": "Hello!"}],
         "extra_body": {"guided_regex": "xx~", "bad_words": ["~"]},
     }
-    with pytest.raises(openai.BadRequestError, match=r"after 2 tokens, .* and bad_words together") as refused:
+    with pytest.raises(openai.BadRequestError, match="after 2 tokens, guided_regex and bad_words") as refused:
         await client.chat.completions.create(**request)
     assert refused.value.code == "no_token_allowed"
     text = ""

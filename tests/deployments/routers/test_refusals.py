@@ -99,6 +99,13 @@ CASES = {
         "response_format",
         "schema",
     ),
+    "long minimum": ({"min_tokens": 5000}, 400, "min_tokens", "maximum context length is 1024 tokens"),
+    "constraint and minimum": (
+        {"guided_regex": "a", "min_tokens": 2},
+        400,
+        "min_tokens",
+        "min_tokens cannot be combined with the parameter guided_regex",
+    ),
     "bad regex": ({"guided_regex": "("}, 400, "guided_regex", "regex"),
     "two constraints": (
         {"guided_regex": "a", "guided_choice": ["a"]},

@@ -61,7 +61,7 @@ def compile_schema(compiler, schema):
 def test_refuses_with_the_keyword_named(compiler, schema, words):
     with pytest.raises(InvalidRequest, match=words) as caught:
         compile_schema(compiler, schema)
-    assert caught.value.param == "response_format"
+    assert caught.value.param == "structured"
     message = caught.value.message
     assert message.endswith(".") and "\n" not in message and "coerce_one_of" not in message
     assert "<non-verbose" not in message and "Unimplemented" not in message

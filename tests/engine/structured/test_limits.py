@@ -59,8 +59,7 @@ def test_refuses(compiler, name):
     spec = REFUSED[name]
     with pytest.raises(InvalidRequest) as caught:
         compiler.compile(spec)
-    expected = {"json_schema": "response_format", "regex": "guided_regex"}
-    assert caught.value.param == expected.get(spec.kind, f"guided_{spec.kind}")
+    assert caught.value.param == "structured"
     assert 20 < len(caught.value.message) < 400
     assert name != "stack overflow" or "too complex" in caught.value.message
 
