@@ -18,7 +18,7 @@ FLOORS = [
     ["graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),
-        *("checkpoint", "text", "media", "metrics", "layers"),
+        *("checkpoint", "text", "media", "metrics", "layers", "progress"),
     ],
     ["constraints", "request", "structured", "token_rows", "vision", "weights"],
     ["families", "scheduling"],
@@ -66,6 +66,7 @@ PUBLIC = {
     "engine.parsers.grammar",
     "engine.parsers.reasoning",
     "engine.pooling_params",
+    "engine.progress",
     "engine.prompt",
     "engine.sampling_params",
     "engine.structured.json_schema",
