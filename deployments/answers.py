@@ -71,6 +71,13 @@ class AnswerReader:
         return ChoiceDelta(delta.index, events, delta.token_ids, delta.logprobs, reason, delta.stop_reason)
 
 
+def continues(last: Event | None, event: Event) -> bool:
+    """Return whether ``event`` belongs to the text, thought or call of the event before it."""
+    if isinstance(event, CallArguments):
+        return True
+    return not isinstance(event, CallStart) and type(event) is type(last)
+
+
 @dataclass(slots=True)
 class Call:
     """A tool call of a finished answer; ``arguments`` is JSON text."""

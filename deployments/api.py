@@ -22,7 +22,17 @@ from deployments.errors import (
 )
 from deployments.pipeline import Pipeline
 from deployments.responses import ResponseStore
-from deployments.routers import chat, completions, embeddings, health, models, responses, scoring, tokens
+from deployments.routers import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    responses,
+    scoring,
+    tokens,
+)
 from engine.errors import Overloaded, SightlineError
 
 
@@ -33,7 +43,7 @@ def create_api(config: IngressConfig, pipelines: Mapping[str, Pipeline]) -> Fast
     api.state.pipelines = pipelines
     api.state.responses = ResponseStore(config.stored_responses, config.stored_responses_s)
     api.state.background = {}
-    for endpoint in (chat, completions, responses, embeddings, scoring, tokens, models, health):
+    for endpoint in (chat, completions, responses, messages, embeddings, scoring, tokens, models, health):
         api.include_router(endpoint.router)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)

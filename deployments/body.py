@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from deployments.errors import BodyTooLarge
-from deployments.protocol.base import BadBody, RequestBody
+from deployments.errors import BadBody, BodyTooLarge
+from deployments.protocol.base import RequestBody
 
 M = TypeVar("M", bound=RequestBody)
 

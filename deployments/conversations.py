@@ -1,16 +1,18 @@
 """From a conversation to its running answer, for every endpoint that speaks of messages."""
 
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from deployments.answers import AnswerReader, WholeAnswer, gather
 from deployments.pipeline import Pipeline
+from deployments.protocol.generation import ConversationBody
 from deployments.tools import NO_TOOLS, ToolUse
 from engine.errors import SightlineError
 from engine.inputs.messages import parse_messages
+from engine.media.source import MediaSource
 from engine.outputs import StreamUpdate
 from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams, StructuredSpec
@@ -71,6 +73,42 @@ class RunningAnswer:
         return await gather(self.updates, self.reader)
 
 
+def conversation(
+    body: ConversationBody,
+    pipeline: Pipeline,
+    messages: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    **options: Any,
+) -> Conversation:
+    """The conversation that a checked body asks to answer.
+
+    Args:
+        messages: in OpenAI's form.
+        names: the body's fields by the name under which the engine knows what they ask for.
+        options: further fields of the conversation.
+
+    Raises:
+        InvalidRequest: naming the field that can't be used.
+    """
+    with caller_fields(names):
+        params = body.sampling_params(pipeline.sampling_defaults)
+        tools = body.tool_use()
+        constraint, constraint_field = body.constraint()
+    return Conversation(
+        messages,
+        params,
+        tools,
+        constraint,
+        constraint_field,
+        body.budget(),
+        body.template_options(),
+        cache_salt=body.cache_salt,
+        priority=body.priority,
+        field_names=names,
+        **options,
+    )
+
+
 async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> RunningAnswer:
     """Prepare the media, build the prompt, and start the answer.
 
@@ -86,19 +124,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         pipeline.format.check(given.tools)
         # Refuses a constraint that other parameters exclude before any image is fetched.
         replace(given.params, structured=given.constraint)
-        messages, sources = parse_messages(given.messages)
-
-        def build(items: list[MediaItem]) -> EngineInput:
-            return pipeline.builder.from_messages(
-                messages,
-                items,
-                add_generation_prompt=given.add_generation_prompt and not given.continue_final_message,
-                continue_final_message=given.continue_final_message,
-                tools=given.tools.functions if given.tools.choice != "none" else None,
-                template_kwargs=given.template_options,
-                cache_salt=given.cache_salt,
-            )
-
+        build, sources = _prompt(pipeline, given)
         prompt = await pipeline.prepare(
             build, sources, min_tokens=given.params.max_tokens or 1, salt=given.cache_salt
         )
@@ -113,6 +139,36 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
     return RunningAnswer(prompt.inputs.token_ids, params, renamed(updates, names), reader)
 
 
+def _prompt(
+    pipeline: Pipeline, given: Conversation
+) -> tuple[Callable[[list[MediaItem]], EngineInput], list[MediaSource]]:
+    """What makes a conversation's prompt from its media items, and its media."""
+    messages, sources = parse_messages(given.messages)
+
+    def build(items: list[MediaItem]) -> EngineInput:
+        return pipeline.builder.from_messages(
+            messages,
+            items,
+            add_generation_prompt=given.add_generation_prompt and not given.continue_final_message,
+            continue_final_message=given.continue_final_message,
+            tools=given.tools.functions if given.tools.choice != "none" else None,
+            template_kwargs=given.template_options,
+            cache_salt=given.cache_salt,
+        )
+
+    return build, sources
+
+
+async def tokenize(pipeline: Pipeline, given: Conversation) -> EngineInput:
+    """Build a conversation's prompt without encoding its media.
+
+    Raises:
+        SightlineError: under the caller's field names.
+    """
+    with caller_fields(given.field_names):
+        return await pipeline.tokenize(*_prompt(pipeline, given))
+
+
 @contextmanager
 def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
     """Name the caller's fields in errors of the block.
@@ -123,7 +179,11 @@ def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except SightlineError as error:
-        error.param = _renamed(error.param, names)
+        param = error.param
+        error.param = _renamed(param, names)
+        if param is not None and "[" in param:
+            # Messages call parts of a message by their paths.
+            error.message = error.message.replace(param, error.param or "")
         for name in _PARAMETERS & names.keys():
             # Messages call sampling parameters by their names.
             error.message = re.sub(rf"\b{name}\b", names[name], error.message)
@@ -133,9 +193,11 @@ def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
 def _renamed(param: str | None, names: Mapping[str, str]) -> str | None:
     if param is None or param in names:
         return names.get(param or "", param)
-    # A part of a message, such as ``messages[2].content[0]``.
-    head, bracket, rest = param.partition("]")
-    return names[head + bracket] + rest if head + bracket in names else param
+    # A part of a message, such as ``messages[2].content[0].image_url``: the longest path that has a name.
+    for end in range(len(param) - 1, 0, -1):
+        if param[end] == "]" and param[: end + 1] in names:
+            return names[param[: end + 1]] + param[end + 1 :]
+    return param
 
 
 async def renamed(

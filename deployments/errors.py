@@ -1,4 +1,4 @@
-"""Errors as OpenAI's error JSON."""
+"""Errors as OpenAI's and Anthropic's error JSON."""
 
 import asyncio
 import logging
@@ -14,6 +14,31 @@ logger = logging.getLogger("ray.serve")
 
 #: Seconds that a caller should wait before it tries again, by status.
 RETRY_AFTER = {429: 1, 503: 3}
+
+#: Endpoints below this path speak Anthropic's protocol; all others OpenAI's.
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class BadBody(SightlineError):
+    """The request's body is no JSON object of the form that the endpoint wants."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class UnsupportedParameter(SightlineError):
+    """A field asks for something that isn't offered and would change the answer."""
+
+    status = 400
+    code = "unsupported_parameter"
 
 
 class BodyTooLarge(SightlineError):
@@ -71,6 +96,18 @@ def error_body(error: SightlineError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
+def anthropic_error_body(error: SightlineError) -> dict[str, Any]:
+    """Anthropic's error object. It has no field for the parameter at fault, so the message names it."""
+    message = error.message
+    if error.code == "context_length_exceeded":
+        # Clients search for these words.
+        message = f"prompt is too long: {message}"
+    elif error.param and error.param not in message:
+        message = f"{error.param}: {message}"
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": None}
+
+
 def error_headers(error: SightlineError) -> dict[str, str]:
     """Headers of an error's response."""
     wait = RETRY_AFTER.get(error.status)
@@ -78,9 +115,10 @@ def error_headers(error: SightlineError) -> dict[str, str]:
 
 
 def error_response(error: SightlineError, scope: Scope) -> JSONResponse:
-    """An error as a whole response. Logs it in one line."""
+    """An error as a whole response, in the form of the path's protocol. Logs it in one line."""
     log_answered(error, request_name(scope))
-    return JSONResponse(error_body(error), error.status, error_headers(error))
+    form = anthropic_error_body if scope["path"].startswith(ANTHROPIC_PATH) else error_body
+    return JSONResponse(form(error), error.status, error_headers(error))
 
 
 def request_name(scope: Scope) -> str:

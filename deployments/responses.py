@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.answers import ChoiceDelta
+from deployments.answers import ChoiceDelta, continues
 from engine.errors import SightlineError
 from engine.outputs import Usage
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
@@ -29,6 +29,7 @@ class ResponseBuilder:
         self.response = response
         self._sequence = 0
         self._item: Json | None = None
+        self._last: Event | None = None
         self._text: list[str] = []
         self._logprobs: list[Json] = []
 
@@ -44,9 +45,10 @@ class ResponseBuilder:
         """
         waiting = list(logprobs)
         for event in delta.events:
-            if self._item is None or not self._continues(event):
+            if not continues(self._last, event):
                 yield from self._end_item()
                 yield from self._begin_item(event)
+            self._last = event
             yield from self._extend(event, waiting)
             if isinstance(event, Text):
                 waiting = []
@@ -88,13 +90,6 @@ class ResponseBuilder:
     def _place(self) -> Json:
         assert self._item is not None
         return {"item_id": self._item["id"], "output_index": len(self.response["output"])}
-
-    def _continues(self, event: Event) -> bool:
-        assert self._item is not None
-        kind = {Text: "message", Reasoning: "reasoning"}.get(type(event))
-        if kind is None:
-            return isinstance(event, CallArguments)
-        return self._item["type"] == kind
 
     def _begin_item(self, event: Event) -> Iterator[Json]:
         self._text, self._logprobs = [], []

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deployments.errors import UnsupportedParameter
 from engine.errors import InvalidRequest
 from engine.parsers.answer import AnswerParser
 from engine.parsers.formats import (
@@ -106,6 +107,39 @@ def read_functions(functions: Any, function_call: Any) -> ToolUse:
     except InvalidRequest as error:
         renamed = (error.param or "").replace("tools", "functions").replace("tool_choice", "function_call")
         raise InvalidRequest(error.message, param=renamed) from None
+
+
+def read_flat_tools(
+    tools: Sequence[Any], tool_choice: Any, parallel: bool | None, *, parameters: str = "parameters"
+) -> ToolUse:
+    """Read tools that are functions themselves instead of holding one under ``function``.
+
+    Args:
+        parameters: the field of a tool that holds its schema.
+
+    Raises:
+        InvalidRequest: as :func:`read_tools`.
+        UnsupportedParameter: a tool would run on the server.
+    """
+    nested = []
+    for index, tool in enumerate(tools):
+        kind = tool.get("type") if isinstance(tool, Mapping) else None
+        if kind != "function":
+            raise UnsupportedParameter(
+                f"Unsupported parameter: tools[{index}] is {str(kind)[:100]!r}; only functions are offered.",
+                param=f"tools[{index}].type",
+            )
+        function = {key: value for key, value in tool.items() if key not in ("type", parameters)}
+        function["parameters"] = tool.get(parameters)
+        nested.append({"type": "function", "function": tool.get("function", function)})
+    try:
+        return read_tools(nested, tool_choice, parallel)
+    except InvalidRequest as error:
+        spelled = {".function.parameters": f".{parameters}", ".function": ""}
+        for engine_name, name in spelled.items():
+            error.message = error.message.replace(engine_name, name)
+            error.param = (error.param or "").replace(engine_name, name)
+        raise
 
 
 def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:

@@ -38,7 +38,7 @@ SERVER_FLOORS = [
     ["config"],
     ["protocol"],
     ["body", "sse", "pipeline", "preprocessor", "encoder", "language_model"],
-    ["conversations", "responses"],
+    ["conversations", "messages", "responses"],
     ["routers"],
     ["api"],
     ["in_process", "ray_serve"],

@@ -6,27 +6,13 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from engine.errors import SightlineError
+from deployments.errors import BadBody, UnsupportedParameter
 
 logger = logging.getLogger("ray.serve")
 
 #: Names of unknown fields that were logged; bounded, since clients choose them.
 _logged: set[str] = set()
 _MAX_LOGGED = 256
-
-
-class BadBody(SightlineError):
-    """The request's body is no JSON object of the form that the endpoint wants."""
-
-    status = 400
-    code = "invalid_request"
-
-
-class UnsupportedParameter(SightlineError):
-    """A field asks for something that isn't offered and would change the answer."""
-
-    status = 400
-    code = "unsupported_parameter"
 
 
 class Part(BaseModel):

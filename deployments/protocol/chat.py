@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from deployments.protocol.base import Part
-from deployments.protocol.generation import GenerationBody
+from deployments.protocol.generation import ConversationBody, GenerationBody
 from deployments.protocol.usage import Usage
 from deployments.tools import ToolUse, read_functions, read_tools
 from engine.errors import InvalidRequest
@@ -22,7 +22,7 @@ class Thinking(Part):
     budget_tokens: int | None = None
 
 
-class ChatCompletionRequest(GenerationBody):
+class ChatCompletionRequest(ConversationBody):
     """Body of ``POST /v1/chat/completions``.
 
     ``messages`` stay plain data: :func:`engine.inputs.messages.parse_messages` checks them and says which
@@ -58,7 +58,6 @@ class ChatCompletionRequest(GenerationBody):
     thinking_budget: int | None = Field(default=None, ge=0)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:
         super().check()

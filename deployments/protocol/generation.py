@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from deployments.protocol.base import Part, RequestBody
+from deployments.tools import ToolUse
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
 from engine.structured.json_schema import close_objects
@@ -203,3 +204,25 @@ class GenerationBody(RequestBody):
                     yield StructuredSpec(kind=kind, text=text), field  # type: ignore[arg-type]
         if more.json_object:
             yield StructuredSpec(kind="json_object"), "structured_outputs.json_object"
+
+
+class ConversationBody(GenerationBody):
+    """Fields and answers of every body that asks for the answer to a conversation."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def tool_use(self) -> ToolUse:
+        """The functions that the answer may call; errors as :func:`deployments.tools.read_tools`."""
+        raise NotImplementedError
+
+    def template_options(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        raise NotImplementedError
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Return the request's sampling parameters; errors as :meth:`sampling`."""
+        raise NotImplementedError
+
+    def budget(self) -> int | None:
+        """The most tokens of a thought; None if there is no bound."""
+        return None

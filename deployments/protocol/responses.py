@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from deployments.protocol.base import Part, UnsupportedParameter
-from deployments.protocol.generation import GenerationBody, JsonSchema
-from deployments.tools import ToolUse, read_tools
+from deployments.errors import UnsupportedParameter
+from deployments.protocol.base import Part
+from deployments.protocol.generation import ConversationBody, GenerationBody, JsonSchema
+from deployments.tools import ToolUse, read_flat_tools
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
 
@@ -31,7 +32,7 @@ class ReasoningOptions(Part):
     effort: str | None = None
 
 
-class ResponsesRequest(GenerationBody):
+class ResponsesRequest(ConversationBody):
     """Body of ``POST /v1/responses``.
 
     ``input`` and ``tools`` stay plain data; :func:`input_messages` and :mod:`deployments.tools` check them.
@@ -63,7 +64,6 @@ class ResponsesRequest(GenerationBody):
     store: bool = True
     background: bool = False
     metadata: dict[str, Any] = Field(default_factory=dict)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def check(self) -> None:
         # The stream of a response always ends with its usage; its own options change nothing.
@@ -83,17 +83,7 @@ class ResponsesRequest(GenerationBody):
 
     def tool_use(self) -> ToolUse:
         """The functions that may be called; tools that would run on the server are refused by name."""
-        tools = []
-        for index, tool in enumerate(self.tools or ()):
-            kind = tool.get("type") if isinstance(tool, Mapping) else None
-            if kind != "function":
-                raise UnsupportedParameter(
-                    f"Unsupported parameter: tools[{index}] is {kind!r}; only functions are offered.",
-                    param=f"tools[{index}].type",
-                )
-            function = {key: value for key, value in tool.items() if key != "type"}
-            tools.append({"type": "function", "function": tool.get("function", function)})
-        return read_tools(tools, self.tool_choice, self.parallel_tool_calls)
+        return read_flat_tools(self.tools or (), self.tool_choice, self.parallel_tool_calls)
 
     def constraint(self) -> tuple[StructuredSpec | None, str | None]:
         wanted = self.text.format
@@ -118,7 +108,7 @@ class ResponsesRequest(GenerationBody):
                 "reasoning_effort": self.reasoning.effort,
                 "enable_thinking": self.reasoning.effort != "none",
             }
-        return {**options, **self.chat_template_kwargs}
+        return {**options, **(self.chat_template_kwargs or {})}
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return the request's sampling parameters; errors as :meth:`sampling`."""

@@ -14,14 +14,12 @@ from deployments import sse
 from deployments.answers import Choice as FinishedChoice
 from deployments.answers import ChoiceDelta, WholeAnswer
 from deployments.body import read_body
-from deployments.conversations import Conversation, RunningAnswer, caller_fields, start
-from deployments.errors import as_sightline
+from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
 from deployments.protocol.generation import StreamOptions
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import content_logprobs, finite, usage_body
-from engine.errors import SightlineError
 from engine.outputs import StreamUpdate, TokenLogprob
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
 
@@ -34,39 +32,28 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_body(request, wire.ChatCompletionRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
     answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), pipeline.name, body)
-    running = await start(pipeline, answer.id, conversation(body, pipeline))
+    running = await start(pipeline, answer.id, _conversation(body, pipeline))
     if not body.stream:
         return JSONResponse(_whole(answer, await running.whole(), running))
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(running.updates)
-    return sse.EventResponse(_events(answer, first, running))
+    return sse.EventResponse(_events(answer, first, running), sse.error_event, sse.DONE)
 
 
-def conversation(body: wire.ChatCompletionRequest, pipeline: Pipeline) -> Conversation:
+def _conversation(body: wire.ChatCompletionRequest, pipeline: Pipeline) -> Conversation:
     """The conversation that a body asks to answer.
 
     Raises:
         InvalidRequest: naming the field that can't be used.
     """
     body.check()
-    names = body.field_names()
-    with caller_fields(names):
-        params = body.sampling_params(pipeline.sampling_defaults)
-        tools = body.tool_use()
-    constraint, constraint_field = body.constraint()
-    return Conversation(
+    return conversation(
+        body,
+        pipeline,
         body.messages,
-        params,
-        tools,
-        constraint,
-        constraint_field,
-        body.budget(),
-        body.template_options(),
-        body.add_generation_prompt,
-        body.continue_final_message,
-        body.cache_salt,
-        body.priority,
-        names,
+        body.field_names(),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
     )
 
 
@@ -180,31 +167,25 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
 
 
 async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -> AsyncGenerator[bytes, None]:
-    """The response as events; ends in ``[DONE]``, after an error as well."""
+    """The response as events."""
     async with aclosing(running.updates) as stream:
-        try:
-            roles = [
-                wire.ChunkChoice(
-                    index=i, delta=wire.Delta(role="assistant", content=""), logprobs=None, finish_reason=None
-                )
-                for i in range(running.params.n)
-            ]
-            ids = {"prompt_token_ids": running.prompt_token_ids} if answer.body.return_token_ids else {}
-            yield sse.event(answer.chunk(roles, **ids))
-            update: StreamUpdate | None = first
-            while update is not None:
-                for delta in update.deltas:
-                    for event in _delta_events(answer, running, running.reader.read(delta), update):
-                        yield event
-                last, update = update, await anext(stream, None)
-            if answer.options.include_usage:
-                usage = usage_body(last.usage, running.reader.reasoning_tokens)
-                yield sse.event(answer.chunk([], usage=usage))
-        except SightlineError as error:
-            yield sse.error_event(error)
-        except Exception as error:
-            yield sse.error_event(as_sightline(error))
-        yield sse.DONE
+        roles = [
+            wire.ChunkChoice(
+                index=i, delta=wire.Delta(role="assistant", content=""), logprobs=None, finish_reason=None
+            )
+            for i in range(running.params.n)
+        ]
+        ids = {"prompt_token_ids": running.prompt_token_ids} if answer.body.return_token_ids else {}
+        yield sse.event(answer.chunk(roles, **ids))
+        update: StreamUpdate | None = first
+        while update is not None:
+            for delta in update.deltas:
+                for event in _delta_events(answer, running, running.reader.read(delta), update):
+                    yield event
+            last, update = update, await anext(stream, None)
+        if answer.options.include_usage:
+            usage = usage_body(last.usage, running.reader.reasoning_tokens)
+            yield sse.event(answer.chunk([], usage=usage))
 
 
 def _delta_events(

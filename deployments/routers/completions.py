@@ -13,14 +13,12 @@ from deployments import sse
 from deployments.answers import AnswerReader, Choice, gather
 from deployments.body import read_body
 from deployments.conversations import caller_fields, renamed
-from deployments.errors import as_sightline
 from deployments.pipeline import Pipeline, PreparedPrompt
 from deployments.protocol import completions as wire
 from deployments.protocol.generation import StreamOptions
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import finite, usage_body
 from deployments.tasks import all_or_none, merged
-from engine.errors import SightlineError
 from engine.outputs import StreamUpdate, TokenLogprob, Usage
 from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams
@@ -72,7 +70,7 @@ async def create_completion(request: Request) -> Response:
     events = merged([each.updates for each in running])
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(events)
-    return sse.EventResponse(_events(answer, running, first, events))
+    return sse.EventResponse(_events(answer, running, first, events), sse.error_event, sse.DONE)
 
 
 async def _prepared(
@@ -192,47 +190,41 @@ async def _events(
     first: tuple[int, StreamUpdate],
     updates: AsyncGenerator[tuple[int, StreamUpdate], None],
 ) -> AsyncGenerator[bytes, None]:
-    """The response as events; ends in ``[DONE]``, after an error as well."""
+    """The response as events."""
     options = answer.body.stream_options or StreamOptions()
     offsets: dict[int, int] = {}
     usages: dict[int, Usage] = {}
     async with aclosing(updates) as stream:
-        try:
-            item: tuple[int, StreamUpdate] | None = first
-            while item is not None:
-                number, update = item
-                usages[number] = update.usage
-                for delta in update.deltas:
-                    index = number * answer.params.n + delta.index
-                    text = delta.text
-                    if index not in offsets:
-                        offsets[index], text = 0, running[number].text + text
-                    choice = wire.CompletionChoice(
-                        index=index, text=text, logprobs=None, finish_reason=delta.finish_reason
-                    )
-                    if delta.logprobs is not None:
-                        rows = list(zip(delta.token_ids, delta.logprobs, strict=False))
-                        choice.logprobs = _logprobs(
-                            rows, answer.params.logprobs or 0, offsets[index], answer.decode
-                        )
-                    if delta.stop_reason is not None:
-                        choice.stop_reason = delta.stop_reason
-                    if answer.body.return_token_ids:
-                        choice.token_ids = delta.token_ids
-                    offsets[index] += len(text)
-                    if text or delta.finish_reason or delta.logprobs or answer.body.return_token_ids:
-                        fields = {"usage": None} if options.include_usage else {}
-                        yield sse.event(answer.completion([choice], **fields))
-                item = await anext(stream, None)
-            if options.include_usage:
-                total = Usage(
-                    sum(usage.prompt_tokens for usage in usages.values()),
-                    sum(usage.completion_tokens for usage in usages.values()),
-                    sum(usage.cached_tokens for usage in usages.values()),
+        item: tuple[int, StreamUpdate] | None = first
+        while item is not None:
+            number, update = item
+            usages[number] = update.usage
+            for delta in update.deltas:
+                index = number * answer.params.n + delta.index
+                text = delta.text
+                if index not in offsets:
+                    offsets[index], text = 0, running[number].text + text
+                choice = wire.CompletionChoice(
+                    index=index, text=text, logprobs=None, finish_reason=delta.finish_reason
                 )
-                yield sse.event(answer.completion([], usage=usage_body(total)))
-        except SightlineError as error:
-            yield sse.error_event(error)
-        except Exception as error:
-            yield sse.error_event(as_sightline(error))
-        yield sse.DONE
+                if delta.logprobs is not None:
+                    rows = list(zip(delta.token_ids, delta.logprobs, strict=False))
+                    choice.logprobs = _logprobs(
+                        rows, answer.params.logprobs or 0, offsets[index], answer.decode
+                    )
+                if delta.stop_reason is not None:
+                    choice.stop_reason = delta.stop_reason
+                if answer.body.return_token_ids:
+                    choice.token_ids = delta.token_ids
+                offsets[index] += len(text)
+                if text or delta.finish_reason or delta.logprobs or answer.body.return_token_ids:
+                    fields = {"usage": None} if options.include_usage else {}
+                    yield sse.event(answer.completion([choice], **fields))
+            item = await anext(stream, None)
+        if options.include_usage:
+            total = Usage(
+                sum(usage.prompt_tokens for usage in usages.values()),
+                sum(usage.completion_tokens for usage in usages.values()),
+                sum(usage.cached_tokens for usage in usages.values()),
+            )
+            yield sse.event(answer.completion([], usage=usage_body(total)))

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -13,14 +13,14 @@ from fastapi.responses import JSONResponse, Response
 from deployments import sse
 from deployments.access import caller_name
 from deployments.body import read_body
-from deployments.conversations import Conversation, RunningAnswer, caller_fields, start
+from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.errors import NotFound, as_sightline
 from deployments.pipeline import Pipeline
 from deployments.protocol import responses as wire
 from deployments.responses import Json, ResponseBuilder, ResponseStore, StoredResponse
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import content_logprobs
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, SightlineError
 from engine.outputs import StreamUpdate
 
 router = APIRouter()
@@ -38,8 +38,8 @@ async def create_response(request: Request) -> Response:
         earlier = _stored(store, body.previous_response_id, "previous_response_id").messages
     given, fields = wire.input_messages(body.input)
     stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given], caller_name())
-    conversation = _conversation(body, pipeline, stored.messages, len(earlier), fields)
-    running = await start(pipeline, stored.response["id"], conversation)
+    given_conversation = _conversation(body, pipeline, stored.messages, len(earlier), fields)
+    running = await start(pipeline, stored.response["id"], given_conversation)
     builder = ResponseBuilder(stored.response)
     if body.store:
         store.put(stored)
@@ -49,13 +49,17 @@ async def create_response(request: Request) -> Response:
         task.add_done_callback(lambda _: request.app.state.background.pop(stored.response["id"], None))
         return JSONResponse(stored.response)
     if not body.stream:
-        async with aclosing(running.updates):
-            async for _ in _events(builder, running, stored):
-                pass
+        async for _ in _events(builder, running, stored):
+            pass
         return JSONResponse(stored.response)
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(running.updates)
-    return sse.EventResponse(_stream(builder, running, stored, first))
+
+    def failed(error: SightlineError) -> bytes:
+        event = builder.fail(error)
+        return sse.named_event(event["type"], event)
+
+    return sse.EventResponse(sse.named(_events(builder, running, stored, first)), failed)
 
 
 @router.get("/v1/responses/{name}")
@@ -155,24 +159,10 @@ def _conversation(
         "logprobs": "top_logprobs",
         "messages": "input",
     }
-    with caller_fields(names):
-        params = body.sampling_params(pipeline.sampling_defaults)
-        tools = body.tool_use()
-        constraint, constraint_field = body.constraint()
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     shift = len(system) + earlier
     moved = {f"messages[{int(name[9:-1]) + shift}]": field for name, field in fields.items()}
-    return Conversation(
-        [*system, *messages],
-        params,
-        tools,
-        constraint,
-        constraint_field,
-        template_options=body.template_options(),
-        cache_salt=body.cache_salt,
-        priority=body.priority,
-        field_names=names | moved,
-    )
+    return conversation(body, pipeline, [*system, *messages], names | moved)
 
 
 async def _events(
@@ -180,50 +170,38 @@ async def _events(
     running: RunningAnswer,
     stored: StoredResponse,
     first: StreamUpdate | None = None,
-) -> AsyncIterator[Json]:
+) -> AsyncGenerator[Json, None]:
     """All events of a response, to its end."""
-    for event in builder.begin():
-        yield event
-    update = first if first is not None else await anext(running.updates, None)
-    reason = None
-    while update is not None:
-        for delta in update.deltas:
-            read = running.reader.read(delta)
-            logprobs: list[Json] = []
-            if read.logprobs is not None:
-                tops = running.params.logprobs or 0
-                logprobs = [e.model_dump() for e in content_logprobs(read.token_ids, read.logprobs, tops)]
-            for event in builder.add(read, logprobs):
-                yield event
-            reason = read.finish_reason or reason
-        last, update = update, await anext(running.updates, None)
-    for event in builder.finish(reason, last.usage, running.reader.reasoning_tokens):
-        yield event
-    stored.messages += wire.input_messages(builder.response["output"])[0]
-
-
-async def _stream(
-    builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse, first: StreamUpdate
-) -> AsyncGenerator[bytes, None]:
     async with aclosing(running.updates):
-        try:
-            async for event in _events(builder, running, stored, first):
-                yield sse.named_event(event["type"], event)
-        except Exception as error:
-            failed = builder.fail(as_sightline(error))
-            yield sse.named_event(failed["type"], failed)
+        for event in builder.begin():
+            yield event
+        update = first if first is not None else await anext(running.updates, None)
+        reason = None
+        while update is not None:
+            for delta in update.deltas:
+                read = running.reader.read(delta)
+                logprobs: list[Json] = []
+                if read.logprobs is not None:
+                    tops = running.params.logprobs or 0
+                    logprobs = [e.model_dump() for e in content_logprobs(read.token_ids, read.logprobs, tops)]
+                for event in builder.add(read, logprobs):
+                    yield event
+                reason = read.finish_reason or reason
+            last, update = update, await anext(running.updates, None)
+        for event in builder.finish(reason, last.usage, running.reader.reasoning_tokens):
+            yield event
+        stored.messages += wire.input_messages(builder.response["output"])[0]
 
 
 async def _to_the_end(builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse) -> None:
-    async with aclosing(running.updates):
-        try:
-            async for _ in _events(builder, running, stored):
-                pass
-        except asyncio.CancelledError:
-            builder.response["status"] = "cancelled"
-            raise
-        except Exception as error:
-            builder.fail(as_sightline(error))
+    try:
+        async for _ in _events(builder, running, stored):
+            pass
+    except asyncio.CancelledError:
+        builder.response["status"] = "cancelled"
+        raise
+    except Exception as error:
+        builder.fail(as_sightline(error))
 
 
 async def _cancelled(request: Request, name: str) -> None:

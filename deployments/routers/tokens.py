@@ -1,15 +1,19 @@
 """Text to token ids and back, with media and tools as a chat has them."""
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 
+from deployments import conversations
 from deployments.body import read_body
-from deployments.conversations import caller_fields
+from deployments.conversations import Conversation
+from deployments.pipeline import Pipeline
 from deployments.protocol import tokens as wire
 from deployments.routers.models import find_pipeline
 from deployments.tools import read_tools
 from engine.errors import InvalidRequest
-from engine.inputs.messages import parse_messages
 from engine.prompt import EngineInput, MediaItem
+from engine.sampling_params import SamplingParams
 
 router = APIRouter()
 
@@ -22,24 +26,21 @@ async def tokenize(request: Request) -> wire.TokenizeResponse:
     pipeline = find_pipeline(request, body.model)
     body.check()
     tools = read_tools(body.tools, None, None)
-    messages, sources = parse_messages(body.messages) if body.messages is not None else ([], [])
-
-    def build(items: list[MediaItem]) -> EngineInput:
-        if body.prompt is not None:
-            return pipeline.builder.from_text(
-                body.prompt, add_special_tokens=body.add_special_tokens, placeholders_are_text=True
-            )
-        return pipeline.builder.from_messages(
-            messages,
-            items,
-            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-            continue_final_message=body.continue_final_message,
-            tools=tools.functions or None,
-            template_kwargs=body.chat_template_kwargs,
+    if body.messages is not None:
+        inputs = await conversations.tokenize(
+            pipeline,
+            Conversation(
+                body.messages,
+                SamplingParams(),
+                tools,
+                template_options=body.chat_template_kwargs or {},
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                field_names={"prompt": "messages"},
+            ),
         )
-
-    with caller_fields({"prompt": "prompt" if body.prompt is not None else "messages"}):
-        inputs = await pipeline.tokenize(build, sources)
+    else:
+        inputs = await pipeline.tokenize(partial(_plain, pipeline, body))
     ids = inputs.token_ids
     strings = None
     if body.return_token_strs:
@@ -47,6 +48,12 @@ async def tokenize(request: Request) -> wire.TokenizeResponse:
         strings = [decode([token], skip_special_tokens=False) for token in ids]
     return wire.TokenizeResponse(
         count=len(ids), max_model_len=await pipeline.max_model_len(), tokens=ids, token_strs=strings
+    )
+
+
+def _plain(pipeline: Pipeline, body: wire.TokenizeRequest, _: list[MediaItem]) -> EngineInput:
+    return pipeline.builder.from_text(
+        body.prompt or "", add_special_tokens=body.add_special_tokens, placeholders_are_text=True
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import httpx
+import httpx2
 
 
 class AppTransport(httpx.AsyncBaseTransport):
@@ -18,16 +19,33 @@ class AppTransport(httpx.AsyncBaseTransport):
         self._app = app
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        exchange = Exchange(self._app, _scope(request), [part async for part in request.stream])
-        try:
-            start = await exchange.next_message()
-        except BaseException:
-            await exchange.aclose()
-            raise
-        return httpx.Response(start["status"], headers=start["headers"], stream=exchange)
+        status, headers, exchange = await _exchange(self._app, request)
+        return httpx.Response(status, headers=headers, stream=exchange)
 
 
-class Exchange(httpx.AsyncByteStream):
+class AppTransport2(httpx2.AsyncBaseTransport):
+    """The same for httpx2, which Anthropic's client is built on."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        status, headers, exchange = await _exchange(self._app, request)
+        return httpx2.Response(status, headers=headers, stream=exchange)
+
+
+async def _exchange(app: Any, request: Any) -> tuple[int, Any, "Exchange"]:
+    """Send a request; the status, headers and body of its answer."""
+    exchange = Exchange(app, _scope(request), [part async for part in request.stream])
+    try:
+        start = await exchange.next_message()
+    except BaseException:
+        await exchange.aclose()
+        raise
+    return start["status"], start["headers"], exchange
+
+
+class Exchange(httpx.AsyncByteStream, httpx2.AsyncByteStream):
     """One request and its answer.
 
     Args:
@@ -92,7 +110,7 @@ class Exchange(httpx.AsyncByteStream):
         return await asyncio.Future()
 
 
-def _scope(request: httpx.Request) -> dict[str, Any]:
+def _scope(request: Any) -> dict[str, Any]:
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},

@@ -138,7 +138,7 @@ async def test_a_background_response(client):
         ),
         ({"input": [{"role": "king", "content": "a"}]}, "input[0].role", None),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "unsupported_parameter"),
-        ({"tools": [{"type": "function", "name": ""}]}, "tools[0].function.name", None),
+        ({"tools": [{"type": "function", "name": ""}]}, "tools[0].name", None),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", None),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format", None),
         ({"max_output_tokens": 9000}, "max_output_tokens", "context_length_exceeded"),
