@@ -20,6 +20,8 @@ from deployments.errors import (
     logger,
     request_name,
 )
+from deployments.metrics.collector import Collector, Source
+from deployments.metrics.ingress import HttpMeter
 from deployments.pipeline import Pipeline
 from deployments.responses import ResponseStore
 from deployments.routers import (
@@ -28,6 +30,7 @@ from deployments.routers import (
     embeddings,
     health,
     messages,
+    metrics,
     models,
     responses,
     scoring,
@@ -36,14 +39,29 @@ from deployments.routers import (
 from engine.errors import Overloaded, SightlineError
 
 
-def create_api(config: IngressConfig, pipelines: Mapping[str, Pipeline]) -> FastAPI:
-    """The application for the models in ``pipelines``, by the name that clients use."""
+def create_api(
+    config: IngressConfig,
+    pipelines: Mapping[str, Pipeline],
+    *,
+    replica: str = "local",
+    ingress: Source | None = None,
+) -> FastAPI:
+    """The application for the models in ``pipelines``, by the name that clients use.
+
+    Args:
+        replica, ingress: see :class:`~deployments.metrics.collector.Collector`, which is ``state.collector``.
+    """
     api = FastAPI(title="Sightline", docs_url="/docs", redoc_url=None)
     api.state.config = config
     api.state.pipelines = pipelines
     api.state.responses = ResponseStore(config.stored_responses, config.stored_responses_s)
     api.state.background = {}
-    for endpoint in (chat, completions, responses, messages, embeddings, scoring, tokens, models, health):
+    http = HttpMeter()
+    api.state.collector = Collector(
+        http, pipelines, config.health_timeout_s, replica=replica, ingress=ingress
+    )
+    endpoints = (chat, completions, responses, messages, embeddings, scoring, tokens, models, health, metrics)
+    for endpoint in endpoints:
         api.include_router(endpoint.router)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)
@@ -60,6 +78,8 @@ def create_api(config: IngressConfig, pipelines: Mapping[str, Pipeline]) -> Fast
             expose_headers=["x-request-id", "retry-after"],
         )
     api.add_middleware(LastResort)
+    routes = [route for endpoint in endpoints for route in endpoint.router.routes]
+    api.add_middleware(lambda app: http.around(app, routes))
     return api
 
 

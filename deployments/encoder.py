@@ -1,5 +1,10 @@
 """The encoder stage: pixels to embedding rows, batched over the requests of all callers."""
 
+from typing import Any
+
+from deployments.metrics.families import Family, Part
+from deployments.metrics.snapshots import encoder_families
+from deployments.metrics.stage import StageMeter
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.prompt import EmbeddedMedia, PreparedMedia
@@ -22,13 +27,28 @@ class VisionEncoder:
             config, max_batch_cost=max_batch_patches, cache_bytes=cache_bytes, duty_cycle=duty_cycle
         )
 
+        self._meter = StageMeter(
+            lambda: self._engine.metrics()["waiting"], lambda: self._engine.metrics()["batches_by_items"]
+        )
+
     async def encode(self, pixels: PreparedMedia, salt: str) -> EmbeddedMedia:
         """Encode one item; ``salt`` keeps the caches of tenants apart."""
-        return await self._engine.encode_async(pixels, salt=salt)
+        with self._meter.request():
+            embedded = await self._engine.encode_async(pixels, salt=salt)
+            self._meter.count_bytes(pixels.pixels.nbytes, embedded.rows.nbytes)
+            return embedded
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """Counters of the encoder."""
         return self._engine.metrics()
+
+    async def collect(self) -> list[Part]:
+        """The metrics of this stage."""
+        return [Part({"replica": "local"}, self.families())]
+
+    def families(self) -> list[Family]:
+        """The metrics of this replica."""
+        return [*self._meter.families(), *encoder_families(self._engine.metrics())]
 
     def close(self) -> None:
         """Refuse waiting work, finish running work, end the thread."""

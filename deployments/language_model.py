@@ -4,6 +4,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Self
 
+from deployments.metrics.families import Family, Part
+from deployments.metrics.snapshots import engine_families
+from deployments.metrics.stage import StageMeter
 from deployments.stages import Generation, Pooling
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
@@ -20,6 +23,7 @@ class LanguageModel:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._meter = StageMeter(lambda: engine.metrics()["waiting"], lambda: engine.metrics()["batches"])
 
     @classmethod
     def load(cls, config: EngineConfig) -> Self:
@@ -37,14 +41,20 @@ class LanguageModel:
         updates = self._engine.generate(
             request.request_id, request.inputs, request.params, embeddings=media, priority=request.priority
         )
+        self._meter.count_bytes(sum(embedded.rows.nbytes for embedded in media))
         # Without this, a cancelled request would hold its blocks until the generator is garbage-collected.
-        async with aclosing(updates) as stream:  # type: ignore[type-var]
-            async for update in stream:
-                yield update
+        with self._meter.request():
+            async with aclosing(updates) as stream:  # type: ignore[type-var]
+                async for update in stream:
+                    yield update
 
     async def embed(self, request: Pooling, media: Sequence[EmbeddedMedia]) -> EmbeddingOutput:
         """Pool a prompt's hidden states into a vector."""
-        return await self._engine.embed(request.request_id, request.inputs, request.params, embeddings=media)
+        self._meter.count_bytes(sum(embedded.rows.nbytes for embedded in media))
+        with self._meter.request():
+            return await self._engine.embed(
+                request.request_id, request.inputs, request.params, embeddings=media
+            )
 
     async def max_model_len(self) -> int:
         """The most tokens of prompt and answer together: the KV cache may hold fewer than the model could."""
@@ -53,6 +63,14 @@ class LanguageModel:
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and times of the engine."""
         return self._engine.metrics()
+
+    async def collect(self) -> list[Part]:
+        """The metrics of this stage."""
+        return [Part({"replica": "local"}, self.families())]
+
+    def families(self) -> list[Family]:
+        """The metrics of this replica."""
+        return [*self._meter.families(), *engine_families(self._engine.metrics())]
 
     def is_idle(self) -> bool:
         """Return whether no request is in the engine.

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from deployments.access import caller_salt, charge
 from deployments.config import AppConfig, ModelSpec
+from deployments.metrics.collector import Measured
+from deployments.metrics.ingress import ModelMeter
 from deployments.stages import Generation, Pixels, Pooling, Rows, StageLost, Stages
 from deployments.tasks import all_or_none
 from deployments.tools import AnswerFormat, answer_format
@@ -36,6 +38,9 @@ class Pipeline:
         spec: the model.
         stages: its stages.
         threads: where prompts are rendered and tokenized; never on the event loop.
+
+    Attributes:
+        meter: counts and times this pipeline's work.
     """
 
     def __init__(self, spec: ModelSpec, stages: Stages, threads: ThreadPoolExecutor) -> None:
@@ -45,6 +50,7 @@ class Pipeline:
         self.sampling_defaults = load_sampling_defaults(spec.engine)
         self.format = _answer_format(spec, self.builder)
         self._limits = spec.engine.limit_mm_per_prompt
+        self.meter = ModelMeter(StageLost)
         self._stages = stages
         self._threads = threads
         self._max_model_len: int | None = None
@@ -58,6 +64,11 @@ class Pipeline:
         if self._max_model_len is None:
             self._max_model_len = await self._stages.language_model.max_model_len()
         return self._max_model_len
+
+    def measured(self) -> Measured:
+        """This model's metrics."""
+        sources = {name: stage.collect for name, stage in self._stages.by_name().items()}
+        return Measured(self.meter, sources)
 
     async def ping(self) -> None:
         """Return once the language model stage has answered; errors as :meth:`max_model_len`."""
@@ -88,6 +99,7 @@ class Pipeline:
         try:
             return await self._prepare(build, sources, min_tokens, salt)
         except StageLost:
+            self.meter.failover("prepare")
             # The sources are still here: start again.
             return await self._prepare(build, sources, min_tokens, salt)
 
@@ -126,7 +138,8 @@ class Pipeline:
         pixels: Sequence[Pixels] = []
         if sources:
             assert self._stages.preprocessor is not None
-            pixels = await self._stages.preprocessor.prepare(sources)
+            with self.meter.call("preprocessor"):
+                pixels = await self._stages.preprocessor.prepare(sources)
         loop = asyncio.get_running_loop()
         inputs = await loop.run_in_executor(self._threads, build, [each.item for each in pixels])
         return inputs, pixels
@@ -138,7 +151,8 @@ class Pipeline:
             return ()
         encoder = self._stages.encoder
         assert encoder is not None
-        return tuple(await all_or_none(encoder.encode(each, salt) for each in distinct))
+        with self.meter.call("encoder"):
+            return tuple(await all_or_none(encoder.encode(each, salt) for each in distinct))
 
     def generate(
         self, request_id: str, prompt: PreparedPrompt, params: SamplingParams, *, priority: int = 0
@@ -149,12 +163,15 @@ class Pipeline:
             SightlineError: the request is refused, or its replica died.
         """
         request = Generation(request_id, prompt.inputs, params, priority)
-        return self._stages.language_model.generate(request, prompt.media)
+        return self.meter.stream(self._stages.language_model.generate(request, prompt.media))
 
     async def embed(self, request_id: str, prompt: PreparedPrompt, params: PoolingParams) -> EmbeddingOutput:
         """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""
         request = Pooling(request_id, prompt.inputs, params)
-        return await self._stages.language_model.embed(request, prompt.media)
+        with self.meter.answer(), self.meter.call("language_model"):
+            output = await self._stages.language_model.embed(request, prompt.media)
+        self.meter.count_tokens(output.usage)
+        return output
 
 
 def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, Pipeline]:

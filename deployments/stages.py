@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deployments.metrics.families import Part
 from engine.errors import Unavailable
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -62,7 +63,19 @@ class Pooling:
     params: PoolingParams
 
 
-class PreprocessorStage(Protocol):
+class Stage(Protocol):
+    """Any of the stages."""
+
+    async def collect(self) -> list[Part]:
+        """The metrics of each replica that answers, with its name as the label ``replica``.
+
+        Raises:
+            Exception: no replica answers.
+        """
+        ...
+
+
+class PreprocessorStage(Stage, Protocol):
     """Fetches, decodes and resizes images. Needs no GPU."""
 
     async def prepare(self, sources: Sequence[MediaSource]) -> Sequence[Pixels]:
@@ -74,7 +87,7 @@ class PreprocessorStage(Protocol):
         ...
 
 
-class EncoderStage(Protocol):
+class EncoderStage(Stage, Protocol):
     """Turns prepared media into embedding rows."""
 
     async def encode(self, pixels: Any, salt: str) -> Rows:
@@ -87,7 +100,7 @@ class EncoderStage(Protocol):
         ...
 
 
-class LanguageModelStage(Protocol):
+class LanguageModelStage(Stage, Protocol):
     """Runs the language model over prompts and embedding rows."""
 
     async def max_model_len(self) -> int:
@@ -114,3 +127,12 @@ class Stages:
     language_model: LanguageModelStage
     preprocessor: PreprocessorStage | None = None
     encoder: EncoderStage | None = None
+
+    def by_name(self) -> dict[str, Stage]:
+        """The stages that the model has."""
+        found: dict[str, Stage | None] = {
+            "preprocessor": self.preprocessor,
+            "encoder": self.encoder,
+            "language_model": self.language_model,
+        }
+        return {name: stage for name, stage in found.items() if stage is not None}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from engine.families.base import MediaEncoder
 from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
 from engine.graphs import make_recorder
+from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.placement import resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
 
@@ -85,6 +87,8 @@ class EncoderEngine:
         self._max_batch_cost = max_batch_cost
         self._cache = _RowCache(cache_bytes)
         self._counters = EncoderCounters()
+        self._batches = Histogram(COUNT_BUCKETS)
+        self._pending_rows = 0
         self._queue: deque[_Job] = deque()
         self._jobs: dict[str, _Job] = {}
         self._changed = threading.Condition()
@@ -165,6 +169,7 @@ class EncoderEngine:
             if job is None:
                 job = self._jobs[key] = _Job(media, cost)
                 self._queue.append(job)
+                self._pending_rows += media.item.num_tokens
                 job.result.add_done_callback(lambda future: self._settle(key, future))
                 self._start()
                 self._changed.notify()
@@ -188,12 +193,17 @@ class EncoderEngine:
         if self._closed:
             raise Unavailable("The encoder is shutting down.")
 
-    def metrics(self) -> dict[str, float]:
-        """Counters since the start, and what waits and is cached now."""
+    def metrics(self) -> dict[str, Any]:
+        """Counters since the start, launches by their number of items, and what waits and is cached now.
+
+        ``pending_rows`` are the embedding rows of items that wait or are being encoded.
+        """
         with self._changed:
             return {
                 **asdict(self._counters),
+                "batches_by_items": self._batches.snapshot(),
                 "waiting": len(self._queue),
+                "pending_rows": self._pending_rows,
                 "cached_items": len(self._cache),
                 "cached_bytes": self._cache.bytes,
             }
@@ -307,12 +317,13 @@ class EncoderEngine:
         counters.rows += sum(len(part) for part in rows)
         counters.patches += sum(self._encoder.cost(entry.item) for entry in media)
         counters.batches += 1
+        self._batches.observe(len(media))
         counters.seconds += time.perf_counter() - began
         return rows
 
     def _settle(self, key: str, future: Future[EmbeddedMedia]) -> None:
         with self._changed:
-            del self._jobs[key]
+            self._pending_rows -= self._jobs.pop(key).media.item.num_tokens
             if not future.cancelled() and future.exception() is None:
                 self._cache.put(key, future.result())
 

@@ -13,20 +13,28 @@ from engine.outputs import Usage
 #: Upper bounds in seconds, roughly a factor of two apart.
 TIME_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
 
+#: Upper bounds for numbers of requests or items.
+COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts by upper bound, in the form Prometheus wants; the last bucket is unbounded."""
+    """Counts of values by upper bound. A value lies in the first bucket whose bound isn't below it; the last
+    bucket is unbounded. Written by one thread; others may take snapshots."""
 
     bounds: Sequence[float] = TIME_BUCKETS
-    counts: list[int] = field(default_factory=lambda: [0] * (len(TIME_BUCKETS) + 1))
+    counts: list[int] = field(default_factory=list)
     total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float, count: int = 1) -> None:
         self.counts[bisect.bisect_left(self.bounds, value)] += count
         self.total += value * count
 
     def snapshot(self) -> dict:
+        """The counts of the bounded buckets, and ``count`` and ``sum`` of all values."""
         return {
             "buckets": dict(zip(self.bounds, self.counts, strict=False)),
             "count": sum(self.counts),

@@ -51,16 +51,12 @@ class UnsettledRows:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int, row: Row) -> None:
-        first, piece = self._added, row[token].bytes
-        self.pass_over(row[token].decoded_token or "", piece)
-        begun = min(len(piece), len(self._decoder.getstate()[0]))
-        self._rows.append((token, row, first, begun))
-
-    def pass_over(self, text: str, piece: bytes) -> None:
-        """Count a token whose row came out of another engine."""
+        piece = row[token].bytes
         self._decoder.decode(piece)
+        begun = min(len(piece), len(self._decoder.getstate()[0]))
+        self._rows.append((token, row, self._added, begun))
         if piece:
-            self._added += len(text)
+            self._added += len(row[token].decoded_token or "")
 
     def settle(self, num_characters: int) -> Iterator[tuple[int, Row]]:
         """The next tokens and rows whose text lies in the first ``num_characters`` of the answer."""

@@ -18,7 +18,7 @@ FLOORS = [
     ["graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),
-        *("checkpoint", "text", "media", "metrics", "layers", "progress"),
+        *("checkpoint", "text", "media", "metrics", "layers"),
     ],
     ["constraints", "request", "structured", "token_rows", "vision", "weights"],
     ["families", "scheduling"],
@@ -34,7 +34,8 @@ FLOORS = [
 #: Floors of the deployments from the ground up.
 SERVER_FLOORS = [
     ["errors"],
-    ["access", "answers", "preflight", "stages", "tasks", "threads", "tools"],
+    ["access", "answers", "metrics", "preflight", "tasks", "threads", "tools"],
+    ["stages"],
     ["config"],
     ["protocol"],
     ["body", "sse", "pipeline", "preprocessor", "encoder", "language_model"],
@@ -59,6 +60,7 @@ PUBLIC = {
     "engine.media.fetch",
     "engine.media.guard",
     "engine.media.source",
+    "engine.metrics",
     "engine.outputs",
     "engine.parsers.answer",
     "engine.parsers.events",
@@ -66,7 +68,6 @@ PUBLIC = {
     "engine.parsers.grammar",
     "engine.parsers.reasoning",
     "engine.pooling_params",
-    "engine.progress",
     "engine.prompt",
     "engine.sampling_params",
     "engine.structured.json_schema",

@@ -6,8 +6,9 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.metrics.families import Part
 from deployments.ray_serve.failures import Misrouted, checked, translated
-from deployments.ray_serve.handoff import PixelsRef, RowsRef, by_reference, stream, unpack
+from deployments.ray_serve.handoff import PixelsRef, RowsRef, by_reference, everywhere, stream, unpack
 from deployments.stages import Generation, Pooling, Stages
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
@@ -16,32 +17,37 @@ from engine.outputs import EmbeddingOutput, StreamUpdate
 #: How often a stream is started until it reaches the replica that holds its embeddings.
 _ROUTING_ATTEMPTS = 4
 
+#: Seconds that a replica may take to answer with its metrics.
+MEASURE_S = 2.0
 
-class RemotePreprocessor:
-    """The preprocessor stage behind ``handle``. Pixels are in the object store."""
+
+class _Remote:
+    """A stage behind ``handle``, whose calls may hold references."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = by_reference(handle)
+
+    async def collect(self) -> list[Part]:
+        """The metrics of each replica that answers."""
+        return await everywhere(self._handle, "measured", MEASURE_S)
+
+
+class RemotePreprocessor(_Remote):
+    """The preprocessor stage. Pixels are in the object store."""
 
     async def prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
         return await _call(self._handle.prepare, list(sources))
 
 
-class RemoteEncoder:
-    """The encoder stage behind ``handle``. Embedding rows are in the object store."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = by_reference(handle)
+class RemoteEncoder(_Remote):
+    """The encoder stage. Embedding rows are in the object store."""
 
     async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
         return await _call(self._handle.encode, pixels.item, pixels.pixels, salt)
 
 
-class RemoteLanguageModel:
-    """The language model stage behind ``handle``."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = by_reference(handle)
+class RemoteLanguageModel(_Remote):
+    """The language model stage."""
 
     async def max_model_len(self) -> int:
         return await _call(self._handle.max_model_len)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from engine.outputs import OutputDelta, StreamUpdate, Usage
@@ -102,6 +103,26 @@ def _drop(reference: ray.ObjectRef) -> None:
 def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
     """``handle`` with calls whose arguments and results may hold references."""
     return handle.options(_by_reference=True)
+
+
+async def everywhere(handle: DeploymentHandle, method: str, seconds: float) -> list[Any]:
+    """Call a method without arguments of every replica.
+
+    Args:
+        seconds: how long a replica may take.
+
+    Returns:
+        The results of those that answered in time. Serve's own ``results_async`` has none if one is late.
+    """
+    try:
+        replicas = await handle.broadcast(method)._fetch_replica_results_async()
+    except DeploymentUnavailableError:
+        # Scaled to zero, or all replicas are starting.
+        return []
+    found = await asyncio.gather(
+        *(asyncio.wait_for(replica.get_async(), seconds) for replica in replicas), return_exceptions=True
+    )
+    return [result for result in found if not isinstance(result, BaseException)]
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from ray import serve
 
 from deployments.encoder import VisionEncoder
 from deployments.language_model import LanguageModel
+from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
 from deployments.ray_serve.failures import Misrouted, Refusal, answered
 from deployments.ray_serve.handoff import ObjectStore, PackedUpdate, PixelsRef, RowsInfo, RowsRef, pack
@@ -47,6 +48,10 @@ class PreprocessorReplica:
         references = await all_or_none(self._store.put(media.pixels) for media in prepared)
         return [PixelsRef(media.item, ref) for media, ref in zip(prepared, references, strict=True)]
 
+    async def measured(self) -> Part:
+        """The metrics of this replica."""
+        return _named(self._stage.families())
+
 
 class VisionEncoderReplica:
     """Arguments as :class:`~deployments.encoder.VisionEncoder`."""
@@ -64,9 +69,13 @@ class VisionEncoderReplica:
         embedded = await self._stage.encode(pixels, salt)
         return RowsRef(RowsInfo(embedded.hash, embedded.dtype), await self._store.put(embedded.rows))
 
-    async def metrics(self) -> dict[str, float]:
+    async def metrics(self) -> dict[str, Any]:
         """Counters of the encoder."""
         return self._stage.metrics()
+
+    async def measured(self) -> Part:
+        """The metrics of this replica."""
+        return _named(self._stage.families())
 
     async def __del__(self) -> None:
         if hasattr(self, "_stage"):
@@ -157,6 +166,10 @@ class LanguageModelReplica:
         """Counters, gauges and times of the engine."""
         return self._stage.metrics()
 
+    async def measured(self) -> Part:
+        """The metrics of this replica."""
+        return _named(self._stage.families())
+
     async def is_idle(self) -> bool:
         """Return whether this replica holds no data of any request.
 
@@ -172,6 +185,10 @@ class LanguageModelReplica:
     async def __del__(self) -> None:
         if hasattr(self, "_stage"):
             self._stage.close()
+
+
+def _named(families: list[Family]) -> Part:
+    return Part({"replica": serve.get_replica_context().replica_id.unique_id}, families)
 
 
 def _embedded(infos: Sequence[RowsInfo], rows: Sequence[np.ndarray]) -> list[EmbeddedMedia]:

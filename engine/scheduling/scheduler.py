@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.request import Request
 from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, StepEvents, TableUpdate
 from engine.scheduling.encoder_ledger import EncoderLedger, rows_from
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Counters since the start."""
+    """Counters since the start. ``batches`` counts steps by the number of requests that they computed."""
 
     preempted: int = 0
     prompt_tokens: int = 0
@@ -38,6 +39,7 @@ class SchedulerStats:
     computed_tokens: int = 0
     output_tokens: int = 0
     finished: int = 0
+    batches: Histogram = field(default_factory=lambda: Histogram(COUNT_BUCKETS))
 
 
 class Scheduler:
@@ -159,6 +161,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting_tokens(self) -> int:
+        """Known tokens of the requests that wait."""
+        return self._waiting.tokens
+
+    @property
     def has_work(self) -> bool:
         return len(self._waiting) > 0 or self.num_running > 0
 
@@ -182,6 +189,7 @@ class Scheduler:
         rows = batch.sampling_slots
         batch.epochs = self.slots.epochs_of(rows)
         self.stats.computed_tokens += batch.num_tokens
+        self.stats.batches.observe(len(decode_slots) + len(batch.prefills))
         self._retire_full_rows(rows)
         batch.released, self.released = self.released, []
         return batch
@@ -407,6 +415,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """At idle: every block, slot and embedding row is back. Raises AssertionError."""
         assert not self.has_work and not self._prefilling, "requests are still there"
+        assert not self.waiting_tokens, "waiting tokens are miscounted"
         assert self.kv.pool.num_free == self.kv.pool.capacity, "KV blocks are lost"
         self.kv.pool.check_integrity()
         self.ledger.check_idle()

@@ -9,11 +9,16 @@ from engine.request import Request
 
 
 class WaitingQueue:
-    """Requests by priority (the smallest number first), then by arrival."""
+    """Requests by priority (the smallest number first), then by arrival.
+
+    Attributes:
+        tokens: known tokens of all requests that wait.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, float, int, Request]] = []
         self._count = 0
+        self.tokens = 0
         # Equal priorities and arrivals must not compare requests.
         self._order = itertools.count()
 
@@ -23,6 +28,7 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         heapq.heappush(self._heap, (request.priority, request.arrival, next(self._order), request))
         self._count += 1
+        self.tokens += len(request.token_ids)
 
     def first(self) -> Request | None:
         """The request whose turn is next; None if nobody waits."""
@@ -32,15 +38,20 @@ class WaitingQueue:
 
     def pop(self) -> Request:
         """Take out the request that :meth:`first` returned."""
-        self._count -= 1
-        return heapq.heappop(self._heap)[-1]
+        request = heapq.heappop(self._heap)[-1]
+        self._leave(request)
+        return request
 
     def forget(self, request: Request) -> None:
         """Count a waiting request out that was marked as finished; its entry goes when its turn comes."""
         assert request.finished
-        self._count -= 1
+        self._leave(request)
         if not self._count:
             self._heap.clear()
+
+    def _leave(self, request: Request) -> None:
+        self._count -= 1
+        self.tokens -= len(request.token_ids)
 
     def requests(self) -> list[Request]:
         """All requests that wait."""

@@ -3,9 +3,11 @@
 import http.client
 import json
 import re
+import urllib.request
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deployments.pictures import ask, circle, square
 from tests.serving import wait_for
@@ -108,3 +110,29 @@ def test_pixels_and_embeddings_leave_the_object_store(served, ray_client):
         once(width)
     # Counting is distributed: owners hear of the last use a moment later.
     wait_for(lambda: stored_objects(served) <= before)
+
+
+def test_one_scrape_has_the_metrics_of_all_replicas(served, ray_client):
+    def scrape() -> dict[tuple[str, ...], float]:
+        with urllib.request.urlopen(f"{served.root}/metrics", timeout=30) as response:
+            text = response.read().decode()
+        return {
+            (sample.name, sample.labels.get("model", ""), sample.labels.get("stage", "")): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.labels.get("outcome") in (None, "ok")
+        }
+
+    before = scrape()
+    ray_client.chat.completions.create(
+        model="pocket", messages=ask("What color is the circle?", circle("red")), max_tokens=4
+    )
+    after = scrape()
+    assert (
+        after["sightline_answers_total", "pocket", ""] == before["sightline_answers_total", "pocket", ""] + 1
+    )
+    for stage in ("preprocessor", "encoder", "language_model"):
+        requests = "sightline_stage_requests_total", "pocket", stage
+        assert after[requests] == before[requests] + 1
+        assert after["sightline_stage_replicas", "pocket", stage] == 1
+    assert after["sightline_engine_requests_finished_total", "tests/vectors", "language_model"] >= 0

@@ -1,0 +1,98 @@
+"""Collects the metrics of all processes of the application for ``/metrics``."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from deployments.errors import logger
+from deployments.metrics.families import Family, Part
+from deployments.metrics.ingress import HttpMeter, ModelMeter
+
+#: Returns the metrics of all replicas of a stage or of the ingress.
+Source = Callable[[], Awaitable[list[Part]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A model's metrics: those that this process keeps, and those that each of its stages gives."""
+
+    meter: ModelMeter
+    stages: Mapping[str, Source]
+
+
+class Measurable(Protocol):
+    """What has the metrics of a model."""
+
+    def measured(self) -> Measured: ...
+
+
+class Collector:
+    """Asks every replica for its metrics when they are wanted.
+
+    Args:
+        http: of this process.
+        models: by name.
+        timeout: seconds to wait for a stage. One that doesn't answer is left out of the result.
+        replica: the name of this ingress replica.
+        ingress: returns what :meth:`own` returns in each replica of the ingress; None: this is the only one.
+    """
+
+    def __init__(
+        self,
+        http: HttpMeter,
+        models: Mapping[str, Measurable],
+        timeout: float,
+        *,
+        replica: str = "local",
+        ingress: Source | None = None,
+    ) -> None:
+        self._http = http
+        self._models = models
+        self._timeout = timeout
+        self._replica = replica
+        self._ingress = ingress
+
+    def own(self) -> list[Part]:
+        """The metrics that this process keeps."""
+        parts = [Part({"replica": self._replica}, self._http.families())]
+        for name, model in self._models.items():
+            families = model.measured().meter.families()
+            parts.append(Part({"model": name, "replica": self._replica}, families))
+        return parts
+
+    async def collect(self) -> list[Part]:
+        """The metrics of all replicas of all stages and of the ingress."""
+        sources: list[tuple[dict[str, str], Source]] = []
+        for name, model in self._models.items():
+            stages = model.measured().stages
+            sources += [({"model": name, "stage": stage}, source) for stage, source in stages.items()]
+        asked = [self._ask(source) for _, source in sources]
+        mine = self._ask(self._ingress) if self._ingress is not None else _already(self.own())
+        parts, *found = await asyncio.gather(mine, *asked)
+        counts = []
+        for (labels, _), replicas in zip(sources, found, strict=True):
+            counts.append((labels, len(replicas)))
+            parts += [Part({**labels, **part.labels}, part.families) for part in replicas]
+        parts.append(Part({}, [_replicas(counts)]))
+        return parts
+
+    async def _ask(self, source: Source) -> list[Part]:
+        try:
+            return await asyncio.wait_for(source(), self._timeout)
+        except Exception as error:
+            logger.warning("metrics of a part of the server are missing: %r", error)
+            return []
+
+
+async def _already(parts: list[Part]) -> list[Part]:
+    return parts
+
+
+def _replicas(counts: Sequence[tuple[dict[str, str], int]]) -> Family:
+    return Family(
+        "sightline_stage_replicas",
+        "gauge",
+        "Replicas of the stage that have answered with their metrics.",
+        list(counts),
+    )

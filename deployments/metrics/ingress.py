@@ -1,0 +1,245 @@
+"""Metrics of the ingress: HTTP requests, and the answers of each model as clients see them."""
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
+
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.metrics.families import Counter, Family, Timer
+from deployments.metrics.stage import DURATION_BUCKETS, OUTCOMES, outcome
+from engine.metrics import TIME_BUCKETS, Histogram
+from engine.outputs import StreamUpdate, Usage
+
+#: When the current HTTP request arrived, by ``time.perf_counter``.
+arrival: ContextVar[float | None] = ContextVar("arrival", default=None)
+
+
+class HttpMeter:
+    """Counts and times HTTP requests by endpoint."""
+
+    def __init__(self) -> None:
+        self._requests = Counter(
+            "sightline_http_requests_total", "Requests by endpoint and status.", "route", "code"
+        )
+        self._duration = Timer(
+            "sightline_http_request_duration_seconds",
+            "Time from a request's arrival to the last byte of its response.",
+            "route",
+            bounds=DURATION_BUCKETS,
+        )
+        self._open = 0
+        self._received = self._sent = 0
+
+    def around(self, app: ASGIApp, routes: list) -> ASGIApp:
+        """``app``, measured. The labels are the paths of ``routes``, never a client's own text."""
+        plain = {route.path for route in routes if isinstance(route, Route) and "{" not in route.path}
+        with_names = [route for route in routes if isinstance(route, Route) and "{" in route.path]
+
+        def label(path: str) -> str:
+            if path in plain:
+                return path
+            return next((route.path for route in with_names if route.path_regex.match(path)), "other")
+
+        async def measured(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            # 499, as proxies log a client that has left before it was answered.
+            code = "499"
+            began = time.perf_counter()
+            token = arrival.set(began)
+            self._open += 1
+
+            async def count(message: Message) -> None:
+                nonlocal code
+                if message["type"] == "http.response.start":
+                    code = str(message["status"])
+                else:
+                    self._sent += len(message.get("body", b""))
+                await send(message)
+
+            async def counted() -> Message:
+                message = await receive()
+                self._received += len(message.get("body", b""))
+                return message
+
+            try:
+                await app(scope, counted, count)
+            finally:
+                arrival.reset(token)
+                self._open -= 1
+                route = label(scope["path"].rstrip("/") or "/")
+                self._duration.of(route).observe(time.perf_counter() - began)
+                self._requests.add(route, code)
+
+        return measured
+
+    def families(self) -> list[Family]:
+        of = Family.of
+        return [
+            self._requests.family(),
+            self._duration.family(),
+            of("sightline_http_open_requests", "gauge", "Requests that are open.", self._open),
+            of("sightline_http_received_bytes_total", "counter", "Bytes of request bodies.", self._received),
+            of("sightline_http_sent_bytes_total", "counter", "Bytes of response bodies.", self._sent),
+        ]
+
+
+class ModelMeter:
+    """Counts and times the answers of one model, and the ingress's calls of its stages.
+
+    Args:
+        lost: the error which says that a stage's replica has died.
+    """
+
+    def __init__(self, lost: type[Exception]) -> None:
+        self._lost_error = lost
+        self._answers = Counter(
+            "sightline_answers_total",
+            "Answers and vectors by the way in which they ended.",
+            "outcome",
+            known=OUTCOMES,
+        )
+        self._duration = Histogram(DURATION_BUCKETS)
+        self._first = Histogram(TIME_BUCKETS)
+        self._between = Histogram(TIME_BUCKETS)
+        self._open = 0
+        self._tokens = Usage()
+        self._calls = Timer(
+            "sightline_stage_call_duration_seconds",
+            "Time of the ingress's calls of a stage: waiting for a replica, transport and work.",
+            "stage",
+            bounds=DURATION_BUCKETS,
+        )
+        self._lost = Counter(
+            "sightline_stage_lost_total",
+            "Calls of a stage whose replica died meanwhile.",
+            "stage",
+            known=("preprocessor", "encoder", "language_model"),
+        )
+        self._failovers = Counter(
+            "sightline_failovers_total",
+            "Work that was started again after a replica had died.",
+            "work",
+            known=("prepare", "answer"),
+        )
+
+    @contextmanager
+    def call(self, stage: str) -> Iterator[None]:
+        """Time a call of a stage; count it if its replica dies."""
+        began = time.perf_counter()
+        try:
+            yield
+        except self._lost_error:
+            self._lost.add(stage)
+            raise
+        finally:
+            self._calls.of(stage).observe(time.perf_counter() - began)
+
+    def failover(self, work: str) -> None:
+        """Count work that is started again because a replica has died.
+
+        Args:
+            work: ``prepare``, of images and prompt, or ``answer``.
+        """
+        self._failovers.add(work)
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """Count and time an answer from the arrival of its HTTP request, as :data:`arrival` has it."""
+        began = arrival.get() or time.perf_counter()
+        error: BaseException | None = None
+        self._open += 1
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._open -= 1
+            self._answers.add(outcome(error))
+            self._duration.observe(time.perf_counter() - began)
+
+    async def stream(self, updates: AsyncGenerator[StreamUpdate, None]) -> AsyncGenerator[StreamUpdate, None]:
+        """Pass ``updates`` on; count and time their tokens. Closing this closes ``updates``."""
+        usage: Usage | None = None
+        began = arrival.get() or time.perf_counter()
+        first: float | None = None
+        last: dict[int, float] = {}
+        with self.answer(), self.call("language_model"):
+            try:
+                async with aclosing(updates) as stream:
+                    async for update in stream:
+                        usage = update.usage
+                        now = time.perf_counter()
+                        for delta in update.deltas:
+                            count = len(delta.token_ids)
+                            if not count:
+                                continue
+                            if first is None:
+                                first = now
+                                self._first.observe(now - began)
+                            before = last.get(delta.index)
+                            if before is not None:
+                                self._between.observe((now - before) / count, count)
+                            last[delta.index] = now
+                        yield update
+            finally:
+                if usage is not None:
+                    self.count_tokens(usage)
+
+    def count_tokens(self, usage: Usage) -> None:
+        """Count the tokens of a request that has ended."""
+        total = self._tokens
+        total.prompt_tokens += usage.prompt_tokens
+        total.completion_tokens += usage.completion_tokens
+        total.cached_tokens += usage.cached_tokens
+
+    def families(self) -> list[Family]:
+        of = Family.of
+        return [
+            self._answers.family(),
+            of(
+                "sightline_answer_duration_seconds",
+                "histogram",
+                "Time from a request's arrival to the end of its answer.",
+                self._duration.snapshot(),
+            ),
+            of("sightline_open_answers", "gauge", "Answers that are being generated.", self._open),
+            of(
+                "sightline_time_to_first_token_seconds",
+                "histogram",
+                "Time from a request's arrival at the ingress to its first token.",
+                self._first.snapshot(),
+            ),
+            of(
+                "sightline_time_between_tokens_seconds",
+                "histogram",
+                "Time between two tokens of a choice at the ingress.",
+                self._between.snapshot(),
+            ),
+            of(
+                "sightline_prompt_tokens_total",
+                "counter",
+                "Tokens of the prompts of ended answers.",
+                self._tokens.prompt_tokens,
+            ),
+            of(
+                "sightline_completion_tokens_total",
+                "counter",
+                "Tokens of ended answers.",
+                self._tokens.completion_tokens,
+            ),
+            of(
+                "sightline_cached_tokens_total",
+                "counter",
+                "Tokens of the prompts of ended answers that came from the prefix cache.",
+                self._tokens.cached_tokens,
+            ),
+            self._calls.family(),
+            self._lost.family(),
+            self._failovers.family(),
+        ]
