@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 
-.PHONY: install serve test lint bench exactness clean
+.PHONY: install serve test lint bench exactness image clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,12 @@ N    ?= 20
 SEED ?= 0
 exactness: install
 	$(BIN)/python -m tests.engine.families.drawn -n $(N) --seed $(SEED) $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
+
+# The image of k8s/. On a GPU cluster: make image IMAGE=registry.example.com/sightline:0.1.0 DEVICE=cuda
+IMAGE  ?= sightline:dev
+DEVICE ?= cpu
+image:
+	docker build --file k8s/image/Dockerfile --build-arg DEVICE=$(DEVICE) $(if $(WARM_MODELS),--build-arg WARM_MODELS="$(WARM_MODELS)") --tag $(IMAGE) $(ARGS) .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

