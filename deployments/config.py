@@ -213,12 +213,26 @@ def _resolved(path: str | None) -> str | None:
     return path
 
 
+class ReplayConfig(_Strict):
+    """How far a request is carried on whose preprocessor, encoder or language model dies.
+
+    Attributes:
+        max_losses: losses of one request after which it fails: a request may be what kills its replicas.
+        patience_s: seconds after a loss within which work on the request must have begun again, the restart
+            of a replica included.
+    """
+
+    max_losses: NonNegativeInt = 8
+    patience_s: PositiveFloat = 120.0
+
+
 class IngressConfig(StageConfig):
     """The HTTP side.
 
     Attributes:
         max_body_bytes: larger request bodies are refused with 413.
         max_active_requests: requests that one ingress replica has open at a time; more are refused with 429.
+        replay: see :class:`ReplayConfig`.
         health_timeout_s: how long ``/health`` waits for a model's replica.
         threads: prompts that are rendered and tokenized at a time.
         stored_responses: the most responses of ``/v1/responses`` that a replica keeps.
@@ -229,6 +243,7 @@ class IngressConfig(StageConfig):
 
     max_body_bytes: PositiveInt = 64 << 20
     max_active_requests: PositiveInt = 1024
+    replay: ReplayConfig = ReplayConfig()
     health_timeout_s: PositiveFloat = 5.0
     threads: PositiveInt = 4
     stored_responses: NonNegativeInt = 1024

@@ -5,6 +5,7 @@ from typing import Any
 from deployments.metrics.families import Family, Part
 from deployments.metrics.snapshots import encoder_families
 from deployments.metrics.stage import StageMeter
+from deployments.stages import stopping_is_loss
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.prompt import EmbeddedMedia, PreparedMedia
@@ -32,8 +33,12 @@ class VisionEncoder:
         )
 
     async def encode(self, pixels: PreparedMedia, salt: str) -> EmbeddedMedia:
-        """Encode one item; ``salt`` keeps the caches of tenants apart."""
-        with self._meter.request():
+        """Encode one item; ``salt`` keeps the caches of tenants apart.
+
+        Raises:
+            StageLost: the encoder has stopped.
+        """
+        with self._meter.request(), stopping_is_loss():
             embedded = await self._engine.encode_async(pixels, salt=salt)
             self._meter.count_bytes(pixels.pixels.nbytes, embedded.rows.nbytes)
             return embedded

@@ -7,7 +7,7 @@ from typing import Any, Self
 from deployments.metrics.families import Family, Part
 from deployments.metrics.snapshots import engine_families
 from deployments.metrics.stage import StageMeter
-from deployments.stages import Generation, Pooling
+from deployments.stages import Generation, Pooling, stopping_is_loss
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -37,21 +37,31 @@ class LanguageModel:
     async def generate(
         self, request: Generation, media: Sequence[EmbeddedMedia]
     ) -> AsyncGenerator[StreamUpdate, None]:
-        """Stream a request's output; each update holds everything since the last one."""
+        """Stream a request's output; each update holds everything since the last one.
+
+        Raises:
+            StageLost: the engine has stopped.
+        """
         updates = self._engine.generate(
-            request.request_id, request.inputs, request.params, embeddings=media, priority=request.priority
+            request.request_id,
+            request.inputs,
+            request.params,
+            embeddings=media,
+            priority=request.priority,
+            progress=request.progress,
         )
         self._meter.count_bytes(sum(embedded.rows.nbytes for embedded in media))
-        # Without this, a cancelled request would hold its blocks until the generator is garbage-collected.
-        with self._meter.request():
+        with self._meter.request(), stopping_is_loss():
+            # Without this, a cancelled request would hold its blocks until the generator is
+            # garbage-collected.
             async with aclosing(updates) as stream:  # type: ignore[type-var]
                 async for update in stream:
                     yield update
 
     async def embed(self, request: Pooling, media: Sequence[EmbeddedMedia]) -> EmbeddingOutput:
-        """Pool a prompt's hidden states into a vector."""
+        """Pool a prompt's hidden states into a vector; errors as :meth:`generate`."""
         self._meter.count_bytes(sum(embedded.rows.nbytes for embedded in media))
-        with self._meter.request():
+        with self._meter.request(), stopping_is_loss():
             return await self._engine.embed(
                 request.request_id, request.inputs, request.params, embeddings=media
             )
@@ -92,5 +102,5 @@ class LanguageModel:
         self._engine.check_health()
 
     def close(self) -> None:
-        """Stop the engine. Requests that still run fail with :class:`~engine.errors.Unavailable`."""
+        """Stop the engine. Requests that still run are lost."""
         self._engine.shutdown()

@@ -1,18 +1,21 @@
 """One model's way from a request to an answer: prepare the media, build the prompt, encode, generate."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import itertools
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from deployments.access import caller_salt, charge
-from deployments.config import AppConfig, ModelSpec
+from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.metrics.collector import Measured
 from deployments.metrics.ingress import ModelMeter
-from deployments.stages import Generation, Pixels, Pooling, Rows, StageLost, Stages
+from deployments.replay import Patience, attempt_name, carried_on
+from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, StageLost, Stages
 from deployments.tasks import all_or_none
 from deployments.tools import AnswerFormat, answer_format
-from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.errors import ContextLengthExceeded, InvalidRequest, Unavailable
 from engine.frontend import load_end_tokens, load_prompt_builder, load_sampling_defaults
 from engine.inputs.builder import PromptBuilder
 from engine.media.source import MediaSource, check_media_limits
@@ -23,12 +26,21 @@ from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams
 
 
+async def _no_rows() -> tuple[Rows, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
-    """A prompt ready for the engine, with the embedding rows of its distinct items."""
+    """A prompt ready for the engine, with the embedding rows of its distinct items.
+
+    Attributes:
+        encode_again: makes the rows anew from the items' sources.
+    """
 
     inputs: EngineInput
     media: tuple[Rows, ...] = ()
+    encode_again: Callable[[], Awaitable[tuple[Rows, ...]]] = _no_rows
 
 
 class Pipeline:
@@ -38,12 +50,19 @@ class Pipeline:
         spec: the model.
         stages: its stages.
         threads: where prompts are rendered and tokenized; never on the event loop.
+        replay: how far requests are carried on whose stage dies.
 
     Attributes:
         meter: counts and times this pipeline's work.
     """
 
-    def __init__(self, spec: ModelSpec, stages: Stages, threads: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        stages: Stages,
+        threads: ThreadPoolExecutor,
+        replay: ReplayConfig = ReplayConfig(),
+    ) -> None:
         self.name = spec.name
         self.task = spec.engine.task
         self.builder = load_prompt_builder(spec.engine)
@@ -53,6 +72,8 @@ class Pipeline:
         self.meter = ModelMeter(StageLost)
         self._stages = stages
         self._threads = threads
+        self._replay = replay
+        self._random = random.SystemRandom()
         self._max_model_len: int | None = None
 
     async def max_model_len(self) -> int:
@@ -92,16 +113,30 @@ class Pipeline:
 
         Raises:
             InvalidRequest: before any expensive work.
-            Unavailable: a stage is down, or was lost twice in a row.
+            Unavailable: a stage is down, or was lost too often.
         """
         if sources:
             self._check_media(sources)
-        try:
-            return await self._prepare(build, sources, min_tokens, salt)
-        except StageLost:
-            self.meter.failover("prepare")
-            # The sources are still here: start again.
-            return await self._prepare(build, sources, min_tokens, salt)
+        charged = False
+        salt = caller_salt(salt)
+
+        async def prepare() -> PreparedPrompt:
+            nonlocal charged
+            inputs, pixels = await self._build(build, sources)
+            inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
+            count, limit = len(inputs.token_ids), await self.max_model_len()
+            if count + min_tokens > limit:
+                raise ContextLengthExceeded.by(limit, count, min_tokens)
+            if not charged:
+                charge(count + min_tokens)
+                charged = True
+
+            async def encode_again() -> tuple[Rows, ...]:
+                return await self._encode(await self._same_pixels(sources, inputs), salt)
+
+            return PreparedPrompt(inputs, await self._encode(pixels, salt), encode_again)
+
+        return await self._patience("prepare").call(prepare)
 
     async def tokenize(
         self, build: Callable[[list[MediaItem]], EngineInput], sources: Sequence[MediaSource] = ()
@@ -109,7 +144,7 @@ class Pipeline:
         """Build a prompt without encoding its media; arguments and errors as :meth:`prepare`."""
         if sources:
             self._check_media(sources)
-        inputs, _ = await self._build(build, sources)
+        inputs, _ = await self._patience("prepare").call(lambda: self._build(build, sources))
         return inputs
 
     def _check_media(self, sources: Sequence[MediaSource]) -> None:
@@ -117,32 +152,34 @@ class Pipeline:
             raise InvalidRequest(f"The model {self.name} takes no images.", param=sources[0].where)
         check_media_limits(sources, self._limits)
 
-    async def _prepare(
-        self,
-        build: Callable[[list[MediaItem]], EngineInput],
-        sources: Sequence[MediaSource],
-        min_tokens: int,
-        salt: str,
-    ) -> PreparedPrompt:
-        inputs, pixels = await self._build(build, sources)
-        inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
-        count, limit = len(inputs.token_ids), await self.max_model_len()
-        if count + min_tokens > limit:
-            raise ContextLengthExceeded.by(limit, count, min_tokens)
-        charge(count + min_tokens)
-        return PreparedPrompt(inputs, await self._encode(pixels, caller_salt(salt)))
-
     async def _build(
         self, build: Callable[[list[MediaItem]], EngineInput], sources: Sequence[MediaSource]
     ) -> tuple[EngineInput, Sequence[Pixels]]:
-        pixels: Sequence[Pixels] = []
-        if sources:
-            assert self._stages.preprocessor is not None
-            with self.meter.call("preprocessor"):
-                pixels = await self._stages.preprocessor.prepare(sources)
+        pixels = await self._pixels(sources)
         loop = asyncio.get_running_loop()
         inputs = await loop.run_in_executor(self._threads, build, [each.item for each in pixels])
         return inputs, pixels
+
+    async def _pixels(self, sources: Sequence[MediaSource]) -> Sequence[Pixels]:
+        if not sources:
+            return []
+        assert self._stages.preprocessor is not None
+        with self.meter.call("preprocessor"):
+            return await self._stages.preprocessor.prepare(sources)
+
+    async def _same_pixels(self, sources: Sequence[MediaSource], inputs: EngineInput) -> Sequence[Pixels]:
+        """The pixels of a prompt's media once more.
+
+        Raises:
+            Unavailable: an address gives another image than before.
+        """
+        pixels = await self._pixels(sources)
+        if {span.item.hash for span in inputs.spans} - {each.item.hash for each in pixels}:
+            raise Unavailable(
+                "A part of the server stopped while it worked on this request, and the address of one of its "
+                "images gives another image now. Send the request again."
+            )
+        return pixels
 
     async def _encode(self, pixels: Sequence[Pixels], salt: str) -> tuple[Rows, ...]:
         """Embedding rows of the distinct items. All are sent at once: the encoder batches waiting items."""
@@ -160,18 +197,40 @@ class Pipeline:
         """Stream the model's output. Closing the iterator aborts the request.
 
         Raises:
-            SightlineError: the request is refused, or its replica died.
+            SightlineError: the request is refused, or was lost too often.
         """
+        if params.seed is None and not params.greedy:
+            # The rest of an answer must follow from its beginning, wherever it is computed.
+            params = replace(params, seed=self._random.getrandbits(62))
+        patience = self._patience("answer")
+
+        async def encode_again() -> Sequence[Rows]:
+            return await patience.call(prompt.encode_again)
+
         request = Generation(request_id, prompt.inputs, params, priority)
-        return self.meter.stream(self._stages.language_model.generate(request, prompt.media))
+        stage = self._stages.language_model
+        return self.meter.stream(carried_on(stage, request, prompt.media, encode_again, patience))
 
     async def embed(self, request_id: str, prompt: PreparedPrompt, params: PoolingParams) -> EmbeddingOutput:
         """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""
-        request = Pooling(request_id, prompt.inputs, params)
+        patience, media, tries = self._patience("answer"), prompt.media, itertools.count()
+
+        async def embed() -> EmbeddingOutput:
+            nonlocal media
+            request = Pooling(attempt_name(request_id, next(tries)), prompt.inputs, params)
+            try:
+                return await self._stages.language_model.embed(request, media)
+            except RowsLost:
+                media = await prompt.encode_again()
+                raise
+
         with self.meter.answer(), self.meter.call("language_model"):
-            output = await self._stages.language_model.embed(request, prompt.media)
+            output = await patience.call(embed)
         self.meter.count_tokens(output.usage)
         return output
+
+    def _patience(self, work: str) -> Patience:
+        return Patience(self._replay, lambda: self.meter.failover(work))
 
 
 def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, Pipeline]:
@@ -182,7 +241,8 @@ def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, 
     """
     threads = ThreadPoolExecutor(config.ingress.threads, "prompts")
     return {
-        spec.name: Pipeline(spec, each, threads) for spec, each in zip(config.models, stages, strict=True)
+        spec.name: Pipeline(spec, each, threads, config.ingress.replay)
+        for spec, each in zip(config.models, stages, strict=True)
     }
 
 

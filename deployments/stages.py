@@ -4,11 +4,13 @@ A stage may run in this process (:mod:`deployments.in_process`) or in replicas o
 (:mod:`deployments.ray_serve`). Every implementation keeps these promises:
 
 - A refusal or failure is a :class:`~engine.errors.SightlineError`; any other exception is a bug.
-- :class:`StageLost` says that the process that did the work has died. The same call may be made again.
+- :class:`StageLost` says that the process that did the work has died. The same call may be made again;
+  after :class:`RowsLost` with embedding rows that were made anew.
 - Cancelling the task that awaits a stage, or closing its iterator, ends the work and frees what it held.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,12 +19,28 @@ from engine.errors import Unavailable
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
+from engine.progress import Progress
 from engine.prompt import EngineInput, MediaItem
 from engine.sampling_params import SamplingParams
 
 
 class StageLost(Unavailable):
     """The process that worked on this request died, and its work with it."""
+
+
+class RowsLost(StageLost):
+    """Pixels or embedding rows of this request are lost with the process that made them."""
+
+
+@contextmanager
+def stopping_is_loss() -> Iterator[None]:
+    """Raise :class:`StageLost` where an engine of this process has stopped: another one can do its work."""
+    try:
+        yield
+    except StageLost:
+        raise
+    except Unavailable as error:
+        raise StageLost(error.message) from error
 
 
 class Pixels(Protocol):
@@ -46,12 +64,14 @@ class Generation:
         inputs: the prompt.
         params: how to sample.
         priority: requests with a smaller number are scheduled first.
+        progress: what the caller has of the answer already; the stream brings the rest.
     """
 
     request_id: str
     inputs: EngineInput
     params: SamplingParams
     priority: int = 0
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from engine.loading import LoadedEngine, load_engine
 from engine.output_processor import RequestGroup, Result, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.pooling_params import PoolingParams
+from engine.progress import Progress
 from engine.prompt import EngineInput
 from engine.request_factory import Embedding
 from engine.sampling_params import SamplingParams
@@ -126,8 +127,13 @@ class AsyncEngine:
         *,
         embeddings: Sequence[Embedding] = (),
         priority: int = 0,
+        progress: Progress | None = None,
     ) -> AsyncIterator[StreamUpdate]:
         """Stream a request's output; each item holds all that came since the last was taken.
+
+        Args:
+            progress: what another engine has given of this answer; the stream brings the rest. ``params``
+                need the seed that the other engine had.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request and frees what it held.
 
@@ -140,7 +146,7 @@ class AsyncEngine:
         self.check_health()
         if params.structured is not None:
             await self._engine.grammars.compile_async(params.structured)
-        group = self._engine.requests.generation(request_id, inputs, params, embeddings, priority)
+        group = self._engine.requests.generation(request_id, inputs, params, embeddings, priority, progress)
         mailbox = self._submit(group)
         try:
             while True:

@@ -14,6 +14,7 @@ from engine.errors import RequestFailed, SightlineError
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
 from engine.outputs import EmbeddingOutput, FinishReason, OutputDelta, StreamUpdate, TokenLogprob, Usage
+from engine.progress import Progress
 from engine.request import Request
 from engine.scheduling.batch import StepEvents
 from engine.text.detokenizer import IncrementalDetokenizer
@@ -32,7 +33,12 @@ _PROMPT_TAIL = 8
 
 @dataclass(slots=True)
 class _Sequence:
-    """One of a request's ``n`` completions on its way."""
+    """One of a request's ``n`` completions on its way.
+
+    Attributes:
+        num_characters: of the text so far.
+        num_given: characters at the text's beginning that the caller has from another engine.
+    """
 
     index: int
     request: Request
@@ -40,7 +46,23 @@ class _Sequence:
     texts: TokenTexts
     unsettled: UnsettledRows | None = None
     num_characters: int = 0
+    num_given: int = 0
     done: bool = False
+
+    def carry_on(self, token_ids: Sequence[int], num_given: int) -> None:
+        """Get into the state after these tokens, without giving anything."""
+        for token in token_ids:
+            self.num_characters += len(self.detokenizer.append_one(token))
+            if self.request.params.logprobs is not None:
+                text, piece = self.texts.take(token)
+                if self.unsettled is not None:
+                    self.unsettled.pass_over(text, piece)
+        self.num_given = num_given
+
+    def give(self, delta: OutputDelta, text: str) -> None:
+        """Add new text to ``delta``, without what the caller has already."""
+        delta.text += text[max(0, self.num_given - self.num_characters) :]
+        self.num_characters += len(text)
 
 
 @dataclass(slots=True)
@@ -49,8 +71,9 @@ class RequestGroup:
 
     Attributes:
         id: the caller's request id.
-        requests: the engine's requests, by completion index.
+        requests: the engine's requests, by completion index; without those that another engine finished.
         usage: token counts so far.
+        progress: what the caller had of the answer when it came here.
         num_scored: positions of the prompt whose log-probabilities were given, the first one's None included.
         prompt_texts: texts of the prompt's tokens, as far as they are scored.
     """
@@ -58,6 +81,7 @@ class RequestGroup:
     id: str
     requests: list[Request]
     usage: Usage
+    progress: Progress = field(default_factory=Progress)
     sequences: dict[str, _Sequence] = field(default_factory=dict)
     last_token_at: float | None = None
     num_scored: int = 0
@@ -90,11 +114,11 @@ class OutputProcessor:
             self._fail(group, error)
 
     def _add(self, group: RequestGroup) -> None:
-        for index, request in enumerate(group.requests):
+        for request in group.requests:
             params = request.params
             detokenizer = IncrementalDetokenizer(
                 self._tokenizer,
-                prompt_tail=request.token_ids[-_PROMPT_TAIL:],
+                prompt_tail=request.token_ids[: request.num_prompt][-_PROMPT_TAIL:],
                 stop=params.stop,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
@@ -102,9 +126,11 @@ class OutputProcessor:
             )
             skipped = self._tokenizer.special_ids if params.skip_special_tokens else frozenset()
             texts = TokenTexts(self._tokenizer, skipped=skipped)
-            sequence = group.sequences[request.id] = _Sequence(index, request, detokenizer, texts)
+            sequence = group.sequences[request.id] = _Sequence(request.choice, request, detokenizer, texts)
             if params.stop and params.logprobs is not None:
                 sequence.unsettled = UnsettledRows()
+            known = group.progress.of(request.choice)
+            sequence.carry_on(known.token_ids, known.num_characters)
             self._running[request.id] = group, sequence
 
     def remove(self, group: RequestGroup) -> None:
@@ -194,9 +220,7 @@ class OutputProcessor:
         request = sequence.request
         reason: FinishReason | None = step.finished.get(row)  # type: ignore[assignment]
         if reason == "error":
-            text = sequence.detokenizer.finish()
-            delta.text += text
-            sequence.num_characters += len(text)
+            sequence.give(delta, sequence.detokenizer.finish())
             delta.finish_reason = reason
             delta.stop_reason = dead_end(request.params, sequence.detokenizer.num_tokens_consumed)
             sequence.done = True
@@ -217,8 +241,7 @@ class OutputProcessor:
             delta.finish_reason = reason
             if reason == "stop" and token in request.params.stop_token_ids:
                 delta.stop_reason = token
-        delta.text += text
-        sequence.num_characters += len(text)
+        sequence.give(delta, text)
         sequence.done = delta.finish_reason is not None
         count = request.params.logprobs
         if count is None or step.logprobs is None:
@@ -341,6 +364,15 @@ def _floats(vector: np.ndarray) -> list[float]:
     return vector.astype(np.float64).tolist()
 
 
-def new_group(group_id: str, requests: Sequence[Request]) -> RequestGroup:
-    """The group of one caller's request."""
-    return RequestGroup(group_id, list(requests), Usage(prompt_tokens=requests[0].num_prompt))
+def new_group(
+    group_id: str, requests: Sequence[Request], num_prompt: int, progress: Progress | None = None
+) -> RequestGroup:
+    """The group of one caller's request.
+
+    Args:
+        num_prompt: tokens of its prompt.
+        progress: what the caller has of the answer already.
+    """
+    progress = progress or Progress()
+    usage = Usage(num_prompt, progress.num_tokens, progress.cached_tokens or 0)
+    return RequestGroup(group_id, list(requests), usage, progress, num_scored=progress.num_scored)

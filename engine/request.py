@@ -24,7 +24,7 @@ class Request:
 
     Attributes:
         id: unique within the engine.
-        token_ids: the prompt, and after a preemption the output up to then as well.
+        token_ids: the prompt, and the output up to the last preemption or up to where another engine left it.
         num_prompt: length of the prompt.
         params: sampling parameters; ignored by pooling requests.
         max_total: most tokens, prompt included, that the sequence may reach.
@@ -43,6 +43,7 @@ class Request:
         slot: its slot while it runs, None while it waits.
         rope_variant: the rotary frequencies of its keys, see
             :meth:`engine.layers.decoder_config.RopeConfig.variant`.
+        choice: which of the caller's ``n`` completions it is.
         num_cached: prompt tokens found in the prefix cache when it was first admitted.
         num_preemptions: how often it lost its slot and had to be computed again.
         suspect: it took part in a step that failed for an unknown reason. Its prompt is computed in steps
@@ -69,6 +70,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     slot: int | None = None
     rope_variant: int = 0
+    choice: int = 0
     num_cached: int | None = None
     num_preemptions: int = 0
     suspect: bool = False

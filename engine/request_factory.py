@@ -17,6 +17,7 @@ from engine.families.base import ModelConfig
 from engine.families.registry import family_named
 from engine.output_processor import RequestGroup, new_group
 from engine.pooling_params import PoolingParams
+from engine.progress import Progress
 from engine.prompt import EmbeddedMedia, EngineInput, MediaSpan
 from engine.request import Request
 from engine.sampling_params import SamplingParams
@@ -71,16 +72,20 @@ class RequestFactory:
         params: SamplingParams,
         embeddings: Sequence[Embedding] = (),
         priority: int = 0,
+        progress: Progress | None = None,
     ) -> RequestGroup:
-        """A group of ``params.n`` requests.
+        """A group of ``params.n`` requests, or of those that have not finished.
 
         Args:
             embeddings: encoder rows of ``inputs.spans``, in their order (each distinct item once is enough
                 if it carries its hash).
+            progress: what another engine has given of the answer; ``params`` must then have a seed, unless
+                they are greedy.
 
         Raises:
             InvalidRequest: a parameter, the length or an embedding is unusable.
         """
+        progress = progress or Progress()
         first = self._generated(request_id, inputs, params, embeddings, priority)
         params, grammar = first.params, self._grammar(first)
         # One of the sequences reports the prompt's log-probabilities for all.
@@ -90,14 +95,40 @@ class RequestFactory:
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         requests = []
         for index in range(params.n):
-            request = first if index == 0 else dataclasses.replace(first, block_hashes=[], blocks=[])
-            request.id = f"{request_id}/{index}"
-            request.embeddings = dict(first.embeddings)
-            request.seed = _signed64(seed + index * _SEED_STRIDE)
-            request.grammar = None if grammar is None else grammar.matcher()
-            request.params = params if index == 0 else unscored
+            known = progress.of(index)
+            if known.finished:
+                continue
+            request = dataclasses.replace(
+                first,
+                id=f"{request_id}/{index}",
+                choice=index,
+                token_ids=[*first.token_ids, *known.token_ids],
+                params=params if index == 0 else unscored,
+                seed=_signed64(seed + index * _SEED_STRIDE),
+                embeddings=dict(first.embeddings),
+                grammar=None if grammar is None else grammar.matcher(),
+                blocks=[],
+                block_hashes=[],
+            )
+            self._carry_on(request)
             requests.append(request)
-        return new_group(request_id, requests)
+        return new_group(request_id, requests, first.num_prompt, progress)
+
+    def _carry_on(self, request: Request) -> None:
+        """Bring a request that has output already into the state that it would have after that output.
+
+        Raises:
+            ContextLengthExceeded: no token more fits; the engine that gave the output had more room.
+        """
+        count = len(request.token_ids)
+        if count >= request.max_total:
+            raise ContextLengthExceeded.by(request.max_total, count, 1)
+        if request.grammar is not None:
+            # A token that is not allowed leaves a matcher that allows none, as it does in a running answer.
+            request.grammar.accept(request.token_ids[request.num_prompt :])
+        longest = self._model.decoder.rope.recompute_beyond
+        if longest is not None and count > longest:
+            request.rope_variant = 1
 
     def pooling(
         self,
@@ -111,7 +142,8 @@ class RequestFactory:
         Raises:
             InvalidRequest: the length or an embedding is unusable.
         """
-        return new_group(request_id, [self._pooled(request_id, inputs, params, embeddings)])
+        request = self._pooled(request_id, inputs, params, embeddings)
+        return new_group(request_id, [request], request.num_prompt)
 
     def check(self, inputs: EngineInput, params: SamplingParams | PoolingParams) -> None:
         """Refuse a request before its media are encoded.

@@ -51,12 +51,16 @@ class UnsettledRows:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int, row: Row) -> None:
-        piece = row[token].bytes
-        self._decoder.decode(piece)
+        first, piece = self._added, row[token].bytes
+        self.pass_over(row[token].decoded_token or "", piece)
         begun = min(len(piece), len(self._decoder.getstate()[0]))
-        self._rows.append((token, row, self._added, begun))
+        self._rows.append((token, row, first, begun))
+
+    def pass_over(self, text: str, piece: bytes) -> None:
+        """Count a token whose row came out of another engine."""
+        self._decoder.decode(piece)
         if piece:
-            self._added += len(row[token].decoded_token or "")
+            self._added += len(text)
 
     def settle(self, num_characters: int) -> Iterator[tuple[int, Row]]:
         """The next tokens and rows whose text lies in the first ``num_characters`` of the answer."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, ReplayConfig
 from deployments.pipeline import Pipeline
 from deployments.stages import StageLost, Stages
 from engine.errors import InvalidRequest, MediaError, Unavailable
@@ -76,7 +76,7 @@ def spec():
 
 def pipeline(spec, preprocessor=None, encoder=None) -> Pipeline:
     stages = Stages(LanguageModel(), preprocessor or Preprocessor(), encoder or Encoder())
-    return Pipeline(spec, stages, ThreadPoolExecutor(1))
+    return Pipeline(spec, stages, ThreadPoolExecutor(1), ReplayConfig(max_losses=2))
 
 
 def build(items):
@@ -97,16 +97,16 @@ async def test_distinct_items_are_encoded_once_and_together(spec):
 
 
 @pytest.mark.parametrize("stage", ["preprocessor", "encoder"])
-async def test_a_lost_stage_is_asked_again_once(spec, stage):
+async def test_a_lost_stage_is_asked_again_a_few_times(spec, stage):
     def lost(times):
         return [StageLost("gone") for _ in range(times)]
 
     preprocessor, encoder = Preprocessor(), Encoder()
     broken = preprocessor if stage == "preprocessor" else encoder
-    broken.errors = lost(1)
-    prompt = await pipeline(spec, preprocessor, encoder).prepare(build, SOURCES[:1])
-    assert len(prompt.media) == 1 and preprocessor.calls == 2
     broken.errors = lost(2)
+    prompt = await pipeline(spec, preprocessor, encoder).prepare(build, SOURCES[:1])
+    assert len(prompt.media) == 1 and preprocessor.calls == 3
+    broken.errors = lost(3)
     with pytest.raises(StageLost):
         await pipeline(spec, preprocessor, encoder).prepare(build, SOURCES[:1])
 

@@ -32,8 +32,10 @@ def groups(tokenizer: Tokenizer) -> list[RequestGroup]:
     found = []
     for index, fields in enumerate(wanted):
         params = SamplingParams(temperature=0.0, max_tokens=24, **fields)
-        ids = [f"{index}/{n}" for n in range(params.n)]
-        requests = [Request(key, list(PROMPT), len(PROMPT), params, 64, frozenset()) for key in ids]
+        requests = [
+            Request(f"{index}/{n}", list(PROMPT), len(PROMPT), params, 64, frozenset(), choice=n)
+            for n in range(params.n)
+        ]
         found.append(RequestGroup(str(index), requests, Usage(prompt_tokens=len(PROMPT))))
     return found
 

@@ -1,0 +1,251 @@
+"""Requests whose stages die are carried on: their clients see what they see without a death."""
+
+import asyncio
+import json
+
+import pytest
+import pytest_asyncio
+
+from deployments.access import Caller, KeyConfig, visit
+from deployments.config import AppConfig, ReplayConfig
+from deployments.replay import Patience
+from deployments.stages import StageLost
+from engine.errors import Unavailable
+from tests import serving
+from tests.deployments.dying import Deaths, dying_client
+from tests.deployments.pictures import ask, circle, square
+
+pytestmark = pytest.mark.usefixtures("idle_afterwards")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"color": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 99}},
+    "required": ["color", "count"],
+}
+TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA}}
+IMAGES = ask("What color is the circle?", circle("red")) + ask("What shape is this?", square("blue"))
+HELLO = [{"role": "user", "content": "Hello!"}]
+
+#: Bodies of requests: each has something that must survive a death.
+BODIES = {
+    "images": {"messages": IMAGES, "max_tokens": 24, "temperature": 0},
+    "several": {"messages": HELLO, "max_tokens": 24, "temperature": 1.2, "seed": 5, "n": 3},
+    "log-probabilities": {
+        "messages": IMAGES,
+        "max_tokens": 16,
+        "temperature": 1.0,
+        "seed": 6,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "stop": ["e"],
+        "include_stop_str_in_output": True,
+    },
+    "schema": {
+        "messages": HELLO,
+        "max_tokens": 60,
+        "temperature": 0,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
+    },
+    "tools": {
+        "messages": HELLO,
+        "max_tokens": 90,
+        "temperature": 0,
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    },
+}
+#: Deaths, each with those that follow it.
+POINTS: dict[str, list[tuple[str, int]]] = {
+    "before the images are prepared": [("prepare", 0)],
+    "after the images were prepared": [("prepare", 1)],
+    "while images are encoded": [("encode", 0)],
+    "after an image was encoded": [("encode", 1)],
+    "before the context's length is known": [("max_model_len", 0)],
+    "when the embeddings are handed over": [("rows", 0)],
+    "before the first token": [("update", 0)],
+    "after the first update": [("update", 1)],
+    "after several updates": [("update", 3)],
+    "after the last update": [("end", 0)],
+    "again and again": [("update", 1), ("update", 2), ("update", 0), ("update", 1), ("rows", 0)],
+    "everywhere": [
+        *(("prepare", 0), ("encode", 1), ("max_model_len", 1), ("rows", 0), ("prepare", 1)),
+        *(("encode", 0), ("update", 2), ("end", 0)),
+    ],
+}
+_OF_IMAGES = {"prepare", "encode"}
+
+
+@pytest.fixture(scope="module")
+def config(running) -> AppConfig:
+    return AppConfig.model_validate(serving.tested_args(running.site))
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def dying(running, config):
+    """A client of ``pocket`` whose stages die, and the deaths to plant."""
+    deaths = Deaths()
+    async with dying_client("pocket", config, running.pocket.stages, deaths, ReplayConfig()) as client:
+        yield client, deaths
+
+
+async def answer(client, body: dict, *, stream: bool) -> list[dict]:
+    """What a client gets, choice by choice, without what differs between two requests anyway."""
+    response = await client.post(
+        "/v1/chat/completions",
+        json={"model": "pocket", "return_token_ids": True, **body}
+        | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {}),
+    )
+    assert response.status_code == 200, response.text
+    if not stream:
+        made = response.json()
+        messages = [choice["message"] for choice in made["choices"]]
+        found = [
+            {
+                "content": choice["message"]["content"],
+                "calls": [call["function"] for call in message.get("tool_calls", ())],
+                "logprobs": choice["logprobs"] and choice["logprobs"]["content"],
+                "ids": choice["token_ids"],
+                "reason": (choice["finish_reason"], choice["stop_reason"]),
+            }
+            for choice, message in zip(made["choices"], messages, strict=True)
+        ]
+        return [*found, {"completion_tokens": made["usage"]["completion_tokens"]}]
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    assert response.text.endswith("data: [DONE]\n\n") and not any("error" in event for event in events)
+    choices: dict[int, dict] = {}
+    for event in events:
+        for choice in event["choices"]:
+            found = choices.setdefault(
+                choice["index"], {"content": "", "calls": [], "logprobs": None, "ids": [], "reason": None}
+            )
+            delta = choice["delta"]
+            found["content"] += delta.get("content") or ""
+            for call in delta.get("tool_calls") or ():
+                if call.get("id"):
+                    found["calls"].append({"name": call["function"]["name"], "arguments": ""})
+                found["calls"][-1]["arguments"] += call["function"]["arguments"]
+            if choice.get("logprobs"):
+                found["logprobs"] = [*(found["logprobs"] or ()), *choice["logprobs"]["content"]]
+            found["ids"] += choice.get("token_ids") or ()
+            if choice["finish_reason"]:
+                assert found["reason"] is None
+                found["reason"] = choice["finish_reason"], choice.get("stop_reason")
+    for found in choices.values():
+        if found["calls"]:
+            found["content"] = found["content"] or None
+    usage = {"completion_tokens": events[-1]["usage"]["completion_tokens"]}
+    return [*(found for _, found in sorted(choices.items())), usage]
+
+
+def rounded(answer: list[dict]) -> list[dict]:
+    """An answer with log-probabilities to three digits: their last bits depend on the batch."""
+    return json.loads(json.dumps(answer), parse_float=lambda text: round(float(text), 3))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("body", BODIES)
+async def test_a_death_at_any_point_goes_unseen(dying, body, stream):
+    client, deaths = dying
+    asked = BODIES[body]
+    wanted = rounded(await answer(client, asked, stream=False))
+    assert wanted == rounded(await answer(client, asked, stream=True))
+    for name, points in POINTS.items():
+        if body not in ("images", "log-probabilities"):
+            points = [point for point in points if point[0] not in _OF_IMAGES]
+        # The context's length is asked for once.
+        points = [point for point in points if point[0] != "max_model_len"]
+        deaths.planted, deaths.happened = list(points), []
+        assert rounded(await answer(client, asked, stream=stream)) == wanted, name
+        # A short answer may end before the update after which it would have been lost.
+        late = [point for point in points if point[0] == "update" and point[1] > 1]
+        assert late or deaths.happened == points, name
+
+
+async def test_a_death_before_the_context_s_length_is_known(running, config):
+    deaths = Deaths([("max_model_len", 0), ("max_model_len", 1)])
+    async with dying_client("pocket", config, running.pocket.stages, deaths, ReplayConfig()) as client:
+        found = await answer(client, BODIES["images"], stream=False)
+    assert "red" in found[0]["content"] or "square" in found[0]["content"]
+    assert len(deaths.happened) == 2
+
+
+async def test_a_request_without_a_seed_gets_one_for_all_its_tries(dying):
+    client, deaths = dying
+    asked = {"messages": HELLO, "max_tokens": 12, "temperature": 1.5}
+    deaths.planted = [("update", 1), ("update", 0), ("update", 1)]
+    await answer(client, asked, stream=False)
+    assert len(deaths.seeds) == 4 and len({*deaths.seeds}) == 1 and None not in deaths.seeds
+    await answer(client, asked, stream=False)
+    assert len({*deaths.seeds}) == 2
+
+
+async def test_embeddings_are_carried_on(running, config):
+    stages = running.app.models["tests/vectors"].stages
+    body = {"model": "tests/vectors", "messages": ask("What is this?", circle("red"))}
+    deaths = Deaths()
+    async with dying_client("tests/vectors", config, stages, deaths, ReplayConfig()) as client:
+        wanted = (await client.post("/v1/embeddings", json=body)).json()["data"]
+        deaths.planted = [("prepare", 1), ("encode", 0), ("rows", 0), ("embed", 0), ("embed", 1)]
+        found = (await client.post("/v1/embeddings", json=body)).json()["data"]
+    assert not deaths.planted
+    assert found[0]["embedding"] == pytest.approx(wanted[0]["embedding"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_request_that_kills_every_replica_fails_with_one_error(running, config, stream):
+    deaths = Deaths([("update", 1)] * 20)
+    replay = ReplayConfig(max_losses=2)
+    async with dying_client("pocket", config, running.pocket.stages, deaths, replay) as client:
+        body = {"model": "pocket", "messages": HELLO, "max_tokens": 50, "stream": stream}
+        response = await client.post("/v1/chat/completions", json=body | {"ignore_eos": True})
+    assert len(deaths.happened) == 3
+    if stream:
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        errors = [event["error"] for event in events if "error" in event]
+        assert [error["code"] for error in errors] == ["unavailable"] and "error" in events[-1]
+    else:
+        assert response.status_code == 503 and response.headers["retry-after"]
+
+
+async def test_a_stage_that_does_not_come_back_is_not_waited_for_for_ever():
+    patience = Patience(ReplayConfig(patience_s=0.05))
+    calls = 0
+
+    async def lost_then_silent():
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise StageLost("gone")
+        await asyncio.Future()
+
+    with pytest.raises(Unavailable) as caught:
+        await patience.call(lost_then_silent)
+    assert not isinstance(caught.value, StageLost) and "0.05 seconds" in caught.value.message
+
+
+async def test_a_timeout_of_the_work_itself_is_not_the_patience_s():
+    patience = Patience(ReplayConfig())
+    calls = 0
+
+    async def work():
+        nonlocal calls
+        calls += 1
+        raise StageLost("gone") if calls == 1 else TimeoutError
+
+    with pytest.raises(TimeoutError):
+        await patience.call(work)
+
+
+async def test_a_carried_on_request_is_charged_once(running, config):
+    deaths = Deaths([("prepare", 1), ("encode", 0), ("encode", 1)])
+    caller = Caller(KeyConfig(name="a", key="k", max_active_tokens=900))
+    visiting = caller.enter()
+    token = visit.set(visiting)
+    try:
+        async with dying_client("pocket", config, running.pocket.stages, deaths, ReplayConfig()) as client:
+            found = await answer(client, BODIES["images"] | {"max_tokens": 300}, stream=False)
+    finally:
+        visit.reset(token)
+        visiting.end()
+    assert found and not deaths.planted
