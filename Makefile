@@ -34,8 +34,9 @@ bench: install
 # Draws models and prompts from seeds and compares the engine with Transformers: N cases of each family.
 N    ?= 20
 SEED ?= 0
+JOBS ?= 1
 exactness: install
-	$(BIN)/python -m tests.engine.families.drawn -n $(N) --seed $(SEED) $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
+	$(BIN)/python -m tests.engine.families.drawn -n $(N) --seed $(SEED) --jobs $(JOBS) $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
 
 # The image of k8s/. On a GPU cluster: make image IMAGE=registry.example.com/sightline:0.1.0 DEVICE=cuda
 IMAGE  ?= sightline:dev

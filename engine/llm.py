@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import ConfigError, InvalidRequest
+from engine.executor.launch import Launcher
 from engine.frontend import Frontend, load_sampling_defaults
 from engine.loading import check_checkpoint, load_engine
 from engine.media.guard import FetchPolicy
@@ -35,6 +36,7 @@ class LLM:
         fetch: fields of :class:`~engine.media.guard.FetchPolicy`: the addresses that :meth:`chat` may
             fetch images from; public ones if not given.
         trust_remote_code: accepted for compatibility; code from checkpoints is never run.
+        launcher: starts the ranks beyond the first; processes of this machine if not given.
         options: every field of :class:`~engine.config.EngineConfig`.
 
     Raises:
@@ -48,6 +50,7 @@ class LLM:
         *,
         fetch: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        launcher: Launcher | None = None,
         **options: Any,
     ) -> None:
         if trust_remote_code:
@@ -63,7 +66,7 @@ class LLM:
             # Check all tensor headers before loading any weights.
             check_checkpoint(self.config)
             self._encoder = EncoderEngine.load(self.config)
-        self._engine = load_engine(self.config)
+        self._engine = load_engine(self.config, launcher)
         self._runner = OfflineRunner(self._engine, self._encoder)
 
     @property

@@ -43,6 +43,7 @@ class Agreement:
         distances: per log-probability, how far it is from the reference's.
         spread: per log-probability, how far the reference's is from its mean.
         note: why there is nothing.
+        crashed: an exception is the reason, other than a refusal.
     """
 
     case: Case
@@ -51,6 +52,7 @@ class Agreement:
     distances: list[float] = field(default_factory=list)
     spread: list[float] = field(default_factory=list)
     note: str = ""
+    crashed: bool = False
     seconds: float = 0.0
 
     @property
@@ -68,6 +70,9 @@ def agree(case: Case) -> Agreement:
             _agree(case, draw, Path(folder), found)
         except (NotAModel, Unavailable, CheckpointError, ConfigError, InvalidRequest) as error:
             found.note = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            # One line of a long run's table; the others go on.
+            found.note, found.crashed = f"CRASH {type(error).__name__}: {str(error)[:300]}", True
     found.seconds = time.monotonic() - started
     return found
 

@@ -19,7 +19,7 @@ from tests.engine.families.drawn.prompts import Style
 from tests.engine.tiny import split_shards, spread
 
 #: Answer tokens of every request, at most.
-STEPS = 8
+STEPS = 6
 
 
 class NotAModel(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ import transformers
 
 from engine import LLM, SamplingParams
 from engine.errors import InvalidRequest
+from engine.executor.launch import Launcher
+from tests.engine.executor.threads import ThreadLauncher
 from tests.engine.families.case import Prompt
 from tests.engine.families.compare import Asked, Tally, compare_completion, compare_vector
 from tests.engine.families.drawn.checkpoint import STEPS, Drawn, NotAModel, ends_of
@@ -87,8 +90,18 @@ class Session:
     def _ends(self) -> frozenset[int]:
         return ends_of(self.drawn.path)
 
-    def llm(self, **options: Any) -> LLM:
-        return LLM(str(self.drawn.path), **{**self.drawn.options, **self._options, **options})
+    def llm(self, launcher: Launcher | None = None, **options: Any) -> LLM:
+        given = {**self.drawn.options, **self._options, **options}
+        return LLM(str(self.drawn.path), launcher=launcher, **given)
+
+    @cached_property
+    def plain(self) -> LLM:
+        """An engine that keeps nothing of earlier requests, for several modes."""
+        return self.llm(enable_prefix_caching=False)
+
+    def budget(self, rng: random.Random, sizes: Sequence[int], steps: int) -> int:
+        """Tokens of a step: one of ``sizes``, or more, so that prompts take at most about ``steps`` steps."""
+        return max(rng.choice(sizes), sum(question.length for question in self.questions) // steps, 1)
 
     def check(
         self,
@@ -128,7 +141,7 @@ class Session:
 
 def alone(session: Session, tally: Tally) -> Iterator[str]:
     """Each prompt by itself, nothing cached. Prompts that are refused leave the case; yields why."""
-    llm = session.llm(enable_prefix_caching=False)
+    llm = session.plain
     for question in list(session.questions):
         try:
             session.check(tally, llm, [question])
@@ -139,15 +152,15 @@ def alone(session: Session, tally: Tally) -> Iterator[str]:
 
 
 def batch(session: Session, tally: Tally) -> None:
-    """All prompts in one call, with the engine's own defaults."""
-    session.check(tally, session.llm(), session.questions, cached=_anything)
+    """All prompts in one call, nothing cached."""
+    session.check(tally, session.plain, session.questions)
 
 
 def chunked(session: Session, tally: Tally) -> None:
     """Few tokens a step and small blocks, which cut prompts and images anywhere."""
     rng = session.draw.stream("chunks")
     llm = session.llm(
-        max_num_batched_tokens=rng.choices((2, 5, 13, 40), (1, 3, 4, 4))[0],
+        max_num_batched_tokens=session.budget(rng, (1, 2, 5, 13, 40), 40),
         max_num_seqs=rng.randint(1, 5),
         block_size=rng.choice((1, 2, 4, 8, 16)),
         enable_prefix_caching=rng.random() < 0.5,
@@ -168,16 +181,19 @@ def preempted(session: Session, tally: Tally) -> None:
         num_kv_blocks=blocks,
         block_size=size,
         enable_prefix_caching=False,
-        max_num_batched_tokens=rng.choice((7, 32, 512)),
+        max_num_batched_tokens=session.budget(rng, (7, 32, 512), 20),
+        max_num_seqs=rng.randint(2, 4),
     )
     session.check(tally, llm, pair * 2)
 
 
 def cached(session: Session, tally: Tally) -> None:
     """All prompts twice, then the next turn of each conversation, twice: from the cache what was computed."""
-    size = session.draw.stream("cache").choice((1, 2, 4, 8))
+    rng = session.draw.stream("cache")
+    size = rng.choice((1, 2, 4, 8, 16))
     # Nothing is evicted.
-    llm = session.llm(block_size=size, num_kv_blocks=8 * session.drawn.tokens // size)
+    blocks = 8 * session.drawn.tokens // size
+    llm = session.llm(block_size=size, num_kv_blocks=blocks, run_ahead=rng.choice((1, 0, 2)))
     outputs = session.check(tally, llm, session.questions, cached=_anything)
     session.check(tally, llm, session.questions, cached=lambda q: _full_blocks(q, q.length - 1, size))
     turns, entries, known = [], [], {}
@@ -198,18 +214,20 @@ def cached(session: Session, tally: Tally) -> None:
 
 
 def vectors(session: Session, tally: Tally) -> None:
-    """Pooled hidden states in place of answers, in a batch and cut into chunks."""
+    """Pooled hidden states in place of answers, in one step or in chunks."""
     rng = session.draw.stream("vectors")
     pooling, normalize = rng.choice(("last", "last", "mean", "cls")), rng.random() < 0.7
-    for options in ({}, {"max_num_batched_tokens": rng.choice((3, 7, 30)), "block_size": 4}):
-        llm = session.llm(task="embed", **options)
-        entries = [question.prompt.entry for question in session.questions]
-        outputs = llm.embed(entries, pooling=pooling, normalize=normalize, use_tqdm=False)
-        for question, output in zip(session.questions, outputs, strict=True):
-            before = len(tally.differences)
-            compare_vector(tally, output, question.expected, pooling, normalize, _anything(question))
-            _number(tally, before, question)
-        llm.check_integrity()
+    options: dict[str, Any] = {}
+    if rng.random() < 0.6:
+        options = {"max_num_batched_tokens": session.budget(rng, (3, 7, 30), 15), "block_size": 4}
+    llm = session.llm(task="embed", **options)
+    entries = [question.prompt.entry for question in session.questions]
+    outputs = llm.embed(entries, pooling=pooling, normalize=normalize, use_tqdm=False)
+    for question, output in zip(session.questions, outputs, strict=True):
+        before = len(tally.differences)
+        compare_vector(tally, output, question.expected, pooling, normalize, _anything(question))
+        _number(tally, before, question)
+    llm.check_integrity()
 
 
 def embeddings(session: Session, tally: Tally) -> None:
@@ -217,20 +235,22 @@ def embeddings(session: Session, tally: Tally) -> None:
     shown = [q for q in session.questions if q.prompt.pictures and not q.prompt.frames]
     if not shown:
         return
-    llm = session.llm()
-    ways = as_embeddings(llm.config, [question.prompt for question in shown])
-    for question, forms in zip(shown, ways, strict=True):
-        for data in forms:
-            entry = {"prompt": question.prompt.text, "multi_modal_data": {"image": data}}
-            session.check(tally, llm, [question], entries=[entry], cached=_anything)
+    ways = as_embeddings(session.plain.config, [question.prompt for question in shown])
+    pairs = [(question, data) for question, forms in zip(shown, ways, strict=True) for data in forms]
+    entries = [{"prompt": q.prompt.text, "multi_modal_data": {"image": data}} for q, data in pairs]
+    session.check(tally, session.plain, [question for question, _ in pairs], entries=entries)
 
 
 def ranks(session: Session, tally: Tally) -> None:
-    """The decoder split over two processes."""
-    session.check(tally, session.llm(tensor_parallel_size=2), session.questions, cached=_anything)
+    """The decoder split over two ranks, which are threads of this process."""
+    llm = session.llm(ThreadLauncher(), tensor_parallel_size=2)
+    try:
+        session.check(tally, llm, session.questions, cached=_anything)
+    finally:
+        llm._engine.core.runner.close()
 
 
-#: The first of all is :func:`alone`. Those that start processes are left out unless they are asked for.
+#: The first of all is :func:`alone`.
 MODES: dict[str, Callable[[Session, Tally], None]] = {
     "batch": batch,
     "chunked": chunked,

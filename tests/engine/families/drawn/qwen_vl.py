@@ -100,7 +100,7 @@ class QwenVLFamily:
     def _vision(self, draw: Draw, hidden: int) -> dict[str, Any]:
         heads = draw.choice("tower heads", (1, 2, 3, 4))
         # Its rotary embedding has two axes.
-        width = heads * draw.choice("tower head dim", (8, 16, 24))
+        width = heads * draw.choice("tower head dim", (24, 32) if draw.coarse else (8, 16, 24))
         depth = draw.integer("tower layers", 1, 4)
         rng = draw.stream("tower lists")
         fields: dict[str, Any] = {

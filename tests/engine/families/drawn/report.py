@@ -6,6 +6,10 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
 
 from tests.engine.families.drawn.modes import MODES
 from tests.engine.families.drawn.refusals import cause_of
@@ -17,7 +21,7 @@ _COMMAND = "python -m tests.engine.families.drawn"
 def command(case: Case) -> str:
     """The command line that runs ``case`` again."""
     words = [*_COMMAND.split(), "--family", case.family.name, "--seed", str(case.seed), "-n", "1"]
-    if case.modes != tuple(mode for mode in MODES if mode != "ranks"):
+    if case.modes != tuple(MODES):
         words += ["--modes", *(case.modes or ("alone",))]
     if case.prompts != tuple(range(PROMPTS)):
         words += ["--prompts", *map(str, case.prompts)]
@@ -35,17 +39,37 @@ def difference(result: Result, simple: Result) -> str:
     return "\n".join([*lines, f"  varied: {', '.join(simple.varied) or 'nothing'}"])
 
 
+def record(result: Result) -> dict[str, Any]:
+    """A case's result in plain data: what was compared in which mode, and why some of it wasn't."""
+    return {
+        "family": result.case.family.name,
+        "seed": result.case.seed,
+        "status": result.status,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "prompts": result.prompts,
+        "outputs": {mode: tally.outputs for mode, tally in result.tallies.items()},
+        "tokens": sum(tally.tokens for tally in result.tallies.values()),
+        "ties": sum(tally.ties for tally in result.tallies.values()),
+        "differences": result.differences,
+        "refused": result.refused,
+        "skipped": result.skipped,
+        "varied": result.varied,
+    }
+
+
 def table(results: Sequence[Result]) -> str:
     """One line per family: cases and outputs that are equal, cases refused or skipped, cases that differ."""
     names = list(dict.fromkeys(result.case.family.name for result in results))
-    head = f"{'family':<18}{'cases':>7}{'equal':>7}{'outputs':>9}{'tokens':>9}{'ties':>6}"
+    head = f"{'family':<18}{'cases':>7}{'equal':>7}{'prompts':>9}{'outputs':>9}{'tokens':>9}{'ties':>6}"
     lines = [head + f"{'refused':>9}{'skipped':>9}{'different':>11}"]
     for name in names:
         mine = [result for result in results if result.case.family.name == name]
         statuses = Counter(result.status for result in mine)
         tallies = [tally for result in mine if result.status == "equal" for tally in result.tallies.values()]
         lines.append(
-            f"{name:<18}{len(mine):>7}{statuses['equal']:>7}{sum(t.outputs for t in tallies):>9}"
+            f"{name:<18}{len(mine):>7}{statuses['equal']:>7}"
+            f"{sum(r.prompts for r in mine if r.status == 'equal'):>9}{sum(t.outputs for t in tallies):>9}"
             f"{sum(t.tokens for t in tallies):>9}{sum(t.ties for t in tallies):>6}"
             f"{statuses['refused']:>9}{statuses['skipped']:>9}{statuses['different']:>11}"
         )

@@ -35,7 +35,7 @@ class Case:
 
     family: Family
     seed: int
-    modes: tuple[str, ...] = tuple(mode for mode in MODES if mode != "ranks")
+    modes: tuple[str, ...] = tuple(MODES)
     without: tuple[str, ...] = ()
     prompts: tuple[int, ...] = tuple(range(PROMPTS))
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +47,7 @@ class Result:
 
     Attributes:
         varied: the variations that the case has.
+        prompts: number of prompts that were asked.
         tallies: what each mode has found.
         refused: messages of the engine, where it refuses a checkpoint, a mode or a prompt.
         skipped: why nothing or not everything could be compared.
@@ -54,6 +55,7 @@ class Result:
 
     case: Case
     varied: list[str] = field(default_factory=list)
+    prompts: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -102,6 +104,7 @@ def _run(case: Case, draw: Draw, path: Path, result: Result) -> None:
     with _Guard(tally, result):
         for reason in alone(session, tally):
             result.refused.append(reason)
+    result.prompts = len(session.questions)
     if not session.questions or (result.refused and not tally.outputs):
         return
     for mode in case.modes:

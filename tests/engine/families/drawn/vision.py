@@ -13,8 +13,8 @@ def draw_tower(draw: Draw, *, side: int, patch: int) -> dict[str, Any]:
     """``vision_config`` of a tower for crops of ``side`` pixels with patches of ``patch``."""
     heads = draw.choice("tower heads", (1, 2, 3, 4))
     fields: dict[str, Any] = {
-        "hidden_size": heads * draw.choice("tower head dim", (8, 16, 24)),
-        "intermediate_size": draw.choice("tower intermediate", (24, 48, 64)),
+        "hidden_size": heads * draw.choice("tower head dim", (24, 32) if draw.coarse else (8, 16, 24)),
+        "intermediate_size": 64 if draw.coarse else draw.choice("tower intermediate", (24, 48, 64)),
         "num_hidden_layers": draw.integer("tower layers", 2, 4),
         "num_attention_heads": heads,
         "image_size": side,
