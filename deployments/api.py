@@ -32,6 +32,7 @@ from deployments.routers import (
     messages,
     metrics,
     models,
+    pooling,
     responses,
     scoring,
     tokens,
@@ -60,7 +61,8 @@ def create_api(
     api.state.collector = Collector(
         http, pipelines, config.health_timeout_s, replica=replica, ingress=ingress
     )
-    endpoints = (chat, completions, responses, messages, embeddings, scoring, tokens, models, health, metrics)
+    generating = (chat, completions, responses, messages)
+    endpoints = (*generating, embeddings, pooling, scoring, tokens, models, health, metrics)
     for endpoint in endpoints:
         api.include_router(endpoint.router)
     api.add_exception_handler(HTTPException, _on_http_error)

@@ -184,6 +184,8 @@ class LLM:
             InvalidRequest: the numbers don't fit, or as :meth:`embed`.
         """
         left, right = _as_list(first), _as_list(second)
+        if pooling == "all":
+            raise InvalidRequest("Prompts are compared by one vector each, not by all.", param="pooling")
         if len(left) not in (1, len(right)):
             raise InvalidRequest(
                 f"{len(left)} prompts can't be compared with {len(right)}: give one, or as many."

@@ -308,7 +308,11 @@ class OutputProcessor:
                 continue
             try:
                 group.usage.cached_tokens = request.num_cached or 0
-                output = EmbeddingOutput(group.id, request.token_ids, _floats(vector), group.usage)
+                output = EmbeddingOutput(group.id, request.token_ids, [], group.usage)
+                if vector.ndim == 1:
+                    output.embedding = _floats(vector)
+                else:
+                    output.token_embeddings = vector
             except Exception as error:
                 self._fail(group, error)
                 continue

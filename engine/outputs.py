@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -96,9 +98,15 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class EmbeddingOutput:
-    """One pooled vector: float32 of length ``hidden_size``."""
+    """Pooled hidden states.
+
+    Attributes:
+        embedding: the vector, of length ``hidden_size``; empty with the pooling ``all``.
+        token_embeddings: with the pooling ``all`` float32 ``(tokens, hidden_size)``, else None.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     embedding: list[float]
     usage: Usage = field(default_factory=Usage)
+    token_embeddings: np.ndarray | None = None

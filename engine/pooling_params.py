@@ -1,4 +1,4 @@
-"""Parameters that reduce a sequence's hidden states to one vector."""
+"""Parameters that turn a sequence's hidden states into one vector, or one for each token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from engine.errors import InvalidRequest
 
-Pooling = Literal["last", "mean", "cls"]
+Pooling = Literal["last", "mean", "cls", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,9 +15,9 @@ class PoolingParams:
     """Parameters of one embedding request, checked when made (:class:`InvalidRequest` names the field).
 
     Attributes:
-        pooling: the hidden state of the ``last`` token, of the first (``cls``), or the ``mean`` of all; after
-            the decoder's final norm.
-        normalize: scale the vector to length 1.
+        pooling: the hidden state of the ``last`` token, of the first (``cls``), the ``mean`` of all, or
+            ``all`` of them, one for each token; after the decoder's final norm.
+        normalize: scale each vector to length 1.
     """
 
     pooling: Pooling = "last"

@@ -41,6 +41,7 @@ SERVER_FLOORS = [
     ["body", "sse", "replay", "preprocessor", "encoder", "language_model"],
     ["pipeline"],
     ["conversations", "messages", "responses"],
+    ["vectors"],
     ["routers"],
     ["api"],
     ["in_process", "ray_serve"],

@@ -1,4 +1,4 @@
-"""Embeddings on the wire: OpenAI's ``input``, or ``messages`` as in a chat."""
+"""Vectors on the wire, of OpenAI's ``input``, or of ``messages`` as in a chat."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -14,8 +14,9 @@ from engine.pooling_params import PoolingParams
 MAX_INPUTS = 2048
 
 
-class EmbeddingRequest(RequestBody):
-    """Body of ``POST /v1/embeddings``. ``input`` is one text or token list, or a list of either."""
+class VectorBody(RequestBody):
+    """Fields of every endpoint that answers with vectors. ``input`` is one text or token list, or a list of
+    either."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         "chat_template": "it is set where the model is configured",
@@ -27,7 +28,6 @@ class EmbeddingRequest(RequestBody):
     input: str | list[str] | list[int] | list[list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
     # Beyond OpenAI.
     pooling: str = "last"
     normalize: bool = True
@@ -51,8 +51,6 @@ class EmbeddingRequest(RequestBody):
             )
         if self.input is not None and any(not entry for entry in self.inputs):
             raise InvalidRequest("input must not hold an empty text or token list.", param="input")
-        if self.dimensions is not None and self.dimensions < 1:
-            raise InvalidRequest("dimensions must be at least 1.", param="dimensions")
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < -1:
             raise InvalidRequest(
                 "truncate_prompt_tokens must be a number of tokens, or -1 for the model's context.",
@@ -77,12 +75,71 @@ class EmbeddingRequest(RequestBody):
         return PoolingParams(pooling=self.pooling, normalize=self.normalize)  # type: ignore[arg-type]
 
 
+class EmbeddingRequest(VectorBody):
+    """Body of ``POST /v1/embeddings``."""
+
+    dimensions: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.pooling == "all":
+            raise InvalidRequest("An embedding is one vector; /pooling gives all.", param="pooling")
+        if self.dimensions is not None and self.dimensions < 1:
+            raise InvalidRequest("dimensions must be at least 1.", param="dimensions")
+
+
+class PoolingRequest(VectorBody):
+    """Body of ``POST /pooling``."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **VectorBody.REFUSED,
+        "activation": "use normalize",
+        "dimensions": "use /v1/embeddings",
+    }
+
+    task: Literal["token_embed", "embed"] = "token_embed"
+
+    def check(self) -> None:
+        super().check()
+        if self.task == "token_embed" and self.pooling not in ("last", "all"):
+            raise InvalidRequest(
+                "pooling makes one vector, which task 'embed' asks for; task 'token_embed' gives all.",
+                param="pooling",
+            )
+
+    def pooling_params(self) -> PoolingParams:
+        if self.task == "token_embed":
+            return PoolingParams(pooling="all", normalize=self.normalize)
+        return super().pooling_params()
+
+
 class EmbeddingObject(BaseModel):
     """One vector: numbers, or base64 of little-endian float32."""
 
     object: Literal["embedding"] = "embedding"
     index: int
     embedding: list[float] | str
+
+
+class PoolingObject(BaseModel):
+    """The vectors of one input: one of numbers, a list of those of its tokens, or base64 of little-endian
+    float32, token after token. ``shape`` tells how to read base64."""
+
+    object: Literal["pooling"] = "pooling"
+    index: int
+    data: list[list[float]] | list[float] | str
+    shape: list[int]
+
+
+class PoolingResponse(BaseModel):
+    """The vectors of all inputs, in their order."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[PoolingObject]
+    usage: Usage
 
 
 class EmbeddingResponse(BaseModel):

@@ -18,6 +18,7 @@ from deployments.protocol import scoring as wire
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import usage_body
 from deployments.tasks import all_or_none
+from deployments.vectors import AT_A_TIME, total_usage
 from engine.errors import InvalidRequest
 from engine.inputs.messages import parse_messages
 from engine.outputs import EmbeddingOutput, Usage
@@ -25,9 +26,6 @@ from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, MediaItem
 
 router = APIRouter()
-
-#: Items of one request that are in the engine at a time.
-_AT_A_TIME = 64
 
 
 @router.post("/v1/score")
@@ -82,7 +80,7 @@ async def _embed(
 ) -> tuple[dict[str, np.ndarray], Usage]:
     """The vectors of all items, each distinct item once, and what they cost."""
     distinct = {_key(item): (item, field) for field, items in sides for item in items}
-    places = asyncio.Semaphore(_AT_A_TIME)
+    places = asyncio.Semaphore(AT_A_TIME)
 
     async def embed(index: int, item: wire.Item, field: str) -> EmbeddingOutput:
         async with places:
@@ -94,9 +92,7 @@ async def _embed(
         embed(index, item, field) for index, (item, field) in enumerate(distinct.values())
     )
     vectors = {key: np.array(output.embedding) for key, output in zip(distinct, outputs, strict=True)}
-    tokens = sum(output.usage.prompt_tokens for output in outputs)
-    cached = sum(output.usage.cached_tokens for output in outputs)
-    return vectors, Usage(tokens, 0, cached)
+    return vectors, total_usage(outputs)
 
 
 def _key(item: wire.Item) -> str:

@@ -1,4 +1,4 @@
-"""Hidden states to one vector per request."""
+"""Hidden states to one vector per request, or one per token."""
 
 from __future__ import annotations
 
@@ -26,20 +26,29 @@ class Pooler:
         self._partial.pop(slot, None)
 
     def add(self, chunk: PrefillChunk, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Take in the chunk's hidden states ``(count, H)``; the float32 vector ``(H,)`` once complete."""
+        """Take in the chunk's hidden states ``(count, H)``.
+
+        Returns:
+            Once complete, the float32 vector ``(H,)``; with ``all`` the vectors ``(tokens, H)``.
+        """
         params = chunk.request.pooling
         assert params is not None
         vector = self._vector(chunk, hidden, params.pooling)
         if vector is not None and params.normalize:
-            vector = torch.nn.functional.normalize(vector, dim=0)
+            vector = torch.nn.functional.normalize(vector, dim=-1)
         return vector
 
     def _vector(self, chunk: PrefillChunk, hidden: torch.Tensor, kind: str) -> torch.Tensor | None:
         if kind == "last":
             return hidden[-1].float() if chunk.completes else None
-        if kind == "cls":
+        # Copies: the hidden states are the step's own.
+        if kind == "all":
+            states = hidden.to(torch.float32, copy=True)
+            self._partial[chunk.slot] = (
+                states if chunk.start == 0 else torch.cat([self._partial[chunk.slot], states])
+            )
+        elif kind == "cls":
             if chunk.start == 0:
-                # A copy: the hidden states are the step's own.
                 self._partial[chunk.slot] = hidden[0].to(torch.float32, copy=True)
         else:
             total = hidden.float().sum(dim=0)
@@ -49,4 +58,4 @@ class Pooler:
         if not chunk.completes:
             return None
         vector = self._partial.pop(chunk.slot)
-        return vector if kind == "cls" else vector / (chunk.start + chunk.count)
+        return vector / (chunk.start + chunk.count) if kind == "mean" else vector

@@ -85,7 +85,7 @@ class StepResult:
         tokens: int64 ``(R,)``, one per sampling row; -1 where none was allowed.
         logprobs: of the sampled tokens; None if no row asked.
         prompt_logprobs: ``(request, position of the first value, values)``.
-        pooled: request and float32 vector.
+        pooled: request and float32 vector, or vectors of all its tokens.
         failed: requests whose own part of the step raised, with the exception.
     """
 
@@ -108,7 +108,7 @@ class StepEvents:
             allowed.
         logprobs: per row the runner's log-probabilities, where any row asked.
         prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
-        pooled: ``(request, float32 vector)`` of finished pooling requests.
+        pooled: ``(request, float32 vector or vectors)`` of finished pooling requests.
         failed: requests that an exception ended, with that exception.
     """
 

@@ -59,6 +59,22 @@ def test_vectors_are_those_of_transformers(path, prompts, hidden, pooling, budge
     llm.check_integrity()
 
 
+@pytest.mark.parametrize("budget", [13, 512])
+def test_vectors_of_all_tokens_are_those_of_transformers(path, prompts, hidden, budget):
+    llm = LLM(str(path), task="embed", max_model_len=128, max_num_batched_tokens=budget, block_size=4)
+    for _ in range(2):
+        outputs = llm.embed(prompts, pooling="all", normalize=False, use_tqdm=False)
+        for output, states in zip(outputs, hidden, strict=True):
+            found = output.token_embeddings
+            assert found is not None and found.dtype == np.float32 and output.embedding == []
+            assert len(found) == len(output.prompt_token_ids) and output.usage.cached_tokens == 0
+            np.testing.assert_allclose(found, states, rtol=1e-3, atol=1e-3)
+    for unit, output in zip(llm.embed(prompts, pooling="all", use_tqdm=False), outputs, strict=True):
+        lengths = np.linalg.norm(output.token_embeddings, axis=1, keepdims=True)
+        np.testing.assert_allclose(unit.token_embeddings, output.token_embeddings / lengths, atol=1e-5)
+    llm.check_integrity()
+
+
 def test_messages_and_scores(path, prompts):
     llm = LLM(str(path), task="embed", max_model_len=128)
     picture = tiny.picture(40, 24, 1)
@@ -74,6 +90,8 @@ def test_messages_and_scores(path, prompts):
     assert scores[0] == pytest.approx(1.0)
     with pytest.raises(InvalidRequest, match="2 prompts can't be compared with 3"):
         llm.score(prompts[:2], prompts)
+    with pytest.raises(InvalidRequest, match="one vector each"):
+        llm.score(prompts[0], prompts, pooling="all")
 
 
 def test_each_task_refuses_the_other(path):
@@ -82,6 +100,6 @@ def test_each_task_refuses_the_other(path):
     llm = LLM(str(path))
     with pytest.raises(InvalidRequest, match="generates text"):
         llm.embed("hello", use_tqdm=False)
-    with pytest.raises(InvalidRequest, match="last, mean, cls"):
+    with pytest.raises(InvalidRequest, match="last, mean, cls, all"):
         llm.embed("hello", pooling="max")
     llm.check_integrity()

@@ -1,0 +1,49 @@
+"""Vectors of all tokens of texts, and of messages with images."""
+
+import asyncio
+import time
+import uuid
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from deployments.body import read_body
+from deployments.protocol import embeddings as wire
+from deployments.routers.models import find_pipeline
+from deployments.routers.values import usage_body
+from deployments.vectors import encoded, total_usage, vectors
+from engine.outputs import EmbeddingOutput
+
+router = APIRouter()
+
+
+@router.post("/pooling")
+@router.post("/v1/pooling", include_in_schema=False)
+async def pool(request: Request) -> Response:
+    """Vectors of each input's tokens, or its one vector."""
+    body = await read_body(request, wire.PoolingRequest, request.app.state.config.max_body_bytes)
+    pipeline = find_pipeline(request, body.model)
+    body.check()
+    name = f"pool-{uuid.uuid4().hex}"
+    outputs = await vectors(pipeline, name, body)
+
+    def response() -> bytes:
+        made = wire.PoolingResponse(
+            id=name,
+            created=int(time.time()),
+            model=pipeline.name,
+            data=[_object(index, output, body.encoding_format) for index, output in enumerate(outputs)],
+            usage=usage_body(total_usage(outputs)),
+        )
+        return made.model_dump_json().encode()
+
+    # Long lists of numbers take a while to write.
+    return Response(await asyncio.to_thread(response), media_type="application/json")
+
+
+def _object(index: int, output: EmbeddingOutput, encoding: str) -> wire.PoolingObject:
+    found = output.token_embeddings
+    array = np.array(output.embedding, np.float32) if found is None else found
+    data = array.tolist() if encoding == "float" else encoded(array)
+    return wire.PoolingObject(index=index, data=data, shape=list(array.shape))

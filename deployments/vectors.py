@@ -1,0 +1,99 @@
+"""From texts, token ids or a conversation to vectors, for every endpoint that answers with them."""
+
+import asyncio
+import base64
+from dataclasses import replace
+
+import numpy as np
+
+from deployments.conversations import caller_fields
+from deployments.pipeline import Pipeline, PreparedPrompt
+from deployments.protocol.embeddings import VectorBody
+from deployments.tasks import all_or_none
+from engine.errors import InvalidRequest
+from engine.inputs.messages import parse_messages
+from engine.outputs import EmbeddingOutput, Usage
+from engine.prompt import EngineInput, MediaItem
+
+#: Inputs of one request that are in the engine at a time: one caller's list doesn't push out all others.
+AT_A_TIME = 64
+
+#: Most numbers of one answer.
+MAX_NUMBERS = 1 << 24
+
+
+async def vectors(pipeline: Pipeline, name: str, body: VectorBody) -> list[EmbeddingOutput]:
+    """Pool all inputs of a checked body.
+
+    Args:
+        name: of the request.
+
+    Raises:
+        SightlineError: under the caller's field names.
+    """
+    params = body.pooling_params()
+    places = asyncio.Semaphore(AT_A_TIME)
+    numbers = 0
+
+    async def pool(index: int, given: str | list[int]) -> EmbeddingOutput:
+        nonlocal numbers
+        async with places:
+            prompt = await (_chat(pipeline, body) if body.messages else _plain(pipeline, body, given))
+            output = await pipeline.embed(f"{name}-{index}", prompt, params)
+        numbers += len(output.embedding)
+        if output.token_embeddings is not None:
+            numbers += output.token_embeddings.size
+        if numbers > MAX_NUMBERS:
+            raise InvalidRequest(
+                f"The answer would have more than {MAX_NUMBERS} numbers; send fewer inputs.", param="prompt"
+            )
+        return output
+
+    with caller_fields({"prompt": "messages" if body.messages else "input"}):
+        return await all_or_none(pool(index, given) for index, given in enumerate(body.inputs))
+
+
+def total_usage(outputs: list[EmbeddingOutput]) -> Usage:
+    """The tokens of all outputs."""
+    tokens = sum(output.usage.prompt_tokens for output in outputs)
+    return Usage(tokens, 0, sum(output.usage.cached_tokens for output in outputs))
+
+
+def encoded(vector: np.ndarray) -> str:
+    """Base64 of little-endian float32."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+async def _chat(pipeline: Pipeline, body: VectorBody) -> PreparedPrompt:
+    messages, sources = parse_messages(body.messages or [])
+
+    def build(items: list[MediaItem]) -> EngineInput:
+        return pipeline.builder.from_messages(
+            messages,
+            items,
+            add_generation_prompt=body.add_generation_prompt,
+            template_kwargs=body.chat_template_kwargs,
+            cache_salt=body.cache_salt,
+        )
+
+    return await pipeline.prepare(build, sources, min_tokens=0, salt=body.cache_salt)
+
+
+async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -> PreparedPrompt:
+    limit = body.truncate_prompt_tokens
+    if limit is not None:
+        most = await pipeline.max_model_len()
+        limit = most if limit == -1 else min(limit, most)
+
+    def build(_: list[MediaItem]) -> EngineInput:
+        if not isinstance(given, str):
+            return pipeline.builder.from_token_ids(given[:limit], cache_salt=body.cache_salt)
+        inputs = pipeline.builder.from_text(
+            given,
+            add_special_tokens=body.add_special_tokens,
+            cache_salt=body.cache_salt,
+            placeholders_are_text=True,
+        )
+        return replace(inputs, token_ids=inputs.token_ids[:limit])
+
+    return await pipeline.prepare(build, min_tokens=0, salt=body.cache_salt)
