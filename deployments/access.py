@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, SecretStr, model
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import error_response
+from deployments.report import current_report
 from engine.errors import ConfigError, Overloaded, SightlineError
 
 #: Paths that need no key: probes of machines, which hold none.
@@ -186,6 +187,7 @@ class Access:
             except SightlineError as error:
                 await error_response(error, scope)(scope, receive, send)
                 return
+            current_report().key = entered.caller.name
             token = visit.set(entered)
             try:
                 await app(scope, receive, send)

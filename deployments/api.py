@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from deployments.access import Access
 from deployments.config import IngressConfig
@@ -17,12 +17,12 @@ from deployments.errors import (
     as_sightline,
     error_body,
     error_response,
-    logger,
-    request_name,
 )
 from deployments.metrics.collector import Collector, Source
 from deployments.metrics.ingress import HttpMeter
 from deployments.pipeline import Pipeline
+from deployments.report import current_report
+from deployments.request_log import RequestLog
 from deployments.responses import ResponseStore
 from deployments.routers import (
     chat,
@@ -46,13 +46,17 @@ def create_api(
     *,
     replica: str = "local",
     ingress: Source | None = None,
+    echo_ids: bool = True,
+    lifespan: Lifespan[FastAPI] | None = None,
 ) -> FastAPI:
     """The application for the models in ``pipelines``, by the name that clients use.
 
     Args:
         replica, ingress: see :class:`~deployments.metrics.collector.Collector`, which is ``state.collector``.
+        echo_ids: see :class:`~deployments.request_log.RequestLog`.
+        lifespan: what the server enters when it starts and leaves when it stops.
     """
-    api = FastAPI(title="Sightline", docs_url="/docs", redoc_url=None)
+    api = FastAPI(title="Sightline", docs_url="/docs", redoc_url=None, lifespan=lifespan)
     api.state.config = config
     api.state.pipelines = pipelines
     api.state.responses = ResponseStore(config.stored_responses, config.stored_responses_s)
@@ -82,6 +86,7 @@ def create_api(
     api.add_middleware(LastResort)
     routes = [route for endpoint in endpoints for route in endpoint.router.routes]
     api.add_middleware(lambda app: http.around(app, routes))
+    api.add_middleware(RequestLog(echo_ids).around)
     return api
 
 
@@ -149,19 +154,13 @@ class LastResort:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = False
-
-        async def note(message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, note)
+            await self._app(scope, receive, send)
         except ClientDisconnect:
-            logger.info("the client of %s left before its body was read", request_name(scope))
+            # Its body was not read to the end: there is nothing to answer.
+            return
         except Exception as error:
-            if begun:
+            if current_report().status is not None:
                 raise
             await error_response(as_sightline(error), scope)(scope, receive, send)
 

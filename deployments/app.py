@@ -7,7 +7,9 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig, ModelSpec, StageConfig
+from deployments.logs import LoggingConfig
 from deployments.ray_serve.ingress import Ingress
+from deployments.ray_serve.process import LOGGING
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.ray_serve.routing import SessionRouter
 from engine.frontend import load_media_processor, load_prompt_builder
@@ -21,7 +23,7 @@ def build(args: AppConfig) -> Application:
             that a running version stays up.
     """
     stages = [_deploy_stages(spec, args) for spec in args.models]
-    ingress = serve.deployment(name="Ingress", **args.ingress.options())(Ingress)
+    ingress = serve.deployment(name="Ingress", **_options(args.ingress, args.logging))(Ingress)
     return ingress.bind(args, *stages)
 
 
@@ -30,7 +32,7 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig) -> dict[str, Application]:
     load_prompt_builder(spec.engine)
 
     def deploy(name: str, replica: type, stage: StageConfig, *init: Any, **options: Any) -> Application:
-        options |= stage.options() | {"name": f"{name}:{spec.slug}"}
+        options |= _options(stage, args.logging) | {"name": f"{name}:{spec.slug}"}
         return serve.deployment(**options)(replica).bind(*init)
 
     routing = RequestRouterConfig(request_router_class=SessionRouter)  # type: ignore[arg-type]
@@ -64,3 +66,14 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig) -> dict[str, Application]:
         spec.encoder.duty_cycle,
     )
     return stages
+
+
+def _options(stage: StageConfig, logging: LoggingConfig) -> dict[str, Any]:
+    """Options of the deployment of ``stage``; its processes log as ``logging`` says."""
+    options = stage.options() | {"logging_config": logging.for_serve()}
+    if logging != LoggingConfig():
+        # Ray starts a process anew for each set of variables, so the default goes without.
+        actor = options["ray_actor_options"]
+        environment = actor.setdefault("runtime_env", {}).setdefault("env_vars", {})
+        environment[LOGGING] = logging.model_dump_json()
+    return options

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from deployments.access import KeyConfig
+from deployments.logs import LoggingConfig
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
 from engine.media.guard import FetchPolicy
@@ -262,12 +263,14 @@ class AppConfig(_Strict):
         ingress: the HTTP side.
         fetch: the addresses that images may come from.
         images: limits on an image's format and size.
+        logging: format and level of the logs of all processes.
     """
 
     models: tuple[ModelSpec, ...]
     ingress: IngressConfig = IngressConfig()
     fetch: FetchPolicy = FetchPolicy()
     images: ImageLimits = ImageLimits()
+    logging: LoggingConfig = LoggingConfig()
 
     @field_validator("models")
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 from deployments.answers import AnswerReader, WholeAnswer, gather
 from deployments.pipeline import Pipeline
 from deployments.protocol.generation import ConversationBody
+from deployments.report import current_report
 from deployments.tools import NO_TOOLS, ToolUse
 from engine.errors import SightlineError
 from engine.inputs.messages import parse_messages
@@ -115,6 +116,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
     Raises:
         SightlineError: a refusal, before any expensive work, or a failure.
     """
+    current_report().answer = request_id
     names = dict(given.field_names)
     if given.constraint_field is not None:
         names["structured"] = given.constraint_field
@@ -136,7 +138,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         params = replace(params, skip_special_tokens=False)
     updates = pipeline.generate(request_id, prompt, params, priority=given.priority)
     reader = AnswerReader(lambda: pipeline.format.parser(given.tools, text))
-    return RunningAnswer(prompt.inputs.token_ids, params, renamed(updates, names), reader)
+    return RunningAnswer(prompt.inputs.token_ids, params, renamed(updates, names, params.n), reader)
 
 
 def _prompt(
@@ -201,11 +203,21 @@ def _renamed(param: str | None, names: Mapping[str, str]) -> str | None:
 
 
 async def renamed(
-    updates: AsyncGenerator[StreamUpdate, None], names: Mapping[str, str]
+    updates: AsyncGenerator[StreamUpdate, None], names: Mapping[str, str], choices: int
 ) -> AsyncGenerator[StreamUpdate, None]:
+    """Pass on an answer's updates, with the caller's fields in errors, and report its times and counts.
+
+    Args:
+        choices: answers in parallel.
+    """
+    report, update = current_report(), None
     try:
         with caller_fields(names):
             async for update in updates:
+                if update.times is not None:
+                    report.first_token(update.times)
                 yield update
     finally:
         await updates.aclose()
+        if update is not None:
+            report.ended(update.usage, choices)

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
+from deployments.report import current_report
 from engine.errors import SightlineError, Unavailable
 
 #: Ray Serve sends this logger's records to its files and to the console, with the request's id.
@@ -74,19 +75,6 @@ def as_sightline(error: BaseException) -> SightlineError:
     return SightlineError("Internal error; the server's log has the details.")
 
 
-def log_answered(error: SightlineError, request: str) -> None:
-    """Log in one line that a caller was answered with ``error``.
-
-    Args:
-        request: the method and path.
-    """
-    level = logging.INFO if error.status < 500 else logging.WARNING
-    # Line breaks in a message would look like further records.
-    message = error.message.replace("\n", "\\n")
-    field = f" ({error.param})" if error.param else ""
-    logger.log(level, "%s: %d %s%s: %s", request, error.status, error.code, field, message[:500])
-
-
 def error_body(error: SightlineError) -> dict[str, Any]:
     """OpenAI's error object."""
     if error.status < 500:
@@ -115,8 +103,9 @@ def error_headers(error: SightlineError) -> dict[str, str]:
 
 
 def error_response(error: SightlineError, scope: Scope) -> JSONResponse:
-    """An error as a whole response, in the form of the path's protocol. Logs it in one line."""
-    log_answered(error, request_name(scope))
+    """An error as a whole response, in the form of the path's protocol; the request's line in the log will
+    name it."""
+    current_report().error = error
     form = anthropic_error_body if scope["path"].startswith(ANTHROPIC_PATH) else error_body
     return JSONResponse(form(error), error.status, error_headers(error))
 

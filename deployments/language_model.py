@@ -70,6 +70,10 @@ class LanguageModel:
         """The most tokens of prompt and answer together: the KV cache may hold fewer than the model could."""
         return self._engine.max_model_len
 
+    async def device(self) -> str:
+        """The devices that the model runs on, in words."""
+        return self._engine.device
+
     def metrics(self) -> dict[str, Any]:
         """Counters, gauges and times of the engine."""
         return self._engine.metrics()

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.metrics.collector import Measured
 from deployments.metrics.ingress import ModelMeter
 from deployments.replay import Patience, attempt_name, carried_on
+from deployments.report import ItemReport, current_report
 from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, StageLost, Stages
 from deployments.tasks import all_or_none
 from deployments.tools import AnswerFormat, answer_format
@@ -91,6 +93,10 @@ class Pipeline:
         sources = {name: stage.collect for name, stage in self._stages.by_name().items()}
         return Measured(self.meter, sources)
 
+    async def device(self) -> str:
+        """The devices that the language model runs on, in words; errors as :meth:`max_model_len`."""
+        return await self._stages.language_model.device()
+
     async def ping(self) -> None:
         """Return once the language model stage has answered; errors as :meth:`max_model_len`."""
         await self._stages.language_model.max_model_len()
@@ -132,9 +138,12 @@ class Pipeline:
                 charged = True
 
             async def encode_again() -> tuple[Rows, ...]:
-                return await self._encode(await self._same_pixels(sources, inputs), salt)
+                rows, _ = await self._encode(await self._same_pixels(sources, inputs), salt)
+                return rows
 
-            return PreparedPrompt(inputs, await self._encode(pixels, salt), encode_again)
+            rows, items = await self._encode(pixels, salt)
+            current_report().prepared(items)
+            return PreparedPrompt(inputs, rows, encode_again)
 
         return await self._patience("prepare").call(prepare)
 
@@ -156,8 +165,9 @@ class Pipeline:
         self, build: Callable[[list[MediaItem]], EngineInput], sources: Sequence[MediaSource]
     ) -> tuple[EngineInput, Sequence[Pixels]]:
         pixels = await self._pixels(sources)
-        loop = asyncio.get_running_loop()
+        loop, began = asyncio.get_running_loop(), time.perf_counter()
         inputs = await loop.run_in_executor(self._threads, build, [each.item for each in pixels])
+        current_report().took("prompt", time.perf_counter() - began)
         return inputs, pixels
 
     async def _pixels(self, sources: Sequence[MediaSource]) -> Sequence[Pixels]:
@@ -181,15 +191,27 @@ class Pipeline:
             )
         return pixels
 
-    async def _encode(self, pixels: Sequence[Pixels], salt: str) -> tuple[Rows, ...]:
-        """Embedding rows of the distinct items. All are sent at once: the encoder batches waiting items."""
-        distinct = {each.item.hash: each for each in pixels}.values()
+    async def _encode(self, pixels: Sequence[Pixels], salt: str) -> tuple[tuple[Rows, ...], list[ItemReport]]:
+        """Embedding rows of the distinct items, and a report for every item. All items are sent at once: the
+        encoder batches those that wait."""
+        distinct = {each.item.hash: each for each in pixels}
         if not distinct:
-            return ()
+            return (), []
         encoder = self._stages.encoder
         assert encoder is not None
+
+        async def encode(each: Pixels) -> tuple[Rows, float]:
+            began = time.perf_counter()
+            return await encoder.encode(each, salt), time.perf_counter() - began
+
         with self.meter.call("encoder"):
-            return tuple(await all_or_none(encoder.encode(each, salt) for each in distinct))
+            found = await all_or_none(map(encode, distinct.values()))
+        encoded = dict(zip(distinct, found, strict=True))
+        items = []
+        for each in pixels:
+            rows, seconds = encoded[each.item.hash]
+            items.append(ItemReport(each.item, rows.cached, {**each.seconds, "encode": seconds}))
+        return tuple(rows for rows, _ in encoded.values()), items
 
     def generate(
         self, request_id: str, prompt: PreparedPrompt, params: SamplingParams, *, priority: int = 0
@@ -227,6 +249,7 @@ class Pipeline:
         with self.meter.answer(), self.meter.call("language_model"):
             output = await patience.call(embed)
         self.meter.count_tokens(output.usage)
+        current_report().ended(output.usage)
         return output
 
     def _patience(self, work: str) -> Patience:

@@ -1,8 +1,10 @@
 """The preprocessor stage: gets images and makes the pixels that the encoder takes. Needs CPUs only."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from deployments.metrics.families import Family, Part
@@ -52,16 +54,23 @@ class Preprocessor:
             ContextLengthExceeded: the images alone need more tokens than the model's context has.
         """
         with self._meter.request():
+            began = time.perf_counter()
             data = await self._fetcher.fetch_all(sources)
+            fetched = time.perf_counter()
             received = sum(len(image) for images in data for image in images)
             processor = for_prompt(self._processor, sources)
             pixels = await self._on_thread(self._check, processor, sources, data)
+
+            async def make(source: MediaSource, images: list[bytes]) -> PreparedMedia:
+                made = await self._on_thread(self._make, processor, source, images)
+                seconds = {"fetch": fetched - began, "prepare": time.perf_counter() - fetched}
+                return replace(made, seconds=seconds)
+
             self._items.observe(len(sources))
             self._pending_pixels += pixels
             try:
                 prepared = await all_or_none(
-                    self._on_thread(self._make, processor, source, images)
-                    for source, images in zip(sources, data, strict=True)
+                    make(source, images) for source, images in zip(sources, data, strict=True)
                 )
             finally:
                 self._pending_pixels -= pixels

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deployments.errors import as_sightline, error_body, log_answered
+from deployments.errors import as_sightline, error_body
+from deployments.report import current_report
 from engine.errors import SightlineError
 
 DONE = b"data: [DONE]\n\n"
@@ -53,7 +54,8 @@ async def _to_the_end(
                 yield each
         except Exception as error:
             reported = as_sightline(error)
-            log_answered(reported, "a stream")
+            # The request's line in the log will name it.
+            current_report().error = reported
             yield failed(reported)
     if end:
         yield end

@@ -9,7 +9,7 @@ A stage may run in this process (:mod:`deployments.in_process`) or in replicas o
 - Cancelling the task that awaits a stage, or closing its iterator, ends the work and frees what it held.
 """
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,9 +49,15 @@ class Pixels(Protocol):
     @property
     def item(self) -> MediaItem: ...
 
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Durations of the steps of its preparation: ``fetch`` and ``prepare``."""
+        ...
 
-#: Embedding rows of one item, in this process or behind a reference. Made by the encoder stage, and read by
-#: the language model stage of the same implementation only.
+
+#: Embedding rows of one item, in this process or behind a reference; ``cached`` is true if they were computed
+#: for an earlier request. Made by the encoder stage, and read by the language model stage of the same
+#: implementation only.
 Rows = Any
 
 
@@ -125,6 +131,10 @@ class LanguageModelStage(Stage, Protocol):
 
     async def max_model_len(self) -> int:
         """The most tokens of prompt and answer together."""
+        ...
+
+    async def device(self) -> str:
+        """The devices that the model runs on, in words."""
         ...
 
     def generate(self, request: Generation, media: Sequence[Rows]) -> AsyncGenerator[StreamUpdate, None]:

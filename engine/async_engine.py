@@ -15,6 +15,7 @@ from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavail
 from engine.loading import LoadedEngine, load_engine
 from engine.output_processor import RequestGroup, Result, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
+from engine.placement import describe_device
 from engine.pooling_params import PoolingParams
 from engine.progress import Progress
 from engine.prompt import EngineInput
@@ -118,6 +119,11 @@ class AsyncEngine:
     def max_model_len(self) -> int:
         """Most tokens of prompt and answer together."""
         return self._engine.requests.max_model_len
+
+    @property
+    def device(self) -> str:
+        """The devices that the model runs on, in words."""
+        return describe_device(self.config)
 
     async def generate(
         self,

@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -164,7 +164,7 @@ class EncoderEngine:
             known = self._cache.get(key)
             if known is not None:
                 self._counters.cache_hits += 1
-                return known
+                return replace(known, cached=True)
             job = self._jobs.get(key)
             if job is None:
                 job = self._jobs[key] = _Job(media, cost)

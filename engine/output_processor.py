@@ -13,7 +13,15 @@ from engine.constraints import dead_end
 from engine.errors import RequestFailed, SightlineError
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
-from engine.outputs import EmbeddingOutput, FinishReason, OutputDelta, StreamUpdate, TokenLogprob, Usage
+from engine.outputs import (
+    EmbeddingOutput,
+    EngineTimes,
+    FinishReason,
+    OutputDelta,
+    StreamUpdate,
+    TokenLogprob,
+    Usage,
+)
 from engine.progress import Progress
 from engine.request import Request
 from engine.scheduling.batch import StepEvents
@@ -175,7 +183,7 @@ class OutputProcessor:
                 if delta.finish_reason is not None and not request.finished:
                     stopped.append(request)
                 if token >= 0:
-                    self._time(group, step.time, previous)
+                    self._time(group, step.time, previous, changed[group.id][1])
                     count += 1
             for last, tokens in previous.items():
                 self._metrics.observe_gap(step.time - last, tokens)
@@ -320,11 +328,13 @@ class OutputProcessor:
             self.remove(group)
             yield group, output
 
-    def _time(self, group: RequestGroup, now: float, previous: Counter[float]) -> None:
+    def _time(self, group: RequestGroup, now: float, previous: Counter[float], update: StreamUpdate) -> None:
         last = group.last_token_at
         if last is None:
             request = group.requests[0]
             self._metrics.observe_first_token(request.arrival, request.admitted_at, now)
+            admitted = request.admitted_at or now
+            update.times = EngineTimes(admitted - request.arrival, now - admitted)
         elif last != now:
             previous[last] += 1
         group.last_token_at = now
@@ -361,7 +371,10 @@ def merge_updates(first: StreamUpdate, second: StreamUpdate) -> StreamUpdate:
     prompt = first.prompt_logprobs
     if second.prompt_logprobs is not None:
         prompt = [*(prompt or ()), *second.prompt_logprobs]
-    return StreamUpdate(second.request_id, list(deltas.values()), second.usage, prompt, second.finished)
+    times = first.times or second.times
+    return StreamUpdate(
+        second.request_id, list(deltas.values()), second.usage, prompt, second.finished, times
+    )
 
 
 def _floats(vector: np.ndarray) -> list[float]:

@@ -60,14 +60,27 @@ class Usage:
 
 
 @dataclass(slots=True)
+class EngineTimes:
+    """Seconds up to a request's first token: waiting for a slot, then computing the prompt."""
+
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(slots=True)
 class StreamUpdate:
-    """One item of an engine stream: deltas of any of the request's sequences, and the usage so far."""
+    """One item of an engine stream: deltas of any of the request's sequences, and the usage so far.
+
+    Attributes:
+        times: set on the update that holds the request's first token.
+    """
 
     request_id: str
     deltas: list[OutputDelta]
     usage: Usage
     prompt_logprobs: list[dict[int, TokenLogprob] | None] | None = None
     finished: bool = False
+    times: EngineTimes | None = None
 
 
 @dataclass(slots=True)

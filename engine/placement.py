@@ -27,3 +27,11 @@ def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
     if name == "auto":
         name = model.dtype if resolve_device(config).type == "cuda" else "float32"
     return getattr(torch, name)
+
+
+def describe_device(config: EngineConfig) -> str:
+    """The devices of ``config`` in words, such as ``2 x NVIDIA H100 80GB HBM3`` or ``CPU``."""
+    device = resolve_device(config)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    count = config.tensor_parallel_size
+    return name if count == 1 else f"{count} x {name}"

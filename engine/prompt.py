@@ -5,6 +5,7 @@ These types are plain data. They cross process boundaries, so they hold no tenso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,10 +73,12 @@ class PreparedMedia:
         item: the description.
         pixels: family-defined array; uint8 ``(H, W, 3)`` or ``(N, H, W, 3)`` wherever normalisation can be
             left to the encoder, float32 otherwise.
+        seconds: duration of the steps that made it, by name; for reports.
     """
 
     item: MediaItem
     pixels: np.ndarray
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +154,10 @@ class EmbeddedMedia:
         hash: the item's content hash.
         rows: ``(num_tokens, width)``; float32, float16, or the bits of bfloat16 as uint16.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        cached: the rows were computed for an earlier request; for reports.
     """
 
     hash: str
     rows: np.ndarray
     dtype: str
+    cached: bool = False

@@ -33,14 +33,15 @@ FLOORS = [
 
 #: Floors of the deployments from the ground up.
 SERVER_FLOORS = [
+    ["report", "logs"],
     ["errors"],
     ["access", "answers", "metrics", "preflight", "tasks", "threads", "tools"],
     ["stages"],
-    ["config"],
+    ["config", "request_log"],
     ["protocol"],
     ["body", "sse", "replay", "preprocessor", "encoder", "language_model"],
     ["pipeline"],
-    ["conversations", "messages", "responses"],
+    ["conversations", "messages", "readiness", "responses"],
     ["vectors"],
     ["routers"],
     ["api"],

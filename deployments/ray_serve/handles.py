@@ -52,6 +52,9 @@ class RemoteLanguageModel(_Remote):
     async def max_model_len(self) -> int:
         return await _call(self._handle.max_model_len)
 
+    async def device(self) -> str:
+        return await _call(self._handle.device)
+
     async def generate(
         self, request: Generation, media: Sequence[RowsRef]
     ) -> AsyncGenerator[StreamUpdate, None]:

@@ -12,9 +12,9 @@ that objects take.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,17 @@ import ray
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from engine.outputs import OutputDelta, StreamUpdate, Usage
+from engine.outputs import EngineTimes, OutputDelta, StreamUpdate, Usage
 from engine.prompt import EmbeddedMedia, MediaItem
 
 
 @dataclass(frozen=True, slots=True)
 class PixelsRef:
-    """A prepared image: its description, and the reference to its pixels."""
+    """A prepared image: its description, the reference to its pixels, and how long each step took."""
 
     item: MediaItem
     pixels: ray.ObjectRef
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class RowsInfo:
 
     hash: str
     dtype: str
+    cached: bool = False
 
     def embedded(self, rows: np.ndarray) -> EmbeddedMedia:
         """The embedding, once Ray has resolved the reference to ``rows``."""
@@ -53,9 +55,15 @@ class RowsRef:
     info: RowsInfo
     rows: ray.ObjectRef
 
+    @property
+    def cached(self) -> bool:
+        return self.info.cached
+
 
 #: A :class:`StreamUpdate` as nested tuples; fields in the order of the dataclasses.
-PackedUpdate = tuple[str, list[tuple[Any, ...]], tuple[int, int, int], list[Any] | None, bool]
+PackedUpdate = tuple[
+    str, list[tuple[Any, ...]], tuple[int, int, int], list[Any] | None, bool, tuple[float, float] | None
+]
 
 
 def pack(update: StreamUpdate) -> PackedUpdate:
@@ -65,14 +73,20 @@ def pack(update: StreamUpdate) -> PackedUpdate:
     ]
     usage = update.usage
     counts = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
-    return update.request_id, deltas, counts, update.prompt_logprobs, update.finished
+    times = None if update.times is None else (update.times.queue_s, update.times.prefill_s)
+    return update.request_id, deltas, counts, update.prompt_logprobs, update.finished, times
 
 
 def unpack(packed: PackedUpdate) -> StreamUpdate:
     """The inverse of :func:`pack`."""
-    request_id, deltas, counts, prompt_logprobs, finished = packed
+    request_id, deltas, counts, prompt_logprobs, finished, times = packed
     return StreamUpdate(
-        request_id, [OutputDelta(*delta) for delta in deltas], Usage(*counts), prompt_logprobs, finished
+        request_id,
+        [OutputDelta(*delta) for delta in deltas],
+        Usage(*counts),
+        prompt_logprobs,
+        finished,
+        None if times is None else EngineTimes(*times),
     )
 
 

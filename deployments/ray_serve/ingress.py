@@ -1,9 +1,15 @@
 """The HTTP side of the application as a Ray Serve deployment."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import create_api
 from deployments.config import AppConfig
@@ -11,7 +17,8 @@ from deployments.metrics.families import Part
 from deployments.pipeline import make_pipelines
 from deployments.ray_serve.handles import MEASURE_S, remote_stages
 from deployments.ray_serve.handoff import by_reference, everywhere
-from deployments.threads import take_turns
+from deployments.ray_serve.process import prepare_process
+from deployments.readiness import announce
 
 
 @serve.ingress()
@@ -25,16 +32,28 @@ class Ingress:
     """
 
     def __init__(self, config: AppConfig, *handles: dict[str, Any]) -> None:
-        take_turns()
+        prepare_process()
         stages = [remote_stages(**each) for each in handles]
+        pipelines = make_pipelines(config, stages)
+
+        @asynccontextmanager
+        async def announced(_: FastAPI) -> AsyncIterator[None]:
+            task = asyncio.ensure_future(announce(pipelines, await asyncio.to_thread(_address)))
+            yield
+            task.cancel()
+
         context = serve.get_replica_context()
         self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
         self._api = create_api(
             config.ingress,
-            make_pipelines(config, stages),
+            pipelines,
+            # Ray Serve's proxies send each request's id themselves.
+            echo_ids=False,
+            lifespan=announced,
             replica=context.replica_id.unique_id,
             ingress=self._all_replicas,
         )
+        self._api.add_middleware(Disconnects)
 
     async def measured(self) -> list[Part]:
         """The metrics that this replica keeps."""
@@ -47,3 +66,28 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._api
+
+
+class Disconnects:
+    """Tells the application in ASGI's way that a client has left; Ray Serve raises errors of Ray."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_or_leave() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, receive_or_leave if scope["type"] == "http" else receive, send)
+
+
+def _address() -> str:
+    """The address at which this cluster's proxies listen."""
+    client = _get_global_client()
+    assert client is not None, "a replica always has a client"
+    options = client.http_config
+    host = f"[{options.host}]" if ":" in (options.host or "") else options.host
+    return f"http://{host}:{options.port}{options.root_path}"

@@ -17,9 +17,9 @@ from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
 from deployments.ray_serve.failures import Misrouted, Refusal, answered
 from deployments.ray_serve.handoff import ObjectStore, PackedUpdate, PixelsRef, RowsInfo, RowsRef, pack
+from deployments.ray_serve.process import prepare_process
 from deployments.stages import Generation, Pooling
 from deployments.tasks import all_or_none
-from deployments.threads import take_turns
 from engine.config import EngineConfig
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
@@ -35,7 +35,7 @@ class PreprocessorReplica:
     """Arguments as :class:`~deployments.preprocessor.Preprocessor`."""
 
     def __init__(self, *args: Any) -> None:
-        take_turns()
+        prepare_process()
         self._stage = Preprocessor(*args)
         self._store = ObjectStore()
 
@@ -46,7 +46,9 @@ class PreprocessorReplica:
     async def _prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
         prepared = await self._stage.prepare(sources)
         references = await all_or_none(self._store.put(media.pixels) for media in prepared)
-        return [PixelsRef(media.item, ref) for media, ref in zip(prepared, references, strict=True)]
+        return [
+            PixelsRef(media.item, ref, media.seconds) for media, ref in zip(prepared, references, strict=True)
+        ]
 
     async def measured(self) -> Part:
         """The metrics of this replica."""
@@ -57,7 +59,7 @@ class VisionEncoderReplica:
     """Arguments as :class:`~deployments.encoder.VisionEncoder`."""
 
     def __init__(self, *args: Any) -> None:
-        take_turns()
+        prepare_process()
         self._stage = VisionEncoder(*args)
         self._store = ObjectStore()
 
@@ -67,7 +69,8 @@ class VisionEncoderReplica:
 
     async def _encode(self, pixels: PreparedMedia, salt: str) -> RowsRef:
         embedded = await self._stage.encode(pixels, salt)
-        return RowsRef(RowsInfo(embedded.hash, embedded.dtype), await self._store.put(embedded.rows))
+        info = RowsInfo(embedded.hash, embedded.dtype, embedded.cached)
+        return RowsRef(info, await self._store.put(embedded.rows))
 
     async def metrics(self) -> dict[str, Any]:
         """Counters of the encoder."""
@@ -121,7 +124,7 @@ class LanguageModelReplica:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        take_turns()
+        prepare_process()
         self._stage = LanguageModel.load(config)
         self._held = HeldMedia()
 
@@ -161,6 +164,10 @@ class LanguageModelReplica:
     async def max_model_len(self) -> int:
         """The most tokens of prompt and answer together."""
         return await self._stage.max_model_len()
+
+    async def device(self) -> str:
+        """The devices that the model runs on, in words."""
+        return await self._stage.device()
 
     async def metrics(self) -> dict[str, Any]:
         """Counters, gauges and times of the engine."""

@@ -16,6 +16,7 @@ from deployments.conversations import caller_fields, renamed
 from deployments.pipeline import Pipeline, PreparedPrompt
 from deployments.protocol import completions as wire
 from deployments.protocol.generation import StreamOptions
+from deployments.report import current_report
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import finite, usage_body
 from deployments.tasks import all_or_none, merged
@@ -57,6 +58,7 @@ async def create_completion(request: Request) -> Response:
         params,
         lambda token: tokenizer.decode([token], skip_special_tokens=False),
     )
+    current_report().answer = answer.id
     with caller_fields(names):
         prompts = await all_or_none(_prepared(pipeline, body, given, params) for given in body.prompts)
     running = []
@@ -64,7 +66,7 @@ async def create_completion(request: Request) -> Response:
         updates = pipeline.generate(f"{answer.id}-{number}", prompt, params, priority=body.priority)
         ids = prompt.inputs.token_ids
         text = tokenizer.decode(ids, skip_special_tokens=True) if body.echo else ""
-        running.append(_Running(number, text, ids, renamed(updates, names)))
+        running.append(_Running(number, text, ids, renamed(updates, names, params.n)))
     if not body.stream:
         return JSONResponse(await _whole(answer, running))
     events = merged([each.updates for each in running])

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 
 from deployments.pipeline import Pipeline
 from deployments.protocol.models import ModelCard, ModelList
+from deployments.report import current_report
 from engine.errors import ModelNotFound, Unavailable
 
 router = APIRouter()
@@ -22,6 +23,7 @@ def find_pipeline(request: Request, name: str) -> Pipeline:
     if name not in pipelines:
         known = ", ".join(repr(known) for known in pipelines)
         raise ModelNotFound(f"The model {name[:200]!r} does not exist; served here: {known}.", param="model")
+    current_report().model = name
     return pipelines[name]
 
 

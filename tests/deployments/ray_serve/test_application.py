@@ -62,6 +62,20 @@ def test_a_refusal_of_each_stage_is_one_line_of_the_log(served, ray_client, chan
     assert not re.search("Traceback|ERROR", served.log.read_text()[before:])
 
 
+def test_the_log_says_when_the_server_is_ready_and_has_one_line_for_a_request(served, ray_client):
+    ready = f"ready at {served.root}: pocket (generate, CPU, context of 1024 tokens); tests/vectors (embed"
+    wait_for(lambda: ready in served.log.read_text())
+    before = len(served.log.read_text())
+    made = ray_client.chat.completions.with_raw_response.create(
+        model="pocket", messages=ask("What shape is this?", square("blue")), max_tokens=4
+    )
+    id = made.headers["x-request-id"]
+    assert "," not in id
+    wait_for(lambda: f"request_id={id}" in served.log.read_text()[before:])
+    lines = [line for line in served.log.read_text()[before:].splitlines() if "chat/completions" in line]
+    assert len(lines) == 1 and re.search(r": 200 .* model=pocket .* images=1 fetch_ms=[\d.]+ ", lines[0])
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_blocks_at_once(served, stream):
     """Far more tokens are asked for than the test would wait for."""
@@ -72,7 +86,7 @@ def test_a_client_that_leaves_frees_its_blocks_at_once(served, stream):
         "ignore_eos": True,
         "stream": stream,
     }
-    before = served.engine_metrics()["output_tokens"]
+    before, logged = served.engine_metrics()["output_tokens"], len(served.log.read_text())
     connection = http.client.HTTPConnection(served.root.removeprefix("http://"))
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     if stream:
@@ -83,6 +97,9 @@ def test_a_client_that_leaves_frees_its_blocks_at_once(served, stream):
     wait_for(lambda: served.engine_metrics()["running"] == 0)
     served.wait_until_idle()
     assert served.engine_metrics()["output_tokens"] - before < 900
+    line = "200 the client left before its end" if stream else "the client left"
+    wait_for(lambda: f"POST /v1/chat/completions: {line} request_id=" in served.log.read_text()[logged:])
+    assert not re.search("Traceback|ERROR", served.log.read_text()[logged:])
 
 
 def stored_objects(served) -> int:

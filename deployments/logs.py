@@ -1,0 +1,67 @@
+"""The format and level of the logs of a process."""
+
+import json
+import logging
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+#: Loggers of Sightline. Ray Serve sends records of the first to its files and to the console.
+_LOGGERS = ("ray.serve", "engine")
+
+#: Attributes of every record; the others are a line's own fields.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class LoggingConfig(BaseModel):
+    """What the log holds.
+
+    Attributes:
+        format: ``text``, or ``json`` with one object per line.
+        level: the least important records to keep.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    def for_serve(self) -> dict[str, Any]:
+        """Ray Serve's ``logging_config`` of a deployment. Its access log is off: the ingress has its own."""
+        encoding = "JSON" if self.format == "json" else "TEXT"
+        return {"encoding": encoding, "log_level": self.level, "enable_access_log": False}
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one JSON object, with the fields of ``extra`` beside the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        own = vars(record).items()
+        line |= {k: v for k, v in own if k not in _STANDARD and not k.startswith("_") and k not in line}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def set_up_logs(config: LoggingConfig) -> None:
+    """Apply ``config`` to this process: all loggers share the handlers of the first, or a console handler."""
+    first, *others = (logging.getLogger(name) for name in _LOGGERS)
+    handlers = first.handlers
+    if not handlers:
+        first.addHandler(logging.StreamHandler())
+    for handler in handlers:
+        # Ray Serve's files have its own formatter for JSON.
+        if config.format == "json" and type(handler) is logging.StreamHandler:
+            handler.setFormatter(JsonFormatter())
+    first.setLevel(config.level)
+    for logger in others:
+        logger.setLevel(config.level)
+        logger.handlers = handlers
+        logger.propagate = False

@@ -1,0 +1,138 @@
+"""Facts about one HTTP request and the times of its stages: for its line in the log, and for ``usage``."""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from starlette.types import Scope
+
+from engine.errors import SightlineError
+from engine.outputs import EngineTimes, Usage
+from engine.prompt import MediaItem
+
+#: Longer ids of clients are replaced: every line of the log would repeat them.
+_MAX_ID = 128
+
+
+@dataclass(slots=True)
+class ItemReport:
+    """One image or video of a request.
+
+    Attributes:
+        item: its description.
+        cached: its embedding rows were in the encoder's cache.
+        seconds: duration of each stage, by the stage's name: ``fetch``, ``prepare``, ``encode``.
+    """
+
+    item: MediaItem
+    cached: bool
+    seconds: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Report:
+    """What is known about one request.
+
+    A request may hold several prompts that are served concurrently. Their token counts are added, and each
+    stage counts with its longest time.
+
+    Attributes:
+        id: the client's ``x-request-id``, or one made here.
+        began: ``time.perf_counter()`` when the request arrived.
+        key: name of the caller's API key.
+        model, answer: name of the model, and the id in the answer.
+        status: of the response; None until it begins.
+        error: the error that the client was sent, or one sent within a stream.
+        media: images and videos in the order of the request.
+        seconds: duration of each stage, by name.
+        usage: token counts.
+        choices: answers in parallel, over all prompts.
+    """
+
+    id: str = ""
+    began: float = field(default_factory=time.perf_counter)
+    key: str = ""
+    model: str = ""
+    answer: str = ""
+    status: int | None = None
+    error: SightlineError | None = None
+    media: list[ItemReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+    choices: int = 0
+    _first_token_at: float | None = None
+    _last_update_at: float | None = None
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Note the duration of a stage."""
+        self.seconds[stage] = max(seconds, self.seconds.get(stage, 0.0))
+
+    def prepared(self, media: Sequence[ItemReport]) -> None:
+        """Note the media of a prompt that is ready for the engine."""
+        self.media += media
+        for item in media:
+            for stage, seconds in item.seconds.items():
+                self.took(stage, seconds)
+
+    def first_token(self, times: EngineTimes) -> None:
+        """Note that the first token of an answer has arrived."""
+        self._first_token_at = self._first_token_at or time.perf_counter()
+        self.took("queue", times.queue_s)
+        self.took("prefill", times.prefill_s)
+
+    def ended(self, usage: Usage, choices: int = 1) -> None:
+        """Note the last update of an answer, or of what a client has read of it."""
+        self._last_update_at = time.perf_counter()
+        self.choices += choices
+        self.usage = Usage(
+            self.usage.prompt_tokens + usage.prompt_tokens,
+            self.usage.completion_tokens + usage.completion_tokens,
+            self.usage.cached_tokens + usage.cached_tokens,
+        )
+
+    def times(self) -> dict[str, float]:
+        """Durations in milliseconds by name, in the order of the stages; those that are known.
+
+        ``first_token`` and ``total`` count from the request's arrival, ``per_token`` is the mean time between
+        the tokens of one choice.
+        """
+        now = time.perf_counter()
+        found = {name: self.seconds[name] for name in STAGES if name in self.seconds}
+        if self._first_token_at is not None:
+            found["first_token"] = self._first_token_at - self.began
+            gaps = self.usage.completion_tokens / max(self.choices, 1) - 1
+            if gaps > 0 and self._last_update_at is not None:
+                found["per_token"] = (self._last_update_at - self._first_token_at) / gaps
+        found["total"] = now - self.began
+        return {name: round(seconds * 1e3, 2) for name, seconds in found.items()}
+
+
+#: Stages in order. ``prompt`` renders and tokenizes, ``queue`` waits for the engine, ``prefill`` computes the
+#: prompt up to the first token.
+STAGES = ("fetch", "prepare", "prompt", "encode", "queue", "prefill")
+
+_current: ContextVar[Report | None] = ContextVar("report", default=None)
+
+
+def current_report() -> Report:
+    """The report of the request that the current task works on; outside of requests one that nobody reads."""
+    return _current.get() or Report()
+
+
+def begin_report(scope: Scope) -> Report:
+    """The report of a request that has just arrived; :func:`current_report` gives it from now on."""
+    report = Report(_request_id(scope))
+    _current.set(report)
+    return report
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's id of a request if it is short and printable, else a new one."""
+    for name, value in scope.get("headers", ()):
+        if name == b"x-request-id":
+            given = value.decode("latin-1")
+            if given.isascii() and given.isprintable() and " " not in given and 0 < len(given) <= _MAX_ID:
+                return given
+    return uuid.uuid4().hex
