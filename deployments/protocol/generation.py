@@ -13,7 +13,7 @@ from engine.sampling_params import SamplingParams, StructuredSpec
 from engine.structured.json_schema import close_objects
 
 #: Sampling parameters under the same name here and in :class:`SamplingParams`.
-_SAMPLING = (
+SAMPLING = (
     "n",
     "temperature",
     "top_p",
@@ -33,6 +33,12 @@ _SAMPLING = (
     "prompt_logprobs",
     "allowed_token_ids",
     "bad_words",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "no_repeat_ngram_size",
+    "min_length",
+    "max_length",
 )
 
 
@@ -135,6 +141,12 @@ class GenerationBody(RequestBody):
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    bad_words_ids: list[list[int]] | None = None
+    suppress_tokens: list[int] | None = None
+    begin_suppress_tokens: list[int] | None = None
+    no_repeat_ngram_size: int | None = None
+    min_length: int | None = None
+    max_length: int | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -164,7 +176,7 @@ class GenerationBody(RequestBody):
         Raises:
             InvalidRequest: naming the parameter that is out of range.
         """
-        named = {name: getattr(self, name) for name in _SAMPLING} | given
+        named = {name: getattr(self, name) for name in SAMPLING} | given
         if named.get("top_p") == 0:
             # The smallest set of likely tokens is the likeliest alone.
             named |= {"top_p": None, "temperature": 0.0}
