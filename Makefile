@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 
-.PHONY: install serve test lint bench exactness image clean
+.PHONY: install serve test lint test-k8s bench exactness image clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# The pods of k8s/overlays/cpu-demo, as processes of this machine with networks of their own; needs root.
+test-k8s: install
+	SIGHTLINE_PODS=1 $(BIN)/python -m pytest tests/k8s $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
