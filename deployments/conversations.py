@@ -9,6 +9,7 @@ from typing import Any
 from deployments.answers import AnswerReader, WholeAnswer, gather
 from deployments.pipeline import Pipeline
 from deployments.protocol.generation import ConversationBody
+from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
 from deployments.tools import NO_TOOLS, ToolUse
 from engine.errors import SightlineError
@@ -37,6 +38,7 @@ class Conversation:
         cache_salt: keeps the caches of tenants apart.
         priority: requests with a smaller number are scheduled first.
         field_names: the caller's fields by the name under which the engine knows what they ask for.
+        include_timings: the usage tells times and media too.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -51,6 +53,7 @@ class Conversation:
     cache_salt: str = ""
     priority: int = 0
     field_names: Mapping[str, str] = field(default_factory=dict)
+    include_timings: bool = False
 
 
 @dataclass(slots=True)
@@ -62,12 +65,18 @@ class RunningAnswer:
         params: how it is sampled.
         updates: what the engine gives; refusals and failures are raised under the caller's field names.
         reader: parses the updates.
+        include_timings: as in :class:`Conversation`.
     """
 
     prompt_token_ids: list[int]
     params: SamplingParams
     updates: AsyncGenerator[StreamUpdate, None]
     reader: AnswerReader
+    include_timings: bool = False
+
+    def usage_extras(self) -> dict[str, Any]:
+        """Further fields of the usage, once the answer has ended."""
+        return usage_extras(current_report()) if self.include_timings else {}
 
     async def whole(self) -> WholeAnswer:
         """Wait for the end."""
@@ -106,6 +115,7 @@ def conversation(
         cache_salt=body.cache_salt,
         priority=body.priority,
         field_names=names,
+        include_timings=body.include_timings,
         **options,
     )
 
@@ -138,7 +148,9 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         params = replace(params, skip_special_tokens=False)
     updates = pipeline.generate(request_id, prompt, params, priority=given.priority)
     reader = AnswerReader(lambda: pipeline.format.parser(given.tools, text))
-    return RunningAnswer(prompt.inputs.token_ids, params, renamed(updates, names, params.n), reader)
+    return RunningAnswer(
+        prompt.inputs.token_ids, params, renamed(updates, names, params.n), reader, given.include_timings
+    )
 
 
 def _prompt(

@@ -61,15 +61,18 @@ class MessageBuilder:
                 self._pieces.append(event.text)
                 yield from self._delta(event)
 
-    def finish(self, delta: ChoiceDelta | None, usage: Usage, reasoning_tokens: int) -> Iterator[Json]:
+    def finish(
+        self, delta: ChoiceDelta | None, usage: Usage, reasoning_tokens: int, extras: Json
+    ) -> Iterator[Json]:
         """End the message.
 
         Args:
             delta: the last one.
+            extras: further fields of the usage.
         """
         yield from self._end_block()
         stop_reason, sequence = self._stop_reason(delta, usage.completion_tokens)
-        counts = _usage(usage, reasoning_tokens)
+        counts = _usage(usage, reasoning_tokens) | extras
         self.message |= {"stop_reason": stop_reason, "stop_sequence": sequence, "usage": counts}
         ended = {"stop_reason": stop_reason, "stop_sequence": sequence}
         yield {"type": "message_delta", "delta": ended, "usage": counts}

@@ -53,8 +53,12 @@ class ResponseBuilder:
             if isinstance(event, Text):
                 waiting = []
 
-    def finish(self, reason: str | None, usage: Usage, reasoning_tokens: int) -> Iterator[Json]:
-        """End the response, as completed or incomplete."""
+    def finish(self, reason: str | None, usage: Usage, reasoning_tokens: int, extras: Json) -> Iterator[Json]:
+        """End the response, as completed or incomplete.
+
+        Args:
+            extras: further fields of the usage.
+        """
         incomplete = _INCOMPLETE.get(reason or "")
         yield from self._end_item("incomplete" if incomplete else "completed")
         self.response["usage"] = {
@@ -63,6 +67,7 @@ class ResponseBuilder:
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            **extras,
         }
         if incomplete:
             self.response["status"] = "incomplete"

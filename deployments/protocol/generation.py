@@ -153,8 +153,14 @@ class GenerationBody(RequestBody):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     return_token_ids: bool = False
+    include_timings: bool = False
     priority: int = Field(default=0, ge=-(1 << 31), lt=1 << 31)
     cache_salt: str = Field(default="", max_length=256)
+
+    @property
+    def ends_with_usage(self) -> bool:
+        """A stream ends with an event that holds the usage."""
+        return self.include_timings or (self.stream_options is not None and self.stream_options.include_usage)
 
     def check(self) -> None:
         """Refuse fields that don't fit together.

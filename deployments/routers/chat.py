@@ -99,7 +99,7 @@ class Answer:
     def chunk(self, choices: list[wire.ChunkChoice], **fields: Any) -> wire.ChatCompletionChunk:
         if self.body.service_tier is not None:
             fields["service_tier"] = self.body.service_tier
-        if self.options.include_usage:
+        if self.body.ends_with_usage:
             # OpenAI: null in all events but the last.
             fields.setdefault("usage", None)
         return wire.ChatCompletionChunk(
@@ -119,7 +119,7 @@ def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
         created=answer.created,
         model=answer.model,
         choices=[_choice(answer, choice, running.params.logprobs or 0) for choice in found.choices],
-        usage=usage_body(found.usage, found.reasoning_tokens),
+        usage=usage_body(found.usage, found.reasoning_tokens, running.usage_extras()),
         service_tier=answer.body.service_tier,
         prompt_logprobs=[_prompt_logprobs(row) for row in found.prompt_logprobs],
         prompt_token_ids=running.prompt_token_ids if answer.body.return_token_ids else None,
@@ -183,8 +183,8 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
                 for event in _delta_events(answer, running, running.reader.read(delta), update):
                     yield event
             last, update = update, await anext(stream, None)
-        if answer.options.include_usage:
-            usage = usage_body(last.usage, running.reader.reasoning_tokens)
+        if answer.body.ends_with_usage:
+            usage = usage_body(last.usage, running.reader.reasoning_tokens, running.usage_extras())
             yield sse.event(answer.chunk([], usage=usage))
 
 

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,7 +16,7 @@ from deployments.body import read_body
 from deployments.conversations import caller_fields, renamed
 from deployments.pipeline import Pipeline, PreparedPrompt
 from deployments.protocol import completions as wire
-from deployments.protocol.generation import StreamOptions
+from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import finite, usage_body
@@ -102,6 +103,10 @@ class _Answer:
     params: SamplingParams
     decode: Callable[[int], str]
 
+    def usage_extras(self) -> dict[str, Any]:
+        """Further fields of the usage, once all choices have ended."""
+        return usage_extras(current_report()) if self.body.include_timings else {}
+
     def completion(self, choices: list[wire.CompletionChoice], **fields) -> wire.Completion:
         return wire.Completion(
             id=self.id,
@@ -126,7 +131,8 @@ async def _whole(answer: _Answer, running: list[_Running]) -> dict:
             total.cached_tokens + usage.cached_tokens,
         )
         choices += [_choice(answer, each, choice, whole.prompt_logprobs) for choice in whole.choices]
-    body = answer.completion(choices, usage=usage_body(total)).model_dump(exclude={"system_fingerprint"})
+    usage_sent = usage_body(total, extras=answer.usage_extras())
+    body = answer.completion(choices, usage=usage_sent).model_dump(exclude={"system_fingerprint"})
     for choice in body["choices"]:
         for name in ("token_ids", "prompt_token_ids"):
             if choice[name] is None:
@@ -193,7 +199,6 @@ async def _events(
     updates: AsyncGenerator[tuple[int, StreamUpdate], None],
 ) -> AsyncGenerator[bytes, None]:
     """The response as events."""
-    options = answer.body.stream_options or StreamOptions()
     offsets: dict[int, int] = {}
     usages: dict[int, Usage] = {}
     async with aclosing(updates) as stream:
@@ -220,13 +225,13 @@ async def _events(
                     choice.token_ids = delta.token_ids
                 offsets[index] += len(text)
                 if text or delta.finish_reason or delta.logprobs or answer.body.return_token_ids:
-                    fields = {"usage": None} if options.include_usage else {}
+                    fields = {"usage": None} if answer.body.ends_with_usage else {}
                     yield sse.event(answer.completion([choice], **fields))
             item = await anext(stream, None)
-        if options.include_usage:
+        if answer.body.ends_with_usage:
             total = Usage(
                 sum(usage.prompt_tokens for usage in usages.values()),
                 sum(usage.completion_tokens for usage in usages.values()),
                 sum(usage.cached_tokens for usage in usages.values()),
             )
-            yield sse.event(answer.completion([], usage=usage_body(total)))
+            yield sse.event(answer.completion([], usage=usage_body(total, extras=answer.usage_extras())))

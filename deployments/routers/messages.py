@@ -75,7 +75,8 @@ async def _events(
                 for event in builder.add(read):
                     yield event
             last, update = update, await anext(running.updates, None)
-        for event in builder.finish(read, last.usage, running.reader.reasoning_tokens):
+        thoughts, extras = running.reader.reasoning_tokens, running.usage_extras()
+        for event in builder.finish(read, last.usage, thoughts, extras):
             yield event
 
 

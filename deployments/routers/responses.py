@@ -188,7 +188,8 @@ async def _events(
                     yield event
                 reason = read.finish_reason or reason
             last, update = update, await anext(running.updates, None)
-        for event in builder.finish(reason, last.usage, running.reader.reasoning_tokens):
+        thoughts, extras = running.reader.reasoning_tokens, running.usage_extras()
+        for event in builder.finish(reason, last.usage, thoughts, extras):
             yield event
         stored.messages += wire.input_messages(builder.response["output"])[0]
 

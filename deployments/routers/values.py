@@ -1,6 +1,7 @@
 """Values of the engine in the form that several endpoints send."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from deployments.protocol.chat import TokenLogprob, TopLogprob
 from deployments.protocol.usage import CompletionTokensDetails, PromptTokensDetails
@@ -9,14 +10,19 @@ from engine.outputs import TokenLogprob as EngineLogprob
 from engine.outputs import Usage
 
 
-def usage_body(usage: Usage, reasoning_tokens: int = 0) -> UsageBody:
-    """Token counts as they are sent."""
+def usage_body(usage: Usage, reasoning_tokens: int = 0, extras: Mapping[str, Any] = {}) -> UsageBody:
+    """Token counts as they are sent.
+
+    Args:
+        extras: further fields, see :func:`deployments.protocol.usage.usage_extras`.
+    """
     return UsageBody(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
         completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
+        **extras,
     )
 
 
