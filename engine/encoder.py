@@ -21,7 +21,7 @@ from engine.errors import InvalidRequest, SightlineError, Unavailable
 from engine.families.base import MediaEncoder
 from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
-from engine.graphs import make_recorder
+from engine.graphs import make_capture
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.placement import resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
@@ -122,9 +122,9 @@ class EncoderEngine:
             load_format=config.load_format,
             seed=config.seed,
         )
-        recorder = make_recorder(device, enforce_eager=config.enforce_eager)
-        if recorder is not None:
-            encoder.record(recorder)
+        capture = make_capture(device, enforce_eager=config.enforce_eager)
+        if capture is not None:
+            encoder.capture_graphs(capture)
         return cls(
             encoder, device, max_batch_cost=max_batch_cost, cache_bytes=cache_bytes, duty_cycle=duty_cycle
         )

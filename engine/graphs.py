@@ -1,4 +1,4 @@
-"""Work for a GPU, recorded once and replayed without the host's launching every kernel of it again."""
+"""CUDA graphs: work that is captured once and replayed without launching each of its kernels again."""
 
 from __future__ import annotations
 
@@ -7,40 +7,27 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 Replay = Callable[[], Any]
 
 
-class Recorder(Protocol):
-    """Turns work over tensors that stay where they are into something that repeats it."""
+class Capture(Protocol):
+    """Captures work over tensors that stay where they are."""
 
     def __call__(self, work: Callable[[], Any]) -> Replay:
-        """Record ``work``, running it once; each replay computes with what the tensors then hold.
+        """Run ``work`` and capture it.
 
-        A replay returns what ``work`` returned while it was recorded: the same tensors every time, with new
-        values in them.
+        Returns:
+            A function that repeats the work on the tensors' present values. It returns the result that
+            ``work`` returned during the capture: the same tensors every time, with new values in them.
         """
 
 
-def rerun(work: Callable[[], Any]) -> Replay:
-    """The recorder of devices that have no graphs: a replay runs the work anew, and keeps what comes of it in
-    the tensors that the recording gave."""
-    result = work()
+class CudaCapture:
+    """Captures CUDA graphs.
 
-    def replay() -> Any:
-        for kept, new in zip(tree_leaves(result), tree_leaves(work()), strict=True):
-            kept.copy_(new)
-        return result
-
-    return replay
-
-
-class CudaRecorder:
-    """Records CUDA graphs.
-
-    All share one memory pool, since they never run at the same time: recorded from the largest on, the small
-    ones fit into what the large ones took.
+    All graphs share one memory pool, because no two run at the same time. Capture the largest first: the
+    smaller ones then fit into its memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,15 +37,15 @@ class CudaRecorder:
     def __call__(self, work: Callable[[], Any]) -> Replay:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._stream.wait_stream(before)
-        # Memory that the collector frees in the midst of a recording could break it off. Collecting before
-        # each, as torch.cuda.graph does, would take most of the time of a hundred recordings.
+        # If the garbage collector frees device memory during a capture, the capture can fail. Collecting
+        # before each capture, as torch.cuda.graph does, would take most of the time of a hundred captures.
         collects = gc.isenabled()
         gc.disable()
         try:
             with torch.cuda.stream(self._stream):
-                # Kernels compile and libraries pick their algorithms outside of the recording.
+                # Outside of the capture kernels are compiled and libraries choose their algorithms.
                 work()
-                # Other threads may go on using the device.
+                # Other threads may use the device meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     result = work()
@@ -76,6 +63,6 @@ class CudaRecorder:
         return replay
 
 
-def make_recorder(device: torch.device, *, enforce_eager: bool) -> Recorder | None:
-    """What records for ``device``; None where nothing is to be recorded."""
-    return CudaRecorder(device) if device.type == "cuda" and not enforce_eager else None
+def make_capture(device: torch.device, *, enforce_eager: bool) -> Capture | None:
+    """The capture for ``device``; None if everything runs eagerly."""
+    return CudaCapture(device) if device.type == "cuda" and not enforce_eager else None

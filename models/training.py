@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2VLForConditionalGeneration
 
-from engine.graphs import Recorder, Replay, make_recorder
+from engine.graphs import Capture, Replay, make_capture
 from models.pocket_format import (
     IMAGE,
     PATCH,
@@ -243,38 +243,38 @@ class Passes:
     """Forward and backward passes. They leave gradients, times the scaler's scale, in ``.grad``.
 
     Args:
-        record: records passes over a shape of batch that keeps coming back, or the host would take several
-            times as long to launch what the device does; None launches all anew.
-        patience: passes over a shape before it is recorded.
+        capture: captures passes over a shape of batch that comes again and again; else the host takes several
+            times as long to launch the kernels as the device to run them. None runs every pass eagerly.
+        patience: passes over a shape before it is captured.
     """
 
     def __init__(
-        self, trainee: Trainee, scaler: torch.amp.GradScaler, record: Recorder | None, patience: int = 3
+        self, trainee: Trainee, scaler: torch.amp.GradScaler, capture: Capture | None, patience: int = 3
     ) -> None:
         self._trainee, self._scaler = trainee, scaler
-        self._record, self._patience = record, patience
+        self._capture, self._patience = capture, patience
         self._gradients = []
         for parameter in trainee.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 self._gradients.append(parameter.grad)
         self._seen: Counter[tuple] = Counter()
-        self._recorded: dict[tuple, tuple[Batch, Replay]] = {}
+        self._captured: dict[tuple, tuple[Batch, Replay]] = {}
 
     @property
-    def num_recorded(self) -> int:
-        return len(self._recorded)
+    def num_captured(self) -> int:
+        return len(self._captured)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The loss, which the next call may overwrite."""
         key = tuple((name, tuple(value.shape)) for name, value in batch.items())
         self._seen[key] += 1
-        if key not in self._recorded:
-            if self._record is None or self._seen[key] <= self._patience:
+        if key not in self._captured:
+            if self._capture is None or self._seen[key] <= self._patience:
                 return self._run(batch)
             inputs = {name: value.clone() for name, value in batch.items()}
-            self._recorded[key] = inputs, self._record(lambda: self._run(inputs))
-        inputs, replay = self._recorded[key]
+            self._captured[key] = inputs, self._capture(lambda: self._run(inputs))
+        inputs, replay = self._captured[key]
         for name, value in batch.items():
             inputs[name].copy_(value, non_blocking=True)
         return replay()
@@ -307,7 +307,7 @@ def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float)
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=1 << 30)
     if cuda:
         trainee.dtype = torch.bfloat16
-    passes = Passes(trainee, scaler, make_recorder(device, enforce_eager=False))
+    passes = Passes(trainee, scaler, make_capture(device, enforce_eager=False))
     step, seen, losses, last = 0, 0, [], time.monotonic()
     trainee.train()
     while (used := (time.monotonic() - start) / options.seconds) < 1.0:
@@ -334,7 +334,7 @@ def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float)
             print(
                 f"{now - start:.0f} s step {step} samples {seen} loss {mean:.4f} {pace:.1f} step/s,"
                 f" {replay.fresh / step:.0%} of the batches new, {skipped:.0f} skipped,"
-                f" {passes.num_recorded} shapes recorded",
+                f" {passes.num_captured} shapes captured",
                 flush=True,
             )
             losses, last = [], now

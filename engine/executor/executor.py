@@ -75,7 +75,7 @@ class _Parts:
     def end(self) -> None:
         self.workers.stop()
         if self.group is not None:
-            # A step that waits for the others ends first, then what was recorded of it, then the group.
+            # First a step that waits for the other ranks ends, then its captured graphs go, then the group.
             self.group.abort()
             if self.runner is not None:
                 self.runner.close()

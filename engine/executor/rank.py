@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.families.base import ModelConfig
 from engine.families.load import load_language_model
 from engine.fit import longest_sequence
-from engine.graphs import make_recorder
+from engine.graphs import make_capture
 from engine.layers.decoder import Decoder
 from engine.placement import resolve_device, resolve_dtype
 from engine.runner.kv_storage import allocate_kv, block_bytes, measure_free_bytes
@@ -99,7 +99,7 @@ class ModelRank:
             max_num_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
             pooling=config.task == "embed",
-            record=make_recorder(decoder.device, enforce_eager=config.enforce_eager),
+            capture=make_capture(decoder.device, enforce_eager=config.enforce_eager),
             group=self.group,
         )
         if not self._compiled:

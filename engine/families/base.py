@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from engine.graphs import Recorder
+    from engine.graphs import Capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class MediaEncoder(Protocol):
     def cost(self, item: MediaItem) -> int:
         """Number of patches that the tower attends over for ``item``: the unit of launch budgets."""
 
-    def record(self, record: Recorder) -> None:
+    def capture_graphs(self, capture: Capture) -> None:
         """Capture the tower's forward pass for small batches, whose kernel launches take the host longer than
         the device computes."""
 

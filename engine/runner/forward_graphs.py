@@ -1,4 +1,4 @@
-"""Recorded forward passes over few tokens: what a short prompt needs is launched at once."""
+"""Captured forward passes over few tokens, so that short prompts don't wait for their kernels' launches."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Callable
 
 import torch
 
-from engine.graphs import Recorder, Replay
+from engine.graphs import Capture, Replay
 from engine.kernels.paged import AttentionMetadata
 
-#: Every multiple of the step up to so many tokens is recorded.
+#: Capture every multiple of TOKEN_STEP up to FINE_TOKENS.
 TOKEN_STEP = 64
 FINE_TOKENS = 1024
-#: Beyond, as long as a GPU computes a layer in less time than a slow host takes to launch its kernels, sizes
-#: at most a quarter apart up to so many tokens.
+#: Above that, while launching is slower than computing, capture sizes 25 % apart up to MAX_TOKENS.
 MAX_TOKENS = 4096
-#: Parameters times tokens that such a GPU multiplies in that time: half a millisecond for ten kernels.
+#: Parameters of a layer times tokens that a GPU computes while a slow host launches a layer's ten kernels
+#: (half a millisecond).
 _LAUNCH_WORK = 1.5e11
-#: Recorded for so many sequences, and for as many as there may be: kernels that look for a row's sequence
-#: among many take longer.
+#: Each size is captured for this many sequences and for the most that there can be: kernels that search for
+#: a row's sequence take longer with many.
 FEW_SEQUENCES = 16
 
 
-def recorded_sizes(layer_parameters: int, max_tokens: int) -> list[int]:
-    """Numbers of tokens that are recorded, ascending.
+def captured_sizes(layer_parameters: int, max_tokens: int) -> list[int]:
+    """Numbers of tokens to capture, ascending.
 
     Args:
-        layer_parameters: of a layer of the decoder, on this rank.
+        layer_parameters: parameters of one decoder layer on this rank.
         max_tokens: most tokens of a step.
     """
     most = max(FINE_TOKENS, min(MAX_TOKENS, int(_LAUNCH_WORK / layer_parameters)))
@@ -41,30 +41,29 @@ Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, torch.Tensor 
 
 
 class ForwardGraphs:
-    """Replays the decoder's forward pass over prompt chunks and decodes, padded to the next recorded size.
+    """Replays the decoder's forward pass over prompt chunks and decodes, padded to the next captured size.
 
-    Rows beyond the batch's tokens write no keys and belong to no sequence; sequences beyond the batch's have
-    no tokens.
+    Padding rows write no keys and belong to no sequence; padding sequences have no tokens.
 
     Args:
-        forward: embeddings ``(T, width)``, positions, metadata and the rows wanted, or None, to hidden states
-            ``(R, width)`` of those rows, or of all.
-        record: see :class:`engine.graphs.Recorder`.
-        sizes: numbers of tokens to record, ascending.
+        forward: embeddings ``(T, width)``, positions, metadata, and R row indices or None, to the hidden
+            states ``(R, width)`` of these rows, or of all rows.
+        capture: see :class:`engine.graphs.Capture`.
+        sizes: numbers of tokens to capture, ascending.
         width: of embeddings and hidden states.
-        dtype: theirs.
-        axes: of positions, 3 with M-RoPE; None for plain ones.
+        dtype: of embeddings and hidden states.
+        axes: axes of positions, 3 with M-RoPE; None for plain positions ``(T,)``.
         max_sequences: most sequences of a batch.
         max_blocks: columns of block tables.
         max_seq_len: longest sequence.
-        all_rows: the hidden states of all rows are wanted; else of as many as there are sequences, at most.
-        device: where all that is.
+        all_rows: return the hidden states of all rows, else of at most one row per sequence.
+        device: device of all tensors.
     """
 
     def __init__(
         self,
         forward: Forward,
-        record: Recorder,
+        capture: Capture,
         *,
         sizes: list[int],
         width: int,
@@ -76,7 +75,7 @@ class ForwardGraphs:
         all_rows: bool,
         device: torch.device,
     ) -> None:
-        self._forward, self._record = forward, record
+        self._forward, self._capture = forward, capture
         self._sizes, self._max_seq_len = sizes, max_seq_len
         most = sizes[-1]
         self._embeds = torch.zeros((most, width), dtype=dtype, device=device)
@@ -89,23 +88,23 @@ class ForwardGraphs:
         self._lengths = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         self.all_rows = all_rows
         self._rows = torch.zeros(max_sequences, dtype=torch.int64, device=device)
-        # Entries of it that may not be zero.
+        # Leading entries of _rows that may not be zero.
         self._num_rows = 0
         self._replays: dict[tuple[int, int], Replay] = {}
 
     def rehearse(self) -> None:
-        """Run the largest and the smallest pass without recording them."""
+        """Run the largest and the smallest pass without capturing them."""
         for size in (self._sizes[-1], self._sizes[0]):
             self._work(size, self._counts[-1])()
 
-    def capture(self) -> None:
-        """Record every size."""
+    def capture_all(self) -> None:
+        """Capture every size."""
         for size in reversed(self._sizes):
             for count in reversed(self._counts):
                 self._get(size, count)
 
     def fits(self, tokens: int, sequences: int) -> bool:
-        """Whether a batch is small enough for :meth:`replay`."""
+        """True if a batch is small enough for :meth:`replay`."""
         return 0 < tokens <= self._sizes[-1] and sequences <= self._counts[-1]
 
     def replay(
@@ -115,8 +114,10 @@ class ForwardGraphs:
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Hidden states ``(R, width)`` of ``rows``, or ``(T, width)`` where those of all are recorded: a view
-        that the next replay overwrites."""
+        """Hidden states ``(R, width)`` of ``rows``, or ``(T, width)`` with ``all_rows``.
+
+        They are a view that the next replay overwrites.
+        """
         assert (rows is None) == self.all_rows
         tokens, sequences = embeds.shape[0], meta.seq_lens.shape[0]
         num_rows = 0 if rows is None else rows.shape[0]
@@ -141,11 +142,11 @@ class ForwardGraphs:
 
     def _get(self, size: int, count: int) -> Replay:
         if (size, count) not in self._replays:
-            self._replays[size, count] = self._record(self._work(size, count))
+            self._replays[size, count] = self._capture(self._work(size, count))
         return self._replays[size, count]
 
     def _work(self, size: int, count: int) -> Callable[[], torch.Tensor]:
-        # No row may write keys while it is recorded: what follows fills all buffers anew anyway.
+        # No row may write keys during the capture. Every replay fills all buffers again.
         self._slot_mapping.fill_(-1)
         self._starts.zero_()
         self._rows.zero_()

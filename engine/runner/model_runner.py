@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.distributed.group import TensorParallelGroup
-from engine.graphs import Recorder
+from engine.graphs import Capture
 from engine.kernels.decode_state import DecodeInputs
 from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
@@ -19,7 +19,7 @@ from engine.layers.decoder import Decoder
 from engine.logprobs import LogprobTensors
 from engine.request import Request, attributed_to
 from engine.runner.cuda_graphs import DecodeGraphs
-from engine.runner.forward_graphs import ForwardGraphs, recorded_sizes
+from engine.runner.forward_graphs import ForwardGraphs, captured_sizes
 from engine.runner.input_batch import DeviceState, embedding_tensor
 from engine.runner.pooler import Pooler
 from engine.runner.prompt_scorer import PromptScorer
@@ -28,7 +28,7 @@ from engine.runner.staging import download, download_logprobs, record_event, upl
 from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, span_rows, to_device
 from engine.scheduling.batch import ScheduledBatch, StepResult
 
-#: Ways of sampling that are recorded; others sample after a recorded forward pass.
+#: Plans whose sampling is captured with the decode step. Others sample eagerly after a captured forward pass.
 _CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))
 
 GrammarMask = Callable[[list[int]], np.ndarray]
@@ -95,7 +95,7 @@ class ModelRunner:
         max_num_tokens: most tokens of a step.
         max_model_len: longest sequence.
         pooling: requests are for vectors, and want the hidden states of all their tokens.
-        record: records decode steps and small forward passes, to be replayed; None: all is launched anew.
+        capture: captures decode steps and small forward passes; None runs every step eagerly.
         group: the ranks that compute with this one, of which 0 has the embeddings.
     """
 
@@ -109,7 +109,7 @@ class ModelRunner:
         max_num_tokens: int,
         max_model_len: int,
         pooling: bool,
-        record: Recorder | None,
+        capture: Capture | None,
         group: TensorParallelGroup,
     ) -> None:
         self.model = model
@@ -124,7 +124,7 @@ class ModelRunner:
         self._mrope = model.config.rope.mrope_section is not None
         model.rotary.reserve_prompt_rows(max_num_tokens)
         self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
-        # Where the tokens of a decode step begin: each sequence has one.
+        # query_start of a decode step: each sequence has one token.
         self._each = torch.arange(num_slots + 1, dtype=torch.int32, device=self.device)
         # Flash-decoding counters: one row per sequence of a decode step and one column per KV head.
         self._split_counters = torch.zeros((num_slots, kv[0].kv_heads), dtype=torch.int32, device=self.device)
@@ -137,19 +137,19 @@ class ModelRunner:
         self._slots = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._decodes: DecodeGraphs | None = None
         self._forwards: ForwardGraphs | None = None
-        if record is not None:
+        if capture is not None:
             self._decodes = DecodeGraphs(
                 self._decode_logits,
                 self._decode_sample,
-                record,
+                capture,
                 num_slots=num_slots,
                 padding_slot=self._state.padding_slot,
                 device=self.device,
             )
             self._forwards = ForwardGraphs(
                 lambda embeds, positions, meta, rows: model(embeds, positions, kv, meta, rows=rows),
-                record,
-                sizes=recorded_sizes(
+                capture,
+                sizes=captured_sizes(
                     sum(parameter.numel() for parameter in model.layers[0].parameters()), max_num_tokens
                 ),
                 width=model.config.hidden_size,
@@ -232,12 +232,12 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     def warm_up(self) -> None:
-        """Record what is recorded at all, so that no request waits for it."""
+        """Capture all graphs, so that no request waits for a capture."""
         with torch.inference_mode():
             if self._forwards is not None:
-                self._forwards.capture()
+                self._forwards.capture_all()
             if self._decodes is not None:
-                self._decodes.capture(_CAPTURED_PLANS)
+                self._decodes.capture_all(_CAPTURED_PLANS)
 
     @torch.inference_mode()
     def profile(self, num_tokens: int) -> None:
@@ -260,13 +260,15 @@ class ModelRunner:
         self.model.logits(rows).float().softmax(-1)
 
     def compile(self) -> None:
-        """Compile the kernels of what is recorded, many at a time and not each where it comes up first. Other
-        runners of the process have them then, too."""
+        """Compile the kernels of captured steps, many at a time instead of each at its first use.
+
+        Other runners of the process use them, too.
+        """
         if self._decodes is None or self._forwards is None or not use_triton(self._slots):
             return
         padding = self._state.padding_slot
         with torch.inference_mode(), compiling():
-            # Batches that differ in their kernels differ by more than a factor of two, but for the largest.
+            # Powers of two plus the largest size cover every kernel variant.
             for size in {padding, *(1 << power for power in range(padding.bit_length()))}:
                 slots = torch.full((size,), padding, dtype=torch.int64, device=self.device)
                 inputs = self._state.decode_inputs(slots)
@@ -469,7 +471,7 @@ class ModelRunner:
         """A device of this process fails in its steps; there is nothing else to ask."""
 
     def close(self) -> None:
-        """Let go of what was recorded; all other memory goes with the object."""
+        """Free the captured graphs; all other memory goes with this object."""
         self._decodes = self._forwards = None
 
     def check_idle(self, released: Collection[int]) -> None:

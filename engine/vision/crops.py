@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.errors import InvalidRequest
-from engine.graphs import Recorder
+from engine.graphs import Capture
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
@@ -43,10 +43,10 @@ class CropVisionEncoder(nn.Module):
     def cost(self, item: MediaItem) -> int:
         return item.grid[0] * self.config.patches_per_crop
 
-    def record(self, record: Recorder) -> None:
+    def capture_graphs(self, capture: Capture) -> None:
         size = self.config.image_size
         crop = blank((1, size, size, 3), (1,), self.config.rows_per_crop)
-        self.tower.record(record, rehearse=lambda: self.encode([crop]))
+        self.tower.capture_graphs(capture, rehearse=lambda: self.encode([crop]))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

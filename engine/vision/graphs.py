@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.graphs import Recorder, Replay
+from engine.graphs import Capture, Replay
 from engine.vision.segments import VisionSegments
 
 #: Sizes that are captured, for one segment and for several: all multiples of the step, in tokens. Larger
@@ -29,7 +29,7 @@ class TowerGraphs:
         stages: the parts of the blocks, each in a graph of its own: the device runs the first while the host
             launches the second. The first takes tokens ``(N, width)``, the last returns a list of outputs
             ``(N, width)``.
-        record: see :class:`engine.graphs.Recorder`.
+        capture: see :class:`engine.graphs.Capture`.
         width: of a token.
         angles: columns of the rotary tables; None without rotary embeddings.
         window_len: most tokens of a window; None if the tower has no windows.
@@ -40,7 +40,7 @@ class TowerGraphs:
     def __init__(
         self,
         stages: Sequence[Stage],
-        record: Recorder,
+        capture: Capture,
         *,
         width: int,
         angles: int | None,
@@ -48,7 +48,7 @@ class TowerGraphs:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._stages, self._record, self._window_len = stages, record, window_len
+        self._stages, self._capture, self._window_len = stages, capture, window_len
         self._x = torch.zeros((MAX_TOKENS, width), dtype=dtype, device=device)
         self._cos, self._sin = torch.zeros((2, MAX_TOKENS, angles or 0), device=device)
         self._rotates = angles is not None
@@ -59,15 +59,15 @@ class TowerGraphs:
 
     def rehearse(self, encode: Callable[[], object]) -> None:
         """Run the largest and the smallest sizes and ``encode`` without capturing, to compile all kernels."""
-        record, self._record = self._record, lambda work: work
+        capture, self._capture = self._capture, lambda work: work
         for size in (MAX_TOKENS, TOKEN_STEP):
             for count in (MAX_SEGMENTS, 1):
                 self._get(size, count)
         encode()
-        self._record = record
+        self._capture = capture
         self._replays.clear()
 
-    def capture(self) -> None:
+    def capture_all(self) -> None:
         """Capture every size."""
         for size in range(MAX_TOKENS, 0, -TOKEN_STEP):
             for count in (MAX_SEGMENTS, 1):
@@ -107,10 +107,10 @@ class TowerGraphs:
 
     def _get(self, size: int, count: int) -> list[Replay]:
         if (size, count) not in self._replays:
-            self._replays[size, count] = self._stage_by_stage(size, count, self._record)
+            self._replays[size, count] = self._stage_by_stage(size, count, self._capture)
         return self._replays[size, count]
 
-    def _stage_by_stage(self, size: int, count: int, record: Recorder) -> list[Replay]:
+    def _stage_by_stage(self, size: int, count: int, capture: Capture) -> list[Replay]:
         """Capture each stage on the static results of the previous one."""
         cos, sin = (self._cos[:size], self._sin[:size]) if self._rotates else (None, None)
         segments, windows = VisionSegments(self._bounds[: count + 1], size, cos, sin), None
@@ -119,7 +119,7 @@ class TowerGraphs:
         replays: list[Replay] = []
         given: Any = self._x[:size]
         for stage in self._stages:
-            replays.append(record(partial(stage, given, segments, windows)))
+            replays.append(capture(partial(stage, given, segments, windows)))
             given = replays[-1]()
         return replays
 

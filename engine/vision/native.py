@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine.errors import InvalidRequest
-from engine.graphs import Recorder
+from engine.graphs import Capture
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
@@ -55,12 +55,12 @@ class NativeVisionEncoder(nn.Module):
     def cost(self, item: MediaItem) -> int:
         return item.grid[0] * item.grid[1] * item.grid[2]
 
-    def record(self, record: Recorder) -> None:
+    def capture_graphs(self, capture: Capture) -> None:
         window, merge = self.config.window, self.config.merge_size
         side = self.config.patch_size * merge
         image = blank((side, side, 3), (1, merge, merge), 1)
-        self.tower.record(
-            record,
+        self.tower.capture_graphs(
+            capture,
             window_len=window and (window * merge) ** 2,
             rehearse=lambda: self.encode([image]),
         )

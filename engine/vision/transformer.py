@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from engine.graphs import Recorder
+from engine.graphs import Capture
 from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
 from engine.kernels.rotary import RotaryTable, rotary
@@ -137,7 +137,7 @@ class VisionTransformer(nn.Module):
         """Outputs ``(N, hidden_size)`` of the blocks ``keep`` and of the last block; -1 in ``keep`` is the
         input of the first block.
 
-        After :meth:`record` the next call may overwrite them.
+        After :meth:`capture_graphs` the next call may overwrite them.
 
         Args:
             windows: segments for the blocks that are not in ``full_layers``; None: ``segments`` for all.
@@ -152,9 +152,9 @@ class VisionTransformer(nn.Module):
             return self._graphs.replay(x, segments, windows)
         return self._other_blocks(self._first_blocks(x, segments, windows), segments, windows)
 
-    def record(
+    def capture_graphs(
         self,
-        record: Recorder,
+        capture: Capture,
         *,
         window_len: int | None = None,
         rehearse: Callable[[], object],
@@ -168,7 +168,7 @@ class VisionTransformer(nn.Module):
         weight = self.patch_embed.weight
         self._graphs = TowerGraphs(
             [self._first_blocks, self._other_blocks],
-            record,
+            capture,
             width=self.config.hidden_size,
             angles=None if self.config.rope_theta is None else self.config.head_dim // 2,
             window_len=window_len,
@@ -178,7 +178,7 @@ class VisionTransformer(nn.Module):
         with torch.inference_mode():
             with compiling() if use_triton(weight) else nullcontext():
                 self._graphs.rehearse(rehearse)
-            self._graphs.capture()
+            self._graphs.capture_all()
 
     def _first_blocks(
         self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None

@@ -9,8 +9,8 @@ from PIL import Image
 
 from engine import LLM, SamplingParams
 from engine.executor import rank
-from engine.graphs import rerun
 from engine.runner import forward_graphs
+from tests.engine.rerun import rerun
 
 from . import tiny
 from .same import assert_same_output
@@ -91,12 +91,12 @@ def test_tokens_are_those_of_transformers(model, way):
 
 
 @pytest.mark.parametrize("way", ["plain", "tiny budget", "few blocks", "far ahead"])
-def test_recorded_steps_give_the_same_tokens(model, monkeypatch, way):
-    """Padded to recorded sizes, and read from static tensors. On a GPU all of this file runs that way; here
-    a replay runs the work anew."""
+def test_captured_steps_give_the_same_tokens(model, monkeypatch, way):
+    """Batches are padded to captured sizes and read from static tensors. On a GPU the whole file runs with
+    graphs; here a replay runs the work eagerly."""
     path, cases = model
     if not torch.cuda.is_available():
-        monkeypatch.setattr(rank, "make_recorder", lambda device, enforce_eager: rerun)
+        monkeypatch.setattr(rank, "make_capture", lambda device, enforce_eager: rerun)
     monkeypatch.setattr(forward_graphs, "TOKEN_STEP", 24)
     monkeypatch.setattr(forward_graphs, "FINE_TOKENS", 48)
     monkeypatch.setattr(forward_graphs, "MAX_TOKENS", 72)

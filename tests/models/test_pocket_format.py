@@ -8,11 +8,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from engine.graphs import Recorder, rerun
+from engine.graphs import Capture
 from models import pocket_format, samples, scenes
 from models.pocket_format import END, IMAGE, PAD
 from models.train_pocket import Answerer, TransformersAsk, check_batches
 from models.training import Passes, Trainee, check_pass, save
+from tests.engine.rerun import rerun
 from tests.engine.tiny import reference_processor
 
 
@@ -96,8 +97,8 @@ def test_the_training_pass_is_transformers_forward(core: Tokenizer) -> None:
     check_pass(trainee, check_batches(core))
 
 
-@pytest.mark.parametrize("recorder", [None, rerun], ids=["launched", "recorded"])
-def test_passes_leave_the_gradients_of_each_batch(core: Tokenizer, recorder: Recorder | None) -> None:
+@pytest.mark.parametrize("capture", [None, rerun], ids=["eager", "captured"])
+def test_passes_leave_the_gradients_of_each_batch(core: Tokenizer, capture: Capture | None) -> None:
     torch.manual_seed(2)
     trainee = Answerer(pocket_format.make_model(core))
     batches = [*check_batches(core), *check_batches(core)[::-1]]
@@ -109,13 +110,13 @@ def test_passes_leave_the_gradients_of_each_batch(core: Tokenizer, recorder: Rec
         wanted.append(
             (loss.item(), [None if p.grad is None else p.grad.clone() for p in trainee.parameters()])
         )
-    passes = Passes(trainee, torch.amp.GradScaler("cpu", init_scale=1.0), recorder, patience=1)
+    passes = Passes(trainee, torch.amp.GradScaler("cpu", init_scale=1.0), capture, patience=1)
     for batch, (loss, gradients) in zip(batches, wanted, strict=True):
         assert passes(batch).item() == pytest.approx(loss, rel=1e-5)
         for parameter, gradient in zip(trainee.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
     # Two of the three batches are of one shape.
-    assert passes.num_recorded == (0 if recorder is None else 2)
+    assert passes.num_captured == (0 if capture is None else 2)
 
 
 def test_a_saved_checkpoint_answers_in_batches_as_alone(folder: Path) -> None:

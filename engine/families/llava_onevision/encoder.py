@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.graphs import Recorder
+from engine.graphs import Capture
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.anyres import AnyresConfig, tiled_rows
@@ -34,8 +34,8 @@ class AnyresVisionEncoder(nn.Module):
     def cost(self, item: MediaItem) -> int:
         return self.crops.cost(item)
 
-    def record(self, record: Recorder) -> None:
-        self.crops.record(record)
+    def capture_graphs(self, capture: Capture) -> None:
+        self.crops.capture_graphs(capture)
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.errors import InvalidRequest
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
-from engine.graphs import Recorder
+from engine.graphs import Capture
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
@@ -46,9 +46,9 @@ class SliceVisionEncoder(nn.Module):
     def cost(self, item: MediaItem) -> int:
         return _patches(item.grid)
 
-    def record(self, record: Recorder) -> None:
+    def capture_graphs(self, capture: Capture) -> None:
         image = blank((1, 3, self.config.patch_size**2), (1, 1, 0, 0, 0, 0), self.config.num_queries)
-        self.tower.record(record, rehearse=lambda: self.encode([image]))
+        self.tower.capture_graphs(capture, rehearse=lambda: self.encode([image]))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.errors import InvalidRequest
 from engine.families.phi3_v.config import HDVisionConfig
-from engine.graphs import Recorder
+from engine.graphs import Capture
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import MLPConnector
@@ -44,10 +44,10 @@ class HDVisionEncoder(nn.Module):
     def cost(self, item: MediaItem) -> int:
         return (item.grid[0] * item.grid[1] + 1) * self.config.side**2
 
-    def record(self, record: Recorder) -> None:
+    def capture_graphs(self, capture: Capture) -> None:
         size, grid = self.config.image_size, (1, 1)
         image = blank((size, size, 3), grid, self.config.num_rows(grid))
-        self.tower.record(record, rehearse=lambda: self.encode([image]))
+        self.tower.capture_graphs(capture, rehearse=lambda: self.encode([image]))
 
     @torch.inference_mode()
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:

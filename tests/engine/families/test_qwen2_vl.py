@@ -12,12 +12,12 @@ from PIL import Image
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.families.qwen2_vl.family import FAMILY
-from engine.graphs import rerun
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.families.qwen import IMAGE
+from tests.engine.rerun import rerun
 from tests.engine.tiny import make_qwen2_vl, picture, reference_inputs, reference_model, rewrite_json
 
 PROMPT = f"first {IMAGE} then {IMAGE}"
@@ -55,7 +55,7 @@ def test_rows_equal_transformers(path):
 def test_plans_of_a_grid_serve_its_next_image(path):
     """Captured passes don't copy segments again that the last image used."""
     ours, kept = media_processor(path), encoder(path)
-    kept.record(rerun)
+    kept.capture_graphs(rerun)
     wide, tall = ((60, 44), (33, 90))
     batches = [[wide], [wide], [tall], [wide], [wide, tall], [tall], [tall, tall], [wide]]
     for seed, sizes in enumerate(batches):

@@ -26,10 +26,10 @@ import engine.encoder
 import engine.executor.rank
 from benchmarks.shapes import write_checkpoint
 from engine import LLM, SamplingParams
-from engine.graphs import rerun
 from engine.kernels import device, gemm_activation, launch, prefill_attention
 from engine.runner.sampler import Sampler
 from tests.engine.kernels.hopper import prepare
+from tests.engine.rerun import rerun
 
 
 class Compiled:
@@ -43,7 +43,7 @@ def main() -> None:
     prepare()
     device._BACKEND = "triton"
     gemm_activation.is_hopper = prefill_attention.is_hopper = lambda device: True
-    engine.executor.rank.make_recorder = engine.encoder.make_recorder = lambda *_, **__: rerun
+    engine.executor.rank.make_capture = engine.encoder.make_capture = lambda *_, **__: rerun
     # Nothing has sampled the ids, so they may lie outside the vocabulary.
     functional.embedding = lambda ids, weight: weight[torch.zeros_like(ids)]
     sample = Sampler.sample

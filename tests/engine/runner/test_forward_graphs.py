@@ -2,14 +2,14 @@ from itertools import pairwise
 
 import pytest
 
-from engine.runner.forward_graphs import FINE_TOKENS, MAX_TOKENS, TOKEN_STEP, recorded_sizes
+from engine.runner.forward_graphs import FINE_TOKENS, MAX_TOKENS, TOKEN_STEP, captured_sizes
 
 SMALL, LARGE, TINY = 47_000_000, 233_000_000, 100_000
 
 
 @pytest.mark.parametrize(("parameters", "most"), [(SMALL, 3584), (LARGE, FINE_TOKENS), (TINY, MAX_TOKENS)])
-def test_long_passes_are_recorded_where_launching_takes_longer(parameters, most):
-    sizes = recorded_sizes(parameters, 8192)
+def test_long_passes_are_captured_where_launching_takes_longer(parameters, most):
+    sizes = captured_sizes(parameters, 8192)
     assert sizes[0] == TOKEN_STEP and sizes[-1] == most
     assert all(last < size <= max(last + TOKEN_STEP, last * 5 // 4) for last, size in pairwise(sizes))
 
@@ -18,4 +18,4 @@ def test_long_passes_are_recorded_where_launching_takes_longer(parameters, most)
     ("max_tokens", "most"), [(1, 64), (64, 64), (65, 128), (1024, 1024), (1025, 1280), (2048, 2048)]
 )
 def test_none_that_no_step_fills(max_tokens, most):
-    assert recorded_sizes(SMALL, max_tokens)[-1] == most
+    assert captured_sizes(SMALL, max_tokens)[-1] == most

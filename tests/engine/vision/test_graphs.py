@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from engine.distributed.group import SingleProcessGroup
-from engine.graphs import CudaRecorder, rerun
+from engine.graphs import CudaCapture
 from engine.layers.build import BuildContext
 from engine.vision import graphs as vision_graphs
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
 from engine.vision.transformer_config import VisionConfig
+from tests.engine.rerun import rerun
 
 #: Lengths of segments, one batch after the other: many short ones before few long ones, and the other way.
 BATCHES = [[9, 5, 8, 7], [40, 33], [3], [64, 2, 2], [70], [10, 10, 10, 10]]
@@ -61,7 +62,7 @@ def test_captured_on_a_gpu(lengths):
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
         parameter.data.normal_(std=scale)
         wide.data.copy_(parameter)
-    captured.record(CudaRecorder(device), rehearse=lambda: None)
+    captured.capture_graphs(CudaCapture(device), rehearse=lambda: None)
     count = sum(lengths)
     angles = torch.randn(count, 40, device=device)
     segments = VisionSegments(bounds(lengths).to(device), max(lengths), angles.cos(), angles.sin())
@@ -83,7 +84,7 @@ def test_replays_equal_eager_passes(monkeypatch, window_len):
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 80)
     eager, captured = tower(window_len), tower(window_len)
-    captured.record(rerun, window_len=window_len, rehearse=lambda: None)
+    captured.capture_graphs(rerun, window_len=window_len, rehearse=lambda: None)
     for number, lengths in enumerate(BATCHES):
         count, generator = sum(lengths), torch.Generator().manual_seed(number)
         angles, patches = (
@@ -108,7 +109,7 @@ def test_segments_are_copied_when_they_change(monkeypatch, window_len):
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
     eager, captured = tower(window_len), tower(window_len)
-    captured.record(rerun, window_len=window_len, rehearse=lambda: None)
+    captured.capture_graphs(rerun, window_len=window_len, rehearse=lambda: None)
     generator = torch.Generator().manual_seed(0)
 
     def segments(*lengths: int) -> VisionSegments:
@@ -136,11 +137,11 @@ def test_segments_are_copied_when_they_change(monkeypatch, window_len):
 def test_batches_too_large_for_a_graph_run_eagerly(monkeypatch):
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 32)
-    made, recordings = tower(None), []
-    made.record(lambda work: recordings.append(work()) or work, rehearse=lambda: None)
-    assert len(recordings) == 4
+    made, captures = tower(None), []
+    made.capture_graphs(lambda work: captures.append(work()) or work, rehearse=lambda: None)
+    assert len(captures) == 4
     for lengths in ([33], [4] * 5):
         count = sum(lengths)
         segments = VisionSegments(bounds(lengths), max(lengths), torch.ones(count, 8), torch.zeros(count, 8))
         assert made.states(torch.zeros(count, 12), segments)[-1].shape == (count, 32)
-    assert len(recordings) == 4
+    assert len(captures) == 4

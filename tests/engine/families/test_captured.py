@@ -9,18 +9,18 @@ import torch
 
 from engine import encoder
 from engine.executor import rank
-from engine.graphs import rerun
 from engine.runner import forward_graphs
 from engine.vision import graphs as vision_graphs
 from tests.engine.families.cases import CASES
+from tests.engine.rerun import rerun
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def captured(monkeypatch):
     """Sizes so small that some batches fit and others don't."""
     if not torch.cuda.is_available():
         for module in (encoder, rank):
-            monkeypatch.setattr(module, "make_recorder", lambda device, enforce_eager: rerun)
+            monkeypatch.setattr(module, "make_capture", lambda device, enforce_eager: rerun)
     sizes = {"TOKEN_STEP": 24, "MAX_TOKENS": 192}
     for name, value in sizes.items():
         monkeypatch.setattr(vision_graphs, name, value)
@@ -30,7 +30,7 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_answers_are_the_reference_s(recorded, made, case):
+def test_answers_are_the_reference_s(captured, made, case):
     model, prompts = made(case), case.prompts()
     # One launch of the tower with several items, then each by itself.
     model.check(model.llm(max_num_seqs=4), prompts)
