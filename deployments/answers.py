@@ -87,7 +87,7 @@ class Call:
 
 
 @dataclass(slots=True)
-class Choice:
+class FinishedChoice:
     """A finished choice.
 
     Attributes:
@@ -127,7 +127,7 @@ class Choice:
 class WholeAnswer:
     """A finished answer of ``n`` choices."""
 
-    choices: list[Choice]
+    choices: list[FinishedChoice]
     usage: Usage
     reasoning_tokens: int = 0
     prompt_logprobs: list[dict[int, TokenLogprob] | None] = field(default_factory=list)
@@ -135,7 +135,7 @@ class WholeAnswer:
 
 async def gather(updates: AsyncIterator[StreamUpdate], reader: AnswerReader) -> WholeAnswer:
     """Read an answer to its end."""
-    choices: dict[int, Choice] = {}
+    choices: dict[int, FinishedChoice] = {}
     answer = WholeAnswer([], Usage())
     async with aclosing(updates) as stream:  # type: ignore[type-var]
         async for update in stream:
@@ -143,7 +143,7 @@ async def gather(updates: AsyncIterator[StreamUpdate], reader: AnswerReader) -> 
             answer.prompt_logprobs += update.prompt_logprobs or []
             for delta in update.deltas:
                 read = reader.read(delta)
-                choices.setdefault(read.index, Choice(read.index)).add(read)
+                choices.setdefault(read.index, FinishedChoice(read.index)).add(read)
     answer.choices = [choice for _, choice in sorted(choices.items())]
     answer.reasoning_tokens = reader.reasoning_tokens
     return answer

@@ -71,7 +71,7 @@ def create_api(
         api.include_router(endpoint.router)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)
-    api.state.admission = admission = Admission(config.max_active_requests)
+    api.state.admission = admission = AdmissionLimit(config.max_active_requests)
     api.add_middleware(admission.around)
     api.add_middleware(Access(config.keys).around)
     api.add_middleware(Spelling)
@@ -113,7 +113,7 @@ class Spelling:
         await self._app(changed, receive, send_head if is_head else send)
 
 
-class Admission:
+class AdmissionLimit:
     """Answers 429 while ``limit`` POST requests are open, before it reads the body.
 
     Attributes:

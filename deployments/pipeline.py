@@ -33,7 +33,7 @@ async def _no_rows() -> tuple[Rows, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedPrompt:
+class EncodedPrompt:
     """A prompt ready for the engine, with the embedding rows of its distinct items.
 
     Attributes:
@@ -108,7 +108,7 @@ class Pipeline:
         *,
         min_tokens: int = 1,
         salt: str = "",
-    ) -> PreparedPrompt:
+    ) -> EncodedPrompt:
         """Prepare a request's media, build its prompt, and encode the media.
 
         Args:
@@ -126,7 +126,7 @@ class Pipeline:
         charged = False
         salt = caller_salt(salt)
 
-        async def prepare() -> PreparedPrompt:
+        async def prepare() -> EncodedPrompt:
             nonlocal charged
             inputs, pixels = await self._build(build, sources)
             inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
@@ -143,7 +143,7 @@ class Pipeline:
 
             rows, items = await self._encode(pixels, salt)
             current_report().prepared(items)
-            return PreparedPrompt(inputs, rows, encode_again)
+            return EncodedPrompt(inputs, rows, encode_again)
 
         return await self._patience("prepare").call(prepare)
 
@@ -214,7 +214,7 @@ class Pipeline:
         return tuple(rows for rows, _ in encoded.values()), items
 
     def generate(
-        self, request_id: str, prompt: PreparedPrompt, params: SamplingParams, *, priority: int = 0
+        self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, *, priority: int = 0
     ) -> AsyncGenerator[StreamUpdate, None]:
         """Stream the model's output. Closing the iterator aborts the request.
 
@@ -233,7 +233,7 @@ class Pipeline:
         stage = self._stages.language_model
         return self.meter.stream(carried_on(stage, request, prompt.media, encode_again, patience))
 
-    async def embed(self, request_id: str, prompt: PreparedPrompt, params: PoolingParams) -> EmbeddingOutput:
+    async def embed(self, request_id: str, prompt: EncodedPrompt, params: PoolingParams) -> EmbeddingOutput:
         """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""
         patience, media, tries = self._patience("answer"), prompt.media, itertools.count()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from deployments.conversations import caller_fields
-from deployments.pipeline import Pipeline, PreparedPrompt
+from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol.embeddings import VectorBody
 from deployments.tasks import all_or_none
 from engine.errors import InvalidRequest
@@ -64,7 +64,7 @@ def encoded(vector: np.ndarray) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-async def _chat(pipeline: Pipeline, body: VectorBody) -> PreparedPrompt:
+async def _chat(pipeline: Pipeline, body: VectorBody) -> EncodedPrompt:
     messages, sources = parse_messages(body.messages or [])
 
     def build(items: list[MediaItem]) -> EngineInput:
@@ -79,7 +79,7 @@ async def _chat(pipeline: Pipeline, body: VectorBody) -> PreparedPrompt:
     return await pipeline.prepare(build, sources, min_tokens=0, salt=body.cache_salt)
 
 
-async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -> PreparedPrompt:
+async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -> EncodedPrompt:
     limit = body.truncate_prompt_tokens
     if limit is not None:
         most = await pipeline.max_model_len()

@@ -20,7 +20,7 @@ class Request:
 
     A request has no phase: the scheduler compares the number of its computed tokens with that of its known
     tokens. While the request runs, these counters live in the scheduler's
-    :class:`~engine.scheduling.slots.SlotTable`; the attributes here survive preemption.
+    :class:`~engine.scheduling.slots.SequenceSlots`; the attributes here survive preemption.
 
     Attributes:
         id: unique within the engine.

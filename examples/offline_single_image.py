@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(POCKET))
     llm = LLM(model=parser.parse_args().model)
 
-    # Every model marks the place of an image in its own way; llm.chat() knows how.
+    # Every model has its own placeholder for an image; llm.chat() knows how.
     prompt = (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
         "What is the content of this image?<|im_end|>\n<|im_start|>assistant\n"

@@ -148,7 +148,7 @@ class PromptRow:
         self._at += len(new)
 
     def picture(self, grid: tuple[int, int]) -> None:
-        """An image of ``grid`` patches (height, width), between its marks."""
+        """An image of ``grid`` patches (height, width), between its delimiter tokens."""
         rows, columns = grid[0] // MERGE, grid[1] // MERGE
         self.text("<|vision_start|>")
         row, column = np.divmod(np.arange(rows * columns), columns)

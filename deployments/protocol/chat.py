@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from deployments.protocol.base import Part
 from deployments.protocol.generation import ConversationBody, GenerationBody
-from deployments.protocol.usage import Usage
+from deployments.protocol.usage import UsageBody
 from deployments.tools import ToolUse, read_functions, read_tools
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
@@ -116,12 +116,12 @@ class TopLogprob(BaseModel):
     bytes: list[int] | None = None
 
 
-class TokenLogprob(TopLogprob):
+class ChatLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
 class Logprobs(BaseModel):
-    content: list[TokenLogprob]
+    content: list[ChatLogprob]
     refusal: None = None
 
 
@@ -176,7 +176,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[Choice]
-    usage: Usage
+    usage: UsageBody
     service_tier: str | None = None
     system_fingerprint: str | None = None
     prompt_logprobs: list[dict[int, Any] | None] | None = None
@@ -209,6 +209,6 @@ class ChatCompletionChunk(BaseModel):
     created: int
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
+    usage: UsageBody | None = None
     service_tier: str | None = None
     prompt_token_ids: list[int] | None = None

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from deployments.protocol.generation import GenerationBody
-from deployments.protocol.usage import Usage
+from deployments.protocol.usage import UsageBody
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams
 
@@ -97,5 +97,5 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: UsageBody | None = None
     system_fingerprint: str | None = None

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from deployments.protocol.base import RequestBody
-from deployments.protocol.usage import Usage
+from deployments.protocol.usage import UsageBody
 from engine.errors import InvalidRequest
 from engine.pooling_params import PoolingParams
 
@@ -139,7 +139,7 @@ class PoolingResponse(BaseModel):
     created: int
     model: str
     data: list[PoolingObject]
-    usage: Usage
+    usage: UsageBody
 
 
 class EmbeddingResponse(BaseModel):
@@ -150,4 +150,4 @@ class EmbeddingResponse(BaseModel):
     created: int
     model: str
     data: list[EmbeddingObject]
-    usage: Usage
+    usage: UsageBody

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import AliasChoices, BaseModel, Field
 
 from deployments.protocol.base import RequestBody
-from deployments.protocol.usage import Usage
+from deployments.protocol.usage import UsageBody
 from engine.errors import InvalidRequest
 
 #: Most documents of one request.
@@ -60,7 +60,7 @@ class ScoreResponse(BaseModel):
     created: int
     model: str
     data: list[Score]
-    usage: Usage
+    usage: UsageBody
 
 
 class RerankRequest(RequestBody):
@@ -101,5 +101,5 @@ class RerankResponse(BaseModel):
 
     id: str
     model: str
-    usage: Usage
+    usage: UsageBody
     results: list[RankedDocument]

@@ -69,7 +69,7 @@ class MediaUsage(BaseModel):
     encode_ms: float
 
 
-class Usage(BaseModel):
+class UsageBody(BaseModel):
     """Token counts of one request; ``timings`` and ``media`` if it has ``include_timings``."""
 
     prompt_tokens: int

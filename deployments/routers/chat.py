@@ -11,8 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
-from deployments.answers import Choice as FinishedChoice
-from deployments.answers import ChoiceDelta, WholeAnswer
+from deployments.answers import ChoiceDelta, FinishedChoice, WholeAnswer
 from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.pipeline import Pipeline

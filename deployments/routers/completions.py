@@ -11,10 +11,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
-from deployments.answers import AnswerReader, Choice, gather
+from deployments.answers import AnswerReader, FinishedChoice, gather
 from deployments.body import read_body
 from deployments.conversations import caller_fields, renamed
-from deployments.pipeline import Pipeline, PreparedPrompt
+from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol import completions as wire
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
@@ -78,7 +78,7 @@ async def create_completion(request: Request) -> Response:
 
 async def _prepared(
     pipeline: Pipeline, body: wire.CompletionRequest, given: str | list[int], params: SamplingParams
-) -> PreparedPrompt:
+) -> EncodedPrompt:
     def build(_: list[MediaItem]) -> EngineInput:
         if not isinstance(given, str):
             return pipeline.builder.from_token_ids(given, cache_salt=body.cache_salt)
@@ -140,7 +140,9 @@ async def _whole(answer: _Answer, running: list[_Running]) -> dict:
     return body
 
 
-def _choice(answer: _Answer, each: _Running, choice: Choice, prompt_logprobs: list) -> wire.CompletionChoice:
+def _choice(
+    answer: _Answer, each: _Running, choice: FinishedChoice, prompt_logprobs: list
+) -> wire.CompletionChoice:
     body = answer.body
     made = wire.CompletionChoice(
         index=each.number * answer.params.n + choice.index,

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments.body import read_body
 from deployments.conversations import caller_fields
-from deployments.pipeline import Pipeline, PreparedPrompt
+from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol import scoring as wire
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import usage_body
@@ -99,7 +99,7 @@ def _key(item: wire.Item) -> str:
     return json.dumps(item, sort_keys=True)
 
 
-async def _prepared(pipeline: Pipeline, item: wire.Item, field: str, salt: str) -> PreparedPrompt:
+async def _prepared(pipeline: Pipeline, item: wire.Item, field: str, salt: str) -> EncodedPrompt:
     text = item if isinstance(item, str) else item.get("text") if set(item) == {"text"} else None
     if text is not None:
         if not isinstance(text, str) or not text:

@@ -3,11 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deployments.protocol.chat import TokenLogprob, TopLogprob
-from deployments.protocol.usage import CompletionTokensDetails, PromptTokensDetails
-from deployments.protocol.usage import Usage as UsageBody
-from engine.outputs import TokenLogprob as EngineLogprob
-from engine.outputs import Usage
+from deployments.protocol.chat import ChatLogprob, TopLogprob
+from deployments.protocol.usage import CompletionTokensDetails, PromptTokensDetails, UsageBody
+from engine.outputs import TokenLogprob, Usage
 
 
 def usage_body(usage: Usage, reasoning_tokens: int = 0, extras: Mapping[str, Any] = {}) -> UsageBody:
@@ -27,8 +25,8 @@ def usage_body(usage: Usage, reasoning_tokens: int = 0, extras: Mapping[str, Any
 
 
 def content_logprobs(
-    token_ids: Sequence[int], rows: Sequence[Mapping[int, EngineLogprob]], count: int
-) -> list[TokenLogprob]:
+    token_ids: Sequence[int], rows: Sequence[Mapping[int, TokenLogprob]], count: int
+) -> list[ChatLogprob]:
     """Each token of the content with the ``count`` likeliest tokens at its position.
 
     Tokens that add nothing to the content, such as the one that ends it, are left out: bytes and texts join
@@ -40,7 +38,7 @@ def content_logprobs(
             continue
         tops = [_top(value) for value in row.values() if value.rank is not None and value.rank <= count]
         tops.sort(key=lambda top: -top.logprob)
-        found.append(TokenLogprob(**_top(row[token]).model_dump(), top_logprobs=tops))
+        found.append(ChatLogprob(**_top(row[token]).model_dump(), top_logprobs=tops))
     return found
 
 
@@ -49,7 +47,7 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _top(value: EngineLogprob) -> TopLogprob:
+def _top(value: TokenLogprob) -> TopLogprob:
     """``bytes`` is null for a token that is no text, as OpenAI has it."""
     own_bytes = list(value.bytes) or None
     return TopLogprob(token=value.decoded_token or "", logprob=finite(value.logprob), bytes=own_bytes)

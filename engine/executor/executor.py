@@ -21,8 +21,7 @@ from engine.executor.rank import ModelRank, check_gpus, rank_device
 from engine.executor.wire import BatchSender, MakeRunner, MeasureBlocks, Setup
 from engine.families.base import ModelConfig
 from engine.fit import check_fit
-from engine.runner import model_runner
-from engine.runner.model_runner import ModelRunner
+from engine.runner.model_runner import LaunchedStep, ModelRunner
 from engine.scheduling.batch import ScheduledBatch, StepResult
 
 _POLL_S = 2e-5
@@ -64,7 +63,7 @@ def load_ranks(
 
 
 @dataclass(slots=True)
-class _Parts:
+class _GroupParts:
     """What does not just go with the last reference to it."""
 
     workers: Workers
@@ -97,7 +96,7 @@ class ParallelExecutor:
         # At the interpreter's end what was made first goes last, and this must outlast the group.
         address = launcher.address
         self.workers = Workers(launcher, size)
-        self._parts = _Parts(self.workers, launcher)
+        self._parts = _GroupParts(self.workers, launcher)
         self._close = weakref.finalize(self, self._parts.end)
         try:
             self.workers.send_each([Setup(config, rank, address) for rank in range(1, size)])
@@ -130,10 +129,10 @@ class ParallelExecutor:
         self._close()
 
 
-class ParallelStep:
+class LaunchedParallelStep:
     """A step on its way, on all ranks."""
 
-    def __init__(self, own: model_runner.PendingStep, workers: Workers) -> None:
+    def __init__(self, own: LaunchedStep, workers: Workers) -> None:
         self._own, self._workers = own, workers
 
     def result(self) -> StepResult:
@@ -167,7 +166,7 @@ class ParallelRunner:
         self._sender = BatchSender()
         self.vocab_size = own.vocab_size
 
-    def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> ParallelStep:
+    def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> LaunchedParallelStep:
         """See :meth:`ModelRunner.execute`.
 
         Raises:
@@ -192,7 +191,7 @@ class ParallelRunner:
             # Whatever it was, the ranks are no longer in step.
             self._workers.give_up(Unavailable(f"Rank 0 of the language model failed: {error!r}"))
             raise
-        return ParallelStep(step, self._workers)
+        return LaunchedParallelStep(step, self._workers)
 
     def recover(self) -> None:
         """

@@ -45,7 +45,7 @@ class Linear(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FusedPart:
     """One of the projections in a fused layer.
 
     Attributes:
@@ -72,7 +72,13 @@ class FusedColumnLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, parts: Sequence[Part], build: BuildContext, *, fused_name: str, bias: bool
+        self,
+        in_features: int,
+        parts: Sequence[FusedPart],
+        build: BuildContext,
+        *,
+        fused_name: str,
+        bias: bool,
     ) -> None:
         super().__init__()
         self.parts = tuple(parts)
@@ -132,7 +138,7 @@ class FusedColumnLinear(nn.Module):
 def gate_up_linear(hidden: int, intermediate: int, build: BuildContext, *, bias: bool) -> FusedColumnLinear:
     """Make the gate and up projections of a gated MLP; each rank has the same output features of both."""
     size = build.share(intermediate, "intermediate size")
-    parts = [Part(name, intermediate, build.tp.rank * size, size) for name in ("gate_proj", "up_proj")]
+    parts = [FusedPart(name, intermediate, build.tp.rank * size, size) for name in ("gate_proj", "up_proj")]
     return FusedColumnLinear(hidden, parts, build, fused_name="gate_up_proj", bias=bias)
 
 
@@ -158,9 +164,9 @@ def qkv_linear(
     else:
         kv_heads = 1
         kv_start = rank // (size // num_kv_heads)
-    queries = Part("q_proj", num_heads * head_dim, rank * heads * head_dim, heads * head_dim)
+    queries = FusedPart("q_proj", num_heads * head_dim, rank * heads * head_dim, heads * head_dim)
     keys, values = (
-        Part(name, num_kv_heads * head_dim, kv_start * head_dim, kv_heads * head_dim)
+        FusedPart(name, num_kv_heads * head_dim, kv_start * head_dim, kv_heads * head_dim)
         for name in ("k_proj", "v_proj")
     )
     return FusedColumnLinear(hidden, [queries, keys, values], build, fused_name=fused_name, bias=bias)

@@ -57,7 +57,7 @@ class _PromptResults:
     failed: list[tuple[Request, Exception]]
 
 
-class PendingStep:
+class LaunchedStep:
     """A step on its way. :meth:`result` waits for it."""
 
     def __init__(
@@ -162,7 +162,7 @@ class ModelRunner:
                 device=self.device,
             )
 
-    def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> PendingStep:
+    def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> LaunchedStep:
         """Enqueue a step.
 
         Args:
@@ -197,7 +197,7 @@ class ModelRunner:
         return PreparedStep(batch, to_device(arrays, self.device), plan)
 
     @torch.inference_mode()
-    def compute(self, step: PreparedStep, grammar_mask: GrammarMask | None = None) -> PendingStep:
+    def compute(self, step: PreparedStep, grammar_mask: GrammarMask | None = None) -> LaunchedStep:
         """Enqueue a prepared step; arguments as for :meth:`execute`."""
         batch, plan = step.batch, step.plan
         self._write(step)
@@ -220,7 +220,7 @@ class ModelRunner:
                 self._state.last_token.index_copy_(0, slots, tokens.clamp(min=0))
             else:
                 self._state.advance(slots, tokens)
-        return PendingStep(tokens, self.sampler.logprobs(logits, tokens, plan), prompts)
+        return LaunchedStep(tokens, self.sampler.logprobs(logits, tokens, plan), prompts)
 
     def recover(self) -> None:
         """Get ready for the next step after one that raised.

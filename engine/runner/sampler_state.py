@@ -27,7 +27,7 @@ EARLY_WIDTH = 2 * MAX_STOP_TOKEN_IDS + MAX_BEGIN_SUPPRESS
 BAD_PREFIX = MAX_BAD_WORD_TOKENS - 1
 
 
-class SlotTable:
+class SlotTensor:
     """A device tensor with one row per slot whose rows are written from the host, all pending ones at once.
 
     Allocated when the first row is flushed and never moved after, so that captured graphs may point to it.
@@ -139,10 +139,10 @@ class SlotStates:
         rows = max_slots + 1
         self.vocab_size = vocab_size
 
-        def table(*shape: int, fill: float, dtype: type) -> SlotTable:
-            return SlotTable(rows, np.full(shape, fill, dtype=dtype), device)
+        def table(*shape: int, fill: float, dtype: type) -> SlotTensor:
+            return SlotTensor(rows, np.full(shape, fill, dtype=dtype), device)
 
-        self.floats = SlotTable(rows, np.array([0, 1, 0, 1, 0, 0], dtype=np.float32), device)
+        self.floats = SlotTensor(rows, np.array([0, 1, 0, 1, 0, 0], dtype=np.float32), device)
         self.ints = table(3, fill=0, dtype=np.int64)
         self.early_ids = table(EARLY_WIDTH, fill=-1, dtype=np.int64)
         self.early_until = table(EARLY_WIDTH, fill=0, dtype=np.int64)

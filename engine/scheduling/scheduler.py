@@ -23,7 +23,7 @@ from engine.request import Request
 from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, StepEvents, TableUpdate
 from engine.scheduling.encoder_ledger import EncoderLedger, rows_from
 from engine.scheduling.kv_manager import KVManager
-from engine.scheduling.slots import SlotTable
+from engine.scheduling.slots import SequenceSlots
 from engine.scheduling.waiting import WaitingQueue
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Scheduler:
         self.ledger = ledger
         self.budget = max_num_batched_tokens
         self.max_model_len = min(max_model_len, kv.pool.capacity * kv.block_size)
-        self.slots = SlotTable(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
+        self.slots = SequenceSlots(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
         self.recompute_beyond = recompute_beyond
         self.stats = SchedulerStats()
         #: Requests that an exception ended, until :class:`~engine.core.EngineCore` reports them.

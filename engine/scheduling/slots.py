@@ -11,7 +11,7 @@ import numpy as np
 from engine.request import Request
 
 
-class SlotTable:
+class SequenceSlots:
     """State of ``num_slots`` rows.
 
     Attributes:

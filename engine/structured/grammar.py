@@ -66,7 +66,7 @@ class GrammarCompiler:
         self._pending: dict[StructuredSpec, Future[Grammar]] = {}
         self._executor = llguidance.LLExecutor()
         self._lock, self._setup_lock = threading.Lock(), threading.Lock()
-        self._parts: dict[bool, _Parts] = {}
+        self._parts: dict[bool, _VocabularyParts] = {}
         # Threads wait for helper processes; some more of them, so that the checks of sizes never do.
         self._threads = ThreadPoolExecutor(processes + 2, thread_name_prefix="grammar")
 
@@ -152,7 +152,7 @@ class GrammarCompiler:
             while len(entries) > self._cache_size:
                 entries.popitem(last=False)
 
-    def _set_up(self, added_are_control: bool) -> _Parts:
+    def _set_up(self, added_are_control: bool) -> _VocabularyParts:
         """Seconds for a large vocabulary, hence only when structured output is first asked for."""
         with self._setup_lock:
             if added_are_control not in self._parts:
@@ -165,7 +165,7 @@ class GrammarCompiler:
                     self._parts[added_are_control] = self._make_parts(tokenizer, self._eos_ids | added)
             return self._parts[added_are_control]
 
-    def _make_parts(self, tokenizer: Tokenizer, control_ids: frozenset[int]) -> _Parts:
+    def _make_parts(self, tokenizer: Tokenizer, control_ids: frozenset[int]) -> _VocabularyParts:
         speller = Speller(tokenizer, self._vocab_size, control_ids)
         vocabulary = Vocabulary(
             speller.token_bytes,
@@ -179,11 +179,11 @@ class GrammarCompiler:
             speller.segmenter.cuts_all,
         )
         prober = GrammarProber(vocabulary, processes=self._processes, time_limit=self._time_limit)
-        return _Parts(speller, vocabulary.for_llguidance(), prober)
+        return _VocabularyParts(speller, vocabulary.for_llguidance(), prober)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Parts:
+class _VocabularyParts:
     """Objects that are built once per vocabulary."""
 
     speller: Speller

@@ -17,7 +17,7 @@ from engine.vision.bucketed_positions import bucketed_positions
 from engine.vision.connector import MLPConnector
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.pixel_shuffle import PixelShuffleConnector
-from engine.vision.pixels import Pixels, blank
+from engine.vision.pixels import PixelInput, blank
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
 
@@ -32,7 +32,7 @@ class CropVisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.device = build.device
-        self.pixels = Pixels(config.normalisation, build)
+        self.pixels = PixelInput(config.normalisation, build)
         self.tower = VisionTransformer(config.tower, build)
         self.connector = _connector(config, build)
         side = config.grid_side
@@ -64,7 +64,7 @@ class CropVisionEncoder(nn.Module):
         """
         for entry in media:
             self._check(entry)
-        patches = torch.cat([self.patchify(self.pixels.upload(entry.pixels)) for entry in media])
+        patches = torch.cat([self.patchify(self.pixels.to_device(entry.pixels)) for entry in media])
         return self.connector(self.features(patches, sum(entry.item.grid[0] for entry in media)))
 
     def patchify(self, crops: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import MLPConnector, PatchMerger
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.native_grid import FramePlan, plan_frame, segments_of
-from engine.vision.pixels import Pixels, blank
+from engine.vision.pixels import PixelInput, blank
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer, make_norm
 
@@ -34,7 +34,7 @@ class NativeVisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.device = build.device
-        self.pixels = Pixels(config.normalisation, build)
+        self.pixels = PixelInput(config.normalisation, build)
         self.tower = VisionTransformer(config.tower, build, keep=config.deepstack_layers)
         width, group = config.tower.hidden_size, config.merge_size**2
         self.position_embedding = (
@@ -72,7 +72,7 @@ class NativeVisionEncoder(nn.Module):
         plans = [self._plan(*entry.item.grid[1:]) for entry in media]
         patches = _joined(
             [
-                self._reorder(self.patchify(self.pixels.upload(entry.pixels)), entry, plan.order)
+                self._reorder(self.patchify(self.pixels.to_device(entry.pixels)), entry, plan.order)
                 for entry, plan in zip(media, plans, strict=True)
             ]
         )

@@ -11,7 +11,7 @@ from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.normalisation import Normalisation
 
 
-class Pixels(nn.Module):
+class PixelInput(nn.Module):
     """Uploads uint8 images and normalises them by a table, which gives the same numbers as the processors of
     Transformers."""
 
@@ -25,7 +25,7 @@ class Pixels(nn.Module):
         offset = torch.arange(len(table)) * table.shape[1]
         self.register_buffer("offset", offset.to(build.device), persistent=False)
 
-    def upload(self, array: np.ndarray) -> torch.Tensor:
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
         """Copy ``array`` to the device. It may be read-only and shared; it isn't read after the return."""
         # From pinned memory the copy to a GPU overlaps with computation.
         staged = torch.empty(array.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")

@@ -38,7 +38,7 @@ class Planted(Exception):
 
 
 @dataclass
-class Mark:
+class PlannedFault:
     """Where a request raises: at ``stage``, from the token ``after`` of its answer on, each time or once."""
 
     stage: str
@@ -51,12 +51,12 @@ class Faults:
     """Wraps the parts of one engine.
 
     Attributes:
-        marks: by id of the caller's request.
+        planned: by id of the caller's request.
         shared: ids of the requests of steps in which a shared stage raised.
     """
 
     def __init__(self, engine: LoadedEngine, monkeypatch: Any) -> None:
-        self.marks: dict[str, Mark] = {}
+        self.planned: dict[str, PlannedFault] = {}
         self.shared: set[str] = set()
         self._patch = monkeypatch
         self._slots = engine.core.scheduler.slots
@@ -92,12 +92,12 @@ class Faults:
         """Raise if one of ``requests`` is marked for ``stage``."""
         requests = list(requests)
         for request in requests:
-            mark = self.marks.get(_key(request))
-            if mark is None or mark.stage != stage or (mark.once and mark.fired):
+            fault = self.planned.get(_key(request))
+            if fault is None or fault.stage != stage or (fault.once and fault.fired):
                 continue
-            if mark.after and self._answered(request) < mark.after:
+            if fault.after and self._answered(request) < fault.after:
                 continue
-            mark.fired += 1
+            fault.fired += 1
             if stage in SHARED:
                 # Where no step comes about, all that run are concerned.
                 concerned = (

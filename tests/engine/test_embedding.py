@@ -10,7 +10,7 @@ from engine.errors import InvalidRequest
 
 from . import tiny
 
-MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,11 @@ def path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts() -> list[dict]:
     sizes = [(40, 24), (24, 56), (64, 64)]
-    texts = ["hello " + MARK, MARK + " what is shown " + MARK, "a long text without a picture 0 1 2 3"]
+    texts = [
+        "hello " + IMAGE,
+        IMAGE + " what is shown " + IMAGE,
+        "a long text without a picture 0 1 2 3",
+    ]
     pictures = [[tiny.picture(*sizes[0], 1)], [tiny.picture(*size, 2) for size in sizes[1:]], []]
     return [
         {"prompt": text, "multi_modal_data": {"image": images}} if images else {"prompt": text}
@@ -81,7 +85,7 @@ def test_messages_and_scores(path, prompts):
     content = [{"type": "text", "text": "hello"}, {"type": "image", "image": picture}]
     (one,) = llm.embed(messages=[{"role": "user", "content": content}], use_tqdm=False)
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    text = f"{system}<|im_start|>user\nhello{MARK}<|im_end|>\n"
+    text = f"{system}<|im_start|>user\nhello{IMAGE}<|im_end|>\n"
     (other,) = llm.embed({"prompt": text, "multi_modal_data": {"image": picture}}, use_tqdm=False)
     assert one.embedding == pytest.approx(other.embedding)
     vectors = [np.array(o.embedding) for o in llm.embed(prompts, use_tqdm=False)]

@@ -9,7 +9,7 @@ from engine.errors import InvalidRequest
 
 from . import tiny
 
-MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 PARAMS = SamplingParams(temperature=0.0, max_tokens=10)
 
 
@@ -40,7 +40,7 @@ def tokens(llm: LLM, prompt: str, image) -> list[int]:
 def test_qwen_by_grid(qwen):
     pictures = [tiny.picture(40, 56, 1), tiny.picture(72, 24, 2)]
     rows, grids = encoded(qwen, pictures)
-    prompt = f"first {MARK} second {MARK} what?"
+    prompt = f"first {IMAGE} second {IMAGE} what?"
     wanted = tokens(qwen, prompt, pictures)
     assert wanted != tokens(qwen, prompt, pictures[::-1])
     ways = [
@@ -51,7 +51,7 @@ def test_qwen_by_grid(qwen):
     for image in ways:
         assert tokens(qwen, prompt, image) == wanted
     one = {"image_embeds": rows[0][None], "image_grid_thw": torch.tensor(grids[:1])}
-    assert tokens(qwen, MARK + "what?", one) == tokens(qwen, MARK + "what?", pictures[0])
+    assert tokens(qwen, IMAGE + "what?", one) == tokens(qwen, IMAGE + "what?", pictures[0])
 
 
 def test_llava_by_rows_alone(llava):
@@ -68,10 +68,10 @@ def test_in_a_batch_with_images_and_texts(qwen):
     picture = tiny.picture(40, 56, 1)
     (rows,), (grid,) = encoded(qwen, [picture])
     prompts = [
-        {"prompt": MARK + "a", "multi_modal_data": {"image": picture}},
+        {"prompt": IMAGE + "a", "multi_modal_data": {"image": picture}},
         "hello world",
         {
-            "prompt": MARK + "a",
+            "prompt": IMAGE + "a",
             "multi_modal_data": {"image": {"image_embeds": rows[None], "image_grid_thw": [grid]}},
         },
     ]
@@ -98,9 +98,9 @@ def test_what_is_refused(qwen, llava):
         ({"image_embeds": "rows.pt", "image_grid_thw": [grid]}, "must be a tensor"),
     ):
         with pytest.raises(InvalidRequest, match=words):
-            tokens(qwen, MARK + "what?", image)
+            tokens(qwen, IMAGE + "what?", image)
     with pytest.raises(InvalidRequest, match="placeholders"):
-        tokens(qwen, "no mark", {"image_embeds": rows[None], "image_grid_thw": [grid]})
+        tokens(qwen, "no placeholder", {"image_embeds": rows[None], "image_grid_thw": [grid]})
     with pytest.raises(InvalidRequest, match="rows"):
         tokens(llava, "USER: <image> ASSISTANT:", torch.zeros(1, 3, 64))
     qwen.check_integrity()
@@ -114,7 +114,7 @@ def test_the_same_rows_under_another_grid_are_another_image(qwen):
 
     def asked(grid, salt):
         image = {"image_embeds": rows, "image_grid_thw": [grid]}
-        entry = {"prompt": MARK + "the quick brown fox", "multi_modal_data": {"image": image}}
+        entry = {"prompt": IMAGE + "the quick brown fox", "multi_modal_data": {"image": image}}
         (output,) = qwen.generate({**entry, "cache_salt": salt}, params, use_tqdm=False)
         chosen = zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
         return [(token, row[token].logprob) for row, token in chosen]

@@ -20,7 +20,7 @@ from engine.output_processor import RequestGroup, merge_updates
 from engine.outputs import StreamUpdate
 from engine.sampling_params import SamplingParams, StructuredSpec
 from tests.engine import tiny
-from tests.engine.faults import ATTRIBUTED, SHARED, Faults, Mark
+from tests.engine.faults import ATTRIBUTED, SHARED, Faults, PlannedFault
 from tests.engine.same import assert_same_logprobs
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -179,9 +179,9 @@ def test_a_request_that_raises_fails_alone(bench, monkeypatch, stage, kind):
     wanted = {key: bench.alone(ask) for key, ask in asks.items()}
     with monkeypatch.context() as patch:
         faults = Faults(engine, patch)
-        faults.marks["bad"] = mark = Mark(stage)
+        faults.planned["bad"] = fault = PlannedFault(stage)
         found = drive(bench, engine, asks)
-    assert mark.fired
+    assert fault.fired
     error = found.pop("bad")
     assert isinstance(error, RequestFailed) and "Planted" in error.message
     for key, result in found.items():
@@ -197,9 +197,9 @@ def test_what_cannot_be_attributed_ends_the_requests_of_that_step(bench, monkeyp
     wanted = {key: bench.alone(ask) for key, ask in ASKS.items()}
     with monkeypatch.context() as patch:
         faults = Faults(engine, patch)
-        faults.marks["bad"] = mark = Mark(stage, after=3, once=True)
+        faults.planned["bad"] = fault = PlannedFault(stage, after=3, once=True)
         found = drive(bench, engine, ASKS, arrivals={"d": 30, "e": 40})
-    assert mark.fired and "bad" in faults.shared
+    assert fault.fired and "bad" in faults.shared
     for key, result in found.items():
         if key in faults.shared and isinstance(result, SightlineError):
             assert isinstance(result, RequestFailed)
@@ -213,9 +213,9 @@ def test_a_step_that_fails_once_is_computed_again(bench, monkeypatch, stage):
     wanted = {key: bench.alone(ask) for key, ask in ASKS.items()}
     with monkeypatch.context() as patch:
         faults = Faults(bench.engines[1], patch)
-        faults.marks["bad"] = mark = Mark(stage, after=2 if stage == "sampling" else 0, once=True)
+        faults.planned["bad"] = fault = PlannedFault(stage, after=2 if stage == "sampling" else 0, once=True)
         found = drive(bench, bench.engines[1], ASKS)
-    assert mark.fired
+    assert fault.fired
     for key, result in found.items():
         assert_equal(result, wanted[key])
 
@@ -235,16 +235,16 @@ def test_one_request_in_fifty_raises_somewhere(bench, monkeypatch, kind):
             if index in raising:
                 stage = rng.choice([*ATTRIBUTED, *SHARED])
                 late = stage in ("sampling", "text", "grammar", *SHARED) and rng.randrange(2)
-                faults.marks[key] = Mark(stage, int(late), rng.random() < 0.3)
+                faults.planned[key] = PlannedFault(stage, int(late), rng.random() < 0.3)
                 kind_of = {"grammar": "constrained", "prompt": "scored"}
                 asks[key] = replace(asks[key], kind=kind_of.get(stage.split()[0], asks[key].kind))
             elif rng.random() < 0.05:
                 aborts[key] = step + rng.randrange(10)
         found = drive(bench, engine, asks, arrivals, aborts)
     # A fault that ends all requests of a step can end another marked one before its own.
-    assert sum(mark.fired > 0 for mark in faults.marks.values()) >= 2
+    assert sum(fault.fired > 0 for fault in faults.planned.values()) >= 2
     ended = {key for key, result in found.items() if isinstance(result, SightlineError)}
-    assert ended and ended <= faults.marks.keys() | faults.shared
+    assert ended and ended <= faults.planned.keys() | faults.shared
     for key, result in found.items():
         if key not in ended and key not in aborts:
             assert_equal(result, bench.alone(asks[key]))
@@ -290,7 +290,7 @@ async def test_a_stream_ends_with_its_error_and_the_others_go_on(bench, monkeypa
     try:
         with monkeypatch.context() as patch:
             faults = Faults(engine._engine, patch)
-            faults.marks = {"bad": Mark("text", after=5), "worse": Mark("forward pass")}
+            faults.planned = {"bad": PlannedFault("text", after=5), "worse": PlannedFault("forward pass")}
 
             async def collect(key: str) -> StreamUpdate | SightlineError:
                 prompt, _ = bench._prepare(asks[key].text, ())
@@ -306,7 +306,7 @@ async def test_a_stream_ends_with_its_error_and_the_others_go_on(bench, monkeypa
 
             found = dict(zip(asks, await asyncio.gather(*map(collect, asks)), strict=True))
         for key, result in found.items():
-            if key in faults.marks:
+            if key in faults.planned:
                 assert isinstance(result, RequestFailed)
             else:
                 assert_equal(result, wanted[key])

@@ -15,7 +15,7 @@ from tests.engine.rerun import rerun
 from . import tiny
 from .same import assert_same_output
 
-MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 TOKENS = 12
 
@@ -33,11 +33,14 @@ class Case:
 
 
 PROMPTS = [
-    ("describe this image " + MARK, [(60, 44)]),
-    (MARK + MARK + "what is shown in the pictures?", [(90, 30), (33, 70)]),
+    ("describe this image " + IMAGE, [(60, 44)]),
+    (IMAGE + IMAGE + "what is shown in the pictures?", [(90, 30), (33, 70)]),
     ("hello world 0 1 2 3", []),
-    ("a red square " + MARK + " on a blue " + MARK + " background " + MARK, [(20, 20), (64, 40), (41, 83)]),
-    (MARK, [(8, 90)]),
+    (
+        "a red square " + IMAGE + " on a blue " + IMAGE + " background " + IMAGE,
+        [(20, 20), (64, 40), (41, 83)],
+    ),
+    (IMAGE, [(8, 90)]),
 ]
 
 

@@ -34,7 +34,7 @@ from engine.weights import loader
 from tests.engine import tiny
 from tests.serving import serve_files
 
-MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=1)
 
 
@@ -69,7 +69,7 @@ def generated(llm: LLM, prompts) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def about(image, text: str = MARK + "what?") -> dict:
+def about(image, text: str = IMAGE + "what?") -> dict:
     return {"prompt": text, "multi_modal_data": {"image": image}}
 
 
@@ -81,7 +81,7 @@ def asked(url: str) -> list[dict]:
 def test_every_way_to_give_a_prompt(llm):
     one, two = tiny.picture(60, 44, 1), tiny.picture(24, 40, 2)
     encode = llm.get_tokenizer().encode
-    both = f"{MARK} and {MARK}"
+    both = f"{IMAGE} and {IMAGE}"
     prompts = [
         "hello world",
         {"prompt": "hello world"},
@@ -89,7 +89,7 @@ def test_every_way_to_give_a_prompt(llm):
         {"prompt_token_ids": np.array(encode("hello world"))},
         about(one),
         about([one]),
-        {"prompt_token_ids": encode(MARK + "what?"), "multi_modal_data": {"image": one}},
+        {"prompt_token_ids": encode(IMAGE + "what?"), "multi_modal_data": {"image": one}},
         about([one, two], both),
         about([two, one], both),
     ]
@@ -140,7 +140,7 @@ def test_what_an_output_says(llm):
 def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
     picture = tiny.picture(24, 24)
     with pytest.raises(MediaTooLarge, match="3 images, but limit_mm_per_prompt allows 2"):
-        generated(llm, about([picture] * 3, MARK * 3))
+        generated(llm, about([picture] * 3, IMAGE * 3))
     assert llm.config.limit_mm_per_prompt == {"image": 2, "video": 1}
     videos = {"prompt": "a", "multi_modal_data": {"video": [[picture] * 2] * 2}}
     with pytest.raises(MediaTooLarge, match="2 videos, but limit_mm_per_prompt allows 1"):
@@ -301,8 +301,11 @@ def test_the_collector_looks_at_what_a_call_makes_only(llm, monkeypatch):
 def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
     front = Frontend.load(EngineConfig(model=str(path)))
     image, video = tiny.picture(24, 24, 1), [tiny.picture(24, 24, 2)] * 2
-    mark = MARK.replace("image", "video")
-    prompt = {"prompt": f"{mark}{MARK}{MARK}", "multi_modal_data": {"image": [image] * 2, "video": video}}
+    placeholder = IMAGE.replace("image", "video")
+    prompt = {
+        "prompt": f"{placeholder}{IMAGE}{IMAGE}",
+        "multi_modal_data": {"image": [image] * 2, "video": video},
+    }
     encoded = []
 
     def encode(media, inputs):
@@ -322,11 +325,11 @@ def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
 @pytest.mark.parametrize(
     ("prompt", "params", "words"),
     [
-        (f"{MARK}{MARK} what?", {}, "placeholders"),
-        (f"{MARK} " + "what " * 300, {}, "maximum context length"),
-        (f"{MARK} what?", {"max_tokens": 10_000}, "max_tokens"),
-        (f"{MARK} what?", {"allowed_token_ids": [10**6]}, "vocabulary"),
-        (f"{MARK} what?", {"structured": StructuredSpec(kind="regex", text="(")}, "."),
+        (f"{IMAGE}{IMAGE} what?", {}, "placeholders"),
+        (f"{IMAGE} " + "what " * 300, {}, "maximum context length"),
+        (f"{IMAGE} what?", {"max_tokens": 10_000}, "max_tokens"),
+        (f"{IMAGE} what?", {"allowed_token_ids": [10**6]}, "vocabulary"),
+        (f"{IMAGE} what?", {"structured": StructuredSpec(kind="regex", text="(")}, "."),
     ],
 )
 @pytest.mark.parametrize("count", [1, 2])

@@ -13,7 +13,7 @@ from engine.loading import LoadedEngine, load_engine
 
 from . import tiny
 
-MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TEXTS = ["hello world", "describe this image in detail please", "a red square on a blue background 0 1 2 3 4"]
 ROOM = 80
 
@@ -34,7 +34,10 @@ class Oracle:
     def entry(self, key: tuple) -> dict:
         text, pictures = key
         images: list[Image.Image] = [self.pictures[i] for i in pictures]
-        return {"prompt": TEXTS[text] + MARK * len(images) + "what", "multi_modal_data": {"image": images}}
+        return {
+            "prompt": TEXTS[text] + IMAGE * len(images) + "what",
+            "multi_modal_data": {"image": images},
+        }
 
     def wanted(self, key: tuple, tokens: int) -> list[int]:
         if key not in self._wanted:

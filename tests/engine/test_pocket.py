@@ -45,7 +45,7 @@ def wanted(conversations) -> list[list[int]]:
     found = []
     llm = LLM(str(FOLDER), max_model_len=1024)
     for messages, images in conversations:
-        # The prompt of our own builder, marks in place: its ids are compared with Transformers' elsewhere.
+        # The prompt of our own builder, with placeholders: its ids are compared with Transformers' elsewhere.
         text = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt
         inputs = tiny.reference_inputs(FOLDER, text, images)
         with torch.inference_mode():

@@ -15,7 +15,7 @@ from engine.graphs import Capture
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
-from engine.vision.pixels import Pixels, blank
+from engine.vision.pixels import PixelInput, blank
 from engine.vision.resampler import Resampler
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
@@ -32,7 +32,7 @@ class SliceVisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.device = build.device
-        self.pixels = Pixels(config.normalisation, build)
+        self.pixels = PixelInput(config.normalisation, build)
         self.tower = VisionTransformer(config.tower, build)
         self.resampler = Resampler(
             config.num_queries, config.tower.hidden_size, config.out_features, config.num_heads, build
@@ -62,7 +62,7 @@ class SliceVisionEncoder(nn.Module):
             max(lengths),
             positions=torch.cat([self._positions(*size) for size in sizes]),
         )
-        patches = torch.cat([self.pixels(self.pixels.upload(entry.pixels)) for entry in media])
+        patches = torch.cat([self.pixels(self.pixels.to_device(entry.pixels)) for entry in media])
         rows = self.resampler(self.tower(patches, segments), sizes).flatten(0, 1)
         return list(rows.split([entry.item.num_tokens for entry in media]))
 

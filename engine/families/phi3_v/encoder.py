@@ -16,7 +16,7 @@ from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import MLPConnector
 from engine.vision.mlp_config import MLPConfig
-from engine.vision.pixels import Pixels, blank
+from engine.vision.pixels import PixelInput, blank
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
 
@@ -34,7 +34,7 @@ class HDVisionEncoder(nn.Module):
         self.device, self.dtype = build.device, build.dtype
         # Normalised in float32 in any model: the overview is interpolated from these numbers.
         exact = BuildContext(build.device, torch.float32, build.tp)
-        self.pixels = Pixels(config.normalisation, exact)
+        self.pixels = PixelInput(config.normalisation, exact)
         self.tower = VisionTransformer(config.tower, build)
         width = 4 * config.tower.hidden_size
         self.sub_GN = build.parameter(1, 1, 1, width)
@@ -53,7 +53,7 @@ class HDVisionEncoder(nn.Module):
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         for entry in media:
             self._check(entry)
-        crops = torch.cat([self.crops(self.pixels.upload(entry.pixels)) for entry in media])
+        crops = torch.cat([self.crops(self.pixels.to_device(entry.pixels)) for entry in media])
         features = self._features(crops)
         counts = [entry.item.grid[0] * entry.item.grid[1] + 1 for entry in media]
         joined = [

@@ -156,7 +156,7 @@ async def test_a_body_that_is_no_json_object(http, body):
 
 
 async def test_marks_typed_in_a_text_are_only_text(client):
-    """No image can be claimed by writing its mark."""
+    """No image can be claimed by writing its placeholder."""
     made = await client.chat.completions.create(
         model="pocket",
         messages=ask("<|vision_start|><|image_pad|><|vision_end|> What color is the circle?", circle("red")),

@@ -29,7 +29,7 @@ from engine.sampling_params import StructuredSpec
 from tests.engine import tiny
 
 ROOT = Path(__file__).parents[3]
-MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CHOICES = ["a red square", "a blue circle", "nothing at all"]
 
 
@@ -74,15 +74,18 @@ def entry(text: str, *sizes: tuple[int, int]) -> dict:
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 WORK = {
-    "one picture": (entry("describe this image " + MARK, (60, 44)), GREEDY),
-    "three pictures": (entry(f"{MARK} red {MARK} blue {MARK}", (20, 20), (64, 40), (41, 83)), GREEDY),
+    "one picture": (entry("describe this image " + IMAGE, (60, 44)), GREEDY),
+    "three pictures": (
+        entry(f"{IMAGE} red {IMAGE} blue {IMAGE}", (20, 20), (64, 40), (41, 83)),
+        GREEDY,
+    ),
     # Together they outgrow the blocks: one is interrupted and computed again.
     "two seeded answers": (
         entry("hello world"),
         SamplingParams(temperature=1.0, top_p=0.95, seed=5, n=2, max_tokens=90, ignore_eos=True),
     ),
     "penalties": (
-        entry("what is shown " + MARK, (33, 70)),
+        entry("what is shown " + IMAGE, (33, 70)),
         SamplingParams(temperature=0.0, repetition_penalty=1.4, presence_penalty=0.5, max_tokens=12),
     ),
     "log-probabilities": (
@@ -90,7 +93,7 @@ WORK = {
         SamplingParams(temperature=0.0, logprobs=2, prompt_logprobs=1, max_tokens=5, ignore_eos=True),
     ),
     "choice": (
-        entry("what is it? " + MARK, (30, 30)),
+        entry("what is it? " + IMAGE, (30, 30)),
         SamplingParams(
             temperature=1.0,
             seed=1,
@@ -264,7 +267,7 @@ def test_ranks_end_with_their_engine_however_it_ends(path, how):
 
 
 def test_a_script_that_comes_to_its_end_ends_quietly(path):
-    """With recorded steps too: what they hold must go in the right order."""
+    """With captured steps too: what their graphs hold must be freed in the right order."""
     script = SCRIPT[: SCRIPT.index("while")] + 'print(llm.generate("hello world", params, use_tqdm=False))'
     command = [sys.executable, "-c", script, str(path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -17,8 +17,8 @@ TOKENS = 10
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A rendered prompt with marks, and what they stand for."""
+class CasePrompt:
+    """A rendered prompt with placeholders, and what they stand for."""
 
     text: str
     pictures: tuple[Image.Image, ...] = ()
@@ -35,11 +35,11 @@ class Prompt:
         """Tells prompts apart."""
         return self.text, tuple(image.tobytes() for image in (*self.pictures, *self.frames))
 
-    def other(self) -> Prompt:
+    def other(self) -> CasePrompt:
         """The same words with other images and frames."""
         return replace(self, pictures=_others(self.pictures), frames=_others(self.frames))
 
-    def others(self) -> list[Prompt]:
+    def others(self) -> list[CasePrompt]:
         """The same with one image, or one frame, replaced by another: as many as it has."""
         return [
             replace(self, **{kind: (*images[:i], *_others(images[i : i + 1]), *images[i + 1 :])})
@@ -101,7 +101,7 @@ class Inputs:
 class Reference(Protocol):
     """A loaded checkpoint that we didn't load with our own code."""
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         """Return the reference's inputs in float32, on the CPU."""
 
 
@@ -115,7 +115,7 @@ class FamilyCase:
             names, the spelling and the shards of the public ones.
         reference: reads what ``make`` wrote.
         frame: the prompt around a text.
-        mark: what stands for the ``index``-th image of ``count``.
+        placeholder: what stands for the ``index``-th image of ``count``.
         video: what stands for a video; None if the model has none.
         options: of the engine.
     """
@@ -124,7 +124,7 @@ class FamilyCase:
     make: Callable[[Path, bool], object]
     reference: Callable[[Path], Reference]
     frame: str = "{}"
-    mark: Callable[[int, int], str] | None = None
+    placeholder: Callable[[int, int], str] | None = None
     video: str | None = None
     texts: tuple[str, ...] = ("hello world 0 1 2 3",)
     single: tuple[tuple[int, int], ...] = ((60, 44), (20, 24))
@@ -137,39 +137,41 @@ class FamilyCase:
         """Its outputs are vectors."""
         return self.options.get("task") == "embed"
 
-    def text_prompts(self) -> list[Prompt]:
-        return [Prompt(self.frame.format(text)) for text in self.texts]
+    def text_prompts(self) -> list[CasePrompt]:
+        return [CasePrompt(self.frame.format(text)) for text in self.texts]
 
-    def single_prompts(self) -> list[Prompt]:
+    def single_prompts(self) -> list[CasePrompt]:
         """An image at the end, and one at the start."""
-        if self.mark is None:
+        if self.placeholder is None:
             return []
         texts = ("describe this image {}", "{}what is shown?")
         return [
-            Prompt(self.frame.format(text.format(self.mark(0, 1))), (picture(*size, number),))
+            CasePrompt(self.frame.format(text.format(self.placeholder(0, 1))), (picture(*size, number),))
             for number, (text, size) in enumerate(zip(texts, self.single, strict=True))
         ]
 
-    def several_prompts(self) -> list[Prompt]:
+    def several_prompts(self) -> list[CasePrompt]:
         """Images next to each other, and apart."""
-        if self.mark is None:
+        if self.placeholder is None:
             return []
         found = []
         for number, (sizes, between) in enumerate(zip(self.several, ("", " and a red "), strict=False)):
-            marks = [self.mark(index, len(sizes)) for index in range(len(sizes))]
+            placeholders = [self.placeholder(index, len(sizes)) for index in range(len(sizes))]
             pictures = tuple(picture(*size, 10 + 10 * number + i) for i, size in enumerate(sizes))
-            found.append(Prompt(self.frame.format(between.join(marks) + "what differs?"), pictures))
+            found.append(
+                CasePrompt(self.frame.format(between.join(placeholders) + "what differs?"), pictures)
+            )
         return found
 
-    def video_prompts(self) -> list[Prompt]:
+    def video_prompts(self) -> list[CasePrompt]:
         """A video before an image."""
-        if self.video is None or self.mark is None:
+        if self.video is None or self.placeholder is None:
             return []
         frames = tuple(picture(40, 56, 50 + number) for number in range(self.frames))
-        text = f"a red square {self.video} on a blue {self.mark(0, 1)}"
-        return [Prompt(self.frame.format(text), (picture(20, 50, 60),), frames)]
+        text = f"a red square {self.video} on a blue {self.placeholder(0, 1)}"
+        return [CasePrompt(self.frame.format(text), (picture(20, 50, 60),), frames)]
 
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> list[CasePrompt]:
         """All kinds, mixed."""
         kinds = (self.single_prompts(), self.text_prompts(), self.several_prompts(), self.video_prompts())
         return [prompt for kind in kinds for prompt in kind]

@@ -45,24 +45,24 @@ def _minicpm_v(path: Path, hub: bool) -> None:
         split_shards(path)
 
 
-def _phi3_v_mark(index: int, count: int) -> str:
+def _phi3_v_placeholder(index: int, count: int) -> str:
     """Return an image's placeholder; they are numbered in the reverse order of the images."""
     return f"<|image_{count - index}|>"
 
 
 _QWEN = {
     "frame": qwen.FRAME,
-    "mark": lambda index, count: qwen.IMAGE,
+    "placeholder": lambda index, count: qwen.IMAGE,
     "video": qwen.VIDEO,
 }
 _PHI3_V = {
     "make": _phi3_v,
     "frame": "<|user|>\n{}<|end|>\n<|assistant|>\n",
-    "mark": _phi3_v_mark,
+    "placeholder": _phi3_v_placeholder,
 }
 _IDEFICS = {
     "frame": "<|im_start|>User:{}<end_of_utterance>\nAssistant:",
-    "mark": lambda index, count: "<image>",
+    "placeholder": lambda index, count: "<image>",
 }
 CASES = [
     FamilyCase(
@@ -70,21 +70,21 @@ CASES = [
         make_llava_1_5,
         LlavaReference,
         frame="USER: {} ASSISTANT:",
-        mark=lambda index, count: "<image>\n",
+        placeholder=lambda index, count: "<image>\n",
     ),
     FamilyCase(
         "LLaVA with Pixtral",
         partial(make_llava_variant, tower="pixtral", processor="Pixtral", layer=-1, text="mistral"),
         LlavaVariantReference,
         frame="<s>[INST]{}[/INST]",
-        mark=lambda index, count: "[IMG]",
+        placeholder=lambda index, count: "[IMG]",
     ),
     FamilyCase(
         "LLaVA-OneVision",
         make_onevision,
         OnevisionReference,
         frame=qwen.FRAME,
-        mark=lambda index, count: "<image>",
+        placeholder=lambda index, count: "<image>",
         video="<video>",
         # In several tiles, shrunk to 4 of them; and in a line of them.
         single=((190, 200), (300, 9)),
@@ -118,7 +118,7 @@ CASES = [
         _minicpm_v,
         minicpm_v.MiniCPMVReference,
         frame=qwen.FRAME,
-        mark=lambda index, count: minicpm_v.MARK,
+        placeholder=lambda index, count: minicpm_v.IMAGE,
         # Columns by rows of slices: 2 by 2, and none; 1 by 2, and 3 by 3; none, 6 by 1, and none.
         several=(((33, 70), (90, 80)), ((20, 20), (150, 24), (3, 2))),
     ),

@@ -12,10 +12,10 @@ from engine.encoder import EncoderEngine
 from engine.families.base import PromptAwareProcessor
 from engine.frontend import load_media_processor
 from engine.media.decode import upright_rgb
-from tests.engine.families.case import Prompt
+from tests.engine.families.case import CasePrompt
 
 
-def as_embeddings(config: EngineConfig, prompts: Sequence[Prompt]) -> list[list[Any]]:
+def as_embeddings(config: EngineConfig, prompts: Sequence[CasePrompt]) -> list[list[Any]]:
     """Per prompt the forms of ``multi_modal_data["image"]``: item by item, and all rows in one tensor."""
     encoder, processor = EncoderEngine.load(config), load_media_processor(config)
     assert processor is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
 from tests.engine.tiny import spread, tokenizer
 
@@ -104,7 +104,7 @@ class IdeficsReference:
             image_processor(path, kind, **options), tok, image_seq_len=rows
         )
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         pictures = [list(prompt.pictures)] if prompt.pictures else None
         arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
 from tests.engine.tiny import spread, tokenizer
 
@@ -94,23 +94,23 @@ class LlavaVariantReference:
         kind = stated["image_processor_type"].removesuffix("ImageProcessor")
         self.images = image_processor_class(kind).from_pretrained(path)
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         arguments: dict[str, torch.Tensor] = {}
         text = prompt.text
         if prompt.pictures:
             given = self.images(list(prompt.pictures), return_tensors="pt")
             config = self.model.config
-            mark = SPECIALS[config.image_token_id]
-            pieces = text.split(mark)
+            token = SPECIALS[config.image_token_id]
+            pieces = text.split(token)
             text = pieces[0]
             for index, piece in enumerate(pieces[1:]):
-                text += self.placeholder(given, index, mark) + piece
+                text += self.placeholder(given, index, token) + piece
             arguments = {name: torch.as_tensor(value) for name, value in given.items()}
         made = self.tokenizer(text, return_tensors="pt")
         arguments |= {name: made[name] for name in ("input_ids", "attention_mask")}
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
 
-    def placeholder(self, given: Any, index: int, mark: str) -> str:
+    def placeholder(self, given: Any, index: int, token: str) -> str:
         config = self.model.config
         patch = config.vision_config.patch_size
         if config.vision_config.model_type == "pixtral":
@@ -119,7 +119,7 @@ class LlavaVariantReference:
             return "[IMG_BREAK]".join(["[IMG]" * width] * height) + "[IMG_END]"
         described = SimpleNamespace(
             patch_size=patch,
-            image_token=mark,
+            image_token=token,
             num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
             vision_feature_select_strategy=config.vision_feature_select_strategy,
         )

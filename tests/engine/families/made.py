@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from engine import LLM, SamplingParams
-from tests.engine.families.case import TOKENS, FamilyCase, Inputs, Prompt, Reference
+from tests.engine.families.case import TOKENS, CasePrompt, FamilyCase, Inputs, Reference
 from tests.engine.families.compare import Asked, Tally, compare_completion, compare_vector
 from tests.engine.families.expected import Expected
 
@@ -38,13 +38,13 @@ class Made:
     def _reference(self) -> Reference:
         return self.case.reference(self.path)
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         if prompt.key not in self._inputs:
             with torch.inference_mode():
                 self._inputs[prompt.key] = self._reference.inputs(prompt)
         return self._inputs[prompt.key]
 
-    def answer(self, prompt: Prompt) -> Expected:
+    def answer(self, prompt: CasePrompt) -> Expected:
         if prompt.key not in self._answers:
             self._answers[prompt.key] = Expected(self.inputs(prompt), TOKENS)
         return self._answers[prompt.key]
@@ -60,7 +60,7 @@ class Made:
     def check(
         self,
         llm: LLM,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[CasePrompt],
         prompt_logprobs: int | None = None,
         block: int | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class Made:
             found = output.outputs[0].token_ids, output.outputs[0].finish_reason
             assert found == (([token], "stop") if token in ends else ([token] * 3, "length"))
 
-    def distances(self, llm: LLM, given: Sequence[Prompt], prompts: Sequence[Prompt]) -> list[float]:
+    def distances(self, llm: LLM, given: Sequence[CasePrompt], prompts: Sequence[CasePrompt]) -> list[float]:
         """Return distances of ``llm``'s outputs for the batch ``given`` from the reference's for ``prompts``.
 
         Of vectors, which have length 1, as it is. Of log-probabilities of prompts and of answers to them, as

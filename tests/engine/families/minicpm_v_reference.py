@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import all_tensors
 from tests.engine.tiny import spread, tokenizer
 
-MARK = "(<image>./</image>)"
+IMAGE = "(<image>./</image>)"
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -310,7 +310,7 @@ def load(path: Path) -> Reference:
 
 def prompt_ids(path: Path, prompt: str, images: Sequence[Image.Image], **options: Any) -> list[int]:
     """The prompt with its images written out, and tokenised whole."""
-    first, *rest = prompt.split(MARK)
+    first, *rest = prompt.split(IMAGE)
     assert len(rest) == len(images)
     text = first
     for index, (image, chunk) in enumerate(zip(images, rest, strict=True)):
@@ -333,7 +333,7 @@ class MiniCPMVReference:
         self._cut = {"resolution": stated["scale_resolution"], "limit": limit or stated["max_slice_nums"]}
         self._numbered, self._queries = stated["use_image_id"], stated["image_feature_size"]
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         options = {**self._cut, "numbered": self._numbered, "queries": self._queries}
         ids = prompt_ids(self.path, prompt.text, prompt.pictures, **options)
         embeds = self.model.embeds(ids, prompt.pictures, patch=self.model.patch, **self._cut)

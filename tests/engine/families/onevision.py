@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
 from tests.engine.tiny import rewrite_tensors, spread, tokenizer
 
@@ -114,9 +114,9 @@ class OnevisionReference:
             vision_aspect_ratio=self.model.config.vision_aspect_ratio,
         )
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         rows = "<video>" * (len(prompt.frames) * (-(-self.grid // 2)) ** 2 + 1)
-        # The processor refuses marks of videos that it isn't given: another special token stands in.
+        # The processor refuses placeholders of videos that it isn't given: another special token stands in.
         text = prompt.text.replace("<video>", rows.replace("<video>", "<|endoftext|>"))
         # Transformers' chats nest the images of a conversation: several are then shown in one crop each.
         pictures = [list(prompt.pictures)] if prompt.pictures else None

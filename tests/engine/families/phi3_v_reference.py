@@ -23,7 +23,7 @@ from tokenizers import processors
 from torch import nn
 
 from engine.media.image_ops import CLIP_MEAN, CLIP_STD
-from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import all_tensors
 from tests.engine.tiny import spread, tokenizer
 
@@ -239,7 +239,7 @@ class Phi3VReference:
         )
         self.model.language.generation_config.update(eos_token_id=[2, 6], pad_token_id=3)
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         ids = reference_ids(self.path, prompt.text)
         rows = {i + 1: self.model.rows(image, self.num_crops) for i, image in enumerate(prompt.pictures)}
         embeds = self.model.embeds(ids, rows)
@@ -249,7 +249,7 @@ class Phi3VReference:
 
 
 def reference_ids(path: Path, prompt: str) -> list[int]:
-    """Each text between marks tokenised by itself, BOS included; ``-k`` for ``<|image_k|>``."""
+    """Each text between placeholders tokenised by itself, BOS included; ``-k`` for ``<|image_k|>``."""
     tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
     ids: list[int] = []
     for index, piece in enumerate(re.split(r"<\|image_(\d+)\|>", prompt)):

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.video_utils import VideoMetadata
 
-from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.tiny import (
     QWEN_SPECIALS,
     QWEN_TEMPLATE,
@@ -123,7 +123,7 @@ def _save(
     tok = tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tok.chat_template = QWEN_TEMPLATE
     ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
-    marks = ("image_pad", "video_pad", "vision_start", "vision_end")
+    special_names = ("image_pad", "video_pad", "vision_start", "vision_end")
     config = getattr(transformers, f"{kind}Config")(
         text_config={
             **text,
@@ -136,8 +136,8 @@ def _save(
         vision_config=vision,
         tie_word_embeddings=tied,
         **{
-            f"{mark.removesuffix('_pad')}_token_id": tok.convert_tokens_to_ids(f"<|{mark}|>")
-            for mark in marks
+            f"{name.removesuffix('_pad')}_token_id": tok.convert_tokens_to_ids(f"<|{name}|>")
+            for name in special_names
         },
     )
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
@@ -212,13 +212,13 @@ class Reference:
         )
         self.processor = image_only(self.images, self.tokenizer)
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         text = prompt.text
         if prompt.frames:
             patches, grid = self.video(prompt.frames)
             rows = self.placeholder(len(prompt.frames), grid[0].tolist(), self.fps)
             text = text.replace("<|video_pad|>", rows)
-        # The processor refuses marks of videos that it isn't given: another special token stands in.
+        # The processor refuses placeholders of videos that it isn't given: another special token stands in.
         text = text.replace("<|video_pad|>", "<|vision_pad|>")
         made = self.processor(text=[text], images=list(prompt.pictures) or None, return_tensors="pt")
         arguments = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}

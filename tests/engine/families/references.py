@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.engine.families.case import Inputs, Prompt
+from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
 from tests.engine.tiny import make_llava, make_text
 
@@ -41,7 +41,7 @@ class LlavaReference:
             num_additional_image_tokens=1,
         )
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         pictures = list(prompt.pictures) or None
         arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
@@ -59,7 +59,7 @@ class TextReference:
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
 
-    def inputs(self, prompt: Prompt) -> Inputs:
+    def inputs(self, prompt: CasePrompt) -> Inputs:
         ids = self.tokenizer(prompt.text, return_tensors="pt").input_ids
         # Without a mask, generation would leave out what looks like padding.
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

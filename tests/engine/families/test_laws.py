@@ -14,7 +14,7 @@ import torch
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import InvalidRequest
 from engine.families.registry import supported_architectures
-from tests.engine.families.case import Prompt
+from tests.engine.families.case import CasePrompt
 from tests.engine.families.cases import CASES
 from tests.engine.families.embedded import as_embeddings
 from tests.engine.families.made import Made
@@ -35,13 +35,13 @@ def video(model: Made, hub: Made) -> None:
     """Frames as one item, before an image, each of which counts; models without videos say so."""
     if model.case.video is not None:
         _check_media(model, model.case.video_prompts())
-    elif model.case.mark is not None:
+    elif model.case.placeholder is not None:
         _check_refused(model, {"video": [picture(40, 56), picture(40, 56, 1)]}, "frames|videos")
     else:
         _check_refused(model, {"video": [picture(40, 56)]}, "no images")
 
 
-def _check_media(model: Made, prompts: list[Prompt]) -> None:
+def _check_media(model: Made, prompts: list[CasePrompt]) -> None:
     """The same words with another image have another answer, and the prefix cache keeps the two apart."""
     if not prompts:
         _check_refused(model, {"image": [picture(40, 56)]}, "no images")

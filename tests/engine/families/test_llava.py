@@ -56,7 +56,7 @@ def test_variants_answer_as_transformers_does(tmp_path, name, hub):
         case_named("LLaVA-1.5"),
         make=partial(make_llava_variant, **variant),
         reference=LlavaVariantReference,
-        mark=lambda index, count: "[IMG]" if variant.get("tower") == "pixtral" else "<image>",
+        placeholder=lambda index, count: "[IMG]" if variant.get("tower") == "pixtral" else "<image>",
     )
     Made(case, tmp_path / "made", hub).check_all()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.families.case import TOKENS, Prompt
+from tests.engine.families.case import TOKENS, CasePrompt
 from tests.engine.families.cases import case_named
 from tests.engine.families.expected import Expected
 from tests.engine.families.made import greedy
@@ -29,7 +29,7 @@ def ask(llm: Any, ids: list[int]) -> Any:
 @pytest.mark.parametrize("name", ["Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"])
 def test_answers_and_their_next_turn_are_those_of_transformers(made, name):
     model = made(case_named(name))
-    first = model.inputs(Prompt(FRAME.format(f"{VIDEO}what is shown?"), frames=FRAMES))
+    first = model.inputs(CasePrompt(FRAME.format(f"{VIDEO}what is shown?"), frames=FRAMES))
     answer = Expected(first, TOKENS)
     second = first.extended([*answer.tokens, *range(40, 60)])
     options = {"max_model_len": 1024, "kv_cache_bytes": 32 << 20, "block_size": 4}

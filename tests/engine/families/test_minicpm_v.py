@@ -20,7 +20,7 @@ from engine.vision.bucketed_positions import bucketed_positions
 from tests.engine.families import minicpm_v_reference as composed
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
-from tests.engine.families.minicpm_v_reference import MARK
+from tests.engine.families.minicpm_v_reference import IMAGE
 from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.families.qwen import FRAME
 from tests.engine.tiny import picture, rewrite_json, rewrite_tensors
@@ -88,24 +88,24 @@ def test_chat_messages_and_expanded_ids(path):
     images = [picture(60, 44), picture(20, 24, 1)]
     content = [
         {"type": "image", "image": images[0]},
-        {"type": "text", "text": "a red " + MARK + "<slice>"},
+        {"type": "text", "text": "a red " + IMAGE + "<slice>"},
         {"type": "image", "image": images[1]},
     ]
     messages, sources = parse_messages([{"role": "user", "content": content}])
     items = [media_processor(path).prepare(source.image).item for source in sources]
     ours = builder.from_messages(messages, items)
-    assert ours.text == FRAME.format(f"{MARK}\na red {MARK}<slice>\n{MARK}")
+    assert ours.text == FRAME.format(f"{IMAGE}\na red {IMAGE}<slice>\n{IMAGE}")
     assert [item.size for item in items] == [span.item.size for span in ours.spans] == [(60, 44), (20, 24)]
     assert ours.token_ids.count(composed.SPECIALS.index("<slice>")) == 4
-    plain = builder.from_text(FRAME.format(f"{MARK}\nand\n{MARK}"), items)
-    assert plain.token_ids == composed.prompt_ids(path, FRAME.format(f"{MARK}\nand\n{MARK}"), images)
+    plain = builder.from_text(FRAME.format(f"{IMAGE}\nand\n{IMAGE}"), items)
+    assert plain.token_ids == composed.prompt_ids(path, FRAME.format(f"{IMAGE}\nand\n{IMAGE}"), images)
     assert len(plain.spans[0].embed_index) == items[0].num_tokens
     again = builder.from_token_ids(plain.token_ids, items)
     assert [(s.offset, s.length) for s in again.spans] == [(s.offset, s.length) for s in plain.spans]
 
 
 def test_options_of_the_processor(path, tmp_path):
-    image, prompt = picture(90, 80), FRAME.format(MARK)
+    image, prompt = picture(90, 80), FRAME.format(IMAGE)
     assert media_processor(path, max_slice_nums=4).grid(image.size)[2:4] == (2, 2)
     assert media_processor(path, max_slice_nums=1).check(image.size) == composed.QUERIES
     llm = LLM(str(path), max_model_len=400, mm_processor_kwargs={"max_slice_nums": 4})

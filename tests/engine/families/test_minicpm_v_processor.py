@@ -14,7 +14,7 @@ from engine.families.minicpm_v.family import FAMILY
 from engine.inputs.embeds import given_embeddings
 from engine.layers.build import BuildContext
 from engine.vision.normalisation import HALF_NORMALISATION
-from engine.vision.pixels import Pixels
+from engine.vision.pixels import PixelInput
 from tests.engine.families import minicpm_v_reference as composed
 from tests.engine.tiny import TRANSFORMERS, picture, rewrite_json
 
@@ -41,8 +41,8 @@ def processor(tmp_path_factory):
 def encoder_pixels(media) -> torch.Tensor:
     """Return the pixels as the encoder normalises them."""
     build = BuildContext(torch.device("cpu"), torch.float32, SingleProcessGroup())
-    pixels = Pixels(HALF_NORMALISATION, build)
-    return pixels(pixels.upload(media.pixels))
+    pixels = PixelInput(HALF_NORMALISATION, build)
+    return pixels(pixels.to_device(media.pixels))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -14,7 +14,7 @@ from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.load import load_vision_encoder
 from engine.families.phi3_v.family import FAMILY
 from engine.frontend import load_media_processor
-from tests.engine.families.case import TOKENS, Prompt
+from tests.engine.families.case import TOKENS, CasePrompt
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.families.phi3_v_reference import ORIGINAL, Phi3VReference, canvas_of, make_phi3_v
@@ -35,10 +35,10 @@ def test_an_answer_that_grows_beyond_the_original_context_is_computed_again(comp
     path, _ = composed
     reference = Phi3VReference(path)
     images = (picture(28, 28, 5),) * pictures
-    mark = "<|image_1|>\n" * pictures
+    placeholder = "<|image_1|>\n" * pictures
 
-    def prompt_of(count: int) -> Prompt:
-        return Prompt(f"<|user|>\n{mark}{'a ' * count}<|end|>\n<|assistant|>\n", images)
+    def prompt_of(count: int) -> CasePrompt:
+        return CasePrompt(f"<|user|>\n{placeholder}{'a ' * count}<|end|>\n<|assistant|>\n", images)
 
     # One prompt ends just before the boundary, one behind it.
     near = next(n for n in range(ORIGINAL) if len(reference.inputs(prompt_of(n)).ids) >= ORIGINAL - 5)
@@ -98,7 +98,7 @@ def test_chat(tmp_path):
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     (output,) = model.llm().chat([{"role": "user", "content": content}], params, use_tqdm=False)
     assert output.prompt == prompt
-    assert output.outputs[0].token_ids == model.answer(Prompt(prompt, (image,))).tokens
+    assert output.outputs[0].token_ids == model.answer(CasePrompt(prompt, (image,))).tokens
 
 
 def test_refusals(composed, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.graphs import CudaRecorder
+from engine.graphs import CudaCapture
 from engine.kernels import pdl
 from engine.kernels.dispatch import linear, norm_linear
 from engine.kernels.skinny_gemm import split_counters
@@ -46,6 +46,6 @@ def test_each_kernel_waits_for_the_previous_one(device, rows):
             residual = expected if residual is None else expected + residual
             expected = residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + 1e-6)
         expected = expected @ weight.T
-    replay = CudaRecorder(device)(chain)
+    replay = CudaCapture(device)(chain)
     for result in (chain(), *(replay().clone() for _ in range(20))):
         assert (result.double() - expected).norm() < close * expected.norm()

@@ -21,7 +21,7 @@ from tests.engine.tiny import split_shards
 _LATER = ("rope_parameters",)
 
 
-def _phi3_v_mark(reverse: bool, index: int, count: int) -> str:
+def _phi3_v_placeholder(reverse: bool, index: int, count: int) -> str:
     return f"<|image_{count - index if reverse else index + 1}|>"
 
 
@@ -69,8 +69,8 @@ class Phi3VFamily:
         frame, end = (
             ("{}", "\n") if self.name == "vlm2vec" else ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>\n")
         )
-        mark = partial(_phi3_v_mark, draw.varies("images in reverse", 0.3))
-        style = Style(frame, end, mark=mark, longest=20.0, several=3)
+        placeholder = partial(_phi3_v_placeholder, draw.varies("images in reverse", 0.3))
+        style = Style(frame, end, placeholder=placeholder, longest=20.0, several=3)
         image = min(32044, raw["vocab_size"] - 1)
         reference = phi3_v.Phi3VReference(path, crops)
         # Phi-3's class looks for the crossing in token ids; this reference gives it embeddings.
@@ -125,7 +125,11 @@ class MiniCPMVFamily:
             limit = draw.choice("slices of the option", (1, 3, 6))
             options["mm_processor_kwargs"] = {"max_slice_nums": limit}
         style = Style(
-            FRAME, "<|im_end|>\n", mark=lambda index, count: minicpm_v.MARK, longest=20.0, several=3
+            FRAME,
+            "<|im_end|>\n",
+            placeholder=lambda index, count: minicpm_v.IMAGE,
+            longest=20.0,
+            several=3,
         )
         reference = minicpm_v.MiniCPMVReference(path, limit)
         image = minicpm_v.SPECIALS.index("<unk>")

@@ -87,7 +87,7 @@ class IdeficsFamily:
         style = Style(
             "<|im_start|>User:{}<end_of_utterance>\nAssistant:",
             "<end_of_utterance>\n",
-            mark=lambda index, count: "<image>",
+            placeholder=lambda index, count: "<image>",
             longest=6.0,
             several=3,
         )

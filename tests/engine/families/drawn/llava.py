@@ -36,8 +36,8 @@ class LlavaFamily:
             text["model_type"] = kind
         side, patch = draw_side(draw)
         tower = self._tower(draw, side, patch)
-        mark = "[IMG]" if tower["model_type"] == "pixtral" else "<image>"
-        image = LLAVA_SPECIALS.index(mark)
+        image_text = "[IMG]" if tower["model_type"] == "pixtral" else "<image>"
+        image = LLAVA_SPECIALS.index(image_text)
         raw: dict[str, Any] = {
             "model_type": "llava",
             "torch_dtype": "float32",
@@ -52,18 +52,20 @@ class LlavaFamily:
         if tied is not None:
             (raw if draw.varies("tied stated outside", 0.5) else text)["tie_word_embeddings"] = tied
         strategy = draw.variant("strategy", ("", "default", "full"), 0.6)
-        if mark == "[IMG]":
+        if image_text == "[IMG]":
             strategy = "full"
         if strategy:
             raw["vision_feature_select_strategy"] = strategy
         architecture = "LlavaForConditionalGeneration"
         # Pixtral's tower has one name.
-        renamed = draw.varies("hub names", 0.5) and mark == "<image>"
+        renamed = draw.varies("hub names", 0.5) and image_text == "<image>"
         model = write_model(draw, path, raw, architecture, _hub_name if renamed else None)
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         self._processor(draw, path, side, tower)
-        style = Style("USER: {} ASSISTANT:", "</s>", mark=lambda index, count: mark + "\n", longest=40.0)
+        style = Style(
+            "USER: {} ASSISTANT:", "</s>", placeholder=lambda index, count: image_text + "\n", longest=40.0
+        )
         lengths, media = lengths_of(kind, text), frozenset({image})
         return Drawn(
             path,
@@ -172,7 +174,7 @@ class OnevisionFamily:
         style = Style(
             FRAME,
             "<|im_end|>\n",
-            mark=lambda index, count: "<image>",
+            placeholder=lambda index, count: "<image>",
             video="<video>",
             area=4 * side * side,
             longest=40.0,

@@ -15,7 +15,7 @@ from engine import LLM, SamplingParams
 from engine.errors import InvalidRequest
 from engine.executor.launch import Launcher
 from tests.engine.executor.threads import ThreadLauncher
-from tests.engine.families.case import Prompt
+from tests.engine.families.case import CasePrompt
 from tests.engine.families.compare import Asked, Tally, compare_completion, compare_vector
 from tests.engine.families.drawn.checkpoint import STEPS, Drawn, NotAModel, ends_of
 from tests.engine.families.drawn.choices import Draw
@@ -29,7 +29,7 @@ class Question:
     """A prompt of the case, what the reference makes of it, and what is asked of the engine."""
 
     number: int
-    prompt: Prompt
+    prompt: CasePrompt
     expected: Expected
     params: SamplingParams
 
@@ -49,7 +49,7 @@ class Session:
         self.draw, self.drawn, self._options = draw, drawn, dict(options)
         self.questions: list[Question] = []
 
-    def ask(self, number: int, prompt: Prompt) -> str | None:
+    def ask(self, number: int, prompt: CasePrompt) -> str | None:
         """Add a question about ``prompt``; the reason if it can't be one."""
         try:
             inputs = self.drawn.reference.inputs(as_seen(prompt))
@@ -274,7 +274,7 @@ def _full_blocks(question: Question, known: int, size: int) -> tuple[int, int]:
     return known // size * size, (question.length - 1) // size * size
 
 
-def _in_order(prompt: Prompt) -> Prompt:
+def _in_order(prompt: CasePrompt) -> CasePrompt:
     """The prompt with its images in the order of their places: token ids don't show numbered placeholders."""
     numbers = [int(number) - 1 for number in re.findall(r"<\|image_(\d+)\|>", prompt.text)]
     return replace(prompt, pictures=tuple(prompt.pictures[i] for i in numbers)) if numbers else prompt

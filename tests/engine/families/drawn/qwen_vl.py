@@ -56,7 +56,7 @@ class QwenVLFamily:
         style = Style(
             qwen.FRAME,
             "<|im_end|>\n",
-            mark=lambda index, count: qwen.IMAGE,
+            placeholder=lambda index, count: qwen.IMAGE,
             video=qwen.VIDEO,
             area=60 * cell * cell,
             longest=draw.variant("longest images", (8.0, 100.0, 250.0), 0.2),
@@ -76,12 +76,12 @@ class QwenVLFamily:
 
     def _config(self, draw: Draw, vocab: int, tokens: int) -> dict[str, Any]:
         text = draw_decoder(draw, self.name, vocab, tokens=tokens, section=True)
-        marks = ("image_pad", "video_pad", "vision_start", "vision_end")
+        special_names = ("image_pad", "video_pad", "vision_start", "vision_end")
         raw: dict[str, Any] = {
             "model_type": self.name,
             "torch_dtype": "float32",
             "vision_config": self._vision(draw, text["hidden_size"]),
-            **{f"{m.removesuffix('_pad')}_token_id": QWEN_SPECIALS.index(f"<|{m}|>") for m in marks},
+            **{f"{m.removesuffix('_pad')}_token_id": QWEN_SPECIALS.index(f"<|{m}|>") for m in special_names},
         }
         text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
         nested = self.kind == "Qwen3VL" or draw.varies("text_config", 0.4)
