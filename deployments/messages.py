@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic_core import from_json
@@ -62,7 +62,7 @@ class MessageBuilder:
                 yield from self._delta(event)
 
     def finish(
-        self, delta: ChoiceDelta | None, usage: Usage, reasoning_tokens: int, extras: Json
+        self, delta: ChoiceDelta | None, usage: Usage, reasoning_tokens: int, extras: Mapping[str, Any] = {}
     ) -> Iterator[Json]:
         """End the message.
 
@@ -72,7 +72,7 @@ class MessageBuilder:
         """
         yield from self._end_block()
         stop_reason, sequence = self._stop_reason(delta, usage.completion_tokens)
-        counts = _usage(usage, reasoning_tokens) | extras
+        counts = {**_usage(usage, reasoning_tokens), **extras}
         self.message |= {"stop_reason": stop_reason, "stop_sequence": sequence, "usage": counts}
         ended = {"stop_reason": stop_reason, "stop_sequence": sequence}
         yield {"type": "message_delta", "delta": ended, "usage": counts}

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,9 @@ class ResponseBuilder:
             if isinstance(event, Text):
                 waiting = []
 
-    def finish(self, reason: str | None, usage: Usage, reasoning_tokens: int, extras: Json) -> Iterator[Json]:
+    def finish(
+        self, reason: str | None, usage: Usage, reasoning_tokens: int, extras: Mapping[str, Any] = {}
+    ) -> Iterator[Json]:
         """End the response, as completed or incomplete.
 
         Args:
