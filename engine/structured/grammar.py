@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import llguidance
+import numpy as np
 import tokenizers
 
 from engine.errors import InvalidRequest, Overloaded
 from engine.sampling_params import StructuredSpec
 from engine.structured.checks import GrammarRefused, check_spec, refusal
-from engine.structured.json_schema import plainer
+from engine.structured.json_escapes import within_escape
+from engine.structured.json_schema import literals, plainer
 from engine.structured.matcher import Grammar
 from engine.structured.prepare import prepare
 from engine.structured.prober import LIMITS, GrammarProber
@@ -139,12 +143,14 @@ class GrammarCompiler:
         if not self._eos_ids:
             raise GrammarRefused("this model has no end token, so that no answer could end after it is whole")
         parts = self._set_up(spec.kind == "grammar")
-        text = parts.prober.probe(spec.kind, prepare(spec, parts.speller))
+        text = prepare(spec, parts.speller)
+        probed = parts.prober.probe(spec.kind, text)
         limits = llguidance.LLParserLimits(**LIMITS)
-        matcher = llguidance.LLMatcher(parts.tokenizer, text, limits=limits, log_level=0)
+        matcher = llguidance.LLMatcher(parts.tokenizer, probed.text, limits=limits, log_level=0)
         if matcher.is_error():
             raise GrammarRefused(matcher.get_error())
-        return Grammar(matcher, self._eos_ids, self._executor)
+        whole = probed.lacks_escapes and parts.can_spell_literals(json.loads(text))
+        return Grammar(matcher, self._eos_ids, self._executor, parts.whole_escapes if whole else None)
 
     def _keep(self, entries: OrderedDict, spec: StructuredSpec, value: object) -> None:
         with self._lock:
@@ -179,13 +185,35 @@ class GrammarCompiler:
             speller.segmenter.cuts_all,
         )
         prober = GrammarProber(vocabulary, processes=self._processes, time_limit=self._time_limit)
-        return _VocabularyParts(speller, vocabulary.for_llguidance(), prober)
+        return _VocabularyParts(speller, vocabulary.for_llguidance(), prober, self._vocab_size)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _VocabularyParts:
-    """Objects that are built once per vocabulary."""
+    """Objects that are built once per vocabulary.
 
-    speller: Speller
-    tokenizer: llguidance.LLTokenizer
-    prober: GrammarProber
+    Args:
+        vocab_size: width of the logits.
+    """
+
+    def __init__(
+        self, speller: Speller, tokenizer: llguidance.LLTokenizer, prober: GrammarProber, vocab_size: int
+    ) -> None:
+        self.speller, self.tokenizer, self.prober = speller, tokenizer, prober
+        self._vocab_size = vocab_size
+
+    @cached_property
+    def _whole_ids(self) -> frozenset[int]:
+        return frozenset(i for i, piece in enumerate(self.speller.token_bytes) if not within_escape(piece))
+
+    @cached_property
+    def whole_escapes(self) -> np.ndarray:
+        """(ceil(V / 32),) int32: a mask of the tokens that don't end within an escape of a JSON string."""
+        bits = np.zeros(-(-self._vocab_size // 32) * 32, np.uint8)
+        bits[list(self._whole_ids)] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+    def can_spell_literals(self, schema: Any) -> bool:
+        """Return whether :attr:`whole_escapes` can spell every value and key that ``schema`` spells out."""
+        spelled = (json.dumps(literal, ensure_ascii=False) for literal in literals(schema))
+        cut = self.speller.segmenter.can_cut
+        return all("\\" not in text or cut(text.encode(), self._whole_ids) for text in spelled)

@@ -29,12 +29,27 @@ def escape_options(schema: Any) -> dict[str, Any]:
     Left alone, llguidance lets a string begin ``\u00`` and then only end in a control character: a model that
     writes ``\u00e9`` is led to ``\u0000``. It can allow all ``\uXXXX``, but not in strings that follow a
     pattern. Where no pattern allows an escaped character, nothing can be begun there, and all are allowed
-    elsewhere. Otherwise no ``\u`` is ever begun: a character that needs one can't come then.
+    elsewhere. Otherwise no ``\u`` is ever begun: a character that needs one can't come then. For the short
+    escapes that are left see :func:`within_escape`.
     """
     patterns = list(dict.fromkeys(_patterns(schema)))
     if patterns and _may_hold_escapes(patterns) and not _names_escapes(schema):
         return {"json_allowed_escapes": _SHORT_ESCAPES}
     return {"json_allow_general_unicode_escapes": True}
+
+
+def lacks_escapes(options: dict[str, Any]) -> bool:
+    """Return whether an escape that was begun can't become any escape, under :func:`escape_options`."""
+    return "json_allowed_escapes" in options
+
+
+def within_escape(token: bytes) -> bool:
+    r"""Return whether ``token`` begins an escape and doesn't end it: it ends in an odd number of ``\``.
+
+    A model may mean ``\u00e9`` and spell it with a lone ``\`` first. It must not choose that token where only
+    short escapes may follow. Tokens such as ``\n`` and ``\"`` are whole escapes.
+    """
+    return (len(token) - len(token.rstrip(b"\\"))) % 2 == 1
 
 
 def _patterns(schema: Any) -> Iterator[str]:

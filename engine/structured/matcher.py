@@ -13,12 +13,20 @@ class GrammarMatcher:
 
     Once EOS was accepted, only EOS may follow, and any number of them. After an error nothing may follow, not
     even EOS: an answer that breaks off must not look like a whole one.
+
+    Args:
+        preferred: a row of a mask; see :meth:`Grammar.__init__`.
     """
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, eos_ids: frozenset[int], executor: llguidance.LLExecutor
+        self,
+        matcher: llguidance.LLMatcher,
+        eos_ids: frozenset[int],
+        executor: llguidance.LLExecutor,
+        preferred: np.ndarray | None = None,
     ) -> None:
         self._matcher, self._eos_ids, self._executor = matcher, eos_ids, executor
+        self._preferred = preferred
         # EOS is counted here, since the library doesn't roll it back like other tokens.
         self._num_eos = 0
 
@@ -53,9 +61,11 @@ class GrammarMatcher:
         self._overwrite(row)
 
     def _overwrite(self, row: np.ndarray) -> None:
-        """Write the mask of a sequence that has ended. Computing a mask can lead to an error, too; llguidance
-        allows EOS then."""
+        """Narrow a mask to preferred tokens, or write the mask of a sequence that has ended. Computing a mask
+        can lead to an error, too; llguidance allows EOS then."""
         if self._needs_mask:
+            if self._preferred is not None and (narrowed := row & self._preferred).any():
+                row[:] = narrowed
             return
         row[:] = 0
         if not self._matcher.is_error():
@@ -100,22 +110,34 @@ class GrammarMatcher:
 
     def clone(self) -> GrammarMatcher:
         """An independent matcher in the same state."""
-        copy = GrammarMatcher(self._matcher.deep_copy(), self._eos_ids, self._executor)
+        copy = GrammarMatcher(self._matcher.deep_copy(), self._eos_ids, self._executor, self._preferred)
         copy._num_eos = self._num_eos
         return copy
 
 
 class Grammar:
-    """A compiled grammar, shared by all sequences that follow it."""
+    """A compiled grammar, shared by all sequences that follow it.
+
+    Args:
+        matcher: at the start.
+        eos_ids: tokens that end a sequence.
+        executor: computes masks in parallel.
+        preferred: a row of a mask: other tokens may come only where none of these may. None for all tokens.
+    """
 
     def __init__(
-        self, matcher: llguidance.LLMatcher, eos_ids: frozenset[int], executor: llguidance.LLExecutor
+        self,
+        matcher: llguidance.LLMatcher,
+        eos_ids: frozenset[int],
+        executor: llguidance.LLExecutor,
+        preferred: np.ndarray | None = None,
     ) -> None:
         self._initial, self._eos_ids, self._executor = matcher, eos_ids, executor
+        self._preferred = preferred
 
     def matcher(self) -> GrammarMatcher:
         """A matcher at the start; microseconds."""
-        return GrammarMatcher(self._initial.deep_copy(), self._eos_ids, self._executor)
+        return GrammarMatcher(self._initial.deep_copy(), self._eos_ids, self._executor, self._preferred)
 
     def first_mask(self, vocab_size: int) -> np.ndarray:
         """(ceil(V / 32),) int32: the tokens that an answer may begin with. Milliseconds."""

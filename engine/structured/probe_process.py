@@ -3,7 +3,7 @@
 Compilation can need minutes or gigabytes for a few hundred bytes of schema, and overflow the stack; a process
 can be killed for it. Started as a script that imports little of the engine. It reads JSON lines from its
 standard input: first ``{token_bytes, control, eos_ids, limits, memory}``, then jobs ``{kind, text, steps}``.
-It answers each with a line: ``{"ok": grammar, "rss": KiB}`` or ``{"error": message}``.
+It answers each with a line: ``{"ok": grammar, "lacks_escapes": bool, "rss": KiB}`` or ``{"error": message}``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import llguidance
 # The engine beside this file, wherever another one is installed.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from engine.structured.json_escapes import escape_options
+from engine.structured.json_escapes import escape_options, lacks_escapes
 from engine.structured.vocabulary import Vocabulary
 
 # What passes here is compiled and stepped again on threads with stacks of the usual 8 MiB, at least 2 MiB.
@@ -39,8 +39,8 @@ _NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _DEAD_END = "the tokens of this model's vocabulary can't spell any whole answer"
 
 
-def to_grammar(kind: str, text: str, *, forces: bool) -> str:
-    """llguidance's own form of a structured spec.
+def to_grammar(kind: str, text: str, *, forces: bool) -> tuple[str, bool]:
+    """llguidance's own form of a structured spec, and whether its JSON strings lack some escapes.
 
     Args:
         forces: text that must come is cut into tokens as the tokenizer does it. Otherwise any tokens that
@@ -49,17 +49,20 @@ def to_grammar(kind: str, text: str, *, forces: bool) -> str:
     Raises:
         ValueError: it can't be converted.
     """
+    lacks = False
     if kind == "grammar":
         grammar = llguidance.grammar_from("grammar", text)
     elif kind in ("json_object", "json_schema"):
         schema = json.loads(text) if kind == "json_schema" else {"type": "object"}
-        options = {"whitespace_pattern": WHITESPACE, **escape_options(schema)}
+        escapes = escape_options(schema)
+        lacks = lacks_escapes(escapes)
+        options = {"whitespace_pattern": WHITESPACE, **escapes}
         grammar = "start: %json " + json.dumps({"x-guidance": options, **schema})
     else:
         # ``\d`` in a pattern of answers means the ASCII digits, 0 to 9.
         regex = text if kind == "regex" else "|".join(map(escape, json.loads(text)))
         grammar = f"start: /{llguidance.regex_to_lark(regex, 'd')}/"
-    return llguidance.LLMatcher.grammar_from_lark(grammar if forces else _NO_FORCING + grammar)
+    return llguidance.LLMatcher.grammar_from_lark(grammar if forces else _NO_FORCING + grammar), lacks
 
 
 def escape(text: str) -> str:
@@ -101,14 +104,14 @@ def compile_one(
     setup: dict[str, Any], tokenizer: llguidance.LLTokenizer, job: dict[str, Any]
 ) -> dict[str, Any]:
     try:
-        grammar = to_grammar(job["kind"], job["text"], forces=setup["complete"])
+        grammar, lacks = to_grammar(job["kind"], job["text"], forces=setup["complete"])
     except ValueError as error:
         return {"error": str(error)}
     limits = llguidance.LLParserLimits(**setup["limits"])
     matcher = llguidance.LLMatcher(tokenizer, grammar, limits=limits, log_level=0)
     if reason := walk(matcher, setup["eos_ids"], job["steps"]):
         return {"error": reason}
-    return {"ok": grammar, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return {"ok": grammar, "lacks_escapes": lacks, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
 def serve(jobs: queue.SimpleQueue[str]) -> None:

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,19 @@ LIMITS: dict[str, Any] = {"max_lexer_states": 30_000, "verbose_errors": False}
 _PROBE_STEPS = 48
 _START_SECONDS = 60.0
 _RECYCLE_KIB = 96 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A grammar that can be compiled.
+
+    Attributes:
+        text: llguidance's form of it.
+        lacks_escapes: its JSON strings may hold some escapes, but not all.
+    """
+
+    text: str
+    lacks_escapes: bool
 
 
 class GrammarProber:
@@ -52,8 +66,8 @@ class GrammarProber:
             self._idle.put(None)
         self._count = processes
 
-    def probe(self, kind: str, text: str) -> str:
-        """llguidance's form of a grammar that has compiled and been followed for some tokens.
+    def probe(self, kind: str, text: str) -> Probed:
+        """A grammar that has compiled and been followed for some tokens.
 
         Raises:
             GrammarRefused: with a reason.
@@ -80,7 +94,7 @@ class GrammarProber:
             self._idle.put(process)
         if "error" in answer:
             raise GrammarRefused(answer["error"])
-        return answer["ok"]
+        return Probed(answer["ok"], answer["lacks_escapes"])
 
     def close(self) -> None:
         """Ends the processes; grammars that are being tried out are waited for."""

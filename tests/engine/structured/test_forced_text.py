@@ -10,6 +10,7 @@ import pytest
 from engine.errors import InvalidRequest
 from engine.sampling_params import StructuredSpec
 from engine.structured.grammar import GrammarCompiler
+from engine.structured.json_escapes import within_escape
 from engine.text.tokenizer import Tokenizer
 from tests.engine.tokenizers import KINDS
 
@@ -226,11 +227,34 @@ def test_no_escape_is_begun_that_a_pattern_would_bend(pattern, where):
         schema = {"type": "object", "patternProperties": {pattern: {}}, "additionalProperties": False}
     schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": schema}, "required": ["a", "b"]}
     start = '{"a": "é\\n' if where == "pattern" else '{"a": "", "b": {"'
-    backslash, u = model.tokenizer.token_id("\\"), model.tokenizer.token_id("u")
+    backslash = model.tokenizer.token_id("\\")
     matcher = model.compile("json_schema", json.dumps(schema)).matcher()
     assert matcher.accept([i for c in start for i in model.tokenizer.encode_piece(c)])
-    if backslash in model.allowed(matcher):
-        assert matcher.accept([backslash]) and u not in model.allowed(matcher)
+    assert backslash not in model.allowed(matcher)
+    rows = np.zeros((2, (model.size + 31) // 32), np.int32)
+    matcher.fill_masks([(matcher, 0), (matcher.clone(), 1)], rows)
+    assert (rows[0] == rows[1]).all() and not rows[0][backslash // 32] >> backslash % 32 & 1
+
+
+def test_a_lone_backslash_comes_where_nothing_else_can():
+    """Patterns and values that can't be written without an escape, in a vocabulary that has no whole ones."""
+    model = vocabulary("byte_level")
+    assert model.tokenizer.token_id('\\"') is None
+    backslash = model.tokenizer.token_id("\\")
+    matcher = model.compile("json_schema", json.dumps({"type": "string", "pattern": '^"+$'})).matcher()
+    assert matcher.accept(model.tokenizer.encode_piece('"')) and model.allowed(matcher) == [backslash]
+    schema = {"anyOf": [{"const": 'a"b'}, {"const": "ac"}, {"type": "string", "pattern": "^[^a].*$"}]}
+    matcher = model.compile("json_schema", json.dumps(schema)).matcher()
+    assert matcher.accept([i for c in '"a' for i in model.tokenizer.encode_piece(c)])
+    assert backslash in model.allowed(matcher)
+
+
+@pytest.mark.parametrize(
+    ("token", "within"),
+    [(b"\\", True), (b"\\\\", False), (b"a\\\\\\", True), (b'\\"', False), (b"\\n", False), (b"", False)],
+)
+def test_tokens_that_end_within_an_escape(token, within):
+    assert within_escape(token) is within
 
 
 def test_a_value_that_needs_an_escape_has_it():
