@@ -12,8 +12,6 @@ from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 from engine import LLM, SamplingParams
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.sampling_params import StructuredSpec
-from models import samples as data
-from models.eval_pocket import messages
 
 from . import tiny
 
@@ -193,17 +191,19 @@ SCHEMA = {
 }
 
 
-def test_an_answer_under_a_schema_always_parses(llm):
-    """Two hundred answers, hot enough that the model alone would write nonsense."""
-    conversations = [messages(sample) for sample in data.evaluation_set("caption", 20)]
+def test_an_answer_under_a_schema_always_parses(spread):
+    """Two hundred answers of random weights, which alone would write nonsense."""
+    path, _ = spread
+    llm = LLM(str(path), max_model_len=1024, max_num_seqs=64)
     params = SamplingParams(
         temperature=1.5,
-        max_tokens=200,
-        n=10,
+        max_tokens=900,
+        n=50,
         seed=1,
         structured=StructuredSpec(kind="json_schema", text=json.dumps(SCHEMA)),
     )
-    outputs = llm.chat(conversations, params, use_tqdm=False)
+    prompts = [PROMPT + "hello world" * count for count in range(4)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     answers = [completion for output in outputs for completion in output.outputs]
     assert len(answers) == 200
     for answer in answers:
