@@ -22,6 +22,10 @@ from engine.vision.crops_config import CropVisionConfig
 _MAX_EDGE = 4096
 
 
+#: Longer side of an image where the file states none, whatever the tower's size.
+_DEFAULT_EDGE = 4 * 364
+
+
 @dataclass(frozen=True, slots=True)
 class Idefics3Processor:
     """See :class:`engine.families.base.MediaProcessor`.
@@ -52,7 +56,7 @@ class Idefics3Processor:
         """The checkpoint's processor with the options ``do_image_splitting`` and ``size``."""
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
-        require_steps(raw, "do_resize", "do_rescale", "do_normalize")
+        require_steps(raw, "do_resize")
         crop = (raw.get("max_image_size") or {}).get("longest_edge", vision.image_size)
         if crop != vision.image_size:
             raise CheckpointError(
@@ -61,7 +65,8 @@ class Idefics3Processor:
                 param="max_image_size",
             )
         split = options.get("do_image_splitting", raw.get("do_image_splitting", True))
-        size = options.get("size", {"longest_edge": (raw.get("size") or {}).get("longest_edge", 4 * crop)})
+        stated = (raw.get("size") or {}).get("longest_edge", _DEFAULT_EDGE)
+        size = options.get("size", {"longest_edge": stated})
         if not isinstance(split, bool):
             raise bad_option("do_image_splitting", split, "true or false")
         if "size" in options and not _is_edge(size):

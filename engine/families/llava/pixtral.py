@@ -51,7 +51,7 @@ class PixtralProcessor:
                 f"{_FILE}: image_processor_type {kind} doesn't fit the tower; PixtralImageProcessor does",
                 param="image_processor_type",
             )
-        require_steps(raw, "do_resize", "do_rescale", "do_normalize")
+        require_steps(raw, "do_resize")
         if raw.get("do_center_crop"):
             raise CheckpointError(f"{_FILE}: do_center_crop true is not supported", param="do_center_crop")
         # The whole processor's patch counts, as in Transformers; the image processor has one of its own.

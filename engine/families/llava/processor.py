@@ -11,9 +11,8 @@ import numpy as np
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ModelConfig
-from engine.families.parsing.processor import require_steps
 from engine.media.centre import FILTERS, centre_of_resized, centre_square
-from engine.media.image_ops import check_aspect_ratio, resize
+from engine.media.image_ops import CLIP_MEAN, check_aspect_ratio, resize
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square
 from engine.prompt import MediaItem, PreparedMedia
@@ -25,6 +24,11 @@ if TYPE_CHECKING:
 _FILE = "preprocessor_config.json"
 #: Image processors by the beginning of ``image_processor_type``, and whether they crop by default.
 _CROPS = {"CLIP": True, "Llava": True, "Siglip": False}
+_DEFAULT_SIZES: dict[str, dict[str, int]] = {
+    "CLIP": {"shortest_edge": 224},
+    "Llava": {"shortest_edge": 224},
+    "Siglip": {"height": 224, "width": 224},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +67,14 @@ class LlavaProcessor:
         """
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
-        require_steps(raw, "do_rescale", "do_normalize")
         kind, side = _kind(raw), vision.image_size
-        shortest, exact = _size(raw.get("size", side)) if raw.get("do_resize", True) else (None, None)
+        # With the crop's size alone, the other one is the default of Transformers' classes.
+        size = raw.get("size", _DEFAULT_SIZES[kind] if "crop_size" in raw else side)
+        shortest, exact = _size(size) if raw.get("do_resize", True) else (None, None)
         background = None
         if kind == "Llava" and raw.get("do_pad", False):
-            # The mean colour, rounded as in Transformers.
-            background = tuple(int(value * 255) for value in vision.normalisation.mean)
+            # The mean colour, rounded as in Transformers, whether or not pixels are normalised by it.
+            background = tuple(int(value * 255) for value in raw.get("image_mean") or CLIP_MEAN)
         processor = cls(
             side,
             vision.rows_per_crop,

@@ -72,7 +72,7 @@ class LlavaOnevisionProcessor:
         assert isinstance(vision, AnyresConfig)
         assert config.image_token_id is not None and config.video_token_id is not None
         side = vision.crops.image_size
-        require_steps(raw, "do_resize", "do_rescale", "do_normalize")
+        require_steps(raw, "do_resize")
         size = raw.get("size") or {}
         if {size.get(name, side) for name in ("height", "width", "shortest_edge")} != {side}:
             raise CheckpointError(
@@ -85,7 +85,7 @@ class LlavaOnevisionProcessor:
                 param="image_grid_pinpoints",
             )
         videos = checkpoint.video_preprocessor_config
-        require_steps(videos, "do_resize", "do_rescale", "do_normalize")
+        require_steps(videos, "do_resize")
         require_same_colours(videos, vision.crops.normalisation, CLIP_NORMALISATION)
         size = videos.get("size") or {}
         if {size.get(name, side) for name in ("height", "width")} != {side}:

@@ -18,7 +18,7 @@ from engine.families.minicpm_v.config import SliceVisionConfig
 from engine.families.minicpm_v.processor import MiniCPMVProcessor
 from engine.families.parsing.decoder import DecoderKind
 from engine.families.parsing.fields import Json, integer
-from engine.families.parsing.model import ConfigReader
+from engine.families.parsing.model import ConfigReader, token_field
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.normalisation import HALF_NORMALISATION, Normalisation
@@ -99,7 +99,9 @@ def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     return replace(
         config,
         eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *ends])),
-        image_token_id=checkpoint.config.get("image_token_id", ids.get(_ROW, _ROW_ID)),
+        image_token_id=token_field("image_token_id", default=ids.get(_ROW, _ROW_ID))(
+            checkpoint.config, config.decoder
+        ),
         extra={"numbered": bool(checkpoint.preprocessor_config.get("use_image_id", True))},
     )
 

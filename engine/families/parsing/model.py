@@ -10,7 +10,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.parsing.decoder import DecoderKind, parse_decoder
-from engine.families.parsing.fields import Json
+from engine.families.parsing.fields import Json, integer
 from engine.layers.decoder_config import DecoderConfig
 
 TextFields = Callable[[Json], tuple[Json, DecoderKind]]
@@ -59,8 +59,11 @@ def no_token(raw: Json, decoder: DecoderConfig) -> None:
 
 
 def token_field(*names: str, default: int) -> TokenId:
-    """The first of the fields ``names`` that config.json states, else ``default``."""
-    return lambda raw, decoder: next((raw[name] for name in names if name in raw), default)
+    """The first of the fields ``names`` that config.json states, else ``default``.
+
+    A field that is no token id raises :class:`CheckpointError` when it is read.
+    """
+    return lambda raw, decoder: next((integer(raw, name, least=0) for name in names if name in raw), default)
 
 
 def as_read(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
@@ -131,11 +134,17 @@ def eos_ids(
     Args:
         text: the decoder's fields.
         defaults: the family's own.
+
+    Raises:
+        CheckpointError: one is no token id.
     """
     found: list[int] = []
     for source in (checkpoint.generation_config, checkpoint.config, text):
         value = source.get("eos_token_id")
-        found += value if isinstance(value, list) else [] if value is None else [value]
+        stated = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) for token in stated):
+            raise CheckpointError(f"eos_token_id should be token ids, not {value!r}", param="eos_token_id")
+        found += stated
     return tuple(dict.fromkeys(i for i in [*found, *defaults] if 0 <= i < vocab_size))
 
 

@@ -15,12 +15,30 @@ if TYPE_CHECKING:
 
 
 def parse_normalisation(raw: Mapping[str, Any], default: Normalisation) -> Normalisation:
-    """The normalisation that an image processor's JSON states, with ``default`` for missing fields."""
-    return Normalisation(
-        mean=tuple(raw.get("image_mean") or default.mean),
-        std=tuple(raw.get("image_std") or default.std),
-        scale=raw.get("rescale_factor", default.scale),
-    )
+    """The normalisation that an image processor's JSON states, with ``default`` for missing fields.
+
+    A step that is switched off, by ``do_rescale`` or ``do_normalize``, leaves pixels as they are.
+
+    Raises:
+        CheckpointError: naming the field that is no number, or not three of them.
+    """
+    mean, std, scale = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1.0
+    if raw.get("do_normalize", True):
+        mean = _three(raw, "image_mean", default.mean)
+        std = _three(raw, "image_std", default.std)
+    if raw.get("do_rescale", True):
+        scale = raw.get("rescale_factor", default.scale)
+        if not isinstance(scale, int | float):
+            raise CheckpointError(f"rescale_factor should be a number, not {scale!r}", param="rescale_factor")
+    return Normalisation(mean, std, scale)
+
+
+def _three(raw: Mapping[str, Any], field: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    value = raw.get(field) or default
+    whole = isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value)
+    if not whole or len(value) != 3:
+        raise CheckpointError(f"{field} should be three numbers, not {value!r}", param=field)
+    return tuple(value)
 
 
 def parse_projector(raw: Mapping[str, Any]) -> MLPConfig:
@@ -51,12 +69,13 @@ def require_same_colours(video: Mapping[str, Any], image: Normalisation, default
     Raises:
         CheckpointError: naming the field.
     """
-    for field, ours, theirs in (
-        ("image_mean", image.mean, video.get("image_mean") or default.mean),
-        ("image_std", image.std, video.get("image_std") or default.std),
-        ("rescale_factor", image.scale, video.get("rescale_factor", default.scale)),
+    theirs = parse_normalisation(video, default)
+    for field, ours, stated in (
+        ("image_mean", image.mean, theirs.mean),
+        ("image_std", image.std, theirs.std),
+        ("rescale_factor", image.scale, theirs.scale),
     ):
-        if ours != (theirs if field == "rescale_factor" else tuple(theirs)):
+        if ours != stated:
             raise CheckpointError(
                 f"video_preprocessor_config.json: {field} differs from the one for images", param=field
             )

@@ -230,7 +230,7 @@ class QwenProcessor:
 
 
 def _check(raw: Mapping[str, Any], vision: NativeVisionConfig) -> None:
-    require_steps(raw, "do_resize", "do_rescale", "do_normalize")
+    require_steps(raw, "do_resize")
     for field in ("patch_size", "merge_size", "temporal_patch_size"):
         expected = getattr(vision, field)
         if raw.get(field, expected) != expected:
@@ -262,13 +262,14 @@ def _pixel_bounds(options: Mapping[str, Any], low: int, high: int, limit: int) -
             wanted = f"an integer from 1 to {limit}, the area that fills the model's context"
             raise bad_option(name, value, wanted)
     bounds |= given
-    if bounds["min_pixels"] > bounds["max_pixels"]:
+    # Bounds of the checkpoint are taken as they are: an image is first held against the greatest area.
+    if given and bounds["min_pixels"] > bounds["max_pixels"]:
         if len(given) == 2:
             raise ConfigError(
                 "mm_processor_kwargs: min_pixels is greater than max_pixels",
                 param="mm_processor_kwargs.min_pixels",
             )
         # With one bound given, the checkpoint's other bound becomes equal to it.
-        bound = next(iter(given.values()), bounds["max_pixels"])
+        (bound,) = given.values()
         return bound, bound
     return bounds["min_pixels"], bounds["max_pixels"]

@@ -13,6 +13,7 @@ from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.parsing.fields import Json, integer, vision_activation
+from engine.families.parsing.model import token_field
 from engine.families.qwen2_vl.config import (
     VISUAL,
     native_vision,
@@ -108,8 +109,8 @@ def _with_deepstack(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
         config,
         decoder=replace(decoder, num_deepstack=len(config.vision.deepstack_layers)),
         extra={
-            "vision_start": raw.get("vision_start_token_id", 151652),
-            "vision_end": raw.get("vision_end_token_id", 151653),
+            "vision_start": token_field("vision_start_token_id", default=151652)(raw, decoder),
+            "vision_end": token_field("vision_end_token_id", default=151653)(raw, decoder),
         },
     )
 

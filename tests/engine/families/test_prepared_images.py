@@ -5,8 +5,9 @@ A row of the table is a checkpoint with options of its processor; each is shown 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ NATIVE = (
 
 def unfolded(pixels: torch.Tensor, patch: int) -> torch.Tensor:
     """Patches of normalised images ``(N, 3, height, width)``, row by row."""
-    return torch.nn.functional.unfold(pixels, patch, stride=patch).transpose(1, 2).flatten(0, 1)
+    return torch.nn.functional.unfold(pixels.float(), patch, stride=patch).transpose(1, 2).flatten(0, 1)
 
 
 def llava(
@@ -104,6 +105,19 @@ def _llava(kind: str, **fields: Any) -> Row:
     return Row(partial(make_llava_variant, processor=kind, **fields), SQUARE, partial(llava, kind=kind))
 
 
+def _changed(make: Callable[[Path], object], path: Path, **fields: Any) -> None:
+    """Make a checkpoint, and change fields of its preprocessor_config.json; None removes one."""
+    make(path)
+    file = path / "preprocessor_config.json"
+    stated = {**json.loads(file.read_text()), **fields}
+    file.write_text(json.dumps({name: value for name, value in stated.items() if value is not None}))
+
+
+def _with(row: Row, **fields: Any) -> Row:
+    sizes = [size for size in row.sizes if max(size) < 1000]
+    return replace(row, make=partial(_changed, row.make, **fields), sizes=sizes)
+
+
 ROWS = {
     "LLaVA": Row(make_llava, SQUARE, partial(llava, kind="CLIP")),
     "LLaVA, padded": _llava("Llava"),
@@ -134,6 +148,32 @@ ROWS = {
     "Qwen2-VL": Row(make_qwen2_vl, NATIVE, qwen),
     "Qwen2.5-VL": Row(make_qwen2_5_vl, NATIVE, qwen),
     "Qwen3-VL": Row(make_qwen3_vl, NATIVE, qwen),
+}
+ROWS |= {
+    f"{name}, {what}": _with(ROWS[name], **fields)
+    for what, fields in {
+        "not normalised": {"do_normalize": False},
+        "not rescaled": {"do_rescale": False},
+        "as it is": {"do_normalize": False, "do_rescale": False},
+    }.items()
+    for name in (
+        "LLaVA, SigLIP",
+        "LLaVA, padded",
+        "LLaVA, Pixtral",
+        "LLaVA-OneVision",
+        "Idefics3",
+        "Qwen2-VL",
+    )
+}
+ROWS |= {
+    "LLaVA, the crop's size alone": _with(ROWS["LLaVA, cropped"], size=None),
+    "Idefics3, no size": _with(ROWS["Idefics3"], size=None),
+    "Qwen2-VL, no least area": _with(
+        Row(make_qwen2_vl, NATIVE, qwen), size=None, min_pixels=None, max_pixels=2048
+    ),
+    "Qwen2-VL, no areas": _with(
+        Row(make_qwen2_vl, NATIVE[:4], qwen), size=None, min_pixels=None, max_pixels=None
+    ),
 }
 
 

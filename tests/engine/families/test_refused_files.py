@@ -48,13 +48,14 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (CONFIG, {"vision_config": {"model_type": "dinov2"}}, "dinov2"),
         (CONFIG, {"text_config": {"model_type": "gemma"}}, "gemma"),
         (CONFIG, {"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
+        (CONFIG, {"image_token_index": "<image>"}, "image_token_index should be an integer"),
+        (CONFIG, {"eos_token_id": [2, "</s>"]}, "eos_token_id should be token ids"),
     ],
     "LLaVA with SigLIP": [
         (IMAGES, {"size": {"height": 30, "width": 31}}, "size should give images of the tower's size"),
         (IMAGES, {"size": {"shortest_edge": 30}}, "size should give images of the tower's size"),
         (IMAGES, {"size": {"longest_edge": 30}}, "size should be shortest_edge"),
         (IMAGES, {"do_center_crop": True, "crop_size": 29}, "crop_size should give"),
-        (IMAGES, {"do_normalize": False}, "do_normalize"),
         (IMAGES, {"image_processor_type": "BlipImageProcessor"}, "BlipImageProcessor"),
         (
             IMAGES,

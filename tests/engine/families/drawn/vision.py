@@ -48,7 +48,7 @@ def draw_pixels(draw: Draw) -> dict[str, Any]:
         found["rescale_factor"] = rng.choice((1 / 255, 0.00392156862745098, 1 / 127.5))
     if draw.varies("steps stated", 0.3):
         found |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
-    if draw.varies("step left out", 0.04):
+    if draw.varies("step left out", 0.1):
         found[rng.choice(("do_rescale", "do_normalize"))] = False
     return found
 
