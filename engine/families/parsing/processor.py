@@ -22,7 +22,9 @@ def parse_normalisation(raw: Mapping[str, Any], default: Normalisation) -> Norma
     Raises:
         CheckpointError: naming the field that is no number, or not three of them.
     """
-    mean, std, scale = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 1.0
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    scale = 1.0
     if raw.get("do_normalize", True):
         mean = _three(raw, "image_mean", default.mean)
         std = _three(raw, "image_std", default.std)
