@@ -1,7 +1,7 @@
 """Every overlay renders, and the API server, the operator, Ray and Sightline accept all of its objects."""
 
 import os
-from textwrap import dedent
+import re
 
 import pytest
 import yaml
@@ -70,34 +70,20 @@ def test_components_that_no_overlay_has_can_be_added(component, overlay, tmp_pat
     assert config_faults(found) == []
 
 
-def test_a_patch_of_ones_own_merges_by_name(tmp_path):
-    """As the README shows: a group's size, one more variable, a node selector."""
-    patch = """
-        apiVersion: ray.io/v1
-        kind: RayService
-        metadata: {name: sightline}
-        spec:
-          rayClusterConfig:
-            workerGroupSpecs:
-              - groupName: gpu
-                maxReplicas: 3
-                template:
-                  spec:
-                    nodeSelector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}
-                    containers:
-                      - name: ray-worker
-                        env: [{name: NCCL_DEBUG, value: WARN}]
-    """
-    mine = {
-        "resources": [os.path.relpath(K8S / "overlays" / "one-gpu", tmp_path)],
-        "patches": [{"patch": dedent(patch)}],
-    }
+def test_the_readmes_overlay_merges_by_name(tmp_path):
+    """A group's size, one more variable, a node selector."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
+    (mine,) = (yaml.safe_load(block) for block in blocks if "kind: Kustomization" in block)
+    mine["resources"] = [
+        os.path.relpath(K8S / "overlays" / "mine" / path, tmp_path) for path in mine["resources"]
+    ]
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(mine))
     (group,) = checks.groups(rayservice(list(yaml.safe_load_all(rendered(tmp_path)))))
     assert (group["minReplicas"], group["maxReplicas"]) == (1, 3)
     names = {variable["name"] for variable in checks.container(group["template"])["env"]}
     assert names == {"HF_TOKEN", "SIGHTLINE_KEY", "NCCL_DEBUG"}
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] == 660
+    assert "nvidia.com/gpu.product" in group["template"]["spec"]["nodeSelector"]
 
 
 def test_pods_of_every_group_share_all_but_their_size():

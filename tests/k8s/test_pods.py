@@ -33,11 +33,13 @@ class Deployed:
     """The demo's cluster with two workers.
 
     Attributes:
+        config: the serve config.
         early: whether a worker was ready before the application was deployed.
     """
 
     cluster: Cluster
     workers: list[Pod]
+    config: dict[str, Any]
     early: bool
 
     @property
@@ -52,6 +54,15 @@ class Deployed:
         """Addresses of the pods that hold the running replicas of a deployment."""
         replicas = self.application()["deployments"][deployment]["replicas"]
         return {replica["node_ip"] for replica in replicas if replica["state"] == "RUNNING"}
+
+    def actors(self) -> set[str]:
+        """Names of all replicas that run, which differ from one start to the next."""
+        return {
+            replica["replica_id"]
+            for deployment in self.application()["deployments"].values()
+            for replica in deployment["replicas"]
+            if replica["state"] == "RUNNING"
+        }
 
 
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -102,7 +113,7 @@ def deployed(group, tmp_path_factory) -> Iterator[Deployed]:
     with running_cluster(found, tmp_path_factory.mktemp("pods")) as cluster:
         head = f"http://{cluster.head.address}:8265"
         wait_for(lambda: httpx.get(f"{head}/api/version", headers=AUTHORIZED).is_success, cluster.pods)
-        started = Deployed(cluster, [cluster.worker("cpu"), cluster.worker("cpu")], early=False)
+        started = Deployed(cluster, [cluster.worker("cpu"), cluster.worker("cpu")], config, early=False)
         nodes = f"{head}/api/v0/nodes"
         wait_for(
             lambda: (
@@ -186,6 +197,55 @@ async def keep_asking(
                 traffic.faults.append(f"{pod.address}: {answer.status_code} {answer.text[:200]}")
         except httpx.HTTPError as error:
             traffic.faults.append(f"{pod.address}: {error!r}")
+
+
+def put(deployed: Deployed, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the configuration and give it to the head, as the operator does."""
+    change(deployed.config["applications"][0])
+    answer = httpx.put(deployed.dashboard, json=deployed.config, headers=AUTHORIZED, timeout=120)
+    assert answer.is_success, answer.text
+
+
+async def during(
+    deployed: Deployed, change: Callable[[dict[str, Any]], Any], until: Callable[[], bool]
+) -> Traffic:
+    """Change the configuration while requests come to all workers, until it has come true."""
+    traffic, done = Traffic(), asyncio.Event()
+    async with httpx.AsyncClient(timeout=240) as client:
+        asking = [
+            asyncio.create_task(keep_asking(client, lambda: deployed.workers, done, traffic))
+            for _ in range(2)
+        ]
+        stream = asyncio.create_task(streamed(client, deployed.workers[0]))
+        await asyncio.to_thread(put, deployed, change)
+        await asyncio.to_thread(wait_for, until, deployed.cluster.pods)
+        assert await stream
+        done.set()
+        await asyncio.gather(*asking)
+    return traffic
+
+
+async def test_counts_change_in_place_and_lose_no_request(deployed):
+    before = deployed.actors()
+    wanted = [{"name": "Preprocessor:pocket", "num_replicas": 2}]
+    traffic = await during(
+        deployed,
+        lambda application: application.update(deployments=wanted),
+        lambda: len(deployed.actors()) == len(before) + 1 and deployed.application()["status"] == "RUNNING",
+    )
+    assert traffic.faults == [] and traffic.answered > 2
+    assert before < deployed.actors(), "a replica restarted"
+
+
+async def test_a_change_of_arguments_loses_no_request(deployed):
+    """Replicas of every stage are replaced; each new one starts before its old one stops."""
+    before = deployed.actors()
+    traffic = await during(
+        deployed,
+        lambda application: application["args"]["models"][0]["engine"].update(max_num_seqs=16),
+        lambda: not before & deployed.actors() and deployed.application()["status"] == "RUNNING",
+    )
+    assert traffic.faults == [] and traffic.answered > 10
 
 
 async def test_a_pod_that_is_deleted_cuts_no_stream_and_loses_no_request(deployed, group):

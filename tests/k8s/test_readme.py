@@ -1,0 +1,84 @@
+"""What k8s/README.md says is so."""
+
+import re
+from collections.abc import Iterator
+
+import yaml
+
+from deployments.config import AppConfig
+from tests.k8s.tools import K8S, OVERLAYS
+from tests.serving import ROOT
+
+README = (K8S / "README.md").read_text()
+
+
+def table(first: str) -> Iterator[dict[str, str]]:
+    """The rows of the table whose first column has this title."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    titles = [cell.strip() for cell in lines[start].strip("|").split("|")]
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return
+        yield dict(zip(titles, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
+
+
+def test_every_link_and_folder_is_there():
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
+    assert len(links) > 8 and all((K8S / link).exists() for link in links)
+    assert all(f"`{name}`" in README for name in OVERLAYS)
+    assert all(f"`{path.name}`" in README for path in (K8S / "components").iterdir())
+
+
+def test_every_target_of_make_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:^ *|`)make ([a-z][\w-]*)", README, re.MULTILINE))
+    assert {"image", "test", "test-k8s"} <= targets
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_sizes_follow_from_the_shapes():
+    rows = list(table("model"))
+    assert len(rows) >= 6
+    for row in rows:
+        per_token = 2 * int(row["layers"]) * int(row["KV heads"]) * int(row["head size"]) * 2
+        assert per_token == int(row["KV, KiB a token"]) * 1024
+        count, memory = map(int, re.findall(r"\d+", row["GPUs"]))
+        free = 0.9 * count * memory - float(row["weights, GB"]) - 2 * count
+        thousands = free * 1e9 / per_token / 1e3
+        digits = 10 ** (len(str(int(thousands))) - 2)
+        assert round(thousands / digits) * digits == int(row["tokens of KV"].split()[0])
+
+
+def test_the_head_and_the_times_are_those_of_the_manifests():
+    service = yaml.safe_load((K8S / "base" / "rayservice.yaml").read_text())["spec"]
+    head = service["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]
+    (row,) = (row for row in table("part") if row["part"] == "head")
+    assert row["size"] == f"{head['requests']['cpu']} CPUs, {head['limits']['memory'].replace('Gi', ' GiB')}"
+    values = dict(
+        line.split("=")
+        for line in (K8S / "base" / "env.properties").read_text().splitlines()
+        if line[0] != "#"
+    )
+    group = yaml.safe_load((K8S / "groups" / "cpu" / "group.yaml").read_text())
+    (spec,) = group["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    said = " ".join(README.split())
+    assert (
+        f"drain {values['RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S']} < "
+        f"grace {spec['template']['spec']['terminationGracePeriodSeconds']} < "
+        f"HAProxy's hard stop {values['RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S']} ≤ "
+        f"deletion of the old cluster {service['rayClusterDeletionDelaySeconds']}"
+    ) in said
+
+
+def test_the_deployment_in_the_example_has_the_name_that_the_application_gives():
+    (block,) = (
+        block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "deployments:" in block
+    )
+    (application,) = yaml.safe_load(block)["applications"]
+    (deployment,) = application["deployments"]
+    args = yaml.safe_load((K8S / "overlays" / "one-gpu" / "serve_config.yaml").read_text())["applications"][
+        0
+    ]["args"]
+    (model,) = AppConfig.model_validate(args).models
+    assert deployment["name"] == f"Preprocessor:{model.slug}"
