@@ -54,7 +54,9 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig) -> dict[str, Application]:
         spec.engine,
         args.fetch,
         args.images,
+        args.videos,
         spec.preprocessor.threads,
+        spec.preprocessor.video_processes,
     )
     stages["encoder"] = deploy(
         "VisionEncoder",

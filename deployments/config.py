@@ -22,6 +22,7 @@ from deployments.logs import LoggingConfig
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
 from engine.media.guard import FetchPolicy
+from engine.media.video.limits import VideoLimits
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 
 #: Model folders of the configuration are relative to the working directory, or to this one.
@@ -129,14 +130,18 @@ class StageConfig(_Strict):
 
 
 class PreprocessorConfig(StageConfig):
-    """Fetches and prepares images.
+    """Fetches and prepares images and videos.
 
     Attributes:
         threads: images that a replica decodes and resizes at a time.
+        video_processes: video files that a replica decodes at a time, each in a process of its own.
+        max_ongoing_requests: as for every stage. Most of them wait for hosts, which costs nothing: images
+            that come with their request must not wait for those.
     """
 
     threads: PositiveInt = 4
-    max_ongoing_requests: PositiveInt = 32
+    video_processes: PositiveInt = 2
+    max_ongoing_requests: PositiveInt = 512
 
 
 class EncoderConfig(StageConfig):
@@ -264,6 +269,7 @@ class AppConfig(_Strict):
         fetch: the addresses that images may come from.
         images: limits on an image's format and size.
         logging: format and level of the logs of all processes.
+        videos: limits on videos.
     """
 
     models: tuple[ModelSpec, ...]
@@ -271,6 +277,7 @@ class AppConfig(_Strict):
     fetch: FetchPolicy = FetchPolicy()
     images: ImageLimits = ImageLimits()
     logging: LoggingConfig = LoggingConfig()
+    videos: VideoLimits = VideoLimits()
 
     @field_validator("models")
     @classmethod

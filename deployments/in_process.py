@@ -26,7 +26,12 @@ class LocalModel:
         self.encoder: VisionEncoder | None = None
         if load_media_processor(spec.engine) is not None:
             self.preprocessor = Preprocessor(
-                spec.engine, config.fetch, config.images, spec.preprocessor.threads
+                spec.engine,
+                config.fetch,
+                config.images,
+                config.videos,
+                spec.preprocessor.threads,
+                spec.preprocessor.video_processes,
             )
             stage = spec.encoder
             self.encoder = VisionEncoder(

@@ -13,7 +13,7 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import MediaProcessor, ModelConfig, NamelessProcessor, PromptAwareProcessor
+from engine.families.base import MediaProcessor, ModelConfig, NamelessProcessor
 from engine.families.family import Family
 from engine.families.registry import resolve
 from engine.fit import check_fit
@@ -27,6 +27,7 @@ from engine.media.decode import ImageLimits, decode_image, upright_rgb
 from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.media.source import MediaSource, check_media_limits
+from engine.preparation import MediaPreparation
 from engine.prompt import EngineInput, MediaItem, PreparedMedia
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer
@@ -78,13 +79,6 @@ def fetch_policy(config: EngineConfig, policy: FetchPolicy) -> FetchPolicy:
     if config.allowed_local_media_path is None:
         return policy
     return policy.model_copy(update={"allowed_local_media_path": config.allowed_local_media_path})
-
-
-def for_prompt(processor: MediaProcessor, sources: Sequence[MediaSource]) -> MediaProcessor:
-    """The processor for the media of one prompt: some models show an image otherwise among several."""
-    if isinstance(processor, PromptAwareProcessor):
-        return processor.among(sum(source.kind == "image" for source in sources))
-    return processor
 
 
 def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
@@ -160,6 +154,7 @@ class Frontend:
         self._builder = builder
         self._processor = processor
         self._fetcher = fetcher
+        self._preparation = None if processor is None else MediaPreparation(processor)
         self._limits = ImageLimits()
         # One PIL image may stand in several prompts, and two threads must not read its file at a time.
         self._opening = [Lock() for _ in range(64)]
@@ -240,6 +235,8 @@ class Frontend:
     def close(self) -> None:
         """Close connections. They are opened again when they are needed."""
         self._fetcher.close_blocking()
+        if self._preparation is not None:
+            self._preparation.close()
 
     def _inputs(self, prompt: Mapping[str, Any], items: Sequence[MediaItem], salt: str) -> EngineInput:
         if (ids := prompt.get("prompt_token_ids")) is not None:
@@ -264,21 +261,22 @@ class Frontend:
         """Fetch, decode and prepare the media of a prompt."""
         if not sources:
             return _Media()
-        if self._processor is None:
+        if self._preparation is None:
             raise InvalidRequest("This model takes no images.", param=sources[0].where)
         check_media_limits(sources, self._config.limit_mm_per_prompt)
         budget = ByteBudget(self._fetcher.policy.max_total_bytes)
-        processor = for_prompt(self._processor, sources)
+        processor = self._preparation.for_prompt(sources)
         naming = processor if name_later and isinstance(processor, NamelessProcessor) else None
         if naming is not None:
             processor = naming.nameless()
         items = []
         for source in sources:
-            if source.kind == "video":
-                frames = [self._image(frame, budget) for frame in source.frames]
-                items.append(processor.prepare_video(frames))
+            if source.is_video_file:
+                data = self._fetcher.fetch_blocking(source, budget)
+                items.append(self._preparation.prepare(processor, source, [data]))
             else:
-                items.append(processor.prepare(self._image(source, budget)))
+                images = [self._image(image, budget) for image in source.frames or (source,)]
+                items.append(self._preparation.show(processor, source, images))
         return _Media(items, naming)
 
     def _image(self, source: MediaSource, budget: ByteBudget) -> Image.Image:

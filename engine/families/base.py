@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from engine.layers.decoder_config import DecoderConfig
+from engine.media.video.video import Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
 
 if TYPE_CHECKING:
@@ -94,11 +95,30 @@ class MediaProcessor(Protocol):
             InvalidRequest: as :meth:`check`.
         """
 
-    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
-        """Prepare upright RGB frames of one size as one item of kind ``video``.
+    def prepare_video(self, video: Video) -> PreparedMedia:
+        """Prepare a video as one item of kind ``video``.
 
         Raises:
-            InvalidRequest: the family has no videos, the frames differ in size, or as :meth:`check`.
+            InvalidRequest: the family has no videos, or as :meth:`check`.
+        """
+
+
+@runtime_checkable
+class VideoProcessor(Protocol):
+    """A :class:`MediaProcessor` whose model takes videos."""
+
+    def choose_frames(self, info: VideoInfo, asked: VideoOptions) -> list[int]:
+        """The frames of a file that the model is shown: ascending indices, as its own processor chooses.
+
+        Raises:
+            InvalidRequest: the file can't give what was asked for.
+        """
+
+    def check_video(self, size: tuple[int, int], count: int) -> int:
+        """Number of embedding rows of ``count`` frames of ``(width, height)`` pixels.
+
+        Raises:
+            InvalidRequest: the model can't be shown frames of this size.
         """
 
 

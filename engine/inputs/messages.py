@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import InvalidRequest, MediaError
+from engine.inputs.video import media_kind, video_source
 from engine.media.source import MediaSource
 from engine.prompt import MediaPart, Message, TextPart
 
@@ -19,6 +20,8 @@ DETAILS = ("auto", "low", "high", "original")
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _IMAGE_PARTS = ("image_url", "input_image", "image")
+_VIDEO_PARTS = ("video_url", "input_video", "video")
+_FILE_PARTS = ("file", "input_file")
 _KEPT = ("name", "tool_call_id", "reasoning_content")
 
 
@@ -28,7 +31,8 @@ def parse_messages(raw: Sequence[Mapping[str, Any]]) -> tuple[list[Message], lis
     Args:
         raw: OpenAI messages as plain data. Beside OpenAI's parts, offline callers may give
             ``{"type": "image", "image": PIL image | bytes | URL}`` and
-            ``{"type": "video", "video": [frame, ...]}`` with frames of the same kinds.
+            ``{"type": "video", "video": bytes | URL | [frame, ...]}`` with frames of the same kinds. Parts of
+            videos take ``fps``, ``num_frames`` and, for lists of frames, ``timestamps``.
 
     Raises:
         InvalidRequest: naming ``messages[i].content[j]`` and what it should be.
@@ -98,11 +102,14 @@ def _part(part: Any, where: str, sources: list[MediaSource]) -> TextPart | Media
     if kind in _IMAGE_PARTS:
         sources.append(_image(part, kind, index, where))
         return MediaPart(index, "image")
-    if kind == "video":
-        sources.append(_video(part, index, where))
+    if kind in _VIDEO_PARTS:
+        sources.append(video_source(part, kind, index, where))
         return MediaPart(index, "video")
+    if kind in _FILE_PARTS:
+        sources.append(_file(part, kind, index, where))
+        return MediaPart(index, sources[-1].kind)
     raise InvalidRequest(
-        f"{where}.type must be text, image_url, input_image, image or video (a list of frames).",
+        f"{where}.type must be text, image_url, input_image, image, video_url, video or file.",
         param=f"{where}.type",
     )
 
@@ -123,18 +130,6 @@ def _image(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaS
     return _source(value, index, where, detail)
 
 
-def _video(part: Mapping[str, Any], index: int, where: str) -> MediaSource:
-    frames = part.get("video")
-    where = f"{where}.video"
-    if not isinstance(frames, list | tuple) or not frames:
-        raise InvalidRequest(
-            f"{where} must be a list of at least one frame: decode the video and send its frames.",
-            param=where,
-        )
-    taken = [_source(frame, index, f"{where}[{i}]", "auto") for i, frame in enumerate(frames)]
-    return MediaSource(index, where, "video", frames=tuple(taken))
-
-
 def _source(value: Any, index: int, where: str, detail: str) -> MediaSource:
     if isinstance(value, str) and value:
         return MediaSource(index, where, url=value, detail=detail)
@@ -143,6 +138,32 @@ def _source(value: Any, index: int, where: str, detail: str) -> MediaSource:
     if hasattr(value, "convert") and hasattr(value, "size"):
         return MediaSource(index, where, image=value, detail=detail)
     raise MediaError(f"{where} must be the URL of an image (http, https or data).", param=where)
+
+
+def _file(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSource:
+    """A ``file`` part: an image or a video, as its data URL or its name says."""
+    holder = part.get("file") if kind == "file" else part
+    where = f"{where}.file" if kind == "file" else where
+    if not isinstance(holder, Mapping):
+        raise InvalidRequest(f"{where} must be an object with file_data or file_url.", param=where)
+    if holder.get("file_id") is not None:
+        raise InvalidRequest(
+            f"{where}.file_id: this server keeps no files; send file_data.", param=f"{where}.file_id"
+        )
+    field = "file_url" if holder.get("file_data") is None and holder.get("file_url") else "file_data"
+    value, where = holder.get(field), f"{where}.{field}"
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{where} must be a data URL.", param=where)
+    found = media_kind(value, holder.get("filename"))
+    if found is None:
+        raise InvalidRequest(
+            f"{where}: only images and videos can be read, told by a data URL such as "
+            "data:image/png;base64,... or by a filename.",
+            param=where,
+        )
+    if field == "file_data" and not value.startswith("data:"):
+        value = f"data:{found}/*;base64,{value}"
+    return MediaSource(index, where, found, url=value)
 
 
 def _tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from engine.errors import InvalidRequest
+from engine.inputs.video import is_video_file, read_video, video_source
 from engine.media.source import MediaSource
 
 FIELD = "multi_modal_data"
@@ -17,8 +19,9 @@ def media_sources(data: Mapping[str, Any]) -> list[MediaSource]:
     """The sources of all images, then of all videos.
 
     Args:
-        data: ``image``: a PIL image, bytes of an encoded one, or a list of such; ``video``: a list of frames
-            of the same kinds, or a list of such lists.
+        data: ``image``: a PIL image, bytes of an encoded one, or a list of such; ``video``: the bytes of a
+            file, a list of frames as PIL images, uint8 frames ``(n, height, width, 3)``, a message part of
+            the type ``video``, or a list of such.
 
     Raises:
         InvalidRequest: naming the entry that can't be used.
@@ -31,10 +34,7 @@ def media_sources(data: Mapping[str, Any]) -> list[MediaSource]:
         given = data.get(kind)
         if given is None:
             continue
-        many = given if isinstance(given, list | tuple) else [given]
-        if kind == "video" and many and isinstance(many[0], Image.Image | bytes):
-            many = [many]
-        for value in many:
+        for value in _many(given, kind):
             where = f"{FIELD}.{kind}[{len(sources)}]"
             if kind == "image":
                 sources.append(_source(value, len(sources), where))
@@ -43,12 +43,27 @@ def media_sources(data: Mapping[str, Any]) -> list[MediaSource]:
     return sources
 
 
-def _video(frames: Any, index: int, where: str) -> MediaSource:
-    if not isinstance(frames, list | tuple) or not frames:
-        raise InvalidRequest(
-            f"{where} must be a list of at least one frame, not {type(frames).__name__}.", param=where
-        )
-    return MediaSource(index, where, "video", frames=tuple(_source(frame, index, where) for frame in frames))
+def _many(given: Any, kind: str) -> list[Any]:
+    """The values of an entry: one or a list. A list of frames is one video."""
+    if not isinstance(given, list | tuple):
+        return [given]
+    frames = Image.Image | bytes
+    one_video = kind == "video" and given and isinstance(given[0], frames) and not is_video_file(given[0])
+    return [given] if one_video else list(given)
+
+
+def _video(value: Any, index: int, where: str) -> MediaSource:
+    if isinstance(value, Mapping):
+        return video_source(value, "video", index, where)
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 4 and value.shape[3] == 3:
+        value = [Image.fromarray(frame) for frame in value]
+    if isinstance(value, bytes) or (isinstance(value, list | tuple) and value):
+        return read_video(value, {}, index, where)
+    raise InvalidRequest(
+        f"{where} must be bytes of a video file, a list of at least one frame, or uint8 frames (n, h, w, 3), "
+        f"not {type(value).__name__}.",
+        param=where,
+    )
 
 
 def _source(value: Any, index: int, where: str) -> MediaSource:

@@ -33,7 +33,7 @@ class MediaFetcher:
         self._starting = threading.Lock()
 
     async def fetch(self, source: MediaSource, budget: ByteBudget | None = None) -> bytes:
-        """The encoded bytes of one image.
+        """The encoded bytes of one image or video file.
 
         Args:
             source: with ``url`` or ``data``.
@@ -41,12 +41,12 @@ class MediaFetcher:
 
         Raises:
             MediaForbidden: the policy doesn't admit the address.
-            MediaTooLarge: the image or the budget is too large.
-            MediaError: there is no such image, or it doesn't come in time.
+            MediaTooLarge: the item or the budget is too large.
+            MediaError: there is no such item, or it doesn't come in time.
         """
         budget = budget or ByteBudget(self.policy.max_total_bytes)
         if source.url is not None and is_remote(source.url):
-            return await self._client.get(source.url, source.where, budget)
+            return await self._client.get(source, budget)
         if takes_long(source):
             return await asyncio.to_thread(read_local, source, self.policy, budget)
         return read_local(source, self.policy, budget)

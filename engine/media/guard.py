@@ -32,11 +32,11 @@ _ENDS_IN_NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?$")
 _MAX_URL = 8192
 
 
-def _default_timeout() -> float:
-    for name in ("SIGHTLINE_IMAGE_FETCH_TIMEOUT", "VLLM_IMAGE_FETCH_TIMEOUT"):
+def _from_environment(kind: str, otherwise: float) -> float:
+    for name in (f"SIGHTLINE_{kind}_FETCH_TIMEOUT", f"VLLM_{kind}_FETCH_TIMEOUT"):
         if value := os.environ.get(name):
             return float(value)
-    return 5.0
+    return otherwise
 
 
 class FetchPolicy(BaseModel):
@@ -48,12 +48,17 @@ class FetchPolicy(BaseModel):
         allowed_ports: ports that may be dialled.
         allow_private: networks that may be dialled although they are not public.
         allowed_local_media_path: folder below which ``file`` URLs may be read; None refuses them all.
-        timeout: seconds for one item, redirects and body included. Default from the environment variable
+        timeout: seconds for one image, redirects and body included. Default from the environment variable
             SIGHTLINE_IMAGE_FETCH_TIMEOUT (or VLLM_IMAGE_FETCH_TIMEOUT), else 5.
-        max_bytes: most bytes of one item.
+        video_timeout: the same for a video. Default from VLLM_VIDEO_FETCH_TIMEOUT likewise, else 30.
+        max_bytes: most bytes of one image.
+        max_video_bytes: most bytes of one video.
         max_total_bytes: most bytes of all items of a request.
         max_redirects: most redirects that are followed for one item.
-        max_connections: most connections that are open at a time.
+        max_connections: most downloads at a time.
+        max_connections_per_host: most downloads at a time from one host.
+        max_waiting_per_host: most downloads that wait until earlier ones from the same host end.
+        queue_timeout: seconds that a download may wait for its turn; they don't count as the host's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,11 +68,24 @@ class FetchPolicy(BaseModel):
     allowed_ports: frozenset[int] = frozenset({80, 443})
     allow_private: tuple[IPv4Network | IPv6Network, ...] = ()
     allowed_local_media_path: str | Path | None = None
-    timeout: PositiveFloat = Field(default_factory=_default_timeout)
+    timeout: PositiveFloat = Field(default_factory=lambda: _from_environment("IMAGE", 5.0))
+    video_timeout: PositiveFloat = Field(default_factory=lambda: _from_environment("VIDEO", 30.0))
     max_bytes: PositiveInt = 32 << 20
-    max_total_bytes: PositiveInt = 128 << 20
+    max_video_bytes: PositiveInt = 256 << 20
+    max_total_bytes: PositiveInt = 320 << 20
     max_redirects: int = Field(default=3, ge=0, le=10)
-    max_connections: PositiveInt = 64
+    max_connections: PositiveInt = 256
+    max_connections_per_host: PositiveInt = 32
+    max_waiting_per_host: PositiveInt = 256
+    queue_timeout: PositiveFloat = 30.0
+
+    def byte_limit(self, *, video: bool) -> int:
+        """Most bytes of one item."""
+        return self.max_video_bytes if video else self.max_bytes
+
+    def time_limit(self, *, video: bool) -> float:
+        """Seconds that a host has for one item."""
+        return self.video_timeout if video else self.timeout
 
 
 def check_url(text: str, policy: FetchPolicy, where: str) -> URL:

@@ -6,18 +6,22 @@ import asyncio
 import inspect
 import ipaddress
 import socket
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from engine.errors import MediaError, MediaForbidden
+from engine.errors import MediaError, MediaForbidden, MediaTooLarge
 from engine.media.address import redirect_target
+from engine.media.gate import HostGate
 from engine.media.guard import FetchPolicy, check_url, is_allowed
 from engine.media.limits import ByteBudget, check_size
+from engine.media.source import MediaSource
 
-_HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "sightline"}
+_HEADERS = {"Accept-Encoding": "identity", "User-Agent": "sightline"}
+_ACCEPTED = {False: "image/*", True: "video/*"}
 #: The compressions that HTTP knows. Other words stand for bytes that are in the clear.
 _COMPRESSED = frozenset({"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "dcb", "dcz"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -43,26 +47,51 @@ class HttpClient:
     def __init__(self, policy: FetchPolicy, resolver: AbstractResolver | None = None) -> None:
         self._policy = policy
         self._resolver = resolver
-        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, _OnLoop] = {}
 
-    async def get(self, address: str, where: str, budget: ByteBudget) -> bytes:
-        """The body that ``address`` answers with, redirects followed.
+    async def get(self, source: MediaSource, budget: ByteBudget) -> bytes:
+        """The body that the source's URL answers with, redirects followed.
 
-        A failure of the connection or of a gateway is tried again once, as long as there is time.
+        A failure of the connection or of a gateway is tried again once, as long as there is time. Requests
+        that want the same URL at a time share one download.
 
         Raises:
             MediaForbidden: the policy doesn't admit an address, the first one or one redirected to.
             MediaTooLarge: the body or the budget is too large.
-            MediaError: there is no such image, or it doesn't come in time.
+            MediaError: there is no such item, or it doesn't come in time.
+            Overloaded: too many downloads from the host are under way.
         """
-        url = check_url(address, self._policy, where)
+        assert source.url is not None
+        url, where = check_url(source.url, self._policy, source.where), source.where
+        flights = self._here().flights
+        key = str(url), source.is_video_file
+        while (flight := flights.get(key)) is not None:
+            body = await flight.joined(where)
+            if body is not None:
+                budget.take(len(body), where)
+                return body
+        flight = flights[key] = _Flight()
         try:
-            async with asyncio.timeout(self._policy.timeout):
-                return await self._follow(url, where, budget)
+            body = await self._download(url, source, budget)
+            flight.end(body)
+            return body
+        except MediaError as error:
+            flight.end(None if isinstance(error, MediaTooLarge) else error)
+            raise
+        finally:
+            # A caller that is cancelled, or lacks the bytes, leaves the download to those who joined it.
+            flight.end(None)
+            if flights.get(key) is flight:
+                del flights[key]
+
+    async def _download(self, url: URL, source: MediaSource, budget: ByteBudget) -> bytes:
+        where, seconds = source.where, self._policy.time_limit(video=source.is_video_file)
+        try:
+            async with self._here().gate.place(str(url.host), where), asyncio.timeout(seconds):
+                return await self._follow(url, source, budget)
         except TimeoutError:
             raise MediaError(
-                f"{where}: {url.host} did not deliver within {self._policy.timeout:g} seconds.",
-                param=where,
+                f"{where}: {url.host} did not deliver within {seconds:g} seconds.", param=where
             ) from None
         except MediaError as error:
             error.param = where  # a resolver doesn't know the field that it works for
@@ -74,18 +103,17 @@ class HttpClient:
 
     async def close(self) -> None:
         """Close the connections of the running loop."""
-        session = self._sessions.pop(asyncio.get_running_loop(), None)
-        if session is not None:
-            await session.close()
+        here = self._loops.pop(asyncio.get_running_loop(), None)
+        if here is not None:
+            await here.session.close()
 
-    async def _follow(self, url: URL, where: str, budget: ByteBudget) -> bytes:
+    async def _follow(self, url: URL, source: MediaSource, budget: ByteBudget) -> bytes:
         """Follow redirects one by one, so that each address is checked like the first."""
-        attempts = 2
-        redirects = 0
+        where, attempts, redirects = source.where, 2, 0
         while True:
             attempts -= 1
             try:
-                found = await self._request(url, where, budget, again=attempts > 0)
+                found = await self._request(url, source, budget, again=attempts > 0)
             except _FAILURES:
                 if not attempts:
                     raise
@@ -102,54 +130,94 @@ class HttpClient:
                 raise MediaForbidden(f"{where}: {url.host} redirects to an unusable address.", param=where)
             url = check_url(target, self._policy, where)
 
-    async def _request(self, url: URL, where: str, budget: ByteBudget, *, again: bool) -> bytes | str | None:
+    async def _request(
+        self, url: URL, source: MediaSource, budget: ByteBudget, *, again: bool
+    ) -> bytes | str | None:
         """The body, the ``Location`` of a redirect, or None if another attempt may succeed and is left."""
-        async with self._session().get(url, allow_redirects=False) as response:
+        headers = {"Accept": _ACCEPTED[source.is_video_file]}
+        async with self._here().session.get(url, allow_redirects=False, headers=headers) as response:
             if response.status in _REDIRECTS:
                 return response.headers.get("Location", "")
             if response.status in _TRY_AGAIN and again:
                 return None
-            return await self._body(response, where, budget)
+            return await self._body(response, source, budget)
 
-    async def _body(self, response: aiohttp.ClientResponse, where: str, budget: ByteBudget) -> bytes:
-        host = response.url.host
+    async def _body(self, response: aiohttp.ClientResponse, source: MediaSource, budget: ByteBudget) -> bytes:
+        where, host = source.where, response.url.host
         if response.status not in _TAKEN:
             raise MediaError(f"{where}: {host} answered with status {response.status}.", param=where)
         encodings = response.headers.get("Content-Encoding", "").lower().split(",")
         if not _COMPRESSED.isdisjoint(encoding.strip() for encoding in encodings):
             raise MediaError(f"{where}: {host} sent a compressed body, which is not accepted.", param=where)
-        check_size(response.content_length or 0, self._policy, where)
+        check_size(response.content_length or 0, self._policy, source)
         body = bytearray()
         try:
             async for chunk in response.content.iter_chunked(_CHUNK):
                 body += chunk
                 budget.take(len(chunk), where)
-                check_size(len(body), self._policy, where)
+                check_size(len(body), self._policy, source)
         except _FAILURES:
             budget.give_back(len(body))
             raise
         return bytes(body)
 
-    def _session(self) -> aiohttp.ClientSession:
+    def _here(self) -> _OnLoop:
+        """What belongs to the running loop."""
         loop = asyncio.get_running_loop()
-        session = self._sessions.get(loop)
-        if session is None:
-            connector = aiohttp.TCPConnector(
-                resolver=_CheckedResolver(self._resolver or aiohttp.ThreadedResolver(), self._policy),
-                limit=self._policy.max_connections,
-            )
-            session = self._sessions[loop] = aiohttp.ClientSession(
-                connector=connector,
-                headers=_HEADERS,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None),
-                auto_decompress=False,
-                trust_env=False,
-                max_line_size=_HEADER_BYTES,
-                max_field_size=_HEADER_BYTES,
-                **_header_count(),
-            )
-        return session
+        if loop not in self._loops:
+            self._loops[loop] = _OnLoop(self._open(), HostGate(self._policy))
+        return self._loops[loop]
+
+    def _open(self) -> aiohttp.ClientSession:
+        # The gate bounds the downloads; each needs a connection at once.
+        connector = aiohttp.TCPConnector(
+            resolver=_CheckedResolver(self._resolver or aiohttp.ThreadedResolver(), self._policy),
+            limit=0,
+        )
+        return aiohttp.ClientSession(
+            connector=connector,
+            headers=_HEADERS,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
+            trust_env=False,
+            max_line_size=_HEADER_BYTES,
+            max_field_size=_HEADER_BYTES,
+            **_header_count(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _OnLoop:
+    """The connections, the places and the downloads under way of one event loop."""
+
+    session: aiohttp.ClientSession
+    gate: HostGate
+    flights: dict[tuple[str, bool], _Flight] = field(default_factory=dict)
+
+
+class _Flight:
+    """A download that further callers may join."""
+
+    def __init__(self) -> None:
+        self._ended: asyncio.Future[bytes | MediaError | None] = asyncio.get_running_loop().create_future()
+
+    def end(self, result: bytes | MediaError | None) -> None:
+        """Hand over the body or the host's fault; None if only the caller's own request ended."""
+        if not self._ended.done():
+            self._ended.set_result(result)
+
+    async def joined(self, where: str) -> bytes | None:
+        """The body; None if it must be fetched again.
+
+        Raises:
+            MediaError: the host's fault, for the field ``where``.
+        """
+        result = await asyncio.shield(self._ended)
+        if isinstance(result, MediaError):
+            _, _, text = result.message.partition(": ")
+            raise type(result)(f"{where}: {text}", param=where)
+        return result
 
 
 class _CheckedResolver(AbstractResolver):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.errors import MediaTooLarge
 from engine.media.guard import FetchPolicy
+from engine.media.source import MediaSource
 
 
 class ByteBudget:
@@ -22,7 +23,7 @@ class ByteBudget:
         self._taken += count
         if self._taken > self._limit:
             raise MediaTooLarge(
-                f"{where}: the images of this request have more than {self._limit} bytes together.",
+                f"{where}: the media of this request have more than {self._limit} bytes together.",
                 param=where,
             )
 
@@ -31,11 +32,14 @@ class ByteBudget:
         self._taken -= count
 
 
-def check_size(count: int, policy: FetchPolicy, where: str) -> None:
+def check_size(count: int, policy: FetchPolicy, source: MediaSource) -> None:
     """Refuse an item of ``count`` bytes.
 
     Raises:
         MediaTooLarge: the policy allows fewer.
     """
-    if count > policy.max_bytes:
-        raise MediaTooLarge(f"{where}: the image has more than {policy.max_bytes} bytes.", param=where)
+    video = source.is_video_file
+    limit = policy.byte_limit(video=video)
+    if count > limit:
+        noun = "video" if video else "image"
+        raise MediaTooLarge(f"{source.where}: the {noun} has more than {limit} bytes.", param=source.where)

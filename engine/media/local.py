@@ -42,27 +42,29 @@ def read_local(source: MediaSource, policy: FetchPolicy, budget: ByteBudget) -> 
     elif source.url is None:
         raise MediaError(f"{where}: there is neither a URL nor data.", param=where)
     elif _is_file(source.url):
-        data = _read_file(source.url, policy, where)
+        data = _read_file(source, source.url, policy)
     else:
-        data = _decode_data_url(source.url, policy, where)
-    check_size(len(data), policy, where)
+        data = _decode_data_url(source, source.url, policy)
+    check_size(len(data), policy, source)
     budget.take(len(data), where)
     return data
 
 
-def _decode_data_url(url: str, policy: FetchPolicy, where: str) -> bytes:
+def _decode_data_url(source: MediaSource, url: str, policy: FetchPolicy) -> bytes:
+    where = source.where
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise MediaError(f"{where}: a data URL must look like data:image/png;base64,...", param=where)
-    check_size(len(payload) // 4 * 3 - 2, policy, where)
+        example = "data:video/mp4" if source.is_video_file else "data:image/png"
+        raise MediaError(f"{where}: a data URL must look like {example};base64,...", param=where)
+    check_size(len(payload) // 4 * 3 - 2, policy, source)
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
         raise MediaError(f"{where}: the data URL is not valid base64.", param=where) from None
 
 
-def _read_file(url: str, policy: FetchPolicy, where: str) -> bytes:
-    allowed = policy.allowed_local_media_path
+def _read_file(source: MediaSource, url: str, policy: FetchPolicy) -> bytes:
+    where, allowed = source.where, policy.allowed_local_media_path
     if allowed is None:
         raise MediaForbidden(f"{where}: this server reads no files.", param=where)
     host, slash, rest = url[len("file://") :].partition("/")
@@ -76,7 +78,7 @@ def _read_file(url: str, policy: FetchPolicy, where: str) -> bytes:
     if not inside:
         raise MediaForbidden(f"{where}: the file is outside of the folder that may be read.", param=where)
     try:
-        return _read_regular(path, policy.max_bytes + 1)
+        return _read_regular(path, policy.byte_limit(video=source.is_video_file) + 1)
     except OSError:
         raise MediaError(f"{where}: there is no such file.", param=where) from None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from engine.errors import MediaTooLarge
+from engine.media.video.video import ANY_FRAMES, VideoOptions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,15 +18,17 @@ MediaKind = Literal["image", "video"]
 @dataclass(frozen=True, slots=True)
 class MediaSource:
     """The source of an image or video. Exactly one of ``url``, ``data``, ``image`` and ``frames`` is set.
+    A video with ``url`` or ``data`` is a file.
 
     Attributes:
         index: its number in the request, from 0, to which :class:`MediaPart` refers.
         where: the field of the request, e.g. ``messages[0].content[1].image_url``.
         kind: ``image`` or ``video``.
         url: an ``http``, ``https``, ``data`` or ``file`` URL.
-        data: bytes of an encoded image.
+        data: bytes of an encoded image or video file.
         image: a decoded image (offline use).
         frames: a video's frames in order.
+        video: the frames of a video that are asked for.
         detail: OpenAI's hint ``auto``, ``low``, ``high`` or ``original``; no supported model uses it.
     """
 
@@ -36,7 +39,12 @@ class MediaSource:
     data: bytes | None = None
     image: Image.Image | None = None
     frames: tuple[MediaSource, ...] = ()
+    video: VideoOptions = ANY_FRAMES
     detail: str = "auto"
+
+    @property
+    def is_video_file(self) -> bool:
+        return self.kind == "video" and not self.frames
 
 
 def check_media_limits(

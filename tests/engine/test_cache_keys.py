@@ -20,6 +20,7 @@ from engine.inputs.content_form import ContentForms
 from engine.inputs.embeds import given_embeddings
 from engine.inputs.placeholders import Placeholders
 from engine.media.keys import content_hash
+from engine.media.video.video import Video
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.sampling_params import StructuredSpec
 from engine.scheduling.prefix_cache import BlockHasher
@@ -95,7 +96,7 @@ def test_items_of_one_hash_are_one_item(name, processors):
         media = [processor.prepare(image) for image in images]
         for clip in clips:
             try:
-                media.append(processor.prepare_video(clip))
+                media.append(processor.prepare_video(Video.of(clip)))
             except InvalidRequest:
                 break
         for one in media:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.parsing.processor import bad_option, require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 
@@ -99,7 +100,7 @@ class Idefics3Processor:
         key = content_hash(pixels, family="idefics3", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)
 
-    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
+    def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest(
             "this model takes a video as images: send its frames as images, with do_image_splitting false",
             param="video",

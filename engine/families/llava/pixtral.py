@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +13,7 @@ from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.parsing.processor import require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.native_config import NativeVisionConfig
 
@@ -99,7 +100,7 @@ class PixtralProcessor:
         key = content_hash(pixels, family="pixtral", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)
 
-    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
+    def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest("this model takes images, not videos", param="video")
 
     @property

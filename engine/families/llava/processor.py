@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from engine.media.centre import FILTERS, centre_of_resized, centre_square
 from engine.media.image_ops import CLIP_MEAN, check_aspect_ratio, resize
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square
+from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 
@@ -101,7 +102,7 @@ class LlavaProcessor:
         key = content_hash(pixels, family="llava", options=options, kind="image", size=image.size)
         return PreparedMedia(self._item(key, image.size), pixels)
 
-    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
+    def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest("this model takes images, not videos", param="video")
 
     @property

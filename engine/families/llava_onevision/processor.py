@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,21 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
-from engine.families.parsing.processor import check_frames, require_same_colours, require_steps
+from engine.families.parsing.processor import require_same_colours, require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square, resize_on_canvas
+from engine.media.video.sampling import DEFAULT_RULES, FrameRules, uniform_indices
+from engine.media.video.video import Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.anyres import AnyresConfig, best_pinpoint, tiled_rows
 from engine.vision.normalisation import CLIP_NORMALISATION
 
 _DEFAULT_SIDES = tuple(384 * tiles for tiles in range(1, 7))
+
+
+USUAL_FRAMES = 32
+"""Frames of video files where the checkpoint states none: the number that the model was trained with."""
 
 
 def parse_pinpoints(raw: Any, side: int) -> tuple[tuple[int, int], ...]:
@@ -54,6 +60,7 @@ class LlavaOnevisionProcessor:
         vision: the tower and the tilings.
         image_token_id, video_token_id: the tokens that rows replace.
         resample: PIL's filter numbers for images and for videos.
+        frames: the number of frames of a video file.
         tiled: whether an image is shown in tiles as well; else in one crop, padded to a square.
     """
 
@@ -61,6 +68,7 @@ class LlavaOnevisionProcessor:
     image_token_id: int
     video_token_id: int
     resample: tuple[int, int] = (3, 3)
+    frames: FrameRules = DEFAULT_RULES
     tiled: bool = True
 
     @classmethod
@@ -93,7 +101,8 @@ class LlavaOnevisionProcessor:
                 f"video_preprocessor_config.json: size should be the tower's {side} pixels", param="size"
             )
         resample = raw.get("resample", 3), videos.get("resample", 3)
-        return cls(vision, config.image_token_id, config.video_token_id, resample)
+        frames = FrameRules(fps=videos.get("fps"), num_frames=videos.get("num_frames") or USUAL_FRAMES)
+        return cls(vision, config.image_token_id, config.video_token_id, resample, frames)
 
     def among(self, num_images: int) -> LlavaOnevisionProcessor:
         """Only the single image of a prompt is shown in tiles."""
@@ -118,10 +127,16 @@ class LlavaOnevisionProcessor:
         pixels = np.concatenate([resize(image, (side, side), self.resample[0])[None], tiles])
         return self._media("image", pixels, grid, image.size)
 
-    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
-        size, side = check_frames(frames), self.vision.crops.image_size
-        pixels = np.stack([resize(frame, (side, side), self.resample[1]) for frame in frames])
-        return self._media("video", pixels, (len(frames), 0, 0), size)
+    def choose_frames(self, info: VideoInfo, asked: VideoOptions) -> list[int]:
+        return uniform_indices(info, self.frames, asked)
+
+    def check_video(self, size: tuple[int, int], count: int) -> int:
+        return count * self._frame_rows + 1
+
+    def prepare_video(self, video: Video) -> PreparedMedia:
+        side = self.vision.crops.image_size
+        pixels = np.stack([resize(frame, (side, side), self.resample[1]) for frame in video.frames])
+        return self._media("video", pixels, (video.count, 0, 0), video.size)
 
     @property
     def embedding_field(self) -> EmbeddingField:
@@ -130,6 +145,11 @@ class LlavaOnevisionProcessor:
     def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
         width, height = description
         return self._item("image", key, self._grid((width, height)), (width, height))
+
+    @property
+    def _frame_rows(self) -> int:
+        """Rows of one frame of a video, which is shrunk to half its height and width."""
+        return (-(-self.vision.crops.grid_side // 2)) ** 2
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Number of crops, and of tiles in a column and in a row, of an image."""
@@ -154,5 +174,5 @@ class LlavaOnevisionProcessor:
         if kind == "image":
             token, rows = self.image_token_id, self.check(size)
         else:
-            token, rows = self.video_token_id, grid[0] * (-(-self.vision.crops.grid_side // 2)) ** 2 + 1
+            token, rows = self.video_token_id, grid[0] * self._frame_rows + 1
         return MediaItem.of_rows(kind, key, token, rows, grid=grid, size=size)

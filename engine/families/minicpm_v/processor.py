@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from engine.families.minicpm_v.config import SliceVisionConfig, pieces
 from engine.families.parsing.processor import count_option
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class MiniCPMVProcessor:
         key = content_hash(patches, family="minicpm_v", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), patches)
 
-    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
+    def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest("this model takes videos as images, one for each frame", param="video")
 
     @property

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.errors import CheckpointError, ConfigError
 from engine.families.parsing.fields import vision_activation
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import Normalisation
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 
 def parse_normalisation(raw: Mapping[str, Any], default: Normalisation) -> Normalisation:
@@ -103,14 +103,3 @@ def bad_option(name: str, value: Any, wanted: str) -> ConfigError:
         f"mm_processor_kwargs: {name} should be {wanted}; got {value!r}",
         param=f"mm_processor_kwargs.{name}",
     )
-
-
-def check_frames(frames: Sequence[Image.Image]) -> tuple[int, int]:
-    """The common ``(width, height)`` of a video's frames, in pixels.
-
-    Raises:
-        InvalidRequest: there are none, or they differ in size.
-    """
-    if not frames or any(frame.size != frames[0].size for frame in frames):
-        raise InvalidRequest("a video needs frames, all of the same size", param="video")
-    return frames[0].size

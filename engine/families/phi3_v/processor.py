@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from engine.families.parsing.processor import count_option
 from engine.families.phi3_v.config import HDVisionConfig
 from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
+from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 
 _MAX_CROPS = 64
@@ -80,7 +81,7 @@ class Phi3VProcessor:
         key = content_hash(pixels, family="phi3_v", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)
 
-    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
+    def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest("this model takes images, not videos; send frames as images", param="video")
 
     @property

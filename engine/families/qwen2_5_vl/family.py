@@ -17,14 +17,15 @@ from engine.families.qwen2_vl.config import native_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
+from engine.media.video.video import Pace
 from engine.prompt import MediaSpan
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.transformer_config import VisionConfig
 
 
-def patch_times(frames: int, temporal: int, fps: float) -> tuple[float, ...]:
-    """The second at which each temporal patch begins."""
-    return tuple(step * (temporal / fps) for step in range(-(-frames // temporal)))
+def patch_times(pace: Pace, temporal: int) -> tuple[float, ...]:
+    """The second at which each temporal patch begins, by the average rate."""
+    return tuple(step * (temporal / pace.rate) for step in range(-(-len(pace.times) // temporal)))
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:

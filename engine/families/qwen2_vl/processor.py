@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import EmbeddingField, ModelConfig
 from engine.families.parsing.processor import (
     bad_option,
-    check_frames,
     require_same_colours,
     require_steps,
 )
 from engine.media.image_ops import check_aspect_ratio, resize
 from engine.media.keys import content_hash
+from engine.media.video.sampling import DEFAULT_RULES, FrameRules, Sampler, qwen2_indices
+from engine.media.video.video import Pace, Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.normalisation import CLIP_NORMALISATION, Normalisation
@@ -30,12 +31,17 @@ if TYPE_CHECKING:
 DEFAULT_FPS = 24.0
 """Frames per second that Transformers assumes for frames without a rate."""
 
+USUAL_FPS = 2.0
+"""Frames per second of video files where the checkpoint states none. Transformers shows every frame then; the
+models' authors show two a second."""
+
 #: Areas of resized images where the files state none.
 _BOUNDS = 56 * 56, 28 * 28 * 1280
 _MAX_FPS = 1000.0
 
 VideoSize = Callable[[int, tuple[int, int], int, int, int, int], tuple[int, int]]
-VideoTimes = Callable[[int, int, float], tuple[float, ...]]
+VideoTimes = Callable[[Pace, int], tuple[float, ...]]
+VideoCap = Callable[[int, int, tuple[int, int], int, int], int]
 
 
 def smart_resize(
@@ -78,6 +84,12 @@ def frame_size(
     return smart_resize(size, factor, low, high)
 
 
+def share_of_budget(frames: int, row: int, bounds: tuple[int, int], tokens: int, temporal: int) -> int:
+    """Greatest area of a frame such that all frames together stay within 90 % of ``tokens``."""
+    low, high = bounds
+    return max(min(high, int(tokens * row * 0.9) * temporal // frames), int(low * 1.05))
+
+
 @dataclass(frozen=True, slots=True)
 class VideoRules:
     """The family's treatment of videos.
@@ -85,14 +97,21 @@ class VideoRules:
     Attributes:
         size: the new size of a video's frames, from their number, ``(width, height)``, the temporal patch,
             the factor and the two bounds.
-        times: :attr:`MediaItem.times` from the number of frames, the temporal patch and the frames per
-            second; None if the model isn't told a video's pace.
+        times: :attr:`MediaItem.times` from the frames' pace and the temporal patch; None if the model isn't
+            told it.
+        sample: chooses the frames of a file.
+        cap: the greater bound where the files state ``cap_pixels_per_frame``, from the number of frames, the
+            area of one row in pixels, the two bounds, ``max_video_tokens`` and the temporal patch.
+        max_video_tokens: the argument of ``cap`` where the files state none.
         bounds: the two bounds where the files state none.
         normalisation: the same of the pixels.
     """
 
     size: VideoSize = frame_size
     times: VideoTimes | None = None
+    sample: Sampler = qwen2_indices
+    cap: VideoCap = share_of_budget
+    max_video_tokens: int = 128_000
     bounds: tuple[int, int] = (128 * 28 * 28, 768 * 28 * 28)
     normalisation: Normalisation = CLIP_NORMALISATION
 
@@ -109,7 +128,9 @@ class QwenProcessor:
         video_pixels: the same for videos, as ``video.size`` interprets it.
         video: the family's treatment of videos.
         resample: PIL's filter numbers for images and for videos.
-        fps: frames per second of videos.
+        fps: frames per second of videos that are given as frames without times.
+        frames: the number of frames of a video file.
+        max_video_tokens: see :attr:`VideoRules.cap`; None where the files don't ask for it.
         names: whether items get their content hash.
     """
 
@@ -122,6 +143,8 @@ class QwenProcessor:
     video: VideoRules
     resample: tuple[int, int] = (3, 3)
     fps: float = DEFAULT_FPS
+    frames: FrameRules = DEFAULT_RULES
+    max_video_tokens: int | None = None
     names: bool = True
 
     @classmethod
@@ -137,8 +160,8 @@ class QwenProcessor:
     ) -> QwenProcessor:
         """From the checkpoint's processor files in any spelling, with the user's options over them.
 
-        Options are ``min_pixels`` and ``max_pixels``, for images and videos, and ``fps``, the frames per
-        second of videos, if the model is told their pace.
+        Options are ``min_pixels`` and ``max_pixels``, for images and videos, and ``fps``, the frames of a
+        video that the model is shown per second.
         """
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, NativeVisionConfig)
@@ -148,11 +171,7 @@ class QwenProcessor:
         for source in (raw, of_video):
             _check(source, vision)
         require_same_colours(of_video, vision.normalisation, video.normalisation)
-        if of_video.get("cap_pixels_per_frame"):
-            raise CheckpointError(
-                "video_preprocessor_config.json: cap_pixels_per_frame true is not supported",
-                param="cap_pixels_per_frame",
-            )
+        capped = bool(of_video.get("cap_pixels_per_frame"))
         return cls(
             config.family,
             vision,
@@ -163,6 +182,8 @@ class QwenProcessor:
             video,
             (raw.get("resample", 3), of_video.get("resample", 3)),
             _fps(options.get("fps", DEFAULT_FPS)),
+            _frame_rules(of_video, options, vision.temporal_patch_size),
+            (of_video.get("max_video_tokens") or video.max_video_tokens) if capped else None,
         )
 
     @property
@@ -178,14 +199,22 @@ class QwenProcessor:
         target = smart_resize(image.size, self.factor, *self.pixels)
         return self._media("image", resize(image, target, self.resample[0]), 1, image.size)
 
-    def prepare_video(self, frames: Sequence[Image.Image]) -> PreparedMedia:
-        size, count, temporal = check_frames(frames), len(frames), self.vision.temporal_patch_size
-        target = self.video.size(count, size, temporal, self.factor, *self.video_pixels)
-        resized = [resize(frame, target, self.resample[1]) for frame in frames]
+    def choose_frames(self, info: VideoInfo, asked: VideoOptions) -> list[int]:
+        return self.video.sample(info, self.frames, asked)
+
+    def check_video(self, size: tuple[int, int], count: int) -> int:
+        width, height = self._frame_size(size, count)
+        steps = -(-count // self.vision.temporal_patch_size)
+        return steps * (width // self.factor) * (height // self.factor)
+
+    def prepare_video(self, video: Video) -> PreparedMedia:
+        temporal, target = self.vision.temporal_patch_size, self._frame_size(video.size, video.count)
+        resized = [resize(frame, target, self.resample[1]) for frame in video.frames]
         # The last frame fills up the last temporal patch.
-        resized += [resized[-1]] * (-count % temporal)
-        times = self.video.times(count, temporal, self.fps) if self.video.times else ()
-        return self._media("video", np.stack(resized), len(resized) // temporal, size, times)
+        resized += [resized[-1]] * (-len(resized) % temporal)
+        pace = video.pace or Pace.of_rate(video.count, self.fps)
+        times = self.video.times(pace, temporal) if self.video.times else ()
+        return self._media("video", np.stack(resized), len(resized) // temporal, video.size, times)
 
     def nameless(self) -> QwenProcessor:
         return replace(self, names=False)
@@ -216,6 +245,12 @@ class QwenProcessor:
             )
         rows, size = t * h * w // merge**2, (w * patch, h * patch)
         return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=(t, h, w), size=size)
+
+    def _frame_size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
+        temporal, (low, high) = self.vision.temporal_patch_size, self.video_pixels
+        if self.max_video_tokens is not None:
+            high = self.video.cap(count, self.factor**2, (low, high), self.max_video_tokens, temporal)
+        return self.video.size(count, size, temporal, self.factor, low, high)
 
     def _media(
         self, kind: str, pixels: np.ndarray, t: int, size: tuple[int, int], times: tuple[float, ...] = ()
@@ -251,6 +286,16 @@ def _fps(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FPS:
         raise bad_option("fps", value, f"a number above 0 and up to {_MAX_FPS:g}")
     return float(value)
+
+
+def _frame_rules(of_video: Mapping[str, Any], options: Mapping[str, Any], temporal: int) -> FrameRules:
+    fps = options.get("fps") or of_video.get("fps") or USUAL_FPS
+    return FrameRules(
+        _fps(fps),
+        min_frames=of_video.get("min_frames") or 4,
+        max_frames=of_video.get("max_frames") or 768,
+        temporal=temporal,
+    )
 
 
 def _pixel_bounds(options: Mapping[str, Any], low: int, high: int, limit: int) -> tuple[int, int]:

@@ -22,6 +22,8 @@ from engine.families.qwen2_vl.config import (
 )
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules, smart_resize
+from engine.media.video.sampling import qwen3_indices
+from engine.media.video.video import Pace
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.normalisation import HALF_NORMALISATION
@@ -40,12 +42,21 @@ def video_size(
     return smart_resize((width, height), factor, low, high, frames=max(frames, temporal), temporal=temporal)
 
 
-def patch_times(frames: int, temporal: int, fps: float) -> tuple[float, ...]:
+def patch_times(pace: Pace, temporal: int) -> tuple[float, ...]:
     """The second in the middle of each temporal patch, the mean of its first and last frame's."""
-    last = frames - 1
+    times = pace.times
+    last = len(times) - 1
     return tuple(
-        (first / fps + min(first + temporal - 1, last) / fps) / 2 for first in range(0, frames, temporal)
+        (times[first] + times[min(first + temporal - 1, last)]) / 2
+        for first in range(0, len(times), temporal)
     )
+
+
+def capped_area(frames: int, row: int, bounds: tuple[int, int], tokens: int, temporal: int) -> int:
+    """Greatest area of all frames such that each has at most ``tokens`` rows and its share of the bound."""
+    low, high = bounds
+    frames = max(frames, temporal)
+    return max(min(tokens * row, high // frames), int(low * 1.05)) * frames
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
@@ -145,6 +156,9 @@ def _weights(config: ModelConfig) -> WeightRules:
 _VIDEOS = VideoRules(
     size=video_size,
     times=patch_times,
+    sample=qwen3_indices,
+    cap=capped_area,
+    max_video_tokens=768,
     bounds=(128 * 32 * 32, 768 * 32 * 32),
     normalisation=HALF_NORMALISATION,
 )

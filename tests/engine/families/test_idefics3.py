@@ -11,6 +11,7 @@ import transformers
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
 from engine.errors import ConfigError, InvalidRequest
+from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
 from tests.engine.families.idefics import make_idefics3, make_smolvlm
@@ -88,7 +89,7 @@ def test_public_configuration_is_filled_up(tmp_path):
 def test_refusals(path):
     ours = media_processor(path)
     with pytest.raises(InvalidRequest, match="frames"):
-        ours.prepare_video([picture(8, 8)])
+        ours.prepare_video(Video.of([picture(8, 8)]))
     for options in ({"num_crops": 3}, {"size": {"longest_edge": 0}}, {"do_image_splitting": 1}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             media_processor(path, **options)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.errors import ConfigError, InvalidRequest
+from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from tests.engine.families.cases import case_named
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
@@ -104,7 +105,7 @@ def test_public_configuration_is_filled_up(tmp_path):
 def test_refusals(path, tmp_path):
     ours = media_processor(path)
     with pytest.raises(InvalidRequest, match="videos"):
-        ours.prepare_video([picture(8, 8)])
+        ours.prepare_video(Video.of([picture(8, 8)]))
     with pytest.raises(ConfigError, match="num_crops"):
         media_processor(path, num_crops=3)
     media = ours.prepare(picture(60, 44))

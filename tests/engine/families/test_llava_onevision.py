@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError, InvalidRequest
+from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from tests.engine.families.onevision import make_onevision
 from tests.engine.families.opened import encoder, media_processor, parse
@@ -64,7 +65,7 @@ def test_public_configuration_is_filled_up(tmp_path):
 def test_refusals(path):
     ours = media_processor(path)
     with pytest.raises(InvalidRequest, match="same size"):
-        ours.prepare_video([picture(8, 8), picture(8, 9)])
+        ours.prepare_video(Video.of([picture(8, 8), picture(8, 9)]))
     with pytest.raises(ConfigError, match="num_crops"):
         media_processor(path, num_crops=3)
     media = ours.prepare(picture(60, 44))

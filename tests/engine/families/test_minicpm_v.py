@@ -14,6 +14,7 @@ from engine.families.minicpm_v.family import FAMILY
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.messages import parse_messages
+from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from engine.text.tokenizer import Tokenizer
 from engine.vision.bucketed_positions import bucketed_positions
@@ -121,7 +122,7 @@ def test_options_of_the_processor(path, tmp_path):
 def test_refusals(path):
     ours = media_processor(path)
     with pytest.raises(InvalidRequest, match="one for each frame"):
-        ours.prepare_video([picture(8, 8)])
+        ours.prepare_video(Video.of([picture(8, 8)]))
     for options in ({"num_crops": 3}, {"max_slice_nums": 0}, {"max_slice_nums": True}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             media_processor(path, **options)

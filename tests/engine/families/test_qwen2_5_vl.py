@@ -10,6 +10,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.families.qwen2_5_vl.family import FAMILY
+from engine.media.video.video import Video
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
 from engine.vision.native_grid import plan_frame
 from tests.engine.families.cases import case_named
@@ -48,7 +49,7 @@ def test_rows_equal_transformers(path, reference, size):
 def test_rows_of_several_items_at_once(path, reference):
     ours, vision = media_processor(path), encoder(path)
     media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
-    media.insert(1, ours.prepare_video(frames(5)))
+    media.insert(1, ours.prepare_video(Video.of(frames(5))))
     patches, grid = reference.video(frames(5))
     assert media[1].item.grid == tuple(grid[0].tolist())
     with torch.inference_mode():
@@ -116,11 +117,11 @@ def test_other_names_and_ratios(tmp_path, names, tied, ratio):
 
 
 def test_a_video_at_another_pace_is_another_video(path):
-    slow, fast = (media_processor(path, fps=fps).prepare_video(frames(4)).item for fps in (1, 2))
+    slow, fast = (media_processor(path, fps=fps).prepare_video(Video.of(frames(4))).item for fps in (1, 2))
     assert slow.times == (0.0, 2.0) and fast.times == (0.0, 1.0)
     assert slow.hash != fast.hash
     # Unless told, as Transformers does.
-    assert media_processor(path).prepare_video(frames(3)).item.times == (0.0, 2 / 24)
+    assert media_processor(path).prepare_video(Video.of(frames(3))).item.times == (0.0, 2 / 24)
 
 
 @pytest.mark.parametrize("fps", [0, -1, "2", True, 1e9])
@@ -133,7 +134,7 @@ def test_a_bad_pace_is_refused(path, fps):
 def test_videos_have_bounds_of_their_own(tmp_path):
     path = make_qwen2_5_vl(tmp_path)
     (tmp_path / "video_preprocessor_config.json").write_text('{"min_pixels": 64, "max_pixels": 512}')
-    media = media_processor(path).prepare_video(frames(2))
+    media = media_processor(path).prepare_video(Video.of(frames(2)))
     assert media.pixels.shape[1] * media.pixels.shape[2] <= 512 < 40 * 56
 
 

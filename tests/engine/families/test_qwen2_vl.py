@@ -12,6 +12,7 @@ from PIL import Image
 
 from engine.errors import ConfigError, InvalidRequest
 from engine.families.qwen2_vl.family import FAMILY
+from engine.media.video.video import Video
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
@@ -100,7 +101,7 @@ def test_hashes_of_different_images_differ(path):
         ours.prepare(changed).item.hash,
         ours.prepare(flat).item.hash,
         ours.prepare(flat.transpose(Image.Transpose.ROTATE_90)).item.hash,
-        ours.prepare_video([flat, flat]).item.hash,
+        ours.prepare_video(Video.of([flat, flat])).item.hash,
         media_processor(path, max_pixels=1024).prepare(image).item.hash,
     ]
     assert len(set(hashes)) == len(hashes)
@@ -177,7 +178,7 @@ def test_videos_equal_transformers(path):
     """A temporal patch has two frames; the last frame is repeated if one is missing."""
     ours, reference = media_processor(path), reference_model(path).model
     frames = [picture(40, 32, seed) for seed in range(5)]
-    media = ours.prepare_video(frames)
+    media = ours.prepare_video(Video.of(frames))
     assert media.item.grid == (3, 8, 10)
     image_processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
     singles = [image_processor(frame, return_tensors="pt")["pixel_values"] for frame in [*frames, frames[-1]]]
@@ -188,15 +189,15 @@ def test_videos_equal_transformers(path):
         expected = reference.get_video_features(patches, torch.tensor([[3, 8, 10]])).pooler_output[0]
     torch.testing.assert_close(encoder(path).encode([media])[0], expected, atol=1e-4, rtol=0)
     with pytest.raises(InvalidRequest):
-        ours.prepare_video([])
+        ours.prepare_video(Video.of([]))
     with pytest.raises(InvalidRequest):
-        ours.prepare_video([picture(8, 8), picture(8, 9)])
+        ours.prepare_video(Video.of([picture(8, 8), picture(8, 9)]))
 
 
 def test_batched_images_do_not_see_each_other(path):
     vision, ours = encoder(path), media_processor(path)
     media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
-    media.append(ours.prepare_video([picture(40, 32, seed) for seed in range(3)]))
+    media.append(ours.prepare_video(Video.of([picture(40, 32, seed) for seed in range(3)])))
     for together, entry in zip(vision.encode(media), media, strict=True):
         torch.testing.assert_close(together, vision.encode([entry])[0], atol=1e-5, rtol=0)
 

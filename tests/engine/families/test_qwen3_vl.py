@@ -12,6 +12,7 @@ import torch
 from engine.errors import ConfigError, InvalidRequest
 from engine.families.qwen3_vl.family import FAMILY, patch_times, video_size
 from engine.inputs.builder import PromptBuilder
+from engine.media.video.video import Pace, Video
 from engine.text.tokenizer import Tokenizer
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
@@ -55,7 +56,7 @@ def test_rows_equal_transformers(path, reference, size):
 def test_rows_of_several_items_at_once(path, reference):
     ours, vision = media_processor(path), encoder(path)
     media = [ours.prepare(picture(*size)) for size in ((60, 44), (8, 90), (16, 16))]
-    media.insert(1, ours.prepare_video(frames(3)))
+    media.insert(1, ours.prepare_video(Video.of(frames(3))))
     patches, grid = reference.video(frames(3))
     assert media[1].item.grid == tuple(grid[0].tolist())
     with torch.inference_mode():
@@ -69,7 +70,7 @@ def test_rows_of_several_items_at_once(path, reference):
 @pytest.mark.parametrize(("count", "fps"), [(1, 24), (2, 1.5), (5, 1.5), (8, 3), (7, 29.97)])
 def test_placeholders_of_videos_are_those_of_transformers(path, reference, count, fps):
     checkpoint, config = parse(path)
-    item = media_processor(path, fps=fps).prepare_video(frames(count)).item
+    item = media_processor(path, fps=fps).prepare_video(Video.of(frames(count))).item
     builder = PromptBuilder.for_model(FAMILY, config, Tokenizer.load(checkpoint.path), None)
     prompt = f"say {VIDEO} and {IMAGE}"
     theirs = prompt.replace("<|video_pad|>", reference.placeholder(count, item.grid, fps))
@@ -120,11 +121,11 @@ def test_sizes_of_videos_are_those_of_transformers():
 
 
 def test_times_are_means_of_first_and_last_frame():
-    assert patch_times(5, 2, 2.0) == (0.25, 1.25, 2.0)
+    assert patch_times(Pace.of_rate(5, 2.0), 2) == (0.25, 1.25, 2.0)
 
 
 def test_a_video_at_another_pace_is_another_video(path):
-    slow, fast = (media_processor(path, fps=fps).prepare_video(frames(4)).item for fps in (1, 2))
+    slow, fast = (media_processor(path, fps=fps).prepare_video(Video.of(frames(4))).item for fps in (1, 2))
     assert slow.hash != fast.hash
     with pytest.raises(ConfigError, match="fps"):
         media_processor(path, fps=0)

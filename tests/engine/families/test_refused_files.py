@@ -109,7 +109,6 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (CONFIG, {"vision_config.in_channels": 1}, "3 channels"),
         (VIDEOS, {"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
         (VIDEOS, {"rescale_factor": 1.0}, "rescale_factor"),
-        (VIDEOS, {"cap_pixels_per_frame": True}, "cap_pixels_per_frame"),
         (VIDEOS, {"do_resize": False}, "do_resize"),
     ],
     "Qwen3-VL": [

@@ -1,0 +1,104 @@
+"""Frames of a video file that models are shown, chosen as the models' own video processors choose them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import InvalidRequest
+from engine.media.video.video import VideoInfo, VideoOptions
+
+#: Numbers that ``torch.arange`` computes at a time on x86-64, and in one turn of its loop.
+_LANES, _TURN = 8, 16
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRules:
+    """What a checkpoint's video processor says of the number of frames.
+
+    Attributes:
+        fps: frames per second of a video whose caller asks for nothing.
+        num_frames: their number instead of a rate; None if the rate decides.
+        min_frames, max_frames: bounds of the number that follows from a rate.
+        temporal: frames that make one step in time.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    temporal: int = 1
+
+
+DEFAULT_RULES = FrameRules()
+
+#: Chooses a file's frames by the family's rules and the caller's options: ascending indices.
+Sampler = Callable[[VideoInfo, FrameRules, VideoOptions], list[int]]
+
+
+def qwen2_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``Qwen2VLVideoProcessor.sample_frames`` gives them.
+
+    That one fails for a single frame, and its float arithmetic may add an index behind the last frame.
+
+    Raises:
+        InvalidRequest: the video has fewer frames than asked for.
+    """
+    step, total = rules.temporal, info.frames
+    if asked.num_frames is not None:
+        count = round(asked.num_frames / step) * step
+    else:
+        fps = asked.fps or rules.fps
+        assert fps is not None
+        most = min(rules.max_frames, total) // step * step
+        count = math.floor(min(max(total / info.fps * fps, rules.min_frames), most, total) / step) * step
+    count = max(count, 1)
+    _require(count, total)
+    return _arange(total, count)
+
+
+def qwen3_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``Qwen3VLVideoProcessor.sample_frames`` gives them; they may repeat."""
+    total, count = info.frames, asked.num_frames
+    if count is None:
+        fps = asked.fps or rules.fps
+        assert fps is not None
+        count = min(max(int(total / info.fps * fps), rules.min_frames), rules.max_frames, total)
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+
+
+def uniform_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``default_sample_indices_fn`` gives them.
+
+    Raises:
+        InvalidRequest: the video has fewer frames than asked for.
+    """
+    total, count = info.frames, asked.num_frames
+    if count is None and (fps := asked.fps or rules.fps):
+        count = max(1, int(total / info.fps * fps))
+        if not asked.fps:
+            count = min(count, total)
+    elif count is None:
+        count = min(rules.num_frames or total, total)
+    _require(count, total)
+    return [index * total // count for index in range(count)]
+
+
+def _require(count: int, total: int) -> None:
+    if count > total:
+        raise InvalidRequest(
+            f"the video has {total} frames, fewer than the {count} asked for by fps or num_frames",
+            param="video",
+        )
+
+
+def _arange(total: int, count: int) -> list[int]:
+    """``torch.arange(0, total, total / count).int()`` on x86-64, to the bit, up to ``count`` numbers."""
+    step, index = total / count, np.arange(count)
+    first = index // _LANES * _LANES
+    lanes = ((first * step).astype(np.float32) + (index - first) * step).astype(np.float32)
+    exact = (index * step).astype(np.float32)
+    return np.where(index < count // _TURN * _TURN, lanes, exact).astype(int).tolist()

@@ -1,0 +1,152 @@
+"""Prepares the media of prompts: from encoded bytes or decoded images to the encoder's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from engine.errors import ContextLengthExceeded, InvalidRequest, MediaTooLarge
+from engine.families.base import MediaProcessor, PromptAwareProcessor, VideoProcessor
+from engine.media.decode import ImageLimits, check_total, decode_image, read_size
+from engine.media.source import MediaSource
+from engine.media.video.decoder import OpenVideo, VideoDecoder
+from engine.media.video.limits import VideoLimits
+from engine.media.video.video import Pace, Video, VideoOptions
+from engine.prompt import PreparedMedia
+
+T = TypeVar("T")
+
+
+class MediaPreparation:
+    """Decodes and prepares the media of one model. Thread-safe.
+
+    Args:
+        processor: of the model.
+        images: limits on an image's format and size.
+        videos: limits on videos.
+        max_tokens: the model's context; None if it isn't known.
+        processes: videos decoded at a time.
+    """
+
+    def __init__(
+        self,
+        processor: MediaProcessor,
+        images: ImageLimits | None = None,
+        videos: VideoLimits | None = None,
+        *,
+        max_tokens: int | None = None,
+        processes: int = 4,
+    ) -> None:
+        self.processor = processor
+        self._images = images or ImageLimits()
+        self._videos = videos or VideoLimits()
+        self._decoder = VideoDecoder(self._videos, processes=processes)
+        self._max_tokens = max_tokens
+
+    def for_prompt(self, sources: Sequence[MediaSource]) -> MediaProcessor:
+        """The processor for the media of one prompt: some models show an image otherwise among several.
+
+        Raises:
+            InvalidRequest: the model takes no videos, and there is one.
+        """
+        for source in sources:
+            if source.kind == "video" and not isinstance(self.processor, VideoProcessor):
+                # The family's own message says what to send instead.
+                _name_source(source, self.processor.prepare_video, Video((0, 0), 0, ()))
+        if isinstance(self.processor, PromptAwareProcessor):
+            return self.processor.among(sum(source.kind == "image" for source in sources))
+        return self.processor
+
+    def check(
+        self, processor: MediaProcessor, sources: Sequence[MediaSource], data: Sequence[Sequence[bytes]]
+    ) -> int:
+        """Read the headers of images and frames; refuse those that need too much memory or too many tokens.
+
+        Args:
+            data: the encoded files of each source.
+
+        Returns:
+            Pixels of all images and frames; those of video files, which aren't opened yet, don't count.
+
+        Raises:
+            MediaError: a file is no image, or too large.
+            ContextLengthExceeded: the images alone need more tokens than the model's context has.
+        """
+        sizes: list[tuple[int, int]] = []
+        tokens = 0
+        for source, files in zip(sources, data, strict=True):
+            if source.is_video_file:
+                continue
+            measured = [read_size(image, self._images, where=source.where) for image in files]
+            sizes += measured
+            if source.kind == "image":
+                tokens += _name_source(source, processor.check, measured[0])
+        check_total(sizes, self._images)
+        self._check_tokens(tokens)
+        return sum(width * height for width, height in sizes)
+
+    def prepare(
+        self, processor: MediaProcessor, source: MediaSource, files: Sequence[bytes]
+    ) -> PreparedMedia:
+        """Prepare one item from its encoded files: an image, a video's frames, or a video file.
+
+        Raises:
+            MediaError: a file can't be decoded.
+            InvalidRequest: the model can't be shown the item.
+        """
+        if source.is_video_file:
+            return self._video_file(processor, source, files[0])
+        return self.show(
+            processor, source, [decode_image(data, self._images, where=source.where) for data in files]
+        )
+
+    def show(
+        self, processor: MediaProcessor, source: MediaSource, images: Sequence[Image.Image]
+    ) -> PreparedMedia:
+        """Prepare one item from decoded images; errors as :meth:`prepare`."""
+        if source.kind == "image":
+            return _name_source(source, processor.prepare, images[0])
+        video = _name_source(source, Video.of, images)
+        video = Video(video.size, video.count, video.frames, _pace(source.video, len(images)))
+        return _name_source(source, processor.prepare_video, video)
+
+    def close(self) -> None:
+        """End the processes that decode videos."""
+        self._decoder.close()
+
+    def _video_file(self, processor: MediaProcessor, source: MediaSource, data: bytes) -> PreparedMedia:
+        with self._decoder.open(data, source.where) as opened:
+            return _name_source(source, lambda asked: self._shown(processor, opened, asked), source.video)
+
+    def _shown(self, processor: Any, opened: OpenVideo, asked: VideoOptions) -> PreparedMedia:
+        info = opened.info
+        indices = processor.choose_frames(info, asked)
+        if len(indices) > self._videos.max_frames:
+            raise MediaTooLarge(
+                f"The model would be shown {len(indices)} frames of the video; {self._videos.max_frames} are "
+                "allowed. Ask for fewer by fps or num_frames."
+            )
+        self._check_tokens(processor.check_video(info.size, len(indices)))
+        pace = Pace.of_indices(indices, info)
+        return processor.prepare_video(Video(info.size, len(indices), opened.frames(indices), pace))
+
+    def _check_tokens(self, tokens: int) -> None:
+        if self._max_tokens is not None and tokens >= self._max_tokens:
+            raise ContextLengthExceeded.by(self._max_tokens, tokens, 1)
+
+
+def _pace(given: VideoOptions, count: int) -> Pace | None:
+    if given.times:
+        return Pace.of_times(given.times)
+    return Pace.of_rate(count, given.fps) if given.fps else None
+
+
+def _name_source(source: MediaSource, work: Callable[[Any], T], argument: Any) -> T:
+    """Call a processor. Its errors get the ``where`` of ``source``, which the processor doesn't know."""
+    try:
+        return work(argument)
+    except InvalidRequest as error:
+        error.param = source.where
+        raise

@@ -1,0 +1,245 @@
+"""Video files, prepared for each family with videos as Transformers' own samplers and processors do it.
+
+Transformers' video processors can't be made without torchvision. Their methods are called alone, and
+``Reference.video`` does the rest with the image processor's parts.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import shutil
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.image_utils import SizeDict
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
+
+from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.media.source import MediaSource
+from engine.media.video.sampling import FrameRules, qwen2_indices, qwen3_indices, uniform_indices
+from engine.media.video.video import VideoInfo, VideoOptions
+from engine.preparation import MediaPreparation
+from tests.engine.families.onevision import SIDE, make_onevision
+from tests.engine.families.opened import encoder, media_processor
+from tests.engine.families.qwen import Reference, make_qwen2_5_vl, make_qwen3_vl
+from tests.engine.media.clips import FILM, NTSC, clip
+from tests.engine.tiny import rewrite_json
+
+USUAL = VideoOptions()
+RATES = [10, 12.5, 15, float(FILM), 24, 25, float(NTSC), 30, 50, 59.94, 60, 7.3]
+
+#: Frames, rate, and what the caller asks for.
+CLIPS = [
+    *((frames, rate, USUAL) for frames in (4, 5, 13, 60, 97) for rate in (25, NTSC, FILM)),
+    *((frames, 30, USUAL) for frames in (1, 2, 3, 31, 121)),
+    *((frames, FILM, VideoOptions(fps=fps)) for frames in (40, 61) for fps in (0.5, 1.0, 5.0, 23.0)),
+    *((77, NTSC, VideoOptions(num_frames=count)) for count in (2, 6, 8, 33)),
+    (3000, 5, USUAL),
+]
+
+
+@pytest.fixture(scope="module")
+def samplers() -> Any:
+    """Transformers' Qwen-VL video processors; a module of them imports torchvision for its resizing."""
+    names = ["torchvision", *(f"torchvision.transforms{part}" for part in ("", ".v2", ".v2.functional"))]
+    added = [name for name in names if name not in sys.modules]
+    try:
+        import_module("torchvision")
+        added = []
+    except ModuleNotFoundError:
+        for name in added:
+            sys.modules[name] = ModuleType(name)
+    try:
+        return SimpleNamespace(
+            qwen2=import_module(
+                "transformers.models.qwen2_vl.video_processing_qwen2_vl"
+            ).Qwen2VLVideoProcessor,
+            qwen3=import_module(
+                "transformers.models.qwen3_vl.video_processing_qwen3_vl"
+            ).Qwen3VLVideoProcessor,
+        )
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+def theirs(samplers: Any, family: str, metadata: VideoMetadata, asked: VideoOptions) -> list[int]:
+    """The indices that Transformers' sampler gives."""
+    if family == "onevision":
+        count = asked.num_frames or (None if asked.fps else min(32, metadata.total_num_frames))
+        return default_sample_indices_fn(metadata, count, asked.fps).tolist()
+    stated = SimpleNamespace(
+        num_frames=None, fps=None, temporal_patch_size=2, min_frames=4, max_frames=768, default_fps=2
+    )
+    if family == "qwen3":
+        stated.fps = 2
+        given = {"num_frames": asked.num_frames, "fps": asked.fps}
+        if asked.num_frames is not None:
+            stated.fps = None
+        return samplers.qwen3.sample_frames(stated, metadata, **given).tolist()
+    fps = None if asked.num_frames is not None else asked.fps or 2
+    found = samplers.qwen2.sample_frames(stated, metadata, num_frames=asked.num_frames, fps=fps).tolist()
+    # Its float arithmetic may add an index behind the last frame.
+    return [index for index in found if index < metadata.total_num_frames]
+
+
+OURS = {"qwen2": qwen2_indices, "qwen3": qwen3_indices, "onevision": uniform_indices}
+RULES = {
+    "qwen2": FrameRules(2.0, temporal=2),
+    "qwen3": FrameRules(2.0, temporal=2),
+    "onevision": FrameRules(num_frames=32),
+}
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_chosen_frames_are_those_of_transformers(samplers, family):
+    draw = random.Random(0)
+    compared = refused = 0
+    for _ in range(3000):
+        total, rate = draw.randint(2, draw.choice((40, 4000, 40_000))), draw.choice(RATES)
+        asked = draw.choice(
+            (
+                USUAL,
+                VideoOptions(fps=draw.choice((0.3, 1.0, 2.0, 2.5, 24.0))),
+                VideoOptions(num_frames=draw.randint(2, 900)),
+            )
+        )
+        info = VideoInfo(total, rate, (64, 48))
+        metadata = VideoMetadata(total_num_frames=total, fps=rate)
+        try:
+            expected = theirs(samplers, family, metadata, asked)
+        except ValueError:
+            with pytest.raises(InvalidRequest, match=f"{total} frames, fewer than"):
+                OURS[family](info, RULES[family], asked)
+            refused += 1
+            continue
+        assert OURS[family](info, RULES[family], asked) == expected, (total, rate, asked)
+        compared += 1
+    assert compared > 2000
+    assert refused > 50 or family == "qwen3"
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_a_lone_frame_is_shown(family):
+    info = VideoInfo(1, 25.0, (64, 48))
+    assert OURS[family](info, RULES[family], USUAL) == [0]
+    assert OURS[family](info, RULES[family], VideoOptions(fps=0.1)) == [0]
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[tuple[bytes, VideoOptions]]:
+    return [(clip(frames, Fraction(rate), size=(48, 32)), asked) for frames, rate, asked in CLIPS]
+
+
+def seen(samplers: Any, family: str, data: bytes, asked: VideoOptions) -> tuple[list[Image.Image], Any]:
+    """The frames that Transformers reads from a file by its sampler, and their metadata."""
+
+    def choose(metadata: VideoMetadata, **_: Any) -> np.ndarray:
+        if metadata.total_num_frames == 1 and family == "qwen2":
+            return np.array([0])  # for which its sampler divides by 0
+        return np.array(theirs(samplers, family, metadata, asked))
+
+    frames, metadata = read_video_pyav(io.BytesIO(data), choose)
+    if len(frames) < len(metadata.frames_indices):  # it reads a repeated index once
+        order = sorted(set(metadata.frames_indices.tolist()))
+        frames = frames[[order.index(index) for index in metadata.frames_indices]]
+    return [Image.fromarray(frame) for frame in frames], metadata
+
+
+def prepared(path: Any, data: bytes, asked: VideoOptions, **options: Any) -> Any:
+    preparation = MediaPreparation(media_processor(path, **options), processes=1)
+    source = MediaSource(0, "here", "video", data=data, video=asked)
+    try:
+        return preparation.prepare(preparation.for_prompt([source]), source, [data])
+    finally:
+        preparation.close()
+
+
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])
+def test_items_equal_transformers(samplers, clips, kind, tmp_path):
+    """Grid, pixels and the times that the model is told."""
+    make = make_qwen2_5_vl if kind == "Qwen2_5_VL" else make_qwen3_vl
+    family = "qwen2" if kind == "Qwen2_5_VL" else "qwen3"
+    path = make(tmp_path)
+    reference, vision = Reference(path, kind), encoder(path)
+    preparation = MediaPreparation(media_processor(path), processes=1)
+    try:
+        for data, asked in clips:
+            source = MediaSource(0, "here", "video", data=data, video=asked)
+            media = preparation.prepare(preparation.for_prompt([source]), source, [data])
+            frames, metadata = seen(samplers, family, data, asked)
+            patches, grid = reference.video(frames)
+            assert media.item.grid == tuple(grid[0].tolist())
+            ours = vision.patchify(torch.from_numpy(media.pixels.copy()))
+            torch.testing.assert_close(ours, patches, atol=0, rtol=0)
+            if kind == "Qwen2_5_VL":
+                seconds = 2 / metadata.sampled_fps
+                assert media.item.times == tuple(step * seconds for step in range(media.item.grid[0]))
+            else:
+                expected = reference.processor._calculate_timestamps(
+                    metadata.frames_indices.tolist(), metadata.fps, 2
+                )
+                assert media.item.times == tuple(expected)
+    finally:
+        preparation.close()
+
+
+def test_onevision_shows_thirty_two_frames(samplers, clips, tmp_path):
+    path = make_onevision(tmp_path)
+    for data, asked in clips[::5]:
+        frames, _ = seen(samplers, "onevision", data, asked)
+        media = prepared(path, data, asked)
+        assert media.item.grid == (len(frames), 0, 0)
+        expected = np.stack([frame.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for frame in frames])
+        assert (media.pixels == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])
+def test_sizes_of_capped_videos_are_those_of_transformers(samplers, kind, tmp_path, monkeypatch):
+    """``cap_pixels_per_frame`` bounds the frames by their share of a budget of tokens."""
+    make, family = {"Qwen2_5_VL": (make_qwen2_5_vl, "qwen2"), "Qwen3VL": (make_qwen3_vl, "qwen3")}[kind]
+    path, theirs = make(tmp_path), getattr(samplers, family)
+    tokens = 400 if family == "qwen2" else 30
+    bounds = {"shortest_edge": 64, "longest_edge": 20_000}
+    stated = {"cap_pixels_per_frame": True, "max_video_tokens": tokens, "size": bounds}
+    if not (path / "video_preprocessor_config.json").exists():
+        shutil.copy(path / "preprocessor_config.json", path / "video_preprocessor_config.json")
+    rewrite_json(path / "video_preprocessor_config.json", stated)
+    backend = theirs.__mro__[1]
+    monkeypatch.setattr(backend, "resize", lambda self, image, size, resample, **_: size, raising=False)
+    processor = object.__new__(theirs)
+    processor.max_video_tokens = tokens
+    capped, free = media_processor(path), replace(media_processor(path), max_video_tokens=None)
+    seen = set()
+    for size in ((160, 120), (40, 300), (16, 16), (500, 333)):
+        for count in (1, 2, 5, 12, 30):
+            clip = torch.zeros(1, max(count, 2 if family == "qwen3" else 1), 3, size[1], size[0])
+            wanted = processor.resize(
+                clip, SizeDict(**bounds), None, factor=8, temporal_factor=2, cap_pixels_per_frame=True
+            )
+            rows = -(-count // 2) * (wanted.height // 8) * (wanted.width // 8)
+            assert capped.check_video(size, count) == rows, (size, count)
+            seen.add(rows == free.check_video(size, count))
+    assert seen == {True, False}
+
+
+def test_a_video_longer_than_the_context_is_refused_before_decoding(tmp_path):
+    path = make_qwen2_5_vl(tmp_path)
+    preparation = MediaPreparation(media_processor(path), max_tokens=20, processes=1)
+    data = clip(50, 5, size=(160, 120))
+    source = MediaSource(0, "messages[0].content[0].video_url.url", "video", data=data)
+    try:
+        with pytest.raises(ContextLengthExceeded) as error:
+            preparation.prepare(preparation.for_prompt([source]), source, [data])
+        assert error.value.param == source.where
+    finally:
+        preparation.close()
