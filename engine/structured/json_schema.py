@@ -32,6 +32,9 @@ _UNSUPPORTED = {
 #: Formats that answers are made to follow. All others are annotations, as JSON Schema has it by default.
 _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 
+#: Formats of UUIDs of one version: ``uuid4`` says more than ``uuid``, and is followed as that.
+_UUID_VERSION = re.compile(r"uuid[1-8]")
+
 #: Keywords whose value is a schema, a list of schemas, or schemas by name.
 _IN_SCHEMA = ("additionalItems", "additionalProperties", "items")
 _IN_LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -74,7 +77,8 @@ def prepare_schema(schema: Schema) -> Schema:
     """A schema that llguidance takes and that allows the same answers.
 
     ``x-guidance``, ``uniqueItems`` and formats that llguidance doesn't know are left out. ``oneOf`` becomes
-    ``anyOf`` where no answer can match two of its schemas.
+    ``anyOf`` where no answer can match two of its schemas. ``propertyNames`` with ``enum`` or ``pattern``
+    becomes the properties themselves.
 
     Raises:
         GrammarRefused: it uses a keyword that llguidance lacks.
@@ -143,6 +147,10 @@ def plainer(message: str) -> str:
     return message
 
 
+#: Keywords that allow no more and no less.
+_ANNOTATIONS = frozenset({"title", "description", "examples", "default", "deprecated", "$comment"})
+
+
 class _Preparation:
     def __init__(self, root: Schema) -> None:
         self._root = root
@@ -151,6 +159,7 @@ class _Preparation:
         """``schema``, which stands at ``path`` of the root, prepared."""
         if not isinstance(schema, dict):
             return schema
+        schema = self._with_named_properties(schema)
         for keyword in _UNSUPPORTED:
             if keyword in schema:
                 raise GrammarRefused(_unsupported(keyword, f" at {path or '/'}"))
@@ -160,9 +169,34 @@ class _Preparation:
             new = self._value(key, value, f"{path}/{key}")
             if key == "oneOf" and isinstance(new, list) and "anyOf" not in schema and self._exclusive(new):
                 prepared["anyOf"] = new
+            elif key == "format" and isinstance(value, str) and _UUID_VERSION.fullmatch(value):
+                prepared[key] = "uuid"
             elif key != "uniqueItems" and (key != "format" or value in _FORMATS):
                 prepared[key] = new
         return prepared
+
+    def _with_named_properties(self, schema: Schema) -> Schema:
+        """``schema`` with the keys that ``propertyNames`` allows as properties, as far as that says the same.
+
+        Such schemas are made for mappings with enumerated keys.
+        """
+        names = self._resolved(schema.get("propertyNames"))
+        if not isinstance(names, dict) or any(key in schema for key in ("properties", "patternProperties")):
+            return schema
+        names = {key: value for key, value in names.items() if key not in _ANNOTATIONS}
+        type_ok = names.pop("type", "string") == "string"
+        value = schema.get("additionalProperties", True)
+        rest = {
+            key: old for key, old in schema.items() if key not in ("propertyNames", "additionalProperties")
+        }
+        keys = names.get("enum", [names["const"]] if "const" in names else None)
+        if type_ok and names.keys() <= {"enum", "const"} and isinstance(keys, list):
+            named = {"properties": {key: value for key in keys if isinstance(key, str)}}
+        elif type_ok and names.keys() == {"pattern"} and isinstance(names["pattern"], str):
+            named = {"patternProperties": {names["pattern"]: value}}
+        else:
+            return schema
+        return {**rest, **named, "additionalProperties": False}
 
     def _value(self, key: str, value: Any, path: str) -> Any:
         if key in _IN_LIST and isinstance(value, list):

@@ -37,7 +37,7 @@ def compile_schema(compiler, schema):
         ({"type": "object", "properties": {"a": {"not": TEXT}}}, "keyword not at /properties/a .* enum"),
         ({"if": {}, "then": {}}, "keyword if at / .* anyOf"),
         ({"anyOf": [TEXT, {"dependentRequired": {"a": ["b"]}}]}, "dependentRequired at /anyOf/1 .* anyOf"),
-        ({"type": "object", "propertyNames": {"pattern": "a"}}, "propertyNames .* patternProperties"),
+        ({"type": "object", "propertyNames": {"minLength": 2}}, "propertyNames .* patternProperties"),
         ({"type": "array", "contains": TEXT}, "keyword contains .* prefixItems"),
         ({"type": "object", "unevaluatedProperties": False}, "unevaluatedProperties .* additionalProperties"),
         ({"$defs": {"A": {"not": TEXT}}, "$ref": "#/$defs/A"}, "keyword not is not supported; say"),
@@ -87,6 +87,19 @@ CHEF, COLOUR = closed(kind={"const": "chef"}, age={"type": "integer"}), closed(k
         {"type": "object", "properties": {"if": TEXT, "not": {"type": "null"}}, "required": ["if"]},
         {"enum": [{"not": 1}, "x"]},
         {"$defs": {"unused": {"not": {}}}, "type": "null"},
+        {
+            "type": "object",
+            "propertyNames": {"enum": ["a", "b"]},
+            "additionalProperties": {"type": "boolean"},
+        },
+        {"type": "object", "propertyNames": {"pattern": "^[ab]$"}, "maxProperties": 0},
+        {
+            "$defs": {"Key": {"title": "Key", "type": "string", "enum": ["a", "b"]}},
+            "type": "object",
+            "propertyNames": {"$ref": "#/$defs/Key"},
+            "additionalProperties": {"type": "null"},
+        },
+        {"type": "string", "format": "uuid4"},
         {"type": "null", "x-guidance": {"lenient": True, "whitespace_pattern": "x"}},
     ],
     ids=json.dumps,
@@ -130,6 +143,22 @@ def test_the_order_of_keywords_stays():
     assert list(prepare_schema(schema)) == ["anyOf", "type", "properties"]
     both = {"oneOf": [CHEF, COLOUR], "anyOf": [CHEF]}
     assert prepare_schema(both) == both
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ({"enum": ["a", 5, "b"]}, {"properties": {"a": TEXT, "b": TEXT}, "additionalProperties": False}),
+        ({"const": "a", "title": "T"}, {"properties": {"a": TEXT}, "additionalProperties": False}),
+        ({"pattern": "^x"}, {"patternProperties": {"^x": TEXT}, "additionalProperties": False}),
+    ],
+)
+def test_names_of_properties_become_properties(names, wanted):
+    assert prepare_schema({"propertyNames": names, "additionalProperties": TEXT}) == wanted
+    with pytest.raises(GrammarRefused, match="propertyNames"):
+        prepare_schema({"propertyNames": names, "properties": {"c": TEXT}})
+    with pytest.raises(GrammarRefused, match="propertyNames"):
+        prepare_schema({"propertyNames": {**names, "maxLength": 1}})
 
 
 def test_literals_are_values_that_schemas_spell_out():
