@@ -137,9 +137,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         # Refuses a constraint that other parameters exclude before any image is fetched.
         replace(given.params, structured=given.constraint)
         build, sources = _prompt(pipeline, given)
-        prompt = await pipeline.prepare(
-            build, sources, min_tokens=given.params.max_tokens or 1, salt=given.cache_salt
-        )
+        prompt = await pipeline.prepare(build, sources, params=given.params, salt=given.cache_salt)
         text = prompt.inputs.text
         constraint = pipeline.format.constraint(given.tools, given.constraint, text, given.thinking_budget)
         params = replace(given.params, structured=constraint)

@@ -106,7 +106,7 @@ class Pipeline:
         build: Callable[[list[MediaItem]], EngineInput],
         sources: Sequence[MediaSource] = (),
         *,
-        min_tokens: int = 1,
+        params: SamplingParams | None = None,
         salt: str = "",
     ) -> EncodedPrompt:
         """Prepare a request's media, build its prompt, and encode the media.
@@ -114,7 +114,7 @@ class Pipeline:
         Args:
             build: makes the prompt from the media items; called on a thread.
             sources: the media.
-            min_tokens: output tokens that must fit behind the prompt; 0 for embeddings.
+            params: how much is to be generated; None for embeddings.
             salt: keeps the caches of tenants apart.
 
         Raises:
@@ -131,10 +131,11 @@ class Pipeline:
             inputs, pixels = await self._build(build, sources)
             inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
             count, limit = len(inputs.token_ids), await self.max_model_len()
-            if count + min_tokens > limit:
-                raise ContextLengthExceeded.by(limit, count, min_tokens)
+            least = 0 if params is None else params.max_tokens or 1
+            if count + least > limit:
+                raise ContextLengthExceeded.by(limit, count, least)
             if not charged:
-                charge(count + min_tokens)
+                charge(count + (_most_tokens(params, count, limit) if params is not None else 0))
                 charged = True
 
             async def encode_again() -> tuple[Rows, ...]:
@@ -254,6 +255,12 @@ class Pipeline:
 
     def _patience(self, work: str) -> Patience:
         return Patience(self._replay, lambda: self.meter.failover(work))
+
+
+def _most_tokens(params: SamplingParams, prompt: int, context: int) -> int:
+    """The tokens that all completions of a prompt may have."""
+    longest = params.for_prompt(prompt, context).max_tokens
+    return params.n * (context - prompt if longest is None else longest)
 
 
 def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, Pipeline]:

@@ -76,7 +76,7 @@ async def _chat(pipeline: Pipeline, body: VectorBody) -> EncodedPrompt:
             cache_salt=body.cache_salt,
         )
 
-    return await pipeline.prepare(build, sources, min_tokens=0, salt=body.cache_salt)
+    return await pipeline.prepare(build, sources, salt=body.cache_salt)
 
 
 async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -> EncodedPrompt:
@@ -96,4 +96,4 @@ async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -
         )
         return replace(inputs, token_ids=inputs.token_ids[:limit])
 
-    return await pipeline.prepare(build, min_tokens=0, salt=body.cache_salt)
+    return await pipeline.prepare(build, salt=body.cache_salt)

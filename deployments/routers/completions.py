@@ -89,7 +89,7 @@ async def _prepared(
             placeholders_are_text=True,
         )
 
-    return await pipeline.prepare(build, min_tokens=params.max_tokens or 1, salt=body.cache_salt)
+    return await pipeline.prepare(build, params=params, salt=body.cache_salt)
 
 
 @dataclass(frozen=True, slots=True)

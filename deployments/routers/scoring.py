@@ -108,14 +108,14 @@ async def _prepared(pipeline: Pipeline, item: wire.Item, field: str, salt: str) 
         def plain(_: list[MediaItem]) -> EngineInput:
             return pipeline.builder.from_text(text, cache_salt=salt, placeholders_are_text=True)
 
-        return await pipeline.prepare(plain, min_tokens=0, salt=salt)
+        return await pipeline.prepare(plain, salt=salt)
     assert isinstance(item, dict)
     messages, sources = parse_messages([{"role": "user", "content": _parts(item, field)}])
 
     def chat(items: list[MediaItem]) -> EngineInput:
         return pipeline.builder.from_messages(messages, items, add_generation_prompt=False, cache_salt=salt)
 
-    return await pipeline.prepare(chat, sources, min_tokens=0, salt=salt)
+    return await pipeline.prepare(chat, sources, salt=salt)
 
 
 def _parts(item: dict[str, Any], field: str) -> list[Any]:

@@ -81,6 +81,12 @@ async def test_a_key_asks_for_so_many_tokens(guarded):
         assert taken.status_code == 200
 
 
+@pytest.mark.parametrize("fields", [{"max_tokens": 50, "n": 2}, {"max_tokens": None}])
+async def test_all_completions_count_to_their_longest(guarded, fields):
+    refused = await guarded.post("/v1/chat/completions", json=CHAT | fields, headers=bearer("other-secret"))
+    assert refused.status_code == 429 and "its limit is 100" in refused.json()["error"]["message"]
+
+
 async def test_keys_share_no_cache_and_no_responses(guarded):
     long = [{"role": "user", "content": "One two three four five six seven eight nine ten. " * 4}]
 

@@ -13,6 +13,7 @@ from deployments.stages import StageLost, Stages
 from engine.errors import InvalidRequest, MediaError, Unavailable
 from engine.media.source import MediaSource
 from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
+from engine.sampling_params import SamplingParams
 from tests.serving import app_args
 
 SOURCES = [MediaSource(index, f"messages[0].content[{index}]", url=f"data:,{index}") for index in range(3)]
@@ -131,7 +132,7 @@ async def test_the_first_item_that_fails_ends_the_others(spec):
 async def test_a_prompt_that_is_too_long_is_not_encoded(spec):
     encoder = Encoder()
     with pytest.raises(InvalidRequest) as caught:
-        await pipeline(spec, encoder=encoder).prepare(build, SOURCES, min_tokens=13)
+        await pipeline(spec, encoder=encoder).prepare(build, SOURCES, params=SamplingParams(max_tokens=13))
     assert caught.value.param == "max_tokens" and not encoder.seen
 
 
