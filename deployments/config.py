@@ -46,6 +46,8 @@ class StageConfig(_Strict):
             conditions, such as ``in(a, b)`` or ``!a``.
         env: environment variables of the replica's process, e.g. ``OMP_NUM_THREADS`` for work on CPUs.
         max_ongoing_requests: requests that a replica works on at a time; further requests wait outside of it.
+        max_queued_requests: calls that may wait for a replica, for each ingress replica; further requests are
+            refused with 429. None leaves the limit to the ingress's ``max_active_requests``.
         graceful_shutdown_timeout_s: how long a replica that is asked to stop may finish its requests.
         max_surge_percent: replicas that an update may start before it stops old ones, in percent of their
             number, rounded up. 0 stops old replicas first: for GPUs of which there is no spare one.
@@ -63,6 +65,7 @@ class StageConfig(_Strict):
     label_selector: dict[str, str] = {}
     env: dict[str, str] = {}
     max_ongoing_requests: PositiveInt = 64
+    max_queued_requests: PositiveInt | None = None
     graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
     max_surge_percent: int | None = Field(default=None, ge=0, le=100)
     health_check_period_s: PositiveFloat = 10.0
@@ -122,6 +125,7 @@ class StageConfig(_Strict):
             **scale,
             "ray_actor_options": actor,
             "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": -1 if self.max_queued_requests is None else self.max_queued_requests,
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "max_surge_percent": self.surge,
             "health_check_period_s": self.health_check_period_s,
@@ -226,10 +230,13 @@ class ReplayConfig(_Strict):
         max_losses: losses of one request after which it fails: a request may be what kills its replicas.
         patience_s: seconds after a loss within which work on the request must have begun again, the restart
             of a replica included.
+        pause_s: seconds before the second try; each further pause is twice as long, up to 2 seconds. A dead
+            process may still be listed for a moment.
     """
 
     max_losses: NonNegativeInt = 8
     patience_s: PositiveFloat = 120.0
+    pause_s: PositiveFloat = 0.05
 
 
 class IngressConfig(StageConfig):
@@ -238,6 +245,8 @@ class IngressConfig(StageConfig):
     Attributes:
         max_body_bytes: larger request bodies are refused with 413.
         max_active_requests: requests that one ingress replica has open at a time; more are refused with 429.
+        request_timeout_s: seconds from a request's arrival after which it is ended with an error; None for
+            no limit. Ray Serve's own ``request_timeout_s`` would cut streams without a word.
         replay: see :class:`ReplayConfig`.
         health_timeout_s: how long ``/health`` waits for a model's replica.
         threads: prompts that are rendered and tokenized at a time.
@@ -249,6 +258,7 @@ class IngressConfig(StageConfig):
 
     max_body_bytes: PositiveInt = 64 << 20
     max_active_requests: PositiveInt = 1024
+    request_timeout_s: PositiveFloat | None = None
     replay: ReplayConfig = ReplayConfig()
     health_timeout_s: PositiveFloat = 5.0
     threads: PositiveInt = 4

@@ -1,5 +1,6 @@
 """The encoder stage: pixels to embedding rows, batched over the requests of all callers."""
 
+from collections.abc import Callable
 from typing import Any
 
 from deployments.metrics.families import Family, Part
@@ -54,6 +55,18 @@ class VisionEncoder:
     def families(self) -> list[Family]:
         """The metrics of this replica."""
         return [*self._meter.families(), *encoder_families(self._engine.metrics())]
+
+    def check_health(self) -> None:
+        """Check that the encoder is running.
+
+        Raises:
+            Unavailable: it has stopped.
+        """
+        self._engine.check_health()
+
+    def when_dead(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called, on any thread, once nothing can be encoded any more."""
+        self._engine.when_dead(call)
 
     def close(self) -> None:
         """Refuse waiting work, finish running work, end the thread."""

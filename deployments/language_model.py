@@ -1,6 +1,6 @@
 """The language model stage: prompts and embedding rows to text or vectors."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Self
 
@@ -104,6 +104,10 @@ class LanguageModel:
             Unavailable: the engine has stopped.
         """
         self._engine.check_health()
+
+    def when_dead(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called, on any thread, once the engine can compute nothing more."""
+        self._engine.when_dead(call)
 
     def close(self) -> None:
         """Stop the engine. Requests that still run are lost."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from deployments.access import caller_salt, charge
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.metrics.collector import Measured
-from deployments.metrics.ingress import ModelMeter
+from deployments.metrics.ingress import ModelMeter, arrival
 from deployments.replay import Patience, attempt_name, carried_on
 from deployments.report import ItemReport, current_report
 from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, StageLost, Stages
@@ -53,6 +53,7 @@ class Pipeline:
         stages: its stages.
         threads: where prompts are rendered and tokenized; never on the event loop.
         replay: how far requests are carried on whose stage dies.
+        timeout_s: seconds that a request may take from its arrival; None for no limit.
 
     Attributes:
         meter: counts and times this pipeline's work.
@@ -64,6 +65,7 @@ class Pipeline:
         stages: Stages,
         threads: ThreadPoolExecutor,
         replay: ReplayConfig = ReplayConfig(),
+        timeout_s: float | None = None,
     ) -> None:
         self.name = spec.name
         self.task = spec.engine.task
@@ -75,6 +77,7 @@ class Pipeline:
         self._stages = stages
         self._threads = threads
         self._replay = replay
+        self._timeout_s = timeout_s
         self._random = random.SystemRandom()
         self._max_model_len: int | None = None
 
@@ -254,7 +257,11 @@ class Pipeline:
         return output
 
     def _patience(self, work: str) -> Patience:
-        return Patience(self._replay, lambda: self.meter.failover(work))
+        deadline = None
+        if self._timeout_s is not None:
+            began = arrival.get() or time.perf_counter()
+            deadline = asyncio.get_running_loop().time() + self._timeout_s - (time.perf_counter() - began)
+        return Patience(self._replay, deadline, lambda: self.meter.failover(work))
 
 
 def _most_tokens(params: SamplingParams, prompt: int, context: int) -> int:
@@ -271,7 +278,7 @@ def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, 
     """
     threads = ThreadPoolExecutor(config.ingress.threads, "prompts")
     return {
-        spec.name: Pipeline(spec, each, threads, config.ingress.replay)
+        spec.name: Pipeline(spec, each, threads, config.ingress.replay, config.ingress.request_timeout_s)
         for spec, each in zip(config.models, stages, strict=True)
     }
 

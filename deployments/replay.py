@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from deployments.config import ReplayConfig
 from deployments.stages import Generation, LanguageModelStage, Rows, RowsLost, StageLost
-from engine.errors import Unavailable
+from engine.errors import Overloaded, SightlineError, Unavailable
 from engine.outputs import StreamUpdate
 from engine.progress import Progress
 
@@ -18,21 +18,34 @@ T = TypeVar("T")
 
 logger = logging.getLogger("ray.serve")
 
-#: Seconds before the second try. Each further one waits twice as long, up to the last number: a process that
-#: has died may still be listed for a moment.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+#: Seconds of the longest pause before another try.
+_LONGEST_PAUSE_S = 2.0
+
+
+class DeadlineExceeded(SightlineError):
+    """A request took longer than it may."""
+
+    status = 504
+    code = "deadline_exceeded"
 
 
 class Patience:
-    """What one request can bear: how many losses, and how long a wait for a stage that is lost.
+    """What one request can bear: how many losses, how long a wait for a stage that is lost, how long in all.
 
     Args:
         config: the limits.
+        deadline: when the request must have ended, by the event loop's clock; None for no limit.
         on_loss: called for each loss after which the request goes on.
     """
 
-    def __init__(self, config: ReplayConfig, on_loss: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        config: ReplayConfig,
+        deadline: float | None = None,
+        on_loss: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config = config
+        self._deadline = deadline
         self._on_loss = on_loss
         self._losses = 0
         self._until: float | None = None
@@ -42,23 +55,26 @@ class Patience:
 
         Raises:
             Unavailable: that happened too often, or the stage does not come back.
+            DeadlineExceeded: the request's time is up.
         """
         while True:
             try:
                 return await self.wait(work())
-            except StageLost as loss:
-                await self.bear(loss)
+            except (StageLost, Overloaded) as error:
+                await self.bear(error)
 
     async def wait(self, work: Awaitable[T]) -> T:
         """The result of ``work``. After a loss, the wait for the first result is limited.
 
         Raises:
             Unavailable: the stage does not come back.
+            DeadlineExceeded: the request's time is up.
         """
-        if self._until is None:
+        limits = [limit for limit in (self._until, self._deadline) if limit is not None]
+        if not limits:
             return await work
         try:
-            async with asyncio.timeout_at(self._until) as limit:
+            async with asyncio.timeout_at(min(limits)) as limit:
                 result = await work
         except TimeoutError:
             if limit.expired():
@@ -67,26 +83,35 @@ class Patience:
         self._until = None
         return result
 
-    async def bear(self, loss: StageLost) -> None:
+    async def bear(self, error: StageLost | Overloaded) -> None:
         """Pause before another try.
 
+        A full queue is borne after a loss only: then the request had been let in, and all wait for a restart.
+
         Raises:
-            StageLost: ``loss``; it was one too many.
+            StageLost, Overloaded: ``error``; it was one too many.
             Unavailable: the stage did not come back in time.
+            DeadlineExceeded: the request's time is up.
         """
-        self._losses += 1
-        if self._losses > self._config.max_losses:
-            raise loss
-        logger.warning("a request is carried on after it lost a part of the server: %s", loss)
+        if isinstance(error, StageLost):
+            self._losses += 1
+        if self._losses > self._config.max_losses or not self._losses:
+            raise error
         now = asyncio.get_running_loop().time()
         if self._until is None:
             self._until = now + self._config.patience_s
         elif now >= self._until:
-            raise self._given_up() from loss
-        self._on_loss()
-        await asyncio.sleep(min(_FIRST_PAUSE_S * 2 ** (self._losses - 1), _LONGEST_PAUSE_S))
+            raise self._given_up() from error
+        if isinstance(error, StageLost):
+            logger.warning("a request is carried on after it lost a part of the server: %s", error)
+            self._on_loss()
+        await asyncio.sleep(min(self._config.pause_s * 2 ** (self._losses - 1), _LONGEST_PAUSE_S))
 
-    def _given_up(self) -> Unavailable:
+    def _given_up(self) -> SightlineError:
+        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            return DeadlineExceeded(
+                "The request took longer than this server allows; ask for less at a time."
+            )
         return Unavailable(
             "A part of the server stopped while it worked on this request, and was not back within "
             f"{self._config.patience_s:g} seconds; try again later."
@@ -117,15 +142,20 @@ async def carried_on(
         try:
             async with aclosing(stage.generate(again, media)) as updates:
                 while (update := await patience.wait(anext(updates, None))) is not None:
+                    if progress.num_tokens:
+                        # The client has had its first token.
+                        update.times = None
                     progress.take(update)
                     update.request_id = request.request_id
                     yield update
-            return
-        except StageLost as loss:
             if progress.finished(request.params.n):
                 return
-            await patience.bear(loss)
-            if isinstance(loss, RowsLost):
+            raise StageLost("An answer broke off; try again shortly.")
+        except (StageLost, Overloaded) as error:
+            if progress.finished(request.params.n):
+                return
+            await patience.bear(error)
+            if isinstance(error, RowsLost):
                 media = await encode_again()
 
 

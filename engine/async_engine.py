@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from engine.config import EngineConfig
 from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavailable
@@ -22,8 +22,12 @@ from engine.prompt import EngineInput
 from engine.request_factory import Embedding
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
+from engine.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that :meth:`AsyncEngine.shutdown` leaves the threads of an engine that has died.
+_LAST_STEP_S = 5.0
 
 
 class _Mailbox:
@@ -105,15 +109,29 @@ class AsyncEngine:
         self._mailboxes: dict[int, _Mailbox] = {}
         self._stopping = False
         self._failure: BaseException | None = None
+        self._on_death: Callable[[], None] = lambda: None
+        self._dying = threading.Lock()
         # What was loaded stays: the collector needn't walk it again and again.
         gc.collect()
         gc.freeze()
+        self._watchdog = Watchdog(self._engine.core.runner.check_health, config.step_timeout_s, self._die)
         self._threads = [
             threading.Thread(target=self._run_steps, name="engine-steps", daemon=True),
             threading.Thread(target=self._run_outputs, name="engine-outputs", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
+
+    def when_dead(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called once the engine can compute nothing more; not because of :meth:`shutdown`.
+
+        It may run on any thread, and runs at once if the engine has died.
+        """
+        with self._dying:
+            if self._failure is None:
+                self._on_death = call
+                return
+        call()
 
     @property
     def max_model_len(self) -> int:
@@ -220,11 +238,13 @@ class AsyncEngine:
 
     def shutdown(self) -> None:
         """Stop the threads and other ranks; requests still running fail with :class:`Unavailable`."""
+        self._watchdog.close()
         with self._wake:
             self._stopping = True
             self._wake.notify()
         for thread in self._threads:
-            thread.join()
+            # A step that never returns can't be waited for.
+            thread.join(None if self._failure is None else _LAST_STEP_S)
         self._fail_all(Unavailable("The engine is shutting down."))
         self._engine.grammars.close()
         self._engine.core.runner.close()
@@ -268,14 +288,15 @@ class AsyncEngine:
                 with self._wake:
                     while not (self._inbox or core.has_work or self._stopping):
                         self._wake.wait()
-                    if self._stopping:
+                    if self._stopping or self._failure is not None:
                         return
                     commands = list(self._inbox)
                     self._inbox.clear()
-                for verb, group in commands:
-                    for request in group.requests:
-                        core.add(request) if verb == "add" else core.abort(request)
-                events = core.step()
+                with self._watchdog.step():
+                    for verb, group in commands:
+                        for request in group.requests:
+                            core.add(request) if verb == "add" else core.abort(request)
+                    events = core.step()
                 if events or commands:
                     self._steps.put((events, commands))
         except BaseException as error:
@@ -324,9 +345,13 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(_put_all, parcels)
 
     def _die(self, error: BaseException) -> None:
-        logger.exception("the engine's thread died", exc_info=error)
-        self._failure = error
+        with self._dying:
+            if self._failure is not None:
+                return
+            self._failure = error
+        logger.error("the engine has died", exc_info=error)
         self._fail_all(Unavailable(f"The engine has stopped: {error}"))
+        self._on_death()
 
     def _fail_all(self, error: SightlineError) -> None:
         for mailbox in list(self._mailboxes.values()):

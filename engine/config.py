@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 _MOST_MEDIA: dict[Literal["image", "video"], int] = {"image": 8, "video": 1}
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}
@@ -34,6 +34,8 @@ class EngineConfig(BaseModel):
         enable_prefix_caching: reuse KV blocks of equal prefixes.
         enforce_eager: never capture CUDA graphs.
         run_ahead: steps the host may enqueue before it reads sampled tokens; 0 waits for each step.
+        step_timeout_s: seconds after which a step is assumed never to return; a server's engine then stops.
+            Compiling kernels for shapes that are new counts as well.
         tensor_parallel_size: ranks that share the language model, each with a process of its own and, where
             there are GPUs, a GPU; rank 0 is the engine's process. Must divide the model's heads and its
             intermediate size; KV heads may be fewer.
@@ -41,7 +43,7 @@ class EngineConfig(BaseModel):
         mm_processor_kwargs: processor options of the model's family, e.g. ``max_pixels`` or ``num_crops``.
         chat_template: a Jinja template or the path of one; overrides the checkpoint's.
         allowed_local_media_path: folder from which ``file://`` images may be read; None allows none.
-        seed: seed of requests that bring none, and of dummy weights.
+        seed: seed of offline requests that bring none, and of dummy weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -64,6 +66,7 @@ class EngineConfig(BaseModel):
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     run_ahead: NonNegativeInt = 1
+    step_timeout_s: PositiveFloat = 300.0
     tensor_parallel_size: PositiveInt = 1
     limit_mm_per_prompt: dict[Literal["image", "video"], NonNegativeInt] = _MOST_MEDIA
     mm_processor_kwargs: dict[str, Any] = Field(default_factory=dict)

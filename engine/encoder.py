@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -25,11 +25,14 @@ from engine.graphs import make_capture
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.placement import resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
+from engine.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_COST = 32768
 CACHE_BYTES = 512 << 20
+#: Seconds that :meth:`EncoderEngine.shutdown` leaves the thread of an engine that has died.
+_LAST_LAUNCH_S = 5.0
 
 
 @dataclass(slots=True)
@@ -70,6 +73,7 @@ class EncoderEngine:
         cache_bytes: rows remembered by content hash, least recently used dropped first; 0 remembers none.
         duty_cycle: share of the time, above 0 and up to 1, that launches for :meth:`encode_async` take at
             most: after each the engine rests, and what else runs on the device keeps its pace.
+        step_timeout_s: seconds after which a launch for :meth:`encode_async` is assumed never to return.
     """
 
     def __init__(
@@ -80,8 +84,10 @@ class EncoderEngine:
         max_batch_cost: int = MAX_BATCH_COST,
         cache_bytes: int = CACHE_BYTES,
         duty_cycle: float = 1.0,
+        step_timeout_s: float = 300.0,
     ) -> None:
         self._encoder = encoder
+        self._step_timeout_s = step_timeout_s
         self._duty_cycle = duty_cycle
         self._device = device
         self._max_batch_cost = max_batch_cost
@@ -95,6 +101,8 @@ class EncoderEngine:
         self._closed = False
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._watchdog: Watchdog | None = None
+        self._on_death: Callable[[], None] = lambda: None
 
     @classmethod
     def load(
@@ -126,7 +134,12 @@ class EncoderEngine:
         if capture is not None:
             encoder.capture_graphs(capture)
         return cls(
-            encoder, device, max_batch_cost=max_batch_cost, cache_bytes=cache_bytes, duty_cycle=duty_cycle
+            encoder,
+            device,
+            max_batch_cost=max_batch_cost,
+            cache_bytes=cache_bytes,
+            duty_cycle=duty_cycle,
+            step_timeout_s=config.step_timeout_s,
         )
 
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
@@ -211,11 +224,26 @@ class EncoderEngine:
     def shutdown(self) -> None:
         """Refuse what waits, finish what runs, end the thread. May be called twice."""
         self._refuse(Unavailable("The encoder is shutting down."))
+        if self._watchdog is not None:
+            self._watchdog.close()
         if self._thread is not None:
-            self._thread.join()
+            # A launch that never returns can't be waited for.
+            self._thread.join(None if self._failure is None else _LAST_LAUNCH_S)
+
+    def when_dead(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called once nothing can be encoded any more; not because of :meth:`shutdown`.
+
+        It may run on any thread, and runs at once if the engine has died.
+        """
+        with self._changed:
+            if self._failure is None:
+                self._on_death = call
+                return
+        call()
 
     def _start(self) -> None:
         if self._thread is None:
+            self._watchdog = Watchdog(lambda: None, self._step_timeout_s, self._die)
             self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
             self._thread.start()
 
@@ -233,14 +261,21 @@ class EncoderEngine:
         try:
             self._serve_all()
         except BaseException as error:
-            logger.exception("the encoder's thread died")
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        with self._changed:
+            if self._failure is not None:
+                return
             self._failure = error
-            failure = Unavailable(f"The encoder has stopped: {error}")
-            self._refuse(failure)
-            with self._changed:
-                running = [job for job in self._jobs.values() if not job.result.done()]
-            for job in running:
-                job.result.set_exception(failure)
+        logger.error("the encoder has died", exc_info=error)
+        failure = Unavailable(f"The encoder has stopped: {error}")
+        self._refuse(failure)
+        with self._changed:
+            running = [job for job in self._jobs.values() if not job.result.done()]
+        for job in running:
+            job.result.set_exception(failure)
+        self._on_death()
 
     def _serve_all(self) -> None:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -253,7 +288,9 @@ class EncoderEngine:
                     jobs = self._take()
                 if jobs:
                     began = time.perf_counter()
-                    self._serve(jobs)
+                    assert self._watchdog is not None
+                    with self._watchdog.step():
+                        self._serve(jobs)
                     self._rest(time.perf_counter() - began)
 
     def _rest(self, worked: float) -> None:

@@ -138,11 +138,14 @@ class Served:
 
 
 @contextmanager
-def served_application(folder: Path) -> Iterator[Served]:
+def served_application(
+    folder: Path, change: Callable[[dict[str, Any]], Any] = lambda args: None
+) -> Iterator[Served]:
     """``serve_config.yaml``'s application with a second model, run by ``serve run`` meanwhile.
 
     Args:
         folder: for the configuration, the log and the images.
+        change: changes the application's arguments.
     """
     import ray
 
@@ -152,7 +155,8 @@ def served_application(folder: Path) -> Iterator[Served]:
     port = config["http_options"]["port"] = free_port()
     # An address of its own: the machine's usual addresses stay forbidden.
     with serve_files(pictures, "127.0.0.2") as site:
-        config["applications"][0]["args"] = tested_args(site)
+        args = config["applications"][0]["args"] = tested_args(site)
+        change(args)
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
         root = f"http://127.0.0.1:{port}"
         with serve_run(folder / "serve.yaml", folder / "log", f"{root}/health") as process:

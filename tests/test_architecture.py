@@ -15,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 #: Floors of the engine from the ground up. A package imports itself and packages of lower floors, no others.
 FLOORS = [
     ["errors"],
-    ["graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"],
+    [
+        *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"),
+        "watchdog",
+    ],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),
         *("checkpoint", "text", "media", "metrics", "layers", "progress"),

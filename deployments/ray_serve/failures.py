@@ -5,17 +5,36 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+import grpc
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from deployments.errors import as_sightline, logger
-from deployments.stages import StageLost
+from deployments.stages import RowsLost, StageLost
 from engine.errors import Overloaded, SightlineError, Unavailable
 
 T = TypeVar("T")
 
+_LOST = "A part of the server stopped while it worked on this request; try again shortly."
+#: How a stream ends whose connection broke, apart from ``UNAVAILABLE``, which Serve translates.
+_CUT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+}
 
-class Misrouted(Unavailable):
+
+class Misrouted(StageLost):
     """A request reached another replica than the one that holds its embeddings."""
 
 
@@ -54,12 +73,30 @@ def translated(error: Exception) -> SightlineError:
         return error
     if isinstance(error, BackPressureError):
         return Overloaded("The server has too many requests at the moment; try again shortly.")
-    if isinstance(error, RayActorError | ObjectLostError):
-        logger.warning("a request lost a part of the server: %r", error)
-        return StageLost("A part of the server stopped while it worked on this request; try again shortly.")
+    if isinstance(error, ObjectLostError):
+        return RowsLost(_LOST)
+    if isinstance(error, RayActorError | WorkerCrashedError | OutOfMemoryError | NodeDiedError):
+        return StageLost(_LOST)
+    if isinstance(error, grpc.aio.AioRpcError) and error.code() in _CUT:
+        return StageLost(_LOST)
     if isinstance(error, DeploymentUnavailableError | RayServeException):
         logger.warning("a part of the server is unavailable: %r", error)
         return Unavailable("A part of the server is not available; try again shortly.")
     if isinstance(error, asyncio.TimeoutError | GetTimeoutError):
         return Unavailable("A part of the server did not answer in time; try again shortly.")
     return as_sightline(error)
+
+
+def was_cancelled() -> bool:
+    """Return whether the current task is being cancelled.
+
+    Serve raises ``CancelledError`` in a caller also where the replica has cancelled the call, as it does when
+    it shuts down. The caller itself goes on then.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def abandoned() -> StageLost:
+    """The error for a call that the replica has cancelled."""
+    return StageLost(_LOST)

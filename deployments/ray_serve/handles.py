@@ -7,8 +7,18 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.metrics.families import Part
-from deployments.ray_serve.failures import Misrouted, checked, translated
-from deployments.ray_serve.handoff import PixelsRef, RowsRef, by_reference, everywhere, stream, unpack
+from deployments.ray_serve.failures import Misrouted, abandoned, checked, translated, was_cancelled
+from deployments.ray_serve.handoff import (
+    Assembly,
+    PixelsRef,
+    RowsRef,
+    by_reference,
+    cancel,
+    everywhere,
+    is_large,
+    stream,
+    unpack,
+)
 from deployments.stages import Generation, Pooling, Stages
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
@@ -59,23 +69,27 @@ class RemoteLanguageModel(_Remote):
         self, request: Generation, media: Sequence[RowsRef]
     ) -> AsyncGenerator[StreamUpdate, None]:
         replica = ""
-        if media:
+        if held := bool(media) or is_large(request):
             infos = [ref.info for ref in media]
-            replica = await _call(self._handle.hold, request.request_id, infos, *(ref.rows for ref in media))
-        # Log-probabilities of a long prompt come in one item.
-        large = request.params.prompt_logprobs is not None
+            replica = await _call(self._handle.hold, request, infos, *(ref.rows for ref in media))
+        assembly = Assembly()
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
                 async with stream(
-                    self._handle, "generate", request, bool(media), replica=replica, large=large
+                    self._handle, "generate", request.request_id if held else request, replica=replica
                 ) as updates:
-                    async for packed in updates:
-                        yield unpack(checked(packed))
+                    async for item in updates:
+                        if (packed := assembly.add(checked(item))) is not None:
+                            yield unpack(packed)
                 return
             except Misrouted:
                 # Always the first item of a stream, so starting again cannot repeat output.
                 if attempt == _ROUTING_ATTEMPTS - 1:
                     raise
+            except asyncio.CancelledError:
+                if was_cancelled():
+                    raise
+                raise abandoned() from None
             except SightlineError:
                 raise
             except Exception as error:
@@ -110,8 +124,10 @@ async def _call(method: Any, *args: Any) -> Any:
         return checked(await response)
     except asyncio.CancelledError:
         # Serve would let the replica work on.
-        response.cancel()
-        raise
+        cancel(response)
+        if was_cancelled():
+            raise
+        raise abandoned() from None
     except SightlineError:
         raise
     except Exception as error:

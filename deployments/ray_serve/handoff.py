@@ -12,7 +12,8 @@ that objects take.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import pickle
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ import ray
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.stages import Generation
 from engine.outputs import EngineTimes, OutputDelta, StreamUpdate, Usage
 from engine.prompt import EmbeddedMedia, MediaItem
 
@@ -59,6 +61,11 @@ class RowsRef:
     def cached(self) -> bool:
         return self.info.cached
 
+
+#: Largest part of an item. A gRPC message holds 4 MiB.
+PIECE_BYTES = 1 << 20
+#: An update with at most this many rows of log-probabilities, and this many characters and tokens, fits one.
+_FEW_ROWS, _SHORT = 256, 1 << 18
 
 #: A :class:`StreamUpdate` as nested tuples; fields in the order of the dataclasses.
 PackedUpdate = tuple[
@@ -139,17 +146,65 @@ async def everywhere(handle: DeploymentHandle, method: str, seconds: float) -> l
     return [result for result in found if not isinstance(result, BaseException)]
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a pickled item that is too large for one gRPC message; the last one completes it."""
+
+    data: bytes
+    last: bool
+
+
+def pieces(update: StreamUpdate) -> Iterator[PackedUpdate | Piece]:
+    """``update`` as the items of a stream: mostly one, several where it may be too large for a message."""
+    packed = pack(update)
+    rows = sum(len(delta.logprobs) for delta in update.deltas if delta.logprobs is not None)
+    rows += len(update.prompt_logprobs or ())
+    size = sum(len(delta.text) + len(delta.token_ids) for delta in update.deltas)
+    if rows <= _FEW_ROWS and size <= _SHORT:
+        yield packed
+        return
+    data = pickle.dumps(packed, pickle.HIGHEST_PROTOCOL)
+    for start in range(0, len(data), PIECE_BYTES):
+        end = start + PIECE_BYTES
+        yield Piece(data[start:end], end >= len(data))
+
+
+class Assembly:
+    """Puts items together again that were sent in pieces."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def add(self, item: Any) -> Any | None:
+        """The whole item that ``item`` completes; None if more pieces are to come."""
+        if not isinstance(item, Piece):
+            return item
+        self._parts.append(item.data)
+        if not item.last:
+            return None
+        parts, self._parts = self._parts, []
+        return pickle.loads(b"".join(parts))
+
+
+def is_large(request: Generation) -> bool:
+    """Return whether a request may be too large for a gRPC message."""
+    inputs = request.inputs
+    tokens = len(inputs.token_ids) + (request.progress.num_tokens if request.progress is not None else 0)
+    places = sum(span.embed_index.nbytes for span in inputs.spans if span.embed_index is not None)
+    # A pickled id takes up to 5 bytes, a character up to 4.
+    return 5 * tokens + 4 * len(inputs.text or "") + places > PIECE_BYTES
+
+
 @asynccontextmanager
 async def stream(
-    handle: DeploymentHandle, method: str, *args: Any, replica: str = "", large: bool = False
+    handle: DeploymentHandle, method: str, *args: Any, replica: str = ""
 ) -> AsyncIterator[AsyncIterator[Any]]:
     """Call a generator method with plain values. Leaving the block before its end cancels it in the replica.
 
     Args:
         replica: id of the replica to call, see :mod:`deployments.ray_serve.routing`; empty: any replica.
-        large: an item may exceed gRPC's limit of 4 MB: stream by actor calls instead.
     """
-    streaming = handle.options(stream=True, _by_reference=large, session_id=replica)
+    streaming = handle.options(stream=True, _by_reference=False, session_id=replica)
     response = getattr(streaming, method).remote(*args)
     ended = False
 
@@ -163,4 +218,18 @@ async def stream(
         yield items()
     finally:
         if not ended:
-            response.cancel()
+            cancel(response)
+
+
+def cancel(response: Any) -> None:
+    """Cancel a call, in its replica if it has got there.
+
+    ``response.cancel()`` alone does nothing in silence if the call was assigned to a replica in the moment in
+    which its caller was cancelled: it asks for the assignment's result, which the caller has not taken any
+    more.
+    """
+    response.cancel()
+    assigned = getattr(response, "_replica_result_future", None)
+    if assigned is None or not assigned.done() or assigned.cancelled() or assigned.exception() is not None:
+        return
+    assigned.result().cancel()

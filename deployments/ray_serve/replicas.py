@@ -4,19 +4,31 @@ Deliberate errors are returned as :class:`~deployments.ray_serve.failures.Refusa
 """
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from ray import serve
 
 from deployments.encoder import VisionEncoder
+from deployments.errors import logger
 from deployments.language_model import LanguageModel
 from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
 from deployments.ray_serve.failures import Misrouted, Refusal, answered
-from deployments.ray_serve.handoff import ObjectStore, PackedUpdate, PixelsRef, RowsInfo, RowsRef, pack
+from deployments.ray_serve.handoff import (
+    ObjectStore,
+    PackedUpdate,
+    Piece,
+    PixelsRef,
+    RowsInfo,
+    RowsRef,
+    pieces,
+)
 from deployments.ray_serve.process import prepare_process
 from deployments.stages import Generation, Pooling
 from deployments.tasks import all_or_none
@@ -26,9 +38,19 @@ from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput
 from engine.prompt import EmbeddedMedia, MediaItem, PreparedMedia
 
-#: Seconds for which a replica keeps embeddings whose request does not come. It follows at once, unless its
+#: Seconds for which a replica keeps a request whose stream is not asked for. That follows at once, unless its
 #: sender or its client is gone.
 HOLD_S = 30.0
+
+
+def leave() -> None:
+    """End this process at once: its engine has died, and others can carry its requests on.
+
+    Callers see the connection break and routers the process end, both sooner than a health check would.
+    """
+    logger.critical("this replica leaves, because its engine has died")
+    logging.shutdown()
+    os._exit(1)
 
 
 class PreprocessorReplica:
@@ -62,6 +84,7 @@ class VisionEncoderReplica:
         prepare_process()
         self._stage = VisionEncoder(*args)
         self._store = ObjectStore()
+        self._stage.when_dead(leave)
 
     async def encode(self, item: MediaItem, pixels: np.ndarray, salt: str) -> RowsRef | Refusal:
         """Encode one item; Ray has resolved the reference to ``pixels``."""
@@ -80,13 +103,25 @@ class VisionEncoderReplica:
         """The metrics of this replica."""
         return _named(self._stage.families())
 
+    async def check_health(self) -> None:
+        """Ray Serve restarts a replica that raises here."""
+        self._stage.check_health()
+
     async def __del__(self) -> None:
         if hasattr(self, "_stage"):
             self._stage.close()
 
 
-class HeldMedia:
-    """Embeddings that were handed over ahead of their requests, by request id.
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A request that was handed over ahead of its stream, with its embeddings."""
+
+    request: Generation
+    media: list[EmbeddedMedia]
+
+
+class HeldRequests:
+    """Requests that were handed over ahead of their streams, by their ids.
 
     Args:
         seconds: how long they are kept.
@@ -94,26 +129,26 @@ class HeldMedia:
 
     def __init__(self, seconds: float = HOLD_S) -> None:
         self._seconds = seconds
-        self._media: dict[str, list[EmbeddedMedia]] = {}
+        self._held: dict[str, Held] = {}
 
     def __len__(self) -> int:
-        return len(self._media)
+        return len(self._held)
 
-    def keep(self, request_id: str, media: list[EmbeddedMedia]) -> None:
-        """Keep ``media`` for a while."""
-        self._media[request_id] = media
-        asyncio.get_running_loop().call_later(self._seconds, self._media.pop, request_id, None)
+    def keep(self, held: Held) -> None:
+        """Keep a request for a while."""
+        self._held[held.request.request_id] = held
+        asyncio.get_running_loop().call_later(self._seconds, self._held.pop, held.request.request_id, None)
 
-    def take(self, request_id: str) -> list[EmbeddedMedia]:
-        """The media of a request, which are no longer kept.
+    def take(self, request_id: str) -> Held:
+        """A request, which is no longer kept.
 
         Raises:
-            Misrouted: another replica has them, or they were dropped.
+            Misrouted: another replica has it, or it was dropped.
         """
-        media = self._media.pop(request_id, None)
-        if media is None:
-            raise Misrouted("The images of this request were lost with a part of the server; try again.")
-        return media
+        held = self._held.pop(request_id, None)
+        if held is None:
+            raise Misrouted("This request was lost with a part of the server; try again.")
+        return held
 
 
 class LanguageModelReplica:
@@ -126,10 +161,11 @@ class LanguageModelReplica:
     def __init__(self, config: EngineConfig) -> None:
         prepare_process()
         self._stage = LanguageModel.load(config)
-        self._held = HeldMedia()
+        self._held = HeldRequests()
+        self._stage.when_dead(leave)
 
-    async def hold(self, request_id: str, infos: Sequence[RowsInfo], *rows: np.ndarray) -> str:
-        """Keep a request's embeddings until :meth:`generate` takes them.
+    async def hold(self, request: Generation, infos: Sequence[RowsInfo], *rows: np.ndarray) -> str:
+        """Keep a request and its embeddings until :meth:`generate` takes them.
 
         Args:
             rows: embedding rows, one array for each of ``infos``; Ray has resolved their references.
@@ -137,21 +173,22 @@ class LanguageModelReplica:
         Returns:
             This replica's id: the session to call :meth:`generate` with.
         """
-        self._held.keep(request_id, _embedded(infos, rows))
+        self._held.keep(Held(request, _embedded(infos, rows)))
         return serve.get_replica_context().replica_id.unique_id
 
-    async def generate(self, request: Generation, has_media: bool) -> AsyncIterator[PackedUpdate | Refusal]:
+    async def generate(self, given: Generation | str) -> AsyncIterator[PackedUpdate | Piece | Refusal]:
         """Stream a request's output.
 
         Args:
-            has_media: embeddings were handed over under the request's id. If this replica doesn't have them,
-                the first item is a :class:`~deployments.ray_serve.failures.Misrouted` refusal.
+            given: the request, or the id of one that was handed over. If this replica doesn't have it, the
+                first item is a :class:`~deployments.ray_serve.failures.Misrouted` refusal.
         """
         try:
-            media = self._held.take(request.request_id) if has_media else []
-            async with aclosing(self._stage.generate(request, media)) as updates:
+            held = self._held.take(given) if isinstance(given, str) else Held(given, [])
+            async with aclosing(self._stage.generate(held.request, held.media)) as updates:
                 async for update in updates:
-                    yield pack(update)
+                    for item in pieces(update):
+                        yield item
         except SightlineError as error:
             yield Refusal(error)
 

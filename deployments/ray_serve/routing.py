@@ -17,6 +17,9 @@ class SessionRouter(FIFOMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            # Without this Serve asks again at once, over and over, while all replicas are busy.
+            pending_request.routing_context.should_backoff = True
         session = pending_request.metadata.session_id if pending_request is not None else ""
         named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == session]
         return [named or random.sample(candidate_replicas, min(2, len(candidate_replicas)))]

@@ -77,7 +77,7 @@ def spec():
 
 def pipeline(spec, preprocessor=None, encoder=None) -> Pipeline:
     stages = Stages(LanguageModel(), preprocessor or Preprocessor(), encoder or Encoder())
-    return Pipeline(spec, stages, ThreadPoolExecutor(1), ReplayConfig(max_losses=2))
+    return Pipeline(spec, stages, ThreadPoolExecutor(1), ReplayConfig(max_losses=2, pause_s=0.001))
 
 
 def build(items):

@@ -2,16 +2,21 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import pytest_asyncio
 
 from deployments.access import Caller, KeyConfig, visit
+from deployments.api import create_api
 from deployments.config import AppConfig, ReplayConfig
+from deployments.pipeline import Pipeline
 from deployments.replay import Patience
 from deployments.stages import StageLost
-from engine.errors import Unavailable
+from engine.errors import Overloaded, Unavailable
 from tests import serving
+from tests.deployments.asgi import AppTransport
 from tests.deployments.dying import Deaths, dying_client
 from tests.deployments.pictures import ask, circle, square
 
@@ -25,6 +30,8 @@ SCHEMA = {
 TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA}}
 IMAGES = ask("What color is the circle?", circle("red")) + ask("What shape is this?", square("blue"))
 HELLO = [{"role": "user", "content": "Hello!"}]
+
+REPLAY = ReplayConfig(pause_s=0.001)
 
 #: Bodies of requests: each has something that must survive a death.
 BODIES = {
@@ -48,7 +55,7 @@ BODIES = {
     },
     "tools": {
         "messages": HELLO,
-        "max_tokens": 90,
+        "max_tokens": 60,
         "temperature": 0,
         "tools": [TOOL],
         "tool_choice": "required",
@@ -85,7 +92,7 @@ def config(running) -> AppConfig:
 async def dying(running, config):
     """A client of ``pocket`` whose stages die, and the deaths to plant."""
     deaths = Deaths()
-    async with dying_client("pocket", config, running.pocket.stages, deaths, ReplayConfig()) as client:
+    async with dying_client("pocket", config, running.pocket.stages, deaths, REPLAY) as client:
         yield client, deaths
 
 
@@ -155,6 +162,8 @@ async def test_a_death_at_any_point_goes_unseen(dying, body, stream):
             points = [point for point in points if point[0] not in _OF_IMAGES]
         # The context's length is asked for once.
         points = [point for point in points if point[0] != "max_model_len"]
+        if not points:
+            continue
         deaths.planted, deaths.happened = list(points), []
         assert rounded(await answer(client, asked, stream=stream)) == wanted, name
         # A short answer may end before the update after which it would have been lost.
@@ -164,7 +173,7 @@ async def test_a_death_at_any_point_goes_unseen(dying, body, stream):
 
 async def test_a_death_before_the_context_s_length_is_known(running, config):
     deaths = Deaths([("max_model_len", 0), ("max_model_len", 1)])
-    async with dying_client("pocket", config, running.pocket.stages, deaths, ReplayConfig()) as client:
+    async with dying_client("pocket", config, running.pocket.stages, deaths, REPLAY) as client:
         found = await answer(client, BODIES["images"], stream=False)
     assert "red" in found[0]["content"] or "square" in found[0]["content"]
     assert len(deaths.happened) == 2
@@ -184,7 +193,7 @@ async def test_embeddings_are_carried_on(running, config):
     stages = running.app.models["tests/vectors"].stages
     body = {"model": "tests/vectors", "messages": ask("What is this?", circle("red"))}
     deaths = Deaths()
-    async with dying_client("tests/vectors", config, stages, deaths, ReplayConfig()) as client:
+    async with dying_client("tests/vectors", config, stages, deaths, REPLAY) as client:
         wanted = (await client.post("/v1/embeddings", json=body)).json()["data"]
         deaths.planted = [("prepare", 1), ("encode", 0), ("rows", 0), ("embed", 0), ("embed", 1)]
         found = (await client.post("/v1/embeddings", json=body)).json()["data"]
@@ -195,7 +204,7 @@ async def test_embeddings_are_carried_on(running, config):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_a_request_that_kills_every_replica_fails_with_one_error(running, config, stream):
     deaths = Deaths([("update", 1)] * 20)
-    replay = ReplayConfig(max_losses=2)
+    replay = ReplayConfig(max_losses=2, pause_s=0.001)
     async with dying_client("pocket", config, running.pocket.stages, deaths, replay) as client:
         body = {"model": "pocket", "messages": HELLO, "max_tokens": 50, "stream": stream}
         response = await client.post("/v1/chat/completions", json=body | {"ignore_eos": True})
@@ -224,8 +233,38 @@ async def test_a_stage_that_does_not_come_back_is_not_waited_for_for_ever():
     assert not isinstance(caught.value, StageLost) and "0.05 seconds" in caught.value.message
 
 
+async def test_a_full_queue_is_borne_after_a_loss_only():
+    results: list[Exception | str] = [Overloaded("full"), StageLost("gone"), Overloaded("full"), "done"]
+
+    async def work():
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    with pytest.raises(Overloaded):
+        await Patience(REPLAY).call(work)
+    assert await Patience(ReplayConfig(max_losses=1, pause_s=0.001)).call(work) == "done"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_request_whose_time_is_up_ends_with_an_error(running, config, stream):
+    """What it held is free at once: see ``idle_afterwards``."""
+    (spec,) = [spec for spec in config.models if spec.name == "pocket"]
+    pipeline = Pipeline(spec, running.pocket.stages, ThreadPoolExecutor(1), timeout_s=0.3)
+    api = create_api(config.ingress, {"pocket": pipeline})
+    body = {"model": "pocket", "messages": HELLO, "max_tokens": 900, "stream": stream, "ignore_eos": True}
+    async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test", timeout=60) as client:
+        response = await client.post("/v1/chat/completions", json=body)
+    if response.status_code == 200:
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        assert events[-1]["error"]["code"] == "deadline_exceeded"
+    else:
+        assert response.status_code == 504 and response.json()["error"]["code"] == "deadline_exceeded"
+
+
 async def test_a_timeout_of_the_work_itself_is_not_the_patience_s():
-    patience = Patience(ReplayConfig())
+    patience = Patience(REPLAY)
     calls = 0
 
     async def work():
@@ -243,7 +282,7 @@ async def test_a_carried_on_request_is_charged_once(running, config):
     visiting = caller.enter()
     token = visit.set(visiting)
     try:
-        async with dying_client("pocket", config, running.pocket.stages, deaths, ReplayConfig()) as client:
+        async with dying_client("pocket", config, running.pocket.stages, deaths, REPLAY) as client:
             found = await answer(client, BODIES["images"] | {"max_tokens": 300}, stream=False)
     finally:
         visit.reset(token)

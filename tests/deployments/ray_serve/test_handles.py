@@ -1,17 +1,20 @@
 """Stages behind handles: calls, streams and failures, with replicas that a test plays."""
 
 import asyncio
+import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
+import grpc
 import pytest
 import ray.exceptions
 
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import RemoteEncoder, RemoteLanguageModel, RemotePreprocessor
-from deployments.ray_serve.handoff import PixelsRef, RowsInfo, RowsRef, pack
-from deployments.stages import Generation, StageLost
-from engine.errors import InvalidRequest, SightlineError, Unavailable
-from engine.outputs import OutputDelta, StreamUpdate, Usage
+from deployments.ray_serve.handoff import PixelsRef, RowsInfo, RowsRef, cancel, pack, pieces
+from deployments.stages import Generation, RowsLost, StageLost
+from engine.errors import InvalidRequest, SightlineError
+from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
 
@@ -26,6 +29,7 @@ class Handle:
         self.play = play
         self.starts: list[dict] = []
         self.cancelled = 0
+        self.held: list[tuple] = []
         self.hold = SimpleNamespace(remote=self._hold)
         self.generate = SimpleNamespace(remote=self._generate)
         self._options: dict = {}
@@ -34,11 +38,12 @@ class Handle:
         self._options = options
         return self
 
-    def _generate(self, request, has_media):
-        self.starts.append(self._options | {"has_media": has_media})
+    def _generate(self, given):
+        self.starts.append(self._options | {"given": given})
         return Response(self, self.play(len(self.starts)))
 
-    async def _hold(self, request_id, infos, *rows):
+    async def _hold(self, request, infos, *rows):
+        self.held.append((request, len(rows)))
         return "b"
 
 
@@ -48,12 +53,16 @@ class Response:
 
     async def __aiter__(self):
         for item in self._items:
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             yield item
 
     def cancel(self):
         self._handle.cancelled += 1
+
+
+def grpc_error(code):
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
 
 
 def generation(**params) -> Generation:
@@ -69,20 +78,48 @@ async def test_a_misrouted_stream_is_started_again(misses):
     handle = Handle(lambda start: [Refusal(Misrouted("elsewhere")) if start <= misses else pack(UPDATE)])
     assert await run(handle) == [UPDATE]
     assert [options["session_id"] for options in handle.starts] == ["b"] * (misses + 1)
-    assert all(options["has_media"] and not options["_by_reference"] for options in handle.starts)
+    assert all(options["given"] == "one" and not options["_by_reference"] for options in handle.starts)
+    assert handle.held == [(generation(), 1)]
 
 
 async def test_a_stream_that_never_finds_its_replica_ends():
     handle = Handle(lambda start: [Refusal(Misrouted("elsewhere"))])
-    with pytest.raises(Unavailable):
+    # Another try hands the request over once more.
+    with pytest.raises(StageLost):
         await run(handle)
     assert 1 < len(handle.starts) < 9
 
 
-async def test_large_items_and_prompts_without_media():
+async def test_a_prompt_without_media_goes_with_its_stream_unless_it_is_large():
     handle = Handle(lambda start: [pack(UPDATE)])
-    assert await run(handle, (), prompt_logprobs=5) == [UPDATE]
-    assert handle.starts == [{"stream": True, "_by_reference": True, "session_id": "", "has_media": False}]
+    assert await run(handle, ()) == [UPDATE] and not handle.held
+    assert handle.starts == [
+        {"stream": True, "_by_reference": False, "session_id": "", "given": generation()}
+    ]
+    large = Generation("one", EngineInput([7] * 300_000), SamplingParams())
+    updates = RemoteLanguageModel(handle).generate(large, ())
+    assert [update async for update in updates] == [UPDATE]
+    assert handle.held == [(large, 0)] and handle.starts[-1]["given"] == "one"
+
+
+def large_update(rows: int) -> StreamUpdate:
+    row = {token: TokenLogprob(-1.5, token, "token", b"token") for token in range(20)}
+    return StreamUpdate("one", [OutputDelta(0, "a" * rows, [1] * rows, [row] * rows)], Usage(), [None, row])
+
+
+@pytest.mark.parametrize("rows", [1, 300, 10_000])
+async def test_an_item_of_any_size_comes_whole_in_messages_of_bounded_size(rows):
+    update = large_update(rows)
+    # Rows that are the same object would be pickled once.
+    delta = update.deltas[0]
+    delta.logprobs = [
+        {key: replace(value, logprob=-number) for key, value in row.items()}
+        for number, row in enumerate(delta.logprobs)
+    ]
+    items = [*pieces(update), *pieces(UPDATE), *pieces(update)]
+    assert all(len(pickle.dumps(item)) < 4 << 20 for item in items)
+    assert (len(items) > 6) == (rows == 10_000)
+    assert await run(Handle(lambda start: items)) == [update, UPDATE, update]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +128,11 @@ async def test_large_items_and_prompts_without_media():
         (Refusal(InvalidRequest("no")), InvalidRequest),
         (ray.exceptions.ActorDiedError(), StageLost),
         (ray.exceptions.ActorUnavailableError("gone", None), StageLost),
+        (ray.exceptions.OwnerDiedError("a", None, "b"), RowsLost),
+        (ray.exceptions.NodeDiedError("gone"), StageLost),
+        (grpc_error(grpc.StatusCode.INTERNAL), StageLost),
+        (grpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED), SightlineError),
+        (asyncio.CancelledError(), StageLost),
         (ZeroDivisionError(), SightlineError),
     ],
 )
@@ -121,6 +163,46 @@ async def test_the_salt_reaches_the_encoder_s_replica():
     stage = RemoteEncoder(SimpleNamespace(options=lambda **_: handle))
     await stage.encode(PixelsRef("item", "reference"), "tenant")
     assert seen == [("item", "reference", "tenant")]
+
+
+class Assigned:
+    """A call that was assigned to a replica, which its caller has not seen yet."""
+
+    def __init__(self):
+        self._replica_result_future = asyncio.get_running_loop().create_future()
+        self._replica_result_future.set_result(self)
+        self.cancels = 0
+
+    def cancel(self):
+        self.cancels += 1
+
+
+async def test_a_call_is_cancelled_in_its_replica_whatever_its_caller_has_seen():
+    call = Assigned()
+    cancel(call)
+    assert call.cancels == 2
+    waiting = Assigned()
+    waiting._replica_result_future = asyncio.get_running_loop().create_future()
+    cancel(waiting)
+    assert waiting.cancels == 1
+    waiting._replica_result_future.set_exception(ZeroDivisionError())
+    cancel(waiting)
+    assert waiting.cancels == 2 and waiting._replica_result_future.exception()
+
+
+async def test_a_call_that_its_replica_cancels_is_lost_and_its_caller_goes_on():
+    class Call:
+        def __await__(self):
+            raise asyncio.CancelledError
+            yield
+
+        def cancel(self):
+            pass
+
+    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda sources: Call()))
+    stage = RemotePreprocessor(SimpleNamespace(options=lambda **_: handle))
+    with pytest.raises(StageLost):
+        await stage.prepare([])
 
 
 async def test_a_cancelled_call_is_cancelled_in_the_replica_too():

@@ -4,26 +4,17 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
-import ray
 
+from tests.chaos.victims import replica_pids
 from tests.deployments.pictures import ask, circle, square
-from tests.serving import answers, wait_for
+from tests.serving import wait_for
 
 pytestmark = pytest.mark.ray
 
 
-def replica_pids(name: str) -> list[int]:
-    """Process ids of a deployment's living replicas."""
-    controller = ray.serve.context._get_global_client()._controller
-    details = ray.get(controller.get_serve_instance_details.remote())
-    replicas = details["applications"]["sightline"]["deployments"][f"{name}:pocket"]["replicas"]
-    return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING" and replica["pid"]]
-
-
-def kill(name: str) -> None:
-    (pid,) = replica_pids(name)
+def kill(served, name: str) -> None:
+    (pid,) = replica_pids(served, f"{name}:pocket")
     os.kill(pid, signal.SIGKILL)
 
 
@@ -37,32 +28,37 @@ def color(ray_client) -> str:
     return made.choices[0].message.content
 
 
-def test_a_language_model_that_dies_ends_a_stream_and_a_whole_answer(served, ray_client):
-    asked = {"model": "pocket", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
-    messages = ask("What shape is this?", square("blue"))
-    stream = ray_client.chat.completions.create(**asked, messages=messages, stream=True)
-    next(stream)
+def test_a_language_model_that_dies_goes_unseen(served, ray_client):
+    """A stream and a whole answer of one image go on where they were, once the only replica is back."""
+    image = {"messages": ask("What shape is this?", square("blue")), "temperature": 0}
+    hello = {"messages": [{"role": "user", "content": "Hello!"}], "temperature": 1.0, "seed": 5, "n": 2}
+    common = {"model": "pocket", "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+
+    def whole(asked: dict) -> list[str]:
+        made = ray_client.chat.completions.create(**common, **asked)
+        assert made.usage.completion_tokens == 300 * len(made.choices)
+        return [choice.message.content for choice in made.choices]
+
+    wanted = [whole(image), whole(hello)]
+    stream = ray_client.chat.completions.create(**common, **image, stream=True)
+    parts = [next(stream)]
     with ThreadPoolExecutor(1) as pool:
-        whole = pool.submit(
-            ray_client.chat.completions.create, **asked, messages=[{"role": "user", "content": "Hello!"}]
-        )
-        wait_for(lambda: served.engine_metrics()["running"] == 2)
-        kill("LanguageModel")
-        with pytest.raises(openai.APIError) as caught:
-            list(stream)
-        assert caught.value.code == "unavailable" and "try again" in caught.value.message
-        failure = whole.exception(60)
-    assert isinstance(failure, openai.APIStatusError) and failure.status_code == 503
-    assert failure.body["type"] == "server_error" and failure.body["code"] == "unavailable"
-    assert failure.response.headers["retry-after"]
-    wait_for(lambda: answers(f"{served.root}/health"))
+        other = pool.submit(whole, hello)
+        wait_for(lambda: served.engine_metrics()["running"] == 3)
+        kill(served, "LanguageModel")
+        parts += stream
+        assert other.result(120) == wanted[1]
+    text = "".join(choice.delta.content or "" for part in parts for choice in part.choices)
+    assert [text] == wanted[0]
+    assert [c.finish_reason for part in parts for c in part.choices if c.finish_reason] == ["length"]
     assert "red" in color(ray_client)
+    served.wait_until_idle()
 
 
 @pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])
 def test_a_media_stage_that_died_is_waited_for(served, ray_client, stage):
     """No output was sent yet, and the sources of the images are still there: the request is served late."""
-    kill(stage)
+    kill(served, stage)
     assert "red" in color(ray_client)
-    wait_for(lambda: len(replica_pids(stage)) == 1)
+    wait_for(lambda: len(replica_pids(served, f"{stage}:pocket")) == 1)
     served.wait_until_idle()

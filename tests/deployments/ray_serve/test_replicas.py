@@ -1,4 +1,4 @@
-"""Replicas: embeddings wait for their request, and refusals are returned."""
+"""Replicas: requests wait for their streams, and refusals are returned."""
 
 import asyncio
 
@@ -6,25 +6,30 @@ import numpy as np
 import pytest
 
 from deployments.ray_serve.failures import Misrouted, Refusal, answered, checked
-from deployments.ray_serve.replicas import HeldMedia
+from deployments.ray_serve.replicas import Held, HeldRequests
+from deployments.stages import Generation
 from engine.errors import InvalidRequest
-from engine.prompt import EmbeddedMedia
+from engine.prompt import EmbeddedMedia, EngineInput
+from engine.sampling_params import SamplingParams
 
-MEDIA = [EmbeddedMedia("h", np.zeros((2, 3), np.float32), "float32")]
+HELD = Held(
+    Generation("one", EngineInput([1]), SamplingParams()),
+    [EmbeddedMedia("h", np.zeros((2, 3), np.float32), "float32")],
+)
 
 
-async def test_held_embeddings_are_taken_once():
-    held = HeldMedia()
-    held.keep("one", MEDIA)
-    assert held.take("one") == MEDIA and len(held) == 0
+async def test_held_requests_are_taken_once():
+    held = HeldRequests()
+    held.keep(HELD)
+    assert held.take("one") is HELD and len(held) == 0
     for name in ("one", "other"):
         with pytest.raises(Misrouted):
             held.take(name)
 
 
-async def test_held_embeddings_are_dropped_after_a_while():
-    held = HeldMedia(0.0)
-    held.keep("one", MEDIA)
+async def test_held_requests_are_dropped_after_a_while():
+    held = HeldRequests(0.0)
+    held.keep(HELD)
     assert len(held) == 1
     later = asyncio.Event()
     asyncio.get_running_loop().call_later(0.001, later.set)

@@ -12,8 +12,10 @@ def replicas(*names):
 
 def chosen(session, among):
     router = object.__new__(SessionRouter)
-    request = SimpleNamespace(metadata=SimpleNamespace(session_id=session))
+    context = SimpleNamespace(should_backoff=False)
+    request = SimpleNamespace(metadata=SimpleNamespace(session_id=session), routing_context=context)
     (found,) = asyncio.run(router.choose_replicas(among, request))
+    assert context.should_backoff, "Serve would ask again without a pause"
     return {replica.replica_id.unique_id for replica in found}
 
 

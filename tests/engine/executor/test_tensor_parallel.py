@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,11 +184,14 @@ async def test_a_rank_that_dies_is_noticed_while_nothing_runs(path):
     engine = AsyncEngine(config(path))
     (process,) = ranks()
     engine.check_health()
+    died = threading.Event()
+    engine.when_dead(died.set)
     process.kill()
     with pytest.raises(Unavailable, match="Rank 1 of the language model has died"):
         while True:
             engine.check_health()
             await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(died.wait, 60)
     engine.shutdown()
     assert not ranks()
 
