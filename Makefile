@@ -20,8 +20,10 @@ serve: install
 	@$(BIN)/python -m deployments.preflight $(CONFIG) $(ARGS)
 	RAY_USAGE_STATS_ENABLED=0 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(ARGS) $(CONFIG)
 
+# Two workers share the tests; tests that start processes run one after another. WORKERS=0: all in one process.
+WORKERS ?= 2
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # The pods of k8s/overlays/cpu-demo, as processes of this machine with networks of their own; needs root.
 test-k8s: install

@@ -1,12 +1,18 @@
 """Fixtures that every test shares."""
 
 import os
+
+# Several threads are slower than one with tensors as small as those of tests, and far slower if two workers
+# share the cores. torch reads this when it is imported; processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.serving import Served, served_application
+from tests.workers import assign_groups
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel file is imported. Tensors
 # on a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
@@ -16,6 +22,12 @@ if not torch.cuda.is_available():
 # Ray reads this when it is imported. A cluster on one machine asks for a token by default, but a process that
 # connects to one sends a token only if this is set.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
+    """Only with workers: one process runs the tests in the order of their files."""
+    if hasattr(config, "workerinput"):
+        assign_groups(items)
 
 
 @pytest.fixture(scope="session")

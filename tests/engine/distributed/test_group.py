@@ -20,6 +20,8 @@ from engine.families.registry import resolve
 from tests.engine.decoding import prefill_logits
 from tests.engine.tiny import make_text
 
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 KINDS = {
     "gqa": ("qwen3", {}),

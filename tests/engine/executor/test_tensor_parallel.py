@@ -239,6 +239,8 @@ async def test_shutdown_ends_the_ranks(path):
 SCRIPT = """
 import sys
 from engine import LLM, SamplingParams
+
+pytestmark = pytest.mark.processes
 llm = LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=1000)
 print("ready", flush=True)
 params = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)

@@ -1,0 +1,46 @@
+"""How ``make test`` shares the tests between its workers (pytest-xdist with ``--dist loadgroup``).
+
+Tests of one group run in one worker, in order. A file is a group, so that its fixtures are made once.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+#: Group of the tests that start processes: they run one after another, so that no two compete for the cores.
+PROCESSES = "processes"
+#: Marks of such tests.
+_STARTS_PROCESSES = ("ray", "processes")
+#: Folders and files that take longest, longest first. They start first, so that the workers end together.
+_LONGEST = (
+    "tests/engine/families/",
+    "tests/engine/kernels/",
+    "tests/engine/test_faults.py",
+    "tests/engine/test_generation.py",
+    "tests/engine/",
+    "tests/deployments/",
+)
+
+
+def group_of(item: pytest.Item) -> str:
+    """The name of the group that ``item`` belongs to."""
+    if any(item.get_closest_marker(name) for name in _STARTS_PROCESSES):
+        return PROCESSES
+    file = item.nodeid.split("::")[0]
+    # The laws of all families are one file, but each family has a checkpoint of its own.
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    return f"{file} {case.name}" if hasattr(case, "name") else file
+
+
+def assign_groups(items: list[pytest.Item]) -> None:
+    """Mark each test with its group, and put the groups in the order in which they are handed out."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: _rank(item.nodeid, group_of(item)))
+
+
+def _rank(nodeid: str, group: str) -> int:
+    """0 for the tests that start processes, then the place in ``_LONGEST``."""
+    if group == PROCESSES:
+        return 0
+    return 1 + next((i for i, prefix in enumerate(_LONGEST) if nodeid.startswith(prefix)), len(_LONGEST))
