@@ -13,6 +13,7 @@ from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
 from deployments.tools import NO_TOOLS, ToolUse
 from engine.errors import SightlineError
+from engine.inputs.media_options import with_options
 from engine.inputs.messages import parse_messages
 from engine.media.source import MediaSource
 from engine.outputs import StreamUpdate
@@ -39,6 +40,8 @@ class Conversation:
         priority: requests with a smaller number are scheduled first.
         field_names: the caller's fields by the name under which the engine knows what they ask for.
         include_timings: the usage tells times and media too.
+        processor_options, reading_options: of all media, see
+            :func:`engine.inputs.media_options.with_options`.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -54,6 +57,8 @@ class Conversation:
     priority: int = 0
     field_names: Mapping[str, str] = field(default_factory=dict)
     include_timings: bool = False
+    processor_options: Mapping[str, Any] | None = None
+    reading_options: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -116,6 +121,8 @@ def conversation(
         priority=body.priority,
         field_names=names,
         include_timings=body.include_timings,
+        processor_options=body.mm_processor_kwargs,
+        reading_options=body.media_io_kwargs,
         **options,
     )
 
@@ -156,6 +163,7 @@ def _prompt(
 ) -> tuple[Callable[[list[MediaItem]], EngineInput], list[MediaSource]]:
     """What makes a conversation's prompt from its media items, and its media."""
     messages, sources = parse_messages(given.messages)
+    sources = with_options(sources, given.processor_options, given.reading_options)
 
     def build(items: list[MediaItem]) -> EngineInput:
         return pipeline.builder.from_messages(

@@ -11,6 +11,7 @@ from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol.embeddings import VectorBody
 from deployments.tasks import all_or_none
 from engine.errors import InvalidRequest
+from engine.inputs.media_options import with_options
 from engine.inputs.messages import parse_messages
 from engine.outputs import EmbeddingOutput, Usage
 from engine.prompt import EngineInput, MediaItem
@@ -66,6 +67,7 @@ def encoded(vector: np.ndarray) -> str:
 
 async def _chat(pipeline: Pipeline, body: VectorBody) -> EncodedPrompt:
     messages, sources = parse_messages(body.messages or [])
+    sources = with_options(sources, body.mm_processor_kwargs, body.media_io_kwargs)
 
     def build(items: list[MediaItem]) -> EngineInput:
         return pipeline.builder.from_messages(

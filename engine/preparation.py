@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from engine.errors import ContextLengthExceeded, InvalidRequest, MediaTooLarge
-from engine.families.base import MediaProcessor, PromptAwareProcessor, VideoProcessor
+from engine.families.base import AdjustableProcessor, MediaProcessor, PromptAwareProcessor, VideoProcessor
 from engine.media.decode import ImageLimits, check_total, decode_image, read_size
 from engine.media.source import MediaSource
 from engine.media.video.decoder import OpenVideo, VideoDecoder
@@ -82,7 +82,7 @@ class MediaPreparation:
             measured = [read_size(image, self._images, where=source.where) for image in files]
             sizes += measured
             if source.kind == "image":
-                tokens += _name_source(source, processor.check, measured[0])
+                tokens += _name_source(source, _for_item(processor, source).check, measured[0])
         check_total(sizes, self._images)
         self._check_tokens(tokens)
         return sum(width * height for width, height in sizes)
@@ -97,7 +97,7 @@ class MediaPreparation:
             InvalidRequest: the model can't be shown the item.
         """
         if source.is_video_file:
-            return self._video_file(processor, source, files[0])
+            return self._video_file(_for_item(processor, source), source, files[0])
         return self.show(
             processor, source, [decode_image(data, self._images, where=source.where) for data in files]
         )
@@ -106,6 +106,7 @@ class MediaPreparation:
         self, processor: MediaProcessor, source: MediaSource, images: Sequence[Image.Image]
     ) -> PreparedMedia:
         """Prepare one item from decoded images; errors as :meth:`prepare`."""
+        processor = _for_item(processor, source)
         if source.kind == "image":
             return _name_source(source, processor.prepare, images[0])
         video = _name_source(source, Video.of, images)
@@ -137,6 +138,23 @@ class MediaPreparation:
             raise ContextLengthExceeded.by(self._max_tokens, tokens, 1)
 
 
+def _for_item(processor: MediaProcessor, source: MediaSource) -> MediaProcessor:
+    """The processor for one item, at the cost that its caller asks for.
+
+    Raises:
+        InvalidRequest: the model has no such option.
+    """
+    if isinstance(processor, AdjustableProcessor):
+        if source.detail == "low":
+            processor = processor.low_detail()
+        return processor.with_options(source.options) if source.options else processor  # type: ignore[attr-defined]
+    if source.options:
+        name = next(iter(source.options))
+        where = f"mm_processor_kwargs.{name}"
+        raise InvalidRequest(f"{where}: this model has no options for requests.", param=where)
+    return processor
+
+
 def _pace(given: VideoOptions, count: int) -> Pace | None:
     if given.times:
         return Pace.of_times(given.times)
@@ -148,5 +166,6 @@ def _name_source(source: MediaSource, work: Callable[[Any], T], argument: Any) -
     try:
         return work(argument)
     except InvalidRequest as error:
-        error.param = source.where
+        if not (error.param or "").startswith("mm_processor_kwargs"):
+            error.param = source.where
         raise

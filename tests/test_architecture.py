@@ -61,6 +61,7 @@ PUBLIC = {
     "engine.errors",
     "engine.frontend",
     "engine.inputs.builder",
+    "engine.inputs.media_options",
     "engine.inputs.messages",
     "engine.media.decode",
     "engine.media.fetch",

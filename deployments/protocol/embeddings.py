@@ -20,7 +20,6 @@ class VectorBody(RequestBody):
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         "chat_template": "it is set where the model is configured",
-        "mm_processor_kwargs": "processor options are set where the model is configured",
     }
     SILENT: ClassVar[frozenset[str]] = frozenset({"priority", "user"})
 
@@ -35,6 +34,8 @@ class VectorBody(RequestBody):
     truncate_prompt_tokens: int | None = None
     add_generation_prompt: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
     cache_salt: str = Field(default="", max_length=256)
 
     def check(self) -> None:

@@ -225,9 +225,15 @@ class GenerationBody(RequestBody):
 
 
 class ConversationBody(GenerationBody):
-    """Fields and answers of every body that asks for the answer to a conversation."""
+    """Fields and answers of every body that asks for the answer to a conversation.
+
+    ``mm_processor_kwargs`` and ``media_io_kwargs`` hold for all media of it, see
+    :func:`engine.inputs.media_options.with_options`.
+    """
 
     chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
 
     def tool_use(self) -> ToolUse:
         """The functions that the answer may call; errors as :func:`deployments.tools.read_tools`."""

@@ -37,6 +37,8 @@ async def tokenize(request: Request) -> wire.TokenizeResponse:
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 field_names={"prompt": "messages"},
+                processor_options=body.mm_processor_kwargs,
+                reading_options=body.media_io_kwargs,
             ),
         )
     else:

@@ -131,6 +131,21 @@ class PromptAwareProcessor(Protocol):
 
 
 @runtime_checkable
+class AdjustableProcessor(Protocol):
+    """A :class:`MediaProcessor` that can show an image at a lower cost than configured."""
+
+    def with_options(self, options: Mapping[str, Any]) -> MediaProcessor:
+        """The processor with a request's ``mm_processor_kwargs``.
+
+        Raises:
+            InvalidRequest: an option is unknown, or would cost more than the configured value.
+        """
+
+    def low_detail(self) -> MediaProcessor:
+        """The processor for images whose caller asks for ``detail: low``."""
+
+
+@runtime_checkable
 class NamelessProcessor(Protocol):
     """A :class:`MediaProcessor` that can leave out the content hash and add it later.
 

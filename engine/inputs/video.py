@@ -21,7 +21,9 @@ _SUFFIXES = {
     "video": {"mp4", "m4v", "webm", "mkv", "mov", "avi"},
     "image": {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"},
 }
-_OPTIONS = ("fps", "num_frames", "timestamps")
+#: What a request may ask of all its video files.
+VIDEO_OPTIONS = ("fps", "num_frames")
+_OPTIONS = (*VIDEO_OPTIONS, "timestamps")
 
 
 def media_kind(url: str, filename: Any = None) -> str | None:
@@ -75,7 +77,7 @@ def read_video(value: Any, options: Mapping[str, tuple[Any, str]], index: int, w
     Args:
         options: value and place of ``fps``, ``num_frames`` and ``timestamps`` where they are given.
     """
-    asked = _asked(options)
+    asked = video_options(options)
     if isinstance(value, str) and (found := _FRAMES.match(value)):
         # Frames as vLLM's clients send them: JPEG files one behind the other.
         prefix = "data:image/jpeg;base64,"
@@ -125,7 +127,15 @@ def _frame(value: Any, index: int, where: str) -> MediaSource:
     raise MediaError(f"{where} must be an image: its URL, its bytes or a PIL image.", param=where)
 
 
-def _asked(options: Mapping[str, tuple[Any, str]]) -> VideoOptions:
+def video_options(options: Mapping[str, tuple[Any, str]]) -> VideoOptions:
+    """The frames that are asked for.
+
+    Args:
+        options: value and place of ``fps``, ``num_frames`` or ``timestamps``; null is absence.
+
+    Raises:
+        InvalidRequest: naming the option that can't be used.
+    """
     given = {name: pair for name, pair in options.items() if pair[0] is not None}
     fps = _number(*given["fps"], MAX_FPS) if "fps" in given else None
     count = _count(*given["num_frames"]) if "num_frames" in given else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.errors import MediaTooLarge
 from engine.media.video.video import ANY_FRAMES, VideoOptions
@@ -29,7 +29,10 @@ class MediaSource:
         image: a decoded image (offline use).
         frames: a video's frames in order.
         video: the frames of a video that are asked for.
-        detail: OpenAI's hint ``auto``, ``low``, ``high`` or ``original``; no supported model uses it.
+        detail: OpenAI's hint: ``low`` shows an image at a lower cost, see
+            :meth:`engine.families.base.AdjustableProcessor.low_detail`; ``auto``, ``high`` and ``original``
+            show it as the model is configured.
+        options: the request's ``mm_processor_kwargs``.
     """
 
     index: int
@@ -41,6 +44,7 @@ class MediaSource:
     frames: tuple[MediaSource, ...] = ()
     video: VideoOptions = ANY_FRAMES
     detail: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_video_file(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
-from engine.families.parsing.processor import bad_option, require_steps
+from engine.families.parsing.processor import bad_option, lowered_flag, request_options, require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.video.video import Video
@@ -99,6 +99,13 @@ class Idefics3Processor:
         options = {"rows": self.rows}
         key = content_hash(pixels, family="idefics3", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)
+
+    def with_options(self, options: Mapping[str, Any]) -> Idefics3Processor:
+        options = request_options(options, "do_image_splitting")
+        return replace(self, split=lowered_flag(options, "do_image_splitting", self.split))
+
+    def low_detail(self) -> Idefics3Processor:
+        return replace(self, split=False)
 
     def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest(

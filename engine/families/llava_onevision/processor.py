@@ -12,7 +12,7 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
-from engine.families.parsing.processor import require_same_colours, require_steps
+from engine.families.parsing.processor import request_options, require_same_colours, require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square, resize_on_canvas
@@ -126,6 +126,14 @@ class LlavaOnevisionProcessor:
         tiles = canvas.reshape(down, side, along, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
         pixels = np.concatenate([resize(image, (side, side), self.resample[0])[None], tiles])
         return self._media("image", pixels, grid, image.size)
+
+    def with_options(self, options: Mapping[str, Any]) -> LlavaOnevisionProcessor:
+        request_options(options)
+        return self
+
+    def low_detail(self) -> LlavaOnevisionProcessor:
+        """One crop, as an image among several is shown."""
+        return self.among(2)
 
     def choose_frames(self, info: VideoInfo, asked: VideoOptions) -> list[int]:
         return uniform_indices(info, self.frames, asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
-from engine.families.parsing.processor import count_option
+from engine.families.parsing.processor import count_option, lowered, request_options
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.video.video import Video
@@ -123,6 +123,13 @@ class MiniCPMVProcessor:
         options = {"rows": self.rows, "grid": list(grid)}
         key = content_hash(patches, family="minicpm_v", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), patches)
+
+    def with_options(self, options: Mapping[str, Any]) -> MiniCPMVProcessor:
+        options = request_options(options, "max_slice_nums")
+        return replace(self, max_slices=lowered(options, "max_slice_nums", self.max_slices))
+
+    def low_detail(self) -> MiniCPMVProcessor:
+        return replace(self, max_slices=1)
 
     def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest("this model takes videos as images, one for each frame", param="video")

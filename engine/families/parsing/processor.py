@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.parsing.fields import vision_activation
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import Normalisation
@@ -95,6 +95,47 @@ def count_option(options: Mapping[str, Any], name: str, default: int, most: int)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise bad_option(name, value, f"an integer from 1 to {most}")
     return value
+
+
+def request_options(options: Mapping[str, Any], *known: str) -> Mapping[str, Any]:
+    """A request's ``mm_processor_kwargs`` without nulls, once all are known.
+
+    Raises:
+        InvalidRequest: naming one that isn't.
+    """
+    for name in options:
+        if name not in known:
+            offered = f"it has {', '.join(known)}" if known else "it has none"
+            raise _bad_request(name, f"this model has no such option for requests; {offered}")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def lowered(options: Mapping[str, Any], name: str, most: int) -> int:
+    """A request's option ``name``, an integer from 1 to the configured value, ``most``; that without it.
+
+    Raises:
+        InvalidRequest: naming the option.
+    """
+    value = options.get(name, most)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise _bad_request(
+            name, f"it must be an integer from 1 to {most}, the configured value; got {value!r}"
+        )
+    return value
+
+
+def lowered_flag(options: Mapping[str, Any], name: str, most: bool) -> bool:
+    """A request's option ``name``, which may turn off what the configuration has on; errors as
+    :func:`lowered`."""
+    value = options.get(name, most)
+    if not isinstance(value, bool) or value > most:
+        raise _bad_request(name, f"it must be {'true or false' if most else 'false'}; got {value!r}")
+    return value
+
+
+def _bad_request(name: str, why: str) -> InvalidRequest:
+    where = f"mm_processor_kwargs.{name}"
+    return InvalidRequest(f"{where}: {why}.", param=where)
 
 
 def bad_option(name: str, value: Any, wanted: str) -> ConfigError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
-from engine.families.parsing.processor import count_option
+from engine.families.parsing.processor import count_option, lowered, request_options
 from engine.families.phi3_v.config import HDVisionConfig
 from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
@@ -80,6 +80,13 @@ class Phi3VProcessor:
         options = {"unit": self.vision.image_size}
         key = content_hash(pixels, family="phi3_v", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)
+
+    def with_options(self, options: Mapping[str, Any]) -> Phi3VProcessor:
+        options = request_options(options, "num_crops")
+        return replace(self, num_crops=lowered(options, "num_crops", self.num_crops))
+
+    def low_detail(self) -> Phi3VProcessor:
+        return replace(self, num_crops=1)
 
     def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest("this model takes images, not videos; send frames as images", param="video")

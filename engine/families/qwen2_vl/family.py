@@ -76,7 +76,7 @@ FAMILY = Family(
     prompt_format=lambda config: PromptFormat(image="<|image_pad|>", video="<|video_pad|>"),
     positions=lambda config, num_tokens, spans: grid_positions(num_tokens, spans, config.vision.merge_size),
     processor=QwenProcessor.with_videos(VideoRules()),
-    options=("min_pixels", "max_pixels"),
+    options=("min_pixels", "max_pixels", "fps"),
     weights=_weights,
     build_encoder=_encoder,
 )

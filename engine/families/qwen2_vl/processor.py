@@ -14,6 +14,8 @@ from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.base import EmbeddingField, ModelConfig
 from engine.families.parsing.processor import (
     bad_option,
+    lowered,
+    request_options,
     require_same_colours,
     require_steps,
 )
@@ -34,6 +36,9 @@ DEFAULT_FPS = 24.0
 USUAL_FPS = 2.0
 """Frames per second of video files where the checkpoint states none. Transformers shows every frame then; the
 models' authors show two a second."""
+
+LOW_DETAIL_PIXELS = 512 * 512
+"""Largest area of an image with ``detail: low``: that of OpenAI's own models."""
 
 #: Areas of resized images where the files state none.
 _BOUNDS = 56 * 56, 28 * 28 * 1280
@@ -216,6 +221,23 @@ class QwenProcessor:
         times = self.video.times(pace, temporal) if self.video.times else ()
         return self._media("video", np.stack(resized), len(resized) // temporal, video.size, times)
 
+    def with_options(self, options: Mapping[str, Any]) -> QwenProcessor:
+        options = request_options(options, "min_pixels", "max_pixels")
+
+        most = max(self.pixels[1], self.video_pixels[1])
+        for name in options:
+            lowered(options, name, most)
+        if options.get("min_pixels", 1) > options.get("max_pixels", most):
+            raise InvalidRequest(
+                "mm_processor_kwargs.min_pixels is greater than max_pixels.",
+                param="mm_processor_kwargs.min_pixels",
+            )
+        of_video = _lowered_bounds(self.video_pixels, options)
+        return replace(self, pixels=_lowered_bounds(self.pixels, options), video_pixels=of_video)
+
+    def low_detail(self) -> QwenProcessor:
+        return self.with_options({"max_pixels": min(LOW_DETAIL_PIXELS, self.pixels[1])})
+
     def nameless(self) -> QwenProcessor:
         return replace(self, names=False)
 
@@ -286,6 +308,12 @@ def _fps(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FPS:
         raise bad_option("fps", value, f"a number above 0 and up to {_MAX_FPS:g}")
     return float(value)
+
+
+def _lowered_bounds(configured: tuple[int, int], options: Mapping[str, Any]) -> tuple[int, int]:
+    """The configured bounds with a request's over them, of which none raises the upper one."""
+    high = min(options.get("max_pixels", configured[1]), configured[1])
+    return min(options.get("min_pixels", configured[0]), high), high
 
 
 def _frame_rules(of_video: Mapping[str, Any], options: Mapping[str, Any], temporal: int) -> FrameRules:

@@ -104,6 +104,11 @@ class VideoOptions:
     num_frames: int | None = None
     times: tuple[float, ...] = ()
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the caller asks for anything."""
+        return bool(self.fps or self.num_frames or self.times)
+
 
 ANY_FRAMES = VideoOptions()
 """The caller asks for nothing: the model's own processor decides."""
