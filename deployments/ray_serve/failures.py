@@ -64,15 +64,15 @@ def checked(result: Any) -> Any:
     return result
 
 
-def translated(error: Exception) -> SightlineError:
-    """The error to report for ``error``, which a call of a replica raised."""
+def translated(error: Exception, stage: str) -> SightlineError:
+    """The error to report for ``error``, which a call of a replica of ``stage`` raised."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         # Errors raised in a replica arrive wrapped.
         error = error.cause
     if isinstance(error, SightlineError):
         return error
     if isinstance(error, BackPressureError):
-        return Overloaded("The server has too many requests at the moment; try again shortly.")
+        return Overloaded(f"Too many requests wait for the {stage} at the moment; try again shortly.")
     if isinstance(error, ObjectLostError):
         return RowsLost(_LOST)
     if isinstance(error, RayActorError | WorkerCrashedError | OutOfMemoryError | NodeDiedError):

@@ -32,7 +32,13 @@ MEASURE_S = 2.0
 
 
 class _Remote:
-    """A stage behind ``handle``, whose calls may hold references."""
+    """A stage behind ``handle``, whose calls may hold references.
+
+    Attributes:
+        name: the stage's, in words.
+    """
+
+    name: str
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = by_reference(handle)
@@ -45,25 +51,31 @@ class _Remote:
 class RemotePreprocessor(_Remote):
     """The preprocessor stage. Pixels are in the object store."""
 
+    name = "preprocessor"
+
     async def prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
-        return await _call(self._handle.prepare, list(sources))
+        return await _call(self.name, self._handle.prepare, list(sources))
 
 
 class RemoteEncoder(_Remote):
     """The encoder stage. Embedding rows are in the object store."""
 
+    name = "encoder"
+
     async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
-        return await _call(self._handle.encode, pixels.item, pixels.pixels, salt)
+        return await _call(self.name, self._handle.encode, pixels.item, pixels.pixels, salt)
 
 
 class RemoteLanguageModel(_Remote):
     """The language model stage."""
 
+    name = "language model"
+
     async def max_model_len(self) -> int:
-        return await _call(self._handle.max_model_len)
+        return await _call(self.name, self._handle.max_model_len)
 
     async def device(self) -> str:
-        return await _call(self._handle.device)
+        return await _call(self.name, self._handle.device)
 
     async def generate(
         self, request: Generation, media: Sequence[RowsRef]
@@ -71,7 +83,7 @@ class RemoteLanguageModel(_Remote):
         replica = ""
         if held := bool(media) or is_large(request):
             infos = [ref.info for ref in media]
-            replica = await _call(self._handle.hold, request, infos, *(ref.rows for ref in media))
+            replica = await _call(self.name, self._handle.hold, request, infos, *(ref.rows for ref in media))
         assembly = Assembly()
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
@@ -93,11 +105,11 @@ class RemoteLanguageModel(_Remote):
             except SightlineError:
                 raise
             except Exception as error:
-                raise translated(error) from error
+                raise translated(error, self.name) from error
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
         infos = [ref.info for ref in media]
-        return await _call(self._handle.embed, request, infos, *(ref.rows for ref in media))
+        return await _call(self.name, self._handle.embed, request, infos, *(ref.rows for ref in media))
 
 
 def remote_stages(
@@ -113,8 +125,8 @@ def remote_stages(
     )
 
 
-async def _call(method: Any, *args: Any) -> Any:
-    """Call a replica's method.
+async def _call(stage: str, method: Any, *args: Any) -> Any:
+    """Call a method of a replica of ``stage``.
 
     Raises:
         SightlineError: the method refused, or the replica or the call failed.
@@ -131,4 +143,4 @@ async def _call(method: Any, *args: Any) -> Any:
     except SightlineError:
         raise
     except Exception as error:
-        raise translated(error) from error
+        raise translated(error, stage) from error
