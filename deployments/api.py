@@ -1,6 +1,7 @@
 """The ASGI application of the ingress: routes, limits, and errors in OpenAI's form."""
 
 from collections.abc import Mapping
+from functools import cache, partial
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -20,6 +21,7 @@ from deployments.errors import (
 )
 from deployments.metrics.collector import Collector, Source
 from deployments.metrics.ingress import HttpMeter
+from deployments.openapi import describe
 from deployments.pipeline import Pipeline
 from deployments.report import current_report
 from deployments.request_log import RequestLog
@@ -69,6 +71,9 @@ def create_api(
     endpoints = (*generating, embeddings, pooling, scoring, tokens, models, health, metrics)
     for endpoint in endpoints:
         api.include_router(endpoint.router)
+    routes = [route for endpoint in endpoints for route in endpoint.router.routes]
+    tasks = {name: pipeline.task for name, pipeline in pipelines.items()}
+    api.openapi = cache(partial(describe, api, routes, tasks, keys=bool(config.keys)))  # type: ignore[method-assign]
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)
     api.state.admission = admission = AdmissionLimit(config.max_active_requests)
@@ -84,7 +89,6 @@ def create_api(
             expose_headers=["x-request-id", "retry-after"],
         )
     api.add_middleware(LastResort)
-    routes = [route for endpoint in endpoints for route in endpoint.router.routes]
     api.add_middleware(lambda app: http.around(app, routes))
     api.add_middleware(RequestLog(echo_ids).around)
     return api

@@ -42,7 +42,7 @@ SERVER_FLOORS = [
     ["stages"],
     ["config", "request_log"],
     ["protocol"],
-    ["body", "sse", "replay", "preprocessor", "encoder", "language_model"],
+    ["body", "openapi", "sse", "replay", "preprocessor", "encoder", "language_model"],
     ["pipeline"],
     ["conversations", "messages", "readiness", "responses"],
     ["vectors"],

@@ -33,10 +33,14 @@ class RequestBody(Part):
         REFUSED: fields that aren't offered and would change the answer, each with what to do instead. A value
             that asks for nothing is taken: null, false, 0, or empty.
         SILENT: fields that change nothing here, and that clients send unasked.
+        EXAMPLE: a body that is answered, without its model.
+        TASK: of the models that answer it.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {}
     SILENT: ClassVar[frozenset[str]] = frozenset()
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {}
+    TASK: ClassVar[str] = "generate"
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Self:
@@ -48,15 +52,16 @@ class RequestBody(Part):
         """
         given = {name: value for name, value in data.items() if value is not None}
         known = cls.model_fields.keys() | {field.alias for field in cls.model_fields.values()}
-        for name in given.keys() - known:
-            if name in cls.REFUSED and given[name]:
+        for name in given.keys() & cls.REFUSED.keys():
+            # A field of a base class may be refused as well.
+            if given.pop(name):
                 advice = cls.REFUSED[name]
                 raise UnsupportedParameter(
                     f"Unsupported parameter: {name!r} is not supported{'; ' if advice else '.'}{advice}",
                     param=name,
                 )
-            if name not in cls.REFUSED and name not in cls.SILENT:
-                _log_unknown(cls.__name__, name)
+        for name in given.keys() - known - cls.SILENT:
+            _log_unknown(cls.__name__, name)
         try:
             return cls.model_validate(given)
         except ValidationError as error:

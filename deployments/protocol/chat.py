@@ -29,6 +29,10 @@ class ChatCompletionRequest(ConversationBody):
     part is wrong. So do tools: :mod:`deployments.tools` checks them.
     """
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 32,
+    }
     REFUSED: ClassVar[Mapping[str, str]] = {
         **GenerationBody.REFUSED,
         "audio": "answers are text",

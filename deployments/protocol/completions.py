@@ -18,6 +18,7 @@ _DEFAULT_MAX_TOKENS = 16
 class CompletionRequest(GenerationBody):
     """Body of ``POST /v1/completions``. ``prompt`` is one text or token list, or a list of either."""
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"prompt": "a red", "max_tokens": 8}
     REFUSED: ClassVar[Mapping[str, str]] = {
         **GenerationBody.REFUSED,
         "messages": "use /v1/chat/completions",

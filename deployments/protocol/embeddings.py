@@ -18,6 +18,8 @@ class VectorBody(RequestBody):
     """Fields of every endpoint that answers with vectors. ``input`` is one text or token list, or a list of
     either."""
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"input": ["a red circle", "a blue square"]}
+    TASK: ClassVar[str] = "embed"
     REFUSED: ClassVar[Mapping[str, str]] = {
         "chat_template": "it is set where the model is configured",
     }

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from deployments.errors import UnsupportedParameter
 from deployments.protocol.base import Part, RequestBody
 from deployments.tools import ToolUse
 from engine.errors import InvalidRequest
@@ -234,6 +235,32 @@ class ConversationBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
+
+    def check_one_answer(self) -> None:
+        """Refuse several answers, for endpoints that have no place for them.
+
+        Raises:
+            UnsupportedParameter: ``n`` is more than 1.
+        """
+        if self.n not in (None, 1):
+            raise UnsupportedParameter(
+                "Unsupported parameter: 'n' can only be 1 here; send several requests", param="n"
+            )
+
+    def constraint_of(
+        self, spec: StructuredSpec | None, field: str
+    ) -> tuple[StructuredSpec | None, str | None]:
+        """The constraint ``spec`` of this endpoint's own ``field``, or that of the shared fields.
+
+        Raises:
+            InvalidRequest: there are several.
+        """
+        other, other_field = GenerationBody.constraint(self)
+        if spec is None or other is None:
+            return (other, other_field) if spec is None else (spec, field)
+        raise InvalidRequest(
+            f"Only one field can constrain an answer; {field} and {other_field} both do.", param=other_field
+        )
 
     def tool_use(self) -> ToolUse:
         """The functions that the answer may call; errors as :func:`deployments.tools.read_tools`."""

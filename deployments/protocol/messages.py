@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.protocol.base import Part
 from deployments.protocol.content_blocks import ChatMessages
 from deployments.protocol.generation import ConversationBody, GenerationBody, JsonSchema
 from deployments.tools import ToolUse, read_flat_tools
-from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
 
 #: Values of OpenAI's ``tool_choice`` by the type of Anthropic's.
@@ -68,6 +67,10 @@ class MessagesBody(ConversationBody):
     thinking: Thinking = Thinking()
     output_config: OutputConfig = OutputConfig()
 
+    def check(self) -> None:
+        super().check()
+        self.check_one_answer()
+
     def chat_messages(self) -> ChatMessages:
         """The conversation in OpenAI's form.
 
@@ -102,12 +105,15 @@ class MessagesBody(ConversationBody):
 class MessagesRequest(MessagesBody):
     """Body of ``POST /v1/messages``."""
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 32,
+    }
     REFUSED: ClassVar[Mapping[str, str]] = {
         **GenerationBody.REFUSED,
         "container": "tools that run on the server are not offered",
         "context_management": "send the messages that the model should see",
         "mcp_servers": "tools that run on the server are not offered",
-        "n": "send several requests",
     }
     SILENT: ClassVar[frozenset[str]] = GenerationBody.SILENT | {
         "cache_control",
@@ -132,17 +138,10 @@ class MessagesRequest(MessagesBody):
         return self.sampling(defaults, **given)
 
     def constraint(self) -> tuple[StructuredSpec | None, str | None]:
-        wanted = self.output_config.format
-        if wanted is None:
-            return super().constraint()
-        other = super().constraint()[1]
-        if other is not None:
-            raise InvalidRequest(
-                f"Only one field can constrain an answer; output_config.format and {other} both do.",
-                param=other,
-            )
-        schema = JsonSchema(schema=wanted.json_schema)
-        return StructuredSpec(kind="json_schema", text=schema.text), "output_config.format"
+        wanted, spec = self.output_config.format, None
+        if wanted is not None:
+            spec = StructuredSpec(kind="json_schema", text=JsonSchema(schema=wanted.json_schema).text)
+        return self.constraint_of(spec, "output_config.format")
 
     def budget(self) -> int | None:
         """The most tokens of a thought."""
@@ -152,11 +151,58 @@ class MessagesRequest(MessagesBody):
 class CountTokensRequest(MessagesBody):
     """Body of ``POST /v1/messages/count_tokens``."""
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"messages": [{"role": "user", "content": "Hello!"}]}
     REFUSED = MessagesRequest.REFUSED
     SILENT = MessagesRequest.SILENT | {"stop_sequences"}
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams()
+
+
+class CountedTokens(BaseModel):
+    input_tokens: int
+
+
+class MessageUsage(BaseModel):
+    """Token counts. ``input_tokens`` are those that were not read from the cache."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+
+
+class Message(BaseModel):
+    """An answer in Anthropic's form. Blocks of ``content`` are ``text``, ``thinking`` and ``tool_use``."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal[
+        "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
+    ]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class MessageEvent(BaseModel):
+    """An event of a stream in Anthropic's form."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal[
+        "message_start",
+        "ping",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+        "error",
+    ]
 
 
 def _without_kind(tool: Any) -> Any:

@@ -1,9 +1,9 @@
 """The Responses API on the wire: its request, and its input items as chat messages."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.errors import UnsupportedParameter
 from deployments.protocol.base import Part
@@ -38,13 +38,13 @@ class ResponsesRequest(ConversationBody):
     ``input`` and ``tools`` stay plain data; :func:`input_messages` and :mod:`deployments.tools` check them.
     """
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"input": "Hello!", "max_output_tokens": 32}
     REFUSED: ClassVar[Mapping[str, str]] = {
         **GenerationBody.REFUSED,
         "conversation": "send previous_response_id",
         "image": "answers are text",
         "messages": "send input, or use /v1/chat/completions",
         "moderation": "answers are not moderated here",
-        "n": "send several requests",
         "prompt": "prompt templates are not stored here",
     }
     SILENT: ClassVar[frozenset[str]] = GenerationBody.SILENT | {"include", "max_tool_calls", "service_tier"}
@@ -69,6 +69,7 @@ class ResponsesRequest(ConversationBody):
         # The stream of a response always ends with its usage; its own options change nothing.
         self.stream_options = None
         super().check()
+        self.check_one_answer()
         if not self.input and self.previous_response_id is None:
             raise InvalidRequest("input must not be empty.", param="input")
         if self.background and self.stream:
@@ -86,19 +87,19 @@ class ResponsesRequest(ConversationBody):
         return read_flat_tools(self.tools or (), self.tool_choice, self.parallel_tool_calls)
 
     def constraint(self) -> tuple[StructuredSpec | None, str | None]:
-        wanted = self.text.format
+        wanted, spec = self.text.format, None
         if wanted.type == "json_object":
-            return StructuredSpec(kind="json_object"), "text.format"
-        if wanted.type == "json_schema":
+            spec = StructuredSpec(kind="json_object")
+        elif wanted.type == "json_schema":
             if wanted.json_schema is None:
                 raise InvalidRequest("text.format needs a schema.", param="text.format.schema")
             schema = JsonSchema(name=wanted.name, schema=wanted.json_schema, strict=wanted.strict)
-            return StructuredSpec(kind="json_schema", text=schema.text), "text.format"
-        if wanted.type != "text":
+            spec = StructuredSpec(kind="json_schema", text=schema.text)
+        elif wanted.type != "text":
             raise InvalidRequest(
                 "text.format.type must be text, json_object or json_schema.", param="text.format.type"
             )
-        return super().constraint()
+        return self.constraint_of(spec, "text.format")
 
     def template_options(self) -> dict[str, Any]:
         """Variables for the chat template."""
@@ -117,6 +118,54 @@ class ResponsesRequest(ConversationBody):
         if logprobs is None and "message.output_text.logprobs" in self.include:
             logprobs = 0
         return self.sampling(defaults, max_tokens=tokens, logprobs=logprobs, n=1)
+
+
+class Response(BaseModel):
+    """A response. Items of ``output`` are ``message``, ``reasoning`` and ``function_call``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "failed", "in_progress", "cancelled", "incomplete"]
+    background: bool
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, Any] | None
+    instructions: str | None
+    metadata: dict[str, Any]
+    model: str
+    output: list[dict[str, Any]]
+    previous_response_id: str | None
+    text: dict[str, Any]
+    tool_choice: Any
+    tools: list[Any]
+    usage: dict[str, Any] | None
+
+
+class ResponseEvent(BaseModel):
+    """A typed event of a stream, as OpenAI's clients know them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
+
+
+class DeletedResponse(BaseModel):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class InputItems(BaseModel):
+    """The items of a response's input."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 def input_messages(given: str | Sequence[Any]) -> tuple[list[Message], dict[str, str]]:

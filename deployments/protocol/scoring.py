@@ -19,6 +19,8 @@ Item = str | dict[str, Any]
 class ScoreRequest(RequestBody):
     """Body of ``POST /v1/score``. One item against many, many against one, or pairs of equally long lists."""
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"text_1": "a red circle", "text_2": ["a circle", "a square"]}
+    TASK: ClassVar[str] = "embed"
     REFUSED: ClassVar[Mapping[str, str]] = {"truncate_prompt_tokens": "shorten the texts"}
 
     model: str
@@ -66,6 +68,8 @@ class ScoreResponse(BaseModel):
 class RerankRequest(RequestBody):
     """Body of ``POST /v1/rerank``, as Cohere's and Jina's clients send it."""
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"query": "a red circle", "documents": ["a circle", "a square"]}
+    TASK: ClassVar[str] = "embed"
     model: str
     query: Item
     documents: list[Item]

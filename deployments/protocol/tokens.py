@@ -12,6 +12,7 @@ from engine.errors import InvalidRequest
 class TokenizeRequest(RequestBody):
     """Body of ``POST /tokenize``: a text in ``prompt``, or a conversation in ``messages``."""
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"prompt": "a red circle"}
     REFUSED: ClassVar[Mapping[str, str]] = {"chat_template": "it is set where the model is configured"}
 
     model: str
@@ -48,6 +49,7 @@ class TokenizeResponse(BaseModel):
 class DetokenizeRequest(RequestBody):
     """Body of ``POST /detokenize``."""
 
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"tokens": [5, 6]}
     model: str
     tokens: list[int]
 

@@ -14,6 +14,7 @@ from deployments import sse
 from deployments.answers import ChoiceDelta, FinishedChoice, WholeAnswer
 from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, conversation, start
+from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
 from deployments.protocol.generation import StreamOptions
@@ -26,6 +27,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
+@described(wire.ChatCompletionRequest, wire.ChatCompletion, wire.ChatCompletionChunk)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, as one JSON object or as a stream of events."""
     body = await read_body(request, wire.ChatCompletionRequest, request.app.state.config.max_body_bytes)

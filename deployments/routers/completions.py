@@ -14,6 +14,7 @@ from deployments import sse
 from deployments.answers import AnswerReader, FinishedChoice, gather
 from deployments.body import read_body
 from deployments.conversations import caller_fields, renamed
+from deployments.openapi import described
 from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol import completions as wire
 from deployments.protocol.usage import usage_extras
@@ -39,6 +40,7 @@ class _Running:
 
 
 @router.post("/v1/completions")
+@described(wire.CompletionRequest, wire.Completion, wire.Completion)
 async def create_completion(request: Request) -> Response:
     """Continue texts, as one JSON object or as a stream of events."""
     body = await read_body(request, wire.CompletionRequest, request.app.state.config.max_body_bytes)

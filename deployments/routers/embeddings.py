@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from deployments.body import read_body
+from deployments.openapi import described
 from deployments.protocol import embeddings as wire
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import usage_body
@@ -20,6 +21,7 @@ router = APIRouter()
 
 
 @router.post("/v1/embeddings")
+@described(wire.EmbeddingRequest, wire.EmbeddingResponse)
 async def create_embedding(request: Request) -> Response:
     """Vectors for all inputs."""
     body = await read_body(request, wire.EmbeddingRequest, request.app.state.config.max_body_bytes)

@@ -12,6 +12,7 @@ from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, conversation, start, tokenize
 from deployments.errors import anthropic_error_body
 from deployments.messages import Json, MessageBuilder
+from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import messages as wire
 from deployments.routers.models import find_pipeline
@@ -22,6 +23,7 @@ router = APIRouter()
 
 
 @router.post("/v1/messages")
+@described(wire.MessagesRequest, wire.Message, wire.MessageEvent)
 async def create_message(request: Request) -> Response:
     """Answer a conversation in Anthropic's form, as one JSON object or as a stream of typed events."""
     body = await read_body(request, wire.MessagesRequest, request.app.state.config.max_body_bytes)
@@ -41,6 +43,7 @@ async def create_message(request: Request) -> Response:
 
 
 @router.post("/v1/messages/count_tokens")
+@described(wire.CountTokensRequest, wire.CountedTokens)
 async def count_tokens(request: Request) -> Response:
     """The tokens of a conversation's prompt, images and tools included."""
     body = await read_body(request, wire.CountTokensRequest, request.app.state.config.max_body_bytes)

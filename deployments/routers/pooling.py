@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from deployments.body import read_body
+from deployments.openapi import described
 from deployments.protocol import embeddings as wire
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import usage_body
@@ -20,6 +21,7 @@ router = APIRouter()
 
 @router.post("/pooling")
 @router.post("/v1/pooling", include_in_schema=False)
+@described(wire.PoolingRequest, wire.PoolingResponse)
 async def pool(request: Request) -> Response:
     """Vectors of each input's tokens, or its one vector."""
     body = await read_body(request, wire.PoolingRequest, request.app.state.config.max_body_bytes)

@@ -15,6 +15,7 @@ from deployments.access import caller_name
 from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.errors import NotFound, as_sightline
+from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import responses as wire
 from deployments.responses import Json, ResponseBuilder, ResponseStore, StoredResponse
@@ -27,6 +28,7 @@ router = APIRouter()
 
 
 @router.post("/v1/responses")
+@described(wire.ResponsesRequest, wire.Response, wire.ResponseEvent)
 async def create_response(request: Request) -> Response:
     """Answer an input, as one JSON object, as a stream of typed events, or in the background."""
     body = await read_body(request, wire.ResponsesRequest, request.app.state.config.max_body_bytes)
@@ -63,12 +65,14 @@ async def create_response(request: Request) -> Response:
 
 
 @router.get("/v1/responses/{name}")
+@described(answer=wire.Response)
 async def retrieve_response(request: Request, name: str) -> Response:
     """A response that was kept."""
     return JSONResponse(_stored(request.app.state.responses, name, "response_id").response)
 
 
 @router.delete("/v1/responses/{name}")
+@described(answer=wire.DeletedResponse)
 async def delete_response(request: Request, name: str) -> Response:
     """Forget a response; one that still runs is cancelled."""
     _stored(request.app.state.responses, name, "response_id")
@@ -78,6 +82,7 @@ async def delete_response(request: Request, name: str) -> Response:
 
 
 @router.post("/v1/responses/{name}/cancel")
+@described(answer=wire.Response)
 async def cancel_response(request: Request, name: str) -> Response:
     """Cancel a background response."""
     stored = _stored(request.app.state.responses, name, "response_id")
@@ -88,6 +93,7 @@ async def cancel_response(request: Request, name: str) -> Response:
 
 
 @router.get("/v1/responses/{name}/input_items")
+@described(answer=wire.InputItems)
 async def list_input_items(request: Request, name: str) -> Response:
     """The input of a response that was kept."""
     items = _stored(request.app.state.responses, name, "response_id").input_items

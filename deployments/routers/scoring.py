@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments.body import read_body
 from deployments.conversations import caller_fields
+from deployments.openapi import described
 from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol import scoring as wire
 from deployments.routers.models import find_pipeline
@@ -30,6 +31,7 @@ router = APIRouter()
 
 @router.post("/v1/score")
 @router.post("/score", include_in_schema=False)
+@described(wire.ScoreRequest, wire.ScoreResponse)
 async def score(request: Request) -> Response:
     """Return the similarity of the two items of each pair, from -1 to 1."""
     body = await read_body(request, wire.ScoreRequest, request.app.state.config.max_body_bytes)
@@ -51,6 +53,7 @@ async def score(request: Request) -> Response:
 @router.post("/v1/rerank")
 @router.post("/rerank", include_in_schema=False)
 @router.post("/v2/rerank", include_in_schema=False)
+@described(wire.RerankRequest, wire.RerankResponse)
 async def rerank(request: Request) -> Response:
     """Documents in the order of their nearness to the query."""
     body = await read_body(request, wire.RerankRequest, request.app.state.config.max_body_bytes)

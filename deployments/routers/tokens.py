@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from deployments import conversations
 from deployments.body import read_body
 from deployments.conversations import Conversation
+from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import tokens as wire
 from deployments.routers.models import find_pipeline
@@ -20,6 +21,7 @@ router = APIRouter()
 
 @router.post("/tokenize")
 @router.post("/v1/tokenize", include_in_schema=False)
+@described(wire.TokenizeRequest, wire.TokenizeResponse)
 async def tokenize(request: Request) -> wire.TokenizeResponse:
     """The token ids of a text or of a whole conversation, media expanded."""
     body = await read_body(request, wire.TokenizeRequest, request.app.state.config.max_body_bytes)
@@ -61,6 +63,7 @@ def _plain(pipeline: Pipeline, body: wire.TokenizeRequest, _: list[MediaItem]) -
 
 @router.post("/detokenize")
 @router.post("/v1/detokenize", include_in_schema=False)
+@described(wire.DetokenizeRequest, wire.DetokenizeResponse)
 async def detokenize(request: Request) -> wire.DetokenizeResponse:
     """The text of token ids, special tokens included."""
     body = await read_body(request, wire.DetokenizeRequest, request.app.state.config.max_body_bytes)

@@ -145,6 +145,12 @@ async def test_a_background_response(client):
         ({"input": "word " * 4000}, "input", "context_length_exceeded"),
         ({"conversation": "c"}, "conversation", "unsupported_parameter"),
         ({"background": True, "stream": True}, "background", "unsupported_parameter"),
+        ({"extra_body": {"n": 2}}, "n", "unsupported_parameter"),
+        (
+            {"text": {"format": {"type": "json_object"}}, "extra_body": {"guided_regex": "a"}},
+            "guided_regex",
+            None,
+        ),
     ],
 )
 async def test_what_is_refused(client, change, param, code):
