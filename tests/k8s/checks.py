@@ -270,7 +270,30 @@ def reference_faults(found: list[Document]) -> list[str]:
     )
     if address and address not in named.get("Service", ()):
         faults.append(f"there is no Service {address} for the head's state")
-    return [*faults, *_selector_faults(found)]
+    return [*faults, *_selector_faults(found), *_scrape_faults(found)]
+
+
+def _scrape_faults(found: list[Document]) -> Iterator[str]:
+    """Scrapes of ports, services and keys that don't exist."""
+    service = rayservice(found)
+    ports = {
+        port["name"]: port["containerPort"] for _, pod in pods(service) for port in container(pod)["ports"]
+    }
+    for document in found:
+        spec, name = document.get("spec", {}), f"{document['kind']} {document['metadata']['name']}"
+        if document["kind"] == "PodMonitor":
+            for endpoint in spec["podMetricsEndpoints"]:
+                if endpoint["port"] not in ports:
+                    yield f"{name}: no pod has a port {endpoint['port']}"
+        if document["kind"] == "ScrapeConfig":
+            # The operator names the service after the RayService.
+            metadata = service["metadata"]
+            target = f"{metadata['name']}-serve-svc.{metadata['namespace']}.svc:{ports['serve']}"
+            if spec["staticConfigs"] != [{"targets": [target]}]:
+                yield f"{name}: its target isn't {target}"
+            key = spec["authorization"]["credentials"]
+            if SECRETS.get(key["name"]) != key["key"]:
+                yield f"{name}: the Secret {key['name']} has no key {key['key']}"
 
 
 def _references(pod: Document) -> Iterator[tuple[str, str]]:

@@ -103,11 +103,10 @@ class Pod:
     def __init__(self, network: Network, command: str, values: dict[str, str], log: Path) -> None:
         self._namespace, self.address = network.join()
         self.log = log
-        # What a container has of its own: its processes, its temporary files, its shared memory.
-        setup = (
-            "mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && exec /bin/bash -c -- "
-            + shlex.quote(command)
-        )
+        # What a container has of its own: its shared memory, and the folders of Ray and HAProxy.
+        folders = ["/dev/shm", "/tmp/ray", "/tmp/haproxy-serve"]
+        mounts = "".join(f"mkdir -p {name} && mount -t tmpfs tmpfs {name} && " for name in folders)
+        setup = f"{mounts}exec /bin/bash -c -- {shlex.quote(command)}"
         # The first process of a namespace is `setup`, which becomes the entry command.
         namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--ipc"]
         kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}

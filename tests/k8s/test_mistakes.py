@@ -200,6 +200,18 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
         "can be counted",
     ),
     "a budget that forbids every drain": (at(f"{CPU}/minReplicas", 1), "never lets a node be drained"),
+    "a scrape of a port that no pod has": (
+        other("PodMonitor", "sightline", lambda d: d["spec"]["podMetricsEndpoints"][0].update(port="metric")),
+        "no pod has a port metric",
+    ),
+    "a scrape of a service that isn't there": (
+        other(
+            "ScrapeConfig",
+            "sightline",
+            lambda d: d["spec"].update(staticConfigs=[{"targets": ["sightline:8000"]}]),
+        ),
+        "its target isn't sightline-serve-svc.sightline.svc:8000",
+    ),
     # The serve config.
     "a proxy on the head alone": (serve("proxy_location", "HeadOnly"), "proxy_location"),
     "a proxy that no pod reaches": (serve("http_options/host", "127.0.0.1"), "http_options.host"),

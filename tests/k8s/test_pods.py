@@ -69,7 +69,7 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 
 
 def wait_for(condition: Callable[[], Any], pods: list[Pod], seconds: float = 240) -> None:
-    """Until the condition holds. Fails with the pods' output if it doesn't in time."""
+    """Until the condition holds. Fails with the pods' output if it doesn't in time, or if the head ends."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -77,7 +77,7 @@ def wait_for(condition: Callable[[], Any], pods: list[Pod], seconds: float = 240
                 return
         except httpx.HTTPError:
             pass
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or pods[0].ended:
             pytest.fail("\n".join(f"{pod.log}: {pod.log.read_text()[-1500:]}" for pod in pods))
         time.sleep(0.3)
 
@@ -270,7 +270,7 @@ async def test_a_pod_that_is_deleted_cuts_no_stream_and_loses_no_request(deploye
         left.set()
         texts = await asyncio.gather(*streams)
         flipped = asyncio.create_task(
-            asyncio.to_thread(wait_for, lambda: not ready(leaving, group), [leaving], 60)
+            asyncio.to_thread(wait_for, lambda: not ready(leaving, group), deployed.cluster.pods, 60)
         )
         await flipped
         await asyncio.to_thread(wait_for, lambda: leaving.ended, deployed.cluster.pods)

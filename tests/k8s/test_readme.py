@@ -30,6 +30,12 @@ def test_every_link_and_folder_is_there():
     assert all(f"`{path.name}`" in README for path in (K8S / "components").iterdir())
 
 
+def test_every_alert_is_explained():
+    rules = yaml.safe_load((K8S / "components" / "monitoring" / "rules.yaml").read_text())["spec"]["groups"]
+    alerts = {rule["alert"] for group in rules for rule in group["rules"] if "alert" in rule}
+    assert set(re.findall(r"`(Sightline\w+)`", README)) == alerts
+
+
 def test_every_target_of_make_exists():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"(?:^ *|`)make ([a-z][\w-]*)", README, re.MULTILINE))
