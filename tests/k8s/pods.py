@@ -4,6 +4,7 @@ So they run with the ports, parameters and entry commands that the manifests giv
 root and Linux's namespaces.
 """
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -77,6 +78,10 @@ class Network:
         return name, address
 
 
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
@@ -119,6 +124,8 @@ class Pod:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                # However this process ends, no pod outlives it.
+                preexec_fn=_die_with_parent,
             )
 
     def terminate(self) -> None:
