@@ -1,4 +1,4 @@
-"""The tensor-parallel group: handed to whoever needs it, never global."""
+"""The tensor-parallel group: passed as an argument to its users, never global."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ class TensorParallelGroup(Protocol):
         """Overwrite ``tensor`` with that of rank ``source``; returns it."""
 
     def abort(self) -> None:
-        """Leave the group, whatever the others do: operations that still wait for them fail or end.
+        """Leave the group without the other ranks: operations that still wait for them fail or end.
 
         Returns at once; may be called from any thread, and repeatedly.
         """
 
     def close(self) -> None:
-        """As :meth:`abort`, and wait until nothing is left of it.
+        """Abort, and return when the backend is freed.
 
-        Recorded work that used it must be gone, and where the ranks met must still be there.
+        CUDA graphs that captured its operations must be freed before. The rendezvous file or store must still
+        exist.
         """
 
 
 class SingleProcessGroup:
-    """A group of one: every operation is free."""
+    """A group of one rank: no operation does anything."""
 
     rank = 0
     size = 1
@@ -65,8 +66,7 @@ class SingleProcessGroup:
 class TorchGroup:
     """A group over ``torch.distributed``: NCCL between GPUs, gloo between CPU processes.
 
-    It is apart from PyTorch's global group, so that a process may be in several, one after the other or at
-    once.
+    It is independent of PyTorch's global group: a process may join several groups, also at the same time.
     """
 
     def __init__(self, backend: Any, device: torch.device) -> None:
@@ -75,8 +75,9 @@ class TorchGroup:
         self.size: int = backend.size()
         self._on_gpu = device.type == "cuda"
         self._aborted, self._gone, self._stuck = threading.Event(), threading.Event(), False
-        # Started early, since an interpreter at its end starts no more. It also keeps the backend from the
-        # collector, which would wait there for recorded work that it has still to collect.
+        # Started now, because an interpreter that is shutting down starts no threads. The thread's reference
+        # also keeps the garbage collector from freeing the backend before the CUDA graphs that captured its
+        # operations: it would wait for them forever.
         self._aborting = threading.Thread(
             target=_abort_when, args=(self._aborted, self._gone, backend), name="group-abort", daemon=True
         )
@@ -86,13 +87,13 @@ class TorchGroup:
     def join(
         cls, *, rank: int, size: int, address: str, device: torch.device, timeout_s: float = 300.0
     ) -> TorchGroup:
-        """Meet the other ranks.
+        """Join the group; returns when all ranks have joined.
 
         Args:
-            address: where they meet: ``tcp://host:port`` on which rank 0 listens, or ``file:///path`` of a
+            address: of the rendezvous: ``tcp://host:port`` on which rank 0 listens, or ``file:///path`` of a
                 file that doesn't exist yet, for ranks of one host.
-            device: where the group's tensors live; decides between NCCL and gloo.
-            timeout_s: how long to wait for the others, here and in every later operation.
+            device: device of the group's tensors; a GPU selects NCCL, a CPU gloo.
+            timeout_s: seconds to wait for the other ranks, here and in every later operation.
         """
         timeout = timedelta(seconds=timeout_s)
         store, _, _ = next(dist.rendezvous(address, rank, size, timeout=timeout))
@@ -114,7 +115,7 @@ class TorchGroup:
         rows = torch.empty(
             self.size * tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device
         )
-        # Backends differ in what they make of nothing.
+        # Backends treat empty tensors differently.
         if rows.numel():
             options = c10d.AllgatherOptions()
             options.asyncOp = False
@@ -136,22 +137,22 @@ class TorchGroup:
         if not self._stuck:
             self._gone.set()
             self._aborting.join(_CLOSE_S)
-        # The last reference to it, unless something of it is stuck: going, it waits for its own threads.
+        # Dropping the last reference joins the backend's threads, unless an operation is stuck.
         self._backend = None
 
     def _wait(self, work: Any) -> None:
-        # Some backends have waited by themselves, and return nothing.
+        # Some backends wait by themselves and return None.
         if work is None:
             return
         if self._on_gpu:
             work.wait()
             return
-        # Gloo's operations end when another rank's connections close, which they do with its process. But not
-        # when its host is gone, and now and then it misses the close.
+        # A gloo operation ends when another rank's connections close, as they do when its process ends. They
+        # stay open if that rank's host is lost, and sometimes gloo misses the close.
         while not work.is_completed():
             aborted = self._aborted.is_set()
             try:
-                work.wait(_LOOK)
+                work.wait(_ABORT_POLL)
             except RuntimeError:
                 if aborted and not work.is_completed():
                     self._stuck = True
@@ -159,11 +160,11 @@ class TorchGroup:
         work.wait()
 
 
-#: NCCL frees what a group had within a fraction of that.
+#: Seconds to wait for the backend to be freed; NCCL takes a fraction of this.
 _CLOSE_S = 10.0
-#: How often one who waits looks whether it is to go on waiting.
-_LOOK = timedelta(seconds=1)
-#: Hosts of an address that is only reached from its own machine; a path has none.
+#: Poll interval for the abort flag.
+_ABORT_POLL = timedelta(seconds=1)
+#: Hosts of addresses that only their own machine can reach; the address of a file has no host.
 _LOCAL = (None, "localhost", "127.0.0.1")
 
 
@@ -171,7 +172,7 @@ def _gloo(store: Any, rank: int, size: int, timeout: timedelta, *, local: bool) 
     gloo: Any = c10d.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timeout
-    # Left to itself, gloo listens where the host's name points to.
+    # By default gloo listens on the address that the host's name resolves to.
     options._devices = [gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()]
     return gloo(store, rank, size, options)
 
@@ -182,9 +183,9 @@ def _nccl(store: Any, rank: int, size: int, timeout: timedelta, *, local: bool) 
     return c10d.ProcessGroupNCCL(store, rank, size, options)
 
 
-def _abort_when(wanted: threading.Event, gone: threading.Event, backend: Any) -> None:
-    wanted.wait()
-    # Unlike a shutdown it waits for no other rank: they may be gone. NCCL's waits for recorded work.
+def _abort_when(aborted: threading.Event, gone: threading.Event, backend: Any) -> None:
+    aborted.wait()
+    # A shutdown would wait for the other ranks, which may be gone. NCCL's abort waits for captured graphs.
     backend.abort()
     # A backend with a stuck operation stays until the process ends.
     gone.wait()

@@ -1,4 +1,4 @@
-"""Rank 0's lines to the other ranks: messages to all, replies from each, and notice of a death."""
+"""Rank 0's connections to the other ranks: messages to all, replies from each, and notice of a dead rank."""
 
 from __future__ import annotations
 
@@ -18,105 +18,109 @@ logger = logging.getLogger(__name__)
 
 
 class Workers:
-    """Ranks ``1 .. size - 1``. They are lost together: when one has died, the others are ended.
+    """Ranks ``1 .. size - 1``. When one has died, the others are ended too.
 
     Args:
         launcher: starts and ends their processes.
-        size: ranks, 0 included.
+        size: number of ranks, rank 0 included.
     """
 
     def __init__(self, launcher: Launcher, size: int) -> None:
         self._launcher = launcher
-        self._lines: list[Connection] = launcher.start(size)
-        self._replies: list[deque[Any]] = [deque() for _ in self._lines]
+        self._connections: list[Connection] = launcher.start(size)
+        self._replies: list[deque[Any]] = [deque() for _ in self._connections]
         self._error: SightlineError | None = None
         self._on_loss: Callable[[], None] | None = None
-        # Guards all of the above against the listener.
-        self._news = threading.Condition()
+        # Guards all attributes above against the listener thread.
+        self._changed = threading.Condition()
         self._listener = threading.Thread(target=self._listen, name="engine-ranks", daemon=True)
         self._listener.start()
 
     def send(self, message: Any) -> None:
-        """The same message to each.
+        """Send the same message to every rank.
 
         Raises:
-            OSError: one has died.
+            OSError: a rank has died.
         """
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        for line in self._lines:
-            line.send_bytes(data)
+        for connection in self._connections:
+            connection.send_bytes(data)
 
     def send_each(self, messages: Sequence[Any]) -> None:
-        """To each its own; errors as :meth:`send`."""
-        for line, message in zip(self._lines, messages, strict=True):
-            line.send(message)
+        """Send one message to each rank, in the order of ranks; errors as :meth:`send`."""
+        for connection, message in zip(self._connections, messages, strict=True):
+            connection.send(message)
 
     def receive(self) -> list[Any]:
-        """The next reply of each, in the order of ranks.
+        """Wait for the next reply of every rank; return them in the order of ranks.
 
         Raises:
-            Unavailable: one has died.
-            SightlineError: what one has raised.
+            Unavailable: a rank has died.
+            SightlineError: a rank has raised it.
         """
-        with self._news:
-            self._news.wait_for(lambda: self._error is not None or all(self._replies))
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or all(self._replies))
             self.check()
             return [replies.popleft() for replies in self._replies]
 
     def check(self) -> None:
-        """
+        """Raise unless all ranks run.
+
         Raises:
-            Unavailable: they are lost, or were stopped.
-            SightlineError: one has raised it.
+            Unavailable: a rank has died, or the ranks were stopped.
+            SightlineError: a rank has raised it.
         """
         if self._error is not None:
             raise copy.copy(self._error)
 
     def wait_for_loss(self, timeout_s: float) -> bool:
-        """Whether they are lost, or are within ``timeout_s``."""
-        with self._news:
-            return self._news.wait_for(lambda: self._error is not None, timeout_s)
+        """Return whether a rank has failed, or fails within ``timeout_s`` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._error is not None, timeout_s)
 
     def when_lost(self, free: Callable[[], None]) -> None:
-        """Have ``free`` called, from any thread, once one is lost: it must end what waits for it."""
-        with self._news:
+        """Register a callback for the failure of a rank, called from any thread.
+
+        ``free`` must end the operations that wait for that rank.
+        """
+        with self._changed:
             self._on_loss = free
 
     def give_up(self, error: SightlineError) -> None:
-        """End all, because they are no longer in step; :meth:`check` raises ``error`` from now on."""
-        with self._news:
+        """Kill all ranks, which may be at different steps; :meth:`check` raises ``error`` from now on."""
+        with self._changed:
             if self._error is not None:
                 return
             self._error = error
             self._launcher.kill()
             if self._on_loss is not None:
                 self._on_loss()
-            self._news.notify_all()
+            self._changed.notify_all()
         logger.error("%s", error)
 
     def stop(self) -> None:
-        """End all, and return when they are gone; may be called repeatedly."""
-        with self._news:
+        """End all ranks, and return when their processes have ended; may be called repeatedly."""
+        with self._changed:
             self._error = self._error or Unavailable("The engine's ranks were stopped.")
-            self._news.notify_all()
+            self._changed.notify_all()
         self._launcher.stop()
-        # Garbage is collected on any thread, so that this may be the listener's own.
+        # The garbage collector may call this on the listener thread itself.
         if self._listener is not threading.current_thread():
             self._listener.join()
-        for line in self._lines:
-            line.close()
+        for connection in self._connections:
+            connection.close()
 
     def _listen(self) -> None:
         while True:
-            for line in wait(self._lines):
-                index = self._lines.index(line)  # type: ignore[arg-type]
+            for connection in wait(self._connections):
+                index = self._connections.index(connection)  # type: ignore[arg-type]
                 try:
-                    reply = self._lines[index].recv()
+                    reply = self._connections[index].recv()
                 except (EOFError, OSError):
                     reply = Unavailable(f"Rank {index + 1} of the language model has died.")
                 if isinstance(reply, SightlineError):
                     self.give_up(reply)
                     return
-                with self._news:
+                with self._changed:
                     self._replies[index].append(reply)
-                    self._news.notify_all()
+                    self._changed.notify_all()

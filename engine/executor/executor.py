@@ -1,4 +1,4 @@
-"""All ranks of one language model, as rank 0's process sees them: one runner like any other."""
+"""Loads a language model on all its ranks, and makes one runner of them for rank 0's process."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from engine.runner.model_runner import LaunchedStep, ModelRunner
 from engine.scheduling.batch import ScheduledBatch, StepResult
 
 _POLL_S = 2e-5
-#: A death is noticed on two ways; the one that says whose it was may be the later one.
+#: Seconds to wait for the notice that names a dead rank: the failed operation may be noticed before it.
 _NOTICE_S = 5.0
 
 
 class Executor(Protocol):
-    """A model whose weights are loaded, on however many ranks."""
+    """A model whose weights are loaded, on one rank or several."""
 
     max_model_len: int
 
     def measure_blocks(self) -> int:
-        """KV blocks that every rank has room for; see :meth:`ModelRank.measure_blocks`."""
+        """Return the number of KV blocks that fit on every rank; see :meth:`ModelRank.measure_blocks`."""
 
     def make_runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> Runner:
-        """What computes steps, ready for requests."""
+        """Make the runner, ready for requests."""
 
 
 def load_ranks(
@@ -47,7 +47,7 @@ def load_ranks(
     """Load the language model on ``config.tensor_parallel_size`` ranks, of which 0 is this process.
 
     Args:
-        launcher: starts the others; not used for a single rank.
+        launcher: starts the other ranks; not used for a single rank.
 
     Raises:
         CheckpointError: the checkpoint is unusable; see :mod:`engine.families.load`.
@@ -64,7 +64,7 @@ def load_ranks(
 
 @dataclass(slots=True)
 class _GroupParts:
-    """What does not just go with the last reference to it."""
+    """Parts of a group that must be ended in order; dropping their references isn't enough."""
 
     workers: Workers
     launcher: Launcher
@@ -74,33 +74,33 @@ class _GroupParts:
     def end(self) -> None:
         self.workers.stop()
         if self.group is not None:
-            # First a step that waits for the other ranks ends, then its captured graphs go, then the group.
+            # In this order: end a step that waits for other ranks, free captured graphs, free the group.
             self.group.abort()
             if self.runner is not None:
                 self.runner.close()
             self.group.close()
-        # The group looks there once a second, and would wait for what is gone.
+        # Last: the group polls the rendezvous file once a second, and would wait for a missing one.
         self.launcher.clear()
 
 
 class ParallelExecutor:
-    """This process's rank 0 and the lines to the others.
+    """Rank 0 in this process, and the connections to the other ranks.
 
-    The others end when this is closed, when it and its runner are collected, or with the interpreter.
+    The other ranks end when this is closed, when it and its runner are collected, or with the interpreter.
     """
 
     def __init__(
         self, config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, launcher: Launcher
     ) -> None:
         size = config.tensor_parallel_size
-        # At the interpreter's end what was made first goes last, and this must outlast the group.
+        # Finalizers run in reverse order at exit, and the address must outlive the group.
         address = launcher.address
         self.workers = Workers(launcher, size)
         self._parts = _GroupParts(self.workers, launcher)
         self._close = weakref.finalize(self, self._parts.end)
         try:
             self.workers.send_each([Setup(config, rank, address) for rank in range(1, size)])
-            # From here on they only wait for each other, and for this one.
+            # All processes are up. From here on the ranks wait only for each other.
             self.workers.receive()
             device = rank_device(config, 0)
             group = TorchGroup.join(rank=0, size=size, address=address, device=device)
@@ -125,38 +125,37 @@ class ParallelExecutor:
         return ParallelRunner(runner, self)
 
     def close(self) -> None:
-        """End the other ranks, and return when they are gone; may be called repeatedly."""
+        """End the other ranks, and return when their processes have ended; may be called repeatedly."""
         self._close()
 
 
 class LaunchedParallelStep:
-    """A step on its way, on all ranks."""
+    """A step that all ranks compute."""
 
     def __init__(self, own: LaunchedStep, workers: Workers) -> None:
         self._own, self._workers = own, workers
 
     def result(self) -> StepResult:
-        """Wait for it.
+        """Wait for the step's result.
 
         Raises:
             Unavailable: a rank has died.
         """
-        # A GPU whose peer is gone waits forever.
+        # A GPU operation whose peer has died never completes.
         while not self._own.ready():
             self._workers.check()
             time.sleep(_POLL_S)
         result = self._own.result()
-        # Steps that were cut short end too.
+        # An aborted step completes too, with wrong values.
         self._workers.check()
         return result
 
 
 class ParallelRunner:
-    """Announces each step to the other ranks and computes it with them.
+    """Sends each step to the other ranks and computes it with them.
 
-    Every rank samples: logits are gathered on all of them, so they are the same bits, and a token depends on
-    nothing else but what the step's message says. Grammar masks follow in a message of their own, made while
-    the ranks already compute.
+    Every rank samples. All ranks gather the same logits, bit for bit; apart from them a token depends only on
+    the step's message. Grammar masks follow in a second message; they are made while the ranks compute.
     """
 
     def __init__(self, own: ModelRunner, executor: ParallelExecutor) -> None:
@@ -170,8 +169,8 @@ class ParallelRunner:
         """See :meth:`ModelRunner.execute`.
 
         Raises:
-            RequestFault: the work for one request raised, before the other ranks heard of the step.
-            Unavailable: a rank has died, and with it the others.
+            RequestFault: the work for one request raised, before the step was sent to the other ranks.
+            Unavailable: a rank has died; the others were ended.
         """
 
         def shared_mask(slots: list[int]) -> np.ndarray:
@@ -188,15 +187,16 @@ class ParallelRunner:
         except BaseException as error:
             if isinstance(error, Exception) and self._workers.wait_for_loss(_NOTICE_S):
                 self._workers.check()
-            # Whatever it was, the ranks are no longer in step.
+            # After any error the ranks may be at different steps.
             self._workers.give_up(Unavailable(f"Rank 0 of the language model failed: {error!r}"))
             raise
         return LaunchedParallelStep(step, self._workers)
 
     def recover(self) -> None:
-        """
+        """Get ready for the next step after one that raised.
+
         Raises:
-            Unavailable: a rank has died, or they are no longer in step.
+            Unavailable: a rank has died, or the ranks may be at different steps.
         """
         self._workers.check()
         self._own.recover()
@@ -205,7 +205,8 @@ class ParallelRunner:
         self._own.check_idle(released)
 
     def check_health(self) -> None:
-        """
+        """Raise if a rank has died.
+
         Raises:
             Unavailable: a rank has died.
         """

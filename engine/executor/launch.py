@@ -1,4 +1,4 @@
-"""How the processes of the ranks beyond 0 come to be: here, or wherever another launcher puts them."""
+"""Starts the processes of the ranks beyond 0, on this machine or, with another launcher, elsewhere."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _GRACE_S = 5.0
 class Launcher(Protocol):
     """Starts and ends the processes of one group.
 
-    Each runs :func:`engine.executor.worker.serve` on its end of a connection, and then leaves.
+    Each runs :func:`engine.executor.worker.serve` on its end of a connection, and then exits.
     """
 
     @property
     def address(self) -> str:
-        """Where the ranks meet; see :meth:`engine.distributed.group.TorchGroup.join`."""
+        """Address of the rendezvous; see :meth:`engine.distributed.group.TorchGroup.join`."""
 
     def start(self, size: int) -> list[Connection]:
-        """Start ranks ``1 .. size - 1``, in this order; the connections to them."""
+        """Start ranks ``1 .. size - 1``; return the connections to them, in this order."""
 
     def kill(self) -> None:
-        """End them at once; may be called from any thread, and repeatedly."""
+        """Kill the processes; may be called from any thread, and repeatedly."""
 
     def stop(self) -> None:
-        """End them, and return when they are gone; may be called repeatedly."""
+        """End the processes, and return when they have ended; may be called repeatedly."""
 
     def clear(self) -> None:
-        """Leave nothing behind where the ranks met, when the last has left; may be called repeatedly."""
+        """Remove the rendezvous folder, once all ranks have ended; may be called repeatedly."""
 
 
 class LocalLauncher:
-    """Processes of this machine. They end with this one, however it ends: their standard input closes."""
+    """Starts processes on this machine. They end with this process, because their standard input closes."""
 
     def __init__(self) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -48,12 +48,12 @@ class LocalLauncher:
     @property
     def address(self) -> str:
         if self._folder is None:
-            # Only this user can enter: who comes to the meeting is trusted. Goes with this object at latest.
+            # Mode 0700: whoever can use the folder is trusted. Removed with this object at the latest.
             self._folder = tempfile.TemporaryDirectory(prefix="sightline-ranks-", ignore_cleanup_errors=True)
-        return f"file://{self._folder.name}/meeting"
+        return f"file://{self._folder.name}/rendezvous"
 
     def start(self, size: int) -> list[Connection]:
-        # Fresh interpreters: multiprocessing would run the caller's script again in each.
+        # New interpreters: with multiprocessing each process would run the caller's script again.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         threads = max(1, torch.get_num_threads() // size)
         env = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""One rank's share of a language model, and the runner that computes with it."""
+"""Loads one rank's share of a language model, and makes the runner that computes with it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from engine.runner.model_runner import ModelRunner
 
 @dataclass(slots=True)
 class ModelRank:
-    """Weights of one rank, loaded. Every rank makes the same calls in the same order: they compute together.
+    """The loaded weights of one rank. All ranks make the same calls in the same order, because they compute
+    together.
 
     Attributes:
-        max_model_len: longest sequence, before it is cut to what the KV blocks hold.
+        max_model_len: longest sequence in tokens, not yet limited by the number of KV blocks.
     """
 
     config: EngineConfig
@@ -39,7 +40,8 @@ class ModelRank:
     def load(
         cls, config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, group: TensorParallelGroup
     ) -> ModelRank:
-        """
+        """Load this rank's share of the weights.
+
         Raises:
             CheckpointError: see :func:`engine.families.load.load_language_model`.
             ConfigError: ``max_model_len`` is more than the model was made for.
@@ -58,10 +60,10 @@ class ModelRank:
         return cls(config, model, decoder, group, max_model_len)
 
     def measure_blocks(self) -> int:
-        """KV blocks that this rank has room for.
+        """Return the number of KV blocks that fit into this rank's memory.
 
         Raises:
-            ConfigError: not even for one request's first.
+            ConfigError: fewer than two fit; block 0 is never given to a request.
         """
         config, decoder = self.config, self.decoder
         free = config.kv_cache_bytes
@@ -82,7 +84,7 @@ class ModelRank:
         return num_blocks
 
     def make_runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ModelRunner:
-        """The runner, with its KV cache and ready for requests."""
+        """Make the runner with its KV cache, ready for requests."""
         runner = self._runner(num_blocks, max_model_len, num_slots)
         runner.warm_up()
         return runner
@@ -109,7 +111,7 @@ class ModelRank:
 
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of a rank: GPUs in their order, one for each; the one that PyTorch takes if it is alone."""
+    """Return the device of a rank: the GPU of its number, or PyTorch's default one for a single rank."""
     device = resolve_device(config)
     if device.type == "cuda" and config.tensor_parallel_size > 1:
         return torch.device("cuda", rank)
@@ -117,7 +119,8 @@ def rank_device(config: EngineConfig, rank: int) -> torch.device:
 
 
 def check_gpus(config: EngineConfig) -> None:
-    """
+    """Check that there is a GPU for every rank.
+
     Raises:
         ConfigError: the machine has fewer GPUs than ``tensor_parallel_size`` ranks.
     """

@@ -1,4 +1,4 @@
-"""What rank 0 tells the others: how to start, and each step, of which only what they don't know yet."""
+"""Messages from rank 0 to the other ranks: how to start, and the changes that each step brings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MeasureBlocks:
 
 @dataclass(frozen=True, slots=True)
 class MakeRunner:
-    """Asks for :meth:`.ModelRank.make_runner`; the reply None says that it is ready for steps."""
+    """Asks for :meth:`.ModelRank.make_runner`; the reply None means that the runner is ready for steps."""
 
     num_blocks: int
     max_model_len: int
@@ -38,12 +38,12 @@ class MakeRunner:
 
 @dataclass(slots=True)
 class StepMessage:
-    """One step; steady decode sends next to nothing.
+    """One step. While the set of decoding requests stays the same, nearly all fields are empty.
 
     Attributes:
-        decode_slots: None as long as they stay the same array.
+        decode_slots: int64 ``(D,)``; None if they are the previous step's.
         prefills: slot, start, count and ``completes`` of each chunk; its request was admitted before.
-        masked: the grammar masks of the step follow in a message of their own, int32 ``(R, ceil(V / 32))``.
+        masked: True if the step's grammar masks follow in a second message, int32 ``(R, ceil(V / 32))``.
     """
 
     step: int
@@ -56,13 +56,13 @@ class StepMessage:
 
 
 class BatchSender:
-    """Makes messages of batches, in their order."""
+    """Turns batches into messages, in the order of steps."""
 
     def __init__(self) -> None:
         self._decode_slots: np.ndarray | None = None
 
     def message(self, batch: ScheduledBatch, masked: bool) -> StepMessage:
-        """To be pickled before the batch is executed: requests change afterwards."""
+        """Make the message of a batch. Pickle it before the batch is executed: requests change afterwards."""
         slots = batch.decode_slots if batch.decode_slots is not self._decode_slots else None
         self._decode_slots = batch.decode_slots
         return StepMessage(
@@ -77,7 +77,7 @@ class BatchSender:
 
 
 class BatchReceiver:
-    """Makes batches of messages; remembers the running requests."""
+    """Turns messages back into batches. Remembers the running requests by slot."""
 
     def __init__(self) -> None:
         self._decode_slots = np.zeros(0, np.int64)
@@ -105,9 +105,9 @@ class BatchReceiver:
 
 
 def _copy(request: Request, num_computed: int) -> Request:
-    """What a runner needs of a request. Embeddings don't travel with it, but from device to device.
+    """Copy the fields of a request that a runner reads. Embeddings are sent from device to device instead.
 
-    Its blocks are complete: only decoding requests get more, and those are told by table updates.
+    The list of blocks is complete: only decoding requests get more, which table updates report.
     """
     wanted = {s.item.hash for s in request.spans if s.offset + s.length > num_computed}
     return Request(

@@ -1,4 +1,4 @@
-"""The process of one rank beyond 0: it loads its share, and computes each step that rank 0 announces."""
+"""The process of one rank beyond 0: loads its share of the model and computes the steps of rank 0."""
 
 from __future__ import annotations
 
@@ -23,62 +23,62 @@ from engine.runner.model_runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 
-def serve(line: Connection) -> None:
-    """Do what rank 0 says until its end of ``line`` closes. What is raised on the way is told to it."""
+def serve(connection: Connection) -> None:
+    """Serve rank 0 until its end of ``connection`` closes. Report an exception to rank 0 and return."""
     try:
-        runner = _start(line)
-        _run_steps(line, runner)
+        runner = _start(connection)
+        _run_steps(connection, runner)
     except (EOFError, ConnectionError):
         return
     except BaseException as error:
-        told = error if isinstance(error, SightlineError) else Unavailable(f"A rank failed: {error!r}")
+        report = error if isinstance(error, SightlineError) else Unavailable(f"A rank failed: {error!r}")
         try:
-            line.send(told)
+            connection.send(report)
         except OSError:
             return
-        if told is not error:
+        if report is not error:
             logger.exception("a rank of the language model failed")
 
 
-def _start(line: Connection) -> ModelRunner:
-    setup: Setup = line.recv()
+def _start(connection: Connection) -> ModelRunner:
+    setup: Setup = connection.recv()
     config = setup.config
     device = rank_device(config, setup.rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    line.send(None)
+    connection.send(None)
     group = TorchGroup.join(
         rank=setup.rank, size=config.tensor_parallel_size, address=setup.address, device=device
     )
     checkpoint = Checkpoint.open(config.model, config.revision)
     rank = ModelRank.load(config, checkpoint, resolve(checkpoint).parse(checkpoint), group)
-    line.send(None)
-    message = line.recv()
+    connection.send(None)
+    message = connection.recv()
     if isinstance(message, MeasureBlocks):
-        line.send(rank.measure_blocks())
-        message = line.recv()
+        connection.send(rank.measure_blocks())
+        message = connection.recv()
     assert isinstance(message, MakeRunner)
     runner = rank.make_runner(message.num_blocks, message.max_model_len, message.num_slots)
     gc.collect()
     gc.freeze()
-    line.send(None)
+    connection.send(None)
     return runner
 
 
-def _run_steps(line: Connection, runner: ModelRunner) -> None:
+def _run_steps(connection: Connection, runner: ModelRunner) -> None:
     receiver = BatchReceiver()
 
     def grammar_mask(slots: list[int]) -> np.ndarray:
-        return line.recv()
+        return connection.recv()
 
     while True:
-        message = line.recv()
-        # Tokens stay on the device for the next step; rank 0 reads its own, which are the same.
+        message = connection.recv()
+        # Tokens stay on the device for the next step. All ranks sample the same; rank 0 alone reads them.
         runner.execute(receiver.batch(message), grammar_mask if message.masked else None)
 
 
 def _end_with_parent() -> None:
-    """Leave the process, whatever it is doing, when standard input closes."""
+    """Exit the process at once when standard input closes."""
     sys.stdin.buffer.read()
     os._exit(0)
 
@@ -86,5 +86,5 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     threading.Thread(target=_end_with_parent, daemon=True).start()
     serve(Connection(int(sys.argv[1])))
-    # Other ranks may be gone: nothing that waits for them may run.
+    # Skip finalizers: they might wait for ranks that have ended.
     os._exit(0)

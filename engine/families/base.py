@@ -177,6 +177,28 @@ IMAGE_SIZES = EmbeddingField("image_size_list", ("width", "height"))
 """For families in which the size of an image decides how many rows it has."""
 
 
+class SizedProcessor(Protocol):
+    """A :class:`MediaProcessor` that knows an image's grid by its size in pixels, ``(width, height)``."""
+
+    @property
+    def image_token_id(self) -> int: ...
+
+    def check(self, size: tuple[int, int]) -> int: ...
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, ...]: ...
+
+
+def sized_item(processor: SizedProcessor, description: tuple[int, ...], key: str) -> MediaItem:
+    """The item of an image of ``(width, height)`` pixels, for :meth:`EmbeddingProcessor.embedding_item`.
+
+    Its placeholder lacks the tokens around the rows: they need the tokenizer.
+    """
+    width, height = description
+    size = width, height
+    rows, grid = processor.check(size), processor.grid(size)
+    return MediaItem.of_rows("image", key, processor.image_token_id, rows, grid=grid, size=size)
+
+
 @runtime_checkable
 class EmbeddingProcessor(Protocol):
     """A :class:`MediaProcessor` whose images may also come as embedding rows."""

@@ -1,4 +1,4 @@
-"""What scheduler and runner tell each other: one batch per step, one result. Plain data."""
+"""Plain data between scheduler and runner: a batch and a result per step."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class ScheduledBatch:
     """One step. The runner applies ``admitted`` and ``table_updates`` before it computes.
 
     Attributes:
-        decode_slots: int64 ``(D,)``; each computes the token that was sampled for it last and samples the
-            next. The same array object returns as long as the set of decoding requests stays the same.
+        decode_slots: int64 ``(D,)``; each slot computes its last sampled token and samples the next one. The
+            array is the same object as in the previous step if the set of decoding requests is the same.
         prefills: chunks, computed in the same forward pass.
         released: slots whose request ended or was preempted since the last step.
-        epochs: int64 ``(R,)``, how often each sampling row's slot had changed hands; a row whose slot has
-            moved on since is ignored when its token arrives.
+        epochs: int64 ``(R,)``, the epoch of each sampling row's slot, see :class:`.SequenceSlots`. If another
+            request has the slot when the token arrives, the token is ignored.
     """
 
     step: int
@@ -79,7 +79,7 @@ class ScheduledBatch:
 
 @dataclass(slots=True)
 class StepResult:
-    """What the runner gave for a batch, on the host.
+    """The runner's results for a batch, on the host.
 
     Attributes:
         tokens: int64 ``(R,)``, one per sampling row; -1 where none was allowed.
@@ -98,10 +98,10 @@ class StepResult:
 
 @dataclass(slots=True)
 class StepEvents:
-    """What one step gave, by sampling row.
+    """Events of one step, by sampling row.
 
     Attributes:
-        requests: the request of each row, None where the row is void.
+        requests: the request of each row; None if it has lost its slot since the step was scheduled.
         tokens: int64 ``(R,)``; -1 where none was allowed.
         time: when the tokens were read, in seconds of the monotonic clock.
         finished: rows that ended, with their reason: ``stop``, ``length``, or ``error`` where no token was

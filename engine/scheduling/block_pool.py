@@ -1,4 +1,4 @@
-"""KV blocks as numbers: reference counts, least-recently-used order, and the map from content to block."""
+"""The pool of KV block numbers: reference counts, eviction order, and the map from content to block."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class BlockPool:
-    """``num_blocks`` blocks, of which block 0 is never handed out: padded rows write there.
+    """``num_blocks`` blocks. Block 0 is never allocated: padding rows write there.
 
-    A block with no reference stays findable by its hash until it is taken for something else; the block that
-    has been free for longest is taken first.
+    A block without references stays findable by its hash until it is allocated again. The block that has been
+    free for longest is allocated first.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -24,7 +24,7 @@ class BlockPool:
 
     @property
     def capacity(self) -> int:
-        """Blocks that can be in use at once."""
+        """Number of blocks that can be in use at once."""
         return self.num_blocks - 1
 
     @property
@@ -33,7 +33,7 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that a prefix can be found in."""
+        """Number of blocks that can be found by their hash."""
         return len(self._block_of)
 
     def allocate(self, count: int) -> list[int]:
@@ -69,13 +69,13 @@ class BlockPool:
         return self._refs[block] == 0
 
     def publish(self, block: int, key: bytes) -> None:
-        """Make a full block findable. The first block with some content stays the one that is found."""
+        """Make a full block findable, unless another block with the same content is findable already."""
         if key not in self._block_of and block not in self._hash_of:
             self._block_of[key] = block
             self._hash_of[block] = key
 
     def withdraw(self, block: int) -> None:
-        """Make a block unfindable, if it was findable: it doesn't hold the content that its hash says."""
+        """Make a block unfindable, if it was findable, because its content may not match its hash."""
         if (key := self._hash_of.pop(block, None)) is not None:
             del self._block_of[key]
 

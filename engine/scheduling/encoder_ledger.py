@@ -8,9 +8,9 @@ from engine.request import Request
 class EncoderLedger:
     """Embedding rows by request, from its arrival until its placeholders are computed.
 
-    Rows of requests that wait are what piles up: a step computes prompts one after the other, so that at most
-    one running request has rows left. Whoever encodes ahead of the scheduler asks :meth:`fits` first; the
-    budget is a bound on memory if it does.
+    Most rows belong to waiting requests: a step computes prompts one after the other, so that at most one
+    running request has rows left. A caller that encodes ahead of the scheduler must ask :meth:`fits` first;
+    then the budget bounds the memory.
 
     Args:
         budget: most rows to hold at once, and of one request.
@@ -22,11 +22,11 @@ class EncoderLedger:
         self.num_held = 0
 
     def fits(self, rows: int) -> bool:
-        """Whether ``rows`` more stay within the budget."""
+        """Return whether ``rows`` more stay within the budget."""
         return self.num_held + rows <= self.budget
 
     def hold(self, request: Request, position: int) -> None:
-        """Set what ``request`` holds to the rows that its prompt needs from ``position`` on."""
+        """Set the rows of ``request`` to those that its prompt needs from ``position`` on."""
         rows = rows_from(request, position) if request.spans else 0
         self.num_held += rows - self._held.pop(request.id, 0)
         if rows:
@@ -40,5 +40,5 @@ class EncoderLedger:
 
 
 def rows_from(request: Request, position: int) -> int:
-    """Embedding rows of the media that tokens from ``position`` on stand for."""
+    """Return the number of embedding rows that the tokens from ``position`` on take."""
     return sum(span.item.num_tokens - span.rows_before(position) for span in request.spans)

@@ -1,4 +1,4 @@
-"""Which request holds which KV blocks."""
+"""Gives KV blocks to requests, and takes them back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class KVManager:
     def cached_prefix(self, request: Request) -> list[int]:
         """Blocks that already hold the start of ``request.token_ids``, without taking them.
 
-        At least the last token is left to be computed, since its logits are wanted. Requests that ask for
+        The last token is always left to be computed, because its logits are needed. Requests that ask for
         log-probabilities of the prompt, or for the mean of all hidden states, need every position.
         """
         every_position = request.scores_prompt
@@ -62,9 +62,12 @@ class KVManager:
         return True
 
     def grow(self, request: Request) -> list[int]:
-        """Append a block, or several where blocks abound; none if none is free.
+        """Append one block to a request, or up to ``_GROWTH`` if over a quarter of the pool is free.
 
-        Blocks ahead of need spare the device a change of its tables in most steps.
+        With blocks in reserve most steps need no update of the block tables on the device.
+
+        Returns:
+            The new blocks; empty if none is free.
         """
         lacking = self.blocks_for(request.max_total) - len(request.blocks)
         count = min(_GROWTH, lacking) if self.pool.num_free > self.pool.capacity // 4 else 1
@@ -75,11 +78,15 @@ class KVManager:
         return blocks
 
     def publish(self, request: Request, token_ids: Sequence[int], num_computed: int) -> None:
-        """Make the blocks findable that ``num_computed`` tokens fill; ``token_ids`` covers at least those."""
+        """Make the full blocks of the first ``num_computed`` tokens findable.
+
+        Args:
+            token_ids: at least those tokens.
+        """
         if self._hasher is None:
             return
         self._extend_hashes(request, token_ids, num_computed)
-        # A block is only ever published by the chunk that fills it, so go back until one is known.
+        # Blocks are published in order: go back until the first one that is published already.
         for index in range(num_computed // self.block_size - 1, -1, -1):
             key = request.block_hashes[index]
             if self.pool.lookup(key) is not None:
@@ -87,7 +94,7 @@ class KVManager:
             self.pool.publish(request.blocks[index], key)
 
     def withdraw(self, request: Request, num_computed: int) -> None:
-        """Make the request's blocks unfindable that tokens from ``num_computed`` on go to."""
+        """Make the request's blocks unfindable from the block of token ``num_computed`` on."""
         for block in request.blocks[num_computed // self.block_size :]:
             self.pool.withdraw(block)
 

@@ -1,4 +1,4 @@
-"""What becomes of the requests of a step that failed.
+"""Ends or repeats the requests of a failed step.
 
 Nothing is repaired: a request whose step was not computed is preempted and computed again, which gives the
 same tokens. Only the requests that may have caused the failure end.
@@ -39,7 +39,7 @@ def retract(scheduler: Scheduler, batch: ScheduledBatch, error: Exception, culpr
 
 
 def abandon(scheduler: Scheduler, error: Exception, batch: ScheduledBatch | None = None) -> None:
-    """Go on after ``error`` has left it unknown which tokens are computed.
+    """Continue after an error that leaves unknown which tokens are computed.
 
     The requests of ``batch`` end, all others that run are preempted, and nothing stays cached.
 

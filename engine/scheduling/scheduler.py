@@ -48,10 +48,10 @@ class Scheduler:
     Args:
         kv: KV blocks.
         ledger: embedding rows.
-        max_num_seqs: most requests running at once. Kept below the token budget, so that prompts make
+        max_num_seqs: most requests running at once. Limited to less than the token budget, so that prompts
             progress however many requests decode.
         max_num_batched_tokens: most tokens computed in one step.
-        max_model_len: longest sequence; cut to what the KV blocks hold.
+        max_model_len: longest sequence in tokens; limited by the number of KV blocks.
         recompute_beyond: see :class:`~engine.layers.decoder_config.RopeConfig`.
     """
 
@@ -80,14 +80,14 @@ class Scheduler:
         self.released: list[int] = []
         self._step = itertools.count()
 
-    # Requests come and go.
+    # Arrival and end of requests.
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run.
 
         Raises:
             ContextLengthExceeded: the prompt leaves no room for a token.
-            InvalidRequest: its pictures need more embedding rows than there will ever be.
+            InvalidRequest: its images need more embedding rows than the ledger's budget.
         """
         room = 0 if request.pooling else 1
         if request.num_prompt + room > self.max_model_len:
@@ -118,7 +118,7 @@ class Scheduler:
     def fail(self, request: Request, error: Exception) -> None:
         """End a request as :meth:`abort` does, because ``error`` was raised by its work.
 
-        What it computed is not published: whether that is right is unknown.
+        Its blocks are not published, because their content may be wrong.
         """
         if request.finished:
             return
@@ -130,9 +130,9 @@ class Scheduler:
         self.failed.append((request, error))
 
     def take_back(self, batch: ScheduledBatch) -> None:
-        """The latest step was not computed: count its tokens out, and release its released slots again.
+        """Undo the counts of the latest step, which was not computed; release its released slots again.
 
-        Its requests stay as they are; see :mod:`engine.scheduling.recovery`.
+        Its requests are unchanged; see :mod:`engine.scheduling.recovery`.
         """
         self.released = batch.released + self.released
         self.stats.computed_tokens -= batch.num_tokens
@@ -169,10 +169,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return len(self._waiting) > 0 or self.num_running > 0
 
-    # A step.
+    # Steps.
 
     def schedule(self) -> ScheduledBatch | None:
-        """The next step, or None if nothing can be computed until results arrive."""
+        """Schedule the next step; return None if nothing can be computed until results arrive."""
         updates = self._grow_decodes()
         decode_slots = self.slots.decode_slots()
         batch = ScheduledBatch(next(self._step), decode_slots, table_updates=updates)
@@ -195,7 +195,7 @@ class Scheduler:
         return batch
 
     def update(self, batch: ScheduledBatch, tokens: np.ndarray) -> StepEvents:
-        """Take in the tokens that a step sampled.
+        """Store the tokens that a step sampled, and end the requests that they complete.
 
         Args:
             batch: the step.
@@ -246,7 +246,7 @@ class Scheduler:
     def finish_pooling(
         self, batch: ScheduledBatch, vectors: dict[Request, np.ndarray]
     ) -> list[tuple[Request, np.ndarray]]:
-        """End the pooling requests whose prompts this step completed; those with their vectors."""
+        """End the pooling requests whose prompts this step completed; return them with their vectors."""
         done = [c.request for c in batch.prefills if c.completes and c.request.pooling is not None]
         # A request preempted or aborted meanwhile has no slot; a preempted one will be recomputed.
         done = [request for request in done if request.slot is not None and self._finish(request)]
@@ -255,7 +255,8 @@ class Scheduler:
     # Parts of a step.
 
     def _grow_decodes(self) -> list[TableUpdate]:
-        """A block for every decoding row that needs one; the youngest requests make room if there is none."""
+        """Give a block to every decoding row that needs one; if none is free, preempt the request that
+        :meth:`_victim` names."""
         table = self.slots
         updates: list[TableUpdate] = []
         slots = table.decode_slots()
@@ -273,7 +274,7 @@ class Scheduler:
         return [u for u in updates if table.requests[u.slot] is not None]
 
     def _prefill(self, request: Request, budget: int, batch: ScheduledBatch) -> int:
-        """Schedule as much of a prompt as fits; the number of tokens."""
+        """Schedule as much of a prompt as fits; return the number of tokens."""
         table, slot = self.slots, request.slot
         assert slot is not None
         start = int(table.computed[slot])
@@ -292,7 +293,7 @@ class Scheduler:
         return count
 
     def _admit_waiting(self, budget: int, batch: ScheduledBatch) -> None:
-        """Let requests in while there are tokens, slots and blocks."""
+        """Admit waiting requests while there are tokens, slots and blocks."""
         while budget > 0 and self.slots.num_free and (request := self._waiting.first()) is not None:
             if batch.prefills and (request.suspect or batch.prefills[-1].request.suspect):
                 break
@@ -307,7 +308,7 @@ class Scheduler:
         """Give the first waiting request a slot and blocks; False if there are too few."""
         cached = self.kv.cached_prefix(request)
         computed = len(cached) * self.kv.block_size
-        # A request that runs alone may take every block; beside others it leaves them blocks to grow.
+        # A request that runs alone may take every block. Others leave some blocks for those that grow.
         reserve = self.kv.pool.capacity // 100 + 1 if self.num_running else 0
         if not self.kv.admit(request, cached, reserve):
             return False
@@ -333,8 +334,10 @@ class Scheduler:
         self.fail(request, error)
 
     def _retire_full_rows(self, rows: np.ndarray) -> None:
-        """Rows whose last token before a pause is in flight stop decoding; they end, or are computed again,
-        when it arrives."""
+        """Stop decoding in rows that have reached their pause except for a token in flight.
+
+        When that token arrives, the request ends or is computed again.
+        """
         table = self.slots
         for slot in rows[table.computed[rows] + 1 >= table.pause[rows]].tolist():
             table.set_decoding(slot, False)
@@ -342,14 +345,14 @@ class Scheduler:
     # Ends and interruptions.
 
     def _victim(self) -> Request:
-        """The running request that matters least: lowest priority (largest number), then youngest."""
+        """Return the running request to preempt: lowest priority (largest number), then latest arrival."""
         return max(self.running, key=lambda request: (request.priority, request.arrival))
 
     def preempt(self, request: Request, *, publish: bool = True) -> None:
-        """Take a running request's slot and blocks, and have it computed again later.
+        """Take a running request's slot and blocks, and queue it to be computed again.
 
         Args:
-            publish: whether its blocks stay findable; not if they may lack what their hashes say.
+            publish: True if its blocks stay findable; False if their content may not match their hashes.
         """
         self.stats.preempted += 1
         self._interrupt(request, publish=publish)
@@ -371,7 +374,7 @@ class Scheduler:
         self._release(request, publish=publish)
 
     def _finish(self, request: Request) -> bool:
-        """End a request that has all it asked for; False if that raised."""
+        """End a request that is complete; return False if that raised an exception."""
         request.finished = True
         try:
             self._release(request)
@@ -394,7 +397,10 @@ class Scheduler:
         self.ledger.release(request)
 
     def _publish_answer(self, request: Request, slot: int) -> None:
-        """Make a request's blocks findable, the answer's all at once: nobody asks for them before it ends."""
+        """Make a request's blocks findable, those of its answer included.
+
+        Those are published only now, because hardly any request needs them before the answer ends.
+        """
         table = self.slots
         # The last known token isn't computed.
         computed = min(int(table.known[slot]) - 1, int(table.computed[slot]))
@@ -413,7 +419,7 @@ class Scheduler:
         self.ledger.hold(request, 0)
 
     def check_integrity(self) -> None:
-        """At idle: every block, slot and embedding row is back. Raises AssertionError."""
+        """Raise AssertionError unless, at idle, every block, slot and embedding row is free."""
         assert not self.has_work and not self._prefilling, "requests are still there"
         assert not self.waiting_tokens, "waiting tokens are miscounted"
         assert self.kv.pool.num_free == self.kv.pool.capacity, "KV blocks are lost"

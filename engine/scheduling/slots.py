@@ -12,7 +12,7 @@ from engine.request import Request
 
 
 class SequenceSlots:
-    """State of ``num_slots`` rows.
+    """State of ``num_slots`` slots, one row of each array per slot.
 
     Attributes:
         requests: object ``(num_slots,)``, the row's :class:`Request`, or None where it is free.
@@ -23,7 +23,7 @@ class SequenceSlots:
         pause: known tokens at which the row stops decoding until the last of them has arrived: ``limit``, or
             fewer if the request is computed again at that length.
         capacity: tokens that its KV blocks hold.
-        epoch: how often the row changed hands.
+        epoch: number of requests that have left the row.
         decoding: rows that compute one sampled token per step.
         constrained: rows whose tokens follow a grammar.
         stop_ids: int32 ``(num_slots, K)``, padded with -1.
@@ -53,7 +53,7 @@ class SequenceSlots:
         return len(self._free)
 
     def enter(self, request: Request, computed: int, capacity: int) -> int:
-        """Give ``request`` a row; it starts out as not decoding."""
+        """Give ``request`` a free row, which is not decoding yet; return the row's index."""
         slot = self._free.pop()
         count = len(request.token_ids)
         request.slot = slot
@@ -75,7 +75,7 @@ class SequenceSlots:
         return slot
 
     def leave(self, slot: int) -> None:
-        """Free the row; tokens of it that are still in flight become void."""
+        """Free the row. Its tokens that are still in flight will be ignored."""
         request = self.requests[slot]
         assert request is not None
         request.slot = None
@@ -91,7 +91,7 @@ class SequenceSlots:
             self._stale = True
 
     def decode_slots(self) -> np.ndarray:
-        """The decoding rows, as the same array object until the set changes."""
+        """Return the indices of decoding rows: the same array object until the set changes."""
         if self._stale:
             self._decode_slots = np.flatnonzero(self.decoding)
             self._decode_epochs = self.epoch[self._decode_slots]
@@ -100,12 +100,12 @@ class SequenceSlots:
         return self._decode_slots
 
     def epochs_of(self, slots: np.ndarray) -> np.ndarray:
-        """``epoch[slots]``; at once if they are the decoding rows."""
+        """Return ``epoch[slots]``; cached for the decoding rows."""
         return self._decode_epochs if slots is self.decode_slots() else self.epoch[slots]
 
     def live_requests(self, slots: np.ndarray, epochs: np.ndarray) -> tuple[list[Request | None], bool]:
-        """The request of each row, None where the row has changed hands since ``epochs``; and whether none
-        has. The rows that decode now have not."""
+        """Return the request of each row, None for a row whose request has left since ``epochs``; and True if
+        there is no such row. A row that decodes now still has its request."""
         if slots is self.decode_slots():
             return self._decode_requests, True
         live = self.epoch[slots] == epochs

@@ -31,7 +31,7 @@ class WaitingQueue:
         self.tokens += len(request.token_ids)
 
     def first(self) -> Request | None:
-        """The request whose turn is next; None if nobody waits."""
+        """Return the next request, or None if no request waits."""
         while self._heap and self._heap[0][-1].finished:
             heapq.heappop(self._heap)
         return self._heap[0][-1] if self._heap else None
@@ -43,7 +43,7 @@ class WaitingQueue:
         return request
 
     def forget(self, request: Request) -> None:
-        """Count a waiting request out that was marked as finished; its entry goes when its turn comes."""
+        """Remove a finished request from the counts; its entry is removed when it comes first."""
         assert request.finished
         self._leave(request)
         if not self._count:
@@ -54,5 +54,5 @@ class WaitingQueue:
         self.tokens -= len(request.token_ids)
 
     def requests(self) -> list[Request]:
-        """All requests that wait."""
+        """Return all waiting requests."""
         return [entry[-1] for entry in self._heap if not entry[-1].finished]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
+from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
 from engine.families.parsing.processor import bad_option, lowered_flag, request_options, require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
@@ -49,6 +49,8 @@ class Idefics3Processor:
     longest: int
     split: bool = True
     resample: int = 1
+
+    embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
     @classmethod
     def create(
@@ -113,16 +115,8 @@ class Idefics3Processor:
             param="video",
         )
 
-    @property
-    def embedding_field(self) -> EmbeddingField:
-        return IMAGE_SIZES
-
     def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        """The item of an image of ``(width, height)``. Its placeholder lacks the tokens around the rows: they
-        need the tokenizer."""
-        width, height = description
-        grid, rows = self.grid((width, height)), self.check((width, height))
-        return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=grid, size=(width, height))
+        return sized_item(self, description, key)
 
     def _bounded(self, size: tuple[int, int]) -> tuple[int, int]:
         """The longer side at ``longest`` pixels, the other near the aspect ratio and even."""

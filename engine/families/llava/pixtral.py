@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
+from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
 from engine.families.parsing.processor import require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
@@ -38,6 +38,8 @@ class PixtralProcessor:
     longest: tuple[int, int]
     image_token_id: int
     resample: int = 3
+
+    embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
     @classmethod
     def create(
@@ -103,14 +105,5 @@ class PixtralProcessor:
     def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest("this model takes images, not videos", param="video")
 
-    @property
-    def embedding_field(self) -> EmbeddingField:
-        return IMAGE_SIZES
-
     def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        """The item of an image of ``(width, height)``. Its placeholder lacks the tokens that end lines: they
-        need the tokenizer."""
-        width, height = description
-        grid = self.grid((width, height))
-        rows = math.prod(grid)
-        return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=grid, size=(width, height))
+        return sized_item(self, description, key)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
+from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
 from engine.families.parsing.processor import count_option, lowered, request_options
 from engine.media.image_ops import resize
@@ -79,6 +79,8 @@ class MiniCPMVProcessor:
     image_token_id: int
     max_slices: int
 
+    embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
+
     @classmethod
     def create(
         cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
@@ -134,17 +136,8 @@ class MiniCPMVProcessor:
     def prepare_video(self, video: Video) -> PreparedMedia:
         raise InvalidRequest("this model takes videos as images, one for each frame", param="video")
 
-    @property
-    def embedding_field(self) -> EmbeddingField:
-        return IMAGE_SIZES
-
     def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        """The item of an image of ``(width, height)``. Its placeholder lacks the tokens around the rows: they
-        need the tokenizer."""
-        width, height = description
-        grid = self.grid((width, height))
-        rows = len(pieces(grid)) * self.rows
-        return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=grid, size=(width, height))
+        return sized_item(self, description, key)
 
     def _cut(self, image: Image.Image, piece: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
         """Resize the image to ``grid`` (rows and columns) of pieces (in patches) and cut it into patches:
