@@ -33,6 +33,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.dead_code
 
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
