@@ -31,7 +31,7 @@ _LAST_STEP_S = 5.0
 
 
 class _Mailbox:
-    """What a reader hasn't taken yet, merged into one update: a slow reader costs no memory."""
+    """Updates that the reader hasn't taken yet, merged into one: a slow reader costs no memory."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -226,7 +226,8 @@ class AsyncEngine:
         }
 
     def check_health(self) -> None:
-        """
+        """Raise if the engine can serve no more requests.
+
         Raises:
             Unavailable: a thread or a rank of the engine has died, or it was shut down.
         """
@@ -257,7 +258,7 @@ class AsyncEngine:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is anywhere in the engine."""
+        """Return True if the engine holds no request."""
         return not (
             self._inbox or self._mailboxes or self._engine.core.has_work or self._engine.outputs.num_groups
         )

@@ -25,14 +25,14 @@ GrammarMask = Callable[[list[int]], np.ndarray]
 
 
 class PendingStep(Protocol):
-    """A step on its way."""
+    """An enqueued step."""
 
     def result(self) -> StepResult:
-        """Wait for it."""
+        """Wait until the step is computed; return its result."""
 
 
 class Runner(Protocol):
-    """What computes steps; see :class:`engine.runner.model_runner.ModelRunner`."""
+    """Computes steps; see :class:`engine.runner.model_runner.ModelRunner`."""
 
     @property
     def vocab_size(self) -> int: ...

@@ -37,8 +37,8 @@ _LAST_LAUNCH_S = 5.0
 
 @dataclass(slots=True)
 class EncoderCounters:
-    """What the engine did since its start. ``seconds`` is time spent encoding, ``rest_seconds`` time in which
-    it didn't so that others could compute."""
+    """Counters since the engine's start. ``seconds`` were spent encoding, ``rest_seconds`` idle to leave the
+    device to the language model."""
 
     items: int = 0
     rows: int = 0
@@ -197,7 +197,8 @@ class EncoderEngine:
                 job.waiters -= 1
 
     def check_health(self) -> None:
-        """
+        """Raise if the engine can encode no more images.
+
         Raises:
             Unavailable: the engine was shut down, or its device or its thread has failed for good.
         """

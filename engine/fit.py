@@ -1,4 +1,4 @@
-"""Whether a configuration fits its model: what can be told before anything is loaded."""
+"""Checks that a configuration fits its model, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from engine.layers.decoder_config import DecoderConfig
 
 
 def check_fit(config: EngineConfig, model: ModelConfig) -> None:
-    """
+    """Check a configuration against its model.
+
     Raises:
         ConfigError: ``max_model_len`` is more than the model was made for, or it can't be split over
             ``tensor_parallel_size`` ranks.
@@ -30,7 +31,7 @@ def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def check_split(size: int, decoder: DecoderConfig) -> None:
-    """Whether ``size`` ranks can share a decoder; errors as :func:`check_fit`."""
+    """Check that ``size`` ranks can share a decoder; errors as :func:`check_fit`."""
     possible = [number for number in range(1, decoder.num_heads + 1) if _splits(decoder, number)]
     if size not in possible:
         raise ConfigError(

@@ -170,7 +170,7 @@ class Frontend:
         return self._processor is not None
 
     def with_template(self, template: str) -> Frontend:
-        """The same frontend with another chat template; errors as :meth:`PromptBuilder.with_template`."""
+        """Return this frontend with another chat template; errors as :meth:`PromptBuilder.with_template`."""
         return Frontend(self._config, self._builder.with_template(template), self._processor, self._fetcher)
 
     def from_prompt(self, prompt: str | Mapping[str, Any], encode: Encode | None = None) -> PreparedPrompt:

@@ -1,4 +1,4 @@
-"""From a configuration to an engine that is ready to run."""
+"""Loads an engine by its configuration, ready to run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LoadedEngine:
 
 
 def check_checkpoint(config: EngineConfig) -> None:
-    """Whether the tensors of all parts of ``config.model`` are there, by their headers.
+    """Check by their headers that the tensors of all parts of ``config.model`` are there.
 
     Raises:
         CheckpointError: see :mod:`engine.families.load`.

@@ -1,4 +1,4 @@
-"""What an engine counts and times, as a plain snapshot."""
+"""Counters and times of an engine, as a plain snapshot."""
 
 from __future__ import annotations
 

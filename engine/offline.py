@@ -43,7 +43,7 @@ Prepare = Callable[[Encode | None], PreparedPrompt]
 
 @dataclass(slots=True)
 class Job:
-    """One prompt on its way: what it asks for, and what has come of it."""
+    """One prompt: its parameters, and its state between preparation and answer."""
 
     params: Params
     prepared: Future[PreparedPrompt]
@@ -130,9 +130,9 @@ class OfflineRunner:
         yield from ahead
 
     def _wants_more(self, job: Job, gathered: Sequence[Job]) -> bool:
-        """Whether ``job`` should be taken in now, beside ``gathered`` others.
+        """Return whether to add ``job`` to the ``gathered`` ones now.
 
-        It should if it is prepared and its embeddings are within the budget, or if nothing else is to do.
+        True if it is prepared and its embeddings are within the budget, or if there is no other work.
         """
         core, count = self._engine.core, len(gathered)
         if not (core.has_work or gathered):

@@ -41,7 +41,7 @@ _PROMPT_TAIL = 8
 
 @dataclass(slots=True)
 class _Sequence:
-    """One of a request's ``n`` completions on its way.
+    """One of a request's ``n`` completions, while it is generated.
 
     Attributes:
         num_characters: of the text so far.
@@ -75,7 +75,7 @@ class _Sequence:
 
 @dataclass(slots=True)
 class RequestGroup:
-    """What a caller asked for: one prompt, ``n`` sequences.
+    """A caller's request: one prompt, ``n`` sequences.
 
     Attributes:
         id: the caller's request id.

@@ -1,4 +1,4 @@
-"""Where a model runs, and in which dtype."""
+"""Chooses the device and the dtype of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of an answer its reader has, which is all that another engine needs to carry it on.
+"""The part of an answer that its reader has. Another engine needs nothing else to continue the answer.
 
 Sampling is a function of the seed, the choice and the number of its tokens so far. So the rest of an answer
 follows from its prompt, its parameters with a seed, and the values here.
@@ -13,7 +13,7 @@ from engine.outputs import StreamUpdate
 
 @dataclass(slots=True)
 class ChoiceProgress:
-    """What a reader has of one choice.
+    """The part of one choice that its reader has.
 
     Attributes:
         token_ids: tokens in order.
@@ -29,7 +29,7 @@ class ChoiceProgress:
 
 @dataclass(slots=True)
 class Progress:
-    """What a reader has of an answer.
+    """The part of an answer that its reader has.
 
     Attributes:
         choices: by index; choices of which nothing has come yet may be missing.

@@ -79,7 +79,7 @@ class Request:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log-probabilities of its prompt are still to be computed.
+        """True if log-probabilities of its prompt are still to be computed.
 
         Once an output token is known, the whole prompt was scored, and a preemption changes nothing about it.
         """

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.serving import Served, served_application
-from tests.workers import assign_groups
+from tests.workers import assign_groups, starts_processes
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel file is imported. Tensors
 # on a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
@@ -25,7 +25,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
-    """Only with workers: one process runs the tests in the order of their files."""
+    """Give tests that start processes more time, and share all tests between workers, if there are any."""
+    for item in items:
+        if starts_processes(item) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(600))
     if hasattr(config, "workerinput"):
         assign_groups(items)
 

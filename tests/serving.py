@@ -31,7 +31,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     """Poll until ``condition`` is true, and return what it gave; fail when the time is up."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -40,7 +40,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
-async def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+async def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     """Wait as :func:`wait_for` does, without blocking the event loop."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -191,7 +191,7 @@ def serve_run(config: Path, log: Path, health: str) -> Iterator[psutil.Process]:
         )
     processes: list[psutil.Process] = []
     try:
-        wait_for(lambda: server.poll() is not None or answers(health), 200)
+        wait_for(lambda: server.poll() is not None or answers(health), 400)
         assert server.poll() is None, log.read_text()[-3000:]
         yield psutil.Process(server.pid)
         processes = psutil.Process(server.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""How ``make test`` shares the tests between its workers (pytest-xdist with ``--dist loadgroup``).
+"""Shares the tests between the workers of ``make test`` (pytest-xdist with ``--dist loadgroup``).
 
 Tests of one group run in one worker, in order. A file is a group, so that its fixtures are made once.
 """
@@ -22,9 +22,14 @@ _LONGEST = (
 )
 
 
+def starts_processes(item: pytest.Item) -> bool:
+    """Return True if the test is marked as one that starts processes."""
+    return any(item.get_closest_marker(name) for name in _STARTS_PROCESSES)
+
+
 def group_of(item: pytest.Item) -> str:
     """The name of the group that ``item`` belongs to."""
-    if any(item.get_closest_marker(name) for name in _STARTS_PROCESSES):
+    if starts_processes(item):
         return PROCESSES
     file = item.nodeid.split("::")[0]
     # The laws of all families are one file, but each family has a checkpoint of its own.

@@ -1,1 +1,1 @@
-"""The ranks that share one language model: their processes, what they are told, and what each computes."""
+"""The ranks that share one language model: their processes, the messages to them, and their work."""

@@ -154,7 +154,7 @@ class NamelessProcessor(Protocol):
     """
 
     def nameless(self) -> MediaProcessor:
-        """The same processor, but with an empty content hash (``""``) in its items."""
+        """Return this processor with an empty content hash (``""``) in its items."""
 
     def named(self, media: PreparedMedia) -> PreparedMedia:
         """``media``, prepared by :meth:`nameless`, with its content hash."""

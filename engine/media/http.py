@@ -162,7 +162,7 @@ class HttpClient:
         return bytes(body)
 
     def _here(self) -> _OnLoop:
-        """What belongs to the running loop."""
+        """Return the state of the running event loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
             self._loops[loop] = _OnLoop(self._open(), HostGate(self._policy))

@@ -50,7 +50,7 @@ class PreparedStep:
 
 @dataclass(slots=True)
 class _PromptResults:
-    """What the prompts of a step give beside their next tokens; see :class:`StepResult`."""
+    """Results of a step's prompts beside their next tokens; see :class:`StepResult`."""
 
     scores: list[tuple[Request, int, LogprobTensors]]
     pooled: list[tuple[Request, torch.Tensor]]
@@ -58,7 +58,7 @@ class _PromptResults:
 
 
 class LaunchedStep:
-    """A step on its way. :meth:`result` waits for it."""
+    """A step whose work is enqueued. :meth:`result` waits for it."""
 
     def __init__(
         self, tokens: torch.Tensor, logprobs: LogprobTensors | None, prompts: _PromptResults
@@ -74,7 +74,7 @@ class LaunchedStep:
         self._event = record_event(tokens.device)
 
     def ready(self) -> bool:
-        """Whether :meth:`result` returns at once."""
+        """Return True if :meth:`result` returns at once."""
         return self._event is None or self._event.query()
 
     def result(self) -> StepResult:
@@ -468,7 +468,7 @@ class ModelRunner:
                 prompts.failed.append((request, error))
 
     def check_health(self) -> None:
-        """A device of this process fails in its steps; there is nothing else to ask."""
+        """Do nothing: a failure of this process's device shows in its steps."""
 
     def close(self) -> None:
         """Free the captured graphs; all other memory goes with this object."""
@@ -481,6 +481,6 @@ class ModelRunner:
 
 
 def _wants_all_rows(batch: ScheduledBatch) -> bool:
-    """Whether hidden states of more rows are wanted than of those that sample."""
+    """Return True if rows that don't sample need their hidden states too."""
     requests = (chunk.request for chunk in batch.prefills)
     return any(r.pooling is not None or r.scores_prompt for r in requests)

@@ -8,7 +8,7 @@ from engine.scheduling.batch import PrefillChunk
 
 
 class Pooler:
-    """Pools hidden states *after* the decoder's final norm, in float32, over however many chunks come.
+    """Pools hidden states *after* the decoder's final norm, in float32, over all chunks of a prompt.
 
     See :class:`engine.pooling_params.PoolingParams`.
     """

@@ -26,7 +26,7 @@ from engine.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
-    """Which steps a set of slots needs: the union over its members. Hashable; a CUDA graph is keyed by it.
+    """The sampling steps that a set of slots needs, a union over its members. Hashable: a key of CUDA graphs.
 
     Attributes:
         random: some row isn't greedy.
@@ -58,7 +58,7 @@ class SamplingPlan:
 
     @property
     def processes(self) -> bool:
-        """Whether logits are changed before a token is taken."""
+        """True if logits are changed before a token is taken."""
         return bool(
             self.penalties
             or self.bitmask

@@ -1,4 +1,4 @@
-"""What the sampler knows of each slot, as tables on the device that admissions write a few rows of."""
+"""The sampler's state by slot: tables on the device, of which each admission writes a few rows."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ class SlotTensor:
         return self._tensor
 
     def write(self, slot: int, row: np.ndarray) -> None:
-        """Sets a row; a shorter one is filled up with the default."""
+        """Set a row; a shorter ``row`` is padded with the default."""
         full = self._default.copy()
         full[tuple(slice(0, size) for size in row.shape)] = row
         self._pending[slot] = full
         self._written.add(slot)
 
     def reset(self, slot: int) -> None:
-        """Back to the default; costs nothing if the row was never written."""
+        """Set a row back to the default; does nothing if the row was never written."""
         if slot in self._written:
             self._pending[slot] = self._default
             self._written.discard(slot)
 
     def forget(self, slot: int) -> None:
-        """Drop a row that waits to be written; what the device holds instead is reset later."""
+        """Drop a pending row; the device's row is reset later."""
         if self._pending.pop(slot, None) is not None:
             self._written.add(slot)
 
@@ -76,7 +76,10 @@ class SlotTensor:
 
 
 class PenaltyCounts:
-    """Which tokens each slot's prompt and output hold. (num_slots, V) each, allocated on first use."""
+    """Tokens in each slot's prompt, and their counts in its output, ``(num_slots, V)`` each.
+
+    Allocated at the first use.
+    """
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         self._shape, self._device = (num_rows, vocab_size), device
@@ -87,7 +90,7 @@ class PenaltyCounts:
     def write(self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         prompt = np.unique(np.asarray(prompt_ids, dtype=np.int64))
         output, counts = np.unique(np.asarray(output_ids, dtype=np.int64), return_counts=True)
-        # Placeholders of pictures may lie outside of the vocabulary; they have no logit to penalise.
+        # Placeholders of images may lie outside of the vocabulary; they have no logit to penalise.
         prompt = prompt[(prompt >= 0) & (prompt < self._shape[1])]
         self._pending[slot] = prompt, output, counts.astype(np.int32)
 
@@ -176,7 +179,7 @@ class SlotStates:
         """Buffers everything of one admission."""
         early = early_tokens(params, stop_ids, self.vocab_size)
         if params.greedy and not early and not penalizes(params):
-            # Of such rows only the temperature is looked at.
+            # Only the temperature of such rows is read.
             self.floats.reset(slot)
             self.ints.reset(slot)
         else:
@@ -247,12 +250,12 @@ class SlotStates:
 
 
 def penalizes(params: SamplingParams) -> bool:
-    """Whether any penalty is on."""
+    """Return True if any penalty is on."""
     return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
 
 
 def has_bitmask(params: SamplingParams) -> bool:
-    """Whether some ids are banned for the whole output."""
+    """Return True if some ids are banned for the whole output."""
     return params.allowed_token_ids is not None or bool(suppressed_tokens(params))
 
 

@@ -1,4 +1,4 @@
-"""Copies between host and device that nobody waits for."""
+"""Asynchronous copies between host and device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.logprobs import LogprobTensors
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of ``array`` on ``device``, with its dtype."""
+    """Copy ``array`` to ``device``, with its dtype."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
@@ -34,8 +34,11 @@ def upload_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:
-    """Start copying ``tensor`` to the host; valid once an event recorded after it has passed. What overwrites
-    the tensor afterwards doesn't reach the copy."""
+    """Start copying ``tensor`` to the host.
+
+    The copy is valid once an event recorded after this call has passed. Later writes to ``tensor`` don't
+    reach it.
+    """
     if tensor.device.type != "cuda":
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -43,7 +46,7 @@ def download(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def download_logprobs(found: LogprobTensors) -> LogprobTensors:
-    """As :func:`download`, for each tensor of ``found``."""
+    """Start copying each tensor of ``found`` to the host; see :func:`download`."""
     return LogprobTensors(
         download(found.token_logprobs),
         download(found.ranks),
@@ -53,7 +56,7 @@ def download_logprobs(found: LogprobTensors) -> LogprobTensors:
 
 
 def record_event(device: torch.device) -> torch.cuda.Event | None:
-    """An event after everything enqueued so far; None where nothing is asynchronous."""
+    """Record an event after all work enqueued so far; None on a CPU, where nothing is asynchronous."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()

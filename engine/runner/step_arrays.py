@@ -92,7 +92,7 @@ class ChunkArrays(Generic[A]):
 
 @dataclass(slots=True)
 class StepArrays(Generic[A]):
-    """What a step needs and the device does not have.
+    """The arrays of a step that the device does not have yet.
 
     Attributes:
         tables: ``(3, n)``, entries of block tables that change: slot, column and block; None for none.

@@ -19,7 +19,7 @@ class GrammarRefused(Exception):
 
 
 def check_spec(spec: StructuredSpec) -> None:
-    """Raises :class:`InvalidRequest` if the spec is malformed or larger than a spec may be."""
+    """Check a spec. Raises :class:`InvalidRequest` if it is malformed or larger than a spec may be."""
     if len(spec.text) > MAX_STRUCTURED_TEXT:
         raise _refused(spec, f"it has {len(spec.text)} characters, the limit is {MAX_STRUCTURED_TEXT}")
     if spec.kind == "json_schema":

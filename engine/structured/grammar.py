@@ -1,4 +1,4 @@
-"""From a JSON schema, regex, list of choices or grammar to the tokens that may come next."""
+"""Compiles a JSON schema, regex, list of choices or grammar to the tokens that may come next."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class GrammarCompiler:
         return await asyncio.shield(asyncio.wrap_future(self._submit(spec)))
 
     def can_spell(self, text: str, tokens: frozenset[int]) -> bool:
-        """Whether some of ``tokens`` make up ``text``. Seconds if no grammar was ever compiled."""
+        """Return True if ``tokens`` can spell ``text``. Takes seconds until a grammar was compiled."""
         segmenter = self._set_up(added_are_control=False).speller.segmenter
         return segmenter.can_cut(text.encode(), tokens)
 

@@ -44,7 +44,7 @@ class TokenBytes:
         return piece
 
     def of_first(self, token_id: int) -> bytes:
-        """The same with no text before it: some decoders drop a leading space."""
+        """Return the bytes of a token at the start of a text, where some decoders drop a leading space."""
         piece = self._known_first.get(token_id)
         if piece is None:
             text = self._backend.decode([token_id], skip_special_tokens=False)

@@ -152,7 +152,7 @@ class Tokenizer:
         return self._plain(("first", "always"))
 
     def _plain(self, unspaced: tuple[str, ...]) -> tokenizers.Tokenizer:
-        """The same pipeline without added tokens, and without the space that Metaspace puts in front in these
+        """Copy the pipeline without added tokens, and without the space that Metaspace puts in front in these
         schemes. With ``always`` among them the normalizer puts none in front either."""
         plain = tokenizers.Tokenizer(self.backend.model)  # shares the vocabulary
         if self.backend.normalizer is not None:

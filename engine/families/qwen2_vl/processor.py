@@ -163,7 +163,7 @@ class QwenProcessor:
     def create(
         cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any], video: VideoRules
     ) -> QwenProcessor:
-        """From the checkpoint's processor files in any spelling, with the user's options over them.
+        """Read the checkpoint's processor files in any spelling; the user's options override them.
 
         Options are ``min_pixels`` and ``max_pixels``, for images and videos, and ``fps``, the frames of a
         video that the model is shown per second.

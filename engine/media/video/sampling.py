@@ -17,7 +17,7 @@ _LANES, _TURN = 8, 16
 
 @dataclass(frozen=True, slots=True)
 class FrameRules:
-    """What a checkpoint's video processor says of the number of frames.
+    """A checkpoint's rules for the number of frames of a video.
 
     Attributes:
         fps: frames per second of a video whose caller asks for nothing.

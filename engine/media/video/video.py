@@ -106,7 +106,7 @@ class VideoOptions:
 
     @property
     def is_set(self) -> bool:
-        """Whether the caller asks for anything."""
+        """True if the caller asks for anything."""
         return bool(self.fps or self.num_frames or self.times)
 
 

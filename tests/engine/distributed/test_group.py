@@ -61,7 +61,7 @@ def by_port(folder: Path) -> str:
 
 
 def by_file(folder: Path) -> str:
-    return f"file://{folder}/meeting"
+    return f"file://{folder}/rendezvous"
 
 
 @pytest.mark.parametrize("address", [by_port, by_file])

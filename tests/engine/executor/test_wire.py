@@ -1,4 +1,4 @@
-"""What the other ranks are told: enough, and in steady decode next to nothing."""
+"""Messages to the other ranks hold all they need; in steady decode nearly nothing."""
 
 from __future__ import annotations
 
