@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,10 +64,15 @@ def test_a_gemv_equals_float64(device, dtype, outputs, inputs, with_bias):
     assert_close(gemv_triton(x, weight, bias), float64_linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("scale", [0.01, 30.0])
-@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "activation", "with_residual", "scale"),
+    [
+        (*size, activation, with_residual, (0.01, 30.0)[(i + j + with_residual) % 2])
+        for (i, size), (j, activation), with_residual in product(
+            enumerate(SIZES), enumerate([None, "silu", "gelu_tanh"]), [False, True]
+        )
+    ],
+)
 def test_a_gemv_after_a_norm_equals_float64(device, dtype, outputs, inputs, with_residual, activation, scale):
     x, weight, bias = problem(device, dtype, 1, outputs, inputs)
     x *= scale
@@ -81,10 +88,18 @@ def test_a_gemv_after_a_norm_equals_float64(device, dtype, outputs, inputs, with
     assert_close(result, float64_linear(normed, weight, bias, activation), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64])
-@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("outputs", "inputs"), [(34, 40), (130, 256), (2, 5), (202, 1100), (34, 2500)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "activation", "rows", "with_bias"),
+    [
+        # Each pair of values occurs with a bias and without.
+        (*size, activation, rows, (i + j + k) % 2 == 1)
+        for (i, size), (j, activation), (k, rows) in product(
+            enumerate([(34, 40), (130, 256), (2, 5), (202, 1100), (34, 2500)]),
+            enumerate([None, "silu", "gelu_tanh"]),
+            enumerate([1, 2, 16, 17, 64]),
+        )
+    ],
+)
 def test_a_skinny_gemm_equals_float64(device, dtype, outputs, inputs, with_bias, activation, rows):
     x, weight, bias = problem(device, dtype, rows, outputs, inputs)
     bias = bias if with_bias else None
