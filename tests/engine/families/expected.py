@@ -96,12 +96,23 @@ class Expected:
                 # No token has this id: nothing ends the answer.
                 eos_token_id=1 << 30,
                 pad_token_id=0,
+                use_cache=not _computes_again(self.inputs.model),
                 output_logits=True,
                 return_dict_in_generate=True,
                 **forced,
             )
         table = torch.cat(out.logits).float().log_softmax(-1)
         return out.sequences[0, -steps:].tolist(), table
+
+
+def _computes_again(model: torch.nn.Module) -> bool:
+    """Return whether an answer may change the frequencies of all tokens before it, as with Phi-3's longrope.
+
+    Some releases of Transformers keep the keys of the former frequencies in their cache.
+    """
+    config: Any = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    return config.model_type == "phi3" and rope.get("rope_type") == "longrope"
 
 
 def forget(model: torch.nn.Module) -> None:
