@@ -52,7 +52,7 @@ class MediaSource:
 
 
 def check_media_limits(
-    sources: Sequence[MediaSource], limits: Mapping[MediaKind, int], *, max_frames: int = 256
+    sources: Sequence[MediaSource], limits: Mapping[MediaKind, int], *, max_frames: int = 768
 ) -> None:
     """Refuse a request with too many media, before any of them costs anything.
 

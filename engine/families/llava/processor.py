@@ -11,13 +11,15 @@ import numpy as np
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ModelConfig
+from engine.families.parsing.processor import mean_colour
 from engine.media.centre import FILTERS, centre_of_resized, centre_square
-from engine.media.image_ops import CLIP_MEAN, check_aspect_ratio, resize
+from engine.media.image_ops import check_aspect_ratio, resize
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
+from engine.vision.normalisation import CLIP_NORMALISATION
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,10 +74,8 @@ class LlavaProcessor:
         # With the crop's size alone, the other one is the default of Transformers' classes.
         size = raw.get("size", _DEFAULT_SIZES[kind] if "crop_size" in raw else side)
         shortest, exact = _size(size) if raw.get("do_resize", True) else (None, None)
-        background = None
-        if kind == "Llava" and raw.get("do_pad", False):
-            # The mean colour, rounded as in Transformers, whether or not pixels are normalised by it.
-            background = tuple(int(value * 255) for value in raw.get("image_mean") or CLIP_MEAN)
+        padded = kind == "Llava" and raw.get("do_pad", False)
+        background = mean_colour(raw, CLIP_NORMALISATION) if padded else None
         processor = cls(
             side,
             vision.rows_per_crop,

@@ -12,7 +12,12 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
-from engine.families.parsing.processor import request_options, require_same_colours, require_steps
+from engine.families.parsing.processor import (
+    mean_colour,
+    request_options,
+    require_same_colours,
+    require_steps,
+)
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square, resize_on_canvas
@@ -59,6 +64,7 @@ class LlavaOnevisionProcessor:
     Attributes:
         vision: the tower and the tilings.
         image_token_id, video_token_id: the tokens that rows replace.
+        background: colour of the padding of an image that isn't tiled.
         resample: PIL's filter numbers for images and for videos.
         frames: the number of frames of a video file.
         tiled: whether an image is shown in tiles as well; else in one crop, padded to a square.
@@ -67,6 +73,7 @@ class LlavaOnevisionProcessor:
     vision: AnyresConfig
     image_token_id: int
     video_token_id: int
+    background: tuple[int, ...]
     resample: tuple[int, int] = (3, 3)
     frames: FrameRules = DEFAULT_RULES
     tiled: bool = True
@@ -102,7 +109,8 @@ class LlavaOnevisionProcessor:
             )
         resample = raw.get("resample", 3), videos.get("resample", 3)
         frames = FrameRules(fps=videos.get("fps"), num_frames=videos.get("num_frames") or USUAL_FRAMES)
-        return cls(vision, config.image_token_id, config.video_token_id, resample, frames)
+        colour = mean_colour(raw, CLIP_NORMALISATION)
+        return cls(vision, config.image_token_id, config.video_token_id, colour, resample, frames)
 
     def among(self, num_images: int) -> LlavaOnevisionProcessor:
         """Only the single image of a prompt is shown in tiles."""
@@ -118,8 +126,7 @@ class LlavaOnevisionProcessor:
     def prepare(self, image: Image.Image) -> PreparedMedia:
         side, grid = self.vision.crops.image_size, self._grid(image.size)
         if not self.tiled:
-            colour = tuple(int(value * 255) for value in self.vision.crops.normalisation.mean)
-            pixels = resize_in_square(image, side, colour, self.resample[0])[None]
+            pixels = resize_in_square(image, side, self.background, self.resample[0])[None]
             return self._media("image", pixels, grid, image.size)
         _, down, along = grid
         canvas = resize_on_canvas(image, (along * side, down * side), self.resample[0])

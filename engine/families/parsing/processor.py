@@ -43,6 +43,12 @@ def _three(raw: Mapping[str, Any], field: str, default: tuple[float, ...]) -> tu
     return tuple(value)
 
 
+def mean_colour(raw: Mapping[str, Any], default: Normalisation) -> tuple[int, ...]:
+    """The colour with which an image is padded to a square: ``image_mean`` in bytes, rounded down as in
+    Transformers, whether or not pixels are normalised by it."""
+    return tuple(int(value * 255) for value in _three(raw, "image_mean", default.mean))
+
+
 def parse_projector(raw: Mapping[str, Any]) -> MLPConfig:
     """The MLP connector that the config.json of the LLaVA families states."""
     activation = vision_activation(raw.get("projector_hidden_act", "gelu"), "projector_hidden_act")

@@ -129,6 +129,9 @@ class OnevisionReference:
     def video(self, frames: Sequence[Image.Image]) -> torch.Tensor:
         resample, size = Image.Resampling(int(self.images.resample)), (self.side, self.side)
         resized = [np.asarray(frame.resize(size, resample)) for frame in frames]
-        scale = self.images.rescale_factor
-        values = [(pixels * scale - self.images.image_mean) / self.images.image_std for pixels in resized]
+        values = resized
+        if self.images.do_rescale:
+            values = [pixels * self.images.rescale_factor for pixels in values]
+        if self.images.do_normalize:
+            values = [(pixels - self.images.image_mean) / self.images.image_std for pixels in values]
         return torch.tensor(np.stack(values), dtype=torch.float32).permute(0, 3, 1, 2)[None]
