@@ -126,6 +126,17 @@ class Session:
         llm.check_integrity()
         return outputs
 
+    def with_other_images(self) -> Question | None:
+        """The first question about images or a video, with others of the same sizes; None without one."""
+        for question in self.questions:
+            if question.prompt.pictures or question.prompt.frames:
+                prompt, steps = question.prompt.other(), question.expected.steps
+                # A prompt whose tokens are scored would not be taken from the cache.
+                params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True, logprobs=2)
+                expected = Expected(self.drawn.reference.inputs(prompt), steps)
+                return Question(question.number, prompt, expected, params)
+        return None
+
     def following(self, question: Question, answer: Sequence[int]) -> tuple[Question, list[int]]:
         """The next turn after ``answer``: its question, and the token ids behind this prompt's."""
         kept = [token for token in answer if token not in self.drawn.media]
@@ -188,7 +199,8 @@ def preempted(session: Session, tally: Tally) -> None:
 
 
 def cached(session: Session, tally: Tally) -> None:
-    """All prompts twice, then the next turn of each conversation, twice: from the cache what was computed."""
+    """All prompts twice, one with other images of the same sizes, and the next turn of each conversation,
+    twice: from the cache what was computed."""
     rng = session.draw.stream("cache")
     size = rng.choice((1, 2, 4, 8, 16))
     # Nothing is evicted.
@@ -196,6 +208,8 @@ def cached(session: Session, tally: Tally) -> None:
     llm = session.llm(block_size=size, num_kv_blocks=blocks, run_ahead=rng.choice((1, 0, 2)))
     outputs = session.check(tally, llm, session.questions, cached=_anything)
     session.check(tally, llm, session.questions, cached=lambda q: _full_blocks(q, q.length - 1, size))
+    if other := session.with_other_images():
+        session.check(tally, llm, [other], cached=_anything)
     turns, entries, known = [], [], {}
     for question, output in zip(session.questions, outputs, strict=True):
         (completion,) = output.outputs

@@ -95,7 +95,7 @@ def run(case: Case) -> Result:
 
 def _run(case: Case, draw: Draw, path: Path, result: Result) -> None:
     drawn = case.family.make(draw, path)
-    options = {"kv_cache_bytes": 16 << 20, "device": "cpu", "max_num_seqs": 16, **case.options}
+    options = {"kv_cache_bytes": 64 << 20, "device": "cpu", "max_num_seqs": 16, **case.options}
     session = Session(draw, drawn, {"max_model_len": drawn.tokens, **options})
     for number, prompt in enumerate(draw_prompts(draw, drawn.style, PROMPTS)):
         if number in case.prompts and (reason := session.ask(number, prompt)):
