@@ -32,13 +32,13 @@ class RequestBody(Part):
     Attributes:
         REFUSED: fields that aren't offered and would change the answer, each with what to do instead. A value
             that asks for nothing is taken: null, false, 0, or empty.
-        SILENT: fields that change nothing here, and that clients send unasked.
+        SILENT: fields that clients send unasked and that change no answer, each with the reason.
         EXAMPLE: a body that is answered, without its model.
         TASK: of the models that answer it.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {}
-    SILENT: ClassVar[frozenset[str]] = frozenset()
+    SILENT: ClassVar[Mapping[str, str]] = {}
     EXAMPLE: ClassVar[Mapping[str, Any]] = {}
     TASK: ClassVar[str] = "generate"
 
@@ -60,7 +60,7 @@ class RequestBody(Part):
                     f"Unsupported parameter: {name!r} is not supported{'; ' if advice else '.'}{advice}",
                     param=name,
                 )
-        for name in given.keys() - known - cls.SILENT:
+        for name in given.keys() - known - cls.SILENT.keys():
             _log_unknown(cls.__name__, name)
         try:
             return cls.model_validate(given)

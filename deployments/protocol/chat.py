@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from deployments.protocol.base import Part
-from deployments.protocol.generation import ConversationBody, GenerationBody
+from deployments.protocol.generation import ConversationBody, GenerationBody, check_verbosity
 from deployments.protocol.usage import UsageBody
 from deployments.tools import ToolUse, read_functions, read_tools
 from engine.errors import InvalidRequest
@@ -37,13 +37,14 @@ class ChatCompletionRequest(ConversationBody):
         **GenerationBody.REFUSED,
         "audio": "answers are text",
         "echo": "use /v1/completions",
+        "moderation": "answers are not moderated here",
         "suffix": "",
         "web_search_options": "tools that run on the server are not offered",
     }
-    SILENT: ClassVar[frozenset[str]] = GenerationBody.SILENT | {
-        "prediction",
-        "verbosity",
-        "include_reasoning",
+    SILENT: ClassVar[Mapping[str, str]] = {
+        **GenerationBody.SILENT,
+        "include_reasoning": "thoughts are always in the answer",
+        "prediction": "it could only make an answer faster",
     }
 
     messages: list[dict[str, Any]]
@@ -58,6 +59,7 @@ class ChatCompletionRequest(ConversationBody):
     modalities: list[str] | None = None
     service_tier: str | None = None
     reasoning_effort: str | None = None
+    verbosity: str | None = None
     thinking: Thinking | None = None
     thinking_budget: int | None = Field(default=None, ge=0)
     add_generation_prompt: bool = True
@@ -67,6 +69,7 @@ class ChatCompletionRequest(ConversationBody):
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+        check_verbosity(self.verbosity, "verbosity")
         if self.modalities is not None and set(self.modalities) - {"text"}:
             raise InvalidRequest("modalities can only be text here: there is no audio.", param="modalities")
         explicit = "add_generation_prompt" in self.model_fields_set

@@ -23,7 +23,10 @@ class VectorBody(RequestBody):
     REFUSED: ClassVar[Mapping[str, str]] = {
         "chat_template": "it is set where the model is configured",
     }
-    SILENT: ClassVar[frozenset[str]] = frozenset({"priority", "user"})
+    SILENT: ClassVar[Mapping[str, str]] = {
+        "priority": "prompts are pooled in the order of their arrival",
+        "user": "a note for the provider's records",
+    }
 
     model: str
     input: str | list[str] | list[int] | list[list[int]] | None = None

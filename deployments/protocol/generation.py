@@ -106,16 +106,16 @@ class GenerationBody(RequestBody):
         "use_beam_search": "beam search is not offered",
         "truncate_prompt_tokens": "shorten the prompt",
     }
-    SILENT: ClassVar[frozenset[str]] = frozenset(
-        {
-            "metadata",
-            "prompt_cache_key",
-            "prompt_cache_options",
-            "prompt_cache_retention",
-            "safety_identifier",
-        }
-        | {"spaces_between_special_tokens", "store", "user"}
-    )
+    SILENT: ClassVar[Mapping[str, str]] = {
+        "metadata": "a note for the caller's own records",
+        "prompt_cache_key": "every prompt is cached; cache_salt keeps callers apart",
+        "prompt_cache_options": "every prompt is cached",
+        "prompt_cache_retention": "the cache keeps what was used last",
+        "safety_identifier": "a note for the provider's records",
+        "spaces_between_special_tokens": "tokens spell themselves",
+        "store": "chats and completions are never kept",
+        "user": "a note for the provider's records",
+    }
 
     model: str
     stream: bool = False
@@ -223,6 +223,19 @@ class GenerationBody(RequestBody):
                     yield StructuredSpec(kind=kind, text=text), field  # type: ignore[arg-type]
         if more.json_object:
             yield StructuredSpec(kind="json_object"), "structured_outputs.json_object"
+
+
+def check_verbosity(value: str | None, field: str) -> None:
+    """Refuse a length of answers that no model here knows to keep.
+
+    Raises:
+        UnsupportedParameter: it isn't ``medium``, which asks for nothing.
+    """
+    if value not in (None, "medium"):
+        raise UnsupportedParameter(
+            f"Unsupported parameter: {field!r} is not supported; ask for short answers in the messages",
+            param=field,
+        )
 
 
 class ConversationBody(GenerationBody):

@@ -115,14 +115,15 @@ class MessagesRequest(MessagesBody):
         "context_management": "send the messages that the model should see",
         "mcp_servers": "tools that run on the server are not offered",
     }
-    SILENT: ClassVar[frozenset[str]] = GenerationBody.SILENT | {
-        "cache_control",
-        "diagnostics",
-        "inference_geo",
-        "service_tier",
-        "speed",
-        "user_profile_id",
-        "workspace_id",
+    SILENT: ClassVar[Mapping[str, str]] = {
+        **GenerationBody.SILENT,
+        "cache_control": "every prompt is cached",
+        "diagnostics": "the usage says what was cached",
+        "inference_geo": "the model runs where it is served",
+        "service_tier": "there is one tier",
+        "speed": "there is one speed",
+        "user_profile_id": "a note for the provider's records",
+        "workspace_id": "a note for the provider's records",
     }
 
     max_tokens: int
@@ -153,7 +154,10 @@ class CountTokensRequest(MessagesBody):
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"messages": [{"role": "user", "content": "Hello!"}]}
     REFUSED = MessagesRequest.REFUSED
-    SILENT = MessagesRequest.SILENT | {"stop_sequences"}
+    SILENT: ClassVar[Mapping[str, str]] = {
+        **MessagesRequest.SILENT,
+        "stop_sequences": "they are no part of the prompt",
+    }
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams()

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.errors import UnsupportedParameter
 from deployments.protocol.base import Part
-from deployments.protocol.generation import ConversationBody, GenerationBody, JsonSchema
+from deployments.protocol.generation import ConversationBody, GenerationBody, JsonSchema, check_verbosity
 from deployments.tools import ToolUse, read_flat_tools
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
@@ -26,6 +26,7 @@ class TextFormat(Part):
 
 class TextOptions(Part):
     format: TextFormat = TextFormat()
+    verbosity: str | None = None
 
 
 class ReasoningOptions(Part):
@@ -41,13 +42,19 @@ class ResponsesRequest(ConversationBody):
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"input": "Hello!", "max_output_tokens": 32}
     REFUSED: ClassVar[Mapping[str, str]] = {
         **GenerationBody.REFUSED,
+        "access_programs": "programs are not offered",
+        "background_options": "retrieve the response by its id",
+        "context_management": "send the items that the model should see",
         "conversation": "send previous_response_id",
         "image": "answers are text",
         "messages": "send input, or use /v1/chat/completions",
         "moderation": "answers are not moderated here",
         "prompt": "prompt templates are not stored here",
     }
-    SILENT: ClassVar[frozenset[str]] = GenerationBody.SILENT | {"include", "max_tool_calls", "service_tier"}
+    SILENT: ClassVar[Mapping[str, str]] = {
+        **{name: why for name, why in GenerationBody.SILENT.items() if name not in ("metadata", "store")},
+        "max_tool_calls": "it bounds tools that run on the server, which are not offered",
+    }
 
     input: str | list[Any] = Field(default_factory=list)
     instructions: str | None = None
@@ -61,6 +68,7 @@ class ResponsesRequest(ConversationBody):
     top_logprobs: int | None = None
     include: list[str] = Field(default_factory=list)
     truncation: str = "disabled"
+    service_tier: str | None = None
     store: bool = True
     background: bool = False
     metadata: dict[str, Any] = Field(default_factory=dict)
@@ -70,6 +78,7 @@ class ResponsesRequest(ConversationBody):
         self.stream_options = None
         super().check()
         self.check_one_answer()
+        check_verbosity(self.text.verbosity, "text.verbosity")
         if not self.input and self.previous_response_id is None:
             raise InvalidRequest("input must not be empty.", param="input")
         if self.background and self.stream:

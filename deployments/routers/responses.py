@@ -134,6 +134,7 @@ def _response(body: wire.ResponsesRequest, pipeline: Pipeline) -> Json:
         "parallel_tool_calls": body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id,
         "reasoning": {"effort": body.reasoning.effort, "summary": None},
+        "service_tier": body.service_tier,
         "store": body.store,
         "temperature": body.temperature,
         "text": {"format": text_format},

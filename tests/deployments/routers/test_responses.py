@@ -133,7 +133,7 @@ async def test_a_background_response(client):
         ({"input": [{"type": "item_reference", "id": "a"}]}, "input[0].type", None),
         (
             {"input": [{"role": "user", "content": [{"type": "input_file"}]}]},
-            "input[0].content[0].type",
+            "input[0].content[0].file_data",
             None,
         ),
         ({"input": [{"role": "king", "content": "a"}]}, "input[0].role", None),
