@@ -209,7 +209,8 @@ async def test_stop_sequences(claude, stream):
 async def test_the_reasons_for_the_end(claude):
     assert (await create(claude, max_tokens=2)).stop_reason == "max_tokens"
     # Clients send one maximum with every request, whatever the context is.
-    made = await create(claude, max_tokens=64000, extra_body={"ignore_eos": True})
+    long = [{"role": "user", "content": "red " * 990}]
+    made = await create(claude, messages=long, max_tokens=64000, extra_body={"ignore_eos": True})
     assert made.stop_reason == "model_context_window_exceeded"
 
 
