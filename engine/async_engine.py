@@ -231,10 +231,8 @@ class AsyncEngine:
         Raises:
             Unavailable: a thread or a rank of the engine has died, or it was shut down.
         """
-        if self._failure is not None:
-            raise Unavailable(f"The engine has stopped: {self._failure}")
-        if self._stopping:
-            raise Unavailable("The engine is shutting down.")
+        if (stopped := self._stopped()) is not None:
+            raise stopped
         self._engine.core.runner.check_health()
 
     def shutdown(self) -> None:
@@ -263,11 +261,20 @@ class AsyncEngine:
             self._inbox or self._mailboxes or self._engine.core.has_work or self._engine.outputs.num_groups
         )
 
+    def _stopped(self) -> Unavailable | None:
+        """The error for requests of an engine that has died or was shut down; None if it runs."""
+        if self._failure is not None:
+            return Unavailable(f"The engine has stopped: {self._failure}")
+        return Unavailable("The engine is shutting down.") if self._stopping else None
+
     # On the caller's event loop.
 
     def _submit(self, group: RequestGroup) -> _Mailbox:
         mailbox = self._mailboxes[id(group)] = _Mailbox(asyncio.get_running_loop())
         self._command("add", group)
+        # The engine may have stopped while a grammar was compiled: nobody would answer then.
+        if (stopped := self._stopped()) is not None:
+            mailbox.fail(stopped)
         return mailbox
 
     def _retract(self, group: RequestGroup) -> None:

@@ -1,5 +1,6 @@
 """An engine that can compute nothing more says so at once, whatever its threads wait for."""
 
+import asyncio
 import threading
 import time
 
@@ -10,7 +11,7 @@ from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.errors import Unavailable
 from engine.prompt import EngineInput
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import SamplingParams, StructuredSpec
 from engine.watchdog import Watchdog
 from tests.engine import tiny
 
@@ -107,6 +108,24 @@ async def test_a_thread_that_raises_is_a_death_and_a_shutdown_is_none(path, monk
     other.when_dead(none)
     other.shutdown()
     assert (deaths.count, none.count) == (1, 0)
+
+
+@pytest.mark.parametrize("end", ["dies", "is shut down"])
+async def test_an_engine_that_stops_while_a_grammar_is_compiled_answers(path, monkeypatch, end):
+    engine = engine_of(path, 60)
+
+    async def compile_async(spec) -> None:
+        if end == "dies":
+            engine._die(RuntimeError("planted"))
+        else:
+            await asyncio.to_thread(engine.shutdown)
+
+    monkeypatch.setattr(engine._engine.grammars, "compile_async", compile_async)
+    monkeypatch.setattr(engine._engine.requests, "_grammar", lambda request: None)
+    params = SamplingParams(structured=StructuredSpec(kind="regex", text="a"), max_tokens=5)
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(anext(engine.generate("one", EngineInput([5]), params)), 60)
+    engine.shutdown()
 
 
 async def test_an_encoder_that_hangs_dies(tmp_path, monkeypatch):

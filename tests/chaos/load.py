@@ -1,0 +1,193 @@
+"""A steady load of all kinds of requests, each of which has one right answer."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.deployments.pictures import ask, circle, row_of_circles, square
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"color": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 99}},
+    "required": ["color", "count"],
+}
+TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+HELLO = [{"role": "user", "content": "Hello!"}]
+LONG = {"ignore_eos": True, "max_tokens": 160}
+
+#: Bodies of requests. Greedy or seeded: whatever happens, their answers are the same.
+BODIES: dict[str, dict[str, Any]] = {
+    "image": {
+        "messages": ask("What color is the circle?", circle("red")),
+        "temperature": 0,
+        "max_tokens": 20,
+    },
+    "images": {
+        "messages": ask("Do both pictures show the same color?", circle("green"), circle("blue")),
+        "temperature": 0,
+        "max_tokens": 30,
+    },
+    "long": {"messages": ask("What shape is this?", square("blue")), "temperature": 0, **LONG},
+    "seeded": {"messages": HELLO, "temperature": 1.0, "seed": 11, **LONG},
+    "several": {
+        "messages": ask("How many circles are there?", row_of_circles(2)),
+        "temperature": 1.0,
+        "seed": 12,
+        "n": 3,
+        "ignore_eos": True,
+        "max_tokens": 60,
+    },
+    "log-probabilities": {
+        "messages": HELLO,
+        "temperature": 0.8,
+        "seed": 13,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "stop": ["zzz"],
+        "max_tokens": 60,
+        "ignore_eos": True,
+    },
+    "schema": {"messages": HELLO, "temperature": 0, "max_tokens": 80, "response_format": FORMAT},
+    "tools": {
+        "messages": HELLO,
+        "temperature": 0,
+        "max_tokens": 90,
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    },
+}
+
+
+@dataclass
+class Report:
+    """What became of the requests of a load.
+
+    Attributes:
+        answered: requests by kind.
+        failures, differences: those that failed, and those with another answer than alone.
+        longest_s: the longest time that an answer took.
+    """
+
+    answered: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    longest_s: float = 0.0
+
+
+async def answer(client: httpx.AsyncClient, body: dict[str, Any], *, stream: bool) -> list[Any]:
+    """What a client gets of an answer that is the same each time: texts, calls, tokens, reasons.
+
+    Raises:
+        Exception: anything but a whole answer.
+    """
+    given = {"model": "pocket", "return_token_ids": True, **body, "stream": stream}
+    if not stream:
+        response = await client.post("/v1/chat/completions", json=given)
+        assert response.status_code == 200, response.text[:300]
+        return [_whole(choice) for choice in response.json()["choices"]]
+    choices: dict[int, dict[str, Any]] = {}
+    ended = False
+    async with client.stream("POST", "/v1/chat/completions", json=given) as response:
+        assert response.status_code == 200, (await response.aread())[:300]
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                ended = True
+            elif line.startswith("data: "):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                for choice in event["choices"]:
+                    _add(choices.setdefault(choice["index"], _empty()), choice)
+    assert ended, "the stream broke off"
+    return [list(found.values()) for _, found in sorted(choices.items())]
+
+
+def _empty() -> dict[str, Any]:
+    return {"text": "", "calls": "", "ids": [], "logprobs": [], "reason": None}
+
+
+def _whole(choice: dict[str, Any]) -> list[Any]:
+    found = _empty()
+    message = choice["message"]
+    found["text"] = message["content"] or ""
+    found["calls"] = "".join(
+        call["function"]["name"] + call["function"]["arguments"] for call in message.get("tool_calls") or ()
+    )
+    found["ids"], found["reason"] = choice["token_ids"], choice["finish_reason"]
+    found["logprobs"] = _texts(choice)
+    return list(found.values())
+
+
+def _add(found: dict[str, Any], choice: dict[str, Any]) -> None:
+    delta = choice["delta"]
+    found["text"] += delta.get("content") or ""
+    for call in delta.get("tool_calls") or ():
+        found["calls"] += (call["function"].get("name") or "") + (call["function"].get("arguments") or "")
+    found["ids"] += choice.get("token_ids") or ()
+    found["logprobs"] += _texts(choice)
+    found["reason"] = choice["finish_reason"] or found["reason"]
+
+
+def _texts(choice: dict[str, Any]) -> list[str]:
+    """The tokens of a choice's log-probabilities. The numbers' last digits depend on the batch."""
+    return [entry["token"] for entry in (choice.get("logprobs") or {}).get("content") or ()]
+
+
+class Load:
+    """Sends requests until it is told to stop.
+
+    Args:
+        make_client: makes a client of the server.
+        clients: requests at a time.
+        requests: after this many it stops by itself; None for no limit.
+    """
+
+    def __init__(
+        self, make_client: Callable[[], httpx.AsyncClient], clients: int, requests: int | None = None
+    ) -> None:
+        self._make_client, self._clients = make_client, clients
+        self._turns = iter(itertools.count() if requests is None else range(requests))
+        self._wanted: dict[str, list[Any]] = {}
+        self.report = Report()
+        self.stopping = False
+
+    async def learn(self) -> None:
+        """Ask for each answer alone, before anything dies."""
+        async with self._make_client() as client:
+            for kind, body in BODIES.items():
+                self._wanted[kind] = await answer(client, body, stream=False)
+
+    async def run(self) -> Report:
+        """Send requests until :attr:`stopping` is set, or to the last one."""
+        async with self._make_client() as client:
+            await asyncio.gather(*(self._ask(client) for _ in range(self._clients)))
+        return self.report
+
+    async def _ask(self, client: httpx.AsyncClient) -> None:
+        kinds = list(BODIES)
+        for turn in self._turns:
+            if self.stopping:
+                return
+            # Each kind in turn streamed and whole.
+            kind, stream = kinds[turn % len(kinds)], bool(turn // len(kinds) % 2)
+            name = f"{kind}, {'streamed' if stream else 'whole'}"
+            began = time.monotonic()
+            try:
+                found = await answer(client, BODIES[kind], stream=stream)
+            except Exception as error:
+                self.report.failures.append(f"{name}: {error!r}")
+                continue
+            self.report.longest_s = max(self.report.longest_s, time.monotonic() - began)
+            self.report.answered[name] += 1
+            if found != self._wanted[kind]:
+                self.report.differences.append(f"{name}: {found} instead of {self._wanted[kind]}")
