@@ -79,7 +79,7 @@ def measure(count: int, steps: int) -> dict[str, float]:
         count_of_ids = PROMPT - index % BLOCK
         ids = [(index * 7 + i) % 250 + 10 for i in range(count_of_ids)]
         request = Request(f"{index}/0", ids, count_of_ids, params, length, frozenset({2}))
-        outputs.add(new_group(str(index), [request]))
+        outputs.add(new_group(str(index), [request], count_of_ids))
         core.add(request)
     stepping, made = [], []
     text: dict[int, list[float]] = {1: [], STEPS_TOGETHER: []}
