@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 
-.PHONY: install serve test lint test-k8s bench exactness image chart clean
+.PHONY: install serve test lint test-k8s test-clients bench exactness image chart clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,11 @@ test: install
 # The pods of k8s/overlays/cpu-demo, as processes of this machine with networks of their own; needs root.
 test-k8s: install
 	SIGHTLINE_PODS=1 $(BIN)/python -m pytest tests/k8s $(ARGS)
+
+# Other projects' clients, each installed in an environment of its own, against a served pocket-tools; writes
+# docs/clients.md. CLIENTS="openai_3 litellm" runs some of them.
+test-clients: install
+	$(BIN)/python -m tests.clients.run $(CLIENTS) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

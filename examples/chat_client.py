@@ -12,6 +12,7 @@ from pathlib import Path
 
 from openai import OpenAI
 from pictures import two_shapes
+from PIL import Image
 
 
 def as_url(picture: str) -> str:
@@ -23,9 +24,10 @@ def as_url(picture: str) -> str:
     return f"data:image/{kind};base64,{data}"
 
 
-def drawn() -> str:
+def drawn(picture: Image.Image) -> str:
+    """The data URL of a drawing."""
     buffer = io.BytesIO()
-    two_shapes().save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", default="pocket")
     options = parser.parse_args()
 
-    urls = [as_url(picture) for picture in options.images] or [drawn()]
+    urls = [as_url(picture) for picture in options.images] or [drawn(two_shapes())]
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": options.question})
     client = OpenAI(base_url=options.base_url, api_key="EMPTY")

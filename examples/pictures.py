@@ -4,6 +4,7 @@ python examples/pictures.py FOLDER      # writes them as PNG files
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,6 +33,19 @@ def green_triangle() -> Image.Image:
     return picture
 
 
+def three_stars() -> Image.Image:
+    """Three green stars."""
+    picture = Image.new("RGB", (200, 200), "white")
+    for x, y in ((55, 55), (145, 80), (80, 145)):
+        points = []
+        for corner in range(10):
+            # Tips, and between them corners that lie further in.
+            reach, angle = (34, 14)[corner % 2], math.pi * (corner / 5 - 0.5)
+            points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
+        ImageDraw.Draw(picture).polygon(points, fill="green")
+    return picture
+
+
 def word() -> Image.Image:
     """The word HELLO."""
     picture = Image.new("RGB", (260, 140), "white")
@@ -54,6 +68,7 @@ PICTURES = {
     "two_shapes": two_shapes,
     "red_square": red_square,
     "green_triangle": green_triangle,
+    "three_stars": three_stars,
     "word": word,
 }
 

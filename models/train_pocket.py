@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import Qwen2VLForConditionalGeneration
 
-from models import eval_pocket, training
+from models import calls, eval_pocket, training
 from models import samples as data
 from models.pocket_format import (
     END,
@@ -26,22 +27,56 @@ from models.pocket_format import (
     PAD,
     PATCH,
     collate,
+    encode_dialogue,
     encode_sample,
     patches,
     patchify,
     pixels,
     resized,
+    stack,
 )
 from models.scenes import random_size
 
 
 class Conversations:
-    """Draws batches of conversations."""
+    """Draws batches of conversations.
 
-    def __init__(self, core: Tokenizer, batch_size: int) -> None:
-        self.core, self.batch_size = core, batch_size
+    Args:
+        dialogues: the share of batches with tools or JSON.
+        small: most images are small, and lengths are rounded less: for a CPU.
+    """
+
+    def __init__(self, core: Tokenizer, batch_size: int, dialogues: float, small: bool = False) -> None:
+        self.core, self.batch_size, self.dialogues, self.small = core, batch_size, dialogues, small
+        self._ready: list[training.Batch] = []
 
     def __call__(self, rng: random.Random) -> training.Batch:
+        if rng.random() >= self.dialogues:
+            return self._questions(rng)
+        if not self._ready:
+            self._ready = self._dialogues(rng)
+        return self._ready.pop()
+
+    def _dialogues(self, rng: random.Random) -> list[training.Batch]:
+        """Several batches; those of similar length stand together, since there are short and long ones."""
+        count, batches = 4 * self.batch_size, []
+        if rng.random() < 0.04:
+            size = None
+            drawn = [calls.text_dialogue(rng) for _ in range(count)]
+        else:
+            size = small_size(rng) if self.small else resized(random_size(rng))
+            drawn = [calls.picture_dialogue(rng, size) for _ in range(count)]
+        grid = patches(size) if size else (0, 0)
+        rows = [(encode_dialogue(self.core, dialogue, grid), dialogue) for dialogue in drawn]
+        rows.sort(key=lambda pair: len(pair[0].ids))
+        for start in range(0, count, self.batch_size):
+            part = rows[start : start + self.batch_size]
+            images = [image for _, dialogue in part for image in dialogue.images]
+            batches.append(stack([row for row, _ in part], images, 8 if self.small else 64))
+        rng.shuffle(batches)
+        return batches
+
+    def _questions(self, rng: random.Random) -> training.Batch:
         kind = rng.random()
         if kind < 0.005:
             chats = [data.chat_sample(rng) for _ in range(self.batch_size)]
@@ -52,12 +87,19 @@ class Conversations:
             draw = data.comparison_sample if kind < 0.1 else data.album_sample
             samples = [draw(rng, size) for _ in range(self.batch_size // 2)]
         else:
-            size = random_size(rng)
+            size = small_size(rng) if self.small else random_size(rng)
             if rng.random() < 0.65:
                 # As the model sees it: drawn without resizing, which takes longer than all the rest.
                 size = resized(size)
             samples = [data.picture_sample(rng, size, 5) for _ in range(self.batch_size)]
         return collate(self.core, samples, patches(size), rng)
+
+
+def small_size(rng: random.Random) -> tuple[int, int]:
+    """Width and height as the model sees them, mostly small: calls can be learned there at less cost."""
+    width, height = random_size(rng)
+    scale = 1.0 if rng.random() < 0.2 else min(1.0, 120 / math.sqrt(width * height))
+    return resized((round(width * scale), round(height * scale)))
 
 
 class Answerer(training.Trainee):
@@ -112,11 +154,19 @@ def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     training.add_options(parser, seconds=520, batch=160, lr=1e-3)
+    parser.add_argument("--dialogues", type=float, default=0.0, help="share of batches with tools or JSON")
+    parser.add_argument("--freeze-vision", action="store_true", help="train the decoder alone")
     options = parser.parse_args()
     model, core = training.prepare(options)
     trainee = Answerer(model)
+    trainee.visual.requires_grad_(not options.freeze_vision)
     training.check_pass(trainee, check_batches(core))
-    training.fit(trainee, Conversations(core, options.batch), options, start)
+
+    def keep() -> None:
+        training.save(trainee, core, options.out)
+
+    draw = Conversations(core, options.batch, options.dialogues, options.device == "cpu")
+    training.fit(trainee, draw, options, start, keep)
     training.save(trainee, core, options.out)
     ask = TransformersAsk(options.out, torch.device(options.device))
     scores = eval_pocket.evaluate(ask, options.evaluate)

@@ -11,6 +11,7 @@ recent batches again rather than wait.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import queue
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2VLForConditionalGeneration
@@ -32,9 +33,11 @@ from engine.graphs import Capture, Replay, make_capture
 from models.pocket_format import (
     IMAGE,
     PATCH,
+    TAGS,
     VISION,
     make_model,
     make_tokenizer,
+    make_tool_tokenizer,
     patchify,
     write_text_files,
 )
@@ -286,8 +289,18 @@ class Passes:
         return loss.detach()
 
 
-def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float) -> None:
-    """Lower ``trainee(batch)``, a mean loss, until ``options.seconds`` after ``start``."""
+def fit(
+    trainee: Trainee,
+    draw: Draw,
+    options: argparse.Namespace,
+    start: float,
+    keep: Callable[[], None] = lambda: None,
+) -> None:
+    """Lower ``trainee(batch)``, a mean loss, until ``options.seconds`` after ``start``.
+
+    Args:
+        keep: called with each line of progress.
+    """
     device = torch.device(options.device)
     cuda = device.type == "cuda"
     loader = DataLoader(
@@ -338,6 +351,7 @@ def fit(trainee: Trainee, draw: Draw, options: argparse.Namespace, start: float)
                 flush=True,
             )
             losses, last = [], now
+            keep()
     print(f"trained {step} steps on {seen} samples, {replay.fresh / step:.0%} of them new", flush=True)
 
 
@@ -347,6 +361,7 @@ def add_options(parser: argparse.ArgumentParser, *, seconds: float, batch: int, 
         "--seconds", type=float, default=seconds, help="until training stops, from the start on"
     )
     parser.add_argument("--start-from", type=Path, help="a pocket checkpoint, to be trained further")
+    parser.add_argument("--grow", action="store_true", help="give that checkpoint the tokens that it lacks")
     parser.add_argument("--seed", type=int, default=1, help="of the scenes; another one to train further")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=lr)
@@ -367,6 +382,8 @@ def prepare(options: argparse.Namespace) -> tuple[Qwen2VLForConditionalGeneratio
         # Its ids are what the weights know.
         core = Tokenizer.from_file(str(options.start_from / "tokenizer.json"))
         model = Qwen2VLForConditionalGeneration.from_pretrained(options.start_from, dtype=torch.float32)
+        if options.grow:
+            core = grow(model, core)
     else:
         core = make_tokenizer()
         model = make_model(core)
@@ -375,8 +392,35 @@ def prepare(options: argparse.Namespace) -> tuple[Qwen2VLForConditionalGeneratio
     return model.to(options.device), core
 
 
+def grow(model: Qwen2VLForConditionalGeneration, core: Tokenizer) -> Tokenizer:
+    """Give ``model`` embeddings of the tokens for calls and JSON that ``core`` lacks.
+
+    A new word starts as the same word behind a space, where there is one, any other new token as the mean of
+    the tokens that spelled it before.
+
+    Returns:
+        the larger tokenizer.
+    """
+    larger = make_tool_tokenizer()
+    ids = larger.get_vocab()
+    assert core.get_vocab().items() <= ids.items(), "the checkpoint's tokens have other ids"
+    model.resize_token_embeddings(len(ids), mean_resizing=False)
+    table = model.get_input_embeddings().weight
+    bytes_of = decoders.ByteLevel()
+    with torch.no_grad():
+        for token, index in ids.items():
+            if index >= core.get_vocab_size():
+                text = token if token in TAGS else bytes_of.decode([token])
+                same = core.token_to_id(f"\u0120{token}")
+                parts = core.encode(text, add_special_tokens=False).ids if same is None else [same]
+                table[index] = table[parts].mean(0)
+    return larger
+
+
 def save(trainee: Trainee, core: Tokenizer, folder: Path) -> None:
     """The checkpoint in Hugging Face layout, in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
-    trainee.model.to(torch.bfloat16).save_pretrained(folder)
+    model = copy.deepcopy(trainee.model).to(torch.bfloat16)
+    model.config.text_config.dtype = model.config.vision_config.dtype = None
+    model.save_pretrained(folder)
     write_text_files(core, folder)

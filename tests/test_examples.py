@@ -45,13 +45,19 @@ def test_offline(monkeypatch, capsys, name):
 
 
 def test_none_is_left_out():
-    clients = {"chat_client.py", "embedding_client.py", "pictures.py"}
+    clients = {
+        "chat_client.py",
+        "embedding_client.py",
+        "structured_client.py",
+        "tool_client.py",
+        "pictures.py",
+    }
     assert {path.name for path in EXAMPLES.glob("*.py")} == OFFLINE.keys() | clients
 
 
 def test_pictures_are_written(monkeypatch, capsys, tmp_path):
     run(monkeypatch, "pictures.py", str(tmp_path))
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 5
 
 
 @pytest.mark.ray

@@ -1,0 +1,8 @@
+"""openai-python 2."""
+
+from tests.clients.environment import needs
+
+needs("openai==2.54.0")
+
+from tests.clients.openai_parsed import *  # noqa: E402, F403
+from tests.clients.openai_uses import *  # noqa: E402, F403

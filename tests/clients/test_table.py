@@ -1,0 +1,25 @@
+"""The table of clients in the documentation, against the files that make it."""
+
+from tests.clients import run
+
+
+def test_every_client_has_a_row_with_its_pins():
+    rows = dict(run.read_rows())
+    found = run.clients()
+    assert list(rows) == [client.name for client in found]
+    for client in found:
+        assert all(f"`{pin}`" in rows[client.name] for pin in client.node_pins or client.pins)
+
+
+def test_a_row_counts_passed_tests_and_shows_failures(tmp_path):
+    report = tmp_path / "results.xml"
+    report.write_text(
+        '<testsuite><testcase name="test_chat"/><testcase name="test_chat_twice[1]"/>'
+        '<testcase name="test_tools"><failure/></testcase>'
+        '<testcase name="test_image"><skipped/></testcase></testsuite>'
+    )
+    results = run.read_results(report)
+    assert results == {"chat": [True, True], "tools": [False]}
+    row = run.row(run.Client("x", "X", ("x==1",), ()), results)
+    assert row.startswith("| [X](../tests/clients/test_x.py) | `x==1` | 2 | – | – | – | **1 failed** |")
+    assert row.count("|") == len(run.USES) + 3
