@@ -164,12 +164,15 @@ class Access:
 
     Args:
         keys: the keys; everybody may enter if there are none.
+        page: the files of the pages need no key either: browsers send none with an address. The pages hold
+            nothing but a field for it.
 
     Raises:
         ConfigError: a key can't be read.
     """
 
-    def __init__(self, keys: Sequence[KeyConfig]) -> None:
+    def __init__(self, keys: Sequence[KeyConfig], *, page: bool = False) -> None:
+        self._page = page
         callers: dict[str, Caller] = {}
         self._everybody = Caller()
         # Digests have one length, so comparing them tells nothing of a key's.
@@ -179,7 +182,7 @@ class Access:
         """``app`` behind this check."""
 
         async def check(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            if scope["type"] != "http" or self._is_open(scope["method"], scope["path"]):
                 await app(scope, receive, send)
                 return
             try:
@@ -196,6 +199,11 @@ class Access:
                 entered.end()
 
         return check
+
+    def _is_open(self, method: str, path: str) -> bool:
+        if path in OPEN_PATHS or method == "OPTIONS":
+            return True
+        return self._page and method == "GET" and (path == "/" or path.startswith("/page/"))
 
     def _caller(self, scope: Scope) -> Caller:
         if not self._keys:

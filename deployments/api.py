@@ -34,6 +34,7 @@ from deployments.routers import (
     messages,
     metrics,
     models,
+    page,
     pooling,
     responses,
     scoring,
@@ -58,7 +59,7 @@ def create_api(
         echo_ids: see :class:`~deployments.request_log.RequestLog`.
         lifespan: what the server enters when it starts and leaves when it stops.
     """
-    api = FastAPI(title="Sightline", docs_url="/docs", redoc_url=None, lifespan=lifespan)
+    api = FastAPI(title="Sightline", docs_url=None, redoc_url=None, lifespan=lifespan)
     api.state.config = config
     api.state.pipelines = pipelines
     api.state.responses = ResponseStore(config.stored_responses, config.stored_responses_s)
@@ -68,7 +69,9 @@ def create_api(
         http, pipelines, config.health_timeout_s, replica=replica, ingress=ingress
     )
     generating = (chat, completions, responses, messages)
-    endpoints = (*generating, embeddings, pooling, scoring, tokens, models, health, metrics)
+    endpoints = [*generating, embeddings, pooling, scoring, tokens, models, health, metrics]
+    if config.page:
+        endpoints.append(page)
     for endpoint in endpoints:
         api.include_router(endpoint.router)
     routes = [route for endpoint in endpoints for route in endpoint.router.routes]
@@ -78,7 +81,7 @@ def create_api(
     api.add_exception_handler(SightlineError, _on_error)
     api.state.admission = admission = AdmissionLimit(config.max_active_requests)
     api.add_middleware(admission.around)
-    api.add_middleware(Access(config.keys).around)
+    api.add_middleware(Access(config.keys, page=config.page).around)
     api.add_middleware(Spelling)
     if config.cors_origins:
         api.add_middleware(

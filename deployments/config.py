@@ -253,6 +253,7 @@ class IngressConfig(StageConfig):
         stored_responses: the most responses of ``/v1/responses`` that a replica keeps.
         stored_responses_s: seconds for which it keeps them.
         keys: who may use the server; everybody if there are none. See :class:`deployments.access.KeyConfig`.
+        page: serve a page to chat with the models at ``/``, and one that describes the API at ``/docs``.
         cors_origins: web pages that may use the server from a browser, e.g. ``["http://localhost:3000"]``.
     """
 
@@ -265,6 +266,7 @@ class IngressConfig(StageConfig):
     stored_responses: NonNegativeInt = 1024
     stored_responses_s: PositiveFloat = 3600.0
     keys: tuple[KeyConfig, ...] = ()
+    page: bool = True
     cors_origins: tuple[str, ...] = ()
     # Above max_active_requests, so that the ingress refuses first: its answer says what happened.
     max_ongoing_requests: PositiveInt = 4096
