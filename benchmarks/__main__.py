@@ -1,6 +1,6 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [kernels] [host] [load] [memory] [offline] [serve] [tiles]
+python -m benchmarks [kernels] [host] [ingress] [load] [memory] [offline] [serve] [tiles]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 BENCHMARKS = {
     "kernels": ("", ""),
     "host": ("", "--steps 200"),
+    "ingress": ("", "--rounds 2 --streams 5"),
     "load": ("--shape qwen2-vl-7b", "--shape tiny"),
     "memory": ("--shape qwen2-vl-2b", "--requests 200"),
     "offline": ("--shape qwen2-vl-2b", "--shape tiny"),

@@ -52,17 +52,18 @@ class AnswerReader:
         if delta.index not in self._parsers:
             self._parsers[delta.index] = self._make_parser()
         parser = self._parsers[delta.index]
-        events: list[Event] = []
         if parser is None:
-            if delta.text:
-                events.append(Text(delta.text))
-        else:
-            thinks = parser.thinks
-            events = parser.feed(delta.text)
-            if thinks or any(isinstance(event, Reasoning) for event in events):
-                self.reasoning_tokens += len(delta.token_ids)
-            if delta.finish_reason is not None:
-                events += parser.finish()
+            # Most answers, token by token.
+            found: list[Event] = [Text(delta.text)] if delta.text else []
+            return ChoiceDelta(
+                delta.index, found, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
+            )
+        thinks = parser.thinks
+        events = parser.feed(delta.text)
+        if thinks or any(isinstance(event, Reasoning) for event in events):
+            self.reasoning_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            events += parser.finish()
         if any(isinstance(event, CallStart) for event in events):
             self._calling.add(delta.index)
         reason: str | None = delta.finish_reason

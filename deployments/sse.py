@@ -15,6 +15,9 @@ from engine.errors import SightlineError
 
 DONE = b"data: [DONE]\n\n"
 
+#: ``json.dumps`` would make one for each call.
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 
 class EventResponse(StreamingResponse):
     """A response of events.
@@ -36,29 +39,32 @@ class EventResponse(StreamingResponse):
         failed: Callable[[SightlineError], bytes],
         end: bytes = b"",
     ) -> None:
-        self._events = _to_the_end(events, failed, end)
         # No proxy may collect events before it passes them on.
-        super().__init__(self._events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events, self._failed, self._end = events, failed, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
             await super().__call__(scope, receive, send)
 
-
-async def _to_the_end(
-    events: AsyncGenerator[bytes, None], failed: Callable[[SightlineError], bytes], end: bytes
-) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
+    async def stream_response(self, send: Send) -> None:
+        """Send the events to their end. Nothing stands between an event and ``send``: most hold one token."""
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await send(start)
         try:
-            async for each in events:
-                yield each
+            async for each in self._events:
+                await send({"type": "http.response.body", "body": each, "more_body": True})
+        except OSError:
+            # The client is gone: nothing can be sent.
+            raise
         except Exception as error:
             reported = as_sightline(error)
             # The request's line in the log will name it.
             current_report().error = reported
-            yield failed(reported)
-    if end:
-        yield end
+            await send({"type": "http.response.body", "body": self._failed(reported), "more_body": True})
+        if self._end:
+            await send({"type": "http.response.body", "body": self._end, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def event(data: BaseModel) -> bytes:
@@ -85,4 +91,4 @@ def error_event(error: SightlineError) -> bytes:
 
 def compact(data: Any) -> bytes:
     """``data`` as JSON without spaces."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    return _JSON.encode(data).encode()

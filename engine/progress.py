@@ -49,7 +49,9 @@ class Progress:
     def take(self, update: StreamUpdate) -> None:
         """Add what an update brought."""
         for delta in update.deltas:
-            choice = self.choices.setdefault(delta.index, ChoiceProgress())
+            choice = self.choices.get(delta.index)
+            if choice is None:
+                choice = self.choices[delta.index] = ChoiceProgress()
             choice.token_ids += delta.token_ids
             choice.num_characters += len(delta.text)
             choice.finished = delta.finish_reason is not None

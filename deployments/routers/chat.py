@@ -17,7 +17,6 @@ from deployments.conversations import Conversation, RunningAnswer, conversation,
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
-from deployments.protocol.generation import StreamOptions
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import content_logprobs, finite, usage_body
 from engine.outputs import StreamUpdate, TokenLogprob
@@ -70,8 +69,10 @@ class Answer:
     _call_ids: dict[tuple[int, int], str] = field(default_factory=dict)
 
     @property
-    def options(self) -> StreamOptions:
-        return self.body.stream_options or StreamOptions()
+    def counts_in_each(self) -> bool:
+        """Every event holds the usage so far."""
+        options = self.body.stream_options
+        return options is not None and options.continuous_usage_stats
 
     @property
     def calls_functions(self) -> bool:
@@ -194,7 +195,7 @@ def _delta_events(
 ) -> list[bytes]:
     """Events of a delta; none while its tokens give no text yet, unless the client wants each token."""
     ids = answer.body.return_token_ids and delta.token_ids
-    plain = not (answer.options.continuous_usage_stats or ids or delta.logprobs or delta.finish_reason)
+    plain = not (answer.counts_in_each or ids or delta.logprobs or delta.finish_reason)
     if plain and len(delta.events) == 1 and isinstance(delta.events[0], Text):
         return [answer.text_event(delta.index, delta.events[0].text)]
     deltas = [_wire_delta(answer, delta.index, event) for event in delta.events]
@@ -214,7 +215,7 @@ def _delta_events(
         choices[-1].finish_reason = answer.finish_reason(delta.finish_reason)
         choices[-1].stop_reason = delta.stop_reason
     fields = {}
-    if answer.options.continuous_usage_stats:
+    if answer.counts_in_each:
         fields["usage"] = usage_body(update.usage, running.reader.reasoning_tokens)
     return [sse.event(answer.chunk([choice], **fields)) for choice in choices]
 

@@ -1,0 +1,141 @@
+"""CPU time of a streamed token in the ingress: from the tuple that a replica sends to the bytes of its event.
+
+    python -m benchmarks.ingress [--rounds 5] [--streams 40] [--tokens 500]
+
+No Ray, no engine and no socket takes part: a handle of this process yields the tuples as fast as they are
+read. API keys, metrics and the log of requests are on; the log goes to a file. The smallest of the rounds
+counts: the others were disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import logging
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from deployments.api import create_api
+from deployments.config import IngressConfig, ModelSpec
+from deployments.pipeline import Pipeline
+from deployments.ray_serve.handles import remote_stages
+from deployments.ray_serve.handoff import pack
+from engine.outputs import OutputDelta, StreamUpdate, Usage
+
+MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
+
+
+class Replica:
+    """A handle of a deployment whose answers have ``tokens`` tokens, one at a time."""
+
+    def __init__(self, tokens: int) -> None:
+        updates = [
+            StreamUpdate("one", [OutputDelta(0, " word", [300])], Usage(20, count + 1))
+            for count in range(tokens)
+        ]
+        updates[-1].finished = True
+        updates[-1].deltas[0].finish_reason = "length"
+        self._packed = [pack(update) for update in updates]
+        self.generate = self.max_model_len = self
+
+    def options(self, **_: Any) -> Replica:
+        return self
+
+    def remote(self, *args: Any) -> Any:
+        return _Items(self._packed) if args else _length()
+
+
+async def _length() -> int:
+    return 1 << 20
+
+
+class _Items:
+    """The response of a stream."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for item in self._items:
+            yield item
+
+    def cancel(self) -> None:
+        pass
+
+
+def application(tokens: int) -> Any:
+    spec = ModelSpec.model_validate({"name": "pocket", "engine": {"model": str(MODEL)}})
+    pipeline = Pipeline(spec, remote_stages(Replica(tokens)), ThreadPoolExecutor(1))  # type: ignore[arg-type]
+    config = IngressConfig.model_validate({"keys": [{"name": "one", "key": "secret"}]})
+    return create_api(config, {"pocket": pipeline})
+
+
+async def stream(api: Any, tokens: int) -> None:
+    """Read one streamed answer."""
+    asked = {"model": "pocket", "messages": [{"role": "user", "content": "Hello!"}], "stream": True}
+    body = json.dumps(asked | {"max_tokens": tokens}).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "query_string": b"",
+        "headers": [(b"authorization", b"Bearer secret")],
+    }
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+    events = 0
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop() if parts else await asyncio.Future()
+
+    async def send(message: Any) -> None:
+        nonlocal events
+        events += b'"content":" word"' in message.get("body", b"")
+
+    await api(scope, receive, send)
+    assert events == tokens, f"{events} events for {tokens} tokens"
+
+
+def measure(streams: int, tokens: int, rounds: int) -> list[float]:
+    """CPU microseconds of a token, for each round."""
+    found = []
+    with tempfile.NamedTemporaryFile("w") as file:
+        handler = logging.StreamHandler(file)
+        logging.getLogger("ray.serve").addHandler(handler)
+        logging.getLogger("ray.serve").setLevel(logging.INFO)
+
+        async def run() -> None:
+            api = application(tokens)
+            await stream(api, tokens)
+            for _ in range(rounds):
+                gc.collect()
+                began = time.process_time()
+                for _ in range(streams):
+                    await stream(api, tokens)
+                found.append((time.process_time() - began) / (streams * tokens) * 1e6)
+
+        asyncio.run(run())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=40, help="in a round, one after the other")
+    parser.add_argument("--tokens", type=int, default=500, help="of each stream")
+    options = parser.parse_args()
+    rounds = measure(options.streams, options.tokens, options.rounds)
+    print(
+        f"{min(rounds):.2f} us of CPU time per token; rounds: {', '.join(f'{each:.2f}' for each in rounds)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
