@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from deployments.access import caller_salt, charge
@@ -235,7 +236,11 @@ class Pipeline:
 
         request = Generation(request_id, prompt.inputs, params, priority)
         stage = self._stages.language_model
-        return self.meter.stream(carried_on(stage, request, prompt.media, encode_again, patience))
+
+        def around() -> AbstractContextManager[None]:
+            return self.meter.call("language_model")
+
+        return self.meter.stream(carried_on(stage, request, prompt.media, encode_again, patience, around))
 
     async def embed(self, request_id: str, prompt: EncodedPrompt, params: PoolingParams) -> EmbeddingOutput:
         """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""
@@ -245,12 +250,13 @@ class Pipeline:
             nonlocal media
             request = Pooling(attempt_name(request_id, next(tries)), prompt.inputs, params)
             try:
-                return await self._stages.language_model.embed(request, media)
+                with self.meter.call("language_model"):
+                    return await self._stages.language_model.embed(request, media)
             except RowsLost:
                 media = await prompt.encode_again()
                 raise
 
-        with self.meter.answer(), self.meter.call("language_model"):
+        with self.meter.answer():
             output = await patience.call(embed)
         self.meter.count_tokens(output.usage)
         current_report().ended(output.usage)

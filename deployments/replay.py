@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -124,6 +124,7 @@ async def carried_on(
     media: Sequence[Rows],
     encode_again: Callable[[], Awaitable[Sequence[Rows]]],
     patience: Patience,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> AsyncGenerator[StreamUpdate, None]:
     """Stream an answer to its end, whatever replicas die meanwhile. Closing the iterator aborts it.
 
@@ -131,6 +132,7 @@ async def carried_on(
         request: with a seed, unless it is greedy: the rest of an answer must follow from its beginning.
         media: the embedding rows.
         encode_again: makes them again if they are lost.
+        around: makes a context around each try.
 
     Raises:
         SightlineError: the request is refused, or could not be carried on.
@@ -140,17 +142,18 @@ async def carried_on(
         name = attempt_name(request.request_id, tries)
         again = replace(request, request_id=name, progress=progress if tries else None)
         try:
-            async with aclosing(stage.generate(again, media)) as updates:
-                while (update := await patience.wait(anext(updates, None))) is not None:
-                    if progress.num_tokens:
-                        # The client has had its first token.
-                        update.times = None
-                    progress.take(update)
-                    update.request_id = request.request_id
-                    yield update
-            if progress.finished(request.params.n):
-                return
-            raise StageLost("An answer broke off; try again shortly.")
+            with around():
+                async with aclosing(stage.generate(again, media)) as updates:
+                    while (update := await patience.wait(anext(updates, None))) is not None:
+                        if progress.num_tokens:
+                            # The client has had its first token.
+                            update.times = None
+                        progress.take(update)
+                        update.request_id = request.request_id
+                        yield update
+                if progress.finished(request.params.n):
+                    return
+                raise StageLost("An answer broke off; try again shortly.")
         except (StageLost, Overloaded) as error:
             if progress.finished(request.params.n):
                 return

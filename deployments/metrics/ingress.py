@@ -169,7 +169,7 @@ class ModelMeter:
         began = arrival.get() or time.perf_counter()
         first: float | None = None
         last: dict[int, float] = {}
-        with self.answer(), self.call("language_model"):
+        with self.answer():
             try:
                 async with aclosing(updates) as stream:
                     async for update in stream:

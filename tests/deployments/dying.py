@@ -55,6 +55,9 @@ class DyingStage:
         self._deaths.check(name, 1)
         return result
 
+    async def collect(self):
+        return await self._stage.collect()
+
     async def prepare(self, sources):
         return await self._call("prepare", sources)
 

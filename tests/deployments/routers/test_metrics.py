@@ -8,12 +8,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.api import create_api
+from deployments.config import AppConfig, ReplayConfig
 from deployments.metrics.families import Family, Part
 from tests.deployments.asgi import AppTransport
+from tests.deployments.dying import Deaths, dying_client
 from tests.deployments.pictures import ask, circle, square
-from tests.serving import ROOT
+from tests.serving import ROOT, app_args
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
+
+STAGES = ("preprocessor", "encoder", "language_model")
 
 #: Units of Prometheus, and what has none: counts of things.
 UNITS = ("_seconds", "_bytes", "_ratio")
@@ -104,7 +108,7 @@ async def test_a_chat_is_counted_by_every_stage(scrape, client, running, idle_af
     assert grown("prompt_tokens_total", **pocket) == 2 * whole.usage.prompt_tokens
     assert grown("engine_prompt_tokens_total", **pocket) == 2 * whole.usage.prompt_tokens
     assert grown("cached_tokens_total", **pocket) == grown("engine_cached_tokens_total", **pocket) > 0
-    for stage in ("preprocessor", "encoder", "language_model"):
+    for stage in STAGES:
         labels = {"stage": stage, **pocket}
         requests = 4 if stage == "encoder" else 2
         assert grown("stage_requests_total", outcome="ok", **labels) == requests, stage
@@ -175,6 +179,20 @@ async def test_refusals_and_unknown_paths_are_counted_without_a_client_s_text(sc
         for sample in family.samples
         for value in sample.labels.values()
     )
+
+
+async def test_losses_of_each_stage_and_what_is_carried_on_are_counted(running):
+    deaths = Deaths([("prepare", 1), ("encode", 0), ("rows", 0), ("update", 1)])
+    config = AppConfig.model_validate(app_args())
+    async with dying_client("pocket", config, running.pocket.stages, deaths, ReplayConfig()) as http:
+        body = {"model": "pocket", "messages": ask("What shape is this?", square("red")), "max_tokens": 9}
+        assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+        found = Values((await http.get("/metrics")).text)
+    assert not deaths.planted
+    lost = {stage: found("stage_lost_total", stage=stage) for stage in STAGES}
+    assert lost == {"preprocessor": 1, "encoder": 1, "language_model": 2}
+    assert found("failovers_total", work="prepare") == found("failovers_total", work="answer") == 2
+    assert found("answers_total", outcome="ok") == 1
 
 
 async def test_replicas_of_the_ingress_and_stages_are_put_together(running):
