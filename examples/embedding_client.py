@@ -10,6 +10,7 @@ import argparse
 
 import requests
 from chat_client import as_url, drawn
+from pictures import two_shapes
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     options = parser.parse_args()
 
-    urls = [as_url(picture) for picture in options.images] or [drawn()]
+    urls = [as_url(picture) for picture in options.images] or [drawn(two_shapes())]
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": options.text})
     response = requests.post(

@@ -23,8 +23,9 @@ _LONGEST = (
 
 
 def starts_processes(item: pytest.Item) -> bool:
-    """Return True if the test is marked as one that starts processes."""
-    return any(item.get_closest_marker(name) for name in _STARTS_PROCESSES)
+    """Return True if the test is marked as one that starts processes, or uses the session's application."""
+    uses = "served" in getattr(item, "fixturenames", ())
+    return uses or any(item.get_closest_marker(name) for name in _STARTS_PROCESSES)
 
 
 def group_of(item: pytest.Item) -> str:

@@ -62,11 +62,20 @@ class Counter:
 
 
 class Timer:
-    """Histograms by the values of fixed labels."""
+    """Histograms by the values of fixed labels.
 
-    def __init__(self, name: str, help: str, *labels: str, bounds: Iterable[float]) -> None:
+    Args:
+        known: values of the only label that are there from the start. Prometheus misses the first increase of
+            a series that wasn't there before.
+    """
+
+    def __init__(
+        self, name: str, help: str, *labels: str, bounds: Iterable[float], known: Iterable[str] = ()
+    ) -> None:
         self._name, self._help, self._labels, self._bounds = name, help, labels, tuple(bounds)
         self._values: dict[tuple[str, ...], Histogram] = {}
+        for value in known:
+            self.of(value)
 
     def of(self, *values: str) -> Histogram:
         """The histogram of these labels' values; they are kept, as :meth:`Counter.add` says."""

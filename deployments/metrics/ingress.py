@@ -88,6 +88,10 @@ class HttpMeter:
         ]
 
 
+#: The stages that an ingress calls.
+STAGES = ("preprocessor", "encoder", "language_model")
+
+
 class ModelMeter:
     """Counts and times the answers of one model, and the ingress's calls of its stages.
 
@@ -113,12 +117,13 @@ class ModelMeter:
             "Time of the ingress's calls of a stage: waiting for a replica, transport and work.",
             "stage",
             bounds=DURATION_BUCKETS,
+            known=STAGES,
         )
         self._lost = Counter(
             "sightline_stage_lost_total",
             "Calls of a stage whose replica died meanwhile.",
             "stage",
-            known=("preprocessor", "encoder", "language_model"),
+            known=STAGES,
         )
         self._failovers = Counter(
             "sightline_failovers_total",

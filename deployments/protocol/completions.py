@@ -21,7 +21,9 @@ class CompletionRequest(GenerationBody):
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"prompt": "a red", "max_tokens": 8}
     REFUSED: ClassVar[Mapping[str, str]] = {
         **GenerationBody.REFUSED,
+        "media_io_kwargs": "prompts hold no media; use /v1/chat/completions",
         "messages": "use /v1/chat/completions",
+        "mm_processor_kwargs": "prompts hold no media; use /v1/chat/completions",
         "prompt_embeds": "send text or token ids",
         "suffix": "write both texts into the prompt, in the form that the model was trained on",
         "tools": "use /v1/chat/completions",

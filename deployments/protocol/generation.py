@@ -101,8 +101,6 @@ class GenerationBody(RequestBody):
         "length_penalty": "beam search is not offered",
         "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
         "logits_processor_pattern": "use logit_bias, allowed_token_ids or bad_words",
-        "mm_processor_kwargs": "processor options are set where the model is configured",
-        "media_io_kwargs": "media options are set where the model is configured",
         "use_beam_search": "beam search is not offered",
         "truncate_prompt_tokens": "shorten the prompt",
     }

@@ -203,6 +203,8 @@ async def test_replicas_of_the_ingress_and_stages_are_put_together(running):
         return there
 
     class Stuck:
+        task = "generate"
+
         def measured(self):
             found = running.app.api.state.pipelines["pocket"].measured()
 

@@ -178,7 +178,7 @@ async def test_a_request_that_is_too_long_has_the_code_that_clients_look_for(htt
     "change",
     [
         {"unheard_of": 1},
-        {"user": "me", "metadata": {"a": "b"}, "store": True, "verbosity": "low", "prompt_cache_key": "k"},
+        {"user": "me", "metadata": {"a": "b"}, "store": True, "verbosity": "medium", "prompt_cache_key": "k"},
         {"reasoning_effort": "none"},
         {"thinking": {"type": "disabled"}},
         {"prediction": {"type": "content", "content": "x"}},

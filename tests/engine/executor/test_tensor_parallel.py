@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import signal
@@ -28,6 +29,8 @@ from engine.outputs import RequestOutput
 from engine.prompt import EngineInput
 from engine.sampling_params import StructuredSpec
 from tests.engine import tiny
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[3]
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -55,8 +58,13 @@ def path(tmp_path_factory) -> Path:
 
 def ranks(parent: int | None = None) -> list[psutil.Process]:
     """The processes of other ranks that a process has started."""
-    found = psutil.Process(parent).children(recursive=True)
-    return [p for p in found if "engine.executor.worker" in p.cmdline()]
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        # Any child may end meanwhile.
+        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            if "engine.executor.worker" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -240,7 +248,6 @@ SCRIPT = """
 import sys
 from engine import LLM, SamplingParams
 
-pytestmark = pytest.mark.processes
 llm = LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=1000)
 print("ready", flush=True)
 params = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
