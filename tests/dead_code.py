@@ -16,8 +16,8 @@ SOURCES = ("engine", "deployments", "models", "benchmarks", "examples")
 KINDS = ("function", "method", "property", "class")
 #: Decorators that hand a function to a library, which calls it.
 REGISTERED = ["@router.*", "@*validator", "@*serializer", "@api.*", "@app.*"]
-#: Names that a library or ``getattr`` calls.
-CALLED = ["__*__", "visit_*", "w1", "w2", "w3", "w4"]
+#: Names that a library or ``getattr`` calls; Starlette calls ``stream_response``.
+CALLED = ["__*__", "visit_*", "w1", "w2", "w3", "w4", "stream_response"]
 
 
 def unused() -> list[str]:

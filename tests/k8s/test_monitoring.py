@@ -114,7 +114,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
         try:
             if found := condition():
                 return found
-        except httpx.HTTPError:
+        except (httpx.HTTPError, ValueError):
+            # A server that starts may answer in plain text.
             pass
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.2)
