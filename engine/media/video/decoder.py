@@ -68,8 +68,7 @@ class VideoDecoder:
         try:
             if process is None:
                 process = _Process()
-            with OpenVideo(process, data, where, self.limits) as video:
-                yield video
+            yield OpenVideo(process, data, where, self.limits)
         finally:
             if process is not None and process.is_dead:
                 process.kill()
@@ -112,12 +111,6 @@ class OpenVideo:
             os.close(file)
         self.info = VideoInfo(answer["frames"], answer["fps"], tuple(answer["size"]))
         self._check()
-
-    def __enter__(self) -> OpenVideo:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     @property
     def process_id(self) -> int:
