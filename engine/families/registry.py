@@ -11,6 +11,7 @@ from engine.families.family import Family
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "llava": ("LlavaForConditionalGeneration",),
+    "llava_next": ("LlavaNextForConditionalGeneration",),
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration",),
     "minicpm_v": ("MiniCPMV",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),

@@ -28,6 +28,23 @@ def resize_on_canvas(image: Image.Image, size: tuple[int, int], resample: int) -
     return canvas
 
 
+def whole_and_tiles(image: Image.Image, side: int, tiles: tuple[int, ...], resample: int) -> np.ndarray:
+    """Squares of an RGB image, as uint8 ``(1 + down * along, side, side, 3)``.
+
+    The first is the image resized to a square without regard to its aspect ratio; the others are the tiles of
+    :func:`resize_on_canvas`, row by row.
+
+    Args:
+        side: of a square, in pixels.
+        tiles: ``(down, along)``, the tiles in a column and in a row.
+        resample: PIL's filter number.
+    """
+    down, along = tiles
+    canvas = resize_on_canvas(image, (along * side, down * side), resample)
+    cut = canvas.reshape(down, side, along, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+    return np.concatenate([resize(image, (side, side), resample)[None], cut])
+
+
 def resize_in_square(image: Image.Image, side: int, colour: tuple[int, ...], resample: int) -> np.ndarray:
     """Centre an RGB image on a square of ``colour`` with its longer side, and resize that square to ``side``
     pixels: uint8 ``(side, side, 3)``.

@@ -1,4 +1,4 @@
-"""Images as a whole and in tiles (LLaVA-OneVision): the geometry of their features. No torch here."""
+"""The geometry of images as a whole and in tiles (LLaVA-NeXT, LLaVA-OneVision). No torch here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from engine.vision.crops_config import CropVisionConfig
 
 _SHRINK_FROM = 1.1
+Pinpoints = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +18,26 @@ class AnyresConfig:
     Attributes:
         crops: the tower and its connector.
         pinpoints: ``(height, width)`` in pixels of the tilings to choose from, multiples of a crop's side.
-        max_tiles: features of more tiles are shrunk to the number of features of this many.
+        max_tiles: features of more tiles are shrunk to the number of features of this many; None never
+            shrinks them.
     """
 
     crops: CropVisionConfig
-    pinpoints: tuple[tuple[int, int], ...]
-    max_tiles: int
+    pinpoints: Pinpoints
+    max_tiles: int | None = None
+
+    def tiles(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tiles in a column and in a row for an image of ``(width, height)`` pixels."""
+        height, width = best_pinpoint(size, self.pinpoints)
+        return height // self.crops.image_size, width // self.crops.image_size
+
+    def rows(self, size: tuple[int, int]) -> int:
+        """Embedding rows of an image of ``(width, height)`` pixels.
+
+        They are those of the whole, then those of the tiles with a newline row after each line.
+        """
+        shown = tiled_rows(size, self.tiles(size), self.crops.grid_side, self.max_tiles)
+        return self.crops.rows_per_crop + shown.rows * (shown.columns + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +57,7 @@ class TiledRows:
     columns: int
 
 
-def best_pinpoint(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+def best_pinpoint(size: tuple[int, int], pinpoints: Pinpoints) -> tuple[int, int]:
     """The pinpoint ``(height, width)`` that keeps most pixels of an image of ``size`` ``(width, height)``; of
     several, the one with the least padding."""
 
@@ -54,10 +69,10 @@ def best_pinpoint(size: tuple[int, int], pinpoints: tuple[tuple[int, int], ...])
     return max(pinpoints, key=rating)
 
 
-def tiled_rows(size: tuple[int, int], tiles: tuple[int, int], side: int, max_tiles: int) -> TiledRows:
+def tiled_rows(size: tuple[int, int], tiles: tuple[int, int], side: int, max_tiles: int | None) -> TiledRows:
     """The part of the features of an image of ``size`` ``(width, height)`` that the decoder gets.
 
-    The arithmetic, with its rounding, is the published LLaVA-OneVision models'.
+    The arithmetic, with its rounding, is that of the published models.
 
     Args:
         size: see above, in pixels.
@@ -71,7 +86,7 @@ def tiled_rows(size: tuple[int, int], tiles: tuple[int, int], side: int, max_til
     else:
         left = (width - int(round(size[0] * (height / size[1]), 7))) // 2
     height, width = height - 2 * top, width - 2 * left
-    ratio = math.sqrt(height * width / (max_tiles * side**2))
+    ratio = 1.0 if max_tiles is None else math.sqrt(height * width / (max_tiles * side**2))
     if ratio > _SHRINK_FROM:
         return TiledRows(top, left, height, width, int(height // ratio), int(width // ratio))
     return TiledRows(top, left, height, width, height, width)

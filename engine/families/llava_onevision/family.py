@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
-from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.base import PromptFormat
 from engine.families.family import Family
-from engine.families.llava_onevision.processor import LlavaOnevisionProcessor, parse_pinpoints
+from engine.families.llava_onevision.processor import PINPOINTS, LlavaOnevisionProcessor
+from engine.families.parsing.anyres import anyres_encoder, anyres_weights, parse_pinpoints
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation, parse_projector
-from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
+from engine.families.parsing.tower import parse_siglip
 from engine.vision.anyres import AnyresConfig
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import CLIP_NORMALISATION
-
-if TYPE_CHECKING:
-    from engine.layers.build import BuildContext
-
-_TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
-_CONNECTOR = r"(?:model\.)?multi_modal_projector\."
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
@@ -53,25 +46,8 @@ def _vision(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
         normalisation=parse_normalisation(processor, CLIP_NORMALISATION),
         mlp=parse_projector(raw),
     )
-    pinpoints = parse_pinpoints(raw.get("image_grid_pinpoints"), crops.image_size)
+    pinpoints = parse_pinpoints(raw.get("image_grid_pinpoints"), crops.image_size, PINPOINTS)
     return AnyresConfig(crops, pinpoints, int(limit.group(1)))
-
-
-def _weights(config: ModelConfig) -> WeightRules:
-    return WeightRules(
-        vision=(
-            (_CONNECTOR + r"linear_([12])\.(.*)", r"crops.connector.fc\1.\2"),
-            (r"(?:model\.)?image_newline", "newline"),
-            *tower_rules(_TOWER, "crops.tower."),
-        ),
-        ignore=unused_tensors(_TOWER, config.vision.crops.tower),
-    )
-
-
-def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
-    from engine.families.llava_onevision.encoder import AnyresVisionEncoder
-
-    return AnyresVisionEncoder(config.vision, build)
 
 
 FAMILY = Family(
@@ -85,6 +61,6 @@ FAMILY = Family(
     ),
     prompt_format=lambda config: PromptFormat(image="<image>", video="<video>"),
     processor=LlavaOnevisionProcessor.create,
-    weights=_weights,
-    build_encoder=_encoder,
+    weights=anyres_weights,
+    build_encoder=anyres_encoder,
 )

@@ -12,6 +12,7 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
+from engine.families.parsing.anyres import require_pinpoints
 from engine.families.parsing.processor import (
     mean_colour,
     request_options,
@@ -20,40 +21,19 @@ from engine.families.parsing.processor import (
 )
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
-from engine.media.padding import resize_in_square, resize_on_canvas
+from engine.media.padding import resize_in_square, whole_and_tiles
 from engine.media.video.sampling import DEFAULT_RULES, FrameRules, uniform_indices
 from engine.media.video.video import Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
-from engine.vision.anyres import AnyresConfig, best_pinpoint, tiled_rows
+from engine.vision.anyres import AnyresConfig
 from engine.vision.normalisation import CLIP_NORMALISATION
 
-_DEFAULT_SIDES = tuple(384 * tiles for tiles in range(1, 7))
-
+_SIDES = tuple(384 * tiles for tiles in range(1, 7))
+PINPOINTS = tuple((height, width) for height in _SIDES for width in _SIDES)
+"""The public models' tilings."""
 
 USUAL_FRAMES = 32
 """Frames of video files where the checkpoint states none: the number that the model was trained with."""
-
-
-def parse_pinpoints(raw: Any, side: int) -> tuple[tuple[int, int], ...]:
-    """The ``image_grid_pinpoints`` of a JSON file: ``(height, width)`` of each tiling, in pixels.
-
-    Args:
-        raw: the field's value; None or empty takes the public model's.
-        side: of a tile, in pixels.
-
-    Raises:
-        CheckpointError: a side is no multiple of a tile's.
-    """
-    default = [(height, width) for height in _DEFAULT_SIDES for width in _DEFAULT_SIDES]
-    pinpoints = tuple((height, width) for height, width in raw or default)
-    for height, width in pinpoints:
-        if height <= 0 or width <= 0 or height % side or width % side:
-            raise CheckpointError(
-                f"config.json: image_grid_pinpoints has {height}x{width}, but its sides should be multiples "
-                f"of the tower's {side} pixels",
-                param="image_grid_pinpoints",
-            )
-    return pinpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +73,7 @@ class LlavaOnevisionProcessor:
             raise CheckpointError(
                 f"preprocessor_config.json: size should be the tower's {side} pixels", param="size"
             )
-        pinpoints = parse_pinpoints(raw.get("image_grid_pinpoints"), side) if raw else vision.pinpoints
-        if pinpoints != vision.pinpoints:
-            raise CheckpointError(
-                "preprocessor_config.json: image_grid_pinpoints differ from those of config.json",
-                param="image_grid_pinpoints",
-            )
+        require_pinpoints(raw, vision, PINPOINTS)
         videos = checkpoint.video_preprocessor_config
         require_steps(videos, "do_resize")
         require_same_colours(videos, vision.crops.normalisation, CLIP_NORMALISATION)
@@ -117,21 +92,14 @@ class LlavaOnevisionProcessor:
         return replace(self, tiled=num_images <= 1)
 
     def check(self, size: tuple[int, int]) -> int:
-        crops = self.vision.crops
-        if not self.tiled:
-            return crops.rows_per_crop + 1
-        shown = tiled_rows(size, self._tiles(size), crops.grid_side, self.vision.max_tiles)
-        return crops.rows_per_crop + shown.rows * (shown.columns + 1)
+        return self.vision.rows(size) if self.tiled else self.vision.crops.rows_per_crop + 1
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
         side, grid = self.vision.crops.image_size, self._grid(image.size)
         if not self.tiled:
             pixels = resize_in_square(image, side, self.background, self.resample[0])[None]
             return self._media("image", pixels, grid, image.size)
-        _, down, along = grid
-        canvas = resize_on_canvas(image, (along * side, down * side), self.resample[0])
-        tiles = canvas.reshape(down, side, along, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-        pixels = np.concatenate([resize(image, (side, side), self.resample[0])[None], tiles])
+        pixels = whole_and_tiles(image, side, grid[1:], self.resample[0])
         return self._media("image", pixels, grid, image.size)
 
     def with_options(self, options: Mapping[str, Any]) -> LlavaOnevisionProcessor:
@@ -170,13 +138,8 @@ class LlavaOnevisionProcessor:
         """Number of crops, and of tiles in a column and in a row, of an image."""
         if not self.tiled:
             return 1, 0, 0
-        down, along = self._tiles(size)
+        down, along = self.vision.tiles(size)
         return 1 + down * along, down, along
-
-    def _tiles(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Tiles in a column and in a row for an image of ``(width, height)``."""
-        height, width = best_pinpoint(size, self.vision.pinpoints)
-        return height // self.vision.crops.image_size, width // self.vision.crops.image_size
 
     def _media(
         self, kind: str, pixels: np.ndarray, grid: tuple[int, ...], size: tuple[int, int]

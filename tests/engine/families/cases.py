@@ -10,6 +10,7 @@ from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families import qwen
 from tests.engine.families.case import FamilyCase
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
+from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.onevision import OnevisionReference, make_onevision
 from tests.engine.families.references import (
@@ -78,6 +79,16 @@ CASES = [
         LlavaVariantReference,
         frame="<s>[INST]{}[/INST]",
         placeholder=lambda index, count: "[IMG]",
+    ),
+    FamilyCase(
+        "LLaVA-NeXT",
+        make_llava_next,
+        LlavaNextReference,
+        frame="USER: {} ASSISTANT:",
+        placeholder=lambda index, count: "<image>\n",
+        # Two tiles beside each other with padding, and three below each other.
+        single=((60, 44), (9, 300)),
+        several=(((90, 30), (33, 70)), ((20, 20), (64, 40), (41, 83))),
     ),
     FamilyCase(
         "LLaVA-OneVision",

@@ -21,6 +21,8 @@ from PIL import Image
 from engine.families.base import PromptAwareProcessor
 from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
 from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
+from tests.engine.families.llava_next import PATCH as LLAVA_NEXT_PATCH
+from tests.engine.families.llava_next import make_llava_next
 from tests.engine.families.llava_variants import image_processor_class, make_llava_variant
 from tests.engine.families.onevision import PATCH as ONEVISION_PATCH
 from tests.engine.families.onevision import make_onevision
@@ -64,6 +66,12 @@ def onevision(path: Path, images: Sequence[Image.Image], options: Mapping[str, A
     processor = transformers.LlavaOnevisionImageProcessorPil.from_pretrained(path)
     pixels = processor([list(images)], return_tensors="pt", **options)["pixel_values"]
     return unfolded(pixels.flatten(0, 1), ONEVISION_PATCH), []
+
+
+def llava_next(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    processor = transformers.LlavaNextImageProcessorPil.from_pretrained(path)
+    pixels = processor(list(images), return_tensors="pt", **options)["pixel_values"]
+    return unfolded(torch.as_tensor(pixels).flatten(0, 1), LLAVA_NEXT_PATCH), []
 
 
 def idefics(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any], kind: str) -> Patches:
@@ -135,6 +143,8 @@ ROWS = {
         [size for size in SIZES if max(size) < 64 * min(size)],
         pixtral,
     ),
+    "LLaVA-NeXT": Row(make_llava_next, TILED, llava_next),
+    "LLaVA-NeXT, hub": Row(partial(make_llava_next, hub=True), TILED, llava_next),
     "LLaVA-OneVision": Row(make_onevision, TILED, onevision),
     "LLaVA-OneVision, several": Row(make_onevision, TILED, onevision, count=2),
     "LLaVA-OneVision, hub": Row(partial(make_onevision, hub=True), TILED, onevision),
@@ -160,6 +170,7 @@ ROWS |= {
         "LLaVA, SigLIP",
         "LLaVA, padded",
         "LLaVA, Pixtral",
+        "LLaVA-NeXT",
         "LLaVA-OneVision",
         "Idefics3",
         "Qwen2-VL",
@@ -184,7 +195,7 @@ def test_patches_are_those_of_transformers(tmp_path, name):
     ours, vision = media_processor(tmp_path, **row.options), encoder(tmp_path)
     if isinstance(ours, PromptAwareProcessor):
         ours = ours.among(row.count)
-    # OneVision's crops are those of an encoder within its own.
+    # The crops of images in tiles are those of an encoder within theirs.
     patchify = getattr(vision, "crops", vision).patchify
     for size in row.sizes:
         images = [picture(*size, seed) for seed in range(row.count)]

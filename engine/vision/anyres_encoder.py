@@ -1,4 +1,5 @@
-"""LLaVA-OneVision's encoder: images as a whole and in tiles without their padding, and videos."""
+"""The encoder of images as a whole and in tiles without their padding, and of videos (LLaVA-NeXT,
+LLaVA-OneVision)."""
 
 from __future__ import annotations
 

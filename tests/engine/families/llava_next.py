@@ -1,0 +1,108 @@
+"""Tiny checkpoints of LLaVA-NeXT, and Transformers' processing of their images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.engine.families.case import CasePrompt, Inputs
+from tests.engine.families.hub import as_on_the_hub
+from tests.engine.tiny import rewrite_tensors, spread, tokenizer
+
+SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+# 4 patches of 7 pixels per side, and 2 pixels that no patch covers.
+SIDE, PATCH = 30, 7
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE], [SIDE, 3 * SIDE]]
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+TOWERS = {
+    "clip": lambda: transformers.CLIPVisionConfig(**_TOWER, projection_dim=32),
+    "siglip": lambda: transformers.SiglipVisionConfig(**_TOWER),
+}
+
+
+def make_llava_next(path: Path, hub: bool = False, *, tower: str = "clip", text: str = "mistral") -> Path:
+    """A checkpoint of which 2 of the tower's 3 layers are used.
+
+    Args:
+        hub: write it as the public ones are.
+        tower: a key of ``TOWERS``.
+        text: the decoder's ``model_type``.
+    """
+    tok = tokenizer(
+        SPECIALS,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    config = transformers.LlavaNextConfig(
+        vision_config=TOWERS[tower](),
+        text_config={
+            "model_type": text,
+            "vocab_size": len(tok),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 4,
+        },
+        image_token_index=SPECIALS.index("<image>"),
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+    )
+    model = spread(transformers.LlavaNextForConditionalGeneration(config), seed=13)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=PINPOINTS,
+    )
+    images.save_pretrained(path)
+    if hub:
+        rewrite_tensors(path, lambda tensors: {_public(name): value for name, value in tensors.items()})
+        as_on_the_hub(path, **images.to_dict())
+    return path
+
+
+def _public(name: str) -> str:
+    prefix = "vision_tower."
+    return name.replace(prefix, prefix + "vision_model.", 1) if name.startswith(prefix) else name
+
+
+class LlavaNextReference:
+    """Transformers' model and processor."""
+
+    def __init__(self, path: Path) -> None:
+        cls = transformers.LlavaNextForConditionalGeneration
+        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        strategy = self.model.config.vision_feature_select_strategy
+        self.processor = transformers.LlavaNextProcessor(
+            transformers.LlavaNextImageProcessorPil.from_pretrained(path),
+            transformers.PreTrainedTokenizerFast.from_pretrained(
+                path, extra_special_tokens={"image_token": "<image>"}
+            ),
+            patch_size=PATCH,
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=int(strategy == "default"),
+        )
+
+    def inputs(self, prompt: CasePrompt) -> Inputs:
+        pictures = list(prompt.pictures) or None
+        arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
+        return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)

@@ -1,0 +1,137 @@
+"""Tests of LLaVA-NeXT alone; ``test_laws.py`` compares whole answers of all families."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+import transformers
+
+from engine import LLM, SamplingParams
+from engine.errors import CheckpointError, InvalidRequest
+from engine.media.video.video import Video
+from engine.prompt import PreparedMedia
+from tests.engine.families.case import CasePrompt
+from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
+from tests.engine.families.opened import encoder, media_processor, parse
+from tests.engine.tiny import picture
+
+#: As llava-v1.6-mistral-7b states it.
+PUBLIC = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "image_token_index": 32000,
+    "model_type": "llava_next",
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "architectures": ["MistralForCausalLM"],
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "vocab_size": 32064,
+    },
+    "torch_dtype": "float16",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+
+
+@pytest.fixture
+def public(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLIC))
+    return tmp_path
+
+
+def test_public_configuration_is_filled_up(public):
+    _, parsed = parse(public)
+    assert parsed.decoder.windows is None or not any(parsed.decoder.windows)
+    assert parsed.vision.crops.tower.num_layers == 23 and parsed.vision.crops.rows_per_crop == 576
+    assert parsed.vision.pinpoints[-1] == (336, 1008) and parsed.vision.max_tiles is None
+
+
+def test_2000_sizes_have_the_rows_of_transformers(public):
+    ours = media_processor(public)
+    theirs = transformers.LlavaNextProcessor(
+        transformers.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 336}, image_grid_pinpoints=PUBLIC["image_grid_pinpoints"]
+        ),
+        transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer()),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    drawn = random.Random(0)
+    sizes = [(1, 1), (4000, 30), (30, 4000), (336, 336), (337, 336), (1008, 336)]
+    sizes += [(drawn.randint(1, 3000), drawn.randint(1, 3000)) for _ in range(2000)]
+    counts = theirs._get_num_multimodal_tokens([(height, width) for width, height in sizes])
+    assert [ours.check(size) for size in sizes] == counts["num_image_tokens"]
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"<image>": 0, "<unk>": 1}, unk_token="<unk>"))
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+def test_siglip_and_other_decoders_equal_transformers(tmp_path, text):
+    path = make_llava_next(tmp_path, tower="siglip", text=text)
+    prompt = CasePrompt("USER: <image>\nwhat is shown? ASSISTANT:", (picture(70, 45),))
+    inputs = LlavaNextReference(path).inputs(prompt)
+    with torch.inference_mode():
+        theirs = inputs.model.generate(
+            **inputs.arguments, max_new_tokens=10, do_sample=False, eos_token_id=-1
+        )
+    llm = LLM(str(path), max_model_len=256)
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    (ours,) = llm.generate(prompt.entry, params, use_tqdm=False)
+    assert ours.prompt_token_ids == inputs.ids
+    assert ours.outputs[0].token_ids == theirs[0, len(inputs.ids) :].tolist()
+
+
+def test_refusals(tmp_path):
+    path = make_llava_next(tmp_path)
+    ours = media_processor(path)
+    with pytest.raises(InvalidRequest, match="not videos"):
+        ours.prepare_video(Video.of([picture(8, 8)]))
+    media = ours.prepare(picture(60, 44))
+    with pytest.raises(InvalidRequest, match="grid"):
+        encoder(path).encode([PreparedMedia(media.item, media.pixels[:-1])])
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "param"),
+    [
+        ("config.json", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ("config.json", {"image_grid_pinpoints": [[30, 45]]}, "image_grid_pinpoints"),
+        ("config.json", {"vision_config": {"model_type": "pixtral"}}, "vision_feature_select_strategy"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 60}}, "size"),
+        ("preprocessor_config.json", {"crop_size": {"height": 30, "width": 20}}, "crop_size"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize"),
+        ("preprocessor_config.json", {"image_grid_pinpoints": [[30, 60]]}, "image_grid_pinpoints"),
+    ],
+)
+def test_files_that_cannot_be_followed_are_refused(tmp_path, file, fields, param):
+    make_llava_next(tmp_path)
+    stated = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**stated, **fields}))
+    with pytest.raises(CheckpointError) as refused:
+        media_processor(tmp_path)
+    assert refused.value.param == param
