@@ -17,7 +17,7 @@ FLOORS = [
     ["errors"],
     [
         *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"),
-        "watchdog",
+        *("watchdog", "helpers"),
     ],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),

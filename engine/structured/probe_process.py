@@ -1,21 +1,18 @@
-"""A process of its own in which callers' grammars are compiled for the first time.
+"""The helper process that compiles callers' grammars first. It imports little of the engine.
 
 Compilation can need minutes or gigabytes for a few hundred bytes of schema, and overflow the stack; a process
-can be killed for it. Started as a script that imports little of the engine. It reads JSON lines from its
-standard input: first ``{token_bytes, control, eos_ids, limits, memory}``, then jobs ``{kind, text, steps}``.
-It answers each with a line: ``{"ok": grammar, "lacks_escapes": bool, "rss": KiB}`` or ``{"error": message}``.
+can be killed for it. The first message is ``{token_bytes, control, eos_ids, limits, memory}``, answered by
+``{"rss": KiB}``. Each further one is a grammar ``{kind, text, steps}``, answered by
+``{"ok": grammar, "lacks_escapes": bool, "rss": KiB}`` or ``{"error": message}``.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import queue
 import random
 import resource
-import signal
 import sys
-import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import llguidance
 # The engine beside this file, wherever another one is installed.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from engine.helpers.child import limit_memory, serve
 from engine.structured.json_escapes import escape_options, lacks_escapes
 from engine.structured.vocabulary import Vocabulary
 
@@ -100,52 +98,37 @@ def walk(matcher: llguidance.LLMatcher, eos_ids: list[int], steps: int) -> str |
     return _DEAD_END if forced else None
 
 
-def compile_one(
-    setup: dict[str, Any], tokenizer: llguidance.LLTokenizer, job: dict[str, Any]
-) -> dict[str, Any]:
-    try:
-        grammar, lacks = to_grammar(job["kind"], job["text"], forces=setup["complete"])
-    except ValueError as error:
-        return {"error": str(error)}
-    limits = llguidance.LLParserLimits(**setup["limits"])
-    matcher = llguidance.LLMatcher(tokenizer, grammar, limits=limits, log_level=0)
-    if reason := walk(matcher, setup["eos_ids"], job["steps"]):
-        return {"error": reason}
-    return {"ok": grammar, "lacks_escapes": lacks, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+class Prober:
+    """Compiles grammars for the vocabulary of the first message."""
+
+    def __init__(self) -> None:
+        self._setup: dict[str, Any] | None = None
+
+    def answer(self, message: dict[str, Any], _: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Answer one message, see above."""
+        if self._setup is None:
+            self._setup = message
+            self._tokenizer = Vocabulary.from_json(message).for_llguidance()
+            limit_memory(message["memory"])
+            return {"rss": _peak()}, []
+        return self._compile(self._setup, message), []
+
+    def _compile(self, setup: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+        try:
+            grammar, lacks = to_grammar(job["kind"], job["text"], forces=setup["complete"])
+        except ValueError as error:
+            return {"error": str(error)}
+        limits = llguidance.LLParserLimits(**setup["limits"])
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, limits=limits, log_level=0)
+        if reason := walk(matcher, setup["eos_ids"], job["steps"]):
+            return {"error": reason}
+        return {"ok": grammar, "lacks_escapes": lacks, "rss": _peak()}
 
 
-def serve(jobs: queue.SimpleQueue[str]) -> None:
-    setup = json.loads(jobs.get())
-    tokenizer = Vocabulary.from_json(setup).for_llguidance()
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + setup["memory"], used + setup["memory"]))
-    answer = {"ok": "", "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    while True:
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-        answer = compile_one(setup, tokenizer, json.loads(jobs.get()))
-
-
-def work(jobs: queue.SimpleQueue[str]) -> None:
-    try:
-        serve(jobs)
-    finally:
-        # The main thread waits for input and would never learn that nobody answers any more.
-        os._exit(1)
-
-
-def main() -> None:
-    # Ctrl-C goes to the whole process group; this process ends with its parent's pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.stack_size(STACK_BYTES)
-    threading.Thread(target=work, args=(jobs,), daemon=True).start()
-    for line in sys.stdin:
-        jobs.put(line)
-    os._exit(0)
+def _peak() -> int:
+    """The most memory that this process has had, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":
-    main()
+    serve(Prober().answer, stack_bytes=STACK_BYTES)
