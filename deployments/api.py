@@ -40,6 +40,7 @@ from deployments.routers import (
     scoring,
     tokens,
 )
+from deployments.tracing import Tracer
 from engine.errors import Overloaded, SightlineError
 
 
@@ -51,6 +52,7 @@ def create_api(
     ingress: Source | None = None,
     echo_ids: bool = True,
     lifespan: Lifespan[FastAPI] | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The application for the models in ``pipelines``, by the name that clients use.
 
@@ -58,6 +60,7 @@ def create_api(
         replica, ingress: see :class:`~deployments.metrics.collector.Collector`, which is ``state.collector``.
         echo_ids: see :class:`~deployments.request_log.RequestLog`.
         lifespan: what the server enters when it starts and leaves when it stops.
+        tracer: makes a span for each request.
     """
     api = FastAPI(title="Sightline", docs_url=None, redoc_url=None, lifespan=lifespan)
     api.state.config = config
@@ -92,6 +95,8 @@ def create_api(
             expose_headers=["x-request-id", "retry-after"],
         )
     api.add_middleware(LastResort)
+    if tracer is not None and tracer.on:
+        api.add_middleware(tracer.around)
     api.add_middleware(lambda app: http.around(app, routes))
     api.add_middleware(RequestLog(echo_ids).around)
     return api

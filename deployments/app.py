@@ -33,7 +33,7 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig) -> dict[str, Application]:
 
     def deploy(name: str, replica: type, stage: StageConfig, *init: Any, **options: Any) -> Application:
         options |= _options(stage, args.logging) | {"name": f"{name}:{spec.slug}"}
-        return serve.deployment(**options)(replica).bind(*init)
+        return serve.deployment(**options)(replica).bind(args.tracing, *init)
 
     routing = RequestRouterConfig(request_router_class=SessionRouter)  # type: ignore[arg-type]
     stages = {

@@ -19,6 +19,7 @@ from pydantic import (
 
 from deployments.access import KeyConfig
 from deployments.logs import LoggingConfig
+from deployments.tracing import TracingConfig
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
 from engine.media.guard import FetchPolicy
@@ -282,12 +283,15 @@ class AppConfig(_Strict):
         images: limits on an image's format and size.
         logging: format and level of the logs of all processes.
         videos: limits on videos.
+        tracing: where spans of OpenTelemetry go; there are none without it. See
+            :class:`deployments.tracing.TracingConfig`.
     """
 
     models: tuple[ModelSpec, ...]
     ingress: IngressConfig = IngressConfig()
     fetch: FetchPolicy = FetchPolicy()
     images: ImageLimits = ImageLimits()
+    tracing: TracingConfig | None = None
     logging: LoggingConfig = LoggingConfig()
     videos: VideoLimits = VideoLimits()
 

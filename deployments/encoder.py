@@ -7,6 +7,7 @@ from deployments.metrics.families import Family, Part
 from deployments.metrics.snapshots import encoder_families
 from deployments.metrics.stage import StageMeter
 from deployments.stages import stopping_is_loss
+from deployments.tracing import Tracer
 from engine.config import EngineConfig
 from engine.encoder import EncoderEngine
 from engine.prompt import EmbeddedMedia, PreparedMedia
@@ -20,17 +21,26 @@ class VisionEncoder:
         max_batch_patches: the most patches in one launch.
         cache_bytes: memory for embeddings of images seen before.
         duty_cycle: the share of the time that this stage computes at most.
+        tracer: makes the spans of requests.
     """
 
     def __init__(
-        self, config: EngineConfig, max_batch_patches: int, cache_bytes: int, duty_cycle: float
+        self,
+        config: EngineConfig,
+        max_batch_patches: int,
+        cache_bytes: int,
+        duty_cycle: float,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine = EncoderEngine.load(
             config, max_batch_cost=max_batch_patches, cache_bytes=cache_bytes, duty_cycle=duty_cycle
         )
 
         self._meter = StageMeter(
-            lambda: self._engine.metrics()["waiting"], lambda: self._engine.metrics()["batches_by_items"]
+            "encoder",
+            lambda: self._engine.metrics()["waiting"],
+            lambda: self._engine.metrics()["batches_by_items"],
+            tracer,
         )
 
     async def encode(self, pixels: PreparedMedia, salt: str) -> EmbeddedMedia:
@@ -39,8 +49,9 @@ class VisionEncoder:
         Raises:
             StageLost: the encoder has stopped.
         """
-        with self._meter.request(), stopping_is_loss():
+        with self._meter.request() as span, stopping_is_loss():
             embedded = await self._engine.encode_async(pixels, salt=salt)
+            span.note(visual_tokens=pixels.item.num_tokens, cached=embedded.cached)
             self._meter.count_bytes(pixels.pixels.nbytes, embedded.rows.nbytes)
             return embedded
 

@@ -9,6 +9,7 @@ from deployments.language_model import LanguageModel
 from deployments.pipeline import make_pipelines
 from deployments.preprocessor import Preprocessor
 from deployments.stages import Stages
+from deployments.tracing import Tracer, make_tracer
 from engine.frontend import load_media_processor
 
 
@@ -18,10 +19,11 @@ class LocalModel:
     Args:
         spec: the model. Its numbers of replicas and resources are not used.
         config: the application's.
+        tracer: makes the spans of requests.
     """
 
-    def __init__(self, spec: ModelSpec, config: AppConfig) -> None:
-        self.language_model = LanguageModel.load(spec.engine)
+    def __init__(self, spec: ModelSpec, config: AppConfig, tracer: Tracer) -> None:
+        self.language_model = LanguageModel.load(spec.engine, tracer)
         self.preprocessor: Preprocessor | None = None
         self.encoder: VisionEncoder | None = None
         if load_media_processor(spec.engine) is not None:
@@ -32,10 +34,11 @@ class LocalModel:
                 config.videos,
                 spec.preprocessor.threads,
                 spec.preprocessor.video_processes,
+                tracer,
             )
             stage = spec.encoder
             self.encoder = VisionEncoder(
-                spec.engine, stage.max_batch_patches, stage.cache_bytes, stage.duty_cycle
+                spec.engine, stage.max_batch_patches, stage.cache_bytes, stage.duty_cycle, tracer
             )
 
     @property
@@ -56,6 +59,7 @@ class LocalApplication:
 
     Args:
         config: the ``args`` of ``serve_config.yaml``.
+        tracer: makes the spans of requests; the one that ``config`` describes if None.
 
     Attributes:
         api: the ASGI application.
@@ -65,10 +69,11 @@ class LocalApplication:
         CheckpointError, ConfigError: a model can't be served.
     """
 
-    def __init__(self, config: AppConfig) -> None:
-        self.models = {spec.name: LocalModel(spec, config) for spec in config.models}
+    def __init__(self, config: AppConfig, tracer: Tracer | None = None) -> None:
+        tracer = tracer or make_tracer(config.tracing, "server")
+        self.models = {spec.name: LocalModel(spec, config, tracer) for spec in config.models}
         stages = [model.stages for model in self.models.values()]
-        self.api: FastAPI = create_api(config.ingress, make_pipelines(config, stages))
+        self.api: FastAPI = create_api(config.ingress, make_pipelines(config, stages), tracer=tracer)
 
     async def close(self) -> None:
         """End all stages."""

@@ -2,15 +2,17 @@
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, Self
 
 from deployments.metrics.families import Family, Part
 from deployments.metrics.snapshots import engine_families
 from deployments.metrics.stage import StageMeter
 from deployments.stages import Generation, Pooling, stopping_is_loss
+from deployments.tracing import Tracer
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.outputs import EmbeddingOutput, StreamUpdate
+from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.prompt import EmbeddedMedia
 
 
@@ -19,20 +21,26 @@ class LanguageModel:
 
     Args:
         engine: the loaded engine; it is closed with this object.
+        tracer: makes the spans of requests.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, tracer: Tracer | None = None) -> None:
         self._engine = engine
-        self._meter = StageMeter(lambda: engine.metrics()["waiting"], lambda: engine.metrics()["batches"])
+        self._meter = StageMeter(
+            "language_model",
+            lambda: engine.metrics()["waiting"],
+            lambda: engine.metrics()["batches"],
+            tracer,
+        )
 
     @classmethod
-    def load(cls, config: EngineConfig) -> Self:
+    def load(cls, config: EngineConfig, tracer: Tracer | None = None) -> Self:
         """Load the model that ``config`` names.
 
         Raises:
             CheckpointError, ConfigError: it can't be loaded or run.
         """
-        return cls(AsyncEngine(config))
+        return cls(AsyncEngine(config), tracer)
 
     async def generate(
         self, request: Generation, media: Sequence[EmbeddedMedia]
@@ -51,12 +59,18 @@ class LanguageModel:
             progress=request.progress,
         )
         self._meter.count_bytes(sum(embedded.rows.nbytes for embedded in media))
-        with self._meter.request(), stopping_is_loss():
+        usage: Usage | None = None
+        with self._meter.request() as span, stopping_is_loss():
             # Without this, a cancelled request would hold its blocks until the generator is
             # garbage-collected.
             async with aclosing(updates) as stream:  # type: ignore[type-var]
                 async for update in stream:
+                    if usage is None:
+                        span.event("first token")
+                    usage = update.usage
                     yield update
+            if usage is not None:
+                span.note(**asdict(usage))
 
     async def embed(self, request: Pooling, media: Sequence[EmbeddedMedia]) -> EmbeddingOutput:
         """Pool a prompt's hidden states into a vector; errors as :meth:`generate`."""

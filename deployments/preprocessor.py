@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from deployments.metrics.families import Family, Part
 from deployments.metrics.stage import StageMeter
 from deployments.tasks import all_or_none
+from deployments.tracing import Tracer
 from engine.config import EngineConfig
 from engine.frontend import fetch_policy, load_media_processor
 from engine.media.decode import ImageLimits
@@ -34,6 +35,7 @@ class Preprocessor:
         videos: limits on videos.
         threads: images decoded at a time.
         video_processes: video files decoded at a time.
+        tracer: makes the spans of requests.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Preprocessor:
         videos: VideoLimits,
         threads: int,
         video_processes: int = 2,
+        tracer: Tracer | None = None,
     ) -> None:
         processor = load_media_processor(config)
         assert processor is not None, "a text-only model has no preprocessor"
@@ -57,7 +60,9 @@ class Preprocessor:
         self._on_threads = 0
         self._pixels = self._pending_pixels = 0
         self._items = Histogram(COUNT_BUCKETS)
-        self._meter = StageMeter(lambda: max(self._on_threads - threads, 0), self._items.snapshot)
+        self._meter = StageMeter(
+            "preprocessor", lambda: max(self._on_threads - threads, 0), self._items.snapshot, tracer
+        )
 
     async def prepare(self, sources: Sequence[MediaSource]) -> list[PreparedMedia]:
         """Fetch, decode and prepare all media of a request, in order.
@@ -66,7 +71,7 @@ class Preprocessor:
             MediaError: an item can't be fetched, decoded or shown; ``param`` is its ``where``.
             ContextLengthExceeded: the media alone need more tokens than the model's context has.
         """
-        with self._meter.request():
+        with self._meter.request() as span:
             began = time.perf_counter()
             preparation = self._preparation
             processor = preparation.for_prompt(sources)
@@ -90,6 +95,7 @@ class Preprocessor:
             finally:
                 self._pending_pixels -= pixels
             self._pixels += pixels
+            span.note(items=len(sources), bytes=received, pixels=pixels)
             self._meter.count_bytes(received, sum(media.pixels.nbytes for media in prepared))
             return prepared
 

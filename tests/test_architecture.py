@@ -38,6 +38,7 @@ FLOORS = [
 SERVER_FLOORS = [
     ["report", "logs"],
     ["errors"],
+    ["tracing"],
     ["access", "answers", "metrics", "preflight", "tasks", "threads", "tools"],
     ["stages"],
     ["config", "request_log"],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from deployments.metrics.families import Counter, Family
+from deployments.tracing import OpenSpan, Tracer
 from engine.errors import SightlineError
 from engine.metrics import Histogram
 
@@ -29,14 +30,24 @@ def outcome(error: BaseException | None) -> str:
 
 
 class StageMeter:
-    """Counts and times the requests of one stage in this process. Used on the event loop alone.
+    """Counts, times and traces the requests of one stage in this process. Used on the event loop alone.
 
     Args:
+        name: of the stage.
         queue: returns the number of images, items or requests that wait for the stage to work on them.
         batches: returns the sizes of batches as a snapshot of a histogram.
+        tracer: makes a span for each request.
     """
 
-    def __init__(self, queue: Callable[[], int], batches: Callable[[], dict]) -> None:
+    def __init__(
+        self,
+        name: str,
+        queue: Callable[[], int],
+        batches: Callable[[], dict],
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._name = name
+        self._tracer = tracer or Tracer()
         self._queue = queue
         self._batches = batches
         self._requests = Counter(
@@ -51,13 +62,14 @@ class StageMeter:
         self._started = time.time()
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count and time the request that the block serves."""
+    def request(self) -> Iterator[OpenSpan]:
+        """Count, time and trace the request that the block serves."""
         began = time.perf_counter()
         self._running += 1
         error: BaseException | None = None
         try:
-            yield
+            with self._tracer.span(self._name) as span:
+                yield span
         except BaseException as raised:
             error = raised
             raise

@@ -20,6 +20,7 @@ from deployments.ray_serve.handoff import (
     unpack,
 )
 from deployments.stages import Generation, Pooling, Stages
+from deployments.tracing import current
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -54,7 +55,7 @@ class RemotePreprocessor(_Remote):
     name = "preprocessor"
 
     async def prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
-        return await _call(self.name, self._handle.prepare, list(sources))
+        return await _call(self.name, self._handle.prepare, list(sources), current.get())
 
 
 class RemoteEncoder(_Remote):
@@ -63,7 +64,8 @@ class RemoteEncoder(_Remote):
     name = "encoder"
 
     async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
-        return await _call(self.name, self._handle.encode, pixels.item, pixels.pixels, salt)
+        args = pixels.item, pixels.pixels, salt, current.get()
+        return await _call(self.name, self._handle.encode, *args)
 
 
 class RemoteLanguageModel(_Remote):
@@ -87,8 +89,9 @@ class RemoteLanguageModel(_Remote):
         assembly = Assembly()
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
+                given = request.request_id if held else request
                 async with stream(
-                    self._handle, "generate", request.request_id if held else request, replica=replica
+                    self._handle, "generate", given, current.get(), replica=replica
                 ) as updates:
                     async for item in updates:
                         if (packed := assembly.add(checked(item))) is not None:
@@ -109,7 +112,8 @@ class RemoteLanguageModel(_Remote):
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
         infos = [ref.info for ref in media]
-        return await _call(self.name, self._handle.embed, request, infos, *(ref.rows for ref in media))
+        rows = [ref.rows for ref in media]
+        return await _call(self.name, self._handle.embed, request, current.get(), infos, *rows)
 
 
 def remote_stages(

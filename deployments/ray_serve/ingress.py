@@ -19,6 +19,7 @@ from deployments.ray_serve.handles import MEASURE_S, remote_stages
 from deployments.ray_serve.handoff import by_reference, everywhere
 from deployments.ray_serve.process import prepare_process
 from deployments.readiness import announce
+from deployments.tracing import make_tracer
 
 
 @serve.ingress()
@@ -52,6 +53,7 @@ class Ingress:
             lifespan=announced,
             replica=context.replica_id.unique_id,
             ingress=self._all_replicas,
+            tracer=make_tracer(config.tracing, "ingress"),
         )
         self._api.add_middleware(Disconnects)
 

@@ -32,6 +32,7 @@ from deployments.ray_serve.handoff import (
 from deployments.ray_serve.process import prepare_process
 from deployments.stages import Generation, Pooling
 from deployments.tasks import all_or_none
+from deployments.tracing import Carrier, TracingConfig, current, make_tracer
 from engine.config import EngineConfig
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
@@ -54,15 +55,16 @@ def leave() -> None:
 
 
 class PreprocessorReplica:
-    """Arguments as :class:`~deployments.preprocessor.Preprocessor`."""
+    """Arguments as :class:`~deployments.preprocessor.Preprocessor`, after ``tracing``."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, tracing: TracingConfig | None, *args: Any) -> None:
         prepare_process()
-        self._stage = Preprocessor(*args)
+        self._stage = Preprocessor(*[*args, make_tracer(tracing, "preprocessor")])
         self._store = ObjectStore()
 
-    async def prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef] | Refusal:
+    async def prepare(self, sources: Sequence[MediaSource], span: Carrier) -> list[PixelsRef] | Refusal:
         """Prepare all media of a request, in order."""
+        current.set(span)
         return await answered(self._prepare(sources))
 
     async def _prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
@@ -78,16 +80,19 @@ class PreprocessorReplica:
 
 
 class VisionEncoderReplica:
-    """Arguments as :class:`~deployments.encoder.VisionEncoder`."""
+    """Arguments as :class:`~deployments.encoder.VisionEncoder`, after ``tracing``."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, tracing: TracingConfig | None, *args: Any) -> None:
         prepare_process()
-        self._stage = VisionEncoder(*args)
+        self._stage = VisionEncoder(*[*args, make_tracer(tracing, "encoder")])
         self._store = ObjectStore()
         self._stage.when_dead(leave)
 
-    async def encode(self, item: MediaItem, pixels: np.ndarray, salt: str) -> RowsRef | Refusal:
+    async def encode(
+        self, item: MediaItem, pixels: np.ndarray, salt: str, span: Carrier
+    ) -> RowsRef | Refusal:
         """Encode one item; Ray has resolved the reference to ``pixels``."""
+        current.set(span)
         return await answered(self._encode(PreparedMedia(item, pixels), salt))
 
     async def _encode(self, pixels: PreparedMedia, salt: str) -> RowsRef:
@@ -155,12 +160,13 @@ class LanguageModelReplica:
     """Holds one engine.
 
     Args:
+        tracing: where spans go.
         config: the model and how to run it.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, tracing: TracingConfig | None, config: EngineConfig) -> None:
         prepare_process()
-        self._stage = LanguageModel.load(config)
+        self._stage = LanguageModel.load(config, make_tracer(tracing, "language-model"))
         self._held = HeldRequests()
         self._stage.when_dead(leave)
 
@@ -176,13 +182,16 @@ class LanguageModelReplica:
         self._held.keep(Held(request, _embedded(infos, rows)))
         return serve.get_replica_context().replica_id.unique_id
 
-    async def generate(self, given: Generation | str) -> AsyncIterator[PackedUpdate | Piece | Refusal]:
+    async def generate(
+        self, given: Generation | str, span: Carrier
+    ) -> AsyncIterator[PackedUpdate | Piece | Refusal]:
         """Stream a request's output.
 
         Args:
             given: the request, or the id of one that was handed over. If this replica doesn't have it, the
                 first item is a :class:`~deployments.ray_serve.failures.Misrouted` refusal.
         """
+        current.set(span)
         try:
             held = self._held.take(given) if isinstance(given, str) else Held(given, [])
             async with aclosing(self._stage.generate(held.request, held.media)) as updates:
@@ -193,9 +202,10 @@ class LanguageModelReplica:
             yield Refusal(error)
 
     async def embed(
-        self, request: Pooling, infos: Sequence[RowsInfo], *rows: np.ndarray
+        self, request: Pooling, span: Carrier, infos: Sequence[RowsInfo], *rows: np.ndarray
     ) -> EmbeddingOutput | Refusal:
         """Pool a prompt's hidden states into a vector; ``infos`` and ``rows`` as in :meth:`hold`."""
+        current.set(span)
         return await answered(self._stage.embed(request, _embedded(infos, rows)))
 
     async def max_model_len(self) -> int:

@@ -38,7 +38,7 @@ class Handle:
         self._options = options
         return self
 
-    def _generate(self, given):
+    def _generate(self, given, span):
         self.starts.append(self._options | {"given": given})
         return Response(self, self.play(len(self.starts)))
 
@@ -156,7 +156,7 @@ async def test_a_stream_that_is_closed_early_is_cancelled():
 async def test_the_salt_reaches_the_encoder_s_replica():
     seen = []
 
-    async def encode(item, pixels, salt):
+    async def encode(item, pixels, salt, span):
         seen.append((item, pixels, salt))
 
     handle = SimpleNamespace(encode=SimpleNamespace(remote=encode))
@@ -216,7 +216,7 @@ async def test_a_cancelled_call_is_cancelled_in_the_replica_too():
         def cancel(self):
             cancelled.append(True)
 
-    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda sources: Call()))
+    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda sources, span: Call()))
     stage = RemotePreprocessor(SimpleNamespace(options=lambda **_: handle))
     task = asyncio.ensure_future(stage.prepare([]))
     await asyncio.sleep(0)
