@@ -6,12 +6,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from deployments.config import AppConfig, ModelSpec, StageConfig
+from deployments.config import AppConfig, ModelSpec, Routing, StageConfig
 from deployments.logs import LoggingConfig
 from deployments.ray_serve.ingress import Ingress
 from deployments.ray_serve.process import LOGGING
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
-from deployments.ray_serve.routing import SessionRouter
+from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
 from engine.frontend import load_media_processor, load_prompt_builder
 
 
@@ -35,14 +35,13 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig) -> dict[str, Application]:
         options |= _options(stage, args.logging) | {"name": f"{name}:{spec.slug}"}
         return serve.deployment(**options)(replica).bind(args.tracing, *init)
 
-    routing = RequestRouterConfig(request_router_class=SessionRouter)  # type: ignore[arg-type]
     stages = {
         "language_model": deploy(
             "LanguageModel",
             LanguageModelReplica,
             spec.language_model,
             spec.engine,
-            request_router_config=routing,
+            request_router_config=_routing(LanguageModelRouter, spec.language_model.routing),
         )
     }
     if load_media_processor(spec.engine) is None:
@@ -66,6 +65,7 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig) -> dict[str, Application]:
         spec.encoder.max_batch_patches,
         spec.encoder.cache_bytes,
         spec.encoder.duty_cycle,
+        request_router_config=_routing(EncoderRouter, spec.encoder.routing),
     )
     return stages
 
@@ -79,3 +79,11 @@ def _options(stage: StageConfig, logging: LoggingConfig) -> dict[str, Any]:
         environment = actor.setdefault("runtime_env", {}).setdefault("env_vars", {})
         environment[LOGGING] = logging.model_dump_json()
     return options
+
+
+def _routing(router: type, routing: Routing) -> RequestRouterConfig:
+    return RequestRouterConfig(
+        request_router_class=router,  # type: ignore[arg-type]
+        request_router_kwargs={"by_content": routing == "content"},
+        request_routing_stats_period_s=1.0,  # type: ignore[arg-type]
+    )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -149,6 +149,10 @@ class PreprocessorConfig(StageConfig):
     max_ongoing_requests: PositiveInt = 512
 
 
+#: How a request's replica is chosen: by what the replicas have seen and their load, or by load alone.
+Routing = Literal["content", "load"]
+
+
 class EncoderConfig(StageConfig):
     """Turns images into embeddings.
 
@@ -158,17 +162,24 @@ class EncoderConfig(StageConfig):
         duty_cycle: the largest share of the time that a replica computes. Below 1 it rests after each launch,
             so that a language model on the same GPU keeps its pace while images arrive. A launch is never
             interrupted: ``max_batch_patches`` bounds the longest wait.
+        routing: ``content`` sends equal items to one replica, so that the caches of all replicas add up.
     """
 
     max_batch_patches: PositiveInt = 32768
     duty_cycle: float = Field(default=1.0, gt=0, le=1)
     cache_bytes: int = Field(default=512 << 20, ge=0)
+    routing: Routing = "content"
     max_ongoing_requests: PositiveInt = 256
 
 
 class LanguageModelConfig(StageConfig):
-    """Generates text. ``max_ongoing_requests`` should not be below the engine's ``max_num_seqs``."""
+    """Generates text. ``max_ongoing_requests`` should not be below the engine's ``max_num_seqs``.
 
+    Attributes:
+        routing: ``content`` sends prompts that begin alike to one replica, as far as its load allows.
+    """
+
+    routing: Routing = "content"
     max_ongoing_requests: PositiveInt = 512
     graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
 

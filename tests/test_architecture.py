@@ -40,7 +40,7 @@ SERVER_FLOORS = [
     ["errors"],
     ["tracing"],
     ["access", "answers", "metrics", "preflight", "tasks", "threads", "tools"],
-    ["stages"],
+    ["routing", "stages"],
     ["config", "request_log"],
     ["protocol"],
     ["body", "openapi", "sse", "replay", "preprocessor", "encoder", "language_model"],
@@ -81,6 +81,7 @@ PUBLIC = {
     "engine.progress",
     "engine.prompt",
     "engine.sampling_params",
+    "engine.scheduling.prefix_cache",
     "engine.structured.json_schema",
 }
 

@@ -90,9 +90,7 @@ class RemoteLanguageModel(_Remote):
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
                 given = request.request_id if held else request
-                async with stream(
-                    self._handle, "generate", given, current.get(), replica=replica
-                ) as updates:
+                async with stream(self._handle, "generate", given, current.get(), replica=replica) as updates:
                     async for item in updates:
                         if (packed := assembly.add(checked(item))) is not None:
                             yield unpack(packed)

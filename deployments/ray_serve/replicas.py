@@ -224,6 +224,12 @@ class LanguageModelReplica:
         """The metrics of this replica."""
         return _named(self._stage.families())
 
+    async def record_routing_stats(self) -> dict[str, float]:
+        """What the routers of this deployment should know of this replica; Ray Serve brings it to them."""
+        found = self._stage.metrics()
+        usage = found["kv_blocks_used"] / max(found["kv_blocks_total"], 1)
+        return {"waiting_tokens": found["waiting_tokens"], "kv_usage": usage}
+
     async def is_idle(self) -> bool:
         """Return whether this replica holds no data of any request.
 

@@ -1,25 +1,126 @@
-"""Chooses the replica of a language model that gets a request."""
+"""Ray Serve's routers of encoders and language models: they ask the policies of :mod:`deployments.routing`.
 
-import random
+``choose_replica`` and ``dispatch`` of Serve's handles are not used: they reserve a place by one more call of
+the replica, and one choice carries one call, while embeddings and the stream that follows are two.
+"""
+
+from collections.abc import Iterable
+from typing import Any
 
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
-from ray.serve.request_router import FIFOMixin, RequestRouter
+from ray.serve.request_router import RequestRouter
+
+from deployments.routing import ItemPlaces, Load, PromptPlaces, prompt_keys
+from deployments.stages import Generation, Pooling
 
 
-class SessionRouter(FIFOMixin, RequestRouter):
-    """Sends a request whose session is a replica's id to that replica, any other to the less busy of two.
+class _ExactRouter(RequestRouter):
+    """Gives each request the replica that was chosen for it.
 
-    This is best effort. Serve may give the chosen replica to an older request that waits, and requests for a
-    dead replica go to others. A replica that gets a wrong request answers with a ``Misrouted`` refusal.
+    Serve's own router finds the waiting request by the id of the HTTP request, which all calls of one HTTP
+    request share: images of one request would swap their replicas. Its FIFO mixin gives a replica to the
+    request that waits longest.
     """
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata is request_metadata and not pending.future.done():
+                self._cancel_routing_task_for_pending_request(pending)
+                self._record_queue_wait_time(pending)
+                pending.future.set_result(replica)
+                self._remove_pending_request_from_indices(pending)
+                return
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        order: Iterable[str] = by_name
         if pending_request is not None:
-            # Without this Serve asks again at once, over and over, while all replicas are busy.
+            # Without this Serve asks again at once, for as long as every replica is full.
             pending_request.routing_context.should_backoff = True
-        session = pending_request.metadata.session_id if pending_request is not None else ""
-        named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == session]
-        return [named or random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+            order = self.order(by_name, pending_request)
+        return [[by_name[name]] for name in order]
+
+    def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
+        """The names of ``replicas`` to ask for the request, best first."""
+        raise NotImplementedError
+
+    def load(self, replica: RunningReplica) -> int:
+        """Requests at a replica, as far as this process knows."""
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+
+    def by_load(self, replicas: dict[str, RunningReplica]) -> list[str]:
+        return sorted(replicas, key=lambda name: self.load(replicas[name]))
+
+
+class EncoderRouter(_ExactRouter):
+    """Sends an item to the replica that :class:`~deployments.routing.ItemPlaces` chooses for its content."""
+
+    def initialize_state(self, by_content: bool = True, **_: Any) -> None:
+        self._by_content = by_content
+        self._places = ItemPlaces()
+
+    def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
+        key = self._key(request)
+        if key is None:
+            return self.by_load(replicas)
+        return self._places.choose(key, {name: self.load(replica) for name, replica in replicas.items()})
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:
+        key, name = self._key(pending_request), replica_id.unique_id
+        if key is not None:
+            self._places.sent(key, name)
+            loop = self._event_loop
+            # Results end on a thread of Ray's.
+            result.add_done_callback(lambda _: loop.call_soon_threadsafe(self._places.ended, key, name))
+
+    def _key(self, request: PendingRequest) -> bytes | None:
+        """The key of the item in a call of ``VisionEncoderReplica.encode``."""
+        if not self._by_content or request.metadata.call_method != "encode":
+            return None
+        item, _, salt, *_ = request.args
+        return f"{item.hash}:{salt}".encode()[:64]
+
+
+class LanguageModelRouter(_ExactRouter):
+    """Sends a request whose session is a replica's id to that replica, and any other to the replica that
+    :class:`~deployments.routing.PromptPlaces` chooses for its prompt.
+
+    Requests for a replica that has gone are sent elsewhere; it answers them with a ``Misrouted`` refusal.
+    """
+
+    def initialize_state(self, by_content: bool = True, **_: Any) -> None:
+        self._by_content = by_content
+        self._places = PromptPlaces()
+
+    def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
+        session = request.metadata.session_id
+        if session in replicas:
+            return [session]
+        prompt = self._prompt(request)
+        if prompt is None:
+            return self.by_load(replicas)
+        self._places.keep(list(replicas))
+        loads = {name: self._load(replica) for name, replica in replicas.items()}
+        return self._places.choose(*prompt, loads)
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:
+        prompt = self._prompt(pending_request)
+        if prompt is not None and not pending_request.metadata.session_id:
+            self._places.sent(prompt[0], replica_id.unique_id)
+
+    def _load(self, replica: RunningReplica) -> Load:
+        stats = replica.routing_stats or {}
+        return Load(self.load(replica), stats.get("waiting_tokens", 0), stats.get("kv_usage", 0.0))
+
+    def _prompt(self, request: PendingRequest) -> tuple[list[bytes], int] | None:
+        """Keys and length of the prompt in a call of ``hold``, ``generate`` or ``embed``; None in others, and
+        where the replica has the prompt already."""
+        if not self._by_content or request.metadata.call_method not in ("hold", "generate", "embed"):
+            return None
+        given = request.args[0]
+        if not isinstance(given, Generation | Pooling):
+            return None
+        return prompt_keys(given.inputs), len(given.inputs.token_ids)

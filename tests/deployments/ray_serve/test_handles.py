@@ -199,7 +199,7 @@ async def test_a_call_that_its_replica_cancels_is_lost_and_its_caller_goes_on():
         def cancel(self):
             pass
 
-    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda sources: Call()))
+    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda sources, span: Call()))
     stage = RemotePreprocessor(SimpleNamespace(options=lambda **_: handle))
     with pytest.raises(StageLost):
         await stage.prepare([])

@@ -1,26 +1,150 @@
-"""The choice of a language model's replica."""
+"""Serve's side of routing: requests get the replica that was chosen for them, and full ones cost no CPU."""
 
 import asyncio
 from types import SimpleNamespace
 
-from deployments.ray_serve.routing import SessionRouter
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve._private.request_router.common import PendingRequest
+
+from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
+from deployments.routing import ItemPlaces, ranked
+from deployments.stages import Generation
+from engine.prompt import EngineInput
+from engine.sampling_params import SamplingParams
+
+DEPLOYMENT = DeploymentID(name="stage", app_name="test")
 
 
-def replicas(*names):
-    return [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in names]
+class Replica:
+    """A replica with a number of requests."""
+
+    max_ongoing_requests = 5
+
+    def __init__(self, name: str, requests: int = 0, **stats) -> None:
+        self.replica_id = ReplicaID(unique_id=name, deployment_id=DEPLOYMENT)
+        self.requests, self.routing_stats = requests, stats
+        self.node_id, self.availability_zone, self.multiplexed_model_ids = "node", None, set()
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return self.requests
 
 
-def chosen(session, among):
-    router = object.__new__(SessionRouter)
-    context = SimpleNamespace(should_backoff=False)
-    request = SimpleNamespace(metadata=SimpleNamespace(session_id=session), routing_context=context)
-    (found,) = asyncio.run(router.choose_replicas(among, request))
-    assert context.should_backoff, "Serve would ask again without a pause"
-    return {replica.replica_id.unique_id for replica in found}
+async def router_of(cls, *replicas: Replica, **kwargs):
+    router = cls(DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=False)
+    router.initialize_state(**kwargs)
+    router.update_replicas(list(replicas))
+    for replica in replicas:
+        router.replica_queue_len_cache.update(replica.replica_id, replica.requests)
+    return router
 
 
-def test_a_session_s_replica_is_the_only_choice():
-    among = replicas("a", "b", "c")
-    assert chosen("b", among) == {"b"}
-    assert all(len(chosen(session, among)) == 2 for session in ("", "gone"))
-    assert chosen("gone", replicas("a")) == {"a"}
+def request(method: str, *args, session: str = "") -> PendingRequest:
+    # All calls that one HTTP request makes have its id.
+    metadata = RequestMetadata(
+        request_id="r", internal_request_id="r", call_method=method, session_id=session, is_streaming=False
+    )
+    return PendingRequest(list(args), {}, metadata)
+
+
+async def chosen(router, pending: PendingRequest) -> str:
+    return (await router._choose_replica_for_request(pending)).replica_id.unique_id
+
+
+def item(name: str) -> PendingRequest:
+    return request("encode", SimpleNamespace(hash=name), None, "salt", {})
+
+
+async def test_images_of_one_request_each_get_their_own_replica():
+    router = await router_of(EncoderRouter, *map(Replica, "abc"))
+    names = [f"image {number}" for number in range(40)]
+    found = await asyncio.gather(*(chosen(router, item(name)) for name in names))
+    assert found == [ranked(f"{name}:salt".encode(), "abc")[0] for name in names]
+    assert len({*found}) == 3
+
+
+async def test_by_load_alone_the_least_busy_replica_gets_an_item():
+    router = await router_of(
+        EncoderRouter, Replica("a", 2), Replica("b", 1), Replica("c", 3), by_content=False
+    )
+    assert {await chosen(router, item(str(number))) for number in range(9)} == {"b"}
+
+
+async def test_an_item_is_in_flight_until_its_result_is_there():
+    replicas = [Replica("a"), Replica("b")]
+    router = await router_of(EncoderRouter, *replicas)
+    pending, callbacks = item("x"), []
+    replica = replicas["ab".index(await chosen(router, pending))]
+    result = SimpleNamespace(add_done_callback=callbacks.append)
+    router.on_request_routed(pending, replica.replica_id, result)
+    busy = {each.replica_id.unique_id: 99 if each is replica else 0 for each in replicas}
+    places: ItemPlaces = router._places
+    key = router._key(pending)
+    assert places.choose(key, busy)[0] == replica.replica_id.unique_id
+    callbacks[0](None)
+    await asyncio.sleep(0)
+    assert places.choose(key, busy)[0] != replica.replica_id.unique_id
+
+
+def generation(tokens: list[int]) -> Generation:
+    return Generation("one", EngineInput(tokens), SamplingParams())
+
+
+async def test_a_stream_goes_to_its_embeddings_and_a_prompt_to_its_beginning():
+    router = await router_of(LanguageModelRouter, *map(Replica, "abc"))
+    asked = generation(list(range(400)))
+    for name in "bca":
+        pending = request("generate", "id of a request that was handed over", {}, session=name)
+        assert await chosen(router, pending) == name
+        # The call that handed it over has chosen the replica, and said so.
+        router.on_request_routed(pending, ReplicaID("x", DEPLOYMENT), None)
+    held = request("hold", asked, [])
+    first = await chosen(router, held)
+    second = next(name for name in "abc" if name != first)
+    router.on_request_routed(held, ReplicaID(second, DEPLOYMENT), None)
+    assert await chosen(router, request("hold", asked, [])) == second
+    assert await chosen(router, request("generate", asked, {})) == second
+    assert await chosen(router, request("max_model_len")) in "abc"
+
+
+async def test_what_replicas_report_counts():
+    busy = Replica("a", waiting_tokens=5000), Replica("b", kv_usage=1.0), Replica("c")
+    router = await router_of(LanguageModelRouter, *busy)
+    for start in range(9):
+        assert await chosen(router, request("generate", generation([start] * 400), {})) == "c"
+
+
+@pytest.mark.parametrize(
+    ("cls", "pending"),
+    [
+        (EncoderRouter, lambda: item("x")),
+        (LanguageModelRouter, lambda: request("generate", "id", {}, session="a")),
+        (LanguageModelRouter, lambda: request("generate", generation([1] * 99), {})),
+    ],
+)
+async def test_a_router_of_full_replicas_waits_without_spinning(cls, pending):
+    full = [Replica(name, 5) for name in "ab"]
+    router = await router_of(cls, *full)
+    rounds, pauses = 0, []
+    choose = router.choose_replicas
+
+    async def counted(*args, **kwargs):
+        nonlocal rounds
+        rounds += 1
+        if rounds == 6:
+            for replica in full:
+                replica.requests = 0
+        return await choose(*args, **kwargs)
+
+    async def pause(attempt: int) -> None:
+        pauses.append(attempt)
+
+    router.choose_replicas, router._backoff = counted, pause
+    assert await asyncio.wait_for(chosen(router, pending()), 30) in "ab"
+    # The second try comes at once, and each further one after a longer pause.
+    assert rounds == 6 and pauses == [0, 1, 2, 3]
+
+
+async def test_a_dead_replica_s_session_goes_elsewhere():
+    router = await router_of(LanguageModelRouter, Replica("a"))
+    assert await chosen(router, request("generate", "id", {}, session="gone")) == "a"
