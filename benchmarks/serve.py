@@ -140,19 +140,28 @@ def summary(traces: list[Trace], rate: float, options: argparse.Namespace) -> di
 @contextmanager
 def application(options: argparse.Namespace) -> Iterator[str]:
     """A running application with dummy weights; its base URL."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(options.shape, Path(folder))
+        with running(serve_config(options, str(path)), options.start_timeout) as base_url:
+            yield base_url
+
+
+@contextmanager
+def running(config: dict[str, Any], start_timeout: float) -> Iterator[str]:
+    """The application of ``config`` on a port and a Ray cluster of its own; its base URL."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        config = Path(folder) / "serve.json"
-        config.write_text(json.dumps(serve_config(options, str(path), port)))
-        command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", str(config)]
+        file = Path(folder) / "serve.json"
+        file.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, **config}))
+        command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
+        command += ["--address", "local", str(file)]
         log = (Path(folder) / "serve.log").open("w+")
         began = time.perf_counter()
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            if not asyncio.run(healthy(f"http://127.0.0.1:{port}/health", server, options.start_timeout)):
+            if not asyncio.run(healthy(f"http://127.0.0.1:{port}/health", server, start_timeout)):
                 log.seek(0)
                 raise SystemExit("the application did not start:\n" + log.read()[-4000:])
             print(f"application up after {time.perf_counter() - began:.1f} s", flush=True)
@@ -165,7 +174,7 @@ def application(options: argparse.Namespace) -> Iterator[str]:
                 server.kill()
 
 
-def serve_config(options: argparse.Namespace, path: str, port: int) -> dict[str, Any]:
+def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
     engine: dict[str, Any] = {"model": path, "load_format": "dummy", "max_model_len": 4096}
     engine["max_num_batched_tokens"] = options.batched_tokens
     share: tuple[float, float] = (0.0, 0.0)
@@ -191,9 +200,8 @@ def serve_config(options: argparse.Namespace, path: str, port: int) -> dict[str,
         "import_path": "deployments.app:build",
         "args": {"models": [model], "ingress": {"num_replicas": options.ingresses}},
     }
-    http = {"host": "127.0.0.1", "port": port}
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    return {"http_options": http, "logging_config": quiet, "applications": [app]}
+    return {"logging_config": quiet, "applications": [app]}
 
 
 async def healthy(url: str, server: subprocess.Popen, seconds: float) -> bool:
