@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from deployments.access import KeyConfig
+from deployments.autoscaling import autoscaling_config
 from deployments.logs import LoggingConfig
 from deployments.tracing import TracingConfig
 from engine.config import EngineConfig
@@ -39,7 +40,9 @@ class StageConfig(_Strict):
 
     Attributes:
         num_replicas: replicas, if not autoscaled.
-        autoscaling: Ray Serve's ``autoscaling_config``, e.g. ``{min_replicas: 1, max_replicas: 8}``.
+        autoscaling: Ray Serve's ``autoscaling_config``, e.g. ``{min_replicas: 1, max_replicas: 8}``, and
+            ``targets`` for the signals of :mod:`deployments.autoscaling`; a ``policy`` of one's own replaces
+            that. ``min_replicas: 0`` ends an idle stage; the next request waits for its start.
         num_cpus: CPU cores that each replica reserves; a reservation, not a limit.
         num_gpus: GPUs, or the share of one, that each replica reserves. A replica with 0 sees no GPU.
         resources: further Ray resources by name.
@@ -57,6 +60,9 @@ class StageConfig(_Strict):
             replace it.
         health_check_timeout_s: how long a replica may take to say so.
     """
+
+    #: Its name in :data:`deployments.autoscaling.SIGNALS`.
+    stage: ClassVar[str] = "ingress"
 
     num_replicas: PositiveInt = 1
     autoscaling: dict[str, Any] | None = None
@@ -86,9 +92,9 @@ class StageConfig(_Strict):
             # Imported here: an application in one process has no use for Ray.
             from ray.serve.config import AutoscalingConfig
 
-            if unknown := value.keys() - AutoscalingConfig.model_fields.keys():
+            if unknown := value.keys() - AutoscalingConfig.model_fields.keys() - {"targets"}:
                 raise ValueError(f"Ray Serve's autoscaling_config has no field {sorted(unknown)[0]!r}")
-            AutoscalingConfig.model_validate(value)
+            AutoscalingConfig.model_validate(autoscaling_config(cls.stage, value))
         return value
 
     @field_validator("label_selector")
@@ -120,7 +126,7 @@ class StageConfig(_Strict):
         scale = (
             {"num_replicas": self.num_replicas}
             if self.autoscaling is None
-            else {"autoscaling_config": self.autoscaling}
+            else {"autoscaling_config": autoscaling_config(self.stage, self.autoscaling)}
         )
         return {
             **scale,
@@ -144,6 +150,8 @@ class PreprocessorConfig(StageConfig):
             that come with their request must not wait for those.
     """
 
+    stage: ClassVar[str] = "preprocessor"
+
     threads: PositiveInt = 4
     video_processes: PositiveInt = 2
     max_ongoing_requests: PositiveInt = 512
@@ -165,6 +173,8 @@ class EncoderConfig(StageConfig):
         routing: ``content`` sends equal items to one replica, so that the caches of all replicas add up.
     """
 
+    stage: ClassVar[str] = "encoder"
+
     max_batch_patches: PositiveInt = 32768
     duty_cycle: float = Field(default=1.0, gt=0, le=1)
     cache_bytes: int = Field(default=512 << 20, ge=0)
@@ -178,6 +188,8 @@ class LanguageModelConfig(StageConfig):
     Attributes:
         routing: ``content`` sends prompts that begin alike to one replica, as far as its load allows.
     """
+
+    stage: ClassVar[str] = "language_model"
 
     routing: Routing = "content"
     max_ongoing_requests: PositiveInt = 512

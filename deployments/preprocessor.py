@@ -121,6 +121,11 @@ class Preprocessor:
             ),
         ]
 
+    @property
+    def pending_pixels(self) -> int:
+        """Pixels of the images and frames that wait or are being prepared."""
+        return self._pending_pixels
+
     async def close(self) -> None:
         """Close the connections of the running event loop, and end the threads and processes."""
         await self._fetcher.close()

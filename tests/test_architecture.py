@@ -38,7 +38,7 @@ FLOORS = [
 SERVER_FLOORS = [
     ["report", "logs"],
     ["errors"],
-    ["tracing"],
+    ["autoscaling", "tracing"],
     ["access", "answers", "metrics", "preflight", "tasks", "threads", "tools"],
     ["routing", "stages"],
     ["config", "request_log"],

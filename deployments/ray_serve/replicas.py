@@ -74,6 +74,10 @@ class PreprocessorReplica:
             PixelsRef(media.item, ref, media.seconds) for media, ref in zip(prepared, references, strict=True)
         ]
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Signals of :mod:`deployments.autoscaling`."""
+        return {"megapixels": self._stage.pending_pixels / 1e6}
+
     async def measured(self) -> Part:
         """The metrics of this replica."""
         return _named(self._stage.families())
@@ -103,6 +107,10 @@ class VisionEncoderReplica:
     async def metrics(self) -> dict[str, Any]:
         """Counters of the encoder."""
         return self._stage.metrics()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Signals of :mod:`deployments.autoscaling`."""
+        return {"visual_tokens": float(self._stage.metrics()["pending_rows"])}
 
     async def measured(self) -> Part:
         """The metrics of this replica."""
@@ -219,6 +227,10 @@ class LanguageModelReplica:
     async def metrics(self) -> dict[str, Any]:
         """Counters, gauges and times of the engine."""
         return self._stage.metrics()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Signals of :mod:`deployments.autoscaling`."""
+        return await self.record_routing_stats()
 
     async def measured(self) -> Part:
         """The metrics of this replica."""
