@@ -81,6 +81,8 @@ class Pipeline:
         self._timeout_s = timeout_s
         self._random = random.SystemRandom()
         self._max_model_len: int | None = None
+        scale = spec.language_model.autoscaling or {}
+        self._sleeps = scale.get("min_replicas") == 0
 
     async def max_model_len(self) -> int:
         """The most tokens of prompt and answer together.
@@ -102,7 +104,11 @@ class Pipeline:
         return await self._stages.language_model.device()
 
     async def ping(self) -> None:
-        """Return once the language model stage has answered; errors as :meth:`max_model_len`."""
+        """Return once the language model stage has answered; errors as :meth:`max_model_len`. One that may
+        have no replica while it is idle is asked until it has answered once."""
+        if self._sleeps and self._max_model_len is not None:
+            # Asking would start a replica of a model that nobody uses.
+            return
         await self._stages.language_model.max_model_len()
 
     async def prepare(

@@ -141,3 +141,22 @@ async def test_too_many_items_are_not_prepared(spec):
     with pytest.raises(InvalidRequest):
         await pipeline(spec, preprocessor).prepare(build, SOURCES * 3)
     assert preprocessor.calls == 0
+
+
+async def test_health_checks_do_not_wake_a_model_that_may_sleep(spec):
+    class Counted(LanguageModel):
+        calls = 0
+
+        async def max_model_len(self):
+            self.calls += 1
+            return 16
+
+    for least, calls in ((0, 1), (1, 3)):
+        stage = Counted()
+        changed = spec.language_model.model_copy(update={"autoscaling": {"min_replicas": least}})
+        model = spec.model_copy(update={"language_model": changed})
+        made = Pipeline(model, Stages(stage), ThreadPoolExecutor(1))
+        await made.max_model_len()
+        await made.ping()
+        await made.ping()
+        assert stage.calls == calls

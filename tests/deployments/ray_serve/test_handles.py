@@ -1,6 +1,7 @@
 """Stages behind handles: calls, streams and failures, with replicas that a test plays."""
 
 import asyncio
+import inspect
 import pickle
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,11 +11,18 @@ import pytest
 import ray.exceptions
 
 from deployments.ray_serve.failures import Misrouted, Refusal
-from deployments.ray_serve.handles import RemoteEncoder, RemoteLanguageModel, RemotePreprocessor
+from deployments.ray_serve.handles import (
+    RemoteEncoder,
+    RemoteLanguageModel,
+    RemotePreprocessor,
+    remote_stages,
+)
 from deployments.ray_serve.handoff import PixelsRef, RowsInfo, RowsRef, cancel, pack, pieces
-from deployments.stages import Generation, RowsLost, StageLost
+from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
+from deployments.stages import Generation, Pooling, RowsLost, StageLost
 from engine.errors import InvalidRequest, SightlineError
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
+from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
 
@@ -224,3 +232,48 @@ async def test_a_cancelled_call_is_cancelled_in_the_replica_too():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert cancelled
+
+
+class Recorder:
+    """A handle that notes what its methods are called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple]] = []
+
+    def options(self, **_):
+        return self
+
+    def __getattr__(self, name: str):
+        def remote(*args):
+            self.calls.append((name, args))
+            return Response(self, [pack(UPDATE)]) if name == "generate" else self._answer()
+
+        return SimpleNamespace(remote=remote)
+
+    async def _answer(self) -> str:
+        return "b"
+
+
+async def test_every_call_fits_the_method_of_its_replica():
+    """Ray binds arguments to parameters in another process, where no type checker looks."""
+    model, preprocessor, encoder = Recorder(), Recorder(), Recorder()
+    stages = remote_stages(model, preprocessor, encoder)
+    await stages.preprocessor.prepare([])
+    await stages.encoder.encode(PixelsRef("item", "reference"), "tenant")
+    for media in ((), (ROWS,)):
+        assert [update async for update in stages.language_model.generate(generation(), media)] == [UPDATE]
+        await stages.language_model.embed(Pooling("one", EngineInput([1]), PoolingParams()), media)
+    await stages.language_model.max_model_len()
+    await stages.language_model.device()
+    replicas = {
+        LanguageModelReplica: model,
+        PreprocessorReplica: preprocessor,
+        VisionEncoderReplica: encoder,
+    }
+    for replica, handle in replicas.items():
+        for name, args in handle.calls:
+            bound = inspect.signature(getattr(replica, name)).bind(None, *args).arguments
+            # Parameters of one type in the wrong order would be bound as well.
+            assert bound.get("span", {}) == {}, name
+            assert all(row is None for row in bound.get("rows", ())), name
+    assert {name for name, _ in model.calls} == {"hold", "generate", "embed", "max_model_len", "device"}
