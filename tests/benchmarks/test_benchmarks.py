@@ -4,10 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as all_of_them
-from benchmarks import host, load, memory, offline, serve
+from benchmarks import autoscaling_sim, host, load, memory, offline, serve
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine.config import EngineConfig
 from engine.frontend import Frontend
@@ -83,3 +84,18 @@ def test_every_benchmark_is_among_all_of_them():
     files = Path(all_of_them.__file__).parent.glob("*.py")
     runnable = {file.stem for file in files if "\ndef main(" in file.read_text()} - {"__main__"}
     assert all_of_them.BENCHMARKS.keys() == runnable
+
+
+def test_the_policy_follows_a_simulated_burst_and_shrinks_again():
+    hour = 3600 // autoscaling_sim.STEP
+    texts, images = np.full(hour, 4), np.zeros(hour, int)
+    images[hour // 4 : hour // 2] = 80
+    stages = ("preprocessor", "encoder", "language_model")
+    scaled = autoscaling_sim.simulate((texts, images), None, 1, slo=3.0)
+    calm = autoscaling_sim.simulate((texts, np.zeros(hour, int)), None, 1, slo=3.0)
+    fixed = autoscaling_sim.simulate((texts, images), dict.fromkeys(stages, 1), 1, slo=3.0)
+    # Seconds of replicas are given as a share of a day.
+    one = fixed["encoder replicas"]
+    assert all(calm[f"{stage} replicas"] == pytest.approx(one) for stage in stages)
+    assert all(one < scaled[f"{stage} replicas"] < 6 * one for stage in stages)
+    assert calm["missed %"] == 0 and scaled["missed %"] < fixed["missed %"] / 2
