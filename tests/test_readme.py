@@ -26,7 +26,8 @@ def test_the_configuration_is_valid_and_reaches_the_deployments():
     (block,) = blocks("yaml")
     config = AppConfig.model_validate(yaml.safe_load(block))
     encoder = config.models[1].encoder.options()
-    assert encoder["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 4}
+    scale = encoder["autoscaling_config"]
+    assert (scale["min_replicas"], scale["max_replicas"]) == (1, 4)
     assert "num_replicas" not in encoder
     assert encoder["ray_actor_options"]["num_gpus"] == 0.2
 
