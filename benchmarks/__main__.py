@@ -1,6 +1,6 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [kernels] [host] [ingress] [load] [memory] [offline] [serve] [tiles]
+python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [memory] [offline] [routing] [serve] [tiles]
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ BENCHMARKS = {
     "memory": ("--shape qwen2-vl-2b", "--requests 200"),
     "offline": ("--shape qwen2-vl-2b", "--shape tiny"),
     "tiles": ("", ""),
+    "autoscaling_sim": ("", "--trace nightly"),
+    "routing": ("", "--requests 60 --replicas 2"),
     "serve": (
         "--gpu --shape qwen2-vl-2b --rates 8,16,32 --requests 200 --preprocessors 4",
         "--shape tiny --rates 4,8 --requests 12",
