@@ -69,7 +69,7 @@ def test_the_outcome_of_a_request(error, expected):
 
 
 def test_a_stage_counts_a_request_while_it_runs_and_when_it_fails():
-    meter = StageMeter(lambda: 7, Histogram(COUNT_BUCKETS).snapshot)
+    meter = StageMeter("stage", lambda: 7, Histogram(COUNT_BUCKETS).snapshot)
 
     def value(name: str, **labels: str) -> float:
         return samples([Part({}, meter.families())])[(f"sightline_stage_{name}", *labels.items())]
