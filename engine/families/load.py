@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import nn
 
 from engine.checkpoint.folder import Checkpoint
-from engine.checkpoint.rules import ModelPart
+from engine.checkpoint.rules import TIED_HEAD, ModelPart, WeightRules
 from engine.distributed.group import SingleProcessGroup, TensorParallelGroup
 from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig
@@ -16,6 +17,7 @@ from engine.families.registry import family_named
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.weights.loader import fill_from_checkpoint, fill_with_noise, match_tensors
+from engine.weights.tied import EMBEDDINGS, StoredHead, stored_head
 
 LoadFormat = Literal["auto", "dummy"]
 
@@ -42,8 +44,11 @@ def load_language_model(
             checked before any tensor is read.
     """
     build = BuildContext(device, dtype, tp or SingleProcessGroup())
+    rules = None
+    if load_format != "dummy":
+        config, rules = _stored(checkpoint, config)
     decoder = Decoder(config.decoder, build, max_model_len=max_model_len)
-    _fill(decoder, "language", checkpoint, config, load_format, seed)
+    _fill(decoder, "language", checkpoint, rules, seed)
     return decoder
 
 
@@ -59,11 +64,11 @@ def load_vision_encoder(
     """The vision part with its weights; arguments and errors as :func:`load_language_model`."""
     if config.vision is None:
         raise CheckpointError(f"{config.architecture} has no vision part")
-    encoder = family_named(config.family).build_encoder(
-        config, BuildContext(device, dtype, SingleProcessGroup())
-    )
+    family = family_named(config.family)
+    encoder = family.build_encoder(config, BuildContext(device, dtype, SingleProcessGroup()))
     assert isinstance(encoder, nn.Module)
-    _fill(encoder, "vision", checkpoint, config, load_format, seed)
+    rules = None if load_format == "dummy" else family.weight_rules(config)
+    _fill(encoder, "vision", checkpoint, rules, seed)
     return encoder
 
 
@@ -75,24 +80,39 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """
     family = family_named(config.family)
     build = BuildContext(torch.device("meta"), torch.float32, SingleProcessGroup())
-    rules = family.weight_rules(config)
-    match_tensors(Decoder(config.decoder, build), "language", checkpoint, rules)
+    stored, rules = _stored(checkpoint, config)
+    match_tensors(Decoder(stored.decoder, build), "language", checkpoint, rules)
     if config.vision is not None:
         encoder = family.build_encoder(config, build)
         assert isinstance(encoder, nn.Module)
         match_tensors(encoder, "vision", checkpoint, rules)
 
 
+def _stored(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, WeightRules]:
+    """``config`` with embeddings tied only if the stored tensors agree with that; the names of the tensors.
+
+    As in Transformers, a stored head with other values than the embeddings is a head of its own, and a head
+    stored without embeddings is both.
+    """
+    family = family_named(config.family)
+    untied = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
+    rules = family.weight_rules(untied)
+    if not config.decoder.tie_word_embeddings:
+        return config, rules
+    head = stored_head(checkpoint, rules)
+    if head is StoredHead.OTHER:
+        return untied, rules
+    if head is StoredHead.ALONE:
+        return config, replace(rules, language=((TIED_HEAD, EMBEDDINGS), *rules.language))
+    return config, family.weight_rules(config)
+
+
 def _fill(
-    module: nn.Module,
-    part: ModelPart,
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    load_format: LoadFormat,
-    seed: int,
+    module: nn.Module, part: ModelPart, checkpoint: Checkpoint, rules: WeightRules | None, seed: int
 ) -> None:
-    if load_format == "dummy":
+    """Fill ``module`` with the checkpoint's tensors; without ``rules``, with noise."""
+    if rules is None:
         fill_with_noise(module, seed)
     else:
-        fill_from_checkpoint(module, part, checkpoint, family_named(config.family).weight_rules(config))
+        fill_from_checkpoint(module, part, checkpoint, rules)
     module.eval()

@@ -7,11 +7,12 @@ import re
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.load import load_language_model, load_vision_encoder
+from engine.families.load import check_tensors, load_language_model, load_vision_encoder
 from engine.families.registry import resolve
 from engine.weights import loader
 from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors, split_shards
@@ -33,9 +34,13 @@ def test_processors_options_are_read_from_the_file_that_transformers_takes(tmp_p
     assert (found.preprocessor_config, found.video_preprocessor_config) == ({"size": 3}, {"size": 4})
 
 
-def load(path, part="language", **options):
+def opened(path):
     checkpoint = Checkpoint.open(str(path))
-    config = resolve(checkpoint).parse(checkpoint)
+    return checkpoint, resolve(checkpoint).parse(checkpoint)
+
+
+def load(path, part="language", **options):
+    checkpoint, config = opened(path)
     function = load_language_model if part == "language" else load_vision_encoder
     return function(checkpoint, config, device=CPU, dtype=torch.float32, **options)
 
@@ -95,12 +100,34 @@ def test_ignored_tensors_may_be_present(tmp_path):
     before = parameters(path)
     surplus = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
-        "lm_head.weight": torch.zeros(320, 64),
+        "lm_head.weight": before["embed_tokens.weight"].clone(),
         "visual.rotary_pos_emb.inv_freq": torch.zeros(4),
     }
     rewrite_tensors(path, lambda tensors: {**tensors, **surplus})
     after = parameters(path)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_stored_head_of_other_values_is_not_tied(tmp_path):
+    """As in Transformers, whatever config.json says."""
+    path = make_qwen2_vl(tmp_path, tied=True)
+    head = torch.randn(320, 64)
+    rewrite_tensors(path, lambda tensors: {**tensors, "lm_head.weight": head})
+    theirs = transformers.Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, head)
+    ours = parameters(path)
+    assert torch.equal(ours["lm_head.weight"], head)
+    assert torch.equal(ours["embed_tokens.weight"], theirs.get_input_embeddings().weight)
+    check_tensors(*opened(path))
+
+
+def test_a_head_stored_without_embeddings_is_both(tmp_path):
+    path = make_qwen2_vl(tmp_path, tied=True)
+    before = parameters(path)
+    rewrite_tensors(path, renamed(lambda name: "lm_head.weight" if "embed_tokens" in name else name))
+    after = parameters(path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    check_tensors(*opened(path))
 
 
 def test_an_untied_model_needs_its_head(tmp_path):
