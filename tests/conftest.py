@@ -24,6 +24,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+# First, because xdist's own hook reads the groups, and is called before those of conftest files otherwise.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
     """Give tests that start processes more time, and share all tests between workers, if there are any."""
     for item in items:

@@ -64,13 +64,13 @@ REQUESTS = st.lists(
         {
             "text": st.integers(0, 2),
             "pictures": st.lists(st.integers(0, 2), max_size=2),
-            "tokens": st.integers(1, 16),
-            "arrives": st.integers(0, 12),
+            "tokens": st.integers(3, 16),
+            "arrives": st.integers(0, 6),
             "aborted": st.one_of(st.none(), st.integers(1, 15)),
             "priority": st.integers(-1, 1),
         }
     ),
-    min_size=2,
+    min_size=3,
     max_size=9,
 )
 #: Settings that change how a schedule runs. Drawn from a few, since each takes a moment to load.
@@ -93,15 +93,8 @@ def engines(oracle) -> list[LoadedEngine]:
     return [load_engine(EngineConfig(model=oracle.path, max_model_len=ROOM, **kind)) for kind in ENGINES]
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-@given(requests=REQUESTS, kind=st.integers(0, len(ENGINES) - 1))
-def test_tokens_are_those_of_the_request_alone(oracle, engines, requests, kind):
-    engine = engines[kind]
+def run_schedule(oracle: Oracle, engine: LoadedEngine, requests: list[dict]) -> None:
+    """Run ``requests`` on ``engine``; every token must be the one that its request has alone."""
     groups, given_tokens, ended = {}, {}, set()
     for step in range(400):
         for index, spec in enumerate(requests):
@@ -132,10 +125,16 @@ def test_tokens_are_those_of_the_request_alone(oracle, engines, requests, kind):
             assert given_tokens[index] == wanted[: len(given_tokens[index])]
 
 
-def test_the_schedules_were_hard(oracle, engines):
-    """The above proves little unless requests were interrupted, prefixes shared and prompts split."""
+def test_tokens_are_those_of_the_request_alone(oracle, engines):
+    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(requests=REQUESTS, kind=st.integers(0, len(ENGINES) - 1))
+    def run(requests, kind):
+        run_schedule(oracle, engines[kind], requests)
+
+    run()
+    # The above proves little unless requests were interrupted, prefixes shared and prompts split.
     stats = [engine.core.scheduler.stats for engine in engines]
-    assert sum(s.preempted for s in stats) > 50
+    assert sum(s.preempted for s in stats) > 20
     assert sum(s.cached_tokens for s in stats) > 1000
     assert stats[-1].cached_tokens == 0
 
