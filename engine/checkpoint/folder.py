@@ -103,6 +103,14 @@ class Checkpoint:
         return self.json(file) if nested is None else dict(nested)
 
     @cached_property
+    def tensor_names(self) -> frozenset[str]:
+        """Names of all tensors; empty if the folder has neither an index nor weights."""
+        index = self.json("model.safetensors.index.json").get("weight_map")
+        if index is not None:
+            return frozenset(index)
+        return frozenset(self.tensors if any(self.path.glob("*.safetensors")) else ())
+
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors by name, from the headers of all shards.
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.activation import activate
+from engine.kernels.activation import ACTIVATIONS, activate
 from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
-
-ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
@@ -20,7 +17,7 @@ def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
     Args:
         gate_up: ``(T, 2 * I)`` contiguous, gate first.
-        activation: ``silu`` or ``gelu_tanh``.
+        activation: a key of :data:`~engine.kernels.activation.ACTIVATIONS`.
 
     Returns:
         ``(T, I)``. The activation is rounded to the input's dtype before the multiplication, as in
@@ -33,8 +30,7 @@ def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
 def act_mul_reference(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return active * up
+    return ACTIVATIONS[activation](gate) * up
 
 
 def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Activation functions: torch's, by their Hugging Face names, and the same inside kernels."""
+"""Activation functions of MLPs: torch's, by their Hugging Face names, and the same inside kernels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-#: Activations of MLPs without a gate.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
+    "relu": F.relu,
     "silu": F.silu,
 }
 
@@ -30,14 +30,16 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def activate(x, ACTIVATION: tl.constexpr):
     """Apply an activation to float32 ``x``.
 
-    ACTIVATION: a key of ``ACTIVATIONS``, or ``gelu_tanh``, the decoders' name of ``gelu_pytorch_tanh``.
+    ACTIVATION: a key of ``ACTIVATIONS``.
     """
     if ACTIVATION == "silu":
         result = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
         result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh" or ACTIVATION == "gelu_pytorch_tanh":
+    elif ACTIVATION == "gelu_pytorch_tanh":
         result = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "relu":
+        result = tl.maximum(x, 0.0)
     else:
         tl.static_assert(ACTIVATION == "quick_gelu")
         result = x * tl.sigmoid(1.702 * x)

@@ -112,7 +112,7 @@ def linear(
         x: ``(T, K)``, last dimension contiguous.
         weight: ``(N, K)``, last dimension contiguous, dtype of ``x``.
         bias: ``(N,)``.
-        activation: ``silu`` or ``gelu_tanh``: activates the first half of the outputs and multiplies it by
+        activation: its Hugging Face name: activates the first half of the outputs and multiplies it by
             the second half, see :func:`engine.kernels.act_mul.act_mul`.
         counters: the layer's :func:`~engine.kernels.skinny_gemm.split_counters`. None: no split-K, which is
             slower for a few rows.

@@ -78,7 +78,7 @@ class DecoderConfig:
 
     Attributes:
         num_heads, num_kv_heads, head_dim: of the whole model, before it is split over ranks.
-        activation: of the gated MLP, ``silu`` or ``gelu_tanh``.
+        activation: of the gated MLP, by its Hugging Face name.
         max_position: longest context the checkpoint was made for, in tokens, after rotary scaling.
         qkv_bias, o_bias, mlp_bias: whether the projections have biases.
         qk_norm: RMSNorm over each head of q and k, before rotation.

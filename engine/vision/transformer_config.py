@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-VISION_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
-
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
@@ -17,7 +15,7 @@ class VisionConfig:
         patch_dim: numbers per flattened patch, channels before pixels.
         patch_bias: whether the patch projection has a bias.
         bias: whether the blocks' projections have biases; an ungated MLP always has.
-        activation: of the MLP, by its Hugging Face name; one of ``VISION_ACTIVATIONS``.
+        activation: of the MLP, by its Hugging Face name.
         gated_mlp: ``down(act(gate) * up)`` instead of ``fc2(act(fc1))``.
         norm: LayerNorm or RMSNorm.
         class_token: whether a learned token precedes the patches.

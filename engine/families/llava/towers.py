@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.parsing.fields import Json, integer
+from engine.families.parsing.fields import Json, integer, vision_activation
 from engine.families.parsing.processor import parse_normalisation, parse_projector
 from engine.families.parsing.tower import (
     feature_states,
@@ -91,12 +91,6 @@ def _pixtral(raw: Json, processor: Json, hidden: int, strategy: str) -> NativeVi
         )
     stated = {key: value for key, value in (raw.get("vision_config") or {}).items() if value is not None}
     filled = {**_PIXTRAL_DEFAULTS, **stated}
-    if filled["hidden_act"] != "silu":
-        raise CheckpointError(
-            f"config.json: hidden_act {filled['hidden_act']!r} of a tower of the kind pixtral is not "
-            "supported; silu is",
-            param="hidden_act",
-        )
     if integer(filled, "num_channels") != 3:
         raise CheckpointError("config.json: only towers of 3 channels are supported", param="vision_config")
     layers, patch = integer(filled, "num_hidden_layers"), integer(filled, "patch_size")
@@ -110,7 +104,7 @@ def _pixtral(raw: Json, processor: Json, hidden: int, strategy: str) -> NativeVi
         num_heads=integer(filled, "num_attention_heads"),
         patch_dim=3 * patch * patch,
         bias=False,
-        activation="silu",
+        activation=vision_activation(filled["hidden_act"]),
         gated_mlp=True,
         norm="rms",
         norm_eps=_PIXTRAL_NORM_EPS,

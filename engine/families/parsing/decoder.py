@@ -5,17 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from engine.errors import CheckpointError
-from engine.families.parsing.fields import Json, flag, integer, number
+from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.rope import parse_rope, stretched_context
 from engine.families.parsing.windows import parse_windows
 from engine.layers.decoder_config import DecoderConfig
-
-_GATED_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
 
 DecoderKind = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen3", "qwen3_vl", "phi3"]
 
@@ -126,7 +119,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         rms_norm_eps=number(config, "rms_norm_eps"),
         rope=rope,
         max_position=context,
-        activation=_gated_activation(config["hidden_act"]),
+        activation=activation(config["hidden_act"]),
         tie_word_embeddings=config["tie_word_embeddings"] is not None and flag(config, "tie_word_embeddings"),
         qkv_bias=kind in _BIASED_QKV or attention_bias,
         o_bias=attention_bias,
@@ -160,12 +153,3 @@ def _kv_heads(config: Json, kind: DecoderKind, heads: int) -> int:
             param="num_key_value_heads",
         )
     return kv_heads
-
-
-def _gated_activation(name: Any) -> str:
-    if not isinstance(name, str) or name not in _GATED_ACTIVATIONS:
-        raise CheckpointError(
-            f"config.json: hidden_act {name!r} is not supported; {', '.join(_GATED_ACTIVATIONS)} are",
-            param="hidden_act",
-        )
-    return _GATED_ACTIVATIONS[name]

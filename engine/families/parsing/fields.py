@@ -6,9 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.vision.transformer_config import VISION_ACTIVATIONS
 
 Json = Mapping[str, Any]
+
+#: Activations of MLPs that are computed, and the other names that Transformers has for the same functions.
+ACTIVATION_NAMES: dict[Any, str] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 
 
 def integer(config: Json, field: str, *, least: int = 1) -> int:
@@ -57,16 +71,23 @@ def flag(config: Json, field: str) -> bool:
     return value
 
 
-def vision_activation(name: str, field: str = "hidden_act") -> str:
-    """Check the activation ``name`` of a tower or connector, read from ``field``; returns it.
+def activation(name: Any, field: str = "hidden_act", part: str = "") -> str:
+    """The activation ``name``, read from ``field``, as kernels call it.
+
+    Args:
+        part: of the model, for the message, e.g. ``" of the vision part"``.
 
     Raises:
         CheckpointError: it is not supported.
     """
-    if name not in VISION_ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
         raise CheckpointError(
-            f"config.json: {field} {name!r} of the vision part is not supported; "
-            f"{', '.join(VISION_ACTIVATIONS)} are",
+            f"config.json: {field} {name!r}{part} is not supported; {', '.join(ACTIVATION_NAMES)} are",
             param=field,
         )
-    return name
+    return ACTIVATION_NAMES[name]
+
+
+def vision_activation(name: Any, field: str = "hidden_act") -> str:
+    """The same for a tower or connector."""
+    return activation(name, field, " of the vision part")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from engine.checkpoint.folder import Checkpoint
@@ -100,7 +100,7 @@ class ConfigReader:
         refuse_quantised(checkpoint)
         raw = checkpoint.config
         text, kind = self.text(raw)
-        decoder = parse_decoder(text, kind)
+        decoder = with_stored_biases(parse_decoder(text, kind), kind, text, checkpoint)
         vision = None
         if self.vision is not None:
             vision = self.vision(raw, checkpoint.preprocessor_config, decoder.hidden_size)
@@ -115,6 +115,28 @@ class ConfigReader:
             video_token_id=self.video_token(raw, decoder),
         )
         return self.finish(config, checkpoint)
+
+
+def with_stored_biases(
+    decoder: DecoderConfig, kind: DecoderKind, text: Json, checkpoint: Checkpoint
+) -> DecoderConfig:
+    """``decoder`` with the biases that a Mistral checkpoint states and stores.
+
+    Transformers' Mistral class has no biases: it ignores ``attention_bias`` and ``mlp_bias``, and leaves out
+    the tensors. Some checkpoints were made by Llama's class, which has them, and are computed as by that one.
+    """
+    if kind != "mistral":
+        return decoder
+
+    def stored(field: str, name: str) -> bool:
+        return text.get(field) is True and any(tensor.endswith(name) for tensor in checkpoint.tensor_names)
+
+    return replace(
+        decoder,
+        qkv_bias=stored("attention_bias", "self_attn.q_proj.bias"),
+        o_bias=stored("attention_bias", "self_attn.o_proj.bias"),
+        mlp_bias=stored("mlp_bias", "mlp.down_proj.bias"),
+    )
 
 
 def checkpoint_dtype(*configs: Json) -> str:

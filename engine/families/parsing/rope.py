@@ -59,7 +59,10 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
     )
     if rope.depends_on_length and rope.mrope_section is not None:
         raise CheckpointError(
-            f"config.json: rope type {name!r} is not supported for models with mrope_section", param=_PARAM
+            f"config.json: rope type {name!r} is not supported for models with mrope_section: it chooses "
+            "frequencies by a sequence's length, which the positions of images and videos don't tell. "
+            "Use yarn or linear",
+            param=_PARAM,
         )
     return rope
 

@@ -12,7 +12,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.family import Positions
-from engine.families.parsing.fields import Json, integer
+from engine.families.parsing.fields import Json, integer, vision_activation
 from engine.families.qwen2_vl.config import native_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.positions import grid_positions
@@ -43,11 +43,6 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
         "out_hidden_size": hidden,
         **(raw.get("vision_config") or {}),
     }
-    if filled["hidden_act"] != "silu":
-        raise CheckpointError(
-            f"config.json: hidden_act {filled['hidden_act']!r} of the tower is not supported; silu is",
-            param="hidden_act",
-        )
     cell = integer(filled, "patch_size") * integer(filled, "spatial_merge_size")
     window = integer(filled, "window_size") // cell
     if not window:
@@ -60,7 +55,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
             num_layers=integer(filled, "depth"),
             num_heads=integer(filled, "num_heads"),
             patch_dim=patch_dim,
-            activation="silu",
+            activation=vision_activation(filled["hidden_act"]),
             gated_mlp=True,
             norm="rms",
             rope_theta=10000.0,

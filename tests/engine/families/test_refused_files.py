@@ -47,7 +47,7 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (CONFIG, {"vision_config": {"model_type": "pixtral"}}, "should be full"),
         (CONFIG, {"vision_config": {"model_type": "dinov2"}}, "dinov2"),
         (CONFIG, {"text_config": {"model_type": "gemma"}}, "gemma"),
-        (CONFIG, {"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
+        (CONFIG, {"projector_hidden_act": "mish"}, "projector_hidden_act 'mish'"),
         (CONFIG, {"image_token_index": "<image>"}, "image_token_index should be an integer"),
         (CONFIG, {"eos_token_id": [2, "</s>"]}, "eos_token_id should be token ids"),
     ],
@@ -64,7 +64,7 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         ),
     ],
     "LLaVA with Pixtral": [
-        (CONFIG, {"vision_config.hidden_act": "gelu"}, "hidden_act"),
+        (CONFIG, {"vision_config.hidden_act": "tanh"}, "hidden_act"),
         (CONFIG, {"vision_config.num_channels": 1}, "3 channels"),
         ("processor_config.json", {"patch_size": 16}, "patch_size 16 differs"),
         (IMAGES, {"size": {"shortest_edge": 30}}, "size should be longest_edge"),
@@ -105,7 +105,7 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
     "Qwen2.5-VL": [
         (CONFIG, {"vision_config.out_hidden_size": 65}, "out_hidden_size"),
         (CONFIG, {"vision_config.window_size": 7}, "window_size"),
-        (CONFIG, {"vision_config.hidden_act": "gelu"}, "hidden_act"),
+        (CONFIG, {"vision_config.hidden_act": "tanh"}, "hidden_act"),
         (CONFIG, {"vision_config.in_channels": 1}, "3 channels"),
         (VIDEOS, {"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
         (VIDEOS, {"rescale_factor": 1.0}, "rescale_factor"),
@@ -115,7 +115,7 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (CONFIG, {"vision_config.out_hidden_size": 65}, "out_hidden_size"),
         (CONFIG, {"vision_config.num_position_embeddings": 37}, "num_position_embeddings"),
         (CONFIG, {"vision_config.deepstack_visual_indexes": [0, 4]}, "deepstack_visual_indexes"),
-        (CONFIG, {"vision_config.hidden_act": "relu"}, "hidden_act"),
+        (CONFIG, {"vision_config.hidden_act": "relu6"}, "hidden_act"),
     ],
     "MiniCPM-V": [
         (CONFIG, {"version": 2.0}, "version 2.0 .*its tower"),

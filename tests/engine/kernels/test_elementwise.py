@@ -8,6 +8,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 
 from engine.kernels.act_mul import act_mul_reference, act_mul_triton
+from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.kv_write import rotary_kv_write_reference, rotary_kv_write_triton
 from engine.kernels.layer_norm import add_layer_norm_reference, add_layer_norm_triton
 from engine.kernels.paged import KVCache
@@ -148,7 +149,7 @@ def test_axes_of_interleaved_angles():
     assert angle_axes((2, 3, 3), False).tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize(("rows", "size"), [(1, 8), (5, 1100)])
 def test_act_mul(device, dtype, activation, rows, size):
     gate_up = torch.randn(rows, 2 * size, device=device, dtype=dtype)

@@ -69,7 +69,7 @@ def test_a_gemv_equals_float64(device, dtype, outputs, inputs, with_bias):
     [
         (*size, activation, with_residual, (0.01, 30.0)[(i + j + with_residual) % 2])
         for (i, size), (j, activation), with_residual in product(
-            enumerate(SIZES), enumerate([None, "silu", "gelu_tanh"]), [False, True]
+            enumerate(SIZES), enumerate([None, "silu", "gelu_pytorch_tanh"]), [False, True]
         )
     ],
 )
@@ -95,7 +95,7 @@ def test_a_gemv_after_a_norm_equals_float64(device, dtype, outputs, inputs, with
         (*size, activation, rows, (i + j + k) % 2 == 1)
         for (i, size), (j, activation), (k, rows) in product(
             enumerate([(34, 40), (130, 256), (2, 5), (202, 1100), (34, 2500)]),
-            enumerate([None, "silu", "gelu_tanh"]),
+            enumerate([None, "silu", "gelu_pytorch_tanh"]),
             enumerate([1, 2, 16, 17, 64]),
         )
     ],
@@ -108,7 +108,7 @@ def test_a_skinny_gemm_equals_float64(device, dtype, outputs, inputs, with_bias,
     assert_close(result, float64_linear(x, weight, bias, activation), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_the_tolerance_is_that_of_sums_one_product_after_the_other(rows, activation):
     x, weight, _ = problem("cpu", torch.float32, rows, 34, 2500)

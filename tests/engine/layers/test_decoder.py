@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.distributed.group import SingleProcessGroup
+from engine.errors import CheckpointError
 from engine.families.load import load_language_model
 from engine.families.parsing.decoder import parse_decoder
 from engine.families.registry import resolve
@@ -19,7 +20,7 @@ from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.weights.loader import fill_from_checkpoint
 from tests.engine.decoding import kv_caches, metadata, prefill_logits
-from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, spread
+from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, rewrite_json, spread
 
 CPU = torch.device("cpu")
 
@@ -76,6 +77,26 @@ def test_switches_of_qwen(tmp_path, overrides):
     torch.testing.assert_close(
         run(load(path), texts)[0], reference(path, *texts)[0], atol=1e-4, rtol=0, check_dtype=True
     )
+
+
+@pytest.mark.parametrize("biases", [{"attention_bias": True}, {"mlp_bias": True}])
+def test_biases_of_a_mistral_checkpoint_are_added_where_it_states_and_stores_them(tmp_path, biases):
+    """Transformers' Mistral class has none, so the reference is Llama's, of which Mistral is the same."""
+    path = make_text(tmp_path / "llama", "llama", **biases)
+    (expected,) = reference(path, *(texts := prompts(21)))
+    as_mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    rewrite_json(path / "config.json", as_mistral)
+    torch.testing.assert_close(run(load(path), texts)[0], expected, atol=1e-4, rtol=0)
+
+    rewrite_json(path / "config.json", dict.fromkeys(biases, False))
+    with pytest.raises(CheckpointError, match=r"doesn't have: .*bias"):
+        load(path)
+
+
+def test_biases_that_a_mistral_checkpoint_states_without_storing_them_are_none(tmp_path):
+    path = make_text(tmp_path, "mistral", attention_bias=True)
+    texts = prompts(21)
+    torch.testing.assert_close(run(load(path), texts)[0], reference(path, *texts)[0], atol=1e-4, rtol=0)
 
 
 def test_longrope_has_a_table_for_short_and_for_long_sequences(tmp_path):

@@ -9,12 +9,13 @@ import transformers
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.distributed.group import SingleProcessGroup
+from engine.families.parsing.fields import ACTIVATION_NAMES
 from engine.families.parsing.tower import tower_rules
 from engine.kernels.activation import ACTIVATIONS
 from engine.layers.build import BuildContext
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
-from engine.vision.transformer_config import VISION_ACTIVATIONS, VisionConfig
+from engine.vision.transformer_config import VisionConfig
 from engine.weights.loader import fill_from_checkpoint
 from tests.engine.tiny import spread
 
@@ -76,7 +77,7 @@ def test_clip(tmp_path, pixels):
     torch.testing.assert_close(run(tower, pixels, with_class=True), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("activation", VISION_ACTIVATIONS)
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_siglip(tmp_path, pixels, activation):
     raw = transformers.SiglipVisionConfig(**SIZES, hidden_act=activation, vision_use_head=False)
     reference = spread(transformers.SiglipVisionModel(raw))
@@ -98,7 +99,14 @@ def test_siglip(tmp_path, pixels, activation):
 
 
 def test_every_named_activation_exists():
-    assert set(ACTIVATIONS) == set(VISION_ACTIVATIONS)
+    assert set(ACTIVATIONS) == set(ACTIVATION_NAMES.values())
+
+
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+def test_names_of_activations_stand_for_what_transformers_computes(name):
+    x = torch.linspace(-6, 6, 101)
+    expected = transformers.activations.ACT2FN[name](x)
+    torch.testing.assert_close(ACTIVATIONS[ACTIVATION_NAMES[name]](x), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_rms_norm_and_gated_mlp_as_in_qwen2_5_vl(tmp_path):

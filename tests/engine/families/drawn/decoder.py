@@ -21,8 +21,8 @@ _DEFAULT_KV = {
     "qwen3_vl": 32,
 }
 _HAS_HEAD_DIM = ("llama", "mistral", "qwen3", "qwen3_vl")
-#: The first is the usual one; of the others "gelu" is not supported.
-_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "swish", "gelu")
+#: The first is the usual one.
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "swish", "gelu", "relu")
 _SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
@@ -137,6 +137,9 @@ def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         fields["attention_bias"] = True
     if kind == "llama" and draw.varies("mlp bias", 0.2):
         fields["mlp_bias"] = True
+    if kind == "mistral" and draw.varies("bias stated", 0.1):
+        # Its class has none.
+        fields["attention_bias"] = True
 
 
 def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ class LlavaFamily:
         if kind == "pixtral":
             # Its class has neither of the fields, and an axis of angles for each of two directions.
             del tower["layer_norm_eps" if "layer_norm_eps" in tower else "image_size"]
-            tower |= {"hidden_act": "silu", "image_size": side * 2}
+            tower |= {"hidden_act": tower.get("hidden_act", "silu"), "image_size": side * 2}
         if kind == "siglip_vision_model":
             tower["vision_use_head"] = False
         return {**tower, "model_type": kind}
@@ -189,7 +189,7 @@ class OnevisionFamily:
 
 def _connector(draw: Draw, raw: dict[str, Any]) -> None:
     if draw.varies("connector activation", 0.3):
-        names = ("gelu", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu")
+        names = ("gelu", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu", "gelu_fast")
         raw["projector_hidden_act"] = draw.choice("connector's activation", names)
     if draw.varies("connector bias stated", 0.3):
         raw["multimodal_projector_bias"] = draw.choice("connector bias", (True, False))

@@ -115,14 +115,16 @@ class QwenVLFamily:
                 del fields[field]
         if draw.varies("channels stated", 0.4):
             fields[draw.choice("channels' name", ("in_channels", "in_chans"))] = 3
+        act = draw.variant("tower activation", ("", "gelu", "gelu_pytorch_tanh", "relu", "swish"), 0.2)
+        if act:
+            fields["hidden_act"] = act
         if self.kind == "Qwen2VL":
-            act = draw.variant("tower activation", ("", "gelu", "gelu_pytorch_tanh"), 0.2)
             fields |= {
                 "embed_dim": width,
                 "hidden_size": hidden,
                 "mlp_ratio": draw.choice("mlp ratio", (2, 4)),
             }
-            return {**fields, **({"hidden_act": act} if act else {})}
+            return fields
         fields |= {
             "hidden_size": width,
             "out_hidden_size": hidden,

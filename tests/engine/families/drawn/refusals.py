@@ -9,9 +9,8 @@ import re
 
 #: Regular expression of the message, and why it is so.
 LISTED: tuple[tuple[str, str], ...] = (
-    (r"hidden_act '\w+' is not supported", "the gated MLP's kernels have SiLU and tanh-GELU only"),
-    (r"rope type '\w+' is not supported", "this scaling of rotary embeddings is not implemented"),
-    (r"(of the vision part|projector_hidden_act '\w+') is not supported", "the activation has no kernel"),
+    (r"rope type '\w+' is not supported for models with mrope", "no rope by length for three axes"),
+    (r"prompt's positions reach \d+, but", "a video lasts longer than there are positions"),
     (r"preprocessor_config.json: do_\w+ false is not supported", "encoders normalise what they are given"),
     (r"max_model_len is \d+, but the model was made for", "the context is as long as the checkpoint states"),
     (r"tensor_parallel_size is \d+, but", "the heads can't be split over two ranks"),

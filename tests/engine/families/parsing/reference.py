@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import silu
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from engine.kernels.activation import gelu_tanh
+from engine.kernels.activation import ACTIVATIONS
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.rotary import inverse_frequencies
 
@@ -130,7 +129,7 @@ def our_view(config: DecoderConfig) -> dict[str, Any]:
         "layers": config.num_layers,
         "heads": (config.num_heads, config.num_kv_heads, config.head_dim),
         "eps": config.rms_norm_eps,
-        "activation": {"silu": silu, "gelu_tanh": gelu_tanh}[config.activation](_ACTIVATED),
+        "activation": ACTIVATIONS[config.activation](_ACTIVATED),
         "tied": config.tie_word_embeddings,
         "biases": (config.qkv_bias, config.o_bias, config.mlp_bias),
         "normed": config.qk_norm,

@@ -97,7 +97,7 @@ FIELDS: dict[str, list[Any]] = {
     "num_attention_heads": [8, 2],
     "num_key_value_heads": [1, 4],
     "head_dim": [16, 32],
-    "hidden_act": ["gelu_pytorch_tanh", "gelu_new", "swish"],
+    "hidden_act": ["gelu_pytorch_tanh", "gelu_new", "swish", "gelu", "relu", "quick_gelu"],
     "max_position_embeddings": [256],
     "rms_norm_eps": [1e-3, 1e-6, 1e-5],
     "tie_word_embeddings": [True],
@@ -198,7 +198,7 @@ def test_each_field(kind, field):
 def test_drawn_combinations(kind):
     """Every field left out, null or with one of its values, all drawn at once."""
     draw, made = random.Random(kind), 0
-    for _ in range(30):
+    for _ in range(40):
         raw = dict(BASE)
         for field, values in FIELDS.items():
             # Half of the files must be usable, so most fields are as they should be.
