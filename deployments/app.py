@@ -8,6 +8,7 @@ from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig, ModelSpec, Routing, StageConfig
 from deployments.logs import LoggingConfig
+from deployments.ray_serve.hosts import FirstHostRouter, HostReplica
 from deployments.ray_serve.ingress import Ingress
 from deployments.ray_serve.process import LOGGING
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
@@ -35,13 +36,16 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig) -> dict[str, Application]:
         options |= _options(stage, args.logging) | {"name": f"{name}:{spec.slug}"}
         return serve.deployment(**options)(replica).bind(args.tracing, *init)
 
+    hosts = spec.language_model.hosts
+    router = LanguageModelRouter if hosts == 1 else FirstHostRouter
     stages = {
         "language_model": deploy(
             "LanguageModel",
-            LanguageModelReplica,
+            LanguageModelReplica if hosts == 1 else HostReplica,
             spec.language_model,
             spec.engine,
-            request_router_config=_routing(LanguageModelRouter, spec.language_model.routing),
+            *([] if hosts == 1 else [hosts]),
+            request_router_config=_routing(router, spec.language_model.routing),
         )
     }
     if load_media_processor(spec.engine) is None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -15,6 +15,7 @@ from pydantic import (
     PositiveInt,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from deployments.access import KeyConfig
@@ -187,6 +188,11 @@ class LanguageModelConfig(StageConfig):
 
     Attributes:
         routing: ``content`` sends prompts that begin alike to one replica, as far as its load allows.
+        hosts: hosts that share one copy of the model, each with as many ranks. They start together, and
+            when one is lost all are replaced. Replicas are counted in copies of the model; what a replica
+            reserves, each host reserves.
+        gpus_per_host: GPUs of each host, in place of ``num_gpus``. The engine's ``tensor_parallel_size``
+            follows: ``hosts`` times as many.
     """
 
     stage: ClassVar[str] = "language_model"
@@ -194,6 +200,39 @@ class LanguageModelConfig(StageConfig):
     routing: Routing = "content"
     max_ongoing_requests: PositiveInt = 512
     graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
+    hosts: PositiveInt = 1
+    gpus_per_host: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gpus_are_those_of_a_host(cls, values: Any) -> Any:
+        gpus = values.get("gpus_per_host") if isinstance(values, dict) else None
+        if gpus is None:
+            return values
+        if values.get("num_gpus", gpus) != gpus:
+            raise ValueError(f"num_gpus is {values['num_gpus']}, but gpus_per_host is {gpus}: give only one")
+        return {**values, "num_gpus": gpus}
+
+    def options(self) -> dict[str, Any]:
+        """See :meth:`StageConfig.options`. Serve counts hosts, not copies of the model."""
+        options = super().options()
+        if self.hosts == 1:
+            return options
+        if "num_replicas" in options:
+            options["num_replicas"] *= self.hosts
+        else:
+            assert self.autoscaling is not None
+            scale = autoscaling_config(self.stage, self.autoscaling, gang_size=self.hosts)
+            scale = {"min_replicas": 1, "max_replicas": 1} | scale
+            for name in ("min_replicas", "max_replicas", "initial_replicas"):
+                if scale.get(name) is not None:
+                    scale[name] *= self.hosts
+            if "target_ongoing_requests" in scale:
+                # All requests are at the first host, and Serve takes the mean.
+                scale["target_ongoing_requests"] /= self.hosts
+            options["autoscaling_config"] = scale
+        spread = {"gang_size": self.hosts, "gang_placement_strategy": "SPREAD"}
+        return options | {"gang_scheduling_config": spread}
 
 
 class ModelSpec(_Strict):
@@ -233,6 +272,19 @@ class ModelSpec(_Strict):
         names = ("model", "tokenizer", "chat_template", "allowed_local_media_path")
         paths = {name: _resolved(getattr(engine, name)) for name in names}
         return engine.model_copy(update=paths)
+
+    @model_validator(mode="after")
+    def _ranks_fill_the_hosts(self) -> Self:
+        hosts, gpus = self.language_model.hosts, self.language_model.gpus_per_host
+        size = self.engine.tensor_parallel_size
+        if gpus is not None and "tensor_parallel_size" not in self.engine.model_fields_set:
+            size = hosts * gpus
+            object.__setattr__(self, "engine", self.engine.model_copy(update={"tensor_parallel_size": size}))
+        if gpus is not None and size != hosts * gpus:
+            raise ValueError(f"engine.tensor_parallel_size is {size}, but there are {hosts} x {gpus} GPUs")
+        if size % hosts:
+            raise ValueError(f"engine.tensor_parallel_size {size} can't be shared evenly by {hosts} hosts")
+        return self
 
     @property
     def slug(self) -> str:

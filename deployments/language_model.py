@@ -12,6 +12,7 @@ from deployments.stages import Generation, Pooling, stopping_is_loss
 from deployments.tracing import Tracer
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
+from engine.executor.launch import Launcher
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.prompt import EmbeddedMedia
 
@@ -34,13 +35,19 @@ class LanguageModel:
         )
 
     @classmethod
-    def load(cls, config: EngineConfig, tracer: Tracer | None = None) -> Self:
+    def load(
+        cls, config: EngineConfig, tracer: Tracer | None = None, launcher: Launcher | None = None
+    ) -> Self:
         """Load the model that ``config`` names.
+
+        Args:
+            tracer: makes the spans of requests.
+            launcher: starts the ranks beyond the first; processes of this machine if None.
 
         Raises:
             CheckpointError, ConfigError: it can't be loaded or run.
         """
-        return cls(AsyncEngine(config), tracer)
+        return cls(AsyncEngine(config, launcher), tracer)
 
     async def generate(
         self, request: Generation, media: Sequence[EmbeddedMedia]

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from engine.config import EngineConfig
 from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavailable
+from engine.executor.launch import Launcher
 from engine.loading import LoadedEngine, load_engine
 from engine.output_processor import RequestGroup, Result, merge_updates
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
@@ -93,13 +94,14 @@ class AsyncEngine:
 
     Args:
         config: what to load; loading happens here, and takes its time.
+        launcher: starts the ranks beyond the first; processes of this machine if None.
 
     Raises:
         CheckpointError, ConfigError: see :func:`engine.loading.load_engine`.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._engine: LoadedEngine = load_engine(config)
+    def __init__(self, config: EngineConfig, launcher: Launcher | None = None) -> None:
+        self._engine: LoadedEngine = load_engine(config, launcher)
         self.config = config
         self._inbox: deque[tuple[str, RequestGroup]] = deque()
         self._wake = threading.Condition()

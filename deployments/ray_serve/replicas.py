@@ -35,6 +35,7 @@ from deployments.tasks import all_or_none
 from deployments.tracing import Carrier, TracingConfig, current, make_tracer
 from engine.config import EngineConfig
 from engine.errors import SightlineError
+from engine.executor.launch import Launcher
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput
 from engine.prompt import EmbeddedMedia, MediaItem, PreparedMedia
@@ -170,11 +171,14 @@ class LanguageModelReplica:
     Args:
         tracing: where spans go.
         config: the model and how to run it.
+        launcher: starts the ranks beyond the first; processes of this machine if None.
     """
 
-    def __init__(self, tracing: TracingConfig | None, config: EngineConfig) -> None:
+    def __init__(
+        self, tracing: TracingConfig | None, config: EngineConfig, launcher: Launcher | None = None
+    ) -> None:
         prepare_process()
-        self._stage = LanguageModel.load(config, make_tracer(tracing, "language-model"))
+        self._stage = LanguageModel.load(config, make_tracer(tracing, "language-model"), launcher)
         self._held = HeldRequests()
         self._stage.when_dead(leave)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from datetime import timedelta
 from typing import Any, Protocol
@@ -99,7 +100,7 @@ class TorchGroup:
         store, _, _ = next(dist.rendezvous(address, rank, size, timeout=timeout))
         store.set_timeout(timeout)
         make = _nccl if device.type == "cuda" else _gloo
-        backend = make(store, rank, size, timeout, local=urlsplit(address).hostname in _LOCAL)
+        backend = make(store, rank, size, timeout, own_address(urlsplit(address).hostname))
         backend._set_sequence_number_for_group()
         if device.type == "cuda":
             backend.eager_connect_single_device(device)
@@ -164,20 +165,26 @@ class TorchGroup:
 _CLOSE_S = 10.0
 #: Poll interval for the abort flag.
 _ABORT_POLL = timedelta(seconds=1)
-#: Hosts of addresses that only their own machine can reach; the address of a file has no host.
-_LOCAL = (None, "localhost", "127.0.0.1")
 
 
-def _gloo(store: Any, rank: int, size: int, timeout: timedelta, *, local: bool) -> Any:
+def own_address(host: str | None) -> str:
+    """The address of this machine by which ``host`` reaches it; that of the loopback for None."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Sends nothing: it only asks for the route. The port doesn't matter.
+        probe.connect((host or "127.0.0.1", 9))
+        return probe.getsockname()[0]
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: timedelta, address: str) -> Any:
     gloo: Any = c10d.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timeout
     # By default gloo listens on the address that the host's name resolves to.
-    options._devices = [gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()]
+    options._devices = [gloo.create_device(hostname=address)]
     return gloo(store, rank, size, options)
 
 
-def _nccl(store: Any, rank: int, size: int, timeout: timedelta, *, local: bool) -> Any:
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta, address: str) -> Any:
     options = c10d.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return c10d.ProcessGroupNCCL(store, rank, size, options)

@@ -55,8 +55,8 @@ def load_ranks(
         Unavailable: a rank has died.
     """
     check_fit(config, model)
-    check_gpus(config)
     size = config.tensor_parallel_size
+    check_gpus(config, launcher.ranks_here(size))
     if size == 1:
         return ModelRank.load(config, checkpoint, model, SingleProcessGroup())
     return ParallelExecutor(config, checkpoint, model, launcher)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -25,6 +26,9 @@ class Launcher(Protocol):
     def address(self) -> str:
         """Address of the rendezvous; see :meth:`engine.distributed.group.TorchGroup.join`."""
 
+    def ranks_here(self, size: int) -> int:
+        """How many of ``size`` ranks run on this host, 0 included."""
+
     def start(self, size: int) -> list[Connection]:
         """Start ranks ``1 .. size - 1``; return the connections to them, in this order."""
 
@@ -36,6 +40,41 @@ class Launcher(Protocol):
 
     def clear(self) -> None:
         """Remove the rendezvous folder, once all ranks have ended; may be called repeatedly."""
+
+
+def start_rank(line: Connection, ranks_here: int) -> subprocess.Popen[bytes]:
+    """A process that runs :func:`engine.executor.worker.serve` on ``line``, which may be closed here then.
+
+    It ends with this process, however that ends: its standard input closes.
+
+    Args:
+        ranks_here: ranks of this host, which share its threads.
+    """
+    # A fresh interpreter: multiprocessing would run the caller's script again.
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    threads = max(1, torch.get_num_threads() // ranks_here)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "engine.executor.worker", str(line.fileno())],
+        stdin=subprocess.PIPE,
+        env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path},
+        pass_fds=[line.fileno()],
+        # Ctrl-C in a terminal is for the engine's own process.
+        start_new_session=True,
+    )
+
+
+def end_ranks(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End processes of ranks, and return when they are gone; may be called repeatedly."""
+    processes = list(processes)
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    for process in processes:
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 class LocalLauncher:
@@ -52,27 +91,16 @@ class LocalLauncher:
             self._folder = tempfile.TemporaryDirectory(prefix="sightline-ranks-", ignore_cleanup_errors=True)
         return f"file://{self._folder.name}/rendezvous"
 
+    def ranks_here(self, size: int) -> int:
+        return size
+
     def start(self, size: int) -> list[Connection]:
-        # New interpreters: with multiprocessing each process would run the caller's script again.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        threads = max(1, torch.get_num_threads() // size)
-        env = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path}
         connections = []
         for _ in range(1, size):
             ours, theirs = Pipe()
             connections.append(ours)
             with theirs:
-                command = [sys.executable, "-P", "-m", "engine.executor.worker", str(theirs.fileno())]
-                self._processes.append(
-                    subprocess.Popen(
-                        command,
-                        stdin=subprocess.PIPE,
-                        env=env,
-                        pass_fds=[theirs.fileno()],
-                        # Ctrl-C in a terminal is for the engine's own process.
-                        start_new_session=True,
-                    )
-                )
+                self._processes.append(start_rank(theirs, size))
         return connections
 
     def kill(self) -> None:
@@ -80,15 +108,7 @@ class LocalLauncher:
             process.kill()
 
     def stop(self) -> None:
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end_ranks(self._processes)
 
     def clear(self) -> None:
         if self._folder is not None:

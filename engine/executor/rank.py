@@ -111,23 +111,29 @@ class ModelRank:
 
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
-    """Return the device of a rank: the GPU of its number, or PyTorch's default one for a single rank."""
+    """The device of a rank: GPUs in their order, one for each; the one that PyTorch takes if it is alone.
+
+    On each of several hosts PyTorch sees as many GPUs as there are ranks.
+    """
     device = resolve_device(config)
     if device.type == "cuda" and config.tensor_parallel_size > 1:
-        return torch.device("cuda", rank)
+        return torch.device("cuda", rank % torch.cuda.device_count())
     return device
 
 
-def check_gpus(config: EngineConfig) -> None:
-    """Check that there is a GPU for every rank.
+def check_gpus(config: EngineConfig, ranks_here: int) -> None:
+    """Check that every rank of this host has a GPU.
 
     Raises:
-        ConfigError: the machine has fewer GPUs than ``tensor_parallel_size`` ranks.
+        ConfigError: the host has fewer GPUs than ranks; or more, where it is one of several hosts.
     """
     size = config.tensor_parallel_size
-    if size > 1 and resolve_device(config).type == "cuda" and size > (count := torch.cuda.device_count()):
+    if size == 1 or resolve_device(config).type != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if ranks_here > count or (ranks_here < size and ranks_here != count):
         raise ConfigError(
             f"tensor_parallel_size is {size}, but PyTorch sees {count} GPU{'s' * (count > 1)} here and every "
-            "rank needs its own",
+            "rank needs its own" + f": {ranks_here} on each host" * (ranks_here < size),
             param="tensor_parallel_size",
         )

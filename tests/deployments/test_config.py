@@ -84,3 +84,48 @@ def test_placement_and_upgrades_reach_the_deployments():
     surges = [stage["max_surge_percent"] for stage in (language_model, encoder, config.ingress.options())]
     assert surges == [0, 50, 100]
     assert "label_selector" not in config.ingress.options()["ray_actor_options"]
+
+
+def language_model(engine: dict, **fields) -> AppConfig:
+    args = app_args()
+    args["models"][0]["language_model"] = fields
+    args["models"][0]["engine"] |= engine
+    return AppConfig.model_validate(args)
+
+
+def test_ranks_follow_from_hosts_and_their_gpus():
+    (spec,) = language_model({}, hosts=2, gpus_per_host=4, num_replicas=3).models
+    assert spec.engine.tensor_parallel_size == 8
+    options = spec.language_model.options()
+    assert options["num_replicas"] == 6 and options["ray_actor_options"]["num_gpus"] == 4
+    assert options["gang_scheduling_config"]["gang_size"] == 2
+    (same,) = language_model({"tensor_parallel_size": 8}, hosts=2, gpus_per_host=4).models
+    assert same.engine.tensor_parallel_size == 8
+    # Without GPUs, as in tests of several processes.
+    (plain,) = language_model({"tensor_parallel_size": 4}, hosts=2).models
+    assert plain.language_model.options()["ray_actor_options"]["num_gpus"] == 0
+
+
+def test_bounds_of_autoscaling_count_copies_of_the_model():
+    scale = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 64}
+    (spec,) = language_model({}, hosts=2, gpus_per_host=1, autoscaling=scale).models
+    wanted = {"min_replicas": 2, "max_replicas": 6, "target_ongoing_requests": 32}
+    assert spec.language_model.options()["autoscaling_config"] == wanted
+    assert spec.language_model.autoscaling == scale
+
+
+@pytest.mark.parametrize(
+    ("engine", "fields", "message"),
+    [
+        (
+            {"tensor_parallel_size": 4},
+            {"hosts": 2, "gpus_per_host": 4},
+            "is 4, but there are 2 x 4 GPUs",
+        ),
+        ({"tensor_parallel_size": 3}, {"hosts": 2}, "3 can't be shared evenly by 2 hosts"),
+        ({}, {"gpus_per_host": 4, "num_gpus": 2}, "give only one"),
+    ],
+)
+def test_ranks_that_do_not_fill_the_hosts_are_refused(engine, fields, message):
+    with pytest.raises(ValidationError, match=message):
+        language_model(engine, **fields)

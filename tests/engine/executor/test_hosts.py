@@ -1,0 +1,173 @@
+"""Ranks of several hosts, all of which are this machine, give the tokens of one and end together."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.errors import RequestFailed, Unavailable
+from engine.executor.hosts import HostRanks, HostsLauncher, Meeting
+from engine.prompt import EngineInput
+from engine.sampling_params import SamplingParams
+from tests.engine import tiny
+
+LONG = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_per_rank(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if torch.cuda.is_available():
+        pytest.skip("each host would see the GPUs of all")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return tiny.make_qwen2_vl(tmp_path_factory.mktemp("hosts"), gqa_ratio=2, seed=3)
+
+
+class Group:
+    """An engine on this host, and the ranks of other hosts, which find each other by a queue.
+
+    Attributes:
+        hosts: the ranks of the hosts beyond the first.
+        ended: set when one of those has noticed an end.
+    """
+
+    def __init__(self, path: Path, size: int, hosts: int) -> None:
+        self.hosts: list[HostRanks] = []
+        self.ended = threading.Event()
+        self.retracted = threading.Event()
+        meetings: queue.Queue[Meeting] = queue.Queue()
+
+        def join() -> None:
+            meeting = meetings.get(timeout=60)
+            for host in range(1, hosts):
+                self.hosts.append(HostRanks(meeting, host, size // hosts, self.ended.set))
+
+        joining = threading.Thread(target=join)
+        joining.start()
+        launcher = HostsLauncher("127.0.0.1", hosts, meetings.put, self.retracted.set, timeout_s=60)
+        config = EngineConfig(
+            model=str(path), tensor_parallel_size=size, max_model_len=1000, num_kv_blocks=80
+        )
+        self.engine = AsyncEngine(config, launcher)
+        joining.join()
+
+    def close(self) -> None:
+        self.engine.shutdown()
+        for host in self.hosts:
+            host.stop()
+
+
+def ranks() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if "engine.executor.worker" in process.cmdline()]
+
+
+async def tokens(
+    engine: AsyncEngine, params: SamplingParams, on_first: Callable[[], None] | None = None
+) -> list[int]:
+    """The token ids of an answer; ``on_first`` is called when the first ones have come."""
+    found: list[int] = []
+    async for update in engine.generate("request", EngineInput([5, 6, 7, 8, 9]), params):
+        for delta in update.deltas:
+            found += delta.token_ids
+        if on_first is not None:
+            on_first, call = None, on_first
+            call()
+    return found
+
+
+async def test_hosts_together_give_the_tokens_of_one(path):
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    answers = []
+    for size, hosts in ((1, 1), (2, 2), (4, 2)):
+        group = await asyncio.to_thread(Group, path, size, hosts)
+        try:
+            assert len(ranks()) == size - 1
+            answers.append(await tokens(group.engine, params))
+        finally:
+            await asyncio.to_thread(group.close)
+        assert group.retracted.is_set() == (size > 1) and not ranks()
+    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 40
+
+
+async def test_a_host_that_is_lost_ends_the_others(path):
+    group = await asyncio.to_thread(Group, path, 2, 2)
+    try:
+        (process,) = ranks()
+        with pytest.raises((Unavailable, RequestFailed)):
+            await tokens(group.engine, LONG, on_first=process.kill)
+        with pytest.raises(Unavailable):
+            group.engine.check_health()
+        assert await asyncio.to_thread(group.ended.wait, 60)
+        assert not group.hosts[0].alive
+    finally:
+        await asyncio.to_thread(group.close)
+
+
+async def test_hosts_end_with_the_first(path):
+    group = await asyncio.to_thread(Group, path, 2, 2)
+    await asyncio.to_thread(group.engine.shutdown)
+    assert await asyncio.to_thread(group.ended.wait, 60)
+    group.hosts[0].stop()
+    assert not ranks()
+
+
+def launched(launcher: HostsLauncher) -> tuple[threading.Thread, list]:
+    """``launcher.start(2)`` on a thread, and what comes of it."""
+    result: list = []
+
+    def start() -> None:
+        try:
+            result.extend(launcher.start(2))
+        except Unavailable as error:
+            result.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    return thread, result
+
+
+def test_strangers_are_turned_away_and_do_not_stand_in_the_way():
+    meetings: queue.Queue[Meeting] = queue.Queue()
+    launcher = HostsLauncher("127.0.0.1", 2, meetings.put, lambda: None, timeout_s=60)
+    thread, lines = launched(launcher)
+    meeting = meetings.get(timeout=60)
+    with pytest.raises(Unavailable):
+        HostRanks(Meeting(meeting.host, meeting.port, b"another key"), 1, 1, lambda: None)
+    with socket.create_connection((meeting.host, meeting.port)) as stranger:
+        stranger.sendall(b"\\0\\0\\0\\5hello")
+        stranger.shutdown(socket.SHUT_WR)
+    host = HostRanks(meeting, 1, 1, lambda: None)
+    thread.join(60)
+    try:
+        (line,) = lines
+        option = socket.socket(fileno=line.fileno())
+        assert option.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert option.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(16)
+        option.detach()
+    finally:
+        launcher.stop()
+        host.stop()
+    assert not ranks()
+
+
+def test_hosts_that_do_not_come_are_named():
+    gone = threading.Event()
+    launcher = HostsLauncher("127.0.0.1", 2, lambda _: None, gone.set, timeout_s=0.1)
+    thread, result = launched(launcher)
+    thread.join(60)
+    (error,) = result
+    assert isinstance(error, Unavailable) and "[1]" in str(error) and gone.is_set()
