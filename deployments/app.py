@@ -1,5 +1,6 @@
 """Builds the Ray Serve application from a configuration: ``import_path: deployments.app:build``."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
@@ -12,6 +13,7 @@ from deployments.ray_serve.hosts import FirstHostRouter, HostReplica
 from deployments.ray_serve.ingress import Ingress
 from deployments.ray_serve.process import LOGGING
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
+from deployments.ray_serve.reservations import Host, check_reservation, known_hosts
 from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
 from engine.frontend import load_media_processor, load_prompt_builder
 
@@ -20,31 +22,34 @@ def build(args: AppConfig) -> Application:
     """The application that ``args`` describes.
 
     Raises:
-        CheckpointError, ConfigError: a model can't be served. Raised here, before any replica is replaced, so
-            that a running version stays up.
+        CheckpointError, ConfigError: a model can't be served, or no host can hold a replica. Raised here,
+            before any replica is replaced, so that a running version stays up.
     """
-    stages = [_deploy_stages(spec, args) for spec in args.models]
+    hosts = known_hosts()
+    check_reservation("Ingress", args.ingress, hosts)
+    stages = [_deploy_stages(spec, args, hosts) for spec in args.models]
     ingress = serve.deployment(name="Ingress", **_options(args.ingress, args.logging))(Ingress)
     return ingress.bind(args, *stages)
 
 
-def _deploy_stages(spec: ModelSpec, args: AppConfig) -> dict[str, Application]:
+def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str, Application]:
     """Deployments of one model; the ingress gets a handle for each."""
     load_prompt_builder(spec.engine)
 
     def deploy(name: str, replica: type, stage: StageConfig, *init: Any, **options: Any) -> Application:
+        check_reservation(f"{name} of {spec.name}", stage, hosts)
         options |= _options(stage, args.logging) | {"name": f"{name}:{spec.slug}"}
         return serve.deployment(**options)(replica).bind(args.tracing, *init)
 
-    hosts = spec.language_model.hosts
-    router = LanguageModelRouter if hosts == 1 else FirstHostRouter
+    spread = spec.language_model.hosts > 1
+    router = FirstHostRouter if spread else LanguageModelRouter
     stages = {
         "language_model": deploy(
             "LanguageModel",
-            LanguageModelReplica if hosts == 1 else HostReplica,
+            HostReplica if spread else LanguageModelReplica,
             spec.language_model,
             spec.engine,
-            *([] if hosts == 1 else [hosts]),
+            *([spec.language_model.hosts] if spread else []),
             request_router_config=_routing(router, spec.language_model.routing),
         )
     }

@@ -109,8 +109,11 @@ def test_ranks_follow_from_hosts_and_their_gpus():
 def test_bounds_of_autoscaling_count_copies_of_the_model():
     scale = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 64}
     (spec,) = language_model({}, hosts=2, gpus_per_host=1, autoscaling=scale).models
-    wanted = {"min_replicas": 2, "max_replicas": 6, "target_ongoing_requests": 32}
-    assert spec.language_model.options()["autoscaling_config"] == wanted
+    found = spec.language_model.options()["autoscaling_config"]
+    assert (found["min_replicas"], found["max_replicas"]) == (2, 6)
+    # All requests are at the first host of each copy, and only that one reports signals.
+    assert found["policy"]["policy_kwargs"]["gang_size"] == 2
+    assert found["policy"]["policy_kwargs"]["targets"]["requests"] == 64
     assert spec.language_model.autoscaling == scale
 
 

@@ -21,6 +21,8 @@ from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
 from tests.engine import tiny
 
+pytestmark = pytest.mark.processes
+
 LONG = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
 
 
@@ -56,13 +58,15 @@ class Group:
                 self.hosts.append(HostRanks(meeting, host, size // hosts, self.ended.set))
 
         joining = threading.Thread(target=join)
-        joining.start()
+        if hosts > 1:
+            joining.start()
         launcher = HostsLauncher("127.0.0.1", hosts, meetings.put, self.retracted.set, timeout_s=60)
         config = EngineConfig(
             model=str(path), tensor_parallel_size=size, max_model_len=1000, num_kv_blocks=80
         )
         self.engine = AsyncEngine(config, launcher)
-        joining.join()
+        if hosts > 1:
+            joining.join()
 
     def close(self) -> None:
         self.engine.shutdown()
