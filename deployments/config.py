@@ -228,7 +228,7 @@ class LanguageModelConfig(StageConfig):
                 if scale.get(name) is not None:
                     scale[name] *= self.hosts
             if "target_ongoing_requests" in scale:
-                # For a policy of one's own: Serve's take the mean of all hosts, and the first has all requests.
+                # For a policy of one's own: Serve's take the mean over hosts, and the first has all requests.
                 scale["target_ongoing_requests"] /= self.hosts
             options["autoscaling_config"] = scale
         spread = {"gang_size": self.hosts, "gang_placement_strategy": "SPREAD"}
