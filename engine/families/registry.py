@@ -10,10 +10,12 @@ from engine.families.family import Family
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+    "lighton_ocr": ("LightOnOcrForConditionalGeneration",),
     "llava": ("LlavaForConditionalGeneration",),
     "llava_next": ("LlavaNextForConditionalGeneration",),
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration",),
     "minicpm_v": ("MiniCPMV",),
+    "mistral3": ("Mistral3ForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "phi3_v": ("Phi3VForCausalLM",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),

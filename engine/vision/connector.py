@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from engine.layers.build import BuildContext
 from engine.layers.linear import Linear
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.vision.mlp_config import MLPConfig
+from engine.vision.native_config import SquaresConfig
 
 
 class MLPConnector(nn.Module):
@@ -34,6 +37,43 @@ class MLPConnector(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1.activated(x, self.activation))
+
+
+class SquareMerger(nn.Module):
+    """Normalises features, projects each square of them to one feature, and that to a row by an MLP.
+
+    Args:
+        width: of a feature.
+    """
+
+    def __init__(
+        self, width: int, squares: SquaresConfig, mlp: MLPConfig, out_features: int, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.side = squares.side
+        self.norm = RMSNorm(width, squares.norm_eps, build)
+        self.reduction = Linear(width * self.side**2, width, build, bias=False)
+        self.mlp = MLPConnector(width, mlp, out_features, build)
+
+    def forward(self, x: torch.Tensor, grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Rows ``(sum of (h // side) * (w // side), out_features)``.
+
+        Args:
+            x: ``(sum of h * w, width)``, the features of frames one after the other, line by line.
+            grids: ``(h, w)`` of each frame, in patches.
+        """
+        frames = self.norm(x).split([h * w for h, w in grids])
+        squares = [self._squares(part, *grid) for part, grid in zip(frames, grids, strict=True)]
+        return self.mlp(self.reduction(squares[0] if len(squares) == 1 else torch.cat(squares)))
+
+    def _squares(self, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+        """``(squares, width * side²)``: a feature's numbers of all patches lie together, as ``F.unfold`` puts
+        them."""
+        side = self.side
+        down, along = h // side, w // side
+        grid = x.view(h, w, -1)[: down * side, : along * side]
+        split = grid.unflatten(0, (down, side)).unflatten(2, (along, side))
+        return split.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1)
 
 
 class PatchMerger(nn.Module):

@@ -14,7 +14,7 @@ from engine.graphs import Capture
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
-from engine.vision.connector import MLPConnector, PatchMerger
+from engine.vision.connector import MLPConnector, PatchMerger, SquareMerger
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.native_grid import FramePlan, plan_frame, segments_of
 from engine.vision.pixels import PixelInput, blank
@@ -26,7 +26,7 @@ class NativeVisionEncoder(nn.Module):
     """Encodes uint8 images ``(H, W, 3)`` and videos ``(frames, H, W, 3)`` with sides that are multiples of
     ``patch * merge``.
 
-    Grids are ``(t, h, w)`` in patches. Rows are ``(t * h * w / merge², out_features)``, with ``out_features``
+    Grids are ``(t, h, w)`` in patches. Rows are ``(config.rows(grid), out_features)``, with ``out_features``
     more numbers for each deepstack layer. Inside the tower the patches of a merged square are neighbours.
     """
 
@@ -42,7 +42,10 @@ class NativeVisionEncoder(nn.Module):
         )
         merger = partial(PatchMerger, width=width, group=group, out_features=config.out_features, build=build)
         self.merger: nn.Module
-        if config.mlp is not None:
+        if config.squares is not None:
+            assert config.mlp is not None and config.merge_size == 1
+            self.merger = SquareMerger(width, config.squares, config.mlp, config.out_features, build)
+        elif config.mlp is not None:
             self.merger = MLPConnector(config.tower.out_features, config.mlp, config.out_features, build)
         else:
             self.merger = merger(make_norm(config.tower, width, build))
@@ -57,8 +60,9 @@ class NativeVisionEncoder(nn.Module):
 
     def capture_graphs(self, capture: Capture) -> None:
         window, merge = self.config.window, self.config.merge_size
-        side = self.config.patch_size * merge
-        image = blank((side, side, 3), (1, merge, merge), 1)
+        least = merge if self.config.squares is None else self.config.squares.side
+        side = self.config.patch_size * least
+        image = blank((side, side, 3), (1, least, least), 1)
         self.tower.capture_graphs(
             capture,
             window_len=window and (window * merge) ** 2,
@@ -77,7 +81,8 @@ class NativeVisionEncoder(nn.Module):
             ]
         )
         frames = [plan for entry, plan in zip(media, plans, strict=True) for _ in range(entry.item.grid[0])]
-        rows = self._rows(patches, frames).split([entry.item.num_tokens for entry in media])
+        grids = [tuple(entry.item.grid[1:]) for entry in media for _ in range(entry.item.grid[0])]
+        rows = self._rows(patches, frames, grids).split([entry.item.num_tokens for entry in media])
         return [
             self._reorder(part, entry, plan.inverse)
             for part, entry, plan in zip(rows, media, plans, strict=True)
@@ -102,7 +107,7 @@ class NativeVisionEncoder(nn.Module):
             entry.pixels.shape == (*frames, h * side, w * side, 3)
             and entry.pixels.dtype == np.uint8
             and h % merge == w % merge == 0
-            and entry.item.num_tokens == t * h * w // merge**2
+            and entry.item.num_tokens == self.config.rows(entry.item.grid)
         )
         if not fits:
             raise InvalidRequest(
@@ -118,13 +123,17 @@ class NativeVisionEncoder(nn.Module):
             return x
         return x.view(entry.item.grid[0], len(order), -1, x.shape[-1])[:, order].flatten(0, 2)
 
-    def _rows(self, patches: torch.Tensor, frames: Sequence[FramePlan]) -> torch.Tensor:
+    def _rows(
+        self, patches: torch.Tensor, frames: Sequence[FramePlan], grids: Sequence[tuple[int, ...]]
+    ) -> torch.Tensor:
         """Rows of all frames. Patches attend within their frame, and within windows if there are any."""
         if self.config.tower.features:
             return self.merger(self.tower(patches, _segments(frames)[0]))
         segments, windows = frames[0].alone if len(frames) == 1 else _segments(frames)
         *kept, last = self.tower.states(patches, segments, windows=windows, positions=self._positions(frames))
         # Kept outputs are in the order of the blocks, mergers in the order of the configuration.
+        if self.config.squares is not None:
+            return self.merger(last, grids)
         layers = self.config.deepstack_layers
         mergers = [self.deepstack[layers.index(layer)] for layer in sorted(layers)]
         appended = [merger(x) for merger, x in zip(mergers, kept, strict=True)]

@@ -10,6 +10,19 @@ from engine.vision.transformer_config import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
+class SquaresConfig:
+    """The reduction of squares of features in :class:`engine.vision.connector.SquareMerger`.
+
+    Attributes:
+        side: of a square, in patches. A last row or column of patches that fills no square gives no row.
+        norm_eps: of the RMSNorm before it.
+    """
+
+    side: int
+    norm_eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class NativeVisionConfig:
     """A tower of native resolution, and the part that turns its features into rows.
 
@@ -27,6 +40,7 @@ class NativeVisionConfig:
         deepstack_layers: blocks whose merged output is appended to the rows, in order.
         mlp: the MLP that makes a row of each patch (``merge_size`` 1); None merges patches by a
             :class:`engine.vision.connector.PatchMerger`.
+        squares: a reduction of squares of patches to one feature each, before ``mlp``; None if there is none.
     """
 
     tower: VisionConfig
@@ -39,3 +53,10 @@ class NativeVisionConfig:
     position_side: int | None = None
     deepstack_layers: tuple[int, ...] = ()
     mlp: MLPConfig | None = None
+    squares: SquaresConfig | None = None
+
+    def rows(self, grid: tuple[int, ...]) -> int:
+        """Embedding rows of an item with ``grid`` ``(t, h, w)`` in patches."""
+        t, h, w = grid
+        side = self.merge_size if self.squares is None else self.squares.side
+        return t * (h // side) * (w // side)

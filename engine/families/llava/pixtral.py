@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _FILE = "preprocessor_config.json"
+_DEFAULT_PATCH = 16
+"""Of Transformers' PixtralImageProcessor, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,15 @@ class PixtralProcessor:
     """See :class:`engine.families.base.MediaProcessor`. Grids are ``(1, rows, columns)`` in patches.
 
     Attributes:
-        patch: side of a patch in pixels.
+        vision: the tower.
+        multiple: sides of a resized image are multiples of this many pixels.
         longest: greatest ``(width, height)`` of a resized image, in pixels.
         image_token_id: the token that rows replace.
         resample: PIL's filter number.
     """
 
-    patch: int
+    vision: NativeVisionConfig
+    multiple: int
     longest: tuple[int, int]
     image_token_id: int
     resample: int = 3
@@ -43,9 +47,19 @@ class PixtralProcessor:
 
     @classmethod
     def create(
-        cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        options: Mapping[str, Any],
+        *,
+        own_patch: bool = False,
     ) -> PixtralProcessor:
-        """The checkpoint's processor; it has no options."""
+        """The checkpoint's processor; it has no options.
+
+        Args:
+            own_patch: whether sides are multiples of the image processor's own ``patch_size``; else of the
+                side of a row's square, which Transformers' PixtralProcessor asks for.
+        """
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, NativeVisionConfig) and config.image_token_id is not None
         kind = str(raw.get("image_processor_type", "PixtralImageProcessor"))
@@ -57,13 +71,9 @@ class PixtralProcessor:
         require_steps(raw, "do_resize")
         if raw.get("do_center_crop"):
             raise CheckpointError(f"{_FILE}: do_center_crop true is not supported", param="do_center_crop")
-        # The whole processor's patch counts, as in Transformers; the image processor has one of its own.
-        patch = checkpoint.json("processor_config.json").get("patch_size", vision.patch_size)
-        if patch != vision.patch_size:
-            raise CheckpointError(
-                f"processor_config.json: patch_size {patch} differs from the tower's {vision.patch_size}",
-                param="patch_size",
-            )
+        multiple = _check_squares(checkpoint, vision)
+        if own_patch:
+            multiple = _own_patch(raw, vision)
         size = raw.get("size") or {"longest_edge": 1024}
         longest = size.get("longest_edge")
         bounds = (longest, longest) if longest else (size.get("width"), size.get("height"))
@@ -72,7 +82,8 @@ class PixtralProcessor:
                 f"{_FILE}: size should be longest_edge, or height and width, in pixels; got {size}",
                 param="size",
             )
-        return cls(patch, cast(tuple[int, int], bounds), config.image_token_id, raw.get("resample", 3))
+        longest = cast(tuple[int, int], bounds)
+        return cls(vision, multiple, longest, config.image_token_id, raw.get("resample", 3))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """The grid of an image of ``(width, height)`` pixels.
@@ -90,15 +101,24 @@ class PixtralProcessor:
                 f"{self.longest[0]}x{self.longest[1]} pixels nothing is left of its shorter side",
                 param="image",
             )
-        return 1, math.ceil(height / self.patch), math.ceil(width / self.patch)
+        patches = self.multiple // self.vision.patch_size
+        return 1, math.ceil(height / self.multiple) * patches, math.ceil(width / self.multiple) * patches
 
     def check(self, size: tuple[int, int]) -> int:
-        return math.prod(self.grid(size))
+        rows = self.vision.rows(self.grid(size))
+        if not rows:
+            raise InvalidRequest(
+                f"an image of {size[0]}x{size[1]} pixels is too small: this model sees nothing of it",
+                param="image",
+            )
+        return rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
+        self.check(image.size)
+        patch = self.vision.patch_size
         _, rows, columns = self.grid(image.size)
-        pixels = resize(image, (columns * self.patch, rows * self.patch), self.resample)
-        options = {"patch": self.patch}
+        pixels = resize(image, (columns * patch, rows * patch), self.resample)
+        options = {"patch": patch}
         key = content_hash(pixels, family="pixtral", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)
 
@@ -107,3 +127,35 @@ class PixtralProcessor:
 
     def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
         return sized_item(self, description, key)
+
+
+def _check_squares(checkpoint: Checkpoint, vision: NativeVisionConfig) -> int:
+    """Pixels along the side of what becomes a row, which processor_config.json may state too.
+
+    Raises:
+        CheckpointError: it states another patch, or another square of patches, than the tower has.
+    """
+    stated, squares = checkpoint.json("processor_config.json"), vision.squares
+    tower = vision.patch_size, 1 if squares is None else squares.side
+    own = stated.get("patch_size", tower[0]), stated.get("spatial_merge_size", tower[1])
+    if own != tower:
+        raise CheckpointError(
+            f"processor_config.json: patch_size {own[0]} and spatial_merge_size {own[1]} differ from the "
+            f"model's {tower[0]} and {tower[1]}",
+            param="patch_size",
+        )
+    return tower[0] * tower[1]
+
+
+def _own_patch(raw: Mapping[str, Any], vision: NativeVisionConfig) -> int:
+    """The image processor's ``patch_size``, a multiple of the tower's patch, in pixels."""
+    stated = raw.get("patch_size", _DEFAULT_PATCH)
+    sides = set(stated.values()) if isinstance(stated, Mapping) else {stated}
+    side = sides.pop()
+    if sides or not isinstance(side, int) or side <= 0 or side % vision.patch_size:
+        raise CheckpointError(
+            f"{_FILE}: patch_size should be a multiple of the tower's {vision.patch_size} pixels, "
+            f"not {stated!r}",
+            param="patch_size",
+        )
+    return side

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, integer, vision_activation
@@ -14,6 +16,7 @@ from engine.families.parsing.tower import (
     unused_tensors,
 )
 from engine.vision.crops_config import CropVisionConfig
+from engine.vision.mlp_config import MLPConfig
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.normalisation import CLIP_NORMALISATION, HALF_NORMALISATION
 from engine.vision.transformer_config import VisionConfig
@@ -56,7 +59,14 @@ def parse_vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig | 
     if kind in ("clip_vision_model", "siglip_vision_model"):
         return _square(raw, processor, hidden, strategy, clip=kind == "clip_vision_model")
     if kind == "pixtral":
-        return _pixtral(raw, processor, hidden, strategy)
+        if strategy != "full":
+            raise CheckpointError(
+                "config.json: vision_feature_select_strategy should be full for a tower of the kind pixtral",
+                param="vision_feature_select_strategy",
+            )
+        return parse_pixtral(
+            raw, processor, hidden, layer=raw.get("vision_feature_layer", -2), mlp=parse_projector(raw)
+        )
     raise CheckpointError(
         f"config.json: vision tower {kind!r} is not supported; clip_vision_model, siglip_vision_model and "
         "pixtral are",
@@ -83,18 +93,24 @@ def _square(raw: Json, processor: Json, hidden: int, strategy: str, *, clip: boo
     )
 
 
-def _pixtral(raw: Json, processor: Json, hidden: int, strategy: str) -> NativeVisionConfig:
-    if strategy != "full":
-        raise CheckpointError(
-            "config.json: vision_feature_select_strategy should be full for a tower of the kind pixtral",
-            param="vision_feature_select_strategy",
-        )
+def parse_pixtral(
+    raw: Json, processor: Json, hidden: int, *, layer: Any, mlp: MLPConfig
+) -> NativeVisionConfig:
+    """A Pixtral tower, with an MLP that makes a row of each patch.
+
+    Args:
+        raw, processor, hidden: as :func:`parse_vision`.
+        layer: ``vision_feature_layer``, as :func:`engine.families.parsing.tower.parse_clip` takes it.
+
+    Raises:
+        CheckpointError: naming the field that is not supported.
+    """
     stated = {key: value for key, value in (raw.get("vision_config") or {}).items() if value is not None}
     filled = {**_PIXTRAL_DEFAULTS, **stated}
     if integer(filled, "num_channels") != 3:
         raise CheckpointError("config.json: only towers of 3 channels are supported", param="vision_config")
     layers, patch = integer(filled, "num_hidden_layers"), integer(filled, "patch_size")
-    used, features = feature_states(raw.get("vision_feature_layer", -2), layers)
+    used, features = feature_states(layer, layers)
     rope = filled.get("rope_parameters") or {}
     tower = VisionConfig(
         hidden_size=integer(filled, "hidden_size"),
@@ -120,7 +136,7 @@ def _pixtral(raw: Json, processor: Json, hidden: int, strategy: str) -> NativeVi
         temporal_patch_size=1,
         out_features=hidden,
         normalisation=parse_normalisation(processor, CLIP_NORMALISATION),
-        mlp=parse_projector(raw),
+        mlp=mlp,
     )
 
 
@@ -131,26 +147,30 @@ def tower_weights(vision: CropVisionConfig | NativeVisionConfig) -> WeightRules:
         return WeightRules(
             vision=(*connector, *tower_rules(TOWER)), ignore=unused_tensors(TOWER, vision.tower)
         )
-    return WeightRules(
-        vision=(*connector, *_PIXTRAL_RULES),
-        ignore=tuple(
-            TOWER + rf"transformer\.layers\.{layer}\..*"
-            for layer in range(vision.tower.num_layers, vision.tower.stored_layers)
-        ),
-    )
+    return WeightRules(vision=(*connector, *pixtral_rules(TOWER)), ignore=unused_blocks(TOWER, vision.tower))
 
 
 def _connector(vision: CropVisionConfig | NativeVisionConfig) -> str:
     return "connector" if isinstance(vision, CropVisionConfig) else "merger"
 
 
-_PIXTRAL_LAYER = TOWER + r"transformer\.layers\.(\d+)\."
-_PIXTRAL_RULES = (
-    (TOWER + r"patch_conv\.(.*)", r"tower.patch_embed.\1"),
-    (TOWER + r"ln_pre\.(.*)", r"tower.pre_norm.\1"),
-    (_PIXTRAL_LAYER + r"attention_norm\.(.*)", r"tower.blocks.\1.norm1.\2"),
-    (_PIXTRAL_LAYER + r"ffn_norm\.(.*)", r"tower.blocks.\1.norm2.\2"),
-    (_PIXTRAL_LAYER + r"attention\.o_proj\.(.*)", r"tower.blocks.\1.attn.proj.\2"),
-    (_PIXTRAL_LAYER + r"attention\.([qkv]_proj\..*)", r"tower.blocks.\1.attn.\2"),
-    (_PIXTRAL_LAYER + r"feed_forward\.(.*)", r"tower.blocks.\1.mlp.\2"),
-)
+def pixtral_rules(prefix: str) -> tuple[tuple[str, str], ...]:
+    """Rename rules of a Pixtral tower; ``prefix`` as :func:`engine.families.parsing.tower.tower_rules`."""
+    layer = prefix + r"transformer\.layers\.(\d+)\."
+    return (
+        (prefix + r"patch_conv\.(.*)", r"tower.patch_embed.\1"),
+        (prefix + r"ln_pre\.(.*)", r"tower.pre_norm.\1"),
+        (layer + r"attention_norm\.(.*)", r"tower.blocks.\1.norm1.\2"),
+        (layer + r"ffn_norm\.(.*)", r"tower.blocks.\1.norm2.\2"),
+        (layer + r"attention\.o_proj\.(.*)", r"tower.blocks.\1.attn.proj.\2"),
+        (layer + r"attention\.([qkv]_proj\..*)", r"tower.blocks.\1.attn.\2"),
+        (layer + r"feed_forward\.(.*)", r"tower.blocks.\1.mlp.\2"),
+    )
+
+
+def unused_blocks(prefix: str, tower: VisionConfig) -> tuple[str, ...]:
+    """Names to ignore: a Pixtral tower's blocks after the last one that is run."""
+    return tuple(
+        prefix + rf"transformer\.layers\.{layer}\..*"
+        for layer in range(tower.num_layers, tower.stored_layers)
+    )

@@ -50,6 +50,11 @@ def tied_text(raw: Json, text: Json, text_may_tie: bool = True) -> Json:
     return {**text, "tie_word_embeddings": bool(tied)}
 
 
+def tied_unless_stated(fields: TextFields) -> TextFields:
+    """``fields`` for families whose embeddings are tied if config.json has no ``tie_word_embeddings``."""
+    return lambda raw: fields({"tie_word_embeddings": True, **raw})
+
+
 TokenId = Callable[[Json, DecoderConfig], int | None]
 """From config.json and the decoder: the id of a placeholder token."""
 

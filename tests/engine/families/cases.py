@@ -13,6 +13,7 @@ from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.onevision import OnevisionReference, make_onevision
+from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.families.references import (
     LlavaReference,
     TextReference,
@@ -89,6 +90,20 @@ CASES = [
         # Two tiles beside each other with padding, and three below each other.
         single=((60, 44), (9, 300)),
         several=(((90, 30), (33, 70)), ((20, 20), (64, 40), (41, 83))),
+    ),
+    FamilyCase(
+        "Mistral3",
+        make_mistral3,
+        partial(SquaresReference, kind="Mistral3"),
+        frame="<s>[INST]{}[/INST]",
+        placeholder=lambda index, count: "[IMG]",
+    ),
+    FamilyCase(
+        "LightOnOCR",
+        make_lighton_ocr,
+        partial(SquaresReference, kind="LightOnOcr"),
+        frame=qwen.FRAME,
+        placeholder=lambda index, count: "<|image_pad|>",
     ),
     FamilyCase(
         "LLaVA-OneVision",

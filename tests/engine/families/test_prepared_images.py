@@ -27,6 +27,7 @@ from tests.engine.families.llava_variants import image_processor_class, make_lla
 from tests.engine.families.onevision import PATCH as ONEVISION_PATCH
 from tests.engine.families.onevision import make_onevision
 from tests.engine.families.opened import encoder, media_processor
+from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.families.qwen import make_qwen2_5_vl, make_qwen3_vl
 from tests.engine.tiny import make_llava, make_qwen2_vl, picture
 
@@ -58,6 +59,15 @@ def llava(
 
 def pixtral(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
     made = transformers.PixtralImageProcessorPil.from_pretrained(path)(images, return_tensors="pt", **options)
+    ((height, width),) = torch.as_tensor(made["image_sizes"]).tolist()
+    return unfolded(torch.as_tensor(made["pixel_values"]), 8), [(1, height // 8, width // 8)]
+
+
+def pixtral_squares(
+    path: Path, images: Sequence[Image.Image], options: Mapping[str, Any], kind: str
+) -> Patches:
+    processor = SquaresReference.processor_of(path, kind)
+    made = processor(text=processor.image_token, images=list(images), return_tensors="pt")
     ((height, width),) = torch.as_tensor(made["image_sizes"]).tolist()
     return unfolded(torch.as_tensor(made["pixel_values"]), 8), [(1, height // 8, width // 8)]
 
@@ -113,6 +123,11 @@ def _llava(kind: str, **fields: Any) -> Row:
     return Row(partial(make_llava_variant, processor=kind, **fields), SQUARE, partial(llava, kind=kind))
 
 
+def _squares(make: Callable[[Path], object], kind: str) -> Row:
+    sizes = [(60, 44), (44, 60), (29, 97), (641, 480), (17, 16), (96, 96), (97, 95), (500, 90), (33, 340)]
+    return Row(make, sizes, partial(pixtral_squares, kind=kind))
+
+
 def _changed(make: Callable[[Path], object], path: Path, **fields: Any) -> None:
     """Make a checkpoint, and change fields of its preprocessor_config.json; None removes one."""
     make(path)
@@ -145,6 +160,9 @@ ROWS = {
     ),
     "LLaVA-NeXT": Row(make_llava_next, TILED, llava_next),
     "LLaVA-NeXT, hub": Row(partial(make_llava_next, hub=True), TILED, llava_next),
+    "Mistral3": _squares(make_mistral3, "Mistral3"),
+    "LightOnOCR": _squares(make_lighton_ocr, "LightOnOcr"),
+    "LightOnOCR, squares of its own": _squares(partial(make_lighton_ocr, patch=16), "LightOnOcr"),
     "LLaVA-OneVision": Row(make_onevision, TILED, onevision),
     "LLaVA-OneVision, several": Row(make_onevision, TILED, onevision, count=2),
     "LLaVA-OneVision, hub": Row(partial(make_onevision, hub=True), TILED, onevision),
