@@ -21,6 +21,7 @@ from pydantic import (
 from deployments.access import KeyConfig
 from deployments.autoscaling import autoscaling_config
 from deployments.logs import LoggingConfig
+from deployments.references import ReferenceConfig
 from deployments.tracing import TracingConfig
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
@@ -243,6 +244,8 @@ class ModelSpec(_Strict):
         engine: see :class:`engine.config.EngineConfig`; ``engine.model`` may be relative to the working
             directory or to the project's folder.
         preprocessor, encoder: unused by models without a vision part.
+        image_embeds: take embedding rows of images over HTTP, in parts of the type ``image_embeds``. The
+            model reads them as they are, so leave it off unless callers are trusted.
         tool_parser: format of the model's tool calls, see :data:`engine.parsers.formats.TOOL_FORMATS`;
             ``auto`` reads it off the chat template, ``none`` leaves calls in the text.
         reasoning_parser: tags of the model's thoughts, see :data:`engine.parsers.formats.REASONING_TAGS`;
@@ -253,6 +256,7 @@ class ModelSpec(_Strict):
     engine: EngineConfig
     preprocessor: PreprocessorConfig = PreprocessorConfig()
     encoder: EncoderConfig = EncoderConfig()
+    image_embeds: bool = False
     language_model: LanguageModelConfig = LanguageModelConfig()
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -328,6 +332,7 @@ class IngressConfig(StageConfig):
         threads: prompts that are rendered and tokenized at a time.
         stored_responses: the most responses of ``/v1/responses`` that a replica keeps.
         stored_responses_s: seconds for which it keeps them.
+        references: media that a replica keeps for later requests which name them by ``uuid``.
         keys: who may use the server; everybody if there are none. See :class:`deployments.access.KeyConfig`.
         page: serve a page to chat with the models at ``/``, and one that describes the API at ``/docs``.
         cors_origins: web pages that may use the server from a browser, e.g. ``["http://localhost:3000"]``.
@@ -341,6 +346,7 @@ class IngressConfig(StageConfig):
     threads: PositiveInt = 4
     stored_responses: NonNegativeInt = 1024
     stored_responses_s: PositiveFloat = 3600.0
+    references: ReferenceConfig = ReferenceConfig()
     keys: tuple[KeyConfig, ...] = ()
     page: bool = True
     cors_origins: tuple[str, ...] = ()

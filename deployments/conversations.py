@@ -186,7 +186,7 @@ async def tokenize(pipeline: Pipeline, given: Conversation) -> EngineInput:
         SightlineError: under the caller's field names.
     """
     with caller_fields(given.field_names):
-        return await pipeline.tokenize(*_prompt(pipeline, given))
+        return await pipeline.tokenize(*_prompt(pipeline, given), salt=given.cache_salt)
 
 
 @contextmanager

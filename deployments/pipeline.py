@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from deployments.access import caller_salt, charge
+from deployments.access import caller_name, caller_salt, charge
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.metrics.collector import Measured
 from deployments.metrics.ingress import ModelMeter, arrival
+from deployments.references import Owner, ReferenceConfig, References
 from deployments.replay import Patience, attempt_name, carried_on
 from deployments.report import ItemReport, current_report
 from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, StageLost, Stages
@@ -25,7 +26,7 @@ from engine.media.source import MediaSource, check_media_limits
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.parsers.grammar import SpecialTokens
 from engine.pooling_params import PoolingParams
-from engine.prompt import EngineInput, MediaItem
+from engine.prompt import EngineInput, KeptFiles, MediaItem
 from engine.sampling_params import SamplingParams
 
 
@@ -46,6 +47,16 @@ class EncodedPrompt:
     encode_again: Callable[[], Awaitable[tuple[Rows, ...]]] = _no_rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Media:
+    """The media of one request: its sources, and files of earlier requests by the index of the source that
+    names them."""
+
+    sources: Sequence[MediaSource]
+    files: Mapping[int, KeptFiles]
+    owner: Owner
+
+
 class Pipeline:
     """Takes the requests for one model through its stages.
 
@@ -55,6 +66,7 @@ class Pipeline:
         threads: where prompts are rendered and tokenized; never on the event loop.
         replay: how far requests are carried on whose stage dies.
         timeout_s: seconds that a request may take from its arrival; None for no limit.
+        references: which media are kept for later requests.
 
     Attributes:
         meter: counts and times this pipeline's work.
@@ -67,8 +79,11 @@ class Pipeline:
         threads: ThreadPoolExecutor,
         replay: ReplayConfig = ReplayConfig(),
         timeout_s: float | None = None,
+        references: ReferenceConfig = ReferenceConfig(),
     ) -> None:
         self.name = spec.name
+        self._takes_rows = spec.image_embeds
+        self._references = References(references)
         self.task = spec.engine.task
         self.builder = load_prompt_builder(spec.engine)
         self.sampling_defaults = load_sampling_defaults(spec.engine)
@@ -131,14 +146,13 @@ class Pipeline:
             InvalidRequest: before any expensive work.
             Unavailable: a stage is down, or was lost too often.
         """
-        if sources:
-            self._check_media(sources)
+        media = self._media(sources, salt)
         charged = False
         salt = caller_salt(salt)
 
         async def prepare() -> EncodedPrompt:
             nonlocal charged
-            inputs, pixels = await self._build(build, sources)
+            inputs, pixels = await self._build(build, media)
             inputs = replace(inputs, cache_salt=caller_salt(inputs.cache_salt))
             count, limit = len(inputs.token_ids), await self.max_model_len()
             least = 0 if params is None else params.max_tokens or 1
@@ -149,7 +163,7 @@ class Pipeline:
                 charged = True
 
             async def encode_again() -> tuple[Rows, ...]:
-                rows, _ = await self._encode(await self._same_pixels(sources, inputs), salt)
+                rows, _ = await self._encode(await self._same_pixels(media, inputs), salt)
                 return rows
 
             rows, items = await self._encode(pixels, salt)
@@ -159,42 +173,70 @@ class Pipeline:
         return await self._patience("prepare").call(prepare)
 
     async def tokenize(
-        self, build: Callable[[list[MediaItem]], EngineInput], sources: Sequence[MediaSource] = ()
+        self,
+        build: Callable[[list[MediaItem]], EngineInput],
+        sources: Sequence[MediaSource] = (),
+        *,
+        salt: str = "",
     ) -> EngineInput:
         """Build a prompt without encoding its media; arguments and errors as :meth:`prepare`."""
-        if sources:
-            self._check_media(sources)
-        inputs, _ = await self._patience("prepare").call(lambda: self._build(build, sources))
+        media = self._media(sources, salt)
+        inputs, _ = await self._patience("prepare").call(lambda: self._build(build, media))
         return inputs
 
-    def _check_media(self, sources: Sequence[MediaSource]) -> None:
+    def _media(self, sources: Sequence[MediaSource], salt: str) -> _Media:
+        """The media of a request, with the files that its references name.
+
+        Raises:
+            InvalidRequest: the model or the configuration doesn't take them.
+            UnknownReference: nothing is kept under a ``uuid``.
+        """
+        owner = Owner(caller_name(), salt)
+        if not sources:
+            return _Media((), {}, owner)
         if self._stages.preprocessor is None:
             raise InvalidRequest(f"The model {self.name} takes no images.", param=sources[0].where)
         check_media_limits(sources, self._limits)
+        resolved, files = self._references.resolve(owner, sources)
+        rows = next((source for source in resolved if source.rows is not None), None)
+        if rows is not None and not self._takes_rows:
+            raise InvalidRequest(
+                f"{rows.where}: this server takes no embeddings of images, unless its configuration has "
+                "image_embeds: true.",
+                param=rows.where,
+            )
+        return _Media(resolved, files, owner)
 
     async def _build(
-        self, build: Callable[[list[MediaItem]], EngineInput], sources: Sequence[MediaSource]
+        self, build: Callable[[list[MediaItem]], EngineInput], media: _Media
     ) -> tuple[EngineInput, Sequence[Pixels]]:
-        pixels = await self._pixels(sources)
+        pixels = await self._pixels(media)
         loop, began = asyncio.get_running_loop(), time.perf_counter()
         inputs = await loop.run_in_executor(self._threads, build, [each.item for each in pixels])
         current_report().took("prompt", time.perf_counter() - began)
         return inputs, pixels
 
-    async def _pixels(self, sources: Sequence[MediaSource]) -> Sequence[Pixels]:
-        if not sources:
+    async def _pixels(self, media: _Media) -> Sequence[Pixels]:
+        if not media.sources:
             return []
         assert self._stages.preprocessor is not None
-        with self.meter.call("preprocessor"):
-            return await self._stages.preprocessor.prepare(sources)
+        try:
+            with self.meter.call("preprocessor"):
+                pixels = await self._stages.preprocessor.prepare(media.sources, media.files, media.owner.key)
+        except RowsLost:
+            raise self._references.lost(media.owner, media.sources, media.files) from None
+        for source, each in zip(media.sources, pixels, strict=True):
+            if each.kept is not None:
+                self._references.keep(media.owner, source, each.kept)
+        return pixels
 
-    async def _same_pixels(self, sources: Sequence[MediaSource], inputs: EngineInput) -> Sequence[Pixels]:
+    async def _same_pixels(self, media: _Media, inputs: EngineInput) -> Sequence[Pixels]:
         """The pixels of a prompt's media once more.
 
         Raises:
             Unavailable: an address gives another image than before.
         """
-        pixels = await self._pixels(sources)
+        pixels = await self._pixels(media)
         if {span.item.hash for span in inputs.spans} - {each.item.hash for each in pixels}:
             raise Unavailable(
                 "A part of the server stopped while it worked on this request, and the address of one of its "
@@ -212,6 +254,8 @@ class Pipeline:
         assert encoder is not None
 
         async def encode(each: Pixels) -> tuple[Rows, float]:
+            if each.embedded is not None:
+                return each.embedded, 0.0
             began = time.perf_counter()
             return await encoder.encode(each, salt), time.perf_counter() - began
 
@@ -221,7 +265,8 @@ class Pipeline:
         items = []
         for each in pixels:
             rows, seconds = encoded[each.item.hash]
-            items.append(ItemReport(each.item, rows.cached, {**each.seconds, "encode": seconds}))
+            times = {**each.seconds, "encode": seconds}
+            items.append(ItemReport(each.item, rows.cached, times, each.frames))
         return tuple(rows for rows, _ in encoded.values()), items
 
     def generate(
@@ -288,9 +333,12 @@ def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, 
     Args:
         stages: the stages of each model, in the order of ``config.models``.
     """
-    threads = ThreadPoolExecutor(config.ingress.threads, "prompts")
+    ingress = config.ingress
+    threads = ThreadPoolExecutor(ingress.threads, "prompts")
     return {
-        spec.name: Pipeline(spec, each, threads, config.ingress.replay, config.ingress.request_timeout_s)
+        spec.name: Pipeline(
+            spec, each, threads, ingress.replay, ingress.request_timeout_s, ingress.references
+        )
         for spec, each in zip(config.models, stages, strict=True)
     }
 

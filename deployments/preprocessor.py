@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from deployments.metrics.families import Family, Part
@@ -12,15 +13,17 @@ from deployments.metrics.stage import StageMeter
 from deployments.tasks import all_or_none
 from deployments.tracing import Tracer
 from engine.config import EngineConfig
-from engine.frontend import fetch_policy, load_media_processor
+from engine.families.given_rows import GivenRows
+from engine.frontend import fetch_policy, load_embedding_width, load_media_processor
 from engine.media.decode import ImageLimits
 from engine.media.fetch import MediaFetcher
 from engine.media.guard import FetchPolicy
+from engine.media.keys import kept_files
 from engine.media.source import MediaSource
 from engine.media.video.limits import VideoLimits
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.preparation import MediaPreparation
-from engine.prompt import PreparedMedia
+from engine.prompt import KeptFiles, PreparedMedia
 
 T = TypeVar("T")
 
@@ -51,7 +54,12 @@ class Preprocessor:
         processor = load_media_processor(config)
         assert processor is not None, "a text-only model has no preprocessor"
         self._preparation = MediaPreparation(
-            processor, images, videos, max_tokens=config.max_model_len, processes=video_processes
+            processor,
+            images,
+            videos,
+            max_tokens=config.max_model_len,
+            processes=video_processes,
+            rows=GivenRows(load_embedding_width(config), fetch.max_bytes),
         )
         self._fetcher = MediaFetcher(fetch_policy(config, fetch))
         self._threads = ThreadPoolExecutor(threads, "images")
@@ -64,8 +72,14 @@ class Preprocessor:
             "preprocessor", lambda: max(self._on_threads - threads, 0), self._items.snapshot, tracer
         )
 
-    async def prepare(self, sources: Sequence[MediaSource]) -> list[PreparedMedia]:
+    async def prepare(
+        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles] = {}, caller: str = ""
+    ) -> list[PreparedMedia]:
         """Fetch, decode and prepare all media of a request, in order.
+
+        Args:
+            files: files of earlier requests, by the index of the source that names them.
+            caller: name of the caller's API key.
 
         Raises:
             MediaError: an item can't be fetched, decoded or shown; ``param`` is its ``where``.
@@ -75,14 +89,14 @@ class Preprocessor:
             began = time.perf_counter()
             preparation = self._preparation
             processor = preparation.for_prompt(sources)
-            data = await self._fetcher.fetch_all(sources)
+            data = await self._bytes(partial(preparation.decode_rows, processor), sources, files)
             fetched = time.perf_counter()
             received = sum(len(file) for files in data for file in files)
             pixels = await self._on_thread(preparation.check, processor, sources, data)
 
             async def make(source: MediaSource, files: list[bytes]) -> PreparedMedia:
-                work = preparation.prepare, processor, source, files
-                made = await self._on_thread(*work, video=source.is_video_file)
+                work = partial(preparation.prepare, processor, source, files)
+                made = await self._on_thread(_kept, work, source, files, video=source.is_video_file)
                 seconds = {"fetch": fetched - began, "prepare": time.perf_counter() - fetched}
                 return replace(made, seconds=seconds)
 
@@ -98,6 +112,23 @@ class Preprocessor:
             span.note(items=len(sources), bytes=received, pixels=pixels)
             self._meter.count_bytes(received, sum(media.pixels.nbytes for media in prepared))
             return prepared
+
+    async def _bytes(
+        self,
+        decode_rows: Callable[[MediaSource], bytes],
+        sources: Sequence[MediaSource],
+        kept: Mapping[int, KeptFiles],
+    ) -> list[list[bytes]]:
+        """The files of each source: kept, fetched, or with embedding rows."""
+        found = {index: list(entry.files) for index, entry in kept.items()}
+        brought = [source for source in sources if source.index not in found]
+        for source in brought:
+            if source.rows is not None:
+                found[source.index] = [await self._on_thread(decode_rows, source)]
+        wanted = [source for source in brought if source.rows is None]
+        for source, fetched in zip(wanted, await self._fetcher.fetch_all(wanted), strict=True):
+            found[source.index] = fetched
+        return [found[source.index] for source in sources]
 
     async def collect(self) -> list[Part]:
         """The metrics of this stage."""
@@ -140,3 +171,9 @@ class Preprocessor:
             return await asyncio.get_running_loop().run_in_executor(threads, work, *args)
         finally:
             self._on_threads -= 1
+
+
+def _kept(prepare: Callable[[], PreparedMedia], source: MediaSource, files: Sequence[bytes]) -> PreparedMedia:
+    """Prepare an item, with its files if later requests may name it."""
+    made = prepare()
+    return replace(made, kept=kept_files(files)) if source.uuid else made

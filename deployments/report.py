@@ -24,11 +24,13 @@ class ItemReport:
         item: its description.
         cached: its embedding rows were in the encoder's cache.
         seconds: duration of each stage, by the stage's name: ``fetch``, ``prepare``, ``encode``.
+        frames: frames of a video that the model was shown; 1 for an image.
     """
 
     item: MediaItem
     cached: bool
     seconds: Mapping[str, float]
+    frames: int = 1
 
 
 @dataclass(slots=True)

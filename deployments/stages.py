@@ -20,7 +20,7 @@ from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
 from engine.progress import Progress
-from engine.prompt import EngineInput, MediaItem
+from engine.prompt import EngineInput, KeptFiles, MediaItem
 from engine.sampling_params import SamplingParams
 
 
@@ -52,6 +52,21 @@ class Pixels(Protocol):
     @property
     def seconds(self) -> Mapping[str, float]:
         """Durations of the steps of its preparation: ``fetch`` and ``prepare``."""
+        ...
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video that the model is shown; 1 for an image."""
+        ...
+
+    @property
+    def kept(self) -> KeptFiles | None:
+        """The item's encoded files, if its source has a ``uuid`` and brought them."""
+        ...
+
+    @property
+    def embedded(self) -> "Rows | None":
+        """Embedding rows that the caller gave in place of an image; None if the encoder makes them."""
         ...
 
 
@@ -104,11 +119,19 @@ class Stage(Protocol):
 class PreprocessorStage(Stage, Protocol):
     """Fetches, decodes and resizes images. Needs no GPU."""
 
-    async def prepare(self, sources: Sequence[MediaSource]) -> Sequence[Pixels]:
+    async def prepare(
+        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str
+    ) -> Sequence[Pixels]:
         """Prepare all media of a request, in order.
+
+        Args:
+            files: files from earlier requests, by the index of the source that names them; made by the
+                preprocessor stage of the same implementation.
+            caller: name of the caller's API key.
 
         Raises:
             MediaError: an item can't be fetched, decoded or shown; ``param`` is its ``where``.
+            RowsLost: some of ``files`` are lost with the process that held them.
         """
         ...
 

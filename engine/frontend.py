@@ -74,6 +74,11 @@ def load_media_processor(config: EngineConfig) -> MediaProcessor | None:
     return family.media_processor(checkpoint, model, config.mm_processor_kwargs)
 
 
+def load_embedding_width(config: EngineConfig) -> int:
+    """Numbers per embedding row of ``config.model``; errors as :func:`load_media_processor`."""
+    return _describe(config)[2].embedding_width
+
+
 def fetch_policy(config: EngineConfig, policy: FetchPolicy) -> FetchPolicy:
     """``policy`` with the folder that ``config`` allows media to be read from."""
     if config.allowed_local_media_path is None:
@@ -271,6 +276,12 @@ class Frontend:
             processor = naming.nameless()
         items = []
         for source in sources:
+            if source.rows is not None or source.is_reference:
+                raise InvalidRequest(
+                    f"{source.where}: only a server takes this; give the image itself, or its embeddings in "
+                    "multi_modal_data.",
+                    param=source.where,
+                )
             if source.is_video_file:
                 data = self._fetcher.fetch_blocking(source, budget)
                 items.append(self._preparation.prepare(processor, source, [data]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from PIL import Image
 
 from engine.errors import ContextLengthExceeded, InvalidRequest, MediaTooLarge
 from engine.families.base import AdjustableProcessor, MediaProcessor, PromptAwareProcessor, VideoProcessor
+from engine.families.given_rows import GivenRows
 from engine.media.decode import ImageLimits, check_total, decode_image, read_size
 from engine.media.source import MediaSource
 from engine.media.video.decoder import OpenVideo, VideoDecoder
@@ -28,6 +30,7 @@ class MediaPreparation:
         videos: limits on videos.
         max_tokens: the model's context; None if it isn't known.
         processes: videos decoded at a time.
+        rows: checks embedding rows in place of images; None refuses them.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class MediaPreparation:
         *,
         max_tokens: int | None = None,
         processes: int = 4,
+        rows: GivenRows | None = None,
     ) -> None:
         self.processor = processor
+        self._rows = rows
         self._images = images or ImageLimits()
         self._videos = videos or VideoLimits()
         self._decoder = VideoDecoder(self._videos, processes=processes)
@@ -77,7 +82,7 @@ class MediaPreparation:
         sizes: list[tuple[int, int]] = []
         tokens = 0
         for source, files in zip(sources, data, strict=True):
-            if source.is_video_file:
+            if source.is_video_file or source.rows is not None:
                 continue
             measured = [read_size(image, self._images, where=source.where) for image in files]
             sizes += measured
@@ -90,17 +95,26 @@ class MediaPreparation:
     def prepare(
         self, processor: MediaProcessor, source: MediaSource, files: Sequence[bytes]
     ) -> PreparedMedia:
-        """Prepare one item from its encoded files: an image, a video's frames, or a video file.
+        """Prepare one item from its encoded files: an image, a video's frames, a video file, or the file of
+        :meth:`decode_rows`.
 
         Raises:
             MediaError: a file can't be decoded.
             InvalidRequest: the model can't be shown the item.
         """
+        if source.rows is not None:
+            assert self._rows is not None
+            return self._rows.prepare(processor, source, files[0])
         if source.is_video_file:
             return self._video_file(_for_item(processor, source), source, files[0])
         return self.show(
             processor, source, [decode_image(data, self._images, where=source.where) for data in files]
         )
+
+    def decode_rows(self, processor: MediaProcessor, source: MediaSource) -> bytes:
+        """The file with the embedding rows that ``source`` brings; errors as :meth:`GivenRows.decode`."""
+        assert self._rows is not None
+        return self._rows.decode(processor, source)
 
     def show(
         self, processor: MediaProcessor, source: MediaSource, images: Sequence[Image.Image]
@@ -111,7 +125,7 @@ class MediaPreparation:
             return _name_source(source, processor.prepare, images[0])
         video = _name_source(source, Video.of, images)
         video = Video(video.size, video.count, video.frames, _pace(source.video, len(images)))
-        return _name_source(source, processor.prepare_video, video)
+        return replace(_name_source(source, processor.prepare_video, video), frames=len(images))
 
     def close(self) -> None:
         """End the processes that decode videos."""
@@ -131,7 +145,8 @@ class MediaPreparation:
             )
         self._check_tokens(processor.check_video(info.size, len(indices)))
         pace = Pace.of_indices(indices, info)
-        return processor.prepare_video(Video(info.size, len(indices), opened.frames(indices), pace))
+        shown = processor.prepare_video(Video(info.size, len(indices), opened.frames(indices), pace))
+        return replace(shown, frames=len(indices))
 
     def _check_tokens(self, tokens: int) -> None:
         if self._max_tokens is not None and tokens >= self._max_tokens:

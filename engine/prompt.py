@@ -72,13 +72,40 @@ class PreparedMedia:
     Attributes:
         item: the description.
         pixels: family-defined array; uint8 ``(H, W, 3)`` or ``(N, H, W, 3)`` wherever normalisation can be
-            left to the encoder, float32 otherwise.
+            left to the encoder, float32 otherwise. Of an item that came as embedding rows, these rows.
         seconds: duration of the steps that made it, by name; for reports.
+        frames: frames of a video that the model is shown; 1 for an image.
+        rows: the dtype of the embedding rows in ``pixels`` if the item came as such, as in
+            :class:`EmbeddedMedia`; else None.
+        kept: the files that it was made of, if its source has a ``uuid`` and brought them.
     """
 
     item: MediaItem
     pixels: np.ndarray
     seconds: Mapping[str, float] = field(default_factory=dict)
+    frames: int = 1
+    rows: str | None = None
+    kept: KeptFiles | None = None
+
+    @property
+    def embedded(self) -> EmbeddedMedia | None:
+        """The embedding rows that the caller gave; None if the encoder makes them."""
+        return None if self.rows is None else EmbeddedMedia(self.item.hash, self.pixels, self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFiles:
+    """The encoded files of a media item, for later requests that name it by its ``uuid``.
+
+    Attributes:
+        files: a list of their bytes, or a reference to it.
+        digest: hex hash of all files.
+        size: bytes of all files.
+    """
+
+    files: Any
+    digest: str
+    size: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class MediaUsage(BaseModel):
     Attributes:
         width, height: its size in pixels as the model's processor got it.
         tokens: embedding rows that stand for it in the prompt.
+        frames: frames of a video that the model was shown; 1 for an image.
         cached: its embedding came from the encoder's cache.
         fetch_ms, prepare_ms, encode_ms: as in :class:`Timings`, for this item.
     """
@@ -63,6 +64,7 @@ class MediaUsage(BaseModel):
     width: int
     height: int
     tokens: int
+    frames: int
     cached: bool
     fetch_ms: float
     prepare_ms: float
@@ -97,6 +99,7 @@ def _media(found: ItemReport) -> MediaUsage:
         width=width,
         height=height,
         tokens=found.item.num_tokens,
+        frames=found.frames,
         cached=found.cached,
         **times,
     )

@@ -1,7 +1,8 @@
 """The stages as the ingress sees them: behind handles of Ray Serve deployments."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -24,6 +25,7 @@ from deployments.tracing import current
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
+from engine.prompt import KeptFiles
 
 #: How often a stream is started until it reaches the replica that holds its embeddings.
 _ROUTING_ATTEMPTS = 4
@@ -54,8 +56,14 @@ class RemotePreprocessor(_Remote):
 
     name = "preprocessor"
 
-    async def prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
-        return await _call(self.name, self._handle.prepare, list(sources), current.get())
+    async def prepare(
+        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str
+    ) -> list[PixelsRef]:
+        kept = [(index, replace(entry, files=None)) for index, entry in files.items()]
+        references = [entry.files for entry in files.values()]
+        return await _call(
+            self.name, self._handle.prepare, list(sources), caller, current.get(), kept, *references
+        )
 
 
 class RemoteEncoder(_Remote):

@@ -25,16 +25,25 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.stages import Generation
 from engine.outputs import EngineTimes, OutputDelta, StreamUpdate, Usage
-from engine.prompt import EmbeddedMedia, MediaItem
+from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem
 
 
 @dataclass(frozen=True, slots=True)
 class PixelsRef:
-    """A prepared image: its description, the reference to its pixels, and how long each step took."""
+    """A prepared image: its description, the reference to its pixels, and how long each step took; further
+    fields as in :class:`~engine.prompt.PreparedMedia`."""
 
     item: MediaItem
     pixels: ray.ObjectRef
     seconds: Mapping[str, float] = field(default_factory=dict)
+    frames: int = 1
+    rows: str | None = None
+    kept: KeptFiles | None = None
+
+    @property
+    def embedded(self) -> "RowsRef | None":
+        """The reference to the embedding rows that the caller gave; None if the encoder makes them."""
+        return None if self.rows is None else RowsRef(RowsInfo(self.item.hash, self.rows), self.pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +115,13 @@ class ObjectStore:
             reference inside a result as its own, and until then Ray frees an array without another reference.
     """
 
-    def __init__(self, put: Callable[[np.ndarray], Any] = ray.put, keep_s: float = 10.0) -> None:
+    def __init__(self, put: Callable[[Any], Any] = ray.put, keep_s: float = 10.0) -> None:
         self._put = put
         self._keep_s = keep_s
 
-    async def put(self, array: np.ndarray) -> ray.ObjectRef:
-        """Copy ``array`` into the store, on a thread: megabytes would block the event loop."""
-        reference = await asyncio.to_thread(self._put, array)
+    async def put(self, value: np.ndarray | list[bytes]) -> ray.ObjectRef:
+        """Copy an array or files into the store, on a thread: megabytes would block the event loop."""
+        reference = await asyncio.to_thread(self._put, value)
         asyncio.get_running_loop().call_later(self._keep_s, _drop, reference)
         return reference
 

@@ -6,9 +6,9 @@ Deliberate errors are returned as :class:`~deployments.ray_serve.failures.Refusa
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from engine.errors import SightlineError
 from engine.executor.launch import Launcher
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput
-from engine.prompt import EmbeddedMedia, MediaItem, PreparedMedia
+from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem, PreparedMedia
 
 #: Seconds for which a replica keeps a request whose stream is not asked for. That follows at once, unless its
 #: sender or its client is gone.
@@ -63,17 +63,36 @@ class PreprocessorReplica:
         self._stage = Preprocessor(*[*args, make_tracer(tracing, "preprocessor")])
         self._store = ObjectStore()
 
-    async def prepare(self, sources: Sequence[MediaSource], span: Carrier) -> list[PixelsRef] | Refusal:
-        """Prepare all media of a request, in order."""
-        current.set(span)
-        return await answered(self._prepare(sources))
+    async def prepare(
+        self,
+        sources: Sequence[MediaSource],
+        caller: str,
+        span: Carrier,
+        kept: Sequence[tuple[int, KeptFiles]],
+        *files: Any,
+    ) -> list[PixelsRef] | Refusal:
+        """Prepare all media of a request, in order.
 
-    async def _prepare(self, sources: Sequence[MediaSource]) -> list[PixelsRef]:
-        prepared = await self._stage.prepare(sources)
-        references = await all_or_none(self._store.put(media.pixels) for media in prepared)
-        return [
-            PixelsRef(media.item, ref, media.seconds) for media, ref in zip(prepared, references, strict=True)
-        ]
+        Args:
+            caller: name of the caller's API key.
+            kept: files of earlier requests, each with the index of the source that names it.
+            files: the bytes of each of ``kept``; Ray has resolved their references.
+        """
+        current.set(span)
+        given = {index: replace(entry, files=held) for (index, entry), held in zip(kept, files, strict=True)}
+        return await answered(self._prepare(sources, given, caller))
+
+    async def _prepare(
+        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str
+    ) -> list[PixelsRef]:
+        prepared = await self._stage.prepare(sources, files, caller)
+        return await all_or_none(self._stored(media) for media in prepared)
+
+    async def _stored(self, media: PreparedMedia) -> PixelsRef:
+        kept, pixels = media.kept, await self._store.put(media.pixels)
+        if kept is not None:
+            kept = replace(kept, files=await self._store.put(kept.files))
+        return PixelsRef(media.item, pixels, media.seconds, media.frames, media.rows, kept)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Signals of :mod:`deployments.autoscaling`."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.errors import InvalidRequest, MediaError
 from engine.inputs.video import media_kind, video_source
-from engine.media.source import MediaSource
+from engine.media.source import MediaSource, RowsSource
 from engine.prompt import MediaPart, Message, TextPart
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -22,6 +23,9 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 _IMAGE_PARTS = ("image_url", "input_image", "image")
 _VIDEO_PARTS = ("video_url", "input_video", "video")
 _FILE_PARTS = ("file", "input_file")
+_ROWS_PART = "image_embeds"
+#: Longest ``uuid`` of a part.
+MAX_UUID = 256
 _KEPT = ("name", "tool_call_id", "reasoning_content")
 
 
@@ -99,22 +103,39 @@ def _part(part: Any, where: str, sources: list[MediaSource]) -> TextPart | Media
             raise InvalidRequest(f"{where}.{key} must be a string.", param=f"{where}.{key}")
         return TextPart(part[key])
     index = len(sources)
+    uuid = _uuid(part, where) if kind else ""
     if kind in _IMAGE_PARTS:
-        sources.append(_image(part, kind, index, where))
-        return MediaPart(index, "image")
-    if kind in _VIDEO_PARTS:
-        sources.append(video_source(part, kind, index, where))
-        return MediaPart(index, "video")
-    if kind in _FILE_PARTS:
-        sources.append(_file(part, kind, index, where))
-        return MediaPart(index, sources[-1].kind)
-    raise InvalidRequest(
-        f"{where}.type must be text, image_url, input_image, image, video_url, video or file.",
-        param=f"{where}.type",
-    )
+        source = _image(part, kind, index, where, uuid)
+    elif kind in _VIDEO_PARTS:
+        source = video_source(part, kind, index, where, uuid)
+    elif kind in _FILE_PARTS:
+        source = _file(part, kind, index, where)
+    elif kind == _ROWS_PART:
+        source = _rows(part, index, where, uuid)
+    else:
+        raise InvalidRequest(
+            f"{where}.type must be text, image_url, input_image, image, image_embeds, video_url, video or "
+            "file.",
+            param=f"{where}.type",
+        )
+    sources.append(replace(source, uuid=uuid))
+    return MediaPart(index, source.kind)
 
 
-def _image(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSource:
+def _uuid(part: Mapping[str, Any], where: str) -> str:
+    """The caller's own name for the content of a part; empty if there is none."""
+    uuid = part.get("uuid")
+    if uuid is None:
+        return ""
+    if not isinstance(uuid, str) or not 0 < len(uuid) <= MAX_UUID:
+        raise InvalidRequest(
+            f"{where}.uuid must be a string of 1 to {MAX_UUID} characters.", param=f"{where}.uuid"
+        )
+    return uuid
+
+
+def _image(part: Mapping[str, Any], kind: str, index: int, where: str, uuid: str) -> MediaSource:
+    part_where = where
     key = "image" if kind == "image" and "image" in part else "image_url"
     key = "url" if kind == "image" and "url" in part else key
     value, holder, holder_where = part.get(key), part, where
@@ -127,7 +148,22 @@ def _image(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaS
     detail = holder.get("detail") or "auto"
     if detail not in DETAILS:
         raise InvalidRequest(f"detail must be one of {', '.join(DETAILS)}.", param=f"{holder_where}.detail")
+    if value is None and uuid:
+        return MediaSource(index, f"{part_where}.uuid", detail=detail)
     return _source(value, index, where, detail)
+
+
+def _rows(part: Mapping[str, Any], index: int, where: str, uuid: str) -> MediaSource:
+    """An ``image_embeds`` part: a safetensors file in base64, alone or in an object with its description."""
+    value, at, description = part.get(_ROWS_PART), f"{where}.{_ROWS_PART}", {}
+    if isinstance(value, Mapping):
+        description = {name: given for name, given in value.items() if name != _ROWS_PART}
+        value, at = value.get(_ROWS_PART), f"{at}.{_ROWS_PART}"
+    if value is None and uuid:
+        return MediaSource(index, f"{where}.uuid")
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{at} must be a safetensors file in base64.", param=at)
+    return MediaSource(index, at, rows=RowsSource(value, description))
 
 
 def _source(value: Any, index: int, where: str, detail: str) -> MediaSource:

@@ -46,13 +46,14 @@ def is_video_file(value: Any) -> bool:
     return value[4:8] in boxes or value[:4] == b"\x1aE\xdf\xa3" or value[8:12] == b"AVI "
 
 
-def video_source(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSource:
+def video_source(part: Mapping[str, Any], kind: str, index: int, where: str, uuid: str = "") -> MediaSource:
     """The video of a message part: a file by URL or as bytes, or a list of frames.
 
     Args:
         part: ``{"type": kind, kind: value}``, where the value may be an object with ``url``. Options stand
             in the part or in that object.
         kind: ``video_url``, ``input_video`` or ``video``.
+        uuid: the caller's name for the video, which may stand in its place.
 
     Raises:
         InvalidRequest: naming the field that can't be used.
@@ -68,6 +69,8 @@ def video_source(part: Mapping[str, Any], kind: str, index: int, where: str) -> 
         for name in _OPTIONS
         if name in held
     }
+    if value is None and uuid:
+        return MediaSource(index, f"{where}.uuid", "video", video=video_options(options))
     return read_video(value, options, index, where_value)
 
 

@@ -11,6 +11,8 @@ item prepared from pixels  :func:`content_hash`               pixels (dtype, sha
                                                               also the times of its frames
 item given as embeddings   :func:`embeddings_hash`            rows (dtype, shape, bytes), kind, grid, size,
                                                               times, placeholder
+files kept by ``uuid``     ``deployments.references``:        caller's key and salt, model, ``uuid``; a
+                           owner and ``uuid``                 digest of the bytes tells other content
 encoder's embedding rows   ``engine.encoder``: salt and the   tenant's salt, content hash
                            item's hash
 KV block                   ``BlockHasher``: chain of hashes   engine's secret, model, tenant's salt, rotary
@@ -28,12 +30,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from engine.prompt import MediaItem
+from engine.prompt import KeptFiles, MediaItem
 
 
 def content_hash(
@@ -61,6 +63,15 @@ def embeddings_hash(rows: np.ndarray, dtype: str, item: MediaItem) -> str:
     runs = [[run.token_id, run.count, run.is_embed] for run in item.placeholder]
     item_parts = [item.kind, list(item.grid), list(item.size), list(item.times), runs]
     return _hash(["embeddings", *item_parts], dtype, rows)
+
+
+def kept_files(files: Sequence[bytes]) -> KeptFiles:
+    """An item's encoded files with their digest, for later requests that name the item."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(len(file).to_bytes(8))
+        digest.update(file)
+    return KeptFiles(list(files), digest.hexdigest(), sum(map(len, files)))
 
 
 def _hash(described: list[Any], dtype: str, content: np.ndarray) -> str:

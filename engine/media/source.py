@@ -16,9 +16,22 @@ MediaKind = Literal["image", "video"]
 
 
 @dataclass(frozen=True, slots=True)
+class RowsSource:
+    """Embedding rows in place of an image.
+
+    Attributes:
+        payload: a safetensors file in base64; empty if the file is kept under the source's ``uuid``.
+        description: values by the name of the entry, such as ``image_grid_thw``.
+    """
+
+    payload: str
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class MediaSource:
-    """The source of an image or video. Exactly one of ``url``, ``data``, ``image`` and ``frames`` is set.
-    A video with ``url`` or ``data`` is a file.
+    """The source of an image or video. At most one of ``url``, ``data``, ``image``, ``frames`` and ``rows``
+    is set; none if ``uuid`` names media of an earlier request. A video with ``url`` or ``data`` is a file.
 
     Attributes:
         index: its number in the request, from 0, to which :class:`MediaPart` refers.
@@ -33,6 +46,8 @@ class MediaSource:
             :meth:`engine.families.base.AdjustableProcessor.low_detail`; ``auto``, ``high`` and ``original``
             show it as the model is configured.
         options: the request's ``mm_processor_kwargs``.
+        rows: embedding rows in place of an image.
+        uuid: the caller's own name for the content; empty if there is none.
     """
 
     index: int
@@ -45,10 +60,18 @@ class MediaSource:
     video: VideoOptions = ANY_FRAMES
     detail: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
+    rows: RowsSource | None = None
+    uuid: str = ""
 
     @property
     def is_video_file(self) -> bool:
         return self.kind == "video" and not self.frames
+
+    @property
+    def is_reference(self) -> bool:
+        """True if the source is nothing but the name of earlier media."""
+        brought = (self.url, self.data, self.image, self.rows)
+        return bool(self.uuid) and not self.frames and all(value is None for value in brought)
 
 
 def check_media_limits(

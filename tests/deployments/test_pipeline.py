@@ -9,8 +9,10 @@ import pytest
 
 from deployments.config import AppConfig, ReplayConfig
 from deployments.pipeline import Pipeline
-from deployments.stages import StageLost, Stages
+from deployments.references import ReferenceConfig, References, UnknownReference
+from deployments.stages import RowsLost, StageLost, Stages
 from engine.errors import InvalidRequest, MediaError, Unavailable
+from engine.media.keys import kept_files
 from engine.media.source import MediaSource
 from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
 from engine.sampling_params import SamplingParams
@@ -26,11 +28,15 @@ class Preprocessor:
     errors: list[Exception] = field(default_factory=list)
     calls: int = 0
 
-    async def prepare(self, sources):
+    async def prepare(self, sources, files, caller):
         self.calls += 1
         if self.errors:
             raise self.errors.pop(0)
-        return [PreparedMedia(item(source.url), np.zeros(1)) for source in sources]
+        kept = [None if source.index in files else kept_files([b"."]) for source in sources]
+        names = [source.url or source.uuid for source in sources]
+        return [
+            PreparedMedia(item(name), np.zeros(1), kept=each) for name, each in zip(names, kept, strict=True)
+        ]
 
 
 @dataclass
@@ -118,6 +124,30 @@ async def test_other_errors_are_not_tried_again(spec, error):
     with pytest.raises(type(error)):
         await pipeline(spec, preprocessor).prepare(build, SOURCES)
     assert preprocessor.calls == 1
+
+
+async def test_media_whose_files_are_lost_are_unknown_from_then_on(spec):
+    preprocessor, named = Preprocessor(), [MediaSource(0, "messages[0].content[0].uuid", uuid="a")]
+    served = pipeline(spec, preprocessor)
+    await served.prepare(build, [MediaSource(0, "", url="data:,0", uuid="a")])
+    assert len((await served.prepare(build, named)).media) == 1
+    for errors in ([RowsLost("the process with the files died")], []):
+        preprocessor.errors = errors
+        with pytest.raises(UnknownReference) as error:
+            await served.prepare(build, named)
+        assert error.value.param == "messages[0].content[0].uuid"
+    # The second time nothing is asked for.
+    assert preprocessor.calls == 3
+
+
+async def test_a_request_keeps_the_media_that_it_names(spec):
+    """They may be dropped while it runs, and be needed once more after a loss."""
+    served = pipeline(spec)
+    served._references = References(ReferenceConfig(max_items=1))
+    await served.prepare(build, [MediaSource(0, "", url="data:,0", uuid="a")])
+    prompt = await served.prepare(build, [MediaSource(0, "", uuid="a")])
+    await served.prepare(build, [MediaSource(0, "", url="data:,1", uuid="b")])
+    assert [rows.hash for rows in await prompt.encode_again()] == ["a"]
 
 
 async def test_the_first_item_that_fails_ends_the_others(spec):

@@ -9,7 +9,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.deployments.pictures import ask, circle, square
+from tests.deployments.pictures import ask, circle, data_url, square
 from tests.serving import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
@@ -39,6 +39,25 @@ def test_a_long_item_of_a_stream_and_a_vector(ray_client):
     body = {"model": "tests/vectors", "messages": ask("What is this?", circle("red"))}
     vector = ray_client.post("/embeddings", body=body, cast_to=openai.types.CreateEmbeddingResponse)
     assert len(vector.data[0].embedding) == 256
+
+
+def test_an_image_is_named_by_its_uuid(ray_client):
+    """The replica's files travel by reference, and come back with a later request."""
+
+    def answer(**image) -> str:
+        (message,) = ask("What shape is this?")
+        message["content"].insert(0, {"type": "image_url", "uuid": "a square", **image})
+        made = ray_client.chat.completions.create(
+            model="pocket", messages=[message], max_tokens=12, temperature=0
+        )
+        return made.choices[0].message.content
+
+    with pytest.raises(openai.NotFoundError, match="'a square'"):
+        answer(image_url=None)
+    first = answer(image_url={"url": data_url(square("purple"))})
+    assert "square" in first and answer(image_url=None) == first
+    with pytest.raises(openai.ConflictError):
+        answer(image_url={"url": data_url(square("red"))})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from deployments.stages import Generation, Pooling, RowsLost, StageLost
 from engine.errors import InvalidRequest, SightlineError
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.pooling_params import PoolingParams
-from engine.prompt import EngineInput
+from engine.prompt import EngineInput, KeptFiles
 from engine.sampling_params import SamplingParams
 
 UPDATE = StreamUpdate("one", [OutputDelta(0, "token", [1])], Usage())
@@ -207,10 +207,10 @@ async def test_a_call_that_its_replica_cancels_is_lost_and_its_caller_goes_on():
         def cancel(self):
             pass
 
-    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda sources, span: Call()))
+    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda *_: Call()))
     stage = RemotePreprocessor(SimpleNamespace(options=lambda **_: handle))
     with pytest.raises(StageLost):
-        await stage.prepare([])
+        await stage.prepare([], {}, "")
 
 
 async def test_a_cancelled_call_is_cancelled_in_the_replica_too():
@@ -224,9 +224,9 @@ async def test_a_cancelled_call_is_cancelled_in_the_replica_too():
         def cancel(self):
             cancelled.append(True)
 
-    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda sources, span: Call()))
+    handle = SimpleNamespace(prepare=SimpleNamespace(remote=lambda *_: Call()))
     stage = RemotePreprocessor(SimpleNamespace(options=lambda **_: handle))
-    task = asyncio.ensure_future(stage.prepare([]))
+    task = asyncio.ensure_future(stage.prepare([], {}, ""))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -258,7 +258,8 @@ async def test_every_call_fits_the_method_of_its_replica():
     """Ray binds arguments to parameters in another process, where no type checker looks."""
     model, preprocessor, encoder = Recorder(), Recorder(), Recorder()
     stages = remote_stages(model, preprocessor, encoder)
-    await stages.preprocessor.prepare([])
+    await stages.preprocessor.prepare([], {}, "key")
+    await stages.preprocessor.prepare([], {3: KeptFiles("reference", "digest", 1)}, "key")
     await stages.encoder.encode(PixelsRef("item", "reference"), "tenant")
     for media in ((), (ROWS,)):
         assert [update async for update in stages.language_model.generate(generation(), media)] == [UPDATE]
@@ -276,4 +277,8 @@ async def test_every_call_fits_the_method_of_its_replica():
             # Parameters of one type in the wrong order would be bound as well.
             assert bound.get("span", {}) == {}, name
             assert all(row is None for row in bound.get("rows", ())), name
+            if name == "prepare":
+                kept = [KeptFiles(None, "digest", 1) for _ in bound.get("files", ())]
+                assert bound["caller"] == "key" and [entry for _, entry in bound["kept"]] == kept
+                assert bound.get("files", ()) in ((), ("reference",))
     assert {name for name, _ in model.calls} == {"hold", "generate", "embed", "max_model_len", "device"}

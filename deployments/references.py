@@ -1,0 +1,216 @@
+"""Media that later requests name by the ``uuid`` of the part that brought them."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
+
+from engine.errors import InvalidRequest, SightlineError
+from engine.media.source import MediaSource
+from engine.prompt import KeptFiles
+
+
+class UnknownReference(SightlineError):
+    """No media of this ``uuid`` are kept for the caller."""
+
+    status = 404
+    code = "media_not_cached"
+
+
+class ReferenceConflict(SightlineError):
+    """A ``uuid`` came with other content than before."""
+
+    status = 409
+    code = "media_uuid_conflict"
+
+
+class ReferenceConfig(BaseModel):
+    """How many media an ingress replica keeps for later requests.
+
+    Attributes:
+        max_bytes: most bytes of encoded files, over all callers; 0 keeps none. The files of the key that
+            holds most go first, least recently used ones before others.
+        max_items: most items likewise.
+        seconds: how long after its last use an item is kept.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_bytes: NonNegativeInt = 256 << 20
+    max_items: NonNegativeInt = 16384
+    seconds: PositiveFloat = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The only caller that may use an item: it must not be enough to guess a ``uuid``.
+
+    Attributes:
+        key: name of the API key, also where its cache is shared with others.
+        salt: the request's ``cache_salt``, which keeps apart the tenants behind one key.
+    """
+
+    key: str
+    salt: str
+
+
+@dataclass(slots=True)
+class _Entry:
+    """``form`` is the source without its payload, ``used`` when it was last used."""
+
+    form: MediaSource
+    kept: KeptFiles
+    used: float
+
+
+_Name = tuple[str, str]
+
+
+class References:
+    """The media of one model that are kept by ``uuid``. Used on the event loop alone.
+
+    A ``uuid`` stands for one content as long as it is kept: to replace it would let an earlier conversation
+    go on about another image.
+
+    Args:
+        config: the limits.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(self, config: ReferenceConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        #: By key; of each the least recently used item first.
+        self._keys: dict[str, OrderedDict[_Name, _Entry]] = {}
+        self._bytes: dict[str, int] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all kept files."""
+        return sum(self._bytes.values())
+
+    def resolve(
+        self, owner: Owner, sources: Sequence[MediaSource]
+    ) -> tuple[list[MediaSource], dict[int, KeptFiles]]:
+        """The sources in the form of the media that they name, and the kept files by the source's index.
+
+        Raises:
+            UnknownReference: nothing is kept under a ``uuid``.
+            InvalidRequest: a part asks for what the kept content can't give.
+        """
+        found: dict[int, KeptFiles] = {}
+        resolved = []
+        for source in sources:
+            if source.is_reference:
+                entry = self._find(owner, source.uuid)
+                if entry is None or entry.form.kind != source.kind:
+                    raise self._unknown(source)
+                found[source.index] = entry.kept
+                source = _in_form(source, entry.form)
+            resolved.append(source)
+        return resolved, found
+
+    def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
+        """Keep the files that ``source`` brought.
+
+        Raises:
+            ReferenceConflict: the ``uuid`` stands for other content.
+        """
+        known = self._find(owner, source.uuid)
+        if known is not None:
+            if (known.kept.digest, known.form.kind) != (kept.digest, source.kind):
+                raise ReferenceConflict(
+                    f"{source.where}: the uuid {source.uuid[:64]!r} stands for other content here; send this "
+                    "one under another uuid.",
+                    param=source.where,
+                )
+            return
+        if kept.size > self._config.max_bytes:
+            return
+        entries = self._keys.setdefault(owner.key, OrderedDict())
+        entries[owner.salt, source.uuid] = _Entry(_form(source), kept, self._clock())
+        self._bytes[owner.key] = self._bytes.get(owner.key, 0) + kept.size
+        self._make_room()
+
+    def lost(
+        self, owner: Owner, sources: Sequence[MediaSource], indices: Mapping[int, object]
+    ) -> SightlineError:
+        """Forget the named media among ``sources``, whose files are lost; the error to report."""
+        named = [source for source in sources if source.index in indices]
+        for source in named:
+            self._drop(owner.key, (owner.salt, source.uuid))
+        return self._unknown(named[0])
+
+    def _find(self, owner: Owner, uuid: str) -> _Entry | None:
+        self._expire(owner.key)
+        entries, name = self._keys.get(owner.key), (owner.salt, uuid)
+        if entries is None or name not in entries:
+            return None
+        entries.move_to_end(name)
+        entries[name].used = self._clock()
+        return entries[name]
+
+    def _expire(self, key: str) -> None:
+        oldest_use = self._clock() - self._config.seconds
+        while (entries := self._keys.get(key)) is not None:
+            name, entry = next(iter(entries.items()))
+            if entry.used > oldest_use:
+                return
+            self._drop(key, name)
+
+    def _make_room(self) -> None:
+        config = self._config
+        while self.held_bytes > config.max_bytes:
+            self._drop_oldest(max(self._bytes, key=self._bytes.__getitem__))
+        while sum(map(len, self._keys.values())) > config.max_items:
+            self._drop_oldest(max(self._keys, key=lambda key: len(self._keys[key])))
+
+    def _drop_oldest(self, key: str) -> None:
+        self._drop(key, next(iter(self._keys[key])))
+
+    def _drop(self, key: str, name: _Name) -> None:
+        entries = self._keys.get(key, OrderedDict())
+        entry = entries.pop(name, None)
+        if entry is None:
+            return
+        self._bytes[key] -= entry.kept.size
+        if not entries:
+            del self._keys[key], self._bytes[key]
+
+    def _unknown(self, source: MediaSource) -> UnknownReference:
+        advice = "send the content itself beside the uuid once more"
+        if not (self._config.max_bytes and self._config.max_items):
+            advice = "this server keeps no media; send the content itself"
+        return UnknownReference(
+            f"{source.where}: no {source.kind} of the uuid {source.uuid[:64]!r} is kept here for this "
+            f"caller; {advice}.",
+            param=source.where,
+        )
+
+
+def _form(source: MediaSource) -> MediaSource:
+    """``source`` without what it brought."""
+    frames = tuple(replace(frame, url=None, data=None, image=None) for frame in source.frames)
+    rows = None if source.rows is None else replace(source.rows, payload="")
+    return replace(source, url=None, data=None, image=None, frames=frames, rows=rows, options={})
+
+
+def _in_form(source: MediaSource, form: MediaSource) -> MediaSource:
+    """A reference with the form of what it names. Frames keep the times of their list if it states none.
+
+    Raises:
+        InvalidRequest: it states times for another number of frames, or for a file.
+    """
+    asked = source.video
+    if form.frames and not asked.is_set:
+        asked = form.video
+    unfit = asked.times and len(asked.times) != len(form.frames)
+    if unfit or (form.frames and asked.num_frames is not None):
+        raise InvalidRequest(
+            f"{source.where}: the kept video has {len(form.frames) or 'no list of'} frames, which timestamps "
+            "or num_frames of this part don't fit.",
+            param=source.where,
+        )
+    return replace(source, frames=form.frames, rows=form.rows, video=asked)
