@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -158,11 +159,12 @@ def _at_load(node: ast.AST) -> Iterator[ast.AST]:
 
 def read_imports(*folders: str, at_load: bool = False) -> dict[str, frozenset[str]]:
     """Every module below ``folders`` with the modules that it imports."""
-    return {
-        module_name(path): frozenset(imported(ast.parse(path.read_text()), at_load=at_load))
-        for folder in folders
-        for path in sources(folder)
-    }
+    return {module_name(path): _imports_of(path, at_load) for folder in folders for path in sources(folder)}
+
+
+@cache
+def _imports_of(path: Path, at_load: bool) -> frozenset[str]:
+    return frozenset(imported(ast.parse(path.read_text()), at_load=at_load))
 
 
 def package_of(module: str, root: str) -> str | None:
