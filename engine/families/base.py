@@ -65,6 +65,8 @@ class PromptFormat:
         image: the placeholder string of an image in a rendered prompt. The prompt builder replaces it by the
             item's placeholder tokens. ``{index}`` in it stands for the image's number in the prompt, from 1.
         video: the same for a video; None if the family has no videos.
+        video_prefix: text that a prompt gets before a video's placeholder string. It is tokenised with the
+            text before it; the rest of a video's text is the family's ``placeholder``.
         separator: joins the parts of a message for chat templates that take strings.
         split_at_media: whether the texts before, between and after placeholder strings are tokenised piece by
             piece, each with the tokenizer's special tokens (Phi-3.5-vision), instead of as one text.
@@ -73,6 +75,7 @@ class PromptFormat:
 
     image: str | None = None
     video: str | None = None
+    video_prefix: str = ""
     separator: str = ""
     split_at_media: bool = False
     default_template: str | None = None

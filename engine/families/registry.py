@@ -10,6 +10,7 @@ from engine.families.family import Family
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+    "internvl": ("InternVLForConditionalGeneration",),
     "lighton_ocr": ("LightOnOcrForConditionalGeneration",),
     "llava": ("LlavaForConditionalGeneration",),
     "llava_next": ("LlavaNextForConditionalGeneration",),

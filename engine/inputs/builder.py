@@ -207,6 +207,8 @@ class PromptBuilder:
     ) -> EngineInput:
         """Tokenise a rendered prompt and expand its placeholder strings."""
         built = PromptAssembly(items, self._expand)
+        if self._format.video is not None and self._format.video_prefix:
+            text = text.replace(self._format.video, self._format.video_prefix + self._format.video)
         if self._placeholders.split:
             self._add_pieces(built, text, stand_ins, items, add_special, param)
         else:

@@ -41,8 +41,14 @@ def whole_and_tiles(image: Image.Image, side: int, tiles: tuple[int, ...], resam
     """
     down, along = tiles
     canvas = resize_on_canvas(image, (along * side, down * side), resample)
-    cut = canvas.reshape(down, side, along, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    return np.concatenate([resize(image, (side, side), resample)[None], cut])
+    return np.concatenate([resize(image, (side, side), resample)[None], cut_in_tiles(canvas, side)])
+
+
+def cut_in_tiles(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Squares ``(down * along, side, side, 3)`` of uint8 pixels ``(down * side, along * side, 3)``, row by
+    row."""
+    rows = pixels.reshape(-1, side, pixels.shape[1] // side, side, 3)
+    return rows.swapaxes(1, 2).reshape(-1, side, side, 3)
 
 
 def resize_in_square(image: Image.Image, side: int, colour: tuple[int, ...], resample: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
 from engine.vision.connector import MLPConnector
 from engine.vision.crops_config import CropVisionConfig
-from engine.vision.pixel_shuffle import PixelShuffleConnector
+from engine.vision.pixel_shuffle import PixelShuffleConnector, ShuffledMLPConnector
 from engine.vision.pixels import PixelInput, blank
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
@@ -98,6 +98,8 @@ def unfit(entry: PreparedMedia) -> InvalidRequest:
 def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
     """The connector from features ``(crops, patches, width)`` to rows ``(crops, rows_per_crop, out)``."""
     width, out = config.tower.out_features, config.out_features
+    if config.pixel_shuffle is not None and config.shuffled_mlp:
+        return ShuffledMLPConnector(width, config.grid_side, config.pixel_shuffle, config.mlp, out, build)
     if config.pixel_shuffle is not None:
         return PixelShuffleConnector(width, config.grid_side, config.pixel_shuffle, out, build)
     return MLPConnector(width, config.mlp, out, build)

@@ -11,7 +11,7 @@ from engine.vision.transformer_config import VisionConfig
 
 @dataclass(frozen=True, slots=True)
 class CropVisionConfig:
-    """A tower of fixed resolution, and a connector: an MLP, or one projection of shuffled pixels.
+    """A tower of fixed resolution, and a connector: an MLP, or a projection of shuffled pixels.
 
     Attributes:
         tower: the transformer; its positions are those of one crop's patches.
@@ -19,9 +19,9 @@ class CropVisionConfig:
         patch_size: side of a patch in pixels.
         drop_first: whether the first token's feature is left out: the class token's if there is one.
         out_features: width of a row.
-        mlp: the MLP connector, if ``pixel_shuffle`` is None.
-        pixel_shuffle: side, in patches, of the square that becomes one row by a single projection; None makes
-            one row of each patch by an MLP.
+        mlp: the MLP connector, if there is one.
+        pixel_shuffle: side, in patches, of the square that becomes one row; None makes one row of each patch.
+        shuffled_mlp: whether a square becomes a row by a LayerNorm and the MLP, else by a single projection.
         bucketed_positions: whether a patch's learned position depends on its place relative to the image's
             size, as in towers that also take images of other sizes; else on its index.
         normalisation: of the pixels' bytes.
@@ -35,6 +35,7 @@ class CropVisionConfig:
     normalisation: Normalisation
     mlp: MLPConfig = field(default_factory=MLPConfig)
     pixel_shuffle: int | None = None
+    shuffled_mlp: bool = False
     bucketed_positions: bool = False
 
     @property

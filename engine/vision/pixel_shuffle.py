@@ -1,4 +1,4 @@
-"""The connector that trades resolution for width."""
+"""Connectors that trade resolution for width."""
 
 from __future__ import annotations
 
@@ -7,16 +7,30 @@ from torch import nn
 
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear
+from engine.layers.norm import LayerNorm
+from engine.vision.connector import MLPConnector
+from engine.vision.mlp_config import MLPConfig
+
+_NORM_EPS = 1e-5
+
+
+def shuffled(x: torch.Tensor, side: int, factor: int) -> torch.Tensor:
+    """Join each square of ``factor`` by ``factor`` features, row by row.
+
+    Args:
+        x: ``(images, side², width)``.
+        side: features along an image's side, a multiple of ``factor``.
+
+    Returns:
+        ``(images, (side / factor)², width * factor²)``.
+    """
+    small = side // factor
+    squares = x.unflatten(1, (small, factor, small, factor)).transpose(2, 3)
+    return squares.flatten(3).flatten(1, 2)
 
 
 class PixelShuffleConnector(nn.Module):
-    """Joins each square of ``factor`` by ``factor`` features, row by row, and projects it to one row.
-
-    Input ``(images, side², width)``, output ``(images, (side / factor)², out_features)``.
-
-    Args:
-        side: features along an image's side, a multiple of ``factor``.
-    """
+    """Projects each square of features to one row of ``out_features``, as :func:`shuffled` joins them."""
 
     def __init__(self, width: int, side: int, factor: int, out_features: int, build: BuildContext) -> None:
         super().__init__()
@@ -24,6 +38,19 @@ class PixelShuffleConnector(nn.Module):
         self.proj = Linear(width * factor**2, out_features, build, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        small = self.side // self.factor
-        squares = x.unflatten(1, (small, self.factor, small, self.factor)).transpose(2, 3)
-        return self.proj(squares.flatten(3).flatten(1, 2))
+        return self.proj(shuffled(x, self.side, self.factor))
+
+
+class ShuffledMLPConnector(nn.Module):
+    """The same with a LayerNorm and an MLP as the projection."""
+
+    def __init__(
+        self, width: int, side: int, factor: int, mlp: MLPConfig, out_features: int, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.side, self.factor = side, factor
+        self.norm = LayerNorm(width * factor**2, _NORM_EPS, build)
+        self.mlp = MLPConnector(width * factor**2, mlp, out_features, build)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm(shuffled(x, self.side, self.factor)))

@@ -8,13 +8,17 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """A pre-norm vision transformer: CLIP, SigLIP, and the towers of Qwen and Pixtral for images of any size.
+    """A pre-norm vision transformer: CLIP, SigLIP, InternViT, and the towers of Qwen and Pixtral for
+    images of any size.
 
     Attributes:
         num_layers: number of blocks that are built and run: those up to the last one whose output is used.
         patch_dim: numbers per flattened patch, channels before pixels.
         patch_bias: whether the patch projection has a bias.
         bias: whether the blocks' projections have biases; an ungated MLP always has.
+        qkv_bias: the same for queries, keys and values alone; None as ``bias``.
+        qk_norm: whether queries and keys of all heads together are normalised by an RMSNorm (eps 1e-6).
+        layer_scale: whether the outputs of attention and MLP are multiplied by learned vectors.
         activation: of the MLP, by its Hugging Face name.
         gated_mlp: ``down(act(gate) * up)`` instead of ``fc2(act(fc1))``.
         norm: LayerNorm or RMSNorm.
@@ -38,6 +42,9 @@ class VisionConfig:
     patch_dim: int
     patch_bias: bool = False
     bias: bool = True
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
+    layer_scale: bool = False
     activation: str = "quick_gelu"
     gated_mlp: bool = False
     norm: Literal["layer", "rms"] = "layer"

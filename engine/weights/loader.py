@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 import torch
@@ -23,7 +24,7 @@ def fill_from_checkpoint(
 ) -> None:
     """Stream the tensors of ``part`` into ``module``; errors as :func:`match_tensors`."""
     wanted = match_tensors(module, part, checkpoint, rules)
-    in_files = [(name, checkpoint.tensors[name], slot) for name, slot in wanted.items()]
+    in_files = [(name, _plain(checkpoint.tensors[name], slot), slot) for name, slot in wanted.items()]
     in_files.sort(key=lambda entry: (entry[1].file, entry[1].begin))
     rows = (Rows.of(name, info, *_needed_rows(slot)) for name, info, slot in in_files)
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
@@ -53,8 +54,16 @@ def match_tensors(
         raise CheckpointError(f"tensors that the {part} model doesn't have: {listing(surplus)}")
     wanted = {names[internal]: slot for internal, slot in slots.items()}
     for name, slot in wanted.items():
-        _check_shape(name, checkpoint.tensors[name], slot)
+        _check_shape(name, _plain(checkpoint.tensors[name], slot), slot)
     return wanted
+
+
+def _plain(info: TensorInfo, slot: WeightSlot) -> TensorInfo:
+    """``info`` without leading axes of length 1 that the slot's tensor lacks."""
+    surplus = len(info.shape) - len(slot.shape)
+    if surplus > 0 and info.shape[surplus:] == slot.shape and _count(info.shape[:surplus]) == 1:
+        return replace(info, shape=slot.shape)
+    return info
 
 
 def _checkpoint_name(internal: str, names: dict[str, str]) -> str:

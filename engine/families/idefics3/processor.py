@@ -16,6 +16,7 @@ from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized
 from engine.families.parsing.processor import bad_option, lowered_flag, request_options, require_steps
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.padding import cut_in_tiles
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
@@ -87,15 +88,14 @@ class Idefics3Processor:
         return self.grid(size)[0] * self.rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        _, rows, columns = self.grid(image.size)
+        _, rows, _ = self.grid(image.size)
         whole = resize(image, self._bounded(image.size), self.resample)
         parts = []
         if self.split:
             size = self._whole_crops(whole.shape[1::-1])
             whole = resize(Image.fromarray(whole), size, self.resample)
         if rows:
-            cut = whole.reshape(rows, self.side, columns, self.side, 3).swapaxes(1, 2)
-            parts.append(cut.reshape(-1, self.side, self.side, 3))
+            parts.append(cut_in_tiles(whole, self.side))
         parts.append(resize(Image.fromarray(whole), (self.side, self.side), self.resample)[None])
         pixels = np.concatenate(parts)
         options = {"rows": self.rows}

@@ -87,6 +87,24 @@ def uniform_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> 
     return [index * total // count for index in range(count)]
 
 
+def middle_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``InternVLVideoProcessor.sample_frames`` gives them with ``initial_shift``.
+
+    They are the middle frames of equal parts.
+
+    Raises:
+        InvalidRequest: the video has fewer frames than asked for.
+    """
+    total, count = info.frames, asked.num_frames
+    if count is None and asked.fps:
+        count = max(1, int(total / info.fps * asked.fps))
+    elif count is None:
+        count = min(rules.num_frames or total, total)
+    _require(count, total)
+    step = total / count
+    return _arange(total, count, start=step / 2)
+
+
 def _require(count: int, total: int) -> None:
     if count > total:
         raise InvalidRequest(
@@ -95,10 +113,10 @@ def _require(count: int, total: int) -> None:
         )
 
 
-def _arange(total: int, count: int) -> list[int]:
-    """``torch.arange(0, total, total / count).int()`` on x86-64, to the bit, up to ``count`` numbers."""
+def _arange(total: int, count: int, start: float = 0.0) -> list[int]:
+    """``torch.arange(start, total, total / count).int()`` on x86-64, to the bit, up to ``count`` numbers."""
     step, index = total / count, np.arange(count)
     first = index // _LANES * _LANES
-    lanes = ((first * step).astype(np.float32) + (index - first) * step).astype(np.float32)
-    exact = (index * step).astype(np.float32)
+    lanes = ((start + first * step).astype(np.float32) + (index - first) * step).astype(np.float32)
+    exact = (start + index * step).astype(np.float32)
     return np.where(index < count // _TURN * _TURN, lanes, exact).astype(int).tolist()

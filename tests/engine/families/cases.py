@@ -10,6 +10,7 @@ from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families import qwen
 from tests.engine.families.case import FamilyCase
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
+from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.onevision import OnevisionReference, make_onevision
@@ -104,6 +105,16 @@ CASES = [
         partial(SquaresReference, kind="LightOnOcr"),
         frame=qwen.FRAME,
         placeholder=lambda index, count: "<|image_pad|>",
+    ),
+    FamilyCase(
+        "InternVL",
+        make_internvl,
+        InternVLReference,
+        frame=qwen.FRAME,
+        placeholder=lambda index, count: "<IMG_CONTEXT>\n",
+        video="<video>",
+        # Two tiles beside each other, and six below each other.
+        single=((60, 33), (9, 300)),
     ),
     FamilyCase(
         "LLaVA-OneVision",

@@ -21,6 +21,8 @@ from PIL import Image
 from engine.families.base import PromptAwareProcessor
 from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
 from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
+from tests.engine.families.internvl import PATCH as INTERNVL_PATCH
+from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.llava_next import PATCH as LLAVA_NEXT_PATCH
 from tests.engine.families.llava_next import make_llava_next
 from tests.engine.families.llava_variants import image_processor_class, make_llava_variant
@@ -61,6 +63,12 @@ def pixtral(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any
     made = transformers.PixtralImageProcessorPil.from_pretrained(path)(images, return_tensors="pt", **options)
     ((height, width),) = torch.as_tensor(made["image_sizes"]).tolist()
     return unfolded(torch.as_tensor(made["pixel_values"]), 8), [(1, height // 8, width // 8)]
+
+
+def internvl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    processor = InternVLReference.processor_of(path).image_processor
+    made = processor(list(images), return_tensors="pt", **{"crop_to_patches": True, **options})
+    return unfolded(torch.as_tensor(made["pixel_values"]), INTERNVL_PATCH), []
 
 
 def pixtral_squares(
@@ -163,6 +171,10 @@ ROWS = {
     "Mistral3": _squares(make_mistral3, "Mistral3"),
     "LightOnOCR": _squares(make_lighton_ocr, "LightOnOcr"),
     "LightOnOCR, squares of its own": _squares(partial(make_lighton_ocr, patch=16), "LightOnOcr"),
+    "InternVL": Row(make_internvl, TILED, internvl),
+    "InternVL, hub": Row(partial(make_internvl, hub=True), TILED, internvl),
+    "InternVL, in one crop": Row(make_internvl, TILED, internvl, options={"crop_to_patches": False}),
+    "InternVL, up to 3 tiles": Row(make_internvl, TILED, internvl, options={"max_patches": 3}),
     "LLaVA-OneVision": Row(make_onevision, TILED, onevision),
     "LLaVA-OneVision, several": Row(make_onevision, TILED, onevision, count=2),
     "LLaVA-OneVision, hub": Row(partial(make_onevision, hub=True), TILED, onevision),

@@ -25,9 +25,17 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn, r
 
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.media.source import MediaSource
-from engine.media.video.sampling import FrameRules, qwen2_indices, qwen3_indices, uniform_indices
+from engine.media.video.sampling import (
+    FrameRules,
+    middle_indices,
+    qwen2_indices,
+    qwen3_indices,
+    uniform_indices,
+)
 from engine.media.video.video import VideoInfo, VideoOptions
 from engine.preparation import MediaPreparation
+from tests.engine.families.internvl import SIDE as INTERNVL_SIDE
+from tests.engine.families.internvl import make_internvl
 from tests.engine.families.onevision import SIDE, make_onevision
 from tests.engine.families.opened import encoder, media_processor
 from tests.engine.families.qwen import Reference, make_qwen2_5_vl, make_qwen3_vl
@@ -49,7 +57,7 @@ CLIPS = [
 
 @pytest.fixture(scope="module")
 def samplers() -> Any:
-    """Transformers' Qwen-VL video processors; a module of them imports torchvision for its resizing."""
+    """Transformers' video processors; some of their modules import torchvision for the resizing."""
     names = ["torchvision", *(f"torchvision.transforms{part}" for part in ("", ".v2", ".v2.functional"))]
     added = [name for name in names if name not in sys.modules]
     try:
@@ -66,6 +74,9 @@ def samplers() -> Any:
             qwen3=import_module(
                 "transformers.models.qwen3_vl.video_processing_qwen3_vl"
             ).Qwen3VLVideoProcessor,
+            internvl=import_module(
+                "transformers.models.internvl.video_processing_internvl"
+            ).InternVLVideoProcessor,
         )
     finally:
         for name in added:
@@ -77,6 +88,13 @@ def theirs(samplers: Any, family: str, metadata: VideoMetadata, asked: VideoOpti
     if family == "onevision":
         count = asked.num_frames or (None if asked.fps else min(32, metadata.total_num_frames))
         return default_sample_indices_fn(metadata, count, asked.fps).tolist()
+    if family == "internvl":
+        # Its own count may be 0, by which it divides.
+        count = asked.num_frames or min(8, metadata.total_num_frames)
+        if asked.fps and not asked.num_frames:
+            count = max(1, int(metadata.total_num_frames / metadata.fps * asked.fps))
+        stated = SimpleNamespace(num_frames=None, fps=None, initial_shift=True)
+        return samplers.internvl.sample_frames(stated, metadata, num_frames=count).tolist()
     stated = SimpleNamespace(
         num_frames=None, fps=None, temporal_patch_size=2, min_frames=4, max_frames=768, default_fps=2
     )
@@ -92,11 +110,17 @@ def theirs(samplers: Any, family: str, metadata: VideoMetadata, asked: VideoOpti
     return [index for index in found if index < metadata.total_num_frames]
 
 
-OURS = {"qwen2": qwen2_indices, "qwen3": qwen3_indices, "onevision": uniform_indices}
+OURS = {
+    "qwen2": qwen2_indices,
+    "qwen3": qwen3_indices,
+    "onevision": uniform_indices,
+    "internvl": middle_indices,
+}
 RULES = {
     "qwen2": FrameRules(2.0, temporal=2),
     "qwen3": FrameRules(2.0, temporal=2),
     "onevision": FrameRules(num_frames=32),
+    "internvl": FrameRules(num_frames=8),
 }
 
 
@@ -200,6 +224,17 @@ def test_onevision_shows_thirty_two_frames(samplers, clips, tmp_path):
         media = prepared(path, data, asked)
         assert media.item.grid == (len(frames), 0, 0)
         expected = np.stack([frame.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for frame in frames])
+        assert (media.pixels == expected).all()
+
+
+def test_internvl_shows_the_middle_frames_of_eight_parts(samplers, clips, tmp_path):
+    path = make_internvl(tmp_path)
+    for data, asked in clips[::5]:
+        frames, _ = seen(samplers, "internvl", data, asked)
+        media = prepared(path, data, asked)
+        assert media.item.grid == (len(frames), 0, 0)
+        square = INTERNVL_SIDE, INTERNVL_SIDE
+        expected = np.stack([frame.resize(square, Image.Resampling.BICUBIC) for frame in frames])
         assert (media.pixels == expected).all()
 
 

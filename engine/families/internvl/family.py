@@ -1,0 +1,145 @@
+"""InternVL 3 and 3.5: tiles and a thumbnail, InternViT, and Qwen2, Qwen3 or Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.folder import Checkpoint
+from engine.checkpoint.rules import WeightRules
+from engine.errors import CheckpointError
+from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.family import Family
+from engine.families.internvl.processor import InternVLProcessor
+from engine.families.internvl.tower import parse_tower, tower_rules, unused_tensors
+from engine.families.parsing.fields import Json, vision_activation
+from engine.families.parsing.model import ConfigReader, nested_text, tied_unless_stated, token_field
+from engine.families.parsing.processor import parse_normalisation
+from engine.prompt import MediaItem, PlaceholderRun
+from engine.vision.crops_config import CropVisionConfig
+from engine.vision.mlp_config import MLPConfig
+from engine.vision.normalisation import CLIP_NORMALISATION
+
+if TYPE_CHECKING:
+    from engine.layers.build import BuildContext
+
+#: The tokenizer's fields of the tokens of images and videos, and the public models' values.
+_TOKENS = {
+    "start_image_token": "<img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "end_image_token": "</img>",
+    "video_token": "<video>",
+}
+_CONNECTOR = r"(?:model\.)?multi_modal_projector\."
+
+
+def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
+    strategy = raw.get("vision_feature_select_strategy", "default")
+    if strategy != "default":
+        raise CheckpointError(
+            f"config.json: vision_feature_select_strategy {strategy!r} is not supported; default is",
+            param="vision_feature_select_strategy",
+        )
+    tower = parse_tower(raw.get("vision_config") or {}, raw.get("vision_feature_layer", -1))
+    side, factor = tower.image_size // tower.patch_size, _shuffle(raw.get("downsample_ratio", 0.5))
+    if side % factor:
+        raise CheckpointError(
+            f"config.json: downsample_ratio 1/{factor} does not divide the tower's {side} patches per side",
+            param="downsample_ratio",
+        )
+    activation = vision_activation(raw.get("projector_hidden_act", "gelu"), "projector_hidden_act")
+    return CropVisionConfig(
+        tower=tower.config,
+        image_size=tower.image_size,
+        patch_size=tower.patch_size,
+        drop_first=True,
+        out_features=hidden,
+        normalisation=parse_normalisation(processor, CLIP_NORMALISATION),
+        mlp=MLPConfig(activation),
+        pixel_shuffle=factor,
+        shuffled_mlp=True,
+    )
+
+
+def _shuffle(ratio: Any) -> int:
+    """Side of the squares of patches that become rows, for ``downsample_ratio``."""
+    factor = round(1 / ratio) if isinstance(ratio, int | float) and 0 < ratio <= 1 else 0
+    if not factor or 1 / factor != ratio:
+        raise CheckpointError(
+            f"config.json: downsample_ratio should be 1 divided by a whole number, not {ratio!r}",
+            param="downsample_ratio",
+        )
+    return factor
+
+
+def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """Remembers the tokens of images and videos that the tokenizer's files name."""
+    stated = checkpoint.json("tokenizer_config.json")
+    added = stated.get("extra_special_tokens")
+    named = {**(added if isinstance(added, dict) else {}), **stated}
+    return replace(config, extra={field: named.get(field, text) for field, text in _TOKENS.items()})
+
+
+def _prompt_format(config: ModelConfig) -> PromptFormat:
+    assert config.extra is not None
+    return PromptFormat(
+        image=config.extra["context_image_token"],
+        video=config.extra["video_token"],
+        video_prefix="Frame1: ",
+    )
+
+
+def _placeholder(
+    config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
+) -> tuple[PlaceholderRun, ...]:
+    """An image's crops between two tokens; a video's frames likewise, each but the first after its number."""
+    assert config.extra is not None and config.image_token_id is not None
+    start, row, end = (config.extra[name] for name in tuple(_TOKENS)[:3])
+    frame = f"{start}{row}{end}"
+    frames = item.grid[0] if item.kind == "video" else 1
+    text = frame + "".join(f"\nFrame{number}: {frame}" for number in range(2, frames + 1))
+    runs = tuple(
+        PlaceholderRun(token, item.num_tokens // frames, True)
+        if token == config.image_token_id
+        else PlaceholderRun(token, 1, False)
+        for token in encode(text)
+    )
+    if sum(run.is_embed for run in runs) != frames:
+        raise CheckpointError(f"the tokenizer has no token {row}, which this model's images need")
+    return runs
+
+
+def _weights(config: ModelConfig) -> WeightRules:
+    return WeightRules(
+        vision=(
+            (_CONNECTOR + r"layer_norm\.(.*)", r"connector.norm.\1"),
+            (_CONNECTOR + r"linear_([12])\.(.*)", r"connector.mlp.fc\1.\2"),
+            *tower_rules(),
+        ),
+        ignore=unused_tensors(config.vision.tower),
+    )
+
+
+def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
+    from engine.vision.crops import CropVisionEncoder
+
+    return CropVisionEncoder(config.vision, build)
+
+
+FAMILY = Family(
+    name="internvl",
+    architectures=("InternVLForConditionalGeneration",),
+    reader=ConfigReader(
+        text=tied_unless_stated(nested_text("qwen2", "qwen3", "llama")),
+        vision=_vision,
+        image_token=token_field("image_token_id", default=151667),
+        finish=_with_tokens,
+    ),
+    prompt_format=_prompt_format,
+    placeholder=_placeholder,
+    processor=InternVLProcessor.create,
+    options=("crop_to_patches", "max_patches"),
+    weights=_weights,
+    build_encoder=_encoder,
+)

@@ -1,0 +1,189 @@
+"""InternVL's images and videos: squares of the tower's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.checkpoint.folder import Checkpoint
+from engine.errors import CheckpointError
+from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.families.parsing.processor import (
+    bad_option,
+    count_option,
+    lowered,
+    lowered_flag,
+    request_options,
+    require_same_colours,
+    require_steps,
+)
+from engine.media.image_ops import resize
+from engine.media.keys import content_hash
+from engine.media.padding import cut_in_tiles
+from engine.media.video.sampling import DEFAULT_RULES, FrameRules, middle_indices
+from engine.media.video.video import Video, VideoInfo, VideoOptions
+from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.crops_config import CropVisionConfig
+from engine.vision.normalisation import CLIP_NORMALISATION
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+USUAL_FRAMES = 8
+"""Frames of video files where the checkpoint states none, as in the public models' examples."""
+
+_DEFAULT_SIDE = 384
+"""Of Transformers' image and video processors, for files that state no size."""
+_MAX_TILES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class InternVLProcessor:
+    """See :class:`engine.families.base.MediaProcessor`.
+
+    Grids are ``(crops, rows, columns)``: the tiles row by row, then the whole image as one more; an image in
+    one crop has 1, 0 and 0, a video its frames, 0 and 0.
+
+    Attributes:
+        side: of a crop, in pixels.
+        rows: embedding rows per crop.
+        image_token_id: the token that rows replace.
+        min_tiles, max_tiles: bounds of the number of tiles.
+        tiled: whether images are cut into tiles.
+        resample: PIL's filter numbers for images and for videos.
+        frames: the number of frames of a video file.
+    """
+
+    side: int
+    rows: int
+    image_token_id: int
+    min_tiles: int = 1
+    max_tiles: int = 12
+    tiled: bool = True
+    resample: tuple[int, int] = (3, 3)
+    frames: FrameRules = DEFAULT_RULES
+
+    @classmethod
+    def create(
+        cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
+    ) -> InternVLProcessor:
+        """The checkpoint's processor with the options ``crop_to_patches`` and ``max_patches``.
+
+        Raises:
+            CheckpointError: naming the field that is not supported or doesn't fit the tower.
+            ConfigError: naming the option that is out of bounds.
+        """
+        raw, videos, vision = (
+            checkpoint.preprocessor_config,
+            checkpoint.video_preprocessor_config,
+            config.vision,
+        )
+        assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
+        for file, stated in (("preprocessor_config.json", raw), ("video_preprocessor_config.json", videos)):
+            require_steps(stated, "do_resize")
+            _require_side(file, stated, vision.image_size)
+        require_same_colours(videos, vision.normalisation, CLIP_NORMALISATION)
+        # Transformers' whole processor asks for tiles, whatever the image processor's file states.
+        tiled = options.get("crop_to_patches", True)
+        if not isinstance(tiled, bool):
+            raise bad_option("crop_to_patches", tiled, "true or false")
+        most = count_option(options, "max_patches", raw.get("max_patches", 12), _MAX_TILES)
+        return cls(
+            vision.image_size,
+            vision.rows_per_crop,
+            config.image_token_id,
+            raw.get("min_patches", 1),
+            most,
+            tiled,
+            (raw.get("resample", 3), videos.get("resample", 3)),
+            FrameRules(num_frames=videos.get("num_frames") or USUAL_FRAMES),
+        )
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The grid of an image of ``(width, height)`` pixels."""
+        if not self.tiled or self.max_tiles == 1:
+            return 1, 0, 0
+        columns, rows = best_tiling(size, self.side, self.min_tiles, self.max_tiles)
+        return (columns * rows + 1, rows, columns) if columns * rows > 1 else (1, 0, 0)
+
+    def check(self, size: tuple[int, int]) -> int:
+        return self.grid(size)[0] * self.rows
+
+    def prepare(self, image: Image.Image) -> PreparedMedia:
+        _, rows, columns = self.grid(image.size)
+        square = self.side, self.side
+        pixels = resize(image, square, self.resample[0])[None]
+        if rows:
+            whole = resize(image, (columns * self.side, rows * self.side), self.resample[0])
+            pixels = np.concatenate([cut_in_tiles(whole, self.side), pixels])
+        key = content_hash(pixels, family="internvl", options=self._options, kind="image", size=image.size)
+        return PreparedMedia(sized_item(self, image.size, key), pixels)
+
+    def with_options(self, options: Mapping[str, Any]) -> InternVLProcessor:
+        options = request_options(options, "crop_to_patches", "max_patches")
+        return replace(
+            self,
+            tiled=lowered_flag(options, "crop_to_patches", self.tiled),
+            max_tiles=lowered(options, "max_patches", self.max_tiles),
+        )
+
+    def low_detail(self) -> InternVLProcessor:
+        return replace(self, tiled=False)
+
+    def choose_frames(self, info: VideoInfo, asked: VideoOptions) -> list[int]:
+        return middle_indices(info, self.frames, asked)
+
+    def check_video(self, size: tuple[int, int], count: int) -> int:
+        return count * self.rows
+
+    def prepare_video(self, video: Video) -> PreparedMedia:
+        square = self.side, self.side
+        pixels = np.stack([resize(frame, square, self.resample[1]) for frame in video.frames])
+        key = content_hash(pixels, family="internvl", options=self._options, kind="video", size=video.size)
+        rows, grid = self.check_video(video.size, video.count), (video.count, 0, 0)
+        item = MediaItem.of_rows("video", key, self.image_token_id, rows, grid=grid, size=video.size)
+        return PreparedMedia(item, pixels)
+
+    @property
+    def embedding_field(self) -> EmbeddingField:
+        return IMAGE_SIZES
+
+    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
+        return sized_item(self, description, key)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"tiled": self.tiled, "tiles": (self.min_tiles, self.max_tiles)}
+
+
+@lru_cache(maxsize=16)
+def _tilings(least: int, most: int) -> list[tuple[int, int]]:
+    """``(columns, rows)`` of all tilings of ``least`` to ``most`` tiles, by their number of tiles."""
+    every = [(columns, rows) for columns in range(1, most + 1) for rows in range(1, most + 1)]
+    return sorted((t for t in every if least <= t[0] * t[1] <= most), key=lambda t: t[0] * t[1])
+
+
+def best_tiling(size: tuple[int, int], side: int, least: int, most: int) -> tuple[int, int]:
+    """The tiling ``(columns, rows)`` with the aspect ratio closest to that of ``size`` ``(width, height)``.
+
+    Of equally close ones, a larger tiling is taken if the image has more than half of its pixels. As
+    Transformers' ``GotOcr2ImageProcessor`` chooses.
+    """
+    ratio, area = size[0] / size[1], size[0] * size[1]
+    best, least_difference = (1, 1), float("inf")
+    for tiling in _tilings(least, most):
+        difference = abs(ratio - tiling[0] / tiling[1])
+        larger = area > 0.5 * side * side * tiling[0] * tiling[1]
+        if difference < least_difference or (difference == least_difference and larger):
+            best, least_difference = tiling, difference
+    return best
+
+
+def _require_side(file: str, raw: Mapping[str, Any], side: int) -> None:
+    size = raw.get("size") or ({"height": _DEFAULT_SIDE, "width": _DEFAULT_SIDE} if raw else {})
+    if {size.get("height", side), size.get("width", side)} != {side} or size.keys() - {"height", "width"}:
+        raise CheckpointError(f"{file}: size should be the tower's {side} pixels, not {size}", param="size")
