@@ -65,6 +65,8 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> d
         args.videos,
         spec.preprocessor.threads,
         spec.preprocessor.video_processes,
+        args.documents,
+        spec.preprocessor.document_processes,
     )
     stages["encoder"] = deploy(
         "VisionEncoder",

@@ -25,6 +25,7 @@ from deployments.references import ReferenceConfig
 from deployments.tracing import TracingConfig
 from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
+from engine.media.documents.limits import DocumentLimits
 from engine.media.guard import FetchPolicy
 from engine.media.video.limits import VideoLimits
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
@@ -148,6 +149,7 @@ class PreprocessorConfig(StageConfig):
     Attributes:
         threads: images that a replica decodes and resizes at a time.
         video_processes: video files that a replica decodes at a time, each in a process of its own.
+        document_processes: documents that a replica reads at a time, likewise.
         max_ongoing_requests: as for every stage. Most of them wait for hosts, which costs nothing: images
             that come with their request must not wait for those.
     """
@@ -156,6 +158,7 @@ class PreprocessorConfig(StageConfig):
 
     threads: PositiveInt = 4
     video_processes: PositiveInt = 2
+    document_processes: PositiveInt = 2
     max_ongoing_requests: PositiveInt = 512
 
 
@@ -366,6 +369,7 @@ class AppConfig(_Strict):
         videos: limits on videos.
         tracing: where spans of OpenTelemetry go; there are none without it. See
             :class:`deployments.tracing.TracingConfig`.
+        documents: limits on documents, and on images with several frames.
     """
 
     models: tuple[ModelSpec, ...]
@@ -375,6 +379,7 @@ class AppConfig(_Strict):
     tracing: TracingConfig | None = None
     logging: LoggingConfig = LoggingConfig()
     videos: VideoLimits = VideoLimits()
+    documents: DocumentLimits = DocumentLimits()
 
     @field_validator("models")
     @classmethod

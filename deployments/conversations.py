@@ -1,13 +1,13 @@
 """From a conversation to its running answer, for every endpoint that speaks of messages."""
 
 import re
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from deployments.answers import AnswerReader, WholeAnswer, gather
-from deployments.pipeline import Pipeline
+from deployments.pipeline import Build, Pipeline
 from deployments.protocol.generation import ConversationBody
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
@@ -17,7 +17,7 @@ from engine.inputs.media_options import with_options
 from engine.inputs.messages import parse_messages
 from engine.media.source import MediaSource
 from engine.outputs import StreamUpdate
-from engine.prompt import EngineInput, MediaItem
+from engine.prompt import EngineInput, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams, StructuredSpec
 
 _PARAMETERS = {field.name for field in fields(SamplingParams)}
@@ -158,14 +158,12 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
     )
 
 
-def _prompt(
-    pipeline: Pipeline, given: Conversation
-) -> tuple[Callable[[list[MediaItem]], EngineInput], list[MediaSource]]:
+def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaSource]]:
     """What makes a conversation's prompt from its media items, and its media."""
     messages, sources = parse_messages(given.messages)
     sources = with_options(sources, given.processor_options, given.reading_options)
 
-    def build(items: list[MediaItem]) -> EngineInput:
+    def build(items: list[MediaItem | PagesItem]) -> EngineInput:
         return pipeline.builder.from_messages(
             messages,
             items,

@@ -34,6 +34,8 @@ class LocalModel:
                 config.videos,
                 spec.preprocessor.threads,
                 spec.preprocessor.video_processes,
+                config.documents,
+                spec.preprocessor.document_processes,
                 tracer,
             )
             stage = spec.encoder

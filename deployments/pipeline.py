@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from deployments.access import caller_name, caller_salt, charge
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
+from deployments.media import Shown, prepare_media
 from deployments.metrics.collector import Measured
 from deployments.metrics.ingress import ModelMeter, arrival
 from deployments.references import Owner, ReferenceConfig, References
@@ -26,8 +27,11 @@ from engine.media.source import MediaSource, check_media_limits
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.parsers.grammar import SpecialTokens
 from engine.pooling_params import PoolingParams
-from engine.prompt import EngineInput, KeptFiles, MediaItem
+from engine.prompt import EngineInput, KeptFiles, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams
+
+#: Makes a prompt of its media, one item for each source; called on a thread.
+Build = Callable[[list[MediaItem | PagesItem]], EngineInput]
 
 
 async def _no_rows() -> tuple[Rows, ...]:
@@ -128,7 +132,7 @@ class Pipeline:
 
     async def prepare(
         self,
-        build: Callable[[list[MediaItem]], EngineInput],
+        build: Build,
         sources: Sequence[MediaSource] = (),
         *,
         params: SamplingParams | None = None,
@@ -137,7 +141,7 @@ class Pipeline:
         """Prepare a request's media, build its prompt, and encode the media.
 
         Args:
-            build: makes the prompt from the media items; called on a thread.
+            build: makes the prompt.
             sources: the media.
             params: how much is to be generated; None for embeddings.
             salt: keeps the caches of tenants apart.
@@ -173,11 +177,7 @@ class Pipeline:
         return await self._patience("prepare").call(prepare)
 
     async def tokenize(
-        self,
-        build: Callable[[list[MediaItem]], EngineInput],
-        sources: Sequence[MediaSource] = (),
-        *,
-        salt: str = "",
+        self, build: Build, sources: Sequence[MediaSource] = (), *, salt: str = ""
     ) -> EngineInput:
         """Build a prompt without encoding its media; arguments and errors as :meth:`prepare`."""
         media = self._media(sources, salt)
@@ -207,28 +207,27 @@ class Pipeline:
             )
         return _Media(resolved, files, owner)
 
-    async def _build(
-        self, build: Callable[[list[MediaItem]], EngineInput], media: _Media
-    ) -> tuple[EngineInput, Sequence[Pixels]]:
-        pixels = await self._pixels(media)
+    async def _build(self, build: Build, media: _Media) -> tuple[EngineInput, list[Pixels]]:
+        shown = await self._shown(media)
         loop, began = asyncio.get_running_loop(), time.perf_counter()
-        inputs = await loop.run_in_executor(self._threads, build, [each.item for each in pixels])
+        inputs = await loop.run_in_executor(self._threads, build, [each.item for each in shown])
         current_report().took("prompt", time.perf_counter() - began)
-        return inputs, pixels
+        return inputs, _pixels(shown)
 
-    async def _pixels(self, media: _Media) -> Sequence[Pixels]:
+    async def _shown(self, media: _Media) -> list[Shown]:
         if not media.sources:
             return []
-        assert self._stages.preprocessor is not None
+        stage, owner = self._stages.preprocessor, media.owner
+        assert stage is not None
         try:
             with self.meter.call("preprocessor"):
-                pixels = await self._stages.preprocessor.prepare(media.sources, media.files, media.owner.key)
+                shown = await prepare_media(stage, media.sources, media.files, owner.key, self._limits)
         except RowsLost:
-            raise self._references.lost(media.owner, media.sources, media.files) from None
-        for source, each in zip(media.sources, pixels, strict=True):
+            raise self._references.lost(owner, media.sources, media.files) from None
+        for source, each in zip(media.sources, shown, strict=True):
             if each.kept is not None:
-                self._references.keep(media.owner, source, each.kept)
-        return pixels
+                self._references.keep(owner, source, each.kept)
+        return shown
 
     async def _same_pixels(self, media: _Media, inputs: EngineInput) -> Sequence[Pixels]:
         """The pixels of a prompt's media once more.
@@ -236,7 +235,7 @@ class Pipeline:
         Raises:
             Unavailable: an address gives another image than before.
         """
-        pixels = await self._pixels(media)
+        pixels = _pixels(await self._shown(media))
         if {span.item.hash for span in inputs.spans} - {each.item.hash for each in pixels}:
             raise Unavailable(
                 "A part of the server stopped while it worked on this request, and the address of one of its "
@@ -319,6 +318,10 @@ class Pipeline:
             began = arrival.get() or time.perf_counter()
             deadline = asyncio.get_running_loop().time() + self._timeout_s - (time.perf_counter() - began)
         return Patience(self._replay, deadline, lambda: self.meter.failover(work))
+
+
+def _pixels(media: Sequence[Shown]) -> list[Pixels]:
+    return [pixels for each in media for pixels in each.pixels]
 
 
 def _most_tokens(params: SamplingParams, prompt: int, context: int) -> int:

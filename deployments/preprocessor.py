@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 from deployments.metrics.families import Family, Part
 from deployments.metrics.stage import StageMeter
+from deployments.stages import OpenFile
 from deployments.tasks import all_or_none
 from deployments.tracing import Tracer
 from engine.config import EngineConfig
 from engine.families.given_rows import GivenRows
 from engine.frontend import fetch_policy, load_embedding_width, load_media_processor
 from engine.media.decode import ImageLimits
+from engine.media.documents.limits import DocumentLimits
 from engine.media.fetch import MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.media.keys import kept_files
@@ -38,6 +40,8 @@ class Preprocessor:
         videos: limits on videos.
         threads: images decoded at a time.
         video_processes: video files decoded at a time.
+        documents: limits on documents.
+        document_processes: documents read at a time.
         tracer: makes the spans of requests.
     """
 
@@ -49,6 +53,8 @@ class Preprocessor:
         videos: VideoLimits,
         threads: int,
         video_processes: int = 2,
+        documents: DocumentLimits = DocumentLimits(),
+        document_processes: int = 2,
         tracer: Tracer | None = None,
     ) -> None:
         processor = load_media_processor(config)
@@ -57,14 +63,19 @@ class Preprocessor:
             processor,
             images,
             videos,
+            documents,
             max_tokens=config.max_model_len,
             processes=video_processes,
+            readers=document_processes,
             rows=GivenRows(load_embedding_width(config), fetch.max_bytes),
         )
         self._fetcher = MediaFetcher(fetch_policy(config, fetch))
         self._threads = ThreadPoolExecutor(threads, "images")
-        # Videos take seconds: images don't queue behind them.
-        self._video_threads = ThreadPoolExecutor(video_processes, "videos")
+        # Videos and documents take seconds: images don't queue behind them.
+        self._slow_threads = {
+            "video": ThreadPoolExecutor(video_processes, "videos"),
+            "document": ThreadPoolExecutor(document_processes, "documents"),
+        }
         self._on_threads = 0
         self._pixels = self._pending_pixels = 0
         self._items = Histogram(COUNT_BUCKETS)
@@ -73,9 +84,13 @@ class Preprocessor:
         )
 
     async def prepare(
-        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles] = {}, caller: str = ""
+        self,
+        sources: Sequence[MediaSource],
+        files: Mapping[int, KeptFiles] = {},
+        caller: str = "",
+        images: int | None = None,
     ) -> list[PreparedMedia]:
-        """Fetch, decode and prepare all media of a request, in order.
+        """Fetch, decode and prepare media of a request, in order.
 
         Args:
             files: files of earlier requests, by the index of the source that names them.
@@ -88,7 +103,7 @@ class Preprocessor:
         with self._meter.request() as span:
             began = time.perf_counter()
             preparation = self._preparation
-            processor = preparation.for_prompt(sources)
+            processor = preparation.for_prompt(sources, images)
             data = await self._bytes(partial(preparation.decode_rows, processor), sources, files)
             fetched = time.perf_counter()
             received = sum(len(file) for files in data for file in files)
@@ -96,7 +111,8 @@ class Preprocessor:
 
             async def make(source: MediaSource, files: list[bytes]) -> PreparedMedia:
                 work = partial(preparation.prepare, processor, source, files)
-                made = await self._on_thread(_kept, work, source, files, video=source.is_video_file)
+                kind = "video" if source.is_video_file else "image"
+                made = await self._on_thread(_kept, work, source, files, kind=kind)
                 seconds = {"fetch": fetched - began, "prepare": time.perf_counter() - fetched}
                 return replace(made, seconds=seconds)
 
@@ -112,6 +128,63 @@ class Preprocessor:
             span.note(items=len(sources), bytes=received, pixels=pixels)
             self._meter.count_bytes(received, sum(media.pixels.nbytes for media in prepared))
             return prepared
+
+    async def open(
+        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str, images: int
+    ) -> list[OpenFile]:
+        """Fetch and open documents, and image files of which several frames are shown.
+
+        Args:
+            files, caller: as of :meth:`prepare`.
+            images: number of the request's other images.
+
+        Raises:
+            MediaError: a file can't be fetched or read; ``param`` is its ``where``.
+            ContextLengthExceeded: the pages alone need more tokens than the model's context has.
+        """
+        with self._meter.request() as span:
+            preparation = self._preparation
+            processor = preparation.for_prompt(sources)
+            data = await self._bytes(partial(preparation.decode_rows, processor), sources, files)
+            opened = await all_or_none(
+                self._on_thread(preparation.open, source, *file, kind=source.kind)
+                for source, file in zip(sources, data, strict=True)
+            )
+            pages = [page for file in opened for page in file.sources]
+            processor = preparation.for_prompt(pages, images + len(pages))
+            pixels = await self._on_thread(preparation.check_pages, processor, pages)
+            received = sum(len(file) for files in data for file in files)
+            span.note(items=len(pages), bytes=received, pixels=pixels)
+            self._meter.count_bytes(received, 0)
+            kept = [await self._on_thread(kept_files, file) for file in data]
+            return [OpenFile(*pair) for pair in zip(opened, kept, strict=True)]
+
+    async def prepare_pages(
+        self, file: OpenFile, pages: Sequence[MediaSource], images: int
+    ) -> list[PreparedMedia]:
+        """Render and prepare pages of an opened file, in order; errors as :meth:`prepare`.
+
+        Args:
+            images: number of images of the whole request.
+        """
+        with self._meter.request() as span:
+            began = time.perf_counter()
+            processor = self._preparation.for_prompt(pages, images)
+            found = [page.page for page in pages if page.page is not None]
+            pixels = sum(page.size[0] * page.size[1] for page in found)
+            kind = "image" if found[0].dpi is None else "document"
+            self._pending_pixels += pixels
+            try:
+                work = self._preparation.prepare_pages, processor, pages, file.file.files[0]
+                made = await self._on_thread(*work, kind=kind)
+            finally:
+                self._pending_pixels -= pixels
+            self._items.observe(len(pages))
+            self._pixels += pixels
+            span.note(items=len(pages), pixels=pixels)
+            self._meter.count_bytes(0, sum(media.pixels.nbytes for media in made))
+            seconds = {"prepare": (time.perf_counter() - began) / len(made)}
+            return [replace(media, seconds=seconds) for media in made]
 
     async def _bytes(
         self,
@@ -161,11 +234,12 @@ class Preprocessor:
         """Close the connections of the running event loop, and end the threads and processes."""
         await self._fetcher.close()
         self._threads.shutdown(wait=False)
-        self._video_threads.shutdown(wait=False)
+        for threads in self._slow_threads.values():
+            threads.shutdown(wait=False)
         await asyncio.to_thread(self._preparation.close)
 
-    async def _on_thread(self, work: Callable[..., T], *args: Any, video: bool = False) -> T:
-        threads = self._video_threads if video else self._threads
+    async def _on_thread(self, work: Callable[..., T], *args: Any, kind: str = "image") -> T:
+        threads = self._slow_threads.get(kind, self._threads)
         self._on_threads += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, work, *args)

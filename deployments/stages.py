@@ -19,6 +19,7 @@ from engine.errors import Unavailable
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
+from engine.preparation import PagedFile
 from engine.progress import Progress
 from engine.prompt import EngineInput, KeptFiles, MediaItem
 from engine.sampling_params import SamplingParams
@@ -116,22 +117,63 @@ class Stage(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """An opened document or image file, of which pages are shown.
+
+    Attributes:
+        pages: their sources and texts.
+        file: its bytes, or a reference to them; made and read by the same implementation only.
+    """
+
+    pages: PagedFile
+    file: KeptFiles
+
+
 class PreprocessorStage(Stage, Protocol):
     """Fetches, decodes and resizes images. Needs no GPU."""
 
     async def prepare(
-        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str
+        self,
+        sources: Sequence[MediaSource],
+        files: Mapping[int, KeptFiles],
+        caller: str,
+        images: int | None = None,
     ) -> Sequence[Pixels]:
-        """Prepare all media of a request, in order.
+        """Prepare media of a request, in order.
 
         Args:
             files: files from earlier requests, by the index of the source that names them; made by the
                 preprocessor stage of the same implementation.
             caller: name of the caller's API key.
+            images: number of images of the whole request; that of ``sources`` if None.
 
         Raises:
             MediaError: an item can't be fetched, decoded or shown; ``param`` is its ``where``.
             RowsLost: some of ``files`` are lost with the process that held them.
+        """
+        ...
+
+    async def open(
+        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str, images: int
+    ) -> Sequence[OpenFile]:
+        """Fetch and open files whose pages are shown; arguments and errors as :meth:`prepare`.
+
+        Args:
+            images: number of the request's other images.
+
+        Raises:
+            ContextLengthExceeded: the pages need more tokens than the model's context has.
+        """
+        ...
+
+    async def prepare_pages(
+        self, file: OpenFile, pages: Sequence[MediaSource], images: int
+    ) -> Sequence[Pixels]:
+        """Render and prepare pages of a file, in order; errors as :meth:`prepare`.
+
+        Args:
+            images: number of images of the whole request.
         """
         ...
 

@@ -14,7 +14,7 @@ from engine.errors import InvalidRequest
 from engine.inputs.media_options import with_options
 from engine.inputs.messages import parse_messages
 from engine.outputs import EmbeddingOutput, Usage
-from engine.prompt import EngineInput, MediaItem
+from engine.prompt import EngineInput, MediaItem, PagesItem
 
 #: Inputs of one request that are in the engine at a time: one caller's list doesn't push out all others.
 AT_A_TIME = 64
@@ -69,7 +69,7 @@ async def _chat(pipeline: Pipeline, body: VectorBody) -> EncodedPrompt:
     messages, sources = parse_messages(body.messages or [])
     sources = with_options(sources, body.mm_processor_kwargs, body.media_io_kwargs)
 
-    def build(items: list[MediaItem]) -> EngineInput:
+    def build(items: list[MediaItem | PagesItem]) -> EngineInput:
         return pipeline.builder.from_messages(
             messages,
             items,
@@ -87,7 +87,7 @@ async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -
         most = await pipeline.max_model_len()
         limit = most if limit == -1 else min(limit, most)
 
-    def build(_: list[MediaItem]) -> EngineInput:
+    def build(_: list[MediaItem | PagesItem]) -> EngineInput:
         if not isinstance(given, str):
             return pipeline.builder.from_token_ids(given[:limit], cache_salt=body.cache_salt)
         inputs = pipeline.builder.from_text(

@@ -27,8 +27,8 @@ from engine.media.decode import ImageLimits, decode_image, upright_rgb
 from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.media.source import MediaSource, check_media_limits
-from engine.preparation import MediaPreparation
-from engine.prompt import EngineInput, MediaItem, PreparedMedia
+from engine.preparation import MediaPreparation, PagedFile, num_images
+from engine.prompt import EngineInput, MediaItem, PagesItem, PreparedMedia
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer
 
@@ -132,9 +132,16 @@ class PreparedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class _Media:
-    """The prepared media of a prompt; ``naming`` is the processor that adds their content hashes later."""
+    """The prepared media of a prompt.
+
+    Attributes:
+        items: in the order of the prompt, each page of a document on its own.
+        places: one for each source.
+        naming: the processor that adds the items' content hashes later.
+    """
 
     items: list[PreparedMedia] = field(default_factory=list)
+    places: list[MediaItem | PagesItem] = field(default_factory=list)
     naming: NamelessProcessor | None = None
 
 
@@ -229,7 +236,7 @@ class Frontend:
         media = self._prepare(sources, name_later=encode is not None)
         inputs = self._builder.from_messages(
             parsed,
-            [prepared.item for prepared in media.items],
+            media.places,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
@@ -269,12 +276,6 @@ class Frontend:
         if self._preparation is None:
             raise InvalidRequest("This model takes no images.", param=sources[0].where)
         check_media_limits(sources, self._config.limit_mm_per_prompt)
-        budget = ByteBudget(self._fetcher.policy.max_total_bytes)
-        processor = self._preparation.for_prompt(sources)
-        naming = processor if name_later and isinstance(processor, NamelessProcessor) else None
-        if naming is not None:
-            processor = naming.nameless()
-        items = []
         for source in sources:
             if source.rows is not None or source.is_reference:
                 raise InvalidRequest(
@@ -282,13 +283,46 @@ class Frontend:
                     "multi_modal_data.",
                     param=source.where,
                 )
-            if source.is_video_file:
-                data = self._fetcher.fetch_blocking(source, budget)
-                items.append(self._preparation.prepare(processor, source, [data]))
+        budget = ByteBudget(self._fetcher.policy.max_total_bytes)
+        files = {
+            source.index: self._open(source, self._fetcher.fetch_blocking(source, budget))
+            for source in sources
+            if source.pages is not None
+        }
+        pages = [page for file, _ in files.values() for page in file.sources]
+        whole = [source for source in sources if source.pages is None]
+        check_media_limits([*whole, *pages], self._config.limit_mm_per_prompt)
+        processor = self._preparation.for_prompt(sources, num_images([*whole, *pages]))
+        self._preparation.check_pages(processor, pages)
+        naming = processor if name_later and isinstance(processor, NamelessProcessor) else None
+        if naming is not None:
+            processor = naming.nameless()
+        found = _Media(naming=naming)
+        for source in sources:
+            if source.pages is not None:
+                file, data = files[source.index]
+                made = self._preparation.prepare_pages(processor, file.sources, data)
+                found.places.append(PagesItem(tuple(media.item for media in made), file.texts))
             else:
-                images = [self._image(image, budget) for image in source.frames or (source,)]
-                items.append(self._preparation.show(processor, source, images))
-        return _Media(items, naming)
+                made = [self._prepare_whole(processor, source, budget)]
+                found.places.append(made[0].item)
+            found.items.extend(made)
+        return found
+
+    def _open(self, source: MediaSource, data: bytes) -> tuple[PagedFile, bytes]:
+        assert self._preparation is not None
+        return self._preparation.open(source, data), data
+
+    def _prepare_whole(
+        self, processor: MediaProcessor, source: MediaSource, budget: ByteBudget
+    ) -> PreparedMedia:
+        """Fetch and prepare an image or a video."""
+        assert self._preparation is not None
+        if source.is_video_file:
+            data = self._fetcher.fetch_blocking(source, budget)
+            return self._preparation.prepare(processor, source, [data])
+        images = [self._image(image, budget) for image in source.frames or (source,)]
+        return self._preparation.show(processor, source, images)
 
     def _image(self, source: MediaSource, budget: ByteBudget) -> Image.Image:
         if source.image is not None:

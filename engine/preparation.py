@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -11,7 +11,11 @@ from PIL import Image
 from engine.errors import ContextLengthExceeded, InvalidRequest, MediaTooLarge
 from engine.families.base import AdjustableProcessor, MediaProcessor, PromptAwareProcessor, VideoProcessor
 from engine.families.given_rows import GivenRows
-from engine.media.decode import ImageLimits, check_total, decode_image, read_size
+from engine.media.decode import ImageLimits, check_image_size, check_total, decode_image, read_size
+from engine.media.documents.limits import DocumentLimits
+from engine.media.documents.pages import Page
+from engine.media.documents.reader import DocumentReader
+from engine.media.frames import count_frames, decode_frames, frame_sizes
 from engine.media.source import MediaSource
 from engine.media.video.decoder import OpenVideo, VideoDecoder
 from engine.media.video.limits import VideoLimits
@@ -21,6 +25,19 @@ from engine.prompt import PreparedMedia
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class PagedFile:
+    """An opened file whose pages, or frames, are shown.
+
+    Attributes:
+        sources: one for each page, in order; none of them is rendered yet.
+        texts: the text of each page; empty if the caller doesn't ask for it.
+    """
+
+    sources: tuple[MediaSource, ...]
+    texts: tuple[str, ...] = ()
+
+
 class MediaPreparation:
     """Decodes and prepares the media of one model. Thread-safe.
 
@@ -28,8 +45,10 @@ class MediaPreparation:
         processor: of the model.
         images: limits on an image's format and size.
         videos: limits on videos.
+        documents: limits on documents, and on images with several frames.
         max_tokens: the model's context; None if it isn't known.
         processes: videos decoded at a time.
+        readers: documents read at a time.
         rows: checks embedding rows in place of images; None refuses them.
     """
 
@@ -38,9 +57,11 @@ class MediaPreparation:
         processor: MediaProcessor,
         images: ImageLimits | None = None,
         videos: VideoLimits | None = None,
+        documents: DocumentLimits | None = None,
         *,
         max_tokens: int | None = None,
         processes: int = 4,
+        readers: int = 4,
         rows: GivenRows | None = None,
     ) -> None:
         self.processor = processor
@@ -48,10 +69,15 @@ class MediaPreparation:
         self._images = images or ImageLimits()
         self._videos = videos or VideoLimits()
         self._decoder = VideoDecoder(self._videos, processes=processes)
+        self._documents = documents or DocumentLimits()
+        self._reader = DocumentReader(self._documents, processes=readers)
         self._max_tokens = max_tokens
 
-    def for_prompt(self, sources: Sequence[MediaSource]) -> MediaProcessor:
+    def for_prompt(self, sources: Sequence[MediaSource], images: int | None = None) -> MediaProcessor:
         """The processor for the media of one prompt: some models show an image otherwise among several.
+
+        Args:
+            images: number of the prompt's images; that of ``sources`` if None.
 
         Raises:
             InvalidRequest: the model takes no videos, and there is one.
@@ -61,7 +87,7 @@ class MediaPreparation:
                 # The family's own message says what to send instead.
                 _name_source(source, self.processor.prepare_video, Video((0, 0), 0, ()))
         if isinstance(self.processor, PromptAwareProcessor):
-            return self.processor.among(sum(source.kind == "image" for source in sources))
+            return self.processor.among(num_images(sources) if images is None else images)
         return self.processor
 
     def check(
@@ -127,9 +153,84 @@ class MediaPreparation:
         video = Video(video.size, video.count, video.frames, _pace(source.video, len(images)))
         return replace(_name_source(source, processor.prepare_video, video), frames=len(images))
 
+    def open(self, source: MediaSource, data: bytes) -> PagedFile:
+        """Open a document, or an image file of which several frames are asked for. Nothing is rendered.
+
+        Raises:
+            MediaError: it can't be read, or a page is too large.
+            InvalidRequest: there are no such pages.
+        """
+        asked, where, limits = source.pages, source.where, self._documents
+        assert asked is not None
+        if source.kind == "image":
+            count = count_frames(data, self._images, where=where)
+            numbers = asked.choose(count, limits.max_pages, where)
+            sizes = frame_sizes(data, numbers, self._images, where=where)
+            return _paged(source, numbers, sizes, None)
+        dpi = asked.dpi or limits.dpi
+        if dpi > limits.max_dpi:
+            raise InvalidRequest(f"{where}: dpi may be at most {limits.max_dpi:g}.", param=where)
+        with self._reader.open(data, where) as document:
+            numbers = asked.choose(document.count, limits.max_pages, where)
+            sizes = document.sizes(numbers, dpi)
+            for size in sizes:
+                check_image_size(size, self._images, where)
+            texts = [document.text(number) for number in numbers] if asked.text else []
+        if sum(map(len, texts)) > limits.max_text:
+            raise MediaTooLarge(
+                f"{where}: the pages' text has more than {limits.max_text} characters; ask for fewer pages.",
+                param=where,
+            )
+        return _paged(source, numbers, sizes, dpi, texts)
+
+    def check_pages(self, processor: MediaProcessor, pages: Sequence[MediaSource]) -> int:
+        """Refuse pages that need too much memory or too many tokens, before they are rendered.
+
+        Returns:
+            Pixels of all pages.
+
+        Raises:
+            MediaTooLarge, ContextLengthExceeded, InvalidRequest: as :meth:`check`.
+        """
+        sizes, tokens = [], 0
+        for source in pages:
+            assert source.page is not None
+            sizes.append(source.page.size)
+            tokens += _name_source(source, _for_item(processor, source).check, source.page.size)
+        check_total(sizes, self._images)
+        self._check_tokens(tokens)
+        return sum(width * height for width, height in sizes)
+
+    def prepare_pages(
+        self, processor: MediaProcessor, pages: Sequence[MediaSource], data: bytes
+    ) -> list[PreparedMedia]:
+        """Render and prepare pages of one file.
+
+        Args:
+            pages: sources that :meth:`open` made of the file.
+            data: the file's bytes.
+
+        Raises:
+            MediaError: a page can't be rendered.
+            InvalidRequest: the model can't be shown a page.
+        """
+        where = pages[0].where
+        found: list[Page] = [source.page for source in pages if source.page is not None]
+        if found[0].dpi is None:
+            numbers = [page.number for page in found]
+            images = decode_frames(data, numbers, self._images, where=where)
+            return [self.show(processor, *pair) for pair in zip(pages, ([i] for i in images), strict=True)]
+        with self._reader.open(data, where) as document:
+            return [
+                self.show(processor, source, [document.render(page.number, page.dpi)])
+                for source, page in zip(pages, found, strict=True)
+                if page.dpi is not None
+            ]
+
     def close(self) -> None:
-        """End the processes that decode videos."""
+        """End the processes that decode videos and read documents."""
         self._decoder.close()
+        self._reader.close()
 
     def _video_file(self, processor: MediaProcessor, source: MediaSource, data: bytes) -> PreparedMedia:
         with self._decoder.open(data, source.where) as opened:
@@ -151,6 +252,22 @@ class MediaPreparation:
     def _check_tokens(self, tokens: int) -> None:
         if self._max_tokens is not None and tokens >= self._max_tokens:
             raise ContextLengthExceeded.by(self._max_tokens, tokens, 1)
+
+
+def num_images(sources: Sequence[MediaSource]) -> int:
+    """Number of images among the sources; videos don't count."""
+    return sum(source.kind == "image" for source in sources)
+
+
+def _paged(
+    source: MediaSource,
+    numbers: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    dpi: float | None,
+    texts: Sequence[str] = (),
+) -> PagedFile:
+    pages = [Page(number, size, dpi) for number, size in zip(numbers, sizes, strict=True)]
+    return PagedFile(tuple(map(source.page_source, pages)), tuple(texts))
 
 
 def _for_item(processor: MediaProcessor, source: MediaSource) -> MediaProcessor:

@@ -66,6 +66,19 @@ class MediaItem:
 
 
 @dataclass(frozen=True, slots=True)
+class PagesItem:
+    """The pages of a document, or the frames of an image, in place of one part of a message.
+
+    Attributes:
+        pages: their images.
+        texts: the text that follows each of them; empty if there are none.
+    """
+
+    pages: tuple[MediaItem, ...]
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedMedia:
     """A media item with the encoder's input.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from deployments.errors import UnsupportedParameter
 from engine.errors import InvalidRequest
+from engine.inputs.pages import DOCUMENT_OPTIONS
 
 Json = dict[str, Any]
 
@@ -122,6 +123,8 @@ class ChatMessages:
         self.fields[place] = where
         if part["type"] == "image_url":
             self.fields[f"{place}.image_url.url"] = f"{where}.source"
+        if part["type"] == "document_url":
+            self.fields[f"{place}.document_url"] = f"{where}.source"
         content.append(part)
 
 
@@ -131,7 +134,7 @@ def _parts(block: Any, where: str) -> list[tuple[Json, str]]:
     if kind == "text":
         return [({"type": "text", "text": _string(block, "text", where)}, where)]
     if kind == "image":
-        url = _image_url(block.get("source"), f"{where}.source")
+        url = _url(block.get("source"), f"{where}.source")
         return [({"type": "image_url", "image_url": {"url": url}}, where)]
     if kind == "search_result":
         return _inner_parts(block.get("content"), f"{where}.content")
@@ -142,11 +145,8 @@ def _parts(block: Any, where: str) -> list[tuple[Json, str]]:
             return [({"type": "text", "text": _string(source, "data", f"{where}.source")}, where)]
         if form == "content":
             return _inner_parts(source["content"], f"{where}.source.content")
-        raise UnsupportedParameter(
-            f"Unsupported parameter: {where}.source can only hold text or content here; send a document's "
-            "pages as images.",
-            param=f"{where}.source.type",
-        )
+        options = {name: block[name] for name in DOCUMENT_OPTIONS if name in block}
+        return [({"type": "document_url", "document_url": _url(source, f"{where}.source"), **options}, where)]
     raise UnsupportedParameter(
         f"Unsupported parameter: {where}.type is {str(kind)[:40]!r}; text, image, tool_use, tool_result, "
         "thinking, document and search_result are supported.",
@@ -162,7 +162,7 @@ def _inner_parts(content: Any, where: str) -> list[tuple[Json, str]]:
     return [part for index, inner in enumerate(content) for part in _parts(inner, f"{where}[{index}]")]
 
 
-def _image_url(source: Any, where: str) -> str:
+def _url(source: Any, where: str) -> str:
     kind = source.get("type") if isinstance(source, Mapping) else None
     if kind == "url":
         return _string(source, "url", where)

@@ -20,7 +20,7 @@ from deployments.ray_serve.handoff import (
     stream,
     unpack,
 )
-from deployments.stages import Generation, Pooling, Stages
+from deployments.stages import Generation, OpenFile, Pooling, Stages
 from deployments.tracing import current
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
@@ -57,13 +57,32 @@ class RemotePreprocessor(_Remote):
     name = "preprocessor"
 
     async def prepare(
-        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str
+        self,
+        sources: Sequence[MediaSource],
+        files: Mapping[int, KeptFiles],
+        caller: str,
+        images: int | None = None,
     ) -> list[PixelsRef]:
-        kept = [(index, replace(entry, files=None)) for index, entry in files.items()]
-        references = [entry.files for entry in files.values()]
-        return await _call(
-            self.name, self._handle.prepare, list(sources), caller, current.get(), kept, *references
-        )
+        args = list(sources), caller, images, current.get(), *_referenced(files)
+        return await _call(self.name, self._handle.prepare, *args)
+
+    async def open(
+        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str, images: int
+    ) -> list[OpenFile]:
+        args = list(sources), caller, images, current.get(), *_referenced(files)
+        return await _call(self.name, self._handle.open, *args)
+
+    async def prepare_pages(
+        self, file: OpenFile, pages: Sequence[MediaSource], images: int
+    ) -> list[PixelsRef]:
+        args = list(pages), images, current.get(), replace(file.file, files=None), file.file.files
+        return await _call(self.name, self._handle.prepare_pages, *args)
+
+
+def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
+    """Kept files without their bytes, then the reference to those of each: Ray resolves only arguments."""
+    kept = [(index, replace(entry, files=None)) for index, entry in files.items()]
+    return [kept, *(entry.files for entry in files.values())]
 
 
 class RemoteEncoder(_Remote):

@@ -6,7 +6,7 @@ Deliberate errors are returned as :class:`~deployments.ray_serve.failures.Refusa
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +30,7 @@ from deployments.ray_serve.handoff import (
     pieces,
 )
 from deployments.ray_serve.process import prepare_process
-from deployments.stages import Generation, Pooling
+from deployments.stages import Generation, OpenFile, Pooling
 from deployments.tasks import all_or_none
 from deployments.tracing import Carrier, TracingConfig, current, make_tracer
 from engine.config import EngineConfig
@@ -38,6 +38,7 @@ from engine.errors import SightlineError
 from engine.executor.launch import Launcher
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput
+from engine.preparation import PagedFile
 from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem, PreparedMedia
 
 #: Seconds for which a replica keeps a request whose stream is not asked for. That follows at once, unless its
@@ -67,32 +68,61 @@ class PreprocessorReplica:
         self,
         sources: Sequence[MediaSource],
         caller: str,
+        images: int | None,
         span: Carrier,
         kept: Sequence[tuple[int, KeptFiles]],
         *files: Any,
     ) -> list[PixelsRef] | Refusal:
-        """Prepare all media of a request, in order.
+        """Prepare media of a request, in order.
 
         Args:
             caller: name of the caller's API key.
+            images: number of images of the whole request; that of ``sources`` if None.
             kept: files of earlier requests, each with the index of the source that names it.
             files: the bytes of each of ``kept``; Ray has resolved their references.
         """
         current.set(span)
-        given = {index: replace(entry, files=held) for (index, entry), held in zip(kept, files, strict=True)}
-        return await answered(self._prepare(sources, given, caller))
+        return await answered(self._all(self._stage.prepare(sources, _given(kept, files), caller, images)))
 
-    async def _prepare(
-        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str
-    ) -> list[PixelsRef]:
-        prepared = await self._stage.prepare(sources, files, caller)
-        return await all_or_none(self._stored(media) for media in prepared)
+    async def open(
+        self,
+        sources: Sequence[MediaSource],
+        caller: str,
+        images: int,
+        span: Carrier,
+        kept: Sequence[tuple[int, KeptFiles]],
+        *files: Any,
+    ) -> list[OpenFile] | Refusal:
+        """Fetch and open files whose pages are shown; arguments as of :meth:`prepare`."""
+        current.set(span)
+        return await answered(self._open(sources, _given(kept, files), caller, images))
+
+    async def prepare_pages(
+        self, pages: Sequence[MediaSource], images: int, span: Carrier, file: KeptFiles, data: Any
+    ) -> list[PixelsRef] | Refusal:
+        """Render and prepare pages of a file; Ray has resolved the reference to its bytes."""
+        current.set(span)
+        opened = OpenFile(PagedFile(tuple(pages)), replace(file, files=data))
+        return await answered(self._all(self._stage.prepare_pages(opened, pages, images)))
+
+    async def _open(
+        self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str, images: int
+    ) -> list[OpenFile]:
+        opened = await self._stage.open(sources, files, caller, images)
+        kept = await all_or_none(self._kept(each.file) for each in opened)
+        return [replace(each, file=file) for each, file in zip(opened, kept, strict=True)]
+
+    async def _all(self, work: Awaitable[list[PreparedMedia]]) -> list[PixelsRef]:
+        return await all_or_none(self._stored(media) for media in await work)
 
     async def _stored(self, media: PreparedMedia) -> PixelsRef:
         kept, pixels = media.kept, await self._store.put(media.pixels)
         if kept is not None:
-            kept = replace(kept, files=await self._store.put(kept.files))
+            kept = await self._kept(kept)
         return PixelsRef(media.item, pixels, media.seconds, media.frames, media.rows, kept)
+
+    async def _kept(self, kept: KeptFiles) -> KeptFiles:
+        return replace(kept, files=await self._store.put(kept.files))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Signals of :mod:`deployments.autoscaling`."""
@@ -284,6 +314,10 @@ class LanguageModelReplica:
 
 def _named(families: list[Family]) -> Part:
     return Part({"replica": serve.get_replica_context().replica_id.unique_id}, families)
+
+
+def _given(kept: Sequence[tuple[int, KeptFiles]], files: Sequence[Any]) -> dict[int, KeptFiles]:
+    return {index: replace(entry, files=held) for (index, entry), held in zip(kept, files, strict=True)}
 
 
 def _embedded(infos: Sequence[RowsInfo], rows: Sequence[np.ndarray]) -> list[EmbeddedMedia]:

@@ -23,7 +23,7 @@ from deployments.routers.models import find_pipeline
 from deployments.routers.values import finite, usage_body
 from deployments.tasks import all_or_none, merged
 from engine.outputs import StreamUpdate, TokenLogprob, Usage
-from engine.prompt import EngineInput, MediaItem
+from engine.prompt import EngineInput, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams
 
 router = APIRouter()
@@ -81,7 +81,7 @@ async def create_completion(request: Request) -> Response:
 async def _prepared(
     pipeline: Pipeline, body: wire.CompletionRequest, given: str | list[int], params: SamplingParams
 ) -> EncodedPrompt:
-    def build(_: list[MediaItem]) -> EngineInput:
+    def build(_: list[MediaItem | PagesItem]) -> EngineInput:
         if not isinstance(given, str):
             return pipeline.builder.from_token_ids(given, cache_salt=body.cache_salt)
         return pipeline.builder.from_text(

@@ -24,7 +24,7 @@ from engine.errors import InvalidRequest
 from engine.inputs.messages import parse_messages
 from engine.outputs import EmbeddingOutput, Usage
 from engine.pooling_params import PoolingParams
-from engine.prompt import EngineInput, MediaItem
+from engine.prompt import EngineInput, MediaItem, PagesItem
 
 router = APIRouter()
 
@@ -108,14 +108,14 @@ async def _prepared(pipeline: Pipeline, item: wire.Item, field: str, salt: str) 
         if not isinstance(text, str) or not text:
             raise InvalidRequest(f"{field} must not hold an empty text.", param=field)
 
-        def plain(_: list[MediaItem]) -> EngineInput:
+        def plain(_: list[MediaItem | PagesItem]) -> EngineInput:
             return pipeline.builder.from_text(text, cache_salt=salt, placeholders_are_text=True)
 
         return await pipeline.prepare(plain, salt=salt)
     assert isinstance(item, dict)
     messages, sources = parse_messages([{"role": "user", "content": _parts(item, field)}])
 
-    def chat(items: list[MediaItem]) -> EngineInput:
+    def chat(items: list[MediaItem | PagesItem]) -> EngineInput:
         return pipeline.builder.from_messages(messages, items, add_generation_prompt=False, cache_salt=salt)
 
     return await pipeline.prepare(chat, sources, salt=salt)

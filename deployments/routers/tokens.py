@@ -13,7 +13,7 @@ from deployments.protocol import tokens as wire
 from deployments.routers.models import find_pipeline
 from deployments.tools import read_tools
 from engine.errors import InvalidRequest
-from engine.prompt import EngineInput, MediaItem
+from engine.prompt import EngineInput, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams
 
 router = APIRouter()
@@ -55,7 +55,7 @@ async def tokenize(request: Request) -> wire.TokenizeResponse:
     )
 
 
-def _plain(pipeline: Pipeline, body: wire.TokenizeRequest, _: list[MediaItem]) -> EngineInput:
+def _plain(pipeline: Pipeline, body: wire.TokenizeRequest, _: list[MediaItem | PagesItem]) -> EngineInput:
     return pipeline.builder.from_text(
         body.prompt or "", add_special_tokens=body.add_special_tokens, placeholders_are_text=True
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 
 @contextmanager
-def file_of(data: bytes | np.ndarray) -> Iterator[int]:
+def file_of(data: bytes) -> Iterator[int]:
     """The descriptor of a file with ``data``, at its beginning; closed at the end of the block."""
     descriptor = written([data])
     try:

@@ -14,8 +14,17 @@ from engine.inputs.assembly import Expand, PromptAssembly, assemble_ids, match_i
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.content_form import ContentForms
 from engine.inputs.control_text import ControlText, StandIns
+from engine.inputs.pages import spread
 from engine.inputs.placeholders import Placeholders
-from engine.prompt import EngineInput, MediaItem, MediaPart, Message, PlaceholderRun, TextPart
+from engine.prompt import (
+    EngineInput,
+    MediaItem,
+    MediaPart,
+    Message,
+    PagesItem,
+    PlaceholderRun,
+    TextPart,
+)
 from engine.text.tokenizer import Tokenizer
 
 _NOTHING = StandIns({})
@@ -79,7 +88,7 @@ class PromptBuilder:
     def from_messages(
         self,
         messages: Sequence[Message],
-        items: Sequence[MediaItem] = (),
+        items: Sequence[MediaItem | PagesItem] = (),
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -91,13 +100,15 @@ class PromptBuilder:
 
         Args:
             messages: as :func:`engine.inputs.messages.parse_messages` gives them.
-            items: the media, by the index that the messages' :class:`MediaPart` carry.
+            items: the media, by the index that the messages' :class:`MediaPart` carry. Pages stand as images
+                in their document's place.
 
         Raises:
             InvalidRequest: there is no template, it refuses the messages, or the placeholders that it prints
                 don't fit the items.
         """
         self.check_messages(messages, len(items))
+        messages, items = spread(messages, items)
         in_order = [
             part.index for message in messages for part in message.parts if isinstance(part, MediaPart)
         ]
@@ -180,7 +191,8 @@ class PromptBuilder:
                 param="messages",
             )
         for part in media:
-            if part.kind not in self._placeholders.kinds:
+            kind = "image" if part.kind == "document" else part.kind
+            if kind not in self._placeholders.kinds:
                 raise InvalidRequest(f"This model takes no {part.kind}s.", param="messages")
 
     def _protected(self, message: Message, protected: Mapping[str, Any], with_tools: bool) -> Message:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.errors import InvalidRequest, MediaError
+from engine.inputs.pages import DOCUMENT_OPTIONS, FRAME_OPTIONS, page_options
 from engine.inputs.video import media_kind, video_source
 from engine.media.source import MediaSource, RowsSource
 from engine.prompt import MediaPart, Message, TextPart
@@ -26,6 +27,7 @@ _FILE_PARTS = ("file", "input_file")
 _ROWS_PART = "image_embeds"
 #: Longest ``uuid`` of a part.
 MAX_UUID = 256
+_DOCUMENT_PARTS = ("document_url", "document")
 _KEPT = ("name", "tool_call_id", "reasoning_content")
 
 
@@ -36,7 +38,8 @@ def parse_messages(raw: Sequence[Mapping[str, Any]]) -> tuple[list[Message], lis
         raw: OpenAI messages as plain data. Beside OpenAI's parts, offline callers may give
             ``{"type": "image", "image": PIL image | bytes | URL}`` and
             ``{"type": "video", "video": bytes | URL | [frame, ...]}`` with frames of the same kinds. Parts of
-            videos take ``fps``, ``num_frames`` and, for lists of frames, ``timestamps``.
+            videos take ``fps``, ``num_frames`` and, for lists of frames, ``timestamps``; those of documents
+            ``pages``, ``max_pages``, ``dpi`` and ``text``; those of image files ``pages`` and ``max_pages``.
 
     Raises:
         InvalidRequest: naming ``messages[i].content[j]`` and what it should be.
@@ -110,12 +113,14 @@ def _part(part: Any, where: str, sources: list[MediaSource]) -> TextPart | Media
         source = video_source(part, kind, index, where, uuid)
     elif kind in _FILE_PARTS:
         source = _file(part, kind, index, where)
+    elif kind in _DOCUMENT_PARTS:
+        source = _document(part, kind, index, where, uuid)
     elif kind == _ROWS_PART:
         source = _rows(part, index, where, uuid)
     else:
         raise InvalidRequest(
-            f"{where}.type must be text, image_url, input_image, image, image_embeds, video_url, video or "
-            "file.",
+            f"{where}.type must be text, image_url, input_image, image, image_embeds, video_url, video, "
+            "document_url or file.",
             param=f"{where}.type",
         )
     sources.append(replace(source, uuid=uuid))
@@ -138,19 +143,43 @@ def _image(part: Mapping[str, Any], kind: str, index: int, where: str, uuid: str
     part_where = where
     key = "image" if kind == "image" and "image" in part else "image_url"
     key = "url" if kind == "image" and "url" in part else key
-    value, holder, holder_where = part.get(key), part, where
-    where = f"{where}.{key}"
+    value, holders, where = part.get(key), [(part, where)], f"{where}.{key}"
     if isinstance(value, Mapping):
-        if "detail" in value:
-            holder, holder_where = value, where
-        value = value.get("url")
-        where = f"{where}.url"
-    detail = holder.get("detail") or "auto"
-    if detail not in DETAILS:
-        raise InvalidRequest(f"detail must be one of {', '.join(DETAILS)}.", param=f"{holder_where}.detail")
+        holders.insert(0, (value, where))
+        value, where = value.get("url"), f"{where}.url"
+    detail, options = _detail(holders), _options(holders, FRAME_OPTIONS)
     if value is None and uuid:
-        return MediaSource(index, f"{part_where}.uuid", detail=detail)
-    return _source(value, index, where, detail)
+        source = MediaSource(index, f"{part_where}.uuid", detail=detail)
+    else:
+        source = _source(value, index, where, detail)
+    if not options:
+        return source
+    if source.image is not None:
+        at = next(iter(options.values()))[1]
+        raise InvalidRequest(f"{at} is for image files, not for PIL images.", param=at)
+    return replace(source, pages=page_options(options))
+
+
+def _detail(holders: Sequence[tuple[Mapping[str, Any], str]]) -> str:
+    """The ``detail`` of the first of ``holders`` that has one; beside each stands its place."""
+    for holder, where in holders:
+        if detail := holder.get("detail"):
+            if detail not in DETAILS:
+                raise InvalidRequest(f"detail must be one of {', '.join(DETAILS)}.", param=f"{where}.detail")
+            return detail
+    return "auto"
+
+
+def _options(
+    holders: Sequence[tuple[Mapping[str, Any], str]], names: Sequence[str]
+) -> dict[str, tuple[Any, str]]:
+    """Value and place of the options that are given; the first of ``holders`` counts."""
+    return {
+        name: (holder[name], f"{where}.{name}")
+        for holder, where in reversed(holders)
+        for name in names
+        if holder.get(name) is not None
+    }
 
 
 def _rows(part: Mapping[str, Any], index: int, where: str, uuid: str) -> MediaSource:
@@ -176,12 +205,32 @@ def _source(value: Any, index: int, where: str, detail: str) -> MediaSource:
     raise MediaError(f"{where} must be the URL of an image (http, https or data).", param=where)
 
 
+def _document(part: Mapping[str, Any], kind: str, index: int, where: str, uuid: str) -> MediaSource:
+    """A ``document_url`` or ``document`` part: a PDF by its URL, or as bytes."""
+    part_where = where
+    value, holders, where = part.get(kind), [(part, where)], f"{where}.{kind}"
+    if isinstance(value, Mapping):
+        holders.insert(0, (value, where))
+        value, where = value.get("url"), f"{where}.url"
+    asked, detail = page_options(_options(holders, DOCUMENT_OPTIONS)), _detail(holders)
+    if value is None and uuid:
+        return MediaSource(index, f"{part_where}.uuid", "document", pages=asked, detail=detail)
+    if isinstance(value, str) and value:
+        return MediaSource(index, where, "document", url=value, pages=asked, detail=detail)
+    if isinstance(value, bytes | bytearray):
+        return MediaSource(index, where, "document", data=bytes(value), pages=asked, detail=detail)
+    raise MediaError(f"{where} must be the URL of a PDF (http, https or data).", param=where)
+
+
 def _file(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSource:
-    """A ``file`` part: an image or a video, as its data URL or its name says."""
-    holder = part.get("file") if kind == "file" else part
-    where = f"{where}.file" if kind == "file" else where
-    if not isinstance(holder, Mapping):
-        raise InvalidRequest(f"{where} must be an object with file_data or file_url.", param=where)
+    """A ``file`` part: an image, a video or a document, as its data URL or its name says."""
+    holders = [(part, where)]
+    if kind == "file":
+        where = f"{where}.file"
+        if not isinstance(part.get("file"), Mapping):
+            raise InvalidRequest(f"{where} must be an object with file_data or file_url.", param=where)
+        holders.insert(0, (part["file"], where))
+    holder = holders[0][0]
     if holder.get("file_id") is not None:
         raise InvalidRequest(
             f"{where}.file_id: this server keeps no files; send file_data.", param=f"{where}.file_id"
@@ -191,15 +240,22 @@ def _file(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSo
     if not isinstance(value, str) or not value:
         raise InvalidRequest(f"{where} must be a data URL.", param=where)
     found = media_kind(value, holder.get("filename"))
+    if found is None and field == "file_url":
+        # An address without a known ending: images and videos have parts of their own.
+        found = "document"
     if found is None:
         raise InvalidRequest(
-            f"{where}: only images and videos can be read, told by a data URL such as "
-            "data:image/png;base64,... or by a filename.",
+            f"{where}: only images, videos and PDF can be read, told by a data URL such as "
+            "data:application/pdf;base64,... or by a filename.",
             param=where,
         )
     if field == "file_data" and not value.startswith("data:"):
         value = f"data:{found}/*;base64,{value}"
-    return MediaSource(index, where, found, url=value)
+    source = MediaSource(index, where, found, url=value, detail=_detail(holders))
+    if found == "document":
+        return replace(source, pages=page_options(_options(holders, DOCUMENT_OPTIONS)))
+    options = _options(holders, FRAME_OPTIONS) if found == "image" else {}
+    return replace(source, pages=page_options(options)) if options else source
 
 
 def _tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:

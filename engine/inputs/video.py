@@ -15,11 +15,12 @@ from engine.media.video.video import VideoOptions
 #: Bounds of what a caller may ask for.
 MAX_FPS, MAX_FRAMES = 1000.0, 1 << 16
 
-_DATA = re.compile(r"data:(image|video)/", re.IGNORECASE)
+_DATA = re.compile(r"data:(?:(image|video)/|application/pdf[;,])", re.IGNORECASE)
 _FRAMES = re.compile(r"data:video/jpeg;base64,", re.IGNORECASE)
 _SUFFIXES = {
     "video": {"mp4", "m4v", "webm", "mkv", "mov", "avi"},
     "image": {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"},
+    "document": {"pdf"},
 }
 #: What a request may ask of all its video files.
 VIDEO_OPTIONS = ("fps", "num_frames")
@@ -27,9 +28,9 @@ _OPTIONS = (*VIDEO_OPTIONS, "timestamps")
 
 
 def media_kind(url: str, filename: Any = None) -> str | None:
-    """``image`` or ``video``, as a data URL, the file's name or the end of a URL says; else None."""
+    """``image``, ``video`` or ``document``, as a data URL, a file's name or a URL's end says; else None."""
     if found := _DATA.match(url):
-        return found.group(1).lower()
+        return (found.group(1) or "document").lower()
     for name in (filename, None if url.startswith("data:") else url.partition("?")[0]):
         suffix = name.rpartition(".")[2].lower() if isinstance(name, str) else ""
         for kind, suffixes in _SUFFIXES.items():

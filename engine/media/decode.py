@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -56,19 +57,26 @@ def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) 
         MediaTooLarge: the header announces more pixels than allowed.
         MediaError: the data is no image of an allowed format, or is damaged.
     """
-    name = where or "the image"
-    try:
+    with decoder_faults(limits, where):
         data = without_metadata(data)
         try:
-            return _decode(data, limits, name, where)
+            return decode_frame(data, 0, limits, where=where)
         except OSError:
             ended = with_end_marker(data)
             if ended is None:
                 raise
-            image, other = (_decode(variant, limits, name, where) for variant in ended)
+            image, other = (decode_frame(variant, 0, limits, where=where) for variant in ended)
             if not np.array_equal(np.asarray(image), np.asarray(other)):
                 raise
             return image
+
+
+@contextmanager
+def decoder_faults(limits: ImageLimits, where: str | None) -> Iterator[None]:
+    """Turn what decoders raise into :class:`MediaError`, for the field ``where``."""
+    name = where or "the image"
+    try:
+        yield
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -82,12 +90,14 @@ def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) 
         raise MediaError(f"{name} is damaged or incomplete and can't be decoded.", param=where) from error
 
 
-def _decode(data: bytes, limits: ImageLimits, name: str, where: str | None) -> Image.Image:
-    positive = as_black_is_zero(data)
+def decode_frame(data: bytes, frame: int, limits: ImageLimits, *, where: str | None) -> Image.Image:
+    """One frame as :func:`decode_image` shows the first; a decoder's own exceptions pass through."""
+    positive = as_black_is_zero(data, frame)
     with Image.open(io.BytesIO(positive or data), formats=limits.formats) as image:
-        _check_size(image.size, limits, name, where)
+        image.seek(frame)
+        check_image_size(image.size, limits, where)
         encoding = Encoding.of(image, inverted=positive is not None)
-        return _shown(image, encoding, _orientation(image), where)
+        return shown(image, encoding, orientation_of(image), where)
 
 
 def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
@@ -104,7 +114,7 @@ def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
         raise MediaError(f"{name} has no pixels.", param=where)
     try:
         encoding = Encoding.of(image)
-        return _shown(image, encoding, _orientation(image) if image.format else 1, where)
+        return shown(image, encoding, orientation_of(image) if image.format else 1, where)
     except MediaError:
         raise
     except Exception as error:
@@ -113,20 +123,23 @@ def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
 
 def read_size(data: bytes, limits: ImageLimits, *, where: str | None = None) -> tuple[int, int]:
     """``(width, height)`` by the header alone, upright; errors as :func:`decode_image`."""
-    name = where or "the image"
     try:
         data = without_metadata(data)
         with Image.open(io.BytesIO(as_black_is_zero(data) or data), formats=limits.formats) as image:
-            _check_size(image.size, limits, name, where)
-            turned = _orientation(image) >= 5
-            return (image.height, image.width) if turned else image.size
+            check_image_size(image.size, limits, where)
+            return upright_size(image)
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaTooLarge(_too_many(name, limits), param=where) from None
+        raise MediaTooLarge(_too_many(where or "the image", limits), param=where) from None
     except Exception:
         # Decoding says what is wrong with it.
         return decode_image(data, limits, where=where).size
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """``(width, height)`` of an opened image once it is upright."""
+    return (image.height, image.width) if orientation_of(image) >= 5 else image.size
 
 
 def check_total(sizes: Iterable[tuple[int, int]], limits: ImageLimits) -> None:
@@ -147,8 +160,13 @@ def check_total(sizes: Iterable[tuple[int, int]], limits: ImageLimits) -> None:
         )
 
 
-def _check_size(size: tuple[int, int], limits: ImageLimits, name: str, where: str | None) -> None:
-    width, height = size
+def check_image_size(size: tuple[int, int], limits: ImageLimits, where: str | None) -> None:
+    """Refuse an image of ``(width, height)`` pixels that is larger than allowed, or has none.
+
+    Raises:
+        MediaError: naming ``where``.
+    """
+    (width, height), name = size, where or "the image"
     if width * height > limits.max_pixels or max(size) > limits.max_side:
         raise MediaTooLarge(_too_many(name, limits) + f" It has {width} x {height}.", param=where)
     if min(size) < 1:
@@ -159,7 +177,7 @@ def _too_many(name: str, limits: ImageLimits) -> str:
     return f"{name} has more than {limits.max_pixels} pixels, or more than {limits.max_side} along a side."
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """EXIF's orientation; 1 (upright) where it is missing, unreadable or out of range, as in viewers."""
     if image.format == "TIFF":
         return 1  # Pillow turns these itself
@@ -170,7 +188,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def _shown(image: Image.Image, encoding: Encoding, orientation: int, where: str | None) -> Image.Image:
+def shown(image: Image.Image, encoding: Encoding, orientation: int, where: str | None) -> Image.Image:
     """An opened image, loaded, as upright 8-bit RGB."""
     image.load()
     try:

@@ -53,6 +53,8 @@ class FetchPolicy(BaseModel):
         video_timeout: the same for a video. Default from VLLM_VIDEO_FETCH_TIMEOUT likewise, else 30.
         max_bytes: most bytes of one image.
         max_video_bytes: most bytes of one video.
+        document_timeout: seconds for one document.
+        max_document_bytes: most bytes of one document.
         max_total_bytes: most bytes of all items of a request.
         max_redirects: most redirects that are followed for one item.
         max_connections: most downloads at a time.
@@ -72,6 +74,8 @@ class FetchPolicy(BaseModel):
     video_timeout: PositiveFloat = Field(default_factory=lambda: _from_environment("VIDEO", 30.0))
     max_bytes: PositiveInt = 32 << 20
     max_video_bytes: PositiveInt = 256 << 20
+    document_timeout: PositiveFloat = 30.0
+    max_document_bytes: PositiveInt = 64 << 20
     max_total_bytes: PositiveInt = 320 << 20
     max_redirects: int = Field(default=3, ge=0, le=10)
     max_connections: PositiveInt = 256
@@ -79,13 +83,15 @@ class FetchPolicy(BaseModel):
     max_waiting_per_host: PositiveInt = 256
     queue_timeout: PositiveFloat = 30.0
 
-    def byte_limit(self, *, video: bool) -> int:
-        """Most bytes of one item."""
-        return self.max_video_bytes if video else self.max_bytes
+    def byte_limit(self, kind: str) -> int:
+        """Most bytes of one file of an ``image``, ``video`` or ``document``."""
+        limits = {"video": self.max_video_bytes, "document": self.max_document_bytes}
+        return limits.get(kind, self.max_bytes)
 
-    def time_limit(self, *, video: bool) -> float:
-        """Seconds that a host has for one item."""
-        return self.video_timeout if video else self.timeout
+    def time_limit(self, kind: str) -> float:
+        """Seconds that a host has for one file of that kind."""
+        limits = {"video": self.video_timeout, "document": self.document_timeout}
+        return limits.get(kind, self.timeout)
 
 
 def check_url(text: str, policy: FetchPolicy, where: str) -> URL:

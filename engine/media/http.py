@@ -21,7 +21,7 @@ from engine.media.limits import ByteBudget, check_size
 from engine.media.source import MediaSource
 
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "sightline"}
-_ACCEPTED = {False: "image/*", True: "video/*"}
+_ACCEPTED = {"image": "image/*", "video": "video/*", "document": "application/pdf"}
 #: The compressions that HTTP knows. Other words stand for bytes that are in the clear.
 _COMPRESSED = frozenset({"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "dcb", "dcz"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -64,7 +64,7 @@ class HttpClient:
         assert source.url is not None
         url, where = check_url(source.url, self._policy, source.where), source.where
         flights = self._here().flights
-        key = str(url), source.is_video_file
+        key = str(url), source.kind
         while (flight := flights.get(key)) is not None:
             body = await flight.joined(where)
             if body is not None:
@@ -85,7 +85,7 @@ class HttpClient:
                 del flights[key]
 
     async def _download(self, url: URL, source: MediaSource, budget: ByteBudget) -> bytes:
-        where, seconds = source.where, self._policy.time_limit(video=source.is_video_file)
+        where, seconds = source.where, self._policy.time_limit(source.kind)
         try:
             async with self._here().gate.place(str(url.host), where), asyncio.timeout(seconds):
                 return await self._follow(url, source, budget)
@@ -134,7 +134,7 @@ class HttpClient:
         self, url: URL, source: MediaSource, budget: ByteBudget, *, again: bool
     ) -> bytes | str | None:
         """The body, the ``Location`` of a redirect, or None if another attempt may succeed and is left."""
-        headers = {"Accept": _ACCEPTED[source.is_video_file]}
+        headers = {"Accept": _ACCEPTED[source.kind]}
         async with self._here().session.get(url, allow_redirects=False, headers=headers) as response:
             if response.status in _REDIRECTS:
                 return response.headers.get("Location", "")
@@ -193,7 +193,7 @@ class _OnLoop:
 
     session: aiohttp.ClientSession
     gate: HostGate
-    flights: dict[tuple[str, bool], _Flight] = field(default_factory=dict)
+    flights: dict[tuple[str, str], _Flight] = field(default_factory=dict)
 
 
 class _Flight:

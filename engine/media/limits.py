@@ -38,8 +38,8 @@ def check_size(count: int, policy: FetchPolicy, source: MediaSource) -> None:
     Raises:
         MediaTooLarge: the policy allows fewer.
     """
-    video = source.is_video_file
-    limit = policy.byte_limit(video=video)
+    limit = policy.byte_limit(source.kind)
     if count > limit:
-        noun = "video" if video else "image"
-        raise MediaTooLarge(f"{source.where}: the {noun} has more than {limit} bytes.", param=source.where)
+        raise MediaTooLarge(
+            f"{source.where}: the {source.kind} has more than {limit} bytes.", param=source.where
+        )

@@ -16,6 +16,7 @@ from engine.media.source import MediaSource
 
 #: From this size on, decoding a data URL would hold up an event loop.
 _LARGE = 1 << 18
+_EXAMPLES = {"video": "video/mp4", "document": "application/pdf"}
 
 
 def is_remote(url: str) -> bool:
@@ -54,8 +55,8 @@ def _decode_data_url(source: MediaSource, url: str, policy: FetchPolicy) -> byte
     where = source.where
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        example = "data:video/mp4" if source.is_video_file else "data:image/png"
-        raise MediaError(f"{where}: a data URL must look like {example};base64,...", param=where)
+        example = _EXAMPLES.get(source.kind, "image/png")
+        raise MediaError(f"{where}: a data URL must look like data:{example};base64,...", param=where)
     check_size(len(payload) // 4 * 3 - 2, policy, source)
     try:
         return base64.b64decode(payload, validate=True)
@@ -78,7 +79,7 @@ def _read_file(source: MediaSource, url: str, policy: FetchPolicy) -> bytes:
     if not inside:
         raise MediaForbidden(f"{where}: the file is outside of the folder that may be read.", param=where)
     try:
-        return _read_regular(path, policy.byte_limit(video=source.is_video_file) + 1)
+        return _read_regular(path, policy.byte_limit(source.kind) + 1)
     except OSError:
         raise MediaError(f"{where}: there is no such file.", param=where) from None
 

@@ -47,17 +47,20 @@ def with_end_marker(data: bytes) -> tuple[bytes, bytes] | None:
     return data + _END_OF_IMAGE, data + b"\x5a" * 256 + _END_OF_IMAGE
 
 
-def as_black_is_zero(data: bytes) -> bytes | None:
-    """A TIFF with grey samples of more than 8 bits, of which 0 is white, with the tag that says that 0 is
-    black; None for any other data. Pillow inverts smaller samples, and ignores or refuses the tag here."""
+def as_black_is_zero(data: bytes, page: int = 0) -> bytes | None:
+    """A TIFF in whose ``page`` 0 is white, in grey samples of more than 8 bits, with the tag that says that 0
+    is black; None for any other data. Pillow inverts smaller samples, and ignores or refuses the tag here."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
     if order is None or len(data) < 10:
         return None
     try:
-        (directory,) = struct.unpack_from(order + "I", data, 4)
-        (count,) = struct.unpack_from(order + "H", data, directory)
+        pointer = 4
+        for _ in range(page + 1):
+            (directory,) = struct.unpack_from(order + "I", data, pointer)
+            (count,) = struct.unpack_from(order + "H", data, directory)
+            pointer = directory + 2 + 12 * count
         tags = {}
-        for place in range(directory + 2, directory + 2 + 12 * count, 12):
+        for place in range(directory + 2, pointer, 12):
             tag, kind, number = struct.unpack_from(order + "HHI", data, place)
             if kind == 3 and number == 1:
                 tags[tag] = place + 8, *struct.unpack_from(order + "H", data, place + 8)

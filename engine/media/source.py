@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.errors import MediaTooLarge
+from engine.media.documents.pages import Page, PageOptions
 from engine.media.video.video import ANY_FRAMES, VideoOptions
 
 if TYPE_CHECKING:
@@ -30,17 +31,21 @@ class RowsSource:
 
 @dataclass(frozen=True, slots=True)
 class MediaSource:
-    """The source of an image or video. At most one of ``url``, ``data``, ``image``, ``frames`` and ``rows``
-    is set; none if ``uuid`` names media of an earlier request. A video with ``url`` or ``data`` is a file.
+    """The source of an image, video or document. At most one of ``url``, ``data``, ``image``, ``frames``,
+    ``page`` and ``rows`` is set; none if ``uuid`` names media of an earlier request. A video with ``url`` or
+    ``data`` is a file.
 
     Attributes:
         index: its number in the request, from 0, to which :class:`MediaPart` refers.
         where: the field of the request, e.g. ``messages[0].content[1].image_url``.
-        kind: ``image`` or ``video``.
+        kind: ``image``, ``video`` or ``document``.
         url: an ``http``, ``https``, ``data`` or ``file`` URL.
         data: bytes of an encoded image or video file.
         image: a decoded image (offline use).
         frames: a video's frames in order.
+        page: a page of a document, or a frame of an image, whose file the reader of this source has.
+        pages: the pages of a document, or the frames of an image file, that are shown, each as an image; None
+            for other sources.
         video: the frames of a video that are asked for.
         detail: OpenAI's hint: ``low`` shows an image at a lower cost, see
             :meth:`engine.families.base.AdjustableProcessor.low_detail`; ``auto``, ``high`` and ``original``
@@ -57,6 +62,8 @@ class MediaSource:
     data: bytes | None = None
     image: Image.Image | None = None
     frames: tuple[MediaSource, ...] = ()
+    page: Page | None = None
+    pages: PageOptions | None = None
     video: VideoOptions = ANY_FRAMES
     detail: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -73,6 +80,10 @@ class MediaSource:
         brought = (self.url, self.data, self.image, self.rows)
         return bool(self.uuid) and not self.frames and all(value is None for value in brought)
 
+    def page_source(self, page: Page) -> MediaSource:
+        """The source of one page of this one."""
+        return MediaSource(self.index, self.where, page=page, detail=self.detail, options=self.options)
+
 
 def check_media_limits(
     sources: Sequence[MediaSource], limits: Mapping[MediaKind, int], *, max_frames: int = 768
@@ -80,17 +91,20 @@ def check_media_limits(
     """Refuse a request with too many media, before any of them costs anything.
 
     Args:
-        limits: most items of each kind (``limit_mm_per_prompt``); a kind that is missing is unlimited.
+        limits: most items of each kind (``limit_mm_per_prompt``); a kind that is missing is unlimited. A page
+            is an image, and a document at least one.
         max_frames: most frames of all videos together.
 
     Raises:
         MediaTooLarge: naming the limit.
     """
     for kind, limit in limits.items():
-        given = [source for source in sources if source.kind == kind]
+        kinds = (kind, "document") if kind == "image" else (kind,)
+        given = [source for source in sources if source.kind in kinds]
         if len(given) > limit:
+            pages = ", pages included" if any(source.page for source in given) else ""
             raise MediaTooLarge(
-                f"The request has {len(given)} {kind}s, but limit_mm_per_prompt allows {limit}.",
+                f"The request has {len(given)} {kind}s{pages}, but limit_mm_per_prompt allows {limit}.",
                 param=given[limit].where,
             )
     frames = sum(len(source.frames) for source in sources)

@@ -1,0 +1,25 @@
+"""Limits on documents and on images with several frames."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+
+
+class DocumentLimits(BaseModel):
+    """The pages that are shown to a model.
+
+    Attributes:
+        dpi: pixels per inch at which pages are rendered, unless the caller asks for another resolution.
+        max_dpi: the most that a caller may ask for.
+        max_pages: most pages that a model is shown of one document, or frames of one image.
+        max_text: most characters of a document's text.
+        seconds: most seconds that opening a document, or rendering pages of it in one go, may take.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dpi: PositiveFloat = 144.0
+    max_dpi: PositiveFloat = 600.0
+    max_pages: PositiveInt = 100
+    max_text: PositiveInt = 1 << 20
+    seconds: PositiveFloat = 60.0
