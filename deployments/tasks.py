@@ -15,6 +15,9 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     finally:
         for task in tasks:
             task.cancel()
+        # A task keeps its error, and the error this frame: with the tasks in it, everything that the error's
+        # frames hold would stay until a garbage collection.
+        tasks.clear()
 
 
 #: Items of a merged stream that may wait for its reader.

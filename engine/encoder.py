@@ -195,6 +195,8 @@ class EncoderEngine:
         finally:
             with self._changed:
                 job.waiters -= 1
+            # It keeps its error, and an error keeps the frames that it has come through.
+            del job
 
     def check_health(self) -> None:
         """Raise if the engine can encode no more images.
@@ -293,6 +295,8 @@ class EncoderEngine:
                     with self._watchdog.step():
                         self._serve(jobs)
                     self._rest(time.perf_counter() - began)
+                # Images may be large: the last ones must not stay while the thread waits for more.
+                del jobs
 
     def _rest(self, worked: float) -> None:
         """Wait as long as ``worked`` seconds ask for, or until the engine is shut down."""
@@ -332,7 +336,8 @@ class EncoderEngine:
             if not isinstance(error, SightlineError):
                 logger.exception("encoding failed")
             if not jobs[0].result.done():
-                jobs[0].result.set_exception(error)
+                # Its frames hold the images, which must not stay for as long as the error.
+                jobs[0].result.set_exception(error.with_traceback(None))
             if self._device.type == "cuda":
                 # Raises if no launch can succeed any more.
                 torch.cuda.synchronize(self._device)

@@ -1,6 +1,7 @@
 """Errors on their way through Ray: refusals travel as values, Ray's own errors become ours."""
 
 import asyncio
+import traceback
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -65,7 +66,21 @@ def checked(result: Any) -> Any:
 
 
 def translated(error: Exception, stage: str) -> SightlineError:
-    """The error to report for ``error``, which a call of a replica of ``stage`` raised."""
+    """The error to report for ``error``, which a call of a replica of ``stage`` raised.
+
+    The frames that ``error`` has come through are cleared. Serve's hold the call's arguments and the future
+    that keeps the error: a cycle, which would keep objects in Ray's store until the next garbage collection.
+    An ingress without requests never collects.
+    """
+    reported = _translated(error, stage)
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return reported
+
+
+def _translated(error: Exception, stage: str) -> SightlineError:
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         # Errors raised in a replica arrive wrapped.
         error = error.cause

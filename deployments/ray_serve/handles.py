@@ -173,3 +173,6 @@ async def _call(stage: str, method: Any, *args: Any) -> Any:
         raise
     except Exception as error:
         raise translated(error, stage) from error
+    finally:
+        # It keeps its error, whose traceback keeps this frame.
+        del response

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine.errors import CheckpointError, InvalidRequest, Unavailable
 from engine.families.qwen2_vl.family import FAMILY
 from engine.prompt import EmbeddedMedia, MediaItem, PreparedMedia
 from tests.engine.tiny import make_qwen2_vl, make_text, picture, reference_inputs, reference_model
+from tests.serving import wait_until
 
 CPU = torch.device("cpu")
 
@@ -319,3 +321,18 @@ def test_text_models_have_no_encoder(tmp_path):
     make_text(tmp_path, "llama")
     with pytest.raises(CheckpointError, match="no vision part"):
         EncoderEngine.load(EngineConfig(model=str(tmp_path), device="cpu"))
+
+
+async def test_an_idle_engine_holds_no_pixels(gated):
+    """Neither those that it has encoded nor those that it could not."""
+    encoder, engine = gated
+    for name in ("good", "bad"):
+        media = item(name)
+        pixels = weakref.ref(media.pixels)
+        encoder.release()
+        try:
+            await engine.encode_async(media)
+        except InvalidRequest:
+            assert name == "bad"
+        del media
+        await wait_until(lambda pixels=pixels: pixels() is None)

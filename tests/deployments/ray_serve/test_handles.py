@@ -1,12 +1,16 @@
 """Stages behind handles: calls, streams and failures, with replicas that a test plays."""
 
 import asyncio
+import concurrent.futures
+import gc
 import inspect
 import pickle
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
 import grpc
+import numpy as np
 import pytest
 import ray.exceptions
 
@@ -20,11 +24,13 @@ from deployments.ray_serve.handles import (
 from deployments.ray_serve.handoff import PixelsRef, RowsInfo, RowsRef, cancel, pack, pieces
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.stages import Generation, Pooling, RowsLost, StageLost
+from deployments.tasks import all_or_none
 from engine.errors import InvalidRequest, SightlineError
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, KeptFiles
 from engine.sampling_params import SamplingParams
+from tests.serving import wait_until
 
 UPDATE = StreamUpdate("one", [OutputDelta(0, "token", [1])], Usage())
 ROWS = RowsRef(RowsInfo("h", "float32"), None)
@@ -282,3 +288,44 @@ async def test_every_call_fits_the_method_of_its_replica():
                 assert bound["caller"] == "key" and [entry for _, entry in bound["kept"]] == kept
                 assert bound.get("files", ()) in ((), ("reference",))
     assert {name for name, _ in model.calls} == {"hold", "generate", "embed", "max_model_len", "device"}
+
+
+class FailingCall:
+    """A call as Serve's: a future keeps its error, and the error's frames keep the call."""
+
+    def __init__(self, *arguments):
+        self._arguments = arguments
+        self._future = concurrent.futures.Future()
+
+    def __await__(self):
+        return self._result().__await__()
+
+    async def _result(self):
+        try:
+            raise ray.exceptions.OwnerDiedError("a", None, "b")
+        except ray.exceptions.OwnerDiedError as error:
+            self._future.set_exception(error)
+        return await asyncio.wrap_future(self._future)
+
+    def cancel(self):
+        pass
+
+
+async def test_what_a_lost_call_was_given_is_freed_at_once():
+    """Objects in Ray's store stay there while an error refers to the frames that know their references."""
+    handle = SimpleNamespace(encode=SimpleNamespace(remote=FailingCall))
+    stage = RemoteEncoder(SimpleNamespace(options=lambda **_: handle))
+    found = []
+
+    async def work():
+        pixels = SimpleNamespace(item=None, pixels=np.zeros(1))
+        found.append(weakref.ref(pixels.pixels))
+        return await all_or_none([stage.encode(pixels, ""), stage.encode(pixels, "")])
+
+    gc.disable()
+    try:
+        with pytest.raises(RowsLost):
+            await work()
+        await wait_until(lambda: all(reference() is None for reference in found), 10)
+    finally:
+        gc.enable()
