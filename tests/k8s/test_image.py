@@ -36,6 +36,30 @@ def test_every_copied_file_is_there_and_reaches_the_builder():
     assert set(kept) == set(copied()), "the builder gets files that the image doesn't need"
 
 
+def test_the_builder_gets_little_more_than_the_demos_models():
+    """A checkpoint or a virtual environment that slips into the context would be sent at every build."""
+    files = [file for source in copied() for file in [ROOT / source, *(ROOT / source).rglob("*")]]
+    size = sum(file.stat().st_size for file in files if file.is_file() and "__pycache__" not in file.parts)
+    models = sum(file.stat().st_size for file in (ROOT / "models").rglob("*.safetensors"))
+    assert size < models + (8 << 20)
+
+
+def test_every_argument_is_declared_used_and_given():
+    text, makefile = DOCKERFILE.read_text(), (ROOT / "Makefile").read_text()
+    arguments = set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
+    assert arguments == {"PYTHON", "DEVICE", "TORCH_INDEX", "WARM_MODELS"}
+    assert all(re.search(rf"\$\{{?{name}\b", text) for name in arguments)
+    assert set(re.findall(r"--build-arg (\w+)=", makefile)) <= arguments
+    # An argument before the first FROM is known in FROM lines only.
+    assert text.index("ARG PYTHON") < text.index("FROM ") and "$PYTHON" not in text.split("FROM ", 1)[1]
+
+
+def test_the_images_python_can_install_the_project():
+    (version,) = re.findall(r"^ARG PYTHON=(\d+)\.(\d+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    (least,) = re.findall(r'requires-python = ">=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert tuple(map(int, version)) >= tuple(map(int, least))
+
+
 def test_the_image_serves_what_the_demo_serves():
     source, target = "k8s/overlays/cpu-demo/serve_config.yaml", Path("serve_config.yaml")
     assert source in copied()

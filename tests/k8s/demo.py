@@ -1,0 +1,195 @@
+"""The demo's cluster as pods of this machine, and requests to it."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.k8s.checks import container, groups
+from tests.k8s.pods import TOKEN, Cluster, Pod, running_cluster, skip_unless_possible
+from tests.k8s.tools import documents, rayservice
+
+#: Twelve seconds of text, on an idle machine.
+LONG = {
+    "model": "pocket",
+    "messages": [{"role": "user", "content": "What is in this picture?"}],
+    "temperature": 0,
+    "max_tokens": 700,
+    "ignore_eos": True,
+}
+SHORT = LONG | {"max_tokens": 4}
+
+
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@dataclass
+class Deployed:
+    """The demo's cluster with two workers.
+
+    Attributes:
+        config: the serve config.
+        early: whether a worker was ready before the application was deployed.
+    """
+
+    cluster: Cluster
+    workers: list[Pod]
+    config: dict[str, Any]
+    early: bool
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://{self.cluster.head.address}:8265/api/serve/applications/"
+
+    def application(self) -> dict[str, Any]:
+        answer = httpx.get(self.dashboard, headers=AUTHORIZED, timeout=30)
+        return answer.json()["applications"].get("sightline", {}) if answer.is_success else {}
+
+    def replicas(self, deployment: str) -> set[str]:
+        """Addresses of the pods that hold the running replicas of a deployment."""
+        replicas = self.application()["deployments"][deployment]["replicas"]
+        return {replica["node_ip"] for replica in replicas if replica["state"] == "RUNNING"}
+
+    def actors(self) -> set[str]:
+        """Names of all replicas that run, which differ from one start to the next."""
+        return {
+            replica["replica_id"]
+            for deployment in self.application()["deployments"].values()
+            for replica in deployment["replicas"]
+            if replica["state"] == "RUNNING"
+        }
+
+
+def wait_for(condition: Callable[[], Any], pods: list[Pod], seconds: float = 240) -> None:
+    """Until the condition holds. Fails with the pods' output if it doesn't in time, or if the head ends."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return
+        except httpx.HTTPError:
+            pass
+        if time.monotonic() > deadline or pods[0].ended:
+            pytest.fail("\n".join(f"{pod.log}: {pod.log.read_text()[-1500:]}" for pod in pods))
+        time.sleep(0.3)
+
+
+def ready(pod: Pod, group: dict[str, Any]) -> bool:
+    """Return whether the pod's readiness probe succeeds."""
+    probe = container(group["template"])["readinessProbe"]
+    ports = {port["name"]: port["containerPort"] for port in container(group["template"])["ports"]}
+    port, path = ports[probe["httpGet"]["port"]], probe["httpGet"]["path"]
+    try:
+        return httpx.get(f"http://{pod.address}:{port}{path}", timeout=probe["timeoutSeconds"]).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def demo_group() -> dict[str, Any]:
+    """The one group of the demo."""
+    (found,) = groups(rayservice(documents("cpu-demo")))
+    return found
+
+
+def joined(started: Deployed, nodes: str) -> bool:
+    """Return whether all workers belong to the cluster.
+
+    A worker that has ended is replaced, as the operator does it: Ray gives up on a node that takes more than
+    30 seconds to start.
+    """
+    started.workers = [started.cluster.worker("cpu") if pod.ended else pod for pod in started.workers]
+    found = httpx.get(nodes, headers=AUTHORIZED, timeout=30).json()["data"]["result"]["result"]
+    alive = {node["node_ip"] for node in found if node["state"] == "ALIVE"}
+    return {pod.address for pod in started.workers} < alive
+
+
+@contextmanager
+def deployed_demo(folder: Path) -> Iterator[Deployed]:
+    """The demo with an ingress on each of two workers, configured as the operator does it.
+
+    Args:
+        folder: for the output of the pods.
+    """
+    skip_unless_possible()
+    group = demo_group()
+    found = documents("cpu-demo")
+    for document in found:
+        if document["kind"] == "ConfigMap":
+            # Requests may come for this long after a proxy was told to leave; 30 by default.
+            document["data"]["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "5"
+    config = yaml.safe_load(rayservice(found)["spec"]["serveConfigV2"])
+    config["applications"][0]["args"]["ingress"]["num_replicas"] = 2
+    with running_cluster(found, folder) as cluster:
+        head = f"http://{cluster.head.address}:8265"
+        wait_for(lambda: httpx.get(f"{head}/api/version", headers=AUTHORIZED).is_success, cluster.pods)
+        started = Deployed(cluster, [cluster.worker("cpu"), cluster.worker("cpu")], config, early=False)
+        wait_for(lambda: joined(started, f"{head}/api/v0/nodes"), cluster.pods)
+        started.early = any(ready(pod, group) for pod in started.workers)
+        put = httpx.put(started.dashboard, json=config, headers=AUTHORIZED, timeout=120)
+        assert put.is_success, put.text
+        wait_for(lambda: started.application().get("status") == "RUNNING", cluster.pods)
+        wait_for(lambda: all(ready(pod, group) for pod in started.workers), cluster.pods)
+        yield started
+
+
+@dataclass
+class Traffic:
+    """What happened to requests.
+
+    Attributes:
+        faults: of requests that came while a pod ended.
+        answered: how many such requests were answered.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    answered: int = 0
+
+
+async def streamed(client: httpx.AsyncClient, pod: Pod) -> str:
+    """The text of a whole stream; fails if it is cut."""
+    text, ended = "", False
+    url = f"http://{pod.address}:8000/v1/chat/completions"
+    async with client.stream("POST", url, json=LONG | {"stream": True}) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                ended = True
+            elif line.startswith("data: "):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                text += event["choices"][0]["delta"].get("content") or ""
+    assert ended, "the stream was cut"
+    return text
+
+
+async def keep_asking(
+    client: httpx.AsyncClient, endpoints: Callable[[], list[Pod]], done: asyncio.Event, traffic: Traffic
+) -> None:
+    """Send short requests, one after another, to the pods that the service would choose."""
+    turn = 0
+    while not done.is_set():
+        pods = endpoints()
+        pod, turn = pods[turn % len(pods)], turn + 1
+        try:
+            answer = await client.post(f"http://{pod.address}:8000/v1/chat/completions", json=SHORT)
+            if answer.status_code == 200:
+                traffic.answered += 1
+            else:
+                traffic.faults.append(f"{pod.address}: {answer.status_code} {answer.text[:200]}")
+        except httpx.HTTPError as error:
+            traffic.faults.append(f"{pod.address}: {error!r}")
+
+
+def put(deployed: Deployed, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the configuration and give it to the head, as the operator does."""
+    change(deployed.config["applications"][0])
+    answer = httpx.put(deployed.dashboard, json=deployed.config, headers=AUTHORIZED, timeout=120)
+    assert answer.is_success, answer.text
