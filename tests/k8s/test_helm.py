@@ -71,9 +71,46 @@ def test_values_reach_the_objects(chart):
     assert len(name) == 1
 
 
-def test_an_overlay_that_is_not_there_is_named(chart):
-    with pytest.raises(AssertionError, match="there is no overlay two-gpus"):
-        template(chart, {"overlay": "two-gpus"})
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"overlay": "two-gpus"}, "there is no overlay two-gpus"),
+        ({"groups": {"gpus": {"maxReplicas": 2}}}, "has no group gpus; it has gpu"),
+        ({"groups": {"gpu": {"maxReplica": 2}}}, "maxReplica"),
+        ({"groups": {"gpu": {"maxReplicas": "2"}}}, "maxReplicas"),
+        ({"serveconfig": "applications: []"}, "serveconfig"),
+        ({"serveConfig": "serve_config.yaml"}, "give it by --set-file"),
+        ({"image": "registry.example.com/sightline"}, "image"),
+        ({"env": {"NCCL": {"DEBUG": "WARN"}}}, "NCCL"),
+    ],
+)
+def test_a_wrong_value_is_named(chart, values, message):
+    with pytest.raises(AssertionError, match=message):
+        template(chart, {"overlay": "one-gpu"} | values)
+
+
+def test_the_image_is_that_of_our_own_containers(chart):
+    """Whatever its name was when the chart was made."""
+    folder = chart.with_name("renamed")
+    shutil.copytree(chart, folder)
+    overlay = folder / "overlays" / "cluster.yaml"
+    overlay.write_text(overlay.read_text().replace("image: sightline:dev", "image: registry/ours:1"))
+
+    def images(**values: str) -> dict[str, set[str]]:
+        found = template(folder, {"overlay": "cluster"} | values)
+        templates = [pod for _, pod in checks.pods(rayservice(found))]
+        ours = {checks.container(pod)["image"] for pod in templates}
+        others = {
+            document["kind"]: {checks.container(document["spec"]["template"])["image"]}
+            for document in found
+            if "template" in document.get("spec", {})
+        }
+        return others | {"RayService": ours}
+
+    before, after = images(), images(image="registry/ours:2")
+    assert before["RayService"] == before["Job"] == {"registry/ours:1"}
+    assert after["RayService"] == after["Job"] == {"registry/ours:2"}
+    assert before["StatefulSet"] == after["StatefulSet"] == {"redis:8.2-bookworm"}
 
 
 def test_the_versions_agree():

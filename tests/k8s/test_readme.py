@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
-from deployments.config import AppConfig
+from deployments.config import AppConfig, LanguageModelConfig
 from tests.k8s.tools import K8S, OVERLAYS
 from tests.serving import ROOT
 
@@ -82,9 +83,20 @@ def test_the_deployment_in_the_example_has_the_name_that_the_application_gives()
         block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "deployments:" in block
     )
     (application,) = yaml.safe_load(block)["applications"]
-    (deployment,) = application["deployments"]
+    preprocessor, language_model = application["deployments"]
     args = yaml.safe_load((K8S / "overlays" / "one-gpu" / "serve_config.yaml").read_text())["applications"][
         0
     ]["args"]
     (model,) = AppConfig.model_validate(args).models
-    assert deployment["name"] == f"Preprocessor:{model.slug}"
+    assert preprocessor["name"] == f"Preprocessor:{model.slug}"
+    assert language_model["name"] == f"LanguageModel:{model.slug}"
+    # The same as from `args`.
+    found = language_model["autoscaling_config"]
+    wanted = LanguageModelConfig(autoscaling={"min_replicas": 2, "max_replicas": 6}).options()[
+        "autoscaling_config"
+    ]
+    assert found | {"policy": None} == wanted | {"policy": None}
+    found, wanted = found["policy"], wanted["policy"]
+    assert found["policy_function"] == wanted["policy_function"]
+    assert found["policy_kwargs"]["targets"] == wanted["policy_kwargs"]["targets"]
+    ServeDeploySchema.model_validate(yaml.safe_load(block))
