@@ -6,6 +6,7 @@ Once a model has begun an escape, the grammar must not force it to a character t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,16 @@ _ESCAPED = r"[\x00-\x1f\x7f]"
 
 #: What ``\`` may be followed by where strings follow a pattern: no ``u``.
 _SHORT_ESCAPES = 'nrbtf\\"'
+
+_OPTIONS = {"json_allowed_escapes", "json_allow_general_unicode_escapes"}
+
+#: A string, a comment or a regex of a Lark grammar, none of which can hold a schema, or what precedes one.
+_LARK = re.compile(
+    r"""
+    "(?:\\.|[^"\\\n])*" | //[^\n]* | /(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\n])+/ | (?P<json>%json\s*(?={))
+    """,
+    re.VERBOSE,
+)
 
 #: Bounds the search for such a character to milliseconds.
 _FUEL = 200_000
@@ -41,6 +52,29 @@ def escape_options(schema: Any) -> dict[str, Any]:
 def lacks_escapes(options: dict[str, Any]) -> bool:
     """Return whether an escape that was begun can't become any escape, under :func:`escape_options`."""
     return "json_allowed_escapes" in options
+
+
+def with_escapes(lark: str) -> str:
+    r"""``lark``, a Lark grammar, with :func:`escape_options` in each JSON schema that it embeds.
+
+    Schemas that state options of either kind keep theirs. Where a schema lacks escapes, those that can be
+    begun are not barred as :func:`within_escape` says: the text around it may need a lone ``\``.
+    """
+    parts, end = [], 0
+    for found in _LARK.finditer(lark):
+        if found["json"] is None or found.start() < end:
+            continue
+        try:
+            schema, behind = json.JSONDecoder().raw_decode(lark, found.end())
+        except ValueError:
+            # The grammar's own compilation says what is wrong.
+            continue
+        own = schema.get("x-guidance", {})
+        if isinstance(own, dict) and not _OPTIONS & own.keys():
+            schema["x-guidance"] = {**own, **escape_options(schema)}
+            parts += [lark[end : found.end()], json.dumps(schema)]
+            end = behind
+    return "".join([*parts, lark[end:]])
 
 
 def within_escape(token: bytes) -> bool:

@@ -22,7 +22,7 @@ import llguidance
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine.helpers.child import limit_memory, serve
-from engine.structured.json_escapes import escape_options, lacks_escapes
+from engine.structured.json_escapes import escape_options, lacks_escapes, with_escapes
 from engine.structured.vocabulary import Vocabulary
 
 # What passes here is compiled and stepped again on threads with stacks of the usual 8 MiB, at least 2 MiB.
@@ -49,7 +49,7 @@ def to_grammar(kind: str, text: str, *, forces: bool) -> tuple[str, bool]:
     """
     lacks = False
     if kind == "grammar":
-        grammar = llguidance.grammar_from("grammar", text)
+        grammar = llguidance.grammar_from("grammar", with_escapes(text))
     elif kind in ("json_object", "json_schema"):
         schema = json.loads(text) if kind == "json_schema" else {"type": "object"}
         escapes = escape_options(schema)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,7 +74,12 @@ class Asked:
 
     def piece(self, token: int) -> str:
         """The text of one token, special or not."""
-        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return _piece(self.tokenizer, token)
+
+
+@lru_cache(maxsize=1 << 12)
+def _piece(tokenizer: Any, token: int) -> str:
+    return tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
 
 def compare_completion(tally: Tally, output: Any, expected: Expected, asked: Asked) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidRequest
+from engine.parsers.formats import TOOL_FORMATS
+from engine.parsers.grammar import PYTHON_CALL, XML_CALL, SpecialTokens, ToolSchema, tool_grammar
 from engine.sampling_params import StructuredSpec
 from engine.structured.grammar import GrammarCompiler
-from engine.structured.json_escapes import within_escape
+from engine.structured.json_escapes import with_escapes, within_escape
 from engine.text.tokenizer import Tokenizer
 from tests.engine.tokenizers import KINDS
 
@@ -255,6 +257,51 @@ def test_a_lone_backslash_comes_where_nothing_else_can():
 )
 def test_tokens_that_end_within_an_escape(token, within):
     assert within_escape(token) is within
+
+
+TOOL = {
+    "type": "object",
+    "properties": {"text": {"type": "string"}, "mood": {"enum": ['a "b"', "c"]}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("name", sorted(TOOL_FORMATS))
+def test_arguments_of_tools_may_hold_every_escape(name):
+    """The schemas that a Lark grammar embeds have the escapes that a schema of its own has."""
+    model, format_ = vocabulary("byte_level"), TOOL_FORMATS[name]
+    tools = [ToolSchema("say", TOOL)]
+    lark = tool_grammar(format_.layout, tools, SpecialTokens({}, frozenset()), choice="required")
+    if "%json" not in lark or format_.layout.form is XML_CALL:
+        pytest.skip("its strings are written without JSON")
+    compiled = model.compile("grammar", lark)
+    layout = format_.layout
+    begin = f"{layout.trigger}{layout.opening}{layout.form.head('say')}"
+    begin += "text=" if layout.form is PYTHON_CALL else '{"text": '
+    for character in ("\\u00e9", "\\u65E5", "\\ud83d\\ude00", "\\n", '\\"'):
+        assert begins(model, compiled.matcher(), f'{begin}"{character}"'), character
+    assert not begins(model, compiled.matcher(), f'{begin}"\\ud83d"')
+
+
+def begins(model, matcher, text: str) -> bool:
+    """Return whether an answer may begin with ``text``."""
+    return matcher.accept([i for c in text for i in model.tokenizer.encode_piece(c)])
+
+
+def test_schemas_of_a_lark_grammar_are_told_from_other_text():
+    schema = '{"type": "string"}'
+    plain = f'start: "%json {schema[:1]}" /[/"]%json {schema[:1]}/ TEXT // %json {schema}\nTEXT: "/" '
+    assert with_escapes(plain) == plain
+    allowed = '{"type": "string", "x-guidance": {"json_allow_general_unicode_escapes": true}}'
+    assert with_escapes(f"{plain}%json {schema} | %json\n{schema} /x/") == (
+        f"{plain}%json {allowed} | %json\n{allowed} /x/"
+    )
+    short = '{"pattern": ".*", "x-guidance": {"json_allowed_escapes": "nrbtf\\\\\\""}}'
+    assert with_escapes('start: %json {"pattern": ".*"}') == f"start: %json {short}"
+    stated = 'start: %json {"x-guidance": {"json_allowed_escapes": "n"}}'
+    assert with_escapes(stated) == stated
+    assert with_escapes("start: %json {broken}") == "start: %json {broken}"
 
 
 def test_a_value_that_needs_an_escape_has_it():

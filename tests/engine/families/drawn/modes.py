@@ -203,8 +203,8 @@ def cached(session: Session, tally: Tally) -> None:
     twice: from the cache what was computed."""
     rng = session.draw.stream("cache")
     size = rng.choice((1, 2, 4, 8, 16))
-    # Nothing is evicted.
-    blocks = 8 * session.drawn.tokens // size
+    # Nothing is evicted: room for every prompt three times, with what follows it.
+    blocks = sum(-(-(3 * question.length + 16 * STEPS) // size) for question in session.questions)
     llm = session.llm(block_size=size, num_kv_blocks=blocks, run_ahead=rng.choice((1, 0, 2)))
     outputs = session.check(tally, llm, session.questions, cached=_anything)
     session.check(tally, llm, session.questions, cached=lambda q: _full_blocks(q, q.length - 1, size))
