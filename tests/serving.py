@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -26,9 +27,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A free port of this machine, for a server that starts later.
+
+    It is below the ports that Linux gives to connections and to servers that ask for any, so nothing takes it
+    meanwhile by chance.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port was found")
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -130,11 +138,11 @@ class Served:
         return serve.get_deployment_handle(f"{name}:pocket", "sightline").options(_by_reference=True)
 
     def engine_metrics(self) -> dict[str, Any]:
-        return self.stage("LanguageModel").metrics.remote().result(timeout_s=30)
+        return self.stage("LanguageModel").metrics.remote().result(timeout_s=120)
 
     def wait_until_idle(self) -> None:
         """Until the engine holds nothing of any request; fails if it ends up holding something."""
-        wait_for(lambda: self.stage("LanguageModel").is_idle.remote().result(timeout_s=30))
+        wait_for(lambda: self.stage("LanguageModel").is_idle.remote().result(timeout_s=120))
 
 
 @contextmanager

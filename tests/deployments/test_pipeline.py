@@ -154,7 +154,7 @@ async def test_the_first_item_that_fails_ends_the_others(spec):
     encoder = Encoder([InvalidRequest("bad")])
     sources = [SOURCES[0], MediaSource(1, "messages[0].content[1]", url="data:,hangs")]
     with pytest.raises(InvalidRequest):
-        await asyncio.wait_for(pipeline(spec, encoder=encoder).prepare(build, sources), 10)
+        await asyncio.wait_for(pipeline(spec, encoder=encoder).prepare(build, sources), 60)
     await asyncio.sleep(0)
     assert encoder.cancelled == 1 and encoder.running == 0
 

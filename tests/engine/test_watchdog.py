@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,12 +44,19 @@ def engine_of(path: str, step_timeout_s: float) -> AsyncEngine:
     )
 
 
-def test_steps_in_time_are_let_be():
-    deaths = Deaths()
-    watchdog = Watchdog(lambda: None, 0.2, deaths)
+def test_steps_in_time_are_let_be(monkeypatch):
+    """Together they take longer than one step may."""
+    clock, looks, deaths = SimpleNamespace(now=0.0), threading.Semaphore(0), Deaths()
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("engine.watchdog.time", clock)
+    watchdog = Watchdog(looks.release, 0.2, deaths)
     for _ in range(8):
         with watchdog.step():
-            time.sleep(0.05)
+            clock.now += 0.15
+            while looks.acquire(blocking=False):
+                pass
+            # The first look may have begun before; the second begins after it has ended.
+            assert looks.acquire(timeout=60) and looks.acquire(timeout=60)
     watchdog.close()
     assert deaths.count == 0
 
@@ -71,11 +78,13 @@ def test_a_step_that_does_not_return_and_a_lost_process_are_noticed_once():
 
 
 async def test_a_hung_step_ends_what_runs_and_what_comes(path, monkeypatch):
-    engine, deaths, release = engine_of(path, 0.5), Deaths(), threading.Event()
+    engine, deaths, release = engine_of(path, 60), Deaths(), threading.Event()
     engine.when_dead(deaths)
     updates = engine.generate("one", EngineInput([5, 6, 7]), LONG)
     await anext(updates)
     monkeypatch.setattr(engine._engine.core, "_schedule", lambda: release.wait(60) and None)
+    # Only now, so that no step before is too slow.
+    engine._watchdog._limit_s = 0.5
     with pytest.raises(Unavailable, match="not returned"):
         async for _ in updates:
             pass

@@ -21,7 +21,7 @@ async def test_the_maker_of_an_array_keeps_its_reference_for_a_while(seconds, ke
     reference = weakref.ref(await store.put(np.zeros(3)))
     later = asyncio.Event()
     asyncio.get_running_loop().call_later(0.001, later.set)
-    await asyncio.wait_for(later.wait(), 10)
+    await asyncio.wait_for(later.wait(), 60)
     assert (reference() is not None) == kept
 
 

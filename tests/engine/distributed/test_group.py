@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from engine.families.load import load_language_model
 from engine.families.registry import resolve
 from tests.engine.decoding import prefill_logits
 from tests.engine.tiny import make_text
+from tests.serving import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -55,9 +55,7 @@ def _rank(rank: int, size: int, address: str, paths: list[Path], out: Path) -> N
 
 
 def by_port(folder: Path) -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 def by_file(folder: Path) -> str:

@@ -35,4 +35,6 @@ def test_families_need_no_torch():
     code = (
         "import sys, engine.families.qwen2_vl.family, engine.families.text.family, engine.families.registry; "
     )
-    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, timeout=240
+    )

@@ -71,9 +71,9 @@ async def test_a_slow_host_holds_no_place_of_others():
 
 
 async def test_waiting_for_earlier_downloads_is_not_the_hosts_time():
-    async with hosts(max_connections_per_host=1, timeout=0.3) as (here, fetcher):
+    async with hosts(max_connections_per_host=1, timeout=2) as (here, fetcher):
         first, *others = start(fetcher, [here.url("127.0.0.2", f"/{i}.png") for i in range(4)])
-        with pytest.raises(MediaError, match=r"from 127\.0\.0\.2: 127\.0\.0\.2 did not deliver within 0\.3"):
+        with pytest.raises(MediaError, match=r"from 127\.0\.0\.2: 127\.0\.0\.2 did not deliver within 2 "):
             await first
         # The others waited as long; their host's time begins now.
         here.released.set()
@@ -138,7 +138,7 @@ async def test_a_budget_too_small_is_that_callers_alone():
 
 
 async def test_a_hosts_fault_names_each_callers_field():
-    async with hosts(timeout=0.3) as (here, fetcher):
+    async with hosts(timeout=2) as (here, fetcher):
         fields = [MediaSource(0, f"field {i}", url=here.url("127.0.0.2").url) for i in range(3)]
         faults = await asyncio.gather(*start(fetcher, fields), return_exceptions=True)
         assert [fault.param for fault in faults] == ["field 0", "field 1", "field 2"]
