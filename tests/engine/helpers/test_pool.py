@@ -50,7 +50,8 @@ def test_files_go_both_ways_and_stay_open_nowhere(pool):
             assert answer == {"size": 200_000}
             assert (taken(made, (200, 1000)) == data[::-1].reshape(200, 1000)).all()
         assert len(os.listdir("/proc/self/fd")) == before
-        assert len(os.listdir(f"/proc/{helper.process_id}/fd")) == theirs
+        # The process closes the last file after it has answered.
+        wait_for(lambda: len(os.listdir(f"/proc/{helper.process_id}/fd")) == theirs)
 
 
 @pytest.mark.parametrize("message", [{"crash": 1}, {"memory": 1 << 30}, {"sleep": 1000}])
