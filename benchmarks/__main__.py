@@ -1,6 +1,7 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [memory] [offline] [routing] [serve]
+python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [memory] [offline]
+                     [preparation] [routing] [serve]
     [tiles]
 """
 
@@ -20,6 +21,7 @@ BENCHMARKS = {
     "load": ("--shape qwen2-vl-7b", "--shape tiny"),
     "memory": ("--shape qwen2-vl-2b", "--requests 200"),
     "offline": ("--shape qwen2-vl-2b", "--shape tiny"),
+    "preparation": ("", "--replicas 1,2 --sizes 560x560 --seconds 1"),
     "tiles": ("", ""),
     "autoscaling_sim": ("", "--trace nightly"),
     "routing": ("", "--requests 60 --replicas 2"),

@@ -35,7 +35,27 @@ def resize(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarr
     """
     if image.size != size:
         image = image.resize(size, resample=Image.Resampling(resample))
-    return np.asarray(image)
+    return rgb_array(image)
+
+
+def rgb_array(image: Image.Image) -> np.ndarray:
+    """The pixels of an RGB image as uint8 ``(height, width, 3)``, not writable.
+
+    Pillow keeps four bytes for a pixel, so one copy is needed. ``np.asarray`` makes two: ``Image.tobytes``
+    copies in chunks, and joins them.
+    """
+    image.load()
+    width, height = image.size
+    encoder = Image._getencoder("RGB", "raw", "RGB")
+    try:
+        encoder.setimage(image.im, (0, 0, width, height))
+        count, status, data = encoder.encode(max(3 * width * height, 4 * width))
+    finally:
+        encoder.cleanup()
+    if status != 1 or len(data) != 3 * width * height:
+        # Another release of Pillow may need several calls.
+        return np.asarray(image)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
 
 def normalisation_table(
