@@ -1,5 +1,6 @@
 """API keys of the server, each with limits and caches of its own."""
 
+import asyncio
 import hashlib
 import hmac
 import os
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.errors import error_response
 from deployments.report import current_report
 from engine.errors import ConfigError, Overloaded, SightlineError
+from engine.media.ledger import Account, Ledger
 
 #: Paths that need no key: probes of machines, which hold none.
 OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
@@ -93,8 +95,8 @@ class Caller:
         self._max_tokens = config.max_active_tokens if config is not None else None
         self._requests = self._tokens = 0
 
-    def enter(self) -> "Visit":
-        """Begin a request.
+    def enter(self, ledger: Ledger) -> "Visit":
+        """Begin a request, with an account in ``ledger``.
 
         Raises:
             Overloaded: too many are open.
@@ -104,15 +106,26 @@ class Caller:
                 f"This API key has {self._requests} requests open, which is its limit; try again shortly."
             )
         self._requests += 1
-        return Visit(self)
+        return Visit(self, ledger.account(self.name))
 
 
 class Visit:
-    """One request of a caller, and the tokens that it asks for."""
+    """One request of a caller, the tokens that it asks for, and what its media take.
 
-    def __init__(self, caller: Caller) -> None:
+    Args:
+        caller: the holder of the key.
+        media: the request's account of the ledger.
+    """
+
+    def __init__(self, caller: Caller, media: Account) -> None:
         self.caller = caller
+        self.media = media
         self._tokens = 0
+        self._holders = 1
+
+    def hold(self) -> None:
+        """Keep the request open for work that goes on after its response; :meth:`end` must follow."""
+        self._holders += 1
 
     def charge(self, tokens: int) -> None:
         """Count tokens of the prompt and of the longest completion, until the request ends.
@@ -130,7 +143,11 @@ class Visit:
         self._tokens += tokens
 
     def end(self) -> None:
-        """Give back what the request took."""
+        """Give back what the request took, once nothing works on it any more."""
+        self._holders -= 1
+        if self._holders:
+            return
+        self.media.close()
         self.caller._requests -= 1
         self.caller._tokens -= self._tokens
         self._tokens = 0
@@ -159,6 +176,20 @@ def charge(tokens: int) -> None:
         current.charge(tokens)
 
 
+def hold_open(task: asyncio.Future) -> None:
+    """Keep the current request open for its caller until ``task`` has ended, beyond its response."""
+    current = visit.get()
+    if current is not None:
+        current.hold()
+        task.add_done_callback(lambda _: current.end())
+
+
+def media_account() -> Account:
+    """The account of the current request's media; outside of requests one that counts for nobody."""
+    current = visit.get()
+    return Ledger().account("") if current is None else current.media
+
+
 class Access:
     """Lets in the holders of keys, on every path but :data:`OPEN_PATHS`.
 
@@ -166,13 +197,15 @@ class Access:
         keys: the keys; everybody may enter if there are none.
         page: the files of the pages need no key either: browsers send none with an address. The pages hold
             nothing but a field for it.
+        ledger: counts what the media of open requests take.
 
     Raises:
         ConfigError: a key can't be read.
     """
 
-    def __init__(self, keys: Sequence[KeyConfig], *, page: bool = False) -> None:
+    def __init__(self, keys: Sequence[KeyConfig], *, page: bool = False, ledger: Ledger) -> None:
         self._page = page
+        self._ledger = ledger
         callers: dict[str, Caller] = {}
         self._everybody = Caller()
         # Digests have one length, so comparing them tells nothing of a key's.
@@ -186,7 +219,7 @@ class Access:
                 await app(scope, receive, send)
                 return
             try:
-                entered = self._caller(scope).enter()
+                entered = self._caller(scope).enter(self._ledger)
             except SightlineError as error:
                 await error_response(error, scope)(scope, receive, send)
                 return

@@ -42,6 +42,7 @@ from deployments.routers import (
 )
 from deployments.tracing import Tracer
 from engine.errors import Overloaded, SightlineError
+from engine.media.ledger import Ledger, MediaLimits
 
 
 def create_api(
@@ -53,6 +54,7 @@ def create_api(
     echo_ids: bool = True,
     lifespan: Lifespan[FastAPI] | None = None,
     tracer: Tracer | None = None,
+    media: MediaLimits = MediaLimits(),
 ) -> FastAPI:
     """The application for the models in ``pipelines``, by the name that clients use.
 
@@ -61,12 +63,14 @@ def create_api(
         echo_ids: see :class:`~deployments.request_log.RequestLog`.
         lifespan: what the server enters when it starts and leaves when it stops.
         tracer: makes a span for each request.
+        media: the most that the media of open requests may take; ``state.ledger`` counts them.
     """
     api = FastAPI(title="Sightline", docs_url=None, redoc_url=None, lifespan=lifespan)
     api.state.config = config
     api.state.pipelines = pipelines
     api.state.responses = ResponseStore(config.stored_responses, config.stored_responses_s)
     api.state.background = {}
+    api.state.ledger = ledger = Ledger(media)
     http = HttpMeter()
     api.state.collector = Collector(
         http, pipelines, config.health_timeout_s, replica=replica, ingress=ingress
@@ -84,7 +88,7 @@ def create_api(
     api.add_exception_handler(SightlineError, _on_error)
     api.state.admission = admission = AdmissionLimit(config.max_active_requests)
     api.add_middleware(admission.around)
-    api.add_middleware(Access(config.keys, page=config.page).around)
+    api.add_middleware(Access(config.keys, page=config.page, ledger=ledger).around)
     api.add_middleware(Spelling)
     if config.cors_origins:
         api.add_middleware(

@@ -67,6 +67,7 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> d
         spec.preprocessor.video_processes,
         args.documents,
         spec.preprocessor.document_processes,
+        args.media,
     )
     stages["encoder"] = deploy(
         "VisionEncoder",

@@ -27,6 +27,7 @@ from engine.config import EngineConfig
 from engine.media.decode import ImageLimits
 from engine.media.documents.limits import DocumentLimits
 from engine.media.guard import FetchPolicy
+from engine.media.ledger import MediaLimits
 from engine.media.video.limits import VideoLimits
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 
@@ -367,6 +368,7 @@ class AppConfig(_Strict):
         images: limits on an image's format and size.
         logging: format and level of the logs of all processes.
         videos: limits on videos.
+        media: the most that the media of open requests may take together.
         tracing: where spans of OpenTelemetry go; there are none without it. See
             :class:`deployments.tracing.TracingConfig`.
         documents: limits on documents, and on images with several frames.
@@ -380,6 +382,7 @@ class AppConfig(_Strict):
     logging: LoggingConfig = LoggingConfig()
     videos: VideoLimits = VideoLimits()
     documents: DocumentLimits = DocumentLimits()
+    media: MediaLimits = MediaLimits()
 
     @field_validator("models")
     @classmethod

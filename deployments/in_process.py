@@ -36,6 +36,7 @@ class LocalModel:
                 spec.preprocessor.video_processes,
                 config.documents,
                 spec.preprocessor.document_processes,
+                config.media,
                 tracer,
             )
             stage = spec.encoder
@@ -75,7 +76,9 @@ class LocalApplication:
         tracer = tracer or make_tracer(config.tracing, "server")
         self.models = {spec.name: LocalModel(spec, config, tracer) for spec in config.models}
         stages = [model.stages for model in self.models.values()]
-        self.api: FastAPI = create_api(config.ingress, make_pipelines(config, stages), tracer=tracer)
+        self.api: FastAPI = create_api(
+            config.ingress, make_pipelines(config, stages), tracer=tracer, media=config.media
+        )
 
     async def close(self) -> None:
         """End all stages."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from deployments.charges import MediaCharges
 from deployments.stages import OpenFile, Pixels, PreprocessorStage
 from deployments.tasks import all_or_none
 from engine.media.source import MediaKind, MediaSource, check_media_limits
@@ -35,12 +36,14 @@ async def prepare_media(
     files: Mapping[int, KeptFiles],
     caller: str,
     limits: Mapping[MediaKind, int],
+    charges: MediaCharges,
 ) -> list[Shown]:
     """Prepare all media of a request, in order.
 
     Args:
         files, caller: as of :meth:`PreprocessorStage.prepare`.
         limits: most items of each kind; pages count as images.
+        charges: of the request; charged with pages before they are rendered.
 
     Raises:
         SightlineError: as :meth:`PreprocessorStage.open` and :meth:`PreprocessorStage.prepare`.
@@ -52,6 +55,7 @@ async def prepare_media(
     opened = await stage.open(paged, _of(files, paged), caller, num_images(whole))
     pages = [page for file in opened for page in file.pages.sources]
     check_media_limits([*whole, *pages], limits)
+    charges.pages(opened)
     images = num_images([*whole, *pages])
     work = [
         stage.prepare_pages(file, file.pages.sources[start : start + _TOGETHER], images)

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from deployments.access import caller_name, caller_salt, charge
+from deployments.access import caller_name, caller_salt, charge, media_account
+from deployments.charges import MediaCharges
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.media import Shown, prepare_media
 from deployments.metrics.collector import Measured
@@ -59,6 +60,7 @@ class _Media:
     sources: Sequence[MediaSource]
     files: Mapping[int, KeptFiles]
     owner: Owner
+    charges: MediaCharges
 
 
 class Pipeline:
@@ -191,13 +193,14 @@ class Pipeline:
             InvalidRequest: the model or the configuration doesn't take them.
             UnknownReference: nothing is kept under a ``uuid``.
         """
-        owner = Owner(caller_name(), salt)
+        owner, charges = Owner(caller_name(), salt), MediaCharges(media_account())
         if not sources:
-            return _Media((), {}, owner)
+            return _Media((), {}, owner, charges)
         if self._stages.preprocessor is None:
             raise InvalidRequest(f"The model {self.name} takes no images.", param=sources[0].where)
         check_media_limits(sources, self._limits)
         resolved, files = self._references.resolve(owner, sources)
+        charges.sources(resolved, files)
         rows = next((source for source in resolved if source.rows is not None), None)
         if rows is not None and not self._takes_rows:
             raise InvalidRequest(
@@ -205,7 +208,7 @@ class Pipeline:
                 "image_embeds: true.",
                 param=rows.where,
             )
-        return _Media(resolved, files, owner)
+        return _Media(resolved, files, owner, charges)
 
     async def _build(self, build: Build, media: _Media) -> tuple[EngineInput, list[Pixels]]:
         shown = await self._shown(media)
@@ -221,9 +224,12 @@ class Pipeline:
         assert stage is not None
         try:
             with self.meter.call("preprocessor"):
-                shown = await prepare_media(stage, media.sources, media.files, owner.key, self._limits)
+                shown = await prepare_media(
+                    stage, media.sources, media.files, owner.key, self._limits, media.charges
+                )
         except RowsLost:
             raise self._references.lost(owner, media.sources, media.files) from None
+        media.charges.prepared(media.sources, [each.pixels for each in shown])
         for source, each in zip(media.sources, shown, strict=True):
             if each.kept is not None:
                 self._references.keep(owner, source, each.kept)

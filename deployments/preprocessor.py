@@ -21,6 +21,8 @@ from engine.media.documents.limits import DocumentLimits
 from engine.media.fetch import MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.media.keys import kept_files
+from engine.media.ledger import Account, Ledger, MediaLimits
+from engine.media.safetensors import base64_size
 from engine.media.source import MediaSource
 from engine.media.video.limits import VideoLimits
 from engine.metrics import COUNT_BUCKETS, Histogram
@@ -42,6 +44,7 @@ class Preprocessor:
         video_processes: video files decoded at a time.
         documents: limits on documents.
         document_processes: documents read at a time.
+        media: the most that the media of requests in preparation may take.
         tracer: makes the spans of requests.
     """
 
@@ -55,6 +58,7 @@ class Preprocessor:
         video_processes: int = 2,
         documents: DocumentLimits = DocumentLimits(),
         document_processes: int = 2,
+        media: MediaLimits = MediaLimits(),
         tracer: Tracer | None = None,
     ) -> None:
         processor = load_media_processor(config)
@@ -70,6 +74,7 @@ class Preprocessor:
             rows=GivenRows(load_embedding_width(config), fetch.max_bytes),
         )
         self._fetcher = MediaFetcher(fetch_policy(config, fetch))
+        self.ledger = Ledger(media)
         self._threads = ThreadPoolExecutor(threads, "images")
         # Videos and documents take seconds: images don't queue behind them.
         self._slow_threads = {
@@ -100,17 +105,19 @@ class Preprocessor:
             MediaError: an item can't be fetched, decoded or shown; ``param`` is its ``where``.
             ContextLengthExceeded: the media alone need more tokens than the model's context has.
         """
-        with self._meter.request() as span:
+        with self._meter.request() as span, self.ledger.open(caller) as account:
             began = time.perf_counter()
             preparation = self._preparation
             processor = preparation.for_prompt(sources, images)
-            data = await self._bytes(partial(preparation.decode_rows, processor), sources, files)
+            data = await self._bytes(partial(preparation.decode_rows, processor), sources, files, account)
             fetched = time.perf_counter()
             received = sum(len(file) for files in data for file in files)
             pixels = await self._on_thread(preparation.check, processor, sources, data)
+            if sources:
+                account.charge("pixels", pixels, sources[0].where)
 
             async def make(source: MediaSource, files: list[bytes]) -> PreparedMedia:
-                work = partial(preparation.prepare, processor, source, files)
+                work = partial(preparation.prepare, processor, source, files, account)
                 kind = "video" if source.is_video_file else "image"
                 made = await self._on_thread(_kept, work, source, files, kind=kind)
                 seconds = {"fetch": fetched - began, "prepare": time.perf_counter() - fetched}
@@ -142,10 +149,10 @@ class Preprocessor:
             MediaError: a file can't be fetched or read; ``param`` is its ``where``.
             ContextLengthExceeded: the pages alone need more tokens than the model's context has.
         """
-        with self._meter.request() as span:
+        with self._meter.request() as span, self.ledger.open(caller) as account:
             preparation = self._preparation
             processor = preparation.for_prompt(sources)
-            data = await self._bytes(partial(preparation.decode_rows, processor), sources, files)
+            data = await self._bytes(partial(preparation.decode_rows, processor), sources, files, account)
             opened = await all_or_none(
                 self._on_thread(preparation.open, source, *file, kind=source.kind)
                 for source, file in zip(sources, data, strict=True)
@@ -153,6 +160,7 @@ class Preprocessor:
             pages = [page for file in opened for page in file.sources]
             processor = preparation.for_prompt(pages, images + len(pages))
             pixels = await self._on_thread(preparation.check_pages, processor, pages)
+            account.charge("pixels", pixels, sources[0].where)
             received = sum(len(file) for files in data for file in files)
             span.note(items=len(pages), bytes=received, pixels=pixels)
             self._meter.count_bytes(received, 0)
@@ -191,15 +199,21 @@ class Preprocessor:
         decode_rows: Callable[[MediaSource], bytes],
         sources: Sequence[MediaSource],
         kept: Mapping[int, KeptFiles],
+        account: Account,
     ) -> list[list[bytes]]:
-        """The files of each source: kept, fetched, or with embedding rows."""
+        """The files of each source: kept, fetched, or with embedding rows. Their bytes are charged."""
         found = {index: list(entry.files) for index, entry in kept.items()}
+        for source in sources:
+            account.charge("frames", len(source.frames), source.where)
+            if source.index in kept:
+                account.charge("bytes", kept[source.index].size, source.where)
         brought = [source for source in sources if source.index not in found]
         for source in brought:
             if source.rows is not None:
+                account.charge("bytes", base64_size(source.rows.payload), source.where)
                 found[source.index] = [await self._on_thread(decode_rows, source)]
         wanted = [source for source in brought if source.rows is None]
-        for source, fetched in zip(wanted, await self._fetcher.fetch_all(wanted), strict=True):
+        for source, fetched in zip(wanted, await self._fetcher.fetch_all(wanted, account), strict=True):
             found[source.index] = fetched
         return [found[source.index] for source in sources]
 

@@ -16,6 +16,7 @@ from engine.media.documents.limits import DocumentLimits
 from engine.media.documents.pages import Page
 from engine.media.documents.reader import DocumentReader
 from engine.media.frames import count_frames, decode_frames, frame_sizes
+from engine.media.ledger import Account
 from engine.media.source import MediaSource
 from engine.media.video.decoder import OpenVideo, VideoDecoder
 from engine.media.video.limits import VideoLimits
@@ -119,10 +120,18 @@ class MediaPreparation:
         return sum(width * height for width, height in sizes)
 
     def prepare(
-        self, processor: MediaProcessor, source: MediaSource, files: Sequence[bytes]
+        self,
+        processor: MediaProcessor,
+        source: MediaSource,
+        files: Sequence[bytes],
+        account: Account | None = None,
     ) -> PreparedMedia:
         """Prepare one item from its encoded files: an image, a video's frames, a video file, or the file of
         :meth:`decode_rows`.
+
+        Args:
+            account: of the request; charged with the frames and pixels of a video file before they are
+                decoded.
 
         Raises:
             MediaError: a file can't be decoded.
@@ -132,7 +141,7 @@ class MediaPreparation:
             assert self._rows is not None
             return self._rows.prepare(processor, source, files[0])
         if source.is_video_file:
-            return self._video_file(_for_item(processor, source), source, files[0])
+            return self._video_file(_for_item(processor, source), source, files[0], account)
         return self.show(
             processor, source, [decode_image(data, self._images, where=source.where) for data in files]
         )
@@ -232,11 +241,22 @@ class MediaPreparation:
         self._decoder.close()
         self._reader.close()
 
-    def _video_file(self, processor: MediaProcessor, source: MediaSource, data: bytes) -> PreparedMedia:
-        with self._decoder.open(data, source.where) as opened:
-            return _name_source(source, lambda asked: self._shown(processor, opened, asked), source.video)
+    def _video_file(
+        self, processor: MediaProcessor, source: MediaSource, data: bytes, account: Account | None
+    ) -> PreparedMedia:
+        def charge(frames: int, pixels: int) -> None:
+            if account is not None:
+                account.charge("frames", frames, source.where)
+                account.charge("pixels", pixels, source.where)
 
-    def _shown(self, processor: Any, opened: OpenVideo, asked: VideoOptions) -> PreparedMedia:
+        with self._decoder.open(data, source.where) as opened:
+            return _name_source(
+                source, lambda asked: self._shown(processor, opened, asked, charge), source.video
+            )
+
+    def _shown(
+        self, processor: Any, opened: OpenVideo, asked: VideoOptions, charge: Callable[[int, int], None]
+    ) -> PreparedMedia:
         info = opened.info
         indices = processor.choose_frames(info, asked)
         if len(indices) > self._videos.max_frames:
@@ -245,6 +265,7 @@ class MediaPreparation:
                 "allowed. Ask for fewer by fps or num_frames."
             )
         self._check_tokens(processor.check_video(info.size, len(indices)))
+        charge(len(indices), len(indices) * info.size[0] * info.size[1])
         pace = Pace.of_indices(indices, info)
         shown = processor.prepare_video(Video(info.size, len(indices), opened.frames(indices), pace))
         return replace(shown, frames=len(indices))

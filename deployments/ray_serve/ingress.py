@@ -54,6 +54,7 @@ class Ingress:
             replica=context.replica_id.unique_id,
             ingress=self._all_replicas,
             tracer=make_tracer(config.tracing, "ingress"),
+            media=config.media,
         )
         self._api.add_middleware(Disconnects)
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
-from deployments.access import caller_name
+from deployments.access import caller_name, hold_open
 from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.errors import NotFound, as_sightline
@@ -47,6 +47,7 @@ async def create_response(request: Request) -> Response:
         store.put(stored)
     if body.background:
         task = asyncio.ensure_future(_to_the_end(builder, running, stored))
+        hold_open(task)
         request.app.state.background[stored.response["id"]] = task
         task.add_done_callback(lambda _: request.app.state.background.pop(stored.response["id"], None))
         return JSONResponse(stored.response)

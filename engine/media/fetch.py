@@ -11,6 +11,7 @@ from aiohttp.abc import AbstractResolver
 
 from engine.media.guard import FetchPolicy
 from engine.media.http import HttpClient
+from engine.media.ledger import Account
 from engine.media.limits import ByteBudget
 from engine.media.local import is_remote, read_local, takes_long
 from engine.media.source import MediaSource
@@ -51,13 +52,18 @@ class MediaFetcher:
             return await asyncio.to_thread(read_local, source, self.policy, budget)
         return read_local(source, self.policy, budget)
 
-    async def fetch_all(self, sources: Sequence[MediaSource]) -> list[list[bytes]]:
+    async def fetch_all(
+        self, sources: Sequence[MediaSource], account: Account | None = None
+    ) -> list[list[bytes]]:
         """Bytes of all items of a request: of each its one image, or its frames. The first error ends all.
+
+        Args:
+            account: of the request, to which the bytes are charged as they arrive.
 
         Raises:
             MediaError: as :meth:`fetch`.
         """
-        budget = ByteBudget(self.policy.max_total_bytes)
+        budget = ByteBudget(self.policy.max_total_bytes, account)
         images = [image for source in sources for image in (source.frames or (source,))]
         tasks = [asyncio.ensure_future(self.fetch(image, budget)) for image in images]
         try:

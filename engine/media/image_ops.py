@@ -49,7 +49,7 @@ def rgb_array(image: Image.Image) -> np.ndarray:
     encoder = Image._getencoder("RGB", "raw", "RGB")
     try:
         encoder.setimage(image.im, (0, 0, width, height))
-        count, status, data = encoder.encode(max(3 * width * height, 4 * width))
+        _, status, data = encoder.encode(max(3 * width * height, 4 * width))
     finally:
         encoder.cleanup()
     if status != 1 or len(data) != 3 * width * height:

@@ -1,9 +1,9 @@
 """What the media of open requests take: counted per request, per key and in all, against limits.
 
-Each process has one ledger. An ingress charges what it knows of a request before any work: the number of items,
-the bytes and frames that came with it; then the pixels and tokens of the prepared items; until the request ends.
-A preprocessor charges bytes as they arrive, pixels as headers announce them and frames before they are decoded,
-until it has prepared the request.
+Each process has one ledger. An ingress charges what it knows of a request before any work: the number of
+items, and the bytes and frames that came with it; then the pixels and tokens of the prepared items. It gives
+them back when the request ends. A preprocessor charges bytes as they arrive, pixels as headers announce them
+and frames before they are decoded. It gives them back when it has prepared the request.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ class Account:
             name = _WORDS.get(amount, amount)
             if known and own > min(known):
                 raise MediaTooLarge(
-                    f"{where}: the media of this request have more than the {min(known)} {name} that are allowed "
-                    "together; send fewer or smaller ones.",
+                    f"{where}: the media of this request have more than the {min(known)} {name} that are "
+                    "allowed together; send fewer or smaller ones.",
                     param=where,
                 )
             of_key = ledger._keys.get(self._key, Counter())[amount]
@@ -154,8 +154,8 @@ class Account:
             ):
                 if limit is not None and held + count > limit:
                     raise Overloaded(
-                        f"{where}: {who} hold {held} {name} of media, and this one needs {count} more; the limit "
-                        f"is {limit}. Try again shortly.",
+                        f"{where}: {who} hold {held} {name} of media, and this one needs {count} more; the "
+                        f"limit is {limit}. Try again shortly.",
                         param=where,
                     )
             self._own[amount] = own
