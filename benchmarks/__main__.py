@@ -1,8 +1,7 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [memory] [offline]
-                     [preparation] [routing] [serve]
-    [tiles]
+python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [memory] [offline] [preparation]
+    [routing] [serve] [tiles]
 """
 
 from __future__ import annotations
