@@ -11,6 +11,7 @@ from engine.families.family import Family
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "internvl": ("InternVLForConditionalGeneration",),
+    "internvl_chat": ("InternVLChatModel",),
     "lighton_ocr": ("LightOnOcrForConditionalGeneration",),
     "llava": ("LlavaForConditionalGeneration",),
     "llava_next": ("LlavaNextForConditionalGeneration",),

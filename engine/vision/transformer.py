@@ -24,7 +24,6 @@ from engine.vision.transformer_config import VisionConfig
 #: Number of blocks in the first of two CUDA graphs. Launching one graph of all blocks takes the host 0.7 ms.
 #: With an image of 1600 patches these blocks keep the device busy as long, which hides the second launch.
 _FIRST_BLOCKS = 4
-_QK_EPS = 1e-6
 
 #: The hidden states and the residual between two blocks, and the outputs kept so far.
 _State = tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]
@@ -51,8 +50,9 @@ class VisionAttention(nn.Module):
             fused_name="qkv",
         )
         width = config.num_heads * config.head_dim
-        self.q_norm = RMSNorm(width, _QK_EPS, build) if config.qk_norm else None
-        self.k_norm = RMSNorm(width, _QK_EPS, build) if config.qk_norm else None
+        eps = config.qk_norm_eps
+        self.q_norm = None if eps is None else RMSNorm(width, eps, build)
+        self.k_norm = None if eps is None else RMSNorm(width, eps, build)
         self.proj = Linear(config.hidden_size, config.hidden_size, build, bias=config.bias)
 
     def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:

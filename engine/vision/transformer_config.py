@@ -17,7 +17,7 @@ class VisionConfig:
         patch_bias: whether the patch projection has a bias.
         bias: whether the blocks' projections have biases; an ungated MLP always has.
         qkv_bias: the same for queries, keys and values alone; None as ``bias``.
-        qk_norm: whether queries and keys of all heads together are normalised by an RMSNorm (eps 1e-6).
+        qk_norm_eps: of the RMSNorms over the queries and the keys of all heads together; None without them.
         layer_scale: whether the outputs of attention and MLP are multiplied by learned vectors.
         activation: of the MLP, by its Hugging Face name.
         gated_mlp: ``down(act(gate) * up)`` instead of ``fc2(act(fc1))``.
@@ -43,7 +43,7 @@ class VisionConfig:
     patch_bias: bool = False
     bias: bool = True
     qkv_bias: bool | None = None
-    qk_norm: bool = False
+    qk_norm_eps: float | None = None
     layer_scale: bool = False
     activation: str = "quick_gelu"
     gated_mlp: bool = False

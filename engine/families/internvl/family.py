@@ -16,16 +16,17 @@ from engine.families.internvl.tower import parse_tower, tower_rules, unused_tens
 from engine.families.parsing.fields import Json, vision_activation
 from engine.families.parsing.model import ConfigReader, nested_text, tied_unless_stated, token_field
 from engine.families.parsing.processor import parse_normalisation
+from engine.families.parsing.tower import SquareTower
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.mlp_config import MLPConfig
-from engine.vision.normalisation import CLIP_NORMALISATION
+from engine.vision.normalisation import CLIP_NORMALISATION, Normalisation
 
 if TYPE_CHECKING:
     from engine.layers.build import BuildContext
 
 #: The tokenizer's fields of the tokens of images and videos, and the public models' values.
-_TOKENS = {
+TOKENS = {
     "start_image_token": "<img>",
     "context_image_token": "<IMG_CONTEXT>",
     "end_image_token": "</img>",
@@ -42,20 +43,32 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
             param="vision_feature_select_strategy",
         )
     tower = parse_tower(raw.get("vision_config") or {}, raw.get("vision_feature_layer", -1))
+    activation = vision_activation(raw.get("projector_hidden_act", "gelu"), "projector_hidden_act")
+    normalisation = parse_normalisation(processor, CLIP_NORMALISATION)
+    return shuffled_crops(raw, tower, hidden, normalisation, activation)
+
+
+def shuffled_crops(
+    raw: Json, tower: SquareTower, hidden: int, normalisation: Normalisation, activation: str
+) -> CropVisionConfig:
+    """A tower with the connector whose squares ``downsample_ratio`` of config.json (``raw``) states.
+
+    Raises:
+        CheckpointError: the squares don't divide a crop.
+    """
     side, factor = tower.image_size // tower.patch_size, _shuffle(raw.get("downsample_ratio", 0.5))
     if side % factor:
         raise CheckpointError(
             f"config.json: downsample_ratio 1/{factor} does not divide the tower's {side} patches per side",
             param="downsample_ratio",
         )
-    activation = vision_activation(raw.get("projector_hidden_act", "gelu"), "projector_hidden_act")
     return CropVisionConfig(
         tower=tower.config,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
         drop_first=True,
         out_features=hidden,
-        normalisation=parse_normalisation(processor, CLIP_NORMALISATION),
+        normalisation=normalisation,
         mlp=MLPConfig(activation),
         pixel_shuffle=factor,
         shuffled_mlp=True,
@@ -78,7 +91,7 @@ def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     stated = checkpoint.json("tokenizer_config.json")
     added = stated.get("extra_special_tokens")
     named = {**(added if isinstance(added, dict) else {}), **stated}
-    return replace(config, extra={field: named.get(field, text) for field, text in _TOKENS.items()})
+    return replace(config, extra={field: named.get(field, text) for field, text in TOKENS.items()})
 
 
 def _prompt_format(config: ModelConfig) -> PromptFormat:
@@ -90,12 +103,12 @@ def _prompt_format(config: ModelConfig) -> PromptFormat:
     )
 
 
-def _placeholder(
+def crop_placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
     """An image's crops between two tokens; a video's frames likewise, each but the first after its number."""
     assert config.extra is not None and config.image_token_id is not None
-    start, row, end = (config.extra[name] for name in tuple(_TOKENS)[:3])
+    start, row, end = (config.extra[name] for name in tuple(TOKENS)[:3])
     frame = f"{start}{row}{end}"
     frames = item.grid[0] if item.kind == "video" else 1
     text = frame + "".join(f"\nFrame{number}: {frame}" for number in range(2, frames + 1))
@@ -121,7 +134,7 @@ def _weights(config: ModelConfig) -> WeightRules:
     )
 
 
-def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
+def crop_encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
     from engine.vision.crops import CropVisionEncoder
 
     return CropVisionEncoder(config.vision, build)
@@ -137,9 +150,9 @@ FAMILY = Family(
         finish=_with_tokens,
     ),
     prompt_format=_prompt_format,
-    placeholder=_placeholder,
+    placeholder=crop_placeholder,
     processor=InternVLProcessor.create,
     options=("crop_to_patches", "max_patches"),
     weights=_weights,
-    build_encoder=_encoder,
+    build_encoder=crop_encoder,
 )

@@ -87,20 +87,37 @@ class InternVLProcessor:
             require_steps(stated, "do_resize")
             _require_side(file, stated, vision.image_size)
         require_same_colours(videos, vision.normalisation, CLIP_NORMALISATION)
+        made = cls.of_tower(config, raw, options)
+        return replace(
+            made,
+            resample=(raw.get("resample", 3), videos.get("resample", 3)),
+            frames=FrameRules(num_frames=videos.get("num_frames") or USUAL_FRAMES),
+        )
+
+    @classmethod
+    def of_tower(
+        cls, config: ModelConfig, limits: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> InternVLProcessor:
+        """The processor of a model's tower; errors as :meth:`create`.
+
+        Args:
+            limits: the model's ``min_patches`` and ``max_patches``, 1 and 12 where they are missing.
+        """
+        vision = config.vision
+        assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
         # Transformers' whole processor asks for tiles, whatever the image processor's file states.
         tiled = options.get("crop_to_patches", True)
         if not isinstance(tiled, bool):
             raise bad_option("crop_to_patches", tiled, "true or false")
-        most = count_option(options, "max_patches", raw.get("max_patches", 12), _MAX_TILES)
+        most = count_option(options, "max_patches", limits.get("max_patches", 12), _MAX_TILES)
         return cls(
             vision.image_size,
             vision.rows_per_crop,
             config.image_token_id,
-            raw.get("min_patches", 1),
+            limits.get("min_patches", 1),
             most,
             tiled,
-            (raw.get("resample", 3), videos.get("resample", 3)),
-            FrameRules(num_frames=videos.get("num_frames") or USUAL_FRAMES),
+            frames=FrameRules(num_frames=USUAL_FRAMES),
         )
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:

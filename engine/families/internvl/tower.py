@@ -26,6 +26,7 @@ _DEFAULTS: dict[str, Any] = {
     "use_absolute_position_embeddings": True,
     "use_mean_pooling": True,
 }
+_QK_NORM_EPS = 1e-6
 _NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
 _TOWER = r"(?:model\.)?vision_tower\."
 _LAYER = _TOWER + r"encoder\.layer\.(\d+)\."
@@ -73,7 +74,7 @@ def parse_tower(stated: Json, feature_layer: Any) -> SquareTower:
         patch_dim=3 * patch * patch,
         patch_bias=True,
         qkv_bias=flag(raw, "attention_bias"),
-        qk_norm=flag(raw, "use_qk_norm"),
+        qk_norm_eps=_QK_NORM_EPS if flag(raw, "use_qk_norm") else None,
         layer_scale=True,
         activation=vision_activation(raw["hidden_act"]),
         norm="rms" if norm == "rms_norm" else "layer",

@@ -11,6 +11,7 @@ from tests.engine.families import qwen
 from tests.engine.families.case import FamilyCase
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import InternVLReference, make_internvl
+from tests.engine.families.internvl_chat import InternVLChatReference, make_internvl_chat
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.onevision import OnevisionReference, make_onevision
@@ -114,6 +115,15 @@ CASES = [
         placeholder=lambda index, count: "<IMG_CONTEXT>\n",
         video="<video>",
         # Two tiles beside each other, and six below each other.
+        single=((60, 33), (9, 300)),
+    ),
+    FamilyCase(
+        "InternVL, publishers' names",
+        make_internvl_chat,
+        InternVLChatReference,
+        frame=qwen.FRAME,
+        placeholder=lambda index, count: "<image>\n",
+        video="<video>",
         single=((60, 33), (9, 300)),
     ),
     FamilyCase(

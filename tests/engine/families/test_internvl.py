@@ -13,6 +13,7 @@ from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.internvl.processor import best_tiling
 from tests.engine.families.case import CasePrompt
 from tests.engine.families.internvl import InternVLReference, make_internvl
+from tests.engine.families.internvl_chat import make_internvl_chat
 from tests.engine.families.opened import media_processor, parse
 from tests.engine.tiny import picture
 
@@ -127,6 +128,26 @@ def test_tiles_by_request(tmp_path):
         ours.with_options({"max_patches": 7})
     with pytest.raises(ConfigError, match="crop_to_patches"):
         media_processor(tmp_path, crop_to_patches=1)
+
+
+def test_the_publishers_code_normalises_by_imagenet(tmp_path):
+    path = make_internvl_chat(tmp_path)
+    (path / "preprocessor_config.json").write_text("{}")
+    _, parsed = parse(path)
+    assert parsed.vision.normalisation.mean == (0.485, 0.456, 0.406)
+    assert parsed.vision.tower.stored_layers == 3 and 2 in parsed.eos_token_ids
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"ps_version": "v1"}, {"use_thumbnail": False}, {"force_image_size": 48}, {"dynamic_image_size": False}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_the_publishers_names_do_not_cover_is_refused(tmp_path, fields):
+    path = make_internvl_chat(tmp_path, **fields)
+    with pytest.raises(CheckpointError) as refused:
+        media_processor(path)
+    assert refused.value.param == next(iter(fields))
 
 
 @pytest.mark.parametrize(

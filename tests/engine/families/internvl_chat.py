@@ -1,0 +1,109 @@
+"""Tiny checkpoints of InternVL under its publishers' names, made from those that Transformers saves."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.engine.families.case import CasePrompt, Inputs
+from tests.engine.families.internvl import SIDE, InternVLReference, make_internvl
+from tests.engine.tiny import rewrite_tensors, split_shards
+
+#: Transformers' copy of a checkpoint, which the reference loads.
+_COPY = "transformers"
+_NAMES = (
+    (r"vision_tower\.embeddings\.cls_token", "vision_model.embeddings.class_embedding"),
+    (r"vision_tower\.embeddings\.position_embeddings", "vision_model.embeddings.position_embedding"),
+    (
+        r"vision_tower\.embeddings\.patch_embeddings\.projection\.(.*)",
+        r"vision_model.embeddings.patch_embedding.\1",
+    ),
+    (r"vision_tower\.encoder\.layer\.(\d+)\.(.*)", r"vision_model.encoder.layers.\1.\2"),
+    (r"multi_modal_projector\.layer_norm\.(.*)", r"mlp1.0.\1"),
+    (r"multi_modal_projector\.linear_1\.(.*)", r"mlp1.1.\1"),
+    (r"multi_modal_projector\.linear_2\.(.*)", r"mlp1.3.\1"),
+)
+_INNER = (
+    ("layernorm_before", "norm1"),
+    ("layernorm_after", "norm2"),
+    ("lambda_", "ls"),
+    ("attention.projection_layer", "attn.proj"),
+    ("attention.", "attn."),
+)
+
+
+def make_internvl_chat(path: Path, hub: bool = False, **fields: Any) -> Path:
+    """A checkpoint with fused projections; in several shards with ``hub``.
+
+    Args:
+        fields: of config.json.
+    """
+    make_internvl(path / _COPY)
+    for file in (path / _COPY).iterdir():
+        shutil.copy(file, path)
+    rewrite_tensors(path, _public)
+    saved = json.loads((path / "config.json").read_text())
+    tower = saved["vision_config"]
+    config = {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "llm_config": saved["text_config"],
+        "vision_config": {
+            **{name: tower[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+            "num_attention_heads": tower["num_attention_heads"],
+            "image_size": SIDE,
+            "patch_size": tower["patch_size"][0],
+            "qkv_bias": True,
+            "qk_normalization": False,
+        },
+        "downsample_ratio": 0.5,
+        "force_image_size": SIDE,
+        "max_dynamic_patch": 6,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "use_thumbnail": True,
+        **fields,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    images = json.loads((path / "preprocessor_config.json").read_text())
+    colours = {name: images[name] for name in ("image_mean", "image_std")}
+    (path / "preprocessor_config.json").write_text(json.dumps({"size": SIDE, "crop_size": SIDE, **colours}))
+    if hub:
+        split_shards(path)
+    return path
+
+
+def _public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {_renamed(name): value for name, value in tensors.items()}
+    for name in [name for name in found if re.search(r"\.attn\.q_proj\.", name)]:
+        parts = [found.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        found[name.replace("q_proj", "qkv")] = torch.cat(parts)
+    return found
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _NAMES:
+        if match := re.fullmatch(pattern, name.removeprefix("model.")):
+            new = match.expand(replacement)
+            if ".layers." in new:
+                for old, inner in _INNER:
+                    new = new.replace(old, inner)
+            return new
+    return name
+
+
+class InternVLChatReference(InternVLReference):
+    """Transformers' model of the same weights; its prompts have another placeholder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path / _COPY)
+
+    def inputs(self, prompt: CasePrompt) -> Inputs:
+        return super().inputs(replace(prompt, text=prompt.text.replace("<image>", "<IMG_CONTEXT>")))
