@@ -13,6 +13,7 @@ from deployments.in_process import LocalModel
 from deployments.language_model import LanguageModel
 from deployments.pipeline import Pipeline
 from deployments.stages import StageLost, Stages
+from deployments.tracing import Tracer
 from tests.chaos.load import BODIES, Load
 from tests.deployments.asgi import AppTransport
 from tests.serving import app_args, wait_until
@@ -83,7 +84,7 @@ class Mortal:
 async def test_no_answer_is_lost_or_changed():
     config = AppConfig.model_validate(app_args())
     spec, rng = config.models[0], random.Random(0)
-    local = LocalModel(spec, config)
+    local = LocalModel(spec, config, Tracer())
     model = Replaced(lambda: LanguageModel.load(spec.engine))
     preprocessor, encoder = (Mortal(stage, rng) for stage in (local.preprocessor, local.encoder))
     replay = ReplayConfig(max_losses=100, patience_s=300, pause_s=0.01)
