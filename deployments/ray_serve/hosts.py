@@ -21,10 +21,10 @@ from deployments.ray_serve.routing import LanguageModelRouter
 from deployments.tracing import TracingConfig
 from engine.config import EngineConfig
 from engine.errors import Unavailable
-from engine.executor.hosts import HostRanks, HostsLauncher, Meeting
+from engine.executor.hosts import HostRanks, HostsLauncher, Rendezvous
 
 #: Seconds that the other hosts wait for rank 0 to publish where it listens.
-_MEETING_S = 300.0
+_RENDEZVOUS_S = 300.0
 
 
 class HostReplica(LanguageModelReplica):
@@ -33,7 +33,7 @@ class HostReplica(LanguageModelReplica):
     Args:
         tracing: where spans go.
         config: the model and how to run it; ``tensor_parallel_size`` ranks over all hosts.
-        hosts: how many there are.
+        hosts: number of hosts.
     """
 
     def __init__(self, tracing: TracingConfig | None, config: EngineConfig, hosts: int) -> None:
@@ -52,7 +52,7 @@ class HostReplica(LanguageModelReplica):
         self._ranks = HostRanks(notice.wait(), self._host, here, leave)
 
     def record_replica_metadata(self) -> dict[str, int]:
-        """What :class:`FirstHostRouter` knows of this replica."""
+        """Return what :class:`FirstHostRouter` knows of this replica."""
         return {"host": self._host}
 
     async def measured(self) -> Part:
@@ -98,7 +98,7 @@ class FirstHostRouter(LanguageModelRouter):
 
 
 class _Notice:
-    """The meeting of one gang, in the store of Ray's head: only the cluster's own processes read there.
+    """The rendezvous of one gang, in the store of Ray's head: only the cluster's own processes read there.
 
     Args:
         gang: its id, which is new for each start.
@@ -107,23 +107,29 @@ class _Notice:
     def __init__(self, gang: str) -> None:
         self._key = f"sightline/hosts/{gang}".encode()
 
-    def publish(self, meeting: Meeting) -> None:
-        said: dict[str, Any] = {"host": meeting.host, "port": meeting.port, "key": meeting.key.hex()}
-        _internal_kv_put(self._key, json.dumps(said).encode())
+    def publish(self, rendezvous: Rendezvous) -> None:
+        fields: dict[str, Any] = {
+            "host": rendezvous.host,
+            "port": rendezvous.port,
+            "key": rendezvous.key.hex(),
+        }
+        _internal_kv_put(self._key, json.dumps(fields).encode())
 
     def retract(self) -> None:
         _internal_kv_del(self._key)
 
-    def wait(self) -> Meeting:
-        """The meeting, once it is published.
+    def wait(self) -> Rendezvous:
+        """Return the rendezvous, once it is published.
 
         Raises:
-            Unavailable: it isn't in time.
+            Unavailable: it isn't published in time.
         """
-        deadline = time.monotonic() + _MEETING_S
+        deadline = time.monotonic() + _RENDEZVOUS_S
         while (found := _internal_kv_get(self._key)) is None:
             if time.monotonic() > deadline:
-                raise Unavailable("The first host of the language model did not come.")
+                raise Unavailable(
+                    f"The first host of the language model did not start in {_RENDEZVOUS_S:.0f} s."
+                )
             time.sleep(0.1)
-        said = json.loads(found)
-        return Meeting(said["host"], said["port"], bytes.fromhex(said["key"]))
+        fields = json.loads(found)
+        return Rendezvous(fields["host"], fields["port"], bytes.fromhex(fields["key"]))

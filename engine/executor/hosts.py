@@ -1,8 +1,8 @@
-"""Ranks of one language model on several hosts: rank 0's launcher, and what runs on each other host.
+"""Ranks of one language model on several hosts: rank 0's launcher, and the ranks of each other host.
 
-Each host has the same number of ranks, in order: rank 0's host has the first. Rank 0 listens on a TCP port
-and publishes where, with a key made for this group alone. On every other host each rank connects, and both
-sides prove that they know the key before anything else is read. From then on ranks work as on one host.
+Each host has the same number of ranks, in order: rank 0's host has the first ones. Rank 0 listens on a TCP
+port and publishes its address with a key made for this group alone. Each rank of another host connects, and
+both sides prove that they know the key before they read anything else. After that, ranks work as on one host.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCN
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where the ranks of other hosts find rank 0, and the key that they prove to know.
+class Rendezvous:
+    """The address at which the ranks of other hosts find rank 0, and the key that they prove to know.
 
     Attributes:
         key: a secret; pass it on only over channels that are private to the group.
@@ -51,17 +51,17 @@ class HostsLauncher:
 
     Args:
         host: an address of this host that the others reach.
-        hosts: how many there are, this one included.
-        publish: tells the other hosts of the meeting.
-        retract: takes that back.
-        timeout_s: how long the others may take to come.
+        hosts: number of hosts, this one included.
+        publish: makes the rendezvous known to the other hosts.
+        retract: withdraws it.
+        timeout_s: how long the other hosts may take to connect.
     """
 
     def __init__(
         self,
         host: str,
         hosts: int,
-        publish: Callable[[Meeting], None],
+        publish: Callable[[Rendezvous], None],
         retract: Callable[[], None],
         timeout_s: float = 300.0,
     ) -> None:
@@ -84,36 +84,37 @@ class HostsLauncher:
         """See :class:`~engine.executor.launch.Launcher`.
 
         Raises:
-            Unavailable: not all of the others have come in time.
+            Unavailable: some rank did not connect in time.
         """
         here = self.ranks_here(size)
-        lines = dict(enumerate(self._local.start(here), 1))
+        connections = dict(enumerate(self._local.start(here), 1))
         key = secrets.token_bytes(32)
         deadline = time.monotonic() + self._timeout_s
-        with socket.create_server((self._host, 0), backlog=size) as door:
-            self._publish(Meeting(self._host, door.getsockname()[1], key))
-            while missing := set(range(1, size)) - lines.keys():
-                door.settimeout(max(0.01, deadline - time.monotonic()))
+        with socket.create_server((self._host, 0), backlog=size) as listener:
+            self._publish(Rendezvous(self._host, listener.getsockname()[1], key))
+            while missing := set(range(1, size)) - connections.keys():
+                listener.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
-                    guest, _ = door.accept()
+                    peer, _ = listener.accept()
                 except TimeoutError:
                     self.stop()
                     raise Unavailable(
-                        f"Ranks {sorted(missing)} of the language model did not come."
+                        f"Ranks {sorted(missing)} of the language model did not connect in "
+                        f"{self._timeout_s:.0f} s: see the logs of their hosts."
                     ) from None
-                line = _proven(guest, key, server=True)
-                if line is None:
+                connection = _proven(peer, key, server=True)
+                if connection is None:
                     continue
-                rank = line.recv()
+                rank = connection.recv()
                 if rank in missing:
-                    lines[rank] = line
-                    self._sockets.append(socket.socket(fileno=os.dup(line.fileno())))
-        return [lines[rank] for rank in range(1, size)]
+                    connections[rank] = connection
+                    self._sockets.append(socket.socket(fileno=os.dup(connection.fileno())))
+        return [connections[rank] for rank in range(1, size)]
 
     def kill(self) -> None:
         self._local.kill()
         for each in self._sockets:
-            # The ranks of other hosts end when their lines do.
+            # The ranks of other hosts end when their connections do.
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
@@ -127,29 +128,29 @@ class HostsLauncher:
 
 
 class HostRanks:
-    """The ranks of a host that isn't rank 0's. They end with this process, and when rank 0's lines do.
+    """The ranks of a host other than rank 0's. They end with this process, or with rank 0's connections.
 
     Args:
-        meeting: what rank 0 has published.
+        rendezvous: as rank 0 has published it.
         host: the number of this host, from 1.
-        here: ranks of each host.
+        here: number of ranks on each host.
         on_end: called, from a thread, when the first of them has ended.
 
     Raises:
         Unavailable: rank 0 doesn't answer there, or refuses the key.
     """
 
-    def __init__(self, meeting: Meeting, host: int, here: int, on_end: Callable[[], None]) -> None:
+    def __init__(self, rendezvous: Rendezvous, host: int, here: int, on_end: Callable[[], None]) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(host * here, (host + 1) * here):
-                guest = socket.create_connection((meeting.host, meeting.port), timeout=_PROOF_S)
-                line = _proven(guest, meeting.key, server=False)
-                if line is None:
+                peer = socket.create_connection((rendezvous.host, rendezvous.port), timeout=_PROOF_S)
+                connection = _proven(peer, rendezvous.key, server=False)
+                if connection is None:
                     raise Unavailable("Rank 0 of the language model refused this host.")
-                with line:
-                    line.send(rank)
-                    self._processes.append(start_rank(line, here))
+                with connection:
+                    connection.send(rank)
+                    self._processes.append(start_rank(connection, here))
         except (OSError, Unavailable) as error:
             self.stop()
             if isinstance(error, Unavailable):
@@ -174,30 +175,30 @@ class HostRanks:
 
 
 def _proven(peer: socket.socket, key: bytes, *, server: bool) -> Connection | None:
-    """The connection to ``peer`` once each side has proven that it knows ``key``; None if it doesn't."""
+    """Return the connection to ``peer``, once both sides have proven that they know ``key``, else None."""
     peer.setblocking(True)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE.items():
         peer.setsockopt(socket.IPPROTO_TCP, option, value)
-    _set_patience(peer, _PROOF_S)
-    line = Connection(os.dup(peer.fileno()))
+    _set_timeouts(peer, _PROOF_S)
+    connection = Connection(os.dup(peer.fileno()))
     steps = [deliver_challenge, answer_challenge] if server else [answer_challenge, deliver_challenge]
     try:
         for step in steps:
-            step(line, key)
+            step(connection, key)
     except (AuthenticationError, EOFError, OSError, ValueError) as error:
         logger.warning("a peer did not prove that it belongs to the group: %r", error)
-        line.close()
+        connection.close()
         return None
     finally:
-        # Ends with the socket's last descriptor: the line's.
-        _set_patience(peer, 0)
+        # Ends with the socket's last descriptor: the connection's.
+        _set_timeouts(peer, 0)
         peer.close()
-    return line
+    return connection
 
 
-def _set_patience(peer: socket.socket, seconds: int) -> None:
+def _set_timeouts(peer: socket.socket, seconds: int) -> None:
     """Bound each read and write by ``seconds``; 0 for no bound."""
     value = struct.pack("ll", seconds, 0)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)

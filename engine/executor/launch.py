@@ -42,10 +42,10 @@ class Launcher(Protocol):
         """Remove the rendezvous folder, once all ranks have ended; may be called repeatedly."""
 
 
-def start_rank(line: Connection, ranks_here: int) -> subprocess.Popen[bytes]:
-    """A process that runs :func:`engine.executor.worker.serve` on ``line``, which may be closed here then.
+def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[bytes]:
+    """Start a process that runs :func:`engine.executor.worker.serve` on ``connection``; close that here then.
 
-    It ends with this process, however that ends: its standard input closes.
+    The process ends with this one, however this one ends: its standard input closes.
 
     Args:
         ranks_here: ranks of this host, which share its threads.
@@ -54,10 +54,10 @@ def start_rank(line: Connection, ranks_here: int) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     threads = max(1, torch.get_num_threads() // ranks_here)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "engine.executor.worker", str(line.fileno())],
+        [sys.executable, "-P", "-m", "engine.executor.worker", str(connection.fileno())],
         stdin=subprocess.PIPE,
         env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path},
-        pass_fds=[line.fileno()],
+        pass_fds=[connection.fileno()],
         # Ctrl-C in a terminal is for the engine's own process.
         start_new_session=True,
     )

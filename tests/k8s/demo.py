@@ -53,16 +53,21 @@ class Deployed:
         answer = httpx.get(self.dashboard, headers=AUTHORIZED, timeout=30)
         return answer.json()["applications"].get("sightline", {}) if answer.is_success else {}
 
+    @property
+    def runs(self) -> bool:
+        """Whether the application runs as configured."""
+        return self.application().get("status") == "RUNNING"
+
     def replicas(self, deployment: str) -> set[str]:
         """Addresses of the pods that hold the running replicas of a deployment."""
-        replicas = self.application()["deployments"][deployment]["replicas"]
-        return {replica["node_ip"] for replica in replicas if replica["state"] == "RUNNING"}
+        found = self.application().get("deployments", {}).get(deployment, {"replicas": []})
+        return {replica["node_ip"] for replica in found["replicas"] if replica["state"] == "RUNNING"}
 
     def actors(self) -> set[str]:
         """Names of all replicas that run, which differ from one start to the next."""
         return {
             replica["replica_id"]
-            for deployment in self.application()["deployments"].values()
+            for deployment in self.application().get("deployments", {}).values()
             for replica in deployment["replicas"]
             if replica["state"] == "RUNNING"
         }
@@ -124,7 +129,7 @@ def deployed_demo(folder: Path) -> Iterator[Deployed]:
     for document in found:
         if document["kind"] == "ConfigMap":
             # Requests may come for this long after a proxy was told to leave; 30 by default.
-            document["data"]["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "5"
+            document["data"]["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "10"
     config = yaml.safe_load(rayservice(found)["spec"]["serveConfigV2"])
     config["applications"][0]["args"]["ingress"]["num_replicas"] = 2
     with running_cluster(found, folder) as cluster:
@@ -135,7 +140,7 @@ def deployed_demo(folder: Path) -> Iterator[Deployed]:
         started.early = any(ready(pod, group) for pod in started.workers)
         put = httpx.put(started.dashboard, json=config, headers=AUTHORIZED, timeout=120)
         assert put.is_success, put.text
-        wait_for(lambda: started.application().get("status") == "RUNNING", cluster.pods)
+        wait_for(lambda: started.runs, cluster.pods)
         wait_for(lambda: all(ready(pod, group) for pod in started.workers), cluster.pods)
         yield started
 

@@ -40,7 +40,7 @@ async def test_counts_change_in_place_and_lose_no_request(deployed):
     traffic = await during(
         deployed,
         lambda application: application.update(deployments=wanted),
-        lambda: len(deployed.actors()) == len(before) + 1 and deployed.application()["status"] == "RUNNING",
+        lambda: len(deployed.actors()) == len(before) + 1 and deployed.runs,
     )
     assert traffic.faults == [] and traffic.answered > 2
     assert before < deployed.actors(), "a replica restarted"
@@ -52,7 +52,7 @@ async def test_a_change_of_arguments_loses_no_request(deployed):
     traffic = await during(
         deployed,
         lambda application: application["args"]["models"][0]["engine"].update(max_num_seqs=16),
-        lambda: not before & deployed.actors() and deployed.application()["status"] == "RUNNING",
+        lambda: deployed.runs and before.isdisjoint(deployed.actors() or before),
     )
     assert traffic.faults == [] and traffic.answered > 10
 
@@ -79,10 +79,7 @@ def test_a_model_over_two_hosts_answers_as_on_one_and_comes_back_whole(deployed)
         return change
 
     def spread() -> bool:
-        return (
-            deployed.application()["status"] == "RUNNING"
-            and deployed.replicas("LanguageModel:pocket") == addresses
-        )
+        return deployed.runs and deployed.replicas("LanguageModel:pocket") == addresses
 
     put(deployed, over(2))
     wait_for(spread, deployed.cluster.pods)
@@ -94,10 +91,7 @@ def test_a_model_over_two_hosts_answers_as_on_one_and_comes_back_whole(deployed)
     assert [ask(pod) for pod in deployed.workers] == [alone, alone]
     put(deployed, over(1))
     wait_for(
-        lambda: (
-            deployed.application()["status"] == "RUNNING"
-            and len(deployed.replicas("LanguageModel:pocket")) == 1
-        ),
+        lambda: deployed.runs and len(deployed.replicas("LanguageModel:pocket")) == 1,
         deployed.cluster.pods,
     )
 

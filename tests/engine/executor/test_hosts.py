@@ -16,7 +16,7 @@ import torch
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import RequestFailed, Unavailable
-from engine.executor.hosts import HostRanks, HostsLauncher, Meeting
+from engine.executor.hosts import HostRanks, HostsLauncher, Rendezvous
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
 from tests.engine import tiny
@@ -50,17 +50,17 @@ class Group:
         self.hosts: list[HostRanks] = []
         self.ended = threading.Event()
         self.retracted = threading.Event()
-        meetings: queue.Queue[Meeting] = queue.Queue()
+        published: queue.Queue[Rendezvous] = queue.Queue()
 
         def join() -> None:
-            meeting = meetings.get(timeout=60)
+            rendezvous = published.get(timeout=60)
             for host in range(1, hosts):
-                self.hosts.append(HostRanks(meeting, host, size // hosts, self.ended.set))
+                self.hosts.append(HostRanks(rendezvous, host, size // hosts, self.ended.set))
 
         joining = threading.Thread(target=join)
         if hosts > 1:
             joining.start()
-        launcher = HostsLauncher("127.0.0.1", hosts, meetings.put, self.retracted.set, timeout_s=60)
+        launcher = HostsLauncher("127.0.0.1", hosts, published.put, self.retracted.set, timeout_s=60)
         config = EngineConfig(
             model=str(path), tensor_parallel_size=size, max_model_len=1000, num_kv_blocks=80
         )
@@ -145,20 +145,20 @@ def launched(launcher: HostsLauncher) -> tuple[threading.Thread, list]:
 
 
 def test_strangers_are_turned_away_and_do_not_stand_in_the_way():
-    meetings: queue.Queue[Meeting] = queue.Queue()
-    launcher = HostsLauncher("127.0.0.1", 2, meetings.put, lambda: None, timeout_s=60)
-    thread, lines = launched(launcher)
-    meeting = meetings.get(timeout=60)
+    published: queue.Queue[Rendezvous] = queue.Queue()
+    launcher = HostsLauncher("127.0.0.1", 2, published.put, lambda: None, timeout_s=60)
+    thread, connections = launched(launcher)
+    rendezvous = published.get(timeout=60)
     with pytest.raises(Unavailable):
-        HostRanks(Meeting(meeting.host, meeting.port, b"another key"), 1, 1, lambda: None)
-    with socket.create_connection((meeting.host, meeting.port)) as stranger:
+        HostRanks(Rendezvous(rendezvous.host, rendezvous.port, b"another key"), 1, 1, lambda: None)
+    with socket.create_connection((rendezvous.host, rendezvous.port)) as stranger:
         stranger.sendall(b"\\0\\0\\0\\5hello")
         stranger.shutdown(socket.SHUT_WR)
-    host = HostRanks(meeting, 1, 1, lambda: None)
+    host = HostRanks(rendezvous, 1, 1, lambda: None)
     thread.join(60)
     try:
-        (line,) = lines
-        option = socket.socket(fileno=line.fileno())
+        (connection,) = connections
+        option = socket.socket(fileno=connection.fileno())
         assert option.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert option.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(16)
         option.detach()
