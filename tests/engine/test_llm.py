@@ -266,6 +266,29 @@ def test_nothing_is_computed_beyond_a_stop_string(llm):
     llm.check_integrity()
 
 
+def test_an_interrupted_call_computes_nothing_more(llm, monkeypatch):
+    prompts, tokens = ["hello world", "what?"], 100
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    core, before, steps = llm._engine.core, llm.metrics()["output_tokens"], []
+    step = core.step
+
+    def interrupted():
+        steps.append(core.has_work)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(core, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts, params, use_tqdm=False)
+    monkeypatch.undo()
+    llm.check_integrity()
+    # What was enqueued ends; the other steps of both answers never come.
+    assert llm.metrics()["output_tokens"] - before <= 2 * (5 + llm.config.run_ahead)
+    assert expected == [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
 def test_embeddings_of_waiting_prompts_stay_within_the_budget(path, llm, monkeypatch):
     """Each image has nine rows, and each step computes about one prompt."""
     prompts = [about(tiny.picture(24, 24, seed)) for seed in range(24)]

@@ -42,6 +42,7 @@ class Drawn:
         options: of every engine that loads the checkpoint.
         media: token ids that stand for rows of media.
         lengths: how the rotary embedding depends on the length of a sequence.
+        ends: tokens that end an answer whatever the files state.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Drawn:
     options: Mapping[str, Any] = field(default_factory=dict)
     media: frozenset[int] = frozenset()
     lengths: Lengths = field(default_factory=Lengths)
+    ends: frozenset[int] = frozenset()
 
 
 class Family(Protocol):

@@ -134,4 +134,6 @@ class MiniCPMVFamily:
         reference = minicpm_v.MiniCPMVReference(path, limit)
         image = minicpm_v.SPECIALS.index("<unk>")
         media, lengths = frozenset({image, 128244}), lengths_of("qwen2", text)
-        return Drawn(path, reference, style, 768, options, media, lengths)
+        # The terminators of its own code.
+        ends = frozenset(map(minicpm_v.SPECIALS.index, ("<|im_end|>", "<|endoftext|>")))
+        return Drawn(path, reference, style, 768, options, media, lengths, ends)

@@ -88,7 +88,7 @@ class Session:
 
     @cached_property
     def _ends(self) -> frozenset[int]:
-        return ends_of(self.drawn.path)
+        return ends_of(self.drawn.path) | self.drawn.ends
 
     def llm(self, launcher: Launcher | None = None, **options: Any) -> LLM:
         given = {**self.drawn.options, **self._options, **options}
