@@ -92,8 +92,11 @@ def build(items):
 
 async def test_the_salt_reaches_the_encoder(spec):
     encoder = Encoder()
-    await pipeline(spec, encoder=encoder).prepare(build, SOURCES[:1], salt="tenant")
+    prompt = await pipeline(spec, encoder=encoder).prepare(build, SOURCES[:1], salt="tenant")
     assert encoder.seen == [("data:,0", "tenant")]
+    # After a loss too.
+    await prompt.encode_again()
+    assert encoder.seen == [("data:,0", "tenant")] * 2
 
 
 async def test_distinct_items_are_encoded_once_and_together(spec):

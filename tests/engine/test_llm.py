@@ -286,7 +286,9 @@ def test_an_interrupted_call_computes_nothing_more(llm, monkeypatch):
     llm.check_integrity()
     # What was enqueued ends; the other steps of both answers never come.
     assert llm.metrics()["output_tokens"] - before <= 2 * (5 + llm.config.run_ahead)
-    assert expected == [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    assert expected == [
+        output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)
+    ]
 
 
 def test_embeddings_of_waiting_prompts_stay_within_the_budget(path, llm, monkeypatch):
