@@ -271,7 +271,7 @@ class Pipeline:
         for each in pixels:
             rows, seconds = encoded[each.item.hash]
             times = {**each.seconds, "encode": seconds}
-            items.append(ItemReport(each.item, rows.cached, times, each.frames))
+            items.append(ItemReport(each.item, rows.cached, times, each.frames, each.note))
         return tuple(rows for rows, _ in encoded.values()), items
 
     def generate(

@@ -25,12 +25,14 @@ class ItemReport:
         cached: its embedding rows were in the encoder's cache.
         seconds: duration of each stage, by the stage's name: ``fetch``, ``prepare``, ``encode``.
         frames: frames of a video that the model was shown; 1 for an image.
+        note: what is missing of it, in words; empty if nothing is.
     """
 
     item: MediaItem
     cached: bool
     seconds: Mapping[str, float]
     frames: int = 1
+    note: str = ""
 
 
 @dataclass(slots=True)

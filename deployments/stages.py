@@ -61,6 +61,11 @@ class Pixels(Protocol):
         ...
 
     @property
+    def note(self) -> str:
+        """What is missing of it, in words; empty if nothing is."""
+        ...
+
+    @property
     def kept(self) -> KeptFiles | None:
         """The item's encoded files, if its source has a ``uuid`` and brought them."""
         ...

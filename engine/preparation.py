@@ -11,7 +11,7 @@ from PIL import Image
 from engine.errors import ContextLengthExceeded, InvalidRequest, MediaTooLarge
 from engine.families.base import AdjustableProcessor, MediaProcessor, PromptAwareProcessor, VideoProcessor
 from engine.families.given_rows import GivenRows
-from engine.media.decode import ImageLimits, check_image_size, check_total, decode_image, read_size
+from engine.media.decode import ImageLimits, check_image_size, check_total, decode, read_size
 from engine.media.documents.limits import DocumentLimits
 from engine.media.documents.pages import Page
 from engine.media.documents.reader import DocumentReader
@@ -142,9 +142,9 @@ class MediaPreparation:
             return self._rows.prepare(processor, source, files[0])
         if source.is_video_file:
             return self._video_file(_for_item(processor, source), source, files[0], account)
-        return self.show(
-            processor, source, [decode_image(data, self._images, where=source.where) for data in files]
-        )
+        decoded = [decode(data, self._images, where=source.where) for data in files]
+        made = self.show(processor, source, [each.image for each in decoded])
+        return replace(made, note=next((each.note for each in decoded if each.note), ""))
 
     def decode_rows(self, processor: MediaProcessor, source: MediaSource) -> bytes:
         """The file with the embedding rows that ``source`` brings; errors as :meth:`GivenRows.decode`."""

@@ -91,6 +91,7 @@ class PreparedMedia:
         rows: the dtype of the embedding rows in ``pixels`` if the item came as such, as in
             :class:`EmbeddedMedia`; else None.
         kept: the files that it was made of, if its source has a ``uuid`` and brought them.
+        note: what is missing of it, in words; empty if nothing is.
     """
 
     item: MediaItem
@@ -99,6 +100,7 @@ class PreparedMedia:
     frames: int = 1
     rows: str | None = None
     kept: KeptFiles | None = None
+    note: str = ""
 
     @property
     def embedded(self) -> EmbeddedMedia | None:

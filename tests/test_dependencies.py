@@ -13,9 +13,12 @@ import pytest
 
 from tests.test_architecture import ROOT, Imports, loading_paths, read_imports, within
 
-#: Modules that load an optional package when they are imported. Only functions, or a process that decodes
-#: videos, import them.
-OPTIONAL_LOADED_BY = {"av": {"engine.media.video.container", "engine.media.video.process"}}
+#: Modules that load an optional package when they are imported. Only functions, or helper processes, import
+#: them.
+OPTIONAL_LOADED_BY = {
+    "av": {"engine.media.video.container", "engine.media.video.process"},
+    "pypdfium2": {"engine.media.documents.pdf", "engine.media.documents.process"},
+}
 
 
 #: The distributions that bring each top-level module.

@@ -57,6 +57,7 @@ class MediaUsage(BaseModel):
         tokens: embedding rows that stand for it in the prompt.
         frames: frames of a video that the model was shown; 1 for an image.
         cached: its embedding came from the encoder's cache.
+        note: what is missing of it, such as the end of a file; left out if nothing is.
         fetch_ms, prepare_ms, encode_ms: as in :class:`Timings`, for this item.
     """
 
@@ -66,6 +67,7 @@ class MediaUsage(BaseModel):
     tokens: int
     frames: int
     cached: bool
+    note: str | None = Field(default=None, exclude_if=_is_none)
     fetch_ms: float
     prepare_ms: float
     encode_ms: float
@@ -101,5 +103,6 @@ def _media(found: ItemReport) -> MediaUsage:
         tokens=found.item.num_tokens,
         frames=found.frames,
         cached=found.cached,
+        note=found.note or None,
         **times,
     )

@@ -39,6 +39,7 @@ class PixelsRef:
     frames: int = 1
     rows: str | None = None
     kept: KeptFiles | None = None
+    note: str = ""
 
     @property
     def embedded(self) -> "RowsRef | None":

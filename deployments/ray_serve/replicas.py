@@ -119,7 +119,7 @@ class PreprocessorReplica:
         kept, pixels = media.kept, await self._store.put(media.pixels)
         if kept is not None:
             kept = await self._kept(kept)
-        return PixelsRef(media.item, pixels, media.seconds, media.frames, media.rows, kept)
+        return PixelsRef(media.item, pixels, media.seconds, media.frames, media.rows, kept, media.note)
 
     async def _kept(self, kept: KeptFiles) -> KeptFiles:
         return replace(kept, files=await self._store.put(kept.files))

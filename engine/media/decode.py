@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,11 @@ from pydantic import PositiveInt
 
 from engine.errors import MediaError, MediaTooLarge
 from engine.media.colour import Encoding, to_rgb
-from engine.media.repair import as_black_is_zero, with_end_marker, without_metadata
+from engine.media.cut_jpeg import held_by, with_end_marker
+from engine.media.formats import ImageFormat, readable
+from engine.media.hdr import is_hdr, on_screen
+from engine.media.jxl import jxl_size
+from engine.media.repair import as_black_is_zero, png_light, without_metadata
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,7 +30,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+#: Formats whose decoders turn the image. Those of HEIF and JXL ignore EXIF, as their standards ask.
+_TURNED = ("TIFF", "HEIF", "JXL")
+#: Of a JPEG that ends too early, the largest missing part with which it is still shown.
+_MOST_MISSING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,7 @@ class ImageLimits:
         max_pixels: most pixels, width times height.
         max_side: most pixels along one side.
         max_total_pixels: most pixels of all images and frames of a request.
-        formats: Pillow's names of the formats that are read.
+        formats: Pillow's names of the formats that are read; those whose package isn't installed aren't.
     """
 
     max_pixels: PositiveInt = 64_000_000
@@ -45,9 +52,33 @@ class ImageLimits:
     max_total_pixels: PositiveInt = 256_000_000
     formats: tuple[ImageFormat, ...] = get_args(ImageFormat)
 
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """The formats that this process can read."""
+        return readable(self.formats)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A decoded image.
+
+    Attributes:
+        note: what is missing of it, in words; empty if nothing is.
+    """
+
+    image: Image.Image
+    note: str = ""
+
 
 def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) -> Image.Image:
+    """The image of :func:`decode`, which says more."""
+    return decode(data, limits, where=where).image
+
+
+def decode(data: bytes, limits: ImageLimits, *, where: str | None = None) -> Decoded:
     """An image as a person sees it: upright, transparency on white, of several frames the first, 8-bit RGB.
+
+    A JPEG that ends too early is shown if most of it is there, as in viewers; what is missing is grey.
 
     Args:
         data: an encoded image.
@@ -60,15 +91,36 @@ def decode_image(data: bytes, limits: ImageLimits, *, where: str | None = None) 
     with decoder_faults(limits, where):
         data = without_metadata(data)
         try:
-            return decode_frame(data, 0, limits, where=where)
+            return Decoded(decode_frame(data, 0, limits, where=where))
         except OSError:
-            ended = with_end_marker(data)
-            if ended is None:
+            found = _decode_cut(data, limits, where)
+            if found is None:
                 raise
-            image, other = (decode_frame(variant, 0, limits, where=where) for variant in ended)
-            if not np.array_equal(np.asarray(image), np.asarray(other)):
-                raise
-            return image
+            return found
+
+
+def _decode_cut(data: bytes, limits: ImageLimits, where: str | None) -> Decoded | None:
+    """A JPEG that ends too early; None if too little of it is there, or it is no JPEG."""
+    ended = with_end_marker(data)
+    if ended is None:
+        return None
+    stored = []
+    for variant in ended:
+        with Image.open(io.BytesIO(variant), formats=("JPEG",)) as image:
+            check_image_size(image.size, limits, where)
+            stored.append(np.asarray(image))
+    differs = (stored[0] != stored[1]).reshape(len(stored[0]), -1).any(axis=1)
+    shown_image, held = decode_frame(ended[0], 0, limits, where=where), held_by(data)
+    if not differs.any():
+        return Decoded(shown_image)
+    if held == "all":
+        return Decoded(shown_image, "The file ends too early; the image lacks its last details.")
+    missing = 1 - int(differs.argmax()) / len(differs)
+    if held != "rows" or missing > _MOST_MISSING:
+        return None
+    return Decoded(
+        shown_image, f"The file ends too early; {missing:.0%} of the image are missing and shown grey."
+    )
 
 
 @contextmanager
@@ -84,7 +136,8 @@ def decoder_faults(limits: ImageLimits, where: str | None) -> Iterator[None]:
     # Decoders raise any exception, with memory addresses and paths in the text: none of it is passed on.
     except Image.UnidentifiedImageError:
         raise MediaError(
-            f"{name} is not an image in one of the formats {', '.join(limits.formats)}.", param=where
+            f"{name} is not an image in one of the formats {', '.join(limits.readable)}.",
+            param=where,
         ) from None
     except Exception as error:
         raise MediaError(f"{name} is damaged or incomplete and can't be decoded.", param=where) from error
@@ -93,11 +146,15 @@ def decoder_faults(limits: ImageLimits, where: str | None) -> Iterator[None]:
 def decode_frame(data: bytes, frame: int, limits: ImageLimits, *, where: str | None) -> Image.Image:
     """One frame as :func:`decode_image` shows the first; a decoder's own exceptions pass through."""
     positive = as_black_is_zero(data, frame)
-    with Image.open(io.BytesIO(positive or data), formats=limits.formats) as image:
+    if (packed := jxl_size(data)) is not None:
+        check_image_size(packed, limits, where)
+    with Image.open(io.BytesIO(positive or data), formats=limits.readable) as image:
         image.seek(frame)
         check_image_size(image.size, limits, where)
         encoding = Encoding.of(image, inverted=positive is not None)
-        return shown(image, encoding, orientation_of(image), where)
+        rgb = shown(image, encoding, orientation_of(image), where)
+    light = png_light(data)
+    return on_screen(rgb, *light) if light is not None and is_hdr(light[1]) else rgb
 
 
 def upright_rgb(image: Image.Image, *, where: str | None = None) -> Image.Image:
@@ -125,7 +182,10 @@ def read_size(data: bytes, limits: ImageLimits, *, where: str | None = None) -> 
     """``(width, height)`` by the header alone, upright; errors as :func:`decode_image`."""
     try:
         data = without_metadata(data)
-        with Image.open(io.BytesIO(as_black_is_zero(data) or data), formats=limits.formats) as image:
+        if (packed := jxl_size(data)) is not None and "JXL" in limits.readable:
+            check_image_size(packed, limits, where)
+            return packed
+        with Image.open(io.BytesIO(as_black_is_zero(data) or data), formats=limits.readable) as image:
             check_image_size(image.size, limits, where)
             return upright_size(image)
     except MediaError:
@@ -179,8 +239,9 @@ def _too_many(name: str, limits: ImageLimits) -> str:
 
 def orientation_of(image: Image.Image) -> int:
     """EXIF's orientation; 1 (upright) where it is missing, unreadable or out of range, as in viewers."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns these itself
+    if image.format in _TURNED and not getattr(image, "jpeg", False):
+        # A JPEG packed as JXL is unpacked as it was, not turned.
+        return 1
     try:
         orientation = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:

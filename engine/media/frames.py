@@ -18,6 +18,7 @@ from engine.media.decode import (
     shown,
     upright_size,
 )
+from engine.media.jxl import jxl_size
 from engine.media.repair import as_black_is_zero, without_metadata
 
 #: Formats whose frames are images of their own, of any size. Those of the others build on each other.
@@ -81,4 +82,6 @@ def decode_frames(
 
 def _opened(data: bytes, limits: ImageLimits) -> Image.Image:
     data = without_metadata(data)
-    return Image.open(io.BytesIO(as_black_is_zero(data) or data), formats=limits.formats)
+    if (packed := jxl_size(data)) is not None:
+        check_image_size(packed, limits, None)
+    return Image.open(io.BytesIO(as_black_is_zero(data) or data), formats=limits.readable)

@@ -7,10 +7,8 @@ import zlib
 from collections.abc import Iterator
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_JPEG = b"\xff\xd8"
-_END_OF_IMAGE = b"\xff\xd9"
 #: Chunks that say how a PNG looks. acTL, fcTL and fdAT are those of animations.
-_PNG_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"}
+_PNG_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"cICP", b"eXIf", b"acTL", b"fcTL", b"fdAT"}
 #: XMP may hold the orientation. Pillow refuses a file with longer text.
 _XMP, _XMP_LIMIT = b"XML:com.adobe.xmp\0\0", 1 << 20
 #: TIFF's tags, and the value of a photometric interpretation in which 0 is white.
@@ -35,16 +33,18 @@ def without_metadata(data: bytes) -> bytes:
     return data if whole else b"".join([*kept, data[start:]])
 
 
-def with_end_marker(data: bytes) -> tuple[bytes, bytes] | None:
-    """A JPEG that lacks its end marker, with one, in two variants; None for any other data.
-
-    The second variant has bytes before the marker that continue the last scan. Both decode to the same pixels
-    only if the scan is complete; otherwise the decoder fills up the missing part.
-    """
-    if not data.startswith(_JPEG):
+def png_light(data: bytes) -> tuple[int, int] | None:
+    """Primaries and transfer function of a PNG by its chunk cICP (ITU-T H.273); None if it has none."""
+    if not data.startswith(_PNG):
         return None
-    data = data.rstrip(b"\xff")
-    return data + _END_OF_IMAGE, data + b"\x5a" * 256 + _END_OF_IMAGE
+    start = len(_PNG)
+    for kind, end in _png_chunks(data):
+        if kind == b"cICP" and end - start == 16:
+            return data[start + 8], data[start + 9]
+        if kind == b"IDAT":
+            return None
+        start = end
+    return None
 
 
 def as_black_is_zero(data: bytes, page: int = 0) -> bytes | None:

@@ -1,5 +1,7 @@
 """``include_timings``: times and media in the usage of whole and streamed answers, at every endpoint."""
 
+import base64
+import io
 import json
 
 import pytest
@@ -84,3 +86,17 @@ async def test_a_stream_with_times_ends_with_its_usage_unasked(http):
     body = asked("/v1/chat/completions", [], stream=True, include_timings=True)
     usage = await usage_of(http, "/v1/chat/completions", body)
     assert usage["completion_tokens"] > 1 and usage["timings"]["per_token_ms"] > 0
+
+
+async def test_a_cut_image_is_shown_with_a_note(http):
+    whole = io.BytesIO()
+    circle("red", (160, 120)).save(whole, "JPEG", quality=95)
+    cut = whole.getvalue()[: int(len(whole.getvalue()) * 0.9)]
+    for data, noted in ((whole.getvalue(), False), (cut, True)):
+        body = asked("/v1/chat/completions", [circle("red")], include_timings=True)
+        url = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+        body["messages"][0]["content"][0]["image_url"]["url"] = url
+        (item,) = (await usage_of(http, "/v1/chat/completions", body))["media"]
+        assert (item["width"], item["height"]) == (160, 120)
+        assert ("note" in item) == noted
+        assert not noted or item["note"].startswith("The file ends too early")

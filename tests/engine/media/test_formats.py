@@ -236,9 +236,8 @@ def test_jpegs_without_their_end_marker(mode, options):
     whole = shown(data)
     for cut in (1, 2):
         near(shown(data[:-cut]), whole, 0)
-    for cut in (40, 200, len(data) // 2):
-        with pytest.raises(MediaError):
-            decode_image(data[:-cut], LIMITS)
+    with pytest.raises(MediaError):
+        decode_image(data[: len(data) // 4], LIMITS)
 
 
 def test_lab_is_shown_as_colours():
