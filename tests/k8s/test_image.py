@@ -47,11 +47,18 @@ def test_the_builder_gets_little_more_than_the_demos_models():
 def test_every_argument_is_declared_used_and_given():
     text, makefile = DOCKERFILE.read_text(), (ROOT / "Makefile").read_text()
     arguments = set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
-    assert arguments == {"PYTHON", "DEVICE", "TORCH_INDEX", "WARM_MODELS"}
+    assert arguments == {"PYTHON", "TORCH", "DEVICE", "TORCH_INDEX", "WARM_MODELS"}
     assert all(re.search(rf"\$\{{?{name}\b", text) for name in arguments)
     assert set(re.findall(r"--build-arg (\w+)=", makefile)) <= arguments
     # An argument before the first FROM is known in FROM lines only.
     assert text.index("ARG PYTHON") < text.index("FROM ") and "$PYTHON" not in text.split("FROM ", 1)[1]
+
+
+def test_the_version_of_torch_is_the_pinned_one_and_its_layer_depends_on_no_file():
+    text = DOCKERFILE.read_text()
+    (pinned,) = re.findall(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert f"ARG TORCH={pinned}\n" in text
+    assert "COPY" not in text[: text.index("torch==$TORCH")]
 
 
 def test_the_images_python_can_install_the_project():
