@@ -332,11 +332,13 @@ def _selector_faults(found: list[Document]) -> Iterator[str]:
             yield f"{name} selects no pod"
         if document["kind"] == "PodDisruptionBudget":
             group = spec["selector"]["matchLabels"].get("ray.io/group")
-            fewest = {
-                each["groupName"]: each.get("minReplicas", 0) * each.get("numOfHosts", 1)
-                for each in groups(service)
-            }.get(group, 0)
+            hosts = {each["groupName"]: each.get("numOfHosts", 1) for each in groups(service)}.get(group, 1)
+            fewest = hosts * {each["groupName"]: each.get("minReplicas", 0) for each in groups(service)}.get(
+                group, 0
+            )
             if not isinstance(spec.get("minAvailable"), int):
                 yield f"{name}: RayCluster can't be scaled, so only a number in minAvailable can be counted"
             elif spec["minAvailable"] >= fewest:
                 yield f"{name} never lets a node be drained"
+            elif hosts > 1 and spec["minAvailable"] < fewest - 1:
+                yield f"{name} lets two pods go at once: of two models, each of which needs all of its hosts"

@@ -83,6 +83,10 @@ def _model_faults(found: list[Document], config: AppConfig) -> Iterator[str]:
         gpus = model.language_model.num_gpus
         if gpus and max(gpus, 1) * model.language_model.hosts != model.engine.tensor_parallel_size:
             yield f"{model.name}: num_gpus isn't tensor_parallel_size"
+        hosts = model.language_model.hosts
+        sizes = {g.get("numOfHosts", 1) for g in groups(service) if _fits(model.language_model, g)}
+        if hosts > 1 and hosts not in sizes:
+            yield f"{model.name}: spread over {hosts} hosts, but no group counts its pods by {hosts}"
     (name, template), *_ = [(n, t) for n, t in pods(service) if n != "head"]
     for key in config.ingress.keys:
         if key.env is not None and key.env not in environment(found, template):

@@ -240,6 +240,35 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
 }
 
 
+#: Mistakes in the overlay multi-node, whose third group has the language models.
+GENERATE = f"{RAY}/workerGroupSpecs/2"
+OVER_HOSTS: dict[str, tuple[Plant, str]] = {
+    "pods counted one by one": (at(f"{GENERATE}/numOfHosts", 1), "no group counts its pods by 2"),
+    "more hosts than ranks": (serve(f"{MODEL}/language_model/hosts", 3), "no group counts its pods by 3"),
+    "GPUs that no host has": (serve(f"{MODEL}/language_model/gpus_per_host", 8), "no group has a pod"),
+    "GPUs said twice": (serve(f"{MODEL}/language_model/num_gpus", 8), "give only one"),
+    "ranks said otherwise": (serve(f"{MODEL}/engine/tensor_parallel_size", 4), "but there are 2 x 4 GPUs"),
+    "a model more than the pods hold": (serve(f"{MODEL}/language_model/num_replicas", 3), "reserved at most"),
+    "a budget that lets two hosts go": (
+        other("PodDisruptionBudget", "sightline-generate", lambda d: d["spec"].update(minAvailable=2)),
+        "lets two pods go at once",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", OVER_HOSTS)
+def test_a_mistake_over_hosts_is_caught(mistake):
+    plant, message = OVER_HOSTS[mistake]
+    found = documents("multi-node")
+    plant(found)
+    faults = all_faults(found)
+    assert any(message in fault for fault in faults), faults
+
+
+def test_over_hosts_there_is_no_fault_without_a_mistake():
+    assert all_faults(documents("multi-node")) == []
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_caught(mistake):
     plant, message = MISTAKES[mistake]
