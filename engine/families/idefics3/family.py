@@ -10,6 +10,7 @@ from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.idefics3.processor import Idefics3Processor
+from engine.families.parsing.decoder import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 _TOWER = r"model\.vision_model\."
 _TOWER_DEFAULTS = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
 _IMAGE, _FAKE, _GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
+
+
+def _text(raw: Json) -> tuple[Json, DecoderKind]:
+    """The decoder's fields, or those of a config.json that states none."""
+    stated = raw.get("text_config") or {"rms_norm_eps": 1e-5}
+    return nested_text("llama", text_may_tie=False)({**raw, "text_config": stated})
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
@@ -87,7 +94,7 @@ FAMILY = Family(
     name="idefics3",
     architectures=("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     reader=ConfigReader(
-        text=nested_text("llama", text_may_tie=False),
+        text=_text,
         vision=_vision,
         image_token=token_field("image_token_id", default=128257),
     ),

@@ -96,3 +96,50 @@ def test_refusals(path):
     media = ours.prepare(picture(60, 44))
     with pytest.raises(InvalidRequest, match="grid"):
         encoder(path).encode([PreparedMedia(media.item, media.pixels[:-1])])
+
+
+#: Where a field of config.json is ours: of the tower, the decoder, or the whole.
+_READ = {
+    "vision_config.hidden_size": lambda config: config.vision.tower.hidden_size,
+    "vision_config.intermediate_size": lambda config: config.vision.tower.intermediate_size,
+    "vision_config.num_hidden_layers": lambda config: config.vision.tower.num_layers,
+    "vision_config.num_attention_heads": lambda config: config.vision.tower.num_heads,
+    "vision_config.hidden_act": lambda config: config.vision.tower.activation,
+    "vision_config.layer_norm_eps": lambda config: config.vision.tower.norm_eps,
+    "vision_config.patch_size": lambda config: config.vision.patch_size,
+    "text_config.hidden_size": lambda config: config.decoder.hidden_size,
+    "text_config.intermediate_size": lambda config: config.decoder.intermediate_size,
+    "text_config.num_hidden_layers": lambda config: config.decoder.num_layers,
+    "text_config.num_attention_heads": lambda config: config.decoder.num_heads,
+    "text_config.num_key_value_heads": lambda config: config.decoder.num_kv_heads,
+    "text_config.rms_norm_eps": lambda config: config.decoder.rms_norm_eps,
+    "text_config.max_position_embeddings": lambda config: config.decoder.max_position,
+    "text_config.vocab_size": lambda config: config.decoder.vocab_size,
+    "tie_word_embeddings": lambda config: config.decoder.tie_word_embeddings,
+    "scale_factor": lambda config: config.vision.pixel_shuffle,
+    "image_token_id": lambda config: config.image_token_id,
+}
+_PART = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 64}
+_TEXT = {"model_type": "llama", "num_key_value_heads": 1, "rms_norm_eps": 1e-3, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("left_out", [None, "text_config", *_READ])
+def test_fields_that_are_left_out_have_the_defaults_of_transformers(tmp_path, kind, left_out):
+    raw = {
+        "architectures": [f"{kind}ForConditionalGeneration"],
+        "model_type": kind.lower(),
+        "image_token_id": 7,
+        "scale_factor": 4,
+        "tie_word_embeddings": False,
+        "text_config": {**_PART, **_TEXT, "intermediate_size": 16, "max_position_embeddings": 77},
+        "vision_config": {**_PART, "image_size": 128, "patch_size": 16, "intermediate_size": 24},
+    }
+    raw["vision_config"] |= {"hidden_act": "gelu", "layer_norm_eps": 1e-3}
+    if left_out:
+        part, _, field = left_out.rpartition(".")
+        (raw[part] if part else raw).pop(field, None)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs, (_, ours) = transformers.AutoConfig.from_pretrained(tmp_path), parse(tmp_path)
+    for name, read in _READ.items():
+        part, _, field = name.rpartition(".")
+        assert read(ours) == getattr(getattr(theirs, part) if part else theirs, field), name
