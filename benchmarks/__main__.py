@@ -1,7 +1,7 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [memory] [offline] [preparation]
-    [routing] [serve] [tiles]
+python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [media_memory] [memory]
+    [offline] [preparation] [routing] [serve] [slow_hosts] [tiles]
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ BENCHMARKS = {
     "memory": ("--shape qwen2-vl-2b", "--requests 200"),
     "offline": ("--shape qwen2-vl-2b", "--shape tiny"),
     "preparation": ("", "--replicas 1,2 --sizes 560x560 --seconds 1"),
+    "media_memory": ("", "--requests 300"),
+    "slow_hosts": ("", "--images 5 --rounds 1"),
     "tiles": ("", ""),
     "autoscaling_sim": ("", "--trace nightly"),
     "routing": ("", "--requests 60 --replicas 2"),

@@ -81,15 +81,11 @@ def stage(path: str) -> Prepare:
 def transformers_processor(path: str, kind: str) -> Prepare:
     """Prepares by a processor of Transformers; gives its pixel values and grid."""
     import torch
-    from transformers import Qwen2VLImageProcessor
+    import transformers
 
     torch.set_num_threads(1)
-    made: Any = Qwen2VLImageProcessor
-    if kind == "pil":
-        from transformers import Qwen2VLImageProcessorPil
-
-        made = Qwen2VLImageProcessorPil
-    processor = made.from_pretrained(path)
+    names = {"fast": "Qwen2VLImageProcessor", "pil": "Qwen2VLImageProcessorPil"}
+    processor = getattr(transformers, names[kind]).from_pretrained(path)
 
     def prepare(file: bytes) -> Any:
         with Image.open(io.BytesIO(file)) as image:

@@ -76,6 +76,7 @@ class Pipeline:
 
     Attributes:
         meter: counts and times this pipeline's work.
+        references: the media that later requests may name.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Pipeline:
     ) -> None:
         self.name = spec.name
         self._takes_rows = spec.image_embeds
-        self._references = References(references)
+        self.references = References(references)
         self.task = spec.engine.task
         self.builder = load_prompt_builder(spec.engine)
         self.sampling_defaults = load_sampling_defaults(spec.engine)
@@ -199,7 +200,7 @@ class Pipeline:
         if self._stages.preprocessor is None:
             raise InvalidRequest(f"The model {self.name} takes no images.", param=sources[0].where)
         check_media_limits(sources, self._limits)
-        resolved, files = self._references.resolve(owner, sources)
+        resolved, files = self.references.resolve(owner, sources)
         charges.sources(resolved, files)
         rows = next((source for source in resolved if source.rows is not None), None)
         if rows is not None and not self._takes_rows:
@@ -228,11 +229,11 @@ class Pipeline:
                     stage, media.sources, media.files, owner.key, self._limits, media.charges
                 )
         except RowsLost:
-            raise self._references.lost(owner, media.sources, media.files) from None
+            raise self.references.lost(owner, media.sources, media.files) from None
         media.charges.prepared(media.sources, [each.pixels for each in shown])
         for source, each in zip(media.sources, shown, strict=True):
             if each.kept is not None:
-                self._references.keep(owner, source, each.kept)
+                self.references.keep(owner, source, each.kept)
         return shown
 
     async def _same_pixels(self, media: _Media, inputs: EngineInput) -> Sequence[Pixels]:

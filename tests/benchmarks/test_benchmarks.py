@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as all_of_them
-from benchmarks import autoscaling_sim, host, load, memory, offline, serve
+from benchmarks import (
+    autoscaling_sim,
+    host,
+    load,
+    media_memory,
+    memory,
+    offline,
+    preparation,
+    serve,
+    slow_hosts,
+)
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine.config import EngineConfig
 from engine.frontend import Frontend
@@ -50,6 +60,42 @@ def test_memory(monkeypatch, capsys, tmp_path):
     found = json.loads(file.read_text())
     assert [row["requests"] for row in found["rows"]] == list(range(3, 31, 3))
     assert found["resident MiB grown"] == found["rows"][-1]["resident MiB"] - found["rows"][0]["resident MiB"]
+
+
+def test_preparation_compares_pixels_and_counts_copies(tmp_path):
+    path = str(write_checkpoint(preparation.SHAPE, tmp_path))
+    files = preparation.jpegs((90, 130))
+    assert len({*files}) == preparation.DIFFERENT
+    assert preparation.compare(path, files[:2], "pil") == 0
+    # The first images set things up.
+    large = preparation.jpegs((1400, 1000))[:1]
+    preparation.copies(path, large)
+    assert preparation.copies(path, large) < 1.1
+
+
+def test_preparation_counts_images_of_processes(tmp_path):
+    path = str(write_checkpoint(preparation.SHAPE, tmp_path))
+    with preparation.crew(path, 1) as workers:
+        assert workers.rate("stage", (64, 48), 1, 0.1) > 0
+
+
+def test_slow_hosts(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "hosts.json"
+    arguments = ["hosts", "--waiting", "3", "--images", "2", "--rounds", "1", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    slow_hosts.main()
+    found = json.loads(file.read_text())
+    assert found["own ratio"] == found["own beside"] / found["own alone"]
+    assert "127.0.0.2 did not deliver within 1 seconds" in capsys.readouterr().out
+
+
+def test_media_memory(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "memory.json"
+    monkeypatch.setattr(sys, "argv", ["memory", "--requests", "60", "--json", str(file)])
+    media_memory.main()
+    found = json.loads(file.read_text())
+    assert [row["requests"] for row in found["rows"]] == list(range(6, 61, 6))
+    assert sum(found["ends"].values()) == 60 and found["ends"]["200"] > 0
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -146,7 +146,7 @@ async def test_media_whose_files_are_lost_are_unknown_from_then_on(spec):
 async def test_a_request_keeps_the_media_that_it_names(spec):
     """They may be dropped while it runs, and be needed once more after a loss."""
     served = pipeline(spec)
-    served._references = References(ReferenceConfig(max_items=1))
+    served.references = References(ReferenceConfig(max_items=1))
     await served.prepare(build, [MediaSource(0, "", url="data:,0", uuid="a")])
     prompt = await served.prepare(build, [MediaSource(0, "", uuid="a")])
     await served.prepare(build, [MediaSource(0, "", url="data:,1", uuid="b")])

@@ -1,5 +1,7 @@
 """The cost of media by request: ``detail``, ``mm_processor_kwargs`` and ``media_io_kwargs``."""
 
+import uuid
+
 import openai
 import pytest
 
@@ -46,6 +48,50 @@ async def test_frames_of_all_videos_of_a_request(client):
     assert four == await tokens(client, part, mm_processor_kwargs={"fps": 1}) < usual
     # A part's own wish comes first.
     assert await tokens(client, own, media_io_kwargs={"video": {"num_frames": 4}}) > usual
+
+
+SMALL = {"type": "image_url", "image_url": {"url": data_url(circle("red", (90, 131)))}}
+VIDEO = {"type": "video_url", "video_url": {"url": data(RED)}}
+
+
+@pytest.mark.parametrize(
+    ("usual", "asked", "extra"),
+    [
+        (image(), image(detail="low"), {}),
+        (image(), image(), {"mm_processor_kwargs": {"max_pixels": 6400}}),
+        (SMALL, SMALL, {"mm_processor_kwargs": {"min_pixels": 40000}}),
+        (VIDEO, VIDEO, {"mm_processor_kwargs": {"max_pixels": 6400}}),
+        (VIDEO, VIDEO, {"mm_processor_kwargs": {"fps": 1}}),
+        (VIDEO, VIDEO, {"media_io_kwargs": {"video": {"num_frames": 4}}}),
+        (VIDEO, {**VIDEO, "fps": 1}, {}),
+    ],
+)
+async def test_each_option_is_part_of_every_cache_key(client, usual, asked, extra):
+    """Rows and blocks of the same media prepared otherwise are never taken, from whichever cache."""
+
+    async def answer(part: dict, salt: str, **extra) -> tuple:
+        made = await client.chat.completions.create(
+            model="pocket",
+            messages=shown(part),
+            temperature=0,
+            max_tokens=4,
+            logprobs=True,
+            extra_body={"include_timings": True, "cache_salt": salt, **extra},
+        )
+        logprobs = [token.logprob for token in made.choices[0].logprobs.content]
+        (seen,) = made.usage.media
+        return made.choices[0].message.content, made.usage.prompt_tokens, logprobs, seen["cached"]
+
+    salt = uuid.uuid4().hex
+    alone = await answer(asked, f"alone {salt}", **extra)
+    await answer(usual, salt)
+    beside = await answer(asked, salt, **extra)
+    again = await answer(asked, salt, **extra)
+    assert beside[:2] == alone[:2] == again[:2]
+    assert beside[2] == pytest.approx(alone[2], abs=1e-3) == again[2]
+    changes = (await answer(usual, f"usual {salt}"))[1] != alone[1]
+    assert changes or "detail" in str(asked), "the option changes nothing, so it tests nothing"
+    assert (beside[3], again[3]) == (not changes, True)
 
 
 @pytest.mark.parametrize(
