@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pypdfium2
 import pytest
 import torch
 from PIL import Image
@@ -32,6 +33,7 @@ from engine.frontend import Frontend
 from engine.sampling_params import StructuredSpec
 from engine.weights import loader
 from tests.engine import tiny
+from tests.engine.media.pdfs import page, pdf
 from tests.serving import serve_files
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -504,3 +506,32 @@ except CheckpointError as error:
     (wanted,) = LLM(str(path), max_model_len=64).generate("hello", params, use_tqdm=False)
     assert answers == [str(wanted.outputs[0].token_ids)] * 3
     assert "no folder 'owner/other'" in refusal
+
+
+def test_a_document_is_its_pages(llm):
+    data = pdf([page("one", (1, 0, 0), (70, 70)), page("two", (0, 0, 1), (80, 64)), page("three")])
+    with pypdfium2.PdfDocument(data) as document:
+        pages = [document[number].render(scale=1).to_pil().convert("RGB") for number in (1, 0)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+
+    def chat(*parts) -> list:
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "what?"}]}]
+        (output,) = llm.chat(messages, GREEDY, use_tqdm=False)
+        llm.check_integrity()
+        return [output.prompt_token_ids, output.outputs[0].token_ids]
+
+    expected = chat(*({"type": "image", "image": image} for image in pages))
+    asked = {"pages": "2,1", "dpi": 72}
+    assert chat({"type": "document", "document": data, **asked}) == expected
+    address = "data:application/pdf;base64," + base64.b64encode(data).decode()
+    assert chat({"type": "file", "file": {"file_data": address, **asked}}) == expected
+    assert chat({"type": "image", "image": file.getvalue(), "pages": "all"}) == expected
+    assert chat({"type": "image", "image": file.getvalue()}) == chat({"type": "image", "image": pages[0]})
+    texts = ({"type": "image", "image": pages[0]}, "two", {"type": "image", "image": pages[1]}, "one")
+    assert chat({"type": "document", "document": data, "text": True, **asked}) == chat(*texts)
+    with pytest.raises(MediaTooLarge, match="3 images, pages included, but limit_mm_per_prompt allows 2"):
+        chat({"type": "document", "document": data})
+    with pytest.raises(InvalidRequest, match="not for PIL images") as error:
+        chat({"type": "image", "image": pages[0], "pages": "1"})
+    assert error.value.param == "messages[0].content[0].pages"

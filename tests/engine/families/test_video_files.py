@@ -39,8 +39,8 @@ from tests.engine.families.internvl import make_internvl
 from tests.engine.families.onevision import SIDE, make_onevision
 from tests.engine.families.opened import encoder, media_processor
 from tests.engine.families.qwen import Reference, make_qwen2_5_vl, make_qwen3_vl
-from tests.engine.media.clips import FILM, NTSC, clip
-from tests.engine.tiny import rewrite_json
+from tests.engine.media.clips import FILM, NTSC, clip, decoded
+from tests.engine.tiny import make_qwen2_vl, rewrite_json
 
 USUAL = VideoOptions()
 RATES = [10, 12.5, 15, float(FILM), 24, 25, float(NTSC), 30, 50, 59.94, 60, 7.3]
@@ -52,6 +52,21 @@ CLIPS = [
     *((frames, FILM, VideoOptions(fps=fps)) for frames in (40, 61) for fps in (0.5, 1.0, 5.0, 23.0)),
     *((77, NTSC, VideoOptions(num_frames=count)) for count in (2, 6, 8, 33)),
     (3000, 5, USUAL),
+]
+
+
+#: Files of each container that is read, upright and turned: what :func:`clip` is asked for.
+FILES: list[dict[str, Any]] = [
+    {"container": "mov", "codec": "mpeg4"},
+    {"container": "matroska", "codec": "libx264"},
+    {"container": "webm", "codec": "libvpx"},
+    {"container": "webm", "codec": "libvpx-vp9"},
+    {"container": "avi", "codec": "mpeg4"},
+    {"container": "avi", "codec": "libx264"},
+    {"rotation": 90},
+    {"rotation": 180},
+    {"rotation": 270},
+    {"sound": True},
 ]
 
 
@@ -179,20 +194,47 @@ def seen(samplers: Any, family: str, data: bytes, asked: VideoOptions) -> tuple[
     return [Image.fromarray(frame) for frame in frames], metadata
 
 
-def prepared(path: Any, data: bytes, asked: VideoOptions, **options: Any) -> Any:
-    preparation = MediaPreparation(media_processor(path, **options), processes=1)
-    source = MediaSource(0, "here", "video", data=data, video=asked)
+def turned(samplers: Any, family: str, data: bytes, rate: Fraction, degrees: int) -> list[Image.Image]:
+    """The frames that Transformers' sampler chooses among all that a file holds, as a player turns them."""
+    frames = [np.rot90(frame, degrees // 90) for frame in decoded(data)]
+    metadata = VideoMetadata(total_num_frames=len(frames), fps=float(rate))
+    return [Image.fromarray(frames[index]) for index in theirs(samplers, family, metadata, USUAL)]
+
+
+#: How a checkpoint of each kind is made, and whose sampler it has.
+KINDS = {
+    "Qwen2VL": (make_qwen2_vl, "qwen2"),
+    "Qwen2_5_VL": (make_qwen2_5_vl, "qwen2"),
+    "Qwen3VL": (make_qwen3_vl, "qwen3"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_every_container_equal_transformers(samplers, kind, tmp_path):
+    """Grid and pixels of files that may state no number of frames, or that they are to be turned."""
+    make, family = KINDS[kind]
+    path = make(tmp_path)
+    reference, vision = Reference(path, kind), encoder(path)
+    preparation = MediaPreparation(media_processor(path), processes=1)
     try:
-        return preparation.prepare(preparation.for_prompt([source]), source, [data])
+        for number, asked in enumerate(FILES):
+            rate = (NTSC, FILM, Fraction(25))[number % 3]
+            data = clip(25 + number, rate, size=(48, 32), **asked)
+            source = MediaSource(0, "here", "video", data=data)
+            media = preparation.prepare(preparation.for_prompt([source]), source, [data])
+            frames = turned(samplers, family, data, rate, asked.get("rotation", 0))
+            patches, grid = reference.video(frames)
+            assert media.item.grid == tuple(grid[0].tolist()), asked
+            ours = vision.patchify(torch.from_numpy(media.pixels.copy()))
+            torch.testing.assert_close(ours, patches, atol=0, rtol=0)
     finally:
         preparation.close()
 
 
-@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_items_equal_transformers(samplers, clips, kind, tmp_path):
     """Grid, pixels and the times that the model is told."""
-    make = make_qwen2_5_vl if kind == "Qwen2_5_VL" else make_qwen3_vl
-    family = "qwen2" if kind == "Qwen2_5_VL" else "qwen3"
+    make, family = KINDS[kind]
     path = make(tmp_path)
     reference, vision = Reference(path, kind), encoder(path)
     preparation = MediaPreparation(media_processor(path), processes=1)
@@ -205,7 +247,9 @@ def test_items_equal_transformers(samplers, clips, kind, tmp_path):
             assert media.item.grid == tuple(grid[0].tolist())
             ours = vision.patchify(torch.from_numpy(media.pixels.copy()))
             torch.testing.assert_close(ours, patches, atol=0, rtol=0)
-            if kind == "Qwen2_5_VL":
+            if kind == "Qwen2VL":
+                assert media.item.times == ()
+            elif kind == "Qwen2_5_VL":
                 seconds = 2 / metadata.sampled_fps
                 assert media.item.times == tuple(step * seconds for step in range(media.item.grid[0]))
             else:
@@ -217,24 +261,24 @@ def test_items_equal_transformers(samplers, clips, kind, tmp_path):
         preparation.close()
 
 
-def test_onevision_shows_thirty_two_frames(samplers, clips, tmp_path):
-    path = make_onevision(tmp_path)
-    for data, asked in clips[::5]:
-        frames, _ = seen(samplers, "onevision", data, asked)
-        media = prepared(path, data, asked)
+@pytest.mark.parametrize(
+    ("family", "make", "side"),
+    [("onevision", make_onevision, SIDE), ("internvl", make_internvl, INTERNVL_SIDE)],
+)
+def test_squares_of_frames_equal_transformers(samplers, clips, tmp_path, request, family, make, side):
+    """OneVision shows 32 frames, InternVL the middle ones of eight parts."""
+    rate = Fraction(25)
+    given = [(data, asked, seen(samplers, family, data, asked)[0]) for data, asked in clips]
+    for asked in FILES:
+        data = clip(40, rate, size=(48, 32), **asked)
+        given.append((data, USUAL, turned(samplers, family, data, rate, asked.get("rotation", 0))))
+    preparation = MediaPreparation(media_processor(make(tmp_path)), processes=1)
+    request.addfinalizer(preparation.close)
+    for data, asked, frames in given:
+        source = MediaSource(0, "here", "video", data=data, video=asked)
+        media = preparation.prepare(preparation.for_prompt([source]), source, [data])
         assert media.item.grid == (len(frames), 0, 0)
-        expected = np.stack([frame.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for frame in frames])
-        assert (media.pixels == expected).all()
-
-
-def test_internvl_shows_the_middle_frames_of_eight_parts(samplers, clips, tmp_path):
-    path = make_internvl(tmp_path)
-    for data, asked in clips[::5]:
-        frames, _ = seen(samplers, "internvl", data, asked)
-        media = prepared(path, data, asked)
-        assert media.item.grid == (len(frames), 0, 0)
-        square = INTERNVL_SIDE, INTERNVL_SIDE
-        expected = np.stack([frame.resize(square, Image.Resampling.BICUBIC) for frame in frames])
+        expected = np.stack([frame.resize((side, side), Image.Resampling.BICUBIC) for frame in frames])
         assert (media.pixels == expected).all()
 
 
