@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.serving import Served, served_application
-from tests.workers import assign_groups, starts_processes
+from tests.serving import Served, SharedApplication
+from tests.workers import assign_groups, starts_processes, uses_application
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel file is imported. Tensors
 # on a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
@@ -31,16 +31,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
     for item in items:
         if starts_processes(item) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(600))
+    # Together, so that the application starts once.
+    items.sort(key=uses_application)
     if hasattr(config, "workerinput"):
         assign_groups(items)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the application after the last test that uses it: even idle, it takes a quarter of a core."""
+    shared = getattr(item, "funcargs", {}).get("shared_application")
+    if shared is not None and not (nextitem and uses_application(nextitem)):
+        shared.close()
+
+
 @pytest.fixture(scope="session")
-def served(tmp_path_factory) -> Iterator[Served]:
-    """The application as ``make serve`` runs it. At the session's end it is interrupted, which must leave no
-    process behind."""
-    with served_application(tmp_path_factory.mktemp("served")) as served:
-        yield served
+def shared_application(tmp_path_factory) -> Iterator[SharedApplication]:
+    shared = SharedApplication(lambda: tmp_path_factory.mktemp("served"))
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def served(shared_application: SharedApplication) -> Served:
+    """The application as ``make serve`` runs it."""
+    return shared_application.get()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -176,6 +176,37 @@ def served_application(
                 ray.shutdown()
 
 
+class SharedApplication:
+    """The application that several tests use: started for the first of them, ended after the last.
+
+    Args:
+        folder: makes the folder for the configuration, the log and the images.
+    """
+
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._served: Served | None = None
+        self._failure: BaseException | None = None
+
+    def get(self) -> Served:
+        """The application that runs. If its start fails, it is not tried again: all tests fail at once."""
+        if self._failure is not None:
+            raise self._failure
+        if self._served is None:
+            try:
+                self._served = self._stack.enter_context(served_application(self._folder()))
+            except BaseException as error:
+                self._failure = error
+                raise
+        return self._served
+
+    def close(self) -> None:
+        """Interrupt the application, which must leave no process behind."""
+        self._served = None
+        self._stack.close()
+
+
 @contextmanager
 def serve_run(config: Path, log: Path, health: str) -> Iterator[psutil.Process]:
     """Start ``serve run``, and enter the block once ``health`` answers. After the block the process is
@@ -205,7 +236,7 @@ def serve_run(config: Path, log: Path, health: str) -> Iterator[psutil.Process]:
         processes = psutil.Process(server.pid).children(recursive=True)
     finally:
         server.send_signal(signal.SIGINT)
-        code = server.wait(90)
+        code = server.wait(300)
     assert code == 0, log.read_text()[-3000:]
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive

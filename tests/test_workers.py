@@ -1,8 +1,12 @@
 """How ``make test`` shares the tests between its workers."""
 
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 
-from tests.workers import group_of
+from tests.serving import SharedApplication
+from tests.workers import group_of, starts_processes, uses_application
 
 
 def test_xdist_knows_the_group_of_each_test(request):
@@ -13,3 +17,48 @@ def test_xdist_knows_the_group_of_each_test(request):
     for item in items:
         name, _, group = item.nodeid.rpartition("@")
         assert group == group_of(item), name
+
+
+@pytest.fixture
+def life(monkeypatch) -> list[str]:
+    """What happens to applications, which are not started really; "broken" makes the next start fail."""
+    life: list[str] = []
+
+    @contextmanager
+    def application(folder):
+        life.append(f"start in {folder}")
+        if "broken" in life:
+            raise RuntimeError("planted")
+        yield object()
+        life.append("end")
+
+    monkeypatch.setattr("tests.serving.served_application", application)
+    return life
+
+
+def test_the_application_starts_once_and_ends_once(life):
+    shared = SharedApplication(lambda: Path("here"))
+    assert life == []
+    assert shared.get() is shared.get()
+    shared.close()
+    shared.close()
+    assert life == ["start in here", "end"]
+    shared.get()
+    assert life[2:] == ["start in here"]
+    shared.close()
+
+
+def test_an_application_that_does_not_start_is_not_started_again(life):
+    life.append("broken")
+    shared = SharedApplication(lambda: Path("here"))
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="planted"):
+            shared.get()
+    shared.close()
+    assert life == ["broken", "start in here"]
+
+
+def test_tests_that_use_the_application_come_one_after_another(request):
+    """Or it would be started and ended several times."""
+    using = [uses_application(item) for item in request.session.items if starts_processes(item)]
+    assert using == sorted(using)

@@ -24,8 +24,12 @@ _LONGEST = (
 
 def starts_processes(item: pytest.Item) -> bool:
     """Return True if the test is marked as one that starts processes, or uses the session's application."""
-    uses = "served" in getattr(item, "fixturenames", ())
-    return uses or any(item.get_closest_marker(name) for name in _STARTS_PROCESSES)
+    return uses_application(item) or any(item.get_closest_marker(name) for name in _STARTS_PROCESSES)
+
+
+def uses_application(item: pytest.Item) -> bool:
+    """Return True if the test uses the session's application."""
+    return "served" in getattr(item, "fixturenames", ())
 
 
 def group_of(item: pytest.Item) -> str:
