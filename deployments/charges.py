@@ -1,4 +1,4 @@
-"""What an ingress charges to the account of a request's media, as early as it is known."""
+"""Charges that an ingress makes to the account of a request's media, as early as it is known."""
 
 from collections.abc import Mapping, Sequence
 

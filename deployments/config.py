@@ -308,7 +308,7 @@ def _resolved(path: str | None) -> str | None:
 
 
 class ReplayConfig(_Strict):
-    """How far a request is carried on whose preprocessor, encoder or language model dies.
+    """Bounds on carrying a request on whose preprocessor, encoder or language model dies.
 
     Attributes:
         max_losses: losses of one request after which it fails: a request may be what kills its replicas.

@@ -1,4 +1,4 @@
-"""From a conversation to its running answer, for every endpoint that speaks of messages."""
+"""Turns a conversation into its running answer, for every endpoint that speaks of messages."""
 
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -159,7 +159,7 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
 
 
 def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaSource]]:
-    """What makes a conversation's prompt from its media items, and its media."""
+    """Return the function that makes a conversation's prompt from its media items, and its media."""
     messages, sources = parse_messages(given.messages)
     sources = with_options(sources, given.processor_options, given.reading_options)
 

@@ -15,7 +15,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class LoggingConfig(BaseModel):
-    """What the log holds.
+    """Content of the log.
 
     Attributes:
         format: ``text``, or ``json`` with one object per line.

@@ -82,7 +82,7 @@ def _whole(pixels: Pixels) -> Shown:
 
 
 def _pages(source: MediaSource, file: OpenFile, rendered: Iterator[Pixels]) -> Shown:
-    """What is shown of ``file``, whose pages are the next ones of ``rendered``."""
+    """The images shown of ``file``, whose pages are the next ones of ``rendered``."""
     pixels = tuple(islice(rendered, len(file.pages.sources)))
     item = PagesItem(tuple(each.item for each in pixels), tuple(file.pages.texts))
     return Shown(item, pixels, file.file if source.uuid else None)

@@ -27,7 +27,7 @@ class ReferenceConflict(SightlineError):
 
 
 class ReferenceConfig(BaseModel):
-    """How many media an ingress replica keeps for later requests.
+    """Number of media that an ingress replica keeps for later requests.
 
     Attributes:
         max_bytes: most bytes of encoded files, over all callers; 0 keeps none. The files of the key that

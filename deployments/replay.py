@@ -30,7 +30,7 @@ class DeadlineExceeded(SightlineError):
 
 
 class Patience:
-    """What one request can bear: how many losses, how long a wait for a stage that is lost, how long in all.
+    """Limits of one request: losses, seconds of waiting for a lost stage, and seconds in all.
 
     Args:
         config: the limits.

@@ -37,7 +37,7 @@ class ItemReport:
 
 @dataclass(slots=True)
 class Report:
-    """What is known about one request.
+    """The facts known about one request.
 
     A request may hold several prompts that are served concurrently. Their token counts are added, and each
     stage counts with its longest time.

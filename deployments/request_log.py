@@ -91,7 +91,7 @@ def _level(report: Report, path: str) -> int:
 
 
 def _fields(report: Report) -> dict[str, Any]:
-    """What the line says about a request that got as far as a model; absent values are left out."""
+    """Fields of the line about a request that got as far as a model; absent values are left out."""
     fields: Mapping[str, Any] = {
         "request_id": report.id,
         "answer_id": report.answer,

@@ -91,7 +91,7 @@ _MOST_ITEMS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a language model replica has to do.
+    """The work of a language model replica.
 
     Attributes:
         requests: at the replica.

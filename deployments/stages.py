@@ -62,7 +62,7 @@ class Pixels(Protocol):
 
     @property
     def note(self) -> str:
-        """What is missing of it, in words; empty if nothing is."""
+        """The parts of the image that are missing, in words; empty if none is."""
         ...
 
     @property

@@ -28,7 +28,7 @@ _HEADERS = ("traceparent", "tracestate")
 
 
 class TracingConfig(BaseModel):
-    """Where spans go. Needs the extra ``tracing``.
+    """Destination of spans. Needs the extra ``tracing``.
 
     Attributes:
         endpoint: of a collector that speaks OTLP over HTTP, e.g. ``http://collector:4318/v1/traces``.

@@ -1,4 +1,4 @@
-"""From texts, token ids or a conversation to vectors, for every endpoint that answers with them."""
+"""Turns texts, token ids or a conversation into vectors, for every endpoint that answers with them."""
 
 import asyncio
 import base64

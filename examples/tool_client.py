@@ -30,7 +30,7 @@ REPORT = {
 
 
 def report(color: str, shape: str, count: int) -> str:
-    """What the model may call. A program would write to a database here."""
+    """A tool that the model may call. A program would write to a database here."""
     print(f"report(color={color!r}, shape={shape!r}, count={count})")
     return "saved"
 

@@ -110,7 +110,7 @@ def mixed_pairs(rng: random.Random) -> list[tuple[str, str]]:
 
 
 def facts_of(scene: Scene, shape: str | None, rng: random.Random) -> Values:
-    """What can be said of all things of a scene, or of those of one ``shape``, by kind of field."""
+    """Facts that hold for all things of a scene, or of those of one ``shape``, by kind of field."""
     if scene.text is not None:
         return {"text": scene.text, "caption": caption(scene)}
     things = [thing for thing in scene.things if shape in (None, thing.shape)]

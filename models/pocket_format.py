@@ -399,7 +399,7 @@ def _answer(message: dict[str, Any], values_only: bool) -> Iterator[Piece]:
 
 
 def _value_spans(value: Any, offset: int) -> Spans:
-    """Where strings and numbers stand in ``json.dumps(value)``, with the character that ends each."""
+    """Positions of strings and numbers in ``json.dumps(value)``, with the character that ends each."""
     if isinstance(value, dict):
         spans: Spans = ()
         for key, inner in value.items():

@@ -94,7 +94,7 @@ def changed_config(**engine: Any) -> AppConfig:
 
 
 def tested_args(site: str) -> dict[str, Any]:
-    """The same with a second model that makes embeddings; images may be fetched from ``site``."""
+    """Arguments with a second model that makes embeddings; images may be fetched from ``site``."""
     args = app_args()
     vectors = {
         "model": "models/pocket-embed",

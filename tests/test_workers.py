@@ -1,4 +1,4 @@
-"""How ``make test`` shares the tests between its workers."""
+"""``make test`` shares the tests between its workers."""
 
 from contextlib import contextmanager
 from pathlib import Path

@@ -22,7 +22,7 @@ class Measured:
 
 
 class Measurable(Protocol):
-    """What has the metrics of a model."""
+    """A source of a model's metrics."""
 
     def measured(self) -> Measured: ...
 

@@ -16,7 +16,7 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class Thinking(Part):
-    """Whether the model thinks first, and for how many tokens.
+    """A switch for thinking first, and the tokens that it may take.
 
     Attributes:
         display: ``omitted`` leaves the text of thoughts out of the answer.

@@ -15,7 +15,7 @@ _NODE_GROUP = "ray.io/node-group"
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What one host of the cluster has in all, used or not."""
+    """Everything that one host of the cluster has, used or not."""
 
     resources: Mapping[str, float]
     labels: Mapping[str, str]
@@ -66,7 +66,7 @@ def check_reservation(name: str, stage: StageConfig, hosts: Sequence[Host]) -> N
 
 
 def _matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Whether a host's labels fit a selector, whose values are ``a``, ``!a``, ``in(a,b)`` or ``!in(a,b)``."""
+    """Return whether labels fit a selector, whose values are ``a``, ``!a``, ``in(a,b)`` or ``!in(a,b)``."""
     for key, value in selector.items():
         listed = re.fullmatch(r"(!?)(?:in\((.*)\)|(.*))", value)
         assert listed is not None

@@ -162,7 +162,7 @@ class HostRanks:
 
     @property
     def alive(self) -> bool:
-        """Whether all of them run."""
+        """Return whether all of them run."""
         return all(process.poll() is None for process in self._processes)
 
     def stop(self) -> None:

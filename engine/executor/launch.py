@@ -27,7 +27,7 @@ class Launcher(Protocol):
         """Address of the rendezvous; see :meth:`engine.distributed.group.TorchGroup.join`."""
 
     def ranks_here(self, size: int) -> int:
-        """How many of ``size`` ranks run on this host, 0 included."""
+        """Number of the ``size`` ranks that run on this host, rank 0 included."""
 
     def start(self, size: int) -> list[Connection]:
         """Start ranks ``1 .. size - 1``; return the connections to them, in this order."""

@@ -1,4 +1,4 @@
-"""What the media of open requests take: counted per request, per key and in all, against limits.
+"""Amounts that the media of open requests take: counted per request, per key and in all, against limits.
 
 Each process has one ledger. An ingress charges what it knows of a request before any work: the number of
 items, and the bytes and frames that came with it; then the pixels and tokens of the prepared items. It gives
@@ -92,7 +92,7 @@ class Ledger:
             account.close()
 
     def held(self, key: str | None = None) -> dict[str, int]:
-        """What open requests hold of each amount: all of them, or those of ``key``."""
+        """The sum of each amount over open requests: all of them, or those of ``key``."""
         with self._lock:
             counted = self._all if key is None else self._keys.get(key, Counter())
             return {amount: counted[amount] for amount in AMOUNTS}
@@ -113,7 +113,7 @@ class Ledger:
 
 
 class Account:
-    """What the media of one request take."""
+    """Amounts that the media of one request take."""
 
     def __init__(self, ledger: Ledger, key: str) -> None:
         self._ledger = ledger

@@ -42,7 +42,7 @@ class PixelShuffleConnector(nn.Module):
 
 
 class ShuffledMLPConnector(nn.Module):
-    """The same with a LayerNorm and an MLP as the projection."""
+    """Pixel shuffle with a LayerNorm and an MLP as the projection."""
 
     def __init__(
         self, width: int, side: int, factor: int, mlp: MLPConfig, out_features: int, build: BuildContext

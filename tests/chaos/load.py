@@ -71,7 +71,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Report:
-    """What became of the requests of a load.
+    """Outcomes of the requests of a load.
 
     Attributes:
         answered: requests by kind.
@@ -86,7 +86,7 @@ class Report:
 
 
 async def answer(client: httpx.AsyncClient, body: dict[str, Any], *, stream: bool) -> list[Any]:
-    """What a client gets of an answer that is the same each time: texts, calls, tokens, reasons.
+    """The parts of an answer that are the same each time: texts, calls, tokens, reasons.
 
     Raises:
         Exception: anything but a whole answer.

@@ -1,4 +1,4 @@
-"""What every client asks, and what it must get; no package beside Python's own is needed here."""
+"""Questions of every client, and the answers that it must get. Needs no package but Python's own."""
 
 import base64
 import json

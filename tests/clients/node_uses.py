@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parent / "node"
 
 
 def use(script: str, root: str, folder: Path, name: str) -> dict:
-    """What a script prints for one of its uses."""
+    """Output of a script for one of its uses."""
     # A script finds packages in the folders above its own.
     place = shutil.copytree(SCRIPTS, folder / "scripts", dirs_exist_ok=True)
     environment = {**os.environ, "SIGHTLINE_URL": root, "PICTURE": cases.DATA_URL, "OPENAI_API_KEY": "EMPTY"}

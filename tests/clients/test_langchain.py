@@ -15,7 +15,7 @@ from pydantic import BaseModel  # noqa: E402
 
 
 class Facts(BaseModel):
-    """What a picture shows."""
+    """Content of an image."""
 
     color: str
     shape: str

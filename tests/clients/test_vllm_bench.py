@@ -66,7 +66,7 @@ def test_chat(send):
 
 
 def test_image(send):
-    """The same with an image, as of the data set ``random-mm``."""
+    """Run the benchmark with an image, as of the data set ``random-mm``."""
     parts = [
         {"type": "text", "text": cases.QUESTION},
         {"type": "image_url", "image_url": {"url": cases.DATA_URL}},

@@ -24,7 +24,7 @@ class AppTransport(httpx.AsyncBaseTransport):
 
 
 class AppTransport2(httpx2.AsyncBaseTransport):
-    """The same for httpx2, which Anthropic's client is built on."""
+    """The transport for httpx2, which Anthropic's client is built on."""
 
     def __init__(self, app: Any) -> None:
         self._app = app

@@ -18,7 +18,7 @@ from tests.deployments.asgi import AppTransport
 
 @dataclass
 class Deaths:
-    """Where work on requests is lost.
+    """A plan of the places where work on requests is lost.
 
     Attributes:
         planted: points still to come, in order: the name of a call, and whether it has done its work. For

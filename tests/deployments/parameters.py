@@ -72,7 +72,7 @@ class Parameters:
         return sorted({name for each in self.types for name in each.__annotations__})
 
     def state(self, name: str) -> str | None:
-        """What becomes of a parameter; None if nobody has decided."""
+        """Treatment of a parameter; None if nobody has decided."""
         if name in self.body.REFUSED:
             return "refused"
         if name in self.body.SILENT:

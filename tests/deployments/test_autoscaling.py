@@ -13,7 +13,7 @@ from deployments.config import EncoderConfig, LanguageModelConfig, PreprocessorC
 
 
 def context(running: float = 0, queued: float = 0, **signals) -> SimpleNamespace:
-    """What Serve gives a policy; values of a signal by replica."""
+    """The context that Serve gives a policy; values of a signal by replica."""
     metrics = {name: dict(enumerate(values)) for name, values in signals.items()}
     return SimpleNamespace(
         aggregated_metrics=metrics or None, total_num_requests=running + queued, total_queued_requests=queued

@@ -1,4 +1,4 @@
-"""What the media of requests take is refused beyond the limits, and given back however a request ends."""
+"""Media of requests are refused beyond the limits, and their amounts given back however a request ends."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""Which media are kept for later requests, for whom, and for how long."""
+"""Media are kept for later requests of the same caller, for a while."""
 
 from dataclasses import dataclass
 

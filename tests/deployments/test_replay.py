@@ -97,7 +97,7 @@ async def dying(running, config):
 
 
 async def answer(client, body: dict, *, stream: bool) -> list[dict]:
-    """What a client gets, choice by choice, without what differs between two requests anyway."""
+    """The client's answer, choice by choice, without the fields that differ between two requests anyway."""
     response = await client.post(
         "/v1/chat/completions",
         json={"model": "pocket", "return_token_ids": True, **body}
@@ -249,7 +249,7 @@ async def test_a_full_queue_is_borne_after_a_loss_only():
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_a_request_whose_time_is_up_ends_with_an_error(running, config, stream):
-    """What it held is free at once: see ``idle_afterwards``."""
+    """Everything that it held is free at once: see ``idle_afterwards``."""
     (spec,) = [spec for spec in config.models if spec.name == "pocket"]
     pipeline = Pipeline(spec, running.pocket.stages, ThreadPoolExecutor(1), timeout_s=0.3)
     api = create_api(config.ingress, {"pocket": pipeline})

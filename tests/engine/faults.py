@@ -39,7 +39,7 @@ class Planted(Exception):
 
 @dataclass
 class PlannedFault:
-    """Where a request raises: at ``stage``, from the token ``after`` of its answer on, each time or once."""
+    """An exception at ``stage``, from the token ``after`` of its answer on, each time or once."""
 
     stage: str
     after: int = 0

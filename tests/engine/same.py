@@ -1,4 +1,4 @@
-"""Whether two outputs are the same in all they carry; log-probabilities within a tolerance."""
+"""Compares whether two outputs are the same in all they carry; log-probabilities within a tolerance."""
 
 from __future__ import annotations
 

@@ -471,7 +471,7 @@ def test_the_progress_bar_tells_rates(llm, capsys):
 
 
 def test_names_of_the_hub(path, tmp_path):
-    """From a cache as downloads fill it; and a tokenizer from elsewhere, with no model beside it."""
+    """A model comes from a cache as downloads fill it; a tokenizer from a place without a model."""
     commit = "0" * 40
     cached = tmp_path / "hub" / "models--owner--name"
     (cached / "refs").mkdir(parents=True)

@@ -102,7 +102,7 @@ def _as_pods(service: Document) -> Iterator[Document]:
 
 
 def operator_faults(service: Document) -> list[str]:
-    """What KubeRay 1.7 refuses while it runs, though its schema allows it."""
+    """Mistakes that KubeRay 1.7 refuses while it runs, though its schema allows it."""
     spec, name = service["spec"], service["metadata"]["name"]
     config = cluster(service)
     autoscaled = config.get("enableInTreeAutoscaling") is True

@@ -55,7 +55,7 @@ class Deployed:
 
     @property
     def runs(self) -> bool:
-        """Whether the application runs as configured."""
+        """Return whether the application runs as configured."""
         return self.application().get("status") == "RUNNING"
 
     def replicas(self, deployment: str) -> set[str]:
@@ -147,7 +147,7 @@ def deployed_demo(folder: Path) -> Iterator[Deployed]:
 
 @dataclass
 class Traffic:
-    """What happened to requests.
+    """Outcomes of requests.
 
     Attributes:
         faults: of requests that came while a pod ended.

@@ -109,7 +109,7 @@ def _stage_faults(found: list[Document], name: str, stage: StageConfig) -> Itera
 
 
 def _fits(stage: StageConfig, group: Document) -> bool:
-    """Whether one pod of ``group`` can hold a replica."""
+    """Return whether one pod of ``group`` can hold a replica."""
     requests = container(group["template"])["resources"]["requests"]
     labels = group.get("labels") or {}
     return (

@@ -14,7 +14,7 @@ from tests.k8s.tools import K8S, OVERLAYS, documents, helm, rayservice, rendered
 
 @pytest.fixture(scope="module")
 def chart(tmp_path_factory) -> Path:
-    """What ``make chart`` makes."""
+    """The chart that ``make chart`` makes."""
     folder = tmp_path_factory.mktemp("helm") / "chart"
     shutil.copytree(K8S / "helm", folder)
     (folder / "overlays").mkdir()

@@ -99,7 +99,7 @@ def test_the_versions_of_ray_agree():
 
 
 def test_models_are_warmed_on_a_cpu_too(monkeypatch, capsys):
-    """The same calls as on a GPU, where they compile kernels."""
+    """Run the calls that are made on a GPU, where they compile kernels."""
     warm = runpy.run_path(str(K8S / "image" / "warm.py"))
     warm["main"](["models/pocket"])
     assert "no GPU" in capsys.readouterr().out

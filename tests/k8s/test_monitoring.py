@@ -108,7 +108,7 @@ def application() -> Iterator[str]:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """What ``condition`` returns, once that is true; fails if it doesn't become so in time."""
+    """Return the result of ``condition``, once that is true; fails if it doesn't become so in time."""
     deadline = time.monotonic() + seconds
     while True:
         try:

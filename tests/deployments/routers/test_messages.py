@@ -38,7 +38,7 @@ def request(**options):
 
 
 def greedy(**options):
-    """The same for Anthropic's client, which knows no temperature."""
+    """Greedy sampling for Anthropic's client, which knows no temperature."""
     given = request(**options)
     more = {"temperature": given.pop("temperature"), **given.pop("extra_body", {})}
     return {**given, "extra_body": more}

@@ -115,7 +115,7 @@ WORK = {
 
 @dataclass
 class Run:
-    """What an engine gave for ``WORK``, and once more for its first entry."""
+    """The results of an engine for ``WORK``, and once more for its first entry."""
 
     outputs: dict[str, RequestOutput]
     again: RequestOutput
@@ -280,7 +280,7 @@ def test_ranks_end_with_their_engine_however_it_ends(path, how):
 
 
 def test_a_script_that_comes_to_its_end_ends_quietly(path):
-    """With captured steps too: what their graphs hold must be freed in the right order."""
+    """Captured steps hold memory too, which must be freed in the right order."""
     script = SCRIPT[: SCRIPT.index("while")] + 'print(llm.generate("hello world", params, use_tqdm=False))'
     command = [sys.executable, "-c", script, str(path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -36,11 +36,11 @@ class CasePrompt:
         return self.text, tuple(image.tobytes() for image in (*self.pictures, *self.frames))
 
     def other(self) -> CasePrompt:
-        """The same words with other images and frames."""
+        """Return the prompt's words with other images and frames."""
         return replace(self, pictures=_others(self.pictures), frames=_others(self.frames))
 
     def others(self) -> list[CasePrompt]:
-        """The same with one image, or one frame, replaced by another: as many as it has."""
+        """Return prompts with one image, or one frame, replaced by another: as many as it has."""
         return [
             replace(self, **{kind: (*images[:i], *_others(images[i : i + 1]), *images[i + 1 :])})
             for kind, images in (("pictures", self.pictures), ("frames", self.frames))
@@ -68,7 +68,7 @@ class Inputs:
 
     @torch.inference_mode()
     def extended(self, tokens: Sequence[int]) -> Inputs:
-        """The same prompt with text ``tokens`` behind it."""
+        """Return this prompt with text ``tokens`` behind it."""
         more = torch.tensor([tokens])
         text = {
             "input_ids": more,

@@ -85,7 +85,7 @@ def make_mistral3(path: Path, hub: bool = False, *, layer: int = -1) -> Path:
 
 
 def make_lighton_ocr(path: Path, hub: bool = False, *, patch: int = PATCH) -> Path:
-    """The same for LightOnOCR, with tied embeddings.
+    """Make a LightOnOCR checkpoint, with tied embeddings.
 
     Args:
         patch: the image processor's own ``patch_size``.

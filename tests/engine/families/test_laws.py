@@ -43,7 +43,7 @@ def video(model: Made, hub: Made) -> None:
 
 
 def _check_media(model: Made, prompts: list[CasePrompt]) -> None:
-    """The same words with another image have another answer, and the prefix cache keeps the two apart."""
+    """Equal words with another image have another answer, and the prefix cache keeps the two apart."""
     if not prompts:
         _check_refused(model, {"image": [picture(40, 56)]}, "no images")
         return

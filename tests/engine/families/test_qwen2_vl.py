@@ -67,7 +67,7 @@ def test_plans_of_a_grid_serve_its_next_image(path):
 
 @pytest.mark.parametrize("bounds", [(3136, 12845056), (3136, 1003520), (100000, 200000)])
 def test_token_counts_of_the_public_sizes(path, bounds):
-    """With patches of 14 pixels, by the sizes alone."""
+    """Counts follow from an image's size alone, here with patches of 14 pixels."""
     theirs = transformers.Qwen2VLImageProcessorPil(min_pixels=bounds[0], max_pixels=bounds[1])
     ours = FAMILY.media_processor(*parse(path), {})
     ours = replace(ours, vision=replace(ours.vision, patch_size=14), pixels=bounds)

@@ -1,4 +1,4 @@
-"""What a request may ask of its images: a low detail, and options up to their configured values."""
+"""Options of a request for its images: a low detail, and options up to their configured values."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def gif_frame(box, colour, disposal):
 
 
 def test_frames_of_an_animation_are_what_is_on_the_screen():
-    """What earlier frames leave stays, goes away, or comes back, as each of them says."""
+    """Pixels of earlier frames stay, go away, or come back, as each frame says."""
     colours = [(10, 10, 10), (250, 0, 0), (0, 250, 0), (0, 0, 250)]
     head = (
         b"GIF89a"

@@ -43,7 +43,7 @@ def draw(sampler, logits, slots, steps=1, **kwargs):
 
 
 def exact_distribution(logits, params):
-    """What Transformers samples from; min-p comes first, as in vLLM."""
+    """The distribution that Transformers samples from; min-p comes first, as in vLLM."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(params.temperature))])
     if params.min_p:
         warpers.append(MinPLogitsWarper(params.min_p))

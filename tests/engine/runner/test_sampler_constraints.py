@@ -1,4 +1,4 @@
-"""What keeps tokens from being sampled, against the logits processors of Transformers."""
+"""Compares constraints that keep tokens from being sampled with the logits processors of Transformers."""
 
 import pytest
 import torch

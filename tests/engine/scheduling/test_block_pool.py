@@ -1,4 +1,4 @@
-"""Which block is taken next, and which can still be found."""
+"""The order in which blocks are taken, and those that can still be found."""
 
 from engine.request import Request
 from engine.sampling_params import SamplingParams

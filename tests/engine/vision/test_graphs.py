@@ -105,7 +105,7 @@ def test_replays_equal_eager_passes(monkeypatch, window_len):
 
 @pytest.mark.parametrize("window_len", [None, 4])
 def test_segments_are_copied_when_they_change(monkeypatch, window_len):
-    """The same objects several times, others of the same lengths, and other windows of the same segments."""
+    """Equal objects several times, others of the same lengths, and other windows of the same segments."""
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
     eager, captured = tower(window_len), tower(window_len)

@@ -119,7 +119,7 @@ def _windows(config: Any, body: Any) -> tuple[int | None, ...]:
 
 
 def our_view(config: DecoderConfig) -> dict[str, Any]:
-    """The same of a configuration of ours."""
+    """Return :func:`reference_view` of a configuration of ours."""
     rope = config.rope
     dim = rope.rotary_dim or config.head_dim
     return {
