@@ -290,7 +290,7 @@ class LanguageModelReplica:
         return _named(self._stage.families())
 
     async def record_routing_stats(self) -> dict[str, float]:
-        """The facts about this replica that the routers of its deployment need; Ray Serve brings it to them."""
+        """Facts about this replica that the routers of its deployment need; Ray Serve brings it to them."""
         found = self._stage.metrics()
         usage = found["kv_blocks_used"] / max(found["kv_blocks_total"], 1)
         return {"waiting_tokens": found["waiting_tokens"], "kv_usage": usage}
