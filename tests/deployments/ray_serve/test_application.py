@@ -1,5 +1,6 @@
 """The application through real Ray: one chat in every form, a client that leaves, references."""
 
+import base64
 import http.client
 import json
 import re
@@ -10,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deployments.pictures import ask, circle, data_url, square
+from tests.engine.media.pdfs import page, pdf
 from tests.serving import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
@@ -58,6 +60,25 @@ def test_an_image_is_named_by_its_uuid(ray_client):
     assert "square" in first and answer(image_url=None) == first
     with pytest.raises(openai.ConflictError):
         answer(image_url={"url": data_url(square("red"))})
+
+
+def test_pages_of_a_document_are_spread_over_calls(ray_client):
+    """The replica that opens a document hands its bytes to the others by reference."""
+    data = pdf([page(f"page {number}", size=(150, 120)) for number in range(3)])
+    address = "data:application/pdf;base64," + base64.b64encode(data).decode()
+    (message,) = ask("What shape is this?")
+    for part in (
+        {"type": "file", "file": {"file_data": address, "dpi": 72}},
+        {"type": "document_url", "document_url": address, "uuid": "a document", "dpi": 72},
+        {"type": "document_url", "uuid": "a document", "dpi": 72},
+    ):
+        made = ray_client.chat.completions.create(
+            model="pocket",
+            messages=[message | {"content": [part, *message["content"]]}],
+            max_tokens=4,
+            extra_body={"include_timings": True},
+        )
+        assert [(item["width"], item["height"]) for item in made.usage.media] == [(150, 120)] * 3
 
 
 @pytest.mark.parametrize(
