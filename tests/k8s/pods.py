@@ -207,10 +207,19 @@ class Cluster:
         return pod
 
 
+def _namespaces() -> list[Path]:
+    """The network namespaces that have names."""
+    folder = Path("/run/netns")
+    return [*folder.iterdir()] if folder.exists() else []
+
+
 @contextmanager
 def running_cluster(found: list[Document], folder: Path) -> Iterator[Cluster]:
     """The head of a rendered RayService; its workers are started by the block."""
-    with Network(os.getpid() % 250) as network:
+    # A run that was killed may have left its bridge.
+    taken = {path.name.partition("-")[0] for path in [*Path("/sys/class/net").iterdir(), *_namespaces()]}
+    number = next(n for n in range(250) if f"pods{n}" not in taken)
+    with Network(number) as network:
         started = Cluster(found, network, folder)
         try:
             yield started
