@@ -122,21 +122,32 @@ class LLM:
         use_tqdm: bool = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
-        **template_options: Any,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, each a list of OpenAI messages.
 
         Args:
             chat_template: a Jinja template, or the path of one, to use instead of the checkpoint's.
+            add_generation_prompt: end the prompt where the assistant's answer begins.
+            continue_final_message: continue the last message instead.
+            tools: functions in OpenAI's form, which the template shows to the model in every conversation. A
+                call comes in the answer's text, as the model writes it: nothing parses or constrains it.
+            chat_template_kwargs: further variables of the template.
 
         Raises:
-            InvalidRequest: as :meth:`generate`.
+            InvalidRequest: as :meth:`generate`; or a tool is no function.
         """
+        for index, tool in enumerate(tools or ()):
+            _check_tool(tool, f"tools[{index}]")
         prepare = self._conversations(
             messages,
             chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **template_options,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
         )
         return self._run_generation(prepare, sampling_params, use_tqdm)
 
@@ -240,6 +251,20 @@ def _config_error(error: ValidationError) -> ConfigError:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+
+
+def _check_tool(tool: Any, where: str) -> None:
+    """Refuse a tool that is no function in OpenAI's form.
+
+    Raises:
+        InvalidRequest: naming the tool.
+    """
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequest(
+            f"{where} must be {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}.",
+            param=where,
+        )
 
 
 def _request_output(job: Job) -> RequestOutput:
