@@ -38,12 +38,14 @@ class AnswerReader:
         make_parser: makes the parser of one choice; returns None where the text is all there is.
 
     Attributes:
+        parses: there is more than text; else :meth:`read` need not be called.
         reasoning_tokens: tokens that belong to thoughts so far, over all choices.
     """
 
     def __init__(self, make_parser: Callable[[], AnswerParser | None]) -> None:
         self._make_parser = make_parser
         self._parsers: dict[int, AnswerParser | None] = {}
+        self.parses = make_parser() is not None
         self._calling: set[int] = set()
         self.reasoning_tokens = 0
 
@@ -53,7 +55,6 @@ class AnswerReader:
             self._parsers[delta.index] = self._make_parser()
         parser = self._parsers[delta.index]
         if parser is None:
-            # Most answers, token by token.
             found: list[Event] = [Text(delta.text)] if delta.text else []
             return ChoiceDelta(
                 delta.index, found, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from functools import cache, partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from deployments.access import Access
 from deployments.config import IngressConfig
@@ -65,7 +66,7 @@ def create_api(
         tracer: makes a span for each request.
         media: the most that the media of open requests may take; ``state.ledger`` counts them.
     """
-    api = FastAPI(title="Sightline", docs_url=None, redoc_url=None, lifespan=lifespan)
+    api = _Api(RequestLog(echo_ids), title="Sightline", docs_url=None, redoc_url=None, lifespan=lifespan)
     api.state.config = config
     api.state.pipelines = pipelines
     api.state.responses = ResponseStore(config.stored_responses, config.stored_responses_s)
@@ -102,8 +103,18 @@ def create_api(
     if tracer is not None and tracer.on:
         api.add_middleware(tracer.around)
     api.add_middleware(lambda app: http.around(app, routes))
-    api.add_middleware(RequestLog(echo_ids).around)
     return api
+
+
+class _Api(FastAPI):
+    """The log is outside of all middleware, of Starlette's too: what it sends goes straight to the server."""
+
+    def __init__(self, log: RequestLog, **options: Any) -> None:
+        self._log = log
+        super().__init__(**options)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return self._log.around(super().build_middleware_stack())
 
 
 class Spelling:
@@ -116,17 +127,10 @@ class Spelling:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, is_head = scope["path"], scope["method"] == "HEAD"
-        changed = {**scope, "path": path.rstrip("/") or "/"}
-        if is_head:
-            changed["method"] = "GET"
-
-        async def send_head(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
-        await self._app(changed, receive, send_head if is_head else send)
+        # The answer to HEAD loses its body where it is sent.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        path = scope["path"].rstrip("/") or "/"
+        await self._app({**scope, "path": path, "method": method}, receive, send)
 
 
 class AdmissionLimit:

@@ -1,26 +1,22 @@
 """Turns a conversation into its running answer, for every endpoint that speaks of messages."""
 
-import re
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deployments.answers import AnswerReader, WholeAnswer, gather
+from deployments.caller_fields import caller_fields
 from deployments.pipeline import Build, Pipeline
 from deployments.protocol.generation import ConversationBody
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
 from deployments.tools import NO_TOOLS, ToolUse
-from engine.errors import SightlineError
 from engine.inputs.media_options import with_options
 from engine.inputs.messages import parse_messages
 from engine.media.source import MediaSource
 from engine.outputs import StreamUpdate
 from engine.prompt import EngineInput, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams, StructuredSpec
-
-_PARAMETERS = {field.name for field in fields(SamplingParams)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +147,9 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
     if pipeline.format.parser(given.tools, text) is not None:
         # Tags of calls and thoughts may be special tokens.
         params = replace(params, skip_special_tokens=False)
-    updates = pipeline.generate(request_id, prompt, params, priority=given.priority)
+    updates = pipeline.generate(request_id, prompt, params, priority=given.priority, names=names)
     reader = AnswerReader(lambda: pipeline.format.parser(given.tools, text))
-    return RunningAnswer(
-        prompt.inputs.token_ids, params, renamed(updates, names, params.n), reader, given.include_timings
-    )
+    return RunningAnswer(prompt.inputs.token_ids, params, updates, reader, given.include_timings)
 
 
 def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaSource]]:
@@ -185,55 +179,3 @@ async def tokenize(pipeline: Pipeline, given: Conversation) -> EngineInput:
     """
     with caller_fields(given.field_names):
         return await pipeline.tokenize(*_prompt(pipeline, given), salt=given.cache_salt)
-
-
-@contextmanager
-def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
-    """Name the caller's fields in errors of the block.
-
-    Args:
-        names: the caller's fields by the engine's names.
-    """
-    try:
-        yield
-    except SightlineError as error:
-        param = error.param
-        error.param = _renamed(param, names)
-        if param is not None and "[" in param:
-            # Messages call parts of a message by their paths.
-            error.message = error.message.replace(param, error.param or "")
-        for name in _PARAMETERS & names.keys():
-            # Messages call sampling parameters by their names.
-            error.message = re.sub(rf"\b{name}\b", names[name], error.message)
-        raise
-
-
-def _renamed(param: str | None, names: Mapping[str, str]) -> str | None:
-    if param is None or param in names:
-        return names.get(param or "", param)
-    # A part of a message, such as ``messages[2].content[0].image_url``: the longest path that has a name.
-    for end in range(len(param) - 1, 0, -1):
-        if param[end] == "]" and param[: end + 1] in names:
-            return names[param[: end + 1]] + param[end + 1 :]
-    return param
-
-
-async def renamed(
-    updates: AsyncGenerator[StreamUpdate, None], names: Mapping[str, str], choices: int
-) -> AsyncGenerator[StreamUpdate, None]:
-    """Pass on an answer's updates, with the caller's fields in errors, and report its times and counts.
-
-    Args:
-        choices: answers in parallel.
-    """
-    report, update = current_report(), None
-    try:
-        with caller_fields(names):
-            async for update in updates:
-                if update.times is not None:
-                    report.first_token(update.times)
-                yield update
-    finally:
-        await updates.aclose()
-        if update is not None:
-            report.ended(update.usage, choices)

@@ -4,12 +4,13 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 from deployments.access import caller_name, caller_salt, charge, media_account
+from deployments.caller_fields import caller_fields
 from deployments.charges import MediaCharges
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.media import Shown, prepare_media
@@ -276,9 +277,18 @@ class Pipeline:
         return tuple(rows for rows, _ in encoded.values()), items
 
     def generate(
-        self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        names: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[StreamUpdate, None]:
         """Stream the model's output. Closing the iterator aborts the request.
+
+        Args:
+            names: the caller's fields by the engine's names, for errors.
 
         Raises:
             SightlineError: the request is refused, or was lost too often.
@@ -297,7 +307,12 @@ class Pipeline:
         def around() -> AbstractContextManager[None]:
             return self.meter.call("language_model")
 
-        return self.meter.stream(carried_on(stage, request, prompt.media, encode_again, patience, around))
+        @contextmanager
+        def measured() -> Iterator[Callable[[StreamUpdate], None]]:
+            with caller_fields(names or {}), self.meter.stream(params.n) as measure:
+                yield measure
+
+        return carried_on(stage, request, prompt.media, encode_again, patience, around, measured)
 
     async def embed(self, request_id: str, prompt: EncodedPrompt, params: PoolingParams) -> EmbeddingOutput:
         """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""

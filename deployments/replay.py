@@ -83,6 +83,23 @@ class Patience:
         self._until = None
         return result
 
+    def within(self, updates: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """``updates``, each as by :meth:`wait`. Must be closed itself.
+
+        Raises:
+            Unavailable: the stage does not come back.
+            DeadlineExceeded: the request's time is up.
+        """
+        if self._until is None and self._deadline is None:
+            # Nothing is lost and nothing limits the request, so each wait would only cost time.
+            return updates
+        return self._waited_for(updates)
+
+    async def _waited_for(self, updates: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        async with aclosing(updates):
+            while (update := await self.wait(anext(updates, None))) is not None:
+                yield update
+
     async def bear(self, error: StageLost | Overloaded) -> None:
         """Pause before another try.
 
@@ -118,6 +135,10 @@ class Patience:
         )
 
 
+def _unmeasured() -> AbstractContextManager[Callable[[StreamUpdate], None]]:
+    return nullcontext(lambda update: None)
+
+
 async def carried_on(
     stage: LanguageModelStage,
     request: Generation,
@@ -125,6 +146,7 @@ async def carried_on(
     encode_again: Callable[[], Awaitable[Sequence[Rows]]],
     patience: Patience,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    measured: Callable[[], AbstractContextManager[Callable[[StreamUpdate], None]]] = _unmeasured,
 ) -> AsyncGenerator[StreamUpdate, None]:
     """Stream an answer to its end, whatever replicas die meanwhile. Closing the iterator aborts it.
 
@@ -133,33 +155,37 @@ async def carried_on(
         media: the embedding rows.
         encode_again: makes them again if they are lost.
         around: makes a context around each try.
+        measured: makes a context around all tries, which gives a function that is called with each update.
 
     Raises:
         SightlineError: the request is refused, or could not be carried on.
     """
     progress = Progress()
-    for tries in itertools.count():
-        name = attempt_name(request.request_id, tries)
-        again = replace(request, request_id=name, progress=progress if tries else None)
-        try:
-            with around():
-                async with aclosing(stage.generate(again, media)) as updates:
-                    while (update := await patience.wait(anext(updates, None))) is not None:
-                        if progress.num_tokens:
-                            # The client has had its first token.
-                            update.times = None
-                        progress.take(update)
-                        update.request_id = request.request_id
-                        yield update
+    with measured() as measure:
+        for tries in itertools.count():
+            name = attempt_name(request.request_id, tries)
+            again = replace(request, request_id=name, progress=progress if tries else None)
+            try:
+                with around():
+                    async with aclosing(patience.within(stage.generate(again, media))) as updates:
+                        async for update in updates:
+                            if tries:
+                                update.request_id = request.request_id
+                                if progress.num_tokens:
+                                    # The client has had its first token.
+                                    update.times = None
+                            progress.take(update)
+                            measure(update)
+                            yield update
+                    if progress.finished(request.params.n):
+                        return
+                    raise StageLost("An answer broke off; try again shortly.")
+            except (StageLost, Overloaded) as error:
                 if progress.finished(request.params.n):
                     return
-                raise StageLost("An answer broke off; try again shortly.")
-        except (StageLost, Overloaded) as error:
-            if progress.finished(request.params.n):
-                return
-            await patience.bear(error)
-            if isinstance(error, RowsLost):
-                media = await encode_again()
+                await patience.bear(error)
+                if isinstance(error, RowsLost):
+                    media = await encode_again()
 
 
 def attempt_name(request_id: str, tries: int) -> str:

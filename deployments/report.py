@@ -2,11 +2,12 @@
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from starlette.types import Scope
+from starlette.datastructures import MutableHeaders
+from starlette.types import Message, Scope, Send
 
 from engine.errors import SightlineError
 from engine.outputs import EngineTimes, Usage
@@ -35,6 +36,54 @@ class ItemReport:
     note: str = ""
 
 
+class SentResponse:
+    """Sends a response to the client, and counts it. A :data:`~starlette.types.Send` itself.
+
+    Every other part of the application stands between the endpoint and this. Those parts look at the start of
+    a response and not at its body, so a response of many small pieces, most of which hold one token, may be
+    begun by way of all parts and go on by :meth:`body`.
+
+    Args:
+        send: the server's.
+        headers: further headers.
+        bodiless: leave the body out: the request is a HEAD.
+
+    Attributes:
+        status: None until the response begins.
+        num_bytes: of the body.
+        complete: the whole response was sent.
+    """
+
+    __slots__ = ("_bodiless", "_headers", "_send", "complete", "num_bytes", "status")
+
+    def __init__(self, send: Send, headers: Mapping[str, str], *, bodiless: bool = False) -> None:
+        self._send, self._headers, self._bodiless = send, headers, bodiless
+        self.status: int | None = None
+        self.num_bytes = 0
+        self.complete = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await self.body(message.get("body", b""), message.get("more_body", False))
+            return
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message).update(self._headers)
+        await self._send(message)
+
+    def body(self, data: bytes, more: bool = True) -> Awaitable[None]:
+        """Send a piece of the body; the last one if there is not ``more``."""
+        if self._bodiless:
+            data = b""
+        self.num_bytes += len(data)
+        message = {"type": "http.response.body", "body": data, "more_body": more}
+        return self._send(message) if more else self._end(message)
+
+    async def _end(self, message: Message) -> None:
+        await self._send(message)
+        self.complete = True
+
+
 @dataclass(slots=True)
 class Report:
     """The facts known about one request.
@@ -47,12 +96,12 @@ class Report:
         began: ``time.perf_counter()`` when the request arrived.
         key: name of the caller's API key.
         model, answer: name of the model, and the id in the answer.
-        status: of the response; None until it begins.
         error: the error that the client was sent, or one sent within a stream.
         media: images and videos in the order of the request.
         seconds: duration of each stage, by name.
         usage: token counts.
         choices: answers in parallel, over all prompts.
+        response: what the client has been sent of the response; None outside of HTTP requests.
     """
 
     id: str = ""
@@ -60,14 +109,19 @@ class Report:
     key: str = ""
     model: str = ""
     answer: str = ""
-    status: int | None = None
     error: SightlineError | None = None
     media: list[ItemReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     choices: int = 0
+    response: SentResponse | None = None
     _first_token_at: float | None = None
     _last_update_at: float | None = None
+
+    @property
+    def status(self) -> int | None:
+        """The response's status; None until it begins."""
+        return None if self.response is None else self.response.status
 
     def took(self, stage: str, seconds: float) -> None:
         """Note the duration of a stage."""

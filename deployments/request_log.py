@@ -4,11 +4,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import as_sightline, logger, request_name
-from deployments.report import Report, begin_report
+from deployments.report import Report, SentResponse, begin_report
 
 #: Requests of machines at short intervals, and files of the page. Their successes are logged at DEBUG.
 _QUIET_PATHS = ("/health", "/ping", "/version", "/load", "/metrics", "/favicon.ico", "/page/")
@@ -32,25 +31,16 @@ class RequestLog:
                 await app(scope, receive, send)
                 return
             report = begin_report(scope)
-
-            complete = False
-
-            async def note(message: Message) -> None:
-                nonlocal complete
-                if message["type"] == "http.response.start":
-                    report.status = message["status"]
-                    if self._echo_id:
-                        MutableHeaders(scope=message)["x-request-id"] = report.id
-                await send(message)
-                complete = not message.get("more_body") and message["type"] == "http.response.body"
-
+            headers = {"x-request-id": report.id} if self._echo_id else {}
+            response = SentResponse(send, headers, bodiless=scope["method"] == "HEAD")
+            report.response = response
             try:
-                await app(scope, receive, note)
+                await app(scope, receive, response)
             except Exception as error:
                 report.error = report.error or as_sightline(error)
                 raise
             finally:
-                log_request(report, scope, complete)
+                log_request(report, scope, response.complete)
 
         return log
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from deployments.conversations import caller_fields
+from deployments.caller_fields import caller_fields
 from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol.embeddings import VectorBody
 from deployments.tasks import all_or_none

@@ -54,8 +54,10 @@ class Progress:
                 choice = self.choices[delta.index] = ChoiceProgress()
             choice.token_ids += delta.token_ids
             choice.num_characters += len(delta.text)
-            choice.finished = delta.finish_reason is not None
-        self.num_scored += len(update.prompt_logprobs or ())
+            if delta.finish_reason is not None:
+                choice.finished = True
+        if update.prompt_logprobs is not None:
+            self.num_scored += len(update.prompt_logprobs)
         if self.cached_tokens is None and update.usage.completion_tokens:
             self.cached_tokens = update.usage.cached_tokens
 

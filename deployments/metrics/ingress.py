@@ -1,8 +1,8 @@
 """Metrics of the ingress: HTTP requests, and the answers of each model as clients see them."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from starlette.routing import Route
@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.metrics.families import Counter, Family, Timer
 from deployments.metrics.stage import DURATION_BUCKETS, OUTCOMES, outcome
+from deployments.report import Report, current_report
 from engine.metrics import TIME_BUCKETS, Histogram
 from engine.outputs import StreamUpdate, Usage
 
@@ -30,7 +31,7 @@ class HttpMeter:
             "route",
             bounds=DURATION_BUCKETS,
         )
-        self._open = 0
+        self._open: dict[int, Report] = {}
         self._received = self._sent = 0
 
     def around(self, app: ASGIApp, routes: list) -> ASGIApp:
@@ -47,19 +48,10 @@ class HttpMeter:
             if scope["type"] != "http":
                 await app(scope, receive, send)
                 return
-            # 499, as proxies log a client that has left before it was answered.
-            code = "499"
             began = time.perf_counter()
             token = arrival.set(began)
-            self._open += 1
-
-            async def count(message: Message) -> None:
-                nonlocal code
-                if message["type"] == "http.response.start":
-                    code = str(message["status"])
-                else:
-                    self._sent += len(message.get("body", b""))
-                await send(message)
+            report = current_report()
+            self._open[id(report)] = report
 
             async def counted() -> Message:
                 message = await receive()
@@ -67,10 +59,13 @@ class HttpMeter:
                 return message
 
             try:
-                await app(scope, counted, count)
+                await app(scope, counted, send)
             finally:
                 arrival.reset(token)
-                self._open -= 1
+                del self._open[id(report)]
+                self._sent += _sent_bytes(report)
+                # 499, as proxies log a client that has left before it was answered.
+                code = str(report.status or 499)
                 route = label(scope["path"].rstrip("/") or "/")
                 self._duration.of(route).observe(time.perf_counter() - began)
                 self._requests.add(route, code)
@@ -78,14 +73,18 @@ class HttpMeter:
         return measured
 
     def families(self) -> list[Family]:
-        of = Family.of
+        of, sent = Family.of, self._sent + sum(map(_sent_bytes, self._open.values()))
         return [
             self._requests.family(),
             self._duration.family(),
-            of("sightline_http_open_requests", "gauge", "Requests that are open.", self._open),
+            of("sightline_http_open_requests", "gauge", "Requests that are open.", len(self._open)),
             of("sightline_http_received_bytes_total", "counter", "Bytes of request bodies.", self._received),
-            of("sightline_http_sent_bytes_total", "counter", "Bytes of response bodies.", self._sent),
+            of("sightline_http_sent_bytes_total", "counter", "Bytes of response bodies.", sent),
         ]
+
+
+def _sent_bytes(report: Report) -> int:
+    return 0 if report.response is None else report.response.num_bytes
 
 
 #: The stages that an ingress calls.
@@ -168,33 +167,45 @@ class ModelMeter:
             self._answers.add(outcome(error))
             self._duration.observe(time.perf_counter() - began)
 
-    async def stream(self, updates: AsyncGenerator[StreamUpdate, None]) -> AsyncGenerator[StreamUpdate, None]:
-        """Pass ``updates`` on; count and time their tokens. Closing this closes ``updates``."""
+    @contextmanager
+    def stream(self, choices: int) -> Iterator[Callable[[StreamUpdate], None]]:
+        """Count, time and report a streamed answer and its tokens.
+
+        Args:
+            choices: answers in parallel.
+
+        Returns:
+            A context that gives a function to be called with each update.
+        """
+        report = current_report()
         usage: Usage | None = None
         began = arrival.get() or time.perf_counter()
-        first: float | None = None
         last: dict[int, float] = {}
+
+        def take(update: StreamUpdate) -> None:
+            nonlocal usage
+            usage = update.usage
+            if update.times is not None:
+                report.first_token(update.times)
+            now = time.perf_counter()
+            for delta in update.deltas:
+                count = len(delta.token_ids)
+                if not count:
+                    continue
+                if not last:
+                    self._first.observe(now - began)
+                before = last.get(delta.index)
+                if before is not None:
+                    self._between.observe((now - before) / count, count)
+                last[delta.index] = now
+
         with self.answer():
             try:
-                async with aclosing(updates) as stream:
-                    async for update in stream:
-                        usage = update.usage
-                        now = time.perf_counter()
-                        for delta in update.deltas:
-                            count = len(delta.token_ids)
-                            if not count:
-                                continue
-                            if first is None:
-                                first = now
-                                self._first.observe(now - began)
-                            before = last.get(delta.index)
-                            if before is not None:
-                                self._between.observe((now - before) / count, count)
-                            last[delta.index] = now
-                        yield update
+                yield take
             finally:
                 if usage is not None:
                     self.count_tokens(usage)
+                    report.ended(usage, choices)
 
     def count_tokens(self, usage: Usage) -> None:
         """Count the tokens of a request that has ended."""

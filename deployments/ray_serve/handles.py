@@ -119,7 +119,9 @@ class RemoteLanguageModel(_Remote):
                 given = request.request_id if held else request
                 async with stream(self._handle, "generate", given, current.get(), replica=replica) as updates:
                     async for item in updates:
-                        if (packed := assembly.add(checked(item))) is not None:
+                        if type(item) is tuple:
+                            yield unpack(item)
+                        elif (packed := assembly.add(checked(item))) is not None:
                             yield unpack(packed)
                 return
             except Misrouted:

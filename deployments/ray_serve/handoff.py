@@ -97,14 +97,10 @@ def pack(update: StreamUpdate) -> PackedUpdate:
 def unpack(packed: PackedUpdate) -> StreamUpdate:
     """The inverse of :func:`pack`."""
     request_id, deltas, counts, prompt_logprobs, finished, times = packed
-    return StreamUpdate(
-        request_id,
-        [OutputDelta(*delta) for delta in deltas],
-        Usage(*counts),
-        prompt_logprobs,
-        finished,
-        None if times is None else EngineTimes(*times),
-    )
+    # Nearly all updates have one delta.
+    unpacked = [OutputDelta(*deltas[0])] if len(deltas) == 1 else [OutputDelta(*delta) for delta in deltas]
+    ran = None if times is None else EngineTimes(*times)
+    return StreamUpdate(request_id, unpacked, Usage(*counts), prompt_logprobs, finished, ran)
 
 
 class ObjectStore:
@@ -209,26 +205,19 @@ def is_large(request: Generation) -> bool:
 async def stream(
     handle: DeploymentHandle, method: str, *args: Any, replica: str = ""
 ) -> AsyncIterator[AsyncIterator[Any]]:
-    """Call a generator method with plain values. Leaving the block before its end cancels it in the replica.
+    """Call a generator method with plain values. An exception in the block, also one that closes a generator
+    around it, cancels the call in the replica.
 
     Args:
         replica: id of the replica to call, see :mod:`deployments.ray_serve.routing`; empty: any replica.
     """
     streaming = handle.options(stream=True, _by_reference=False, session_id=replica)
     response = getattr(streaming, method).remote(*args)
-    ended = False
-
-    async def items() -> AsyncIterator[Any]:
-        nonlocal ended
-        async for item in response:
-            yield item
-        ended = True
-
     try:
-        yield items()
-    finally:
-        if not ended:
-            cancel(response)
+        yield response
+    except BaseException:
+        cancel(response)
+        raise
 
 
 def cancel(response: Any) -> None:

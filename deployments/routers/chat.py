@@ -96,7 +96,7 @@ class Answer:
             before, _, after = event.partition(b'"content":"text"')
             self._around_text[index] = before + b'"content":', after
         before, after = self._around_text[index]
-        return before + sse.compact(text) + after
+        return before + sse.quoted(text) + after
 
     def chunk(self, choices: list[wire.ChunkChoice], **fields: Any) -> wire.ChatCompletionChunk:
         if self.body.service_tier is not None:
@@ -179,15 +179,27 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
         ]
         ids = {"prompt_token_ids": running.prompt_token_ids} if answer.body.return_token_ids else {}
         yield sse.event(answer.chunk(roles, **ids))
-        update: StreamUpdate | None = first
-        while update is not None:
-            for delta in update.deltas:
-                for event in _delta_events(answer, running, running.reader.read(delta), update):
-                    yield event
-            last, update = update, await anext(stream, None)
+        for event in _update_events(answer, running, first):
+            yield event
+        text_alone = not (running.reader.parses or answer.counts_in_each or answer.body.return_token_ids)
+        last = first
+        async for last in stream:
+            delta = last.deltas[0] if len(last.deltas) == 1 else None
+            if text_alone and delta and delta.finish_reason is None and delta.logprobs is None:
+                # Nearly all updates.
+                if delta.text:
+                    yield answer.text_event(delta.index, delta.text)
+                continue
+            for event in _update_events(answer, running, last):
+                yield event
         if answer.body.ends_with_usage:
             usage = usage_body(last.usage, running.reader.reasoning_tokens, running.usage_extras())
             yield sse.event(answer.chunk([], usage=usage))
+
+
+def _update_events(answer: Answer, running: RunningAnswer, update: StreamUpdate) -> list[bytes]:
+    read = map(running.reader.read, update.deltas)
+    return [event for delta in read for event in _delta_events(answer, running, delta, update)]
 
 
 def _delta_events(

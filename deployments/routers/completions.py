@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from deployments import sse
 from deployments.answers import AnswerReader, FinishedChoice, gather
 from deployments.body import read_body
-from deployments.conversations import caller_fields, renamed
+from deployments.caller_fields import caller_fields
 from deployments.openapi import described
 from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol import completions as wire
@@ -66,10 +66,12 @@ async def create_completion(request: Request) -> Response:
         prompts = await all_or_none(_prepared(pipeline, body, given, params) for given in body.prompts)
     running = []
     for number, prompt in enumerate(prompts):
-        updates = pipeline.generate(f"{answer.id}-{number}", prompt, params, priority=body.priority)
+        updates = pipeline.generate(
+            f"{answer.id}-{number}", prompt, params, priority=body.priority, names=names
+        )
         ids = prompt.inputs.token_ids
         text = tokenizer.decode(ids, skip_special_tokens=True) if body.echo else ""
-        running.append(_Running(number, text, ids, renamed(updates, names, params.n)))
+        running.append(_Running(number, text, ids, updates))
     if not body.stream:
         return JSONResponse(await _whole(answer, running))
     events = merged([each.updates for each in running])
