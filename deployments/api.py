@@ -26,7 +26,7 @@ from deployments.openapi import describe
 from deployments.pipeline import Pipeline
 from deployments.report import current_report
 from deployments.request_log import RequestLog
-from deployments.responses import ResponseStore
+from deployments.response_store import Keeper, KeptResponses, ResponseStore
 from deployments.routers import (
     chat,
     completions,
@@ -53,6 +53,7 @@ def create_api(
     replica: str = "local",
     ingress: Source | None = None,
     echo_ids: bool = True,
+    keeper: Keeper | None = None,
     lifespan: Lifespan[FastAPI] | None = None,
     tracer: Tracer | None = None,
     media: MediaLimits = MediaLimits(),
@@ -62,6 +63,7 @@ def create_api(
     Args:
         replica, ingress: see :class:`~deployments.metrics.collector.Collector`, which is ``state.collector``.
         echo_ids: see :class:`~deployments.request_log.RequestLog`.
+        keeper: holds the responses of all replicas; None if there is only this one.
         lifespan: what the server enters when it starts and leaves when it stops.
         tracer: makes a span for each request.
         media: the most that the media of open requests may take; ``state.ledger`` counts them.
@@ -69,8 +71,10 @@ def create_api(
     api = _Api(RequestLog(echo_ids), title="Sightline", docs_url=None, redoc_url=None, lifespan=lifespan)
     api.state.config = config
     api.state.pipelines = pipelines
-    api.state.responses = ResponseStore(config.stored_responses, config.stored_responses_s)
-    api.state.background = {}
+    if keeper is None:
+        keeper = KeptResponses(*config.response_limits)
+    api.state.responses = ResponseStore(keeper)
+    api.state.background = set()
     api.state.ledger = ledger = Ledger(media)
     http = HttpMeter()
     api.state.collector = Collector(

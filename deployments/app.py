@@ -15,7 +15,11 @@ from deployments.ray_serve.process import LOGGING
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.ray_serve.reservations import Host, check_reservation, known_hosts
 from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
+from deployments.response_store import KeptResponses
 from engine.frontend import load_media_processor, load_prompt_builder
+
+#: Calls that the store of responses has open at a time: one for each response that runs in the background.
+_OPEN_CALLS = 1 << 16
 
 
 def build(args: AppConfig) -> Application:
@@ -29,7 +33,12 @@ def build(args: AppConfig) -> Application:
     check_reservation("Ingress", args.ingress, hosts)
     stages = [_deploy_stages(spec, args, hosts) for spec in args.models]
     ingress = serve.deployment(name="Ingress", **_options(args.ingress, args.logging))(Ingress)
-    return ingress.bind(args, *stages)
+    if not args.ingress.has_several_replicas:
+        return ingress.bind(args, *stages)
+    # One replica: it is what the replicas of the ingress share.
+    stage = StageConfig(num_cpus=0, max_ongoing_requests=_OPEN_CALLS)
+    store = serve.deployment(name="Responses", **_options(stage, args.logging))(KeptResponses)
+    return ingress.bind(args, *stages, responses=store.bind(*args.ingress.response_limits))
 
 
 def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str, Application]:

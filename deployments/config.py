@@ -334,9 +334,11 @@ class IngressConfig(StageConfig):
         replay: see :class:`ReplayConfig`.
         health_timeout_s: how long ``/health`` waits for a model's replica.
         threads: prompts that are rendered and tokenized at a time.
-        stored_responses: the most responses of ``/v1/responses`` that a replica keeps.
-        stored_responses_s: seconds for which it keeps them.
         references: media that a replica keeps for later requests which name them by ``uuid``.
+        stored_responses: the most responses of ``/v1/responses`` that are kept, for all ingress replicas
+            together.
+        stored_responses_s: seconds for which they are kept.
+        stored_responses_bytes: the most bytes of all of them; conversations hold their images.
         keys: who may use the server; everybody if there are none. See :class:`deployments.access.KeyConfig`.
         page: serve a page to chat with the models at ``/``, and one that describes the API at ``/docs``.
         cors_origins: web pages that may use the server from a browser, e.g. ``["http://localhost:3000"]``.
@@ -351,11 +353,22 @@ class IngressConfig(StageConfig):
     stored_responses: NonNegativeInt = 1024
     stored_responses_s: PositiveFloat = 3600.0
     references: ReferenceConfig = ReferenceConfig()
+    stored_responses_bytes: PositiveInt = 256 << 20
     keys: tuple[KeyConfig, ...] = ()
     page: bool = True
     cors_origins: tuple[str, ...] = ()
     # Above max_active_requests, so that the ingress refuses first: its answer says what happened.
     max_ongoing_requests: PositiveInt = 4096
+
+    @property
+    def response_limits(self) -> tuple[int, int, float]:
+        """Arguments of :class:`deployments.response_store.KeptResponses`."""
+        return self.stored_responses, self.stored_responses_bytes, self.stored_responses_s
+
+    @property
+    def has_several_replicas(self) -> bool:
+        """There may be more than one ingress replica at a time."""
+        return self.num_replicas > 1 or self.autoscaling is not None
 
 
 class AppConfig(_Strict):

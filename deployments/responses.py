@@ -1,10 +1,7 @@
 """Responses under construction: their items, and the typed events that build them up."""
 
-import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.answers import ChoiceDelta, continues
@@ -80,9 +77,13 @@ class ResponseBuilder:
 
     def fail(self, error: SightlineError) -> Json:
         """End the response after a failure."""
+        self.mark_failed(error)
+        return self._whole("response.failed")
+
+    def mark_failed(self, error: SightlineError) -> None:
+        """Note a failure in the response."""
         self.response["status"] = "failed"
         self.response["error"] = {"code": "server_error", "message": error.message}
-        return self._whole("response.failed")
 
     def _whole(self, kind: str) -> Json:
         # A copy: the response goes on changing.
@@ -185,55 +186,3 @@ class ResponseBuilder:
 
 def _id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
-
-
-@dataclass(slots=True)
-class StoredResponse:
-    """A response that was kept.
-
-    Attributes:
-        response: the object as clients get it.
-        input_items: the request's input, as items.
-        messages: the whole conversation up to the response's end, as chat messages.
-        owner: name of the key that may see the response.
-        stored_at: in seconds of the monotonic clock.
-    """
-
-    response: Json
-    input_items: list[Json]
-    messages: list[Json]
-    owner: str = ""
-    stored_at: float = field(default_factory=time.monotonic)
-
-
-class ResponseStore:
-    """The latest responses of one ingress replica, in memory.
-
-    Args:
-        limit: the most responses; the oldest are dropped.
-        seconds: how long a response is kept.
-    """
-
-    def __init__(self, limit: int, seconds: float) -> None:
-        self._limit, self._seconds = limit, seconds
-        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
-
-    def put(self, stored: StoredResponse) -> None:
-        """Keep a response."""
-        self._kept[stored.response["id"]] = stored
-        while len(self._kept) > self._limit:
-            self._kept.popitem(last=False)
-
-    def get(self, name: str, owner: str = "") -> StoredResponse | None:
-        """The response of that id; None if it is not kept, or belongs to another key."""
-        stored = self._kept.get(name)
-        if stored is None or stored.owner != owner:
-            return None
-        if time.monotonic() - stored.stored_at > self._seconds:
-            del self._kept[name]
-            return None
-        return stored
-
-    def delete(self, name: str) -> bool:
-        """Forget a response; False if there is none."""
-        return self._kept.pop(name, None) is not None

@@ -143,6 +143,33 @@ class RemoteLanguageModel(_Remote):
         return await _call(self.name, self._handle.embed, request, current.get(), infos, *rows)
 
 
+class RemoteKeeper:
+    """A :class:`deployments.response_store.Keeper` behind ``handle``. Errors are those of a lost stage."""
+
+    name = "store of responses"
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = by_reference(handle)
+
+    async def put(self, name: str, owner: str, data: bytes) -> None:
+        await _call(self.name, self._handle.put, name, owner, data)
+
+    async def update(self, name: str, data: bytes) -> None:
+        await _call(self.name, self._handle.update, name, data)
+
+    async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
+        return await _call(self.name, self._handle.get, name, owner)
+
+    async def delete(self, name: str, owner: str) -> bool:
+        return await _call(self.name, self._handle.delete, name, owner)
+
+    async def cancel(self, name: str, owner: str) -> None:
+        await _call(self.name, self._handle.cancel, name, owner)
+
+    async def stopped(self, name: str) -> None:
+        await _call(self.name, self._handle.stopped, name)
+
+
 def remote_stages(
     language_model: DeploymentHandle,
     preprocessor: DeploymentHandle | None = None,

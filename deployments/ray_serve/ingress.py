@@ -9,13 +9,14 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
+from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import create_api
 from deployments.config import AppConfig
 from deployments.metrics.families import Part
 from deployments.pipeline import make_pipelines
-from deployments.ray_serve.handles import MEASURE_S, remote_stages
+from deployments.ray_serve.handles import MEASURE_S, RemoteKeeper, remote_stages
 from deployments.ray_serve.handoff import by_reference, everywhere
 from deployments.ray_serve.process import prepare_process
 from deployments.readiness import announce
@@ -30,9 +31,12 @@ class Ingress:
         config: the application's.
         handles: for each of ``config.models``, the arguments of
             :func:`~deployments.ray_serve.handles.remote_stages` by name.
+        responses: a :class:`~deployments.response_store.KeptResponses` that all replicas share.
     """
 
-    def __init__(self, config: AppConfig, *handles: dict[str, Any]) -> None:
+    def __init__(
+        self, config: AppConfig, *handles: dict[str, Any], responses: DeploymentHandle | None = None
+    ) -> None:
         prepare_process()
         stages = [remote_stages(**each) for each in handles]
         pipelines = make_pipelines(config, stages)
@@ -50,6 +54,7 @@ class Ingress:
             pipelines,
             # Ray Serve's proxies send each request's id themselves.
             echo_ids=False,
+            keeper=None if responses is None else RemoteKeeper(responses),
             lifespan=announced,
             replica=context.replica_id.unique_id,
             ingress=self._all_replicas,

@@ -3,8 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,13 +18,17 @@ from deployments.errors import NotFound, as_sightline
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import responses as wire
-from deployments.responses import Json, ResponseBuilder, ResponseStore, StoredResponse
+from deployments.response_store import Json, ResponseStore, StoredResponse
+from deployments.responses import ResponseBuilder
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import content_logprobs
 from engine.errors import InvalidRequest, SightlineError
 from engine.outputs import StreamUpdate
 
 router = APIRouter()
+
+#: Types of a stream's last event.
+_ENDS = ("response.completed", "response.incomplete")
 
 
 @router.post("/v1/responses")
@@ -37,23 +41,24 @@ async def create_response(request: Request) -> Response:
     store: ResponseStore = request.app.state.responses
     earlier: list[Json] = []
     if body.previous_response_id is not None:
-        earlier = _stored(store, body.previous_response_id, "previous_response_id").messages
+        earlier = (await _stored(request, body.previous_response_id, "previous_response_id")).messages
     given, fields = wire.input_messages(body.input)
     stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given], caller_name())
     given_conversation = _conversation(body, pipeline, stored.messages, len(earlier), fields)
     running = await start(pipeline, stored.response["id"], given_conversation)
     builder = ResponseBuilder(stored.response)
-    if body.store:
-        store.put(stored)
     if body.background:
-        task = asyncio.ensure_future(_to_the_end(builder, running, stored))
-        hold_open(task)
-        request.app.state.background[stored.response["id"]] = task
-        task.add_done_callback(lambda _: request.app.state.background.pop(stored.response["id"], None))
-        return JSONResponse(stored.response)
+        await store.put(stored)
+        begun = dict(stored.response)
+        work = _keep(request, _to_the_end(builder, running, stored, store))
+        hold_open(work)
+        _keep(request, store.unless_stopped(stored.id, work))
+        return JSONResponse(begun)
     if not body.stream:
         async for _ in _events(builder, running, stored):
             pass
+        if body.store:
+            await store.put(stored)
         return JSONResponse(stored.response)
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(running.updates)
@@ -62,23 +67,61 @@ async def create_response(request: Request) -> Response:
         event = builder.fail(error)
         return sse.named_event(event["type"], event)
 
-    return sse.EventResponse(sse.named(_events(builder, running, stored, first)), failed)
+    events = _events(builder, running, stored, first)
+    if body.store:
+        await store.put(stored)
+        events = _stored_events(events, request, stored, builder)
+    return sse.EventResponse(sse.named(events), failed)
+
+
+def _keep(request: Request, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run ``work`` to its end: the event loop itself holds no task."""
+    tasks: set[asyncio.Task[None]] = request.app.state.background
+    task = asyncio.ensure_future(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
+
+
+async def _stored_events(
+    events: AsyncGenerator[Json, None], request: Request, stored: StoredResponse, builder: ResponseBuilder
+) -> AsyncGenerator[Json, None]:
+    """``events``, and the response in the store as they leave it: before the last of them is sent, since the
+    client may go on from there at once, by way of another replica."""
+    store: ResponseStore = request.app.state.responses
+    saved = False
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if event["type"] in _ENDS:
+                    await store.update(stored)
+                    saved = True
+                yield event
+    except Exception as error:
+        builder.mark_failed(as_sightline(error))
+        raise
+    finally:
+        if not saved:
+            if stored.response["status"] == "in_progress":
+                # The client has left.
+                stored.response["status"] = "cancelled"
+            # Nothing can be waited for here, where the task may be cancelled.
+            _keep(request, store.update(stored))
 
 
 @router.get("/v1/responses/{name}")
 @described(answer=wire.Response)
 async def retrieve_response(request: Request, name: str) -> Response:
     """A response that was kept."""
-    return JSONResponse(_stored(request.app.state.responses, name, "response_id").response)
+    return JSONResponse((await _stored(request, name, "response_id")).response)
 
 
 @router.delete("/v1/responses/{name}")
 @described(answer=wire.DeletedResponse)
 async def delete_response(request: Request, name: str) -> Response:
     """Forget a response; one that still runs is cancelled."""
-    _stored(request.app.state.responses, name, "response_id")
-    await _cancelled(request, name)
-    request.app.state.responses.delete(name)
+    await _stored(request, name, "response_id")
+    await request.app.state.responses.delete(name, caller_name())
     return JSONResponse({"id": name, "object": "response", "deleted": True})
 
 
@@ -86,10 +129,12 @@ async def delete_response(request: Request, name: str) -> Response:
 @described(answer=wire.Response)
 async def cancel_response(request: Request, name: str) -> Response:
     """Cancel a background response."""
-    stored = _stored(request.app.state.responses, name, "response_id")
+    stored = await _stored(request, name, "response_id")
     if not stored.response["background"]:
         raise InvalidRequest("Only background responses can be cancelled.", param="response_id")
-    await _cancelled(request, name)
+    if stored.response["status"] == "in_progress":
+        await request.app.state.responses.cancel(name, caller_name())
+        stored.response["status"] = "cancelled"
     return JSONResponse(stored.response)
 
 
@@ -97,17 +142,18 @@ async def cancel_response(request: Request, name: str) -> Response:
 @described(answer=wire.InputItems)
 async def list_input_items(request: Request, name: str) -> Response:
     """The input of a response that was kept."""
-    items = _stored(request.app.state.responses, name, "response_id").input_items
+    items = (await _stored(request, name, "response_id")).input_items
     ends = {"first_id": items[0]["id"] if items else None, "last_id": items[-1]["id"] if items else None}
     return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
 
 
-def _stored(store: ResponseStore, name: str, param: str) -> StoredResponse:
-    stored = store.get(name, caller_name())
+async def _stored(request: Request, name: str, param: str) -> StoredResponse:
+    store: ResponseStore = request.app.state.responses
+    stored = await store.get(name, caller_name())
     if stored is None:
         raise NotFound(
-            f"There is no response {name[:100]!r}. Responses are kept for a limited time, in the ingress "
-            "replica that made them; send the conversation again.",
+            f"There is no response {name[:100]!r}. Responses are kept in memory for a limited time; send the "
+            "conversation again.",
             param=param,
         )
     return stored
@@ -197,25 +243,21 @@ async def _events(
                 reason = read.finish_reason or reason
             last, update = update, await anext(running.updates, None)
         thoughts, extras = running.reader.reasoning_tokens, running.usage_extras()
-        for event in builder.finish(reason, last.usage, thoughts, extras):
-            yield event
+        ends = list(builder.finish(reason, last.usage, thoughts, extras))
         stored.messages += wire.input_messages(builder.response["output"])[0]
+        for event in ends:
+            yield event
 
 
-async def _to_the_end(builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse) -> None:
+async def _to_the_end(
+    builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse, store: ResponseStore
+) -> None:
+    """Make a response in the background. What there is of it when it is stopped is kept, too."""
     try:
         async for _ in _events(builder, running, stored):
             pass
     except asyncio.CancelledError:
         builder.response["status"] = "cancelled"
-        raise
     except Exception as error:
-        builder.fail(as_sightline(error))
-
-
-async def _cancelled(request: Request, name: str) -> None:
-    task = request.app.state.background.get(name)
-    if task is not None:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        builder.mark_failed(as_sightline(error))
+    await store.update(stored)

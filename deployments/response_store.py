@@ -1,0 +1,212 @@
+"""Keeps responses of the Responses API for a while, for all replicas of the ingress."""
+
+import asyncio
+import logging
+import pickle
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from engine.errors import SightlineError
+
+Json = dict[str, Any]
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(slots=True)
+class StoredResponse:
+    """A response that is kept.
+
+    Attributes:
+        response: the object as clients get it.
+        input_items: the request's input, as items.
+        messages: the whole conversation up to the response's end, as chat messages.
+        owner: name of the key that may see the response.
+    """
+
+    response: Json
+    input_items: list[Json]
+    messages: list[Json]
+    owner: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.response["id"]
+
+
+class Keeper(Protocol):
+    """The place where pickled responses lie: :class:`KeptResponses`, here or in another process.
+
+    Each method may raise a SightlineError if that process is lost.
+    """
+
+    async def put(self, name: str, owner: str, data: bytes) -> None:
+        """Keep a new response."""
+
+    async def update(self, name: str, data: bytes) -> None:
+        """Replace a response, unless it was deleted or dropped meanwhile."""
+
+    async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
+        """The response of that id, and whether it was cancelled; None if it is not kept, or is another's."""
+
+    async def delete(self, name: str, owner: str) -> bool:
+        """Forget a response, and stop it if it still runs. False if there is none."""
+
+    async def cancel(self, name: str, owner: str) -> None:
+        """Mark a response as cancelled, and stop it."""
+
+    async def stopped(self, name: str) -> None:
+        """Wait until a response is cancelled or deleted."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    owner: str
+    data: bytes
+    at: float
+    cancelled: bool = False
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class KeptResponses:
+    """A :class:`Keeper` in memory. The oldest responses are dropped.
+
+    Args:
+        limit: the most responses.
+        max_bytes: the most bytes of all responses.
+        seconds: how long a response is kept after it was last replaced.
+        clock: gives seconds.
+    """
+
+    def __init__(
+        self, limit: int, max_bytes: int, seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limit, self._max_bytes, self._seconds, self._clock = limit, max_bytes, seconds, clock
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    async def put(self, name: str, owner: str, data: bytes) -> None:
+        self._drop(name)
+        self._kept[name] = _Kept(owner, data, self._clock())
+        self.num_bytes += len(data)
+        self._tidy()
+
+    async def update(self, name: str, data: bytes) -> None:
+        kept = self._kept.get(name)
+        if kept is None:
+            return
+        self.num_bytes += len(data) - len(kept.data)
+        kept.data, kept.at = data, self._clock()
+        # The order is that of the times.
+        self._kept.move_to_end(name)
+        self._tidy()
+
+    async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
+        kept = self._of(name, owner)
+        return None if kept is None else (kept.data, kept.cancelled)
+
+    async def delete(self, name: str, owner: str) -> bool:
+        kept = self._of(name, owner)
+        if kept is None:
+            return False
+        kept.stop.set()
+        self._drop(name)
+        return True
+
+    async def cancel(self, name: str, owner: str) -> None:
+        kept = self._of(name, owner)
+        if kept is not None:
+            kept.cancelled = True
+            kept.stop.set()
+
+    async def stopped(self, name: str) -> None:
+        kept = self._kept.get(name)
+        if kept is not None:
+            await kept.stop.wait()
+
+    def _of(self, name: str, owner: str) -> _Kept | None:
+        self._tidy()
+        kept = self._kept.get(name)
+        return kept if kept is not None and kept.owner == owner else None
+
+    def _tidy(self) -> None:
+        """Drop what is too old or too much."""
+        oldest = self._clock() - self._seconds
+        while self._kept:
+            name, kept = next(iter(self._kept.items()))
+            fits = len(self._kept) <= self._limit and self.num_bytes <= self._max_bytes
+            if fits and kept.at >= oldest:
+                return
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        kept = self._kept.pop(name, None)
+        if kept is not None:
+            self.num_bytes -= len(kept.data)
+
+
+class ResponseStore:
+    """Responses by their ids.
+
+    Args:
+        keeper: where they lie. If it is lost and made anew, it is empty.
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+
+    async def put(self, stored: StoredResponse) -> None:
+        """Keep a new response. If that fails, the answer is worth more than its copy: this only logs it."""
+        try:
+            await self._keeper.put(stored.id, stored.owner, pickle.dumps(stored))
+        except SightlineError as error:
+            logger.warning("the response %s is not kept: %s", stored.id, error)
+
+    async def update(self, stored: StoredResponse) -> None:
+        """Replace a response unless it was deleted meanwhile; errors as :meth:`put`."""
+        try:
+            await self._keeper.update(stored.id, pickle.dumps(stored))
+        except SightlineError as error:
+            logger.warning("the response %s is not kept: %s", stored.id, error)
+
+    async def get(self, name: str, owner: str) -> StoredResponse | None:
+        """A copy of the response of that id; None if it is not kept, or belongs to another key.
+
+        Raises:
+            SightlineError: the keeper is lost.
+        """
+        found = await self._keeper.get(name, owner)
+        if found is None:
+            return None
+        data, cancelled = found
+        stored: StoredResponse = pickle.loads(data)
+        if cancelled:
+            stored.response["status"] = "cancelled"
+        return stored
+
+    async def delete(self, name: str, owner: str) -> bool:
+        """Forget a response, and stop it if it still runs; False if there is none. Errors as :meth:`get`."""
+        return await self._keeper.delete(name, owner)
+
+    async def cancel(self, name: str, owner: str) -> None:
+        """Stop a response that runs in the background, in whatever replica; errors as :meth:`get`."""
+        await self._keeper.cancel(name, owner)
+
+    async def unless_stopped(self, name: str, work: asyncio.Task[None]) -> None:
+        """Wait for ``work``, which makes a response; cancel it if the response is cancelled or deleted."""
+        stop = asyncio.ensure_future(self._keeper.stopped(name))
+        try:
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.done() and stop.exception() is not None:
+                # The keeper is lost, and with it whoever could stop the work.
+                await asyncio.wait({work})
+        finally:
+            stop.cancel()
+            work.cancel()
+            await asyncio.wait({work, stop})

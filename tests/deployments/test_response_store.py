@@ -1,0 +1,171 @@
+"""Responses that several ingresses share."""
+
+import asyncio
+import logging
+import time
+
+import httpx
+import openai
+import pytest
+
+from deployments.api import create_api
+from deployments.config import IngressConfig
+from deployments.response_store import KeptResponses
+from engine.errors import Unavailable
+from tests.deployments.asgi import AppTransport
+
+pytestmark = pytest.mark.usefixtures("idle_afterwards")
+
+
+class LostKeeper:
+    """A keeper whose process is gone."""
+
+    def __getattr__(self, name):
+        async def lost(*args):
+            raise Unavailable("gone")
+
+        return lost
+
+
+def ingress(running, keeper) -> openai.AsyncOpenAI:
+    """A client of a further ingress of the application."""
+    api = create_api(IngressConfig(), running.app.api.state.pipelines, keeper=keeper)
+    http = httpx.AsyncClient(transport=AppTransport(api), base_url="http://test", timeout=60)
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=http)
+
+
+@pytest.fixture
+def two(running) -> list[openai.AsyncOpenAI]:
+    """Clients of two ingresses that share their responses."""
+    keeper = KeptResponses(16, 1 << 20, 60.0)
+    return [ingress(running, keeper) for _ in range(2)]
+
+
+async def ask(client, **options):
+    given = {"model": "pocket", "input": "Hello!", "temperature": 0, "max_output_tokens": 20}
+    return await client.responses.create(**given | options)
+
+
+async def ended(client, name: str):
+    """A response of which no more comes."""
+    deadline = time.monotonic() + 120
+    found = await client.responses.retrieve(name)
+    while found.status == "in_progress":
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+        found = await client.responses.retrieve(name)
+    return found
+
+
+async def endless(client):
+    """A response that runs in the background until it is stopped, or a long while."""
+    options = {"background": True, "max_output_tokens": 900, "extra_body": {"ignore_eos": True}}
+    return await ask(client, **options)
+
+
+async def test_each_ingress_knows_the_responses_of_the_other(two):
+    one, other = two
+    made = await ask(one, instructions="Be brief.")
+    assert await other.responses.retrieve(made.id) == made
+    items = (await other.responses.input_items.list(made.id)).data
+    assert [item.content[0].text for item in items] == ["Hello!"]
+    later = [await ask(each, input="Hello again!", previous_response_id=made.id) for each in two]
+    assert later[0].output_text == later[1].output_text
+    assert later[0].usage.input_tokens == later[1].usage.input_tokens > made.usage.input_tokens
+    await other.responses.delete(made.id)
+    for each in two:
+        with pytest.raises(openai.NotFoundError, match="send the conversation again"):
+            await each.responses.retrieve(made.id)
+
+
+async def test_a_stream_is_kept_before_its_last_event(two):
+    one, other = two
+    async for event in await ask(one, stream=True):
+        if event.type == "response.created":
+            assert (await other.responses.retrieve(event.response.id)).status == "in_progress"
+        if event.type == "response.completed":
+            found = await other.responses.retrieve(event.response.id)
+            assert found.status == "completed" and found.output_text == event.response.output_text
+            await ask(other, input="Hello again!", previous_response_id=found.id)
+
+
+async def test_a_client_that_leaves_its_stream(two):
+    one, other = two
+    options = {"max_output_tokens": 900, "extra_body": {"ignore_eos": True}}
+    stream = await ask(one, stream=True, **options)
+    name = (await anext(aiter(stream))).response.id
+    await stream.close()
+
+    assert (await ended(other, name)).status == "cancelled"
+
+
+async def test_a_background_response_is_stopped_by_way_of_the_other_ingress(two, running):
+    one, other = two
+    started = await endless(one)
+    assert (await other.responses.retrieve(started.id)).status == "in_progress"
+    assert (await other.responses.cancel(started.id)).status == "cancelled"
+    await running.wait_until_idle()
+    assert (await one.responses.retrieve(started.id)).status == "cancelled"
+    # Cancelling it once more changes nothing.
+    assert (await one.responses.cancel(started.id)).status == "cancelled"
+
+
+async def test_a_background_response_that_is_deleted_stops(two, running):
+    one, other = two
+    started = await endless(one)
+    await other.responses.delete(started.id)
+    await running.wait_until_idle()
+    with pytest.raises(openai.NotFoundError):
+        await one.responses.retrieve(started.id)
+
+
+async def test_a_background_response_ends(two):
+    one, other = two
+    started = await ask(one, background=True)
+    whole = await ask(one)
+    found = await ended(other, started.id)
+    assert found.status == "completed" and found.output_text == whole.output_text
+
+
+async def test_a_lost_store_costs_no_answer(running, caplog):
+    client = ingress(running, LostKeeper())
+    with caplog.at_level(logging.WARNING):
+        made = await ask(client)
+    assert made.status == "completed" and made.id in caplog.text
+    kinds = [event.type async for event in await ask(client, stream=True)]
+    assert kinds[-1] == "response.completed"
+    await ask(client, background=True)
+    with pytest.raises(openai.InternalServerError) as refused:
+        await client.responses.retrieve(made.id)
+    assert refused.value.status_code == 503
+
+
+async def test_what_is_too_much_or_too_old_is_dropped():
+    now = 0.0
+    kept = KeptResponses(3, 100, 60.0, clock=lambda: now)
+    for name in "abcd":
+        await kept.put(name, "", b"x" * 10)
+    assert [await kept.get(name, "") is not None for name in "abcd"] == [False, True, True, True]
+    await kept.update("b", b"x" * 85)
+    assert [await kept.get(name, "") is not None for name in "bcd"] == [True, False, True]
+    assert kept.num_bytes == 95
+    now = 50.0
+    await kept.put("e", "", b"x" * 5)
+    now = 60.5
+    assert [await kept.get(name, "") is not None for name in "bde"] == [False, False, True]
+    await kept.put("f", "", b"x" * 101)
+    assert await kept.get("f", "") is None and len(kept) == 0 and kept.num_bytes == 0
+    await kept.update("f", b"x")
+    assert len(kept) == 0
+
+
+async def test_responses_belong_to_keys():
+    kept = KeptResponses(3, 100, 60.0)
+    await kept.put("a", "one", b"x")
+    assert await kept.get("a", "two") is None and not await kept.delete("a", "two")
+    await kept.cancel("a", "two")
+    assert await kept.get("a", "one") == (b"x", False)
+    waiting = asyncio.ensure_future(kept.stopped("a"))
+    await kept.cancel("a", "one")
+    await asyncio.wait_for(waiting, 60)
+    assert await kept.get("a", "one") == (b"x", True)
