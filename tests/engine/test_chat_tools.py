@@ -1,6 +1,7 @@
 """Tools in offline conversations."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ from transformers import AutoTokenizer
 
 from engine import LLM, SamplingParams
 from engine.errors import InvalidRequest
+from models import scenes
 from models.calls import function
 
 FOLDER = Path(__file__).parents[2] / "models" / "pocket-tools"
-ADD = function("add", {"a": "integer", "b": "integer"})
+REPORT = function("report", {"color": "string", "shape": "string", "count": "integer"})
 STOP = function("stop", {})
 
 
@@ -20,29 +22,34 @@ def llm() -> LLM:
     return LLM(str(FOLDER), max_model_len=512)
 
 
-def test_prompts_are_those_of_transformers_and_the_model_calls(llm):
-    messages = [{"role": "user", "content": "Add 3 and 4."}]
-    params = SamplingParams(temperature=0, max_tokens=48, skip_special_tokens=False)
-    outputs = llm.chat([messages, messages], params, tools=[STOP, ADD], use_tqdm=False)
-    reference = AutoTokenizer.from_pretrained(FOLDER)
-    wanted = reference.apply_chat_template(
-        messages, tools=[STOP, ADD], tokenize=False, add_generation_prompt=True
-    )
-    without = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert [output.prompt for output in outputs] == [wanted, wanted] and wanted != without
-    _, _, call = outputs[0].outputs[0].text.partition("<tool_call>")
-    assert json.loads(call.partition("</tool_call>")[0])["name"] == "add"
-
-
-def test_a_call_and_its_result_in_the_history(llm):
-    call = {"id": "call_0", "type": "function", "function": {"name": "add", "arguments": '{"a": 3, "b": 4}'}}
-    messages = [
-        {"role": "user", "content": "Add 3 and 4."},
+def test_prompts_are_those_of_transformers(llm):
+    """With tools, and with a call and its result in the history."""
+    arguments = {"color": "red", "shape": "circle", "count": 3}
+    call = {"id": "call_0", "type": "function", "function": {"name": "report", "arguments": arguments}}
+    asked = [{"role": "user", "content": "Report the picture."}]
+    history = [
+        *asked,
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_0", "content": "7"},
+        {"role": "tool", "tool_call_id": "call_0", "content": "saved"},
     ]
-    (output,) = llm.chat(messages, SamplingParams(temperature=0, max_tokens=24), tools=[ADD], use_tqdm=False)
-    assert "7" in output.outputs[0].text
+    reference = AutoTokenizer.from_pretrained(FOLDER)
+    params = SamplingParams(temperature=0, max_tokens=1)
+    for tools in (None, [STOP, REPORT]):
+        outputs = llm.chat([asked, history], params, tools=tools, use_tqdm=False)
+        assert [output.prompt for output in outputs] == [
+            reference.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+            for messages in (asked, history)
+        ]
+
+
+def test_the_call_is_in_the_text(llm):
+    scene = scenes.shapes_scene(random.Random(1), (168, 168), [("red", "circle")])
+    parts = [{"type": "image", "image": scene.image}, {"type": "text", "text": "Call report."}]
+    params = SamplingParams(temperature=0, max_tokens=64, skip_special_tokens=False)
+    (output,) = llm.chat([{"role": "user", "content": parts}], params, tools=[REPORT], use_tqdm=False)
+    _, _, call = output.outputs[0].text.partition("<tool_call>")
+    # Nothing holds the model to the function's name here.
+    assert json.loads(call.partition("</tool_call>")[0]).keys() == {"name", "arguments"}
 
 
 def test_a_message_is_continued(llm):
@@ -55,5 +62,5 @@ def test_a_message_is_continued(llm):
 @pytest.mark.parametrize("tool", ["add", {"type": "function"}, {"type": "function", "function": {}}])
 def test_a_tool_that_is_no_function_is_refused(llm, tool):
     with pytest.raises(InvalidRequest) as caught:
-        llm.chat([{"role": "user", "content": "Hello!"}], tools=[ADD, tool], use_tqdm=False)
+        llm.chat([{"role": "user", "content": "Hello!"}], tools=[REPORT, tool], use_tqdm=False)
     assert caught.value.param == "tools[1]"
