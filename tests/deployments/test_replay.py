@@ -15,6 +15,7 @@ from deployments.pipeline import Pipeline
 from deployments.replay import Patience
 from deployments.stages import StageLost
 from engine.errors import Overloaded, Unavailable
+from engine.media.ledger import Ledger
 from tests import serving
 from tests.deployments.asgi import AppTransport
 from tests.deployments.dying import Deaths, dying_client
@@ -279,7 +280,7 @@ async def test_a_timeout_of_the_work_itself_is_not_the_patience_s():
 async def test_a_carried_on_request_is_charged_once(running, config):
     deaths = Deaths([("prepare", 1), ("encode", 0), ("encode", 1)])
     caller = Caller(KeyConfig(name="a", key="k", max_active_tokens=900))
-    visiting = caller.enter()
+    visiting = caller.enter(Ledger())
     token = visit.set(visiting)
     try:
         async with dying_client("pocket", config, running.pocket.stages, deaths, REPLAY) as client:
