@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 
-.PHONY: install serve test lint test-k8s test-clients bench exactness image chart clean
+.PHONY: install serve test chaos lint test-k8s test-clients bench exactness image chart clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,12 @@ test-k8s: install
 # docs/clients.md. CLIENTS="openai_3 litellm" runs some of them.
 test-clients: install
 	$(BIN)/python -m tests.clients.run $(CLIENTS) $(ARGS)
+
+# Kills processes of a server of its own while it answers, one every CHAOS_PERIOD seconds: each request must be
+# answered, and rightly.
+SECONDS_OF_CHAOS ?= 600
+chaos: install
+	CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/python -m pytest tests/chaos -s $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -147,13 +147,19 @@ class Served:
 
 @contextmanager
 def served_application(
-    folder: Path, change: Callable[[dict[str, Any]], Any] = lambda args: None
+    folder: Path,
+    change: Callable[[dict[str, Any]], Any] = lambda args: None,
+    *,
+    environment: Mapping[str, str] = {},
+    connect: bool = True,
 ) -> Iterator[Served]:
     """``serve_config.yaml``'s application with a second model, run by ``serve run`` meanwhile.
 
     Args:
         folder: for the configuration, the log and the images.
         change: changes the application's arguments.
+        environment: environment variables of ``serve run``.
+        connect: connect this process to the Ray cluster. It can be connected to one at a time.
     """
     import ray
 
@@ -167,11 +173,14 @@ def served_application(
         change(args)
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
         root = f"http://127.0.0.1:{port}"
-        with serve_run(folder / "serve.yaml", folder / "log", f"{root}/health") as process:
-            cluster = _cluster_of(process)
-            ray.init(cluster, log_to_driver=False)
+        with serve_run(folder / "serve.yaml", folder / "log", f"{root}/health", environment) as process:
+            served = Served(root, pictures, site, _cluster_of(process), process, folder / "log")
+            if not connect:
+                yield served
+                return
+            ray.init(served.cluster, log_to_driver=False)
             try:
-                yield Served(root, pictures, site, cluster, process, folder / "log")
+                yield served
             finally:
                 ray.shutdown()
 
@@ -208,11 +217,13 @@ class SharedApplication:
 
 
 @contextmanager
-def serve_run(config: Path, log: Path, health: str) -> Iterator[psutil.Process]:
+def serve_run(
+    config: Path, log: Path, health: str, environment: Mapping[str, str] = {}
+) -> Iterator[psutil.Process]:
     """Start ``serve run``, and enter the block once ``health`` answers. After the block the process is
     interrupted; it must end without leaving a process behind."""
     command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
-    environment = os.environ | {
+    variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
@@ -223,7 +234,7 @@ def serve_run(config: Path, log: Path, health: str) -> Iterator[psutil.Process]:
             cwd=ROOT,
             stdout=output,
             stderr=output,
-            env=environment,
+            env={**os.environ, **variables, **environment},
             start_new_session=True,
             # Shells start background jobs with interrupts ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

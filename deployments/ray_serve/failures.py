@@ -1,6 +1,7 @@
 """Errors on their way through Ray: refusals travel as values, Ray's own errors become ours."""
 
 import asyncio
+import copy
 import traceback
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def checked(result: Any) -> Any:
         SightlineError: it is a refusal.
     """
     if isinstance(result, Refusal):
-        raise result.error
+        # A copy: the error's traceback keeps frames that keep ``result``, a cycle as in :func:`translated`.
+        raise copy.copy(result.error)
     return result
 
 

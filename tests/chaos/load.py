@@ -76,30 +76,37 @@ class Report:
     Attributes:
         answered: requests by kind.
         failures, differences: those that failed, and those with another answer than alone.
+        asked_again: how often a client has sent its request again.
         longest_s: the longest time that an answer took.
     """
 
     answered: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
+    asked_again: int = 0
     longest_s: float = 0.0
+
+
+class ServerLost(Exception):
+    """An answer is a server error, or has no end."""
 
 
 async def answer(client: httpx.AsyncClient, body: dict[str, Any], *, stream: bool) -> list[Any]:
     """The parts of an answer that are the same each time: texts, calls, tokens, reasons.
 
     Raises:
-        Exception: anything but a whole answer.
+        ServerLost: the server or the ingress has failed.
+        Exception: anything else but a whole answer.
     """
     given = {"model": "pocket", "return_token_ids": True, **body, "stream": stream}
     if not stream:
         response = await client.post("/v1/chat/completions", json=given)
-        assert response.status_code == 200, response.text[:300]
+        await _check(response)
         return [_whole(choice) for choice in response.json()["choices"]]
     choices: dict[int, dict[str, Any]] = {}
     ended = False
     async with client.stream("POST", "/v1/chat/completions", json=given) as response:
-        assert response.status_code == 200, (await response.aread())[:300]
+        await _check(response)
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
                 ended = True
@@ -108,8 +115,15 @@ async def answer(client: httpx.AsyncClient, body: dict[str, Any], *, stream: boo
                 assert "error" not in event, event
                 for choice in event["choices"]:
                     _add(choices.setdefault(choice["index"], _empty()), choice)
-    assert ended, "the stream broke off"
+    if not ended:
+        raise ServerLost("the stream broke off")
     return [list(found.values()) for _, found in sorted(choices.items())]
+
+
+async def _check(response: httpx.Response) -> None:
+    if response.status_code >= 500:
+        raise ServerLost(f"{response.status_code}: {(await response.aread())[:300]!r}")
+    assert response.status_code == 200, (await response.aread())[:300]
 
 
 def _empty() -> dict[str, Any]:
@@ -150,12 +164,17 @@ class Load:
         make_client: makes a client of the server.
         clients: requests at a time.
         requests: after this many it stops by itself; None for no limit.
+        again_s: seconds for which a client asks again after a server error or a broken connection.
     """
 
     def __init__(
-        self, make_client: Callable[[], httpx.AsyncClient], clients: int, requests: int | None = None
+        self,
+        make_client: Callable[[], httpx.AsyncClient],
+        clients: int,
+        requests: int | None = None,
+        again_s: float = 0.0,
     ) -> None:
-        self._make_client, self._clients = make_client, clients
+        self._make_client, self._clients, self._again_s = make_client, clients, again_s
         self._turns = iter(itertools.count() if requests is None else range(requests))
         self._wanted: dict[str, list[Any]] = {}
         self.report = Report()
@@ -183,7 +202,7 @@ class Load:
             name = f"{kind}, {'streamed' if stream else 'whole'}"
             began = time.monotonic()
             try:
-                found = await answer(client, BODIES[kind], stream=stream)
+                found = await self._answer(client, BODIES[kind], stream=stream)
             except Exception as error:
                 self.report.failures.append(f"{name}: {error!r}")
                 continue
@@ -191,3 +210,14 @@ class Load:
             self.report.answered[name] += 1
             if found != self._wanted[kind]:
                 self.report.differences.append(f"{name}: {found} instead of {self._wanted[kind]}")
+
+    async def _answer(self, client: httpx.AsyncClient, body: dict[str, Any], *, stream: bool) -> list[Any]:
+        deadline = time.monotonic() + self._again_s
+        while True:
+            try:
+                return await answer(client, body, stream=stream)
+            except (ServerLost, httpx.TransportError):
+                if time.monotonic() >= deadline:
+                    raise
+            self.report.asked_again += 1
+            await asyncio.sleep(0.1)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 
 import psutil
 
-from tests.serving import Served
+from tests.metrics import all_answer, scraped
+from tests.serving import Served, wait_for, wait_until
 
-#: What is killed: the replicas of each stage, and ranks beyond the first.
+#: What is killed: the replicas of each stage, ranks beyond the first, and replicas of the ingress.
 STAGES = ("Preprocessor", "VisionEncoder", "LanguageModel")
 RANK = "rank"
+INGRESS = "Ingress"
 
 
 def replica_pids(served: Served, deployment: str) -> list[int]:
@@ -32,6 +38,18 @@ def replica_pids(served: Served, deployment: str) -> list[int]:
     return [pid for pid in running if pid in own]
 
 
+def processes_of(served: Served, deployment: str) -> list[int]:
+    """Process ids of a deployment's replicas, of those that start as well; needs no connection to Ray."""
+    # Ray puts the class of a replica into its title, and its whole name before the replica is ready.
+    title = re.compile(rf"ray::.*(ServeReplica:sightline:|sightline#){re.escape(deployment)}(?![\w-])")
+    found = []
+    for child in served.process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if title.match(" ".join(child.cmdline())):
+                found.append(child.pid)
+    return found
+
+
 def rank_pids(replica: int) -> list[int]:
     """Process ids of the ranks that a language model's replica has started."""
     try:
@@ -41,48 +59,64 @@ def rank_pids(replica: int) -> list[int]:
         return []
 
 
+def everything_runs(served: Served) -> bool:
+    """Return whether a replica of each of pocket's stages answers."""
+    try:
+        return all_answer(scraped(served.root))
+    except (OSError, HTTPException):
+        return False
+
+
 @dataclass
 class Killer:
-    """Kills a random stage's process again and again.
+    """Kills random processes again and again.
 
     Args:
         served: the application.
-        period_s: seconds between two kills. The next victim's stage must be back, too: where machines are
-            slow, nothing would ever be answered otherwise.
-        ranks: whether the language model has further ranks.
+        kinds: what is killed.
+        period_s: seconds between two kills. The next victim must be back, too.
 
     Attributes:
-        killed: by what was killed.
+        killed: by kind.
     """
 
     served: Served
+    kinds: Sequence[str]
     period_s: float
-    ranks: bool
     seed: int = 0
     killed: Counter[str] = field(default_factory=Counter)
 
-    async def run(self, seconds: float) -> None:
-        """Kill for this long."""
+    async def run(self, seconds: float, answered: Callable[[], int], least: int = 2) -> None:
+        """Kill for this long, and each kind this often at least.
+
+        Args:
+            answered: gives the number of answered requests. Between two kills it must grow: a slow machine
+                would do nothing but restart processes.
+        """
         rng = random.Random(self.seed)
         end = time.monotonic() + seconds
-        kinds = [*STAGES, RANK] if self.ranks else list(STAGES)
-        while time.monotonic() < end:
+        while time.monotonic() < end or min(self.killed[kind] for kind in self.kinds) < least:
             # Each kind comes in each round: a short run has them all.
-            for kind in rng.sample(kinds, len(kinds)):
+            for kind in rng.sample(self.kinds, len(self.kinds)):
+                before = answered()
                 await asyncio.sleep(self.period_s)
-                if time.monotonic() >= end:
-                    return
-                if (pid := await asyncio.to_thread(self._victim, kind, rng)) is not None:
-                    os.kill(pid, signal.SIGKILL)
+                await wait_until(lambda before=before: answered() > before, 600)
+                victim = await asyncio.to_thread(self._victim, kind, rng)
+                # It may have ended by itself, with another that was killed.
+                with suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
                     self.killed[kind] += 1
 
-    def _victim(self, kind: str, rng: random.Random) -> int | None:
-        """The process to kill, once there is one; None if none comes up for long."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            replicas = replica_pids(self.served, f"{'LanguageModel' if kind == RANK else kind}:pocket")
-            found = replicas if kind != RANK else [pid for each in replicas for pid in rank_pids(each)]
-            if found:
-                return rng.choice(found)
-            time.sleep(0.2)
-        return None
+    def _victim(self, kind: str, rng: random.Random) -> int:
+        """The process to kill, once there is one."""
+
+        def found() -> list[int]:
+            # All must be back: a process that has just begun to start is no victim.
+            if not everything_runs(self.served):
+                return []
+            if kind == INGRESS:
+                return processes_of(self.served, kind)
+            replicas = processes_of(self.served, f"{'LanguageModel' if kind == RANK else kind}:pocket")
+            return replicas if kind != RANK else [pid for each in replicas for pid in rank_pids(each)]
+
+        return rng.choice(wait_for(found, 600))

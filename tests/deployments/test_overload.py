@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from deployments.access import KeyConfig
-from deployments.api import create_api
+from deployments.api import AdmissionLimit, create_api
 from deployments.config import AppConfig, IngressConfig
 from deployments.pipeline import Pipeline
 from deployments.stages import Stages
@@ -146,3 +146,20 @@ async def test_a_full_stage_is_named_in_a_429(running, stream):
         assert refused.status_code == 429 and refused.headers["retry-after"]
         assert "language model" in refused.json()["error"]["message"]
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+
+
+async def test_a_request_that_is_refused_is_not_read():
+    """Its body takes no memory, however large it is."""
+    admission = AdmissionLimit(0)
+    sent = []
+
+    async def read():
+        raise AssertionError("the body was read")
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    await admission.around(None)(scope, read, send)
+    assert sent[0]["status"] == 429 and admission.active == 0
+    assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1

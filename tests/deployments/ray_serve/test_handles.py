@@ -6,6 +6,7 @@ import gc
 import inspect
 import pickle
 import weakref
+from contextlib import aclosing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -327,5 +328,26 @@ async def test_what_a_lost_call_was_given_is_freed_at_once():
         with pytest.raises(RowsLost):
             await work()
         await wait_until(lambda: all(reference() is None for reference in found), 10)
+    finally:
+        gc.enable()
+
+
+async def test_what_a_misrouted_stream_was_given_is_freed_at_once():
+    handle = Handle(lambda start: [Refusal(Misrouted("elsewhere"))])
+    handle.held = SimpleNamespace(append=lambda _: None)
+    found = []
+
+    async def work():
+        rows = np.zeros(1)
+        found.append(weakref.ref(rows))
+        media = [RowsRef(RowsInfo("h", "float32"), rows)]
+        async with aclosing(RemoteLanguageModel(handle).generate(generation(), media)) as updates:
+            await anext(updates)
+
+    gc.disable()
+    try:
+        with pytest.raises(StageLost):
+            await work()
+        await wait_until(lambda: found[0]() is None, 10)
     finally:
         gc.enable()

@@ -5,7 +5,6 @@ import re
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.api import create_api
 from deployments.config import AppConfig, ReplayConfig
@@ -13,6 +12,7 @@ from deployments.metrics.families import Family, Part
 from tests.deployments.asgi import AppTransport
 from tests.deployments.dying import Deaths, dying_client
 from tests.deployments.pictures import ask, circle, square
+from tests.metrics import Values
 from tests.serving import ROOT, app_args
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
@@ -21,22 +21,6 @@ STAGES = ("preprocessor", "encoder", "language_model")
 
 #: Units of Prometheus, and what has none: counts of things.
 UNITS = ("_seconds", "_bytes", "_ratio")
-
-
-class Values:
-    """The values of one scrape."""
-
-    def __init__(self, text: str) -> None:
-        self.families = list(text_string_to_metric_families(text))
-        self._samples = [sample for family in self.families for sample in family.samples]
-
-    def __call__(self, name: str, **labels: str) -> float:
-        """The sum over all series with these labels; their names begin with ``sightline_``."""
-        return sum(
-            sample.value
-            for sample in self._samples
-            if sample.name == f"sightline_{name}" and labels.items() <= sample.labels.items()
-        )
 
 
 @pytest.fixture
