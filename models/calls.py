@@ -274,6 +274,24 @@ def tool_dialogue(rng: random.Random, size: tuple[int, int]) -> Dialogue:
     return Dialogue([scene.image], messages, tools)
 
 
+def count_dialogue(rng: random.Random, size: tuple[int, int]) -> Dialogue:
+    """One call of a function that takes how many things there are, among other facts of them."""
+    scene = shapes_scene(rng, size, uniform_pairs(rng))
+    facts = facts_of(scene, None, rng)
+    kinds = rng.sample(["color", "shape", "count"], 3)
+    if rng.random() < 0.2:
+        kinds.remove(rng.choice(["color", "shape"]))
+    fields = [(rng.choice(FIELD_NAMES[kind]), kind) for kind in kinds]
+    verb = "report" if rng.random() < 0.5 else rng.choice(VERBS)
+    name = random_name(rng, verb)
+    tools = [function(name, {given: TYPES.get(kind, "string") for given, kind in fields})]
+    tools += other_tools(rng, rng.choice([0, 0, 0, 1, 2]))
+    rng.shuffle(tools)
+    question = wordings(rng, name, verb, [given for given, _ in fields], None)
+    call = said((name, {given: facts[kind] for given, kind in fields}))
+    return Dialogue([scene.image], [asked(question, 1, first=rng.random() < 0.7), call], tools)
+
+
 def each_dialogue(rng: random.Random, size: tuple[int, int]) -> Dialogue:
     """Two or three different things, each in a call of its own, from left to right."""
     pairs = list(dict.fromkeys(random_pair(rng, False) for _ in range(rng.choice([2, 2, 3]))))
@@ -475,9 +493,10 @@ def forced_dialogue(rng: random.Random, size: tuple[int, int]) -> Dialogue:
 
 
 PICTURE_DIALOGUES: dict[Callable[[random.Random, tuple[int, int]], Dialogue], float] = {
-    tool_dialogue: 57,
+    tool_dialogue: 25,
+    count_dialogue: 35,
     each_dialogue: 3,
-    plain_dialogue: 18,
+    plain_dialogue: 15,
     json_dialogue: 12,
     forced_dialogue: 10,
 }

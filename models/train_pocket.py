@@ -43,11 +43,15 @@ class Conversations:
 
     Args:
         dialogues: the share of batches with tools or JSON.
-        small: most images are small, and lengths are rounded less: for a CPU.
+        small: the share of images that are made small, at which a CPU learns at less cost.
+        multiple: lengths are rounded up to a multiple of this many tokens.
     """
 
-    def __init__(self, core: Tokenizer, batch_size: int, dialogues: float, small: bool = False) -> None:
-        self.core, self.batch_size, self.dialogues, self.small = core, batch_size, dialogues, small
+    def __init__(
+        self, core: Tokenizer, batch_size: int, dialogues: float, small: float = 0.0, multiple: int = 64
+    ) -> None:
+        self.core, self.batch_size, self.dialogues = core, batch_size, dialogues
+        self.small, self.multiple = small, multiple
         self._ready: list[training.Batch] = []
 
     def __call__(self, rng: random.Random) -> training.Batch:
@@ -64,7 +68,7 @@ class Conversations:
             size = None
             drawn = [calls.text_dialogue(rng) for _ in range(count)]
         else:
-            size = small_size(rng) if self.small else resized(random_size(rng))
+            size = small_size(rng) if rng.random() < self.small else resized(random_size(rng))
             drawn = [calls.picture_dialogue(rng, size) for _ in range(count)]
         grid = patches(size) if size else (0, 0)
         rows = [(encode_dialogue(self.core, dialogue, grid), dialogue) for dialogue in drawn]
@@ -72,7 +76,7 @@ class Conversations:
         for start in range(0, count, self.batch_size):
             part = rows[start : start + self.batch_size]
             images = [image for _, dialogue in part for image in dialogue.images]
-            batches.append(stack([row for row, _ in part], images, 8 if self.small else 64))
+            batches.append(stack([row for row, _ in part], images, self.multiple))
         rng.shuffle(batches)
         return batches
 
@@ -87,7 +91,7 @@ class Conversations:
             draw = data.comparison_sample if kind < 0.1 else data.album_sample
             samples = [draw(rng, size) for _ in range(self.batch_size // 2)]
         else:
-            size = small_size(rng) if self.small else random_size(rng)
+            size = small_size(rng) if rng.random() < self.small else random_size(rng)
             if rng.random() < 0.65:
                 # As the model sees it: drawn without resizing, which takes longer than all the rest.
                 size = resized(size)
@@ -96,9 +100,9 @@ class Conversations:
 
 
 def small_size(rng: random.Random) -> tuple[int, int]:
-    """Width and height as the model sees them, mostly small: calls can be learned there at less cost."""
+    """Width and height as the model sees them, small."""
     width, height = random_size(rng)
-    scale = 1.0 if rng.random() < 0.2 else min(1.0, 120 / math.sqrt(width * height))
+    scale = min(1.0, 120 / math.sqrt(width * height))
     return resized((round(width * scale), round(height * scale)))
 
 
@@ -156,6 +160,7 @@ def main() -> None:
     training.add_options(parser, seconds=520, batch=160, lr=1e-3)
     parser.add_argument("--dialogues", type=float, default=0.0, help="share of batches with tools or JSON")
     parser.add_argument("--freeze-vision", action="store_true", help="train the decoder alone")
+    parser.add_argument("--small", type=float, default=0.0, help="share of images that are made small")
     options = parser.parse_args()
     model, core = training.prepare(options)
     trainee = Answerer(model)
@@ -165,7 +170,9 @@ def main() -> None:
     def keep() -> None:
         training.save(trainee, core, options.out)
 
-    draw = Conversations(core, options.batch, options.dialogues, options.device == "cpu")
+    draw = Conversations(
+        core, options.batch, options.dialogues, options.small, 8 if options.device == "cpu" else 64
+    )
     training.fit(trainee, draw, options, start, keep)
     training.save(trainee, core, options.out)
     ask = TransformersAsk(options.out, torch.device(options.device))
