@@ -160,6 +160,8 @@ def running(config: dict[str, Any], start_timeout: float) -> Iterator[str]:
         log = (Path(folder) / "serve.log").open("w+")
         began = time.perf_counter()
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        # The server must not outlive a benchmark that is ended by ``timeout``.
+        former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             if not asyncio.run(healthy(f"http://127.0.0.1:{port}/health", server, start_timeout)):
                 log.seek(0)
@@ -167,6 +169,7 @@ def running(config: dict[str, Any], start_timeout: float) -> Iterator[str]:
             print(f"application up after {time.perf_counter() - began:.1f} s", flush=True)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
+            signal.signal(signal.SIGTERM, former)
             server.send_signal(signal.SIGINT)
             try:
                 server.wait(60)

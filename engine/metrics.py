@@ -43,7 +43,7 @@ class Histogram:
 
 
 class Rate:
-    """Events per second over the last ``window`` seconds."""
+    """Events per second over the last ``window`` seconds. One thread adds, any thread reads."""
 
     def __init__(self, window: int = 10) -> None:
         self._window = window
@@ -54,16 +54,14 @@ class Rate:
         if self._counts and self._counts[-1][0] == second:
             count += self._counts.pop()[1]
         self._counts.append((second, count))
-        self._drop(second)
+        while self._counts[0][0] < second - self._window:
+            self._counts.popleft()
 
     def value(self, now: float) -> float:
         """Of the seconds that are over; 0 where there was nothing."""
-        self._drop(int(now))
-        return sum(count for second, count in self._counts if second < int(now)) / self._window
-
-    def _drop(self, second: int) -> None:
-        while self._counts and self._counts[0][0] < second - self._window:
-            self._counts.popleft()
+        # A copy: the other thread may add meanwhile, which ends an iteration over a deque with an error.
+        counts, oldest = tuple(self._counts), int(now) - self._window
+        return sum(count for second, count in counts if oldest <= second < int(now)) / self._window
 
 
 @dataclass(slots=True)

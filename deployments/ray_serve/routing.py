@@ -4,6 +4,7 @@
 the replica, and one choice carries one call, while embeddings and the stream that follows are two.
 """
 
+import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,7 +53,10 @@ class _ExactRouter(RequestRouter):
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
 
     def by_load(self, replicas: dict[str, RunningReplica]) -> list[str]:
-        return sorted(replicas, key=lambda name: self.load(replicas[name]))
+        """The less busy of two random replicas, then the others: what Serve's own router does. Several
+        ingress replicas that all chose the least busy one would fill it together."""
+        order = random.sample(list(replicas), len(replicas))
+        return sorted(order[:2], key=lambda name: self.load(replicas[name])) + order[2:]
 
 
 class EncoderRouter(_ExactRouter):

@@ -31,6 +31,21 @@ def test_rate_forgets_what_is_long_ago():
     assert rate.value(60.0) == 0
 
 
+def test_a_rate_is_read_while_another_thread_adds():
+    rate = Rate(window=10)
+    rate.add(30, 7.5)
+    rate.add(20, 8.5)
+
+    class Now(float):
+        """A time in whose every use the other thread gets its turn."""
+
+        def __int__(self) -> int:
+            rate.add(1, 9.5)
+            return 9
+
+    assert rate.value(Now(9.9)) == 5
+
+
 def test_a_second_turn_about_two_pictures_computes_only_what_is_new():
     llm = LLM(str(POCKET), max_model_len=1024)
     params = SamplingParams(temperature=0.0, max_tokens=40)
