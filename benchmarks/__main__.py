@@ -1,7 +1,7 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
 python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [media_memory] [memory]
-    [offline] [preparation] [routing] [serve] [slow_hosts] [tiles]
+    [offline] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "tiles": ("", ""),
     "autoscaling_sim": ("", "--trace nightly"),
     "routing": ("", "--requests 60 --replicas 2"),
+    "scaling": ("", ""),
     "serve": (
         "--gpu --shape qwen2-vl-2b --rates 8,16,32 --requests 200 --preprocessors 4",
         "--shape tiny --rates 4,8 --requests 12",
