@@ -137,14 +137,12 @@ def _check_squares(checkpoint: Checkpoint, vision: NativeVisionConfig) -> int:
     """
     stated, squares = checkpoint.json("processor_config.json"), vision.squares
     tower = vision.patch_size, 1 if squares is None else squares.side
-    own = stated.get("patch_size", tower[0]), stated.get("spatial_merge_size", tower[1])
-    if own != tower:
-        raise CheckpointError(
-            f"processor_config.json: patch_size {own[0]} and spatial_merge_size {own[1]} differ from the "
-            f"model's {tower[0]} and {tower[1]}",
-            param="patch_size",
-        )
-    return tower[0] * tower[1]
+    for field, own in zip(("patch_size", "spatial_merge_size"), tower, strict=True):
+        if stated.get(field, own) != own:
+            raise CheckpointError(
+                f"processor_config.json: {field} {stated[field]} differs from the model's {own}", param=field
+            )
+    return math.prod(tower)
 
 
 def _own_patch(raw: Mapping[str, Any], vision: NativeVisionConfig) -> int:

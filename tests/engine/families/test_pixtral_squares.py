@@ -96,7 +96,7 @@ def test_refusals(tmp_path):
     ("kind", "file", "fields", "param"),
     [
         ("Mistral3", "config.json", {"vision_feature_layer": [1, 2]}, "vision_feature_layer"),
-        ("Mistral3", "processor_config.json", {"spatial_merge_size": 1}, "patch_size"),
+        ("Mistral3", "processor_config.json", {"spatial_merge_size": 1}, "spatial_merge_size"),
         ("LightOnOcr", "processor_config.json", {"image_processor": {"patch_size": 12}}, "patch_size"),
     ],
 )
