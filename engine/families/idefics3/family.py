@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.base import ModelConfig, PromptFormat
+from engine.families.encoders import crop_encoder
 from engine.families.family import Family
 from engine.families.idefics3.processor import Idefics3Processor
 from engine.families.parsing.decoder import DecoderKind
@@ -20,7 +21,7 @@ from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import HALF_NORMALISATION
 
 if TYPE_CHECKING:
-    from engine.layers.build import BuildContext
+    pass
 
 _TOWER = r"model\.vision_model\."
 _TOWER_DEFAULTS = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
@@ -84,12 +85,6 @@ def _weights(config: ModelConfig) -> WeightRules:
     )
 
 
-def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
-    from engine.vision.crops import CropVisionEncoder
-
-    return CropVisionEncoder(config.vision, build)
-
-
 FAMILY = Family(
     name="idefics3",
     architectures=("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
@@ -103,5 +98,5 @@ FAMILY = Family(
     processor=Idefics3Processor.create,
     options=("do_image_splitting", "size"),
     weights=_weights,
-    build_encoder=_encoder,
+    build_encoder=crop_encoder,
 )

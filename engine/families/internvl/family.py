@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.base import ModelConfig, PromptFormat
+from engine.families.encoders import crop_encoder
 from engine.families.family import Family
 from engine.families.internvl.processor import InternVLProcessor
 from engine.families.internvl.tower import parse_tower, tower_rules, unused_tensors
@@ -23,7 +24,7 @@ from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import CLIP_NORMALISATION, Normalisation
 
 if TYPE_CHECKING:
-    from engine.layers.build import BuildContext
+    pass
 
 #: The tokenizer's fields of the tokens of images and videos, and the public models' values.
 TOKENS = {
@@ -132,12 +133,6 @@ def _weights(config: ModelConfig) -> WeightRules:
         ),
         ignore=unused_tensors(config.vision.tower),
     )
-
-
-def crop_encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
-    from engine.vision.crops import CropVisionEncoder
-
-    return CropVisionEncoder(config.vision, build)
 
 
 FAMILY = Family(

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, flag, integer, number, vision_activation
-from engine.families.parsing.tower import SquareTower, feature_states
+from engine.families.parsing.tower import SquareTower, feature_states, unused_layers
 from engine.vision.transformer_config import VisionConfig
 
 #: Of Transformers' InternVLVisionConfig.
@@ -113,9 +113,8 @@ def tower_rules() -> tuple[tuple[str, str], ...]:
 
 def unused_tensors(tower: VisionConfig) -> tuple[str, ...]:
     """Names to ignore: the token of masked training, layers after the last one that is run, unused norms."""
-    beyond = "|".join(str(index) for index in range(tower.num_layers, tower.stored_layers))
     return (
         _TOWER + r"embeddings\.mask_token",
-        *((_TOWER + rf"encoder\.layer\.(?:{beyond})\..*",) if beyond else ()),
+        *unused_layers(_TOWER + r"encoder\.layer\.", tower),
         *(() if tower.post_norm else (_TOWER + r"layernorm\..*",)),
     )

@@ -10,14 +10,16 @@ from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
+from engine.families.encoders import crop_encoder
 from engine.families.family import Family
-from engine.families.internvl.family import TOKENS, crop_encoder, crop_placeholder, shuffled_crops
+from engine.families.internvl.family import TOKENS, crop_placeholder, shuffled_crops
 from engine.families.internvl.processor import InternVLProcessor
 from engine.families.internvl.tower import parse_tower
 from engine.families.parsing.decoder import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, nested_text
 from engine.families.parsing.processor import parse_normalisation
+from engine.families.parsing.tower import unused_layers
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import Normalisation
 
@@ -93,10 +95,7 @@ FAMILY = Family(
             (r"mlp1\.1\.(.*)", r"connector.mlp.fc1.\1"),
             (r"mlp1\.3\.(.*)", r"connector.mlp.fc2.\1"),
         ),
-        ignore=tuple(
-            rf"vision_model\.encoder\.layers\.{layer}\..*"
-            for layer in range(config.vision.tower.num_layers, config.vision.tower.stored_layers)
-        ),
+        ignore=unused_layers(r"vision_model\.encoder\.layers\.", config.vision.tower),
     ),
     build_encoder=crop_encoder,
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from engine.families.base import PromptFormat
+from engine.families.encoders import native_encoder
 from engine.families.family import Family
-from engine.families.llava.lines import native_encoder
 from engine.families.llava.pixtral import PixtralProcessor
 from engine.families.llava.squares import square_weights, with_squares
 from engine.families.llava.towers import parse_pixtral

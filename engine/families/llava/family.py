@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import Checkpoint
 from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig
+from engine.families.encoders import crop_encoder, native_encoder
 from engine.families.family import Family
-from engine.families.llava.lines import line_placeholder, line_prompt, native_encoder, with_tokens
+from engine.families.llava.lines import line_placeholder, line_prompt, with_tokens
 from engine.families.llava.pixtral import PixtralProcessor
 from engine.families.llava.processor import LlavaProcessor
 from engine.families.llava.towers import parse_vision, tower_weights
@@ -42,9 +43,7 @@ def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str
 
 
 def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
-    from engine.vision.crops import CropVisionEncoder
-
-    return native_encoder(config, build) if _is_pixtral(config) else CropVisionEncoder(config.vision, build)
+    return (native_encoder if _is_pixtral(config) else crop_encoder)(config, build)
 
 
 def _is_pixtral(config: ModelConfig) -> bool:

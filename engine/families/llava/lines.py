@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
-from engine.layers.build import BuildContext
+from engine.families.base import ModelConfig, PromptFormat
 from engine.prompt import MediaItem, PlaceholderRun
 
 #: Placeholder strings: of a row, and of the ends of a line and of the image; and the fields that state them.
@@ -48,10 +47,3 @@ def line_placeholder(
     line = PlaceholderRun(config.image_token_id, width // side, True)
     lines = [line, PlaceholderRun(line_end, 1, False)] * (height // side)
     return (*lines[:-1], PlaceholderRun(image_end, 1, False))
-
-
-def native_encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
-    """The encoder, for :attr:`engine.families.family.Family.build_encoder`."""
-    from engine.vision.native import NativeVisionEncoder
-
-    return NativeVisionEncoder(config.vision, build)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.llava.towers import pixtral_rules, unused_blocks
+from engine.families.llava.towers import PIXTRAL_LAYERS, pixtral_rules
 from engine.families.parsing.fields import Json, integer, number
+from engine.families.parsing.tower import unused_layers
 from engine.vision.native_config import NativeVisionConfig, SquaresConfig
 
 
@@ -40,5 +41,5 @@ def square_weights(vision: NativeVisionConfig, tower: str, connector: str) -> We
             (connector + r"linear_([12])\.(.*)", r"merger.mlp.fc\1.\2"),
             *pixtral_rules(tower),
         ),
-        ignore=unused_blocks(tower, vision.tower),
+        ignore=unused_layers(tower + PIXTRAL_LAYERS, vision.tower),
     )

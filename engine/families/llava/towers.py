@@ -13,6 +13,7 @@ from engine.families.parsing.tower import (
     parse_clip,
     parse_siglip,
     tower_rules,
+    unused_layers,
     unused_tensors,
 )
 from engine.vision.crops_config import CropVisionConfig
@@ -35,6 +36,7 @@ _PIXTRAL_DEFAULTS = {
     "hidden_act": "gelu",
     "rope_theta": 10000.0,
 }
+PIXTRAL_LAYERS = r"transformer\.layers\."
 _PIXTRAL_NORM_EPS = 1e-5
 
 
@@ -147,7 +149,9 @@ def tower_weights(vision: CropVisionConfig | NativeVisionConfig) -> WeightRules:
         return WeightRules(
             vision=(*connector, *tower_rules(TOWER)), ignore=unused_tensors(TOWER, vision.tower)
         )
-    return WeightRules(vision=(*connector, *pixtral_rules(TOWER)), ignore=unused_blocks(TOWER, vision.tower))
+    return WeightRules(
+        vision=(*connector, *pixtral_rules(TOWER)), ignore=unused_layers(TOWER + PIXTRAL_LAYERS, vision.tower)
+    )
 
 
 def _connector(vision: CropVisionConfig | NativeVisionConfig) -> str:
@@ -156,7 +160,7 @@ def _connector(vision: CropVisionConfig | NativeVisionConfig) -> str:
 
 def pixtral_rules(prefix: str) -> tuple[tuple[str, str], ...]:
     """Rename rules of a Pixtral tower; ``prefix`` as :func:`engine.families.parsing.tower.tower_rules`."""
-    layer = prefix + r"transformer\.layers\.(\d+)\."
+    layer = prefix + PIXTRAL_LAYERS + r"(\d+)\."
     return (
         (prefix + r"patch_conv\.(.*)", r"tower.patch_embed.\1"),
         (prefix + r"ln_pre\.(.*)", r"tower.pre_norm.\1"),
@@ -165,12 +169,4 @@ def pixtral_rules(prefix: str) -> tuple[tuple[str, str], ...]:
         (layer + r"attention\.o_proj\.(.*)", r"tower.blocks.\1.attn.proj.\2"),
         (layer + r"attention\.([qkv]_proj\..*)", r"tower.blocks.\1.attn.\2"),
         (layer + r"feed_forward\.(.*)", r"tower.blocks.\1.mlp.\2"),
-    )
-
-
-def unused_blocks(prefix: str, tower: VisionConfig) -> tuple[str, ...]:
-    """Names to ignore: a Pixtral tower's blocks after the last one that is run."""
-    return tuple(
-        prefix + rf"transformer\.layers\.{layer}\..*"
-        for layer in range(tower.num_layers, tower.stored_layers)
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from engine.errors import CheckpointError
 from engine.families.base import PromptFormat
+from engine.families.encoders import anyres_encoder
 from engine.families.family import Family
 from engine.families.llava.towers import parse_vision
 from engine.families.llava_next.processor import PINPOINTS, LlavaNextProcessor
-from engine.families.parsing.anyres import anyres_encoder, anyres_weights, parse_pinpoints
+from engine.families.parsing.anyres import anyres_weights, parse_pinpoints
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.vision.anyres import AnyresConfig

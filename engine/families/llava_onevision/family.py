@@ -6,9 +6,10 @@ import re
 
 from engine.errors import CheckpointError
 from engine.families.base import PromptFormat
+from engine.families.encoders import anyres_encoder
 from engine.families.family import Family
 from engine.families.llava_onevision.processor import PINPOINTS, LlavaOnevisionProcessor
-from engine.families.parsing.anyres import anyres_encoder, anyres_weights, parse_pinpoints
+from engine.families.parsing.anyres import anyres_weights, parse_pinpoints
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation, parse_projector

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from engine.families.encoders import native_encoder
 from engine.families.family import Family
-from engine.families.llava.lines import line_placeholder, line_prompt, native_encoder, with_tokens
+from engine.families.llava.lines import line_placeholder, line_prompt, with_tokens
 from engine.families.llava.pixtral import PixtralProcessor
 from engine.families.llava.squares import square_weights, with_squares
 from engine.families.llava.towers import CONNECTOR, TOWER, parse_pixtral

@@ -1,19 +1,16 @@
-"""Tilings, weights and encoder of families that show an image as a whole and in tiles."""
+"""Tilings and weights of families that show an image as a whole and in tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.base import MediaEncoder, ModelConfig
+from engine.families.base import ModelConfig
 from engine.families.parsing.fields import Json
 from engine.families.parsing.tower import tower_rules, unused_tensors
 from engine.vision.anyres import AnyresConfig, Pinpoints
-
-if TYPE_CHECKING:
-    from engine.layers.build import BuildContext
 
 _TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
 _CONNECTOR = r"(?:model\.)?multi_modal_projector\."
@@ -64,10 +61,3 @@ def anyres_weights(config: ModelConfig) -> WeightRules:
         ),
         ignore=unused_tensors(_TOWER, config.vision.crops.tower),
     )
-
-
-def anyres_encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
-    """The encoder, for :attr:`engine.families.family.Family.build_encoder`."""
-    from engine.vision.anyres_encoder import AnyresVisionEncoder
-
-    return AnyresVisionEncoder(config.vision, build)

@@ -148,10 +148,19 @@ def tower_rules(prefix: str, module: str = "tower.") -> tuple[tuple[str, str], .
 def unused_tensors(prefix: str, tower: VisionConfig) -> tuple[str, ...]:
     """Names to ignore: layers after the last one that is run, an unused last norm, SigLIP's pooling head, and
     position indices."""
-    beyond = "|".join(str(index) for index in range(tower.num_layers, tower.stored_layers))
     return (
         prefix + r"embeddings\.position_ids",
         prefix + r"head\..*",
-        *((prefix + rf"encoder\.layers\.(?:{beyond})\..*",) if beyond else ()),
+        *unused_layers(prefix + r"encoder\.layers\.", tower),
         *(() if tower.post_norm else (prefix + r"post_layernorm\..*",)),
     )
+
+
+def unused_layers(prefix: str, tower: VisionConfig) -> tuple[str, ...]:
+    """Names to ignore: the layers after the last one that is run.
+
+    Args:
+        prefix: regular expression of the part of a name before the layer's number.
+    """
+    beyond = "|".join(str(index) for index in range(tower.num_layers, tower.stored_layers))
+    return (prefix + rf"(?:{beyond})\..*",) if beyond else ()

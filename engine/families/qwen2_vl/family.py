@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.checkpoint.rules import WeightRules
-from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.base import ModelConfig, PromptFormat
+from engine.families.encoders import native_encoder
 from engine.families.family import Family
 from engine.families.parsing.fields import Json, integer, vision_activation
 from engine.families.parsing.model import ConfigReader, token_field
@@ -16,7 +17,7 @@ from engine.vision.native_config import NativeVisionConfig
 from engine.vision.transformer_config import VisionConfig
 
 if TYPE_CHECKING:
-    from engine.layers.build import BuildContext
+    pass
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
@@ -58,12 +59,6 @@ def _weights(config: ModelConfig) -> WeightRules:
     )
 
 
-def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
-    from engine.vision.native import NativeVisionEncoder
-
-    return NativeVisionEncoder(config.vision, build)
-
-
 FAMILY = Family(
     name="qwen2_vl",
     architectures=("Qwen2VLForConditionalGeneration",),
@@ -78,5 +73,5 @@ FAMILY = Family(
     processor=QwenProcessor.with_videos(VideoRules()),
     options=("min_pixels", "max_pixels", "fps"),
     weights=_weights,
-    build_encoder=_encoder,
+    build_encoder=native_encoder,
 )
