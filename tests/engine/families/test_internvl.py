@@ -6,12 +6,12 @@ import json
 import random
 
 import pytest
-import torch
 
 from engine import LLM, SamplingParams
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.internvl.processor import best_tiling
 from tests.engine.families.case import CasePrompt
+from tests.engine.families.expected import Expected
 from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.internvl_chat import make_internvl_chat
 from tests.engine.families.opened import media_processor, parse
@@ -95,14 +95,12 @@ def test_other_towers_and_decoders_equal_transformers(tmp_path, variant):
     path = make_internvl(tmp_path, **variant)
     prompt = CasePrompt("what is shown? <IMG_CONTEXT>\nand <IMG_CONTEXT>", (picture(70, 45), picture(20, 20)))
     inputs = InternVLReference(path).inputs(prompt)
-    limits = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": -1}
-    with torch.inference_mode():
-        theirs = inputs.model.generate(**inputs.arguments, **limits)
+    theirs = Expected(inputs, 10)
     llm = LLM(str(path), max_model_len=256)
     params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
     (ours,) = llm.generate(prompt.entry, params, use_tqdm=False)
-    assert ours.prompt_token_ids == inputs.ids
-    assert ours.outputs[0].token_ids == theirs[0, len(inputs.ids) :].tolist()
+    assert ours.prompt_token_ids == theirs.ids
+    assert ours.outputs[0].token_ids == theirs.tokens
 
 
 def test_the_number_of_the_first_frame_is_tokenised_with_the_text_before_it(tmp_path):

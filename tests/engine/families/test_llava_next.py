@@ -6,7 +6,6 @@ import json
 import random
 
 import pytest
-import torch
 import transformers
 
 from engine import LLM, SamplingParams
@@ -14,6 +13,7 @@ from engine.errors import CheckpointError, InvalidRequest
 from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from tests.engine.families.case import CasePrompt
+from tests.engine.families.expected import Expected
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.tiny import picture
@@ -95,15 +95,12 @@ def test_siglip_and_other_decoders_equal_transformers(tmp_path, text):
     path = make_llava_next(tmp_path, tower="siglip", text=text)
     prompt = CasePrompt("USER: <image>\nwhat is shown? ASSISTANT:", (picture(70, 45),))
     inputs = LlavaNextReference(path).inputs(prompt)
-    with torch.inference_mode():
-        theirs = inputs.model.generate(
-            **inputs.arguments, max_new_tokens=10, do_sample=False, eos_token_id=-1
-        )
+    theirs = Expected(inputs, 10)
     llm = LLM(str(path), max_model_len=256)
     params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
     (ours,) = llm.generate(prompt.entry, params, use_tqdm=False)
-    assert ours.prompt_token_ids == inputs.ids
-    assert ours.outputs[0].token_ids == theirs[0, len(inputs.ids) :].tolist()
+    assert ours.prompt_token_ids == theirs.ids
+    assert ours.outputs[0].token_ids == theirs.tokens
 
 
 def test_refusals(tmp_path):
