@@ -89,11 +89,18 @@ class Caller:
     """
 
     def __init__(self, config: KeyConfig | None = None) -> None:
-        self.name = config.name if config is not None else ""
-        self.salt = f"{config.name}\n" if config is not None and config.own_cache else ""
-        self._max_requests = config.max_active_requests if config is not None else None
-        self._max_tokens = config.max_active_tokens if config is not None else None
+        self.name = self.salt = ""
+        self._max_requests: int | None = None
+        self._max_tokens: int | None = None
         self._requests = self._tokens = 0
+        if config is not None:
+            self.change(config)
+
+    def change(self, config: KeyConfig) -> None:
+        """Have other limits, or another cache, from the next request on."""
+        self.name = config.name
+        self.salt = f"{config.name}\n" if config.own_cache else ""
+        self._max_requests, self._max_tokens = config.max_active_requests, config.max_active_tokens
 
     def enter(self, ledger: Ledger) -> "Visit":
         """Begin a request, with an account in ``ledger``.
@@ -193,23 +200,35 @@ def media_account() -> Account:
 class Access:
     """Lets in the holders of keys, on every path but :data:`OPEN_PATHS`.
 
+    Everybody may enter until :meth:`change` was given keys.
+
     Args:
-        keys: the keys; everybody may enter if there are none.
         page: the files of the pages need no key either: browsers send none with an address. The pages hold
             nothing but a field for it.
         ledger: counts what the media of open requests take.
-
-    Raises:
-        ConfigError: a key can't be read.
     """
 
-    def __init__(self, keys: Sequence[KeyConfig], *, page: bool = False, ledger: Ledger) -> None:
+    def __init__(self, *, page: bool = False, ledger: Ledger) -> None:
         self._page = page
         self._ledger = ledger
-        callers: dict[str, Caller] = {}
         self._everybody = Caller()
+        self._keys: list[tuple[bytes, Caller]] = []
+
+    def change(self, keys: Sequence[KeyConfig]) -> None:
+        """Let in the holders of ``keys`` instead. Requests that are open stay so, and count.
+
+        Raises:
+            ConfigError: a key can't be read; then nothing changes.
+        """
         # Digests have one length, so comparing them tells nothing of a key's.
-        self._keys = [(_digest(key.secret()), callers.setdefault(key.name, Caller(key))) for key in keys]
+        read = [(_digest(key.secret()), key) for key in keys]
+        former = {caller.name: caller for _, caller in self._keys}
+        callers: dict[str, Caller] = {}
+        for _, key in read:
+            if key.name not in callers:
+                callers[key.name] = former.get(key.name) or Caller(key)
+                callers[key.name].change(key)
+        self._keys = [(digest, callers[key.name]) for digest, key in read]
 
     def around(self, app: ASGIApp) -> ASGIApp:
         """``app`` behind this check."""

@@ -69,7 +69,6 @@ def create_api(
         media: the most that the media of open requests may take; ``state.ledger`` counts them.
     """
     api = _Api(RequestLog(echo_ids), title="Sightline", docs_url=None, redoc_url=None, lifespan=lifespan)
-    api.state.config = config
     api.state.pipelines = pipelines
     if keeper is None:
         keeper = KeptResponses(*config.response_limits)
@@ -88,12 +87,14 @@ def create_api(
         api.include_router(endpoint.router)
     routes = [route for endpoint in endpoints for route in endpoint.router.routes]
     tasks = {name: pipeline.task for name, pipeline in pipelines.items()}
-    api.openapi = cache(partial(describe, api, routes, tasks, keys=bool(config.keys)))  # type: ignore[method-assign]
+    described = {keys: cache(partial(describe, api, routes, tasks, keys=keys)) for keys in (False, True)}
+    api.openapi = lambda: described[bool(api.state.config.keys)]()  # type: ignore[method-assign]
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)
-    api.state.admission = admission = AdmissionLimit(config.max_active_requests)
+    api.state.admission = admission = AdmissionLimit()
     api.add_middleware(admission.around)
-    api.add_middleware(Access(config.keys, page=config.page, ledger=ledger).around)
+    api.state.access = access = Access(page=config.page, ledger=ledger)
+    api.add_middleware(access.around)
     api.add_middleware(Spelling)
     if config.cors_origins:
         api.add_middleware(
@@ -107,6 +108,7 @@ def create_api(
     if tracer is not None and tracer.on:
         api.add_middleware(tracer.around)
     api.add_middleware(lambda app: http.around(app, routes))
+    _use(api, config)
     return api
 
 
@@ -119,6 +121,25 @@ class _Api(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         return self._log.around(super().build_middleware_stack())
+
+
+def take_over(api: FastAPI, config: IngressConfig) -> None:
+    """Have ``api`` use the values of :attr:`IngressConfig.IN_PLACE` from the next request on.
+
+    Raises:
+        ConfigError: a key can't be read; then all values stay as they were.
+    """
+    _use(api, config)
+    for pipeline in api.state.pipelines.values():
+        pipeline.replay, pipeline.timeout_s = config.replay, config.request_timeout_s
+
+
+def _use(api: FastAPI, config: IngressConfig) -> None:
+    state = api.state
+    state.access.change(config.keys)
+    state.config = config
+    state.admission.limit = config.max_active_requests
+    state.collector.timeout = config.health_timeout_s
 
 
 class Spelling:
@@ -141,11 +162,12 @@ class AdmissionLimit:
     """Answers 429 while ``limit`` POST requests are open, before it reads the body.
 
     Attributes:
+        limit: the most requests.
         active: POST requests that are open.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
         self.active = 0
 
     def around(self, app: ASGIApp) -> ASGIApp:
@@ -155,8 +177,8 @@ class AdmissionLimit:
             if scope["type"] != "http" or scope["method"] != "POST":
                 await app(scope, receive, send)
                 return
-            if self.active >= self._limit:
-                error = Overloaded(f"More than {self._limit} requests are open; try again shortly.")
+            if self.active >= self.limit:
+                error = Overloaded(f"More than {self.limit} requests are open; try again shortly.")
                 await error_response(error, scope)(scope, receive, send)
                 return
             self.active += 1

@@ -1,6 +1,6 @@
 """Builds the Ray Serve application from a configuration: ``import_path: deployments.app:build``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import serve
@@ -16,6 +16,7 @@ from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorRep
 from deployments.ray_serve.reservations import Host, check_reservation, known_hosts
 from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
 from deployments.response_store import KeptResponses
+from engine.errors import ConfigError
 from engine.frontend import load_media_processor, load_prompt_builder
 
 #: Calls that the store of responses has open at a time: one for each response that runs in the background.
@@ -31,39 +32,74 @@ def build(args: AppConfig) -> Application:
     """
     hosts = known_hosts()
     check_reservation("Ingress", args.ingress, hosts)
-    stages = [_deploy_stages(spec, args, hosts) for spec in args.models]
+    stages = [_stages(spec, args, hosts) for spec in args.models]
     ingress = serve.deployment(name="Ingress", **_options(args.ingress, args.logging))(Ingress)
     if not args.ingress.has_several_replicas:
         return ingress.bind(args, *stages)
     # One replica: it is what the replicas of the ingress share.
     stage = StageConfig(num_cpus=0, max_ongoing_requests=_OPEN_CALLS)
-    store = serve.deployment(name="Responses", **_options(stage, args.logging))(KeptResponses)
+    options = _options(stage, args.logging)
+    # It takes nothing over while it runs.
+    del options["user_config"]
+    store = serve.deployment(name="Responses", **options)(KeptResponses)
     return ingress.bind(args, *stages, responses=store.bind(*args.ingress.response_limits))
 
 
-def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str, Application]:
-    """Deployments of one model; the ingress gets a handle for each."""
+def build_stages(args: AppConfig) -> Application:
+    """The stages of one model as an application without HTTP (``route_prefix: null``).
+
+    The ingress is in another application, whose ``models`` name this one as the model's ``application``. A
+    change of these ``args`` replaces replicas of this model alone.
+
+    Raises:
+        CheckpointError, ConfigError: as :func:`build`.
+    """
+    if len(args.models) != 1:
+        raise ConfigError("an application of stages has exactly one model", param="models")
+    return _deploy_stages(args.models[0], args, known_hosts(), root=True)["language_model"]
+
+
+def _stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str, Any]:
+    """For each stage of a model a deployment, or the names of one and its application."""
+    if spec.application is None:
+        return _deploy_stages(spec, args, hosts)
+    load_prompt_builder(spec.engine)
+    names = {"language_model": "LanguageModel"}
+    if load_media_processor(spec.engine) is not None:
+        names |= {"preprocessor": "Preprocessor", "encoder": "VisionEncoder"}
+    return {stage: (f"{name}:{spec.slug}", spec.application) for stage, name in names.items()}
+
+
+def _deploy_stages(
+    spec: ModelSpec, args: AppConfig, hosts: Sequence[Host], *, root: bool = False
+) -> dict[str, Application]:
+    """Deployments of one model. As an application's root, the language model's is bound to the others."""
     load_prompt_builder(spec.engine)
 
     def deploy(name: str, replica: type, stage: StageConfig, *init: Any, **options: Any) -> Application:
         check_reservation(f"{name} of {spec.name}", stage, hosts)
         options |= _options(stage, args.logging) | {"name": f"{name}:{spec.slug}"}
-        return serve.deployment(**options)(replica).bind(args.tracing, *init)
+        return serve.deployment(**options)(replica).bind(args.tracing, stage, *init)
 
+    stages = {} if load_media_processor(spec.engine) is None else _deploy_media_stages(spec, args, deploy)
     spread = spec.language_model.hosts > 1
-    router = FirstHostRouter if spread else LanguageModelRouter
-    stages = {
-        "language_model": deploy(
-            "LanguageModel",
-            HostReplica if spread else LanguageModelReplica,
-            spec.language_model,
-            spec.engine,
-            *([spec.language_model.hosts] if spread else []),
-            request_router_config=_routing(router, spec.language_model.routing),
-        )
-    }
-    if load_media_processor(spec.engine) is None:
-        return stages
+    stages["language_model"] = deploy(
+        "LanguageModel",
+        HostReplica if spread else LanguageModelReplica,
+        spec.language_model,
+        spec.engine,
+        *(stages.values() if root else ()),
+        request_router_config=_routing(
+            FirstHostRouter if spread else LanguageModelRouter, spec.language_model.routing
+        ),
+    )
+    return stages
+
+
+def _deploy_media_stages(
+    spec: ModelSpec, args: AppConfig, deploy: Callable[..., Application]
+) -> dict[str, Application]:
+    stages = {}
     stages["preprocessor"] = deploy(
         "Preprocessor",
         PreprocessorReplica,
@@ -72,10 +108,7 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> d
         args.fetch,
         args.images,
         args.videos,
-        spec.preprocessor.threads,
-        spec.preprocessor.video_processes,
         args.documents,
-        spec.preprocessor.document_processes,
         args.media,
     )
     stages["encoder"] = deploy(
@@ -83,9 +116,6 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> d
         VisionEncoderReplica,
         spec.encoder,
         spec.engine,
-        spec.encoder.max_batch_patches,
-        spec.encoder.cache_bytes,
-        spec.encoder.duty_cycle,
         request_router_config=_routing(EncoderRouter, spec.encoder.routing),
     )
     return stages

@@ -67,6 +67,8 @@ class StageConfig(_Strict):
 
     #: Its name in :data:`deployments.autoscaling.SIGNALS`.
     stage: ClassVar[str] = "ingress"
+    #: Fields that a running replica can take over, see :mod:`deployments.in_place`.
+    IN_PLACE: ClassVar[frozenset[str]] = frozenset()
 
     num_replicas: PositiveInt = 1
     autoscaling: dict[str, Any] | None = None
@@ -134,6 +136,8 @@ class StageConfig(_Strict):
         )
         return {
             **scale,
+            # Not None, so that replicas are told when Serve's configuration no longer has one.
+            "user_config": {},
             "ray_actor_options": actor,
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": -1 if self.max_queued_requests is None else self.max_queued_requests,
@@ -156,6 +160,7 @@ class PreprocessorConfig(StageConfig):
     """
 
     stage: ClassVar[str] = "preprocessor"
+    IN_PLACE: ClassVar[frozenset[str]] = frozenset({"threads"})
 
     threads: PositiveInt = 4
     video_processes: PositiveInt = 2
@@ -180,6 +185,7 @@ class EncoderConfig(StageConfig):
     """
 
     stage: ClassVar[str] = "encoder"
+    IN_PLACE: ClassVar[frozenset[str]] = frozenset({"max_batch_patches", "cache_bytes", "duty_cycle"})
 
     max_batch_patches: PositiveInt = 32768
     duty_cycle: float = Field(default=1.0, gt=0, le=1)
@@ -247,6 +253,8 @@ class ModelSpec(_Strict):
         name: the value of ``model`` in clients' requests.
         engine: see :class:`engine.config.EngineConfig`; ``engine.model`` may be relative to the working
             directory or to the project's folder.
+        application: the application that has the stages, see :func:`deployments.app.build_stages`. None: this
+            one has them. The ingress uses the fields of the model all the same.
         preprocessor, encoder: unused by models without a vision part.
         image_embeds: take embedding rows of images over HTTP, in parts of the type ``image_embeds``. The
             model reads them as they are, so leave it off unless callers are trusted.
@@ -258,6 +266,7 @@ class ModelSpec(_Strict):
 
     name: str = Field(min_length=1, max_length=256)
     engine: EngineConfig
+    application: str | None = None
     preprocessor: PreprocessorConfig = PreprocessorConfig()
     encoder: EncoderConfig = EncoderConfig()
     image_embeds: bool = False
@@ -343,6 +352,17 @@ class IngressConfig(StageConfig):
         page: serve a page to chat with the models at ``/``, and one that describes the API at ``/docs``.
         cors_origins: web pages that may use the server from a browser, e.g. ``["http://localhost:3000"]``.
     """
+
+    IN_PLACE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "max_body_bytes",
+            "max_active_requests",
+            "request_timeout_s",
+            "replay",
+            "health_timeout_s",
+            "keys",
+        }
+    )
 
     max_body_bytes: PositiveInt = 64 << 20
     max_active_requests: PositiveInt = 1024

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from deployments.config import EncoderConfig
 from deployments.metrics.families import Family, Part
 from deployments.metrics.snapshots import encoder_families
 from deployments.metrics.stage import StageMeter
@@ -17,30 +18,31 @@ class VisionEncoder:
     """Holds the vision part of one model, and no other part of it.
 
     Args:
-        config: the model.
-        max_batch_patches: the most patches in one launch.
-        cache_bytes: memory for embeddings of images seen before.
-        duty_cycle: the share of the time that this stage computes at most.
+        config: of the stage.
+        engine: the model.
         tracer: makes the spans of requests.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        max_batch_patches: int,
-        cache_bytes: int,
-        duty_cycle: float,
-        tracer: Tracer | None = None,
-    ) -> None:
+    def __init__(self, config: EncoderConfig, engine: EngineConfig, tracer: Tracer | None = None) -> None:
         self._engine = EncoderEngine.load(
-            config, max_batch_cost=max_batch_patches, cache_bytes=cache_bytes, duty_cycle=duty_cycle
+            engine,
+            max_batch_cost=config.max_batch_patches,
+            cache_bytes=config.cache_bytes,
+            duty_cycle=config.duty_cycle,
         )
-
         self._meter = StageMeter(
             "encoder",
             lambda: self._engine.metrics()["waiting"],
             lambda: self._engine.metrics()["batches_by_items"],
             tracer,
+        )
+
+    def take_over(self, config: EncoderConfig) -> None:
+        """Take over the values of :attr:`EncoderConfig.IN_PLACE`, from the next launch on."""
+        self._engine.tune(
+            max_batch_cost=config.max_batch_patches,
+            cache_bytes=config.cache_bytes,
+            duty_cycle=config.duty_cycle,
         )
 
     async def encode(self, pixels: PreparedMedia, salt: str) -> EmbeddedMedia:

@@ -28,21 +28,16 @@ class LocalModel:
         self.encoder: VisionEncoder | None = None
         if load_media_processor(spec.engine) is not None:
             self.preprocessor = Preprocessor(
+                spec.preprocessor,
                 spec.engine,
                 config.fetch,
                 config.images,
                 config.videos,
-                spec.preprocessor.threads,
-                spec.preprocessor.video_processes,
                 config.documents,
-                spec.preprocessor.document_processes,
                 config.media,
                 tracer,
             )
-            stage = spec.encoder
-            self.encoder = VisionEncoder(
-                spec.engine, stage.max_batch_patches, stage.cache_bytes, stage.duty_cycle, tracer
-            )
+            self.encoder = VisionEncoder(spec.encoder, spec.engine, tracer)
 
     @property
     def stages(self) -> Stages:

@@ -71,11 +71,11 @@ class Pipeline:
         spec: the model.
         stages: its stages.
         threads: where prompts are rendered and tokenized; never on the event loop.
-        replay: how far requests are carried on whose stage dies.
-        timeout_s: seconds that a request may take from its arrival; None for no limit.
         references: which media are kept for later requests.
 
     Attributes:
+        replay: how far requests are carried on whose stage dies; may be changed, as ``timeout_s`` may.
+        timeout_s: seconds that a request may take from its arrival; None for no limit.
         meter: counts and times this pipeline's work.
         references: the media that later requests may name.
     """
@@ -100,8 +100,8 @@ class Pipeline:
         self.meter = ModelMeter(StageLost)
         self._stages = stages
         self._threads = threads
-        self._replay = replay
-        self._timeout_s = timeout_s
+        self.replay = replay
+        self.timeout_s = timeout_s
         self._random = random.SystemRandom()
         self._max_model_len: int | None = None
         scale = spec.language_model.autoscaling or {}
@@ -336,10 +336,10 @@ class Pipeline:
 
     def _patience(self, work: str) -> Patience:
         deadline = None
-        if self._timeout_s is not None:
+        if self.timeout_s is not None:
             began = arrival.get() or time.perf_counter()
-            deadline = asyncio.get_running_loop().time() + self._timeout_s - (time.perf_counter() - began)
-        return Patience(self._replay, deadline, lambda: self.meter.failover(work))
+            deadline = asyncio.get_running_loop().time() + self.timeout_s - (time.perf_counter() - began)
+        return Patience(self.replay, deadline, lambda: self.meter.failover(work))
 
 
 def _pixels(media: Sequence[Shown]) -> list[Pixels]:

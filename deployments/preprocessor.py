@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from deployments.config import PreprocessorConfig
 from deployments.metrics.families import Family, Part
 from deployments.metrics.stage import StageMeter
 from deployments.stages import OpenFile
@@ -36,57 +37,62 @@ class Preprocessor:
     """Prepares the images and videos of one model, several at a time.
 
     Args:
-        config: the model, and the options of its processor.
+        config: of the stage.
+        engine: the model, and the options of its processor.
         fetch: the addresses that media may be fetched from.
         images: limits on an image's format and size.
         videos: limits on videos.
-        threads: images decoded at a time.
-        video_processes: video files decoded at a time.
         documents: limits on documents.
-        document_processes: documents read at a time.
         media: the most that the media of requests in preparation may take.
         tracer: makes the spans of requests.
     """
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: PreprocessorConfig,
+        engine: EngineConfig,
         fetch: FetchPolicy,
         images: ImageLimits,
         videos: VideoLimits,
-        threads: int,
-        video_processes: int = 2,
         documents: DocumentLimits = DocumentLimits(),
-        document_processes: int = 2,
         media: MediaLimits = MediaLimits(),
         tracer: Tracer | None = None,
     ) -> None:
-        processor = load_media_processor(config)
+        processor = load_media_processor(engine)
         assert processor is not None, "a text-only model has no preprocessor"
         self._preparation = MediaPreparation(
             processor,
             images,
             videos,
             documents,
-            max_tokens=config.max_model_len,
-            processes=video_processes,
-            readers=document_processes,
-            rows=GivenRows(load_embedding_width(config), fetch.max_bytes),
+            max_tokens=engine.max_model_len,
+            processes=config.video_processes,
+            readers=config.document_processes,
+            rows=GivenRows(load_embedding_width(engine), fetch.max_bytes),
         )
-        self._fetcher = MediaFetcher(fetch_policy(config, fetch))
+        self._fetcher = MediaFetcher(fetch_policy(engine, fetch))
         self.ledger = Ledger(media)
-        self._threads = ThreadPoolExecutor(threads, "images")
+        self._threads = ThreadPoolExecutor(config.threads, "images")
+        self._num_threads = config.threads
         # Videos and documents take seconds: images don't queue behind them.
         self._slow_threads = {
-            "video": ThreadPoolExecutor(video_processes, "videos"),
-            "document": ThreadPoolExecutor(document_processes, "documents"),
+            "video": ThreadPoolExecutor(config.video_processes, "videos"),
+            "document": ThreadPoolExecutor(config.document_processes, "documents"),
         }
         self._on_threads = 0
         self._pixels = self._pending_pixels = 0
         self._items = Histogram(COUNT_BUCKETS)
         self._meter = StageMeter(
-            "preprocessor", lambda: max(self._on_threads - threads, 0), self._items.snapshot, tracer
+            "preprocessor", lambda: max(self._on_threads - self._num_threads, 0), self._items.snapshot, tracer
         )
+
+    def take_over(self, config: PreprocessorConfig) -> None:
+        """Take over the values of :attr:`PreprocessorConfig.IN_PLACE`, for the next images."""
+        if config.threads != self._num_threads:
+            former, self._threads = self._threads, ThreadPoolExecutor(config.threads, "images")
+            self._num_threads = config.threads
+            # It ends once what was given to it is done.
+            former.shutdown(wait=False)
 
     async def prepare(
         self,

@@ -198,6 +198,13 @@ class EncoderEngine:
             # It keeps its error, and an error keeps the frames that it has come through.
             del job
 
+    def tune(self, *, max_batch_cost: int, cache_bytes: int, duty_cycle: float) -> None:
+        """Change arguments of the constructor, from the next launch on."""
+        with self._changed:
+            self._max_batch_cost = max_batch_cost
+            self._duty_cycle = duty_cycle
+            self._cache.limit(cache_bytes)
+
     def check_health(self) -> None:
         """Raise if the engine can encode no more images.
 
@@ -393,6 +400,11 @@ class _RowCache:
             return
         self._entries[key] = entry
         self.bytes += entry.rows.nbytes
+        self.limit(self._budget)
+
+    def limit(self, budget: int) -> None:
+        """Keep no more than ``budget`` bytes, now and later."""
+        self._budget = budget
         while self.bytes > self._budget:
             _, oldest = self._entries.popitem(last=False)
             self.bytes -= oldest.rows.nbytes

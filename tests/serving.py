@@ -145,6 +145,14 @@ class Served:
         wait_for(lambda: self.stage("LanguageModel").is_idle.remote().result(timeout_s=120))
 
 
+def stages_of(model: dict[str, Any]) -> dict[str, Any]:
+    """The application that has the stages of a model, which is told of it; both as in the configuration."""
+    name = model["name"].replace("/", "-")
+    args = {"models": [dict(model)]}
+    model["application"] = name
+    return {"name": name, "route_prefix": None, "import_path": "deployments.app:build_stages", "args": args}
+
+
 @contextmanager
 def served_application(
     folder: Path,
@@ -153,7 +161,9 @@ def served_application(
     environment: Mapping[str, str] = {},
     connect: bool = True,
 ) -> Iterator[Served]:
-    """``serve_config.yaml``'s application with a second model, run by ``serve run`` meanwhile.
+    """``serve_config.yaml``'s application, run by ``serve run`` meanwhile.
+
+    The stages of a second model are an application of their own.
 
     Args:
         folder: for the configuration, the log and the images.
@@ -171,6 +181,7 @@ def served_application(
     with serve_files(pictures, "127.0.0.2") as site:
         args = config["applications"][0]["args"] = tested_args(site)
         change(args)
+        config["applications"] += [stages_of(model) for model in args["models"][1:]]
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
         root = f"http://127.0.0.1:{port}"
         with serve_run(folder / "serve.yaml", folder / "log", f"{root}/health", environment) as process:

@@ -33,9 +33,11 @@ class Collector:
     Args:
         http: of this process.
         models: by name.
-        timeout: seconds to wait for a stage. One that doesn't answer is left out of the result.
         replica: the name of this ingress replica.
         ingress: returns what :meth:`own` returns in each replica of the ingress; None: this is the only one.
+
+    Attributes:
+        timeout: seconds to wait for a stage. One that doesn't answer is left out of the result.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Collector:
     ) -> None:
         self._http = http
         self._models = models
-        self._timeout = timeout
+        self.timeout = timeout
         self._replica = replica
         self._ingress = ingress
 
@@ -79,7 +81,7 @@ class Collector:
 
     async def _ask(self, source: Source) -> list[Part]:
         try:
-            return await asyncio.wait_for(source(), self._timeout)
+            return await asyncio.wait_for(source(), self.timeout)
         except Exception as error:
             logger.warning("metrics of a part of the server are missing: %r", error)
             return []

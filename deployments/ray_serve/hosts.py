@@ -14,6 +14,8 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
+from deployments.config import LanguageModelConfig
+from deployments.in_place import InPlace
 from deployments.metrics.families import Part
 from deployments.ray_serve.process import prepare_process
 from deployments.ray_serve.replicas import LanguageModelReplica, leave
@@ -32,11 +34,15 @@ class HostReplica(LanguageModelReplica):
 
     Args:
         tracing: where spans go.
-        config: the model and how to run it; ``tensor_parallel_size`` ranks over all hosts.
-        hosts: number of hosts.
+        config: of the stage, with the number of hosts.
+        engine: the model and how to run it; ``tensor_parallel_size`` ranks over all hosts.
+        others: as its base.
     """
 
-    def __init__(self, tracing: TracingConfig | None, config: EngineConfig, hosts: int) -> None:
+    def __init__(
+        self, tracing: TracingConfig | None, config: LanguageModelConfig, engine: EngineConfig, *others: Any
+    ) -> None:
+        hosts = config.hosts
         gang = serve.get_replica_context().gang_context
         assert gang is not None and gang.world_size == hosts
         self._host = gang.rank
@@ -44,10 +50,11 @@ class HostReplica(LanguageModelReplica):
         if self._host == 0:
             address = ray.util.get_node_ip_address()
             launcher = HostsLauncher(address, hosts, notice.publish, notice.retract)
-            super().__init__(tracing, config, launcher)
+            super().__init__(tracing, config, engine, *others, launcher=launcher)
             return
         prepare_process()
-        here = config.tensor_parallel_size // hosts
+        self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)
+        here = engine.tensor_parallel_size // hosts
         # Without its ranks this host is of no use, and Serve must know at once.
         self._ranks = HostRanks(notice.wait(), self._host, here, leave)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,8 +13,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api import create_api
+from deployments.api import create_api, take_over
 from deployments.config import AppConfig
+from deployments.in_place import InPlace
 from deployments.metrics.families import Part
 from deployments.pipeline import make_pipelines
 from deployments.ray_serve.handles import MEASURE_S, RemoteKeeper, remote_stages
@@ -29,17 +31,18 @@ class Ingress:
 
     Args:
         config: the application's.
-        handles: for each of ``config.models``, the arguments of
-            :func:`~deployments.ray_serve.handles.remote_stages` by name.
+        stages: for each of ``config.models``, the arguments of
+            :func:`~deployments.ray_serve.handles.remote_stages` by name: handles, or the names of a
+            deployment and its application.
         responses: a :class:`~deployments.response_store.KeptResponses` that all replicas share.
     """
 
     def __init__(
-        self, config: AppConfig, *handles: dict[str, Any], responses: DeploymentHandle | None = None
+        self, config: AppConfig, *stages: dict[str, Any], responses: DeploymentHandle | None = None
     ) -> None:
         prepare_process()
-        stages = [remote_stages(**each) for each in handles]
-        pipelines = make_pipelines(config, stages)
+        handles = [{name: _handle(given) for name, given in each.items()} for each in stages]
+        pipelines = make_pipelines(config, [remote_stages(**each) for each in handles])
 
         @asynccontextmanager
         async def announced(_: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +64,12 @@ class Ingress:
             tracer=make_tracer(config.tracing, "ingress"),
             media=config.media,
         )
+        self._in_place = InPlace(config.ingress, config.ingress.IN_PLACE, partial(take_over, self._api))
         self._api.add_middleware(Disconnects)
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Take over values while the replica runs; Ray Serve calls this."""
+        self._in_place.take_over(user_config)
 
     async def measured(self) -> list[Part]:
         """The metrics that this replica keeps."""
@@ -90,6 +98,14 @@ class Disconnects:
                 return {"type": "http.disconnect"}
 
         await self._app(scope, receive_or_leave if scope["type"] == "http" else receive, send)
+
+
+def _handle(given: DeploymentHandle | tuple[str, str]) -> DeploymentHandle:
+    """A handle; the deployment and its application may be yet to come."""
+    if isinstance(given, DeploymentHandle):
+        return given
+    name, application = given
+    return serve.get_deployment_handle(name, application, _check_exists=False)
 
 
 def _address() -> str:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from ray import serve
 
+from deployments.config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
 from deployments.encoder import VisionEncoder
 from deployments.errors import logger
+from deployments.in_place import InPlace
 from deployments.language_model import LanguageModel
 from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
@@ -36,7 +38,12 @@ from deployments.tracing import Carrier, TracingConfig, current, make_tracer
 from engine.config import EngineConfig
 from engine.errors import SightlineError
 from engine.executor.launch import Launcher
+from engine.media.decode import ImageLimits
+from engine.media.documents.limits import DocumentLimits
+from engine.media.guard import FetchPolicy
+from engine.media.ledger import MediaLimits
 from engine.media.source import MediaSource
+from engine.media.video.limits import VideoLimits
 from engine.outputs import EmbeddingOutput
 from engine.preparation import PagedFile
 from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem, PreparedMedia
@@ -59,10 +66,26 @@ def leave() -> None:
 class PreprocessorReplica:
     """Arguments as :class:`~deployments.preprocessor.Preprocessor`, after ``tracing``."""
 
-    def __init__(self, tracing: TracingConfig | None, *args: Any) -> None:
+    def __init__(
+        self,
+        tracing: TracingConfig | None,
+        config: PreprocessorConfig,
+        engine: EngineConfig,
+        fetch: FetchPolicy,
+        images: ImageLimits,
+        videos: VideoLimits,
+        documents: DocumentLimits,
+        media: MediaLimits,
+    ) -> None:
         prepare_process()
-        self._stage = Preprocessor(*[*args, make_tracer(tracing, "preprocessor")])
+        tracer = make_tracer(tracing, "preprocessor")
+        self._stage = Preprocessor(config, engine, fetch, images, videos, documents, media, tracer)
+        self._in_place = InPlace(config, config.IN_PLACE, self._stage.take_over)
         self._store = ObjectStore()
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Take over values while the replica runs; Ray Serve calls this."""
+        self._in_place.take_over(user_config)
 
     async def prepare(
         self,
@@ -136,11 +159,16 @@ class PreprocessorReplica:
 class VisionEncoderReplica:
     """Arguments as :class:`~deployments.encoder.VisionEncoder`, after ``tracing``."""
 
-    def __init__(self, tracing: TracingConfig | None, *args: Any) -> None:
+    def __init__(self, tracing: TracingConfig | None, config: EncoderConfig, engine: EngineConfig) -> None:
         prepare_process()
-        self._stage = VisionEncoder(*[*args, make_tracer(tracing, "encoder")])
+        self._stage = VisionEncoder(config, engine, make_tracer(tracing, "encoder"))
+        self._in_place = InPlace(config, config.IN_PLACE, self._stage.take_over)
         self._store = ObjectStore()
         self._stage.when_dead(leave)
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Take over values while the replica runs; Ray Serve calls this."""
+        self._in_place.take_over(user_config)
 
     async def encode(
         self, item: MediaItem, pixels: np.ndarray, salt: str, span: Carrier
@@ -219,17 +247,29 @@ class LanguageModelReplica:
 
     Args:
         tracing: where spans go.
-        config: the model and how to run it.
+        config: of the stage.
+        engine: the model and how to run it.
+        others: unused handles of the model's other stages: Serve deploys what the root is bound to.
         launcher: starts the ranks beyond the first; processes of this machine if None.
     """
 
     def __init__(
-        self, tracing: TracingConfig | None, config: EngineConfig, launcher: Launcher | None = None
+        self,
+        tracing: TracingConfig | None,
+        config: LanguageModelConfig,
+        engine: EngineConfig,
+        *others: Any,
+        launcher: Launcher | None = None,
     ) -> None:
         prepare_process()
-        self._stage = LanguageModel.load(config, make_tracer(tracing, "language-model"), launcher)
+        self._stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher)
+        self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)
         self._held = HeldRequests()
         self._stage.when_dead(leave)
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Log that nothing of this stage can change while a replica runs; Ray Serve calls this."""
+        self._in_place.take_over(user_config)
 
     async def hold(self, request: Generation, infos: Sequence[RowsInfo], *rows: np.ndarray) -> str:
         """Keep a request and its embeddings until :meth:`generate` takes them.

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments.app import build
+from deployments.app import build, build_stages
 from deployments.config import AppConfig
 from engine.errors import CheckpointError, ConfigError
+from tests.engine import tiny
 from tests.serving import ROOT, app_args, changed_config
 
 
@@ -80,3 +81,29 @@ def test_the_file_is_what_serve_reads():
     from ray.serve.schema import ServeDeploySchema
 
     ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "serve_config.yaml").read_text()))
+
+
+def test_a_model_may_be_an_application_of_its_own():
+    from ray.serve._private.build_app import build_app
+
+    args = app_args()
+    model = args["models"][0]
+    stages = build_stages(AppConfig.model_validate({"models": [model]}))
+    built = build_app(stages, name="stages", default_runtime_env={})
+    names = {"LanguageModel:pocket", "Preprocessor:pocket", "VisionEncoder:pocket"}
+    assert {deployment.name for deployment in built.deployments} == names
+    args["models"] = [{**model, "application": "stages"}]
+    ingress = build_app(build(AppConfig.model_validate(args)), name="http", default_runtime_env={})
+    (alone,) = ingress.deployments
+    assert alone.name == "Ingress"
+    # The ingress asks for the deployments by the names that they have there.
+    assert {(name, "stages") for name in names} == {*alone.init_args[1].values()}
+    with pytest.raises(ConfigError, match="exactly one model"):
+        build_stages(AppConfig.model_validate({"models": [model, {**model, "name": "two"}]}))
+
+
+def test_text_models_of_another_application_have_no_media_stages(tmp_path):
+    path = str(tiny.make_text(tmp_path, "qwen2"))
+    args = {"models": [{"name": "text", "engine": {"model": path}, "application": "stages"}]}
+    app = build(AppConfig.model_validate(args))
+    assert app._bound_deployment.init_args[1] == {"language_model": ("LanguageModel:text", "stages")}

@@ -102,11 +102,11 @@ async def test_what_a_request_took_comes_back_however_it_ends(running, bounded, 
         assert response.status_code == 400
     else:
         pipeline = api.state.pipelines["pocket"]
-        pipeline._timeout_s = 0.3
+        pipeline.timeout_s = 0.3
         try:
             response = await client.post("/v1/chat/completions", json=long)
         finally:
-            pipeline._timeout_s = None
+            pipeline.timeout_s = None
         assert response.status_code == 504
     await wait_until(lambda: api.state.admission.active == 0)
     await running.wait_until_idle()

@@ -1,0 +1,151 @@
+"""Changes of the configuration while requests come."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import openai
+import pytest
+import yaml
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from tests.deployments.pictures import ask, circle
+from tests.serving import wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
+
+
+class Controller:
+    """The controller of the cluster that runs the application.
+
+    Attributes:
+        config: the configuration that was deployed first, to be changed.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._client = _get_global_client()
+        self.config = yaml.safe_load(text)
+
+    def deploy(self) -> None:
+        self._client.deploy_apps(ServeDeploySchema.model_validate(self.config), _blocking=False)
+
+    def deployments(self) -> dict[str, dict[str, Any]]:
+        """What Serve says of each deployment; empty while an application is being updated."""
+        applications = self._client.get_serve_details()["applications"]
+        statuses = {application["status"] for application in applications.values()}
+        assert "DEPLOY_FAILED" not in statuses
+        if statuses != {"RUNNING"}:
+            return {}
+        return {name: each for app in applications.values() for name, each in app["deployments"].items()}
+
+    def replicas(self) -> dict[str, set[str]]:
+        """The replicas of each deployment; empty while any of them starts or stops."""
+        found = self.deployments()
+        states = {replica["state"] for each in found.values() for replica in each["replicas"]}
+        if states != {"RUNNING"}:
+            return {}
+        return {name: {replica["replica_id"] for replica in each["replicas"]} for name, each in found.items()}
+
+
+@pytest.fixture
+def controller(served) -> Iterator[Controller]:
+    """The configuration of the session runs again afterwards."""
+    text = (served.pictures.parent / "serve.yaml").read_text()
+    made = Controller(text)
+    before = wait_for(made.replicas)
+    yield made
+    made.config = yaml.safe_load(text)
+    made.deploy()
+    counts = dict.fromkeys(before, 1)
+    wait_for(lambda: {name: len(replicas) for name, replicas in made.replicas().items()} == counts)
+
+
+def during(client: openai.OpenAI, change: Callable[[], None], until: Callable[[], bool]) -> list[Any]:
+    """Change the configuration while requests come, until it has come true. Every request must be answered;
+    their distinct answers."""
+    done = Event()
+    chat = {
+        "model": "pocket",
+        "messages": ask("What shape is this?", circle("red")),
+        "max_tokens": 60,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+
+    def whole() -> str:
+        return client.chat.completions.create(**chat).choices[0].message.content
+
+    def streamed() -> str:
+        parts = client.chat.completions.create(**chat, stream=True)
+        return "".join(part.choices[0].delta.content or "" for part in parts)
+
+    def vector() -> str:
+        return str(client.embeddings.create(model="tests/vectors", input="a red circle").data[0].embedding)
+
+    def keep_asking(ask_once: Callable[[], str]) -> set[str]:
+        found = {ask_once()}
+        while not done.is_set():
+            found.add(ask_once())
+        # Once more with the changed configuration.
+        return found | {ask_once()}
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(keep_asking, each) for each in (whole, streamed, vector)]
+        try:
+            change()
+            wait_for(lambda: until() or any(each.done() for each in asking))
+        finally:
+            done.set()
+        chats, streams, vectors = (each.result() for each in asking)
+    assert until()
+    return [*(chats | streams), *vectors]
+
+
+def test_counts_and_values_change_in_running_replicas(served, ray_client, controller):
+    before = wait_for(controller.replicas)
+    controller.config["applications"][0]["deployments"] = [
+        {"name": "Ingress", "user_config": {"max_body_bytes": 20000}},
+        {"name": "Preprocessor:pocket", "num_replicas": 2, "user_config": {"threads": 1}},
+        {"name": "VisionEncoder:pocket", "user_config": {"duty_cycle": 0.9}},
+        {"name": "LanguageModel:pocket", "max_ongoing_requests": 300, "user_config": {"no": "such value"}},
+    ]
+    wanted = {name: 1 + (name == "Preprocessor:pocket") for name in before}
+    answers = during(
+        ray_client,
+        controller.deploy,
+        lambda: {name: len(ids) for name, ids in controller.replicas().items()} == wanted,
+    )
+    assert len(answers) == 2
+    after = controller.replicas()
+    assert all(before[name] <= after[name] for name in before), "a replica was replaced"
+    with pytest.raises(openai.APIStatusError) as caught:
+        ray_client.completions.create(model="pocket", prompt="word " * 5000)
+    assert caught.value.status_code == 413
+    # Options that were not named are still those of the application.
+    routers = {
+        name: deployment["deployment_config"]["request_router_config"]["request_router_class"]
+        for name, deployment in controller.deployments().items()
+    }
+    assert routers["LanguageModel:pocket"].endswith("LanguageModelRouter")
+    assert routers["VisionEncoder:pocket"].endswith("EncoderRouter")
+    # The wrong value is refused in words, and ends nothing.
+    wait_for(lambda: "'no' can't change while a replica runs" in served.log.read_text())
+
+
+def test_a_model_with_an_application_of_its_own_is_replaced_alone(served, ray_client, controller):
+    before = wait_for(controller.replicas)
+    others = {name: ids for name, ids in before.items() if not name.endswith("tests--vectors")}
+    assert 0 < len(others) < len(before)
+    (model,) = controller.config["applications"][1]["args"]["models"]
+    model["engine"]["max_num_seqs"] = 7
+
+    def replaced() -> bool:
+        found = controller.replicas()
+        return bool(found) and all(not found[name] & before[name] for name in before.keys() - others.keys())
+
+    answers = during(ray_client, controller.deploy, replaced)
+    assert len(answers) == 2
+    after = controller.replicas()
+    assert {name: after[name] for name in others} == others, "another model's replica was replaced"
