@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -148,7 +149,7 @@ class Served:
 def stages_of(model: dict[str, Any]) -> dict[str, Any]:
     """The application that has the stages of a model, which is told of it; both as in the configuration."""
     name = model["name"].replace("/", "-")
-    args = {"models": [dict(model)]}
+    args = {"models": [deepcopy(model)]}
     model["application"] = name
     return {"name": name, "route_prefix": None, "import_path": "deployments.app:build_stages", "args": args}
 
