@@ -58,6 +58,7 @@ def jpegs(size: tuple[int, int]) -> list[bytes]:
 
 def stage(path: str) -> Prepare:
     """Prepares by the preprocessor stage."""
+    from deployments.config import PreprocessorConfig
     from deployments.preprocessor import Preprocessor
     from engine.config import EngineConfig
     from engine.media.decode import ImageLimits
@@ -65,9 +66,8 @@ def stage(path: str) -> Prepare:
     from engine.media.source import MediaSource
     from engine.media.video.limits import VideoLimits
 
-    preprocessor = Preprocessor(
-        EngineConfig(model=path), FetchPolicy(), ImageLimits(), VideoLimits(), threads=1
-    )
+    config, engine = PreprocessorConfig(threads=1), EngineConfig(model=path)
+    preprocessor = Preprocessor(config, engine, FetchPolicy(), ImageLimits(), VideoLimits())
     loop = asyncio.new_event_loop()
 
     def prepare(file: bytes) -> np.ndarray:
