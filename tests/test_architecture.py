@@ -39,7 +39,7 @@ FLOORS = [
 SERVER_FLOORS = [
     ["report", "logs"],
     ["errors"],
-    ["autoscaling", "tracing"],
+    ["autoscaling", "in_place", "tracing"],
     [
         "access",
         "answers",
