@@ -1,7 +1,7 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
 python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [media_memory] [memory]
-    [offline] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
+    [multi_gpu] [offline] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "ingress": ("", "--rounds 2 --streams 5"),
     "load": ("--shape qwen2-vl-7b", "--shape tiny"),
     "memory": ("--shape qwen2-vl-2b", "--requests 200"),
+    "multi_gpu": ("", ""),
     "offline": ("--shape qwen2-vl-2b", "--shape tiny"),
     "preparation": ("", "--replicas 1,2 --sizes 560x560 --seconds 1"),
     "media_memory": ("", "--requests 300"),

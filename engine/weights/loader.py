@@ -111,14 +111,22 @@ def _copy(piece: Rows, values: torch.Tensor, slot: WeightSlot) -> None:
 
 
 def fill_with_noise(module: nn.Module, seed: int) -> None:
-    """Fill with small normal weights, unit norm scales and zero biases: activations stay finite."""
-    parameters = list(module.parameters())
-    generator = torch.Generator(parameters[0].device).manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if parameter.dim() >= 2:
-            parameter.data.normal_(0.0, _DUMMY_STD, generator=generator)
+    """Fill with small normal weights, unit norm scales and zero biases: activations stay finite.
+
+    Each tensor is drawn whole, and a rank keeps its share: the model is the same on any number of ranks.
+    """
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for slot in _collect_slots(module, {}).values():
+        if slot.copies[0][1].dim() >= 2:
+            dtype = slot.copies[0][1].dtype
+            noise = torch.empty(slot.shape, dtype=dtype, device=device)
+            noise.normal_(0.0, _DUMMY_STD, generator=generator)
+            for region, target in slot.copies:
+                target.copy_(noise[region].reshape(target.shape))
         else:
-            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+            for _, target in slot.copies:
+                target.fill_(0.0 if slot.source.endswith("bias") else 1.0)
 
 
 def _collect_slots(module: nn.Module, names: dict[str, str]) -> dict[str, WeightSlot]:

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.folder import Checkpoint
+from engine.distributed.group import SingleProcessGroup
 from engine.errors import CheckpointError
 from engine.families.load import check_tensors, load_language_model, load_vision_encoder
 from engine.families.registry import resolve
@@ -291,6 +292,32 @@ def test_dummy_weights(path):
     assert not torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
     assert all(value.isfinite().all() for value in one.values())
     assert one["norm.weight"].eq(1).all() and 0.01 < one["lm_head.weight"].std() < 0.03
+
+
+class Rank(SingleProcessGroup):
+    """A rank whose model is loaded, but not run."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_dummy_weights_are_the_same_model_on_any_number_of_ranks(path, size):
+    checkpoint, config = opened(path)
+
+    def load(rank, size):
+        options = {"device": CPU, "dtype": torch.float32, "load_format": "dummy", "seed": 3}
+        return load_language_model(checkpoint, config, tp=Rank(rank, size), **options).state_dict()
+
+    whole, ranks = load(0, 1), [load(rank, size) for rank in range(size)]
+    for name in ("embed_tokens.weight", "layers.1.mlp.gate_up_proj.weight"):
+        # The gate's rows of all ranks come before the rows of the up projection.
+        parts = 2 if "gate_up" in name else 1
+        shards = [rank[name].unflatten(0, (parts, -1)) for rank in ranks]
+        together = torch.cat(shards, dim=1).flatten(0, 1)[: len(whole[name])]
+        assert torch.equal(together, whole[name])
+    down = "layers.1.mlp.down_proj.weight"
+    assert torch.equal(torch.cat([rank[down] for rank in ranks], dim=1), whole[down])
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/nowhere/x"])
