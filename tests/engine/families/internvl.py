@@ -18,7 +18,7 @@ from tests.engine.tiny import spread, tokenizer
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 SIDE, PATCH, ROWS = 24, 6, 4
-_TOKENS = {
+TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
@@ -37,7 +37,7 @@ def make_internvl(
         layer: ``vision_feature_layer``.
         tower: further fields of the tower's configuration.
     """
-    tok = tokenizer(SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=_TOKENS)
+    tok = tokenizer(SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=TOKENS)
     config = transformers.InternVLConfig(
         vision_config={
             "hidden_size": 32,
@@ -86,9 +86,14 @@ def _image_processor() -> Any:
 
 
 class InternVLReference:
-    """Transformers' model, and its processor without the video half, which needs torchvision."""
+    """Transformers' model, and its processor without the video half, which needs torchvision.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        options: of the images' processor.
+    """
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.options = options
         cls = transformers.InternVLForConditionalGeneration
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = self.processor_of(path)
@@ -105,7 +110,10 @@ class InternVLReference:
         )
         tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         images = _image_processor().from_pretrained(path)
-        return image_only(images, tok, image_seq_length=ROWS)
+        config = transformers.AutoConfig.from_pretrained(path)
+        tower = config.vision_config
+        side = int(tower.image_size[0] // tower.patch_size[0] * config.downsample_ratio)
+        return image_only(images, tok, image_seq_length=side * side)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
         # Without its video half, the processor takes a video's text as text.
@@ -115,7 +123,7 @@ class InternVLReference:
         stand_in = frames.replace("<IMG_CONTEXT>", "<|endoftext|>")
         text = prompt.text.replace("<video>", stand_in)
         pictures = list(prompt.pictures) or None
-        arguments = dict(self.processor(text=text, images=pictures, return_tensors="pt"))
+        arguments = dict(self.processor(text=text, images=pictures, return_tensors="pt", **self.options))
         if prompt.frames:
             arguments["input_ids"][arguments["input_ids"] == 0] = SPECIALS.index("<IMG_CONTEXT>")
             pixels = [self.video(prompt.frames)]

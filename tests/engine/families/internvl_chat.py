@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tests.engine.families.case import CasePrompt, Inputs
+from tests.engine.families.hub import all_tensors
 from tests.engine.families.internvl import SIDE, InternVLReference, make_internvl
-from tests.engine.tiny import rewrite_tensors, split_shards
+from tests.engine.tiny import split_shards
 
 #: Transformers' copy of a checkpoint, which the reference loads.
-_COPY = "transformers"
+COPY = "transformers"
+#: Fields of the tower that the publishers call otherwise.
+_FIELDS = {"attention_bias": "qkv_bias", "use_qk_norm": "qk_normalization"}
 _NAMES = (
     (r"vision_tower\.embeddings\.cls_token", "vision_model.embeddings.class_embedding"),
     (r"vision_tower\.embeddings\.position_embeddings", "vision_model.embeddings.position_embedding"),
@@ -44,40 +49,51 @@ def make_internvl_chat(path: Path, hub: bool = False, **fields: Any) -> Path:
     Args:
         fields: of config.json.
     """
-    make_internvl(path / _COPY)
-    for file in (path / _COPY).iterdir():
-        shutil.copy(file, path)
-    rewrite_tensors(path, _public)
+    make_internvl(path / COPY)
+    images = json.loads((path / COPY / "preprocessor_config.json").read_text())
+    colours = {name: images[name] for name in ("image_mean", "image_std")}
+    publish(path, {"size": SIDE, "crop_size": SIDE, **colours}, max_dynamic_patch=6, **fields)
+    if hub:
+        split_shards(path)
+    return path
+
+
+def publish(path: Path, preprocessor: Mapping[str, Any], **fields: Any) -> None:
+    """Write the checkpoint in the folder ``COPY`` of ``path`` into ``path``, in the publishers' layout.
+
+    Args:
+        preprocessor: preprocessor_config.json.
+        fields: of config.json; None leaves a field out.
+    """
+    for file in (path / COPY).iterdir():
+        if "safetensors" not in file.name:
+            shutil.copy(file, path)
+    tensors = _public(all_tensors(path / COPY))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     saved = json.loads((path / "config.json").read_text())
-    tower = saved["vision_config"]
+    tower = dict(saved["vision_config"])
+    for field, renamed in _FIELDS.items():
+        if field in tower:
+            tower[renamed] = tower.pop(field)
+    for field in ("image_size", "patch_size"):
+        tower[field] = tower[field][0] if isinstance(tower[field], list) else tower[field]
     config = {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         "llm_config": saved["text_config"],
-        "vision_config": {
-            **{name: tower[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")},
-            "num_attention_heads": tower["num_attention_heads"],
-            "image_size": SIDE,
-            "patch_size": tower["patch_size"][0],
-            "qkv_bias": True,
-            "qk_normalization": False,
-        },
-        "downsample_ratio": 0.5,
-        "force_image_size": SIDE,
-        "max_dynamic_patch": 6,
+        "vision_config": tower,
+        "downsample_ratio": saved.get("downsample_ratio", 0.5),
+        "force_image_size": tower["image_size"],
+        "max_dynamic_patch": 12,
         "min_dynamic_patch": 1,
         "ps_version": "v2",
-        "select_layer": -1,
+        "select_layer": saved.get("vision_feature_layer", -1),
         "use_thumbnail": True,
         **fields,
     }
+    config = {field: value for field, value in config.items() if value is not None}
     (path / "config.json").write_text(json.dumps(config))
-    images = json.loads((path / "preprocessor_config.json").read_text())
-    colours = {name: images[name] for name in ("image_mean", "image_std")}
-    (path / "preprocessor_config.json").write_text(json.dumps({"size": SIDE, "crop_size": SIDE, **colours}))
-    if hub:
-        split_shards(path)
-    return path
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
 def _public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -102,8 +118,8 @@ def _renamed(name: str) -> str:
 class InternVLChatReference(InternVLReference):
     """Transformers' model of the same weights; its prompts have another placeholder."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path / _COPY)
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(path / COPY, **options)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
         return super().inputs(replace(prompt, text=prompt.text.replace("<image>", "<IMG_CONTEXT>")))

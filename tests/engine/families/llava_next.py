@@ -91,13 +91,14 @@ class LlavaNextReference:
     def __init__(self, path: Path) -> None:
         cls = transformers.LlavaNextForConditionalGeneration
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
-        strategy = self.model.config.vision_feature_select_strategy
+        config = self.model.config
+        strategy = config.vision_feature_select_strategy
         self.processor = transformers.LlavaNextProcessor(
             transformers.LlavaNextImageProcessorPil.from_pretrained(path),
             transformers.PreTrainedTokenizerFast.from_pretrained(
                 path, extra_special_tokens={"image_token": "<image>"}
             ),
-            patch_size=PATCH,
+            patch_size=config.vision_config.patch_size,
             vision_feature_select_strategy=strategy,
             num_additional_image_tokens=int(strategy == "default"),
         )

@@ -156,10 +156,12 @@ class SquaresReference:
 
     @staticmethod
     def processor_of(path: Path, kind: str) -> Any:
+        config = transformers.AutoConfig.from_pretrained(path)
         images = transformers.PixtralImageProcessorPil.from_pretrained(path)
         processor = _pixtral_processor() if kind == "Mistral3" else _lighton_ocr_processor()
         tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        return processor(images, tok, patch_size=PATCH, spatial_merge_size=SIDE)
+        patch, side = config.vision_config.patch_size, config.spatial_merge_size
+        return processor(images, tok, patch_size=patch, spatial_merge_size=side)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
         pictures = list(prompt.pictures) or None

@@ -126,6 +126,13 @@ def save(draw: Draw, path: Path, model: Any, rename: Callable[[str], str] | None
         split_shards(path)
 
 
+def place_tied(draw: Draw, raw: dict[str, Any], text: dict[str, Any]) -> None:
+    """Move ``tie_word_embeddings`` from the decoder's fields to config.json, in some cases."""
+    tied = text.pop("tie_word_embeddings", None)
+    if tied is not None:
+        (raw if draw.varies("tied stated outside", 0.5) else text)["tie_word_embeddings"] = tied
+
+
 def draw_ends(draw: Draw, path: Path, raw: dict[str, Any], end: int, other: int) -> None:
     """State the tokens that end an answer, in config.json's fields, generation_config.json, or both."""
     raw["eos_token_id"] = draw.variant("eos spelled", (end, [end, other], [end]), 0.3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.engine.families.drawn.choices import Draw
@@ -130,6 +130,11 @@ def lengths_of(kind: str, fields: Mapping[str, Any]) -> Lengths:
     beside = fields.get("original_max_position_embeddings")
     within = rope.get("original_max_position_embeddings")
     return Lengths(beside or within or fields["max_position_embeddings"], kind == "phi3")
+
+
+def nested_lengths_of(kind: str, fields: Mapping[str, Any]) -> Lengths:
+    """The lengths of a decoder inside of another model, which doesn't compute again for other frequencies."""
+    return replace(lengths_of(kind, fields), crosses=False) if kind == "phi3" else lengths_of(kind, fields)
 
 
 def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from tests.engine.families.drawn.checkpoint import Family
 from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.idefics import IdeficsFamily
+from tests.engine.families.drawn.internvl import InternVLChatFamily, InternVLFamily
 from tests.engine.families.drawn.llava import LlavaFamily, OnevisionFamily
+from tests.engine.families.drawn.llava_next import LlavaNextFamily
 from tests.engine.families.drawn.qwen_vl import QwenVLFamily
+from tests.engine.families.drawn.squares import SquaresFamily
 from tests.engine.families.drawn.text import TextFamily
 
 _ALL: tuple[Family, ...] = (
     LlavaFamily(),
     OnevisionFamily(),
+    LlavaNextFamily(),
+    *(SquaresFamily(kind) for kind in ("Mistral3", "LightOnOcr")),
+    InternVLFamily(),
+    InternVLChatFamily(),
     Phi3VFamily("phi3_v"),
     Phi3VFamily("vlm2vec"),
     *(QwenVLFamily(kind) for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")),

@@ -5,11 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
+from tests.engine.families.drawn.checkpoint import (
+    Drawn,
+    draw_ends,
+    place_tied,
+    same_weights,
+    write_json,
+    write_model,
+)
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
-from tests.engine.families.drawn.vision import draw_feature_layer, draw_pixels, draw_side, draw_tower
+from tests.engine.families.drawn.vision import (
+    draw_connector,
+    draw_feature_layer,
+    draw_pixels,
+    draw_side,
+    draw_tower,
+    hub_name,
+)
 from tests.engine.families.llava_variants import SPECIALS as LLAVA_SPECIALS
 from tests.engine.families.llava_variants import LlavaVariantReference
 from tests.engine.families.onevision import SPECIALS, OnevisionReference
@@ -47,10 +61,8 @@ class LlavaFamily:
             "vision_feature_layer": draw_feature_layer(draw, tower["num_hidden_layers"], -2),
             "pad_token_id": 4,
         }
-        _connector(draw, raw)
-        tied = text.pop("tie_word_embeddings", None)
-        if tied is not None:
-            (raw if draw.varies("tied stated outside", 0.5) else text)["tie_word_embeddings"] = tied
+        draw_connector(draw, raw)
+        place_tied(draw, raw, text)
         strategy = draw.variant("strategy", ("", "default", "full"), 0.6)
         if image_text == "[IMG]":
             strategy = "full"
@@ -59,7 +71,7 @@ class LlavaFamily:
         architecture = "LlavaForConditionalGeneration"
         # Pixtral's tower has one name.
         renamed = draw.varies("hub names", 0.5) and image_text == "<image>"
-        model = write_model(draw, path, raw, architecture, _hub_name if renamed else None)
+        model = write_model(draw, path, raw, architecture, hub_name if renamed else None)
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         self._processor(draw, path, side, tower)
@@ -154,13 +166,11 @@ class OnevisionFamily:
             "vision_feature_layer": draw_feature_layer(draw, tower["num_hidden_layers"], -1),
             "vision_aspect_ratio": f"anyres_max_{draw.choice('most tiles', (9, 1, 2, 4))}",
         }
-        _connector(draw, raw)
-        tied = text.pop("tie_word_embeddings", None)
-        if tied is not None:
-            (raw if draw.varies("tied stated outside", 0.5) else text)["tie_word_embeddings"] = tied
+        draw_connector(draw, raw)
+        place_tied(draw, raw, text)
         architecture = "LlavaOnevisionForConditionalGeneration"
         model = write_model(
-            draw, path, raw, architecture, _hub_name if draw.varies("hub names", 0.5) else None
+            draw, path, raw, architecture, hub_name if draw.varies("hub names", 0.5) else None
         )
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
@@ -185,16 +195,3 @@ class OnevisionFamily:
         return Drawn(
             path, same_weights(OnevisionReference(path), model), style, 1024, media=media, lengths=lengths
         )
-
-
-def _connector(draw: Draw, raw: dict[str, Any]) -> None:
-    if draw.varies("connector activation", 0.3):
-        names = ("gelu", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu", "gelu_fast")
-        raw["projector_hidden_act"] = draw.choice("connector's activation", names)
-    if draw.varies("connector bias stated", 0.3):
-        raw["multimodal_projector_bias"] = draw.choice("connector bias", (True, False))
-
-
-def _hub_name(name: str) -> str:
-    prefix = "vision_tower."
-    return name.replace(prefix, prefix + "vision_model.", 1) if name.startswith(prefix) else name

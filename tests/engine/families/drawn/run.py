@@ -86,7 +86,9 @@ def run(case: Case) -> Result:
     result = Result(case)
     with tempfile.TemporaryDirectory(prefix="drawn-") as folder:
         try:
-            _run(case, draw, Path(folder), result)
+            tally = result.tallies["checkpoint"] = Tally()
+            with _Guard(tally, result):
+                _run(case, draw, Path(folder), result)
         except (NotAModel, Unavailable) as error:
             result.skipped.append(f"{type(error).__name__}: {error}")
     result.varied = draw.varied
@@ -114,7 +116,7 @@ def _run(case: Case, draw: Draw, path: Path, result: Result) -> None:
 
 
 class _Guard:
-    """Turns refusals and crashes inside of a mode into what the result tells."""
+    """Records refusals and crashes inside a mode, so that the run goes on."""
 
     def __init__(self, tally: Tally, result: Result) -> None:
         self._tally, self._result = tally, result
@@ -126,7 +128,7 @@ class _Guard:
         if isinstance(error, _REFUSALS):
             self._result.refused.append(str(error))
             return True
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, NotAModel | Unavailable):
             where = traceback.extract_tb(trace)[-1]
             place = f"{Path(where.filename).name}:{where.lineno}"
             self._tally.differences.append(f"crash: {type(error).__name__}: {str(error)[:200]} ({place})")

@@ -28,6 +28,19 @@ def draw_tower(draw: Draw, *, side: int, patch: int) -> dict[str, Any]:
     return fields
 
 
+def draw_pixtral(draw: Draw, *, longest: int, patch: int) -> dict[str, Any]:
+    """``vision_config`` of a Pixtral tower for images of up to ``longest`` pixels a side, with patches of
+    ``patch``."""
+    tower = draw_tower(draw, side=longest, patch=patch)
+    tower.pop("layer_norm_eps", None)
+    how = draw.variant("tower theta", ("absent", "old spelling", "new spelling"), 0.4)
+    if how == "old spelling":
+        tower["rope_theta"] = 500.0
+    elif how == "new spelling":
+        tower["rope_parameters"] = {"rope_type": "default", "rope_theta": 2000.0}
+    return {**tower, "model_type": "pixtral"}
+
+
 def draw_side(draw: Draw) -> tuple[int, int]:
     """Side of a crop and of a patch, in pixels; some crops end within a patch."""
     patch = draw.choice("patch", (4, 6, 7, 8))
@@ -62,3 +75,18 @@ def draw_feature_layer(draw: Draw, layers: int, plain: int) -> Any:
     if how == "another":
         return rng.choice([*range(1, layers + 1), *range(-layers, 0)])
     return [rng.choice([*range(1, layers + 1), *range(-layers, 0)]) for _ in range(rng.randint(1, 3))]
+
+
+def draw_connector(draw: Draw, raw: dict[str, Any]) -> None:
+    """Add the fields of an MLP connector to config.json."""
+    if draw.varies("connector activation", 0.3):
+        names = ("gelu", "gelu_pytorch_tanh", "relu", "quick_gelu", "silu", "gelu_fast")
+        raw["projector_hidden_act"] = draw.choice("connector's activation", names)
+    if draw.varies("connector bias stated", 0.3):
+        raw["multimodal_projector_bias"] = draw.choice("connector bias", (True, False))
+
+
+def hub_name(name: str) -> str:
+    """The name of a tensor in public LLaVA checkpoints, from the name that Transformers saves."""
+    prefix = "vision_tower."
+    return name.replace(prefix, prefix + "vision_model.", 1) if name.startswith(prefix) else name
