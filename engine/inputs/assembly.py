@@ -14,6 +14,12 @@ from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
 Expand = Callable[[MediaItem, int], tuple[PlaceholderRun, ...]]
 
 
+#: Start and length of an item in token ids, and its index.
+Place = tuple[int, int, int]
+#: Whether an expanded placeholder can have a start and a length.
+Fits = Callable[[int, int], bool]
+
+
 class PromptAssembly:
     """Token ids and media spans of a prompt that grows from left to right.
 
@@ -78,12 +84,21 @@ def match_items(
 
 
 def assemble_ids(
-    ids: Sequence[int], items: Sequence[MediaItem], placeholders: Placeholders, expand: Expand, param: str
+    ids: Sequence[int],
+    items: Sequence[MediaItem],
+    placeholders: Placeholders,
+    expand: Expand,
+    param: str,
+    is_video: Callable[[int], bool] = lambda start: True,
 ) -> PromptAssembly:
     """A tokenised prompt in which each item is a placeholder token or its whole expanded placeholder.
 
     The ids of an earlier prompt, its answer and a new turn may be given together: the first items of a kind
     may be expanded and the later ones not, and a placeholder token that no item needs is an ordinary token.
+    Videos are found first: a family may spell a video's frame as an image in one crop.
+
+    Args:
+        is_video: whether an expanded placeholder at an index is a video's and not an image's of the same ids.
 
     Raises:
         InvalidRequest: some item has no place in the ids.
@@ -93,14 +108,25 @@ def assemble_ids(
         alone = PromptAssembly(items, expand)
         alone.add_item(index)
         expanded.append(alone.ids)
-    places: list[tuple[int, int, int]] = []
-    for kind in dict.fromkeys(item.kind for item in items):
+    places: list[Place] = []
+    for kind in sorted({item.kind for item in items}, key="video".__ne__):
+        taken = list(places)
+
+        def free(start: int, length: int, taken: Sequence[Place] = taken) -> bool:
+            return all(start + length <= first or first + size <= start for first, size, _ in taken)
+
+        def own(start: int, length: int, kind: str = kind, free: Fits = free) -> bool:
+            return free(start, length) and (kind != "video" or is_video(start))
+
         indices = [index for index, item in enumerate(items) if item.kind == kind]
-        spelled = [expanded[index] for index in indices]
+        spelled, pad = [expanded[index] for index in indices], placeholders.ids.get(kind)
         found = _find_numbered(ids, spelled) if placeholders.numbered else None
-        found = found or _find_in_order(ids, spelled, placeholders.ids.get(kind))
+        found = found or _find_in_order(ids, spelled, pad, own)
         if len(found) < len(indices):
-            pads = _pads(ids, placeholders.ids.get(kind), _end(found))
+            # Ids of another's making may lack what comes before a video.
+            found = _find_in_order(ids, spelled, pad, free)
+        if len(found) < len(indices):
+            pads = _pads(ids, pad, _end(found))
             raise _mismatch(kind, len(found) + len(pads), len(indices), placeholders, param)
         places += ((start, length, index) for (start, length), index in zip(found, indices, strict=True))
     places.sort()
@@ -116,17 +142,18 @@ def assemble_ids(
 
 
 def _find_in_order(
-    ids: Sequence[int], spelled: Sequence[list[int]], pad: int | None
+    ids: Sequence[int], spelled: Sequence[list[int]], pad: int | None, fits: Fits
 ) -> list[tuple[int, int]]:
     """Start and length of each item of a kind in ``ids``, in order; fewer than items if they don't all fit.
 
     Args:
         spelled: the items' expanded placeholders.
         pad: the placeholder token of the kind; None if it has none.
+        fits: whether an expanded placeholder of the kind can have a start and a length.
     """
     whole: list[tuple[int, int]] = []
     for wanted in spelled:
-        start = _find(ids, wanted, _end(whole))
+        start = _find(ids, wanted, _end(whole), fits)
         if start is None:
             break
         whole.append((start, len(wanted)))
@@ -180,14 +207,14 @@ def _end(places: Sequence[tuple[int, int]]) -> int:
     return sum(places[-1]) if places else 0
 
 
-def _find(ids: Sequence[int], wanted: list[int], start: int) -> int | None:
-    """Index at or after ``start`` from which on ``ids`` reads ``wanted``."""
+def _find(ids: Sequence[int], wanted: list[int], start: int, fits: Fits) -> int | None:
+    """Index at or after ``start`` from which on ``ids`` reads ``wanted``, and where that ``fits``."""
     while True:
         try:
             start = ids.index(wanted[0], start)
         except ValueError:
             return None
-        if list(ids[start : start + len(wanted)]) == wanted:
+        if list(ids[start : start + len(wanted)]) == wanted and fits(start, len(wanted)):
             return start
         start += 1
 

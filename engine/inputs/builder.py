@@ -167,7 +167,13 @@ class PromptBuilder:
             ids = [operator.index(token) for token in ids]
         except TypeError:
             raise InvalidRequest("Token ids must be a list of integers.", param="prompt_token_ids") from None
-        built = assemble_ids(ids, items, self._placeholders, self._expand, "prompt_token_ids")
+        prefix = self._format.video_prefix
+
+        def is_video(start: int) -> bool:
+            # Each of its tokens has at least a byte.
+            return self.tokenizer.decode(ids[max(0, start - len(prefix) - 1) : start]).endswith(prefix)
+
+        built = assemble_ids(ids, items, self._placeholders, self._expand, "prompt_token_ids", is_video)
         return EngineInput(built.ids, built.spans, None, cache_salt)
 
     def check_messages(self, messages: Sequence[Message], num_items: int) -> None:

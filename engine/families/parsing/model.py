@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -134,7 +135,9 @@ def with_stored_biases(
         return decoder
 
     def stored(field: str, name: str) -> bool:
-        return text.get(field) is True and any(tensor.endswith(name) for tensor in checkpoint.tensor_names)
+        # A tower's layers have the same names inside.
+        of_decoder = re.compile(rf"(?:(?:model|language_model|text_model)\.)*layers\.\d+\.{re.escape(name)}")
+        return text.get(field) is True and any(map(of_decoder.fullmatch, checkpoint.tensor_names))
 
     return replace(
         decoder,

@@ -17,6 +17,11 @@ from tests.engine.families.drawn.run import Case, run
 _SEEDS: dict[str, tuple[int, ...]] = {
     "llava": (2, 5),
     "llava_onevision": (3, 1018),
+    "llava_next": (14,),
+    "mistral3": (9,),
+    "lighton_ocr": (8,),
+    "internvl": (12,),
+    "internvl_chat": (11,),
     "phi3_v": (0,),
     "vlm2vec": (100,),
     "qwen2_vl": (0,),

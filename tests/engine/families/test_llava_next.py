@@ -132,3 +132,13 @@ def test_files_that_cannot_be_followed_are_refused(tmp_path, file, fields, param
     with pytest.raises(CheckpointError) as refused:
         media_processor(tmp_path)
     assert refused.value.param == param
+
+
+def test_biases_of_a_tower_are_not_those_of_a_mistral_that_states_some(tmp_path):
+    path = make_llava_next(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"] |= {"attention_bias": True, "mlp_bias": True}
+    (path / "config.json").write_text(json.dumps(config))
+    checkpoint, parsed = parse(path)
+    assert any(name.endswith("self_attn.q_proj.bias") for name in checkpoint.tensor_names)
+    assert not (parsed.decoder.qkv_bias or parsed.decoder.o_bias or parsed.decoder.mlp_bias)

@@ -144,3 +144,35 @@ def test_own_ids_given_back_are_the_same_prompt(seed):
     later = builder().from_token_ids([*again.token_ids, 63, PAD, 64], [*items, item(9, "new")])
     assert later.token_ids == [*again.token_ids, 63, *[PAD] * 9, 64]
     assert later.spans[-1].item.hash == "new"
+
+
+FRAME = (PlaceholderRun(START, 1, False), PlaceholderRun(PAD, 2, True))
+
+
+def frames(item, index):
+    """An image, or each frame of a video, as a start and two rows."""
+    return FRAME * (item.num_tokens // 2)
+
+
+@pytest.mark.parametrize("video_first", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_video_whose_frames_read_as_images_is_told_by_the_text_before_it(count, video_first):
+    made = builder(frames, video_prefix="Frame1: ")
+    image, video = item(2, "image"), item(2 * count, "video", "video")
+    whole, rows = made.from_text("<|vision_end|>", [video]).token_ids, [START, PAD, PAD]
+    parts = [whole, rows] if video_first else [rows, whole]
+    built = made.from_token_ids([7, *parts[0], 8, *parts[1]], [image, video])
+    before = len(whole) - 3 * count
+    found = [("video", 1 + before, 3 * count), ("image", 2 + len(whole), 3)]
+    if not video_first:
+        found = [("image", 1, 3), ("video", 5 + before, 3 * count)]
+    assert places(built) == found
+
+
+def test_a_video_without_the_text_before_it_is_found_too():
+    made = builder(frames, video_prefix="Frame1: ")
+    ids = [7, *[START, PAD, PAD] * 2, 8, START, PAD, PAD]
+    assert places(made.from_token_ids(ids, [item(2, "image"), item(4, "video", "video")])) == [
+        ("video", 1, 6),
+        ("image", 8, 3),
+    ]

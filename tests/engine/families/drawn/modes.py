@@ -17,7 +17,7 @@ from engine.executor.launch import Launcher
 from tests.engine.executor.threads import ThreadLauncher
 from tests.engine.families.case import CasePrompt
 from tests.engine.families.compare import Asked, Tally, compare_completion, compare_vector
-from tests.engine.families.drawn.checkpoint import STEPS, Drawn, NotAModel, ends_of
+from tests.engine.families.drawn.checkpoint import STEPS, Drawn, ends_of
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.prompts import as_seen
 from tests.engine.families.embedded import as_embeddings
@@ -64,7 +64,8 @@ class Session:
         try:
             params = self._params(f"prompt {number}", expected)
         except RuntimeError as error:
-            raise NotAModel(f"the reference fails: {error}") from error
+            # Mistral3's class fails for an image of one row.
+            return f"the reference fails: {error}"
         self.questions.append(Question(number, prompt, expected, params))
         return None
 
