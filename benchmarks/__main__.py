@@ -1,7 +1,7 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
 python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [media_memory] [memory]
-    [multi_gpu] [offline] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
+    [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BENCHMARKS = {
     "slow_hosts": ("", "--images 5 --rounds 1"),
     "tiles": ("", ""),
     "autoscaling_sim": ("", "--trace nightly"),
+    "overload": ("", "--levels 1,10 --seconds 2 --rounds 1"),
     "routing": ("", "--requests 60 --replicas 2"),
     "scaling": ("", ""),
     "serve": (
