@@ -69,6 +69,18 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Difference:
+    """An answer that is not the one that the request gets alone; both as by :func:`answer`."""
+
+    name: str
+    found: list[Any]
+    wanted: list[Any]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.found} instead of {self.wanted}"
+
+
 @dataclass
 class Report:
     """Outcomes of the requests of a load.
@@ -82,7 +94,7 @@ class Report:
 
     answered: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
     asked_again: int = 0
     longest_s: float = 0.0
 
@@ -118,6 +130,16 @@ async def answer(client: httpx.AsyncClient, body: dict[str, Any], *, stream: boo
     if not ended:
         raise ServerLost("the stream broke off")
     return [list(found.values()) for _, found in sorted(choices.items())]
+
+
+async def margins(root: str, body: dict[str, Any]) -> list[float]:
+    """By how much the log-probabilities of the best two tokens differ, at each place of a greedy answer."""
+    given = {"model": "pocket", **body, "logprobs": True, "top_logprobs": 2}
+    async with httpx.AsyncClient(base_url=root, timeout=1800) as client:
+        response = await client.post("/v1/chat/completions", json=given)
+        await _check(response)
+    places = response.json()["choices"][0]["logprobs"]["content"]
+    return [place["top_logprobs"][0]["logprob"] - place["top_logprobs"][1]["logprob"] for place in places]
 
 
 async def _check(response: httpx.Response) -> None:
@@ -165,6 +187,9 @@ class Load:
         clients: requests at a time.
         requests: after this many it stops by itself; None for no limit.
         again_s: seconds for which a client asks again after a server error or a broken connection.
+
+    Attributes:
+        wanted: the answer to each kind of request alone.
     """
 
     def __init__(
@@ -176,7 +201,7 @@ class Load:
     ) -> None:
         self._make_client, self._clients, self._again_s = make_client, clients, again_s
         self._turns = iter(itertools.count() if requests is None else range(requests))
-        self._wanted: dict[str, list[Any]] = {}
+        self.wanted: dict[str, list[Any]] = {}
         self.report = Report()
         self.stopping = False
 
@@ -184,7 +209,7 @@ class Load:
         """Ask for each answer alone, before anything dies."""
         async with self._make_client() as client:
             for kind, body in BODIES.items():
-                self._wanted[kind] = await answer(client, body, stream=False)
+                self.wanted[kind] = await answer(client, body, stream=False)
 
     async def run(self) -> Report:
         """Send requests until :attr:`stopping` is set, or to the last one."""
@@ -208,8 +233,8 @@ class Load:
                 continue
             self.report.longest_s = max(self.report.longest_s, time.monotonic() - began)
             self.report.answered[name] += 1
-            if found != self._wanted[kind]:
-                self.report.differences.append(f"{name}: {found} instead of {self._wanted[kind]}")
+            if found != self.wanted[kind]:
+                self.report.differences.append(Difference(name, found, self.wanted[kind]))
 
     async def _answer(self, client: httpx.AsyncClient, body: dict[str, Any], *, stream: bool) -> list[Any]:
         deadline = time.monotonic() + self._again_s

@@ -1,0 +1,97 @@
+"""The application whose processes are killed, and a run of killing them under load."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.load import Load, Report
+from tests.chaos.victims import Killer
+from tests.metrics import is_idle, scraped
+from tests.serving import Served, served_application, wait_for
+
+#: The README's environment for load: HAProxy in front, gRPC between the stages.
+UNDER_LOAD = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+
+
+def on_cpus(args: dict[str, Any]) -> None:
+    """Change the arguments of the shipped application: a language model of two ranks."""
+    model = _alone(args)
+    model["engine"]["tensor_parallel_size"] = 2
+    for stage in ("preprocessor", "encoder", "language_model"):
+        model[stage]["env"] = {"OMP_NUM_THREADS": "1"}
+
+
+def on_gpus(args: dict[str, Any], gpus: int, *, eager: bool = False) -> None:
+    """Change the arguments of the shipped application: bfloat16 with CUDA graphs.
+
+    Args:
+        gpus: one is shared by the encoder and the language model; of several the encoder has one, and each of
+            the others a rank.
+        eager: without CUDA graphs.
+    """
+    model = _alone(args)
+    model["engine"] |= {
+        "device": "cuda",
+        "dtype": "bfloat16",
+        "enforce_eager": eager,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 2048,
+        # A killed process's memory may still be in use when the next one measures what is free.
+        "gpu_memory_utilization": 0.3,
+        "tensor_parallel_size": max(gpus - 1, 1),
+    }
+    model["encoder"]["num_gpus"] = 0.3 if gpus == 1 else 1
+    model["language_model"]["num_gpus"] = 0.6 if gpus == 1 else gpus - 1
+
+
+def _alone(args: dict[str, Any]) -> dict[str, Any]:
+    """The first model, now the only one. Its requests are carried on however often that is needed."""
+    args["models"] = args["models"][:1]
+    args["ingress"]["replay"] = {"max_losses": 1000, "patience_s": 900}
+    return args["models"][0]
+
+
+@contextmanager
+def application(
+    folder: Path, change: Callable[[dict[str, Any]], None], *, haproxy: bool = True
+) -> Iterator[Served]:
+    """The application; this process is not connected to its cluster."""
+    environment = UNDER_LOAD if haproxy else {}
+    with served_application(folder, change, environment=environment, connect=False) as served:
+        yield served
+
+
+async def killed_under_load(load: Load, killer: Killer, seconds: float, least: int = 2) -> Report:
+    """Kill processes under load, and return what became of the requests; arguments as :meth:`Killer.run`."""
+    began = time.monotonic()
+    running = asyncio.ensure_future(load.run())
+    await killer.run(seconds, load.report.answered.total, least)
+    load.stopping = True
+    report = await running
+    print(
+        f"{time.monotonic() - began:.0f} s: killed {dict(killer.killed)}; {report.answered.total()} answers, "
+        f"the longest in {report.longest_s:.0f} s; asked again {report.asked_again} times",
+        flush=True,
+    )
+    return report
+
+
+def stored(served: Served) -> list[str]:
+    """References to objects that a process has put into the store: pixels and embedding rows."""
+    from ray._private.internal_api import memory_summary
+
+    # Ids of results count from 1, those of objects that were put from 100 million; little-endian.
+    return re.findall(r".*[0-9a-f]{2}e1f505\b.*", memory_summary(served.cluster))
+
+
+def wait_until_nothing_is_left(served: Served) -> None:
+    """Until no stage holds anything of any request, and no object is stored."""
+    wait_for(lambda: is_idle(scraped(served.root)))
+    # Pixels and rows are kept for some seconds after their use.
+    wait_for(lambda: not stored(served))
