@@ -52,7 +52,7 @@ SERVER_FLOORS = [
         "threads",
         "tools",
     ],
-    ["routing", "stages"],
+    ["resumption", "routing", "stages"],
     ["config", "request_log"],
     ["protocol"],
     ["charges"],

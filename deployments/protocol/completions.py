@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from deployments.errors import UnsupportedParameter
 from deployments.protocol.generation import GenerationBody
 from deployments.protocol.usage import UsageBody
 from engine.errors import InvalidRequest
@@ -36,6 +37,11 @@ class CompletionRequest(GenerationBody):
 
     def check(self) -> None:
         super().check()
+        if self.stream_options is not None and self.stream_options.event_ids:
+            raise UnsupportedParameter(
+                "Unsupported parameter: events have ids in /v1/chat/completions only.",
+                param="stream_options.event_ids",
+            )
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise InvalidRequest(
                 f"prompt must have 1 to {MAX_PROMPTS} entries, not {len(self.prompts)}.", param="prompt"

@@ -84,10 +84,14 @@ class StructuredOutputs(Part):
 
 
 class StreamOptions(Part):
-    """``include_usage`` adds an event with the counts at the end, ``continuous_usage_stats`` to each."""
+    """``include_usage`` adds an event with the counts at the end, ``continuous_usage_stats`` to each.
+
+    ``event_ids`` gives each event of a chat an id, with which the stream can be taken up again.
+    """
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    event_ids: bool = False
 
 
 class GenerationBody(RequestBody):

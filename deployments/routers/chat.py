@@ -1,10 +1,11 @@
 """Chat completions."""
 
+import hashlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +18,7 @@ from deployments.conversations import Conversation, RunningAnswer, conversation,
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
+from deployments.resumption import Resumption, resumption
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import content_logprobs, finite, usage_body
 from engine.outputs import StreamUpdate, TokenLogprob
@@ -32,7 +34,15 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_body(request, wire.ChatCompletionRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
     answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), pipeline.name, body)
-    running = await start(pipeline, answer.id, _conversation(body, pipeline))
+    given = _conversation(body, pipeline)
+    name = answer.id
+    if body.stream_options is not None and body.stream_options.event_ids:
+        last = request.headers.get("last-event-id")
+        answer.resumption, params = resumption(body, last, answer.id, answer.created, given.params)
+        given = replace(given, params=params)
+        # The engine may still work for the stream that broke off, so its name is not used again.
+        answer.id, answer.created = answer.resumption.answer, answer.resumption.created
+    running = await start(pipeline, name, given)
     if not body.stream:
         return JSONResponse(_whole(answer, await running.whole(), running))
     # What fails before the first token is still an error of its own, not an event in a stream.
@@ -65,6 +75,7 @@ class Answer:
     created: int
     model: str
     body: wire.ChatCompletionRequest
+    resumption: Resumption | None = None
     _around_text: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     _call_ids: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -81,10 +92,18 @@ class Answer:
 
     def call_id(self, choice: int, index: int) -> str:
         """The id of a choice's call."""
-        return self._call_ids.setdefault((choice, index), f"call_{uuid.uuid4().hex[:24]}")
+        if (choice, index) not in self._call_ids:
+            # The same each time that the answer is made.
+            digest = hashlib.sha256(f"{self.id} {choice} {index}".encode()).hexdigest()
+            self._call_ids[choice, index] = f"call_{digest[:24]}"
+        return self._call_ids[choice, index]
 
     def finish_reason(self, reason: str | None) -> str | None:
         return "function_call" if reason == "tool_calls" and self.calls_functions else reason
+
+    def line(self) -> bytes:
+        """The line with an event's id; nothing if events have none."""
+        return b"" if self.resumption is None else self.resumption.line()
 
     def text_event(self, index: int, text: str) -> bytes:
         """The event of a piece of text and nothing else, which nearly all events are. Everything but the text
@@ -178,10 +197,16 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
             for i in range(running.params.n)
         ]
         ids = {"prompt_token_ids": running.prompt_token_ids} if answer.body.return_token_ids else {}
-        yield sse.event(answer.chunk(roles, **ids))
+        if answer.resumption is None or not answer.resumption.resumed:
+            yield answer.line() + sse.event(answer.chunk(roles, **ids))
         for event in _update_events(answer, running, first):
             yield event
-        text_alone = not (running.reader.parses or answer.counts_in_each or answer.body.return_token_ids)
+        text_alone = not (
+            running.reader.parses
+            or answer.counts_in_each
+            or answer.body.return_token_ids
+            or answer.resumption is not None
+        )
         last = first
         async for last in stream:
             delta = last.deltas[0] if len(last.deltas) == 1 else None
@@ -199,7 +224,10 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
 
 def _update_events(answer: Answer, running: RunningAnswer, update: StreamUpdate) -> list[bytes]:
     read = map(running.reader.read, update.deltas)
-    return [event for delta in read for event in _delta_events(answer, running, delta, update)]
+    if answer.resumption is None:
+        return [event for delta in read for event in _delta_events(answer, running, delta, update)]
+    parts = (part for delta in read for part in answer.resumption.unseen(delta))
+    return [answer.line() + event for part in parts for event in _delta_events(answer, running, part, update)]
 
 
 def _delta_events(
