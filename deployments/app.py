@@ -17,7 +17,7 @@ from deployments.ray_serve.reservations import Host, check_reservation, known_ho
 from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
 from deployments.response_store import KeptResponses
 from engine.errors import ConfigError
-from engine.frontend import load_media_processor, load_prompt_builder
+from engine.frontend import load_media_processor, load_prompt_builder, load_retrieval
 
 #: Calls that the store of responses has open at a time: one for each response that runs in the background.
 _OPEN_CALLS = 1 << 16
@@ -63,7 +63,7 @@ def _stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str
     """For each stage of a model a deployment, or the names of one and its application."""
     if spec.application is None:
         return _deploy_stages(spec, args, hosts)
-    load_prompt_builder(spec.engine)
+    load_retrieval(spec.engine, load_prompt_builder(spec.engine))
     names = {"language_model": "LanguageModel"}
     if load_media_processor(spec.engine) is not None:
         names |= {"preprocessor": "Preprocessor", "encoder": "VisionEncoder"}
@@ -74,7 +74,7 @@ def _deploy_stages(
     spec: ModelSpec, args: AppConfig, hosts: Sequence[Host], *, root: bool = False
 ) -> dict[str, Application]:
     """Deployments of one model. As an application's root, the language model's is bound to the others."""
-    load_prompt_builder(spec.engine)
+    load_retrieval(spec.engine, load_prompt_builder(spec.engine))
 
     def deploy(name: str, replica: type, stage: StageConfig, *init: Any, **options: Any) -> Application:
         check_reservation(f"{name} of {spec.name}", stage, hosts)

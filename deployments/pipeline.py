@@ -23,7 +23,7 @@ from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, Stag
 from deployments.tasks import all_or_none
 from deployments.tools import AnswerFormat, answer_format
 from engine.errors import ContextLengthExceeded, InvalidRequest, Unavailable
-from engine.frontend import load_end_tokens, load_prompt_builder, load_sampling_defaults
+from engine.frontend import load_end_tokens, load_prompt_builder, load_retrieval, load_sampling_defaults
 from engine.inputs.builder import PromptBuilder
 from engine.media.source import MediaSource, check_media_limits
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -76,6 +76,7 @@ class Pipeline:
     Attributes:
         replay: how far requests are carried on whose stage dies; may be changed, as ``timeout_s`` may.
         timeout_s: seconds that a request may take from its arrival; None for no limit.
+        retrieval: how the model is shown queries and documents.
         meter: counts and times this pipeline's work.
         references: the media that later requests may name.
     """
@@ -94,6 +95,7 @@ class Pipeline:
         self.references = References(references)
         self.task = spec.engine.task
         self.builder = load_prompt_builder(spec.engine)
+        self.retrieval = load_retrieval(spec.engine, self.builder)
         self.sampling_defaults = load_sampling_defaults(spec.engine)
         self.format = _answer_format(spec, self.builder)
         self._limits = spec.engine.limit_mm_per_prompt

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -65,20 +67,65 @@ def encoded(vector: np.ndarray) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-async def _chat(pipeline: Pipeline, body: VectorBody) -> EncodedPrompt:
-    messages, sources = parse_messages(body.messages or [])
-    sources = with_options(sources, body.mm_processor_kwargs, body.media_io_kwargs)
+async def chat_prompt(
+    pipeline: Pipeline,
+    messages: Sequence[Mapping[str, Any]],
+    instruction: str | None,
+    salt: str,
+    *,
+    add_generation_prompt: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    options: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None] = (None, None),
+) -> EncodedPrompt:
+    """The prompt of a conversation that is to be one vector, or one vector for each token.
+
+    Args:
+        messages: in OpenAI's form.
+        instruction: the caller's, see :meth:`engine.inputs.retrieval.Retrieval.instructed`.
+        options: of the media's processor and of their files.
+
+    Raises:
+        SightlineError: naming ``messages`` or ``instruction``.
+    """
+    parsed, sources = parse_messages(messages)
+    parsed, begins = pipeline.retrieval.instructed(parsed, instruction)
 
     def build(items: list[MediaItem | PagesItem]) -> EngineInput:
         return pipeline.builder.from_messages(
-            messages,
+            parsed,
             items,
-            add_generation_prompt=body.add_generation_prompt,
-            template_kwargs=body.chat_template_kwargs,
-            cache_salt=body.cache_salt,
+            add_generation_prompt=add_generation_prompt or begins,
+            template_kwargs=template_kwargs,
+            cache_salt=salt,
         )
 
-    return await pipeline.prepare(build, sources, salt=body.cache_salt)
+    return await pipeline.prepare(build, with_options(sources, *options), salt=salt)
+
+
+async def text_prompt(pipeline: Pipeline, text: str, instruction: str | None, salt: str) -> EncodedPrompt:
+    """The prompt of a text: as it stands; or as a user's message, if there is an instruction or the model has
+    a template for texts. Errors as :func:`chat_prompt`, naming ``prompt``.
+    """
+    if pipeline.retrieval.shows_as_message(instruction):
+        with caller_fields({"messages": "prompt"}):
+            return await chat_prompt(pipeline, [{"role": "user", "content": text}], instruction, salt)
+
+    def build(_: list[MediaItem | PagesItem]) -> EngineInput:
+        return pipeline.builder.from_text(text, cache_salt=salt, placeholders_are_text=True)
+
+    return await pipeline.prepare(build, salt=salt)
+
+
+async def _chat(pipeline: Pipeline, body: VectorBody) -> EncodedPrompt:
+    return await chat_prompt(
+        pipeline,
+        body.messages or [],
+        body.instruction,
+        body.cache_salt,
+        add_generation_prompt=body.add_generation_prompt,
+        template_kwargs=body.chat_template_kwargs,
+        options=(body.mm_processor_kwargs, body.media_io_kwargs),
+    )
 
 
 async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -> EncodedPrompt:
@@ -86,6 +133,14 @@ async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -
     if limit is not None:
         most = await pipeline.max_model_len()
         limit = most if limit == -1 else min(limit, most)
+    if isinstance(given, str) and pipeline.retrieval.shows_as_message(body.instruction):
+        if limit is not None:
+            raise InvalidRequest(
+                "A prompt of several parts can't be truncated: shorten the text, or leave out "
+                "truncate_prompt_tokens.",
+                param="truncate_prompt_tokens",
+            )
+        return await text_prompt(pipeline, given, body.instruction, body.cache_salt)
 
     def build(_: list[MediaItem | PagesItem]) -> EngineInput:
         if not isinstance(given, str):

@@ -17,7 +17,11 @@ class EngineConfig(BaseModel):
         model: folder with a checkpoint in Hugging Face layout, or a hub name the user chose to download.
         tokenizer: folder of the tokenizer if it isn't the model's.
         revision: hub revision.
-        task: ``generate``, or ``embed`` to pool hidden states instead of sampling.
+        task: ``generate``; ``embed`` to pool hidden states into vectors instead of sampling; or ``score`` to
+            let a reranker judge pairs of a query and a document.
+        instruction: with ``embed``, put before inputs that bring none, in the format of the family's
+            embedding models; empty for their own, None leaves inputs as they stand. With ``score``, None
+            takes the rerankers' own.
         dtype: ``auto`` takes the checkpoint's on a GPU and float32 on a CPU. ``half``, ``float`` and torch's
             dtypes are understood too.
         device: ``auto`` takes a GPU if there is one.
@@ -51,7 +55,8 @@ class EngineConfig(BaseModel):
     model: str
     tokenizer: str | None = None
     revision: str | None = None
-    task: Literal["generate", "embed"] = "generate"
+    task: Literal["generate", "embed", "score"] = "generate"
+    instruction: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"

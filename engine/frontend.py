@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,18 +24,22 @@ from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.embeds import are_embeddings, given_embeddings
 from engine.inputs.messages import parse_messages
 from engine.inputs.multi_modal import FIELD, media_sources
+from engine.inputs.retrieval import Retrieval, check_task, only_text, parts_of
 from engine.media.decode import ImageLimits, decode_image, upright_rgb
 from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.media.source import MediaSource, check_media_limits
 from engine.preparation import MediaPreparation, PagedFile, num_images
-from engine.prompt import EngineInput, MediaItem, PagesItem, PreparedMedia
+from engine.prompt import EngineInput, MediaItem, Message, PagesItem, PreparedMedia
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer
 
 #: Gives the embedding rows of a prompt's media as :meth:`engine.encoder.EncoderEngine.encode` does, or it
 #: refuses the prompt. The media may lack their content hashes yet.
 Encode = Callable[[Sequence[PreparedMedia], EngineInput], Sequence[Any]]
+
+#: The entries of a prompt of :meth:`engine.LLM.generate`.
+_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", FIELD, "cache_salt"})
 
 
 def load_prompt_builder(config: EngineConfig) -> PromptBuilder:
@@ -46,8 +51,12 @@ def load_prompt_builder(config: EngineConfig) -> PromptBuilder:
     checkpoint, family, model = _describe(config)
     folder = tokenizer_folder(config, checkpoint)
     tokenizer = Tokenizer.load(folder)
+    prompt_format = family.prompt_format(model)
     template = ChatTemplate.load(
-        folder, tokenizer.config, config.chat_template, family.prompt_format(model).default_template
+        folder,
+        tokenizer.config,
+        config.chat_template or prompt_format.template,
+        prompt_format.default_template,
     )
     return PromptBuilder.for_model(family, model, tokenizer, template)
 
@@ -61,6 +70,17 @@ def tokenizer_folder(config: EngineConfig, checkpoint: Checkpoint) -> Path:
     if config.tokenizer is None:
         return checkpoint.path
     return Checkpoint.open(config.tokenizer, weights=False, config=False).path
+
+
+def load_retrieval(config: EngineConfig, builder: PromptBuilder) -> Retrieval:
+    """How ``config.model``, whose prompts ``builder`` makes, is shown queries and documents.
+
+    Raises:
+        CheckpointError: the model can't be served.
+        ConfigError: it can't do its task.
+    """
+    _, family, model = _describe(config)
+    return Retrieval.of(config.task, family.retrieval(model), builder, config.instruction)
 
 
 def load_media_processor(config: EngineConfig) -> MediaProcessor | None:
@@ -112,6 +132,7 @@ def _describe(config: EngineConfig) -> tuple[Checkpoint, Family, ModelConfig]:
     family = resolve(checkpoint)
     model = family.parse(checkpoint)
     check_fit(config, model)
+    check_task(config.task, family, model)
     return checkpoint, family, model
 
 
@@ -151,6 +172,7 @@ class Frontend:
     Args:
         config: the engine's configuration.
         builder: builds prompts.
+        retrieval: how the model is shown queries and documents.
         processor: prepares media; None for a text-only model.
         fetcher: gets images by URL.
     """
@@ -159,11 +181,13 @@ class Frontend:
         self,
         config: EngineConfig,
         builder: PromptBuilder,
+        retrieval: Retrieval,
         processor: MediaProcessor | None,
         fetcher: MediaFetcher,
     ) -> None:
         self._config = config
         self._builder = builder
+        self.retrieval = retrieval
         self._processor = processor
         self._fetcher = fetcher
         self._preparation = None if processor is None else MediaPreparation(processor)
@@ -175,7 +199,9 @@ class Frontend:
     def load(cls, config: EngineConfig, policy: FetchPolicy | None = None) -> Frontend:
         """The frontend of ``config.model``; errors as :func:`load_prompt_builder`."""
         fetcher = MediaFetcher(fetch_policy(config, policy or FetchPolicy()))
-        return cls(config, load_prompt_builder(config), load_media_processor(config), fetcher)
+        builder = load_prompt_builder(config)
+        retrieval = load_retrieval(config, builder)
+        return cls(config, builder, retrieval, load_media_processor(config), fetcher)
 
     @property
     def takes_media(self) -> bool:
@@ -183,7 +209,8 @@ class Frontend:
 
     def with_template(self, template: str) -> Frontend:
         """Return this frontend with another chat template; errors as :meth:`PromptBuilder.with_template`."""
-        return Frontend(self._config, self._builder.with_template(template), self._processor, self._fetcher)
+        builder = self._builder.with_template(template)
+        return Frontend(self._config, builder, self.retrieval, self._processor, self._fetcher)
 
     def from_prompt(self, prompt: str | Mapping[str, Any], encode: Encode | None = None) -> PreparedPrompt:
         """Prepare one prompt of :meth:`engine.LLM.generate`.
@@ -203,7 +230,7 @@ class Frontend:
                 f"not {type(prompt).__name__}.",
                 param="prompt",
             )
-        unknown = prompt.keys() - {"prompt", "prompt_token_ids", FIELD, "cache_salt"}
+        unknown = prompt.keys() - _PROMPT_KEYS
         if unknown:
             raise InvalidRequest(f"A prompt has no entry {sorted(unknown)[0]!r}.", param="prompt")
         data, salt = prompt.get(FIELD) or {}, prompt.get("cache_salt", "")
@@ -232,17 +259,86 @@ class Frontend:
             InvalidRequest: naming the message or part that can't be used.
         """
         parsed, sources = parse_messages(messages)
-        self._builder.check_messages(parsed, len(sources))
-        media = self._prepare(sources, name_later=encode is not None)
-        inputs = self._builder.from_messages(
+        build = partial(
+            self._builder.from_messages,
             parsed,
-            media.places,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
             template_kwargs=chat_template_kwargs,
         )
-        return _finished(inputs, media, encode)
+        return self._conversation(self._builder, parsed, sources, build, encode)
+
+    def for_vector(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        encode: Encode | None = None,
+        *,
+        instruction: str | None = None,
+        add_generation_prompt: bool = False,
+    ) -> PreparedPrompt:
+        """Prepare one conversation of :meth:`engine.LLM.embed`; ``encode`` as in :meth:`from_prompt`.
+
+        Args:
+            instruction: see :meth:`engine.inputs.retrieval.Retrieval.instructed`.
+
+        Raises:
+            InvalidRequest: naming the message or part that can't be used.
+        """
+        parsed, sources = parse_messages(messages)
+        parsed, begins = self.retrieval.instructed(parsed, instruction)
+        begins = begins or add_generation_prompt
+        build = partial(self._builder.from_messages, parsed, add_generation_prompt=begins)
+        return self._conversation(self._builder, parsed, sources, build, encode)
+
+    def from_item(
+        self,
+        item: str | Mapping[str, Any],
+        encode: Encode | None = None,
+        *,
+        instruction: str | None = None,
+    ) -> PreparedPrompt:
+        """Prepare a text or an image of :meth:`engine.LLM.score`, or a prompt of :meth:`from_prompt`.
+
+        Errors as there.
+        """
+        if not isinstance(item, str | Mapping) or (isinstance(item, Mapping) and _PROMPT_KEYS & item.keys()):
+            return self.from_prompt(item, encode)
+        text = only_text(item)
+        if text is not None and not self.retrieval.shows_as_message(instruction):
+            return self.from_prompt(text, encode)
+        content = parts_of(item, "prompt")
+        return self.for_vector([{"role": "user", "content": content}], encode, instruction=instruction)
+
+    def from_pair(
+        self,
+        query: str | Mapping[str, Any],
+        document: str | Mapping[str, Any],
+        encode: Encode | None = None,
+        *,
+        instruction: str | None = None,
+    ) -> PreparedPrompt:
+        """Prepare a query and a document for a reranker; ``encode`` as in :meth:`from_prompt`.
+
+        Raises:
+            InvalidRequest: naming the part that can't be used.
+        """
+        parsed, sources = parse_messages(self.retrieval.pair(query, document, instruction))
+        builder = self.retrieval.pair_builder
+        return self._conversation(builder, parsed, sources, partial(builder.from_messages, parsed), encode)
+
+    def _conversation(
+        self,
+        builder: PromptBuilder,
+        parsed: Sequence[Message],
+        sources: Sequence[MediaSource],
+        build: Callable[[Sequence[MediaItem | PagesItem]], EngineInput],
+        encode: Encode | None,
+    ) -> PreparedPrompt:
+        """Prepare parsed messages whose prompt ``build`` makes of their media."""
+        builder.check_messages(parsed, len(sources))
+        media = self._prepare(sources, name_later=encode is not None)
+        return _finished(build(media.places), media, encode)
 
     def close(self) -> None:
         """Close connections. They are opened again when they are needed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from engine.encoder import EncoderEngine
 from engine.errors import ConfigError, InvalidRequest
 from engine.executor.launch import Launcher
 from engine.frontend import Frontend, load_sampling_defaults
+from engine.inputs.retrieval import compare, pair_score
 from engine.loading import check_checkpoint, load_engine
 from engine.media.guard import FetchPolicy
 from engine.offline import Job, OfflineRunner, Params, Prepare
@@ -158,6 +158,7 @@ class LLM:
         messages: Messages | Sequence[Messages] = (),
         pooling: Pooling = "last",
         normalize: bool = True,
+        instruction: str | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
         use_tqdm: bool = True,
@@ -165,18 +166,21 @@ class LLM:
         """Pool the hidden states of prompts, as :meth:`generate` takes them, or of ``messages``, as
         :meth:`chat` takes them, into vectors. See :class:`~engine.pooling_params.PoolingParams`.
 
+        Args:
+            instruction: shows texts and messages to the model in the format of its family's embedding models,
+                with this instruction; with their own if empty. None takes the one that the model was loaded
+                with, if any. Prompts that are objects with ``prompt`` stay as they stand.
+
         Raises:
             InvalidRequest: a prompt can't be served, or the model wasn't loaded with ``task="embed"``.
         """
-        prepare = [
-            *self._prompts(prompts),
-            *self._conversations(
-                messages, chat_template=chat_template, add_generation_prompt=add_generation_prompt
-            ),
+        frontend = self._frontend if chat_template is None else self._frontend.with_template(chat_template)
+        options: dict[str, Any] = {"instruction": instruction, "add_generation_prompt": add_generation_prompt}
+        prepare: list[Prepare] = [
+            *(partial(frontend.from_item, prompt, instruction=instruction) for prompt in _as_list(prompts)),
+            *(partial(frontend.for_vector, each, **options) for each in _as_conversations(messages)),
         ]
-        params = PoolingParams(pooling=pooling, normalize=normalize)
-        jobs = self._run(prepare, [params] * len(prepare), use_tqdm)
-        return [job.embedding for job in jobs if job.embedding is not None]
+        return self._pooled(prepare, PoolingParams(pooling=pooling, normalize=normalize), use_tqdm)
 
     def score(
         self,
@@ -184,12 +188,18 @@ class LLM:
         second: Prompt | Sequence[Prompt],
         *,
         pooling: Pooling = "last",
+        instruction: str | None = None,
         use_tqdm: bool = True,
     ) -> list[float]:
-        """Cosine similarity of the embeddings of prompts, which may hold images.
+        """Score pairs of texts or images.
+
+        With ``task="embed"`` a score is the cosine similarity of two vectors, or MaxSim for a model with one
+        vector per token. With ``task="score"`` it is the probability that the second meets the first.
 
         Args:
-            first: one prompt, compared with each of ``second``; or as many as ``second`` has.
+            first: one text, or an object with ``image`` and perhaps ``text``, or a prompt as :meth:`embed`
+                takes it, compared with each of ``second``; or as many as ``second`` has.
+            instruction: of ``first``, the query; see :meth:`embed`.
 
         Raises:
             InvalidRequest: the numbers don't fit, or as :meth:`embed`.
@@ -201,10 +211,20 @@ class LLM:
             raise InvalidRequest(
                 f"{len(left)} prompts can't be compared with {len(right)}: give one, or as many."
             )
-        vectors = [o.embedding for o in self.embed([*left, *right], pooling=pooling, use_tqdm=use_tqdm)]
-        lefts, rights = vectors[: len(left)], vectors[len(left) :]
-        pairs = zip(lefts * (len(rights) // len(lefts)), rights, strict=True)
-        return [sum(map(operator.mul, one, other)) for one, other in pairs]
+        frontend = self._frontend
+        retrieval = frontend.retrieval
+        if retrieval.ranks_pairs:
+            pairs = zip(left * (len(right) // len(left)), right, strict=True)
+            prepare = [partial(frontend.from_pair, *pair, instruction=instruction) for pair in pairs]
+            return [pair_score(o) for o in self._pooled(prepare, retrieval.params(), use_tqdm)]
+        prepare = [
+            *(partial(frontend.from_item, item, instruction=instruction) for item in left),
+            *(partial(frontend.from_item, item) for item in right),
+        ]
+        outputs = self._pooled(prepare, retrieval.params(pooling), use_tqdm)
+        lefts, rights = outputs[: len(left)], outputs[len(left) :]
+        compared = zip(lefts * (len(rights) // len(lefts)), rights, strict=True)
+        return [compare(one, other) for one, other in compared]
 
     def check_integrity(self) -> None:
         """Between calls: nothing is held anywhere. Raises AssertionError."""
@@ -217,7 +237,7 @@ class LLM:
     def _conversations(
         self, messages: Messages | Sequence[Messages], chat_template: str | None, **options: Any
     ) -> list[Prepare]:
-        many: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        many = _as_conversations(messages)
         frontend = self._frontend
         if many and chat_template is not None:
             frontend = frontend.with_template(chat_template)
@@ -228,6 +248,12 @@ class LLM:
             return self._runner.run(prepare, params, use_tqdm)
         finally:
             self._frontend.close()
+
+    def _pooled(
+        self, prepare: Sequence[Prepare], params: PoolingParams, use_tqdm: bool
+    ) -> list[EmbeddingOutput]:
+        jobs = self._run(prepare, [params] * len(prepare), use_tqdm)
+        return [job.embedding for job in jobs if job.embedding is not None]
 
     def _run_generation(
         self,
@@ -251,6 +277,10 @@ def _config_error(error: ValidationError) -> ConfigError:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+
+
+def _as_conversations(messages: Messages | Sequence[Messages]) -> Sequence[Any]:
+    return [messages] if messages and isinstance(messages[0], Mapping) else messages
 
 
 def _check_tool(tool: Any, where: str) -> None:

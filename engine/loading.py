@@ -51,7 +51,8 @@ def check_checkpoint(config: EngineConfig) -> None:
     """
     if config.load_format == "auto":
         checkpoint = Checkpoint.open(config.model, config.revision)
-        check_tensors(checkpoint, resolve(checkpoint).parse(checkpoint))
+        model = resolve(checkpoint).parse(checkpoint)
+        check_tensors(checkpoint, model, vectors_only=config.task == "embed")
 
 
 def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> LoadedEngine:

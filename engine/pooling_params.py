@@ -1,4 +1,4 @@
-"""Parameters that turn a sequence's hidden states into one vector, or one for each token."""
+"""Parameters that turn a sequence's hidden states into one vector, one for each token, or a score."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ class PoolingParams:
         pooling: the hidden state of the ``last`` token, of the first (``cls``), the ``mean`` of all, or
             ``all`` of them, one for each token; after the decoder's final norm.
         normalize: scale each vector to length 1.
+        between: two token ids. Instead of a hidden state, the result is one number: the first token's logit
+            minus the second's, after the last token of the prompt. Nothing is normalised.
     """
 
     pooling: Pooling = "last"
     normalize: bool = True
+    between: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):

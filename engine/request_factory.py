@@ -166,7 +166,8 @@ class RequestFactory:
     ) -> Request:
         """The first of a group's requests, checked."""
         if self._config.task != "generate":
-            raise InvalidRequest("This model makes embeddings; it does not generate text.", param="model")
+            made = "embeddings" if self._config.task == "embed" else "scores"
+            raise InvalidRequest(f"This model makes {made}; it does not generate text.", param="model")
         eos_ids = self._model.eos_token_ids
         params.resolve_bad_words(lambda text: self._tokenizer.encode(text, add_special_tokens=False), eos_ids)
         params.verify(self._model.decoder.vocab_size, self.max_model_len)
@@ -211,8 +212,10 @@ class RequestFactory:
         params: PoolingParams,
         embeddings: Sequence[Embedding] | None,
     ) -> Request:
-        if self._config.task != "embed":
+        if self._config.task == "generate":
             raise InvalidRequest("This model generates text; it is not served for embeddings.", param="model")
+        if (self._config.task == "score") != (params.between is not None):
+            raise InvalidRequest("This model scores pairs of texts or images only.", param="model")
         request = self._request(request_id, inputs, SamplingParams(), embeddings, pooling=params)
         self._scheduler.check(request)
         return request

@@ -82,6 +82,7 @@ PUBLIC = {
     "engine.inputs.media_options",
     "engine.inputs.messages",
     "engine.inputs.pages",
+    "engine.inputs.retrieval",
     "engine.media.decode",
     "engine.media.documents.limits",
     "engine.media.fetch",

@@ -48,6 +48,7 @@ def test_none_is_left_out():
     clients = {
         "chat_client.py",
         "embedding_client.py",
+        "rerank_client.py",
         "structured_client.py",
         "tool_client.py",
         "pictures.py",
@@ -66,3 +67,5 @@ def test_clients(monkeypatch, capsys, served):
     assert "red circle and a blue square" in capsys.readouterr().out
     run(monkeypatch, "embedding_client.py", "--model", "tests/vectors", "--base-url", served.base_url)
     assert capsys.readouterr().out.startswith("Embedding output: [")
+    run(monkeypatch, "rerank_client.py", "--model", "tests/vectors", "--base-url", served.base_url)
+    assert capsys.readouterr().out.startswith("picture 2: ")

@@ -33,6 +33,7 @@ class VectorBody(RequestBody):
     messages: list[dict[str, Any]] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     # Beyond OpenAI.
+    instruction: str | None = Field(default=None, max_length=16384)
     pooling: str = "last"
     normalize: bool = True
     add_special_tokens: bool = True

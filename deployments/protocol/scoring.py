@@ -16,17 +16,25 @@ MAX_DOCUMENTS = 1024
 Item = str | dict[str, Any]
 
 
-class ScoreRequest(RequestBody):
+class ScoringBody(RequestBody):
+    """Fields of every endpoint that answers with scores."""
+
+    TASK: ClassVar[str] = "embed"
+
+    model: str
+    # Beyond Cohere's and Jina's.
+    instruction: str | None = Field(default=None, max_length=16384)
+    cache_salt: str = Field(default="", max_length=256)
+
+
+class ScoreRequest(ScoringBody):
     """Body of ``POST /v1/score``. One item against many, many against one, or pairs of equally long lists."""
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"text_1": "a red circle", "text_2": ["a circle", "a square"]}
-    TASK: ClassVar[str] = "embed"
     REFUSED: ClassVar[Mapping[str, str]] = {"truncate_prompt_tokens": "shorten the texts"}
 
-    model: str
     text_1: Item | list[Item] = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
     text_2: Item | list[Item] = Field(validation_alias=AliasChoices("text_2", "documents", "data_2", "items"))
-    cache_salt: str = Field(default="", max_length=256)
 
     def pairs(self) -> list[tuple[Item, Item]]:
         """The pairs to be scored.
@@ -65,17 +73,15 @@ class ScoreResponse(BaseModel):
     usage: UsageBody
 
 
-class RerankRequest(RequestBody):
+class RerankRequest(ScoringBody):
     """Body of ``POST /v1/rerank``, as Cohere's and Jina's clients send it."""
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"query": "a red circle", "documents": ["a circle", "a square"]}
-    TASK: ClassVar[str] = "embed"
-    model: str
+
     query: Item
     documents: list[Item]
     top_n: int | None = None
     return_documents: bool = True
-    cache_salt: str = Field(default="", max_length=256)
 
     def check(self) -> None:
         """Check the bounds of the request's fields.

@@ -1,13 +1,11 @@
-"""Scores and ranks by the cosine of two embeddings; texts and images on either side."""
+"""Scores and ranks texts and images: by their vectors, or by a reranker that reads them together."""
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -19,31 +17,27 @@ from deployments.protocol import scoring as wire
 from deployments.routers.models import find_pipeline
 from deployments.routers.values import usage_body
 from deployments.tasks import all_or_none
-from deployments.vectors import AT_A_TIME, total_usage
-from engine.errors import InvalidRequest
+from deployments.vectors import AT_A_TIME, chat_prompt, text_prompt, total_usage
 from engine.inputs.messages import parse_messages
+from engine.inputs.retrieval import compare, item_key, only_text, pair_score, parts_of
 from engine.outputs import EmbeddingOutput, Usage
-from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, MediaItem, PagesItem
 
 router = APIRouter()
+
+Pairs = Sequence[tuple[wire.Item, wire.Item]]
 
 
 @router.post("/v1/score")
 @router.post("/score", include_in_schema=False)
 @described(wire.ScoreRequest, wire.ScoreResponse)
 async def score(request: Request) -> Response:
-    """Return the similarity of the two items of each pair, from -1 to 1."""
+    """Return a score for each pair: its items' similarity, or a reranker's probability of a match."""
     body = await read_body(request, wire.ScoreRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
-    pairs = body.pairs()
     name = f"score-{uuid.uuid4().hex}"
-    sides = (("text_1", [pair[0] for pair in pairs]), ("text_2", [pair[1] for pair in pairs]))
-    vectors, usage = await _embed(pipeline, name, sides, body.cache_salt)
-    data = [
-        wire.Score(index=index, score=float(vectors[_key(one)] @ vectors[_key(other)]))
-        for index, (one, other) in enumerate(pairs)
-    ]
+    scores, usage = await _scores(pipeline, name, body.pairs(), ("text_1", "text_2"), body)
+    data = [wire.Score(index=index, score=score) for index, score in enumerate(scores)]
     response = wire.ScoreResponse(
         id=name, created=int(time.time()), model=pipeline.name, data=data, usage=usage_body(usage)
     )
@@ -55,15 +49,13 @@ async def score(request: Request) -> Response:
 @router.post("/v2/rerank", include_in_schema=False)
 @described(wire.RerankRequest, wire.RerankResponse)
 async def rerank(request: Request) -> Response:
-    """Documents in the order of their nearness to the query."""
+    """Documents in the order of their scores for the query."""
     body = await read_body(request, wire.RerankRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
     body.check()
     name = f"rerank-{uuid.uuid4().hex}"
-    sides = (("query", [body.query]), ("documents", body.documents))
-    vectors, usage = await _embed(pipeline, name, sides, body.cache_salt)
-    query = vectors[_key(body.query)]
-    scores = [float(query @ vectors[_key(document)]) for document in body.documents]
+    pairs = [(body.query, document) for document in body.documents]
+    scores, usage = await _scores(pipeline, name, pairs, ("query", "documents"), body)
     # Equal scores keep the documents' order.
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
     results = [
@@ -78,65 +70,100 @@ async def rerank(request: Request) -> Response:
     return JSONResponse(response.model_dump(exclude_none=True))
 
 
-async def _embed(
-    pipeline: Pipeline, name: str, sides: Sequence[tuple[str, list[wire.Item]]], salt: str
-) -> tuple[dict[str, np.ndarray], Usage]:
-    """The vectors of all items, each distinct item once, and what they cost."""
-    distinct = {_key(item): (item, field) for field, items in sides for item in items}
-    places = asyncio.Semaphore(AT_A_TIME)
+async def _scores(
+    pipeline: Pipeline, name: str, pairs: Pairs, fields: tuple[str, str], body: wire.ScoringBody
+) -> tuple[list[float], Usage]:
+    """The score of each pair, and what all cost. ``fields`` hold the two items of a pair."""
+    if pipeline.retrieval.ranks_pairs:
+        return await _judge(pipeline, name, pairs, fields, body)
+    vectors, usage = await _embed(pipeline, name, pairs, fields, body)
 
-    async def embed(index: int, item: wire.Item, field: str) -> EmbeddingOutput:
+    def compared() -> list[float]:
+        return [compare(vectors[0, item_key(one)], vectors[1, item_key(other)]) for one, other in pairs]
+
+    # Thousands of vectors per item make this long.
+    return await asyncio.to_thread(compared), usage
+
+
+async def _judge(
+    pipeline: Pipeline, name: str, pairs: Pairs, fields: tuple[str, str], body: wire.ScoringBody
+) -> tuple[list[float], Usage]:
+    """Scores by a reranker, each distinct pair once."""
+    retrieval, places = pipeline.retrieval, asyncio.Semaphore(AT_A_TIME)
+    distinct = {(item_key(one), item_key(other)): (one, other) for one, other in pairs}
+
+    async def judge(index: int, query: wire.Item, document: wire.Item) -> EmbeddingOutput:
         async with places:
-            with caller_fields({"prompt": field, "messages": field}):
-                prompt = await _prepared(pipeline, item, field, salt)
-            return await pipeline.embed(f"{name}-{index}", prompt, PoolingParams())
+            with caller_fields(_pair_names(query, document, fields)):
+                prompt = await _pair_prompt(pipeline, query, document, body)
+            return await pipeline.embed(f"{name}-{index}", prompt, retrieval.params())
 
-    outputs = await all_or_none(
-        embed(index, item, field) for index, (item, field) in enumerate(distinct.values())
-    )
-    vectors = {key: np.array(output.embedding) for key, output in zip(distinct, outputs, strict=True)}
-    return vectors, total_usage(outputs)
+    outputs = await all_or_none(judge(index, *pair) for index, pair in enumerate(distinct.values()))
+    scores = dict(zip(distinct, map(pair_score, outputs), strict=True))
+    return [scores[item_key(one), item_key(other)] for one, other in pairs], total_usage(outputs)
 
 
-def _key(item: wire.Item) -> str:
-    return json.dumps(item, sort_keys=True)
+def _pair_names(query: wire.Item, document: wire.Item, fields: tuple[str, str]) -> dict[str, str]:
+    """The caller's fields by the parts of a reranker's prompt: two texts, the query, a text, the document.
+
+    Faults of the whole prompt, such as its length, count as the document's.
+
+    Raises:
+        InvalidRequest: naming the caller's field.
+    """
+    counts = [2 + len(parts_of(query, fields[0])), 1 + len(parts_of(document, fields[1]))]
+    parts = [field for field, count in zip(fields, counts, strict=True) for _ in range(count)]
+    return {"prompt": fields[1], "messages": fields[1]} | {
+        f"messages[1].content[{index}]": field for index, field in enumerate(parts)
+    }
 
 
-async def _prepared(pipeline: Pipeline, item: wire.Item, field: str, salt: str) -> EncodedPrompt:
-    text = item if isinstance(item, str) else item.get("text") if set(item) == {"text"} else None
+async def _pair_prompt(
+    pipeline: Pipeline, query: wire.Item, document: wire.Item, body: wire.ScoringBody
+) -> EncodedPrompt:
+    messages, sources = parse_messages(pipeline.retrieval.pair(query, document, body.instruction))
+
+    def build(items: list[MediaItem | PagesItem]) -> EngineInput:
+        return pipeline.retrieval.pair_builder.from_messages(messages, items, cache_salt=body.cache_salt)
+
+    return await pipeline.prepare(build, sources, salt=body.cache_salt)
+
+
+async def _embed(
+    pipeline: Pipeline, name: str, pairs: Pairs, fields: tuple[str, str], body: wire.ScoringBody
+) -> tuple[dict[tuple[int, str], EmbeddingOutput], Usage]:
+    """The vectors of all items by their side and key, and what they cost.
+
+    Each distinct item is computed once. The instruction belongs to the first side, the queries; with one, an
+    item that stands on both sides has two vectors.
+    """
+    places = asyncio.Semaphore(AT_A_TIME)
+    keys = {
+        (side, item_key(item)): (item, fields[side], body.instruction if side == 0 else None)
+        for pair in pairs
+        for side, item in enumerate(pair)
+    }
+    distinct = {(key, instruction): work for (_, key), work in keys.items() for instruction in [work[2]]}
+
+    async def embed(index: int, item: wire.Item, field: str, instruction: str | None) -> EmbeddingOutput:
+        async with places:
+            parts = {f"messages[0].content[{index}]": field for index in range(len(parts_of(item, field)))}
+            with caller_fields({"prompt": field, "messages": field} | parts):
+                prompt = await _prepared(pipeline, item, field, instruction, body.cache_salt)
+            return await pipeline.embed(f"{name}-{index}", prompt, pipeline.retrieval.params())
+
+    outputs = await all_or_none(embed(index, *work) for index, work in enumerate(distinct.values()))
+    made = dict(zip(distinct, outputs, strict=True))
+    return {place: made[place[1], work[2]] for place, work in keys.items()}, total_usage(outputs)
+
+
+async def _prepared(
+    pipeline: Pipeline, item: wire.Item, field: str, instruction: str | None, salt: str
+) -> EncodedPrompt:
+    parts, text = parts_of(item, field), only_text(item)
     if text is not None:
-        if not isinstance(text, str) or not text:
-            raise InvalidRequest(f"{field} must not hold an empty text.", param=field)
-
-        def plain(_: list[MediaItem | PagesItem]) -> EngineInput:
-            return pipeline.builder.from_text(text, cache_salt=salt, placeholders_are_text=True)
-
-        return await pipeline.prepare(plain, salt=salt)
-    assert isinstance(item, dict)
-    messages, sources = parse_messages([{"role": "user", "content": _parts(item, field)}])
-
-    def chat(items: list[MediaItem | PagesItem]) -> EngineInput:
-        return pipeline.builder.from_messages(messages, items, add_generation_prompt=False, cache_salt=salt)
-
-    return await pipeline.prepare(chat, sources, salt=salt)
-
-
-def _parts(item: dict[str, Any], field: str) -> list[Any]:
-    """An item as the parts of a chat message."""
-    content = item.get("content", item.get("multi_modal"))
-    if isinstance(content, list):
-        return content
-    parts = []
-    image = item.get("image", item.get("image_url"))
-    if image is not None:
-        parts.append({"type": "image_url", "image_url": image if isinstance(image, dict) else {"url": image}})
-    if isinstance(item.get("text"), str):
-        parts.append({"type": "text", "text": item["text"]})
-    if not parts:
-        raise InvalidRequest(
-            f"{field} must hold texts, or objects with text, image, or a content list.", param=field
-        )
-    return parts
+        return await text_prompt(pipeline, text, instruction, salt)
+    return await chat_prompt(pipeline, [{"role": "user", "content": parts}], instruction, salt)
 
 
 def _shown(item: wire.Item) -> dict[str, Any]:

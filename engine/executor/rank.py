@@ -56,6 +56,7 @@ class ModelRank:
             load_format=config.load_format,
             seed=config.seed,
             max_model_len=max_model_len,
+            vectors_only=config.task == "embed",
         )
         return cls(config, model, decoder, group, max_model_len)
 
@@ -100,7 +101,7 @@ class ModelRank:
             num_slots=num_slots,
             max_num_tokens=config.max_num_batched_tokens,
             max_model_len=max_model_len,
-            pooling=config.task == "embed",
+            pooling=config.task != "generate",
             capture=make_capture(decoder.device, enforce_eager=config.enforce_eager),
             group=self.group,
         )

@@ -71,6 +71,7 @@ class PromptFormat:
         split_at_media: whether the texts before, between and after placeholder strings are tokenised piece by
             piece, each with the tokenizer's special tokens (Phi-3.5-vision), instead of as one text.
         default_template: Jinja chat template for checkpoints that bring none; None if there is none.
+        template: Jinja chat template that is used in place of the checkpoint's own; None to use that.
     """
 
     image: str | None = None
@@ -79,6 +80,7 @@ class PromptFormat:
     separator: str = ""
     split_at_media: bool = False
     default_template: str | None = None
+    template: str | None = None
 
 
 class MediaProcessor(Protocol):

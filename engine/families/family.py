@@ -17,6 +17,7 @@ from engine.checkpoint.rules import ROTARY_BUFFERS, TIED_HEAD, WeightRules
 from engine.errors import ConfigError
 from engine.families.base import MediaEncoder, MediaProcessor, ModelConfig, PromptFormat
 from engine.families.parsing.model import ConfigReader
+from engine.families.retrieval import RetrievalFormat
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Family:
         processor: makes the media processor of a checkpoint with the user's options; None if the family is
             text-only.
         options: names of the ``mm_processor_kwargs`` that ``processor`` takes.
+        retrieval: the prompts of a model that retrieves or ranks.
         weights: the names of the checkpoint's tensors, without those that every family ignores.
         build_encoder: makes the vision part with its weights allocated but not filled; the result is also a
             ``torch.nn.Module``.
@@ -74,6 +76,7 @@ class Family:
     positions: Callable[[ModelConfig, int, Sequence[MediaSpan]], Positions | None] = plain_positions
     processor: Callable[[Checkpoint, ModelConfig, Options], MediaProcessor] | None = None
     options: tuple[str, ...] = ()
+    retrieval: Callable[[ModelConfig], RetrievalFormat] = lambda config: RetrievalFormat()
     weights: Callable[[ModelConfig], WeightRules] = lambda config: WeightRules()
     build_encoder: Callable[[ModelConfig, BuildContext], MediaEncoder] = no_encoder
 

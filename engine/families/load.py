@@ -32,12 +32,14 @@ def load_language_model(
     load_format: LoadFormat = "auto",
     seed: int = 0,
     max_model_len: int | None = None,
+    vectors_only: bool = False,
 ) -> Decoder:
     """This rank's share of the decoder with its weights. Only the rank's own rows are read.
 
     Args:
         load_format: ``dummy`` fills with seeded noise instead, without touching a weight file.
         max_model_len: see :class:`Decoder`.
+        vectors_only: the head is not needed: checkpoints of embedding models may lack it.
 
     Raises:
         CheckpointError: naming tensors that are missing, unknown or of the wrong shape. The headers are
@@ -46,7 +48,7 @@ def load_language_model(
     build = BuildContext(device, dtype, tp or SingleProcessGroup())
     rules = None
     if load_format != "dummy":
-        config, rules = _stored(checkpoint, config)
+        config, rules = _stored(checkpoint, config, vectors_only)
     decoder = Decoder(config.decoder, build, max_model_len=max_model_len)
     _fill(decoder, "language", checkpoint, rules, seed)
     return decoder
@@ -72,7 +74,7 @@ def load_vision_encoder(
     return encoder
 
 
-def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, vectors_only: bool = False) -> None:
     """Check the headers of all parts' tensors; errors as :func:`load_language_model`.
 
     Loading a part checks that part alone. A process that loads several calls this first, so that a fault in
@@ -80,7 +82,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """
     family = family_named(config.family)
     build = BuildContext(torch.device("meta"), torch.float32, SingleProcessGroup())
-    stored, rules = _stored(checkpoint, config)
+    stored, rules = _stored(checkpoint, config, vectors_only)
     match_tensors(Decoder(stored.decoder, build), "language", checkpoint, rules)
     if config.vision is not None:
         encoder = family.build_encoder(config, build)
@@ -88,7 +90,9 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
         match_tensors(encoder, "vision", checkpoint, rules)
 
 
-def _stored(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, WeightRules]:
+def _stored(
+    checkpoint: Checkpoint, config: ModelConfig, vectors_only: bool
+) -> tuple[ModelConfig, WeightRules]:
     """``config`` with embeddings tied only if the stored tensors agree with that; the names of the tensors.
 
     As in Transformers, a stored head with other values than the embeddings is a head of its own, and a head
@@ -98,6 +102,9 @@ def _stored(checkpoint: Checkpoint, config: ModelConfig) -> tuple[ModelConfig, W
     untied = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
     rules = family.weight_rules(untied)
     if not config.decoder.tie_word_embeddings:
+        if vectors_only and stored_head(checkpoint, rules) is StoredHead.NONE:
+            # A head that nothing calls takes no memory of its own.
+            return replace(config, decoder=replace(config.decoder, tie_word_embeddings=True)), rules
         return config, rules
     head = stored_head(checkpoint, rules)
     if head is StoredHead.OTHER:

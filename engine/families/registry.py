@@ -9,6 +9,7 @@ from engine.errors import CheckpointError
 from engine.families.family import Family
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
+    "colqwen2": ("ColQwen2ForRetrieval",),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "internvl": ("InternVLForConditionalGeneration",),
     "internvl_chat": ("InternVLChatModel",),

@@ -12,6 +12,7 @@ from engine.layers.attention import Attention
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.embedding import LMHead, VocabEmbedding
+from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
@@ -69,6 +70,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, build, tied=tied)
+        width = config.projected_width
+        self.projection = None if width is None else Linear(config.hidden_size, width, build)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Map token ids ``(T,)`` to embeddings ``(T, hidden_size)``."""
@@ -114,3 +117,14 @@ class Decoder(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states ``(N, hidden_size)`` to logits ``(N, vocab_size)`` in the model's dtype."""
         return self.lm_head(hidden)
+
+    def logit_gap(self, hidden: torch.Tensor, first: int, second: int) -> torch.Tensor:
+        """Map hidden states ``(N, hidden_size)`` to the logit of token ``first`` minus that of ``second``.
+
+        Returns float32 ``(N, 1)``.
+        """
+        return self.lm_head.gap(hidden, first, second)
+
+    def vectors(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map hidden states ``(N, hidden_size)`` to vectors ``(N, width)`` of any length."""
+        return hidden if self.projection is None else self.projection(hidden)

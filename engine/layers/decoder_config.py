@@ -85,6 +85,8 @@ class DecoderConfig:
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for
             full attention; an empty tuple means full attention everywhere.
         num_deepstack: leading layers after which visual features are added (Qwen3-VL).
+        projected_width: numbers of a vector that a projection with bias makes of each hidden state, for
+            models that are trained to retrieve (ColQwen2); None if vectors are hidden states.
     """
 
     vocab_size: int
@@ -105,6 +107,7 @@ class DecoderConfig:
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
     num_deepstack: int = 0
+    projected_width: int | None = None
 
     def window(self, layer: int) -> int | None:
         """Sliding window of ``layer`` in tokens; None for full attention."""

@@ -60,12 +60,27 @@ class LMHead(VocabTable):
         self.tied = tied is not None
         if tied is not None:
             self.weight = tied.weight
+            self.rows, self.start, self.count = tied.rows, tied.start, tied.count
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = linear(hidden, self.weight)
         if self.tp.size == 1:
             return logits
         return self.tp.all_gather(logits)[..., : self.vocab_size]
+
+    def gap(self, hidden: torch.Tensor, first: int, second: int) -> torch.Tensor:
+        """The logit of the token ``first`` minus that of ``second``, float32 ``(N, 1)`` on every rank.
+
+        Only the two tokens' rows of the table are read. Their difference is formed before the product, as the
+        scripts of Qwen's rerankers do.
+        """
+        row = torch.zeros_like(hidden[0], dtype=torch.float32)
+        for token, sign in ((first, 1.0), (second, -1.0)):
+            local = token - self.start
+            if 0 <= local < self.count:
+                row += sign * self.weight[local].float()
+        gap = hidden.float() @ row[:, None]
+        return gap if self.tp.size == 1 else self.tp.all_reduce(gap)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [] if self.tied else super().weight_slots(prefix, names)

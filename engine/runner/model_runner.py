@@ -129,7 +129,7 @@ class ModelRunner:
         # Flash-decoding counters: one row per sequence of a decode step and one column per KV head.
         self._split_counters = torch.zeros((num_slots, kv[0].kv_heads), dtype=torch.int32, device=self.device)
         self.sampler = Sampler(num_slots, self.vocab_size, self.device)
-        self._pooler = Pooler()
+        self._pooler = Pooler(model)
         self._scorer = PromptScorer(model)
         # Embedding rows by slot and item hash that are not consumed yet.
         self._embeddings: dict[int, dict[str, torch.Tensor]] = {}

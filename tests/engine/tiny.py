@@ -55,8 +55,10 @@ _CORPUS = [
 ]
 
 
-def tokenizer(specials: Sequence[str], *, vocab_size: int = 320, **roles: Any) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; ``specials`` get the first ids, in order."""
+def tokenizer(
+    specials: Sequence[str], *, vocab_size: int = 320, words: Sequence[str] = (), **roles: Any
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; ``specials`` get the first ids, in order; ``words`` are tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -66,7 +68,7 @@ def tokenizer(specials: Sequence[str], *, vocab_size: int = 320, **roles: Any) -
         special_tokens=[AddedToken(text, special=True, normalized=False) for text in specials],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    core.train_from_iterator(_CORPUS * 4, trainer)
+    core.train_from_iterator([*_CORPUS * 4, *list(words) * 99], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, **roles)
 
 

@@ -5,6 +5,7 @@ The option ``fps`` states how many of a video's frames make a second.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from engine.families.qwen2_vl.config import (
 )
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules, smart_resize
+from engine.families.retrieval import QWEN3_VL_PAIRS, RetrievalFormat
 from engine.media.video.sampling import qwen3_indices
 from engine.media.video.video import Pace
 from engine.prompt import MediaItem, PlaceholderRun
@@ -153,6 +155,18 @@ def _weights(config: ModelConfig) -> WeightRules:
     )
 
 
+def _instruction(text: str) -> str:
+    """An instruction as Qwen3-VL-Embedding's published script writes it: it ends in punctuation."""
+    text = text.strip()
+    return f"{text}." if text and not unicodedata.category(text[-1]).startswith("P") else text
+
+
+_RETRIEVAL = RetrievalFormat(
+    pairs=QWEN3_VL_PAIRS,
+    default_instruction="Represent the user's input.",
+    write_instruction=_instruction,
+)
+
 _VIDEOS = VideoRules(
     size=video_size,
     times=patch_times,
@@ -177,5 +191,6 @@ FAMILY = replace(
     placeholder=_placeholder,
     processor=QwenProcessor.with_videos(_VIDEOS),
     options=("min_pixels", "max_pixels", "fps"),
+    retrieval=lambda config: _RETRIEVAL,
     weights=_weights,
 )

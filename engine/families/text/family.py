@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from engine.families.base import ModelConfig
 from engine.families.family import Family
 from engine.families.parsing.decoder import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader
+from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat
 
 _KINDS: dict[str, DecoderKind] = {
     "LlamaForCausalLM": "llama",
@@ -20,4 +22,10 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
     return raw, next(_KINDS[name] for name in raw["architectures"] if name in _KINDS)
 
 
-FAMILY = Family(name="text", architectures=tuple(_KINDS), reader=ConfigReader(text=_text))
+def _retrieval(config: ModelConfig) -> RetrievalFormat:
+    return RetrievalFormat(pairs=QWEN3_PAIRS if config.architecture == "Qwen3ForCausalLM" else None)
+
+
+FAMILY = Family(
+    name="text", architectures=tuple(_KINDS), reader=ConfigReader(text=_text), retrieval=_retrieval
+)

@@ -9,6 +9,7 @@ from tests.engine.families import minicpm_v_reference as minicpm_v
 from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families import qwen
 from tests.engine.families.case import FamilyCase
+from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.internvl_chat import InternVLChatReference, make_internvl_chat
@@ -159,6 +160,13 @@ CASES = [
         partial(qwen.Reference, kind="Qwen3VL"),
         options={"mm_processor_kwargs": {"fps": qwen.FPS["Qwen3VL"]}},
         **_QWEN,
+    ),
+    FamilyCase(
+        "ColQwen2",
+        make_colqwen2,
+        ColQwen2Reference,
+        options={"task": "embed"},
+        **{**_QWEN, "video": None},
     ),
     FamilyCase(
         "MiniCPM-V 2.6",

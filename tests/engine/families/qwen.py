@@ -80,13 +80,20 @@ def make_qwen2_5_vl(
 
 
 def make_qwen3_vl(
-    path: Path, *, tied: bool = False, gqa_ratio: int = 2, names: str = "saved", seed: int = 0
+    path: Path,
+    *,
+    tied: bool = False,
+    gqa_ratio: int = 2,
+    names: str = "saved",
+    seed: int = 0,
+    words: Sequence[str] = (),
 ) -> Path:
     """A Qwen3-VL checkpoint with features from three of four blocks and a table of 6x6 positions.
 
     Args:
         names: ``saved`` as Transformers writes it; ``hub`` as the public checkpoints are: rotary fields in
             the old spelling, preprocessor_config.json, video_preprocessor_config.json and several shards.
+        words: tokens of the tokenizer.
     """
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [5, 4, 3], "mrope_interleaved": True}
     text = {
@@ -104,7 +111,7 @@ def make_qwen3_vl(
         "deepstack_visual_indexes": [2, 0, 1],
     }
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    _save(path, "Qwen3VL", text, vision, tied=tied, seed=seed, options=half)
+    _save(path, "Qwen3VL", text, vision, tied=tied, seed=seed, options=half, words=words)
     if names == "hub":
         config = json.loads((path / "config.json").read_text())
         rope = config["text_config"].pop("rope_parameters")
@@ -118,9 +125,17 @@ def make_qwen3_vl(
 
 
 def _save(
-    path: Path, kind: str, text: dict, vision: dict, *, tied: bool, seed: int, options: dict[str, Any]
+    path: Path,
+    kind: str,
+    text: dict,
+    vision: dict,
+    *,
+    tied: bool,
+    seed: int,
+    options: dict[str, Any],
+    words: Sequence[str] = (),
 ) -> None:
-    tok = tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tok = tokenizer(QWEN_SPECIALS, words=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tok.chat_template = QWEN_TEMPLATE
     ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("endoftext", "im_end")}
     special_names = ("image_pad", "video_pad", "vision_start", "vision_end")
