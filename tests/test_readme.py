@@ -23,8 +23,8 @@ def test_python_compiles():
 
 
 def test_the_configuration_is_valid_and_reaches_the_deployments():
-    (block,) = blocks("yaml")
-    config = AppConfig.model_validate(yaml.safe_load(block))
+    retrieval, config = [AppConfig.model_validate(yaml.safe_load(block)) for block in blocks("yaml")]
+    assert [model.engine.task for model in retrieval.models] == ["embed", "score"]
     encoder = config.models[1].encoder.options()
     scale = encoder["autoscaling_config"]
     assert (scale["min_replicas"], scale["max_replicas"]) == (1, 4)
