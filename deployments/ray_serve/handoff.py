@@ -13,7 +13,7 @@ that objects take.
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,19 +160,24 @@ class Piece:
     last: bool
 
 
-def pieces(update: StreamUpdate) -> Iterator[PackedUpdate | Piece]:
+def pieces(update: StreamUpdate) -> Sequence[PackedUpdate | Piece]:
     """``update`` as the items of a stream: mostly one, several where it may be too large for a message."""
-    packed = pack(update)
+    if _fits(update):
+        return (pack(update),)
+    data = pickle.dumps(pack(update), pickle.HIGHEST_PROTOCOL)
+    starts = range(0, len(data), PIECE_BYTES)
+    return [Piece(data[start : start + PIECE_BYTES], start == starts[-1]) for start in starts]
+
+
+def _fits(update: StreamUpdate) -> bool:
+    # This runs for each token of each stream: the usual update must be told without a loop.
+    if len(update.deltas) == 1 and update.prompt_logprobs is None:
+        delta = update.deltas[0]
+        if delta.logprobs is None:
+            return len(delta.text) + len(delta.token_ids) <= _SHORT
     rows = sum(len(delta.logprobs) for delta in update.deltas if delta.logprobs is not None)
     rows += len(update.prompt_logprobs or ())
-    size = sum(len(delta.text) + len(delta.token_ids) for delta in update.deltas)
-    if rows <= _FEW_ROWS and size <= _SHORT:
-        yield packed
-        return
-    data = pickle.dumps(packed, pickle.HIGHEST_PROTOCOL)
-    for start in range(0, len(data), PIECE_BYTES):
-        end = start + PIECE_BYTES
-        yield Piece(data[start:end], end >= len(data))
+    return rows <= _FEW_ROWS and sum(len(d.text) + len(d.token_ids) for d in update.deltas) <= _SHORT
 
 
 class Assembly:
