@@ -4,7 +4,8 @@
 
 Starts the application with dummy weights in the shape of a public model on a port of its own, unless
 ``--base-url`` names a running one. Prints for every rate what was served, and percentiles of the time to
-the first token (TTFT), between any two tokens of an answer (ITL) and to the end (E2E) in milliseconds.
+the first token (TTFT), between any two tokens of an answer (ITL) and to the end (E2E) in milliseconds, and
+the CPU time of the server's processes in microseconds per streamed event.
 Goodput counts the requests that kept both ``--slo-ttft`` and ``--slo-itl`` (their mean time between tokens).
 
 How well running answers keep their pace while images arrive: ITL with ``--text-share 1,0.5``, and the same
@@ -37,6 +38,7 @@ import aiohttp
 import numpy as np
 
 from benchmarks.pictures import unique_picture
+from benchmarks.processes import cpu_seconds
 from benchmarks.shapes import SHAPES, write_checkpoint
 
 
@@ -269,11 +271,15 @@ def run(options: argparse.Namespace, base_url: str) -> list[dict[str, float]]:
     rates, shares = (list(map(float, given.split(","))) for given in (options.rates, options.text_share))
     for number, (rate, share) in enumerate(product(rates, shares), start=2):
         requests = bodies(options, model, options.requests, number, share)
+        before = cpu_seconds()
         traces = asyncio.run(load(base_url, requests, rate, number))
+        used = cpu_seconds() - before
         rows.append({"text": share, **summary(traces, rate, options)})
         if number == 2:
             print("  ".join(f"{name:>9}" for name in rows[0]))
         print("  ".join(f"{value:9.1f}" for value in rows[-1].values()), flush=True)
+        events = max(1, sum(len(trace.tokens) for trace in traces))
+        print("CPU us:", ", ".join(f"{name} {used[name] / events * 1e6:.1f}" for name in sorted(used)))
         if errors := [t.error for t in traces if t.error]:
             print("first error:", errors[0])
     return rows

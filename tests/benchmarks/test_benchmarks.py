@@ -124,6 +124,8 @@ def test_serve_against_a_running_application(served, monkeypatch, capsys, tmp_pa
     for row in rows:
         assert row["failed"] == 0 and row["req/s"] > 0 and row["goodput"] <= row["req/s"]
         assert 0 < row["ttft p50"] <= row["ttft p99"] <= row["e2e p99"]
+    printed = capsys.readouterr().out
+    assert "CPU us:" in printed and "LanguageModel" in printed
 
 
 def test_every_benchmark_is_among_all_of_them():
