@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -48,7 +49,8 @@ class NativeVisionEncoder(nn.Module):
         elif config.mlp is not None:
             self.merger = MLPConnector(config.tower.out_features, config.mlp, config.out_features, build)
         else:
-            self.merger = merger(make_norm(config.tower, width, build))
+            eps = config.merger_norm_eps or config.tower.norm_eps
+            self.merger = merger(make_norm(replace(config.tower, norm_eps=eps), width, build))
         self.deepstack = nn.ModuleList(
             merger(make_norm(config.tower, width * group, build), norm_after=True)
             for _ in config.deepstack_layers
@@ -134,6 +136,8 @@ class NativeVisionEncoder(nn.Module):
         # Kept outputs are in the order of the blocks, mergers in the order of the configuration.
         if self.config.squares is not None:
             return self.merger(last, grids)
+        if self.tower.post_norm is not None:
+            last = self.tower.post_norm(last)
         layers = self.config.deepstack_layers
         mergers = [self.deepstack[layers.index(layer)] for layer in sorted(layers)]
         appended = [merger(x) for merger, x in zip(mergers, kept, strict=True)]

@@ -37,6 +37,9 @@ class NativeVisionConfig:
             that aren't in ``tower.full_layers`` attend within windows. None if there are none.
         position_side: side of the square table of learned positions that is interpolated over an image's
             grid; None if there is none.
+        position_corners: whether the table's corners lie on the corners of the grid, or its outer edges on
+            the grid's edges (``align_corners`` of ``F.interpolate``).
+        merger_norm_eps: of the norm in the merger; the tower's if None.
         deepstack_layers: blocks whose merged output is appended to the rows, in order.
         mlp: the MLP that makes a row of each patch (``merge_size`` 1); None merges patches by a
             :class:`engine.vision.connector.PatchMerger`.
@@ -51,6 +54,8 @@ class NativeVisionConfig:
     normalisation: Normalisation
     window: int | None = None
     position_side: int | None = None
+    position_corners: bool = True
+    merger_norm_eps: float | None = None
     deepstack_layers: tuple[int, ...] = ()
     mlp: MLPConfig | None = None
     squares: SquaresConfig | None = None

@@ -55,7 +55,7 @@ def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device)
     angles = _angles(config, rows, columns)
     taps, weights = None, None
     if config.position_side is not None:
-        taps, weights = _taps(config.position_side, (rows, h), (columns, w))
+        taps, weights = _taps(config.position_side, config.position_corners, (rows, h), (columns, w))
         taps, weights = taps.to(device), weights.to(device)
     cos, sin = angles.cos().to(device), angles.sin().to(device)
     alone = segments_of([h * w], cos, sin), segments_of(windows, cos, sin) if windows else None
@@ -88,16 +88,29 @@ def _angles(config: NativeVisionConfig, rows: torch.Tensor, columns: torch.Tenso
     return torch.cat([rows.float()[:, None] * even, columns.float()[:, None] * of_columns], dim=1)
 
 
-def _taps(side: int, *axes: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Taps and weights for bilinear interpolation of a ``side * side`` table whose corners are aligned with
-    the frame's."""
-    (row_taps, row_shares), (column_taps, column_shares) = (_axis_taps(side, *axis) for axis in axes)
+def _taps(side: int, corners: bool, *axes: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Taps and weights for bilinear interpolation of a ``side * side`` table.
+
+    Args:
+        corners: see :attr:`NativeVisionConfig.position_corners`.
+    """
+    places = (_from_corners if corners else _from_edges)(side, axes)
+    (row_taps, row_shares), (column_taps, column_shares) = (_axis_taps(side, place) for place in places)
     taps = row_taps[:, :, None] * side + column_taps[:, None]
     return taps.flatten(1), (row_shares[:, :, None] * column_shares[:, None]).flatten(1)
 
 
-def _axis_taps(side: int, index: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    place = index.float() * (side - 1) / max(size - 1, 1)
+def _from_corners(side: int, axes: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+    """Places in the table: the first and the last patch lie on its first and last entry."""
+    return [index.float() * (side - 1) / max(size - 1, 1) for index, size in axes]
+
+
+def _from_edges(side: int, axes: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+    """Places in the table: patches and entries are intervals of one line, compared by their middles."""
+    return [((index.float() + 0.5) * side / size - 0.5).clamp(0, side - 1) for index, size in axes]
+
+
+def _axis_taps(side: int, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low = place.floor()
     share = place - low
     # The last position has no upper neighbour; its weight there is 0.

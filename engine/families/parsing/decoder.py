@@ -10,7 +10,7 @@ from engine.families.parsing.rope import parse_rope, stretched_context
 from engine.families.parsing.windows import parse_windows
 from engine.layers.decoder_config import DecoderConfig
 
-DecoderKind = Literal["llama", "mistral", "qwen2", "qwen2_vl", "qwen3", "qwen3_vl", "phi3"]
+DecoderKind = Literal["llama", "mistral", "paddleocr_vl", "phi3", "qwen2", "qwen2_vl", "qwen3", "qwen3_vl"]
 
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
@@ -54,6 +54,20 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
+    },
+    "paddleocr_vl": {
+        **_COMMON,
+        "vocab_size": 103424,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "head_dim": 128,
+        "use_bias": False,
     },
     "phi3": {
         **_COMMON,
@@ -107,7 +121,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     head_dim = _head_dim(config, kind, heads)
     rope = parse_rope(config, kind, head_dim)
     context = stretched_context(rope, positions)
-    attention_bias = "attention_bias" in config and flag(config, "attention_bias")
+    all_biases = bool(config.get("use_bias"))
+    attention_bias = all_biases or ("attention_bias" in config and flag(config, "attention_bias"))
     return DecoderConfig(
         vocab_size=integer(config, "vocab_size"),
         hidden_size=integer(config, "hidden_size"),
@@ -123,7 +138,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         tie_word_embeddings=config["tie_word_embeddings"] is not None and flag(config, "tie_word_embeddings"),
         qkv_bias=kind in _BIASED_QKV or attention_bias,
         o_bias=attention_bias,
-        mlp_bias="mlp_bias" in config and flag(config, "mlp_bias"),
+        mlp_bias=all_biases or ("mlp_bias" in config and flag(config, "mlp_bias")),
         qk_norm=kind in _NORMED_QK,
         windows=parse_windows(config, layers, context),
     )

@@ -25,7 +25,7 @@ _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "lla
 #: In models whose layers differ, parameters may be given for each of these.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 #: Angles per axis of M-RoPE where the file has none.
-_SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
+_SECTIONS = {"paddleocr_vl": (16, 24, 24), "qwen2_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 
 
 def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:

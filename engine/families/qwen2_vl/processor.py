@@ -40,8 +40,6 @@ models' authors show two a second."""
 LOW_DETAIL_PIXELS = 512 * 512
 """Largest area of an image with ``detail: low``: that of OpenAI's own models."""
 
-#: Areas of resized images where the files state none.
-_BOUNDS = 56 * 56, 28 * 28 * 1280
 _MAX_FPS = 1000.0
 
 VideoSize = Callable[[int, tuple[int, int], int, int, int, int], tuple[int, int]]
@@ -95,6 +93,25 @@ def share_of_budget(frames: int, row: int, bounds: tuple[int, int], tokens: int,
     return max(min(high, int(tokens * row * 0.9) * temporal // frames), int(low * 1.05))
 
 
+def own_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """The ``(width, height)`` of an image, unchanged."""
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRules:
+    """The family's treatment of images.
+
+    Attributes:
+        before: makes of an image's ``(width, height)`` and the factor the size that :func:`smart_resize`
+            starts from.
+        bounds: the two areas of resized images where the files state none.
+    """
+
+    before: Callable[[tuple[int, int], int], tuple[int, int]] = own_size
+    bounds: tuple[int, int] = (56 * 56, 28 * 28 * 1280)
+
+
 @dataclass(frozen=True, slots=True)
 class VideoRules:
     """The family's treatment of videos.
@@ -137,6 +154,7 @@ class QwenProcessor:
         frames: the number of frames of a video file.
         max_video_tokens: see :attr:`VideoRules.cap`; None where the files don't ask for it.
         names: whether items get their content hash.
+        images: the family's treatment of images.
     """
 
     family: str
@@ -151,17 +169,23 @@ class QwenProcessor:
     frames: FrameRules = DEFAULT_RULES
     max_video_tokens: int | None = None
     names: bool = True
+    images: ImageRules = ImageRules()
 
     @classmethod
     def with_videos(
-        cls, video: VideoRules
+        cls, video: VideoRules, images: ImageRules = ImageRules()
     ) -> Callable[[Checkpoint, ModelConfig, Mapping[str, Any]], QwenProcessor]:
-        """:meth:`create` for a family with ``video`` as its treatment of videos."""
-        return lambda checkpoint, config, options: cls.create(checkpoint, config, options, video)
+        """:meth:`create` for a family with its treatment of videos and of images."""
+        return lambda checkpoint, config, options: cls.create(checkpoint, config, options, video, images)
 
     @classmethod
     def create(
-        cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any], video: VideoRules
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        options: Mapping[str, Any],
+        video: VideoRules,
+        images: ImageRules = ImageRules(),
     ) -> QwenProcessor:
         """Read the checkpoint's processor files in any spelling; the user's options override them.
 
@@ -182,13 +206,14 @@ class QwenProcessor:
             vision,
             config.image_token_id,
             config.video_token_id,
-            _pixel_bounds(options, *_stated_bounds(raw, _BOUNDS), limit),
+            _pixel_bounds(options, *_stated_bounds(raw, images.bounds), limit),
             _pixel_bounds(options, *_stated_bounds(of_video, video.bounds), limit),
             video,
             (raw.get("resample", 3), of_video.get("resample", 3)),
             _fps(options.get("fps", DEFAULT_FPS)),
             _frame_rules(of_video, options, vision.temporal_patch_size),
             (of_video.get("max_video_tokens") or video.max_video_tokens) if capped else None,
+            images=images,
         )
 
     @property
@@ -197,11 +222,11 @@ class QwenProcessor:
         return self.vision.patch_size * self.vision.merge_size
 
     def check(self, size: tuple[int, int]) -> int:
-        width, height = smart_resize(size, self.factor, *self.pixels)
+        width, height = self._image_size(size)
         return width // self.factor * (height // self.factor)
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        target = smart_resize(image.size, self.factor, *self.pixels)
+        target = self._image_size(image.size)
         return self._media("image", resize(image, target, self.resample[0]), 1, image.size)
 
     def choose_frames(self, info: VideoInfo, asked: VideoOptions) -> list[int]:
@@ -267,6 +292,9 @@ class QwenProcessor:
             )
         rows, size = t * h * w // merge**2, (w * patch, h * patch)
         return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=(t, h, w), size=size)
+
+    def _image_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return smart_resize(self.images.before(size, self.factor), self.factor, *self.pixels)
 
     def _frame_size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
         temporal, (low, high) = self.vision.temporal_patch_size, self.video_pixels

@@ -16,6 +16,8 @@ from tests.engine.families.internvl_chat import InternVLChatReference, make_inte
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.onevision import OnevisionReference, make_onevision
+from tests.engine.families.paddleocr_vl import IMAGE as PADDLEOCR_IMAGE
+from tests.engine.families.paddleocr_vl import PaddleOCRReference, make_paddleocr_vl
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.families.references import (
     LlavaReference,
@@ -167,6 +169,15 @@ CASES = [
         ColQwen2Reference,
         options={"task": "embed"},
         **{**_QWEN, "video": None},
+    ),
+    FamilyCase(
+        "PaddleOCR-VL",
+        make_paddleocr_vl,
+        PaddleOCRReference,
+        frame="<s>User: {}\nAssistant:\n",
+        placeholder=lambda index, count: PADDLEOCR_IMAGE,
+        # Smaller than a row on one side.
+        single=((60, 44), (90, 3)),
     ),
     FamilyCase(
         "MiniCPM-V 2.6",

@@ -29,6 +29,7 @@ from tests.engine.families.llava_variants import image_processor_class, make_lla
 from tests.engine.families.onevision import PATCH as ONEVISION_PATCH
 from tests.engine.families.onevision import make_onevision
 from tests.engine.families.opened import encoder, media_processor
+from tests.engine.families.paddleocr_vl import make_paddleocr_vl
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.families.qwen import make_qwen2_5_vl, make_qwen3_vl
 from tests.engine.tiny import make_llava, make_qwen2_vl, picture
@@ -104,6 +105,14 @@ def qwen(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) 
     processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
     made = processor(list(images), return_tensors="pt", **options)
     return made["pixel_values"], [tuple(grid) for grid in made["image_grid_thw"].tolist()]
+
+
+def paddleocr_vl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    """Patches come line by line; the encoder takes them square by square of 2x2."""
+    made = transformers.PaddleOCRVLImageProcessorPil.from_pretrained(path)(images, return_tensors="pt")
+    ((_, h, w),) = made["image_grid_thw"].tolist()
+    lines = torch.as_tensor(made["pixel_values"]).flatten(1).view(h // 2, 2, w // 2, 2, -1)
+    return lines.transpose(1, 2).flatten(0, 3), [(1, h, w)]
 
 
 @dataclass(frozen=True)
@@ -185,6 +194,8 @@ ROWS = {
     "SmolVLM": _idefics("SmolVLM"),
     "SmolVLM, whole": _idefics("SmolVLM", do_image_splitting=False),
     "SmolVLM, larger": _idefics("SmolVLM", size={"longest_edge": 100}),
+    "PaddleOCR-VL": Row(partial(make_paddleocr_vl, hub=False), NATIVE, paddleocr_vl),
+    "PaddleOCR-VL, hub": Row(partial(make_paddleocr_vl, hub=True), NATIVE, paddleocr_vl),
     "Qwen2-VL": Row(make_qwen2_vl, NATIVE, qwen),
     "Qwen2.5-VL": Row(make_qwen2_5_vl, NATIVE, qwen),
     "Qwen3-VL": Row(make_qwen3_vl, NATIVE, qwen),

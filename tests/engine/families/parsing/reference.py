@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOCRTextConfig
+from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRTextModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
@@ -17,6 +19,7 @@ from engine.layers.rotary import inverse_frequencies
 CLASSES: dict[str, tuple[Any, Any]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "paddleocr_vl": (PaddleOCRTextConfig, PaddleOCRTextModel),
     "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen2_vl": (transformers.Qwen2VLTextConfig, Qwen2VLTextModel),
@@ -107,7 +110,7 @@ def _frequencies(rotary: Any, length: int) -> torch.Tensor:
 
 def _windows(config: Any, body: Any) -> tuple[int | None, ...]:
     """Return the window of each layer; None for full attention."""
-    if config.model_type in ("llama", "qwen3_vl_text"):
+    if config.model_type in ("llama", "paddleocr_vl_text", "qwen3_vl_text"):
         return (None,) * len(body.layers)
     if config.model_type in ("mistral", "phi3"):
         return (config.sliding_window,) * len(body.layers)

@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 #: The heads of the kinds with M-RoPE where config.json states none.
-MROPE = {"qwen2_vl": None, "qwen3_vl": 128}
+MROPE = {"paddleocr_vl": 128, "qwen2_vl": None, "qwen3_vl": 128}
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0 + 0.05 * i for i in range(8)],
@@ -103,6 +103,7 @@ FIELDS: dict[str, list[Any]] = {
     "tie_word_embeddings": [True],
     "attention_bias": [True],
     "mlp_bias": [True],
+    "use_bias": [True],
     "sliding_window": [5, 127, 128, 4096],
     "use_sliding_window": [True],
     "max_window_layers": [0, 1, 28],
@@ -122,7 +123,7 @@ def lenient(kind: str, raw: Mapping[str, Any]) -> bool:
         any(raw.get(field, 0) is None for field in ("use_sliding_window", "max_window_layers", "head_dim"))
         or raw.get("tie_word_embeddings", 0) is None
         # Only checked: these models don't use the list.
-        or (kind in ("llama", "mistral", "phi3", "qwen3_vl") and "layer_types" in raw)
+        or (kind in ("llama", "mistral", "paddleocr_vl", "phi3", "qwen3_vl") and "layer_types" in raw)
         # Phi-3 has the field for one rope type alone.
         or (kind == "phi3" and raw.get("original_max_position_embeddings", 0) is None)
         # Known to another kind's class, and to older releases.
