@@ -12,7 +12,7 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.vision import draw_pixels
-from tests.engine.tiny import QWEN_SPECIALS, tokenizer
+from tests.engine.tiny import QWEN_SPECIALS, TRANSFORMERS, tokenizer
 
 _MODEL_TYPES = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl", "Qwen3VL": "qwen3_vl"}
 
@@ -52,6 +52,9 @@ class QwenVLFamily:
             kwargs |= {"min_pixels": bounds[0], "max_pixels": bounds[1]}
         if self.kind != "Qwen2VL":
             fps = draw.choice("fps", (1.0, 2.0, 0.5) if self.kind == "Qwen2_5_VL" else (1.5, 24.0, 2.0, 0.3))
+            if self.kind == "Qwen2_5_VL" and TRANSFORMERS < (5, 23):
+                # These releases cut off fractions of seconds.
+                fps = vision["temporal_patch_size"] / draw.choice("seconds per step", (1, 2))
             kwargs["fps"] = fps
         style = Style(
             qwen.FRAME,
