@@ -1,9 +1,12 @@
-"""The server that clients speak to, which ``make test-clients`` starts.
+"""The server that clients speak to.
 
-Clients have environments of their own, without this project's packages.
+``make test-clients`` starts it: there clients have environments of their own, without this project's
+packages. Clients that are installed beside the project find it in this process.
 """
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,11 +14,17 @@ URL = "SIGHTLINE_URL"
 
 
 @pytest.fixture(scope="session")
-def root() -> str:
+def root() -> Iterator[str]:
     """The server's address, without ``/v1``."""
-    if URL not in os.environ:
+    if URL in os.environ:
+        yield os.environ[URL].rstrip("/")
+        return
+    if find_spec("torch") is None or find_spec("uvicorn") is None:
         pytest.skip(f"needs {URL}, the address of a served pocket-tools; see make test-clients")
-    return os.environ[URL].rstrip("/")
+    from tests.clients.local import served_here
+
+    with served_here() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

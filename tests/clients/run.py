@@ -42,6 +42,9 @@ environment of its own, runs its file in [`tests/clients/`](../tests/clients) an
 results. A number says how many tests of a use passed; – means that there is none, *not run* that the client
 could not be installed yet.
 
+`make test`, and so CI, runs the files whose packages it finds installed, against a server in its own process:
+those of openai-python 3, anthropic and `vllm bench serve`, which the development environment holds.
+
 """
 
 
