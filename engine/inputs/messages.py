@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from engine.errors import InvalidRequest, MediaError
 from engine.inputs.pages import DOCUMENT_OPTIONS, FRAME_OPTIONS, page_options
+from engine.inputs.tool_calls import FUNCTION_CALL_ID, function_call, tool_calls
 from engine.inputs.video import media_kind, video_source
 from engine.media.source import MediaSource, RowsSource
 from engine.prompt import MediaPart, Message, TextPart
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 #: Most messages of a conversation, and most parts of one message.
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
@@ -66,7 +66,12 @@ def _message(raw: Any, where: str, sources: list[MediaSource]) -> Message:
         if not isinstance(value, str):
             raise InvalidRequest(f"{where}.{key} must be a string.", param=f"{where}.{key}")
     if raw.get("tool_calls"):
-        extra["tool_calls"] = _tool_calls(raw["tool_calls"], f"{where}.tool_calls")
+        extra["tool_calls"] = tool_calls(raw["tool_calls"], f"{where}.tool_calls")
+    elif raw.get("function_call"):
+        extra["tool_calls"] = function_call(raw["function_call"], f"{where}.function_call")
+    if role == "function":
+        role = "tool"
+        extra["tool_call_id"] = FUNCTION_CALL_ID
     content = raw.get("content")
     if content is None and role == "assistant":
         if raw.get("refusal"):
@@ -256,32 +261,3 @@ def _file(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSo
         return replace(source, pages=page_options(_options(holders, DOCUMENT_OPTIONS)))
     options = _options(holders, FRAME_OPTIONS) if found == "image" else {}
     return replace(source, pages=page_options(options)) if options else source
-
-
-def _tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as objects, which is how chat templates print them.
-
-    Arguments that a model has broken off stay text: the history is taken as it is.
-    """
-    if not isinstance(raw, list | tuple):
-        raise InvalidRequest(f"{where} must be a list.", param=where)
-    calls = []
-    for k, call in enumerate(raw):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise InvalidRequest(f"{where}[{k}].function must have a name.", param=f"{where}[{k}].function")
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            try:
-                parsed = json.loads(arguments)
-            except (ValueError, RecursionError):
-                parsed = None
-            arguments = parsed if isinstance(parsed, dict) else arguments
-        elif not isinstance(arguments, Mapping):
-            raise InvalidRequest(
-                f"{where}[{k}].function.arguments must be JSON text.",
-                param=f"{where}[{k}].function.arguments",
-            )
-        called = {"name": function["name"], "arguments": arguments}
-        calls.append({"id": str(call.get("id", "")), "type": "function", "function": called})
-    return calls

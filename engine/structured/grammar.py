@@ -22,6 +22,7 @@ from engine.structured.checks import GrammarRefused, check_spec, refusal
 from engine.structured.json_escapes import within_escape
 from engine.structured.json_schema import literals, plainer
 from engine.structured.matcher import Grammar
+from engine.structured.numbers import DigitBound
 from engine.structured.prepare import prepare
 from engine.structured.prober import LIMITS, GrammarProber
 from engine.structured.vocabulary import Vocabulary
@@ -150,7 +151,8 @@ class GrammarCompiler:
         if matcher.is_error():
             raise GrammarRefused(matcher.get_error())
         whole = probed.lacks_escapes and parts.can_spell_literals(json.loads(text))
-        return Grammar(matcher, self._eos_ids, self._executor, parts.whole_escapes if whole else None)
+        digits = parts.digits if spec.kind in ("json_schema", "json_object") else None
+        return Grammar(matcher, self._eos_ids, self._executor, parts.whole_escapes if whole else None, digits)
 
     def _keep(self, entries: OrderedDict, spec: StructuredSpec, value: object) -> None:
         with self._lock:
@@ -211,6 +213,10 @@ class _VocabularyParts:
         bits = np.zeros(-(-self._vocab_size // 32) * 32, np.uint8)
         bits[list(self._whole_ids)] = 1
         return np.packbits(bits, bitorder="little").view(np.int32)
+
+    @cached_property
+    def digits(self) -> DigitBound:
+        return DigitBound(self.speller.token_bytes, -(-self._vocab_size // 32))
 
     def can_spell_literals(self, schema: Any) -> bool:
         """Return whether :attr:`whole_escapes` can spell every value and key that ``schema`` spells out."""

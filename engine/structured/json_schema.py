@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from engine.structured.checks import GrammarRefused
+from engine.structured.formats import BOUNDED_FORMATS
 
 Schema = dict[str, Any]
 
@@ -171,6 +172,8 @@ class _Preparation:
                 prepared["anyOf"] = new
             elif key == "format" and isinstance(value, str) and _UUID_VERSION.fullmatch(value):
                 prepared[key] = "uuid"
+            elif key == "format" and "pattern" not in schema and value in BOUNDED_FORMATS:
+                prepared["pattern"] = BOUNDED_FORMATS[value]
             elif key != "uniqueItems" and (key != "format" or value in _FORMATS):
                 prepared[key] = new
         return prepared

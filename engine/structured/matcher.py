@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import llguidance
 import numpy as np
 
+from engine.structured.numbers import MAX_DIGITS, DigitBound, advance
+
 
 class GrammarMatcher:
     """The position of one sequence in a grammar. Not thread-safe.
@@ -15,7 +17,7 @@ class GrammarMatcher:
     even EOS: an answer that breaks off must not look like a whole one.
 
     Args:
-        preferred: a row of a mask; see :meth:`Grammar.__init__`.
+        preferred, digits: see :meth:`Grammar.__init__`.
     """
 
     def __init__(
@@ -24,9 +26,12 @@ class GrammarMatcher:
         eos_ids: frozenset[int],
         executor: llguidance.LLExecutor,
         preferred: np.ndarray | None = None,
+        digits: DigitBound | None = None,
     ) -> None:
         self._matcher, self._eos_ids, self._executor = matcher, eos_ids, executor
-        self._preferred = preferred
+        self._preferred, self._digits = preferred, digits
+        # After each accepted token, as :func:`advance` gives it.
+        self._states = [0]
         # EOS is counted here, since the library doesn't roll it back like other tokens.
         self._num_eos = 0
 
@@ -64,8 +69,10 @@ class GrammarMatcher:
         """Narrow a mask to preferred tokens, or write the mask of a sequence that has ended. Computing a mask
         can lead to an error, too; llguidance allows EOS then."""
         if self._needs_mask:
-            if self._preferred is not None and (narrowed := row & self._preferred).any():
-                row[:] = narrowed
+            if self._digits is not None and self._states[-1] >= MAX_DIGITS:
+                _narrow(row, self._digits.others)
+            if self._preferred is not None:
+                _narrow(row, self._preferred)
             return
         row[:] = 0
         if not self._matcher.is_error():
@@ -98,6 +105,8 @@ class GrammarMatcher:
                 self._num_eos += 1
             elif self._num_eos or not self._matcher.consume_token(token):
                 return False
+            elif self._digits is not None:
+                self._states.append(advance(self._states[-1], self._digits.token_bytes[token]))
         return True
 
     def rollback(self, num_tokens: int) -> None:
@@ -107,12 +116,22 @@ class GrammarMatcher:
         if num_tokens > num_eos:
             done = self._matcher.rollback(num_tokens - num_eos)
             assert done, "rolled back more tokens than were accepted"
+            if self._digits is not None:
+                del self._states[num_eos - num_tokens :]
 
     def clone(self) -> GrammarMatcher:
         """An independent matcher in the same state."""
-        copy = GrammarMatcher(self._matcher.deep_copy(), self._eos_ids, self._executor, self._preferred)
-        copy._num_eos = self._num_eos
+        copy = GrammarMatcher(
+            self._matcher.deep_copy(), self._eos_ids, self._executor, self._preferred, self._digits
+        )
+        copy._num_eos, copy._states = self._num_eos, list(self._states)
         return copy
+
+
+def _narrow(row: np.ndarray, wanted: np.ndarray) -> None:
+    """Leave only ``wanted`` tokens in a mask, unless none would be left."""
+    if (narrowed := row & wanted).any():
+        row[:] = narrowed
 
 
 class Grammar:
@@ -123,6 +142,7 @@ class Grammar:
         eos_ids: tokens that end a sequence.
         executor: computes masks in parallel.
         preferred: a row of a mask: other tokens may come only where none of these may. None for all tokens.
+        digits: bounds numbers, where answers are JSON.
     """
 
     def __init__(
@@ -131,13 +151,16 @@ class Grammar:
         eos_ids: frozenset[int],
         executor: llguidance.LLExecutor,
         preferred: np.ndarray | None = None,
+        digits: DigitBound | None = None,
     ) -> None:
         self._initial, self._eos_ids, self._executor = matcher, eos_ids, executor
-        self._preferred = preferred
+        self._preferred, self._digits = preferred, digits
 
     def matcher(self) -> GrammarMatcher:
         """A matcher at the start; microseconds."""
-        return GrammarMatcher(self._initial.deep_copy(), self._eos_ids, self._executor, self._preferred)
+        return GrammarMatcher(
+            self._initial.deep_copy(), self._eos_ids, self._executor, self._preferred, self._digits
+        )
 
     def first_mask(self, vocab_size: int) -> np.ndarray:
         """(ceil(V / 32),) int32: the tokens that an answer may begin with. Milliseconds."""

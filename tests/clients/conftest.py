@@ -21,9 +21,9 @@ def root() -> Iterator[str]:
         return
     if find_spec("torch") is None or find_spec("uvicorn") is None:
         pytest.skip(f"needs {URL}, the address of a served pocket-tools; see make test-clients")
-    from tests.clients.local import served_here
+    from tests.clients.local import served
 
-    with served_here() as address:
+    with served() as address:
         yield address
 
 

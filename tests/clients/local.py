@@ -1,21 +1,38 @@
-"""The served application in this process, for clients that are installed beside the project."""
+"""The application at an address of this process, for clients here and in other processes."""
 
 import asyncio
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
 from deployments.config import AppConfig
 from deployments.in_process import LocalApplication
-from tests.clients.run import served_args
+from tests.clients.cases import EMBEDDER, MODEL
+from tests.serving import app_args
+
+
+def served_args() -> dict[str, Any]:
+    """The shipped configuration with ``pocket-tools`` in place of ``pocket``, and an embedding model."""
+    args = app_args()
+    args["models"][0]["name"] = MODEL
+    args["models"][0]["engine"]["model"] = f"models/{MODEL}"
+    engine = {
+        "model": "models/pocket-embed",
+        "task": "embed",
+        "max_model_len": 512,
+        "kv_cache_bytes": 16 << 20,
+    }
+    args["models"].append({"name": EMBEDDER, "engine": engine})
+    return args
 
 
 @contextmanager
-def served_here() -> Iterator[str]:
-    """Serve what :func:`tests.clients.run.served` serves, without Ray; the address."""
+def served() -> Iterator[str]:
+    """Serve :func:`served_args` on a free port meanwhile, without Ray; the address."""
     ready = threading.Event()
     loop = asyncio.new_event_loop()
     with socket.socket() as bound:
@@ -43,6 +60,8 @@ def served_here() -> Iterator[str]:
         thread.start()
         ready.wait()
         assert server is not None, "the application could not be loaded"
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(60)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(60)

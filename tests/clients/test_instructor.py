@@ -27,7 +27,7 @@ def test_schema(base_url, mode):
     found = client(base_url, mode).chat.completions.create(
         model=cases.MODEL, messages=[cases.question()], response_model=Facts, temperature=0
     )
-    assert found == Facts(**cases.FACTS)
+    assert found.model_dump() == cases.FACTS
 
 
 def test_schema_with_an_image_of_its_own(base_url):
@@ -38,7 +38,7 @@ def test_schema_with_an_image_of_its_own(base_url):
         response_model=Facts,
         temperature=0,
     )
-    assert found == Facts(**cases.FACTS)
+    assert found.model_dump() == cases.FACTS
 
 
 def test_image(base_url):
@@ -54,4 +54,4 @@ def test_stream(base_url):
             model=cases.MODEL, messages=[cases.question()], response_model=Facts, temperature=0
         )
     )
-    assert parts[-1].model_dump() == cases.FACTS and len(parts) > 3
+    assert parts[-1].model_dump() == cases.FACTS and len(parts) > 1

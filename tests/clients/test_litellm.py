@@ -49,7 +49,7 @@ def test_image(ask):
 
 def test_stream(ask):
     pieces = [chunk.choices[0].delta.content or "" for chunk in ask(cases.question(), stream=True)]
-    assert cases.is_caption("".join(pieces)) and len(pieces) > 3
+    assert cases.is_caption("".join(pieces)) and len(pieces) > 1
 
 
 def test_schema(ask):

@@ -14,7 +14,7 @@ import pytest
 from tests.clients import cases
 from tests.clients.environment import needs
 
-needs("litellm[proxy]==1.110.2")
+needs("litellm[proxy]==1.108.7")
 
 from openai import OpenAI  # noqa: E402
 
@@ -91,7 +91,7 @@ def test_stream(client):
     pieces = [
         c.choices[0].delta.content or "" for c in ask(client, cases.question(), stream=True) if c.choices
     ]
-    assert cases.is_caption("".join(pieces)) and len(pieces) > 3
+    assert cases.is_caption("".join(pieces)) and len(pieces) > 1
 
 
 def test_schema(client):

@@ -51,7 +51,7 @@ def test_image(model):
 
 def test_stream(model):
     pieces = [chunk.delta for chunk in model.stream_chat([asked()])]
-    assert cases.is_caption("".join(piece or "" for piece in pieces)) and len(pieces) > 3
+    assert cases.is_caption("".join(piece or "" for piece in pieces)) and len(pieces) > 1
 
 
 def test_schema(model):

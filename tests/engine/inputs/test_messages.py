@@ -73,6 +73,27 @@ def test_tool_calls_keep_what_templates_print():
     assert messages[2].extra == {"name": "n"}
 
 
+def test_function_calls_in_the_older_form_are_tool_calls():
+    function = {"name": "f", "arguments": '{"a": [1]}'}
+    older, _ = parse_messages(
+        [
+            {"role": "assistant", "content": None, "function_call": function},
+            {"role": "function", "name": "f", "content": "7"},
+        ]
+    )
+    newer, _ = parse_messages(
+        [
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "function0", "type": "function", "function": function}],
+            },
+            {"role": "tool", "name": "f", "tool_call_id": "function0", "content": "7"},
+        ]
+    )
+    assert older == newer
+
+
 @pytest.mark.parametrize(
     ("raw", "param"),
     [
@@ -108,6 +129,12 @@ def test_tool_calls_keep_what_templates_print():
         (user(*["x"] * 5000), "messages[0].content"),
         ([{"role": "system", "content": [url("http://a")]}], "messages[0].content[0]"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls[0].function"),
+        ([{"role": "assistant", "content": "", "tool_calls": [7]}], "messages[0].tool_calls[0].function"),
+        ([{"role": "assistant", "function_call": "f"}], "messages[0].function_call"),
+        (
+            [{"role": "assistant", "function_call": {"name": "f", "arguments": [1]}}],
+            "messages[0].function_call.arguments",
+        ),
         (
             [
                 {

@@ -1,0 +1,49 @@
+"""Calls of functions in a conversation's history."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import InvalidRequest
+
+#: Id of calls in OpenAI's older form, ``function_call``, which has none. Mistral's templates take nine
+#: characters, no more and no fewer.
+FUNCTION_CALL_ID = "function0"
+
+
+def tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:
+    """Check an assistant's ``tool_calls``, and parse their arguments: chat templates print objects.
+
+    Arguments that a model has broken off stay text: the history is taken as it is.
+
+    Raises:
+        InvalidRequest: naming a field below ``where``.
+    """
+    if not isinstance(raw, list | tuple):
+        raise InvalidRequest(f"{where} must be a list.", param=where)
+    calls = []
+    for k, call in enumerate(raw):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        called = _called(function, f"{where}[{k}].function")
+        calls.append({"id": str(call.get("id", "")), "type": "function", "function": called})
+    return calls
+
+
+def function_call(raw: Any, where: str) -> list[dict[str, Any]]:
+    """Convert an assistant's ``function_call``, the older form; errors as :func:`tool_calls`."""
+    return [{"id": FUNCTION_CALL_ID, "type": "function", "function": _called(raw, where)}]
+
+
+def _called(function: Any, where: str) -> dict[str, Any]:
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequest(f"{where} must have a name.", param=where)
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            parsed = None
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    elif not isinstance(arguments, Mapping):
+        raise InvalidRequest(f"{where}.arguments must be JSON text.", param=f"{where}.arguments")
+    return {"name": function["name"], "arguments": arguments}

@@ -1,0 +1,135 @@
+"""Numbers in JSON answers end, and so do dates and times."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.sampling_params import StructuredSpec
+from engine.structured.formats import BOUNDED_FORMATS
+from engine.structured.json_schema import prepare_schema
+from engine.structured.numbers import MAX_DIGITS, advance
+from tests.engine.structured.conftest import EOS, encode
+from tests.engine.structured.test_grammar import allowed
+
+LONG = "7" * 3 * MAX_DIGITS
+
+
+def matcher_of(compiler, schema):
+    return compiler.compile(StructuredSpec(kind="json_schema", text=json.dumps(schema))).matcher()
+
+
+def stubborn(compiler, tokenizer, vocab_size, schema, steps=200) -> str | None:
+    """Answer of a model that writes a digit wherever it may; None if it finds no end."""
+    matcher = matcher_of(compiler, schema)
+    tokens = []
+    for _ in range(steps):
+        ids = allowed(matcher, vocab_size).tolist()
+        texts = {token: tokenizer.decode([token]) for token in ids if token not in EOS}
+        digits = [token for token, text in texts.items() if text.isdigit()]
+        token = (digits or [token for token in ids if token in EOS] or list(texts))[-1]
+        assert matcher.accept([token])
+        if token in EOS:
+            return tokenizer.decode(tokens)
+        tokens.append(token)
+    return None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer"},
+        {"type": "number"},
+        {"type": "integer", "minimum": 5},
+        {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+        {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]},
+    ],
+)
+def test_numbers_end(compiler, tokenizer, vocab_size, schema):
+    text = stubborn(compiler, tokenizer, vocab_size, schema)
+    assert text is not None
+    json.loads(text)
+    # The last of the tokens may hold several digits.
+    assert MAX_DIGITS <= max(map(len, re.findall(r"\d+", text))) < MAX_DIGITS + 5
+
+
+def test_a_number_that_needs_more_digits_has_them(compiler, tokenizer, vocab_size):
+    text = stubborn(compiler, tokenizer, vocab_size, {"type": "integer", "multipleOf": 7})
+    assert text is not None and len(text) >= MAX_DIGITS and int(text) % 7 == 0
+
+
+def test_digits_of_strings_and_exponents_are_free(compiler, tokenizer, vocab_size):
+    matcher = matcher_of(compiler, {"type": "string"})
+    for token in encode(tokenizer, f'"{LONG}'):
+        assert token in allowed(matcher, vocab_size)
+        assert matcher.accept([token])
+    matcher = matcher_of(compiler, {"type": "number"})
+    for token in encode(tokenizer, "-12.5e-300"):
+        assert token in allowed(matcher, vocab_size)
+        assert matcher.accept([token])
+
+
+def test_the_bound_follows_rollback_and_copies(compiler, tokenizer, vocab_size):
+    matcher = matcher_of(compiler, {"type": "number"})
+    free = allowed(matcher_after(matcher.clone(), tokenizer, "7" * 4), vocab_size).tolist()
+    bound = matcher_after(matcher.clone(), tokenizer, "7" * MAX_DIGITS)
+    barred = allowed(bound, vocab_size).tolist()
+    digits = [token for token in free if tokenizer.decode([token]).isdigit()]
+    assert digits and not set(digits) & set(barred) and set(barred) < set(free)
+    copy = bound.clone()
+    bound.rollback(2)
+    assert set(digits) <= set(allowed(bound, vocab_size).tolist())
+    assert allowed(copy, vocab_size).tolist() == barred
+
+
+def matcher_after(matcher, tokenizer, text):
+    assert matcher.accept(encode(tokenizer, text))
+    return matcher
+
+
+@given(st.lists(st.sampled_from(['"', "\\", "1", "23", "a", ".", ",", '\\"'])), st.data())
+def test_every_cut_of_a_text_is_followed_to_the_same_state(parts, data):
+    text = "".join(parts).encode()
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    state = 0
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        state = advance(state, text[start:end])
+    assert state == advance(0, text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (
+            "date",
+            ["2024-02-29", "2000-02-29", "0001-12-31", "2023-02-28"],
+            ["2023-02-29", "1900-02-29", "2024-04-31", "0000-01-01", "2024-13-01"],
+        ),
+        (
+            "time",
+            ["10:00:00Z", "23:59:59.123456789+02:00", "00:00:00z"],
+            ["10:00:00", "24:00:00Z", "10:00:00.1234567890Z"],
+        ),
+        ("date-time", ["2024-02-29T10:00:00Z", "1999-01-01t00:00:00.5-03:30"], ["2024-02-29 10:00:00Z"]),
+        (
+            "duration",
+            ["P1Y2M3DT4H5M6S", "PT1H", "P1W", "P1YT1M", "P123456789D"],
+            ["P", "PT", "PT1H1S", "P1234567890D"],
+        ),
+    ],
+)
+def test_formats_are_those_of_the_standards(compiler, tokenizer, kind, good, bad):
+    grammar = matcher_of(compiler, {"type": "string", "format": kind})
+    for text in [*good, *bad]:
+        matcher = grammar.clone()
+        followed = matcher.accept(encode(tokenizer, json.dumps(text))) and matcher.is_complete
+        assert followed == (text in good), text
+        assert bool(re.fullmatch(BOUNDED_FORMATS[kind], text)) == (text in good), text
+
+
+def test_a_format_beside_a_pattern_stays():
+    schema = {"type": "string", "format": "time", "pattern": "^1"}
+    assert prepare_schema(schema) == schema
+    assert all("pattern" in prepare_schema({"format": kind}) for kind in BOUNDED_FORMATS)
