@@ -15,9 +15,7 @@ needs("guidellm==0.8.1", "torch==2.13.0")
 TOKENIZER = Path(__file__).parents[2] / "models" / cases.MODEL
 
 
-def run(
-    folder: Path, root: str, path: str, rows: list[dict], model: str = cases.MODEL, **backend
-) -> list[str]:
+def run(folder: Path, root: str, path: str, rows: list[dict], **backend) -> list[str]:
     """Send one request for each row to an endpoint, one after another; the texts of the answers.
 
     Args:
