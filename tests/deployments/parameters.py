@@ -38,7 +38,7 @@ What becomes of every parameter that the types of OpenAI's and Anthropic's Pytho
 LIMITS: Mapping[str, Mapping[str, str]] = {
     "/v1/chat/completions": {
         "modalities": "only `text`",
-        "response_format": "numbers have at most 20 digits in a row; formats of dates and times are RFC 3339's, "
+        "response_format": "numbers have at most 20 digits in a row; dates and times are those of RFC 3339, "
         "seconds with at most 9 digits behind the point",
         "service_tier": "echoed; there is one tier",
         "tools": "functions only",
