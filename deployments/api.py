@@ -73,7 +73,7 @@ def create_api(
     if keeper is None:
         keeper = KeptResponses(*config.response_limits)
     api.state.responses = ResponseStore(keeper)
-    api.state.background = set()
+    api.state.background, api.state.logs = set(), {}
     api.state.ledger = ledger = Ledger(media)
     http = HttpMeter()
     api.state.collector = Collector(

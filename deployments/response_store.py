@@ -16,6 +16,21 @@ Json = dict[str, Any]
 logger = logging.getLogger("ray.serve")
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Everything from which a response can be made again.
+
+    Attributes:
+        body: the body of its request.
+        earlier: how many of the conversation's messages are those of an earlier response.
+        seed: of the sampling.
+    """
+
+    body: Any
+    earlier: int
+    seed: int | None
+
+
 @dataclass(slots=True)
 class StoredResponse:
     """A response that is kept.
@@ -25,12 +40,14 @@ class StoredResponse:
         input_items: the request's input, as items.
         messages: the whole conversation up to the response's end, as chat messages.
         owner: name of the key that may see the response.
+        asked: set if the response is streamed in the background.
     """
 
     response: Json
     input_items: list[Json]
     messages: list[Json]
     owner: str = ""
+    asked: Asked | None = None
 
     @property
     def id(self) -> str:

@@ -1,6 +1,6 @@
 """Responses under construction: their items, and the typed events that build them up."""
 
-import uuid
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,6 +80,14 @@ class ResponseBuilder:
         self.mark_failed(error)
         return self._whole("response.failed")
 
+    def end_as(self, response: Json) -> Iterator[Json]:
+        """End the response as ``response`` has ended, whose output it has by now."""
+        incomplete = response["status"] == "incomplete"
+        yield from self._end_item("incomplete" if incomplete else "completed")
+        self.response = response
+        if response["status"] != "cancelled":
+            yield self._whole(f"response.{response['status']}")
+
     def mark_failed(self, error: SightlineError) -> None:
         """Note a failure in the response."""
         self.response["status"] = "failed"
@@ -99,12 +107,17 @@ class ResponseBuilder:
         assert self._item is not None
         return {"item_id": self._item["id"], "output_index": len(self.response["output"])}
 
+    def _id(self, kind: str) -> str:
+        """The id of the next item: the same each time that the response is made."""
+        name = f"{self.response['id']} {kind} {len(self.response['output'])}"
+        return f"{kind}_{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+
     def _begin_item(self, event: Event) -> Iterator[Json]:
         self._text, self._logprobs = [], []
         if isinstance(event, Text):
             self._item = {
                 "type": "message",
-                "id": _id("msg"),
+                "id": self._id("msg"),
                 "role": "assistant",
                 "status": "in_progress",
                 "content": [],
@@ -112,7 +125,7 @@ class ResponseBuilder:
         elif isinstance(event, Reasoning):
             self._item = {
                 "type": "reasoning",
-                "id": _id("rs"),
+                "id": self._id("rs"),
                 "summary": [],
                 "status": "in_progress",
                 "content": [],
@@ -121,8 +134,8 @@ class ResponseBuilder:
             assert isinstance(event, CallStart)
             self._item = {
                 "type": "function_call",
-                "id": _id("fc"),
-                "call_id": _id("call"),
+                "id": self._id("fc"),
+                "call_id": self._id("call"),
                 "name": event.name,
                 "arguments": "",
                 "status": "in_progress",
@@ -182,7 +195,3 @@ class ResponseBuilder:
         )
         self.response["output"].append(item)
         self._item = None
-
-
-def _id(kind: str) -> str:
-    return f"{kind}_{uuid.uuid4().hex}"

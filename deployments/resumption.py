@@ -134,10 +134,8 @@ def resumption(
     """
     digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()[:16]
     if not last_event_id:
-        seed = params.seed
-        if seed is None and not params.greedy:
-            seed = secrets.randbits(62)
-        return Resumption(answer, created, seed, digest), replace(params, seed=seed)
+        params = seeded(params)
+        return Resumption(answer, created, params.seed, digest), params
     found = _ID.fullmatch(last_event_id)
     choices = [_CHOICE.fullmatch(text) for text in found[5].split(",") if text] if found else []
     if found is None or None in choices or (not found[3] and not params.greedy):
@@ -153,6 +151,13 @@ def resumption(
     }
     seed = int(found[3]) if found[3] else params.seed
     return Resumption(found[1], int(found[2]), seed, digest, had), replace(params, seed=seed)
+
+
+def seeded(params: SamplingParams) -> SamplingParams:
+    """``params`` with a seed, unless they are greedy: the same answer each time."""
+    if params.seed is not None or params.greedy:
+        return params
+    return replace(params, seed=secrets.randbits(62))
 
 
 def _text(event: Event) -> str:

@@ -81,10 +81,10 @@ class ResponsesRequest(ConversationBody):
         check_verbosity(self.text.verbosity, "text.verbosity")
         if not self.input and self.previous_response_id is None:
             raise InvalidRequest("input must not be empty.", param="input")
-        if self.background and self.stream:
+        if self.background and self.stream and (self.top_logprobs is not None or self.include):
             raise UnsupportedParameter(
-                "Unsupported parameter: a background response can't be streamed; retrieve it.",
-                param="background",
+                "Unsupported parameter: a background response is streamed without log-probabilities.",
+                param="include" if self.include else "top_logprobs",
             )
         if self.background and not self.store:
             raise InvalidRequest("A background response must be stored.", param="store")

@@ -1,10 +1,12 @@
 """The Responses API: answers as items, kept for a while, continued by their id."""
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,17 +20,14 @@ from deployments.errors import NotFound, as_sightline
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import responses as wire
-from deployments.response_store import Json, ResponseStore, StoredResponse
+from deployments.response_store import Asked, Json, ResponseStore, StoredResponse
 from deployments.responses import ResponseBuilder
+from deployments.resumption import seeded
 from deployments.routers.models import find_pipeline
-from deployments.routers.values import content_logprobs
+from deployments.routers.response_runs import ENDS, EventLog, events_again, events_of, to_the_end
 from engine.errors import InvalidRequest, SightlineError
-from engine.outputs import StreamUpdate
 
 router = APIRouter()
-
-#: Types of a stream's last event.
-_ENDS = ("response.completed", "response.incomplete")
 
 
 @router.post("/v1/responses")
@@ -45,17 +44,20 @@ async def create_response(request: Request) -> Response:
     given, fields = wire.input_messages(body.input)
     stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given], caller_name())
     given_conversation = _conversation(body, pipeline, stored.messages, len(earlier), fields)
-    running = await start(pipeline, stored.response["id"], given_conversation)
-    builder = ResponseBuilder(stored.response)
     if body.background:
+        if body.stream:
+            params = seeded(given_conversation.params)
+            given_conversation = replace(given_conversation, params=params)
+            stored.asked = Asked(body, len(earlier), params.seed)
+        running = await start(pipeline, stored.id, given_conversation)
         await store.put(stored)
         begun = dict(stored.response)
-        work = _keep(request, _to_the_end(builder, running, stored, store))
-        hold_open(work)
-        _keep(request, store.unless_stopped(stored.id, work))
-        return JSONResponse(begun)
+        log = _run(request, running, stored)
+        return JSONResponse(begun) if log is None else _log_response(log)
+    running = await start(pipeline, stored.id, given_conversation)
+    builder = ResponseBuilder(stored.response)
     if not body.stream:
-        async for _ in _events(builder, running, stored):
+        async for _ in events_of(builder, running, stored):
             pass
         if body.store:
             await store.put(stored)
@@ -67,11 +69,29 @@ async def create_response(request: Request) -> Response:
         event = builder.fail(error)
         return sse.named_event(event["type"], event)
 
-    events = _events(builder, running, stored, first)
+    events = events_of(builder, running, stored, first)
     if body.store:
         await store.put(stored)
         events = _stored_events(events, request, stored, builder)
     return sse.EventResponse(sse.named(events), failed)
+
+
+def _run(request: Request, running: RunningAnswer, stored: StoredResponse) -> EventLog | None:
+    """Make a response in the background; its events if it is streamed."""
+    store: ResponseStore = request.app.state.responses
+    logs: dict[str, EventLog] = request.app.state.logs
+    log = None
+    if stored.asked is not None:
+        log = logs[stored.id] = EventLog()
+    work = _keep(request, to_the_end(ResponseBuilder(stored.response), running, stored, store, log))
+    work.add_done_callback(lambda _: logs.pop(stored.id, None))
+    hold_open(work)
+    _keep(request, store.unless_stopped(stored.id, work))
+    return log
+
+
+def _log_response(log: EventLog, after: int = -1) -> Response:
+    return sse.EventResponse(sse.named(log.after(after)), sse.error_event)
 
 
 def _keep(request: Request, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -93,7 +113,7 @@ async def _stored_events(
     try:
         async with aclosing(events):
             async for event in events:
-                if event["type"] in _ENDS:
+                if event["type"] in ENDS:
                     await store.update(stored)
                     saved = True
                 yield event
@@ -110,10 +130,47 @@ async def _stored_events(
 
 
 @router.get("/v1/responses/{name}")
-@described(answer=wire.Response)
+@described(answer=wire.Response, event=wire.ResponseEvent)
 async def retrieve_response(request: Request, name: str) -> Response:
-    """A response that was kept."""
-    return JSONResponse((await _stored(request, name, "response_id")).response)
+    """A response that was kept. With ``stream=true`` its events, after the number ``starting_after``."""
+    stored = await _stored(request, name, "response_id")
+    if request.query_params.get("stream", "false").lower() != "true":
+        return JSONResponse(stored.response)
+    given = request.query_params.get("starting_after", "-1")
+    if not re.fullmatch(r"-1|\d{1,9}", given):
+        raise InvalidRequest("starting_after must be the number of an event.", param="starting_after")
+    log, after = request.app.state.logs.get(name), int(given)
+    if log is None and stored.response["status"] == "in_progress":
+        log = await _make_again(request, stored)
+    elif log is None:
+        log = EventLog()
+        events = list(events_again(stored.response))
+        for event in events:
+            log.add(event)
+        log.close()
+        if stored.response["status"] == "failed":
+            # The client may have events of an item that was not finished.
+            after = min(after, len(events) - 2)
+    return _log_response(log, after)
+
+
+async def _make_again(request: Request, stored: StoredResponse) -> EventLog:
+    """The events of a response that another ingress has begun, which may be lost."""
+    asked = stored.asked
+    if asked is None:
+        raise InvalidRequest(
+            "Only a response that was created with background and stream can be streamed while it is made.",
+            param="stream",
+        )
+    pipeline = find_pipeline(request, asked.body.model)
+    _, fields = wire.input_messages(asked.body.input)
+    given = _conversation(asked.body, pipeline, stored.messages, asked.earlier, fields)
+    given = replace(given, params=replace(given.params, seed=asked.seed))
+    # The engine may still work on it under its own name.
+    running = await start(pipeline, f"resp_{uuid.uuid4().hex}", given)
+    log = _run(request, running, stored)
+    assert log is not None
+    return log
 
 
 @router.delete("/v1/responses/{name}")
@@ -217,47 +274,3 @@ def _conversation(
     shift = len(system) + earlier
     moved = {f"messages[{int(name[9:-1]) + shift}]": field for name, field in fields.items()}
     return conversation(body, pipeline, [*system, *messages], names | moved)
-
-
-async def _events(
-    builder: ResponseBuilder,
-    running: RunningAnswer,
-    stored: StoredResponse,
-    first: StreamUpdate | None = None,
-) -> AsyncGenerator[Json, None]:
-    """All events of a response, to its end."""
-    async with aclosing(running.updates):
-        for event in builder.begin():
-            yield event
-        update = first if first is not None else await anext(running.updates, None)
-        reason = None
-        while update is not None:
-            for delta in update.deltas:
-                read = running.reader.read(delta)
-                logprobs: list[Json] = []
-                if read.logprobs is not None:
-                    tops = running.params.logprobs or 0
-                    logprobs = [e.model_dump() for e in content_logprobs(read.token_ids, read.logprobs, tops)]
-                for event in builder.add(read, logprobs):
-                    yield event
-                reason = read.finish_reason or reason
-            last, update = update, await anext(running.updates, None)
-        thoughts, extras = running.reader.reasoning_tokens, running.usage_extras()
-        ends = list(builder.finish(reason, last.usage, thoughts, extras))
-        stored.messages += wire.input_messages(builder.response["output"])[0]
-        for event in ends:
-            yield event
-
-
-async def _to_the_end(
-    builder: ResponseBuilder, running: RunningAnswer, stored: StoredResponse, store: ResponseStore
-) -> None:
-    """Make a response in the background. What there is of it when it is stopped is kept, too."""
-    try:
-        async for _ in _events(builder, running, stored):
-            pass
-    except asyncio.CancelledError:
-        builder.response["status"] = "cancelled"
-    except Exception as error:
-        builder.mark_failed(as_sightline(error))
-    await store.update(stored)

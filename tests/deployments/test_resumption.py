@@ -1,19 +1,25 @@
 """Streams that break off and are taken up again at another ingress."""
 
+import asyncio
 import json
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import httpx
+import openai
 import pytest
 
 from deployments.answers import ChoiceDelta
 from deployments.api import create_api
 from deployments.config import IngressConfig
+from deployments.response_store import KeptResponses
 from deployments.resumption import EvenCuts
+from engine.errors import Unavailable
 from engine.parsers.events import CallArguments, CallStart, Reasoning, Text
-from tests.chaos.load import BODIES
+from tests.chaos.load import BODIES, SCHEMA
 from tests.deployments.asgi import AppTransport
+from tests.deployments.pictures import ask, circle
+from tests.serving import wait_until
 
 pytestmark = pytest.mark.usefixtures("idle_afterwards")
 
@@ -153,6 +159,188 @@ async def test_events_without_ids_are_as_before(running):
     plain = await Stream().read(client, {**body, "stream_options": {}})
     assert {name for name, _ in plain.events} == {""}
     assert plain.joined()[0] == with_ids.joined()[0]
+
+
+class MortalKeeper:
+    """A keeper that its ingress, once that is dead, no longer reaches."""
+
+    def __init__(self, keeper) -> None:
+        self._keeper, self.dead = keeper, False
+
+    def __getattr__(self, name):
+        if self.dead:
+            raise Unavailable("this ingress is dead")
+        return getattr(self._keeper, name)
+
+
+@dataclass
+class Ingresses:
+    """Two ingresses that share their responses, and the applications and keepers of them."""
+
+    clients: list[httpx.AsyncClient]
+    apis: list
+    keepers: list[MortalKeeper]
+
+    async def kill(self, number: int) -> None:
+        """End the work of one without a word to the keeper."""
+        self.keepers[number].dead = True
+        for task in {*self.apis[number].state.background}:
+            task.cancel()
+
+
+@pytest.fixture
+def two(running) -> Ingresses:
+    keepers = [MortalKeeper(kept) for kept in [KeptResponses(16, 1 << 20, 60.0)] * 2]
+    pipelines = running.app.api.state.pipelines
+    apis = [create_api(IngressConfig(), pipelines, keeper=keeper) for keeper in keepers]
+    clients = [
+        httpx.AsyncClient(transport=AppTransport(api), base_url="http://test", timeout=60) for api in apis
+    ]
+    return Ingresses(clients, apis, keepers)
+
+
+async def events_of(client, *, most: int = 10**9, method: str = "GET", path: str, **options) -> list[dict]:
+    """The events of a streamed response, or the first ones."""
+    found = []
+    async with client.stream(method, path, **options) as response, aclosing(response.aiter_lines()) as lines:
+        if response.status_code != 200:
+            raise AssertionError((await response.aread()).decode())
+        async for line in lines:
+            if line.startswith("data: "):
+                found.append(json.loads(line.removeprefix("data: ")))
+                if len(found) == most:
+                    break
+    return found
+
+
+async def begin(client, most: int = 10**9, **more) -> list[dict]:
+    body = {"model": "pocket", "input": "Hello!", "background": True, "stream": True, **more}
+    return await events_of(client, most=most, method="POST", path="/v1/responses", json=body)
+
+
+async def rest(client, events: list[dict], *, most: int = 10**9) -> list[dict]:
+    name, last = events[0]["response"]["id"], events[-1]["sequence_number"]
+    query = {"stream": "true", "starting_after": last}
+    return await events_of(client, most=most, path=f"/v1/responses/{name}", params=query)
+
+
+def without_cached_tokens(events: list[dict]) -> list[dict]:
+    for event in events:
+        if usage := event.get("response", {}).get("usage"):
+            usage["input_tokens_details"] = None
+    return events
+
+
+LONG = {"temperature": 1.2, "max_output_tokens": 300, "ignore_eos": True}
+TOOLS = [{"type": "function", "name": "report", "parameters": SCHEMA}]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"temperature": 1.0, "max_output_tokens": 60},
+        {"temperature": 0, "max_output_tokens": 90, "tools": TOOLS, "tool_choice": "required"},
+        {"input": ask("What shape is this?", circle("red")), "max_output_tokens": 16},
+    ],
+    ids=["text", "tools", "image"],
+)
+async def test_a_response_that_has_ended_is_streamed_again_by_each_ingress(two, more):
+    if isinstance(more.get("input"), list):
+        (message,) = more["input"]
+        image, text = message["content"]
+        parts = [
+            {"type": "input_image", "image_url": image["image_url"]["url"]},
+            {"type": "input_text", "text": text["text"]},
+        ]
+        more = {**more, "input": [{"role": "user", "content": parts}]}
+    whole = await begin(two.clients[0], **more)
+    assert [event["sequence_number"] for event in whole] == list(range(len(whole)))
+    assert whole[-1]["type"] in ("response.completed", "response.incomplete")
+    for client in two.clients:
+        for cut in (1, len(whole) // 2, len(whole) - 1):
+            assert whole[:cut] + await rest(client, whole[:cut]) == whole
+
+
+async def test_a_client_that_leaves_reads_on_while_the_response_is_made(two):
+    begun = await begin(two.clients[0], most=12, **LONG)
+    name = begun[0]["response"]["id"]
+    assert two.apis[0].state.logs.keys() == {name}
+    # Two clients read the rest at the same time: no work is done twice.
+    first, second = await asyncio.gather(*(rest(two.clients[0], begun) for _ in range(2)))
+    assert first == second and first[-1]["type"] == "response.incomplete"
+    assert [event["sequence_number"] for event in begun + first] == list(range(12 + len(first)))
+    kept = (await two.clients[1].get(f"/v1/responses/{name}")).json()
+    assert kept == first[-1]["response"]
+    assert not two.apis[0].state.logs
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["alive", "dead"])
+async def test_a_stream_of_an_ingress_is_taken_up_by_another(two, dies):
+    begun = await begin(two.clients[0], most=30, **LONG)
+    if dies:
+        await two.kill(0)
+        await wait_until(lambda: not two.apis[0].state.background)
+        assert (await two.clients[1].get(f"/v1/responses/{begun[0]['response']['id']}")).json()[
+            "status"
+        ] == "in_progress"
+    found = begun + await rest(two.clients[1], begun)
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    text = "".join(event["delta"] for event in found if event["type"] == "response.output_text.delta")
+    assert found[-1]["response"]["output"][0]["content"][0]["text"] == text
+    assert found[-1]["response"]["usage"]["output_tokens"] == 300
+    if not dies:
+        # The first one has made the same answer.
+        await wait_until(lambda: not two.apis[0].state.logs)
+        again = begun + await rest(two.clients[0], begun)
+        assert without_cached_tokens(again) == without_cached_tokens(found)
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [({"stream": "true", "starting_after": "x"}, "starting_after"), ({"stream": "true"}, "stream")],
+)
+async def test_streams_that_there_are_not(two, query, param):
+    body = {"model": "pocket", "input": "Hello!", "background": True, **LONG}
+    name = (await two.clients[0].post("/v1/responses", json=body)).json()["id"]
+    answer = await two.clients[1].get(f"/v1/responses/{name}", params=query)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+    await two.clients[1].post(f"/v1/responses/{name}/cancel")
+    await wait_until(lambda: not two.apis[0].state.background)
+    again = await events_of(two.clients[1], path=f"/v1/responses/{name}", params={"stream": "true"})
+    assert [event["type"] for event in again] == ["response.created", "response.in_progress"]
+
+
+async def test_openai_s_client_takes_up_a_stream(two):
+    one, other = (
+        openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=client)
+        for client in two.clients
+    )
+    name, last, text = "", -1, ""
+    stream = await one.responses.create(model="pocket", input="Hello!", background=True, stream=True)
+    async for event in stream:
+        last = event.sequence_number
+        if event.type == "response.created":
+            name = event.response.id
+        if event.type == "response.output_text.delta":
+            text += event.delta
+            break
+    await stream.close()
+    async for event in await other.responses.retrieve(name, stream=True, starting_after=last):
+        assert event.sequence_number == last + 1
+        last = event.sequence_number
+        if event.type == "response.output_text.delta":
+            text += event.delta
+    assert event.type == "response.completed" and event.response.output_text == text
+
+
+async def test_a_stream_of_a_response_that_is_cancelled_ends(two):
+    begun = await begin(two.clients[0], most=5, **LONG)
+    name = begun[0]["response"]["id"]
+    reading = asyncio.ensure_future(rest(two.clients[0], begun))
+    await two.clients[1].post(f"/v1/responses/{name}/cancel")
+    await reading
+    await wait_until(lambda: not two.apis[0].state.background)
+    assert (await two.clients[1].get(f"/v1/responses/{name}")).json()["status"] == "cancelled"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])

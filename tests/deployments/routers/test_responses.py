@@ -144,7 +144,7 @@ async def test_a_background_response(client):
         ({"max_output_tokens": 9000}, "max_output_tokens", "context_length_exceeded"),
         ({"input": "word " * 4000}, "input", "context_length_exceeded"),
         ({"conversation": "c"}, "conversation", "unsupported_parameter"),
-        ({"background": True, "stream": True}, "background", "unsupported_parameter"),
+        ({"background": True, "stream": True, "top_logprobs": 1}, "top_logprobs", "unsupported_parameter"),
         ({"extra_body": {"n": 2}}, "n", "unsupported_parameter"),
         (
             {"text": {"format": {"type": "json_object"}}, "extra_body": {"guided_regex": "a"}},
