@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,29 @@ def make_smolvlm(path: Path, hub: bool = False) -> Path:
     return _make(path, "SmolVLM", hub, factor=5, side=102)
 
 
-def _make(path: Path, kind: str, hub: bool, *, factor: int, side: int) -> Path:
+def make_granite_docling(path: Path, hub: bool = False) -> Path:
+    """An Idefics3 as granite-docling-258M is: tied embeddings, and fields that nothing reads."""
+    _make(path, "Idefics3", hub, factor=4, side=32, tied=True)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"] |= {
+        "architectures": ["VLlama3ForCausalLM"],
+        "is_llama_config": True,
+        "perceiver_config": {"model_type": "vllama3", "resampler_depth": 6},
+        "pixel_shuffle_factor": 4,
+        "qk_layer_norms": False,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "use_resampler": False,
+    }
+    config["vision_config"] |= {
+        "max_image_size": {"longest_edge": 32},
+        "size": {"longest_edge": 32},
+        "use_base_siglip": True,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def _make(path: Path, kind: str, hub: bool, *, factor: int, side: int, tied: bool = False) -> Path:
     """A checkpoint with crops of ``side`` pixels, and images of at most 2x2 or so of them."""
     try:
         getattr(transformers, f"{kind}ImageProcessorPil")()
@@ -69,10 +92,14 @@ def _make(path: Path, kind: str, hub: bool, *, factor: int, side: int) -> Path:
         ),
         image_token_id=SPECIALS.index("<image>"),
         scale_factor=factor,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         pad_token_id=0,
     )
-    model = spread(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed=5)
+    model = spread(
+        getattr(transformers, f"{kind}ForConditionalGeneration")(config),
+        seed=5,
+        embedding_std=0.05 if tied else 1.0,
+    )
     model.generation_config.eos_token_id = 2
     model.save_pretrained(path)
     tok.save_pretrained(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from engine.errors import ConfigError, InvalidRequest
 from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
-from tests.engine.families.idefics import make_idefics3, make_smolvlm
+from tests.engine.families.cases import case_named
+from tests.engine.families.idefics import make_granite_docling, make_idefics3, make_smolvlm
+from tests.engine.families.made import Made
 from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.tiny import picture
 
@@ -44,6 +47,11 @@ def test_positions_are_those_of_transformers(side, shape):
     with torch.inference_mode():
         wanted = module(torch.zeros(1, 3, height, width), torch.ones(1, height, width, dtype=torch.bool))
     assert bucketed_positions(height, width, side).tolist() == wanted.flatten().tolist()
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["saved", "hub"])
+def test_granite_docling(tmp_path, hub):
+    Made(replace(case_named("Idefics3"), make=make_granite_docling), tmp_path / "made", hub).check_all()
 
 
 def test_public_configuration_is_filled_up(tmp_path):
