@@ -26,6 +26,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "text": (
         "LlamaForCausalLM",
+        "Ministral3ForCausalLM",
         "MistralForCausalLM",
         "Phi3ForCausalLM",
         "Qwen2ForCausalLM",

@@ -61,6 +61,9 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary.query_scale is not None:
+            # The rotation that follows doesn't mind a factor.
+            q = q * self.rotary.query_scale[positions]
         attend = self._decode if meta.max_query_len == 1 else self._prefill
         out = attend(q, k, v, positions, cache, meta).flatten(1)
         if rows is not None:

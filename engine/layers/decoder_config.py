@@ -29,6 +29,8 @@ class RopeConfig:
         attention_factor: multiplies cos and sin.
         rotary_dim: rotated leading dimensions of a head; None rotates all.
         mrope_section: angles per axis (t, h, w) of M-RoPE; None is one-dimensional.
+        query_growth: ``(b, n)``: queries at position ``p`` are multiplied by ``1 + b log(1 + floor(p / n))``
+            (Ministral-3); None leaves them as they are.
         mrope_interleaved: axes alternate (Qwen3-VL) instead of lying in three pieces (Qwen2-VL).
     """
 
@@ -46,6 +48,7 @@ class RopeConfig:
     attention_factor: float = 1.0
     rotary_dim: int | None = None
     mrope_section: tuple[int, ...] | None = None
+    query_growth: tuple[float, int] | None = None
     mrope_interleaved: bool = False
 
     @property

@@ -98,6 +98,8 @@ class Rotary(nn.Module):
 
     Attributes:
         table: the tables, as kernels take them.
+        query_scale: ``(rows, 1, 1)``, factor of the queries of each row, in the model's dtype; None if there
+            is none. See :attr:`~engine.layers.decoder_config.RopeConfig.query_growth`.
         first_prompt_row: the first of the rows that :meth:`reserve_prompt_rows` adds.
     """
 
@@ -118,6 +120,13 @@ class Rotary(nn.Module):
         self.table = RotaryTable(
             cos.to(build.device), sin.to(build.device), rope.mrope_section, rope.mrope_interleaved
         )
+
+        self.query_scale = None
+        if rope.query_growth is not None:
+            growth, step = rope.query_growth
+            steps = torch.floor(torch.arange(length) / step)
+            scale = 1 + growth * torch.log(1 + steps)
+            self.query_scale = scale.to(build.device, build.dtype)[:, None, None]
 
     def _angles(self, positions: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
         return positions[:, None].float() * inverse_frequencies(self.rope, self._dim, length=length)

@@ -212,7 +212,18 @@ def rewrite_tensors(path: Path, change: Any) -> None:
     save_file(change(tensors), path / "model.safetensors", metadata={"format": "pt"})
 
 
-TEXT_ARCHITECTURES = ("llama", "llama3", "mistral", "phi3", "phi3_longrope", "qwen2", "qwen3")
+#: Positions of Ministral-3, with a context before scaling of a few tokens.
+MINISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 64.0,
+    "original_max_position_embeddings": 8,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+
+TEXT_ARCHITECTURES = ("llama", "llama3", "ministral3", "mistral", "phi3", "phi3_longrope", "qwen2", "qwen3")
 
 
 def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **overrides: Any) -> Path:
@@ -239,6 +250,10 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "original_max_position_embeddings": 64,
         }
         common["attention_bias"] = common["mlp_bias"] = True
+    elif kind == "ministral3":
+        # Queries grow several times within a prompt.
+        rope = {**MINISTRAL_ROPE}
+        common["head_dim"] = 32
     elif kind == "mistral":
         common |= {"head_dim": 32, "sliding_window": 7}
     elif kind == "qwen3":

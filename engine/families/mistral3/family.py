@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and later: a Pixtral tower whose squares of patches become rows, and Mistral."""
+"""Mistral Small 3.1 and later, and Ministral-3: a Pixtral tower whose squares of patches become rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FAMILY = Family(
     name="mistral3",
     architectures=("Mistral3ForConditionalGeneration",),
     reader=ConfigReader(
-        text=tied_unless_stated(nested_text("mistral")),
+        text=tied_unless_stated(nested_text("mistral", "ministral3")),
         vision=_vision,
         image_token=token_field("image_token_index", "image_token_id", default=10),
         end_tokens=(2,),

@@ -10,7 +10,9 @@ from engine.families.parsing.rope import parse_rope, stretched_context
 from engine.families.parsing.windows import parse_windows
 from engine.layers.decoder_config import DecoderConfig
 
-DecoderKind = Literal["llama", "mistral", "paddleocr_vl", "phi3", "qwen2", "qwen2_vl", "qwen3", "qwen3_vl"]
+DecoderKind = Literal[
+    "llama", "ministral3", "mistral", "paddleocr_vl", "phi3", "qwen2", "qwen2_vl", "qwen3", "qwen3_vl"
+]
 
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
@@ -46,6 +48,26 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "attention_bias": False,
         "mlp_bias": False,
+    },
+    "ministral3": {
+        **_COMMON,
+        "vocab_size": 131072,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     },
     "mistral": {
         **_COMMON,
@@ -116,6 +138,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     """
     defaults = _DEFAULTS[kind]
     config = {**defaults, **{key: raw[key] for key in (*defaults, *_EXTRA) if key in raw}}
+    if config.get("rope_parameters") is None and "rope_parameters" in defaults:
+        config["rope_parameters"] = defaults["rope_parameters"]
     heads = integer(config, "num_attention_heads")
     layers, positions = integer(config, "num_hidden_layers"), integer(config, "max_position_embeddings")
     head_dim = _head_dim(config, kind, heads)
@@ -159,7 +183,7 @@ def _head_dim(config: Json, kind: DecoderKind, heads: int) -> int:
 
 
 def _kv_heads(config: Json, kind: DecoderKind, heads: int) -> int:
-    if config["num_key_value_heads"] is None and kind != "mistral":
+    if config["num_key_value_heads"] is None and kind not in ("mistral", "ministral3"):
         return heads
     kv_heads = integer(config, "num_key_value_heads")
     if heads % kv_heads:

@@ -55,6 +55,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
         rotary_dim=rotary_dim,
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
         mrope_interleaved=kind == "qwen3_vl",
+        query_growth=_query_growth(parameters) if kind == "ministral3" else None,
         **_READERS[rope_type](config, parameters, positions, angles),
     )
     if rope.depends_on_length and rope.mrope_section is not None:
@@ -65,6 +66,12 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
             param=_PARAM,
         )
     return rope
+
+
+def _query_growth(parameters: Json) -> tuple[float, int] | None:
+    """The growth of queries with their position, in steps of the context before scaling."""
+    growth = _optional(parameters, "llama_4_scaling_beta")
+    return None if growth is None else (growth, integer(parameters, "original_max_position_embeddings"))
 
 
 def stretched_context(rope: RopeConfig, positions: int) -> int:

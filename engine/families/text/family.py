@@ -1,4 +1,4 @@
-"""Language models without images: Llama, Mistral, Qwen2, Qwen3, Phi3."""
+"""Language models without images: Llama, Mistral, Ministral-3, Qwen2, Qwen3, Phi3."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat
 
 _KINDS: dict[str, DecoderKind] = {
     "LlamaForCausalLM": "llama",
+    "Ministral3ForCausalLM": "ministral3",
     "MistralForCausalLM": "mistral",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",

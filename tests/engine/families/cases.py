@@ -104,6 +104,13 @@ CASES = [
         placeholder=lambda index, count: "[IMG]",
     ),
     FamilyCase(
+        "Ministral-3",
+        partial(make_mistral3, kind="ministral3"),
+        partial(SquaresReference, kind="Mistral3"),
+        frame="<s>[INST]{}[/INST]",
+        placeholder=lambda index, count: "[IMG]",
+    ),
+    FamilyCase(
         "LightOnOCR",
         make_lighton_ocr,
         partial(SquaresReference, kind="LightOnOcr"),
@@ -192,7 +199,7 @@ CASES = [
     FamilyCase("SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), **_IDEFICS),
     *(
         FamilyCase(kind, partial(make_text_model, kind=kind), TextReference, texts=TEXTS)
-        for kind in ("llama", "llama3", "mistral", "phi3", "qwen2", "qwen3")
+        for kind in ("llama", "llama3", "ministral3", "mistral", "phi3", "qwen2", "qwen3")
     ),
     FamilyCase(
         "phi3_longrope",

@@ -14,7 +14,7 @@ import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.tiny import spread, tokenizer
+from tests.engine.tiny import MINISTRAL_ROPE, spread, tokenizer
 
 MISTRAL_SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
 LIGHTON_SPECIALS = (
@@ -48,20 +48,23 @@ _TEXT = {
 }
 
 
-def make_mistral3(path: Path, hub: bool = False, *, layer: int = -1) -> Path:
+def make_mistral3(path: Path, hub: bool = False, *, layer: int = -1, kind: str = "mistral") -> Path:
     """A checkpoint with a head of its own, as Transformers saves it or as the public ones are.
 
     The config.json of the public ones has no ``tie_word_embeddings``.
+
+    Args:
+        kind: of the decoder, ``mistral`` or ``ministral3``.
     """
     tok = tokenizer(MISTRAL_SPECIALS, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     text = {
-        "model_type": "mistral",
+        "model_type": kind,
         "vocab_size": len(tok),
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 3,
-        "rope_theta": 1e9,
         "sliding_window": None,
+        **({"rope_theta": 1e9} if kind == "mistral" else {"rope_parameters": dict(MINISTRAL_ROPE)}),
     }
     config = transformers.Mistral3Config(
         vision_config=dict(_TOWER),

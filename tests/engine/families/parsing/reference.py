@@ -18,6 +18,7 @@ from engine.layers.rotary import inverse_frequencies
 
 CLASSES: dict[str, tuple[Any, Any]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "ministral3": (transformers.Ministral3Config, transformers.Ministral3ForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "paddleocr_vl": (PaddleOCRTextConfig, PaddleOCRTextModel),
     "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
@@ -112,7 +113,7 @@ def _windows(config: Any, body: Any) -> tuple[int | None, ...]:
     """Return the window of each layer; None for full attention."""
     if config.model_type in ("llama", "paddleocr_vl_text", "qwen3_vl_text"):
         return (None,) * len(body.layers)
-    if config.model_type in ("mistral", "phi3"):
+    if config.model_type in ("ministral3", "mistral", "phi3"):
         return (config.sliding_window,) * len(body.layers)
     if "sliding_attention" in config.layer_types and config.sliding_window is None:
         raise ValueError("the mask of sliding layers needs a window")

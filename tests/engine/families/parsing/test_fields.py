@@ -123,7 +123,7 @@ def lenient(kind: str, raw: Mapping[str, Any]) -> bool:
         any(raw.get(field, 0) is None for field in ("use_sliding_window", "max_window_layers", "head_dim"))
         or raw.get("tie_word_embeddings", 0) is None
         # Only checked: these models don't use the list.
-        or (kind in ("llama", "mistral", "paddleocr_vl", "phi3", "qwen3_vl") and "layer_types" in raw)
+        or (kind not in ("qwen2", "qwen2_vl", "qwen3") and "layer_types" in raw)
         # Phi-3 has the field for one rope type alone.
         or (kind == "phi3" and raw.get("original_max_position_embeddings", 0) is None)
         # Known to another kind's class, and to older releases.
