@@ -18,6 +18,14 @@ DECODER_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder: alone, and inside a VLM as Transformers 5 and as earlier versions save it."""
 
+SANDWICH_RULES: tuple[tuple[str, str], ...] = (
+    (r"(?:.*\.)?(layers\.\d+\.)post_attention_layernorm\.(.*)", r"\1attention_out_norm.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.)pre_feedforward_layernorm\.(.*)", r"\1post_attention_layernorm.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.)post_feedforward_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
+    *DECODER_RULES,
+)
+"""Rules of a decoder with norms after attention and MLP as well, by Gemma's names."""
+
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"
 

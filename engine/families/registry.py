@@ -25,6 +25,8 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "text": (
+        "Gemma3ForCausalLM",
+        "GraniteForCausalLM",
         "LlamaForCausalLM",
         "Ministral3ForCausalLM",
         "MistralForCausalLM",

@@ -137,6 +137,7 @@ def norm_linear(
     bias: torch.Tensor | None = None,
     *,
     activation: str | None = None,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute a linear layer of the RMS norm of ``x + residual``, and that sum.
 
@@ -149,13 +150,17 @@ def norm_linear(
         norm: ``(K,)``, scale of the norm.
         eps: added to the mean square.
         weight, bias, activation: see :func:`linear`.
+        offset: see :func:`~engine.kernels.rms_norm.rms_norm`.
 
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, and ``(T, K)``; both in the dtype of ``x``.
     """
-    if x.shape[0] == 1 and use_triton(x):
+    if x.shape[0] == 1 and use_triton(x) and not offset:
         return norm_gemv_triton(x, residual, norm, eps, weight, bias, activation=activation)
-    normed, total = (rms_norm(x, norm, eps), x) if residual is None else rms_norm(x, norm, eps, residual)
+    if residual is None:
+        normed, total = rms_norm(x, norm, eps, offset=offset), x
+    else:
+        normed, total = rms_norm(x, norm, eps, residual, offset=offset)
     return linear(normed, weight, bias, activation=activation), total
 
 

@@ -28,7 +28,8 @@ def rms_norm(
 def rms_norm(x, weight, eps, residual=None, *, offset=0.0):
     """Compute ``(weight + offset) * x / sqrt(mean(x²) + eps)`` over the last dimension.
 
-    It rounds as Transformers' LlamaRMSNorm: normalise in float32, cast to the input's dtype, then scale.
+    It rounds as Transformers' LlamaRMSNorm: normalise in float32, cast to the input's dtype, then scale. With
+    an offset as its Gemma3RMSNorm: add the offset and scale in float32, then cast.
 
     Args:
         x: ``(..., H)``; may be strided, last dimension contiguous.
@@ -48,8 +49,8 @@ def rms_norm_reference(x, weight, eps, residual=None, *, offset=0.0):
     if residual is not None:
         x = x + residual
     wide = x.float()
-    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    out = normed * (weight + offset) if offset else normed * weight
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    out = (normed * (weight.float() + offset)).to(x.dtype) if offset else normed.to(x.dtype) * weight
     return out if residual is None else (out, x)
 
 
@@ -72,7 +73,7 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0):
             x_ptr=x, residual_ptr=x if residual is None else residual, weight_ptr=weight,
             out_ptr=out, total_ptr=total,
             outer_stride=x.stride(0), inner_stride=x.stride(-2) if x.dim() == 3 else 0, inner=inner,
-            eps=eps, offset=offset, SIZE=size, BLOCK=block, ADD=residual is not None,
+            eps=eps, offset=offset, OFFSET=bool(offset), SIZE=size, BLOCK=block, ADD=residual is not None,
             num_warps=1 if block <= 256 else (4 if block <= 4096 else 8), **pdl_options(x),
         )  # fmt: skip
     return out if residual is None else (out, total)
@@ -81,7 +82,7 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0):
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, outer_stride, inner_stride, inner, eps, offset,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    OFFSET: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``."""
     wait_for_previous(PDL)
@@ -98,6 +99,9 @@ def _rms_norm_kernel(
     wide = x.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / SIZE + eps)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    weight = (weight + offset).to(dtype).to(tl.float32)
-    normed = (wide * scale).to(dtype).to(tl.float32)
+    normed = wide * scale
+    if OFFSET:
+        weight += offset
+    else:
+        normed = normed.to(dtype).to(tl.float32)
     tl.store(out_ptr + row * SIZE + column, (normed * weight).to(dtype), mask=mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -28,10 +30,11 @@ class Attention(nn.Module):
             config.hidden_size, heads, kv_heads, self.head_dim, build, bias=config.qkv_bias
         )
         self.o_proj = RowLinear(heads * self.head_dim, config.hidden_size, build, bias=config.o_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, build) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, build) if config.qk_norm else None
+        norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, build, offset=config.norm_offset)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
         self.sizes = [part.size for part in self.qkv_proj.parts]
-        self.scale = self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.window = config.window(layer)
         self.rotary = rotary
 

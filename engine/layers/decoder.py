@@ -1,8 +1,9 @@
-"""The decoder of all language models: Llama, Qwen2, Qwen3, Mistral, Phi3 and the text part of VLMs."""
+"""The decoder of all language models and of the text part of all VLMs: one class, with switches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from engine.layers.rotary import Rotary
 
 
 class DecoderLayer(nn.Module):
-    """Attention and gated MLP, each after a norm.
+    """Attention and gated MLP, each after a norm, and before another one if the model has such.
 
     The residual is passed beside the hidden states, so that each addition can be fused with the norm behind
     it, and the norm with the GEMM behind that where it is faster.
@@ -27,9 +28,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, build, offset=config.norm_offset)
+        self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, rotary, build)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.post_attention_layernorm = norm()
+        self.attention_out_norm = norm() if config.sandwich else None
+        self.mlp_out_norm = norm() if config.sandwich else None
+        self.multiplier = config.residual_multiplier
         self.mlp = GatedMLP(
             config.hidden_size, config.intermediate_size, config.activation, build, bias=config.mlp_bias
         )
@@ -44,7 +49,16 @@ class DecoderLayer(nn.Module):
         rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, residual = self.self_attn(self.input_layernorm, x, residual, positions, cache, meta, rows)
-        return self.mlp.after_norm(self.post_attention_layernorm, x, residual)
+        x, residual = self.mlp.after_norm(
+            self.post_attention_layernorm, self._added(x, self.attention_out_norm), residual
+        )
+        return self._added(x, self.mlp_out_norm), residual
+
+    def _added(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+        """Make of a result ``x`` of attention or MLP what is added to the residual."""
+        if norm is not None:
+            x = norm(x)
+        return x if self.multiplier == 1 else x * self.multiplier
 
 
 class Decoder(nn.Module):
@@ -63,11 +77,18 @@ class Decoder(nn.Module):
         self.num_kv_heads = max(1, config.num_kv_heads // build.tp.size)
         length = max_model_len or config.max_position
         self.rotary = Rotary(config.rope, config.head_dim, length, build)
+        local = config.local_rope and Rotary(config.local_rope, config.head_dim, length, build)
+        rotaries = [
+            local if local and index in config.local_layers else self.rotary
+            for index in range(config.num_layers)
+        ]
+        # As Transformers rounds it.
+        self._multiplier = float(torch.tensor(config.embedding_multiplier, dtype=build.dtype))
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, build)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, self.rotary, build) for index in range(config.num_layers)
+            DecoderLayer(config, index, rotary, build) for index, rotary in enumerate(rotaries)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build, offset=config.norm_offset)
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(config.vocab_size, config.hidden_size, build, tied=tied)
         width = config.projected_width
@@ -75,7 +96,8 @@ class Decoder(nn.Module):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Map token ids ``(T,)`` to embeddings ``(T, hidden_size)``."""
-        return self.embed_tokens(ids)
+        embeds = self.embed_tokens(ids)
+        return embeds if self._multiplier == 1 else embeds * self._multiplier
 
     def forward(
         self,
@@ -116,14 +138,15 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states ``(N, hidden_size)`` to logits ``(N, vocab_size)`` in the model's dtype."""
-        return self.lm_head(hidden)
+        logits = self.lm_head(hidden)
+        return logits if self.config.logits_divisor == 1 else logits / self.config.logits_divisor
 
     def logit_gap(self, hidden: torch.Tensor, first: int, second: int) -> torch.Tensor:
         """Map hidden states ``(N, hidden_size)`` to the logit of token ``first`` minus that of ``second``.
 
         Returns float32 ``(N, 1)``.
         """
-        return self.lm_head.gap(hidden, first, second)
+        return self.lm_head.gap(hidden, first, second) / self.config.logits_divisor
 
     def vectors(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states ``(N, hidden_size)`` to vectors ``(N, width)`` of any length."""

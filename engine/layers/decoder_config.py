@@ -77,7 +77,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A decoder-only transformer: Llama, Qwen2, Qwen3, Mistral, Phi3 or the text part of a VLM.
+    """A decoder-only transformer: Llama, Qwen, Mistral, Phi3, Gemma, Granite, or the text part of a VLM.
 
     Attributes:
         num_heads, num_kv_heads, head_dim: of the whole model, before it is split over ranks.
@@ -87,6 +87,13 @@ class DecoderConfig:
         qk_norm: RMSNorm over each head of q and k, before rotation.
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for
             full attention; an empty tuple means full attention everywhere.
+        norm_offset: added to the weights of all norms, which checkpoints of Gemma store less one.
+        sandwich: norms after attention and MLP as well, before their results are added to the residual.
+        embedding_multiplier: factor of the token embeddings, rounded to the model's dtype.
+        residual_multiplier: factor of the results of attention and MLP.
+        logits_divisor: divides the logits.
+        attention_scale: factor of the attention scores; ``head_dim ** -0.5`` if None.
+        local_rope: rotary embedding of the layers ``local_layers``; None if all have ``rope``.
         num_deepstack: leading layers after which visual features are added (Qwen3-VL).
         projected_width: numbers of a vector that a projection with bias makes of each hidden state, for
             models that are trained to retrieve (ColQwen2); None if vectors are hidden states.
@@ -109,6 +116,14 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    norm_offset: float = 0.0
+    sandwich: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    attention_scale: float | None = None
+    local_rope: RopeConfig | None = None
+    local_layers: tuple[int, ...] = ()
     num_deepstack: int = 0
     projected_width: int | None = None
 

@@ -104,7 +104,16 @@ class FusedColumnLinear(nn.Module):
         Returns:
             The projections ``(T, out)`` and ``x + residual``.
         """
-        return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias, activation=activation)
+        return norm_linear(
+            x,
+            residual,
+            norm.weight,
+            norm.eps,
+            self.weight,
+            self.bias,
+            activation=activation,
+            offset=norm.offset,
+        )
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         parent = prefix.removesuffix(self.fused_name + ".")

@@ -14,21 +14,22 @@ from engine.layers.build import BuildContext, WeightSlot, plain_slot
 
 
 class RMSNorm(nn.Module):
-    """Computes ``weight * x / sqrt(mean(x²) + eps)`` over the last dimension."""
+    """Computes ``(weight + offset) * x / sqrt(mean(x²) + eps)`` over the last dimension."""
 
-    def __init__(self, width: int, eps: float, build: BuildContext) -> None:
+    def __init__(self, width: int, eps: float, build: BuildContext, *, offset: float = 0.0) -> None:
         super().__init__()
         self.eps = eps
+        self.offset = offset
         self.weight = build.parameter(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, offset=self.offset)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``norm(x + residual)`` and ``x + residual``; ``residual`` None counts as zero."""
         if residual is None:
-            return rms_norm(x, self.weight, self.eps), x
-        return rms_norm(x, self.weight, self.eps, residual)
+            return rms_norm(x, self.weight, self.eps, offset=self.offset), x
+        return rms_norm(x, self.weight, self.eps, residual, offset=self.offset)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "weight", self.weight)]

@@ -223,7 +223,18 @@ MINISTRAL_ROPE = {
     "llama_4_scaling_beta": 0.3,
 }
 
-TEXT_ARCHITECTURES = ("llama", "llama3", "ministral3", "mistral", "phi3", "phi3_longrope", "qwen2", "qwen3")
+TEXT_ARCHITECTURES = (
+    "gemma3",
+    "granite",
+    "llama",
+    "llama3",
+    "ministral3",
+    "mistral",
+    "phi3",
+    "phi3_longrope",
+    "qwen2",
+    "qwen3",
+)
 
 
 def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **overrides: Any) -> Path:
@@ -250,6 +261,20 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "original_max_position_embeddings": 64,
         }
         common["attention_bias"] = common["mlp_bias"] = True
+    elif kind == "gemma3":
+        common |= {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }
+        rope = {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+        }
+    elif kind == "granite":
+        common |= {"embedding_multiplier": 3.0, "logits_scaling": 2.5}
+        common |= {"residual_multiplier": 0.4, "attention_multiplier": 0.5}
     elif kind == "ministral3":
         # Queries grow several times within a prompt.
         rope = {**MINISTRAL_ROPE}
@@ -268,7 +293,8 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         }
         common["original_max_position_embeddings"] = 64
     family = {"llama3": "Llama", "phi3_longrope": "Phi3"}.get(kind, kind.capitalize())
-    config = getattr(transformers, f"{family}Config")(**{**common, "rope_parameters": rope, **overrides})
+    config_class = getattr(transformers, "Gemma3TextConfig" if kind == "gemma3" else f"{family}Config")
+    config = config_class(**{**common, "rope_parameters": rope, **overrides})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     tied = getattr(config, "tie_word_embeddings", False)
     spread(model, seed=seed, embedding_std=0.05 if tied else 1.0).save_pretrained(path)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, activation, flag, integer, number
-from engine.families.parsing.rope import parse_rope, stretched_context
-from engine.families.parsing.windows import parse_windows
+from engine.families.parsing.rope import parse_ropes, stretched_context
+from engine.families.parsing.windows import parse_windows, sliding_layers
 from engine.layers.decoder_config import DecoderConfig
 
 DecoderKind = Literal[
-    "llama", "ministral3", "mistral", "paddleocr_vl", "phi3", "qwen2", "qwen2_vl", "qwen3", "qwen3_vl"
+    "gemma3_text",
+    "granite",
+    "llama",
+    "ministral3",
+    "mistral",
+    "paddleocr_vl",
+    "phi3",
+    "qwen2",
+    "qwen2_vl",
+    "qwen3",
+    "qwen3_vl",
 ]
 
 _COMMON: dict[str, Any] = {
@@ -41,6 +52,41 @@ _QWEN_WINDOWS: dict[str, Any] = {
 #: The value of each field that a config.json leaves out, as in Transformers' class of the kind. A null in the
 #: file is not left out. Fields that a kind lacks here are not read: its model has no use for them.
 _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
+    "gemma3_text": {
+        **_COMMON,
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "layer_types": None,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    "granite": {
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+    },
     "llama": {
         **_COMMON,
         "vocab_size": 32000,
@@ -127,7 +173,7 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
 #: Read by every kind where config.json has them.
 _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 _BIASED_QKV = ("qwen2", "qwen2_vl")
-_NORMED_QK = ("qwen3", "qwen3_vl")
+_NORMED_QK = ("gemma3_text", "qwen3", "qwen3_vl")
 
 
 def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
@@ -137,14 +183,18 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         CheckpointError: naming the field that is missing or not supported.
     """
     defaults = _DEFAULTS[kind]
+    if "hidden_activation" in raw and kind == "gemma3_text":
+        raw = {**raw, "hidden_act": raw["hidden_activation"]}
     config = {**defaults, **{key: raw[key] for key in (*defaults, *_EXTRA) if key in raw}}
     if config.get("rope_parameters") is None and "rope_parameters" in defaults:
         config["rope_parameters"] = defaults["rope_parameters"]
     heads = integer(config, "num_attention_heads")
     layers, positions = integer(config, "num_hidden_layers"), integer(config, "max_position_embeddings")
     head_dim = _head_dim(config, kind, heads)
-    rope = parse_rope(config, kind, head_dim)
-    context = stretched_context(rope, positions)
+    rope, local_rope = parse_ropes(config, kind, head_dim)
+    # Gemma states its context after scaling.
+    context = positions if local_rope else stretched_context(rope, positions)
+    sliding = sliding_layers(config, layers) if local_rope else ()
     all_biases = bool(config.get("use_bias"))
     attention_bias = all_biases or ("attention_bias" in config and flag(config, "attention_bias"))
     return DecoderConfig(
@@ -165,7 +215,38 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         mlp_bias=all_biases or ("mlp_bias" in config and flag(config, "mlp_bias")),
         qk_norm=kind in _NORMED_QK,
         windows=parse_windows(config, layers, context),
+        local_rope=local_rope,
+        local_layers=tuple(layer for layer, slides in enumerate(sliding) if slides),
+        **_SWITCHES.get(kind, lambda config: {})(config),
     )
+
+
+def _gemma3(config: Json) -> dict[str, Any]:
+    for field in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+        if config[field]:
+            raise CheckpointError(f"config.json: {field} {config[field]!r} is not supported", param=field)
+    return {
+        "norm_offset": 1.0,
+        "sandwich": True,
+        "embedding_multiplier": integer(config, "hidden_size") ** 0.5,
+        "attention_scale": number(config, "query_pre_attn_scalar") ** -0.5,
+    }
+
+
+def _granite(config: Json) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": number(config, "embedding_multiplier"),
+        "residual_multiplier": number(config, "residual_multiplier"),
+        "logits_divisor": number(config, "logits_scaling"),
+        "attention_scale": number(config, "attention_multiplier"),
+    }
+
+
+#: The switches of :class:`DecoderConfig` that one kind alone has.
+_SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
+    "gemma3_text": _gemma3,
+    "granite": _granite,
+}
 
 
 def _head_dim(config: Json, kind: DecoderKind, heads: int) -> int:

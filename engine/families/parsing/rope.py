@@ -28,6 +28,34 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _SECTIONS = {"paddleocr_vl": (16, 24, 24), "qwen2_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 
 
+def parse_ropes(config: Json, kind: str, head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
+    """Read the rotary embeddings of a decoder: that of all layers, or of those with full attention; and that
+    of the layers with a window, if they have one of their own (Gemma 3).
+
+    Args:
+        config: see :func:`parse_rope`.
+
+    Raises:
+        CheckpointError: naming the field that is missing or not supported.
+    """
+    if "rope_local_base_freq" not in config:
+        return parse_rope(config, kind, head_dim), None
+    stated = config.get("rope_parameters") or {}
+    full = {**(stated.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
+    local = {"rope_theta": config["rope_local_base_freq"], **(stated.get("sliding_attention") or {})}
+    both = [
+        parse_rope({**config, "rope_scaling": None, "rope_parameters": parameters}, kind, head_dim)
+        for parameters in (full, local)
+    ]
+    if any(rope.depends_on_length for rope in both):
+        raise CheckpointError(
+            "config.json: rope types whose frequencies depend on a sequence's length are not supported for "
+            "models whose layers have different ones. Use yarn or linear",
+            param=_PARAM,
+        )
+    return both[0], both[1]
+
+
 def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
     """Read the rotary embedding of a decoder.
 

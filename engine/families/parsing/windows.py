@@ -11,8 +11,8 @@ from engine.families.parsing.fields import Json, integer
 def parse_windows(config: Json, layers: int, context: int) -> tuple[int | None, ...]:
     """Read the sliding window of each layer.
 
-    Mistral and Phi-3 have ``sliding_window`` for all layers, Qwen2 and Qwen3
-    also have ``use_sliding_window`` and a choice of layers, Llama has none.
+    Mistral and Phi-3 have ``sliding_window`` for all layers, Qwen2 and Qwen3 also have ``use_sliding_window``
+    and a choice of layers, Gemma 3 has a choice of layers, Llama has none.
 
     Args:
         config: the fields of config.json over the defaults of the kind.
@@ -27,6 +27,11 @@ def parse_windows(config: Json, layers: int, context: int) -> tuple[int | None, 
     """
     if "sliding_window" not in config:
         return ()
+    if "sliding_window_pattern" in config:
+        window = _window(config, context)
+        return (
+            tuple(window if slides else None for slides in sliding_layers(config, layers)) if window else ()
+        )
     if "use_sliding_window" not in config:
         window = _window(config, context)
         return (window,) * layers if window else ()
@@ -35,6 +40,19 @@ def parse_windows(config: Json, layers: int, context: int) -> tuple[int | None, 
         return ()
     window = _window(config, context)
     return tuple(window if slides else None for slides in sliding) if window else ()
+
+
+def sliding_layers(config: Json, layers: int) -> list[bool]:
+    """Return per layer of a Gemma 3 whether it uses a window: by ``layer_types``, or all but each last one of
+    ``sliding_window_pattern``.
+
+    Raises:
+        CheckpointError: naming the field that can't be used.
+    """
+    if config["layer_types"] is None:
+        pattern = integer(config, "sliding_window_pattern")
+        return [bool((layer + 1) % pattern) for layer in range(layers)]
+    return _named_layers(config["layer_types"], layers)
 
 
 def _window(config: Json, context: int) -> int | None:
@@ -51,17 +69,22 @@ def _sliding_layers(config: Json, layers: int) -> list[bool]:
     if types is None:
         first = integer(config, "max_window_layers", least=0) if used else layers
         return [index >= first for index in range(layers)]
+    named = _named_layers(types, layers)
+    if "sliding_attention" in types and not used:
+        raise CheckpointError(
+            "config.json: layer_types has sliding_attention, but no window is set: use_sliding_window "
+            "should be true and sliding_window its size",
+            param="layer_types",
+        )
+    return named
+
+
+def _named_layers(types: Any, layers: int) -> list[bool]:
     known = {"full_attention": False, "attention": False, "sliding_attention": True}
     if not isinstance(types, list | tuple) or [name in known for name in map(str, types)] != [True] * layers:
         raise CheckpointError(
             f"config.json: layer_types should name full_attention or sliding_attention for each of {layers} "
             f"layers, not {types!r}",
-            param="layer_types",
-        )
-    if "sliding_attention" in types and not used:
-        raise CheckpointError(
-            "config.json: layer_types has sliding_attention, but no window is set: use_sliding_window "
-            "should be true and sliding_window its size",
             param="layer_types",
         )
     return [known[name] for name in types]

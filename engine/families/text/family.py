@@ -1,7 +1,8 @@
-"""Language models without images: Llama, Mistral, Ministral-3, Qwen2, Qwen3, Phi3."""
+"""Language models without images: Gemma 3, Granite, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3."""
 
 from __future__ import annotations
 
+from engine.checkpoint.rules import SANDWICH_RULES, WeightRules
 from engine.families.base import ModelConfig
 from engine.families.family import Family
 from engine.families.parsing.decoder import DecoderKind
@@ -10,6 +11,8 @@ from engine.families.parsing.model import ConfigReader
 from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat
 
 _KINDS: dict[str, DecoderKind] = {
+    "Gemma3ForCausalLM": "gemma3_text",
+    "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
     "MistralForCausalLM": "mistral",
@@ -23,10 +26,18 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
     return raw, next(_KINDS[name] for name in raw["architectures"] if name in _KINDS)
 
 
+def _weights(config: ModelConfig) -> WeightRules:
+    return WeightRules(language=SANDWICH_RULES) if config.decoder.sandwich else WeightRules()
+
+
 def _retrieval(config: ModelConfig) -> RetrievalFormat:
     return RetrievalFormat(pairs=QWEN3_PAIRS if config.architecture == "Qwen3ForCausalLM" else None)
 
 
 FAMILY = Family(
-    name="text", architectures=tuple(_KINDS), reader=ConfigReader(text=_text), retrieval=_retrieval
+    name="text",
+    architectures=tuple(_KINDS),
+    reader=ConfigReader(text=_text),
+    retrieval=_retrieval,
+    weights=_weights,
 )

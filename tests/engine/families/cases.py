@@ -199,7 +199,17 @@ CASES = [
     FamilyCase("SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), **_IDEFICS),
     *(
         FamilyCase(kind, partial(make_text_model, kind=kind), TextReference, texts=TEXTS)
-        for kind in ("llama", "llama3", "ministral3", "mistral", "phi3", "qwen2", "qwen3")
+        for kind in (
+            "gemma3",
+            "granite",
+            "llama",
+            "llama3",
+            "ministral3",
+            "mistral",
+            "phi3",
+            "qwen2",
+            "qwen3",
+        )
     ),
     FamilyCase(
         "phi3_longrope",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -49,8 +50,19 @@ class LlavaReference:
 
 def make_text_model(path: Path, hub: bool, kind: str) -> None:
     make_text(path, kind, seed=7)
-    if hub:
-        as_on_the_hub(path)
+    if not hub:
+        return
+    if kind == "gemma3":
+        config = json.loads((path / "config.json").read_text())
+        ropes = config.pop("rope_parameters")
+        config |= {
+            "rope_local_base_freq": ropes["sliding_attention"]["rope_theta"],
+            "sliding_window_pattern": 2,
+        }
+        config |= {"rope_parameters": ropes["full_attention"]}
+        del config["tie_word_embeddings"]
+        (path / "config.json").write_text(json.dumps(config))
+    as_on_the_hub(path)
 
 
 class TextReference:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers.activations import QuickGELUActivation
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
@@ -40,6 +41,15 @@ def test_rms_norm_rounds_as_transformers_does(dtype):
     norm.weight.data.normal_()
     x = torch.randn(7, 64).to(dtype)
     assert torch.equal(rms_norm_reference(x, norm.weight.data, 1e-5), norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_with_an_offset_rounds_as_transformers_does(dtype):
+    """The sum with the offset is never rounded to bfloat16."""
+    norm = Gemma3RMSNorm(64, eps=1e-5).to(dtype)
+    norm.weight.data.normal_(std=0.1)
+    x = torch.randn(7, 64).to(dtype)
+    assert torch.equal(rms_norm_reference(x, norm.weight.data, 1e-5, offset=1.0), norm(x))
 
 
 ROTARY = {
