@@ -22,7 +22,7 @@ from tests.engine.families.drawn import report
 from tests.engine.families.drawn.agreement import agree, table
 from tests.engine.families.drawn.families import FAMILIES
 from tests.engine.families.drawn.modes import MODES
-from tests.engine.families.drawn.run import PROMPTS, Case, Result, run, simplest
+from tests.engine.families.drawn.run import PROMPTS, Case, run_and_simplify
 from tests.engine.families.drawn.workers import results
 
 
@@ -40,7 +40,7 @@ def main() -> int:
 def _compare(options: argparse.Namespace) -> bool:
     """All cases in float32 on a CPU, where outputs are equal; whether any differs."""
     found = []
-    one = partial(_run, as_is=options.as_is)
+    one = partial(run_and_simplify, as_is=options.as_is)
     for result, simple in results(one, _cases(options), options.jobs, options.seconds):
         found.append(result)
         if options.verbose:
@@ -52,12 +52,6 @@ def _compare(options: argparse.Namespace) -> bool:
                 file.write(json.dumps(report.record(result)) + "\n")
     print(report.table(found))
     return any(result.status == "different" for result in found)
-
-
-def _run(case: Case, as_is: bool) -> tuple[Result, Result]:
-    """The result of ``case``, and that of a simpler case if it differs."""
-    result = run(case)
-    return result, result if as_is or result.status != "different" else simplest(result)
 
 
 def _measure(options: argparse.Namespace) -> bool:

@@ -136,6 +136,16 @@ class _Guard:
         return False
 
 
+def run_and_simplify(case: Case, as_is: bool = False) -> tuple[Result, Result]:
+    """The result of ``case``, and that of a simpler case if it differs.
+
+    Args:
+        as_is: look for no simpler case.
+    """
+    result = run(case)
+    return result, result if as_is or result.status != "different" else simplest(result)
+
+
 def simplest(result: Result) -> Result:
     """A simpler case that differs in the same field: one mode and one prompt, and fewer variations."""
     mode, wanted, prompt = _first(result)
