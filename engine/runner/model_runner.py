@@ -272,8 +272,9 @@ class ModelRunner:
             for size in {padding, *(1 << power for power in range(padding.bit_length()))}:
                 slots = torch.full((size,), padding, dtype=torch.int64, device=self.device)
                 inputs = self._state.decode_inputs(slots)
-                # No kernel has filled it, and the table of embeddings has an end.
+                # No kernel has filled them, and tables that are looked up without a kernel have an end.
                 inputs.ids.zero_()
+                inputs.positions.zero_()
                 logits = self._decode_rows(inputs)
                 for plan in _CAPTURED_PLANS:
                     self._decode_sample(slots, logits, plan)
