@@ -110,8 +110,10 @@ async def text_prompt(pipeline: Pipeline, text: str, instruction: str | None, sa
         with caller_fields({"messages": "prompt"}):
             return await chat_prompt(pipeline, [{"role": "user", "content": text}], instruction, salt)
 
+    written = pipeline.retrieval.written(text, instruction)
+
     def build(_: list[MediaItem | PagesItem]) -> EngineInput:
-        return pipeline.builder.from_text(text, cache_salt=salt, placeholders_are_text=True)
+        return pipeline.builder.from_text(written, cache_salt=salt, placeholders_are_text=True)
 
     return await pipeline.prepare(build, salt=salt)
 
@@ -146,7 +148,7 @@ async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -
         if not isinstance(given, str):
             return pipeline.builder.from_token_ids(given[:limit], cache_salt=body.cache_salt)
         inputs = pipeline.builder.from_text(
-            given,
+            pipeline.retrieval.written(given, body.instruction),
             add_special_tokens=body.add_special_tokens,
             cache_salt=body.cache_salt,
             placeholders_are_text=True,

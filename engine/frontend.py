@@ -306,7 +306,7 @@ class Frontend:
             return self.from_prompt(item, encode)
         text = only_text(item)
         if text is not None and not self.retrieval.shows_as_message(instruction):
-            return self.from_prompt(text, encode)
+            return self.from_prompt(self.retrieval.written(text, instruction), encode)
         content = parts_of(item, "prompt")
         return self.for_vector([{"role": "user", "content": content}], encode, instruction=instruction)
 

@@ -85,10 +85,18 @@ class RetrievalFormat:
         pairs: the prompt of its rerankers; None if it has none.
         per_token: its models make one vector for each token, and are compared by MaxSim; they make no text.
         default_instruction: of its embedding models, where the caller asks for theirs.
-        write_instruction: how its embedding models are shown an instruction.
+        write_instruction: how its embedding models are shown an instruction, in a system message.
+        write_text: makes of an instruction and a text the prompt of its embedding models that take texts as
+            they stand, without a chat template; None if they take messages.
     """
 
     pairs: PairFormat | None = None
     per_token: bool = False
     default_instruction: str = ""
     write_instruction: Callable[[str], str] = str.strip
+    write_text: Callable[[str, str], str] | None = None
+
+
+def qwen3_query(instruction: str, text: str) -> str:
+    """A query as Qwen3-Embedding's published script writes it. Documents stand alone."""
+    return f"Instruct: {instruction}\nQuery:{text}"

@@ -157,7 +157,16 @@ class Retrieval:
         Args:
             instruction: the caller's, see :meth:`instructed`.
         """
-        return self.format.per_token or instruction is not None or self.instruction is not None
+        if self.format.per_token:
+            return True
+        return self.format.write_text is None and self._given(instruction) is not None
+
+    def written(self, text: str, instruction: str | None) -> str:
+        """The prompt of a text that is not shown as a message; arguments as :meth:`shows_as_message`."""
+        given = self._given(instruction)
+        if given is None or self.format.write_text is None:
+            return text
+        return self.format.write_text(given or self.format.default_instruction, text)
 
     def instructed(self, messages: Sequence[Message], instruction: str | None) -> tuple[list[Message], bool]:
         """Messages with an embedding model's instruction before them, and whether the prompt ends where the
@@ -170,7 +179,7 @@ class Retrieval:
         Raises:
             InvalidRequest: the caller gives both an instruction and a system message.
         """
-        given = self.instruction if instruction is None else instruction
+        given = self._given(instruction)
         has_system = messages[0].role in ("system", "developer")
         if given is None or (has_system and instruction is None):
             return list(messages), False
@@ -180,6 +189,9 @@ class Retrieval:
             )
         text = self.format.write_instruction(given or self.format.default_instruction)
         return [Message("system", [TextPart(text)], {}, "string"), *messages], True
+
+    def _given(self, instruction: str | None) -> str | None:
+        return self.instruction if instruction is None else instruction
 
 
 def pair_score(output: EmbeddingOutput) -> float:

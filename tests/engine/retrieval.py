@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from tests.engine.families import qwen
 from tests.engine.families.case import CasePrompt
-from tests.engine.tiny import QWEN_SPECIALS, make_text, tokenizer
+from tests.engine.tiny import QWEN_SPECIALS, make_text, rewrite_tensors, tokenizer
 
 JUDGE = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
@@ -32,12 +33,27 @@ def make_qwen3_vl(path: Path) -> Path:
     return qwen.make_qwen3_vl(path, words=("yes", "no"), seed=5)
 
 
-def make_qwen3(path: Path) -> Path:
-    """A text reranker: tied embeddings, and a tokenizer with Qwen's control tokens."""
+def make_qwen3(path: Path, *, embeds: bool = False) -> Path:
+    """A text reranker: tied embeddings, and a tokenizer with Qwen's control tokens.
+
+    Args:
+        embeds: an embedding model instead: without the head, tensors named as in the decoder, and a tokenizer
+            that ends a text with a token of its own.
+    """
     tok = tokenizer(QWEN_SPECIALS, words=("yes", "no"), eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    make_text(path, "qwen3", seed=6, vocab_size=len(tok), tie_word_embeddings=True)
+    make_text(path, "qwen3", seed=6, vocab_size=len(tok), tie_word_embeddings=not embeds)
+    if embeds:
+        end = ("<|endoftext|>", tok.pad_token_id)
+        tok.backend_tokenizer.post_processor = TemplateProcessing(
+            single="$A <|endoftext|>", special_tokens=[end]
+        )
+        rewrite_tensors(path, _without_head)
     tok.save_pretrained(path)
     return path
+
+
+def _without_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): x for name, x in tensors.items() if "lm_head" not in name}
 
 
 def _parts(shown: Shown) -> list[dict[str, str]]:
@@ -88,11 +104,20 @@ class Qwen3VLReference:
 
 
 class Qwen3Reference:
-    """Qwen3-Reranker by Transformers' Qwen3: prompt and suffix are tokenised piece by piece."""
+    """Qwen3-Embedding and Qwen3-Reranker by Transformers' Qwen3.
+
+    A reranker's prompt and what stands around it are tokenised piece by piece.
+    """
 
     def __init__(self, path: Path) -> None:
         self._model = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+
+    @torch.inference_mode()
+    def embed(self, text: str) -> torch.Tensor:
+        """The vector of length 1 of a prompt."""
+        states = self._model.model(torch.tensor([self._tokenizer.encode(text)])).last_hidden_state[0, -1]
+        return torch.nn.functional.normalize(states, dim=-1)
 
     @torch.inference_mode()
     def score(self, query: str, document: str, instruction: str) -> float:

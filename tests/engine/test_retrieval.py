@@ -141,6 +141,26 @@ def test_a_model_of_vectors_alone_is_served_for_nothing_else(colqwen2):
         assert raised.value.param == "task"
 
 
+def test_vectors_of_a_text_model_are_those_of_transformers(tmp_path):
+    reference = retrieval.Qwen3Reference(retrieval.make_qwen3(tmp_path, embeds=True))
+    llm = load(tmp_path, "embed")
+    query, document = "what is shown?", "a red square"
+    for asked, written in (
+        (None, query),
+        ("Find it", f"Instruct: Find it\nQuery:{query}"),
+        (
+            "",
+            "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
+            f"Query:{query}",
+        ),
+    ):
+        expected = reference.embed(written)
+        (output,) = llm.embed(query, instruction=asked, use_tqdm=False)
+        np.testing.assert_allclose(output.embedding, expected, atol=2e-5)
+        (score,) = llm.score(query, document, instruction=asked, use_tqdm=False)
+        assert score == pytest.approx(float(expected @ reference.embed(document)), abs=5e-5)
+
+
 def test_large_gaps_are_finite_scores():
     scores = [pair_score(EmbeddingOutput("", [], [gap])) for gap in (-1e4, 0.0, 1e4)]
     assert scores == [0.0, 0.5, 1.0]

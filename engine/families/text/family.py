@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from engine.checkpoint.rules import SANDWICH_RULES, WeightRules
+from engine.checkpoint.rules import DECODER_RULES, SANDWICH_RULES, WeightRules
 from engine.families.base import ModelConfig
 from engine.families.family import Family
 from engine.families.parsing.decoder import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader
-from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat
+from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat, qwen3_query
 
 _KINDS: dict[str, DecoderKind] = {
     "Gemma3ForCausalLM": "gemma3_text",
@@ -22,16 +22,25 @@ _KINDS: dict[str, DecoderKind] = {
 }
 
 
+#: The names of a decoder that was saved without the head, as Qwen3-Embedding was.
+_ALONE = (r"((?:embed_tokens|layers|norm)\..*)", r"\1")
+
+
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
     return raw, next(_KINDS[name] for name in raw["architectures"] if name in _KINDS)
 
 
 def _weights(config: ModelConfig) -> WeightRules:
-    return WeightRules(language=SANDWICH_RULES) if config.decoder.sandwich else WeightRules()
+    rules = SANDWICH_RULES if config.decoder.sandwich else DECODER_RULES
+    return WeightRules(language=(*rules, _ALONE))
 
 
 def _retrieval(config: ModelConfig) -> RetrievalFormat:
-    return RetrievalFormat(pairs=QWEN3_PAIRS if config.architecture == "Qwen3ForCausalLM" else None)
+    if config.architecture != "Qwen3ForCausalLM":
+        return RetrievalFormat()
+    return RetrievalFormat(
+        pairs=QWEN3_PAIRS, default_instruction=QWEN3_PAIRS.instruction, write_text=qwen3_query
+    )
 
 
 FAMILY = Family(
