@@ -377,6 +377,8 @@ class IngressConfig(StageConfig):
     keys: tuple[KeyConfig, ...] = ()
     page: bool = True
     cors_origins: tuple[str, ...] = ()
+    # As the language model's: a stream lasts as long in both.
+    graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
     # Above max_active_requests, so that the ingress refuses first: its answer says what happened.
     max_ongoing_requests: PositiveInt = 4096
 

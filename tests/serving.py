@@ -26,6 +26,13 @@ from deployments.config import AppConfig
 
 ROOT = Path(__file__).parent.parent
 
+#: The README's environment for load: HAProxy in front, gRPC between the stages.
+UNDER_LOAD = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+}
+
 
 def free_port() -> int:
     """A free port of this machine, for a server that starts later.
@@ -202,10 +209,11 @@ class SharedApplication:
 
     Args:
         folder: makes the folder for the configuration, the log and the images.
+        options: of :func:`served_application`.
     """
 
-    def __init__(self, folder: Callable[[], Path]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Callable[[], Path], **options: Any) -> None:
+        self._folder, self._options = folder, options
         self._stack = ExitStack()
         self._served: Served | None = None
         self._failure: BaseException | None = None
@@ -216,7 +224,7 @@ class SharedApplication:
             raise self._failure
         if self._served is None:
             try:
-                self._served = self._stack.enter_context(served_application(self._folder()))
+                self._served = self._stack.enter_context(served_application(self._folder(), **self._options))
             except BaseException as error:
                 self._failure = error
                 raise
@@ -238,6 +246,9 @@ def serve_run(
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # Of two applications on one machine the second would not start with HAProxy's own ports.
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
     }
     with log.open("w") as output:
         server = subprocess.Popen(

@@ -15,6 +15,8 @@ import argparse
 import asyncio
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -52,6 +54,8 @@ def main() -> None:
     # As for the tests, see tests/conftest.py; replicas inherit it.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     change = partial(on_gpus, gpus=options.gpus, eager=options.eager) if options.gpus else on_cpus
+    # Ended from outside, too, it must leave no process behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with (
         tempfile.TemporaryDirectory() as folder,
         application(Path(folder), change, haproxy=not options.proxy) as served,

@@ -13,10 +13,7 @@ from typing import Any
 from tests.chaos.load import Load, Report
 from tests.chaos.victims import Killer
 from tests.metrics import is_idle, scraped
-from tests.serving import Served, served_application, wait_for
-
-#: The README's environment for load: HAProxy in front, gRPC between the stages.
-UNDER_LOAD = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+from tests.serving import UNDER_LOAD, Served, served_application, wait_for
 
 
 def on_cpus(args: dict[str, Any]) -> None:
