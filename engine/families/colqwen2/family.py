@@ -1,7 +1,8 @@
 """ColQwen2: Qwen2-VL or Qwen2.5-VL with a vector for each token, for the retrieval of pages.
 
 A query is a text, a document is an image. The chat template, which is in place of the checkpoint's, gives
-both the form in which the model was trained: that of Transformers' ColQwen2Processor.
+both the form in which the model was trained, as colpali-engine of its authors does. Transformers' processor
+puts a line feed behind a query since version 5.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
 def _prompt_format(config: ModelConfig) -> PromptFormat:
     assert config.extra is not None
     document, query = (json.dumps(config.extra[name]) for name in ("document", "query"))
-    augmented = f"{{{{ {query} + text + pad_token * {_AUGMENTATION} + '\\n' }}}}"
+    augmented = f"{{{{ {query} + text + pad_token * {_AUGMENTATION} }}}}"
     return PromptFormat(
         image="<|image_pad|>",
         template=(

@@ -104,13 +104,6 @@ CASES = [
         placeholder=lambda index, count: "[IMG]",
     ),
     FamilyCase(
-        "Ministral-3",
-        partial(make_mistral3, kind="ministral3"),
-        partial(SquaresReference, kind="Mistral3"),
-        frame="<s>[INST]{}[/INST]",
-        placeholder=lambda index, count: "[IMG]",
-    ),
-    FamilyCase(
         "LightOnOCR",
         make_lighton_ocr,
         partial(SquaresReference, kind="LightOnOcr"),

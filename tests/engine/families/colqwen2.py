@@ -91,8 +91,13 @@ class ColQwen2Reference:
 
     @torch.inference_mode()
     def query(self, text: str) -> torch.Tensor:
-        """The vectors of a text's tokens, as the processor shows it."""
-        return self._run(self.processor.process_queries(text=[text]))
+        """The vectors of a text's tokens, as the processor shows it.
+
+        Without the line feed that it puts behind a query since version 5: the model was trained without.
+        """
+        made = dict(self.processor.process_queries(text=[text]))
+        assert self.processor.tokenizer.decode(made["input_ids"][0, -1]) == "\n"
+        return self._run({name: value[:, :-1] for name, value in made.items()})
 
     @torch.inference_mode()
     def document(self, image: Image.Image) -> torch.Tensor:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from engine.errors import CheckpointError, InvalidRequest
 from engine.media.video.video import Video
+from tests.engine.families.cases import case_named
+from tests.engine.families.made import Made
 from tests.engine.families.opened import media_processor, parse
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.tiny import picture
 
 MAKE = {"Mistral3": make_mistral3, "LightOnOcr": make_lighton_ocr}
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["saved", "hub"])
+def test_ministral_3(tmp_path, hub):
+    """Its decoder alone has all laws."""
+    case = replace(case_named("Mistral3"), make=partial(make_mistral3, kind="ministral3"))
+    Made(case, tmp_path / "made", hub).check_all()
 
 
 def test_a_public_mistral_is_filled_up(tmp_path):
