@@ -26,6 +26,9 @@ class EngineConfig(BaseModel):
             dtypes are understood too.
         device: ``auto`` takes a GPU if there is one.
         load_format: ``auto`` reads safetensors; ``dummy`` fills weights with noise in place (benchmarks).
+        quantization: ``fp8`` rounds the matrices of the decoder's layers to 8-bit floats as they are loaded,
+            with a scale for each output; None leaves them as the checkpoint has them. Checkpoints in fp8
+            need no option.
         max_model_len: longest prompt plus completion, in tokens; the model's own limit if None.
         block_size: tokens per KV block.
         num_kv_blocks: KV blocks; None measures free memory (GPU) or takes ``kv_cache_bytes`` (CPU).
@@ -60,6 +63,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
+    quantization: Literal["fp8"] | None = None
     max_model_len: PositiveInt | None = None
     block_size: PositiveInt = 16
     num_kv_blocks: PositiveInt | None = None

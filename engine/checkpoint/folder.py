@@ -14,7 +14,7 @@ from engine.errors import CheckpointError
 _HEADER_LIMIT = 100 << 20
 _HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _HUB_WEIGHTS = ["*.safetensors"]
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class ModelRank:
             seed=config.seed,
             max_model_len=max_model_len,
             vectors_only=config.task == "embed",
+            quantization=config.quantization,
         )
         return cls(config, model, decoder, group, max_model_len)
 

@@ -16,6 +16,8 @@ from engine.families.base import MediaEncoder, ModelConfig
 from engine.families.registry import family_named
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
+from engine.layers.quantised import Formats, Fp8Format
+from engine.weights.formats import rules_with_scales, stored_formats
 from engine.weights.loader import fill_from_checkpoint, fill_with_noise, match_tensors
 from engine.weights.tied import EMBEDDINGS, StoredHead, stored_head
 
@@ -33,11 +35,13 @@ def load_language_model(
     seed: int = 0,
     max_model_len: int | None = None,
     vectors_only: bool = False,
+    quantization: Literal["fp8"] | None = None,
 ) -> Decoder:
     """This rank's share of the decoder with its weights. Only the rank's own rows are read.
 
     Args:
         load_format: ``dummy`` fills with seeded noise instead, without touching a weight file.
+        quantization: rounds the matrices of the decoder's layers to fp8 if they aren't stored so.
         max_model_len: see :class:`Decoder`.
         vectors_only: the head is not needed: checkpoints of embedding models may lack it.
 
@@ -45,10 +49,13 @@ def load_language_model(
         CheckpointError: naming tensors that are missing, unknown or of the wrong shape. The headers are
             checked before any tensor is read.
     """
-    build = BuildContext(device, dtype, tp or SingleProcessGroup())
-    rules = None
+    rules, formats = None, Formats()
     if load_format != "dummy":
         config, rules = _stored(checkpoint, config, vectors_only)
+        formats = stored_formats(checkpoint, rules)
+    if quantization == "fp8" and not formats.by_name:
+        formats = Formats(every=Fp8Format(None, "output"))
+    build = BuildContext(device, dtype, tp or SingleProcessGroup(), formats)
     decoder = Decoder(config.decoder, build, max_model_len=max_model_len)
     _fill(decoder, "language", checkpoint, rules, seed)
     return decoder
@@ -69,7 +76,7 @@ def load_vision_encoder(
     family = family_named(config.family)
     encoder = family.build_encoder(config, BuildContext(device, dtype, SingleProcessGroup()))
     assert isinstance(encoder, nn.Module)
-    rules = None if load_format == "dummy" else family.weight_rules(config)
+    rules = None if load_format == "dummy" else rules_with_scales(family.weight_rules(config), checkpoint)
     _fill(encoder, "vision", checkpoint, rules, seed)
     return encoder
 
@@ -83,7 +90,9 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, *, vectors_only: 
     family = family_named(config.family)
     build = BuildContext(torch.device("meta"), torch.float32, SingleProcessGroup())
     stored, rules = _stored(checkpoint, config, vectors_only)
-    match_tensors(Decoder(stored.decoder, build), "language", checkpoint, rules)
+    formats = stored_formats(checkpoint, rules)
+    decoder = Decoder(stored.decoder, replace(build, formats=formats))
+    match_tensors(decoder, "language", checkpoint, rules)
     if config.vision is not None:
         encoder = family.build_encoder(config, build)
         assert isinstance(encoder, nn.Module)
@@ -100,7 +109,7 @@ def _stored(
     """
     family = family_named(config.family)
     untied = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
-    rules = family.weight_rules(untied)
+    rules = rules_with_scales(family.weight_rules(untied), checkpoint)
     if not config.decoder.tie_word_embeddings:
         if vectors_only and stored_head(checkpoint, rules) is StoredHead.NONE:
             # A head that nothing calls takes no memory of its own.
@@ -111,7 +120,7 @@ def _stored(
         return untied, rules
     if head is StoredHead.ALONE:
         return config, replace(rules, language=((TIED_HEAD, EMBEDDINGS), *rules.language))
-    return config, family.weight_rules(config)
+    return config, rules_with_scales(family.weight_rules(config), checkpoint)
 
 
 def _fill(

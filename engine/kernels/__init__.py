@@ -13,20 +13,25 @@ decides::
     linear            gemv_triton                 Triton, 1 row                       gemv.py
                       skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py
                                                   most 65536 outputs
-                      F.linear                    otherwise                           (torch)
+                      F.linear                    not fp8                             (torch)
+                      scaled_gemm                 fp8 made for fp8 inputs, Hopper,    fp8.py
+                                                  one scale an output
+                      dequantised_gemm            otherwise                           fp8.py
     norm_linear       norm_gemv_triton            Triton, 1 row                       norm_gemv.py
                       rms_norm, then linear       otherwise                           dispatch.py
     activated_linear  gemm_activation_triton      Triton, Hopper, 16-bit, tiles fill  gemm_activation.py
                                                   the GPU
                       gemm_activation_reference   otherwise                           gemm_activation.py
 
-"Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU.
+"Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU; with fp8 weights also that
+the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
-act_mul.py, decode_state.py (gather_decode_inputs, advance), gumbel.py (gumbel_argmax, argmax), kv_write.py,
+act_mul.py, decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise), gumbel.py (gumbel_argmax,
+argmax), kv_write.py,
 layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, truncation.py, vision_attention.py.
 
 Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), launch.py (launch or
-compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch), tile.py
-(attention tiles).
+compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch), scales.py (of fp8 weights),
+tile.py (attention tiles).
 """

@@ -13,6 +13,7 @@ from engine.kernels import gemm_activation, prefill_attention
 from engine.kernels.act_mul import act_mul
 from engine.kernels.decode_attention import decode_attention_reference, decode_attention_triton
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, use_triton
+from engine.kernels.fp8 import Scale, dequantised_gemm, reads_fp8, scaled_gemm, supports_scaled
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.launch import is_compiling
@@ -105,26 +106,34 @@ def linear(
     *,
     activation: str | None = None,
     counters: torch.Tensor | None = None,
+    scale: Scale | None = None,
 ) -> torch.Tensor:
     """Compute ``x @ weight.T + bias``, summed in float32, and the gate after it if there is one.
 
     Args:
         x: ``(T, K)``, last dimension contiguous.
-        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``.
+        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``; fp8 with ``scale``.
         bias: ``(N,)``.
         activation: its Hugging Face name: activates the first half of the outputs and multiplies it by
             the second half, see :func:`engine.kernels.act_mul.act_mul`.
         counters: the layer's :func:`~engine.kernels.skinny_gemm.split_counters`. None: no split-K, which is
             slower for a few rows.
+        scale: what an fp8 weight is multiplied by.
 
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, in the dtype of ``x``.
     """
     rows = x.shape[0]
-    memory_bound = rows <= MEMORY_BOUND_ROWS and use_triton(x)
+    memory_bound = rows <= MEMORY_BOUND_ROWS and use_triton(x) and (scale is None or reads_fp8(x.device))
     if memory_bound and rows > 1 and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS:
-        return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters)
-    out = gemv_triton(x, weight, bias) if memory_bound and rows == 1 else F.linear(x, weight, bias)
+        return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
+    if memory_bound and rows == 1:
+        out = gemv_triton(x, weight, bias, scale)
+    elif scale is None:
+        out = F.linear(x, weight, bias)
+    else:
+        run = scaled_gemm if supports_scaled(x, weight, scale) else dequantised_gemm
+        out = run(x, weight, scale, bias)
     return out if activation is None else act_mul(out, activation)
 
 
@@ -138,6 +147,7 @@ def norm_linear(
     *,
     activation: str | None = None,
     offset: float = 0.0,
+    scale: Scale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute a linear layer of the RMS norm of ``x + residual``, and that sum.
 
@@ -149,19 +159,19 @@ def norm_linear(
         residual: shape of ``x``, contiguous; None adds nothing.
         norm: ``(K,)``, scale of the norm.
         eps: added to the mean square.
-        weight, bias, activation: see :func:`linear`.
+        weight, bias, activation, scale: see :func:`linear`.
         offset: see :func:`~engine.kernels.rms_norm.rms_norm`.
 
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, and ``(T, K)``; both in the dtype of ``x``.
     """
-    if x.shape[0] == 1 and use_triton(x) and not offset:
-        return norm_gemv_triton(x, residual, norm, eps, weight, bias, activation=activation)
+    if x.shape[0] == 1 and use_triton(x) and not offset and (scale is None or reads_fp8(x.device)):
+        return norm_gemv_triton(x, residual, norm, eps, weight, bias, activation=activation, scale=scale)
     if residual is None:
         normed, total = rms_norm(x, norm, eps, offset=offset), x
     else:
         normed, total = rms_norm(x, norm, eps, residual, offset=offset)
-    return linear(normed, weight, bias, activation=activation), total
+    return linear(normed, weight, bias, activation=activation, scale=scale), total
 
 
 def activated_linear(

@@ -20,6 +20,7 @@ from engine.kernels.device import num_sms
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents, pdl_options, wait_for_previous
 from engine.kernels.rms_norm import rms_norm_reference
+from engine.kernels.scales import load_scales, scale_arguments
 
 
 def norm_linear_reference(x, residual, norm, eps, weight, bias=None, *, activation=None):
@@ -51,12 +52,12 @@ def choose_tile(inputs: int, *, gated: bool) -> NormGemvTile:
     return NormGemvTile(1, 2, 8 if gated else 6)
 
 
-def norm_gemv_triton(x, residual, norm, eps, weight, bias=None, *, activation=None):
+def norm_gemv_triton(x, residual, norm, eps, weight, bias=None, *, activation=None, scale=None):
     """See :func:`engine.kernels.dispatch.norm_linear`; for one row."""
     inputs, gated = x.shape[1], activation is not None
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     assert x.shape[0] == 1 and weight.shape[1] == inputs > 0
-    assert x.stride(-1) == weight.stride(-1) == 1 and x.dtype == weight.dtype
+    assert x.stride(-1) == weight.stride(-1) == 1 and (scale is not None or x.dtype == weight.dtype)
     assert residual is None or residual.is_contiguous()
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(residual)
@@ -67,6 +68,7 @@ def norm_gemv_triton(x, residual, norm, eps, weight, bias=None, *, activation=No
         x_ptr=x, residual_ptr=x if residual is None else residual, norm_ptr=norm, weight_ptr=weight,
         bias_ptr=x if bias is None else bias, out_ptr=out, total_ptr=total,
         outputs=outputs, inputs=inputs, share=share, weight_stride=weight.stride(0), eps=eps,
+        **scale_arguments(x, scale),
         TILE_OUTPUTS=tile.outputs, INPUTS_PAD=triton.next_power_of_2(inputs),
         ADD=residual is not None, BIAS=bias is not None, ACTIVATION=activation or "",
         num_warps=tile.warps, **pdl_options(x),
@@ -81,15 +83,27 @@ def _load_weights(start, row, end, stride, lane, mask):
     return tl.load(source, mask=(row < end)[:, None] & mask, other=0.0)
 
 
+@triton.jit
+def _dot(weight, x, scale_ptr, row, groups, lane, row_mask, mask, GROUP: tl.constexpr):
+    """Dot products of weight rows, times their scales, with the row ``x``."""
+    products = weight.to(tl.float32) * x
+    if GROUP > 0:
+        products *= load_scales(scale_ptr, row[:, None], groups, lane // GROUP, row_mask[:, None] & mask)
+    result = tl.sum(products, axis=1)
+    if GROUP == 0:
+        result *= tl.load(scale_ptr + row, mask=row_mask, other=0.0)
+    return result
+
+
 # ``share`` differs between layers; specialising on it would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["share"])
 def _norm_gemv_kernel(
     x_ptr, residual_ptr, norm_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr,
-    outputs, inputs, share, weight_stride, eps,
-    TILE_OUTPUTS: tl.constexpr, INPUTS_PAD: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    outputs, inputs, share, weight_stride, eps, scale_ptr, groups,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, INPUTS_PAD: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per ``share`` of outputs."""
+    """One program per ``share`` of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`."""
     first = tl.program_id(0) * share
     end = tl.minimum(first + share, outputs)
     row = first + tl.arange(0, TILE_OUTPUTS)
@@ -123,11 +137,11 @@ def _norm_gemv_kernel(
         if ACTIVATION != "":
             next_up = _load_weights(up_ptr, next_row, end, weight_stride, lane, mask)
         row_mask = row < end
-        result = tl.sum(weight.to(tl.float32) * wide, axis=1) * scale
+        result = _dot(weight, wide, scale_ptr, row, groups, lane, row_mask, mask, GROUP) * scale
         if BIAS:
             result += tl.load(bias_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
         if ACTIVATION != "":
-            factor = tl.sum(up.to(tl.float32) * wide, axis=1) * scale
+            factor = _dot(up, wide, scale_ptr, outputs + row, groups, lane, row_mask, mask, GROUP) * scale
             if BIAS:
                 factor += tl.load(bias_ptr + outputs + row, mask=row_mask, other=0.0).to(tl.float32)
             result = activate(result, ACTIVATION) * factor

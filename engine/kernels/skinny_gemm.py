@@ -18,6 +18,7 @@ from engine.kernels.activation import activate
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, shared_memory
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.scales import scale_arguments
 
 #: Split-K programs have at least this many inputs: less is read faster than partial sums are added.
 _MIN_SPLIT_INPUTS = 1024
@@ -84,7 +85,7 @@ def choose_tile(
     return SkinnyTile(width, 4, max(1, min(stages, memory // stage_bytes)), splits)
 
 
-def skinny_gemm_triton(x, weight, bias=None, *, activation=None, counters=None):
+def skinny_gemm_triton(x, weight, bias=None, *, activation=None, counters=None, scale=None):
     """See :func:`engine.kernels.dispatch.linear`; for at most ``MEMORY_BOUND_ROWS`` rows.
 
     Sums, bias and gate are float32; only the result is rounded.
@@ -95,14 +96,17 @@ def skinny_gemm_triton(x, weight, bias=None, *, activation=None, counters=None):
     rows, inputs = x.shape
     gated = activation is not None
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    assert 0 < rows <= MEMORY_BOUND_ROWS and weight.shape[1] == inputs > 0 and x.dtype == weight.dtype
-    assert x.stride(-1) == weight.stride(-1) == 1
+    assert 0 < rows <= MEMORY_BOUND_ROWS and weight.shape[1] == inputs > 0
+    assert x.stride(-1) == weight.stride(-1) == 1 and (scale is not None or x.dtype == weight.dtype)
     # Two heights only: a kernel per power of two would make start-up longer.
     rows_pad = 16 if rows <= 16 else MEMORY_BOUND_ROWS
     sms, memory = num_sms(x.device), shared_memory(x.device)
     tile = choose_tile(
         rows_pad, outputs, inputs, gated=gated, itemsize=x.element_size(), sms=sms, memory=memory
     )
+    scales = scale_arguments(x, scale)
+    # All inputs of a step have one scale.
+    width = min(tile.inputs, scales["GROUP"]) if scales["GROUP"] > 0 else tile.inputs
     splits = 1 if counters is None else tile.splits
     tiles = triton.cdiv(outputs, TILE_OUTPUTS)
     assert counters is None or (counters.is_contiguous() and len(counters) >= tiles)
@@ -114,10 +118,10 @@ def skinny_gemm_triton(x, weight, bias=None, *, activation=None, counters=None):
         x_ptr=x, weight_ptr=weight, bias_ptr=x if bias is None else bias, out_ptr=out,
         partial_ptr=partial, counters_ptr=out if splits == 1 else counters,
         rows=rows, outputs=outputs, inputs=inputs,
-        x_stride=x.stride(0), weight_stride=weight.stride(0), splits=splits,
-        ROWS=rows_pad, TILE_OUTPUTS=TILE_OUTPUTS, TILE_INPUTS=tile.inputs, STAGES=tile.stages,
+        x_stride=x.stride(0), weight_stride=weight.stride(0), splits=splits, **scales,
+        ROWS=rows_pad, TILE_OUTPUTS=TILE_OUTPUTS, TILE_INPUTS=width, STAGES=tile.stages,
         # Tiles that are full need no masks.
-        EVEN=inputs % tile.inputs == 0,
+        EVEN=inputs % width == 0,
         SPLIT=splits > 1, BIAS=bias is not None, ACTIVATION=activation or "",
         num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
@@ -132,19 +136,31 @@ def _load_tile(start, lane, first, end, EVEN: tl.constexpr, AXIS: tl.constexpr):
     return tl.load(start + first, mask=tl.expand_dims(first + lane < end, 1 - AXIS), other=0.0)
 
 
+@triton.jit
+def _add_products(acc, weight, x, scale_ptr, output, groups, k, GROUP: tl.constexpr):
+    """Add ``weight @ x`` to ``acc``, times the scales of the group of input ``k`` if there are groups."""
+    if GROUP > 0:
+        scale = tl.load(scale_ptr + output.to(tl.int64) * groups + k // GROUP)
+        acc += tl.dot(weight.to(x.dtype), x, input_precision="ieee") * scale[:, None]
+    else:
+        acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
+    return acc
+
+
 # These differ between batches and layers; specialising on them would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _skinny_gemm_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, partial_ptr, counters_ptr,
-    rows, outputs, inputs, x_stride, weight_stride, splits,
-    ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    rows, outputs, inputs, x_stride, weight_stride, splits, scale_ptr, groups,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per output tile and split.
 
     Args:
         partial_ptr: ``(splits, rows, outputs)`` float32, each split's sums.
         counters_ptr: ``(tiles,)`` int32, splits that have finished.
+        GROUP: see :func:`~engine.kernels.scales.scale_arguments`; a multiple of ``TILE_INPUTS`` if positive.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -155,9 +171,8 @@ def _skinny_gemm_kernel(
     first = split * share
     end = tl.minimum(first + share, inputs)
     # Lanes beyond the last output or row load the last one again; their results are not stored.
-    weights = (
-        weight_ptr + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * weight_stride + lane[None, :]
-    )
+    known = tl.minimum(output, outputs - 1)
+    weights = weight_ptr + known.to(tl.int64)[:, None] * weight_stride + lane[None, :]
     ups = weights + tl.cast(outputs, tl.int64) * weight_stride
     xs = x_ptr + tl.minimum(row, rows - 1)[None, :] * x_stride + lane[:, None]
     acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
@@ -165,9 +180,11 @@ def _skinny_gemm_kernel(
     wait_for_previous(PDL)
     for k in tl.range(first, end, TILE_INPUTS, num_stages=STAGES):
         x = _load_tile(xs, lane, k, end, EVEN, 0)
-        acc = tl.dot(_load_tile(weights, lane, k, end, EVEN, 1), x, acc, input_precision="ieee")
+        weight = _load_tile(weights, lane, k, end, EVEN, 1)
+        acc = _add_products(acc, weight, x, scale_ptr, known, groups, k, GROUP)
         if ACTIVATION != "":
-            up = tl.dot(_load_tile(ups, lane, k, end, EVEN, 1), x, up, input_precision="ieee")
+            weight = _load_tile(ups, lane, k, end, EVEN, 1)
+            up = _add_products(up, weight, x, scale_ptr, outputs + known, groups, k, GROUP)
     mask = (output < outputs)[:, None] & (row < rows)[None, :]
     offset = row[None, :] * outputs + output[:, None]
     last = True
@@ -182,6 +199,10 @@ def _skinny_gemm_kernel(
             for part in range(splits):
                 acc += tl.load(partial_ptr + part * rows * outputs + offset, mask=mask, other=0.0)
     if last:
+        if GROUP == 0:
+            acc *= tl.load(scale_ptr + known)[:, None]
+            if ACTIVATION != "":
+                up *= tl.load(scale_ptr + outputs + known)[:, None]
         if BIAS:
             bias = tl.load(bias_ptr + output, mask=output < outputs, other=0.0)
             acc += bias.to(tl.float32)[:, None]

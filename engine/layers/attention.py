@@ -29,7 +29,9 @@ class Attention(nn.Module):
         self.qkv_proj = qkv_linear(
             config.hidden_size, heads, kv_heads, self.head_dim, build, bias=config.qkv_bias
         )
-        self.o_proj = RowLinear(heads * self.head_dim, config.hidden_size, build, bias=config.o_bias)
+        self.o_proj = RowLinear(
+            heads * self.head_dim, config.hidden_size, build.at("o_proj"), bias=config.o_bias
+        )
         norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, build, offset=config.norm_offset)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from engine.distributed.group import TensorParallelGroup
+    from engine.layers.quantised import Formats, Fp8Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +19,33 @@ class BuildContext:
     """Device, dtype and tensor-parallel group of a model under construction.
 
     Parameters are allocated once, with their final dtype and device, and not initialised.
+
+    Attributes:
+        formats: which matrices are in fp8; None: none is.
+        path: name in the model's part of the layer under construction, with a dot behind it.
     """
 
     device: torch.device
     dtype: torch.dtype
     tp: TensorParallelGroup
+    formats: Formats | None = None
+    path: str = ""
 
-    def parameter(self, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+    def at(self, name: str) -> BuildContext:
+        """This context for the layer ``name`` within the present one."""
+        return replace(self, path=f"{self.path}{name}.")
+
+    def format_of(self, parts: Iterable[str] = ("",), fused: str = "") -> Fp8Format | None:
+        """The format of the matrix at this path, or of one that is stored as ``parts`` of it, or all together
+        as ``fused``; None for the model's dtype. Errors as :meth:`~engine.layers.quantised.Formats.of`."""
+        if self.formats is None:
+            return None
+        names = [(self.path + name).removesuffix(".") for name in (fused, *parts)]
+        return self.formats.of(names[1:], names[0])
+
+    def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+        values = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return nn.Parameter(values, requires_grad=False)
 
     def share(self, total: int, what: str) -> int:
         """Divide ``total`` by the number of ranks.
@@ -48,6 +69,27 @@ class BuildContext:
 Region = tuple[slice, ...]
 
 
+class Target(Protocol):
+    """Rows that a region of a checkpoint tensor is copied to: a view of a parameter, or
+    :class:`~engine.layers.quantised.QuantisingRows`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def dim(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Target: ...
+
+    def copy_(self, values: torch.Tensor, /, non_blocking: bool = False) -> Any: ...
+
+    def fill_(self, value: float, /) -> Any: ...
+
+    def untyped_storage(self) -> torch.UntypedStorage: ...
+
+
 @dataclass(slots=True)
 class WeightSlot:
     """A checkpoint tensor that a layer needs, and the parameters that it fills.
@@ -56,14 +98,15 @@ class WeightSlot:
         source: the tensor's name.
         shape: its whole shape in the checkpoint.
         copies: pairs of a region of the tensor and the view of a parameter that it fills. A rank lists only
-            its own shard, so other regions are never read.
+            its own shard, so other regions are never read. A view that is larger than its region is filled
+            by broadcasting.
         reshape: the checkpoint may also hold the tensor in another shape, with the same elements in the same
             order.
     """
 
     source: str
     shape: tuple[int, ...]
-    copies: list[tuple[Region, torch.Tensor]] = field(default_factory=list)
+    copies: list[tuple[Region, Target]] = field(default_factory=list)
     reshape: bool = False
 
 

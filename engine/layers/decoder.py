@@ -30,13 +30,17 @@ class DecoderLayer(nn.Module):
         super().__init__()
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, build, offset=config.norm_offset)
         self.input_layernorm = norm()
-        self.self_attn = Attention(config, layer, rotary, build)
+        self.self_attn = Attention(config, layer, rotary, build.at("self_attn"))
         self.post_attention_layernorm = norm()
         self.attention_out_norm = norm() if config.sandwich else None
         self.mlp_out_norm = norm() if config.sandwich else None
         self.multiplier = config.residual_multiplier
         self.mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, config.activation, build, bias=config.mlp_bias
+            config.hidden_size,
+            config.intermediate_size,
+            config.activation,
+            build.at("mlp"),
+            bias=config.mlp_bias,
         )
 
     def forward(
@@ -86,7 +90,8 @@ class Decoder(nn.Module):
         self._multiplier = float(torch.tensor(config.embedding_multiplier, dtype=build.dtype))
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, build)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, rotary, build) for index, rotary in enumerate(rotaries)
+            DecoderLayer(config, index, rotary, build.at(f"layers.{index}"))
+            for index, rotary in enumerate(rotaries)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build, offset=config.norm_offset)
         tied = self.embed_tokens if config.tie_word_embeddings else None

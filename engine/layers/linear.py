@@ -11,8 +11,9 @@ from torch import nn
 
 from engine.kernels.dispatch import activated_linear, linear, norm_linear
 from engine.kernels.skinny_gemm import split_counters
-from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot
 from engine.layers.norm import RMSNorm
+from engine.layers.quantised import Fp8Format, check_share, make_matrix, matrix_target, scale_slot
 
 
 class Linear(nn.Module):
@@ -85,11 +86,15 @@ class FusedColumnLinear(nn.Module):
         self.fused_name = fused_name
         self.in_features = in_features
         rows = sum(part.size for part in parts)
-        self.weight = build.parameter(rows, in_features)
+        self.format = build.format_of([part.name for part in parts], fused_name)
+        self.weight, self.scale = make_matrix(self, rows, in_features, build, self.format)
         self.bias = build.parameter(rows) if bias else None
+        self.dtype = build.dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, scale=self.scale)
 
     def after_norm(
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, *, activation: str | None = None
@@ -113,18 +118,41 @@ class FusedColumnLinear(nn.Module):
             self.bias,
             activation=activation,
             offset=norm.offset,
+            scale=self.scale,
         )
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         parent = prefix.removesuffix(self.fused_name + ".")
         fused = f"{parent}{self.fused_name}.weight" in names
-        slots = self._slots(parent, "weight", self.weight, (self.in_features,), fused)
+        target = matrix_target(self.weight, self.scale, self.format, self.dtype)
+        slots = self._slots(parent, "weight", target, (self.in_features,), fused)
+        if self.format is not None and self.scale is not None and self.format.scale is not None:
+            slots += self._scale_slots(parent, self.format, self.scale.values, fused)
         if self.bias is not None:
-            slots += self._slots(parent, "bias", self.bias, (), fused)
+            slots += self._slots(parent, "bias", self.bias.data, (), fused)
         return slots
 
+    def _scale_slots(
+        self, parent: str, stored: Fp8Format, scales: torch.Tensor, fused: bool
+    ) -> list[WeightSlot]:
+        slots, together, row, offset = [], [], 0, 0
+        for part in self.parts:
+            own = scales[row : row + part.size]
+            name = f"{parent}{part.name}.{stored.scale}"
+            slots.append(scale_slot(name, stored, (part.total, self.in_features), [(part.start, own)]))
+            together.append((offset + part.start, own))
+            row += part.size
+            offset += part.total
+        if not fused:
+            return slots
+        return [
+            scale_slot(
+                f"{parent}{self.fused_name}.{stored.scale}", stored, (offset, self.in_features), together
+            )
+        ]
+
     def _slots(
-        self, parent: str, kind: str, parameter: torch.Tensor, tail: tuple[int, ...], fused: bool
+        self, parent: str, kind: str, target: Target, tail: tuple[int, ...], fused: bool
     ) -> list[WeightSlot]:
         total = sum(part.total for part in self.parts)
         together = WeightSlot(f"{parent}{self.fused_name}.{kind}", (total, *tail))
@@ -132,7 +160,7 @@ class FusedColumnLinear(nn.Module):
         row = offset = 0
         columns = tuple(slice(0, size) for size in tail)
         for part in self.parts:
-            view = parameter.data[row : row + part.size]
+            view = target[row : row + part.size]
             own = slice(part.start, part.start + part.size)
             apart.append(
                 WeightSlot(f"{parent}{part.name}.{kind}", (part.total, *tail), [((own, *columns), view)])
@@ -189,22 +217,30 @@ class RowLinear(nn.Module):
         self.tp = build.tp
         self.in_total = in_features
         self.in_features = build.share(in_features, "input features")
-        self.weight = build.parameter(out_features, self.in_features)
+        self.dtype = build.dtype
+        self.format = build.format_of()
+        if self.format is not None:
+            check_share(self.in_features, self.in_features * self.tp.rank, in_features, self.format)
+        self.weight, self.scale = make_matrix(self, out_features, self.in_features, build, self.format)
         self.bias = build.parameter(out_features) if bias else None
         self.counters: torch.Tensor
         self.register_buffer("counters", split_counters(out_features, build.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
-            return linear(x, self.weight, self.bias, counters=self.counters)
-        out = self.tp.all_reduce(linear(x, self.weight, counters=self.counters))
+            return linear(x, self.weight, self.bias, counters=self.counters, scale=self.scale)
+        out = self.tp.all_reduce(linear(x, self.weight, counters=self.counters, scale=self.scale))
         return out if self.bias is None else out + self.bias
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         rows, columns = self.weight.shape
         start = self.tp.rank * columns
         region = (slice(0, rows), slice(start, start + columns))
-        slots = [WeightSlot(prefix + "weight", (rows, self.in_total), [(region, self.weight.data)])]
+        target = matrix_target(self.weight, self.scale, self.format, self.dtype)
+        slots = [WeightSlot(prefix + "weight", (rows, self.in_total), [(region, target)])]
+        if self.format is not None and self.scale is not None and self.format.scale is not None:
+            name, shards = prefix + self.format.scale, [(0, self.scale.values)]
+            slots.append(scale_slot(name, self.format, (rows, self.in_total), shards, first_input=start))
         if self.bias is not None:
             slots.append(plain_slot(prefix + "bias", self.bias))
         return slots

@@ -20,7 +20,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.activation = activation
         self.gate_up_proj = gate_up_linear(hidden, intermediate, build, bias=bias)
-        self.down_proj = RowLinear(intermediate, hidden, build, bias=bias)
+        self.down_proj = RowLinear(intermediate, hidden, build.at("down_proj"), bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(act_mul(self.gate_up_proj(x), self.activation))

@@ -59,7 +59,9 @@ def match_tensors(
 
 
 def _plain(info: TensorInfo, slot: WeightSlot) -> TensorInfo:
-    """``info`` without leading axes of length 1 that the slot's tensor lacks."""
+    """``info`` without leading axes of length 1 that the slot's tensor lacks; a lone number as a vector."""
+    if not info.shape and slot.shape == (1,):
+        return replace(info, shape=(1,))
     surplus = len(info.shape) - len(slot.shape)
     if surplus > 0 and info.shape[surplus:] == slot.shape and _count(info.shape[:surplus]) == 1:
         return replace(info, shape=slot.shape)

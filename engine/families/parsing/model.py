@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from engine.checkpoint.folder import Checkpoint
+from engine.checkpoint.quantisation import read_quantisation
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.parsing.decoder import DecoderKind, parse_decoder
@@ -103,8 +104,8 @@ class ConfigReader:
         Raises:
             CheckpointError: naming the field that is missing or not supported.
         """
-        refuse_quantised(checkpoint)
         raw = checkpoint.config
+        read_quantisation(raw)
         text, kind = self.text(raw)
         decoder = with_stored_biases(parse_decoder(text, kind), kind, text, checkpoint)
         vision = None
@@ -176,16 +177,3 @@ def eos_ids(
             raise CheckpointError(f"eos_token_id should be token ids, not {value!r}", param="eos_token_id")
         found += stated
     return tuple(dict.fromkeys(i for i in [*found, *defaults] if 0 <= i < vocab_size))
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse a quantised checkpoint, whose weights would be read as noise.
-
-    Raises:
-        CheckpointError: config.json has a ``quantization_config``.
-    """
-    if checkpoint.config.get("quantization_config"):
-        raise CheckpointError(
-            "config.json: quantization_config is not supported; use a checkpoint of the full weights",
-            param="quantization_config",
-        )

@@ -169,9 +169,31 @@ def decode_step() -> None:
         skinny_gemm_triton(noise(rows, 8960), noise(1536, 8960), counters=counters)
 
 
+def fp8_weights() -> None:
+    """Linear layers with fp8 weights: one scale an output, and one for each 128 inputs."""
+    from engine.kernels.fp8 import FP8, Scale, dequantise_triton
+    from engine.kernels.gemv import gemv_triton
+    from engine.kernels.norm_gemv import norm_gemv_triton
+    from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
+
+    def weight(outputs: int, inputs: int, group: int) -> dict[str, Any]:
+        values = torch.ones(outputs, -(-inputs // group))
+        return {"weight": torch.zeros(outputs, inputs).to(FP8), "scale": Scale(values, group)}
+
+    x, norm = noise(1, 3584), noise(3584)
+    counters = split_counters(3584, torch.device("cpu"))
+    for group in (1 << 15, 128):
+        gemv_triton(noise(1, 18944), **weight(3584, 18944, group))
+        norm_gemv_triton(x, x, norm, 1e-6, **weight(37888, 3584, group), activation="silu")
+        skinny_gemm_triton(noise(16, 18944), **weight(3584, 18944, group), counters=counters)
+    skinny_gemm_triton(noise(64, 3584), **weight(37888, 3584, 128), activation="silu")
+    dequantise_triton(**weight(4608, 3584, 128), dtype=BF16)
+
+
 CASES: list[Callable[[], None]] = [
     elementwise,
     decode_step,
+    fp8_weights,
     # One program per SM, a few per SM, and many, which get smaller tiles and no split.
     lambda: decode(12, 2, 128, 1),
     lambda: decode(28, 4, 128, 1),

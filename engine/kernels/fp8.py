@@ -1,0 +1,119 @@
+"""Matrices of 8-bit floats (fp8, ``float8_e4m3fn``) with scales, and GEMMs of many rows with them.
+
+A weight is ``weight * scale``. The kernels for a few rows (gemv.py, norm_gemv.py, skinny_gemm.py) read the
+fp8 numbers and multiply their sums by the scales. With many rows a GEMM is bound by the tensor cores: there
+the rows are rounded to fp8 as well where the checkpoint was made for that, which doubles the rate on Hopper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from engine.kernels.device import compute_capability, is_hopper, use_triton
+from engine.kernels.launch import launch
+
+FP8 = torch.float8_e4m3fn
+#: The largest number of the format.
+LARGEST = 448.0
+#: Numbers of a program that dequantises.
+_TILE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What the numbers of an fp8 weight ``(N, K)`` are multiplied by.
+
+    Attributes:
+        values: ``(N, G)`` float32, contiguous: for each output and each of ``G`` groups of inputs.
+        group: consecutive inputs of a group; a power of two if there are several groups.
+        round_inputs: the rows that the weight is multiplied by may be rounded to fp8 too.
+    """
+
+    values: torch.Tensor
+    group: int
+    round_inputs: bool = False
+
+
+def dequantise(weight: torch.Tensor, scale: Scale, dtype: torch.dtype) -> torch.Tensor:
+    """Compute ``weight * scale`` in float32 and round it to ``dtype``; ``(N, K)`` contiguous."""
+    run = use_triton(weight) and reads_fp8(weight.device)
+    return (dequantise_triton if run else dequantise_reference)(weight, scale, dtype)
+
+
+def dequantise_reference(weight: torch.Tensor, scale: Scale, dtype: torch.dtype) -> torch.Tensor:
+    wide = weight.float()
+    if scale.values.shape[1] == 1:
+        return wide.mul_(scale.values).to(dtype)
+    return wide.mul_(scale.values.repeat_interleave(scale.group, dim=1)[:, : weight.shape[1]]).to(dtype)
+
+
+def dequantise_triton(weight: torch.Tensor, scale: Scale, dtype: torch.dtype) -> torch.Tensor:
+    outputs, inputs = weight.shape
+    assert weight.stride(1) == 1 and scale.values.is_contiguous()
+    out = torch.empty((outputs, inputs), dtype=dtype, device=weight.device)
+    launch(
+        _dequantise_kernel, (triton.cdiv(inputs, _TILE), outputs),
+        weight_ptr=weight, scale_ptr=scale.values, out_ptr=out,
+        inputs=inputs, weight_stride=weight.stride(0), groups=scale.values.shape[1],
+        group=scale.group, TILE=_TILE, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["groups", "group"])
+def _dequantise_kernel(
+    weight_ptr, scale_ptr, out_ptr, inputs, weight_stride, groups, group, TILE: tl.constexpr
+):  # fmt: skip
+    """One program per tile of one weight row."""
+    row = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = k < inputs
+    weight = tl.load(weight_ptr + row * weight_stride + k, mask=mask, other=0.0)
+    scale = tl.load(scale_ptr + row * groups + tl.minimum(k // group, groups - 1), mask=mask, other=0.0)
+    result = weight.to(tl.float32) * scale
+    tl.store(out_ptr + row * inputs + k, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round ``(T, K)`` to fp8 with one scale a row, the row's largest magnitude over :data:`LARGEST`.
+
+    Returns:
+        The numbers ``(T, K)`` and the scales ``(T, 1)`` float32; ``x`` is about their product.
+    """
+    wide = x.float()
+    # A row of zeros needs a scale as well.
+    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=2.0**-100) / LARGEST
+    return (wide / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+
+
+def reads_fp8(device: torch.device) -> bool:
+    """Return whether Triton kernels can read fp8 on this device: not on GPUs before Ada and Hopper."""
+    return device.type != "cuda" or compute_capability(device) >= (8, 9)
+
+
+def supports_scaled(x: torch.Tensor, weight: torch.Tensor, scale: Scale) -> bool:
+    """Return whether :func:`scaled_gemm` can compute this, and may round the rows of ``x``."""
+    outputs, inputs = weight.shape
+    fits = scale.values.shape[1] == 1 and outputs % 16 == inputs % 16 == 0 and weight.is_contiguous()
+    return scale.round_inputs and fits and x.dtype == torch.bfloat16 and is_hopper(x.device)
+
+
+def scaled_gemm(
+    x: torch.Tensor, weight: torch.Tensor, scale: Scale, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute ``x @ (weight * scale).T + bias`` on fp8 tensor cores, with the rows of ``x`` rounded to fp8."""
+    rows, row_scale = quantise_rows(x)
+    out = torch._scaled_mm(rows, weight.t(), row_scale, scale.values.t(), out_dtype=x.dtype)
+    return out if bias is None else out + bias
+
+
+def dequantised_gemm(
+    x: torch.Tensor, weight: torch.Tensor, scale: Scale, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute ``x @ (weight * scale).T + bias`` with the weight in the dtype of ``x`` for the moment."""
+    return F.linear(x, dequantise(weight, scale, x.dtype), bias)

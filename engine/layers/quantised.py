@@ -1,0 +1,166 @@
+"""Matrices of linear layers, in the model's dtype or in fp8, and the checkpoint tensors of their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from engine.errors import CheckpointError, ConfigError
+from engine.kernels.fp8 import FP8, Scale, quantise_rows
+from engine.layers.build import BuildContext, Region, Target, WeightSlot
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Format:
+    """How one matrix ``(N, K)`` is stored in fp8.
+
+    Attributes:
+        scale: the kind of the tensor with its scales, e.g. ``weight_scale``; None if the stored matrix is not
+            quantised and is rounded to fp8 as it is read, with a scale for each output.
+        shared: the numbers that share a scale: of the whole tensor, of an output, or of a block.
+        block: outputs and inputs of a block.
+        round_inputs: see :class:`~engine.kernels.fp8.Scale`.
+    """
+
+    scale: str | None
+    shared: Literal["tensor", "output", "block"]
+    block: tuple[int, int] = (1, 1)
+    round_inputs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """The formats of a model's matrices.
+
+    Attributes:
+        by_name: those that are stored in fp8, by the layer's name in the model's part.
+        every: the format of all linear layers of the decoder that ``by_name`` lacks; None: the model's dtype.
+    """
+
+    by_name: Mapping[str, Fp8Format] = field(default_factory=dict)
+    every: Fp8Format | None = None
+
+    def of(self, parts: Iterable[str], fused: str) -> Fp8Format | None:
+        """The format of a layer that a checkpoint stores as ``parts``, or all together as ``fused``.
+
+        Raises:
+            CheckpointError: the parts have different formats.
+        """
+        if fused in self.by_name:
+            return self.by_name[fused]
+        found = {name: self.by_name.get(name, self.every) for name in parts}
+        if len(set(found.values())) > 1:
+            kinds = ", ".join(f"{name} {'fp8 ' + f.shared if f else 'not'}" for name, f in found.items())
+            raise CheckpointError(f"projections of one layer must be quantised alike: {kinds}")
+        return next(iter(found.values()))
+
+
+def make_matrix(
+    layer: nn.Module, rows: int, inputs: int, build: BuildContext, stored: Fp8Format | None
+) -> tuple[nn.Parameter, Scale | None]:
+    """Allocate a rank's matrix ``(rows, inputs)`` of a layer, and its scales, which become the layer's
+    ``weight_scale``."""
+    if stored is None:
+        return build.parameter(rows, inputs), None
+    group = stored.block[1] if stored.shared == "block" else max(1, inputs)
+    values = build.parameter(rows, -(-inputs // group), dtype=torch.float32)
+    if stored.scale is None:
+        # No tensor of the checkpoint fills it.
+        layer.register_buffer("weight_scale", values.data, persistent=False)
+    else:
+        layer.register_parameter("weight_scale", values)
+    return build.parameter(rows, inputs, dtype=FP8), Scale(values.data, group, stored.round_inputs)
+
+
+def matrix_target(
+    weight: nn.Parameter, scale: Scale | None, stored: Fp8Format | None, dtype: torch.dtype
+) -> Target:
+    """The rows that a checkpoint's matrix of ``dtype`` is copied to."""
+    if scale is None or stored is None or stored.scale is not None:
+        return weight.data
+    return QuantisingRows(weight.data, scale.values, dtype)
+
+
+def scale_slot(
+    name: str,
+    stored: Fp8Format,
+    shape: tuple[int, int],
+    shards: Iterable[tuple[int, torch.Tensor]],
+    *,
+    first_input: int = 0,
+) -> WeightSlot:
+    """The slot of a matrix's scales.
+
+    Args:
+        name: of the tensor with the scales.
+        shape: of the whole matrix ``(N, K)`` in the checkpoint.
+        shards: the rank's rows of the matrix: the first one's index, and the scales of these rows.
+        first_input: the first of the matrix's inputs that the rank has; the first of a block.
+    """
+    outputs, inputs = shape
+    if stored.shared == "tensor":
+        # One number fills all rows.
+        whole: list[tuple[Region, Target]] = [((slice(0, 1),), values[None]) for _, values in shards]
+        return WeightSlot(name, (1,), whole, reshape=True)
+    if stored.shared == "output":
+        rows: list[tuple[Region, Target]] = [
+            ((slice(start, start + len(values)), slice(0, 1)), values) for start, values in shards
+        ]
+        return WeightSlot(name, (outputs, 1), rows, reshape=True)
+    high, wide = stored.block
+    slot = WeightSlot(name, (-(-outputs // high), -(-inputs // wide)))
+    for start, values in shards:
+        columns = slice(first_input // wide, first_input // wide + values.shape[1])
+        for block in range(start // high, -(-(start + len(values)) // high)):
+            own = values[max(0, block * high - start) : (block + 1) * high - start]
+            # One row of scales fills the rows of its block.
+            slot.copies.append(((slice(block, block + 1), columns), own[None]))
+    return slot
+
+
+def check_share(inputs: int, first: int, total: int, stored: Fp8Format) -> None:
+    """Check that a rank's ``inputs`` from ``first`` on of ``total`` are whole blocks.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if stored.shared == "block" and inputs < total and (inputs % stored.block[1] or first % stored.block[1]):
+        raise ConfigError(
+            f"tensor_parallel_size {total // inputs} cuts a block of {stored.block[1]} inputs of the fp8 "
+            f"weights: each rank would have {inputs} of {total}",
+            param="tensor_parallel_size",
+        )
+
+
+class QuantisingRows:
+    """Rows of an fp8 matrix and of its scales, to which rows in another dtype are copied.
+
+    It takes the place of a tensor in :class:`~engine.layers.build.WeightSlot`.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+        self._weight, self._scale = weight, scale
+        self.dtype, self.shape = dtype, weight.shape
+
+    def __getitem__(self, rows: slice) -> QuantisingRows:
+        return QuantisingRows(self._weight[rows], self._scale[rows], self.dtype)
+
+    def dim(self) -> int:
+        return 2
+
+    def fill_(self, value: float) -> None:
+        raise AssertionError("matrices are never filled with one number")
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self._weight.untyped_storage()
+
+    def copy_(self, values: torch.Tensor, non_blocking: bool = False) -> None:
+        """Round ``values`` to fp8, each row with a scale of its own."""
+        values = values.to(self._weight.device, non_blocking=non_blocking)
+        numbers, scale = quantise_rows(values)
+        self._weight.copy_(numbers)
+        self._scale.copy_(scale)

@@ -1,0 +1,171 @@
+"""Linear layers with fp8 weights equal float64 with the dequantised weight, in each kernel."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from engine.kernels import dispatch, fp8, skinny_gemm
+from engine.kernels.fp8 import (
+    FP8,
+    Scale,
+    dequantise,
+    dequantise_reference,
+    dequantise_triton,
+    dequantised_gemm,
+    quantise_rows,
+    scaled_gemm,
+)
+from engine.kernels.gemv import gemv_triton
+from engine.kernels.norm_gemv import norm_gemv_triton
+from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
+
+from .compare import assert_close
+from .test_linear import float64_linear, sum_tolerance
+
+#: Outputs, inputs, and the inputs of a group: all inputs, or groups of which the last may be cut.
+SIZES = [(34, 40, 64), (70, 1100, 128), (8, 1536, 2048), (4, 900, 16), (202, 70, 32), (66, 256, 128)]
+
+
+def problem(device, dtype, rows, outputs, inputs, group, *, round_inputs=False):
+    """Return an input, an fp8 weight within a wider one of NaN, its scales, a bias, and the weight in
+    float64. The scales differ by a factor of several between outputs and between groups."""
+    x = torch.randn(rows, inputs).to(device, dtype)
+    wide = torch.full((outputs + 1, inputs + 16), torch.nan, device=device).to(FP8)
+    wide[:outputs, :inputs] = (torch.randn(outputs, inputs) * 30).to(FP8).to(device)
+    groups = -(-inputs // group)
+    values = (torch.rand(outputs, groups) * 3 + 0.2) * inputs**-0.5 / 30
+    weight, scale = wide[:outputs, :inputs], Scale(values.to(device), group, round_inputs)
+    exact = weight.double() * scale.values.double().repeat_interleave(group, 1)[:, :inputs]
+    return x, weight, scale, torch.randn(outputs).to(device, dtype), exact
+
+
+def tolerance(x, exact, bias, activation=None):
+    return sum_tolerance(x, exact, bias, activation) if x.dtype == torch.float32 else 0.0
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [*SIZES, (1, 5, 16), (33, 512, 128)])
+def test_a_gemv(device, dtype, outputs, inputs, group, with_bias):
+    x, weight, scale, bias, exact = problem(device, dtype, 1, outputs, inputs, group)
+    bias = bias if with_bias else None
+    expected = float64_linear(x, exact, bias)
+    assert_close(gemv_triton(x, weight, bias, scale), expected, tolerance=tolerance(x, exact, bias))
+
+
+@pytest.mark.parametrize(
+    ("size", "activation", "with_bias"),
+    [
+        (size, activation, (i + j) % 2 == 1)
+        for (i, size), (j, activation) in product(enumerate(SIZES), enumerate([None, "silu"]))
+    ],
+)
+def test_a_gemv_after_a_norm(device, dtype, size, activation, with_bias):
+    x, weight, scale, bias, exact = problem(device, dtype, 1, *size)
+    bias, norm = bias if with_bias else None, torch.rand(size[1]).to(device, dtype) + 0.5
+    result, _ = norm_gemv_triton(x, x, norm, 1e-3, weight, bias, activation=activation, scale=scale)
+    total = (x + x).double()
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-3) * norm.double()
+    expected = float64_linear(normed, exact, bias, activation)
+    allowed = sum_tolerance(normed, exact, bias, activation) if dtype == torch.float32 else 0.0
+    assert_close(result, expected, tolerance=allowed)
+
+
+@pytest.mark.parametrize(
+    ("size", "activation", "rows", "with_bias"),
+    [
+        (size, activation, rows, (i + j + k) % 2 == 1)
+        for (i, size), (j, activation), (k, rows) in product(
+            enumerate(SIZES), enumerate([None, "silu"]), enumerate([2, 17])
+        )
+    ],
+)
+def test_a_skinny_gemm(device, dtype, size, activation, rows, with_bias):
+    x, weight, scale, bias, exact = problem(device, dtype, rows, *size)
+    bias = bias if with_bias else None
+    result = skinny_gemm_triton(x, weight, bias, activation=activation, scale=scale)
+    expected = float64_linear(x, exact, bias, activation)
+    assert_close(result, expected, tolerance=tolerance(x, exact, bias, activation))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(34, 2048, 2048), (130, 3100, 128)])
+def test_split_k(device, dtype, monkeypatch, outputs, inputs, group):
+    monkeypatch.setattr(skinny_gemm, "num_sms", lambda device: 3 * -(-outputs // 64))
+    x, weight, scale, bias, exact = problem(device, dtype, 5, outputs, inputs, group)
+    counters = split_counters(outputs, device)
+    result = skinny_gemm_triton(x, weight, bias, counters=counters, scale=scale)
+    assert_close(result, float64_linear(x, exact, bias), tolerance=tolerance(x, exact, bias))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_many_rows(device, dtype, size):
+    x, weight, scale, bias, exact = problem(device, dtype, 70, *size)
+    expected = float64_linear(x, exact, bias)
+    assert_close(dequantised_gemm(x, weight, scale, bias), expected)
+    assert_close(dispatch.linear(x, weight, bias, scale=scale), expected)
+    for run in (dequantise, dequantise_reference, dequantise_triton):
+        wide = run(weight, scale, torch.float32)
+        assert torch.equal(wide, exact.float()) and wide.is_contiguous()
+
+
+def test_rows_are_rounded_to_the_nearest_of_their_scale():
+    x = torch.randn(9, 64) * torch.logspace(-6, 6, 9)[:, None]
+    x[4] = 0.0
+    numbers, scale = quantise_rows(x)
+    assert numbers.dtype == FP8 and numbers[4].float().eq(0).all()
+    error = (numbers.float() * scale - x).abs()
+    # Four bits of mantissa, or a step of 2**-9 near zero.
+    assert (error <= torch.maximum(x.abs() * 2.0**-4, scale * 2.0**-10) * 1.0001).all()
+    large = x.abs().amax(1) > 0
+    assert numbers.float().abs().amax(1)[large].eq(448).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "reads", "scaled", "expected"),
+    [
+        (1, torch.bfloat16, True, True, "gemv_triton"),
+        (2, torch.bfloat16, True, True, "skinny_gemm_triton"),
+        (64, torch.bfloat16, True, False, "skinny_gemm_triton"),
+        (2, torch.float32, True, False, "dequantised_gemm"),
+        (65, torch.bfloat16, True, True, "scaled_gemm"),
+        (65, torch.bfloat16, True, False, "dequantised_gemm"),
+        (1, torch.bfloat16, False, False, "dequantised_gemm"),
+        (2, torch.bfloat16, False, False, "dequantised_gemm"),
+    ],
+)
+def test_the_choice_among_kernels(monkeypatch, rows, dtype, reads, scaled, expected):
+    called = []
+    for name in ("gemv_triton", "skinny_gemm_triton", "scaled_gemm", "dequantised_gemm"):
+        monkeypatch.setattr(dispatch, name, lambda *_, name=name, **__: called.append(name))
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(dispatch, "reads_fp8", lambda _: reads)
+    monkeypatch.setattr(dispatch, "supports_scaled", lambda *_: scaled)
+    weight, scale = torch.zeros(64, 16).to(FP8), Scale(torch.ones(64, 1), 16)
+    dispatch.linear(torch.zeros(rows, 16, dtype=dtype), weight, scale=scale)
+    assert called == [expected]
+
+
+def test_inputs_are_rounded_only_where_the_checkpoint_was_made_for_that(monkeypatch):
+    monkeypatch.setattr(fp8, "is_hopper", lambda _: True)
+    weight, x = torch.zeros(64, 32).to(FP8), torch.zeros(2, 32, dtype=torch.bfloat16)
+    per_output, groups = torch.ones(64, 1), torch.ones(64, 2)
+    assert fp8.supports_scaled(x, weight, Scale(per_output, 32, True))
+    assert not fp8.supports_scaled(x, weight, Scale(per_output, 32, False))
+    assert not fp8.supports_scaled(x, weight, Scale(groups, 16, True))
+    assert not fp8.supports_scaled(x.float(), weight, Scale(per_output, 32, True))
+    assert not fp8.supports_scaled(x[:, :24], weight[:, :24], Scale(per_output, 32, True))
+
+
+@pytest.mark.gpu
+def test_fp8_tensor_cores_are_near_the_dequantised_product(device):
+    if device.type == "cpu" or not fp8.is_hopper(device):
+        pytest.skip("fp8 tensor cores need a Hopper GPU")
+    x = torch.randn(300, 512, device=device, dtype=torch.bfloat16)
+    weight = (torch.randn(256, 512, device=device) * 30).to(FP8)
+    scale = Scale(torch.rand(256, 1, device=device) / 600, 512, True)
+    bias = torch.randn(256, device=device, dtype=torch.bfloat16)
+    expected = float64_linear(x, dequantise(weight, scale, torch.float64), bias)
+    result = scaled_gemm(x, weight, scale, bias)
+    error = (result.double() - expected).norm() / expected.norm()
+    # Rounding the input to four bits errs by 2**-5 / sqrt(3) at most, and by a sum's share of that.
+    assert error < 0.04
