@@ -29,17 +29,25 @@ KINDS = {
     "fused, tied": ("phi3", {"tie_word_embeddings": True}),
     "biases": ("llama3", {}),
     "odd vocabulary": ("llama", {"vocab_size": 321}),
+    "four norms, tied": ("gemma3", {}),
 }
 
 
 def logits(path: Path, group) -> torch.Tensor:
+    """The logits ``(19, vocab_size)`` of a prompt, and behind them in each row the gap between the logits of
+    two tokens, whose rows of the head are on different ranks."""
     checkpoint = Checkpoint.open(str(path))
     config = resolve(checkpoint).parse(checkpoint)
     decoder = load_language_model(checkpoint, config, device=CPU, dtype=torch.float32, tp=group)
     ids = torch.randint(3, 320, (19,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         embeds = decoder.embed(ids)
-    return prefill_logits(decoder, [embeds], [torch.arange(19)])[0]
+        (made,) = prefill_logits(decoder, [embeds], [torch.arange(19)])
+        rows = torch.randn(19, config.decoder.hidden_size, generator=torch.Generator().manual_seed(1))
+        gap = decoder.logit_gap(rows, 5, 300)
+        every = decoder.logits(rows)
+    torch.testing.assert_close(gap[:, 0], every[:, 5] - every[:, 300], atol=1e-4, rtol=0)
+    return torch.cat([made, gap], dim=1)
 
 
 def _rank(rank: int, size: int, address: str, paths: list[Path], out: Path) -> None:
