@@ -1,7 +1,7 @@
 """Throughput and latency of the engine in one process, with dummy weights in the shape of public models.
 
     python -m benchmarks.offline --shape qwen2-vl-2b [--works w1,w2,w3,w4] [--tensor-parallel-size N]
-        [--json FILE]
+        [--quantization fp8] [--json FILE]
 
 Works:
     w1  256 requests, each one image of its own and 64 text tokens, 128 tokens out: requests per second
@@ -146,14 +146,19 @@ def main() -> None:
     parser.add_argument("--works", default="w1,w2,w3,w4")
     parser.add_argument("--scale", type=int, default=None, help="divides counts; 16 on a CPU, 1 on a GPU")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, each on a GPU of its own")
+    parser.add_argument(
+        "--quantization", choices=["fp8"], help="round the decoder's matrices to 8-bit floats"
+    )
     parser.add_argument("--profile", action="store_true", help="also say which kernels a decode step spends")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     gpu, ranks = torch.cuda.is_available(), options.tensor_parallel_size
     results: dict[str, Any] = {"shape": options.shape, "ranks": ranks, **versions()}
+    if options.quantization:
+        results["quantization"] = options.quantization
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(options.shape, Path(folder))
-        seconds, llm = timed(lambda: load(str(path), gpu, ranks))
+        seconds, llm = timed(lambda: load(str(path), gpu, ranks, options.quantization))
         results["load s"] = seconds
         works = Works(llm, options.shape, options.scale or (1 if gpu else 16))
         results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]
@@ -169,8 +174,11 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=1))
 
 
-def load(path: str, gpu: bool, ranks: int = 1) -> LLM:
-    limits = {"max_num_seqs": 256, "max_num_batched_tokens": 8192} if gpu else {"max_num_seqs": 16}
+def load(path: str, gpu: bool, ranks: int = 1, quantization: str | None = None) -> LLM:
+    limits: dict[str, Any] = (
+        {"max_num_seqs": 256, "max_num_batched_tokens": 8192} if gpu else {"max_num_seqs": 16}
+    )
+    limits["quantization"] = quantization
     return LLM(path, load_format="dummy", max_model_len=4096, tensor_parallel_size=ranks, **limits)
 
 

@@ -41,6 +41,7 @@ def test_every_kernel_of_the_engine_is_measured():
         "launch",
         "paged",
         "pdl",
+        "scales",
         "tile",
     }
     measured = {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=True)}
