@@ -37,11 +37,7 @@ def build(args: AppConfig) -> Application:
     if not args.ingress.has_several_replicas:
         return ingress.bind(args, *stages)
     # One replica: it is what the replicas of the ingress share.
-    stage = StageConfig(num_cpus=0, max_ongoing_requests=_OPEN_CALLS)
-    options = _options(stage, args.logging)
-    # It takes nothing over while it runs.
-    del options["user_config"]
-    store = serve.deployment(name="Responses", **options)(KeptResponses)
+    store = serve.deployment(name="Responses", **_bare_options(args))(KeptResponses)
     return ingress.bind(args, *stages, responses=store.bind(*args.ingress.response_limits))
 
 
@@ -56,7 +52,20 @@ def build_stages(args: AppConfig) -> Application:
     """
     if len(args.models) != 1:
         raise ConfigError("an application of stages has exactly one model", param="models")
-    return _deploy_stages(args.models[0], args, known_hosts(), root=True)["language_model"]
+    (spec,) = args.models
+    stages = _deploy_stages(spec, args, known_hosts())
+    root = serve.deployment(name=f"Stages:{spec.slug}", **_bare_options(args))(StagesRoot)
+    return root.bind(*stages.values())
+
+
+class StagesRoot:
+    """The root of an application of stages. Nothing calls it.
+
+    Behind HAProxy, Serve refuses an application whose root has a router of its own, as the stages have.
+    """
+
+    def __init__(self, *stages: Any) -> None:
+        """Take the handles of the stages, which belong to the application by that."""
 
 
 def _stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str, Any]:
@@ -70,10 +79,15 @@ def _stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str
     return {stage: (f"{name}:{spec.slug}", spec.application) for stage, name in names.items()}
 
 
-def _deploy_stages(
-    spec: ModelSpec, args: AppConfig, hosts: Sequence[Host], *, root: bool = False
-) -> dict[str, Application]:
-    """Deployments of one model. As an application's root, the language model's is bound to the others."""
+def _bare_options(args: AppConfig) -> dict[str, Any]:
+    """The options of a deployment with one replica, which takes nothing over while it runs."""
+    options = _options(StageConfig(num_cpus=0, max_ongoing_requests=_OPEN_CALLS), args.logging)
+    del options["user_config"]
+    return options
+
+
+def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str, Application]:
+    """Deployments of one model; the ingress gets a handle for each."""
     load_retrieval(spec.engine, load_prompt_builder(spec.engine))
 
     def deploy(name: str, replica: type, stage: StageConfig, *init: Any, **options: Any) -> Application:
@@ -88,7 +102,6 @@ def _deploy_stages(
         HostReplica if spread else LanguageModelReplica,
         spec.language_model,
         spec.engine,
-        *(stages.values() if root else ()),
         request_router_config=_routing(
             FirstHostRouter if spread else LanguageModelRouter, spec.language_model.routing
         ),

@@ -91,7 +91,15 @@ def test_a_model_may_be_an_application_of_its_own():
     stages = build_stages(AppConfig.model_validate({"models": [model]}))
     built = build_app(stages, name="stages", default_runtime_env={})
     names = {"LanguageModel:pocket", "Preprocessor:pocket", "VisionEncoder:pocket"}
-    assert {deployment.name for deployment in built.deployments} == names
+    assert {deployment.name for deployment in built.deployments} == names | {"Stages:pocket"}
+    # Behind HAProxy, Serve takes no router of an application's root.
+    assert built.ingress_deployment_name == "Stages:pocket"
+    routers = {
+        deployment.name: deployment._deployment_config.request_router_config.request_router_class
+        for deployment in built.deployments
+    }
+    assert routers["Stages:pocket"].endswith("PowerOfTwoChoicesRequestRouter")
+    assert routers["LanguageModel:pocket"].endswith("LanguageModelRouter")
     args["models"] = [{**model, "application": "stages"}]
     ingress = build_app(build(AppConfig.model_validate(args)), name="http", default_runtime_env={})
     (alone,) = ingress.deployments
