@@ -156,24 +156,27 @@ def nodes(folder) -> Iterator[Nodes]:
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    # Each node's processes inherit these.
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
-    )
-    try:
-        ray.init(cluster.address, log_to_driver=False)
-        port = free_port()
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
-        found = Nodes(cluster, f"http://127.0.0.1:{port}", folder)
-        for _ in range(4):
-            found.add()
-        yield found
-        serve.shutdown()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Each node's processes inherit these.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
+        )
+        try:
+            ray.init(cluster.address, log_to_driver=False)
+            port = free_port()
+            serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
+            found = Nodes(cluster, f"http://127.0.0.1:{port}", folder)
+            for _ in range(4):
+                found.add()
+            yield found
+            serve.shutdown()
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def test_four_hosts_and_two_give_the_text_of_one(nodes, alone):

@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,22 @@ def helm() -> str:
 def documents(overlay: str) -> list[dict[str, Any]]:
     """The objects of an overlay, a new copy at each call."""
     return list(yaml.safe_load_all(rendered(K8S / "overlays" / overlay)))
+
+
+def with_components(overlay: str, components: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The objects of an overlay with more components.
+
+    Args:
+        folder: an empty one, for the kustomization.
+    """
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(K8S / "overlays" / overlay, folder)],
+        "components": [os.path.relpath(K8S / "components" / name, folder) for name in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return list(yaml.safe_load_all(rendered(folder)))
 
 
 def rayservice(found: list[dict[str, Any]]) -> dict[str, Any]:
