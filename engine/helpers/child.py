@@ -40,6 +40,22 @@ def serve(work: Work, *, stack_bytes: int = 0) -> None:
     os._exit(0)
 
 
+def guarded(work: Work, refusal: type[Exception]) -> Work:
+    """``work`` that takes the message ``{"memory": bytes}`` too, and answers ``{"error": reason}`` where it
+    raises ``refusal``."""
+
+    def answer(message: Message, files: list[int]) -> tuple[Message, Sequence[int]]:
+        if "memory" in message:
+            limit_memory(message["memory"])
+            return {}, []
+        try:
+            return work(message, files)
+        except refusal as error:
+            return {"error": str(error)}, []
+
+    return answer
+
+
 def limit_memory(room: int) -> None:
     """Let this process have ``room`` bytes of address space beyond those that it has now."""
     with open("/proc/self/statm") as statm:

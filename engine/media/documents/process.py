@@ -24,7 +24,7 @@ from typing import Any
 # The engine beside this file, wherever another one is installed.
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from engine.helpers.child import limit_memory, serve
+from engine.helpers.child import guarded, serve
 from engine.helpers.files import written
 from engine.media.documents.pdf import PdfFile, UnreadableDocument
 
@@ -37,21 +37,15 @@ class Renderer:
 
     def answer(self, message: dict[str, Any], files: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Answer one message of the table above."""
-        try:
-            if "memory" in message:
-                limit_memory(message["memory"])
-                return {}, []
-            if "open" in message:
-                return {"pages": self._open(files[0])}, []
-            assert self._document is not None
-            if "sizes" in message:
-                return {"sizes": self._document.sizes(message["sizes"], message["dpi"])}, []
-            if "text" in message:
-                return {"text": self._document.text(message["text"])}, []
-            pixels = self._document.render(message["render"], message["dpi"])
-            return {"height": pixels.shape[0], "width": pixels.shape[1]}, [written([pixels])]
-        except UnreadableDocument as error:
-            return {"error": str(error)}, []
+        if "open" in message:
+            return {"pages": self._open(files[0])}, []
+        assert self._document is not None
+        if "sizes" in message:
+            return {"sizes": self._document.sizes(message["sizes"], message["dpi"])}, []
+        if "text" in message:
+            return {"text": self._document.text(message["text"])}, []
+        pixels = self._document.render(message["render"], message["dpi"])
+        return {"height": pixels.shape[0], "width": pixels.shape[1]}, [written([pixels])]
 
     def _open(self, descriptor: int) -> int:
         if self._document is not None:
@@ -63,4 +57,4 @@ class Renderer:
 
 
 if __name__ == "__main__":
-    serve(Renderer().answer)
+    serve(guarded(Renderer().answer, UnreadableDocument))

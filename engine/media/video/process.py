@@ -26,7 +26,7 @@ import numpy as np
 # The engine beside this file, wherever another one is installed.
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from engine.helpers.child import limit_memory, serve
+from engine.helpers.child import guarded, serve
 from engine.helpers.files import written
 from engine.media.video.container import UnreadableVideo, VideoFile
 
@@ -40,17 +40,11 @@ class Decoder:
 
     def answer(self, message: dict[str, Any], files: list[int]) -> tuple[dict[str, Any], Sequence[int]]:
         """Answer one message of the table above."""
-        try:
-            if "memory" in message:
-                limit_memory(message["memory"])
-                return {}, []
-            if "open" in message:
-                return self._open(files[0], message["open"]), []
-            if "indices" in message:
-                return self._choose(message["indices"]), []
-            return self._take(message["take"])
-        except UnreadableVideo as error:
-            return {"error": str(error)}, []
+        if "open" in message:
+            return self._open(files[0], message["open"]), []
+        if "indices" in message:
+            return self._choose(message["indices"]), []
+        return self._take(message["take"])
 
     def _open(self, descriptor: int, most: int) -> dict[str, Any]:
         self._close()
@@ -86,4 +80,4 @@ class Decoder:
 
 
 if __name__ == "__main__":
-    serve(Decoder().answer)
+    serve(guarded(Decoder().answer, UnreadableVideo))

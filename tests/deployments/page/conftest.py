@@ -3,7 +3,8 @@
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 import pytest
 import pytest_asyncio
@@ -34,9 +35,17 @@ async def browser() -> AsyncIterator:
         await browser.close()
 
 
-async def _serve(api) -> tuple[uvicorn.Server, asyncio.Task, str]:
+class QuietServer(uvicorn.Server):
+    """A server that leaves SIGTERM and SIGINT to the process: uvicorn would take them for its own end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(api) -> tuple[QuietServer, asyncio.Task, str]:
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(api, host="127.0.0.1", port=port, log_level="warning"))
+    server = QuietServer(uvicorn.Config(api, host="127.0.0.1", port=port, log_level="warning"))
     task = asyncio.ensure_future(server.serve())
     await wait_until(lambda: server.started or task.done())
     return server, task, f"http://127.0.0.1:{port}/"

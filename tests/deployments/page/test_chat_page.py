@@ -110,9 +110,7 @@ async def test_an_answer_is_stopped_and_stays_in_the_conversation(page):
     await page.get_by_label("Message", exact=True).fill("Count!")
     await page.get_by_role("button", name="Send").click()
     answer = page.locator(".turn.assistant .text")
-    await expect(answer).to_contain_text("0", timeout=20_000) if False else await expect(
-        answer
-    ).not_to_be_empty()
+    await expect(answer).not_to_be_empty()
     await page.keyboard.press("Escape")
     await expect(page.locator(".turn.assistant")).to_contain_text("Stopped.")
     length = len(await answer.text_content())

@@ -1,9 +1,11 @@
 """The files of the pages: what is served, to whom, and under which policy."""
 
 import re
+import signal
 
 import httpx
 import pytest
+import uvicorn
 
 from deployments.api import create_api
 from deployments.config import IngressConfig
@@ -62,3 +64,9 @@ async def test_the_pages_may_be_left_out(running):
 async def test_docs_lead_to_the_page_of_the_api(http):
     response = await http.get("/docs", follow_redirects=True)
     assert response.status_code == 200 and "Sightline: API" in response.text
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+async def test_the_server_of_these_tests_leaves_signals_to_the_process(site, name):
+    handler = signal.getsignal(getattr(signal, name))
+    assert not isinstance(getattr(handler, "__self__", None), uvicorn.Server)

@@ -24,6 +24,7 @@ from tests.engine import tiny
 
 pytestmark = pytest.mark.processes
 
+ANSWER = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
 
 
@@ -94,24 +95,35 @@ async def tokens(
     return found
 
 
-async def test_hosts_together_give_the_tokens_of_one(path):
-    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-    answers = []
-    for size, hosts in ((1, 1), (2, 2), (4, 2)):
-        group = await asyncio.to_thread(Group, path, size, hosts)
-        try:
-            assert len(ranks()) == size - 1
-            answers.append(await tokens(group.engine, params))
-        finally:
-            await asyncio.to_thread(group.close)
-        assert group.retracted.is_set() == (size > 1) and not ranks()
-    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 40
+@pytest.fixture(scope="module")
+def alone(path) -> list[int]:
+    """The answer of one host with one rank."""
+    group = Group(path, 1, 1)
+    try:
+        answer = asyncio.run(tokens(group.engine, ANSWER))
+    finally:
+        group.close()
+    assert len(answer) == 40 and not group.retracted.is_set()
+    return answer
 
 
-async def test_a_host_that_is_lost_ends_the_others(path):
+async def test_hosts_together_give_the_tokens_of_one_and_end_with_the_first(path, alone):
+    group = await asyncio.to_thread(Group, path, 4, 2)
+    try:
+        assert len(ranks()) == 3
+        assert await tokens(group.engine, ANSWER) == alone
+        await asyncio.to_thread(group.engine.shutdown)
+        assert await asyncio.to_thread(group.ended.wait, 60)
+    finally:
+        await asyncio.to_thread(group.close)
+    assert group.retracted.is_set() and not ranks()
+
+
+async def test_a_host_that_is_lost_ends_the_others(path, alone):
     group = await asyncio.to_thread(Group, path, 2, 2)
     try:
         (process,) = ranks()
+        assert await tokens(group.engine, ANSWER) == alone
         with pytest.raises((Unavailable, RequestFailed)):
             await tokens(group.engine, LONG, on_first=process.kill)
         with pytest.raises(Unavailable):
@@ -120,14 +132,7 @@ async def test_a_host_that_is_lost_ends_the_others(path):
         assert not group.hosts[0].alive
     finally:
         await asyncio.to_thread(group.close)
-
-
-async def test_hosts_end_with_the_first(path):
-    group = await asyncio.to_thread(Group, path, 2, 2)
-    await asyncio.to_thread(group.engine.shutdown)
-    assert await asyncio.to_thread(group.ended.wait, 60)
-    group.hosts[0].stop()
-    assert not ranks()
+    assert group.retracted.is_set() and not ranks()
 
 
 def launched(launcher: HostsLauncher) -> tuple[threading.Thread, list]:
