@@ -18,12 +18,16 @@ from deployments.routers.models import find_pipeline
 from deployments.routers.values import usage_body
 from deployments.tasks import all_or_none
 from deployments.vectors import AT_A_TIME, chat_prompt, text_prompt, total_usage
+from engine.errors import InvalidRequest
 from engine.inputs.messages import parse_messages
 from engine.inputs.retrieval import compare, item_key, only_text, pair_score, parts_of
 from engine.outputs import EmbeddingOutput, Usage
 from engine.prompt import EngineInput, MediaItem, PagesItem
 
 router = APIRouter()
+
+#: Most numbers of the vectors that one request's items have together.
+MAX_NUMBERS = 1 << 26
 
 Pairs = Sequence[tuple[wire.Item, wire.Item]]
 
@@ -143,14 +147,24 @@ async def _embed(
         for pair in pairs
         for side, item in enumerate(pair)
     }
-    distinct = {(key, instruction): work for (_, key), work in keys.items() for instruction in [work[2]]}
+    distinct = {(key, work[2]): work for (_, key), work in keys.items()}
+    numbers = 0
 
     async def embed(index: int, item: wire.Item, field: str, instruction: str | None) -> EmbeddingOutput:
         async with places:
             parts = {f"messages[0].content[{index}]": field for index in range(len(parts_of(item, field)))}
             with caller_fields({"prompt": field, "messages": field} | parts):
                 prompt = await _prepared(pipeline, item, field, instruction, body.cache_salt)
-            return await pipeline.embed(f"{name}-{index}", prompt, pipeline.retrieval.params())
+            output = await pipeline.embed(f"{name}-{index}", prompt, pipeline.retrieval.params())
+        if output.token_embeddings is not None:
+            nonlocal numbers
+            numbers += output.token_embeddings.size
+            if numbers > MAX_NUMBERS:
+                raise InvalidRequest(
+                    f"The vectors of all items have more than {MAX_NUMBERS} numbers; send fewer items.",
+                    param=field,
+                )
+        return output
 
     outputs = await all_or_none(embed(index, *work) for index, work in enumerate(distinct.values()))
     made = dict(zip(distinct, outputs, strict=True))

@@ -109,8 +109,11 @@ class Retrieval:
             instruction: the configured one.
 
         Raises:
-            ConfigError: an answer of a reranker is no token of its tokenizer.
+            ConfigError: an answer of a reranker is no token of its tokenizer, or the model takes no
+                instructions.
         """
+        if instruction is not None and format.per_token:
+            raise ConfigError("instruction: this model takes none", param="instruction")
         pairs = format.pairs
         if task != "score" or pairs is None:
             return cls(format, instruction)
@@ -159,14 +162,14 @@ class Retrieval:
         """
         if self.format.per_token:
             return True
-        return self.format.write_text is None and self._given(instruction) is not None
+        return self.format.write_text is None and self._stated(instruction) is not None
 
     def written(self, text: str, instruction: str | None) -> str:
         """The prompt of a text that is not shown as a message; arguments as :meth:`shows_as_message`."""
-        given = self._given(instruction)
-        if given is None or self.format.write_text is None:
+        stated = self._stated(instruction)
+        if stated is None or self.format.write_text is None:
             return text
-        return self.format.write_text(given or self.format.default_instruction, text)
+        return self.format.write_text(stated, text)
 
     def instructed(self, messages: Sequence[Message], instruction: str | None) -> tuple[list[Message], bool]:
         """Messages with an embedding model's instruction before them, and whether the prompt ends where the
@@ -177,21 +180,26 @@ class Retrieval:
                 replace a system message.
 
         Raises:
-            InvalidRequest: the caller gives both an instruction and a system message.
+            InvalidRequest: the caller gives both an instruction and a system message, or the model takes no
+                instructions.
         """
-        given = self._given(instruction)
+        if instruction is not None and self.format.per_token:
+            raise InvalidRequest("This model takes no instruction.", param="instruction")
+        stated = self._stated(instruction)
         has_system = messages[0].role in ("system", "developer")
-        if given is None or (has_system and instruction is None):
+        if stated is None or (has_system and instruction is None):
             return list(messages), False
         if has_system:
             raise InvalidRequest(
                 "instruction stands in place of a system message: give one of them.", param="instruction"
             )
-        text = self.format.write_instruction(given or self.format.default_instruction)
-        return [Message("system", [TextPart(text)], {}, "string"), *messages], True
+        system = Message("system", [TextPart(self.format.write_instruction(stated))], {}, "string")
+        return [system, *messages], True
 
-    def _given(self, instruction: str | None) -> str | None:
-        return self.instruction if instruction is None else instruction
+    def _stated(self, instruction: str | None) -> str | None:
+        """The instruction to be shown: the caller's, the configured one, or the models' own; None without."""
+        given = self.instruction if instruction is None else instruction
+        return None if given is None else given.strip() or self.format.default_instruction or None
 
 
 def pair_score(output: EmbeddingOutput) -> float:

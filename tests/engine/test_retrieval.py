@@ -135,6 +135,9 @@ def test_a_query_cannot_bring_tokens_of_its_own(colqwen2):
 
 
 def test_a_model_of_vectors_alone_is_served_for_nothing_else(colqwen2):
+    with pytest.raises(ConfigError) as refused:
+        load(colqwen2, "embed", instruction="")
+    assert refused.value.param == "instruction"
     for task in ("generate", "score"):
         with pytest.raises(ConfigError) as raised:
             load(colqwen2, task)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from deployments.config import AppConfig
 from deployments.in_process import LocalApplication
+from deployments.routers import scoring
 from tests.deployments.asgi import AppTransport
 from tests.engine import retrieval, tiny
 from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
@@ -122,6 +123,19 @@ async def test_a_reranker_reads_both_together(served, path, instruction):
     else:
         found = [entry["score"] for entry in made["data"]]
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+async def test_too_many_vectors_are_refused(served, monkeypatch):
+    monkeypatch.setattr(scoring, "MAX_NUMBERS", 1000)
+    documents = [wire(RED), wire(BLUE)]
+    status, made = await served.post("/v1/rerank", "pages", query=QUERY, documents=documents)
+    assert status == 400 and made["error"]["param"] in ("query", "documents"), made
+
+
+async def test_a_model_without_instructions_takes_none(served):
+    for path, body in (("/pooling", {"input": QUERY}), ("/v1/score", {"text_1": QUERY, "text_2": QUERY})):
+        status, made = await served.post(path, "pages", instruction="Find it.", **body)
+        assert status == 400 and made["error"]["param"] == "instruction", made
 
 
 async def test_vectors_of_tokens_and_their_scores(served):
