@@ -27,8 +27,8 @@ decides::
 the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
-act_mul.py, decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise), gumbel.py (gumbel_argmax,
-argmax), kv_write.py,
+act_mul.py, decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows), gumbel.py
+(gumbel_argmax, argmax), kv_write.py,
 layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, truncation.py, vision_attention.py.
 
 Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), launch.py (launch or

@@ -171,7 +171,7 @@ def decode_step() -> None:
 
 def fp8_weights() -> None:
     """Linear layers with fp8 weights: one scale an output, and one for each 128 inputs."""
-    from engine.kernels.fp8 import FP8, Scale, dequantise_triton
+    from engine.kernels.fp8 import FP8, Scale, dequantise_triton, quantise_rows_triton
     from engine.kernels.gemv import gemv_triton
     from engine.kernels.norm_gemv import norm_gemv_triton
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
@@ -188,6 +188,7 @@ def fp8_weights() -> None:
         skinny_gemm_triton(noise(16, 18944), **weight(3584, 18944, group), counters=counters)
     skinny_gemm_triton(noise(64, 3584), **weight(37888, 3584, 128), activation="silu")
     dequantise_triton(**weight(4608, 3584, 128), dtype=BF16)
+    quantise_rows_triton(noise(100, 3584))
 
 
 CASES: list[Callable[[], None]] = [

@@ -14,6 +14,8 @@ from engine.kernels.fp8 import (
     dequantise_triton,
     dequantised_gemm,
     quantise_rows,
+    quantise_rows_reference,
+    quantise_rows_triton,
     scaled_gemm,
 )
 from engine.kernels.gemv import gemv_triton
@@ -108,16 +110,34 @@ def test_many_rows(device, dtype, size):
         assert torch.equal(wide, exact.float()) and wide.is_contiguous()
 
 
-def test_rows_are_rounded_to_the_nearest_of_their_scale():
-    x = torch.randn(9, 64) * torch.logspace(-6, 6, 9)[:, None]
-    x[4] = 0.0
-    numbers, scale = quantise_rows(x)
-    assert numbers.dtype == FP8 and numbers[4].float().eq(0).all()
+@pytest.mark.parametrize("run", [quantise_rows, quantise_rows_reference, quantise_rows_triton])
+@pytest.mark.parametrize("inputs", [64, 1100])
+def test_rows_are_rounded_to_the_nearest_of_their_scale(device, run, inputs):
+    wide = torch.full((9, inputs + 3), torch.nan)
+    wide[:, :inputs] = torch.randn(9, inputs) * torch.logspace(-6, 6, 9)[:, None]
+    wide[4] = 0.0
+    x = wide.to(device)[:, :inputs]
+    if run is quantise_rows_triton and device.type == "cpu":
+        pytest.skip("Triton's interpreter rounds wrongly to fp8")
+    numbers, scale = run(x)
+    assert numbers.dtype == FP8 and numbers[4].float().eq(0).all() and numbers.is_contiguous()
     error = (numbers.float() * scale - x).abs()
     # Four bits of mantissa, or a step of 2**-9 near zero.
     assert (error <= torch.maximum(x.abs() * 2.0**-4, scale * 2.0**-10) * 1.0001).all()
     large = x.abs().amax(1) > 0
     assert numbers.float().abs().amax(1)[large].eq(448).all()
+
+
+@pytest.mark.parametrize("run", [quantise_rows_reference, quantise_rows_triton])
+@pytest.mark.parametrize("inputs", [64, 1024, 2500])
+def test_rows_of_fp8_numbers_stay_as_they_are(device, run, inputs):
+    numbers = (torch.randn(7, inputs) * 60).clamp(-448, 448).to(FP8).float()
+    numbers[:, -1], numbers[3] = 448, -448
+    scale = 2.0 ** torch.arange(-9.0, 12.0, 3.0)[:, None]
+    wide = torch.full((7, inputs + 3), torch.nan)
+    wide[:, :inputs] = numbers * scale
+    found, found_scale = run(wide.to(device)[:, :inputs])
+    assert torch.equal(found.float().cpu(), numbers) and torch.equal(found_scale.cpu(), scale)
 
 
 @pytest.mark.parametrize(
