@@ -1,0 +1,62 @@
+"""Responses that are kept for several replicas of the ingress."""
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.deployments.ray_serve.test_redeploy import Controller
+from tests.serving import wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
+
+#: Requests go to either of two replicas: this many miss one of them once in a hundred million times.
+ENOUGH = 27
+
+
+@pytest.fixture(scope="module")
+def several(shared_application) -> Iterator[openai.OpenAI]:
+    """A client of an ingress of two replicas, before the stages that run already."""
+    served = shared_application.get()
+    text = (served.pictures.parent / "serve.yaml").read_text()
+    controller = Controller(text)
+    (first, *_) = controller.config["applications"]
+    model = {**first["args"]["models"][0], "application": first["name"]}
+    args = {**first["args"], "models": [model], "ingress": {"num_replicas": 2}}
+    added = {"name": "several", "route_prefix": "/several", "args": args}
+    controller.config["applications"].append({"import_path": first["import_path"], **added})
+    controller.deploy()
+    wait_for(lambda: "Responses" in controller.replicas())
+    yield openai.OpenAI(base_url=f"{served.root}/several/v1", api_key="none", max_retries=0, timeout=120)
+    controller = Controller(text)
+    controller.deploy()
+    wait_for(lambda: controller.replicas().keys().isdisjoint({"Responses"}))
+
+
+def test_any_replica_knows_a_response(several):
+    made = several.responses.create(model="pocket", input="Hello!")
+    for _ in range(ENOUGH):
+        assert several.responses.retrieve(made.id) == made
+    follow = several.responses.create(model="pocket", input="Hello!", previous_response_id=made.id)
+    items = list(several.responses.input_items.list(follow.id))
+    assert items and follow.usage.input_tokens > made.usage.input_tokens
+    several.responses.delete(made.id)
+    for _ in range(ENOUGH):
+        with pytest.raises(openai.NotFoundError):
+            several.responses.retrieve(made.id)
+    assert several.responses.retrieve(follow.id) == follow
+
+
+def test_any_replica_stops_a_response(served, several):
+    """Also one that another replica makes: the engine never comes to its end."""
+    asked = {"max_output_tokens": 900, "extra_body": {"ignore_eos": True}, "background": True}
+    finished = served.engine_metrics()["requests_finished"]
+    statuses = []
+    for _ in range(6):
+        made = several.responses.create(model="pocket", input="Hello!", **asked)
+        statuses.append(several.responses.cancel(made.id).status)
+        assert several.responses.retrieve(made.id).status == statuses[-1]
+        served.wait_until_idle()
+    # A response may be complete before it is cancelled.
+    assert set(statuses) <= {"cancelled", "completed"} and "cancelled" in statuses
+    assert served.engine_metrics()["requests_finished"] - finished == statuses.count("completed")
