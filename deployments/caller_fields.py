@@ -37,6 +37,6 @@ def _renamed(param: str | None, names: Mapping[str, str]) -> str | None:
         return names.get(param or "", param)
     # A part of a message, such as ``messages[2].content[0].image_url``: the longest path that has a name.
     for end in range(len(param) - 1, 0, -1):
-        if param[end] == "]" and param[: end + 1] in names:
-            return names[param[: end + 1]] + param[end + 1 :]
+        if param[end] in ".[" and param[:end] in names:
+            return names[param[:end]] + param[end:]
     return param

@@ -95,6 +95,8 @@ def read_tools(tools: Any, tool_choice: Any, parallel: bool | None) -> ToolUse:
 def read_functions(functions: Any, function_call: Any) -> ToolUse:
     """Read ``functions`` and ``function_call``, the older form of tools; errors as :func:`read_tools`."""
     if functions is None or functions == []:
+        if function_call not in (None, "none", "auto"):
+            raise InvalidRequest("function_call needs functions to choose from.", param="function_call")
         return NO_TOOLS
     if not isinstance(functions, list):
         raise InvalidRequest("functions must be a list.", param="functions")
@@ -105,8 +107,8 @@ def read_functions(functions: Any, function_call: Any) -> ToolUse:
     try:
         return read_tools(tools, choice, False)
     except InvalidRequest as error:
-        renamed = (error.param or "").replace("tools", "functions").replace("tool_choice", "function_call")
-        raise InvalidRequest(error.message, param=renamed) from None
+        spelled = {"tools[": "functions[", ".function": "", "tool_choice": "function_call"}
+        raise _respelled(error, spelled) from None
 
 
 def read_flat_tools(
@@ -135,18 +137,24 @@ def read_flat_tools(
     try:
         return read_tools(nested, tool_choice, parallel)
     except InvalidRequest as error:
-        spelled = {".function.parameters": f".{parameters}", ".function": ""}
-        for engine_name, name in spelled.items():
-            error.message = error.message.replace(engine_name, name)
-            error.param = (error.param or "").replace(engine_name, name)
-        raise
+        raise _respelled(error, {".function.parameters": f".{parameters}", ".function": ""}) from None
+
+
+def _respelled(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """The error with the caller's spelling in place of each of ``names``."""
+    for name, spelled in names.items():
+        error.message = error.message.replace(name, spelled)
+        error.param = (error.param or "").replace(name, spelled)
+    return error
 
 
 def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
-    kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
+    if not isinstance(tool, Mapping):
+        raise InvalidRequest(f"{where} must be an object with a type and a function.", param=where)
+    kind = tool.get("type", "function")
     if kind != "function":
-        raise InvalidRequest(
-            f"{where}.type is {kind!r}; tools that run on the server aren't offered, only functions.",
+        raise UnsupportedParameter(
+            f"Unsupported parameter: {where}.type is {str(kind)[:100]!r}; only functions are offered.",
             param=f"{where}.type",
         )
     function = tool.get("function")
@@ -162,6 +170,10 @@ def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
     if description is not None and not isinstance(description, str):
         raise InvalidRequest(
             f"{where}.function.description must be a string.", param=f"{where}.function.description"
+        )
+    if not isinstance(function.get("strict"), bool | None):
+        raise InvalidRequest(
+            f"{where}.function.strict must be true or false.", param=f"{where}.function.strict"
         )
     parameters = function.get("parameters")
     if parameters is None or parameters == {}:
@@ -187,26 +199,42 @@ def _choice(given: Any, names: set[str]) -> tuple[Literal["none", "auto", "requi
         return "required", None
     kind = given.get("type") if isinstance(given, Mapping) else None
     if kind == "allowed_tools":
-        allowed = given.get("allowed_tools", given)
-        wanted = [_named(tool) for tool in allowed.get("tools", ()) if isinstance(tool, Mapping)]
-        mode = allowed.get("mode", "auto")
-        if mode in ("auto", "required") and wanted and set(wanted) <= names:
-            return mode, frozenset(str(name) for name in wanted)
-    elif kind in ("function", "tool"):
-        name = _named(given)
-        if name not in names:
-            raise InvalidRequest(
-                f"tool_choice names {name!r}, which is not among the tools.", param="tool_choice"
-            )
-        return "required", frozenset([name])
+        return _allowed(given, names)
+    if kind in ("function", "tool"):
+        return "required", frozenset([_named(given, names, "tool_choice")])
     raise InvalidRequest(
         "tool_choice must be none, auto, required, or name one of the tools.", param="tool_choice"
     )
 
 
-def _named(choice: Mapping[str, Any]) -> Any:
-    function = choice.get("function")
-    return function.get("name") if isinstance(function, Mapping) else choice.get("name")
+def _allowed(given: Mapping[str, Any], names: set[str]) -> tuple[Literal["auto", "required"], frozenset[str]]:
+    """The mode and the names of a choice among some of the tools."""
+    allowed, where = given, "tool_choice"
+    if "allowed_tools" in given:
+        allowed, where = given["allowed_tools"], "tool_choice.allowed_tools"
+    if not isinstance(allowed, Mapping):
+        raise InvalidRequest(f"{where} must be an object with mode and tools.", param=where)
+    mode, tools = allowed.get("mode", "auto"), allowed.get("tools")
+    if mode not in ("auto", "required"):
+        raise InvalidRequest(f"{where}.mode must be auto or required.", param=f"{where}.mode")
+    if not isinstance(tools, list) or not tools:
+        raise InvalidRequest(f"{where}.tools must be a list of functions.", param=f"{where}.tools")
+    return mode, frozenset(_named(tool, names, f"{where}.tools[{i}]") for i, tool in enumerate(tools))
+
+
+def _named(choice: Any, names: set[str], where: str) -> str:
+    """The function that a choice names.
+
+    Raises:
+        InvalidRequest: it is none of ``names``.
+    """
+    if isinstance(choice, Mapping) and "function" in choice:
+        choice, where = choice["function"], f"{where}.function"
+    name = choice.get("name") if isinstance(choice, Mapping) else None
+    if not isinstance(name, str) or name not in names:
+        shown = repr(name)[:100]
+        raise InvalidRequest(f"{where} names {shown}, which is not among the tools.", param=f"{where}.name")
+    return name
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,12 @@ class ChatCompletionRequest(ConversationBody):
         check_verbosity(self.verbosity, "verbosity")
         if self.modalities is not None and set(self.modalities) - {"text"}:
             raise InvalidRequest("modalities can only be text here: there is no audio.", param="modalities")
+        if self.tools and self.functions:
+            raise InvalidRequest("functions and tools exclude each other.", param="functions")
+        if self.tools and self.function_call not in (None, "auto"):
+            raise InvalidRequest("Send tool_choice with tools, not function_call.", param="function_call")
+        if self.in_older_form and self.tool_choice not in (None, "auto"):
+            raise InvalidRequest("Send function_call with functions, not tool_choice.", param="tool_choice")
         explicit = "add_generation_prompt" in self.model_fields_set
         if self.continue_final_message and self.add_generation_prompt and explicit:
             raise InvalidRequest(
@@ -79,9 +85,14 @@ class ChatCompletionRequest(ConversationBody):
                 param="continue_final_message",
             )
 
+    @property
+    def in_older_form(self) -> bool:
+        """The request has ``functions`` instead of tools, and so have its answers."""
+        return not self.tools and bool(self.functions or self.function_call)
+
     def tool_use(self) -> ToolUse:
         """The tools that the answer may call; errors as :func:`deployments.tools.read_tools`."""
-        if self.tools is None and self.functions is not None:
+        if self.in_older_form:
             return read_functions(self.functions, self.function_call)
         return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
@@ -112,7 +123,7 @@ class ChatCompletionRequest(ConversationBody):
         names = {"prompt": "messages", "logprobs": "top_logprobs"}
         if self.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
-        if self.tools is None and self.functions is not None:
+        if self.in_older_form:
             names |= {"tools": "functions", "tool_choice": "function_call"}
         return names
 

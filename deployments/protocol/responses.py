@@ -1,6 +1,6 @@
 """The Responses API on the wire: its request, and its input items as chat messages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -177,30 +177,36 @@ class InputItems(BaseModel):
     has_more: bool
 
 
-def input_messages(given: str | Sequence[Any]) -> tuple[list[Message], dict[str, str]]:
+def input_messages(given: str | Sequence[Any], before: int = 0) -> tuple[list[Message], dict[str, str]]:
     """Turn a response's input into chat messages.
 
+    Args:
+        before: messages that the conversation has before these.
+
     Returns:
-        The messages, and the field ``input[i]`` from which each of ``messages[j]`` was made.
+        The messages, and the fields of ``input`` by the fields of ``messages`` that were made from them.
 
     Raises:
         InvalidRequest: naming the item that can't be used.
     """
     if isinstance(given, str):
-        return [{"role": "user", "content": given}], {"messages[0]": "input"}
+        return [{"role": "user", "content": given}], {f"messages[{before}]": "input"}
     messages: list[Message] = []
     fields: dict[str, str] = {}
     for index, item in enumerate(given):
         where = f"input[{index}]"
         if not isinstance(item, Mapping):
             raise InvalidRequest(f"{where} must be an object.", param=where)
-        _add_item(messages, item, where)
-        fields[f"messages[{len(messages) - 1}]"] = where
+        made = _add_item(messages, item, where)
+        at = f"messages[{before + len(messages) - 1}]"
+        fields.setdefault(at, where)
+        fields |= {f"{at}.{name}": f"{where}.{field}" for name, field in made.items()}
     return messages, fields
 
 
-def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> None:
-    kind = item.get("type") or "message"
+def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Add an item to the last message, or as a new one; returns the item's fields by the message's."""
+    kind = item.get("type") or ("message" if item.keys() & {"role", "content"} else "item_reference")
     if kind == "message":
         content = item.get("content")
         if item.get("role") == "assistant" and _open_turn(messages) and "content" not in messages[-1]:
@@ -208,25 +214,47 @@ def _add_item(messages: list[Message], item: Mapping[str, Any], where: str) -> N
             messages[-1]["content"] = content
         else:
             messages.append({"role": item.get("role"), "content": content})
-    elif kind == "function_call":
+        return {"content": "content"}
+    if kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
         if not _open_turn(messages):
             messages.append({"role": "assistant"})
-        messages[-1].setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
+        calls = messages[-1].setdefault("tool_calls", [])
+        calls.append(call)
+        at = f"tool_calls[{len(calls) - 1}]"
+        arguments = {f"{at}.function.arguments": "arguments"}
+        return {f"{at}.id": "call_id", f"{at}.function": "name", **arguments}
+    if kind == "function_call_output":
         content = item.get("output")
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
-    elif kind == "reasoning":
-        parts = [*(item.get("content") or ()), *(item.get("summary") or ())]
-        text = "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
+        return {"content": "output", "tool_call_id": "call_id"}
+    if kind == "reasoning":
+        text = "\n".join([*_texts(item, "content", where), *_texts(item, "summary", where)])
         messages.append({"role": "assistant", **({"reasoning_content": text} if text else {"content": ""})})
-    else:
-        raise InvalidRequest(
-            f"{where}.type {kind!r} is not supported; message, function_call, function_call_output and "
-            "reasoning are.",
-            param=f"{where}.type",
-        )
+        return {}
+    raise InvalidRequest(
+        f"{where}.type {kind!r} is not supported; message, function_call, function_call_output and "
+        "reasoning are.",
+        param=f"{where}.type",
+    )
+
+
+def _texts(item: Mapping[str, Any], name: str, where: str) -> Iterator[str]:
+    """The texts of a thought's parts.
+
+    Raises:
+        InvalidRequest: naming the part that has none.
+    """
+    parts = item.get(name) or []
+    if not isinstance(parts, list):
+        raise InvalidRequest(f"{where}.{name} must be a list of parts.", param=f"{where}.{name}")
+    for index, part in enumerate(parts):
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str):
+            field = f"{where}.{name}[{index}].text"
+            raise InvalidRequest(f"{field} must be a string.", param=field)
+        yield text
 
 
 def _open_turn(messages: list[Message]) -> bool:

@@ -87,8 +87,8 @@ class Answer:
 
     @property
     def calls_functions(self) -> bool:
-        """True if the request speaks of ``functions``, the older form of tools."""
-        return self.body.tools is None and self.body.functions is not None
+        """True if the request has ``functions``, the older form of tools."""
+        return self.body.in_older_form
 
     def call_id(self, choice: int, index: int) -> str:
         """The id of a choice's call."""

@@ -41,9 +41,9 @@ async def create_response(request: Request) -> Response:
     earlier: list[Json] = []
     if body.previous_response_id is not None:
         earlier = (await _stored(request, body.previous_response_id, "previous_response_id")).messages
-    given, fields = wire.input_messages(body.input)
+    given, fields = wire.input_messages(body.input, len(earlier) + bool(body.instructions))
     stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given], caller_name())
-    given_conversation = _conversation(body, pipeline, stored.messages, len(earlier), fields)
+    given_conversation = _conversation(body, pipeline, stored.messages, fields)
     if body.background:
         if body.stream:
             params = seeded(given_conversation.params)
@@ -163,8 +163,8 @@ async def _make_again(request: Request, stored: StoredResponse) -> EventLog:
             param="stream",
         )
     pipeline = find_pipeline(request, asked.body.model)
-    _, fields = wire.input_messages(asked.body.input)
-    given = _conversation(asked.body, pipeline, stored.messages, asked.earlier, fields)
+    _, fields = wire.input_messages(asked.body.input, asked.earlier + bool(asked.body.instructions))
+    given = _conversation(asked.body, pipeline, stored.messages, fields)
     given = replace(given, params=replace(given.params, seed=asked.seed))
     # The engine may still work on it under its own name.
     running = await start(pipeline, f"resp_{uuid.uuid4().hex}", given)
@@ -261,7 +261,6 @@ def _conversation(
     body: wire.ResponsesRequest,
     pipeline: Pipeline,
     messages: list[Json],
-    earlier: int,
     fields: dict[str, str],
 ) -> Conversation:
     names = {
@@ -271,6 +270,4 @@ def _conversation(
         "messages": "input",
     }
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    shift = len(system) + earlier
-    moved = {f"messages[{int(name[9:-1]) + shift}]": field for name, field in fields.items()}
-    return conversation(body, pipeline, [*system, *messages], names | moved)
+    return conversation(body, pipeline, [*system, *messages], names | fields)

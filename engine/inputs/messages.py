@@ -72,10 +72,15 @@ def _message(raw: Any, where: str, sources: list[MediaSource]) -> Message:
     if role == "function":
         role = "tool"
         extra["tool_call_id"] = FUNCTION_CALL_ID
+    if raw.get("audio") is not None:
+        raise InvalidRequest(f"{where}.audio: there is no audio here.", param=f"{where}.audio")
+    refusal = raw.get("refusal")
+    if not isinstance(refusal, str | None):
+        raise InvalidRequest(f"{where}.refusal must be a string.", param=f"{where}.refusal")
     content = raw.get("content")
     if content is None and role == "assistant":
-        if raw.get("refusal"):
-            content = raw["refusal"]
+        if refusal:
+            content = refusal
         elif extra:
             return Message(role, [], extra, "absent")
     parts = _parts(content, f"{where}.content", role, sources)
@@ -153,6 +158,7 @@ def _image(part: Mapping[str, Any], kind: str, index: int, where: str, uuid: str
         holders.insert(0, (value, where))
         value, where = value.get("url"), f"{where}.url"
     detail, options = _detail(holders), _options(holders, FRAME_OPTIONS)
+    _check_no_file_id(part, part_where, key)
     if value is None and uuid:
         source = MediaSource(index, f"{part_where}.uuid", detail=detail)
     else:
@@ -163,6 +169,13 @@ def _image(part: Mapping[str, Any], kind: str, index: int, where: str, uuid: str
         at = next(iter(options.values()))[1]
         raise InvalidRequest(f"{at} is for image files, not for PIL images.", param=at)
     return replace(source, pages=page_options(options))
+
+
+def _check_no_file_id(part: Mapping[str, Any], where: str, instead: str) -> None:
+    if part.get("file_id") is not None:
+        raise InvalidRequest(
+            f"{where}.file_id: this server keeps no files; send {instead}.", param=f"{where}.file_id"
+        )
 
 
 def _detail(holders: Sequence[tuple[Mapping[str, Any], str]]) -> str:
@@ -236,10 +249,9 @@ def _file(part: Mapping[str, Any], kind: str, index: int, where: str) -> MediaSo
             raise InvalidRequest(f"{where} must be an object with file_data or file_url.", param=where)
         holders.insert(0, (part["file"], where))
     holder = holders[0][0]
-    if holder.get("file_id") is not None:
-        raise InvalidRequest(
-            f"{where}.file_id: this server keeps no files; send file_data.", param=f"{where}.file_id"
-        )
+    _check_no_file_id(holder, where, "file_data")
+    if not isinstance(holder.get("filename"), str | None):
+        raise InvalidRequest(f"{where}.filename must be a string.", param=f"{where}.filename")
     field = "file_url" if holder.get("file_data") is None and holder.get("file_url") else "file_data"
     value, where = holder.get(field), f"{where}.{field}"
     if not isinstance(value, str) or not value:

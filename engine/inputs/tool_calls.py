@@ -25,7 +25,10 @@ def tool_calls(raw: Any, where: str) -> list[dict[str, Any]]:
     for k, call in enumerate(raw):
         function = call.get("function") if isinstance(call, Mapping) else None
         called = _called(function, f"{where}[{k}].function")
-        calls.append({"id": str(call.get("id", "")), "type": "function", "function": called})
+        name = call.get("id", "")
+        if not isinstance(name, str | int | None):
+            raise InvalidRequest(f"{where}[{k}].id must be a string.", param=f"{where}[{k}].id")
+        calls.append({"id": "" if name is None else str(name), "type": "function", "function": called})
     return calls
 
 

@@ -3,9 +3,10 @@
 ``python -m tests.deployments.parameters`` writes the page; a test compares it with the installed clients.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import anthropic.types.message_create_params
 import openai.types.chat.completion_create_params
@@ -19,6 +20,7 @@ from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.embeddings import EmbeddingRequest
 from deployments.protocol.messages import MessagesRequest
 from deployments.protocol.responses import ResponsesRequest
+from tests.deployments.nested_parameters import Field, fields_of
 from tests.serving import ROOT
 
 PAGE = ROOT / "docs" / "parameters.md"
@@ -32,7 +34,72 @@ What becomes of every parameter that the types of OpenAI's and Anthropic's Pytho
 - **refused**: 400 with the code `unsupported_parameter` and the parameter's name. Null, false, 0 and empty
   values are taken, since they ask for nothing.
 - **no effect**: it is taken and no answer depends on it, for the reason given.
+
+Fields within OpenAI's parameters have tables of their own: `[]` stands for an entry of a list, `<...>` for
+the `type` or the `role` of an object.
 """
+
+#: What becomes of fields within parameters of OpenAI's types, by a part of their paths and all below it: the
+#: first part that is found counts. All others work.
+NESTED: Mapping[str, tuple[str, str]] = {
+    "<input_audio>": ("refused", "there is no audio"),
+    "<assistant>.audio": ("refused", "there is no audio"),
+    "<custom>": ("refused", "functions only"),
+    ".prompt_cache_breakpoint": ("no effect", "every prompt is cached"),
+    ".annotations": ("no effect", "models are not shown citations"),
+    "<output_text>.logprobs": ("no effect", "models are not shown log-probabilities"),
+    ".include_obfuscation": ("no effect", "events are not padded"),
+    "json_schema.description": ("no effect", "models are not shown the schema"),
+    "<json_schema>.description": ("no effect", "models are not shown the schema"),
+    ".file_id": ("refused", "files are not kept here"),
+    "reasoning.context": ("no effect", "thoughts come whole"),
+    "reasoning.generate_summary": ("no effect", "thoughts come whole"),
+    "reasoning.mode": ("no effect", "thoughts come whole"),
+    "reasoning.summary": ("no effect", "thoughts come whole"),
+    "<message>.id": ("no effect", "items are known by their place"),
+    "<message>.status": ("no effect", "items are taken as they are"),
+    "<message>.phase": ("no effect", "models are not shown it"),
+    "<reasoning>.id": ("no effect", "items are known by their place"),
+    "<reasoning>.status": ("no effect", "items are taken as they are"),
+    "<reasoning>.encrypted_content": ("no effect", "nothing is encrypted here"),
+    "<function_call>.id": ("no effect", "items are known by their place"),
+    "<function_call>.status": ("no effect", "items are taken as they are"),
+    "<function_call>.async": ("no effect", "items are taken as they are"),
+    "<function_call>.caller": ("no effect", "only models call functions"),
+    "<function_call>.namespace": ("no effect", "functions have no namespaces"),
+    "<function_call_output>.id": ("no effect", "items are known by their place"),
+    "<function_call_output>.name": ("no effect", "the call has the name"),
+    "<function_call_output>.status": ("no effect", "items are taken as they are"),
+    "<function_call_output>.caller": ("no effect", "only models call functions"),
+    "<function_call_output>.namespace": ("no effect", "functions have no namespaces"),
+    "input[].id": ("refused", "send the items themselves"),
+}
+
+#: Kinds of objects that work; objects of all others are refused by their ``type``.
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "/v1/responses": (
+        "message",
+        "input_text",
+        "input_image",
+        "input_file",
+        "output_text",
+        "refusal",
+        "function_call",
+        "function_call_output",
+        "reasoning",
+        "summary_text",
+        "reasoning_text",
+        "function",
+        "json_schema",
+        "json_object",
+        "text",
+        "allowed_tools",
+        "file_citation",
+        "url_citation",
+        "container_file_citation",
+        "file_path",
+    )
+}
 
 #: What a parameter that works can't do.
 LIMITS: Mapping[str, Mapping[str, str]] = {
@@ -72,6 +139,28 @@ class Parameters:
     @property
     def names(self) -> list[str]:
         return sorted({name for each in self.types for name in each.__annotations__})
+
+    def nested(self) -> dict[str, Field]:
+        """The fields within the parameters that work, by their paths; of OpenAI's types only."""
+        found: dict[str, Field] = {}
+        for each in self.types if self.client == "openai" else ():
+            for name, hint in get_type_hints(each, include_extras=True).items():
+                if self.state(name) == "works":
+                    found |= {field.path: field for field in fields_of(hint, name) if field.path not in found}
+        return found
+
+    def treatment(self, path: str) -> tuple[str, str, str]:
+        """Treatment of a field within a parameter: the part of its path that decides, state and reason."""
+        kinds = KINDS.get(self.path)
+        # The callers of calls are not looked at, of whatever kind.
+        for found in re.finditer("(?<!caller)<([^>]*)>", path) if kinds is not None else ():
+            if found[1] not in kinds:
+                return path[: found.end()], "refused", "this kind is not offered"
+        for part, (state, note) in NESTED.items():
+            before, at, rest = path.partition(part)
+            if at and (part.endswith(">") or rest[:1] in ("", ".", "[", "<")):
+                return before + at, state, note
+        return path, "works", ""
 
     def state(self, name: str) -> str | None:
         """Treatment of a parameter; None if nobody has decided."""
@@ -134,7 +223,14 @@ def _section(given: Parameters) -> str:
     version = {"openai": openai.__version__, "anthropic": anthropic.__version__}[given.client]
     rows = "".join(f"| `{name}` | {given.state(name)} | {given.note(name)} |\n" for name in given.names)
     head = f"\n## {given.path}\n\nAs {given.client} {version} knows it.\n\n"
-    return f"{head}| parameter | here | note |\n|---|---|---|\n{rows}"
+    return f"{head}| parameter | here | note |\n|---|---|---|\n{rows}" + _within(given)
+
+
+def _within(given: Parameters) -> str:
+    """The table of fields within parameters."""
+    rows = dict.fromkeys(map(given.treatment, given.nested()))
+    lines = "".join(f"| `{path}` | {state} | {note} |\n" for path, state, note in rows)
+    return f"\n| field within | here | note |\n|---|---|---|\n{lines}" if lines else ""
 
 
 def undecided() -> Iterator[str]:

@@ -1,7 +1,10 @@
 """Every parameter of the clients' types works, is refused by name, or is known to change nothing."""
 
+import re
+
 import pytest
 
+from tests.deployments.nested_parameters import WRONG, Field, left_out, put, sample
 from tests.deployments.parameters import ENDPOINTS, LIMITS, PAGE, page, undecided
 
 pytestmark = pytest.mark.usefixtures("idle_afterwards")
@@ -75,3 +78,73 @@ async def test_values_that_cannot_be_had_are_refused(http, path, fields, param):
 async def test_the_service_tier_is_echoed(http, path):
     made = (await http.post(path, json={**body(path), "service_tier": "priority"})).json()
     assert made["service_tier"] == "priority"
+
+
+def nested(*states: str) -> list[tuple[str, Field]]:
+    """One field for each row of the tables of fields within parameters."""
+    rows: dict[tuple[str, str], Field] = {}
+    for each in ENDPOINTS:
+        for path, field in each.nested().items():
+            row, state, _ = each.treatment(path)
+            if state in states:
+                rows.setdefault((each.path, row), field)
+    return [(path, field) for (path, _), field in rows.items()]
+
+
+def around(path: str, field: Field) -> dict:
+    """A body that may hold the field."""
+    named = {"type": "function", "function": {"name": "report"}}
+    flat = {"type": "function", "name": "report", "parameters": {"type": "object"}}
+    tools = {"tools": [flat if path == "/v1/responses" else named]}
+    beside = {
+        "stream_options": {"stream": True},
+        "tool_choice": tools,
+        "function_call": {"functions": [{"name": "report"}]},
+    }
+    tokens = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    return {**body(path), tokens: 16, **beside.get(str(field.steps[0]), {})}
+
+
+async def test_a_wrong_value_within_a_parameter_is_refused_by_its_own_name(http):
+    """So each of these fields is read."""
+    fields = nested("works")
+    assert len(fields) > 80
+    for path, field in fields:
+        response = await http.post(path, json=put(around(path, field), field, WRONG))
+        assert response.status_code == 400, (path, field.path, response.text)
+        error = response.json()["error"]
+        named, wanted = error["param"], field.param
+        # The object may be named that holds the field, or the entry of it.
+        assert named and (wanted.startswith(named) or named.startswith(wanted)), (wanted, error)
+
+
+async def test_what_is_not_offered_within_a_parameter_is_refused_by_name(http):
+    fields = nested("refused")
+    assert len(fields) > 30
+    for path, field in fields:
+        response = await http.post(path, json=put(around(path, field), field, sample(field.hint, field.name)))
+        assert response.status_code == 400, (path, field.path, response.text)
+        named = response.json()["error"]["param"]
+        # Objects of kinds that are not offered are named by their type, or by what they lack.
+        holder = named.removesuffix(".type").removesuffix(".function").removesuffix(".role")
+        assert field.param.startswith(holder), (field.param, named)
+
+
+async def test_fields_without_effect_within_a_parameter_change_nothing(http):
+    fields = nested("no effect")
+    assert len(fields) > 30
+    for path, field in fields:
+        given = put(around(path, field), field, sample(field.hint, field.name))
+        assert await answers(http, path, given) == await answers(http, path, left_out(given, field)), (
+            field.path
+        )
+
+
+async def answers(http, path: str, given: dict) -> list:
+    """The texts and calls of an answer."""
+    response = await http.post(path, json=given)
+    assert response.status_code == 200, (path, given, response.text)
+    if given.get("stream"):
+        return ["".join(re.findall(r'"content":"([^"]*)"', response.text))]
+    made = response.json()
+    return made["choices"] if "choices" in made else [item["content"] for item in made["output"]]

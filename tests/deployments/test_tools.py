@@ -5,6 +5,7 @@ import json
 import pytest
 
 from deployments.answers import AnswerReader, gather
+from deployments.errors import UnsupportedParameter
 from deployments.tools import NO_TOOLS, AnswerFormat, answer_format, read_functions, read_tools
 from engine.errors import InvalidRequest
 from engine.outputs import OutputDelta, StreamUpdate, Usage
@@ -22,8 +23,7 @@ TOOLS = [{"type": "function", "function": REPORT}, {"type": "function", "functio
     ("tools", "choice", "param"),
     [
         ("report", None, "tools"),
-        ([5], None, "tools[0].type"),
-        ([{"type": "web_search"}], None, "tools[0].type"),
+        ([5], None, "tools[0]"),
         ([{"type": "function"}], None, "tools[0].function"),
         ([{"type": "function", "function": {"name": "no spaces"}}], None, "tools[0].function.name"),
         (
@@ -44,8 +44,12 @@ TOOLS = [{"type": "function", "function": REPORT}, {"type": "function", "functio
         ([TOOLS[0], TOOLS[0]], None, "tools[1].function.name"),
         (TOOLS * 65, None, "tools"),
         (TOOLS, "sometimes", "tool_choice"),
-        (TOOLS, {"type": "function", "function": {"name": "other"}}, "tool_choice"),
-        (TOOLS, {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "other"}]}, "tool_choice"),
+        (TOOLS, {"type": "function", "function": {"name": "other"}}, "tool_choice.function.name"),
+        (
+            TOOLS,
+            {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "other"}]},
+            "tool_choice.tools[0].name",
+        ),
         (None, "required", "tool_choice"),
     ],
 )
@@ -53,6 +57,12 @@ def test_what_is_refused(tools, choice, param):
     with pytest.raises(InvalidRequest) as refused:
         read_tools(tools, choice, None)
     assert refused.value.param == param
+
+
+def test_tools_that_run_on_the_server_are_not_offered():
+    with pytest.raises(UnsupportedParameter, match="only functions") as refused:
+        read_tools([{"type": "web_search"}], None, None)
+    assert refused.value.param == "tools[0].type"
 
 
 @pytest.mark.parametrize("tools", [None, []])
@@ -89,7 +99,7 @@ def test_functions_are_tools_of_an_older_form():
     assert read_functions(None, None) == NO_TOOLS
     with pytest.raises(InvalidRequest) as refused:
         read_functions([{"name": "f", "parameters": 5}], None)
-    assert refused.value.param == "functions[0].function.parameters"
+    assert refused.value.param == "functions[0].parameters"
 
 
 def test_schemas_are_closed_unless_strict_is_off():
