@@ -17,6 +17,10 @@ _LONGEST = (
     "tests/engine/kernels/",
     "tests/engine/test_faults.py",
     "tests/engine/test_generation.py",
+    "tests/chaos/",
+    "tests/deployments/test_replay.py",
+    "tests/deployments/test_resumption.py",
+    "tests/benchmarks/",
     "tests/engine/",
     "tests/deployments/",
 )
