@@ -12,6 +12,7 @@ from deployments.logs import LoggingConfig
 from deployments.ray_serve.hosts import FirstHostRouter, HostReplica
 from deployments.ray_serve.ingress import Ingress
 from deployments.ray_serve.process import LOGGING
+from deployments.ray_serve.references import ReferencesReplica
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.ray_serve.reservations import Host, check_reservation, known_hosts
 from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
@@ -36,9 +37,15 @@ def build(args: AppConfig) -> Application:
     ingress = serve.deployment(name="Ingress", **_options(args.ingress, args.logging))(Ingress)
     if not args.ingress.has_several_replicas:
         return ingress.bind(args, *stages)
-    # One replica: it is what the replicas of the ingress share.
-    store = serve.deployment(name="Responses", **_bare_options(args))(KeptResponses)
-    return ingress.bind(args, *stages, responses=store.bind(*args.ingress.response_limits))
+    # One replica of each: it is what the replicas of the ingress share.
+    responses = serve.deployment(name="Responses", **_bare_options(args))(KeptResponses)
+    references = serve.deployment(name="References", **_bare_options(args))(ReferencesReplica)
+    return ingress.bind(
+        args,
+        *stages,
+        responses=responses.bind(*args.ingress.response_limits),
+        references=references.bind(args.ingress.references),
+    )
 
 
 def build_stages(args: AppConfig) -> Application:

@@ -343,7 +343,8 @@ class IngressConfig(StageConfig):
         replay: see :class:`ReplayConfig`.
         health_timeout_s: how long ``/health`` waits for a model's replica.
         threads: prompts that are rendered and tokenized at a time.
-        references: media that a replica keeps for later requests which name them by ``uuid``.
+        references: media that are kept for later requests which name them by ``uuid``, for all ingress
+            replicas together.
         stored_responses: the most responses of ``/v1/responses`` that are kept, for all ingress replicas
             together.
         stored_responses_s: seconds for which they are kept.

@@ -16,7 +16,7 @@ from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.media import Shown, prepare_media
 from deployments.metrics.collector import Measured
 from deployments.metrics.ingress import ModelMeter, arrival
-from deployments.references import Owner, ReferenceConfig, References
+from deployments.references import MediaKeeper, Owner, ReferenceConfig, References
 from deployments.replay import Patience, attempt_name, carried_on
 from deployments.report import ItemReport, current_report
 from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, StageLost, Stages
@@ -71,7 +71,7 @@ class Pipeline:
         spec: the model.
         stages: its stages.
         threads: where prompts are rendered and tokenized; never on the event loop.
-        references: which media are kept for later requests.
+        references: keeps media for later requests; a place of this pipeline's own if None.
 
     Attributes:
         replay: how far requests are carried on whose stage dies; may be changed, as ``timeout_s`` may.
@@ -88,11 +88,11 @@ class Pipeline:
         threads: ThreadPoolExecutor,
         replay: ReplayConfig = ReplayConfig(),
         timeout_s: float | None = None,
-        references: ReferenceConfig = ReferenceConfig(),
+        references: MediaKeeper | None = None,
     ) -> None:
         self.name = spec.name
         self._takes_rows = spec.image_embeds
-        self.references = References(references)
+        self.references = references or References(ReferenceConfig())
         self.task = spec.engine.task
         self.builder = load_prompt_builder(spec.engine)
         self.retrieval = load_retrieval(spec.engine, self.builder)
@@ -156,7 +156,7 @@ class Pipeline:
             InvalidRequest: before any expensive work.
             Unavailable: a stage is down, or was lost too often.
         """
-        media = self._media(sources, salt)
+        media = await self._media(sources, salt)
         charged = False
         salt = caller_salt(salt)
 
@@ -186,24 +186,24 @@ class Pipeline:
         self, build: Build, sources: Sequence[MediaSource] = (), *, salt: str = ""
     ) -> EngineInput:
         """Build a prompt without encoding its media; arguments and errors as :meth:`prepare`."""
-        media = self._media(sources, salt)
+        media = await self._media(sources, salt)
         inputs, _ = await self._patience("prepare").call(lambda: self._build(build, media))
         return inputs
 
-    def _media(self, sources: Sequence[MediaSource], salt: str) -> _Media:
+    async def _media(self, sources: Sequence[MediaSource], salt: str) -> _Media:
         """The media of a request, with the files that its references name.
 
         Raises:
             InvalidRequest: the model or the configuration doesn't take them.
             UnknownReference: nothing is kept under a ``uuid``.
         """
-        owner, charges = Owner(caller_name(), salt), MediaCharges(media_account())
+        owner, charges = Owner(caller_name(), salt, self.name), MediaCharges(media_account())
         if not sources:
             return _Media((), {}, owner, charges)
         if self._stages.preprocessor is None:
             raise InvalidRequest(f"The model {self.name} takes no images.", param=sources[0].where)
         check_media_limits(sources, self._limits)
-        resolved, files = self.references.resolve(owner, sources)
+        resolved, files = await self.references.resolve(owner, sources)
         charges.sources(resolved, files)
         rows = next((source for source in resolved if source.rows is not None), None)
         if rows is not None and not self._takes_rows:
@@ -232,11 +232,13 @@ class Pipeline:
                     stage, media.sources, media.files, owner.key, self._limits, media.charges
                 )
         except RowsLost:
-            raise self.references.lost(owner, media.sources, media.files) from None
+            # Only kept files are handed over by reference.
+            await self.references.lost(owner, [each for each in media.sources if each.index in media.files])
+            raise
         media.charges.prepared(media.sources, [each.pixels for each in shown])
         for source, each in zip(media.sources, shown, strict=True):
             if each.kept is not None:
-                self.references.keep(owner, source, each.kept)
+                await self.references.keep(owner, source, each.kept)
         return shown
 
     async def _same_pixels(self, media: _Media, inputs: EngineInput) -> Sequence[Pixels]:
@@ -354,18 +356,20 @@ def _most_tokens(params: SamplingParams, prompt: int, context: int) -> int:
     return params.n * (context - prompt if longest is None else longest)
 
 
-def make_pipelines(config: AppConfig, stages: Sequence[Stages]) -> Mapping[str, Pipeline]:
+def make_pipelines(
+    config: AppConfig, stages: Sequence[Stages], references: MediaKeeper | None = None
+) -> Mapping[str, Pipeline]:
     """A pipeline for each of ``config.models``, by its name.
 
     Args:
         stages: the stages of each model, in the order of ``config.models``.
+        references: keeps media for later requests; a place in this process if None.
     """
     ingress = config.ingress
+    references = references or References(ingress.references)
     threads = ThreadPoolExecutor(ingress.threads, "prompts")
     return {
-        spec.name: Pipeline(
-            spec, each, threads, ingress.replay, ingress.request_timeout_s, ingress.references
-        )
+        spec.name: Pipeline(spec, each, threads, ingress.replay, ingress.request_timeout_s, references)
         for spec, each in zip(config.models, stages, strict=True)
     }
 

@@ -2,8 +2,9 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
 
@@ -27,7 +28,7 @@ class ReferenceConflict(SightlineError):
 
 
 class ReferenceConfig(BaseModel):
-    """Number of media that an ingress replica keeps for later requests.
+    """The media that are kept for later requests, for all models and all ingress replicas together.
 
     Attributes:
         max_bytes: most bytes of encoded files, over all callers; 0 keeps none. The files of the key that
@@ -50,10 +51,12 @@ class Owner:
     Attributes:
         key: name of the API key, also where its cache is shared with others.
         salt: the request's ``cache_salt``, which keeps apart the tenants behind one key.
+        model: name of the model that the caller asks.
     """
 
     key: str
     salt: str
+    model: str = ""
 
 
 @dataclass(slots=True)
@@ -65,11 +68,42 @@ class _Entry:
     used: float
 
 
-_Name = tuple[str, str]
+_Name = tuple[str, str, str]
+
+
+class MediaKeeper(Protocol):
+    """The place where media are kept by ``uuid``: :class:`References`, here or in another process.
+
+    Each method may raise a SightlineError if that process is lost.
+    """
+
+    async def resolve(
+        self, owner: Owner, sources: Sequence[MediaSource]
+    ) -> tuple[list[MediaSource], dict[int, KeptFiles]]:
+        """The sources in the form of the media that they name, and the kept files by the source's index.
+
+        Raises:
+            UnknownReference: nothing is kept under a ``uuid``.
+            InvalidRequest: a part asks for what the kept content can't give.
+        """
+
+    async def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
+        """Keep the files that ``source`` brought.
+
+        Raises:
+            ReferenceConflict: the ``uuid`` stands for other content.
+        """
+
+    async def lost(self, owner: Owner, named: Sequence[MediaSource]) -> None:
+        """Forget the media that ``named`` name, because their files are lost.
+
+        Raises:
+            UnknownReference: always.
+        """
 
 
 class References:
-    """The media of one model that are kept by ``uuid``. Used on the event loop alone.
+    """A :class:`MediaKeeper` in this process. Used on the event loop alone.
 
     A ``uuid`` stands for one content as long as it is kept: to replace it would let an earlier conversation
     go on about another image.
@@ -91,15 +125,9 @@ class References:
         """Bytes of all kept files."""
         return sum(self._bytes.values())
 
-    def resolve(
+    async def resolve(
         self, owner: Owner, sources: Sequence[MediaSource]
     ) -> tuple[list[MediaSource], dict[int, KeptFiles]]:
-        """The sources in the form of the media that they name, and the kept files by the source's index.
-
-        Raises:
-            UnknownReference: nothing is kept under a ``uuid``.
-            InvalidRequest: a part asks for what the kept content can't give.
-        """
         found: dict[int, KeptFiles] = {}
         resolved = []
         for source in sources:
@@ -112,12 +140,7 @@ class References:
             resolved.append(source)
         return resolved, found
 
-    def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
-        """Keep the files that ``source`` brought.
-
-        Raises:
-            ReferenceConflict: the ``uuid`` stands for other content.
-        """
+    async def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
         known = self._find(owner, source.uuid)
         if known is not None:
             if (known.kept.digest, known.form.kind) != (kept.digest, source.kind):
@@ -130,22 +153,18 @@ class References:
         if kept.size > self._config.max_bytes:
             return
         entries = self._keys.setdefault(owner.key, OrderedDict())
-        entries[owner.salt, source.uuid] = _Entry(_form(source), kept, self._clock())
+        entries[_name(owner, source.uuid)] = _Entry(without_payload(source), kept, self._clock())
         self._bytes[owner.key] = self._bytes.get(owner.key, 0) + kept.size
         self._make_room()
 
-    def lost(
-        self, owner: Owner, sources: Sequence[MediaSource], indices: Mapping[int, object]
-    ) -> SightlineError:
-        """Forget the named media among ``sources``, whose files are lost; the error to report."""
-        named = [source for source in sources if source.index in indices]
+    async def lost(self, owner: Owner, named: Sequence[MediaSource]) -> None:
         for source in named:
-            self._drop(owner.key, (owner.salt, source.uuid))
-        return self._unknown(named[0])
+            self._drop(owner.key, _name(owner, source.uuid))
+        raise self._unknown(named[0])
 
     def _find(self, owner: Owner, uuid: str) -> _Entry | None:
         self._expire(owner.key)
-        entries, name = self._keys.get(owner.key), (owner.salt, uuid)
+        entries, name = self._keys.get(owner.key), _name(owner, uuid)
         if entries is None or name not in entries:
             return None
         entries.move_to_end(name)
@@ -190,8 +209,12 @@ class References:
         )
 
 
-def _form(source: MediaSource) -> MediaSource:
-    """``source`` without what it brought."""
+def _name(owner: Owner, uuid: str) -> _Name:
+    return owner.model, owner.salt, uuid
+
+
+def without_payload(source: MediaSource) -> MediaSource:
+    """``source`` without the media that it brought."""
     frames = tuple(replace(frame, url=None, data=None, image=None) for frame in source.frames)
     rows = None if source.rows is None else replace(source.rows, payload="")
     return replace(source, url=None, data=None, image=None, frames=frames, rows=rows, options={})

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.errors import logger
 from deployments.metrics.families import Part
 from deployments.ray_serve.failures import Misrouted, abandoned, checked, translated, was_cancelled
 from deployments.ray_serve.handoff import (
@@ -20,7 +21,8 @@ from deployments.ray_serve.handoff import (
     stream,
     unpack,
 )
-from deployments.stages import Generation, OpenFile, Pooling, Stages
+from deployments.references import Owner, without_payload
+from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages
 from deployments.tracing import current
 from engine.errors import SightlineError
 from engine.media.source import MediaSource
@@ -168,6 +170,35 @@ class RemoteKeeper:
 
     async def stopped(self, name: str) -> None:
         await _call(self.name, self._handle.stopped, name)
+
+
+class RemoteReferences:
+    """A :class:`deployments.references.MediaKeeper` behind ``handle``, at which no media's bytes arrive."""
+
+    name = "store of references"
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = by_reference(handle)
+
+    async def resolve(
+        self, owner: Owner, sources: Sequence[MediaSource]
+    ) -> tuple[list[MediaSource], dict[int, KeptFiles]]:
+        named = [source for source in sources if source.is_reference]
+        if not named:
+            return list(sources), {}
+        resolved, files = await _call(self.name, self._handle.resolve, owner, named)
+        found = {source.index: source for source in resolved}
+        return [found.get(source.index, source) for source in sources], files
+
+    async def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
+        try:
+            await _call(self.name, self._handle.keep, owner, without_payload(source), kept)
+        except StageLost as error:
+            # The request itself needs nothing of it.
+            logger.warning("media of the uuid %r are not kept: %s", source.uuid[:64], error)
+
+    async def lost(self, owner: Owner, named: Sequence[MediaSource]) -> None:
+        await _call(self.name, self._handle.lost, owner, list(named))
 
 
 def remote_stages(

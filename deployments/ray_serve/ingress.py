@@ -18,7 +18,7 @@ from deployments.config import AppConfig
 from deployments.in_place import InPlace
 from deployments.metrics.families import Part
 from deployments.pipeline import make_pipelines
-from deployments.ray_serve.handles import MEASURE_S, RemoteKeeper, remote_stages
+from deployments.ray_serve.handles import MEASURE_S, RemoteKeeper, RemoteReferences, remote_stages
 from deployments.ray_serve.handoff import by_reference, everywhere
 from deployments.ray_serve.process import prepare_process
 from deployments.readiness import announce
@@ -35,14 +35,20 @@ class Ingress:
             :func:`~deployments.ray_serve.handles.remote_stages` by name: handles, or the names of a
             deployment and its application.
         responses: a :class:`~deployments.response_store.KeptResponses` that all replicas share.
+        references: a :class:`~deployments.ray_serve.references.ReferencesReplica` likewise.
     """
 
     def __init__(
-        self, config: AppConfig, *stages: dict[str, Any], responses: DeploymentHandle | None = None
+        self,
+        config: AppConfig,
+        *stages: dict[str, Any],
+        responses: DeploymentHandle | None = None,
+        references: DeploymentHandle | None = None,
     ) -> None:
         prepare_process()
         handles = [{name: _handle(given) for name, given in each.items()} for each in stages]
-        pipelines = make_pipelines(config, [remote_stages(**each) for each in handles])
+        media_keeper = None if references is None else RemoteReferences(references)
+        pipelines = make_pipelines(config, [remote_stages(**each) for each in handles], media_keeper)
 
         @asynccontextmanager
         async def announced(_: FastAPI) -> AsyncIterator[None]:

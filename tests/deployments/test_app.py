@@ -66,15 +66,16 @@ def test_every_stage_of_every_model_is_a_deployment_of_its_own():
 
 
 @pytest.mark.parametrize("change", [{"num_replicas": 2}, {"autoscaling": {"max_replicas": 3}}])
-def test_several_ingresses_share_their_responses(change):
+def test_several_ingresses_share_what_they_keep(change):
     args = app_args()
     args["ingress"] = {**args.get("ingress", {}), **change}
     app = build(AppConfig.model_validate(args))
     from ray.serve._private.build_app import build_app
 
     built = build_app(app, name="test", default_runtime_env={})
-    store = next(deployment for deployment in built.deployments if deployment.name == "Responses")
-    assert store.num_replicas == 1 and store.max_ongoing_requests > 1000
+    options = {deployment.name: deployment for deployment in built.deployments}
+    for store in ("Responses", "References"):
+        assert options[store].num_replicas == 1 and options[store].max_ongoing_requests > 1000
 
 
 def test_the_file_is_what_serve_reads():
