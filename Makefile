@@ -35,10 +35,11 @@ test-clients: install
 	$(BIN)/python -m tests.clients.run $(CLIENTS) $(ARGS)
 
 # Kills processes of a server of its own while it answers, one every CHAOS_PERIOD seconds: each request must be
-# answered, and rightly.
+# answered, and rightly. Then the tests of ends and losses behind HAProxy.
 SECONDS_OF_CHAOS ?= 600
+CHAOS ?= tests/chaos $(addprefix tests/deployments/ray_serve/,test_ends.py test_ingress_loss.py)
 chaos: install
-	CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/python -m pytest tests/chaos -s $(ARGS)
+	CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/python -m pytest -s $(CHAOS) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

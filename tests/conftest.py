@@ -6,13 +6,14 @@ import os
 # share the cores. torch reads this when it is imported; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
 
-from tests.serving import Served, SharedApplication
-from tests.workers import assign_groups, starts_processes, uses_application
+from tests.serving import UNDER_LOAD, Served, SharedApplication
+from tests.workers import APPLICATIONS, application_of, assign_groups, starts_processes
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel file is imported. Tensors
 # on a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
@@ -31,31 +32,60 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
     for item in items:
         if starts_processes(item) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(600))
-    # Together, so that the application starts once.
-    items.sort(key=uses_application)
+        if application_of(item) == "served_under_load" and "CHAOS_SECONDS" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="runs with CHAOS_SECONDS, as by make chaos"))
+    # Together, so that each application starts once.
+    items.sort(key=lambda item: ("", *APPLICATIONS).index(application_of(item)))
     if hasattr(config, "workerinput"):
         assign_groups(items)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End the application after the last test that uses it: even idle, it takes a quarter of a core."""
-    shared = getattr(item, "funcargs", {}).get("shared_application")
-    if shared is not None and not (nextitem and uses_application(nextitem)):
-        shared.close()
+    """End an application after the last test that uses it: even idle, it takes a quarter of a core."""
+    name, shared = application_of(item), getattr(item, "funcargs", {}).get("shared_applications")
+    if shared is not None and name and not (nextitem and application_of(nextitem) == name):
+        shared[name].close()
+
+
+def _patient(args: dict[str, Any]) -> None:
+    """However long a slow machine takes to replace a process or to fetch an image: nothing is given up."""
+    args["ingress"]["replay"] = {"max_losses": 1000, "patience_s": 600}
+    args["fetch"]["timeout"] = 300
+
+
+def _two_ingresses(args: dict[str, Any]) -> None:
+    _patient(args)
+    args["ingress"]["num_replicas"] = 2
 
 
 @pytest.fixture(scope="session")
-def shared_application(tmp_path_factory) -> Iterator[SharedApplication]:
-    shared = SharedApplication(lambda: tmp_path_factory.mktemp("served"))
+def shared_applications(tmp_path_factory) -> Iterator[Mapping[str, SharedApplication]]:
+    """The applications that tests share, by the fixture that gives them."""
+    options: dict[str, dict[str, Any]] = {
+        "served": {"change": _patient},
+        "served_under_load": {"change": _two_ingresses, "environment": UNDER_LOAD, "connect": False},
+    }
+    shared = {
+        name: SharedApplication(lambda name=name: tmp_path_factory.mktemp(name), **options[name])
+        for name in APPLICATIONS
+    }
     yield shared
-    shared.close()
+    for each in shared.values():
+        each.close()
 
 
 @pytest.fixture
-def served(shared_application: SharedApplication) -> Served:
+def served(shared_applications: Mapping[str, SharedApplication]) -> Served:
     """The application as ``make serve`` runs it."""
-    return shared_application.get()
+    return shared_applications["served"].get()
+
+
+@pytest.fixture
+def served_under_load(shared_applications: Mapping[str, SharedApplication]) -> Served:
+    """The application as the README says for load, behind HAProxy, with two ingress replicas. This process is
+    not connected to its cluster."""
+    return shared_applications["served_under_load"].get()
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import pytest
 
 #: Group of the tests that start processes: they run one after another, so that no two compete for the cores.
 PROCESSES = "processes"
+#: Applications that several tests use, in the order of the tests: none of them runs beside another.
+APPLICATIONS = ("served", "served_under_load")
 #: Marks of such tests.
 _STARTS_PROCESSES = ("ray", "processes")
 #: Folders and files that take longest, longest first. They start first, so that the workers end together.
@@ -28,12 +30,19 @@ _LONGEST = (
 
 def starts_processes(item: pytest.Item) -> bool:
     """Return True if the test is marked as one that starts processes, or uses the session's application."""
-    return uses_application(item) or any(item.get_closest_marker(name) for name in _STARTS_PROCESSES)
+    return bool(application_of(item)) or any(item.get_closest_marker(name) for name in _STARTS_PROCESSES)
 
 
-def uses_application(item: pytest.Item) -> bool:
-    """Return True if the test uses the session's application."""
-    return "served" in getattr(item, "fixturenames", ())
+def application_of(item: pytest.Item) -> str:
+    """The fixture of the session's application that the test uses; empty if it uses none.
+
+    A test may get it by the parameter ``server``, whose value is the fixture's name.
+    """
+    callspec = getattr(item, "callspec", None)
+    names = {*getattr(item, "fixturenames", ())} | ({callspec.params.get("server")} if callspec else set())
+    # A file's own fixture of that name is another application.
+    shared = "shared_applications" in names
+    return next((name for name in APPLICATIONS if shared and name in names), "")
 
 
 def group_of(item: pytest.Item) -> str:

@@ -2,9 +2,15 @@
 
 import base64
 import io
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
+
+from tests.serving import Served
 
 COLORS = {
     "red": (220, 20, 30),
@@ -89,3 +95,21 @@ def ask(question: str, *pictures: Image.Image) -> list[dict]:
     """Messages with the images, then the question."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+@contextmanager
+def silent_image(served: Served) -> Iterator[str]:
+    """The address of an image that does not come as long as the block runs."""
+    pipe = served.pictures / uuid.uuid4().hex
+    # Whoever opens it for reading waits for a writer.
+    os.mkfifo(pipe)
+    try:
+        yield f"{served.site}/{pipe.name}"
+    finally:
+        writer = os.open(pipe, os.O_RDWR)
+        pipe.unlink()
+        os.close(writer)
+
+
+def looking_at(*urls: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}]

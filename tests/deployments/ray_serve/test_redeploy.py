@@ -5,13 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import yaml
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from tests.deployments.pictures import ask, circle
+from tests.deployments.pictures import ask, circle, looking_at, silent_image
+from tests.metrics import all_answer, is_idle, scraped
 from tests.serving import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
@@ -132,6 +134,30 @@ def test_counts_and_values_change_in_running_replicas(served, ray_client, contro
     assert routers["VisionEncoder:pocket"].endswith("EncoderRouter")
     # The wrong value is refused in words, and ends nothing.
     wait_for(lambda: "'no' can't change while a replica runs" in served.log.read_text())
+
+
+def test_the_end_of_a_request_s_time_ends_the_work(served, controller):
+    """Here, because only a change of the configuration sets a time."""
+
+    def timed_out() -> float:
+        values = scraped(served.root)
+        return values("stage_requests_total", model="pocket", stage="preprocessor", outcome="cancelled")
+
+    before = wait_for(lambda: all_answer(scraped(served.root))) and timed_out()
+    user_config = {"request_timeout_s": 2}
+    controller.config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
+    controller.deploy()
+    with silent_image(served) as url:
+        asked = {"model": "pocket", "messages": looking_at(url)}
+
+        def ends() -> bool:
+            # Until the change has come, the image's own time is the first to be up.
+            answer = httpx.post(f"{served.base_url}/chat/completions", json=asked, timeout=60)
+            return answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+
+        wait_for(ends)
+        wait_for(lambda: timed_out() > before)
+        wait_for(lambda: is_idle(scraped(served.root)))
 
 
 def test_a_model_with_an_application_of_its_own_is_replaced_alone(served, ray_client, controller):

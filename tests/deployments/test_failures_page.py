@@ -1,0 +1,45 @@
+"""``docs/failures.md`` tells the truth."""
+
+import ast
+import re
+
+from tests.serving import ROOT
+
+TESTS = ROOT / "tests" / "deployments" / "ray_serve"
+#: The test of each row of the table of ends.
+ROWS = {
+    "the client leaves while an image is fetched": "test_a_client_leaves_while_an_image_is_fetched",
+    "another image of the request can't be used": "test_an_image_that_fails_ends_the_work_on_the_others",
+    "the client leaves while tokens are made, one or several choices": (
+        "test_a_client_leaves_while_tokens_are_made"
+    ),
+    "a stop string ends the answer": "test_a_stop_string_ends_the_work",
+    "the request's time is up": "test_the_end_of_a_request_s_time_ends_the_work",
+}
+#: By the fixture that a test uses: the proxies in front of its application.
+PROXIES = {"server": ["tested", "tested"], "served": ["tested", ""]}
+
+
+def test_every_end_in_the_table_is_tested_behind_these_proxies():
+    functions = {
+        node.name: [each.arg for each in node.args.args]
+        for file in (TESTS / "test_ends.py", TESTS / "test_redeploy.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    text = (ROOT / "docs" / "failures.md").read_text()
+    table = re.search(r"\| end \|.*?\n\n", text, re.DOTALL)
+    assert table is not None
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[2:] if line
+    ]
+    assert [row[0] for row in rows] == list(ROWS)
+    for name, carrier, *tested in rows:
+        assert carrier in ("actor calls", "gRPC")
+        assert PROXIES[functions[ROWS[name]][0]] == tested, name
+
+
+def test_links_lead_somewhere():
+    text = (ROOT / "docs" / "failures.md").read_text()
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", text)
+    assert links and all((ROOT / "docs" / link).exists() for link in links)
