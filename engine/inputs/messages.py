@@ -153,6 +153,11 @@ def _image(part: Mapping[str, Any], kind: str, index: int, where: str, uuid: str
     part_where = where
     key = "image" if kind == "image" and "image" in part else "image_url"
     key = "url" if kind == "image" and "url" in part else key
+    if part.get("source") is not None and part.get(key) is None:
+        raise InvalidRequest(
+            f"{where}.source: give the image as image_url, an object with its url (http, https or data).",
+            param=f"{where}.source",
+        )
     value, holders, where = part.get(key), [(part, where)], f"{where}.{key}"
     if isinstance(value, Mapping):
         holders.insert(0, (value, where))

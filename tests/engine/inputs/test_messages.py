@@ -117,6 +117,15 @@ def test_function_calls_in_the_older_form_are_tool_calls():
         (user({"type": "image_url"}), "messages[0].content[0].image_url"),
         (user({"type": "image_url", "image_url": {"url": 1}}), "messages[0].content[0].image_url.url"),
         (user(url("")), "messages[0].content[0].image_url.url"),
+        (
+            user({"type": "image", "source": {"type": "url", "url": "http://a"}}),
+            "messages[0].content[0].source",
+        ),
+        (user({"type": "input_image", "file_id": "f"}), "messages[0].content[0].file_id"),
+        (user({"type": "file", "file": {"file_id": "f"}}), "messages[0].content[0].file.file_id"),
+        (user({"type": "file", "file": {"filename": 1}}), "messages[0].content[0].file.filename"),
+        ([{"role": "assistant", "content": "a", "audio": {"id": "x"}}], "messages[0].audio"),
+        ([{"role": "assistant", "content": "a", "refusal": 1}], "messages[0].refusal"),
         (user(url("http://a", detail="most")), "messages[0].content[0].image_url.detail"),
         (user(url("http://a", detail=["low"])), "messages[0].content[0].image_url.detail"),
         (
