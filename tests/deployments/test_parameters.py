@@ -118,6 +118,24 @@ async def test_a_wrong_value_within_a_parameter_is_refused_by_its_own_name(http)
         assert named and (wanted.startswith(named) or named.startswith(wanted)), (wanted, error)
 
 
+@pytest.mark.parametrize("path", BY_PATH)
+async def test_a_wrong_value_of_any_field_is_refused_by_its_own_name(http, path):
+    """Also of fields that only other servers' clients know."""
+    for name, known in BY_PATH[path].body.model_fields.items():
+        field = known.alias or name
+        given = {**body(path), field: WRONG}
+        if name == "messages":
+            given.pop("input", None)
+        response = await http.post(path, json=given)
+        assert response.status_code in (400, 404), (field, response.text)
+        error = response.json()["error"]
+        if path == "/v1/messages":
+            # Anthropic's errors have no place for the name but their message.
+            assert re.search(rf"\b{field}\b", error["message"]), (field, error)
+        else:
+            assert re.match(rf"{field}\b", error["param"]), (field, error)
+
+
 async def test_what_is_not_offered_within_a_parameter_is_refused_by_name(http):
     fields = nested("refused")
     assert len(fields) > 30
