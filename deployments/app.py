@@ -15,6 +15,7 @@ from deployments.ray_serve.process import LOGGING
 from deployments.ray_serve.references import ReferencesReplica
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.ray_serve.reservations import Host, check_reservation, known_hosts
+from deployments.ray_serve.root import StagesRoot
 from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
 from deployments.response_store import KeptResponses
 from engine.errors import ConfigError
@@ -63,16 +64,6 @@ def build_stages(args: AppConfig) -> Application:
     stages = _deploy_stages(spec, args, known_hosts())
     root = serve.deployment(name=f"Stages:{spec.slug}", **_bare_options(args))(StagesRoot)
     return root.bind(*stages.values())
-
-
-class StagesRoot:
-    """The root of an application of stages. Nothing calls it.
-
-    Behind HAProxy, Serve refuses an application whose root has a router of its own, as the stages have.
-    """
-
-    def __init__(self, *stages: Any) -> None:
-        """Take the handles of the stages, which belong to the application by that."""
 
 
 def _stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str, Any]:
