@@ -31,7 +31,6 @@ from benchmarks.multi_gpu_replicas import Run, Shown, run_encoder, run_language_
 from benchmarks.shapes import write_checkpoint
 
 TTFT_S, GAP_S, PERCENT = 2.0, 0.1, 99
-IMAGES = (1, 4)
 #: Seconds that a request may take after the last one was sent.
 DRAIN_S = 16.0
 
@@ -71,7 +70,7 @@ class Load:
 
 
 GPU_LOAD = Load("qwen2-vl-2b", 640, 150, 8.0, {1: 16.0, 4: 6.0}, 12)
-CPU_LOAD = Load("tiny", 112, 4, 0.5, {1: 4.0, 4: 2.0}, 1)
+CPU_LOAD = Load("tiny", 112, 4, 0.5, {2: 4.0}, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ def run(settings: Settings) -> None:
     end = time.monotonic() + settings.seconds
     load = GPU_LOAD if settings.on_gpu else CPU_LOAD
     with processes(settings, load) as connections:
-        searches = [(images, layout) for images in IMAGES for layout in layouts(settings.gpus)]
+        searches = [(images, layout) for images in load.first_rates for layout in layouts(settings.gpus)]
         for number, (images, layout) in enumerate(searches):
             budget = (end - time.monotonic()) / (len(searches) - number)
             replicas = Replicas(connections, layout, Shown(images, load.tokens))
@@ -213,7 +212,7 @@ def processes(settings: Settings, load: Load) -> Iterator[list[Any]]:
                 answer_of(*pair)
             # The encoders' sockets are there now.
             for _, connection in models:
-                connection.send(IMAGES)
+                connection.send(list(load.first_rates))
             for pair in models:
                 answer_of(*pair)
             yield models

@@ -173,13 +173,13 @@ def run_language_model(
         encoder = EncoderEngine.load(config, cache_bytes=0)
         engine = AsyncEngine(config)
         connection.send("loaded")
-        prompts = {images: _prepare(config, shape, images, side) for images in connection.recv()}
+        front = Frontend.load(config)
+        prompts = {images: _prepare(front, shape, images, side) for images in connection.recv()}
         asyncio.run(_answer_runs(connection, engine, encoder, sockets, prompts))
 
 
-def _prepare(config: EngineConfig, shape: str, images: int, side: int) -> list[PreparedPrompt]:
-    front, picture = Frontend.load(config), SHAPES[shape].picture
-    made = []
+def _prepare(front: Frontend, shape: str, images: int, side: int) -> list[PreparedPrompt]:
+    picture, made = SHAPES[shape].picture, []
     for number in range(PREPARED):
         pictures = [unique_picture(side, number * images + index) for index in range(images)]
         text = "x" * DRAWN + picture * images + "describe"
