@@ -55,7 +55,7 @@ def _rank(connection: Connection, rank: int, size: int, folder: str, sizes: list
     report = connection.send if rank == 0 else lambda row: None
     with reporting(connection), torch.inference_mode():
         group = TorchGroup.join(
-            rank=rank, size=size, address=f"file://{folder}/engine", device=device, timeout_s=60
+            rank=rank, size=size, address=f"file://{folder}/engine", device=device, timeout_s=300
         )
         for count in sizes:
             figures = _measure(group.all_reduce, count, size, device)

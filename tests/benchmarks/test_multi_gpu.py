@@ -20,7 +20,7 @@ def rows_of(monkeypatch, tmp_path, *arguments):
 
 
 def test_all_parts_on_two_ranks(monkeypatch, capsys, tmp_path):
-    rows = rows_of(monkeypatch, tmp_path, "--seconds", "400")
+    rows = rows_of(monkeypatch, tmp_path, "--seconds", "6000")
     assert rows["all_reduce", "2 ranks, 8 KiB"]["engine us"] > 0
     step = rows["all_reduce", "2 ranks, engine: decode step of qwen2-vl-7b, batch 1"]
     assert (step["all-reduces"], step["KiB each"]) == (2 * 28 + 1, 7.0)
