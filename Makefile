@@ -26,8 +26,9 @@ test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # The pods of k8s/overlays/cpu-demo, as processes of this machine with networks of their own; needs root.
+PODS ?= tests/k8s
 test-k8s: install
-	SIGHTLINE_PODS=1 $(BIN)/python -m pytest tests/k8s $(ARGS)
+	SIGHTLINE_PODS=1 $(BIN)/python -m pytest $(PODS) $(ARGS)
 
 # Other projects' clients, each installed in an environment of its own, against a served pocket-tools; writes
 # docs/clients.md. CLIENTS="openai_3 litellm" runs some of them.

@@ -13,8 +13,10 @@ import httpx
 import pytest
 import yaml
 
+from tests.deployments.pictures import ask, circle
 from tests.k8s.checks import container, groups
-from tests.k8s.pods import TOKEN, Cluster, Pod, running_cluster, skip_unless_possible
+from tests.k8s.cluster import TOKEN, Cluster, running_cluster
+from tests.k8s.pods import Pod, skip_unless_possible
 from tests.k8s.tools import documents, rayservice
 
 #: Twelve seconds of text, on an idle machine.
@@ -26,6 +28,8 @@ LONG = {
     "ignore_eos": True,
 }
 SHORT = LONG | {"max_tokens": 4}
+#: A question that every stage works for.
+IMAGE = SHORT | {"messages": ask("What is in this picture?", circle("red"))}
 
 
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -49,8 +53,13 @@ class Deployed:
     def dashboard(self) -> str:
         return f"http://{self.cluster.head.address}:8265/api/serve/applications/"
 
+    def ask_head(self, path: str) -> httpx.Response:
+        """The answer of the head's dashboard."""
+        url = f"http://{self.cluster.head.address}:8265{path}"
+        return httpx.get(url, headers=AUTHORIZED, timeout=30)
+
     def application(self) -> dict[str, Any]:
-        answer = httpx.get(self.dashboard, headers=AUTHORIZED, timeout=30)
+        answer = self.ask_head("/api/serve/applications/")
         return answer.json()["applications"].get("sightline", {}) if answer.is_success else {}
 
     @property
@@ -73,8 +82,8 @@ class Deployed:
         }
 
 
-def wait_for(condition: Callable[[], Any], pods: list[Pod], seconds: float = 240) -> None:
-    """Until the condition holds. Fails with the pods' output if it doesn't in time, or if the head ends."""
+def wait_for(condition: Callable[[], Any], cluster: Cluster, seconds: float = 240) -> None:
+    """Wait until the condition holds. Fails with the pods' output at the deadline."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -82,8 +91,9 @@ def wait_for(condition: Callable[[], Any], pods: list[Pod], seconds: float = 240
                 return
         except httpx.HTTPError:
             pass
-        if time.monotonic() > deadline or pods[0].ended:
-            pytest.fail("\n".join(f"{pod.log}: {pod.log.read_text()[-1500:]}" for pod in pods))
+        cluster.replace_head()
+        if time.monotonic() > deadline:
+            pytest.fail("\n".join(f"{pod.log}: {pod.log.read_text()[-1500:]}" for pod in cluster.pods))
         time.sleep(0.3)
 
 
@@ -104,14 +114,15 @@ def demo_group() -> dict[str, Any]:
     return found
 
 
-def joined(started: Deployed, nodes: str) -> bool:
+def joined(started: Deployed) -> bool:
     """Return whether all workers belong to the cluster.
 
     A worker that has ended is replaced, as the operator does it: Ray gives up on a node that takes more than
     30 seconds to start.
     """
     started.workers = [started.cluster.worker("cpu") if pod.ended else pod for pod in started.workers]
-    found = httpx.get(nodes, headers=AUTHORIZED, timeout=30).json()["data"]["result"]["result"]
+    answer = started.ask_head("/api/v0/nodes")
+    found = answer.json()["data"]["result"]["result"] if answer.is_success else []
     alive = {node["node_ip"] for node in found if node["state"] == "ALIVE"}
     return {pod.address for pod in started.workers} < alive
 
@@ -123,7 +134,8 @@ def deployed_demo(folder: Path) -> Iterator[Deployed]:
     Args:
         folder: for the output of the pods.
     """
-    skip_unless_possible()
+    (folder / "trial").mkdir()
+    skip_unless_possible(folder / "trial")
     group = demo_group()
     found = documents("cpu-demo")
     for document in found:
@@ -133,15 +145,15 @@ def deployed_demo(folder: Path) -> Iterator[Deployed]:
     config = yaml.safe_load(rayservice(found)["spec"]["serveConfigV2"])
     config["applications"][0]["args"]["ingress"]["num_replicas"] = 2
     with running_cluster(found, folder) as cluster:
-        head = f"http://{cluster.head.address}:8265"
-        wait_for(lambda: httpx.get(f"{head}/api/version", headers=AUTHORIZED).is_success, cluster.pods)
-        started = Deployed(cluster, [cluster.worker("cpu"), cluster.worker("cpu")], config, early=False)
-        wait_for(lambda: joined(started, f"{head}/api/v0/nodes"), cluster.pods)
+        started = Deployed(cluster, [], config, early=False)
+        wait_for(lambda: started.ask_head("/api/version").is_success, cluster)
+        started.workers = [cluster.worker("cpu"), cluster.worker("cpu")]
+        wait_for(lambda: joined(started), cluster)
         started.early = any(ready(pod, group) for pod in started.workers)
         put = httpx.put(started.dashboard, json=config, headers=AUTHORIZED, timeout=120)
         assert put.is_success, put.text
-        wait_for(lambda: started.runs, cluster.pods)
-        wait_for(lambda: all(ready(pod, group) for pod in started.workers), cluster.pods)
+        wait_for(lambda: started.runs, cluster)
+        wait_for(lambda: all(ready(pod, group) for pod in started.workers), cluster)
         yield started
 
 
@@ -175,6 +187,13 @@ async def streamed(client: httpx.AsyncClient, pod: Pod) -> str:
     return text
 
 
+async def answered(client: httpx.AsyncClient, pod: Pod, body: dict[str, Any]) -> str:
+    """The text of a whole answer."""
+    response = await client.post(f"http://{pod.address}:8000/v1/chat/completions", json=body)
+    assert response.is_success, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
 async def keep_asking(
     client: httpx.AsyncClient, endpoints: Callable[[], list[Pod]], done: asyncio.Event, traffic: Traffic
 ) -> None:
@@ -191,6 +210,8 @@ async def keep_asking(
                 traffic.faults.append(f"{pod.address}: {answer.status_code} {answer.text[:200]}")
         except httpx.HTTPError as error:
             traffic.faults.append(f"{pod.address}: {error!r}")
+        # Leaves time to whatever starts meanwhile.
+        await asyncio.sleep(0.3)
 
 
 def put(deployed: Deployed, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -6,33 +6,28 @@ root and Linux's namespaces.
 
 import ctypes
 import os
+import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 
-from tests.k8s.checks import Document, cluster, container, environment
-from tests.k8s.tools import rayservice
-from tests.serving import ROOT
-
-TOKEN = "a-token-of-the-operator"
+from tests.serving import ROOT, wait_for
 
 
 class Network:
-    """A bridge to which pods are joined; this process reaches their addresses.
+    """A bridge to which pods are joined; this process reaches their addresses."""
 
-    Args:
-        number: tells it from others on this machine, below 250.
-    """
-
-    def __init__(self, number: int) -> None:
+    def __init__(self) -> None:
+        # A run that was killed may have left its bridge.
+        taken = _bridges()
+        number = next(number for number in range(250) if f"pods{number}" not in taken)
         # Addresses that are set aside for tests of networks.
         self._prefix = f"198.18.{number}"
         self._name = f"pods{number}"
@@ -45,6 +40,13 @@ class Network:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A pod's end of a link may live on for a moment, with the last of its processes.
+        for number in range(1, self._pods + 1):
+            for left in (
+                ["netns", "del", f"{self._name}-{number}"],
+                ["link", "del", f"{self._name}v{number}"],
+            ):
+                subprocess.run(["ip", *left], check=False, capture_output=True)
         _run("ip", "link", "del", self._name)
 
     def join(self) -> tuple[str, str]:
@@ -86,15 +88,11 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def skip_unless_possible() -> None:
-    """Skips the test where pods can't be had."""
-    for name in ("ip", "unshare"):
-        if shutil.which(name) is None:
-            pytest.skip(f"needs {name}")
-    tried = ["ip", "link", "add", "podstry", "type", "bridge"]
-    if os.geteuid() or subprocess.run(tried, capture_output=True).returncode:
-        pytest.skip("needs the right to make network namespaces")
-    _run("ip", "link", "del", "podstry")
+def _bridges() -> set[str]:
+    """Names of the bridges that are there, or of which a link or a pod's network is left."""
+    names = Path("/run/netns")
+    paths = [*Path("/sys/class/net").iterdir(), *(names.iterdir() if names.exists() else ())]
+    return {found[0] for path in paths if (found := re.match(r"pods\d+", path.name))}
 
 
 class Pod:
@@ -102,15 +100,27 @@ class Pod:
 
     Args:
         command: its entry command, which becomes the first of its processes, as in a container.
+        values: its environment.
+        hosts: the file that gives addresses to the names of services; it may change later.
         log: for its output.
     """
 
-    def __init__(self, network: Network, command: str, values: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, network: Network, command: str, values: dict[str, str], hosts: Path, log: Path
+    ) -> None:
         self._namespace, self.address = network.join()
         self.log = log
-        # What a container has of its own: its shared memory, and the folders of Ray and HAProxy.
-        folders = ["/dev/shm", "/tmp/ray", "/tmp/haproxy-serve"]
+        # Like a container, a pod has its own shared memory and its own folders of Ray and HAProxy.
+        folders = ["/dev/shm", "/tmp/haproxy-serve"]
         mounts = "".join(f"mkdir -p {name} && mount -t tmpfs tmpfs {name} && " for name in folders)
+        ray = log.with_suffix(".ray")
+        ray.mkdir()
+        mounts += f"mkdir -p /tmp/ray && mount --bind {shlex.quote(str(ray))} /tmp/ray && "
+        # There is no name server. Lookups of IPv6 addresses, which no pod has, must fail at once.
+        resolver = hosts.with_name("resolv.conf")
+        resolver.write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+        for file in (hosts, resolver):
+            mounts += f"mount --bind {shlex.quote(str(file))} /etc/{file.name} && "
         setup = f"{mounts}exec /bin/bash -c -- {shlex.quote(command)}"
         # The first process of a namespace is `setup`, which becomes the entry command.
         namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--ipc"]
@@ -130,11 +140,17 @@ class Pod:
 
     def terminate(self) -> None:
         """Ask the entry command to end, as Kubernetes does when a pod is deleted."""
-        import psutil
-
         # `ip` has become `unshare`, whose one child is the entry command.
         (entry,) = psutil.Process(self._process.pid).children()
         entry.send_signal(signal.SIGTERM)
+
+    def answers(self, port: int) -> bool:
+        """Return whether a server listens on a port of the pod."""
+        try:
+            socket.create_connection((self.address, port), timeout=5).close()
+        except OSError:
+            return False
+        return True
 
     @property
     def ended(self) -> bool:
@@ -146,83 +162,30 @@ class Pod:
             # The kernel ends the others of a process namespace with its first.
             self._process.kill()
             self._process.wait(30)
-        subprocess.run(["ip", "netns", "del", self._namespace], check=False)
+        subprocess.run(["ip", "netns", "del", self._namespace], check=False, capture_output=True)
 
 
-def entry(group: Document, head: str = "") -> str:
-    """The entry command that KubeRay composes for a pod of ``group``.
-
-    Args:
-        head: the head's address; empty for the head itself.
-    """
-    resources = container(group["template"])["resources"]
-    parameters: dict[str, Any] = {"metrics-export-port": 8080, "dashboard-agent-listen-port": 52365}
-    if head:
-        parameters |= {"address": f"{head}:6379"}
-    else:
-        parameters |= {"head": None, "dashboard-host": "0.0.0.0"}
-    parameters |= {
-        # Of the requests, since no limit is set.
-        "num-cpus": resources["requests"]["cpu"],
-        "memory": int(resources["limits"]["memory"].removesuffix("Gi")) << 30,
-    }
-    if labels := group.get("labels"):
-        parameters["labels"] = ",".join(f"{key}={value}" for key, value in labels.items())
-    parameters |= group.get("rayStartParams") or {}
-    words = [f"--{key}" if value is None else f"--{key}={value}" for key, value in parameters.items()]
-    return f"ulimit -n 65536; ray start {' '.join(words)} --block"
-
-
-class Cluster:
-    """The head and workers of a rendered RayService.
+def skip_unless_possible(folder: Path) -> None:
+    """Skip the test where pods can't be had: where a small one can't start, or isn't reached.
 
     Args:
-        found: the rendered objects.
-        folder: for the pods' output.
+        folder: an empty one, for the pod's output.
     """
-
-    def __init__(self, found: list[Document], network: Network, folder: Path) -> None:
-        self._found, self._network, self._folder = found, network, folder
-        self.pods: list[Pod] = []
-        config = cluster(rayservice(found))
-        self._groups = {group["groupName"]: group for group in config["workerGroupSpecs"]}
-        self._head_group = config["headGroupSpec"]
-        self.head = self._start("head", self._head_group)
-
-    def worker(self, group: str) -> Pod:
-        """A new pod of ``group``."""
-        return self._start(group, self._groups[group], self.head.address)
-
-    def _start(self, name: str, group: Document, head: str = "") -> Pod:
-        values = {
-            key: value
-            for key, value in environment(self._found, group["template"]).items()
-            # The Secrets here are optional, and there are none.
-            if value is not None
-        }
-        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-        log = self._folder / f"{name}-{len(self.pods)}.log"
-        pod = Pod(self._network, entry(group, head), values, log)
-        self.pods.append(pod)
-        return pod
-
-
-def _namespaces() -> list[Path]:
-    """The network namespaces that have names."""
-    folder = Path("/run/netns")
-    return [*folder.iterdir()] if folder.exists() else []
-
-
-@contextmanager
-def running_cluster(found: list[Document], folder: Path) -> Iterator[Cluster]:
-    """The head of a rendered RayService; its workers are started by the block."""
-    # A run that was killed may have left its bridge.
-    taken = {path.name.partition("-")[0] for path in [*Path("/sys/class/net").iterdir(), *_namespaces()]}
-    number = next(n for n in range(250) if f"pods{n}" not in taken)
-    with Network(number) as network:
-        started = Cluster(found, network, folder)
-        try:
-            yield started
-        finally:
-            for pod in started.pods:
+    for name in ("ip", "unshare"):
+        if shutil.which(name) is None:
+            pytest.skip(f"needs {name}: install Debian's iproute2 and util-linux")
+    hosts, log = folder / "hosts", folder / "log"
+    hosts.write_text("127.0.0.1 localhost\n")
+    try:
+        with Network() as network:
+            pod = Pod(network, "python -m http.server 8000", {}, hosts, log)
+            try:
+                wait_for(lambda: pod.ended or pod.answers(8000), 60)
+                if pod.ended:
+                    pytest.skip(f"a pod can't start here: {log.read_text()[-300:]}")
+            finally:
                 pod.remove()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"needs root's right to make networks: {error.stderr}")
+    except AssertionError:
+        pytest.skip("a pod that runs isn't reached from here")

@@ -27,7 +27,7 @@ async def during(
         ]
         stream = asyncio.create_task(streamed(client, deployed.workers[0]))
         await asyncio.to_thread(put, deployed, change)
-        await asyncio.to_thread(wait_for, until, deployed.cluster.pods)
+        await asyncio.to_thread(wait_for, until, deployed.cluster)
         assert await stream
         done.set()
         await asyncio.gather(*asking)
@@ -82,17 +82,17 @@ def test_a_model_over_two_hosts_answers_as_on_one_and_comes_back_whole(deployed)
         return deployed.runs and deployed.replicas("LanguageModel:pocket") == addresses
 
     put(deployed, over(2))
-    wait_for(spread, deployed.cluster.pods)
+    wait_for(spread, deployed.cluster)
     assert [ask(pod) for pod in deployed.workers] == [alone, alone]
     before = deployed.actors()
     (rank,) = (each for each in psutil.process_iter(["cmdline"]) if is_rank(each))
     rank.kill()
-    wait_for(lambda: spread() and len(before - deployed.actors()) == 2, deployed.cluster.pods)
+    wait_for(lambda: spread() and len(before - deployed.actors()) == 2, deployed.cluster)
     assert [ask(pod) for pod in deployed.workers] == [alone, alone]
     put(deployed, over(1))
     wait_for(
         lambda: deployed.runs and len(deployed.replicas("LanguageModel:pocket")) == 1,
-        deployed.cluster.pods,
+        deployed.cluster,
     )
 
 

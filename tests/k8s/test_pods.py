@@ -6,8 +6,10 @@ import httpx
 import pytest
 
 from tests.k8s.demo import (
+    IMAGE,
     SHORT,
     Traffic,
+    answered,
     keep_asking,
     ready,
     streamed,
@@ -26,17 +28,24 @@ def test_a_worker_is_ready_once_its_proxy_runs(deployed, group):
     assert not deployed.early
     # The head has a proxy as well. A head that ends waits for no stream, so the manifest keeps it out.
     for pod in (*deployed.workers, deployed.cluster.head):
-        wait_for(lambda pod=pod: ready(pod, group), deployed.cluster.pods)
+        wait_for(lambda pod=pod: ready(pod, group), deployed.cluster)
     assert rayservice(documents("cpu-demo"))["spec"]["excludeHeadPodFromServeSvc"] is True
 
 
-def test_every_worker_answers(deployed):
-    texts = set()
-    for pod in deployed.workers:
-        answer = httpx.post(f"http://{pod.address}:8000/v1/chat/completions", json=SHORT, timeout=120)
-        assert answer.is_success, answer.text
-        texts.add(answer.json()["choices"][0]["message"]["content"])
-    assert len(texts) == 1 and texts.pop()
+async def test_every_worker_answers(deployed):
+    async with httpx.AsyncClient(timeout=120) as client:
+        for body in (SHORT, IMAGE):
+            texts = {await answered(client, pod, body) for pod in deployed.workers}
+            assert len(texts) == 1 and texts.pop()
+
+
+async def more_answers(count: int, traffic: Traffic, asking: asyncio.Task[None]) -> None:
+    """Wait until ``count`` more requests are answered; none may fail."""
+    wanted = traffic.answered + count
+    async with asyncio.timeout(240):
+        while traffic.answered < wanted:
+            assert not asking.done() and not traffic.faults, traffic
+            await asyncio.sleep(0.1)
 
 
 async def test_a_pod_that_is_deleted_cuts_no_stream_and_loses_no_request(deployed, group):
@@ -52,20 +61,18 @@ async def test_a_pod_that_is_deleted_cuts_no_stream_and_loses_no_request(deploye
         asking = asyncio.create_task(
             keep_asking(client, lambda: [staying] if left.is_set() else [leaving, staying], done, traffic)
         )
-        while traffic.answered < 4:
-            assert not asking.done() and not traffic.faults, traffic
-            await asyncio.sleep(0.1)
+        await more_answers(4, traffic, asking)
         assert not any(stream.done() for stream in streams)
         leaving.terminate()
         await asyncio.sleep(1)
         left.set()
         texts = await asyncio.gather(*streams)
-        pods = deployed.cluster.pods
-        await asyncio.to_thread(wait_for, lambda: not ready(leaving, group), pods)
-        await asyncio.to_thread(wait_for, lambda: leaving.ended, pods)
+        cluster = deployed.cluster
+        await asyncio.to_thread(wait_for, lambda: not ready(leaving, group), cluster)
+        await asyncio.to_thread(wait_for, lambda: leaving.ended, cluster)
         done.set()
         await asking
     assert len(set(texts)) == 1 and len(texts[0]) > 100
     assert traffic.faults == []
-    wait_for(lambda: ready(staying, group), pods)
-    wait_for(lambda: deployed.replicas("LanguageModel:pocket") == {staying.address}, pods)
+    wait_for(lambda: ready(staying, group), cluster)
+    wait_for(lambda: deployed.replicas("LanguageModel:pocket") == {staying.address}, cluster)
