@@ -15,9 +15,9 @@ ENOUGH = 27
 
 
 @pytest.fixture(scope="module")
-def several(shared_application) -> Iterator[openai.OpenAI]:
+def several(shared_applications) -> Iterator[openai.OpenAI]:
     """A client of an ingress of two replicas, before the stages that run already."""
-    served = shared_application.get()
+    served = shared_applications["served"].get()
     text = (served.pictures.parent / "serve.yaml").read_text()
     controller = Controller(text)
     (first, *_) = controller.config["applications"]
@@ -30,7 +30,8 @@ def several(shared_application) -> Iterator[openai.OpenAI]:
     yield openai.OpenAI(base_url=f"{served.root}/several/v1", api_key="none", max_retries=0, timeout=120)
     controller = Controller(text)
     controller.deploy()
-    wait_for(lambda: controller.replicas().keys().isdisjoint({"Responses"}))
+    # There are no replicas to be seen while an application is being updated.
+    wait_for(lambda: (found := controller.replicas()) and "Responses" not in found)
 
 
 def test_any_replica_knows_a_response(several):
