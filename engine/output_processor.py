@@ -153,10 +153,11 @@ class OutputProcessor:
     def process(self, steps: Iterable[StepEvents]) -> tuple[list[tuple[RequestGroup, Result]], list[Request]]:
         """Turn finished steps into updates, one per group however many steps there are.
 
-        An exception of one group's text ends that group with an error.
+        An exception of one group's text ends that group with an error, behind the text before it.
 
         Returns:
-            The updates and errors, and the requests to be aborted: a stop string or an error ended them.
+            The updates, then the errors; and the requests to be aborted, because a stop string or an error
+            ended them.
         """
         changed: dict[str, tuple[RequestGroup, StreamUpdate]] = {}
         deltas: dict[str, OutputDelta] = {}
@@ -194,9 +195,14 @@ class OutputProcessor:
                     self._fail(found[0], cause)
         failures, self._failures = self._failures, []
         for group, _ in failures:
-            changed.pop(group.id, None)
+            # What came before the error is given. It may have come with it, if the steps were taken together.
+            if group.id in changed and _is_empty(changed[group.id][1]):
+                del changed[group.id]
             stopped += [request for request in group.requests if not request.finished]
+        failed = {group.id for group, _ in failures}
         for group, update in changed.values():
+            if group.id in failed:
+                continue
             update.finished = any(d.finish_reason for d in update.deltas) and group.finished
             if update.finished:
                 self._metrics.observe_finish(group.usage)
@@ -353,6 +359,10 @@ def _settle(delta: OutputDelta, sequence: _Sequence) -> None:
     settle = unsettled.end if sequence.done else unsettled.settle
     for token, row in settle(sequence.num_characters):
         _append(delta, token, row)
+
+
+def _is_empty(update: StreamUpdate) -> bool:
+    return update.prompt_logprobs is None and not any(delta.token_ids for delta in update.deltas)
 
 
 def merge_updates(first: StreamUpdate, second: StreamUpdate) -> StreamUpdate:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.host import MODEL
+from engine.errors import RequestFailed
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
 from engine.output_processor import OutputProcessor, RequestGroup, merge_updates
@@ -110,3 +111,37 @@ def test_steps_together_give_what_they_give_one_by_one(tokenizer, seed, sizes):
         assert counted_together[name] == counted[name]
     assert counted_together["time_between_tokens_s"]["count"] == counted["time_between_tokens_s"]["count"]
     assert len(together["0"].deltas) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_what_comes_before_an_error_is_given(tokenizer, monkeypatch, size):
+    metrics = EngineMetrics()
+    outputs = OutputProcessor(tokenizer, metrics)
+    group = groups(tokenizer)[3]
+    outputs.add(group)
+    (request,) = group.requests
+    detokenizer = group.sequences[request.id].detokenizer
+    append, left = detokenizer.append_one, 5
+
+    def break_off(token: int) -> str:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ZeroDivisionError
+        return append(token)
+
+    monkeypatch.setattr(detokenizer, "append_one", break_off)
+    steps = steps_of([request], 0)
+    given: list[StreamUpdate] = []
+    errors, aborted = [], []
+    for first in range(0, len(steps), size):
+        updates, stopped = outputs.process(steps[first : first + size])
+        aborted += stopped
+        for _, result in updates:
+            assert not errors, "nothing comes after the error"
+            (given if isinstance(result, StreamUpdate) else errors).append(result)
+    tokens = [token for step in steps for row, token in zip(step.requests, step.tokens, strict=True) if row]
+    assert [token for update in given for token in update.deltas[0].token_ids] == tokens[:5]
+    assert not any(update.finished for update in given)
+    assert len(errors) == 1 and isinstance(errors[0], RequestFailed) and aborted == [request]
+    assert outputs.num_groups == 0 and metrics.snapshot()["requests_finished"] == 0
