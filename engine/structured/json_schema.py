@@ -82,8 +82,10 @@ def prepare_schema(schema: Schema) -> Schema:
     becomes the properties themselves.
 
     Raises:
-        GrammarRefused: it uses a keyword that llguidance lacks.
+        GrammarRefused: it uses a keyword that llguidance lacks, or spells out an integer that it can't keep.
     """
+    if (number := _inexact(list(literals(schema)))) is not None:
+        raise GrammarRefused(f"the integer {number} has more digits than can be kept; give it as a string")
     root = {key: value for key, value in schema.items() if key != "x-guidance"}
     return _Preparation(root).of(root, "")
 
@@ -138,6 +140,17 @@ def literals(schema: Any) -> Iterator[Any]:
         for key in ("enum", "required"):
             if isinstance(node.get(key), list):
                 yield from node[key]
+
+
+def _inexact(value: Any) -> int | None:
+    """An integer within ``value`` that is no double: llguidance would force the nearest double instead."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return next((number for entry in value if (number := _inexact(entry)) is not None), None)
+    if isinstance(value, int) and (abs(value) >= 1 << 1000 or int(float(value)) != value):
+        return value
+    return None
 
 
 def plainer(message: str) -> str:
