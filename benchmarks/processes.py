@@ -28,14 +28,22 @@ def _processes() -> Iterator[tuple[str, float]]:
         except OSError:
             # It has ended meanwhile.
             continue
-        program = title.partition(" ")[0]
-        if title.startswith("ray::ServeReplica:"):
-            # ray::ServeReplica:APPLICATION:DEPLOYMENT, or DEPLOYMENT:MODEL for the stages of a model.
-            name = title.split(":")[4].strip()
-        elif program.endswith("haproxy"):
-            name = "haproxy"
-        elif title.startswith("ray::") or program.rpartition("/")[2] in ("raylet", "gcs_server"):
-            name = "ray"
-        else:
-            continue
-        yield name, (int(fields[11]) + int(fields[12])) / _TICK
+        name = process_name(title)
+        if name is not None:
+            yield name, (int(fields[11]) + int(fields[12])) / _TICK
+
+
+def process_name(title: str) -> str | None:
+    """The name that :func:`cpu_seconds` gives to a process with this command line; None if it is not counted.
+
+    A replica's title is ``ray::ServeReplica:APPLICATION:DEPLOYMENT``, with ``:MODEL`` behind it for the
+    stages of a model, and ``.METHOD`` while it serves a call.
+    """
+    program = title.partition(" ")[0]
+    if title.startswith("ray::ServeReplica:"):
+        return program.split(":")[4].partition(".")[0]
+    if program.endswith("haproxy"):
+        return "haproxy"
+    if title.startswith("ray::") or program.rpartition("/")[2] in ("raylet", "gcs_server"):
+        return "ray"
+    return None

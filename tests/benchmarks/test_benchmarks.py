@@ -19,6 +19,7 @@ from benchmarks import (
     serve,
     slow_hosts,
 )
+from benchmarks.processes import process_name
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine.config import EngineConfig
 from engine.frontend import Frontend
@@ -126,6 +127,23 @@ def test_serve_against_a_running_application(served, monkeypatch, capsys, tmp_pa
         assert 0 < row["ttft p50"] <= row["ttft p99"] <= row["e2e p99"]
     printed = capsys.readouterr().out
     assert "CPU us:" in printed and "LanguageModel" in printed
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("ray::ServeReplica:bench:Ingress", "Ingress"),
+        ("ray::ServeReplica:bench:Ingress.perform_graceful_shutdown", "Ingress"),
+        ("ray::ServeReplica:bench:LanguageModel:qwen2.5-vl-7b", "LanguageModel"),
+        ("ray::ServeReplica:bench:LanguageModel:qwen2.5-vl-7b.generate", "LanguageModel"),
+        ("ray::ServeController.listen_for_change", "ray"),
+        ("/usr/lib/ray/raylet --port 1", "ray"),
+        ("/usr/sbin/haproxy -f file", "haproxy"),
+        ("python -m benchmarks.serve", None),
+    ],
+)
+def test_processes_are_named_by_what_they_do(title, name):
+    assert process_name(title) == name
 
 
 def test_every_benchmark_is_among_all_of_them():
