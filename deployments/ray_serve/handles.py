@@ -37,10 +37,10 @@ MEASURE_S = 2.0
 
 
 class _Remote:
-    """A stage behind ``handle``, whose calls may hold references.
+    """A deployment behind ``handle``, whose calls may hold references.
 
     Attributes:
-        name: the stage's, in words.
+        name: the deployment's, in words.
     """
 
     name: str
@@ -48,12 +48,14 @@ class _Remote:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = by_reference(handle)
 
+
+class _RemoteStage(_Remote):
     async def collect(self) -> list[Part]:
         """The metrics of each replica that answers."""
         return await everywhere(self._handle, "measured", MEASURE_S)
 
 
-class RemotePreprocessor(_Remote):
+class RemotePreprocessor(_RemoteStage):
     """The preprocessor stage. Pixels are in the object store."""
 
     name = "preprocessor"
@@ -87,7 +89,7 @@ def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
     return [kept, *(entry.files for entry in files.values())]
 
 
-class RemoteEncoder(_Remote):
+class RemoteEncoder(_RemoteStage):
     """The encoder stage. Embedding rows are in the object store."""
 
     name = "encoder"
@@ -97,7 +99,7 @@ class RemoteEncoder(_Remote):
         return await _call(self.name, self._handle.encode, *args)
 
 
-class RemoteLanguageModel(_Remote):
+class RemoteLanguageModel(_RemoteStage):
     """The language model stage."""
 
     name = "language model"
@@ -145,13 +147,10 @@ class RemoteLanguageModel(_Remote):
         return await _call(self.name, self._handle.embed, request, current.get(), infos, *rows)
 
 
-class RemoteKeeper:
+class RemoteKeeper(_Remote):
     """A :class:`deployments.response_store.Keeper` behind ``handle``. Errors are those of a lost stage."""
 
     name = "store of responses"
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = by_reference(handle)
 
     async def put(self, name: str, owner: str, data: bytes) -> None:
         await _call(self.name, self._handle.put, name, owner, data)
@@ -172,13 +171,10 @@ class RemoteKeeper:
         await _call(self.name, self._handle.stopped, name)
 
 
-class RemoteReferences:
+class RemoteReferences(_Remote):
     """A :class:`deployments.references.MediaKeeper` behind ``handle``, at which no media's bytes arrive."""
 
     name = "store of references"
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = by_reference(handle)
 
     async def resolve(
         self, owner: Owner, sources: Sequence[MediaSource]
