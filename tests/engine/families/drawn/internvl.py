@@ -16,7 +16,7 @@ from tests.engine.families.drawn.checkpoint import (
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder, nested_lengths_of
 from tests.engine.families.drawn.prompts import Style
-from tests.engine.families.drawn.vision import draw_pixels
+from tests.engine.families.drawn.vision import draw_pixels, draw_sizes
 from tests.engine.families.internvl import SPECIALS, TOKENS, InternVLReference
 from tests.engine.families.internvl_chat import COPY, InternVLChatReference, publish
 from tests.engine.families.qwen import FRAME
@@ -134,17 +134,10 @@ def _write(draw: Draw, path: Path, kinds: tuple[str, ...], *, chat: bool) -> tup
 
 def _tower(draw: Draw, chat: bool) -> tuple[dict[str, Any], float]:
     """``vision_config``, and a ``downsample_ratio`` that divides its patches."""
-    heads = draw.choice("tower heads", (1, 2, 3, 4))
     patch, factor = draw.choice("patch", (4, 6, 7)), draw.choice("squares' side", (2, 2, 1, 4))
     per_side = factor * draw.choice("rows per side", (1, 2, 3) if factor < 4 else (1, 2))
     side = patch * per_side + draw.variant("pixels without a patch", (0, 1, patch - 1), 0.2)
-    tower: dict[str, Any] = {
-        "hidden_size": heads * draw.choice("tower head dim", (24, 32) if draw.coarse else (8, 16, 24)),
-        "intermediate_size": 64 if draw.coarse else draw.choice("tower intermediate", (24, 48, 64)),
-        "num_hidden_layers": draw.integer("tower layers", 2, 4),
-        "num_attention_heads": heads,
-        "image_size": side,
-        "patch_size": patch,
+    tower = draw_sizes(draw, side=side, patch=patch) | {
         "attention_bias": draw.choice("tower bias", (True, False)),
         "use_qk_norm": draw.variant("norm of queries and keys", (False, True), 0.3),
         "norm_type": draw.variant("tower norm", ("layer_norm", "rms_norm"), 0.3),

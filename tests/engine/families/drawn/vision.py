@@ -9,10 +9,10 @@ from tests.engine.families.drawn.choices import Draw
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
-def draw_tower(draw: Draw, *, side: int, patch: int) -> dict[str, Any]:
-    """``vision_config`` of a tower for crops of ``side`` pixels with patches of ``patch``."""
+def draw_sizes(draw: Draw, *, side: int, patch: int) -> dict[str, Any]:
+    """Sizes of ``vision_config``: of a tower for crops of ``side`` pixels with patches of ``patch``."""
     heads = draw.choice("tower heads", (1, 2, 3, 4))
-    fields: dict[str, Any] = {
+    return {
         "hidden_size": heads * draw.choice("tower head dim", (24, 32) if draw.coarse else (8, 16, 24)),
         "intermediate_size": 64 if draw.coarse else draw.choice("tower intermediate", (24, 48, 64)),
         "num_hidden_layers": draw.integer("tower layers", 2, 4),
@@ -20,6 +20,11 @@ def draw_tower(draw: Draw, *, side: int, patch: int) -> dict[str, Any]:
         "image_size": side,
         "patch_size": patch,
     }
+
+
+def draw_tower(draw: Draw, *, side: int, patch: int) -> dict[str, Any]:
+    """``vision_config`` of a tower; arguments as of :func:`draw_sizes`."""
+    fields = draw_sizes(draw, side=side, patch=patch)
     act = draw.variant("tower activation", ("", "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu"), 0.3)
     if act:
         fields["hidden_act"] = act
