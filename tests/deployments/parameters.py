@@ -106,7 +106,8 @@ LIMITS: Mapping[str, Mapping[str, str]] = {
     "/v1/chat/completions": {
         "modalities": "only `text`",
         "response_format": "numbers have at most 20 digits in a row; dates and times are those of RFC 3339, "
-        "seconds with at most 9 digits behind the point",
+        "seconds with at most 9 digits behind the point; a number with bounds has no exponent "
+        "(llguidance 1.9.1); an integer of `const` or `enum` that a double does not hold is refused",
         "service_tier": "echoed; there is one tier",
         "tools": "functions only",
         "verbosity": "only `medium`",

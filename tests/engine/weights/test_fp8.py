@@ -76,7 +76,7 @@ def test_logits_are_those_of_the_dequantised_weights(tmp_path, scheme, kind):
 @torch.inference_mode()
 @pytest.mark.parametrize(
     "scheme",
-    # Transformers 5.23 reads no matrix whose last block is cut.
+    # Where the last block is cut, Transformers 5.23 refuses a matrix or reads it wrongly.
     [Scheme(True, "block", block=(32, 32)), Scheme(True, "tensor", static=True)],
 )
 def test_logits_are_those_of_transformers_reading_the_same_files(tmp_path, scheme):

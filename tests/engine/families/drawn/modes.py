@@ -64,7 +64,7 @@ class Session:
         try:
             params = self._params(f"prompt {number}", expected)
         except RuntimeError as error:
-            # Mistral3's class fails for an image of one row.
+            # Mistral3's class fails where the only image has one token.
             return f"the reference fails: {error}"
         self.questions.append(Question(number, prompt, expected, params))
         return None
