@@ -147,6 +147,15 @@ class MediaSpan:
             return relative
         return int(np.searchsorted(self.embed_index, relative))
 
+    def runs(self) -> list[tuple[int, int]]:
+        """The absolute ranges ``[start, end)`` of consecutive tokens that take embedding rows."""
+        if self.embed_index is None:
+            return [(self.offset, self.offset + self.length)]
+        if not len(self.embed_index):
+            return []
+        parts = np.split(self.embed_index, np.flatnonzero(np.diff(self.embed_index) > 1) + 1)
+        return [(self.offset + int(part[0]), self.offset + int(part[-1]) + 1) for part in parts]
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInput:

@@ -36,6 +36,8 @@ class Request:
         seed: seed of its random numbers.
         positions: rotary positions ``(3, num_prompt)`` int32 of the prompt; None if they are plain indices.
         position_delta: rotary position minus index of every token after the prompt.
+        both_ways: sorted disjoint ranges ``[start, end)`` of the prompt in which every token attends to all
+            tokens of the range, also to later ones. Each is computed in one step.
         pooling: how to make an embedding; None for generation.
         grammar: the matcher that masks this sequence's tokens, if it is constrained.
         blocks: KV blocks it holds, in order; empty while waiting.
@@ -64,6 +66,7 @@ class Request:
     seed: int = 0
     positions: np.ndarray | None = None
     position_delta: int = 0
+    both_ways: Sequence[tuple[int, int]] = ()
     pooling: PoolingParams | None = None
     grammar: Any = None
     blocks: list[int] = field(default_factory=list)
@@ -84,6 +87,13 @@ class Request:
         Once an output token is known, the whole prompt was scored, and a preemption changes nothing about it.
         """
         return self.params.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt
+
+    def uncut(self, position: int) -> int:
+        """Return the last position up to ``position`` that is inside no range of :attr:`both_ways`.
+
+        The tokens before it can be computed without those behind it.
+        """
+        return next((start for start, end in self.both_ways if start < position < end), position)
 
 
 class RequestFault(Exception):

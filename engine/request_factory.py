@@ -255,9 +255,18 @@ class RequestFactory:
             cache_salt=inputs.cache_salt,
             pooling=pooling,
             rope_variant=self._model.decoder.rope.variant(len(inputs.token_ids)),
+            both_ways=self._both_ways(inputs),
         )
         self._place(request)
         return request
+
+    def _both_ways(self, inputs: EngineInput) -> list[tuple[int, int]]:
+        """The ranges of :attr:`Request.both_ways`; those of one token change nothing and are left out."""
+        kind = self._model.decoder.both_ways
+        if kind == "prompt":
+            return [(0, len(inputs.token_ids))]
+        runs = [run for span in inputs.spans for run in span.runs()] if kind == "images" else []
+        return [(start, end) for start, end in runs if end - start > 1]
 
     def _place(self, request: Request) -> None:
         """Set the rotary positions of ``request``, and end its answer where the positions end.

@@ -122,6 +122,7 @@ def _copy(request: Request, num_computed: int) -> Request:
         seed=request.seed,
         positions=request.positions,
         position_delta=request.position_delta,
+        both_ways=request.both_ways,
         pooling=request.pooling,
         blocks=request.blocks,
         rope_variant=request.rope_variant,

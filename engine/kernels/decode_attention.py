@@ -219,17 +219,18 @@ def _decode_kernel(
     state = Softmax(acc, row_max, row_sum)
     if PREFETCH:
         state = accumulate(
-            state, q, last_k, last_v, last, position, end, scale, window, MASKED=True, WINDOW=WINDOW
-        )
+            state, q, last_k, last_v, last, position, position, end, scale, window,
+            MASKED=True, WINDOW=WINDOW,
+        )  # fmt: skip
     for first_key in range(start, last, KEYS):
         state = attend(
-            state, q, keys, first_key, position, end, scale, window,
+            state, q, keys, first_key, position, position, end, scale, window,
             DIM, BLOCK_SIZE, KEYS, MASKED=WINDOW, WINDOW=WINDOW,
         )  # fmt: skip
     if not PREFETCH:
         for first_key in range(last, end, KEYS):
             state = attend(
-                state, q, keys, first_key, position, end, scale, window,
+                state, q, keys, first_key, position, position, end, scale, window,
                 DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW,
             )  # fmt: skip
 

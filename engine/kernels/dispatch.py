@@ -73,7 +73,7 @@ def paged_attention(
     window: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of each sequence's new tokens over all its tokens up to themselves.
+    """Attention of each sequence's new tokens over all its tokens up to themselves, or up to ``meta.key_ends``.
 
     The new tokens are the last of each sequence; their keys and values are in the cache already.
 
@@ -89,7 +89,7 @@ def paged_attention(
     """
     if not use_triton(q):
         return paged_attention_reference(q, cache, meta, scale=scale, window=window, out=out)
-    if window is None and prefill_attention.supports(q, cache):
+    if window is None and meta.key_ends is None and prefill_attention.supports(q, cache):
         long = meta.max_query_len > LONG_PROMPT
         # When compiling ahead of time, compile the kernels for other lengths too.
         if long or is_compiling():

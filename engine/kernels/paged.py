@@ -60,6 +60,9 @@ class AttentionMetadata:
         max_query_len: upper bound of the new tokens of one sequence; a host integer. With 1, each sequence
             has exactly one.
         max_seq_len: upper bound of ``seq_lens``; a host integer.
+        key_ends: ``(T,)`` int32, where the keys that a new token sees end: its index in the sequence plus
+            one, or more, up to the sequence's length, where tokens attend both ways. It doesn't decrease
+            within a sequence. None: every token sees the keys up to its own.
         split_counters: ``(S or more, kv_heads)`` int32 zeros, which count finished programs where decode
             attention splits keys (flash-decoding); zeros again after each launch. Launches that share them
             must not overlap. None allocates and clears them at each launch.
@@ -71,6 +74,7 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     max_query_len: int
     max_seq_len: int
+    key_ends: torch.Tensor | None = None
     split_counters: torch.Tensor | None = None
 
 
@@ -175,14 +179,16 @@ def load_keys(
 
 @triton.jit
 def accumulate(
-    state, q, k, v, first_key, position, length, scale, window, MASKED: tl.constexpr, WINDOW: tl.constexpr
+    state, q, k, v, first_key, last_key, position, length, scale, window,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Add a loaded tile of keys and values to the online softmax.
 
     Args:
         state: a :class:`Softmax`; the new one is returned.
         first_key: position of the tile's first key.
-        position: ``(ROWS,)``, position of each row's query; it sees keys up to there.
+        last_key: ``(ROWS,)``, position of the last key that each row sees.
+        position: ``(ROWS,)``, position of each row's query, from which its window is counted.
         length: keys from there on are masked.
         scale: of the scores, times log2(e); positive.
         MASKED: whether some row does not see the whole tile.
@@ -191,7 +197,7 @@ def accumulate(
     in_range = key < length
     scores = tl.dot(q, k, input_precision="ieee")
     if MASKED:
-        visible = (key[None, :] <= position[:, None]) & in_range[None, :]
+        visible = (key[None, :] <= last_key[:, None]) & in_range[None, :]
         if WINDOW:
             visible = visible & (key[None, :] > position[:, None] - window)
         scores = tl.where(visible, scores, float("-inf"))
@@ -211,10 +217,10 @@ def accumulate(
 
 @triton.jit
 def attend(
-    state, q, keys, first_key, position, length, scale, window,
+    state, q, keys, first_key, last_key, position, length, scale, window,
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Load a tile of keys and values and add it to the online softmax; see :func:`accumulate`."""
     k, v = load_keys(keys, first_key, length, DIM, BLOCK_SIZE, KEYS, MASKED)
-    return accumulate(state, q, k, v, first_key, position, length, scale, window, MASKED, WINDOW)
+    return accumulate(state, q, k, v, first_key, last_key, position, length, scale, window, MASKED, WINDOW)

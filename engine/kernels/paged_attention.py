@@ -41,7 +41,8 @@ def paged_attention_reference(q, cache, meta, *, scale, window=None, out=None):
         scores = torch.einsum("qhd,khd->hqk", q[first:last].float(), k.float()) * scale
         position = torch.arange(length - (last - first), length, device=q.device)[:, None]
         key = torch.arange(length, device=q.device)[None]
-        hidden = key > position
+        ends = position + 1 if meta.key_ends is None else meta.key_ends[first:last, None]
+        hidden = key >= ends
         if window is not None:
             hidden |= key <= position - window
         probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
@@ -79,7 +80,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, out=None):
     launch(
         _attention_kernel, (query_tiles(tokens, sequences, tokens_per_tile), kv_heads),
         q_ptr=q, k_ptr=cache.keys, v_ptr=cache.values, table_ptr=meta.block_tables,
-        query_start_ptr=meta.query_start, seq_lens_ptr=meta.seq_lens, out_ptr=out,
+        query_start_ptr=meta.query_start, seq_lens_ptr=meta.seq_lens, key_ends_ptr=meta.key_ends, out_ptr=out,
         sequences=sequences, scale=scale * LOG2E, window=window or 0,
         q_token=q.stride(0), q_head=q.stride(1), table_row=meta.block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size,
@@ -92,12 +93,15 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, out=None):
 # ``sequences`` differs between batch sizes; specialising on it would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["sequences"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, seq_lens_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, seq_lens_ptr, key_ends_ptr, out_ptr,
     sequences, scale, window, q_token, q_head, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per query tile and KV head. TOKENS: query tokens per tile."""
+    """One program per query tile and KV head. TOKENS: query tokens per tile.
+
+    ``key_ends_ptr`` is None where every token sees the keys up to its own.
+    """
     wait_for_previous(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -120,11 +124,17 @@ def _attention_kernel(
 
     # Keys [start, end) are visible to some row; keys [start, whole) come in tiles that all rows see in full.
     last_token = tl.minimum(first_token + TOKENS, count) - 1
+    least = length - count + first_token + 1
     end = length - count + last_token + 1
+    last_key = position
+    if key_ends_ptr is not None:
+        last_key = tl.load(key_ends_ptr + begin + token, mask=valid, other=1) - 1
+        least = tl.load(key_ends_ptr + begin + first_token)
+        end = tl.load(key_ends_ptr + begin + last_token)
     start = 0
     if WINDOW:
         start = tl.maximum(length - count + first_token - window + 1, 0) // KEYS * KEYS
-    whole = tl.minimum((length - count + first_token + 1) // KEYS * KEYS, end // KEYS * KEYS)
+    whole = tl.minimum(least // KEYS * KEYS, end // KEYS * KEYS)
     whole = tl.maximum(whole, start)
     if WINDOW:
         whole = start
@@ -139,12 +149,12 @@ def _attention_kernel(
     state = empty_softmax(ROWS, DIM_PAD)
     for first_key in range(start, whole, KEYS):
         state = attend(
-            state, q, keys, first_key, position, length, scale, window,
+            state, q, keys, first_key, last_key, position, length, scale, window,
             DIM, BLOCK_SIZE, KEYS, MASKED=False, WINDOW=WINDOW,
         )  # fmt: skip
     for first_key in range(whole, end, KEYS):
         state = attend(
-            state, q, keys, first_key, position, length, scale, window,
+            state, q, keys, first_key, last_key, position, length, scale, window,
             DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW,
         )  # fmt: skip
 

@@ -94,6 +94,9 @@ class DecoderConfig:
         logits_divisor: divides the logits.
         attention_scale: factor of the attention scores; ``head_dim ** -0.5`` if None.
         local_rope: rotary embedding of the layers ``local_layers``; None if all have ``rope``.
+        both_ways: the tokens that attend to each other in both directions: those of each unbroken run of
+            embedding rows (``images``), or all of a prompt (``prompt``); None: every token attends to earlier
+            ones only.
         num_deepstack: leading layers after which visual features are added (Qwen3-VL).
         projected_width: numbers of a vector that a projection with bias makes of each hidden state, for
             models that are trained to retrieve (ColQwen2); None if vectors are hidden states.
@@ -124,6 +127,7 @@ class DecoderConfig:
     attention_scale: float | None = None
     local_rope: RopeConfig | None = None
     local_layers: tuple[int, ...] = ()
+    both_ways: Literal["images", "prompt"] | None = None
     num_deepstack: int = 0
     projected_width: int | None = None
 

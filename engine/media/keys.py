@@ -16,7 +16,8 @@ files kept by ``uuid``     ``deployments.references``:        caller's key and s
 encoder's embedding rows   ``engine.encoder``: salt and the   tenant's salt, content hash
                            item's hash
 KV block                   ``BlockHasher``: chain of hashes   engine's secret, model, tenant's salt, rotary
-                                                              variant, every token up to the block's end, hash
+                                                              variant, every token up to the block's end (or
+                                                              that of a range that attends both ways), hash
                                                               and place of every item up to there
 grammar                    ``StructuredSpec``                 kind and text; one cache per tokenizer
 forms of message content   ``ContentForms``: role and tools   role, whether there are tools; one cache per

@@ -57,6 +57,7 @@ class ForwardGraphs:
         max_blocks: columns of block tables.
         max_seq_len: longest sequence.
         all_rows: return the hidden states of all rows, else of at most one row per sequence.
+        both_ways: batches have :attr:`~engine.kernels.paged.AttentionMetadata.key_ends`.
         device: device of all tensors.
     """
 
@@ -73,6 +74,7 @@ class ForwardGraphs:
         max_blocks: int,
         max_seq_len: int,
         all_rows: bool,
+        both_ways: bool,
         device: torch.device,
     ) -> None:
         self._forward, self._capture = forward, capture
@@ -82,6 +84,7 @@ class ForwardGraphs:
         shape = (most,) if axes is None else (axes, most)
         self._positions = torch.zeros(shape, dtype=torch.int64, device=device)
         self._slot_mapping = torch.full((most,), -1, dtype=torch.int64, device=device)
+        self._key_ends = torch.zeros((most,), dtype=torch.int32, device=device) if both_ways else None
         self._counts = sorted({min(FEW_SEQUENCES, max_sequences), max_sequences})
         self._tables = torch.zeros((max_sequences, max_blocks), dtype=torch.int32, device=device)
         self._starts = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
@@ -127,6 +130,8 @@ class ForwardGraphs:
         self._positions[..., :tokens] = positions
         self._slot_mapping[:tokens] = meta.slot_mapping
         self._slot_mapping[tokens:] = -1
+        if self._key_ends is not None and meta.key_ends is not None:
+            self._key_ends[:tokens] = meta.key_ends
         self._tables[:sequences] = meta.block_tables
         self._starts[: sequences + 1] = meta.query_start
         self._starts[sequences + 1 :] = tokens
@@ -158,6 +163,7 @@ class ForwardGraphs:
             slot_mapping=self._slot_mapping[:size],
             max_query_len=size,
             max_seq_len=self._max_seq_len,
+            key_ends=None if self._key_ends is None else self._key_ends[:size],
         )
         embeds, positions = self._embeds[:size], self._positions[..., :size]
         rows = None if self.all_rows else self._rows[:count]

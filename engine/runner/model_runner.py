@@ -122,6 +122,7 @@ class ModelRunner:
         self._pooling = pooling
         self.vocab_size = model.config.vocab_size
         self._mrope = model.config.rope.mrope_section is not None
+        self._both_ways = model.config.both_ways is not None
         model.rotary.reserve_prompt_rows(max_num_tokens)
         self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
         # query_start of a decode step: each sequence has one token.
@@ -159,6 +160,7 @@ class ModelRunner:
                 max_blocks=self._state.block_tables.shape[1],
                 max_seq_len=max_model_len,
                 all_rows=pooling,
+                both_ways=self._both_ways,
                 device=self.device,
             )
 
@@ -402,7 +404,7 @@ class ModelRunner:
         which the next pass may overwrite."""
         state, decodes = self._state, len(batch.decode_slots)
         slots, ids, positions = chunks.slots, chunks.ids, chunks.positions
-        lengths, kv_slots = chunks.ends, chunks.kv_slots
+        lengths, kv_slots, key_ends = chunks.ends, chunks.kv_slots, chunks.key_ends
         tables = state.block_tables.index_select(0, slots)
         if decodes:
             decoding = state.decode_inputs(slots[:decodes])
@@ -410,6 +412,7 @@ class ModelRunner:
             ids = torch.cat([decoding.ids, ids])
             positions = torch.cat([decode_positions, positions], dim=-1)
             lengths = torch.cat([decoding.seq_lens, lengths])
+            key_ends = torch.cat([decoding.seq_lens, key_ends])
             kv_slots = torch.cat([decoding.kv_slots, kv_slots])
         meta = AttentionMetadata(
             block_tables=tables,
@@ -418,6 +421,7 @@ class ModelRunner:
             slot_mapping=kv_slots,
             max_query_len=max(c.count for c in batch.prefills),
             max_seq_len=self._max_model_len if decodes else max(c.start + c.count for c in batch.prefills),
+            key_ends=key_ends.int() if self._both_ways else None,
         )
         embeds, deepstack = self._embed(batch, ids, chunks.embedded_rows)
         graphs = self._forwards

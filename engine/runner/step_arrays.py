@@ -34,6 +34,7 @@ class ChunkArrays(Generic[A]):
         sampling_slots: ``(R,)``, slots that sample.
         sampling_rows: ``(R + padding,)``, their rows; the padding repeats row 0.
         embedded_rows: ``(E,)``, rows that embedding rows overwrite, span after span.
+        key_ends: ``(T,)``, see :class:`~engine.kernels.paged.AttentionMetadata`.
         long_prompts: ``(3, n)``, arguments of :meth:`Rotary.write_prompt_rows`; n is 0 for most models.
     """
 
@@ -46,6 +47,7 @@ class ChunkArrays(Generic[A]):
     sampling_slots: A
     sampling_rows: A
     embedded_rows: A
+    key_ends: A
     long_prompts: A
 
     @classmethod
@@ -86,6 +88,7 @@ class ChunkArrays(Generic[A]):
                 [np.arange(decodes), last_rows[samples], np.zeros(padding, np.int64)]
             ),
             embedded_rows=np.concatenate([*embedded, np.zeros(0, np.int64)]),
+            key_ends=np.concatenate([_key_ends(chunk) for chunk in chunks]),
             long_prompts=long_prompts,
         )
 
@@ -167,6 +170,14 @@ def _positions(chunk: PrefillChunk, rotary: Rotary) -> np.ndarray:
     inside = request.positions[:, chunk.start : chunk.start + chunk.count]
     beyond = plain[inside.shape[1] :] + delta
     return np.concatenate([inside, np.broadcast_to(beyond, (3, len(beyond)))], axis=1)
+
+
+def _key_ends(chunk: PrefillChunk) -> np.ndarray:
+    """int64 ``(count,)``: where the keys end that each token of a chunk sees."""
+    ends = np.arange(chunk.start + 1, chunk.start + chunk.count + 1)
+    for start, stop in chunk.request.both_ways:
+        ends[max(start - chunk.start, 0) : max(stop - chunk.start, 0)] = stop
+    return ends
 
 
 def _long_prompts(

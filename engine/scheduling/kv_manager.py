@@ -47,6 +47,9 @@ class KVManager:
             if (block := self.pool.lookup(key)) is None:
                 break
             found.append(block)
+        # No request continues inside a range that attends both ways.
+        while (end := request.uncut(len(found) * self.block_size)) < len(found) * self.block_size:
+            del found[end // self.block_size :]
         return found
 
     def admit(self, request: Request, cached: list[int], reserve: int) -> bool:
@@ -101,7 +104,13 @@ class KVManager:
     def _extend_hashes(self, request: Request, token_ids: Sequence[int], end: int) -> None:
         assert self._hasher is not None
         self._hasher.extend(
-            request.block_hashes, token_ids, end, request.spans, request.cache_salt, request.rope_variant
+            request.block_hashes,
+            token_ids,
+            end,
+            request.spans,
+            request.cache_salt,
+            request.rope_variant,
+            request.both_ways,
         )
 
     def free(self, request: Request) -> None:

@@ -17,7 +17,8 @@ class BlockHasher:
 
     Two blocks get the same hash only if everything that their keys and values depend on is the same: the
     model, the tenant's salt, the rotary frequencies, all tokens up to the block's end, and content and place
-    of every media item up to there. The chain's root is keyed with a secret of this engine, so that hashes
+    of every media item up to there; or up to the end of a range that attends both ways, if the block's end is
+    inside one. The chain's root is keyed with a secret of this engine, so that hashes
     can't be predicted from outside.
 
     Args:
@@ -45,21 +46,29 @@ class BlockHasher:
         spans: Sequence[MediaSpan],
         salt: str,
         rope_variant: int = 0,
+        both_ways: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Append to ``hashes`` those of all full blocks of ``token_ids[:end]`` that it lacks.
 
         Args:
-            rope_variant: see :class:`~engine.request.Request`.
+            token_ids: at least those tokens, and the rest of a range that attends both ways and reaches
+                into them.
+            rope_variant, both_ways: see :class:`~engine.request.Request`.
         """
         size = self.block_size
         start = len(hashes) * size
-        tokens = np.asarray(token_ids[start : max(start, end)], np.int32).tobytes()
+        last = max([end, *(stop for first, stop in both_ways if first < end)])
+        tokens = np.asarray(token_ids[start : max(start, last)], np.int32).tobytes()
         for first in range(start, end - size + 1, size):
             parent = hashes[-1] if hashes else self.root(salt, rope_variant)
             digest = blake2b(parent, digest_size=_DIGEST)
-            place = (first - start) * 4
-            digest.update(tokens[place : place + size * 4])
+            place, reach = (first - start) * 4, first + size
+            for begin, stop in both_ways:
+                if begin < first + size and stop > first:
+                    digest.update(f"|{begin - first}-{stop - first}".encode())
+                    reach = max(reach, stop)
+            digest.update(tokens[place : place + (reach - first) * 4])
             for span in spans:
-                if span.offset < first + size and span.offset + span.length > first:
+                if span.offset < reach and span.offset + span.length > first:
                     digest.update(f"|{span.item.hash}@{span.offset - first}".encode())
             hashes.append(digest.digest())

@@ -87,7 +87,8 @@ class Scheduler:
 
         Raises:
             ContextLengthExceeded: the prompt leaves no room for a token.
-            InvalidRequest: its images need more embedding rows than the ledger's budget.
+            InvalidRequest: its images need more embedding rows than the ledger's budget, or a range that
+                attends both ways is longer than a step.
         """
         room = 0 if request.pooling else 1
         if request.num_prompt + room > self.max_model_len:
@@ -97,6 +98,16 @@ class Scheduler:
             raise InvalidRequest(
                 f"The request's images need {rows} visual tokens, but max_encoder_tokens is "
                 f"{self.ledger.budget}. Send fewer or smaller images.",
+                param="prompt",
+            )
+        longest = max((end - start for start, end in request.both_ways), default=0)
+        # Every other request may decode in the same step.
+        most = self.budget - (len(self.slots.requests) - 1)
+        if longest > most:
+            raise InvalidRequest(
+                f"{longest} tokens of the prompt attend to each other and must be computed in one step, but "
+                f"max_num_batched_tokens {self.budget} leaves {most} beside {len(self.slots.requests) - 1} "
+                "other requests. Raise max_num_batched_tokens, or send a smaller image.",
                 param="prompt",
             )
 
@@ -278,10 +289,10 @@ class Scheduler:
         table, slot = self.slots, request.slot
         assert slot is not None
         start = int(table.computed[slot])
-        count = min(int(table.known[slot]) - start, budget)
+        end = request.uncut(min(int(table.known[slot]), start + budget))
+        count = end - start
         if count <= 0:
             return 0
-        end = start + count
         completes = end == table.known[slot]
         table.computed[slot] = end
         batch.prefills.append(PrefillChunk(request, slot, start, count, completes))
@@ -300,7 +311,10 @@ class Scheduler:
             try:
                 if not self._admit(request, batch):
                     break
-                budget -= self._prefill(request, budget, batch)
+                count = self._prefill(request, budget, batch)
+                if not count:
+                    break
+                budget -= count
             except Exception as error:
                 self._drop(request, error, batch)
 

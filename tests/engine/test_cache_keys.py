@@ -149,9 +149,9 @@ def test_block_hashes():
     ids = list(range(20))
     spans = [MediaSpan(item(), 1, 3)]
 
-    def last(ids=ids, spans=spans, salt="s", rope=0, model="m", secret=b"k" * 32):
+    def last(ids=ids, spans=spans, salt="s", rope=0, model="m", secret=b"k" * 32, both_ways=()):
         hashes: list[bytes] = []
-        BlockHasher(4, model, secret).extend(hashes, ids, len(ids), spans, salt, rope)
+        BlockHasher(4, model, secret).extend(hashes, ids, len(ids), spans, salt, rope, both_ways)
         assert len(hashes) == 5
         return hashes[-1]
 
@@ -168,9 +168,31 @@ def test_block_hashes():
         last(rope=1),
         last(model="n"),
         last(secret=b"l" * 32),
+        last(both_ways=[(1, 4)]),
+        last(both_ways=[(1, 5)]),
     ]
     assert len(set(changed)) == len(changed)
     assert last() == changed[0]
+
+
+def test_the_hash_of_a_block_that_attends_to_later_tokens():
+    ids, spans = list(range(20)), [MediaSpan(item(), 9, 3)]
+
+    def first(ids=ids, spans=spans, both_ways=((2, 12),)):
+        hashes: list[bytes] = []
+        BlockHasher(4, "m").extend(hashes, ids, 4, spans, "", 0, both_ways)
+        return hashes[0]
+
+    changed = [
+        first(),
+        first(ids=[*ids[:8], 99, *ids[9:]]),
+        first(spans=[MediaSpan(item("b"), 9, 3)]),
+        first(both_ways=[(2, 13)]),
+        first(both_ways=[]),
+    ]
+    assert len(set(changed)) == len(changed)
+    # What lies beyond the range doesn't count.
+    assert first(ids=[*ids[:12], 99]) == first()
 
 
 def test_encoder_rows(tmp_path):

@@ -80,6 +80,16 @@ def paged(heads: int, kv_heads: int, dim: int, tokens: list[int]) -> None:
     paged_attention_triton(noise(sum(tokens), heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
 
 
+def both_ways(heads: int, kv_heads: int, dim: int, tokens: list[int], window: int | None) -> None:
+    """Mixed attention of a model whose images attend both ways."""
+    from engine.kernels.paged_attention import paged_attention_triton
+
+    meta = metadata(tokens, 1000, 1000)
+    meta.key_ends = torch.full((sum(tokens),), 1000, dtype=I32)
+    q = noise(sum(tokens), heads, dim)
+    paged_attention_triton(q, kv_cache(kv_heads, dim), meta, scale=0.1, window=window)
+
+
 def prefill(heads: int, kv_heads: int, dim: int) -> None:
     from engine.kernels.prefill_attention import prefill_attention_gluon
 
@@ -204,6 +214,8 @@ CASES: list[Callable[[], None]] = [
     lambda: decode(32, 32, 128, 64),
     lambda: paged(28, 4, 128, [300, 1, 7]),
     lambda: paged(32, 32, 128, [300, 1, 7]),
+    lambda: both_ways(8, 4, 256, [300, 1, 7], None),
+    lambda: both_ways(8, 4, 256, [300, 1, 7], 1024),
     lambda: prefill(28, 4, 128),
     lambda: prefill(14, 2, 64),
     lambda: vision(16, 80, 1600),

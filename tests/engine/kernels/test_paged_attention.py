@@ -53,6 +53,49 @@ def test_sliding_window(device, dtype, queries):
     run(*problem(device, dtype, **sizes, block_size=8), window=11)
 
 
+def both_ways(paged, queries, spans):
+    """Let tokens ``[start, end)`` of a sequence, for each of its ``spans``, see all keys before ``end``."""
+    ends = []
+    for length, count, ranges in zip(paged.meta.seq_lens.tolist(), queries, spans, strict=True):
+        every = torch.arange(1, length + 1)
+        for start, end in ranges:
+            every[start:end] = end
+        ends.append(every[length - count :])
+    padding = torch.zeros(3)
+    paged.meta.key_ends = torch.cat([*ends, padding]).int().to(paged.meta.seq_lens.device)
+
+
+#: Spans at a chunk's start, over several tiles, next to each other, at the end, and none.
+SPANS = ([(0, 70), (71, 73)], [(40, 110), (110, 150)], [], [(33, 37)])
+SPANNED = {"lengths": [90, 150, 9, 37], "queries": [90, 110, 1, 37], "heads": 4, "kv_heads": 2, "dim": 16}
+
+
+@pytest.mark.parametrize("window", [None, 1, 11, 60])
+def test_spans_that_attend_both_ways(device, dtype, window):
+    q, paged = problem(device, dtype, **SPANNED, block_size=8, padding=3)
+    both_ways(paged, SPANNED["queries"], SPANS)
+    run(q, paged, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_reference_with_spans_equals_sdpa(window):
+    q, paged = problem("cpu", torch.float32, **SPANNED, block_size=8, padding=3)
+    both_ways(paged, SPANNED["queries"], SPANS)
+    result = paged_attention_reference(q, paged.cache, paged.meta, scale=16**-0.5, window=window)
+    row = 0
+    for (k, v), count, spans in zip(paged.contiguous, SPANNED["queries"], SPANS, strict=True):
+        key, query = torch.arange(len(k)), torch.arange(len(k) - count, len(k))[:, None]
+        mask = key <= query
+        for start, end in spans:
+            mask |= (query >= start) & (query < end) & (key >= start) & (key < end)
+        if window is not None:
+            mask &= key > query - window
+        parts = (x.transpose(0, 1)[None] for x in (q[row : row + count], k, v))
+        expected = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        torch.testing.assert_close(result[row : row + count], expected, atol=1e-5, rtol=1e-5)
+        row += count
+
+
 def test_reference_equals_sdpa():
     sizes = {"lengths": [33, 7, 20], "queries": [33, 1, 6], "heads": 6, "kv_heads": 2, "dim": 16}
     q, paged = problem("cpu", torch.float32, **sizes, block_size=4)

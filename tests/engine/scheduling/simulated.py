@@ -33,13 +33,25 @@ def next_token(cells: list[tuple]) -> int:
     return int.from_bytes(digest, "little") % VOCAB
 
 
-def cells_of(token_ids: list[int], spans: list[MediaSpan], variant: int) -> list[tuple]:
-    """The cache's content for a sequence: token, position, rotary frequencies, and the picture row there."""
+def cells_of(
+    token_ids: list[int],
+    spans: list[MediaSpan],
+    variant: int,
+    both_ways: Sequence[tuple[int, int]] = (),
+    known: int | None = None,
+) -> list[tuple]:
+    """The cache's content for a sequence: token, position, rotary frequencies, and the picture row there.
+
+    Cells of a range that attends both ways also hold all cells of the range, of the first ``known`` ones.
+    """
     cells = [(token, index, variant, None) for index, token in enumerate(token_ids)]
     for span in spans:
         for row in range(span.length):
             index = span.offset + row
             cells[index] = (token_ids[index], index, variant, (span.item.hash, row))
+    for start, end in both_ways:
+        seen = tuple(cells[start : end if known is None else min(end, known)])
+        cells[start:end] = [(*cell, seen) for cell in cells[start:end]]
     return cells
 
 
@@ -54,11 +66,12 @@ def tokens_alone(
     max_tokens: int,
     stop: bool = True,
     original: int | None = None,
+    both_ways: Sequence[tuple[int, int]] = (),
 ) -> list[int]:
     """The oracle: the request's output if nothing else existed."""
     ids = list(prompt)
     while len(ids) < len(prompt) + max_tokens:
-        ids.append(next_token(cells_of(ids, spans, variant_of(len(ids), original))))
+        ids.append(next_token(cells_of(ids, spans, variant_of(len(ids), original), both_ways)))
         if stop and ids[-1] == EOS:
             break
     return ids[len(prompt) :]
@@ -112,8 +125,11 @@ class SimulatedRunner:
         for chunk in batch.prefills:
             assert chunk.start == self.length[chunk.slot], "a chunk starts where the last one ended"
             request = chunk.request
-            cells = cells_of(request.token_ids, list(request.spans), request.rope_variant)
-            for index in range(chunk.start, chunk.start + chunk.count):
+            end = chunk.start + chunk.count
+            cells = cells_of(
+                request.token_ids, list(request.spans), request.rope_variant, request.both_ways, end
+            )
+            for index in range(chunk.start, end):
                 written.append((chunk.slot, index, cells[index]))
         # As on a device: everything is written before anything is read.
         for slot, index, cell in written:

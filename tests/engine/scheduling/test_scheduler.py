@@ -302,6 +302,59 @@ def test_whatever_happens_tokens_are_those_of_the_request_alone(requests, limits
             assert got == tokens[: len(got)]
 
 
+BOTH_WAYS = st.fixed_dictionaries(
+    {
+        "num_blocks": st.integers(18, 40),
+        "block_size": st.sampled_from([2, 4, 8]),
+        "max_num_seqs": st.integers(1, 4),
+        "budget": st.integers(9, 60),
+        "run_ahead": st.integers(0, 3),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(requests=REQUESTS, limits=BOTH_WAYS, whole=st.booleans())
+def test_what_attends_both_ways_is_computed_in_one_step(requests, limits, whole):
+    """Pictures, or whole prompts: split over steps, resumed inside, or taken from another prompt's blocks,
+    their tokens would be others."""
+    engine = SimulatedEngine(max_model_len=90, **limits)
+    room = engine.scheduler.max_model_len
+    wanted = {}
+    # Every prompt twice, so that the prefix cache has all of it; and as a part of a longer one.
+    for index, spec in enumerate([*requests, *requests, *requests]):
+        ids, spans = build(spec)
+        ids = ids + ids[:3] if index >= 2 * len(requests) else ids
+        ranges = [(0, len(ids))] if whole else [run for span in spans for run in span.runs()]
+        if len(ids) + 1 > room:
+            continue
+        if max((end - start for start, end in ranges), default=0) > engine.scheduler.budget - (
+            len(engine.scheduler.slots.requests) - 1
+        ):
+            with pytest.raises(InvalidRequest, match="max_num_batched_tokens"):
+                engine.add(str(index), ids, spans, spec["max_tokens"], both_ways=ranges)
+            continue
+        engine.add(str(index), ids, spans, spec["max_tokens"], both_ways=ranges)
+        most = min(spec["max_tokens"], room - len(ids))
+        wanted[index] = tokens_alone(ids, spans, most, both_ways=ranges)
+        engine.step()
+    engine.run()
+    assert {index: engine.outputs[str(index)] for index in wanted} == wanted
+
+
+def test_a_cached_picture_that_attends_both_ways_is_taken_as_a_whole():
+    engine = SimulatedEngine()
+    prompt, spans = prompt_with(6, 5, 16), [picture("cat", 6, 5)]
+    for _ in range(2):
+        engine.add(str(engine.arrivals), prompt, spans, both_ways=[(5, 11)])
+        engine.run()
+    assert engine.scheduler.stats.cached_tokens == 20
+    # With another text behind it, the blocks end inside the picture.
+    engine.add("other", [*prompt[:11], 39, *prompt[12:]], spans, both_ways=[(5, 11)])
+    engine.run()
+    assert engine.scheduler.stats.cached_tokens == 20 + 4
+
+
 def build(spec: dict) -> tuple[list[int], list]:
     """A prompt whose beginning is shared by its family, with pictures in its middle."""
     ids = [(spec["family"] * 3 + i) % 40 for i in range(spec["length"])]
