@@ -34,6 +34,11 @@ def item_placeholder(
     return item.placeholder
 
 
+def nothing_around(config: ModelConfig, item: MediaItem) -> tuple[str, str]:
+    """No texts around an item's placeholder string."""
+    return "", ""
+
+
 def plain_positions(config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]) -> Positions | None:
     """No positions of the family's own: a token's position is its index."""
     return None
@@ -55,6 +60,8 @@ class Family:
         prompt_format: the placeholder strings in prompts of a model.
         placeholder: token runs that replace the placeholder string of the ``index``-th item (from 0) of its
             kind in a prompt; ``encode`` tokenises text without adding special tokens.
+        around: texts that a prompt gets before and behind an item's placeholder string. They are tokenised
+            with the text beside them.
         positions: rotary positions ``(3, num_tokens)`` int64 of a prompt, and the number to add to the index
             of every later token to get its position on all three axes; None if positions are token indices.
         processor: makes the media processor of a checkpoint with the user's options; None if the family is
@@ -73,6 +80,7 @@ class Family:
     placeholder: Callable[
         [ModelConfig, MediaItem, int, Callable[[str], list[int]]], tuple[PlaceholderRun, ...]
     ] = item_placeholder
+    around: Callable[[ModelConfig, MediaItem], tuple[str, str]] = nothing_around
     positions: Callable[[ModelConfig, int, Sequence[MediaSpan]], Positions | None] = plain_positions
     processor: Callable[[Checkpoint, ModelConfig, Options], MediaProcessor] | None = None
     options: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from engine.families.family import Family
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "colqwen2": ("ColQwen2ForRetrieval",),
+    "gemma3": ("Gemma3ForConditionalGeneration",),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "internvl": ("InternVLForConditionalGeneration",),
     "internvl_chat": ("InternVLChatModel",),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class PromptBuilder:
         template: the chat template; None if there is none.
         prompt_format: the family's placeholder strings.
         expand: gives the token runs of an item; ``item.placeholder`` if not given.
+        around: gives the texts around an item's placeholder string; none if not given.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class PromptBuilder:
         template: ChatTemplate | None,
         prompt_format: PromptFormat,
         expand: Expand | None = None,
+        around: Callable[[MediaItem], tuple[str, str]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self._format = prompt_format
         self._expand = expand or (lambda item, index: item.placeholder)
+        self._around = around or (lambda item: ("", ""))
         self._placeholders = Placeholders(prompt_format, tokenizer)
         self._control = ControlText(tokenizer, self._placeholders.patterns)
         self._forms: ContentForms | None = None
@@ -72,7 +76,7 @@ class PromptBuilder:
         def expand(item: MediaItem, index: int) -> tuple[PlaceholderRun, ...]:
             return family.placeholder(config, item, index, encode)
 
-        return cls(tokenizer, template, family.prompt_format(config), expand)
+        return cls(tokenizer, template, family.prompt_format(config), expand, partial(family.around, config))
 
     def with_template(self, template: str | Path) -> PromptBuilder:
         """Make the same builder with another chat template: a file, or Jinja text.
@@ -83,7 +87,7 @@ class PromptBuilder:
             ConfigError: it is neither, or doesn't parse.
         """
         other = ChatTemplate.load("", self.tokenizer.config, template)
-        return PromptBuilder(self.tokenizer, other, self._format, self._expand)
+        return PromptBuilder(self.tokenizer, other, self._format, self._expand, self._around)
 
     def from_messages(
         self,
@@ -227,6 +231,7 @@ class PromptBuilder:
         built = PromptAssembly(items, self._expand)
         if self._format.video is not None and self._format.video_prefix:
             text = text.replace(self._format.video, self._format.video_prefix + self._format.video)
+        text = self._placeholders.surrounded(text, partial(self._texts_around, items))
         if self._placeholders.split:
             self._add_pieces(built, text, stand_ins, items, add_special, param)
         else:
@@ -243,6 +248,12 @@ class PromptBuilder:
                 start = place + 1
             built.add_ids(ids[start:])
         return EngineInput(built.ids, built.spans, stand_ins.restore(text), cache_salt)
+
+    def _texts_around(self, items: Sequence[MediaItem], kind: str, number: int) -> tuple[str, str]:
+        """The texts around the placeholder string of a kind's ``number``-th item, from 0. Without such an
+        item, which is reported later, there are none."""
+        of_kind = [item for item in items if item.kind == kind]
+        return self._around(of_kind[number]) if number < len(of_kind) else ("", "")
 
     def _add_pieces(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from engine.families.base import PromptFormat
 from engine.text.tokenizer import Tokenizer
@@ -43,6 +44,22 @@ class Placeholders:
     def count(self, text: str) -> dict[str, int]:
         """The number of placeholder strings in ``text``, by kind; kinds without any are left out."""
         return dict(Counter(str(match.lastgroup) for match in self._any.finditer(text)))
+
+    def surrounded(self, text: str, around: Callable[[str, int], tuple[str, str]]) -> str:
+        """``text`` with further texts before and behind each placeholder string.
+
+        Args:
+            around: the two texts for a kind's ``n``-th placeholder string, from 0.
+        """
+        counts: Counter[str] = Counter()
+
+        def replace(match: re.Match[str]) -> str:
+            kind = str(match.lastgroup)
+            before, behind = around(kind, counts[kind])
+            counts[kind] += 1
+            return before + match.group() + behind
+
+        return self._any.sub(replace, text)
 
     def split_text(self, text: str) -> tuple[list[str], list[tuple[str, int | None]]]:
         """Split a text at its placeholder strings.

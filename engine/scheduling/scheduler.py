@@ -1,7 +1,7 @@
 """Decides what every step computes.
 
 A step has a budget of tokens, spent on tokens that are known but not computed: first one token of every
-decoding request, so that long prompts never delay running answers, then prompt chunks in order of arrival,
+decoding request, so that long prompts don't delay running answers, then prompt chunks in order of arrival,
 then requests that wait. Prefix hits, chunked prefill and the recomputation of preempted requests follow from
 the same two counters.
 
@@ -101,13 +101,10 @@ class Scheduler:
                 param="prompt",
             )
         longest = max((end - start for start, end in request.both_ways), default=0)
-        # Every other request may decode in the same step.
-        most = self.budget - (len(self.slots.requests) - 1)
-        if longest > most:
+        if longest > self.budget:
             raise InvalidRequest(
                 f"{longest} tokens of the prompt attend to each other and must be computed in one step, but "
-                f"max_num_batched_tokens {self.budget} leaves {most} beside {len(self.slots.requests) - 1} "
-                "other requests. Raise max_num_batched_tokens, or send a smaller image.",
+                f"max_num_batched_tokens is {self.budget}. Raise it, or send a smaller image.",
                 param="prompt",
             )
 
@@ -186,6 +183,8 @@ class Scheduler:
         """Schedule the next step; return None if nothing can be computed until results arrive."""
         updates = self._grow_decodes()
         decode_slots = self.slots.decode_slots()
+        if self._is_held_up(self.budget - len(decode_slots)):
+            decode_slots = decode_slots[:0]
         batch = ScheduledBatch(next(self._step), decode_slots, table_updates=updates)
         self.slots.computed[decode_slots] += 1
         left = self.budget - len(decode_slots)
@@ -283,6 +282,15 @@ class Scheduler:
                 self.preempt(self._victim())
         # A request can grow and be preempted in the same step: its table updates must not reach the runner.
         return [u for u in updates if table.requests[u.slot] is not None]
+
+    def _is_held_up(self, budget: int) -> bool:
+        """Return True if ``budget`` tokens are too few for the next ones of the first prompt, which attend
+        both ways. Running answers wait for a step then, or they could keep the prompt waiting forever."""
+        if not self._prefilling or not self._prefilling[0].both_ways:
+            return False
+        request = self._prefilling[0]
+        start, known = (int(array[request.slot]) for array in (self.slots.computed, self.slots.known))
+        return request.uncut(min(known, start + budget)) <= start
 
     def _prefill(self, request: Request, budget: int, batch: ScheduledBatch) -> int:
         """Schedule as much of a prompt as fits; return the number of tokens."""

@@ -13,6 +13,7 @@ from engine.graphs import Capture
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.averaging import AveragingConnector
 from engine.vision.bucketed_positions import bucketed_positions
 from engine.vision.connector import MLPConnector
 from engine.vision.crops_config import CropVisionConfig
@@ -98,6 +99,9 @@ def unfit(entry: PreparedMedia) -> InvalidRequest:
 def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
     """The connector from features ``(crops, patches, width)`` to rows ``(crops, rows_per_crop, out)``."""
     width, out = config.tower.out_features, config.out_features
+    if config.averaged is not None:
+        eps = config.tower.norm_eps
+        return AveragingConnector(width, config.grid_side, config.averaged, eps, out, build)
     if config.pixel_shuffle is not None and config.shuffled_mlp:
         return ShuffledMLPConnector(width, config.grid_side, config.pixel_shuffle, config.mlp, out, build)
     if config.pixel_shuffle is not None:

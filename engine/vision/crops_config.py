@@ -22,6 +22,7 @@ class CropVisionConfig:
         mlp: the MLP connector, if there is one.
         pixel_shuffle: side, in patches, of the square that becomes one row; None makes one row of each patch.
         shuffled_mlp: whether a square becomes a row by a LayerNorm and the MLP, else by a single projection.
+        averaged: side, in patches, of the square whose average becomes one row; None averages nothing.
         bucketed_positions: whether a patch's learned position depends on its place relative to the image's
             size, as in towers that also take images of other sizes; else on its index.
         normalisation: of the pixels' bytes.
@@ -36,6 +37,7 @@ class CropVisionConfig:
     mlp: MLPConfig = field(default_factory=MLPConfig)
     pixel_shuffle: int | None = None
     shuffled_mlp: bool = False
+    averaged: int | None = None
     bucketed_positions: bool = False
 
     @property
@@ -51,4 +53,6 @@ class CropVisionConfig:
     def rows_per_crop(self) -> int:
         if self.pixel_shuffle is not None:
             return self.patches_per_crop // self.pixel_shuffle**2
+        if self.averaged is not None:
+            return self.patches_per_crop // self.averaged**2
         return self.patches_per_crop + self.tower.class_token - self.drop_first

@@ -75,6 +75,7 @@ class Inputs:
             "inputs_embeds": self.model.get_input_embeddings()(more),
             "attention_mask": torch.ones_like(more),
             "mm_token_type_ids": torch.zeros_like(more),
+            "token_type_ids": torch.zeros_like(more),
         }
         longer = {
             name: torch.cat([value, text[name]], dim=1) if name in text else value

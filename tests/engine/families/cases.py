@@ -10,6 +10,9 @@ from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families import qwen
 from tests.engine.families.case import FamilyCase
 from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
+from tests.engine.families.gemma3 import FRAME as GEMMA3_FRAME
+from tests.engine.families.gemma3 import IMAGE as GEMMA3_IMAGE
+from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.internvl_chat import InternVLChatReference, make_internvl_chat
@@ -109,6 +112,23 @@ CASES = [
         partial(SquaresReference, kind="LightOnOcr"),
         frame=qwen.FRAME,
         placeholder=lambda index, count: "<|image_pad|>",
+    ),
+    FamilyCase(
+        "Gemma 3",
+        make_gemma3,
+        Gemma3Reference,
+        frame=GEMMA3_FRAME,
+        placeholder=lambda index, count: GEMMA3_IMAGE,
+    ),
+    FamilyCase(
+        "Gemma 3 with pan and scan",
+        make_gemma3,
+        partial(Gemma3Reference, do_pan_and_scan=True, pan_and_scan_min_crop_size=9),
+        frame=GEMMA3_FRAME,
+        placeholder=lambda index, count: GEMMA3_IMAGE,
+        # In two parts beside each other; whole; in parts below each other.
+        several=(((20, 24), (33, 70)), ((20, 20), (64, 40), (41, 45))),
+        options={"mm_processor_kwargs": {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 9}},
     ),
     FamilyCase(
         "InternVL",

@@ -20,6 +20,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "llava_next": (14,),
     "mistral3": (9,),
     "lighton_ocr": (8,),
+    "gemma3": (1,),
     "internvl": (12,),
     "internvl_chat": (11,),
     "phi3_v": (0,),

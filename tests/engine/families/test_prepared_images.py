@@ -19,6 +19,8 @@ import transformers
 from PIL import Image
 
 from engine.families.base import PromptAwareProcessor
+from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
+from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
 from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
 from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import PATCH as INTERNVL_PATCH
@@ -70,6 +72,13 @@ def internvl(path: Path, images: Sequence[Image.Image], options: Mapping[str, An
     processor = InternVLReference.processor_of(path).image_processor
     made = processor(list(images), return_tensors="pt", **{"crop_to_patches": True, **options})
     return unfolded(torch.as_tensor(made["pixel_values"]), INTERNVL_PATCH), []
+
+
+def gemma3(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    made = Gemma3Reference(path).processor(
+        text="<start_of_image>", images=list(images), return_tensors="pt", **options
+    )
+    return unfolded(made["pixel_values"], GEMMA3_PATCH), [(len(made["pixel_values"]),)]
 
 
 def pixtral_squares(
@@ -180,6 +189,11 @@ ROWS = {
     "Mistral3": _squares(make_mistral3, "Mistral3"),
     "LightOnOCR": _squares(make_lighton_ocr, "LightOnOcr"),
     "LightOnOCR, squares of its own": _squares(partial(make_lighton_ocr, patch=16), "LightOnOcr"),
+    "Gemma 3": Row(make_gemma3, SQUARE, gemma3),
+    "Gemma 3, hub": Row(partial(make_gemma3, hub=True), SQUARE, gemma3),
+    "Gemma 3, pan and scan": Row(
+        make_gemma3, TILED, gemma3, options={"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8}
+    ),
     "InternVL": Row(make_internvl, TILED, internvl),
     "InternVL, hub": Row(partial(make_internvl, hub=True), TILED, internvl),
     "InternVL, in one crop": Row(make_internvl, TILED, internvl, options={"crop_to_patches": False}),

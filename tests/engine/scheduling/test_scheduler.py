@@ -328,9 +328,7 @@ def test_what_attends_both_ways_is_computed_in_one_step(requests, limits, whole)
         ranges = [(0, len(ids))] if whole else [run for span in spans for run in span.runs()]
         if len(ids) + 1 > room:
             continue
-        if max((end - start for start, end in ranges), default=0) > engine.scheduler.budget - (
-            len(engine.scheduler.slots.requests) - 1
-        ):
+        if max((end - start for start, end in ranges), default=0) > engine.scheduler.budget:
             with pytest.raises(InvalidRequest, match="max_num_batched_tokens"):
                 engine.add(str(index), ids, spans, spec["max_tokens"], both_ways=ranges)
             continue
@@ -353,6 +351,24 @@ def test_a_cached_picture_that_attends_both_ways_is_taken_as_a_whole():
     engine.add("other", [*prompt[:11], 39, *prompt[12:]], spans, both_ways=[(5, 11)])
     engine.run()
     assert engine.scheduler.stats.cached_tokens == 20 + 4
+
+
+def test_a_picture_that_attends_both_ways_does_not_wait_for_all_answers():
+    engine = SimulatedEngine(budget=8, max_num_seqs=7, num_blocks=400, run_ahead=0)
+    long = [start for start in range(50) if len(tokens_alone([start, 9], [], 40)) == 40][:4]
+    for start in long:
+        engine.add(str(start), [start, 9], max_tokens=40)
+    while len(engine.outputs[str(long[-1])]) < 2:
+        engine.step()
+    prompt, spans = prompt_with(8, 3, 6), [picture("cat", 8, 3)]
+    shown = engine.add("shown", prompt, spans, max_tokens=2, both_ways=[(3, 11)])
+    while not shown.finished:
+        engine.step()
+    assert all(len(engine.outputs[str(start)]) < 20 for start in long)
+    engine.run()
+    assert engine.outputs["shown"] == tokens_alone(prompt, spans, 2, both_ways=[(3, 11)])
+    for start in long:
+        assert engine.outputs[str(start)] == tokens_alone([start, 9], [], 40)
 
 
 def build(spec: dict) -> tuple[list[int], list]:

@@ -43,6 +43,8 @@ class Drawn:
         media: token ids that stand for rows of media.
         lengths: how the rotary embedding depends on the length of a sequence.
         ends: tokens that end an answer whatever the files state.
+        together: most tokens that attend to each other, so that a step computes all of them and the prefix
+            cache may keep fewer blocks than are full; 1 where every token attends to earlier ones only.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Drawn:
     media: frozenset[int] = frozenset()
     lengths: Lengths = field(default_factory=Lengths)
     ends: frozenset[int] = frozenset()
+    together: int = 1
 
 
 class Family(Protocol):

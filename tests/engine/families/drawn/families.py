@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.engine.families.drawn.checkpoint import Family
 from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
+from tests.engine.families.drawn.gemma3 import Gemma3Family
 from tests.engine.families.drawn.idefics import IdeficsFamily
 from tests.engine.families.drawn.internvl import InternVLChatFamily, InternVLFamily
 from tests.engine.families.drawn.llava import LlavaFamily, OnevisionFamily
@@ -17,6 +18,7 @@ _ALL: tuple[Family, ...] = (
     OnevisionFamily(),
     LlavaNextFamily(),
     *(SquaresFamily(kind) for kind in ("Mistral3", "LightOnOcr")),
+    Gemma3Family(),
     InternVLFamily(),
     InternVLChatFamily(),
     Phi3VFamily("phi3_v"),

@@ -102,7 +102,16 @@ class Session:
 
     def budget(self, rng: random.Random, sizes: Sequence[int], steps: int) -> int:
         """Tokens of a step: one of ``sizes``, or more, so that prompts take at most about ``steps`` steps."""
-        return max(rng.choice(sizes), sum(question.length for question in self.questions) // steps, 1)
+        length = sum(question.length for question in self.questions)
+        return max(rng.choice(sizes), length // steps, self.drawn.together)
+
+    def full_blocks(self, question: Question, known: int, size: int) -> tuple[int, int]:
+        """The fewest and the most cached tokens of a prompt whose first ``known`` tokens were computed."""
+        if question.params.prompt_logprobs is not None:
+            return 0, 0
+        # What attends both ways is taken from the cache as a whole or not at all.
+        least = known // size * size if self.drawn.together == 1 else 0
+        return least, (question.length - 1) // size * size
 
     def check(
         self,
@@ -208,7 +217,7 @@ def cached(session: Session, tally: Tally) -> None:
     blocks = sum(-(-(3 * question.length + 16 * STEPS) // size) for question in session.questions)
     llm = session.llm(block_size=size, num_kv_blocks=blocks, run_ahead=rng.choice((1, 0, 2)))
     outputs = session.check(tally, llm, session.questions, cached=_anything)
-    session.check(tally, llm, session.questions, cached=lambda q: _full_blocks(q, q.length - 1, size))
+    session.check(tally, llm, session.questions, cached=lambda q: session.full_blocks(q, q.length - 1, size))
     if other := session.with_other_images():
         session.check(tally, llm, [other], cached=_anything)
     turns, entries, known = [], [], {}
@@ -224,8 +233,12 @@ def cached(session: Session, tally: Tally) -> None:
         known[id(turn)] = _reusable(session, question, turn)
     if not turns:
         return
-    session.check(tally, llm, turns, entries=entries, cached=lambda q: _full_blocks(q, known[id(q)], size))
-    session.check(tally, llm, turns, entries=entries, cached=lambda q: _full_blocks(q, q.length - 1, size))
+    session.check(
+        tally, llm, turns, entries=entries, cached=lambda q: session.full_blocks(q, known[id(q)], size)
+    )
+    session.check(
+        tally, llm, turns, entries=entries, cached=lambda q: session.full_blocks(q, q.length - 1, size)
+    )
 
 
 def vectors(session: Session, tally: Tally) -> None:
@@ -280,13 +293,6 @@ MODES: dict[str, Callable[[Session, Tally], None]] = {
 def _anything(question: Question) -> tuple[int, int]:
     """Any number of cached tokens but all of them."""
     return 0, question.length - 1
-
-
-def _full_blocks(question: Question, known: int, size: int) -> tuple[int, int]:
-    """The cached tokens of a prompt whose first ``known`` tokens have been computed before."""
-    if question.params.prompt_logprobs is not None:
-        return 0, 0
-    return known // size * size, (question.length - 1) // size * size
 
 
 def _in_order(prompt: CasePrompt) -> CasePrompt:
