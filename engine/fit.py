@@ -36,12 +36,23 @@ def check_split(size: int, decoder: DecoderConfig) -> None:
     if size not in possible:
         raise ConfigError(
             f"tensor_parallel_size is {size}, but a model of {decoder.num_heads} attention heads, "
-            f"{decoder.num_kv_heads} KV heads and an intermediate size of {decoder.intermediate_size} can be "
+            f"{decoder.num_kv_heads} KV heads{_linear_heads(decoder)} and an intermediate size of "
+            f"{decoder.intermediate_size} can be "
             f"split over {', '.join(map(str, possible))} ranks",
             param="tensor_parallel_size",
         )
 
 
+def _linear_heads(decoder: DecoderConfig) -> str:
+    net = decoder.delta_net
+    return (
+        "" if net is None else f", {net.key_heads} key and {net.value_heads} value heads of linear attention"
+    )
+
+
 def _splits(decoder: DecoderConfig, size: int) -> bool:
     whole_kv = decoder.num_kv_heads % size == 0 or size % decoder.num_kv_heads == 0
+    net = decoder.delta_net
+    if net is not None and (net.key_heads % size or net.value_heads % size):
+        return False
     return whole_kv and decoder.num_heads % size == 0 and decoder.intermediate_size % size == 0

@@ -98,7 +98,9 @@ def _scheduler(
     config: EngineConfig, model: ModelConfig, num_blocks: int, max_model_len: int, name: str
 ) -> Scheduler:
     hasher = None
-    if config.enable_prefix_caching:
+    if config.enable_prefix_caching and model.decoder.delta_net is not None:
+        logger.warning("no prefix is cached: %s has recurrent states", model.architecture)
+    elif config.enable_prefix_caching:
         key = f"{name}@{config.revision}:{model.architecture}"
         hasher = BlockHasher(config.block_size, key, secrets.token_bytes(32))
     return Scheduler(

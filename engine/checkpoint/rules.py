@@ -26,6 +26,9 @@ SANDWICH_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder with norms after attention and MLP as well, by Gemma's names."""
 
+MULTI_TOKEN_HEADS = r"mtp\..*"
+"""Qwen3.5's layers that predict further tokens, which Transformers leaves out too."""
+
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"
 

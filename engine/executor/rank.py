@@ -16,7 +16,7 @@ from engine.fit import longest_sequence
 from engine.graphs import make_capture
 from engine.layers.decoder import Decoder
 from engine.placement import resolve_device, resolve_dtype
-from engine.runner.kv_storage import allocate_kv, block_bytes, measure_free_bytes
+from engine.runner.kv_storage import allocate_caches, block_bytes, measure_free_bytes, state_bytes
 from engine.runner.model_runner import ModelRunner
 
 
@@ -64,11 +64,24 @@ class ModelRank:
     def measure_blocks(self) -> int:
         """Return the number of KV blocks that fit into this rank's memory.
 
+        Recurrent states of all slots are counted too: on a GPU they are part of the measured peak, elsewhere
+        of ``kv_cache_bytes``.
+
         Raises:
             ConfigError: fewer than two fit; block 0 is never given to a request.
         """
         config, decoder = self.config, self.decoder
-        free = config.kv_cache_bytes
+        states = (config.max_num_seqs + 1) * state_bytes(decoder.config, decoder.dtype, self.group.size)
+        free = config.kv_cache_bytes - states
+        if decoder.device.type == "cuda":
+            free = torch.cuda.mem_get_info(decoder.device)[0] - states
+        if free < 0:
+            raise ConfigError(
+                f"the recurrent states of max_num_seqs {config.max_num_seqs} requests take {states >> 20} "
+                f"MiB, {-free >> 20} MiB more than there are; lower max_num_seqs (or raise kv_cache_bytes on "
+                "a CPU)",
+                param="max_num_seqs",
+            )
         if decoder.device.type == "cuda":
             runner = self._runner(2, self.max_model_len, config.max_num_seqs)
             runner.profile(config.max_num_batched_tokens)
@@ -95,8 +108,15 @@ class ModelRank:
         config, decoder = self.config, self.decoder
         runner = ModelRunner(
             decoder,
-            allocate_kv(
-                decoder.config, num_blocks, config.block_size, decoder.dtype, decoder.device, self.group.size
+            allocate_caches(
+                decoder.config,
+                num_blocks,
+                config.block_size,
+                # The last one is for padding.
+                num_slots + 1,
+                decoder.dtype,
+                decoder.device,
+                self.group.size,
             ),
             block_size=config.block_size,
             num_slots=num_slots,

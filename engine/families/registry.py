@@ -24,6 +24,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration",),
     "phi3_v": ("Phi3VForCausalLM",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "text": (
         "Gemma3ForCausalLM",
@@ -34,6 +35,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "Phi3ForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen3ForCausalLM",
+        "Qwen3_5ForCausalLM",
     ),
 }
 """The architectures of each folder under ``engine.families``; its ``family.py`` has the value ``FAMILY``."""

@@ -10,6 +10,9 @@ decides::
                       prefill_attention_gluon     Hopper, 16-bit, no window, a        prefill_attention.py
                                                   sequence with over 1024 new tokens
                       paged_attention_triton      otherwise                           paged_attention.py
+    delta_rule        delta_rule_reference        not Triton                          delta_rule.py
+                      delta_step_triton           one new token of each sequence      delta_rule.py
+                      delta_prefill_triton        otherwise                           delta_prefill.py
     linear            gemv_triton                 Triton, 1 row                       gemv.py
                       skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py
                                                   most 65536 outputs
@@ -27,11 +30,10 @@ decides::
 the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
-act_mul.py, decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows), gumbel.py
-(gumbel_argmax, argmax), kv_write.py,
-layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, truncation.py, vision_attention.py.
+act_mul.py, causal_conv.py, decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
+gated_norm.py, gumbel.py (gumbel_argmax, argmax), kv_write.py, layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, truncation.py, vision_attention.py.
 
 Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), launch.py (launch or
-compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch), scales.py (of fp8 weights),
-tile.py (attention tiles).
+compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
+recurrent_state.py (states of a gated delta net), scales.py (of fp8 weights), tile.py (attention tiles).
 """

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from engine.kernels import gemm_activation, prefill_attention
 from engine.kernels.act_mul import act_mul
 from engine.kernels.decode_attention import decode_attention_reference, decode_attention_triton
+from engine.kernels.delta_prefill import delta_prefill_triton
+from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, use_triton
 from engine.kernels.fp8 import Scale, dequantised_gemm, reads_fp8, scaled_gemm, supports_scaled
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
@@ -21,6 +23,7 @@ from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from engine.kernels.prefill_attention import prefill_attention_gluon
+from engine.kernels.recurrent_state import StateCache
 from engine.kernels.rms_norm import rms_norm
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.skinny_gemm import skinny_gemm_triton
@@ -97,6 +100,28 @@ def paged_attention(
         if long and not is_compiling():
             return out
     return paged_attention_triton(q, cache, meta, scale=scale, window=window, out=out)
+
+
+def delta_rule(
+    qkv: torch.Tensor, gates: DeltaGates, cache: StateCache, meta: AttentionMetadata
+) -> torch.Tensor:
+    """Apply the gated delta rule to each sequence's new tokens; see :mod:`engine.kernels.delta_rule`.
+
+    Args:
+        qkv: ``(T, C)``, last dimension contiguous: queries and keys of the key heads, then values, after
+            the convolution. Queries and keys are scaled to length 1, queries then by ``key_dim ** -0.5``.
+        gates: of the ``T`` tokens.
+        cache: ``recurrent`` is changed to the states after the new tokens.
+        meta: ``state_rows`` names different rows, but for sequences without tokens.
+
+    Returns:
+        ``(T, heads, value_dim)`` contiguous, in the dtype of ``qkv``; rows of padding are undefined.
+    """
+    if not use_triton(qkv):
+        return delta_rule_reference(qkv, gates, cache, meta)
+    if meta.max_query_len == 1:
+        return delta_step_triton(qkv, gates, cache, meta)
+    return delta_prefill_triton(qkv, gates, cache, meta)
 
 
 def linear(

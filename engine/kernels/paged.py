@@ -66,6 +66,8 @@ class AttentionMetadata:
         split_counters: ``(S or more, kv_heads)`` int32 zeros, which count finished programs where decode
             attention splits keys (flash-decoding); zeros again after each launch. Launches that share them
             must not overlap. None allocates and clears them at each launch.
+        state_rows: ``(S,)`` int64, row of each sequence in the pools of recurrent states; None for models
+            without such.
     """
 
     block_tables: torch.Tensor
@@ -76,6 +78,7 @@ class AttentionMetadata:
     max_seq_len: int
     key_ends: torch.Tensor | None = None
     split_counters: torch.Tensor | None = None
+    state_rows: torch.Tensor | None = None
 
 
 def query_tiles(tokens: int, sequences: int, tokens_per_tile: int) -> int:

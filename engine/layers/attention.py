@@ -20,14 +20,20 @@ class Attention(nn.Module):
     """One attention block.
 
     In order: norm, fused qkv projection, optional norm of queries and keys, rotation, write to the KV cache,
-    attention over the cache, output projection.
+    attention over the cache, optional gate, output projection.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, rotary: Rotary, build: BuildContext) -> None:
         super().__init__()
         heads, kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv_proj = qkv_linear(
-            config.hidden_size, heads, kv_heads, self.head_dim, build, bias=config.qkv_bias
+            config.hidden_size,
+            heads,
+            kv_heads,
+            self.head_dim,
+            build,
+            bias=config.qkv_bias,
+            gated=config.output_gate,
         )
         self.o_proj = RowLinear(
             heads * self.head_dim, config.hidden_size, build.at("o_proj"), bias=config.o_bias
@@ -35,6 +41,7 @@ class Attention(nn.Module):
         norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, build, offset=config.norm_offset)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
+        self.gated = config.output_gate
         self.sizes = [part.size for part in self.qkv_proj.parts]
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.window = config.window(layer)
@@ -64,13 +71,18 @@ class Attention(nn.Module):
         """
         qkv, residual = self.qkv_proj.after_norm(norm, x, residual)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
+        if self.gated:
+            q, gate = q[:, ::2], q[:, 1::2]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary.query_scale is not None:
             # The rotation that follows doesn't mind a factor.
             q = q * self.rotary.query_scale[positions]
         attend = self._decode if meta.max_query_len == 1 else self._prefill
-        out = attend(q, k, v, positions, cache, meta).flatten(1)
+        out = attend(q, k, v, positions, cache, meta)
+        if self.gated:
+            out = out * gate.sigmoid()
+        out = out.flatten(1)
         if rows is not None:
             out, residual = out.index_select(0, rows), residual.index_select(0, rows)
         return self.o_proj(out), residual

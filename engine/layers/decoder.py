@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.kernels.recurrent_state import StateCache
 from engine.layers.attention import Attention
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
+from engine.layers.delta_net import GatedDeltaNet
 from engine.layers.embedding import LMHead, VocabEmbedding
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
@@ -20,7 +22,8 @@ from engine.layers.rotary import Rotary
 
 
 class DecoderLayer(nn.Module):
-    """Attention and gated MLP, each after a norm, and before another one if the model has such.
+    """Attention, or a gated delta net, and gated MLP, each after a norm, and before another one if the model
+    has such.
 
     The residual is passed beside the hidden states, so that each addition can be fused with the norm behind
     it, and the norm with the GEMM behind that where it is faster.
@@ -30,7 +33,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, build, offset=config.norm_offset)
         self.input_layernorm = norm()
-        self.self_attn = Attention(config, layer, rotary, build.at("self_attn"))
+        linear = layer in config.linear_layers
+        self.self_attn = None if linear else Attention(config, layer, rotary, build.at("self_attn"))
+        self.linear_attn = GatedDeltaNet(config, build.at("linear_attn")) if linear else None
         self.post_attention_layernorm = norm()
         self.attention_out_norm = norm() if config.sandwich else None
         self.mlp_out_norm = norm() if config.sandwich else None
@@ -48,11 +53,13 @@ class DecoderLayer(nn.Module):
         x: torch.Tensor,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
-        cache: KVCache,
+        cache: KVCache | StateCache,
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.self_attn(self.input_layernorm, x, residual, positions, cache, meta, rows)
+        mixer = self.linear_attn if self.self_attn is None else self.self_attn
+        assert mixer is not None
+        x, residual = mixer(self.input_layernorm, x, residual, positions, cache, meta, rows)
         x, residual = self.mlp.after_norm(
             self.post_attention_layernorm, self._added(x, self.attention_out_norm), residual
         )
@@ -66,7 +73,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer without state: each call gets the KV caches and the batch.
+    """A decoder-only transformer without state: each call gets the caches and the batch.
 
     Args:
         max_model_len: longest sequence in tokens; sizes the rotary tables. None takes the checkpoint's limit.
@@ -108,7 +115,7 @@ class Decoder(nn.Module):
         self,
         embeds: torch.Tensor,
         positions: torch.Tensor,
-        kv_caches: Sequence[KVCache],
+        caches: Sequence[KVCache | StateCache],
         meta: AttentionMetadata,
         deepstack: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
@@ -122,7 +129,7 @@ class Decoder(nn.Module):
             embeds: ``(T, hidden_size)``.
             positions: rows of the rotary tables, int64 ``(T,)``, or ``(3, T)`` with M-RoPE; see
                 :class:`~engine.layers.rotary.Rotary`.
-            kv_caches: one pair per layer.
+            caches: one per layer: keys and values, or the states of a gated delta net.
             meta: the batch's sequences and their KV blocks.
             deepstack: ``(n, T, hidden_size)`` added to the hidden states after each of the first ``n``
                 layers; zero at text positions.
@@ -133,7 +140,7 @@ class Decoder(nn.Module):
         """
         x, residual = embeds, None
         last = len(self.layers) - 1
-        for index, (layer, cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             wanted = rows if index == last else None
             x, residual = layer(x, residual, positions, cache, meta, wanted)
             if deepstack is not None and index < len(deepstack):

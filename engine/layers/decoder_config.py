@@ -76,6 +76,28 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaNetConfig:
+    """A gated delta net, the linear attention of Qwen3.5 (https://arxiv.org/abs/2412.06464).
+
+    Attributes:
+        key_heads, value_heads: of the whole model; each key head serves ``value_heads / key_heads``
+            consecutive value heads.
+        key_dim, value_dim: numbers per key head and per value head.
+        conv_width: tokens that the causal convolution before it sees.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int
+
+    def channels(self, num_ranks: int = 1) -> int:
+        """Numbers of queries, keys and values of a token on one rank."""
+        return (2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim) // num_ranks
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A decoder-only transformer: Llama, Qwen, Mistral, Phi3, Gemma, Granite, or the text part of a VLM.
 
@@ -85,6 +107,10 @@ class DecoderConfig:
         max_position: longest context the checkpoint was made for, in tokens, after rotary scaling.
         qkv_bias, o_bias, mlp_bias: whether the projections have biases.
         qk_norm: RMSNorm over each head of q and k, before rotation.
+        output_gate: each head's attention is multiplied by the sigmoid of a gate; ``q_proj`` makes each
+            head's query and behind it its gate.
+        delta_net: the layers ``linear_layers`` have a gated delta net in place of attention; None if all
+            layers have attention.
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for
             full attention; an empty tuple means full attention everywhere.
         norm_offset: added to the weights of all norms, which checkpoints of Gemma store less one.
@@ -118,6 +144,9 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    output_gate: bool = False
+    delta_net: DeltaNetConfig | None = None
+    linear_layers: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
     norm_offset: float = 0.0
     sandwich: bool = False
@@ -134,3 +163,8 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         """Sliding window of ``layer`` in tokens; None for full attention."""
         return self.windows[layer] if self.windows else None
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Number of layers that have keys and values."""
+        return self.num_layers - len(self.linear_layers)

@@ -188,10 +188,14 @@ def qkv_linear(
     *,
     bias: bool,
     fused_name: str = "qkv_proj",
+    gated: bool = False,
 ) -> FusedColumnLinear:
     """Make the query, key and value projections.
 
     Ranks split the heads. With fewer KV heads than ranks, several ranks have the same KV head.
+
+    Args:
+        gated: each query is followed by a gate of its head, of ``head_dim`` too.
     """
     heads = build.share(num_heads, "attention heads")
     rank, size = build.tp.rank, build.tp.size
@@ -201,7 +205,8 @@ def qkv_linear(
     else:
         kv_heads = 1
         kv_start = rank // (size // num_kv_heads)
-    queries = FusedPart("q_proj", num_heads * head_dim, rank * heads * head_dim, heads * head_dim)
+    query_dim = 2 * head_dim if gated else head_dim
+    queries = FusedPart("q_proj", num_heads * query_dim, rank * heads * query_dim, heads * query_dim)
     keys, values = (
         FusedPart(name, num_kv_heads * head_dim, kv_start * head_dim, kv_heads * head_dim)
         for name in ("k_proj", "v_proj")

@@ -56,6 +56,7 @@ class ForwardGraphs:
         max_sequences: most sequences of a batch.
         max_blocks: columns of block tables.
         max_seq_len: longest sequence.
+        padding_slot: row of recurrent states for padding sequences.
         all_rows: return the hidden states of all rows, else of at most one row per sequence.
         both_ways: batches have :attr:`~engine.kernels.paged.AttentionMetadata.key_ends`.
         device: device of all tensors.
@@ -73,6 +74,7 @@ class ForwardGraphs:
         max_sequences: int,
         max_blocks: int,
         max_seq_len: int,
+        padding_slot: int,
         all_rows: bool,
         both_ways: bool,
         device: torch.device,
@@ -89,6 +91,8 @@ class ForwardGraphs:
         self._tables = torch.zeros((max_sequences, max_blocks), dtype=torch.int32, device=device)
         self._starts = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(max_sequences, dtype=torch.int32, device=device)
+        self._padding_slot = padding_slot
+        self._states = torch.full((max_sequences,), padding_slot, dtype=torch.int64, device=device)
         self.all_rows = all_rows
         self._rows = torch.zeros(max_sequences, dtype=torch.int64, device=device)
         # Leading entries of _rows that may not be zero.
@@ -136,6 +140,9 @@ class ForwardGraphs:
         self._starts[: sequences + 1] = meta.query_start
         self._starts[sequences + 1 :] = tokens
         self._lengths[:sequences] = meta.seq_lens
+        if meta.state_rows is not None:
+            self._states[:sequences] = meta.state_rows
+            self._states[sequences:] = self._padding_slot
         if rows is None:
             return replay()[:tokens]
         self._rows[:num_rows] = rows
@@ -164,6 +171,7 @@ class ForwardGraphs:
             max_query_len=size,
             max_seq_len=self._max_seq_len,
             key_ends=None if self._key_ends is None else self._key_ends[:size],
+            state_rows=self._states[:count],
         )
         embeds, positions = self._embeds[:size], self._positions[..., :size]
         rows = None if self.all_rows else self._rows[:count]

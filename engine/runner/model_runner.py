@@ -15,6 +15,7 @@ from engine.kernels.decode_state import DecodeInputs
 from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
 from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.kernels.recurrent_state import StateCache
 from engine.layers.decoder import Decoder
 from engine.logprobs import LogprobTensors
 from engine.request import Request, attributed_to
@@ -89,7 +90,7 @@ class ModelRunner:
 
     Args:
         model: the decoder with its weights.
-        kv: the KV cache of each layer.
+        caches: of each layer; recurrent states have a row for each slot and one more, for padding.
         block_size: tokens per KV block.
         num_slots: rows of requests.
         max_num_tokens: most tokens of a step.
@@ -102,7 +103,7 @@ class ModelRunner:
     def __init__(
         self,
         model: Decoder,
-        kv: list[KVCache],
+        caches: list[KVCache | StateCache],
         *,
         block_size: int,
         num_slots: int,
@@ -114,9 +115,8 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self._group = group
-        self.device = kv[0].keys.device
-        self.dtype = kv[0].keys.dtype
-        self._kv = kv
+        self.device, self.dtype = model.device, model.dtype
+        self._caches = caches
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._pooling = pooling
@@ -128,7 +128,9 @@ class ModelRunner:
         # query_start of a decode step: each sequence has one token.
         self._each = torch.arange(num_slots + 1, dtype=torch.int32, device=self.device)
         # Flash-decoding counters: one row per sequence of a decode step and one column per KV head.
-        self._split_counters = torch.zeros((num_slots, kv[0].kv_heads), dtype=torch.int32, device=self.device)
+        self._split_counters = torch.zeros(
+            (num_slots, model.num_kv_heads), dtype=torch.int32, device=self.device
+        )
         self.sampler = Sampler(num_slots, self.vocab_size, self.device)
         self._pooler = Pooler(model)
         self._scorer = PromptScorer(model)
@@ -148,7 +150,7 @@ class ModelRunner:
                 device=self.device,
             )
             self._forwards = ForwardGraphs(
-                lambda embeds, positions, meta, rows: model(embeds, positions, kv, meta, rows=rows),
+                lambda embeds, positions, meta, rows: model(embeds, positions, caches, meta, rows=rows),
                 capture,
                 sizes=captured_sizes(
                     sum(parameter.numel() for parameter in model.layers[0].parameters()), max_num_tokens
@@ -159,6 +161,7 @@ class ModelRunner:
                 max_sequences=num_slots,
                 max_blocks=self._state.block_tables.shape[1],
                 max_seq_len=max_model_len,
+                padding_slot=self._state.padding_slot,
                 all_rows=pooling,
                 both_ways=self._both_ways,
                 device=self.device,
@@ -255,9 +258,10 @@ class ModelRunner:
             slot_mapping=zeros - 1,
             max_query_len=longest,
             max_seq_len=longest,
+            state_rows=torch.full((len(starts) - 1,), self._state.padding_slot, device=device),
         )
         positions = zeros.expand(3, -1) if self._mrope else zeros
-        hidden = self.model(self.model.embed(zeros), positions, self._kv, meta)
+        hidden = self.model(self.model.embed(zeros), positions, self._caches, meta)
         rows = hidden[: self._state.padding_slot]
         self.model.logits(rows).float().softmax(-1)
 
@@ -277,7 +281,7 @@ class ModelRunner:
                 # No kernel has filled them, and tables that are looked up without a kernel have an end.
                 inputs.ids.zero_()
                 inputs.positions.zero_()
-                logits = self._decode_rows(inputs)
+                logits = self._decode_rows(inputs, slots)
                 for plan in _CAPTURED_PLANS:
                     self._decode_sample(slots, logits, plan)
             self._forwards.rehearse()
@@ -339,9 +343,9 @@ class ModelRunner:
         return logits, None if plan is None else self._decode_sample(slots, logits, plan)
 
     def _decode_logits(self, slots: torch.Tensor) -> torch.Tensor:
-        return self._decode_rows(self._state.decode_inputs(slots))
+        return self._decode_rows(self._state.decode_inputs(slots), slots)
 
-    def _decode_rows(self, inputs: DecodeInputs) -> torch.Tensor:
+    def _decode_rows(self, inputs: DecodeInputs, slots: torch.Tensor) -> torch.Tensor:
         meta = AttentionMetadata(
             block_tables=inputs.tables,
             query_start=self._each[: len(inputs.ids) + 1],
@@ -350,9 +354,10 @@ class ModelRunner:
             max_query_len=1,
             max_seq_len=self._max_model_len,
             split_counters=self._split_counters,
+            state_rows=slots,
         )
         positions = inputs.positions.expand(3, -1) if self._mrope else inputs.positions
-        hidden = self.model(self.model.embed(inputs.ids), positions, self._kv, meta)
+        hidden = self.model(self.model.embed(inputs.ids), positions, self._caches, meta)
         return self.model.logits(hidden)
 
     def _decode_sample(self, slots: torch.Tensor, logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
@@ -422,6 +427,7 @@ class ModelRunner:
             max_query_len=max(c.count for c in batch.prefills),
             max_seq_len=self._max_model_len if decodes else max(c.start + c.count for c in batch.prefills),
             key_ends=key_ends.int() if self._both_ways else None,
+            state_rows=slots,
         )
         embeds, deepstack = self._embed(batch, ids, chunks.embedded_rows)
         graphs = self._forwards
@@ -433,7 +439,7 @@ class ModelRunner:
         ):
             hidden = graphs.replay(embeds, positions, meta, rows)
         else:
-            hidden = self.model(embeds, positions, self._kv, meta, deepstack, rows)
+            hidden = self.model(embeds, positions, self._caches, meta, deepstack, rows)
         state.length.index_copy_(0, slots, lengths)
         return hidden
 

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 import torch
 
 from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.kernels.recurrent_state import StateCache
 from engine.layers.decoder import Decoder
+from engine.runner.kv_storage import allocate_caches
 
 BLOCK = 4
 
 
-def kv_caches(decoder: Decoder, num_blocks: int) -> list[KVCache]:
-    """Poisoned caches: whatever is read without having been written spoils the result."""
-    shape = (num_blocks, decoder.num_kv_heads, BLOCK, decoder.config.head_dim)
-    return [
-        KVCache(*(torch.full(shape, torch.nan, dtype=decoder.dtype) for _ in range(2)))
-        for _ in range(decoder.config.num_layers)
-    ]
+def poisoned_caches(decoder: Decoder, num_blocks: int, num_states: int) -> list[KVCache | StateCache]:
+    """Caches full of NaN: whatever is read without having been written spoils the result."""
+    caches = allocate_caches(decoder.config, num_blocks, BLOCK, num_states, decoder.dtype, decoder.device)
+    for cache in caches:
+        tensors = (cache.keys, cache.values) if isinstance(cache, KVCache) else (cache.conv, cache.recurrent)
+        for tensor in tensors:
+            tensor.fill_(torch.nan)
+    return caches
 
 
 def metadata(
@@ -40,6 +43,8 @@ def metadata(
         slot_mapping=torch.tensor(slots, dtype=torch.int64),
         max_query_len=max(new),
         max_seq_len=max(lengths),
+        # Not in the order of the sequences.
+        state_rows=torch.arange(len(lengths)).flip(0),
     )
 
 
@@ -63,7 +68,7 @@ def prefill_logits(
     counts = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1)).add(1).tolist()
     tables = [[order.pop() for _ in range(count)] for count in counts]
-    caches = kv_caches(decoder, sum(counts) + 1)
+    caches = poisoned_caches(decoder, sum(counts) + 1, len(lengths))
     cuts = list(split or lengths)
     steps = [([0] * len(lengths), cuts)]
     if split is not None:

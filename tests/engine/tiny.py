@@ -83,13 +83,16 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0) -> torch.nn.Module:
     """Draw all weights anew: layers keep the scale of their input, norms and biases get noise."""
     generator = torch.Generator().manual_seed(seed)
-    layers = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+    layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     weights = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if id(parameter) in tables:
+            if name.endswith("A_log"):
+                # A gated delta net remembers some tens of tokens, instead of none.
+                parameter.copy_(noise * 0.5 - 3)
+            elif id(parameter) in tables:
                 parameter.copy_(noise * embedding_std)
             elif parameter.dim() >= 2:
                 fan_in = parameter[0].numel() if id(parameter) in weights else 1
@@ -234,7 +237,31 @@ TEXT_ARCHITECTURES = (
     "phi3_longrope",
     "qwen2",
     "qwen3",
+    "qwen3_5",
 )
+
+#: A hybrid of Qwen3.5: three layers of four have a gated delta net, with two value heads for each key head.
+QWEN3_5_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}
 
 
 def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **overrides: Any) -> Path:
@@ -283,6 +310,9 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common |= {"head_dim": 32, "sliding_window": 7}
     elif kind == "qwen3":
         common["head_dim"] = 32
+    elif kind == "qwen3_5":
+        common |= QWEN3_5_TEXT
+        rope = common.pop("rope_parameters")
     elif kind == "phi3_longrope":
         rope = {
             "rope_type": "longrope",
@@ -292,8 +322,9 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "original_max_position_embeddings": 64,
         }
         common["original_max_position_embeddings"] = 64
-    family = {"llama3": "Llama", "phi3_longrope": "Phi3"}.get(kind, kind.capitalize())
-    config_class = getattr(transformers, "Gemma3TextConfig" if kind == "gemma3" else f"{family}Config")
+    family = {"llama3": "Llama", "phi3_longrope": "Phi3", "qwen3_5": "Qwen3_5"}.get(kind, kind.capitalize())
+    text = "Text" if kind in ("gemma3", "qwen3_5") else ""
+    config_class = getattr(transformers, f"{family}{text}Config")
     config = config_class(**{**common, "rope_parameters": rope, **overrides})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     tied = getattr(config, "tie_word_embeddings", False)

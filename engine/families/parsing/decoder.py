@@ -9,7 +9,7 @@ from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.windows import parse_windows, sliding_layers
-from engine.layers.decoder_config import DecoderConfig
+from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig
 
 DecoderKind = Literal[
     "gemma3_text",
@@ -22,6 +22,7 @@ DecoderKind = Literal[
     "qwen2",
     "qwen2_vl",
     "qwen3",
+    "qwen3_5_text",
     "qwen3_vl",
 ]
 
@@ -162,6 +163,24 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "max_window_layers": 80,
     },
     "qwen3": {**_QWEN, **_QWEN_WINDOWS, "head_dim": 128, "attention_bias": False},
+    "qwen3_5_text": {
+        **_COMMON,
+        "vocab_size": 248320,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "attention_bias": False,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "layer_types": None,
+        "full_attention_interval": 4,
+    },
     "qwen3_vl": {
         **_QWEN,
         "head_dim": 128,
@@ -173,7 +192,7 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
 #: Read by every kind where config.json has them.
 _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 _BIASED_QKV = ("qwen2", "qwen2_vl")
-_NORMED_QK = ("gemma3_text", "qwen3", "qwen3_vl")
+_NORMED_QK = ("gemma3_text", "qwen3", "qwen3_5_text", "qwen3_vl")
 
 
 def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
@@ -242,10 +261,53 @@ def _granite(config: Json) -> dict[str, Any]:
     }
 
 
+def _qwen3_5(config: Json) -> dict[str, Any]:
+    layers, kinds = integer(config, "num_hidden_layers"), config["layer_types"]
+    if kinds is None:
+        interval = integer(config, "full_attention_interval")
+        linear = tuple(layer for layer in range(layers) if (layer + 1) % interval)
+    else:
+        known = {"linear_attention", "full_attention"}
+        if not isinstance(kinds, list) or len(kinds) != layers or not known.issuperset(kinds):
+            raise CheckpointError(
+                f"config.json: layer_types should be linear_attention or full_attention for {layers} layers",
+                param="layer_types",
+            )
+        linear = tuple(layer for layer, kind in enumerate(kinds) if kind == "linear_attention")
+    if len(linear) == layers:
+        raise CheckpointError("config.json: a layer with full_attention is needed", param="layer_types")
+    if linear and activation(config["hidden_act"]) != "silu":
+        raise CheckpointError(
+            f"config.json: hidden_act {config['hidden_act']!r} is not supported with linear_attention "
+            "layers; silu is",
+            param="hidden_act",
+        )
+    net = DeltaNetConfig(
+        key_heads=integer(config, "linear_num_key_heads"),
+        value_heads=integer(config, "linear_num_value_heads"),
+        key_dim=integer(config, "linear_key_head_dim"),
+        value_dim=integer(config, "linear_value_head_dim"),
+        conv_width=integer(config, "linear_conv_kernel_dim", least=2),
+    )
+    if net.value_heads % net.key_heads:
+        raise CheckpointError(
+            f"config.json: linear_num_key_heads {net.key_heads} should divide linear_num_value_heads "
+            f"{net.value_heads}",
+            param="linear_num_key_heads",
+        )
+    return {
+        "norm_offset": 1.0,
+        "output_gate": True,
+        "delta_net": net if linear else None,
+        "linear_layers": linear,
+    }
+
+
 #: The switches of :class:`DecoderConfig` that one kind alone has.
 _SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "gemma3_text": _gemma3,
     "granite": _granite,
+    "qwen3_5_text": _qwen3_5,
 }
 
 

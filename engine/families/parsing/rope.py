@@ -17,6 +17,7 @@ _PARAM = "rope_scaling"
 #: Names that older files use for another type, by the kind of decoder that knows them.
 _ALIASES: dict[str, dict[Any, str]] = {
     "qwen2_vl": {"mrope": "default"},
+    "qwen3_5_text": {"mrope": "default"},
     "qwen3_vl": {"mrope": "default"},
     "phi3": {"su": "longrope", "yarn": "longrope"},
 }
@@ -25,7 +26,12 @@ _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "lla
 #: In models whose layers differ, parameters may be given for each of these.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 #: Angles per axis of M-RoPE where the file has none.
-_SECTIONS = {"paddleocr_vl": (16, 24, 24), "qwen2_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
+_SECTIONS = {
+    "paddleocr_vl": (16, 24, 24),
+    "qwen2_vl": (16, 24, 24),
+    "qwen3_5_text": (11, 11, 10),
+    "qwen3_vl": (24, 20, 20),
+}
 
 
 def parse_ropes(config: Json, kind: str, head_dim: int) -> tuple[RopeConfig, RopeConfig | None]:
@@ -82,7 +88,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
         type=rope_type,
         rotary_dim=rotary_dim,
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
-        mrope_interleaved=kind == "qwen3_vl",
+        mrope_interleaved=kind in ("qwen3_5_text", "qwen3_vl"),
         query_growth=_query_growth(parameters) if kind == "ministral3" else None,
         **_READERS[rope_type](config, parameters, positions, angles),
     )
@@ -129,20 +135,22 @@ def _parameters(config: Json) -> Json:
 def _rotary_dim(config: Json, parameters: Json, kind: str, rope_type: RopeType, head_dim: int) -> int | None:
     """Rotated leading dimensions of a head; None for all.
 
-    Phi-3 alone can rotate a part. The others ignore ``partial_rotary_factor`` without scaling; with scaling
-    Transformers makes tables for a part, which their attention can't use.
+    Phi-3 and Qwen3.5 alone can rotate a part; Qwen3.5 rotates a quarter unless the file states a share. The
+    others ignore ``partial_rotary_factor`` without scaling; with scaling Transformers makes tables for a
+    part, which their attention can't use.
     """
     field = "partial_rotary_factor"
-    if kind != "phi3" and rope_type == "default":
+    partial = kind in ("phi3", "qwen3_5_text")
+    if not partial and rope_type == "default":
         return None
-    beside = config.get(field, 1.0)
-    if beside is None and kind != "phi3":
+    beside = config.get(field, 0.25 if kind == "qwen3_5_text" else 1.0)
+    if beside is None and not partial:
         beside = 1.0
     share = number({field: parameters.get(field, beside)}, field, param=_PARAM)
     dim = int(head_dim * share)
     if dim == head_dim:
         return None
-    if kind != "phi3" or not 0 < dim < head_dim:
+    if not partial or not 0 < dim < head_dim:
         raise CheckpointError(f"config.json: {field} {share} is not supported", param=_PARAM)
     return dim
 

@@ -1,8 +1,9 @@
-"""Language models without images: Gemma 3, Granite, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3."""
+"""Language models without images: Gemma 3, Granite, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3,
+Qwen3.5."""
 
 from __future__ import annotations
 
-from engine.checkpoint.rules import DECODER_RULES, SANDWICH_RULES, WeightRules
+from engine.checkpoint.rules import DECODER_RULES, MULTI_TOKEN_HEADS, SANDWICH_RULES, WeightRules
 from engine.families.base import ModelConfig
 from engine.families.family import Family
 from engine.families.parsing.decoder import DecoderKind
@@ -19,6 +20,7 @@ _KINDS: dict[str, DecoderKind] = {
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3_5ForCausalLM": "qwen3_5_text",
 }
 
 
@@ -32,7 +34,8 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 
 def _weights(config: ModelConfig) -> WeightRules:
     rules = SANDWICH_RULES if config.decoder.sandwich else DECODER_RULES
-    return WeightRules(language=(*rules, _ALONE))
+    unused = (MULTI_TOKEN_HEADS,) if config.architecture == "Qwen3_5ForCausalLM" else ()
+    return WeightRules(language=(*rules, _ALONE), ignore=unused)
 
 
 def _retrieval(config: ModelConfig) -> RetrievalFormat:

@@ -184,6 +184,14 @@ CASES = [
         **_QWEN,
     ),
     FamilyCase(
+        "Qwen3.5",
+        partial(_later_qwen, make=qwen.make_qwen3_5),
+        partial(qwen.Reference, kind="Qwen3_5"),
+        options={"mm_processor_kwargs": {"fps": qwen.FPS["Qwen3_5"]}},
+        caches=False,
+        **_QWEN,
+    ),
+    FamilyCase(
         "ColQwen2",
         make_colqwen2,
         ColQwen2Reference,
@@ -211,7 +219,13 @@ CASES = [
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
     FamilyCase("SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), **_IDEFICS),
     *(
-        FamilyCase(kind, partial(make_text_model, kind=kind), TextReference, texts=TEXTS)
+        FamilyCase(
+            kind,
+            partial(make_text_model, kind=kind),
+            TextReference,
+            texts=TEXTS,
+            caches=kind != "qwen3_5",
+        )
         for kind in (
             "gemma3",
             "granite",
@@ -222,6 +236,7 @@ CASES = [
             "phi3",
             "qwen2",
             "qwen3",
+            "qwen3_5",
         )
     ),
     FamilyCase(

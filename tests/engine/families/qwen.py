@@ -17,6 +17,7 @@ from transformers.video_utils import VideoMetadata
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.tiny import (
+    QWEN3_5_TEXT,
     QWEN_SPECIALS,
     QWEN_TEMPLATE,
     picture,
@@ -31,8 +32,11 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 FRAME = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 #: Frames of a video per second, by family where it wants to know. Whole seconds from one pair of frames to
 #: the next for Qwen2.5-VL: older releases of Transformers drop fractions of them.
-FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5}
+FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5, "Qwen3_5": 1.5}
+#: Families whose videos have the time of each step among their rows.
+TIMED = ("Qwen3VL", "Qwen3_5")
 
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 _TEXT = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -110,18 +114,48 @@ def make_qwen3_vl(
         # Not in the order of the blocks, and not the first ones.
         "deepstack_visual_indexes": [2, 0, 1],
     }
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    _save(path, "Qwen3VL", text, vision, tied=tied, seed=seed, options=half, words=words)
+    _save(path, "Qwen3VL", text, vision, tied=tied, seed=seed, options=HALF, words=words)
     if names == "hub":
         config = json.loads((path / "config.json").read_text())
         rope = config["text_config"].pop("rope_parameters")
         config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
         (path / "config.json").write_text(json.dumps(config))
-        processor = {"size": {"shortest_edge": 256, "longest_edge": 4096}, "patch_size": 4, "merge_size": 2}
-        for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
-            (path / file).write_text(json.dumps({**processor, **half}))
+        _publish_processors(path)
         split_shards(path)
     return path
+
+
+def make_qwen3_5(
+    path: Path, *, tied: bool = False, gqa_ratio: int = 2, names: str = "saved", seed: int = 0
+) -> Path:
+    """A Qwen3.5 checkpoint: three of four layers have a gated delta net, the heads of the other one rotate in
+    part.
+
+    Args:
+        names: ``saved`` as Transformers writes it; ``hub`` as the public checkpoints are: no list of layers,
+            tensors of a head for further tokens, preprocessor_config.json, video_preprocessor_config.json
+            and several shards.
+    """
+    text = {**_TEXT, **QWEN3_5_TEXT, "num_key_value_heads": 4 // gqa_ratio}
+    vision = {**_VISION, "depth": 2, "num_position_embeddings": 36}
+    _save(path, "Qwen3_5", text, vision, tied=tied, seed=seed, options=HALF)
+    if names == "hub":
+        config = json.loads((path / "config.json").read_text())
+        del config["text_config"]["layer_types"]
+        config["text_config"]["full_attention_interval"] = 4
+        config["vision_config"]["deepstack_visual_indexes"] = []
+        (path / "config.json").write_text(json.dumps(config))
+        _publish_processors(path)
+        rewrite_tensors(path, lambda tensors: {**tensors, "mtp.norm.weight": torch.ones(64)})
+        split_shards(path)
+    return path
+
+
+def _publish_processors(path: Path) -> None:
+    """Write a file for images and one for videos, as beside the public checkpoints of Qwen3-VL."""
+    processor = {"size": {"shortest_edge": 256, "longest_edge": 4096}, "patch_size": 4, "merge_size": 2}
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (path / file).write_text(json.dumps({**processor, **HALF}))
 
 
 def _save(
@@ -218,7 +252,8 @@ class Reference:
             for images in (self.images, self.frames):
                 images.size = type(images.size)(shortest_edge=bounds[0], longest_edge=bounds[1])
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        processor = getattr(transformers, f"{kind}Processor")
+        # Qwen3.5 has Qwen3-VL's.
+        processor = getattr(transformers, f"{'Qwen3VL' if kind in TIMED else kind}Processor")
         # The video half needs torchvision.
         image_only = type(
             processor.__name__,
@@ -250,7 +285,7 @@ class Reference:
     def placeholder(self, count: int, grid: Sequence[int], fps: float) -> str:
         """The text in place of the placeholder of a video of ``count`` frames."""
         merge, temporal = self.vision.spatial_merge_size, self.vision.temporal_patch_size
-        if self.kind != "Qwen3VL":
+        if self.kind not in TIMED:
             return "<|video_pad|>" * (grid[0] * grid[1] * grid[2] // merge**2)
         # What Transformers' processor, which can't be made without torchvision, does.
         self.processor.video_processor = SimpleNamespace(merge_size=merge, temporal_patch_size=temporal)
@@ -282,7 +317,7 @@ class Reference:
             "max_pixels": bounds["longest_edge"],
         }
         module = transformers.Qwen2VLImageProcessorPil.__module__
-        if self.kind == "Qwen3VL":
+        if self.kind in TIMED:
             module = "transformers.models.qwen3_vl.video_processing_qwen3_vl"
             given |= {"num_frames": max(count, temporal), "temporal_factor": temporal}
         height, width = import_module(module).smart_resize(**given)

@@ -201,9 +201,29 @@ def fp8_weights() -> None:
     quantise_rows_triton(noise(100, 3584))
 
 
+def delta_net(tokens: list[int]) -> None:
+    """A gated delta net of Qwen3.5-4B: a decode step, or prompt chunks."""
+    from engine.kernels.causal_conv import causal_conv_triton
+    from engine.kernels.delta_prefill import delta_prefill_triton
+    from engine.kernels.delta_rule import DeltaGates, delta_step_triton
+    from engine.kernels.gated_norm import gated_norm_triton
+    from engine.kernels.recurrent_state import StateCache
+
+    meta, count = metadata(tokens, 1000, 1000), sum(tokens)
+    meta.state_rows = torch.zeros(len(tokens), dtype=torch.int64)
+    cache = StateCache(noise(2, 3, 8192), torch.zeros(2, 32, 128, 128))
+    qkv = causal_conv_triton(noise(count, 8192), noise(8192, 4), cache, meta)
+    both, weights = noise(count, 64), torch.zeros(2, 32)
+    gates = DeltaGates(both[:, :32], both[:, 32:], weights[0], weights[1])
+    out = (delta_step_triton if max(tokens) == 1 else delta_prefill_triton)(qkv, gates, cache, meta)
+    gated_norm_triton(out, noise(count, 4096), noise(128), 1e-6)
+
+
 CASES: list[Callable[[], None]] = [
     elementwise,
     decode_step,
+    partial(delta_net, [1] * 4),
+    partial(delta_net, [300, 1, 7]),
     fp8_weights,
     # One program per SM, a few per SM, and many, which get smaller tiles and no split.
     lambda: decode(12, 2, 128, 1),

@@ -19,7 +19,7 @@ from engine.families.registry import resolve
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.weights.loader import fill_from_checkpoint
-from tests.engine.decoding import kv_caches, metadata, prefill_logits
+from tests.engine.decoding import metadata, poisoned_caches, prefill_logits
 from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, rewrite_json, spread
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_deepstack_and_interleaved_positions_as_in_qwen3_vl(tmp_path):
     rows = torch.tensor([22, 7, 7, 0])
     meta = metadata([0], [23], [[3, 1, 6, 2, 5, 4]])
     with torch.inference_mode():
-        some = decoder(embeds, positions, kv_caches(decoder, 7), meta, deepstack, rows)
+        some = decoder(embeds, positions, poisoned_caches(decoder, 7, 1), meta, deepstack, rows)
     torch.testing.assert_close(some, expected[rows], atol=1e-4, rtol=0)
 
 

@@ -19,8 +19,9 @@ _DEFAULT_KV = {
     "qwen2_vl": 8,
     "qwen2_5_vl": 8,
     "qwen3_vl": 32,
+    "qwen3_5": 4,
 }
-_HAS_HEAD_DIM = ("llama", "mistral", "qwen3", "qwen3_vl")
+_HAS_HEAD_DIM = ("llama", "mistral", "qwen3", "qwen3_vl", "qwen3_5")
 #: The first is the usual one.
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "swish", "gelu", "relu")
 _SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
@@ -46,6 +47,10 @@ def draw_decoder(
         "hidden_act": draw.variant("decoder activation", _ACTIVATIONS, 0.15),
         "tie_word_embeddings": draw.variant("tied", (False, True), 0.3),
     }
+    if kind == "qwen3_5":
+        # The convolution has the same one, and SiLU is supported.
+        fields["hidden_act"] = draw.choice("hybrid activation", ("silu", "swish"))
+        _linear_layers(draw, fields)
     head_dim = _heads(draw, kind, fields, width_of)
     _biases(draw, kind, fields)
     _windows(draw, kind, fields)
@@ -93,7 +98,7 @@ def _head_dim(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int) -> i
     heads = fields["num_attention_heads"]
     how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
     if kind.startswith("qwen3"):
-        # It has no null, and 128 is meant where it is absent, which is large for many heads.
+        # It has no null, and 128 or 256 is meant where it is absent, which is large for many heads.
         how = "derived" if how == "derived" and heads < 32 else "stated"
     if how == "stated":
         fields["hidden_size"] = heads * draw.choice("hidden per head", (8, 16, 20))
@@ -101,8 +106,33 @@ def _head_dim(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int) -> i
     elif how == "null":
         fields["head_dim"] = None
     elif kind.startswith("qwen3"):
-        return 128
+        return 256 if kind == "qwen3_5" else 128
     return head_dim
+
+
+def _linear_layers(draw: Draw, fields: dict[str, Any]) -> None:
+    """Add the layers with a gated delta net, by a list or an interval, and the sizes of its heads.
+
+    One layer has attention: Transformers can't generate without.
+    """
+    layers, rng = fields["num_hidden_layers"], draw.stream("linear layers")
+    how = draw.choice("linear layers spelled", ("list", "interval", "absent") if layers > 3 else ("list",))
+    if how == "list":
+        kinds = [
+            rng.choice(("linear_attention", "linear_attention", "full_attention")) for _ in range(layers)
+        ]
+        kinds[rng.randrange(layers)] = "full_attention"
+        fields["layer_types"] = kinds
+    elif how == "interval":
+        fields["full_attention_interval"] = rng.choice((1, 2, 3))
+    key_heads = draw.choice("linear key heads", (1, 2, 4))
+    fields |= {
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * draw.choice("value heads per key head", (1, 2, 3)),
+        "linear_key_head_dim": draw.choice("linear key dim", (8, 16, 24)),
+        "linear_value_head_dim": draw.choice("linear value dim", (16, 20, 32)),
+        "linear_conv_kernel_dim": draw.variant("linear conv width", (4, 2, 3), 0.4),
+    }
 
 
 @dataclass(frozen=True)
@@ -138,7 +168,7 @@ def nested_lengths_of(kind: str, fields: Mapping[str, Any]) -> Lengths:
 
 
 def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
-    if kind in ("llama", "qwen3", "qwen3_vl") and draw.varies("attention bias", 0.2):
+    if kind in ("llama", "qwen3", "qwen3_vl", "qwen3_5") and draw.varies("attention bias", 0.2):
         fields["attention_bias"] = True
     if kind == "llama" and draw.varies("mlp bias", 0.2):
         fields["mlp_bias"] = True
@@ -190,18 +220,25 @@ def _rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, section:
     if kind == "phi3" and head_dim % 16 == 0 and draw.varies("partial rotary", 0.3):
         fields["partial_rotary_factor"] = 0.75
         rotated = int(head_dim * 0.75)
+    if kind == "qwen3_5":
+        share = draw.choice("rotated share", (0.25, 0.5, 1.0))
+        share = share if int(head_dim * share) % 2 == 0 else 0.5
+        if share != 0.25 or draw.varies("rotated share stated", 0.7):
+            rope["partial_rotary_factor"] = share
+        rotated = int(head_dim * share)
     if scaling != "default":
         rope.update(_scaling(draw, kind, scaling, fields, rotated))
     if section:
         rope["mrope_section"] = _section(draw, rotated // 2)
-        if kind == "qwen3_vl":
+        if kind in ("qwen3_vl", "qwen3_5"):
             rope["mrope_interleaved"] = True
     theta = draw.choice("rope theta", (1e4, 5e5, 1e6, 1e3))
     new = draw.varies("rope in the new spelling", 0.4)
     name = "rope_type" if new else draw.choice("rope type's name", ("type", "rope_type"))
     if section and scaling == "default" and not new:
-        # Qwen3-VL's class has never had the old name.
-        rope[name] = "default" if kind == "qwen3_vl" else draw.choice("mrope's name", ("mrope", "default"))
+        # The later classes have never had the old name.
+        later = kind in ("qwen3_vl", "qwen3_5")
+        rope[name] = "default" if later else draw.choice("mrope's name", ("mrope", "default"))
     elif scaling != "default" or new:
         rope[name] = scaling
     if draw.varies("rope theta absent", 0.1):

@@ -1,4 +1,4 @@
-"""Draws Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints."""
+"""Draws Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.vision import draw_pixels
 from tests.engine.tiny import QWEN_SPECIALS, TRANSFORMERS, tokenizer
 
-_MODEL_TYPES = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl", "Qwen3VL": "qwen3_vl"}
+_MODEL_TYPES = {
+    "Qwen2VL": "qwen2_vl",
+    "Qwen2_5_VL": "qwen2_5_vl",
+    "Qwen3VL": "qwen3_vl",
+    "Qwen3_5": "qwen3_5",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class QwenVLFamily:
             **{f"{m.removesuffix('_pad')}_token_id": QWEN_SPECIALS.index(f"<|{m}|>") for m in special_names},
         }
         text |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
-        nested = self.kind == "Qwen3VL" or draw.varies("text_config", 0.4)
+        nested = self.kind in qwen.TIMED or draw.varies("text_config", 0.4)
         if not nested:
             return {**raw, **text}
         tied = text.pop("tie_word_embeddings", None)
@@ -96,7 +101,7 @@ class QwenVLFamily:
                 f"tied stated {'within' if target is text else 'outside'}", 0.7
             ):
                 target["tie_word_embeddings"] = tied
-        if self.kind == "Qwen3VL" or draw.varies("text model_type", 0.6):
+        if self.kind in qwen.TIMED or draw.varies("text model_type", 0.6):
             text["model_type"] = f"{self.name}_text"
         return {**raw, "text_config": text}
 
@@ -141,8 +146,10 @@ class QwenVLFamily:
                 fields["tokens_per_second"] = rng.choice((1, 2, 25))
             return fields
         side = draw.integer("position table's side", 2, 7)
-        layers = draw.choice("deepstack layers", (0, 1, 2, 3))
         fields["num_position_embeddings"] = side * side
+        if self.kind == "Qwen3_5":
+            return fields
+        layers = draw.choice("deepstack layers", (0, 1, 2, 3))
         fields["deepstack_visual_indexes"] = rng.sample(range(depth), min(layers, depth))
         return fields
 
@@ -162,11 +169,11 @@ class QwenVLFamily:
             }
 
         pixels = draw_pixels(draw)
-        if self.kind == "Qwen3VL":
+        if self.kind in qwen.TIMED:
             pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **pixels}
         stated = {"image_processor_type": "Qwen2VLImageProcessor", **sizes, **pixels, **bounds("bounds")}
         write_json(path / "preprocessor_config.json", stated)
         if draw.varies("videos' own bounds", 0.4):
             low, high = cell**2 * rng.choice((1, 4)), cell**2 * rng.choice((8, 16))
-            size = {"shortest_edge": low, "longest_edge": high * (4 if self.kind == "Qwen3VL" else 1)}
+            size = {"shortest_edge": low, "longest_edge": high * (4 if self.kind in qwen.TIMED else 1)}
             write_json(path / "video_preprocessor_config.json", {**sizes, **pixels, "size": size})
