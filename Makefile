@@ -18,7 +18,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 serve: install
 	@$(BIN)/python -m deployments.preflight $(CONFIG) $(ARGS)
-	RAY_USAGE_STATS_ENABLED=0 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(ARGS) $(CONFIG)
+	RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_HAPROXY_BINARY_PATH="$(abspath $(BIN))/sightline-haproxy" \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(ARGS) $(CONFIG)
 
 # Two workers share the tests; tests that start processes run one after another. WORKERS=0: all in one process.
 WORKERS ?= 2

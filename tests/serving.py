@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -236,6 +237,19 @@ class SharedApplication:
         self._stack.close()
 
 
+def haproxy_program(folder: Path) -> Path:
+    """The program ``sightline-haproxy`` in ``folder``, made as an installation of this source makes it."""
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["sightline-haproxy"]
+    module, function = entry.split(":")
+    program = folder / "sightline-haproxy"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"from {module} import {function}\n{function}()\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
 @contextmanager
 def serve_run(
     config: Path, log: Path, health: str, environment: Mapping[str, str] = {}
@@ -249,6 +263,7 @@ def serve_run(
         # Of two applications on one machine the second would not start with HAProxy's own ports.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_program(config.parent)),
     }
     with log.open("w") as output:
         server = subprocess.Popen(
