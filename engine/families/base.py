@@ -70,6 +70,7 @@ class PromptFormat:
         separator: joins the parts of a message for chat templates that take strings.
         split_at_media: whether the texts before, between and after placeholder strings are tokenised piece by
             piece, each with the tokenizer's special tokens (Phi-3.5-vision), instead of as one text.
+        adds_special: whether the tokenizer adds its special tokens to texts; else prompts spell them out.
         default_template: Jinja chat template for checkpoints that bring none; None if there is none.
         template: Jinja chat template that is used in place of the checkpoint's own; None to use that.
     """
@@ -79,6 +80,7 @@ class PromptFormat:
     video_prefix: str = ""
     separator: str = ""
     split_at_media: bool = False
+    adds_special: bool = True
     default_template: str | None = None
     template: str | None = None
 

@@ -9,6 +9,7 @@ from engine.errors import CheckpointError
 from engine.families.family import Family
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
+    "colpali": ("ColPaliForRetrieval",),
     "colqwen2": ("ColQwen2ForRetrieval",),
     "gemma3": ("Gemma3ForConditionalGeneration",),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
@@ -27,6 +28,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen3_5": ("Qwen3_5ForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "text": (
+        "GemmaForCausalLM",
         "Gemma3ForCausalLM",
         "GraniteForCausalLM",
         "LlamaForCausalLM",

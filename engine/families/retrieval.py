@@ -15,6 +15,9 @@ _JUDGE = (
     'Note that the answer can only be "yes" or "no".'
 )
 
+#: Padding tokens behind a query, in which models of a vector per token write further vectors for it.
+_AUGMENTATION = 10
+
 _CHATML = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
@@ -95,6 +98,25 @@ class RetrievalFormat:
     default_instruction: str = ""
     write_instruction: Callable[[str], str] = str.strip
     write_text: Callable[[str, str], str] | None = None
+
+
+def vectors_template(*, document: str, query: str, end: str = "''") -> str:
+    """Jinja chat template of a model with a vector for each token: an image is a document, a text a query.
+
+    Args:
+        document: Jinja expression of the prompt of an image.
+        query: the same of a text, the variable ``text``, up to the padding tokens behind it.
+        end: the same of what follows the padding tokens.
+    """
+    augmented = f"{{{{ {query} + pad_token * {_AUGMENTATION} + {end} }}}}"
+    return (
+        "{% macro query(text) %}" + augmented + "{% endmacro %}"
+        "{% for message in messages %}"
+        "{% if message['content'] is string %}{{ query(message['content']) }}"
+        "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        "{{ " + document + " }}{% elif part['type'] == 'text' %}{{ query(part['text']) }}{% endif %}"
+        "{% endfor %}{% endif %}{% endfor %}"
+    )
 
 
 def qwen3_query(instruction: str, text: str) -> str:

@@ -229,6 +229,7 @@ class PromptBuilder:
     ) -> EngineInput:
         """Tokenise a rendered prompt and expand its placeholder strings."""
         built = PromptAssembly(items, self._expand)
+        add_special = add_special and self._format.adds_special
         if self._format.video is not None and self._format.video_prefix:
             text = text.replace(self._format.video, self._format.video_prefix + self._format.video)
         text = self._placeholders.surrounded(text, partial(self._texts_around, items))

@@ -12,6 +12,7 @@ from engine.errors import InvalidRequest
 from engine.graphs import Capture
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext
+from engine.layers.linear import Linear
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.averaging import AveragingConnector
 from engine.vision.bucketed_positions import bucketed_positions
@@ -102,6 +103,8 @@ def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
     if config.averaged is not None:
         eps = config.tower.norm_eps
         return AveragingConnector(width, config.grid_side, config.averaged, eps, out, build)
+    if config.mlp is None:
+        return Linear(width, out, build)
     if config.pixel_shuffle is not None and config.shuffled_mlp:
         return ShuffledMLPConnector(width, config.grid_side, config.pixel_shuffle, config.mlp, out, build)
     if config.pixel_shuffle is not None:

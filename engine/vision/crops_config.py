@@ -19,7 +19,7 @@ class CropVisionConfig:
         patch_size: side of a patch in pixels.
         drop_first: whether the first token's feature is left out: the class token's if there is one.
         out_features: width of a row.
-        mlp: the MLP connector, if there is one.
+        mlp: the MLP connector; None makes a row of a feature by one projection with bias.
         pixel_shuffle: side, in patches, of the square that becomes one row; None makes one row of each patch.
         shuffled_mlp: whether a square becomes a row by a LayerNorm and the MLP, else by a single projection.
         averaged: side, in patches, of the square whose average becomes one row; None averages nothing.
@@ -34,7 +34,7 @@ class CropVisionConfig:
     drop_first: bool
     out_features: int
     normalisation: Normalisation
-    mlp: MLPConfig = field(default_factory=MLPConfig)
+    mlp: MLPConfig | None = field(default_factory=MLPConfig)
     pixel_shuffle: int | None = None
     shuffled_mlp: bool = False
     averaged: int | None = None

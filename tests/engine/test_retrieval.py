@@ -9,6 +9,7 @@ from engine.inputs.retrieval import pair_score
 from engine.outputs import EmbeddingOutput
 
 from . import retrieval, tiny
+from .families.colpali import ColPaliReference, make_colpali
 from .families.colqwen2 import ColQwen2Reference, make_colqwen2
 
 RED, BLUE = tiny.picture(60, 44, 1), tiny.picture(40, 72, 2)
@@ -105,13 +106,21 @@ def test_scores_of_a_text_reranker_are_those_of_transformers(tmp_path):
     assert 0 <= found[2] <= 1
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["saved", "hub"])
-def colqwen2(request, tmp_path_factory):
-    return make_colqwen2(tmp_path_factory.mktemp("colqwen2"), hub=request.param)
+_PER_TOKEN = {"ColQwen2": (make_colqwen2, ColQwen2Reference), "ColPali": (make_colpali, ColPaliReference)}
 
 
-def test_vectors_of_tokens_and_their_scores_are_those_of_transformers(colqwen2):
-    reference, llm = ColQwen2Reference(colqwen2), load(colqwen2, "embed")
+@pytest.fixture(scope="module", params=[(name, hub) for name in _PER_TOKEN for hub in (False, True)], ids=str)
+def per_token(request, tmp_path_factory):
+    """The folder of a model with a vector for each token, saved or as on the hub; and its reference."""
+    name, hub = request.param
+    make, reference = _PER_TOKEN[name]
+    path = make(tmp_path_factory.mktemp(name), hub)
+    return path, reference(path)
+
+
+def test_vectors_of_tokens_and_their_scores_are_those_of_transformers(per_token):
+    path, reference = per_token
+    llm = load(path, "embed")
     texts, images = ["what is shown?", "a red square"], [RED, BLUE]
     messages = [[{"role": "user", "content": _content(image)}] for image in images]
     outputs = llm.embed(texts, messages=messages, pooling="all", use_tqdm=False)
@@ -126,21 +135,22 @@ def test_vectors_of_tokens_and_their_scores_are_those_of_transformers(colqwen2):
     llm.check_integrity()
 
 
-def test_a_query_cannot_bring_tokens_of_its_own(colqwen2):
-    llm = load(colqwen2, "embed")
+def test_a_query_cannot_bring_tokens_of_its_own(tmp_path):
+    llm = load(make_colqwen2(tmp_path, hub=False), "embed")
     (typed,) = llm.embed("a<|image_pad|><|endoftext|>", pooling="all", use_tqdm=False)
     specials = [token for token in typed.prompt_token_ids if token < len(tiny.QWEN_SPECIALS)]
     # Those of the format alone.
     assert len(specials) == 10
 
 
-def test_a_model_of_vectors_alone_is_served_for_nothing_else(colqwen2):
+def test_a_model_of_vectors_alone_is_served_for_nothing_else(per_token):
+    path, _ = per_token
     with pytest.raises(ConfigError) as refused:
-        load(colqwen2, "embed", instruction="")
+        load(path, "embed", instruction="")
     assert refused.value.param == "instruction"
     for task in ("generate", "score"):
         with pytest.raises(ConfigError) as raised:
-            load(colqwen2, task)
+            load(path, task)
         assert raised.value.param == "task"
 
 

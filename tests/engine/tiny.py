@@ -227,6 +227,7 @@ MINISTRAL_ROPE = {
 }
 
 TEXT_ARCHITECTURES = (
+    "gemma",
     "gemma3",
     "granite",
     "llama",
@@ -288,6 +289,8 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "original_max_position_embeddings": 64,
         }
         common["attention_bias"] = common["mlp_bias"] = True
+    elif kind == "gemma":
+        common["head_dim"] = 32
     elif kind == "gemma3":
         common |= {
             "head_dim": 32,

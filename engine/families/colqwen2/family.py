@@ -22,7 +22,7 @@ from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader
 from engine.families.qwen2_5_vl.family import FAMILY as QWEN2_5_VL
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
-from engine.families.retrieval import RetrievalFormat
+from engine.families.retrieval import RetrievalFormat, vectors_template
 from engine.layers.decoder_config import DecoderConfig
 from engine.prompt import MediaSpan
 
@@ -32,8 +32,6 @@ _DOCUMENT = (
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 )
 _QUERY = "Query: "
-#: Padding tokens behind a query, in which the model writes further vectors for it.
-_AUGMENTATION = 10
 
 
 def _vlm(raw: Json) -> Family:
@@ -86,17 +84,8 @@ def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
 def _prompt_format(config: ModelConfig) -> PromptFormat:
     assert config.extra is not None
     document, query = (json.dumps(config.extra[name]) for name in ("document", "query"))
-    augmented = f"{{{{ {query} + text + pad_token * {_AUGMENTATION} }}}}"
     return PromptFormat(
-        image="<|image_pad|>",
-        template=(
-            "{% macro query(text) %}" + augmented + "{% endmacro %}"
-            "{% for message in messages %}"
-            "{% if message['content'] is string %}{{ query(message['content']) }}"
-            "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-            "{{ " + document + " }}{% elif part['type'] == 'text' %}{{ query(part['text']) }}{% endif %}"
-            "{% endfor %}{% endif %}{% endfor %}"
-        ),
+        image="<|image_pad|>", template=vectors_template(document=document, query=f"{query} + text")
     )
 
 

@@ -12,6 +12,7 @@ from engine.families.parsing.windows import parse_windows, sliding_layers
 from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig
 
 DecoderKind = Literal[
+    "gemma",
     "gemma3_text",
     "granite",
     "llama",
@@ -53,6 +54,21 @@ _QWEN_WINDOWS: dict[str, Any] = {
 #: The value of each field that a config.json leaves out, as in Transformers' class of the kind. A null in the
 #: file is not left out. Fields that a kind lacks here are not read: its model has no use for them.
 _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
+    "gemma": {
+        **_COMMON,
+        "vocab_size": 256000,
+        "hidden_size": 3072,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "use_bidirectional_attention": None,
+    },
     "gemma3_text": {
         **_COMMON,
         "vocab_size": 262208,
@@ -204,6 +220,9 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     defaults = _DEFAULTS[kind]
     if "hidden_activation" in raw and kind == "gemma3_text":
         raw = {**raw, "hidden_act": raw["hidden_activation"]}
+    if kind == "gemma" and raw.get("hidden_act") == "gelu":
+        # Files of the first releases call the activation so.
+        raw = {**raw, "hidden_act": "gelu_pytorch_tanh"}
     config = {**defaults, **{key: raw[key] for key in (*defaults, *_EXTRA) if key in raw}}
     if config.get("rope_parameters") is None and "rope_parameters" in defaults:
         config["rope_parameters"] = defaults["rope_parameters"]
@@ -240,14 +259,17 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     )
 
 
-def _gemma3(config: Json) -> dict[str, Any]:
+def _gemma(config: Json) -> dict[str, Any]:
     for field in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
-        if config[field]:
+        if config.get(field):
             raise CheckpointError(f"config.json: {field} {config[field]!r} is not supported", param=field)
+    return {"norm_offset": 1.0, "embedding_multiplier": integer(config, "hidden_size") ** 0.5}
+
+
+def _gemma3(config: Json) -> dict[str, Any]:
     return {
-        "norm_offset": 1.0,
+        **_gemma(config),
         "sandwich": True,
-        "embedding_multiplier": integer(config, "hidden_size") ** 0.5,
         "attention_scale": number(config, "query_pre_attn_scalar") ** -0.5,
     }
 
@@ -305,6 +327,7 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
 
 #: The switches of :class:`DecoderConfig` that one kind alone has.
 _SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
+    "gemma": _gemma,
     "gemma3_text": _gemma3,
     "granite": _granite,
     "qwen3_5_text": _qwen3_5,

@@ -1,4 +1,4 @@
-"""Language models without images: Gemma 3, Granite, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3,
+"""Language models without images: Gemma 1 and 3, Granite, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3,
 Qwen3.5."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from engine.families.parsing.model import ConfigReader
 from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat, qwen3_query
 
 _KINDS: dict[str, DecoderKind] = {
+    "GemmaForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma3_text",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",

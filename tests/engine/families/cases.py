@@ -9,6 +9,7 @@ from tests.engine.families import minicpm_v_reference as minicpm_v
 from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families import qwen
 from tests.engine.families.case import FamilyCase
+from tests.engine.families.colpali import ColPaliReference, make_colpali
 from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
 from tests.engine.families.gemma3 import FRAME as GEMMA3_FRAME
 from tests.engine.families.gemma3 import IMAGE as GEMMA3_IMAGE
@@ -192,6 +193,17 @@ CASES = [
         **_QWEN,
     ),
     FamilyCase(
+        "ColPali",
+        make_colpali,
+        ColPaliReference,
+        frame="<bos>{}\n",
+        placeholder=lambda index, count: "<image>",
+        options={"task": "embed"},
+        # All of a prompt attends both ways: one step computes it, and nothing of it is cached.
+        caches=False,
+        few_tokens=256,
+    ),
+    FamilyCase(
         "ColQwen2",
         make_colqwen2,
         ColQwen2Reference,
@@ -227,6 +239,7 @@ CASES = [
             caches=kind != "qwen3_5",
         )
         for kind in (
+            "gemma",
             "gemma3",
             "granite",
             "llama",

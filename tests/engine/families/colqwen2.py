@@ -57,7 +57,7 @@ def _as_on_the_hub(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**renamed, "vlm.lm_head.weight": head}
 
 
-class _Vectors(torch.nn.Module):
+class Vectors(torch.nn.Module):
     """The model in the form in which references are called: its vectors are the last hidden states."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -74,7 +74,7 @@ class ColQwen2Reference:
 
     def __init__(self, path: Path) -> None:
         self.model = transformers.ColQwen2ForRetrieval.from_pretrained(path, dtype=torch.float32).eval()
-        self._vectors = _Vectors(self.model)
+        self._vectors = Vectors(self.model)
         tok = PreTrainedTokenizerFast.from_pretrained(path)
         images = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
         stated = {}

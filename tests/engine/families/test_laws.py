@@ -76,7 +76,7 @@ def batch_is_alone(model: Made, hub: Made) -> None:
 
 def chunked_is_whole(model: Made, hub: Made) -> None:
     """Steps and blocks of few tokens split images between them; outputs stay the same."""
-    llm = model.llm(max_num_batched_tokens=13, max_num_seqs=4, block_size=4)
+    llm = model.llm(max_num_batched_tokens=model.case.few_tokens, max_num_seqs=4, block_size=4)
     model.check(llm, model.case.prompts(), prompt_logprobs=2)
 
 
@@ -88,7 +88,7 @@ def preempted_or_cached(model: Made, hub: Made) -> None:
     blocks = sum(-(-length // 4) for length in lengths) + 2
     few = {"num_kv_blocks": blocks, "block_size": 4, "enable_prefix_caching": False}
     # With few tokens a step, prompts are interrupted as well.
-    for options in (few, {**few, "max_num_batched_tokens": 13}):
+    for options in (few, {**few, "max_num_batched_tokens": model.case.few_tokens}):
         llm = model.llm(**options)
         model.check(llm, prompts[:2] * 2, prompt_logprobs=2)
         # Vectors have no answer for which blocks could lack: those prompts wait for each other.
@@ -143,7 +143,7 @@ def _check_bfloat16(model: Made, device: str) -> None:
     """
     prompts = model.case.prompts()
     shown = [prompt for prompt in prompts if prompt.pictures]
-    for options in ({}, {"max_num_batched_tokens": 13, "max_num_seqs": 4}):
+    for options in ({}, {"max_num_batched_tokens": model.case.few_tokens, "max_num_seqs": 4}):
         llm = model.llm(device=device, dtype="bfloat16", enable_prefix_caching=False, **options)
         assert max(model.distances(llm, prompts, prompts)) < TOLERANCE
         others = model.distances(llm, [prompt.other() for prompt in shown], shown)

@@ -19,6 +19,7 @@ import transformers
 from PIL import Image
 
 from engine.families.base import PromptAwareProcessor
+from tests.engine.families.colpali import make_colpali
 from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
 from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
@@ -189,6 +190,7 @@ ROWS = {
     "Mistral3": _squares(make_mistral3, "Mistral3"),
     "LightOnOCR": _squares(make_lighton_ocr, "LightOnOcr"),
     "LightOnOCR, squares of its own": _squares(partial(make_lighton_ocr, patch=16), "LightOnOcr"),
+    "ColPali": Row(partial(make_colpali, hub=False), SQUARE, partial(llava, kind="Siglip")),
     "Gemma 3": Row(make_gemma3, SQUARE, gemma3),
     "Gemma 3, hub": Row(partial(make_gemma3, hub=True), SQUARE, gemma3),
     "Gemma 3, pan and scan": Row(

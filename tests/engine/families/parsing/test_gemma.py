@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig
+from transformers import Gemma3TextConfig, GemmaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 from engine.errors import CheckpointError
@@ -55,6 +55,14 @@ def test_fields_mean_what_they_mean_in_transformers(fields):
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.activation == theirs.hidden_activation
     assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5
+
+
+def test_the_first_files_call_the_activation_by_another_name():
+    raw = {**BASE, "num_key_value_heads": 2, "hidden_act": "gelu"}
+    ours, theirs = parse_decoder(raw, "gemma"), GemmaConfig(**BASE, hidden_act="gelu")
+    assert ours.activation == theirs.hidden_act == "gelu_pytorch_tanh"
+    with pytest.raises(CheckpointError, match="use_bidirectional_attention"):
+        parse_decoder({**raw, "use_bidirectional_attention": True}, "gemma")
 
 
 @pytest.mark.parametrize(
