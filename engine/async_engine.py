@@ -14,7 +14,8 @@ from engine.config import EngineConfig
 from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavailable
 from engine.executor.launch import Launcher
 from engine.loading import LoadedEngine, load_engine
-from engine.output_processor import RequestGroup, Result, merge_updates
+from engine.mailbox import Mailbox, Result
+from engine.output_processor import RequestGroup
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.placement import describe_device
 from engine.pooling_params import PoolingParams
@@ -31,38 +32,12 @@ logger = logging.getLogger(__name__)
 _LAST_STEP_S = 5.0
 
 
-class _Mailbox:
-    """Updates that the reader hasn't taken yet, merged into one: a slow reader costs no memory."""
+class _LoopMailbox(Mailbox):
+    """A mailbox that is filled from another thread, by way of the reader's event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
         self.loop = loop
-        self._event = asyncio.Event()
-        self._waiting: StreamUpdate | EmbeddingOutput | None = None
-        self._error: SightlineError | None = None
-
-    def put(self, result: Result) -> None:
-        if isinstance(result, SightlineError):
-            self.fail(result)
-            return
-        if isinstance(self._waiting, StreamUpdate) and isinstance(result, StreamUpdate):
-            result = merge_updates(self._waiting, result)
-        self._waiting = result
-        self._event.set()
-
-    def fail(self, error: SightlineError) -> None:
-        self._error = error
-        self._event.set()
-
-    async def get(self) -> StreamUpdate | EmbeddingOutput:
-        await self._event.wait()
-        self._event.clear()
-        if self._waiting is None:
-            assert self._error is not None
-            raise self._error
-        if self._error is not None:
-            self._event.set()
-        result, self._waiting = self._waiting, None
-        return result
 
 
 def _cut_dead_end(update: StreamUpdate) -> str | None:
@@ -77,7 +52,7 @@ def _cut_dead_end(update: StreamUpdate) -> str | None:
     return found
 
 
-def _put_all(parcels: Sequence[tuple[_Mailbox, Result]]) -> None:
+def _put_all(parcels: Sequence[tuple[_LoopMailbox, Result]]) -> None:
     for mailbox, result in parcels:
         try:
             mailbox.put(result)
@@ -108,7 +83,7 @@ class AsyncEngine:
         self._steps: queue.SimpleQueue[tuple[list[StepEvents], list[tuple[str, RequestGroup]]] | None] = (
             queue.SimpleQueue()
         )
-        self._mailboxes: dict[int, _Mailbox] = {}
+        self._mailboxes: dict[int, _LoopMailbox] = {}
         self._stopping = False
         self._failure: BaseException | None = None
         self._on_death: Callable[[], None] = lambda: None
@@ -271,8 +246,8 @@ class AsyncEngine:
 
     # On the caller's event loop.
 
-    def _submit(self, group: RequestGroup) -> _Mailbox:
-        mailbox = self._mailboxes[id(group)] = _Mailbox(asyncio.get_running_loop())
+    def _submit(self, group: RequestGroup) -> _LoopMailbox:
+        mailbox = self._mailboxes[id(group)] = _LoopMailbox(asyncio.get_running_loop())
         self._command("add", group)
         # The engine may have stopped while a grammar was compiled: nobody would answer then.
         if (stopped := self._stopped()) is not None:
@@ -345,7 +320,7 @@ class AsyncEngine:
 
     def _deliver(self, results: Sequence[tuple[RequestGroup, Result]]) -> None:
         """Wake each event loop once for all of its readers: to wake it takes a call of the system."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Result]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_LoopMailbox, Result]]] = {}
         for group, result in results:
             mailbox = self._mailboxes.get(id(group))
             if mailbox is not None:

@@ -18,8 +18,9 @@ from engine.encoder import EncoderEngine
 from engine.errors import SightlineError
 from engine.frontend import Encode, PreparedPrompt
 from engine.loading import LoadedEngine
-from engine.output_processor import RequestGroup, Result, merge_updates
-from engine.outputs import EmbeddingOutput, StreamUpdate
+from engine.mailbox import Result
+from engine.output_processor import RequestGroup
+from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
 from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, PreparedMedia
 from engine.sampling_params import SamplingParams

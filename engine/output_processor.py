@@ -12,6 +12,7 @@ import numpy as np
 from engine.constraints import dead_end
 from engine.errors import RequestFailed, SightlineError
 from engine.logprobs import LogprobTensors
+from engine.mailbox import Result
 from engine.metrics import EngineMetrics
 from engine.outputs import (
     EmbeddingOutput,
@@ -31,9 +32,6 @@ from engine.text.tokenizer import Tokenizer
 from engine.token_rows import Row, UnsettledRows, token_row
 
 logger = logging.getLogger(__name__)
-
-#: What a caller gets of a request: items of its stream, its vector, or the error that ended it.
-Result = StreamUpdate | EmbeddingOutput | SightlineError
 
 #: Prompt tokens a detokenizer sees before the first output token: some decoders depend on the left context.
 _PROMPT_TAIL = 8
@@ -363,28 +361,6 @@ def _settle(delta: OutputDelta, sequence: _Sequence) -> None:
 
 def _is_empty(update: StreamUpdate) -> bool:
     return update.prompt_logprobs is None and not any(delta.token_ids for delta in update.deltas)
-
-
-def merge_updates(first: StreamUpdate, second: StreamUpdate) -> StreamUpdate:
-    """Two successive updates of one request as one; the deltas of ``first`` are extended in place."""
-    deltas = {delta.index: delta for delta in first.deltas}
-    for delta in second.deltas:
-        earlier = deltas.setdefault(delta.index, delta)
-        if earlier is delta:
-            continue
-        earlier.text += delta.text
-        earlier.token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            earlier.logprobs = [*(earlier.logprobs or ()), *delta.logprobs]
-        earlier.finish_reason = delta.finish_reason
-        earlier.stop_reason = delta.stop_reason
-    prompt = first.prompt_logprobs
-    if second.prompt_logprobs is not None:
-        prompt = [*(prompt or ()), *second.prompt_logprobs]
-    times = first.times or second.times
-    return StreamUpdate(
-        second.request_id, list(deltas.values()), second.usage, prompt, second.finished, times
-    )
 
 
 def _floats(vector: np.ndarray) -> list[float]:

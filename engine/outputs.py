@@ -83,6 +83,28 @@ class StreamUpdate:
     times: EngineTimes | None = None
 
 
+def merge_updates(first: StreamUpdate, second: StreamUpdate) -> StreamUpdate:
+    """Two successive updates of one request as one; the deltas of ``first`` are extended in place."""
+    deltas = {delta.index: delta for delta in first.deltas}
+    for delta in second.deltas:
+        earlier = deltas.setdefault(delta.index, delta)
+        if earlier is delta:
+            continue
+        earlier.text += delta.text
+        earlier.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            earlier.logprobs = [*(earlier.logprobs or ()), *delta.logprobs]
+        earlier.finish_reason = delta.finish_reason
+        earlier.stop_reason = delta.stop_reason
+    prompt = first.prompt_logprobs
+    if second.prompt_logprobs is not None:
+        prompt = [*(prompt or ()), *second.prompt_logprobs]
+    times = first.times or second.times
+    return StreamUpdate(
+        second.request_id, list(deltas.values()), second.usage, prompt, second.finished, times
+    )
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One finished completion."""

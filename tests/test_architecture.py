@@ -22,7 +22,7 @@ FLOORS = [
     ],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),
-        *("checkpoint", "text", "media", "metrics", "layers", "progress"),
+        *("checkpoint", "text", "mailbox", "media", "metrics", "layers", "progress"),
     ],
     ["constraints", "request", "structured", "token_rows", "vision", "weights"],
     ["families", "scheduling"],
@@ -83,6 +83,7 @@ PUBLIC = {
     "engine.inputs.messages",
     "engine.inputs.pages",
     "engine.inputs.retrieval",
+    "engine.mailbox",
     "engine.media.decode",
     "engine.media.documents.limits",
     "engine.media.fetch",

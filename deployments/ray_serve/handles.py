@@ -1,7 +1,8 @@
 """The stages as the ingress sees them: behind handles of Ray Serve deployments."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,9 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import logger
 from deployments.metrics.families import Part
+from deployments.ray_serve.channel import Answer, Here, Inbox
 from deployments.ray_serve.failures import Misrouted, abandoned, checked, translated, was_cancelled
 from deployments.ray_serve.handoff import (
-    Assembly,
     PixelsRef,
     RowsRef,
     by_reference,
@@ -19,7 +20,6 @@ from deployments.ray_serve.handoff import (
     everywhere,
     is_large,
     stream,
-    unpack,
 )
 from deployments.references import Owner, without_payload
 from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages
@@ -104,6 +104,10 @@ class RemoteLanguageModel(_RemoteStage):
 
     name = "language model"
 
+    def __init__(self, handle: DeploymentHandle) -> None:
+        super().__init__(handle)
+        self._inbox = Inbox(lambda reader, name: stream(self._handle, "updates", reader, name, replica=name))
+
     async def max_model_len(self) -> int:
         return await _call(self.name, self._handle.max_model_len)
 
@@ -117,29 +121,57 @@ class RemoteLanguageModel(_RemoteStage):
         if held := bool(media) or is_large(request):
             infos = [ref.info for ref in media]
             replica = await _call(self.name, self._handle.hold, request, infos, *(ref.rows for ref in media))
-        assembly = Assembly()
+        given = request.request_id if held else request
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
-                given = request.request_id if held else request
-                async with stream(self._handle, "generate", given, current.get(), replica=replica) as updates:
-                    async for item in updates:
-                        if type(item) is tuple:
-                            yield unpack(item)
-                        elif (packed := assembly.add(checked(item))) is not None:
-                            yield unpack(packed)
+                async with self._answer(request.request_id, given, replica) as answer:
+                    finished = False
+                    while not finished:
+                        update = await answer.get()
+                        assert isinstance(update, StreamUpdate)
+                        finished = update.finished
+                        yield update
                 return
             except Misrouted:
                 # Always the first item of a stream, so starting again cannot repeat output.
                 if attempt == _ROUTING_ATTEMPTS - 1:
                     raise
-            except asyncio.CancelledError:
-                if was_cancelled():
-                    raise
-                raise abandoned() from None
-            except SightlineError:
+
+    @asynccontextmanager
+    async def _answer(self, request_id: str, given: Generation | str, replica: str) -> AsyncIterator[Answer]:
+        """Start an answer. An exception in the block, also one that closes a generator around it, cancels it
+        in its replica."""
+        with self._inbox.expect(request_id) as answer:
+            call = asyncio.create_task(self._follow(given, replica, answer))
+            try:
+                yield answer
+                # All updates are here, and so is the end of the call or will be at once.
+                await call
+            finally:
+                call.cancel()
+
+    async def _follow(self, given: Generation | str, replica: str, answer: Answer) -> None:
+        """Call the replica, and pass on what the call brings."""
+        here = False
+        args = given, current.get(), self._inbox.name
+        try:
+            async with stream(self._handle, "generate", *args, replica=replica) as items:
+                async for item in items:
+                    if isinstance(item, Here):
+                        here = True
+                        self._inbox.read(item.replica)
+                    else:
+                        answer.take(item)
+            if here:
+                answer.fail(abandoned())
+            else:
+                self._inbox.all_sent(answer)
+        except asyncio.CancelledError:
+            if was_cancelled():
                 raise
-            except Exception as error:
-                raise translated(error, self.name) from error
+            answer.fail(abandoned())
+        except Exception as error:
+            answer.fail(translated(error, self.name))
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
         infos = [ref.info for ref in media]

@@ -74,8 +74,8 @@ class RowsRef:
 
 #: Largest part of an item. A gRPC message holds 4 MiB.
 PIECE_BYTES = 1 << 20
-#: An update with at most this many rows of log-probabilities, and this many characters and tokens, fits one.
-_FEW_ROWS, _SHORT = 256, 1 << 18
+#: Bytes that a character or a token id takes at most, pickled; and a row of log-probabilities.
+_CHARACTER_BYTES, _ROW_BYTES = 5, 1 << 12
 
 #: A :class:`StreamUpdate` as nested tuples; fields in the order of the dataclasses.
 PackedUpdate = tuple[
@@ -162,22 +162,24 @@ class Piece:
 
 def pieces(update: StreamUpdate) -> Sequence[PackedUpdate | Piece]:
     """``update`` as the items of a stream: mostly one, several where it may be too large for a message."""
-    if _fits(update):
+    if weight(update) <= PIECE_BYTES:
         return (pack(update),)
     data = pickle.dumps(pack(update), pickle.HIGHEST_PROTOCOL)
     starts = range(0, len(data), PIECE_BYTES)
     return [Piece(data[start : start + PIECE_BYTES], start == starts[-1]) for start in starts]
 
 
-def _fits(update: StreamUpdate) -> bool:
-    # This runs for each token of each stream: the usual update must be told without a loop.
+def weight(update: StreamUpdate) -> int:
+    """Bytes that a pickled update takes at most, about."""
+    # This runs for each token of each stream: the usual update must be weighed without a loop.
     if len(update.deltas) == 1 and update.prompt_logprobs is None:
         delta = update.deltas[0]
         if delta.logprobs is None:
-            return len(delta.text) + len(delta.token_ids) <= _SHORT
+            return (len(delta.text) + len(delta.token_ids)) * _CHARACTER_BYTES
     rows = sum(len(delta.logprobs) for delta in update.deltas if delta.logprobs is not None)
     rows += len(update.prompt_logprobs or ())
-    return rows <= _FEW_ROWS and sum(len(d.text) + len(d.token_ids) for d in update.deltas) <= _SHORT
+    characters = sum(len(delta.text) + len(delta.token_ids) for delta in update.deltas)
+    return rows * _ROW_BYTES + characters * _CHARACTER_BYTES
 
 
 class Assembly:
@@ -202,8 +204,7 @@ def is_large(request: Generation) -> bool:
     inputs = request.inputs
     tokens = len(inputs.token_ids) + (request.progress.num_tokens if request.progress is not None else 0)
     places = sum(span.embed_index.nbytes for span in inputs.spans if span.embed_index is not None)
-    # A pickled id takes up to 5 bytes, a character up to 4.
-    return 5 * tokens + 4 * len(inputs.text or "") + places > PIECE_BYTES
+    return _CHARACTER_BYTES * (tokens + len(inputs.text or "")) + places > PIECE_BYTES
 
 
 @asynccontextmanager

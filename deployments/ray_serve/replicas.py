@@ -21,6 +21,7 @@ from deployments.in_place import InPlace
 from deployments.language_model import LanguageModel
 from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
+from deployments.ray_serve.channel import Here, Message, Outboxes
 from deployments.ray_serve.failures import Misrouted, Refusal, answered
 from deployments.ray_serve.handoff import (
     ObjectStore,
@@ -265,6 +266,7 @@ class LanguageModelReplica:
         self._stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher)
         self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)
         self._held = HeldRequests()
+        self._outboxes = Outboxes()
         self._stage.when_dead(leave)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
@@ -281,26 +283,50 @@ class LanguageModelReplica:
             This replica's id: the session to call :meth:`generate` with.
         """
         self._held.keep(Held(request, _embedded(infos, rows)))
-        return serve.get_replica_context().replica_id.unique_id
+        return self._name()
+
+    async def updates(self, reader: str, replica: str) -> AsyncIterator[Message | Refusal]:
+        """Open the channel to ``reader``, and stream the updates of its answers; see
+        :mod:`deployments.ray_serve.channel`.
+
+        Args:
+            replica: id of the replica that is meant. Another one answers with a
+                :class:`~deployments.ray_serve.failures.Misrouted` refusal.
+        """
+        if replica != self._name():
+            yield Refusal(Misrouted("This replica has gone."))
+            return
+        async with aclosing(self._outboxes.messages(reader)) as messages:
+            async for message in messages:
+                yield message
 
     async def generate(
-        self, given: Generation | str, span: Carrier
-    ) -> AsyncIterator[PackedUpdate | Piece | Refusal]:
-        """Stream a request's output.
+        self, given: Generation | str, span: Carrier, reader: str
+    ) -> AsyncIterator[PackedUpdate | Piece | Here | Refusal]:
+        """Stream a request's output: by the channel to ``reader``, or here if none is open.
 
         Args:
             given: the request, or the id of one that was handed over. If this replica doesn't have it, the
                 first item is a :class:`~deployments.ray_serve.failures.Misrouted` refusal.
         """
         current.set(span)
+        outbox = None
         try:
             held = self._held.take(given) if isinstance(given, str) else Held(given, [])
+            outbox = self._outboxes.find(reader)
             async with aclosing(self._stage.generate(held.request, held.media)) as updates:
-                async for update in updates:
-                    for item in pieces(update):
-                        yield item
+                if outbox is None:
+                    yield Here(self._name())
+                    async for update in updates:
+                        for item in pieces(update):
+                            yield item
+                else:
+                    with outbox.answer():
+                        async for update in updates:
+                            outbox.put(update)
         except SightlineError as error:
-            yield Refusal(error)
+            if outbox is None or not outbox.fail(held.request.request_id, error):
+                yield Refusal(error)
 
     async def embed(
         self, request: Pooling, span: Carrier, infos: Sequence[RowsInfo], *rows: np.ndarray
@@ -308,6 +334,10 @@ class LanguageModelReplica:
         """Pool a prompt's hidden states into a vector; ``infos`` and ``rows`` as in :meth:`hold`."""
         current.set(span)
         return await answered(self._stage.embed(request, _embedded(infos, rows)))
+
+    @staticmethod
+    def _name() -> str:
+        return serve.get_replica_context().replica_id.unique_id
 
     async def max_model_len(self) -> int:
         """The most tokens of prompt and answer together."""

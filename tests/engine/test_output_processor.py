@@ -12,8 +12,8 @@ from benchmarks.host import MODEL
 from engine.errors import RequestFailed
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
-from engine.output_processor import OutputProcessor, RequestGroup, merge_updates
-from engine.outputs import StreamUpdate, Usage
+from engine.output_processor import OutputProcessor, RequestGroup
+from engine.outputs import StreamUpdate, Usage, merge_updates
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents

@@ -15,8 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded
 from engine.frontend import Frontend, PreparedPrompt
 from engine.loading import LoadedEngine, load_engine
-from engine.output_processor import merge_updates
-from engine.outputs import StreamUpdate
+from engine.outputs import StreamUpdate, merge_updates
 from engine.progress import ChoiceProgress, Progress
 from engine.sampling_params import SamplingParams, StructuredSpec
 from tests.engine import tiny

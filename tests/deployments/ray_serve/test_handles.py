@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import ray.exceptions
 
+from deployments.ray_serve.channel import Here
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import (
     RemoteEncoder,
@@ -34,11 +35,13 @@ from engine.sampling_params import SamplingParams
 from tests.serving import wait_until
 
 UPDATE = StreamUpdate("one", [OutputDelta(0, "token", [1])], Usage())
+LAST = replace(UPDATE, finished=True)
 ROWS = RowsRef(RowsInfo("h", "float32"), None)
 
 
 class Handle:
-    """A deployment handle. ``generate`` yields what ``play`` returns for each start of a stream, from 1."""
+    """A deployment handle whose replica has no channel. ``generate`` yields what ``play`` returns for each
+    start of a stream, from 1."""
 
     def __init__(self, play):
         self.play = play
@@ -53,9 +56,15 @@ class Handle:
         self._options = options
         return self
 
-    def _generate(self, given, span):
+    def _generate(self, given, span, reader):
         self.starts.append(self._options | {"given": given})
-        return Response(self, self.play(len(self.starts)))
+        items = self.play(len(self.starts))
+        return Response(self, items if isinstance(items[0], Refusal) else [Here("b"), *items])
+
+    @property
+    def updates(self):
+        refusal = Refusal(Misrouted("no channel"))
+        return SimpleNamespace(remote=lambda reader, replica: Response(self, [refusal]))
 
     async def _hold(self, request, infos, *rows):
         self.held.append((request, len(rows)))
@@ -71,6 +80,9 @@ class Response:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            # Otherwise the reader would get the next item merged with this one.
+            for _ in range(5):
+                await asyncio.sleep(0)
 
     def cancel(self):
         self._handle.cancelled += 1
@@ -90,8 +102,8 @@ async def run(handle, media=(ROWS,), **params):
 
 @pytest.mark.parametrize("misses", [0, 2])
 async def test_a_misrouted_stream_is_started_again(misses):
-    handle = Handle(lambda start: [Refusal(Misrouted("elsewhere")) if start <= misses else pack(UPDATE)])
-    assert await run(handle) == [UPDATE]
+    handle = Handle(lambda start: [Refusal(Misrouted("elsewhere")) if start <= misses else pack(LAST)])
+    assert await run(handle) == [LAST]
     assert [options["session_id"] for options in handle.starts] == ["b"] * (misses + 1)
     assert all(options["given"] == "one" and not options["_by_reference"] for options in handle.starts)
     assert handle.held == [(generation(), 1)]
@@ -106,14 +118,14 @@ async def test_a_stream_that_never_finds_its_replica_ends():
 
 
 async def test_a_prompt_without_media_goes_with_its_stream_unless_it_is_large():
-    handle = Handle(lambda start: [pack(UPDATE)])
-    assert await run(handle, ()) == [UPDATE] and not handle.held
+    handle = Handle(lambda start: [pack(LAST)])
+    assert await run(handle, ()) == [LAST] and not handle.held
     assert handle.starts == [
         {"stream": True, "_by_reference": False, "session_id": "", "given": generation()}
     ]
     large = Generation("one", EngineInput([7] * 300_000), SamplingParams())
     updates = RemoteLanguageModel(handle).generate(large, ())
-    assert [update async for update in updates] == [UPDATE]
+    assert [update async for update in updates] == [LAST]
     assert handle.held == [(large, 0)] and handle.starts[-1]["given"] == "one"
 
 
@@ -131,10 +143,10 @@ async def test_an_item_of_any_size_comes_whole_in_messages_of_bounded_size(rows)
         {key: replace(value, logprob=-number) for key, value in row.items()}
         for number, row in enumerate(delta.logprobs)
     ]
-    items = [*pieces(update), *pieces(UPDATE), *pieces(update)]
+    items = [*pieces(update), *pieces(UPDATE), *pieces(replace(update, finished=True))]
     assert all(len(pickle.dumps(item)) < 4 << 20 for item in items)
     assert (len(items) > 6) == (rows == 10_000)
-    assert await run(Handle(lambda start: items)) == [update, UPDATE, update]
+    assert await run(Handle(lambda start: items)) == [update, UPDATE, replace(update, finished=True)]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +265,8 @@ class Recorder:
     def __getattr__(self, name: str):
         def remote(*args):
             self.calls.append((name, args))
-            return Response(self, [pack(UPDATE)]) if name == "generate" else self._answer()
+            streams = {"generate": [Here("b"), pack(LAST)], "updates": []}
+            return Response(self, streams[name]) if name in streams else self._answer()
 
         return SimpleNamespace(remote=remote)
 
@@ -269,7 +282,7 @@ async def test_every_call_fits_the_method_of_its_replica():
     await stages.preprocessor.prepare([], {3: KeptFiles("reference", "digest", 1)}, "key")
     await stages.encoder.encode(PixelsRef("item", "reference"), "tenant")
     for media in ((), (ROWS,)):
-        assert [update async for update in stages.language_model.generate(generation(), media)] == [UPDATE]
+        assert [update async for update in stages.language_model.generate(generation(), media)] == [LAST]
         await stages.language_model.embed(Pooling("one", EngineInput([1]), PoolingParams()), media)
     await stages.language_model.max_model_len()
     await stages.language_model.device()
@@ -288,7 +301,8 @@ async def test_every_call_fits_the_method_of_its_replica():
                 kept = [KeptFiles(None, "digest", 1) for _ in bound.get("files", ())]
                 assert bound["caller"] == "key" and [entry for _, entry in bound["kept"]] == kept
                 assert bound.get("files", ()) in ((), ("reference",))
-    assert {name for name, _ in model.calls} == {"hold", "generate", "embed", "max_model_len", "device"}
+    called = {name for name, _ in model.calls}
+    assert called == {"hold", "generate", "updates", "embed", "max_model_len", "device"}
 
 
 class FailingCall:

@@ -1,0 +1,273 @@
+"""Carries the updates of all answers from a language model's replica to an ingress in one stream.
+
+A gRPC message costs its sender and its reader about the same, whatever it holds, and a step of the engine
+makes an update for each running answer. So an ingress reads one stream, a channel, of each replica; each of
+its messages holds every update since the last one. An answer's own call then carries no updates: its end, its
+failure and its cancellation only. Until the channel to its replica is open, an answer's updates come by its
+own call.
+
+A channel counts as a running request for Ray Serve, so it ends a moment after the last answer: a replica
+without requests may be stopped.
+"""
+
+import asyncio
+import contextvars
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.errors import logger
+from deployments.ray_serve.failures import Refusal, abandoned, checked, was_cancelled
+from deployments.ray_serve.handoff import PIECE_BYTES, Assembly, PackedUpdate, Piece, pieces, unpack, weight
+from deployments.stages import StageLost
+from engine.errors import SightlineError
+from engine.mailbox import Mailbox
+from engine.outputs import StreamUpdate, merge_updates
+
+#: Seconds for which a channel stays open without answers.
+IDLE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """First item of an answer's own call if its updates follow there, because no channel is open.
+
+    Attributes:
+        replica: id of the replica that answers.
+    """
+
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Addressed:
+    """An item of a channel that doesn't name its request itself."""
+
+    request_id: str
+    item: Piece | Refusal
+
+
+#: A message of a channel.
+Message = list[PackedUpdate | Addressed]
+
+
+class Outbox:
+    """The sending end of a channel: updates that its reader hasn't taken yet, one for each answer.
+
+    Args:
+        idle_s: seconds after which it ends if there are no answers.
+    """
+
+    def __init__(self, idle_s: float = IDLE_S) -> None:
+        self._idle_s = idle_s
+        self._updates: dict[str, StreamUpdate] = {}
+        self._errors: dict[str, SightlineError] = {}
+        self._event = asyncio.Event()
+        self._answers = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self.closed = False
+        self._start_timer()
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """Keep the channel open while an answer is given."""
+        self._answers += 1
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            yield
+        finally:
+            self._answers -= 1
+            if not self._answers:
+                self._start_timer()
+
+    def put(self, update: StreamUpdate) -> None:
+        """Send an update.
+
+        Raises:
+            StageLost: the reader has gone, or reads another channel.
+        """
+        if self.closed:
+            raise abandoned()
+        earlier = self._updates.get(update.request_id)
+        self._updates[update.request_id] = update if earlier is None else merge_updates(earlier, update)
+        self._event.set()
+
+    def fail(self, request_id: str, error: SightlineError) -> bool:
+        """Send the error that ends an answer, behind its updates; returns False if the channel is closed."""
+        if not self.closed:
+            self._errors[request_id] = error
+            self._event.set()
+        return not self.closed
+
+    def close(self) -> None:
+        """End the channel after what is in it."""
+        self.closed = True
+        self._event.set()
+
+    async def messages(self) -> AsyncGenerator[Message, None]:
+        """The channel's messages, to its end. Closing the iterator closes the channel."""
+        try:
+            while True:
+                await self._event.wait()
+                self._event.clear()
+                updates, self._updates = self._updates, {}
+                errors, self._errors = self._errors, {}
+                for message in _messages(list(updates.values()), errors):
+                    yield message
+                if self.closed and not (self._updates or self._errors):
+                    return
+        finally:
+            self.closed = True
+
+    def _start_timer(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._idle_s, self.close)
+
+
+def _messages(updates: Sequence[StreamUpdate], errors: dict[str, SightlineError]) -> Iterator[Message]:
+    """Messages that gRPC takes, in order."""
+    message: Message = []
+    room = PIECE_BYTES
+    for update in updates:
+        size = weight(update)
+        if size > room and message:
+            yield message
+            message, room = [], PIECE_BYTES
+        room -= size
+        for item in pieces(update):
+            if isinstance(item, Piece):
+                yield [Addressed(update.request_id, item)]
+            else:
+                message.append(item)
+    message += [Addressed(name, Refusal(error)) for name, error in errors.items()]
+    if message:
+        yield message
+
+
+class Outboxes:
+    """The open channels of a replica, by the names of their readers."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Outbox] = {}
+
+    def find(self, reader: str) -> Outbox | None:
+        """The channel to ``reader``; None if none is open."""
+        outbox = self._open.get(reader)
+        return None if outbox is None or outbox.closed else outbox
+
+    async def messages(self, reader: str) -> AsyncGenerator[Message, None]:
+        """Open a channel, in place of one that the reader had before."""
+        if (earlier := self._open.get(reader)) is not None:
+            earlier.close()
+        outbox = self._open[reader] = Outbox()
+        try:
+            async for message in outbox.messages():
+                yield message
+        finally:
+            outbox.close()
+            if self._open.get(reader) is outbox:
+                del self._open[reader]
+
+
+class Answer(Mailbox):
+    """The updates of one answer at its ingress, whichever way they come.
+
+    Attributes:
+        channel: the replica whose channel brought some; empty if none did.
+        sent: whether the replica has put all of them into its channel.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channel = ""
+        self.sent = False
+        self._assembly = Assembly()
+
+    def take(self, item: Any) -> None:
+        """Add an item of a stream: a packed update, a piece of one, or a refusal."""
+        try:
+            if type(item) is not tuple:
+                item = self._assembly.add(checked(item))
+            if item is not None:
+                self.put(unpack(item))
+        except SightlineError as error:
+            # The traceback's frames would keep this object, which keeps the error.
+            self.fail(error.with_traceback(None))
+
+
+class Inbox:
+    """The receiving ends of channels: one for each replica of a language model.
+
+    Args:
+        open_stream: calls ``LanguageModelReplica.updates`` of the replica with the id that it is given.
+
+    Attributes:
+        name: of this reader; unique.
+    """
+
+    def __init__(
+        self, open_stream: Callable[[str, str], AbstractAsyncContextManager[AsyncIterator[Any]]]
+    ) -> None:
+        self.name = uuid.uuid4().hex
+        self._open_stream = open_stream
+        self._answers: dict[str, Answer] = {}
+        self._channels: dict[str, asyncio.Task[None]] = {}
+
+    @contextmanager
+    def expect(self, request_id: str) -> Iterator[Answer]:
+        """The answer to a request, as long as it is read."""
+        answer = self._answers[request_id] = Answer()
+        try:
+            yield answer
+        finally:
+            del self._answers[request_id]
+
+    def read(self, replica: str) -> None:
+        """Open the channel of a replica, unless it is open."""
+        if replica not in self._channels:
+            # In a context of its own: Serve cancels calls that were made for a request when that one ends.
+            context = contextvars.Context()
+            self._channels[replica] = context.run(asyncio.ensure_future, self._read(replica))
+
+    def all_sent(self, answer: Answer) -> None:
+        """Note that the rest of an answer is in its replica's channel."""
+        answer.sent = True
+        if not self._channels:
+            answer.fail(abandoned())
+
+    async def _read(self, replica: str) -> None:
+        whole = False
+        try:
+            async with self._open_stream(self.name, replica) as messages:
+                async for message in messages:
+                    for item in checked(message):
+                        self._deliver(replica, item)
+            whole = True
+        except asyncio.CancelledError:
+            # Serve raises this, too, where the replica has cancelled the call.
+            if was_cancelled():
+                raise
+        except StageLost:
+            pass
+        except Exception as error:
+            logger.info("the channel of a language model's replica broke: %r", error)
+        finally:
+            del self._channels[replica]
+            for answer in list(self._answers.values()):
+                # Which channel an answer was to come by isn't known before its first update.
+                if answer.channel == replica or (answer.sent and not answer.channel and not whole):
+                    answer.fail(abandoned())
+
+    def _deliver(self, replica: str, item: PackedUpdate | Addressed) -> None:
+        content: Any
+        if isinstance(item, Addressed):
+            name, content = item.request_id, item.item
+        else:
+            name, content = item[0], item
+        # Updates of an answer that is no longer read may be on their way.
+        if (answer := self._answers.get(name)) is not None:
+            answer.channel = replica
+            answer.take(content)

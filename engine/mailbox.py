@@ -1,0 +1,53 @@
+"""Hands a request's results from their maker to the task that reads them, on one event loop."""
+
+import asyncio
+
+from engine.errors import SightlineError
+from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
+
+#: What a reader gets of a request: items of its stream, its vector, or the error that ended it.
+Result = StreamUpdate | EmbeddingOutput | SightlineError
+
+
+class Mailbox:
+    """Updates that the reader hasn't taken yet, merged into one: a slow reader costs no memory."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._waiting: StreamUpdate | EmbeddingOutput | None = None
+        self._error: SightlineError | None = None
+
+    def put(self, result: Result) -> None:
+        """Add a result; an error as by :meth:`fail`."""
+        if isinstance(result, SightlineError):
+            self.fail(result)
+            return
+        if isinstance(self._waiting, StreamUpdate) and isinstance(result, StreamUpdate):
+            result = merge_updates(self._waiting, result)
+        self._waiting = result
+        self._event.set()
+
+    def fail(self, error: SightlineError) -> None:
+        """Have ``error`` raised behind the results so far, unless there is an error already."""
+        self._error = self._error or error
+        self._event.set()
+
+    async def get(self) -> StreamUpdate | EmbeddingOutput:
+        """Wait for a result that was not read yet.
+
+        Raises:
+            SightlineError: the request failed, and every result before that was read.
+        """
+        await self._event.wait()
+        self._event.clear()
+        if self._waiting is None:
+            assert self._error is not None
+            try:
+                raise self._error
+            finally:
+                # Its traceback keeps this frame: without this, it would keep itself.
+                self._error = None
+        if self._error is not None:
+            self._event.set()
+        result, self._waiting = self._waiting, None
+        return result

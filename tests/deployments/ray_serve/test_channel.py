@@ -1,0 +1,290 @@
+"""Channels: updates of all answers in one stream, between a replica and an ingress of one process."""
+
+import asyncio
+import pickle
+import random
+from contextlib import aclosing
+from dataclasses import replace
+from functools import reduce
+from types import SimpleNamespace
+
+import pytest
+
+from deployments.ray_serve.channel import Outbox, Outboxes
+from deployments.ray_serve.failures import Misrouted, Refusal
+from deployments.ray_serve.handles import RemoteLanguageModel
+from deployments.ray_serve.handoff import PIECE_BYTES
+from deployments.ray_serve.replicas import HeldRequests, LanguageModelReplica
+from deployments.stages import Generation, StageLost
+from engine.errors import NoTokenAllowed
+from engine.mailbox import Mailbox
+from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
+from engine.prompt import EngineInput
+from engine.sampling_params import SamplingParams
+from tests.serving import wait_until
+
+
+def update(name: str, number: int, *, length: int = 3, rows: int = 0, last: bool = False) -> StreamUpdate:
+    scores = [{token: TokenLogprob(-0.5 - token, token) for token in range(number, number + 20)}] * rows
+    delta = OutputDelta(0, f"{number}," + "x" * length, [number], scores or None, "stop" if last else None)
+    return StreamUpdate(name, [delta], Usage(1, number + 1), finished=last)
+
+
+class Stage:
+    """A language model that gives what a test puts into the mailboxes of its answers."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Mailbox] = {}
+
+    async def generate(self, request, media):
+        mailbox = self.answers[request.request_id] = Mailbox()
+        try:
+            while not (found := await mailbox.get()).finished:
+                yield found
+            yield found
+        finally:
+            del self.answers[request.request_id]
+
+
+class Replica(LanguageModelReplica):
+    def __init__(self, name: str) -> None:
+        self.name, self._stage = name, Stage()
+        self._held, self._outboxes = HeldRequests(), Outboxes()
+
+    def _name(self) -> str:
+        return self.name
+
+    def __del__(self) -> None:
+        """Nothing was loaded."""
+
+
+class Call:
+    """A streaming call of a replica, as Serve's: it runs in the replica whether it is read or not."""
+
+    def __init__(self, work) -> None:
+        self.items: asyncio.Queue = asyncio.Queue()
+        self.count = 0
+        self.task = asyncio.ensure_future(self._run(work))
+
+    async def _run(self, work) -> None:
+        try:
+            async with aclosing(work):
+                async for item in work:
+                    assert len(pickle.dumps(item)) < 4 << 20
+                    self.count += 1
+                    self.items.put_nowait(item)
+        except asyncio.CancelledError as error:
+            # The replica ends the call, or dies.
+            self.items.put_nowait(error)
+            raise
+        self.items.put_nowait(None)
+
+    async def __aiter__(self):
+        while (item := await self.items.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+
+class Handle:
+    """A deployment handle: calls go to the replica of their session, or to the first."""
+
+    def __init__(self, *replicas: Replica) -> None:
+        self.replicas = {replica.name: replica for replica in replicas}
+        self.calls: dict[str, list[Call]] = {"generate": [], "updates": []}
+
+    def options(self, session_id: str = "", **_):
+        replica = self.replicas.get(session_id, next(iter(self.replicas.values())))
+
+        def caller(method: str):
+            def remote(*args):
+                self.calls[method].append(Call(getattr(replica, method)(*args)))
+                return self.calls[method][-1]
+
+            return SimpleNamespace(remote=remote)
+
+        return SimpleNamespace(options=self.options, **{method: caller(method) for method in self.calls})
+
+
+class World:
+    """A replica and the ingress' side of it, with an open channel."""
+
+    def __init__(self, *others: Replica) -> None:
+        self.replica = Replica("a")
+        self.handle = Handle(self.replica, *others)
+        self.model = RemoteLanguageModel(self.handle)
+
+    @property
+    def answers(self) -> dict[str, Mailbox]:
+        return self.replica._stage.answers
+
+    def start(self, name: str) -> asyncio.Task:
+        """Read an answer to its end: its updates, and the error that ended it."""
+        found: list[StreamUpdate] = []
+
+        async def read():
+            request = Generation(name, EngineInput([1]), SamplingParams())
+            async with aclosing(self.model.generate(request, ())) as updates:
+                try:
+                    async for each in updates:
+                        found.append(each)
+                except StageLost as error:
+                    return found, error
+                except NoTokenAllowed as error:
+                    return found, error
+            return found, None
+
+        task = asyncio.ensure_future(read())
+        task.found = found  # type: ignore[attr-defined]
+        return task
+
+    async def begin(self, name: str) -> asyncio.Task:
+        """As :meth:`start`; returns once the replica works on it."""
+        task = self.start(name)
+        await wait_until(lambda: name in self.answers, 60)
+        return task
+
+    async def open(self) -> None:
+        """Ask once, so that the channel opens."""
+        task = await self.begin("opener")
+        self.answers["opener"].put(update("opener", 0, last=True))
+        await task
+        await wait_until(lambda: self.replica._outboxes.find(self.model._inbox.name), 60)
+
+
+@pytest.fixture
+def world():
+    return World(Replica("b"))
+
+
+async def test_the_first_answer_comes_by_its_own_call_and_the_next_ones_by_the_channel(world):
+    await world.open()
+    assert [call.count for call in world.handle.calls["generate"]] == [2]
+    tasks = [await world.begin(name) for name in ("one", "two")]
+    for number in range(3):
+        for name in ("one", "two"):
+            world.answers[name].put(update(name, number, last=number == 2))
+        await wait_until(lambda n=number: all(len(task.found) > n for task in tasks), 60)
+    assert await asyncio.gather(*tasks) == [
+        ([update(name, number, last=number == 2) for number in range(3)], None) for name in ("one", "two")
+    ]
+    assert [call.count for call in world.handle.calls["generate"]] == [2, 0, 0]
+    # Three steps, each with the updates of both answers.
+    assert [call.count for call in world.handle.calls["updates"]] == [3]
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_each_answer_is_whole_whatever_others_send(world, seed):
+    await world.open()
+    draw = random.Random(seed)
+    names = [f"r{number}" for number in range(draw.randint(1, 6))]
+    tasks = {name: await world.begin(name) for name in names}
+    sent: dict[str, list[StreamUpdate]] = {name: [] for name in names}
+    left = [name for name in names for _ in range(draw.randint(1, 5))]
+    draw.shuffle(left)
+    while left:
+        name = left.pop()
+        length = draw.choice([0, 5, 1000, PIECE_BYTES // 5 - 60, 3 * PIECE_BYTES])
+        size = {"length": length, "rows": draw.choice([0, 0, 1, 200, 600])}
+        made = update(name, len(sent[name]), **size, last=name not in left)
+        sent[name].append(made)
+        world.answers[name].put(pickle.loads(pickle.dumps(made)))
+        for _ in range(draw.randint(0, 4)):
+            await asyncio.sleep(0)
+    for name, task in tasks.items():
+        found, error = await asyncio.wait_for(task, 120)
+        assert error is None and reduce(merge_updates, found) == reduce(merge_updates, sent[name])
+    assert all(call.count == 0 for call in world.handle.calls["generate"][1:])
+
+
+async def test_a_refusal_comes_behind_the_text_before_it(world):
+    await world.open()
+    task = await world.begin("one")
+    mailbox = world.answers["one"]
+    mailbox.put(update("one", 0))
+    mailbox.fail(NoTokenAllowed("no token may follow"))
+    found, error = await asyncio.wait_for(task, 60)
+    assert (
+        found == [update("one", 0)] and type(error) is NoTokenAllowed and str(error) == "no token may follow"
+    )
+
+
+async def test_an_answer_that_is_closed_ends_in_the_replica_and_others_go_on(world):
+    await world.open()
+    one, two = await world.begin("one"), await world.begin("two")
+    world.answers["one"].put(update("one", 0))
+    await wait_until(lambda: one.found, 60)
+    one.cancel()
+    await wait_until(lambda: "one" not in world.answers, 60)
+    world.answers["two"].put(update("two", 0, last=True))
+    assert await asyncio.wait_for(two, 60) == ([update("two", 0, last=True)], None)
+    assert len(world.handle.calls["updates"]) == 1
+
+
+@pytest.mark.parametrize("method", ["updates", "generate"])
+async def test_an_answer_is_lost_with_its_channel_or_its_call_and_keeps_what_came(world, method):
+    await world.open()
+    task = await world.begin("one")
+    world.answers["one"].put(update("one", 0))
+    await wait_until(lambda: task.found, 60)
+    world.handle.calls[method][-1].task.cancel()
+    found, error = await asyncio.wait_for(task, 60)
+    assert found == [update("one", 0)] and type(error) is StageLost
+    await wait_until(lambda: not world.answers, 60)
+    # The channel opens anew.
+    await world.open()
+    assert len(world.handle.calls["updates"]) == (2 if method == "updates" else 1)
+
+
+async def test_an_answer_whose_end_was_in_a_broken_channel_is_lost(world):
+    await world.open()
+    channel = world.handle.calls["updates"][0]
+    task = await world.begin("one")
+    # The network keeps what the replica sends.
+    channel.items.put_nowait = lambda item: None
+    world.answers["one"].put(update("one", 0, last=True))
+    await wait_until(lambda: not world.answers and world.handle.calls["generate"][-1].task.done(), 60)
+    assert not task.done()
+    del channel.items.put_nowait
+    channel.task.cancel()
+    found, error = await asyncio.wait_for(task, 60)
+    assert not found and type(error) is StageLost
+
+
+async def test_a_channel_to_another_replica_is_refused(world):
+    items = [item async for item in world.replica.updates("reader", "other")]
+    assert len(items) == 1 and isinstance(items[0], Refusal) and isinstance(items[0].error, Misrouted)
+
+
+async def test_a_reader_s_new_channel_takes_the_place_of_its_old_one():
+    outboxes = Outboxes()
+    async with aclosing(outboxes.messages("r")) as one, aclosing(outboxes.messages("r")) as two:
+        first = asyncio.ensure_future(anext(one, None))
+        await wait_until(lambda: outboxes.find("r"), 60)
+        old = outboxes.find("r")
+        second = asyncio.ensure_future(anext(two, None))
+        assert await asyncio.wait_for(first, 60) is None
+        with pytest.raises(StageLost):
+            old.put(update("one", 0))
+        assert not old.fail("one", StageLost("lost"))
+        outboxes.find("r").put(update("one", 0))
+        assert len(await asyncio.wait_for(second, 60)) == 1
+
+
+async def test_a_channel_ends_without_answers_and_only_then():
+    outbox = Outbox(0.0)
+    with outbox.answer():
+        messages = asyncio.ensure_future(_all(outbox))
+        later = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.01, later.set)
+        await later.wait()
+        assert not outbox.closed
+        outbox.put(replace(update("one", 0), finished=True))
+    assert len(await asyncio.wait_for(messages, 60)) == 1 and outbox.closed
+
+
+async def _all(outbox: Outbox) -> list:
+    return [message async for message in outbox.messages()]
