@@ -1,10 +1,10 @@
 """CPU time of a streamed token in the ingress: from the tuple that a replica sends to the bytes of its event.
 
-    python -m benchmarks.ingress [--rounds 5] [--streams 40] [--tokens 500]
+    python -m benchmarks.ingress [--rounds 5] [--streams 40] [--together 1] [--tokens 500]
 
-No Ray, no engine and no socket takes part: a handle of this process yields the tuples as fast as they are
-read. API keys, metrics and the log of requests are on; the log goes to a file. The smallest of the rounds
-counts: the others were disturbed.
+No Ray, no engine and no socket takes part: a handle of this process yields the updates of a step when those
+of the last one were read. API keys, metrics and the log of requests are on; the log goes to a file. The
+smallest of the rounds counts: the others were disturbed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,49 +24,94 @@ from typing import Any
 from deployments.api import create_api
 from deployments.config import IngressConfig, ModelSpec
 from deployments.pipeline import Pipeline
+from deployments.ray_serve.channel import Here
 from deployments.ray_serve.handles import remote_stages
 from deployments.ray_serve.handoff import pack
+from deployments.stages import Generation
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
 
 
 class Replica:
-    """A handle of a deployment whose answers have ``tokens`` tokens, one at a time."""
+    """A handle of a language model with one replica, whose answers have ``tokens`` tokens.
+
+    A step gives each running answer a token; all updates of a step are a message of the channel.
+    """
 
     def __init__(self, tokens: int) -> None:
         updates = [
-            StreamUpdate("one", [OutputDelta(0, " word", [300])], Usage(20, count + 1))
+            StreamUpdate("", [OutputDelta(0, " word", [300])], Usage(20, count + 1))
             for count in range(tokens)
         ]
         updates[-1].finished = True
         updates[-1].deltas[0].finish_reason = "length"
-        self._packed = [pack(update) for update in updates]
-        self.generate = self.max_model_len = self
+        self._fields = [pack(update)[1:] for update in updates]
+        self._running: dict[str, Iterator[tuple[Any, ...]]] = {}
+        self._changed = asyncio.Event()
+        self._open = False
+        self.max_model_len = _Method(self._max_model_len)
+        self.generate = _Method(lambda *args: _Items(self._generate(*args)))
+        self.updates = _Method(lambda *_: _Items(self._updates()))
 
     def options(self, **_: Any) -> Replica:
         return self
 
-    def remote(self, *args: Any) -> Any:
-        return _Items(self._packed) if args else _length()
+    async def _max_model_len(self) -> int:
+        return 1 << 20
+
+    async def _generate(self, given: Generation, *_: Any) -> AsyncIterator[Any]:
+        if not self._open:
+            yield Here("one")
+            for fields in self._fields:
+                yield (given.request_id, *fields)
+                await _read()
+            return
+        self._running[given.request_id] = iter(self._fields)
+        self._changed.set()
+        while given.request_id in self._running:
+            await self._ended.wait()
+
+    async def _updates(self) -> AsyncIterator[Any]:
+        self._open, self._ended = True, asyncio.Event()
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._running:
+                message = []
+                for name, left in list(self._running.items()):
+                    if (fields := next(left, None)) is not None:
+                        message.append((name, *fields))
+                    else:
+                        del self._running[name]
+                yield message
+                await _read()
+            self._ended.set()
+            self._ended = asyncio.Event()
 
 
-async def _length() -> int:
-    return 1 << 20
+class _Method:
+    def __init__(self, remote: Callable[..., Any]) -> None:
+        self.remote = remote
 
 
 class _Items:
     """The response of a stream."""
 
-    def __init__(self, items: list[Any]) -> None:
+    def __init__(self, items: AsyncIterator[Any]) -> None:
         self._items = items
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        for item in self._items:
-            yield item
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._items
 
     def cancel(self) -> None:
         pass
+
+
+async def _read() -> None:
+    """Let the readers take what was sent, so that it isn't merged with the next step's."""
+    for _ in range(4):
+        await asyncio.sleep(0)
 
 
 def application(tokens: int) -> Any:
@@ -103,7 +148,7 @@ async def stream(api: Any, tokens: int) -> None:
     assert events == tokens, f"{events} events for {tokens} tokens"
 
 
-def measure(streams: int, tokens: int, rounds: int) -> list[float]:
+def measure(streams: int, tokens: int, rounds: int, together: int) -> list[float]:
     """CPU microseconds of a token, for each round."""
     found = []
     with tempfile.NamedTemporaryFile("w") as file:
@@ -117,9 +162,10 @@ def measure(streams: int, tokens: int, rounds: int) -> list[float]:
             for _ in range(rounds):
                 gc.collect()
                 began = time.process_time()
-                for _ in range(streams):
-                    await stream(api, tokens)
-                found.append((time.process_time() - began) / (streams * tokens) * 1e6)
+                for _ in range(streams // together):
+                    await asyncio.gather(*(stream(api, tokens) for _ in range(together)))
+                made = streams // together * together * tokens
+                found.append((time.process_time() - began) / made * 1e6)
 
         asyncio.run(run())
     return found
@@ -128,10 +174,11 @@ def measure(streams: int, tokens: int, rounds: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--streams", type=int, default=40, help="in a round, one after the other")
+    parser.add_argument("--streams", type=int, default=40, help="in a round")
+    parser.add_argument("--together", type=int, default=1, help="streams that run at the same time")
     parser.add_argument("--tokens", type=int, default=500, help="of each stream")
     options = parser.parse_args()
-    rounds = measure(options.streams, options.tokens, options.rounds)
+    rounds = measure(options.streams, options.tokens, options.rounds, options.together)
     print(
         f"{min(rounds):.2f} us of CPU time per token; rounds: {', '.join(f'{each:.2f}' for each in rounds)}"
     )

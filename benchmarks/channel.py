@@ -1,0 +1,134 @@
+"""CPU time of an update of an answer between a language model's replica and its reader, with Ray Serve.
+
+    python -m benchmarks.channel [--answers 1,8,32] [--tokens 200] [--step-ms 4]
+
+A replica without a model gives each running answer a token in every step. Its reader is this process: by one
+channel for all answers, and by each answer's own call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+
+from benchmarks.processes import cpu_seconds
+from deployments.ray_serve.channel import Inbox, Outboxes
+from deployments.ray_serve.handles import RemoteLanguageModel
+from deployments.ray_serve.process import prepare_process
+from deployments.ray_serve.replicas import HeldRequests, LanguageModelReplica
+from deployments.ray_serve.routing import LanguageModelRouter
+from deployments.stages import Generation
+from engine.outputs import OutputDelta, StreamUpdate, Usage
+from engine.prompt import EngineInput
+from engine.sampling_params import SamplingParams
+
+
+class _Steps:
+    """A stage whose answers get a token each at the same times.
+
+    Args:
+        tokens: of an answer.
+        step_s: seconds between two tokens.
+    """
+
+    def __init__(self, tokens: int, step_s: float) -> None:
+        self._tokens, self._step_s = tokens, step_s
+
+    async def generate(self, request: Generation, media: Any) -> AsyncIterator[StreamUpdate]:
+        loop = asyncio.get_running_loop()
+        step = int(loop.time() / self._step_s)
+        for count in range(1, self._tokens + 1):
+            done = loop.create_future()
+            loop.call_at((step + count) * self._step_s, done.set_result, None)
+            await done
+            delta = OutputDelta(0, " word", [300], finish_reason="length" if count == self._tokens else None)
+            yield StreamUpdate(request.request_id, [delta], Usage(1, count), finished=count == self._tokens)
+
+
+class Replica(LanguageModelReplica):
+    def __init__(self, tokens: int, step_s: float) -> None:
+        prepare_process()
+        self._stage = _Steps(tokens, step_s)  # type: ignore[assignment]
+        self._held, self._outboxes = HeldRequests(), Outboxes()
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Nothing can change."""
+
+    async def check_health(self) -> None:
+        """Nothing can fail."""
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        return {}
+
+    async def __del__(self) -> None:
+        """Nothing was loaded."""
+
+
+class _NoChannels(Inbox):
+    def read(self, replica: str) -> None:
+        """Leave all updates to the answers' own calls."""
+
+
+async def _answer(model: RemoteLanguageModel, name: str) -> int:
+    items = 0
+    request = Generation(name, EngineInput([1]), SamplingParams())
+    async with aclosing(model.generate(request, ())) as updates:
+        async for _ in updates:
+            items += 1
+    return items
+
+
+async def measure(model: RemoteLanguageModel, way: str, answers: int, tokens: int) -> None:
+    """Read answers that run at the same time, and print a row of the table."""
+    await _answer(model, f"first-{way}-{answers}")
+    used, own = cpu_seconds()["LanguageModel"], time.process_time()
+    items = sum(await asyncio.gather(*(_answer(model, f"{way}-{answers}-{n}") for n in range(answers))))
+    own, used = time.process_time() - own, cpu_seconds()["LanguageModel"] - used
+    count = answers * tokens
+    print(
+        f"{way:>8} {answers:8d} {used / count * 1e6:9.0f} {own / count * 1e6:9.0f} {items / count:9.2f}",
+        flush=True,
+    )
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Deploy the replica, and measure both ways in turn."""
+    deployment = serve.deployment(
+        name="LanguageModel",
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        request_router_config={"request_router_class": LanguageModelRouter},
+    )(Replica)
+    handle = serve.run(
+        deployment.bind(options.tokens, options.step_ms / 1e3), name="bench", route_prefix=None
+    )
+    own_calls = RemoteLanguageModel(handle)
+    own_calls._inbox = _NoChannels(own_calls._inbox._open_stream)
+    print(f"{'updates':>8} {'answers':>8} {'replica us':>9} {'reader us':>9} {'items':>9}")
+    for answers in map(int, options.answers.split(",")):
+        await measure(own_calls, "own call", answers, options.tokens)
+        await measure(RemoteLanguageModel(handle), "channel", answers, options.tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--answers", default="1,8,32", help="numbers of answers that run at the same time")
+    parser.add_argument("--tokens", type=int, default=200, help="of an answer")
+    parser.add_argument("--step-ms", type=float, default=4.0)
+    options = parser.parse_args()
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    try:
+        asyncio.run(run(options))
+    finally:
+        serve.shutdown()
+
+
+if __name__ == "__main__":
+    main()
