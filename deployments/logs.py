@@ -46,8 +46,32 @@ class JsonFormatter(logging.Formatter):
         own = vars(record).items()
         line |= {k: v for k, v in own if k not in _STANDARD and not k.startswith("_") and k not in line}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = record.exc_text or self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class Rendered(logging.Filter):
+    """Makes the text of each record when it is logged.
+
+    Ray Serve keeps records in memory before it writes them, as many as its
+    ``RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE`` says. An error among the arguments has a traceback, whose
+    frames would keep a request's media in the object store until then.
+    """
+
+    _formatter = logging.Formatter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Render ``record``; return True."""
+        try:
+            record.msg, record.args = record.getMessage(), None
+        except (TypeError, ValueError):
+            # A wrong format of somebody else's; the handler reports it.
+            return True
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = record.exc_text or self._formatter.formatException(record.exc_info)
+            # Formatters only ask whether there is an error, and take its text.
+            record.exc_info = record.exc_info[0], None, None  # type: ignore[assignment]
+        return True
 
 
 def set_up_logs(config: LoggingConfig) -> None:
@@ -56,6 +80,9 @@ def set_up_logs(config: LoggingConfig) -> None:
     handlers = first.handlers
     if not handlers:
         first.addHandler(logging.StreamHandler())
+    for logger in (first, *others):
+        if not any(isinstance(each, Rendered) for each in logger.filters):
+            logger.addFilter(Rendered())
     for handler in handlers:
         # Ray Serve's files have its own formatter for JSON.
         if config.format == "json" and type(handler) is logging.StreamHandler:

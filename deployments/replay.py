@@ -113,7 +113,11 @@ class Patience:
         if isinstance(error, StageLost):
             self._losses += 1
         if self._losses > self._config.max_losses or not self._losses:
-            raise error
+            try:
+                raise error
+            finally:
+                # Its traceback keeps this frame, and the frames that know the request's media.
+                del error
         now = asyncio.get_running_loop().time()
         if self._until is None:
             self._until = now + self._config.patience_s

@@ -91,4 +91,13 @@ def wait_until_nothing_is_left(served: Served) -> None:
     """Until no stage holds anything of any request, and no object is stored."""
     wait_for(lambda: is_idle(scraped(served.root)))
     # Pixels and rows are kept for some seconds after their use.
-    wait_for(lambda: not stored(served))
+    left: list[str] = []
+
+    def nothing() -> bool:
+        left[:] = stored(served)
+        return not left
+
+    try:
+        wait_for(nothing)
+    except AssertionError:
+        raise AssertionError("objects are left in the store:\n" + "\n".join(left)) from None

@@ -1,14 +1,17 @@
 """The line of each request in the log, its id, and the line that says that the server is ready."""
 
+import io
 import json
 import logging
+import logging.handlers
+import weakref
 
 import httpx
 import pytest
 
 from deployments.api import create_api
 from deployments.config import IngressConfig
-from deployments.logs import JsonFormatter, LoggingConfig
+from deployments.logs import JsonFormatter, LoggingConfig, Rendered
 from deployments.readiness import announce
 from tests.deployments.asgi import AppTransport
 from tests.deployments.pictures import ask, circle, square
@@ -148,3 +151,35 @@ def test_the_configuration_of_logs_reaches_ray_serve():
         found = ServeLogging(**LoggingConfig(format=format, level="WARNING").for_serve())
         assert (found.encoding, found.log_level) == (format.upper(), "WARNING")
         assert not found.enable_access_log
+
+
+@pytest.mark.parametrize("formatter", [logging.Formatter(), JsonFormatter()])
+@pytest.mark.parametrize("how", ["argument", "exc_info"])
+def test_a_record_that_waits_to_be_written_keeps_nothing_of_an_error(formatter, how):
+    class Media:
+        """Stands for pixels."""
+
+    def fail():
+        media = Media()
+        found.append(weakref.ref(media))
+        raise ValueError("too large")
+
+    found: list[weakref.ref] = []
+    written = io.StringIO()
+    target = logging.StreamHandler(written)
+    target.setFormatter(formatter)
+    buffer = logging.handlers.MemoryHandler(1000, target=target)
+    log = logging.Logger("test", logging.INFO)
+    log.addFilter(Rendered())
+    log.addHandler(buffer)
+    try:
+        fail()
+    except ValueError as error:
+        if how == "argument":
+            log.warning("%d failed: %s", 1, error)
+        else:
+            log.warning("%d failed", 1, exc_info=error)
+    assert found[0]() is None and not written.getvalue()
+    buffer.flush()
+    assert "1 failed" in written.getvalue() and "too large" in written.getvalue()
+    assert ("in fail" in written.getvalue()) == (how == "exc_info")

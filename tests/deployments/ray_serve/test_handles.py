@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import gc
 import inspect
+import logging
 import pickle
 import weakref
 from contextlib import aclosing
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import ray.exceptions
 
+from deployments.config import ReplayConfig
 from deployments.ray_serve.channel import Here
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import (
@@ -25,6 +27,7 @@ from deployments.ray_serve.handles import (
 )
 from deployments.ray_serve.handoff import PixelsRef, RowsInfo, RowsRef, cancel, pack, pieces
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
+from deployments.replay import Patience, carried_on
 from deployments.stages import Generation, Pooling, RowsLost, StageLost
 from deployments.tasks import all_or_none
 from engine.errors import InvalidRequest, SightlineError
@@ -363,5 +366,48 @@ async def test_what_a_misrouted_stream_was_given_is_freed_at_once():
         with pytest.raises(StageLost):
             await work()
         await wait_until(lambda: found[0]() is None, 10)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("tries", [1, 99], ids=["carried on", "given up"])
+@pytest.mark.parametrize(
+    "item",
+    [
+        ray.exceptions.ActorDiedError(),
+        ray.exceptions.OwnerDiedError("a", None, "b"),
+        grpc_error(grpc.StatusCode.INTERNAL),
+        asyncio.CancelledError(),
+        Refusal(StageLost("stopped")),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+async def test_what_a_lost_stream_was_given_is_freed_at_once(item, tries, caplog):
+    # Records of a test are kept, and with them the errors that they name.
+    caplog.set_level(logging.CRITICAL, "ray.serve")
+    last = replace(LAST, deltas=[OutputDelta(0, "", [2], finish_reason="length")])
+    handle = Handle(lambda start: [pack(UPDATE), item if start <= tries else pack(last)])
+    handle.held = SimpleNamespace(append=lambda _: None)
+    found = []
+
+    async def encode():
+        rows = np.zeros(1)
+        found.append(weakref.ref(rows))
+        return [RowsRef(RowsInfo("h", "float32"), rows)]
+
+    async def work():
+        patience = Patience(ReplayConfig(max_losses=2, pause_s=0.001))
+        model = RemoteLanguageModel(handle)
+        async with aclosing(carried_on(model, generation(), await encode(), encode, patience)) as updates:
+            return [update async for update in updates]
+
+    gc.disable()
+    try:
+        if tries == 1:
+            assert len(await work()) == 3
+        else:
+            with pytest.raises(StageLost):
+                await work()
+        await wait_until(lambda: all(rows() is None for rows in found), 10)
     finally:
         gc.enable()
