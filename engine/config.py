@@ -33,6 +33,8 @@ class EngineConfig(BaseModel):
         block_size: tokens per KV block.
         num_kv_blocks: KV blocks; None measures free memory (GPU) or takes ``kv_cache_bytes`` (CPU).
         kv_cache_bytes: memory for KV blocks where it isn't measured, on each rank.
+        state_snapshot_bytes: memory on each rank for copies of recurrent states, from which the prefix cache
+            of models with such states goes on (Qwen3.5); a quarter of the memory for caches if None.
         gpu_memory_utilization: share of the GPU's total memory this process may use.
         max_num_seqs: requests running at once.
         max_num_batched_tokens: token budget of one step.
@@ -68,6 +70,7 @@ class EngineConfig(BaseModel):
     block_size: PositiveInt = 16
     num_kv_blocks: PositiveInt | None = None
     kv_cache_bytes: PositiveInt = 256 << 20
+    state_snapshot_bytes: NonNegativeInt | None = None
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)
     max_num_seqs: PositiveInt = 256
     max_num_batched_tokens: PositiveInt = 8192

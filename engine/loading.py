@@ -17,12 +17,15 @@ from engine.families.registry import resolve
 from engine.frontend import tokenizer_folder
 from engine.metrics import EngineMetrics
 from engine.output_processor import OutputProcessor
+from engine.placement import resolve_dtype
 from engine.request_factory import RequestFactory
+from engine.runner.kv_storage import num_snapshots
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.encoder_ledger import EncoderLedger
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.prefix_cache import BlockHasher
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.snapshots import SnapshotPool
 from engine.structured.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 
@@ -75,7 +78,9 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
         # Blocks beyond what all slots can fill serve the prefix cache alone; leave it twice as many.
         most = 1 + 3 * config.max_num_seqs * -(-max_model_len // config.block_size)
         num_blocks = min(ranks.measure_blocks(), most)
-    scheduler = _scheduler(config, model, num_blocks, max_model_len, str(checkpoint.path))
+    dtype = resolve_dtype(config, model)
+    states = num_snapshots(config, model.decoder, dtype, num_blocks)
+    scheduler = _scheduler(config, model, num_blocks, states, max_model_len, str(checkpoint.path))
     if scheduler.max_model_len < max_model_len:
         logger.warning("KV blocks hold %d tokens: max_model_len is cut to that", scheduler.max_model_len)
     runner = ranks.make_runner(num_blocks, scheduler.max_model_len, len(scheduler.slots.requests))
@@ -95,16 +100,22 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
 
 
 def _scheduler(
-    config: EngineConfig, model: ModelConfig, num_blocks: int, max_model_len: int, name: str
+    config: EngineConfig,
+    model: ModelConfig,
+    num_blocks: int,
+    num_states: int,
+    max_model_len: int,
+    name: str,
 ) -> Scheduler:
     hasher = None
-    if config.enable_prefix_caching and model.decoder.delta_net is not None:
-        logger.warning("no prefix is cached: %s has recurrent states", model.architecture)
+    snapshots = None if model.decoder.delta_net is None else SnapshotPool(num_states)
+    if config.enable_prefix_caching and snapshots is not None and not num_states:
+        logger.warning("no prefix is cached: there is no memory for snapshots of recurrent states")
     elif config.enable_prefix_caching:
         key = f"{name}@{config.revision}:{model.architecture}"
         hasher = BlockHasher(config.block_size, key, secrets.token_bytes(32))
     return Scheduler(
-        KVManager(BlockPool(num_blocks), hasher, config.block_size),
+        KVManager(BlockPool(num_blocks, snapshots if hasher else None), hasher, config.block_size),
         EncoderLedger(config.max_encoder_tokens),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -16,7 +16,13 @@ from engine.fit import longest_sequence
 from engine.graphs import make_capture
 from engine.layers.decoder import Decoder
 from engine.placement import resolve_device, resolve_dtype
-from engine.runner.kv_storage import allocate_caches, block_bytes, measure_free_bytes, state_bytes
+from engine.runner.kv_storage import (
+    allocate_caches,
+    block_bytes,
+    measure_free_bytes,
+    num_snapshots,
+    state_bytes,
+)
 from engine.runner.model_runner import ModelRunner
 
 
@@ -83,12 +89,15 @@ class ModelRank:
                 param="max_num_seqs",
             )
         if decoder.device.type == "cuda":
-            runner = self._runner(2, self.max_model_len, config.max_num_seqs)
+            runner = self._runner(2, self.max_model_len, config.max_num_seqs, 0)
             runner.profile(config.max_num_batched_tokens)
             del runner
             torch.cuda.synchronize(decoder.device)
             torch.cuda.empty_cache()
             free = measure_free_bytes(decoder.device, config.gpu_memory_utilization)
+        if states and config.enable_prefix_caching:
+            kept = config.state_snapshot_bytes
+            free = max(0, free - (free // 4 if kept is None else kept))
         num_blocks = free // block_bytes(decoder.config, config.block_size, decoder.dtype, self.group.size)
         if num_blocks < 2:
             raise ConfigError(
@@ -100,11 +109,12 @@ class ModelRank:
 
     def make_runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ModelRunner:
         """Make the runner with its KV cache, ready for requests."""
-        runner = self._runner(num_blocks, max_model_len, num_slots)
+        snapshots = num_snapshots(self.config, self.decoder.config, self.decoder.dtype, num_blocks)
+        runner = self._runner(num_blocks, max_model_len, num_slots, snapshots)
         runner.warm_up()
         return runner
 
-    def _runner(self, num_blocks: int, max_model_len: int, num_slots: int) -> ModelRunner:
+    def _runner(self, num_blocks: int, max_model_len: int, num_slots: int, snapshots: int) -> ModelRunner:
         config, decoder = self.config, self.decoder
         runner = ModelRunner(
             decoder,
@@ -112,8 +122,8 @@ class ModelRank:
                 decoder.config,
                 num_blocks,
                 config.block_size,
-                # The last one is for padding.
-                num_slots + 1,
+                # A row for each slot, one for padding, and the snapshots.
+                num_slots + 1 + snapshots,
                 decoder.dtype,
                 decoder.device,
                 self.group.size,

@@ -42,14 +42,15 @@ class StepMessage:
 
     Attributes:
         decode_slots: int64 ``(D,)``; None if they are the previous step's.
-        prefills: slot, start, count and ``completes`` of each chunk; its request was admitted before.
+        prefills: slot, start, count, ``completes`` and ``snapshot`` of each chunk; its request was admitted
+            before.
         masked: True if the step's grammar masks follow in a second message, int32 ``(R, ceil(V / 32))``.
     """
 
     step: int
     masked: bool
     decode_slots: np.ndarray | None = None
-    prefills: list[tuple[int, int, int, bool]] = field(default_factory=list)
+    prefills: list[tuple[int, int, int, bool, int | None]] = field(default_factory=list)
     admitted: list[Admission] = field(default_factory=list)
     table_updates: list[TableUpdate] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -69,8 +70,11 @@ class BatchSender:
             batch.step,
             masked,
             slots,
-            [(chunk.slot, chunk.start, chunk.count, chunk.completes) for chunk in batch.prefills],
-            [Admission(_copy(a.request, a.num_computed), a.slot, a.num_computed) for a in batch.admitted],
+            [(c.slot, c.start, c.count, c.completes, c.snapshot) for c in batch.prefills],
+            [
+                Admission(_copy(a.request, a.num_computed), a.slot, a.num_computed, a.snapshot)
+                for a in batch.admitted
+            ],
             batch.table_updates,
             batch.released,
         )
@@ -91,8 +95,8 @@ class BatchReceiver:
         if message.decode_slots is not None:
             self._decode_slots = message.decode_slots
         prefills = [
-            PrefillChunk(self._requests[slot], slot, start, count, completes)
-            for slot, start, count, completes in message.prefills
+            PrefillChunk(self._requests[slot], slot, start, count, completes, snapshot)
+            for slot, start, count, completes, snapshot in message.prefills
         ]
         return ScheduledBatch(
             message.step,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from engine.config import EngineConfig
 from engine.kernels.paged import KVCache
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.decoder_config import DecoderConfig
@@ -25,6 +28,44 @@ def state_bytes(config: DecoderConfig, dtype: torch.dtype, tp_size: int = 1) -> 
     return len(config.linear_layers) * (conv + recurrent)
 
 
+def num_snapshots(config: EngineConfig, decoder: DecoderConfig, dtype: torch.dtype, num_blocks: int) -> int:
+    """Copies of recurrent states that are kept for the prefix cache, the same on all ranks.
+
+    Args:
+        num_blocks: KV blocks; without ``state_snapshot_bytes`` a third of their memory is taken, so that
+            snapshots have a quarter of both.
+    """
+    size = config.tensor_parallel_size
+    each = state_bytes(decoder, dtype, size)
+    if not each or not config.enable_prefix_caching:
+        return 0
+    budget = config.state_snapshot_bytes
+    if budget is None:
+        budget = num_blocks * block_bytes(decoder, config.block_size, dtype, size) // 3
+    return budget // each
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """The caches of a decoder on one rank.
+
+    Attributes:
+        layers: of each layer: keys and values, or recurrent states.
+        conv, recurrent: the states of all layers that have such, ``(layers, rows, ...)``; see
+            :class:`StateCache`. None for models without states.
+    """
+
+    layers: list[KVCache | StateCache]
+    conv: torch.Tensor | None = None
+    recurrent: torch.Tensor | None = None
+
+    def copy_state(self, source: int, target: int) -> None:
+        """Copy the states of all layers from one row to another."""
+        for states in (self.conv, self.recurrent):
+            assert states is not None
+            states[:, target].copy_(states[:, source])
+
+
 def allocate_caches(
     config: DecoderConfig,
     num_blocks: int,
@@ -33,7 +74,7 @@ def allocate_caches(
     dtype: torch.dtype,
     device: torch.device,
     tp_size: int = 1,
-) -> list[KVCache | StateCache]:
+) -> Caches:
     """Allocate the cache of every layer: keys and values, or ``num_states`` recurrent states.
 
     Keys and values are zeroed, because padded rows of captured graphs read block 0: whatever lay in memory
@@ -42,18 +83,21 @@ def allocate_caches(
     heads = max(1, config.num_kv_heads // tp_size)
     shape = (num_blocks, heads, block_size, config.head_dim)
 
-    def cache(layer: int) -> KVCache | StateCache:
-        net = config.delta_net
-        if net is None or layer not in config.linear_layers:
-            return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
-        conv = (num_states, net.conv_width - 1, net.channels(tp_size))
-        recurrent = (num_states, net.value_heads // tp_size, net.key_dim, net.value_dim)
-        return StateCache(
-            torch.zeros(conv, dtype=dtype, device=device),
-            torch.zeros(recurrent, dtype=torch.float32, device=device),
-        )
+    def pair() -> KVCache:
+        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
-    return [cache(layer) for layer in range(config.num_layers)]
+    net = config.delta_net
+    if net is None:
+        return Caches([pair() for _ in range(config.num_layers)])
+    rows = (len(config.linear_layers), num_states)
+    conv = torch.zeros((*rows, net.conv_width - 1, net.channels(tp_size)), dtype=dtype, device=device)
+    heads_here = net.value_heads // tp_size
+    recurrent = torch.zeros((*rows, heads_here, net.key_dim, net.value_dim), device=device)
+    states = {
+        layer: StateCache(conv[index], recurrent[index]) for index, layer in enumerate(config.linear_layers)
+    }
+    layers = [states[layer] if layer in states else pair() for layer in range(config.num_layers)]
+    return Caches(layers, conv, recurrent)
 
 
 def measure_free_bytes(device: torch.device, utilization: float) -> int:

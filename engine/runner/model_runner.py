@@ -14,14 +14,14 @@ from engine.graphs import Capture
 from engine.kernels.decode_state import DecodeInputs
 from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
-from engine.kernels.paged import AttentionMetadata, KVCache
-from engine.kernels.recurrent_state import StateCache
+from engine.kernels.paged import AttentionMetadata
 from engine.layers.decoder import Decoder
 from engine.logprobs import LogprobTensors
 from engine.request import Request, attributed_to
 from engine.runner.cuda_graphs import DecodeGraphs
 from engine.runner.forward_graphs import ForwardGraphs, captured_sizes
 from engine.runner.input_batch import DeviceState, embedding_tensor
+from engine.runner.kv_storage import Caches
 from engine.runner.pooler import Pooler
 from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
@@ -90,7 +90,7 @@ class ModelRunner:
 
     Args:
         model: the decoder with its weights.
-        caches: of each layer; recurrent states have a row for each slot and one more, for padding.
+        caches: recurrent states have a row for each slot, one for padding, and then those of snapshots.
         block_size: tokens per KV block.
         num_slots: rows of requests.
         max_num_tokens: most tokens of a step.
@@ -103,7 +103,7 @@ class ModelRunner:
     def __init__(
         self,
         model: Decoder,
-        caches: list[KVCache | StateCache],
+        caches: Caches,
         *,
         block_size: int,
         num_slots: int,
@@ -117,6 +117,8 @@ class ModelRunner:
         self._group = group
         self.device, self.dtype = model.device, model.dtype
         self._caches = caches
+        # Of recurrent states.
+        self._first_snapshot = num_slots + 1
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._pooling = pooling
@@ -150,7 +152,9 @@ class ModelRunner:
                 device=self.device,
             )
             self._forwards = ForwardGraphs(
-                lambda embeds, positions, meta, rows: model(embeds, positions, caches, meta, rows=rows),
+                lambda embeds, positions, meta, rows: model(
+                    embeds, positions, caches.layers, meta, rows=rows
+                ),
                 capture,
                 sizes=captured_sizes(
                     sum(parameter.numel() for parameter in model.layers[0].parameters()), max_num_tokens
@@ -210,6 +214,9 @@ class ModelRunner:
         if step.arrays.chunks is not None:
             slots, tokens = step.arrays.chunks.sampling_slots, None
             logits = self._mixed_logits(batch, step.arrays.chunks, prompts)
+            for chunk in batch.prefills:
+                if chunk.snapshot is not None:
+                    self._caches.copy_state(chunk.slot, self._first_snapshot + chunk.snapshot)
         else:
             slots = self._decode_slot_tensor(batch.decode_slots)
             captured = replace(plan, num_logprobs=-1)
@@ -261,7 +268,7 @@ class ModelRunner:
             state_rows=torch.full((len(starts) - 1,), self._state.padding_slot, device=device),
         )
         positions = zeros.expand(3, -1) if self._mrope else zeros
-        hidden = self.model(self.model.embed(zeros), positions, self._caches, meta)
+        hidden = self.model(self.model.embed(zeros), positions, self._caches.layers, meta)
         rows = hidden[: self._state.padding_slot]
         self.model.logits(rows).float().softmax(-1)
 
@@ -319,6 +326,8 @@ class ModelRunner:
         for admission in step.batch.admitted:
             for rows in self._embeddings[admission.slot].values():
                 self._group.broadcast(rows)
+            if admission.snapshot is not None:
+                self._caches.copy_state(self._first_snapshot + admission.snapshot, admission.slot)
         if step.arrays.tables is not None:
             slot, column, block = step.arrays.tables
             self._state.block_tables[slot, column] = block.int()
@@ -357,7 +366,7 @@ class ModelRunner:
             state_rows=slots,
         )
         positions = inputs.positions.expand(3, -1) if self._mrope else inputs.positions
-        hidden = self.model(self.model.embed(inputs.ids), positions, self._caches, meta)
+        hidden = self.model(self.model.embed(inputs.ids), positions, self._caches.layers, meta)
         return self.model.logits(hidden)
 
     def _decode_sample(self, slots: torch.Tensor, logits: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
@@ -439,7 +448,7 @@ class ModelRunner:
         ):
             hidden = graphs.replay(embeds, positions, meta, rows)
         else:
-            hidden = self.model(embeds, positions, self._caches, meta, deepstack, rows)
+            hidden = self.model(embeds, positions, self._caches.layers, meta, deepstack, rows)
         state.length.index_copy_(0, slots, lengths)
         return hidden
 

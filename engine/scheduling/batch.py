@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class PrefillChunk:
     """Tokens ``[start, start + count)`` of a request, all of them known to the host.
 
-    ``completes`` is set on the chunk that reaches the last known token: it samples (or pools).
+    ``completes`` is set on the chunk that reaches the last known token: it samples (or pools). ``snapshot``
+    is the row of snapshots to which the sequence's recurrent states after the chunk are copied, if any.
     """
 
     request: Request
@@ -25,15 +26,18 @@ class PrefillChunk:
     start: int
     count: int
     completes: bool
+    snapshot: int | None = None
 
 
 @dataclass(slots=True)
 class Admission:
-    """A request enters ``slot`` with ``num_computed`` tokens already in its first KV blocks."""
+    """A request enters ``slot`` with ``num_computed`` tokens already in its first KV blocks, and their
+    recurrent states in the row ``snapshot`` of snapshots, if the model has such."""
 
     request: Request
     slot: int
     num_computed: int
+    snapshot: int | None = None
 
 
 @dataclass(slots=True)

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from engine.scheduling.snapshots import SnapshotPool
+
 
 class BlockPool:
     """``num_blocks`` blocks. Block 0 is never allocated: padding rows write there.
 
     A block without references stays findable by its hash until it is allocated again. The block that has been
     free for longest is allocated first.
+
+    Args:
+        num_blocks: with block 0.
+        snapshots: states behind some of the findable blocks, for models with recurrent states; None for
+            others.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, snapshots: SnapshotPool | None = None) -> None:
         if num_blocks < 2:
             raise ValueError(f"a pool needs at least 2 blocks, got {num_blocks}")
         self.num_blocks = num_blocks
+        self.snapshots = snapshots
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._block_of: dict[bytes, int] = {}
@@ -42,8 +50,7 @@ class BlockPool:
         blocks = []
         for _ in range(count):
             block, _none = self._free.popitem(last=False)
-            if (key := self._hash_of.pop(block, None)) is not None:
-                del self._block_of[key]
+            self.withdraw(block)
             self._refs[block] = 1
             blocks.append(block)
         return blocks
@@ -75,14 +82,18 @@ class BlockPool:
             self._hash_of[block] = key
 
     def withdraw(self, block: int) -> None:
-        """Make a block unfindable, if it was findable, because its content may not match its hash."""
+        """Make a block unfindable, if it was findable: its content will change, or may not match its hash."""
         if (key := self._hash_of.pop(block, None)) is not None:
             del self._block_of[key]
+            if self.snapshots is not None:
+                self.snapshots.forget(key)
 
     def withdraw_all(self) -> None:
         """Make all blocks unfindable."""
         self._block_of.clear()
         self._hash_of.clear()
+        if self.snapshots is not None:
+            self.snapshots.forget_all()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless counts, free list and cache agree."""
@@ -93,3 +104,6 @@ class BlockPool:
         for key, block in self._block_of.items():
             assert self._hash_of.get(block) == key, f"cache and block {block} disagree"
         assert len(self._hash_of) == len(self._block_of)
+        if self.snapshots is not None:
+            self.snapshots.check_integrity()
+            assert self.snapshots.keys() <= self._block_of.keys(), "a snapshot has lost its block"

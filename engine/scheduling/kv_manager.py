@@ -10,6 +10,12 @@ from engine.scheduling.prefix_cache import BlockHasher
 
 #: Most blocks that a growing answer is given at once.
 _GROWTH = 16
+#: Tokens at the end of a prompt that the next turn's prompt may not repeat, such as an open tag of thoughts.
+_TEMPLATE_TOKENS = 3
+#: Least number of blocks between two images at whose ends the state is kept.
+_SPACING = 8
+#: Blocks of a long prompt after which the state is kept at the end of a step.
+_EVERY = 64
 
 
 class KVManager:
@@ -50,7 +56,69 @@ class KVManager:
         # No request continues inside a range that attends both ways.
         while (end := request.uncut(len(found) * self.block_size)) < len(found) * self.block_size:
             del found[end // self.block_size :]
+        snapshots = self.pool.snapshots
+        if snapshots is not None:
+            while found and snapshots.find(request.block_hashes[len(found) - 1]) is None:
+                found.pop()
         return found
+
+    def awaits_snapshot(self, request: Request, cached: list[int]) -> bool:
+        """Return True if the step that is being scheduled computes more of ``request`` than its ``cached``
+        blocks and keeps the state there, for a request of the same start."""
+        snapshots = self.pool.snapshots
+        if snapshots is None or request.scores_prompt:
+            return False
+        usable = (len(request.token_ids) - 1) // self.block_size
+        return any(snapshots.is_coming(key) for key in request.block_hashes[len(cached) : usable])
+
+    def snapshot_at(self, request: Request, num_blocks: int) -> int | None:
+        """Return the row with the state behind the first ``num_blocks`` blocks, which are cached; None for
+        models without states, or where no block is cached."""
+        snapshots = self.pool.snapshots
+        return (
+            None
+            if snapshots is None or not num_blocks
+            else snapshots.use(request.block_hashes[num_blocks - 1])
+        )
+
+    def chunk_end(self, request: Request, start: int, end: int) -> int:
+        """Return where a chunk from ``start`` on, which may go on to ``end``, stops so that the state there
+        can be kept: at the first boundary of :meth:`_boundaries`, else at the end of a block."""
+        if self.pool.snapshots is None:
+            return end
+        boundary = min((b for b in self._boundaries(request) if start < b <= end), default=None)
+        if boundary is not None:
+            return boundary
+        aligned = end // self.block_size * self.block_size
+        return aligned if start < aligned and end < len(request.token_ids) else end
+
+    def _boundaries(self, request: Request) -> set[int]:
+        """The ends of blocks up to which other requests are likely to be the same, in tokens.
+
+        Those are the last one within the known tokens, with which a conversation goes on; the one before it,
+        where so few tokens follow that they may be a template's own; and the last ones within images and
+        videos, about which something else is asked.
+        """
+        size, last = self.block_size, len(request.token_ids) - 1
+        found = {last // size * size, max(0, last - _TEMPLATE_TOKENS) // size * size}
+        before = -_SPACING * size
+        for span in request.spans:
+            end = (span.offset + span.length) // size * size
+            if end - before >= _SPACING * size:
+                found.add(end)
+                before = end
+        return found
+
+    def keep_state(self, request: Request, start: int, end: int) -> int | None:
+        """Return the row that keeps the state behind the first ``end`` tokens, of which this step computes
+        those from ``start`` on; None if it is not kept. Called after :meth:`publish`."""
+        snapshots = self.pool.snapshots
+        if snapshots is None or end % self.block_size or end >= len(request.token_ids):
+            return None
+        stretch = _EVERY * self.block_size
+        if end // stretch == start // stretch and end not in self._boundaries(request):
+            return None
+        return snapshots.take(request.block_hashes[end // self.block_size - 1])
 
     def admit(self, request: Request, cached: list[int], reserve: int) -> bool:
         """Give ``request`` its cached blocks and fresh ones for all its tokens; False if that leaves fewer
@@ -98,8 +166,13 @@ class KVManager:
 
     def withdraw(self, request: Request, num_computed: int) -> None:
         """Make the request's blocks unfindable from the block of token ``num_computed`` on."""
-        for block in request.blocks[num_computed // self.block_size :]:
+        first = num_computed // self.block_size
+        for block in request.blocks[first:]:
             self.pool.withdraw(block)
+        if self.pool.snapshots is not None:
+            # Also those behind equal blocks of other requests, which are findable in place of this one's.
+            for key in request.block_hashes[first:]:
+                self.pool.snapshots.forget(key)
 
     def _extend_hashes(self, request: Request, token_ids: Sequence[int], end: int) -> None:
         assert self._hasher is not None

@@ -181,6 +181,8 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """Schedule the next step; return None if nothing can be computed until results arrive."""
+        if self.kv.pool.snapshots is not None:
+            self.kv.pool.snapshots.begin_step()
         updates = self._grow_decodes()
         decode_slots = self.slots.decode_slots()
         if self._is_held_up(self.budget - len(decode_slots)):
@@ -298,14 +300,17 @@ class Scheduler:
         assert slot is not None
         start = int(table.computed[slot])
         end = request.uncut(min(int(table.known[slot]), start + budget))
+        end = self.kv.chunk_end(request, start, end)
         count = end - start
         if count <= 0:
             return 0
         completes = end == table.known[slot]
         table.computed[slot] = end
-        batch.prefills.append(PrefillChunk(request, slot, start, count, completes))
+        chunk = PrefillChunk(request, slot, start, count, completes)
+        batch.prefills.append(chunk)
         self.ledger.hold(request, end)
         self.kv.publish(request, request.token_ids, end)
+        chunk.snapshot = self.kv.keep_state(request, start, end)
         if completes:
             self._prefilling.remove(request)
             table.set_decoding(slot, request.pooling is None)
@@ -329,6 +334,8 @@ class Scheduler:
     def _admit(self, request: Request, batch: ScheduledBatch) -> bool:
         """Give the first waiting request a slot and blocks; False if there are too few."""
         cached = self.kv.cached_prefix(request)
+        if self.kv.awaits_snapshot(request, cached):
+            return False
         computed = len(cached) * self.kv.block_size
         # A request that runs alone may take every block. Others leave some blocks for those that grow.
         reserve = self.kv.pool.capacity // 100 + 1 if self.num_running else 0
@@ -342,7 +349,7 @@ class Scheduler:
         if request.num_cached is None:
             request.num_cached = computed
             self.stats.cached_tokens += computed
-        batch.admitted.append(Admission(request, slot, computed))
+        batch.admitted.append(Admission(request, slot, computed, self.kv.snapshot_at(request, len(cached))))
         self._prefilling.append(request)
         return True
 

@@ -16,7 +16,9 @@ BLOCK = 4
 
 def poisoned_caches(decoder: Decoder, num_blocks: int, num_states: int) -> list[KVCache | StateCache]:
     """Caches full of NaN: whatever is read without having been written spoils the result."""
-    caches = allocate_caches(decoder.config, num_blocks, BLOCK, num_states, decoder.dtype, decoder.device)
+    caches = allocate_caches(
+        decoder.config, num_blocks, BLOCK, num_states, decoder.dtype, decoder.device
+    ).layers
     for cache in caches:
         tensors = (cache.keys, cache.values) if isinstance(cache, KVCache) else (cache.conv, cache.recurrent)
         for tensor in tensors:

@@ -94,8 +94,7 @@ class Made:
     ) -> None:
         """Everything that an output carries."""
         most = len(answer.ids) - 1
-        least = 0 if block is None else most // block * block
-        tally, some = Tally(), (least, most) if self.case.caches else (0, 0)
+        tally, some = Tally(), (0 if block is None else most // block * block, most)
         if self.case.embeds:
             compare_vector(tally, output, answer, "last", True, some)
         else:

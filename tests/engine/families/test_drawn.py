@@ -28,7 +28,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "qwen2_vl": (0,),
     "qwen2_5_vl": (1,),
     "qwen3_vl": (0,),
-    "qwen3_5": (1, 2),
+    "qwen3_5": (0, 2),
     "minicpm_v": (2,),
     "idefics3": (3,),
     "smolvlm": (1,),

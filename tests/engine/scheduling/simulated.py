@@ -15,12 +15,13 @@ from engine.core import EngineCore
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduling.batch import ScheduledBatch, StepResult
+from engine.scheduling.batch import Admission, ScheduledBatch, StepResult
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.encoder_ledger import EncoderLedger
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.prefix_cache import BlockHasher
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.snapshots import SnapshotPool
 
 VOCAB = 50
 EOS = 7
@@ -95,7 +96,13 @@ class SimulatedRunner:
 
     vocab_size = VOCAB
 
-    def __init__(self, num_slots: int, num_blocks: int, block_size: int, budget: int) -> None:
+    def __init__(
+        self, num_slots: int, num_blocks: int, block_size: int, budget: int, hybrid: bool = False
+    ) -> None:
+        self.hybrid = hybrid
+        # Of each slot: the cells that its recurrent state stands for.
+        self.states: list[tuple] = [()] * num_slots
+        self.snapshots: dict[int, tuple] = {}
         self.block_size = block_size
         self.budget = budget
         self.cache: dict[int, tuple] = {}
@@ -115,6 +122,8 @@ class SimulatedRunner:
             self.tables[admission.slot] = dict(enumerate(admission.request.blocks))
             self.length[admission.slot] = admission.num_computed
             self.variant[admission.slot] = admission.request.rope_variant
+            if self.hybrid:
+                self._resume(admission)
         for update in batch.table_updates:
             self.tables[update.slot] |= dict(enumerate(update.blocks, update.column))
         tokens = []
@@ -135,11 +144,24 @@ class SimulatedRunner:
         for slot, index, cell in written:
             self.cache[self._place(slot, index)] = cell
             self.length[slot] = index + 1
+            self.states[slot] += (cell,)
+        for chunk in batch.prefills:
+            if chunk.snapshot is not None:
+                self.snapshots[chunk.snapshot] = self.states[chunk.slot]
         for slot in batch.sampling_slots.tolist():
             seen = [self.cache.get(self._place(slot, index)) for index in range(self.length[slot])]
+            if self.hybrid:
+                assert list(self.states[slot]) == seen, "state and cache are of different tokens"
             self.last[slot] = next_token(seen)
             tokens.append(self.last[slot])
         return _Pending(np.array(tokens, np.int64))
+
+    def _resume(self, admission: Admission) -> None:
+        """Begin with the state of the tokens that are computed already."""
+        assert (admission.snapshot is None) == (admission.num_computed == 0)
+        kept = admission.snapshot
+        self.states[admission.slot] = () if kept is None else self.snapshots[kept]
+        assert len(self.states[admission.slot]) == admission.num_computed
 
     def _place(self, slot: int, index: int) -> int:
         block = self.tables[slot][index // self.block_size]
@@ -168,17 +190,21 @@ class SimulatedEngine:
         run_ahead: int = 1,
         prefix_caching: bool = True,
         original: int | None = None,
+        num_snapshots: int | None = None,
     ) -> None:
+        snapshots = None if num_snapshots is None else SnapshotPool(num_snapshots)
         hasher = BlockHasher(block_size, "model") if prefix_caching else None
         self.scheduler = Scheduler(
-            KVManager(BlockPool(num_blocks), hasher, block_size),
+            KVManager(BlockPool(num_blocks, snapshots if hasher else None), hasher, block_size),
             EncoderLedger(encoder_rows),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
             recompute_beyond=original,
         )
-        self.runner = SimulatedRunner(len(self.scheduler.slots.requests), num_blocks, block_size, budget)
+        self.runner = SimulatedRunner(
+            len(self.scheduler.slots.requests), num_blocks, block_size, budget, num_snapshots is not None
+        )
         self.core = EngineCore(self.scheduler, self.runner, run_ahead)
         self.outputs: dict[str, list[int]] = {}
         self.reasons: dict[str, str] = {}
