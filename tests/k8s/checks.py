@@ -48,6 +48,16 @@ def container(template: Document) -> Document:
     return template["spec"]["containers"][0]
 
 
+def reservable(group: Document, kind: str) -> float:
+    """The amount of a resource that a pod's replicas may reserve: ``rayStartParams``, else the request.
+
+    Args:
+        kind: ``cpu`` or ``nvidia.com/gpu``.
+    """
+    said = (group.get("rayStartParams") or {}).get({"cpu": "num-cpus", "nvidia.com/gpu": "num-gpus"}[kind])
+    return number(said or container(group["template"])["resources"]["requests"].get(kind, 0))
+
+
 def environment(found: list[Document], template: Document) -> dict[str, Any]:
     """The variables of a pod's Ray container. The value of one that a Secret holds is None."""
     maps = {each["metadata"]["name"]: each["data"] for each in found if each["kind"] == "ConfigMap"}
@@ -183,9 +193,9 @@ def loss_faults(found: list[Document]) -> list[str]:
         if "cpu" in ray["resources"]["limits"]:
             faults.append(f"{name}: a CPU limit throttles event loops")
         store = float(
-            _number((_group(service, name).get("rayStartParams") or {}).get("object-store-memory", 0))
+            number((_group(service, name).get("rayStartParams") or {}).get("object-store-memory", 0))
         )
-        if not 0 < store <= _number(ray["resources"]["limits"]["memory"]) / 2:
+        if not 0 < store <= number(ray["resources"]["limits"]["memory"]) / 2:
             faults.append(f"{name}: the object store must be set, and fit into half of the memory")
         if ray.get("securityContext") != hardened or not pod.get("securityContext", {}).get("runAsNonRoot"):
             faults.append(f"{name}: not hardened")
@@ -214,7 +224,7 @@ def _group(service: Document, name: str) -> Document:
     return named.get(name) or cluster(service)["headGroupSpec"]
 
 
-def _number(quantity: str | int) -> float:
+def number(quantity: str | int) -> float:
     """A quantity of Kubernetes, such as ``200m`` or ``6Gi``."""
     match = re.fullmatch(r"([0-9.]+)(m|[KMGT]i?)?", str(quantity))
     assert match, quantity

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from deployments.config import AppConfig, StageConfig
-from tests.k8s.checks import Document, container, environment, groups, pods
+from tests.k8s.checks import Document, container, environment, groups, pods, reservable
 from tests.k8s.tools import rayservice
 
 
@@ -110,12 +110,11 @@ def _stage_faults(found: list[Document], name: str, stage: StageConfig) -> Itera
 
 def _fits(stage: StageConfig, group: Document) -> bool:
     """Return whether one pod of ``group`` can hold a replica."""
-    requests = container(group["template"])["resources"]["requests"]
     labels = group.get("labels") or {}
     return (
         stage.label_selector.items() <= labels.items()
-        and stage.num_cpus <= float(requests["cpu"])
-        and stage.num_gpus <= float(requests.get("nvidia.com/gpu", 0))
+        and stage.num_cpus <= reservable(group, "cpu")
+        and stage.num_gpus <= reservable(group, "nvidia.com/gpu")
     )
 
 
@@ -131,10 +130,9 @@ def _capacity_faults(service: Document, config: AppConfig) -> Iterator[str]:
                 need.setdefault(group["groupName"], []).append((most, surge, stage.num_cpus, stage.num_gpus))
                 break
     for group in groups(service):
-        requests = container(group["template"])["resources"]["requests"]
         replicas = need.get(group["groupName"], [])
         for kind, column in (("cpu", 2), ("nvidia.com/gpu", 3)):
-            have = float(requests.get(kind, 0)) * group["maxReplicas"] * group.get("numOfHosts", 1)
+            have = reservable(group, kind) * group["maxReplicas"] * group.get("numOfHosts", 1)
             steady = sum(row[0] * row[column] for row in replicas)
             # Replacements wait for room, but one replica must find some, or the update never ends.
             update = max((min(row[1], 1) * row[column] for row in replicas), default=0)

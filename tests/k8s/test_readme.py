@@ -7,7 +7,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import AppConfig, LanguageModelConfig
-from tests.k8s.tools import K8S, OVERLAYS
+from tests.k8s import checks
+from tests.k8s.tools import K8S, OVERLAYS, documents, rayservice
 from tests.serving import ROOT
 
 README = (K8S / "README.md").read_text()
@@ -35,6 +36,18 @@ def test_every_alert_is_explained():
     rules = yaml.safe_load((K8S / "components" / "monitoring" / "rules.yaml").read_text())["spec"]["groups"]
     alerts = {rule["alert"] for group in rules for rule in group["rules"] if "alert" in rule}
     assert set(re.findall(r"`(Sightline\w+)`", README)) == alerts
+
+
+def test_the_demo_fits_into_the_machine_that_the_page_asks_for():
+    config = checks.cluster(rayservice(documents("cpu-demo")))
+    pods = [config["headGroupSpec"], *config["workerGroupSpecs"]]
+    assert all(group["replicas"] == 1 for group in config["workerGroupSpecs"])
+    requests = [checks.container(group["template"])["resources"]["requests"] for group in pods]
+    assert "A node with two cores and 7 GiB is enough." in " ".join(README.split())
+    # The control plane of kind requests 0.95 cores and 0.3 GiB; the operator 0.1 cores and 0.5 GiB.
+    assert sum(checks.number(each["memory"]) for each in requests) <= (7 - 0.3 - 0.5) * 2**30
+    assert sum(checks.number(each["cpu"]) for each in requests) <= 2 - 0.95 - 0.1
+    assert sum(checks.number(each["ephemeral-storage"]) for each in requests) <= 6 << 30
 
 
 def test_every_target_of_make_exists():
