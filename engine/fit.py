@@ -34,10 +34,11 @@ def check_split(size: int, decoder: DecoderConfig) -> None:
     """Check that ``size`` ranks can share a decoder; errors as :func:`check_fit`."""
     possible = [number for number in range(1, decoder.num_heads + 1) if _splits(decoder, number)]
     if size not in possible:
+        sizes = " and ".join(map(str, decoder.mlp_sizes))
         raise ConfigError(
             f"tensor_parallel_size is {size}, but a model of {decoder.num_heads} attention heads, "
             f"{decoder.num_kv_heads} KV heads{_linear_heads(decoder)} and an intermediate size of "
-            f"{decoder.intermediate_size} can be "
+            f"{sizes} can be "
             f"split over {', '.join(map(str, possible))} ranks",
             param="tensor_parallel_size",
         )
@@ -55,4 +56,4 @@ def _splits(decoder: DecoderConfig, size: int) -> bool:
     net = decoder.delta_net
     if net is not None and (net.key_heads % size or net.value_heads % size):
         return False
-    return whole_kv and decoder.num_heads % size == 0 and decoder.intermediate_size % size == 0
+    return whole_kv and decoder.num_heads % size == 0 and all(mlp % size == 0 for mlp in decoder.mlp_sizes)

@@ -29,6 +29,19 @@ SANDWICH_RULES: tuple[tuple[str, str], ...] = (
 MULTI_TOKEN_HEADS = r"mtp\..*"
 """Qwen3.5's layers that predict further tokens, which Transformers leaves out too."""
 
+_EXPERTS = r"(?:.*\.)?(layers\.\d+\.)block_sparse_moe\."
+EXPERT_RULES: tuple[tuple[str, str], ...] = (
+    (_EXPERTS + r"experts\.(\d+)\.w1\.(.*)", r"\1mlp.experts.\2.gate_proj.\3"),
+    (_EXPERTS + r"experts\.(\d+)\.w2\.(.*)", r"\1mlp.experts.\2.down_proj.\3"),
+    (_EXPERTS + r"experts\.(\d+)\.w3\.(.*)", r"\1mlp.experts.\2.up_proj.\3"),
+    (_EXPERTS + r"input_linear\.weight", r"\1mlp.experts.gate_up_proj"),
+    (_EXPERTS + r"output_linear\.weight", r"\1mlp.experts.down_proj"),
+    (_EXPERTS + r"router\.(?:layer\.)?weight", r"\1mlp.gate.weight"),
+    (_EXPERTS + r"(.*)", r"\1mlp.\2"),
+    *DECODER_RULES,
+)
+"""Rules of a decoder with experts, by the names of Mixtral, Granite and Qwen."""
+
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"
 

@@ -27,17 +27,22 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
     "qwen3_5": ("Qwen3_5ForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
     "text": (
         "GemmaForCausalLM",
         "Gemma3ForCausalLM",
         "GraniteForCausalLM",
+        "GraniteMoeForCausalLM",
         "LlamaForCausalLM",
         "Ministral3ForCausalLM",
         "MistralForCausalLM",
+        "MixtralForCausalLM",
         "Phi3ForCausalLM",
         "Qwen2ForCausalLM",
+        "Qwen2MoeForCausalLM",
         "Qwen3ForCausalLM",
         "Qwen3_5ForCausalLM",
+        "Qwen3MoeForCausalLM",
     ),
 }
 """The architectures of each folder under ``engine.families``; its ``family.py`` has the value ``FAMILY``."""

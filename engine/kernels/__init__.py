@@ -25,15 +25,19 @@ decides::
     activated_linear  gemm_activation_triton      Triton, Hopper, 16-bit, tiles fill  gemm_activation.py
                                                   the GPU
                       gemm_activation_reference   otherwise                           gemm_activation.py
+    experts           experts_reference           not Triton                          experts.py
+                      expert_gemv_triton          1 token, or at most 8 with at most  expert_gemv.py
+                                                  half as many pairs as experts
+                      grouped_experts_triton      otherwise                           grouped_gemm.py
 
 "Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU; with fp8 weights also that
 the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
 act_mul.py, causal_conv.py, decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
-gated_norm.py, gumbel.py (gumbel_argmax, argmax), kv_write.py, layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, truncation.py, vision_attention.py.
+gated_norm.py, gumbel.py (gumbel_argmax, argmax), kv_write.py, layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, route.py (the router of experts), truncation.py, vision_attention.py.
 
-Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), launch.py (launch or
-compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
+Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), expert_groups.py
+(sorts pairs of tokens and experts), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
 recurrent_state.py (states of a gated delta net), scales.py (of fp8 weights), tile.py (attention tiles).
 """

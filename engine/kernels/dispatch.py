@@ -15,9 +15,12 @@ from engine.kernels.decode_attention import decode_attention_reference, decode_a
 from engine.kernels.delta_prefill import delta_prefill_triton
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, use_triton
+from engine.kernels.expert_gemv import expert_gemv_triton
+from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.fp8 import Scale, dequantised_gemm, reads_fp8, scaled_gemm, supports_scaled
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_triton
+from engine.kernels.grouped_gemm import grouped_experts_triton
 from engine.kernels.launch import is_compiling
 from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.paged import AttentionMetadata, KVCache
@@ -30,6 +33,8 @@ from engine.kernels.skinny_gemm import skinny_gemm_triton
 
 #: With more new tokens of one sequence the prefill kernel is faster; shorter prompts don't fill its tiles.
 LONG_PROMPT = 1024
+#: With more tokens, or more pairs than half the experts, tokens that share an expert should share its reading.
+MAX_EXPERT_GEMV_TOKENS = 8
 #: For wider outputs (the LM head) torch's GEMM already reaches memory bandwidth.
 MAX_SKINNY_OUTPUTS = 1 << 16
 
@@ -222,3 +227,35 @@ def activated_linear(
         if busy:
             return out.unflatten(0, x.shape[:-1])
     return gemm_activation_reference(x, weight, bias, activation)
+
+
+def experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
+    activation: str,
+) -> torch.Tensor:
+    """Compute ``sum_j weights[t, j] * down_e(activation(gate_e(x[t])) * up_e(x[t]))`` with ``e = ids[t, j]``.
+
+    Args:
+        x: ``(T, H)``, last dimension contiguous.
+        ids: ``(T, top_k)`` int32 contiguous, experts of each token.
+        weights: ``(T, top_k)`` float32 contiguous.
+        gate_up: ``(E, 2 * I, H)``, gate first.
+        down: ``(E, H, I)``.
+        activation: a key of :data:`engine.kernels.activation.ACTIVATIONS`.
+
+    Returns:
+        ``(T, H)`` in the dtype of ``x``.
+    """
+    quantised = gate_up.scale is not None or down.scale is not None
+    tokens, top_k = ids.shape
+    if tokens == 0 or not use_triton(x) or (quantised and not reads_fp8(x.device)):
+        run = experts_reference
+    elif tokens == 1 or (tokens <= MAX_EXPERT_GEMV_TOKENS and 2 * tokens * top_k <= len(gate_up.weight)):
+        run = expert_gemv_triton
+    else:
+        run = grouped_experts_triton
+    return run(x, ids, weights, gate_up, down, activation)

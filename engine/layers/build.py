@@ -102,12 +102,14 @@ class WeightSlot:
             by broadcasting.
         reshape: the checkpoint may also hold the tensor in another shape, with the same elements in the same
             order.
+        may_be_transposed: the checkpoint may also hold the tensor with its last two of three axes swapped.
     """
 
     source: str
     shape: tuple[int, ...]
     copies: list[tuple[Region, Target]] = field(default_factory=list)
     reshape: bool = False
+    may_be_transposed: bool = False
 
 
 def whole(shape: tuple[int, ...]) -> Region:

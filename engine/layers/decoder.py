@@ -15,6 +15,7 @@ from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.delta_net import GatedDeltaNet
 from engine.layers.embedding import LMHead, VocabEmbedding
+from engine.layers.experts import ExpertsMLP
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
@@ -22,7 +23,8 @@ from engine.layers.rotary import Rotary
 
 
 class DecoderLayer(nn.Module):
-    """Attention, or a gated delta net, and gated MLP, each after a norm, and before another one if the model
+    """Attention, or a gated delta net, and gated MLP or mixture of experts, each after a norm, and before
+    another one if the model
     has such.
 
     The residual is passed beside the hidden states, so that each addition can be fused with the norm behind
@@ -40,13 +42,7 @@ class DecoderLayer(nn.Module):
         self.attention_out_norm = norm() if config.sandwich else None
         self.mlp_out_norm = norm() if config.sandwich else None
         self.multiplier = config.residual_multiplier
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.activation,
-            build.at("mlp"),
-            bias=config.mlp_bias,
-        )
+        self.mlp = _make_mlp(config, layer, build.at("mlp"))
 
     def forward(
         self,
@@ -70,6 +66,13 @@ class DecoderLayer(nn.Module):
         if norm is not None:
             x = norm(x)
         return x if self.multiplier == 1 else x * self.multiplier
+
+
+def _make_mlp(config: DecoderConfig, layer: int, build: BuildContext) -> GatedMLP | ExpertsMLP:
+    hidden, act = config.hidden_size, config.activation
+    if config.experts is not None and layer in config.experts.layers:
+        return ExpertsMLP(hidden, config.experts, act, build)
+    return GatedMLP(hidden, config.intermediate_size, act, build, bias=config.mlp_bias)
 
 
 class Decoder(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.layers.experts_config import ExpertsConfig
+
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
 
@@ -123,6 +125,7 @@ class DecoderConfig:
         both_ways: the tokens that attend to each other in both directions: those of each unbroken run of
             embedding rows (``images``), or all of a prompt (``prompt``); None: every token attends to earlier
             ones only.
+        experts: the layers whose MLP is a mixture of experts; None if no layer's is.
         num_deepstack: leading layers after which visual features are added (Qwen3-VL).
         projected_width: numbers of a vector that a projection with bias makes of each hidden state, for
             models that are trained to retrieve (ColQwen2); None if vectors are hidden states.
@@ -157,8 +160,19 @@ class DecoderConfig:
     local_rope: RopeConfig | None = None
     local_layers: tuple[int, ...] = ()
     both_ways: Literal["images", "prompt"] | None = None
+    experts: ExpertsConfig | None = None
     num_deepstack: int = 0
     projected_width: int | None = None
+
+    @property
+    def mlp_sizes(self) -> tuple[int, ...]:
+        """The intermediate sizes of all MLPs, those of experts included, in ascending order."""
+        if self.experts is None:
+            return (self.intermediate_size,)
+        sizes = {self.experts.intermediate_size, self.experts.shared_size or self.experts.intermediate_size}
+        if len(self.experts.layers) < self.num_layers:
+            sizes.add(self.intermediate_size)
+        return tuple(sorted(sizes))
 
     def window(self, layer: int) -> int | None:
         """Sliding window of ``layer`` in tokens; None for full attention."""

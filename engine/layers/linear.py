@@ -234,8 +234,12 @@ class RowLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias, counters=self.counters, scale=self.scale)
-        out = self.tp.all_reduce(linear(x, self.weight, counters=self.counters, scale=self.scale))
+        out = self.tp.all_reduce(self.partial(x))
         return out if self.bias is None else out + self.bias
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute this rank's share of the sum, without the bias."""
+        return linear(x, self.weight, counters=self.counters, scale=self.scale)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         rows, columns = self.weight.shape

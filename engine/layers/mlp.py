@@ -25,6 +25,10 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(act_mul(self.gate_up_proj(x), self.activation))
 
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute this rank's share of :meth:`forward`, which is the sum over ranks; without biases."""
+        return self.down_proj.partial(act_mul(self.gate_up_proj(x), self.activation))
+
     def after_norm(
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

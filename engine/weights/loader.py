@@ -104,7 +104,10 @@ def _needed_rows(slot: WeightSlot) -> tuple[int, int]:
 
 def _copy(piece: Rows, values: torch.Tensor, slot: WeightSlot) -> None:
     """Copy rows of a slot's tensor into the parameters that need them."""
-    values = values.reshape(piece.count, *slot.shape[1:])
+    if _is_transposed((slot.shape[0], *piece.tail), slot):
+        values = values.transpose(1, 2)
+    else:
+        values = values.reshape(piece.count, *slot.shape[1:])
     for (span, *columns), target in slot.copies:
         begin, end = max(piece.first, span.start), min(piece.first + piece.count, span.stop)
         if begin < end:
@@ -147,12 +150,22 @@ def _collect_slots(module: nn.Module, names: dict[str, str]) -> dict[str, Weight
 def _check_shape(name: str, info: TensorInfo, slot: WeightSlot) -> None:
     if info.shape == slot.shape:
         return
+    if _is_transposed(info.shape, slot):
+        return
     same_numbers = info.shape[:1] == slot.shape[:1] and _count(info.shape) == _count(slot.shape)
     if not (slot.reshape and same_numbers):
         raise CheckpointError(
             f"tensor {name} in {info.file.name} has shape {list(info.shape)}, "
             f"the configuration wants {list(slot.shape)}"
         )
+
+
+def _is_transposed(shape: tuple[int, ...], slot: WeightSlot) -> bool:
+    """Whether a tensor of ``shape`` is that of ``slot`` with its last two axes swapped; never if both fit."""
+    if not slot.may_be_transposed or shape == slot.shape:
+        return False
+    first, outputs, inputs = slot.shape
+    return shape == (first, inputs, outputs)
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -80,11 +80,24 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
+#: Makes a token's first expert weigh much more than its last. Which one is the last may change in bfloat16.
+ROUTER_SCALE = 10.0
+
+
 def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0) -> torch.nn.Module:
     """Draw all weights anew: layers keep the scale of their input, norms and biases get noise."""
     generator = torch.Generator().manual_seed(seed)
     layers = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     weights = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
+    experts, routers = (
+        {
+            id(parameter)
+            for module in model.modules()
+            if type(module).__name__.endswith(end)
+            for parameter in module.parameters(recurse=False)
+        }
+        for end in ("Experts", "Router")
+    )
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -96,6 +109,10 @@ def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0)
                 parameter.copy_(noise * embedding_std)
             elif parameter.dim() >= 2:
                 fan_in = parameter[0].numel() if id(parameter) in weights else 1
+                if id(parameter) in experts:
+                    fan_in = parameter.shape[-1]
+                if id(parameter) in routers:
+                    fan_in = parameter.shape[-1] / ROUTER_SCALE**2
                 parameter.copy_(noise * 1.3 / fan_in**0.5)
             else:
                 parameter.add_(noise * 0.2)
@@ -230,15 +247,19 @@ TEXT_ARCHITECTURES = (
     "gemma",
     "gemma3",
     "granite",
+    "granitemoe",
     "llama",
     "llama3",
     "ministral3",
     "mistral",
+    "mixtral",
     "phi3",
     "phi3_longrope",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
     "qwen3_5",
+    "qwen3_moe",
 )
 
 #: A hybrid of Qwen3.5: three layers of four have a gated delta net, with two value heads for each key head.
@@ -261,6 +282,32 @@ QWEN3_5_TEXT = {
         "partial_rotary_factor": 0.5,
         "mrope_section": [3, 3, 2],
         "mrope_interleaved": True,
+    },
+}
+
+
+#: Fields of models with experts. Some layers of the Qwens have none, and experts have another number of
+#: inputs than of outputs, which tells a matrix from its transpose.
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 3},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
+        "head_dim": 32,
     },
 }
 
@@ -302,7 +349,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
         }
-    elif kind == "granite":
+    elif kind in ("granite", "granitemoe"):
         common |= {"embedding_multiplier": 3.0, "logits_scaling": 2.5}
         common |= {"residual_multiplier": 0.4, "attention_multiplier": 0.5}
     elif kind == "ministral3":
@@ -325,7 +372,9 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "original_max_position_embeddings": 64,
         }
         common["original_max_position_embeddings"] = 64
-    family = {"llama3": "Llama", "phi3_longrope": "Phi3", "qwen3_5": "Qwen3_5"}.get(kind, kind.capitalize())
+    common |= _EXPERTS.get(kind, {})
+    names = {"llama3": "Llama", "phi3_longrope": "Phi3", "qwen3_5": "Qwen3_5", "granitemoe": "GraniteMoe"}
+    family = names.get(kind, kind.capitalize().replace("_moe", "Moe"))
     text = "Text" if kind in ("gemma3", "qwen3_5") else ""
     config_class = getattr(transformers, f"{family}{text}Config")
     config = config_class(**{**common, "rope_parameters": rope, **overrides})

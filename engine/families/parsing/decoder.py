@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from engine.errors import CheckpointError
+from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.windows import parse_windows, sliding_layers
@@ -15,16 +16,21 @@ DecoderKind = Literal[
     "gemma",
     "gemma3_text",
     "granite",
+    "granitemoe",
     "llama",
     "ministral3",
     "mistral",
+    "mixtral",
     "paddleocr_vl",
     "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen2_vl",
     "qwen3",
     "qwen3_5_text",
+    "qwen3_moe",
     "qwen3_vl",
+    "qwen3_vl_moe",
 ]
 
 _COMMON: dict[str, Any] = {
@@ -50,6 +56,17 @@ _QWEN_WINDOWS: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
     "layer_types": None,
+}
+_GRANITE: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 32000,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
 }
 #: The value of each field that a config.json leaves out, as in Transformers' class of the kind. A null in the
 #: file is not left out. Fields that a kind lacks here are not read: its model has no use for them.
@@ -92,18 +109,8 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "attn_logit_softcapping": None,
         "use_bidirectional_attention": False,
     },
-    "granite": {
-        **_COMMON,
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": 1.0,
-    },
+    "granite": {**_GRANITE, "mlp_bias": False},
+    "granitemoe": {**_GRANITE, **LOCAL_EXPERTS},
     "llama": {
         **_COMMON,
         "vocab_size": 32000,
@@ -140,6 +147,17 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
+    "mixtral": {
+        **_COMMON,
+        **LOCAL_EXPERTS,
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+    },
     "paddleocr_vl": {
         **_COMMON,
         "vocab_size": 103424,
@@ -165,6 +183,21 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "sliding_window": None,
     },
     "qwen2": {**_QWEN, **_QWEN_WINDOWS},
+    "qwen2_moe": {
+        **_QWEN,
+        **QWEN_EXPERTS,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "qkv_bias": True,
+        "use_sliding_window": False,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+    },
     "qwen2_vl": {
         **_QWEN,
         **_QWEN_WINDOWS,
@@ -197,6 +230,20 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "layer_types": None,
         "full_attention_interval": 4,
     },
+    "qwen3_moe": {
+        **_QWEN,
+        **QWEN_EXPERTS,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+    },
     "qwen3_vl": {
         **_QWEN,
         "head_dim": 128,
@@ -204,11 +251,29 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "rope_theta": 5e5,
         "attention_bias": False,
     },
+    "qwen3_vl_moe": {
+        **_QWEN,
+        **QWEN_EXPERTS,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 128000,
+        "rope_theta": 5e5,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        # Its class has no such field.
+        "norm_topk_prob": True,
+    },
 }
 #: Read by every kind where config.json has them.
 _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 _BIASED_QKV = ("qwen2", "qwen2_vl")
-_NORMED_QK = ("gemma3_text", "qwen3", "qwen3_5_text", "qwen3_vl")
+_NORMED_QK = ("gemma3_text", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe")
 
 
 def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
@@ -223,6 +288,9 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     if kind == "gemma" and raw.get("hidden_act") == "gelu":
         # Files of the first releases call the activation so.
         raw = {**raw, "hidden_act": "gelu_pytorch_tanh"}
+    if "num_local_experts" in raw and "num_experts" in defaults:
+        # As Transformers 5 saves what public files call num_experts.
+        raw = {"num_experts": raw["num_local_experts"], **raw}
     config = {**defaults, **{key: raw[key] for key in (*defaults, *_EXTRA) if key in raw}}
     if config.get("rope_parameters") is None and "rope_parameters" in defaults:
         config["rope_parameters"] = defaults["rope_parameters"]
@@ -248,11 +316,12 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         max_position=context,
         activation=activation(config["hidden_act"]),
         tie_word_embeddings=config["tie_word_embeddings"] is not None and flag(config, "tie_word_embeddings"),
-        qkv_bias=kind in _BIASED_QKV or attention_bias,
+        qkv_bias=kind in _BIASED_QKV or attention_bias or ("qkv_bias" in config and flag(config, "qkv_bias")),
         o_bias=attention_bias,
         mlp_bias=all_biases or ("mlp_bias" in config and flag(config, "mlp_bias")),
         qk_norm=kind in _NORMED_QK,
         windows=parse_windows(config, layers, context),
+        experts=parse_experts(config, layers),
         local_rope=local_rope,
         local_layers=tuple(layer for layer, slides in enumerate(sliding) if slides),
         **_SWITCHES.get(kind, lambda config: {})(config),
@@ -331,6 +400,7 @@ _SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "gemma3_text": _gemma3,
     "granite": _granite,
     "qwen3_5_text": _qwen3_5,
+    "granitemoe": _granite,
 }
 
 

@@ -19,6 +19,7 @@ _ALIASES: dict[str, dict[Any, str]] = {
     "qwen2_vl": {"mrope": "default"},
     "qwen3_5_text": {"mrope": "default"},
     "qwen3_vl": {"mrope": "default"},
+    "qwen3_vl_moe": {"mrope": "default"},
     "phi3": {"su": "longrope", "yarn": "longrope"},
 }
 _TYPES: dict[str, tuple[RopeType, ...]] = {"phi3": ("default", "longrope")}
@@ -31,6 +32,7 @@ _SECTIONS = {
     "qwen2_vl": (16, 24, 24),
     "qwen3_5_text": (11, 11, 10),
     "qwen3_vl": (24, 20, 20),
+    "qwen3_vl_moe": (24, 20, 20),
 }
 
 
@@ -88,7 +90,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
         type=rope_type,
         rotary_dim=rotary_dim,
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
-        mrope_interleaved=kind in ("qwen3_5_text", "qwen3_vl"),
+        mrope_interleaved=kind in ("qwen3_5_text", "qwen3_vl", "qwen3_vl_moe"),
         query_growth=_query_growth(parameters) if kind == "ministral3" else None,
         **_READERS[rope_type](config, parameters, positions, angles),
     )

@@ -11,8 +11,8 @@ from engine.families.parsing.fields import Json, integer
 def parse_windows(config: Json, layers: int, context: int) -> tuple[int | None, ...]:
     """Read the sliding window of each layer.
 
-    Mistral and Phi-3 have ``sliding_window`` for all layers, Qwen2 and Qwen3 also have ``use_sliding_window``
-    and a choice of layers, Gemma 3 has a choice of layers, Llama has none.
+    Mistral, Phi-3 and Qwen3-MoE have ``sliding_window`` for all layers, Qwen2 and Qwen3 also have
+    ``use_sliding_window`` and a choice of layers, Gemma 3 has a choice of layers, Llama has none.
 
     Args:
         config: the fields of config.json over the defaults of the kind.
@@ -32,8 +32,8 @@ def parse_windows(config: Json, layers: int, context: int) -> tuple[int | None, 
         return (
             tuple(window if slides else None for slides in sliding_layers(config, layers)) if window else ()
         )
-    if "use_sliding_window" not in config:
-        window = _window(config, context)
+    if "max_window_layers" not in config:
+        window = _window(config, context) if config.get("use_sliding_window", True) else None
         return (window,) * layers if window else ()
     sliding = _sliding_layers(config, layers)
     if not any(sliding):

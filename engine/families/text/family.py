@@ -1,9 +1,15 @@
 """Language models without images: Gemma 1 and 3, Granite, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3,
-Qwen3.5."""
+Qwen3.5; with experts Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE."""
 
 from __future__ import annotations
 
-from engine.checkpoint.rules import DECODER_RULES, MULTI_TOKEN_HEADS, SANDWICH_RULES, WeightRules
+from engine.checkpoint.rules import (
+    DECODER_RULES,
+    EXPERT_RULES,
+    MULTI_TOKEN_HEADS,
+    SANDWICH_RULES,
+    WeightRules,
+)
 from engine.families.base import ModelConfig
 from engine.families.family import Family
 from engine.families.parsing.decoder import DecoderKind
@@ -15,13 +21,17 @@ _KINDS: dict[str, DecoderKind] = {
     "GemmaForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma3_text",
     "GraniteForCausalLM": "granite",
+    "GraniteMoeForCausalLM": "granitemoe",
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 
@@ -35,6 +45,7 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 
 def _weights(config: ModelConfig) -> WeightRules:
     rules = SANDWICH_RULES if config.decoder.sandwich else DECODER_RULES
+    rules = rules if config.decoder.experts is None else EXPERT_RULES
     unused = (MULTI_TOKEN_HEADS,) if config.architecture == "Qwen3_5ForCausalLM" else ()
     return WeightRules(language=(*rules, _ALONE), ignore=unused)
 

@@ -203,6 +203,13 @@ CASES = [
         few_tokens=256,
     ),
     FamilyCase(
+        "Qwen3-VL-MoE",
+        partial(_later_qwen, make=qwen.make_qwen3_vl_moe),
+        partial(qwen.Reference, kind="Qwen3VLMoe"),
+        options={"mm_processor_kwargs": {"fps": qwen.FPS["Qwen3VL"]}},
+        **_QWEN,
+    ),
+    FamilyCase(
         "ColQwen2",
         make_colqwen2,
         ColQwen2Reference,
@@ -242,14 +249,18 @@ CASES = [
             "gemma",
             "gemma3",
             "granite",
+            "granitemoe",
             "llama",
             "llama3",
             "ministral3",
             "mistral",
+            "mixtral",
             "phi3",
             "qwen2",
+            "qwen2_moe",
             "qwen3",
             "qwen3_5",
+            "qwen3_moe",
         )
     ),
     FamilyCase(

@@ -32,9 +32,9 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 FRAME = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 #: Frames of a video per second, by family where it wants to know. Whole seconds from one pair of frames to
 #: the next for Qwen2.5-VL: older releases of Transformers drop fractions of them.
-FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5, "Qwen3_5": 1.5}
+FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5, "Qwen3VLMoe": 1.5, "Qwen3_5": 1.5}
 #: Families whose videos have the time of each step among their rows.
-TIMED = ("Qwen3VL", "Qwen3_5")
+TIMED = ("Qwen3VL", "Qwen3VLMoe", "Qwen3_5")
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 _TEXT = {
@@ -91,6 +91,8 @@ def make_qwen3_vl(
     names: str = "saved",
     seed: int = 0,
     words: Sequence[str] = (),
+    kind: str = "Qwen3VL",
+    **experts: Any,
 ) -> Path:
     """A Qwen3-VL checkpoint with features from three of four blocks and a table of 6x6 positions.
 
@@ -98,6 +100,8 @@ def make_qwen3_vl(
         names: ``saved`` as Transformers writes it; ``hub`` as the public checkpoints are: rotary fields in
             the old spelling, preprocessor_config.json, video_preprocessor_config.json and several shards.
         words: tokens of the tokenizer.
+        kind: the beginning of the class names in Transformers.
+        experts: fields of the decoder's mixture of experts.
     """
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [5, 4, 3], "mrope_interleaved": True}
     text = {
@@ -114,8 +118,9 @@ def make_qwen3_vl(
         # Not in the order of the blocks, and not the first ones.
         "deepstack_visual_indexes": [2, 0, 1],
     }
-    _save(path, "Qwen3VL", text, vision, tied=tied, seed=seed, options=HALF, words=words)
+    _save(path, kind, {**text, **experts}, vision, tied=tied, seed=seed, options=HALF, words=words)
     if names == "hub":
+        rewrite_tensors(path, _transposed_experts)
         config = json.loads((path / "config.json").read_text())
         rope = config["text_config"].pop("rope_parameters")
         config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
@@ -156,6 +161,27 @@ def _publish_processors(path: Path) -> None:
     processor = {"size": {"shortest_edge": 256, "longest_edge": 4096}, "patch_size": 4, "merge_size": 2}
     for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (path / file).write_text(json.dumps({**processor, **HALF}))
+
+
+def make_qwen3_vl_moe(path: Path, **options: Any) -> Path:
+    """The same with experts in all layers but the third; options as for :func:`make_qwen3_vl`.
+
+    Public checkpoints have the experts' matrices transposed.
+    """
+    experts = {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [2],
+    }
+    return make_qwen3_vl(path, kind="Qwen3VLMoe", **{"seed": 4, **experts, **options})
+
+
+def _transposed_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _save(

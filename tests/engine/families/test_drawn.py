@@ -36,6 +36,8 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "mistral": (1, 7),
     "phi3": (11,),
     "qwen2": (12,),
+    "qwen2_moe": (1,),
+    "qwen3_moe": (3,),
     "qwen3": (3, 24),
 }
 _CASES = [pytest.param(name, seed, id=f"{name}-{seed}") for name in _SEEDS for seed in _SEEDS[name]]

@@ -219,12 +219,41 @@ def delta_net(tokens: list[int]) -> None:
     gated_norm_triton(out, noise(count, 4096), noise(128), 1e-6)
 
 
+def mixture_of_experts() -> None:
+    """Router and experts of Qwen3-VL-30B-A3B and of DeepSeek-V3: few tokens, and tiles of every height."""
+    from engine.kernels.expert_gemv import expert_gemv_triton
+    from engine.kernels.experts import ExpertMatrices
+    from engine.kernels.fp8 import FP8, Scale
+    from engine.kernels.grouped_gemm import grouped_experts_triton
+    from engine.kernels.route import route_triton
+    from engine.kernels.router_config import RouterConfig
+
+    logits = torch.randn(4, 256)
+    route_triton(logits[:, :128].contiguous(), RouterConfig(128, 8))
+    groups = {"num_groups": 8, "top_groups": 4, "correction_bias": True}
+    route_triton(logits, RouterConfig(256, 8, "sigmoid", **groups), logits[0])
+
+    def matrices(outputs: int, inputs: int, group: int | None) -> ExpertMatrices:
+        weight = torch.zeros(8, outputs, inputs, dtype=BF16)
+        if group is None:
+            return ExpertMatrices(weight)
+        return ExpertMatrices(weight.to(FP8), Scale(torch.ones(8 * outputs, -(-inputs // group)), group))
+
+    for group, sizes in ((None, (1, 16, 128, 4096)), (128, (1, 4096))):
+        gate_up, down = matrices(1536, 2048, group), matrices(2048, 768, group)
+        for tokens in sizes:
+            ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
+            run = expert_gemv_triton if tokens == 1 else grouped_experts_triton
+            run(noise(tokens, 2048), ids, weights, gate_up, down, "silu")
+
+
 CASES: list[Callable[[], None]] = [
     elementwise,
     decode_step,
     partial(delta_net, [1] * 4),
     partial(delta_net, [300, 1, 7]),
     fp8_weights,
+    mixture_of_experts,
     # One program per SM, a few per SM, and many, which get smaller tiles and no split.
     lambda: decode(12, 2, 128, 1),
     lambda: decode(28, 4, 128, 1),

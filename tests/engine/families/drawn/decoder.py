@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.engine.families.drawn.choices import Draw
+from tests.engine.families.drawn.experts import EXPERTS, draw_experts
 
 #: KV heads where a config.json does not say; None: as many as there are attention heads.
 _DEFAULT_KV = {
@@ -20,8 +21,14 @@ _DEFAULT_KV = {
     "qwen2_5_vl": 8,
     "qwen3_vl": 32,
     "qwen3_5": 4,
+    "mixtral": 8,
+    "qwen2_moe": 16,
+    "qwen3_moe": 4,
+    "qwen3_vl_moe": 16,
 }
-_HAS_HEAD_DIM = ("llama", "mistral", "qwen3", "qwen3_vl", "qwen3_5")
+#: Kinds whose heads have 128 or 256 numbers where a config.json does not say.
+_HEADS_OF_128 = ("qwen3", "qwen3_vl", "qwen3_5")
+_HAS_HEAD_DIM = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
 #: The first is the usual one.
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "swish", "gelu", "relu")
 _SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
@@ -54,6 +61,8 @@ def draw_decoder(
     head_dim = _heads(draw, kind, fields, width_of)
     _biases(draw, kind, fields)
     _windows(draw, kind, fields)
+    if kind in EXPERTS:
+        draw_experts(draw, kind, fields)
     _rope(draw, kind, fields, head_dim, section)
     draw.spelled(fields, "rms_norm_eps", "hidden_act", "tie_word_embeddings")
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
@@ -75,7 +84,7 @@ def _heads(draw: Draw, kind: str, fields: dict[str, Any], width_of: int) -> int:
         heads = draw.choice("heads of a wide model", (2, 4, 8))
         head_dim = width_of * draw.choice("hidden size in steps", (1, 2)) // heads
     default, ways = _DEFAULT_KV[kind], ["stated", "absent", "null"]
-    if kind == "mistral":
+    if kind in ("mistral", "mixtral", "qwen3_moe", "qwen2_moe"):
         ways.remove("null")
     if default and (draw.coarse or width_of > 1):
         # The default number would be too large.
@@ -97,7 +106,7 @@ def _head_dim(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int) -> i
     """State the size of a head, or leave it to the reader; the size."""
     heads = fields["num_attention_heads"]
     how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
-    if kind.startswith("qwen3"):
+    if kind in _HEADS_OF_128:
         # It has no null, and 128 or 256 is meant where it is absent, which is large for many heads.
         how = "derived" if how == "derived" and heads < 32 else "stated"
     if how == "stated":
@@ -105,7 +114,7 @@ def _head_dim(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int) -> i
         fields["head_dim"] = head_dim
     elif how == "null":
         fields["head_dim"] = None
-    elif kind.startswith("qwen3"):
+    elif kind in _HEADS_OF_128:
         return 256 if kind == "qwen3_5" else 128
     return head_dim
 
@@ -168,7 +177,9 @@ def nested_lengths_of(kind: str, fields: Mapping[str, Any]) -> Lengths:
 
 
 def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
-    if kind in ("llama", "qwen3", "qwen3_vl", "qwen3_5") and draw.varies("attention bias", 0.2):
+    if kind in ("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_5") and draw.varies(
+        "attention bias", 0.2
+    ):
         fields["attention_bias"] = True
     if kind == "llama" and draw.varies("mlp bias", 0.2):
         fields["mlp_bias"] = True
@@ -181,7 +192,7 @@ def _windows(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
     """Sliding windows, with the switches and the lists of layers that turn them on and off."""
     window = draw.choice("window", (3, 7, 16, 33))
     layers = fields["num_hidden_layers"]
-    if kind in ("mistral", "phi3"):
+    if kind in ("mistral", "mixtral", "phi3"):
         how = draw.variant("window spelled", ("null", "stated", "absent"), 0.6)
         if how != "absent":
             fields["sliding_window"] = window if how == "stated" else None
@@ -230,14 +241,14 @@ def _rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, section:
         rope.update(_scaling(draw, kind, scaling, fields, rotated))
     if section:
         rope["mrope_section"] = _section(draw, rotated // 2)
-        if kind in ("qwen3_vl", "qwen3_5"):
+        if kind in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5"):
             rope["mrope_interleaved"] = True
     theta = draw.choice("rope theta", (1e4, 5e5, 1e6, 1e3))
     new = draw.varies("rope in the new spelling", 0.4)
     name = "rope_type" if new else draw.choice("rope type's name", ("type", "rope_type"))
     if section and scaling == "default" and not new:
         # The later classes have never had the old name.
-        later = kind in ("qwen3_vl", "qwen3_5")
+        later = kind in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5")
         rope[name] = "default" if later else draw.choice("mrope's name", ("mrope", "default"))
     elif scaling != "default" or new:
         rope[name] = scaling

@@ -23,9 +23,12 @@ _ALL: tuple[Family, ...] = (
     InternVLChatFamily(),
     Phi3VFamily("phi3_v"),
     Phi3VFamily("vlm2vec"),
-    *(QwenVLFamily(kind) for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3_5")),
+    *(QwenVLFamily(kind) for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5")),
     MiniCPMVFamily(),
     *(IdeficsFamily(kind) for kind in ("Idefics3", "SmolVLM")),
-    *(TextFamily(kind) for kind in ("llama", "mistral", "phi3", "qwen2", "qwen3")),
+    *(
+        TextFamily(kind)
+        for kind in ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+    ),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

@@ -1,4 +1,4 @@
-"""Draws Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 checkpoints."""
+"""Draws Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE and Qwen3.5 checkpoints."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _MODEL_TYPES = {
     "Qwen2_5_VL": "qwen2_5_vl",
     "Qwen3VL": "qwen3_vl",
     "Qwen3_5": "qwen3_5",
+    "Qwen3VLMoe": "qwen3_vl_moe",
 }
 
 
@@ -37,7 +38,7 @@ class QwenVLFamily:
         tok.save_pretrained(path)
         # Times of Qwen3-VL's videos are text.
         long = draw.varies("long videos", 0.2)
-        tokens = (4096 if self.kind == "Qwen3VL" else 1024) if long else 512
+        tokens = (4096 if self.kind.startswith("Qwen3VL") else 1024) if long else 512
         raw = self._config(draw, len(tok), tokens)
         architecture = f"{self.kind}ForConditionalGeneration"
         model = write_model(draw, path, raw, architecture)

@@ -1,4 +1,4 @@
-"""Draws text-only checkpoints: Llama, Mistral, Phi-3, Qwen2, Qwen3."""
+"""Draws text-only checkpoints: Llama, Mistral, Mixtral, Phi-3, Qwen2, Qwen3, and Qwens with experts."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ class TextFamily:
     def name(self) -> str:
         return self.kind
 
+    @property
+    def architecture(self) -> str:
+        return "".join(word.capitalize() for word in self.kind.split("_")) + "ForCausalLM"
+
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = tokenizer(
             ["<pad>", "<s>", "</s>", "<end>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>"
@@ -41,9 +45,9 @@ class TextFamily:
         raw: dict[str, Any] = {"model_type": self.kind, "torch_dtype": "float32", **fields}
         if self.kind == "phi3":
             raw["pad_token_id"] = 0
-        model = write_model(draw, path, raw, f"{self.kind.capitalize()}ForCausalLM")
+        model = write_model(draw, path, raw, self.architecture)
         draw_ends(draw, path, raw, 2, 3)
-        write_json(path / "config.json", {"architectures": [f"{self.kind.capitalize()}ForCausalLM"], **raw})
+        write_json(path / "config.json", {"architectures": [self.architecture], **raw})
         words = 30 if draw.varies("short prompts", 0.3) else 70
         style = Style("{}", "", words=words)
         return Drawn(

@@ -1,0 +1,71 @@
+"""Reads the mixture of experts of a language model from config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.families.parsing.fields import Json, flag, integer
+from engine.kernels.router_config import RouterConfig
+from engine.layers.experts_config import ExpertsConfig
+
+LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
+"""Defaults of the fields of Mixtral and Granite, whose layers all have experts."""
+
+QWEN_EXPERTS: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False}
+"""Defaults of the fields of Qwen's models that are the same for all of them."""
+
+
+def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
+    """Read the experts of a decoder; None if its kind has none.
+
+    Args:
+        config: the fields of config.json over the defaults of the kind.
+        layers: number of layers.
+
+    Raises:
+        CheckpointError: naming the field that can't be used.
+    """
+    if "num_local_experts" in config:
+        router = _router(config, "num_local_experts", renormalise=True)
+        return ExpertsConfig(router, integer(config, "intermediate_size"), tuple(range(layers)))
+    if "num_experts" not in config:
+        return None
+    if config.get("use_sliding_window") and "sliding_window" not in config:
+        raise CheckpointError(
+            "config.json: use_sliding_window is not supported for this architecture",
+            param="use_sliding_window",
+        )
+    sparse = _sparse_layers(config, layers)
+    if not sparse:
+        return None
+    shared = "shared_expert_intermediate_size"
+    return ExpertsConfig(
+        _router(config, "num_experts", renormalise=flag(config, "norm_topk_prob")),
+        integer(config, "moe_intermediate_size"),
+        sparse,
+        shared_size=integer(config, shared) if shared in config else None,
+        shared_gate=shared in config,
+    )
+
+
+def _router(config: Json, field: str, *, renormalise: bool) -> RouterConfig:
+    experts, top_k = integer(config, field), integer(config, "num_experts_per_tok")
+    if top_k > experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok {top_k} should be at most {field} {experts}",
+            param="num_experts_per_tok",
+        )
+    return RouterConfig(experts, top_k, renormalise=renormalise)
+
+
+def _sparse_layers(config: Json, layers: int) -> tuple[int, ...]:
+    """The layers with experts: each last one of ``decoder_sparse_step``, but for ``mlp_only_layers``."""
+    if integer(config, "num_experts", least=0) == 0:
+        return ()
+    dense, step = config["mlp_only_layers"] or (), integer(config, "decoder_sparse_step")
+    if not isinstance(dense, list | tuple) or not all(isinstance(layer, int) for layer in dense):
+        raise CheckpointError(
+            f"config.json: mlp_only_layers should be a list of layers, not {dense!r}", param="mlp_only_layers"
+        )
+    return tuple(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)

@@ -1,0 +1,157 @@
+"""The MLPs of a mixture of experts for many tokens: GEMMs over the rows of each expert, in one launch.
+
+Pairs of tokens and experts are sorted by expert. A tile of rows belongs to one expert; tiles are found as
+query tiles of attention are (:func:`engine.kernels.paged.find_tile`), so the grid depends on the number of
+pairs alone. As in :mod:`engine.kernels.skinny_gemm`, weights are the left operand of the tensor cores: an
+expert often has fewer rows than the 64 that the left operand must have on Hopper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.activation import activate
+from engine.kernels.device import shared_memory
+from engine.kernels.expert_groups import group_by_expert_triton
+from engine.kernels.experts import ExpertMatrices
+from engine.kernels.launch import launch
+from engine.kernels.paged import find_tile, query_tiles
+from engine.kernels.scales import scale_arguments
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedTile:
+    """Rows, outputs and inputs of a tile, warps of a program, and depth of its pipeline over inputs."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def choose_tile(pairs: int, experts: int, inputs: int, *, gated: bool, itemsize: int, memory: int):
+    """Choose the tile by the mean number of rows of an expert. It was not measured on a GPU.
+
+    Args:
+        itemsize: bytes of an element.
+        memory: bytes of shared memory that a program may use.
+    """
+    mean = pairs / experts
+    rows = 16 if mean <= 16 else 64 if mean <= 64 else 128
+    outputs = 64 if gated or rows < 128 else 128
+    width = max(16, min(64, triton.next_power_of_2(inputs)))
+    stage_bytes = ((2 if gated else 1) * outputs + rows) * width * itemsize
+    stages = max(1, min(4, memory // stage_bytes))
+    return GroupedTile(rows, outputs, width, 8 if rows == 128 else 4, stages)
+
+
+def grouped_experts_triton(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMatrices, activation):
+    """See :func:`engine.kernels.dispatch.experts`."""
+    tokens, top_k = ids.shape
+    assert x.stride(1) == 1 and weights.is_contiguous()
+    order, starts = group_by_expert_triton(ids, len(gate_up.weight))
+    inner = torch.empty((tokens * top_k, down.weight.shape[2]), dtype=x.dtype, device=x.device)
+    _grouped_gemm(x, gate_up, inner, order, starts, activation=activation, top_k=top_k)
+    out = torch.empty((tokens * top_k, x.shape[1]), dtype=x.dtype, device=x.device)
+    _grouped_gemm(inner, down, out, order, starts, factors=weights)
+    return out.unflatten(0, (tokens, top_k)).sum(1)
+
+
+def _grouped_gemm(x, matrices, out, order, starts, *, activation=None, factors=None, top_k=1):
+    """Multiply the sorted rows of each expert by its matrix.
+
+    Args:
+        x: rows of tokens with an activation; rows in sorted order without.
+        out: rows in sorted order with an activation; rows of pairs, multiplied by ``factors``, without.
+    """
+    experts, outputs, inputs = matrices.weight.shape
+    gated = activation is not None
+    outputs = outputs // 2 if gated else outputs
+    assert matrices.weight.is_contiguous() and out.shape == (len(order), outputs)
+    scales = scale_arguments(x, matrices.scale)
+    tile = choose_tile(
+        len(order), experts, inputs, gated=gated, itemsize=x.element_size(), memory=shared_memory(x.device)
+    )
+    # All inputs of a step have one scale.
+    width = min(tile.inputs, scales["GROUP"]) if scales["GROUP"] > 0 else tile.inputs
+    launch(
+        _grouped_gemm_kernel,
+        (triton.cdiv(outputs, tile.outputs), query_tiles(len(order), experts, tile.rows)),
+        x_ptr=x, weight_ptr=matrices.weight, out_ptr=out, order_ptr=order, starts_ptr=starts,
+        factors_ptr=x if factors is None else factors, experts=experts, outputs=outputs, inputs=inputs,
+        x_stride=x.stride(0), **scales, TOP_K=top_k, ROWS=tile.rows, TILE_OUTPUTS=tile.outputs,
+        TILE_INPUTS=width, STAGES=tile.stages, EVEN=inputs % width == 0, ACTIVATION=activation or "",
+        num_warps=tile.warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_products(
+    acc, weights, xs, k, lane, inputs, scale_ptr, row, groups, GROUP: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Add the products of a tile of weights, times their scales, with the rows to ``acc``."""
+    if EVEN:
+        weight = tl.load(weights + k)
+        x = tl.load(xs + k)
+    else:
+        weight = tl.load(weights + k, mask=(k + lane < inputs)[None, :], other=0.0)
+        x = tl.load(xs + k, mask=(k + lane < inputs)[:, None], other=0.0)
+    if GROUP > 0:
+        scale = tl.load(scale_ptr + row * groups + k // GROUP)
+        acc += tl.dot(weight.to(x.dtype), x, input_precision="ieee") * scale[:, None]
+    else:
+        acc = tl.dot(weight.to(x.dtype), x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    x_ptr, weight_ptr, out_ptr, order_ptr, starts_ptr, factors_ptr, experts, outputs, inputs, x_stride,
+    scale_ptr, groups, GROUP: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of outputs and tile of rows of one expert."""
+    expert, begin, first, count, _ = find_tile(starts_ptr, starts_ptr, tl.program_id(1), experts, ROWS)
+    if first >= count:
+        return
+    output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    row = first + tl.arange(0, ROWS)
+    lane = tl.arange(0, TILE_INPUTS)
+    # Lanes beyond the last output or row load the last one again; their results are not stored.
+    place = begin + tl.minimum(row, count - 1)
+    known = tl.minimum(output, outputs - 1)
+    source = place
+    target = place
+    pair = tl.load(order_ptr + place)
+    if ACTIVATION != "":
+        source = pair // TOP_K
+        known = tl.cast(expert, tl.int64) * 2 * outputs + known
+    else:
+        target = pair
+        known = tl.cast(expert, tl.int64) * outputs + known
+    weights = weight_ptr + known[:, None] * inputs + lane[None, :]
+    ups = weights + tl.cast(outputs, tl.int64) * inputs
+    xs = x_ptr + source.to(tl.int64)[None, :] * x_stride + lane[:, None]
+    acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+    up = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+    for k in tl.range(0, inputs, TILE_INPUTS, num_stages=STAGES):
+        acc = _add_products(acc, weights, xs, k, lane, inputs, scale_ptr, known, groups, GROUP, EVEN)
+        if ACTIVATION != "":
+            up = _add_products(up, ups, xs, k, lane, inputs, scale_ptr, known + outputs, groups, GROUP, EVEN)
+    if GROUP == 0:
+        acc *= tl.load(scale_ptr + known)[:, None]
+        if ACTIVATION != "":
+            up *= tl.load(scale_ptr + known + outputs)[:, None]
+    if ACTIVATION != "":
+        acc = activate(acc, ACTIVATION) * up
+    else:
+        acc *= tl.load(factors_ptr + pair)[None, :]
+    mask = (output < outputs)[:, None] & (row < count)[None, :]
+    offset = target.to(tl.int64)[None, :] * outputs + output[:, None]
+    tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,143 @@
+"""A mixture of experts in place of an MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.kernels.dispatch import experts
+from engine.kernels.experts import ExpertMatrices
+from engine.kernels.route import route
+from engine.kernels.router_config import RouterConfig
+from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.layers.experts_config import ExpertsConfig
+from engine.layers.linear import Linear
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+
+
+class Router(nn.Module):
+    """Chooses the experts of each token, from float32 logits, the same on every rank.
+
+    The weight is float32 too: rounded logits would often be equal among a hundred experts, and the choice
+    between equal ones is arbitrary.
+    """
+
+    def __init__(self, hidden: int, config: RouterConfig, build: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = build.parameter(config.num_experts, hidden, dtype=torch.float32)
+        self.bias = None
+        if config.correction_bias:
+            self.bias = build.parameter(config.num_experts, dtype=torch.float32)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map ``(T, hidden)`` to ids and weights ``(T, top_k)``; see :func:`engine.kernels.route.route`."""
+        return route(F.linear(x.float(), self.weight), self.config, self.bias)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        slots = [plain_slot(prefix + "weight", self.weight)]
+        if self.bias is not None:
+            slots.append(plain_slot(prefix + "e_score_correction_bias", self.bias))
+        return slots
+
+
+class Experts(nn.Module):
+    """The matrices of all experts; their intermediate features are split over ranks.
+
+    A checkpoint stores each matrix of each expert as a tensor, or two tensors of all experts:
+    ``gate_up_proj`` ``(E, 2 * I, hidden)`` and ``down_proj`` ``(E, hidden, I)``, perhaps with their last two
+    axes swapped.
+    """
+
+    def __init__(
+        self, hidden: int, intermediate: int, count: int, activation: str, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.total, self.count, self.activation = intermediate, count, activation
+        self.size = build.share(intermediate, "intermediate size of experts")
+        self.start = build.tp.rank * self.size
+        self.gate_up_proj = build.parameter(count, 2 * self.size, hidden)
+        self.down_proj = build.parameter(count, hidden, self.size)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Compute this rank's share of the sum over experts; see :func:`engine.kernels.dispatch.experts`."""
+        gate_up, down = ExpertMatrices(self.gate_up_proj.data), ExpertMatrices(self.down_proj.data)
+        return experts(x, ids, weights, gate_up, down, self.activation)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        if f"{prefix}gate_up_proj" in names:
+            return self._fused_slots(prefix)
+        return [slot for expert in range(self.count) for slot in self._slots_of(prefix, expert)]
+
+    def _fused_slots(self, prefix: str) -> list[WeightSlot]:
+        hidden, size = self.gate_up_proj.shape[2], self.size
+        every, width = slice(0, self.count), slice(0, hidden)
+        gate_up = WeightSlot(
+            f"{prefix}gate_up_proj", (self.count, 2 * self.total, hidden), may_be_transposed=True
+        )
+        for half in range(2):
+            start = half * self.total + self.start
+            target = self.gate_up_proj.data[:, half * size : (half + 1) * size]
+            gate_up.copies.append(((every, slice(start, start + size), width), target))
+        own = slice(self.start, self.start + size)
+        down = WeightSlot(
+            f"{prefix}down_proj",
+            (self.count, hidden, self.total),
+            [((every, width, own), self.down_proj.data)],
+            may_be_transposed=True,
+        )
+        return [gate_up, down]
+
+    def _slots_of(self, prefix: str, expert: int) -> list[WeightSlot]:
+        hidden, size = self.gate_up_proj.shape[2], self.size
+        own, width = slice(self.start, self.start + size), slice(0, hidden)
+        gate, up = self.gate_up_proj.data[expert].split(size)
+        stem, shape = f"{prefix}{expert}.", (self.total, hidden)
+        return [
+            WeightSlot(f"{stem}gate_proj.weight", shape, [((own, width), gate)]),
+            WeightSlot(f"{stem}up_proj.weight", shape, [((own, width), up)]),
+            WeightSlot(
+                f"{stem}down_proj.weight",
+                (hidden, self.total),
+                [((width, own), self.down_proj.data[expert])],
+            ),
+        ]
+
+
+class ExpertsMLP(nn.Module):
+    """Router, experts, and the shared expert if there is one; results are added up over ranks once.
+
+    Shapes depend on the number of tokens alone, and nothing is read on the host, so it may be captured.
+    """
+
+    def __init__(self, hidden: int, config: ExpertsConfig, activation: str, build: BuildContext) -> None:
+        super().__init__()
+        self.tp = build.tp
+        self.gate = Router(hidden, config.router, build)
+        self.experts = Experts(
+            hidden, config.intermediate_size, config.router.num_experts, activation, build.at("experts")
+        )
+        self.shared_expert = None
+        if config.shared_size is not None:
+            self.shared_expert = GatedMLP(hidden, config.shared_size, activation, build.at("shared_expert"))
+        self.shared_expert_gate = Linear(hidden, 1, build, bias=False) if config.shared_gate else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.experts(x, *self.gate(x))
+        if self.shared_expert is not None:
+            shared = self.shared_expert.partial(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(x).sigmoid()
+            out = out + shared
+        return out if self.tp.size == 1 else self.tp.all_reduce(out)
+
+    def after_norm(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the mixture of ``norm(x + residual)``; returns it and that sum, both ``(T, hidden)``."""
+        normed, total = norm.add(x, residual)
+        return self(normed), total

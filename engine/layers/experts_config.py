@@ -1,0 +1,26 @@
+"""The configuration of a mixture of experts. It imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.kernels.router_config import RouterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The layers of a decoder whose MLP is a mixture of experts.
+
+    Attributes:
+        router: chooses the experts of a token.
+        intermediate_size: of one expert.
+        layers: indices of the layers with experts; the others have a plain MLP.
+        shared_size: intermediate size of the shared expert, which sees every token; None if there is none.
+        shared_gate: the shared expert's result is multiplied by the sigmoid of a linear layer of the token.
+    """
+
+    router: RouterConfig
+    intermediate_size: int
+    layers: tuple[int, ...]
+    shared_size: int | None = None
+    shared_gate: bool = False

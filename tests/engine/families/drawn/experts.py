@@ -1,0 +1,33 @@
+"""Draws the mixture of experts of a decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.engine.families.drawn.choices import Draw
+
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe")
+
+
+def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
+    """Add to a decoder's ``fields`` those of its experts; ``kind`` is one of ``EXPERTS``."""
+    experts = draw.choice("experts", (1, 2, 5, 8, 16))
+    fields["num_experts_per_tok"] = draw.choice(
+        "experts of a token", [n for n in (1, 2, 3, 8) if n <= experts]
+    )
+    if kind == "mixtral":
+        fields["num_local_experts"] = experts
+        return
+    # Transformers 5 saves another name.
+    fields[draw.choice("experts' name", ("num_experts", "num_local_experts"))] = experts
+    if kind == "qwen2_moe":
+        fields["num_experts"] = fields.pop("num_local_experts", experts)
+        fields["shared_expert_intermediate_size"] = draw.choice("shared intermediate", (16, 40))
+    fields["moe_intermediate_size"] = draw.choice("expert intermediate", (16, 24, 52))
+    if kind != "qwen3_vl_moe" and draw.varies("renormalised", 0.5):
+        fields["norm_topk_prob"] = draw.choice("renormalise", (True, True, False))
+    layers = fields["num_hidden_layers"]
+    if draw.varies("sparse step stated", 0.4):
+        fields["decoder_sparse_step"] = draw.choice("sparse step", (1, 2))
+    if draw.varies("dense layers stated", 0.4):
+        fields["mlp_only_layers"] = draw.choice("dense layers", ([], [0], [layers - 1]))

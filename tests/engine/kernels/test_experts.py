@@ -1,0 +1,162 @@
+"""The kernels of a mixture of experts equal their torch references, and those equal plain definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.kernels import dispatch, expert_gemv
+from engine.kernels.expert_gemv import expert_gemv_triton
+from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
+from engine.kernels.experts import ExpertMatrices, experts_reference
+from engine.kernels.fp8 import FP8, Scale
+from engine.kernels.grouped_gemm import choose_tile, grouped_experts_triton
+from engine.kernels.route import route_reference, route_triton
+from engine.kernels.router_config import RouterConfig
+
+from .compare import assert_close
+
+ROUTERS = {
+    "softmax": RouterConfig(6, 3, renormalise=False),
+    "renormalised": RouterConfig(128, 8),
+    "one": RouterConfig(1, 1),
+    "all": RouterConfig(5, 5, scaling=2.5),
+    "sigmoid": RouterConfig(24, 4, "sigmoid", correction_bias=True, scaling=1.5),
+    "groups": RouterConfig(24, 4, "sigmoid", correction_bias=True, num_groups=6, top_groups=2),
+    "groups of one": RouterConfig(7, 2, "sigmoid", num_groups=7, top_groups=3),
+    "groups of softmax": RouterConfig(64, 6, renormalise=False, num_groups=8, top_groups=3),
+}
+
+
+def by_id(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort each token's experts: their order is not defined."""
+    order = ids.argsort(dim=-1)
+    return ids.gather(1, order), weights.gather(1, order)
+
+
+@pytest.mark.parametrize("config", ROUTERS.values(), ids=ROUTERS)
+def test_a_router(device, config):
+    logits = (torch.randn(37, config.num_experts) * 3).to(device)
+    bias = torch.randn(config.num_experts).to(device) if config.correction_bias else None
+    ids, weights = by_id(*route_triton(logits, config, bias))
+    expected_ids, expected = by_id(*route_reference(logits, config, bias))
+    assert ids.dtype == torch.int32 and torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_equal_logits_and_nan_give_experts_that_exist(device):
+    config = RouterConfig(6, 3)
+    logits = torch.zeros(3, 6, device=device)
+    logits[1] = torch.nan
+    logits[2, 4] = torch.inf
+    ids, weights = route_triton(logits, config)
+    assert ids[0].tolist() == [0, 1, 2] and weights[0].cpu().allclose(torch.full((3,), 1 / 3))
+    assert ((ids >= 0) & (ids < 6)).all()
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (700, 2, 9), (9, 8, 20)])
+def test_pairs_are_sorted_by_expert(device, tokens, top_k, experts):
+    # Some experts have no pair: the first, the last and one between.
+    ids = torch.randint(experts, (tokens, top_k), dtype=torch.int32).to(device)
+    ids[ids == 0], ids[ids == experts // 2] = experts // 3, experts // 3
+    order, starts = group_by_expert_triton(ids, experts)
+    expected_order, expected_starts = group_by_expert_reference(ids, experts)
+    assert torch.equal(order, expected_order) and torch.equal(starts, expected_starts)
+    assert starts[-1] == tokens * top_k
+
+
+def problem(device, dtype, tokens, top_k, experts, width, inner, group=None):
+    """Arguments of :func:`~engine.kernels.dispatch.experts`, and its result in float64 by its definition."""
+    x = torch.full((tokens, width + 8), torch.nan)[:, :width].to(device, dtype)
+    x.copy_(torch.randn(tokens, width))
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]).int().to(device)
+    weights = torch.rand(tokens, top_k).to(device)
+    gate_up, down = (
+        matrices(device, dtype, shape, group)
+        for shape in ((experts, 2 * inner, width), (experts, width, inner))
+    )
+    exact = torch.zeros(tokens, width, dtype=torch.float64, device=device)
+    for token in range(tokens):
+        for expert, weight in zip(ids[token].tolist(), weights[token].double(), strict=True):
+            row = x[token].double()
+            gate, up = (gate_up.one(expert, torch.float64).double() @ row).chunk(2)
+            exact[token] += weight * (down.one(expert, torch.float64).double() @ (F.silu(gate) * up))
+    return (x, ids, weights, gate_up, down, "silu"), exact
+
+
+def matrices(device, dtype, shape, group) -> ExpertMatrices:
+    experts, outputs, inputs = shape
+    if group is None:
+        return ExpertMatrices((torch.randn(shape) * inputs**-0.5).to(device, dtype))
+    values = (torch.rand(experts * outputs, -(-inputs // group)) * 3 + 0.2) * inputs**-0.5 / 30
+    return ExpertMatrices((torch.randn(shape) * 30).to(FP8).to(device), Scale(values.to(device), group))
+
+
+@pytest.mark.parametrize("group", [None, 1 << 15, 16])
+# Tokens, experts of a token, experts, width, inner width.
+@pytest.mark.parametrize("size", [(1, 2, 5, 40, 24), (3, 1, 1, 24, 16), (2, 3, 4, 19, 21)], ids=str)
+def test_few_tokens(device, dtype, size, group):
+    arguments, exact = problem(device, dtype, *size, group)
+    assert_close(expert_gemv_triton(*arguments), exact)
+
+
+@pytest.mark.parametrize("run", [grouped_experts_triton, experts_reference])
+@pytest.mark.parametrize("group", [None, 1 << 15, 32])
+@pytest.mark.parametrize(
+    "size", [(3, 1, 1, 64, 48), (9, 3, 7, 70, 33), (40, 2, 3, 64, 64), (4, 4, 16, 32, 16)], ids=str
+)
+def test_many_tokens(device, dtype, size, group, run):
+    arguments, exact = problem(device, dtype, *size, group)
+    assert_close(run(*arguments), exact)
+
+
+def test_one_row_of_several_steps(device, dtype, monkeypatch):
+    monkeypatch.setattr(expert_gemv, "_INPUTS", 16)
+    arguments, exact = problem(device, dtype, 1, 2, 3, 40, 24)
+    assert_close(expert_gemv_triton(*arguments), exact)
+
+
+@pytest.mark.parametrize("pairs", [16, 100, 400])
+def test_every_height_of_tiles(device, dtype, pairs):
+    tile = choose_tile(pairs, 2, 64, gated=True, itemsize=2, memory=227 << 10)
+    assert tile.rows == {16: 16, 100: 64, 400: 128}[pairs]
+    arguments, exact = problem(device, dtype, pairs // 2, 2, 2, 32, 40)
+    assert_close(grouped_experts_triton(*arguments), exact)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu", "quick_gelu"])
+def test_other_activations(device, dtype, activation):
+    (*arguments, _), _ = problem(device, dtype, 2, 2, 5, 24, 12)
+    expected = experts_reference(*arguments, activation)
+    for run in (expert_gemv_triton, grouped_experts_triton):
+        assert_close(run(*arguments, activation), expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "count", "triton", "fp8", "reads", "expected"),
+    [
+        (1, 8, 128, True, False, True, "expert_gemv_triton"),
+        (1, 2, 2, True, False, True, "expert_gemv_triton"),
+        (8, 8, 128, True, True, True, "expert_gemv_triton"),
+        (9, 2, 128, True, False, True, "grouped_experts_triton"),
+        (3, 2, 8, True, False, True, "grouped_experts_triton"),
+        (2, 2, 8, True, False, True, "expert_gemv_triton"),
+        (0, 2, 8, True, False, True, "experts_reference"),
+        (1, 2, 8, True, True, False, "experts_reference"),
+        (9, 2, 8, False, False, True, "experts_reference"),
+    ],
+)
+def test_the_choice_among_kernels(monkeypatch, tokens, top_k, count, triton, fp8, reads, expected):
+    called = []
+    for name in ("expert_gemv_triton", "grouped_experts_triton", "experts_reference"):
+        monkeypatch.setattr(dispatch, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: triton)
+    monkeypatch.setattr(dispatch, "reads_fp8", lambda _: reads)
+    weight = torch.zeros(count, 32, 16)
+    stored = ExpertMatrices(weight)
+    if fp8:
+        stored = ExpertMatrices(weight.to(FP8), Scale(torch.ones(count * 32, 1), 16))
+    ids = torch.zeros(tokens, top_k, dtype=torch.int32)
+    dispatch.experts(torch.zeros(tokens, 16), ids, torch.zeros(tokens, top_k), stored, stored, "silu")
+    assert called == [expected]
