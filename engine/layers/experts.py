@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels.dispatch import experts
-from engine.kernels.experts import ExpertMatrices
 from engine.kernels.route import route
 from engine.kernels.router_config import RouterConfig
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
+from engine.layers.expert_weights import ExpertPart, ExpertWeights
 from engine.layers.experts_config import ExpertsConfig
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
@@ -57,55 +57,20 @@ class Experts(nn.Module):
         self, hidden: int, intermediate: int, count: int, activation: str, build: BuildContext
     ) -> None:
         super().__init__()
-        self.total, self.count, self.activation = intermediate, count, activation
-        self.size = build.share(intermediate, "intermediate size of experts")
-        self.start = build.tp.rank * self.size
-        self.gate_up_proj = build.parameter(count, 2 * self.size, hidden)
-        self.down_proj = build.parameter(count, hidden, self.size)
+        self.activation = activation
+        size = build.share(intermediate, "intermediate size of experts")
+        start = build.tp.rank * size
+        gate, up = (
+            ExpertPart(name, intermediate, start, size, total_inputs=hidden, inputs=hidden)
+            for name in ("gate_proj", "up_proj")
+        )
+        down = ExpertPart("down_proj", hidden, 0, hidden, total_inputs=intermediate, inputs=size, first=start)
+        self.gate_up_proj = ExpertWeights("gate_up_proj", (gate, up), count, build)
+        self.down_proj = ExpertWeights("down_proj", (down,), count, build)
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute this rank's share of the sum over experts; see :func:`engine.kernels.dispatch.experts`."""
-        gate_up, down = ExpertMatrices(self.gate_up_proj.data), ExpertMatrices(self.down_proj.data)
-        return experts(x, ids, weights, gate_up, down, self.activation)
-
-    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
-        if f"{prefix}gate_up_proj" in names:
-            return self._fused_slots(prefix)
-        return [slot for expert in range(self.count) for slot in self._slots_of(prefix, expert)]
-
-    def _fused_slots(self, prefix: str) -> list[WeightSlot]:
-        hidden, size = self.gate_up_proj.shape[2], self.size
-        every, width = slice(0, self.count), slice(0, hidden)
-        gate_up = WeightSlot(
-            f"{prefix}gate_up_proj", (self.count, 2 * self.total, hidden), may_be_transposed=True
-        )
-        for half in range(2):
-            start = half * self.total + self.start
-            target = self.gate_up_proj.data[:, half * size : (half + 1) * size]
-            gate_up.copies.append(((every, slice(start, start + size), width), target))
-        own = slice(self.start, self.start + size)
-        down = WeightSlot(
-            f"{prefix}down_proj",
-            (self.count, hidden, self.total),
-            [((every, width, own), self.down_proj.data)],
-            may_be_transposed=True,
-        )
-        return [gate_up, down]
-
-    def _slots_of(self, prefix: str, expert: int) -> list[WeightSlot]:
-        hidden, size = self.gate_up_proj.shape[2], self.size
-        own, width = slice(self.start, self.start + size), slice(0, hidden)
-        gate, up = self.gate_up_proj.data[expert].split(size)
-        stem, shape = f"{prefix}{expert}.", (self.total, hidden)
-        return [
-            WeightSlot(f"{stem}gate_proj.weight", shape, [((own, width), gate)]),
-            WeightSlot(f"{stem}up_proj.weight", shape, [((own, width), up)]),
-            WeightSlot(
-                f"{stem}down_proj.weight",
-                (hidden, self.total),
-                [((width, own), self.down_proj.data[expert])],
-            ),
-        ]
+        return experts(x, ids, weights, self.gate_up_proj.matrices, self.down_proj.matrices, self.activation)
 
 
 class ExpertsMLP(nn.Module):

@@ -137,7 +137,7 @@ def check_share(inputs: int, first: int, total: int, stored: Fp8Format) -> None:
 
 
 class QuantisingRows:
-    """Rows of an fp8 matrix and of its scales, to which rows in another dtype are copied.
+    """Rows of an fp8 matrix, or of several, and of its scales, to which rows in another dtype are copied.
 
     It takes the place of a tensor in :class:`~engine.layers.build.WeightSlot`.
     """
@@ -150,7 +150,7 @@ class QuantisingRows:
         return QuantisingRows(self._weight[rows], self._scale[rows], self.dtype)
 
     def dim(self) -> int:
-        return 2
+        return self._weight.dim()
 
     def fill_(self, value: float) -> None:
         raise AssertionError("matrices are never filled with one number")
@@ -161,6 +161,6 @@ class QuantisingRows:
     def copy_(self, values: torch.Tensor, non_blocking: bool = False) -> None:
         """Round ``values`` to fp8, each row with a scale of its own."""
         values = values.to(self._weight.device, non_blocking=non_blocking)
-        numbers, scale = quantise_rows(values)
-        self._weight.copy_(numbers)
-        self._scale.copy_(scale)
+        numbers, scale = quantise_rows(values.flatten(0, -2))
+        self._weight.copy_(numbers.view(self.shape))
+        self._scale.copy_(scale.view(self._scale.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from engine.layers.quantised import Formats, Fp8Format
 
 _FP8 = "F8_E4M3"
 _SCALES = ("weight_scale", "weight_scale_inv")
+#: The tensors of all experts, whose names don't end in ``weight``.
+_OF_EXPERTS = r".*\.experts\.(?:gate_up|down)_proj"
 #: Scales of inputs and of the KV cache: rows get scales of their own, and the cache isn't rounded to fp8.
 _NOT_LOADED = r".*\.(?:input|activation|q|k|v|kv_cache)_scale"
 
@@ -59,11 +62,13 @@ def stored_formats(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
 def _format(
     weight: str, names: Mapping[str, str], tensors: Mapping[str, TensorInfo], quantisation: Quantisation
 ) -> Fp8Format:
+    together = re.fullmatch(_OF_EXPERTS, weight) is not None
     stem = weight.removesuffix("weight")
-    kind = next((kind for kind in _SCALES if stem + kind in names), None)
-    if kind is None or stem == weight:
+    scales = {kind: f"{weight}_{kind[7:]}" if together else stem + kind for kind in _SCALES}
+    kind = next((kind for kind, name in scales.items() if name in names), None)
+    if kind is None or (stem == weight and not together):
         raise CheckpointError(f"tensor {names[weight]} is in fp8 and has no scales")
-    shape = tensors[names[stem + kind]].shape
+    shape = tensors[names[scales[kind]]].shape
     count = 1
     for side in shape:
         count *= side

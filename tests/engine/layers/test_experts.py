@@ -91,7 +91,8 @@ def test_the_shares_of_ranks_add_up_to_the_whole(tmp_path, kind):
         shares = [rank.layers[0].mlp(x) for rank in ranks]
         torch.testing.assert_close(sum(shares), whole.layers[0].mlp(x), rtol=1e-4, atol=1e-5)
     assert (
-        ranks[0].layers[0].mlp.experts.down_proj.numel() * 2 == whole.layers[0].mlp.experts.down_proj.numel()
+        ranks[0].layers[0].mlp.experts.down_proj.weight.numel() * 2
+        == whole.layers[0].mlp.experts.down_proj.weight.numel()
     )
 
 

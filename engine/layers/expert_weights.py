@@ -1,0 +1,148 @@
+"""The weights of all experts of a layer, in the model's dtype or in fp8, and the tensors that fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.errors import CheckpointError
+from engine.kernels.experts import ExpertMatrices
+from engine.kernels.fp8 import FP8, Scale
+from engine.layers.build import BuildContext, Region, Target, WeightSlot
+from engine.layers.quantised import Fp8Format, QuantisingRows, check_share, scale_slot
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """One projection of every expert.
+
+    Attributes:
+        name: in checkpoints that store it apart, e.g. ``gate_proj``.
+        total: outputs in the whole model.
+        start, size: this rank's range of the outputs.
+        total_inputs: inputs in the whole model.
+        inputs, first: this rank's inputs: their number, and the first one.
+    """
+
+    name: str
+    total: int
+    start: int
+    size: int
+    total_inputs: int
+    inputs: int
+    first: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.first, self.first + self.inputs)
+
+
+class ExpertWeights(nn.Module):
+    """Projections of one input, of every expert, one after the other: ``(E, outputs, inputs)``.
+
+    Args:
+        name: of the tensor that holds all of it.
+    """
+
+    def __init__(self, name: str, parts: Sequence[ExpertPart], count: int, build: BuildContext) -> None:
+        super().__init__()
+        self.name, self.parts, self.count, self.dtype = name, tuple(parts), count, build.dtype
+        apart = [f"{expert}.{part.name}" for expert in range(count) for part in parts]
+        self.format = build.format_of(apart, name)
+        rows, inputs = sum(part.size for part in parts), parts[0].inputs
+        scale = None
+        if self.format is None:
+            self.weight = build.parameter(count, rows, inputs)
+        else:
+            check_share(inputs, parts[0].first, parts[0].total_inputs, self.format)
+            group = self.format.block[1] if self.format.shared == "block" else inputs
+            self.weight = build.parameter(count, rows, inputs, dtype=FP8)
+            values = build.parameter(count, rows, -(-inputs // group), dtype=torch.float32)
+            if self.format.scale is None:
+                # No tensor of the checkpoint fills it.
+                self.register_buffer("scale", values.data, persistent=False)
+            else:
+                self.register_parameter("scale", values)
+            scale = Scale(values.data.flatten(0, 1), group)
+        self.matrices = ExpertMatrices(self.weight.data, scale)
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        parent = prefix.removesuffix(self.name + ".")
+        if parent + self.name in names:
+            return self._together(parent + self.name)
+        return [slot for expert in range(self.count) for slot in self._apart(parent, expert)]
+
+    def _target(self, *index: int | slice) -> Target:
+        """The part of the weight that a checkpoint's tensor is copied to."""
+        weight = self.weight.data[index]
+        if self.format is None or self.format.scale is not None:
+            return weight
+        return QuantisingRows(weight, self.get_buffer("scale")[index], self.dtype)
+
+    def _apart(self, parent: str, expert: int) -> list[WeightSlot]:
+        """The slots of one expert's matrices, and of their scales."""
+        slots, row = [], 0
+        for part in self.parts:
+            stem, shape = f"{parent}{expert}.{part.name}.", (part.total, part.total_inputs)
+            own = slice(row, row + part.size)
+            copies: list[tuple[Region, Target]] = [((part.rows, part.columns), self._target(expert, own))]
+            slots.append(WeightSlot(f"{stem}weight", shape, copies))
+            if self.format is not None and self.format.scale is not None:
+                shards = [(part.start, self.get_parameter("scale").data[expert, own])]
+                name = stem + self.format.scale
+                slots.append(scale_slot(name, self.format, shape, shards, first_input=part.first))
+            row += part.size
+        return slots
+
+    def _together(self, name: str) -> list[WeightSlot]:
+        """The slots of the tensor of all experts, and of the tensor of its scales."""
+        every, inputs = slice(0, self.count), self.parts[0].total_inputs
+        outputs = sum(part.total for part in self.parts)
+        slot = WeightSlot(name, (self.count, outputs, inputs), may_be_transposed=True)
+        for part, row, start in self._places():
+            region = (every, slice(start, start + part.size), part.columns)
+            slot.copies.append((region, self._target(every, slice(row, row + part.size))))
+        if self.format is None or self.format.scale is None:
+            return [slot]
+        return [slot, self._scales_together(name, self.format, outputs, inputs)]
+
+    def _places(self) -> list[tuple[ExpertPart, int, int]]:
+        """Each part, its first row here, and its first row for this rank in the tensor of all experts."""
+        found, row, offset = [], 0, 0
+        for part in self.parts:
+            found.append((part, row, offset + part.start))
+            row += part.size
+            offset += part.total
+        return found
+
+    def _scales_together(self, name: str, stored: Fp8Format, outputs: int, inputs: int) -> WeightSlot:
+        side, values = stored.block[0], self.get_parameter("scale").data
+        shape = (self.count, -(-outputs // side), -(-inputs // side))
+        if (
+            stored.shared != "block"
+            or stored.block[1] != side
+            or (shape[1] == shape[2] and outputs != inputs)
+        ):
+            # Otherwise nothing would tell whether the scales are transposed.
+            raise CheckpointError(
+                f"{name} holds all experts in fp8: supported are square blocks, more of them along one axis "
+                "than along the other; or a tensor for each expert"
+            )
+        slot = WeightSlot(
+            f"{name}_{str(stored.scale).removeprefix('weight_')}", shape, may_be_transposed=True
+        )
+        for part, row, start in self._places():
+            columns = slice(part.first // side, part.first // side + values.shape[2])
+            for block in range(start // side, -(-(start + part.size) // side)):
+                begin, end = max(start, block * side), min(start + part.size, (block + 1) * side)
+                own = values[:, row + begin - start : row + end - start]
+                # One row of scales fills the rows of its block.
+                slot.copies.append(((slice(0, self.count), slice(block, block + 1), columns), own))
+        return slot
