@@ -119,6 +119,7 @@ class FamilyCase:
         placeholder: what stands for the ``index``-th image of ``count``.
         video: what stands for a video; None if the model has none.
         options: of the engine.
+        caches: prefixes of its prompts are cached.
         few_tokens: tokens of a step that cut prompts, or hold just one where prompts can't be cut.
     """
 
@@ -133,6 +134,7 @@ class FamilyCase:
     several: tuple[tuple[tuple[int, int], ...], ...] = (((90, 30), (33, 70)), ((20, 20), (64, 40), (41, 83)))
     frames: int = 5
     options: Mapping[str, Any] = field(default_factory=dict)
+    caches: bool = True
     few_tokens: int = 13
 
     @property

@@ -94,7 +94,8 @@ class Made:
     ) -> None:
         """Everything that an output carries."""
         most = len(answer.ids) - 1
-        tally, some = Tally(), (0 if block is None else most // block * block, most)
+        least = 0 if block is None else most // block * block
+        tally, some = Tally(), (least, most) if self.case.caches else (0, 0)
         if self.case.embeds:
             compare_vector(tally, output, answer, "last", True, some)
         else:
