@@ -21,8 +21,9 @@ serve: install
 	RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_HAPROXY_BINARY_PATH="$(abspath $(BIN))/sightline-haproxy" \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(ARGS) $(CONFIG)
 
-# Two workers share the tests; tests that start processes run one after another. WORKERS=0: all in one process.
-WORKERS ?= 2
+# Workers share the tests. Tests that start processes run one after another in one worker, and mostly wait: of three
+# workers two keep two cores busy. WORKERS=0: all in one process.
+WORKERS ?= 3
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 

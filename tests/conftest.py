@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.serving import UNDER_LOAD, Served, SharedApplication
-from tests.workers import APPLICATIONS, application_of, assign_groups, starts_processes
+from tests.workers import APPLICATIONS, application_of, assign_groups, give_way, starts_processes
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel file is imported. Tensors
 # on a CPU go to the torch references all the same; only the tests of kernels call the Triton code on them.
@@ -38,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Confi
     items.sort(key=lambda item: ("", *APPLICATIONS).index(application_of(item)))
     if hasattr(config, "workerinput"):
         assign_groups(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave the cores to the tests that start processes, if those run in another worker."""
+    if hasattr(item.config, "workerinput"):
+        give_way(item)
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,12 +1,13 @@
 """``make test`` shares the tests between its workers."""
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.serving import SharedApplication
-from tests.workers import APPLICATIONS, application_of, group_of, starts_processes
+from tests.workers import APPLICATIONS, LOWER_PRIORITY, application_of, group_of, starts_processes
 
 
 def test_xdist_knows_the_group_of_each_test(request):
@@ -17,6 +18,15 @@ def test_xdist_knows_the_group_of_each_test(request):
     for item in items:
         name, _, group = item.nodeid.rpartition("@")
         assert group == group_of(item), name
+
+
+def test_other_tests_give_way_to_those_that_start_processes(request):
+    items = request.session.items
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("no workers: make test WORKERS=0")
+    groups = [starts_processes(item) for item in items]
+    assert groups == sorted(groups, reverse=True), "the worker that starts processes does nothing else before"
+    assert os.getpriority(os.PRIO_PROCESS, 0) >= LOWER_PRIORITY
 
 
 @pytest.fixture

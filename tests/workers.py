@@ -1,9 +1,12 @@
 """Shares the tests between the workers of ``make test`` (pytest-xdist with ``--dist loadgroup``).
 
-Tests of one group run in one worker, in order. A file is a group, so that its fixtures are made once.
+Tests of one group run in one worker, in order. A file is a group, so that its fixtures are made once; the
+tests that all families share are a group for each family.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
@@ -11,6 +14,8 @@ import pytest
 PROCESSES = "processes"
 #: Applications that several tests use, in the order of the tests: none of them runs beside another.
 APPLICATIONS = ("served", "served_under_load")
+#: Priority ("nice") of the other tests, so that they compute while those of the group above wait.
+LOWER_PRIORITY = 5
 #: Marks of such tests.
 _STARTS_PROCESSES = ("ray", "processes")
 #: Folders and files that take longest, longest first. They start first, so that the workers end together.
@@ -49,10 +54,15 @@ def group_of(item: pytest.Item) -> str:
     """The name of the group that ``item`` belongs to."""
     if starts_processes(item):
         return PROCESSES
-    file = item.nodeid.split("::")[0]
-    # The laws of all families are one file, but each family has a checkpoint of its own.
+    # Each family has a checkpoint and a reference of its own, which tests of several files use.
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-    return f"{file} {case.name}" if hasattr(case, "name") else file
+    return f"family {case.name}" if hasattr(case, "name") else item.nodeid.split("::")[0]
+
+
+def give_way(item: pytest.Item) -> None:
+    """Lower the priority of this worker, unless ``item`` starts processes: such tests come first."""
+    if not starts_processes(item) and os.getpriority(os.PRIO_PROCESS, 0) < LOWER_PRIORITY:
+        os.setpriority(os.PRIO_PROCESS, 0, LOWER_PRIORITY)
 
 
 def assign_groups(items: list[pytest.Item]) -> None:
