@@ -1,6 +1,9 @@
 """The stages as Ray Serve replicas: each class holds a stage and passes its arrays through the object store.
 
 Deliberate errors are returned as :class:`~deployments.ray_serve.failures.Refusal`, not raised.
+
+The process that builds the application, and the preprocessor's, import this module too: what needs torch is
+imported where a replica with a model starts.
 """
 
 import asyncio
@@ -15,10 +18,8 @@ import numpy as np
 from ray import serve
 
 from deployments.config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
-from deployments.encoder import VisionEncoder
 from deployments.errors import logger
 from deployments.in_place import InPlace
-from deployments.language_model import LanguageModel
 from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
 from deployments.ray_serve.channel import Here, Message, Outboxes
@@ -161,6 +162,8 @@ class VisionEncoderReplica:
     """Arguments as :class:`~deployments.encoder.VisionEncoder`, after ``tracing``."""
 
     def __init__(self, tracing: TracingConfig | None, config: EncoderConfig, engine: EngineConfig) -> None:
+        from deployments.encoder import VisionEncoder
+
         prepare_process()
         self._stage = VisionEncoder(config, engine, make_tracer(tracing, "encoder"))
         self._in_place = InPlace(config, config.IN_PLACE, self._stage.take_over)
@@ -262,6 +265,8 @@ class LanguageModelReplica:
         *others: Any,
         launcher: Launcher | None = None,
     ) -> None:
+        from deployments.language_model import LanguageModel
+
         prepare_process()
         self._stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher)
         self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)

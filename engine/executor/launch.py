@@ -11,8 +11,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-import torch
-
 _GRACE_S = 5.0
 
 
@@ -50,6 +48,9 @@ def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[byte
     Args:
         ranks_here: ranks of this host, which share its threads.
     """
+    # Not above: processes that only build an application know launchers, and have no use for torch.
+    import torch
+
     # A fresh interpreter: multiprocessing would run the caller's script again.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     threads = max(1, torch.get_num_threads() // ranks_here)
