@@ -6,8 +6,8 @@ Starts the shipped application without Ray in a process of its own, with room fo
 At each level that many times as many clients ask, one request at a time: a chat whose image no other request
 has, or a text. A refused client comes back after the seconds that ``Retry-After`` says. Prints the requests
 answered per second and per second of the server's CPU time, both also as a share of the best level's, the
-refusals, and the server's memory. The clients are on the same machine: where they take CPU time from the
-server, the share by the server's own CPU time is the one to read.
+refusals, and the server's memory. The clients are on the same machine, with a lower priority: where they take
+CPU time from the server nevertheless, the share by the server's own CPU time is the one to read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import psutil
 import yaml
 
@@ -47,7 +48,7 @@ def serve(listener: socket.socket, limit: int) -> None:
     uvicorn.Server(uvicorn.Config(app.api, log_level="warning")).run([listener])
 
 
-def body(number: int, tokens: int) -> dict[str, Any]:
+def body(number: int, tokens: int) -> bytes:
     content: list[dict[str, Any]] = [{"type": "text", "text": "What shape is this?"}]
     if number % 2:
         png = io.BytesIO()
@@ -55,7 +56,8 @@ def body(number: int, tokens: int) -> dict[str, Any]:
         url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     messages = [{"role": "user", "content": content}]
-    return {"model": "pocket", "messages": messages, "max_tokens": tokens, "ignore_eos": True}
+    chat = {"model": "pocket", "messages": messages, "max_tokens": tokens, "ignore_eos": True}
+    return json.dumps(chat).encode()
 
 
 class Clients:
@@ -66,14 +68,15 @@ class Clients:
         in_all: answered requests, with those that were open when the time was up.
     """
 
-    def __init__(self, client: httpx.AsyncClient, bodies: list[dict[str, Any]]) -> None:
+    def __init__(self, client: aiohttp.ClientSession, bodies: list[bytes]) -> None:
         self._client, self._bodies = client, itertools.cycle(bodies)
         self.answered = self.in_all = self.refused = 0
 
     async def ask(self, end: float) -> None:
         while time.monotonic() < end:
-            response = await self._client.post("/v1/chat/completions", json=next(self._bodies))
-            if response.status_code == 429:
+            async with self._client.post("/v1/chat/completions", data=next(self._bodies)) as response:
+                await response.read()
+            if response.status == 429:
                 self.refused += 1
                 await asyncio.sleep(float(response.headers["retry-after"]))
             else:
@@ -84,9 +87,9 @@ class Clients:
 
 async def measure(root: str, server: psutil.Process, options: argparse.Namespace) -> list[dict[str, float]]:
     bodies = [body(number, options.tokens) for number in range(options.images)]
-    limits = httpx.Limits(max_connections=None)
     totals = {level: Totals() for level in options.levels}
-    async with httpx.AsyncClient(base_url=root, timeout=600, limits=limits) as client:
+    connections, patience = aiohttp.TCPConnector(limit=0, force_close=True), aiohttp.ClientTimeout(600)
+    async with aiohttp.ClientSession(root, connector=connections, timeout=patience) as client:
         await until_ready(client)
         # The first round warms the server up.
         for number in range(options.rounds + 1):
@@ -135,12 +138,13 @@ def cpu_seconds(server: psutil.Process) -> float:
     return sum(each.user + each.system for each in times)
 
 
-async def until_ready(client: httpx.AsyncClient) -> None:
+async def until_ready(client: aiohttp.ClientSession) -> None:
     for _ in range(600):
         try:
-            if (await client.get("/health", timeout=10)).status_code == 200:
-                return
-        except httpx.TransportError:
+            async with client.get("/health") as response:
+                if response.status == 200:
+                    return
+        except aiohttp.ClientError:
             pass
         await asyncio.sleep(0.5)
     raise SystemExit("the server did not start")
@@ -164,6 +168,7 @@ def main() -> None:
         process.start()
     try:
         assert process.pid is not None
+        os.nice(5)
         rows = asyncio.run(measure(root, psutil.Process(process.pid), options))
     finally:
         process.terminate()
