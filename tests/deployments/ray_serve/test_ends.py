@@ -61,8 +61,14 @@ def at_work(served: Served, stage: str) -> bool:
     return seen(served)("stage_running_requests", model="pocket", stage=stage) > 0
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    await asyncio.to_thread(wait_for, condition)
+async def until(condition: Callable[[], bool], asked: asyncio.Future[httpx.Response] | None = None) -> None:
+    """Wait for ``condition``. Meanwhile the request ``asked`` must not be answered."""
+
+    def holds() -> bool:
+        assert asked is None or not asked.done(), asked.result().text
+        return condition()
+
+    await asyncio.to_thread(wait_for, holds)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -72,7 +78,7 @@ async def test_a_client_leaves_while_an_image_is_fetched(server, stream):
         async with client_of(server) as client:
             body = {"model": "pocket", "messages": looking_at(url), "stream": stream}
             asked = asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
-            await until(lambda: at_work(server, "preprocessor"))
+            await until(lambda: at_work(server, "preprocessor"), asked)
             asked.cancel()
         await until(lambda: cancelled(server, "preprocessor") == before + 1)
         assert not at_work(server, "preprocessor")
@@ -101,7 +107,7 @@ async def test_a_client_leaves_while_tokens_are_made(server, stream, messages):
                 assert (await anext(response.aiter_lines())).startswith("data: ")
         else:
             asked = asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
-            await until(lambda: at_work(server, "language_model"))
+            await until(lambda: at_work(server, "language_model"), asked)
             asked.cancel()
         await until(lambda: cancelled(server, "language_model") == before + 1)
     await until(lambda: is_idle(scraped(server.root)))

@@ -1,4 +1,4 @@
-"""HAProxy, as Ray Serve is told to start it, notices each client that leaves."""
+"""HAProxy as Ray Serve is told to start it."""
 
 import asyncio
 import re
@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
+from deployments.errors import error_body, error_headers
+from deployments.ray_serve.haproxy import MESSAGE
+from engine.errors import Unavailable
 from tests.serving import ROOT, free_port, haproxy_program, wait_until
 
 #: Clients that leave. With splicing HAProxy misses one in four of them.
@@ -20,6 +24,7 @@ defaults
     timeout client 600s
     timeout server 600s
     {options}
+    errorfile 503 {errors}
 frontend in
     bind 127.0.0.1:{port}
     default_backend out
@@ -83,7 +88,10 @@ def haproxy(folder: Path, server: int) -> Iterator[int]:
     port = free_port()
     config = folder / "haproxy.cfg"
     options = "\n    ".join(options_of_ray_serve())
-    config.write_text(CONFIG.format(options=options, port=port, server=server))
+    # As Ray Serve writes it.
+    errors = folder / "500.http"
+    errors.write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+    config.write_text(CONFIG.format(options=options, errors=errors, port=port, server=server))
     process = subprocess.Popen([haproxy_program(folder), "-db", "-f", config])
     try:
         yield port
@@ -112,6 +120,18 @@ async def test_no_client_leaves_unnoticed(tmp_path):
     async with SilentServer() as server:
         with haproxy(tmp_path, server.port) as port:
             await leave_one_by_one(server, port)
+
+
+async def test_its_own_errors_are_those_of_the_api(tmp_path):
+    """Nothing listens behind it."""
+    error = Unavailable(MESSAGE)
+    with haproxy(tmp_path, free_port()) as port:
+        await asyncio.wait_for(until_open(port), 120)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            answer = await client.post("/v1/chat/completions", json={})
+    assert answer.status_code == error.status
+    assert answer.json() == error_body(error)
+    assert answer.headers["retry-after"] == error_headers(error)["Retry-After"]
 
 
 def test_the_image_starts_this_program():
