@@ -1,6 +1,7 @@
-"""CPU time of a streamed token in the ingress: from the tuple that a replica sends to the bytes of its event.
+"""CPU time of a streamed answer in the ingress: of the request, and of each token, from the tuple that a
+replica sends to the bytes of its event.
 
-    python -m benchmarks.ingress [--rounds 5] [--streams 40] [--together 1] [--tokens 500]
+    python -m benchmarks.ingress [--rounds 20] [--streams 40] [--together 1] [--tokens 500]
 
 No Ray, no engine and no socket takes part: a handle of this process yields the updates of a step when those
 of the last one were read. API keys, metrics and the log of requests are on; the log goes to a file. The
@@ -29,6 +30,9 @@ from deployments.ray_serve.handles import remote_stages
 from deployments.ray_serve.handoff import pack
 from deployments.stages import Generation
 from engine.outputs import OutputDelta, StreamUpdate, Usage
+
+#: Tokens of streams that tell what a request costs.
+SHORT = 2
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
 
@@ -149,7 +153,7 @@ async def stream(api: Any, tokens: int) -> None:
 
 
 def measure(streams: int, tokens: int, rounds: int, together: int) -> list[float]:
-    """CPU microseconds of a token, for each round."""
+    """CPU microseconds of a stream, for each round."""
     found = []
     with tempfile.NamedTemporaryFile("w") as file:
         handler = logging.StreamHandler(file)
@@ -164,7 +168,7 @@ def measure(streams: int, tokens: int, rounds: int, together: int) -> list[float
                 began = time.process_time()
                 for _ in range(streams // together):
                     await asyncio.gather(*(stream(api, tokens) for _ in range(together)))
-                made = streams // together * together * tokens
+                made = streams // together * together
                 found.append((time.process_time() - began) / made * 1e6)
 
         asyncio.run(run())
@@ -173,15 +177,18 @@ def measure(streams: int, tokens: int, rounds: int, together: int) -> list[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--streams", type=int, default=40, help="in a round")
     parser.add_argument("--together", type=int, default=1, help="streams that run at the same time")
     parser.add_argument("--tokens", type=int, default=500, help="of each stream")
     options = parser.parse_args()
-    rounds = measure(options.streams, options.tokens, options.rounds, options.together)
-    print(
-        f"{min(rounds):.2f} us of CPU time per token; rounds: {', '.join(f'{each:.2f}' for each in rounds)}"
+    short, long = (
+        min(measure(options.streams, tokens, options.rounds, options.together))
+        for tokens in (SHORT, options.tokens)
     )
+    each = (long - short) / (options.tokens - SHORT)
+    print(f"CPU time: {short - SHORT * each:.0f} us a request, {each:.2f} us a token besides")
+    print(f"{SHORT} tokens {short:.0f} us, {options.tokens} tokens {long:.0f} us")
 
 
 if __name__ == "__main__":

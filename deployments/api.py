@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from deployments.access import Access
 from deployments.config import IngressConfig
+from deployments.direct import Direct
 from deployments.errors import (
     NoSuchRoute,
     WrongMethod,
@@ -91,6 +92,7 @@ def create_api(
     api.openapi = lambda: described[bool(api.state.config.keys)]()  # type: ignore[method-assign]
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)
+    api.add_middleware(Direct, routes=routes)
     api.state.admission = admission = AdmissionLimit()
     api.add_middleware(admission.around)
     api.state.access = access = Access(page=config.page, ledger=ledger)

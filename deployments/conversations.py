@@ -137,13 +137,15 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         names["structured"] = "tools"
     with caller_fields(names):
         pipeline.format.check(given.tools)
-        # Refuses a constraint that other parameters exclude before any image is fetched.
-        replace(given.params, structured=given.constraint)
+        if given.constraint is not None:
+            # Refuses a constraint that other parameters exclude before any image is fetched.
+            replace(given.params, structured=given.constraint)
         build, sources = _prompt(pipeline, given)
         prompt = await pipeline.prepare(build, sources, params=given.params, salt=given.cache_salt)
         text = prompt.inputs.text
         constraint = pipeline.format.constraint(given.tools, given.constraint, text, given.thinking_budget)
-        params = replace(given.params, structured=constraint)
+        # A copy is checked once more, which takes longer than all else here.
+        params = given.params if constraint is None else replace(given.params, structured=constraint)
     if pipeline.format.parser(given.tools, text) is not None:
         # Tags of calls and thoughts may be special tokens.
         params = replace(params, skip_special_tokens=False)

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 
 from deployments.access import caller_name, caller_salt, charge, media_account
@@ -299,7 +300,8 @@ class Pipeline:
         """
         if params.seed is None and not params.greedy:
             # The rest of an answer must follow from its beginning, wherever it is computed.
-            params = replace(params, seed=self._random.getrandbits(62))
+            params = copy(params)
+            params.seed = self._random.getrandbits(62)
         patience = self._patience("answer")
 
         async def encode_again() -> Sequence[Rows]:

@@ -167,8 +167,10 @@ async def carried_on(
     progress = Progress()
     with measured() as measure:
         for tries in itertools.count():
-            name = attempt_name(request.request_id, tries)
-            again = replace(request, request_id=name, progress=progress if tries else None)
+            again = request
+            if tries:
+                name = attempt_name(request.request_id, tries)
+                again = replace(request, request_id=name, progress=progress)
             try:
                 with around():
                     async with aclosing(patience.within(stage.generate(again, media))) as updates:

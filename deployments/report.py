@@ -1,7 +1,7 @@
 """Facts about one HTTP request and the times of its stages: for its line in the log, and for ``usage``."""
 
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -193,4 +193,4 @@ def _request_id(scope: Scope) -> str:
             given = value.decode("latin-1")
             if given.isascii() and given.isprintable() and " " not in given and 0 < len(given) <= _MAX_ID:
                 return given
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)

@@ -1,12 +1,14 @@
 """Server-sent events."""
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
 from json.encoder import encode_basestring
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -45,8 +47,8 @@ class EventResponse(StreamingResponse):
         self._events, self._failed, self._end = events, failed, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
-            await super().__call__(scope, receive, send)
+        async with aclosing(self._events), _while_listened_to(receive):
+            await self.stream_response(send)
 
     async def stream_response(self, send: Send) -> None:
         """Send the events to their end. Nothing stands between an event and the server, since most hold one
@@ -60,8 +62,8 @@ class EventResponse(StreamingResponse):
             async for each in self._events:
                 await response.body(each)
         except OSError:
-            # The client is gone: nothing can be sent.
-            raise
+            # Nothing can be sent any more.
+            raise ClientDisconnect from None
         except Exception as error:
             reported = as_sightline(error)
             # The request's line in the log will name it.
@@ -70,6 +72,35 @@ class EventResponse(StreamingResponse):
         if self._end:
             await response.body(self._end)
         await response.body(b"", more=False)
+
+
+@asynccontextmanager
+async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
+    """A block that ends early, and without an error, when the client leaves.
+
+    Starlette's own way to do this, two tasks of a group, takes three times as long.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "responses are sent by tasks"
+    cancellations, left = task.cancelling(), False
+
+    async def wait() -> None:
+        nonlocal left
+        # A connection that can't be read has no client any more.
+        with suppress(Exception):
+            while (await receive())["type"] != "http.disconnect":
+                continue
+        left = True
+        task.cancel()
+
+    client = asyncio.ensure_future(wait())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not left or task.uncancel() > cancellations:
+            raise
+    finally:
+        client.cancel()
 
 
 def event(data: BaseModel) -> bytes:

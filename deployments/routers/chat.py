@@ -1,8 +1,8 @@
 """Chat completions."""
 
 import hashlib
+import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, as one JSON object or as a stream of events."""
     body = await read_body(request, wire.ChatCompletionRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
-    answer = Answer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), pipeline.name, body)
+    answer = Answer(f"chatcmpl-{secrets.token_hex(16)}", int(time.time()), pipeline.name, body)
     given = _conversation(body, pipeline)
     name = answer.id
     if body.stream_options is not None and body.stream_options.event_ids:

@@ -4,9 +4,13 @@ import logging
 
 import httpx
 import pytest
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from deployments.api import create_api
 from deployments.config import IngressConfig
+from deployments.direct import Direct
+from engine.errors import InvalidRequest
 from tests.deployments.asgi import AppTransport, Exchange
 from tests.serving import wait_until
 
@@ -78,6 +82,42 @@ async def test_a_client_that_leaves_while_its_body_is_read_is_no_error(running, 
         exchange = Exchange(running.app.api, scope(), [b"{"], then="leave")
         await exchange.finished()
     assert [record.levelname for record in caplog.records if record.name == "ray.serve"] == ["INFO"]
+
+
+async def test_endpoints_that_read_the_request_themselves_are_called_without_routing():
+    router, routed = APIRouter(), []
+
+    @router.post("/direct")
+    async def direct(request: Request) -> Response:
+        if await request.body() == b"wrong":
+            raise InvalidRequest("too wrong", param="body")
+        return Response(b"made")
+
+    @router.get("/direct/{name}")
+    async def named(request: Request, name: str) -> Response:
+        raise AssertionError("called without its name")
+
+    @router.get("/data")
+    async def data(request: Request) -> dict:
+        raise AssertionError("its answer is no response yet")
+
+    async def app(scope, receive, send):
+        routed.append((scope["method"], scope["path"]))
+        await Response(b"routed")(scope, receive, send)
+
+    direct_app = Direct(app, router.routes)
+    async with httpx.AsyncClient(transport=AppTransport(direct_app), base_url="http://test") as http:
+        assert (await http.post("/direct")).content == b"made" and not routed
+        refused = await http.post("/direct", content=b"wrong")
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "body"
+        for method, path in (
+            ("GET", "/direct"),
+            ("GET", "/direct/one"),
+            ("GET", "/data"),
+            ("POST", "/other"),
+        ):
+            assert (await http.request(method, path)).content == b"routed"
+    assert routed == [("GET", "/direct"), ("GET", "/direct/one"), ("GET", "/data"), ("POST", "/other")]
 
 
 class Broken(dict):
