@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from deployments.errors import UnsupportedParameter
+from deployments.unknown_fields import log_unknown
 from engine.errors import InvalidRequest
 from engine.parsers.answer import AnswerParser
 from engine.parsers.formats import (
@@ -29,6 +30,22 @@ from engine.structured.json_schema import close_objects
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,128}")
+_FUNCTION_FIELDS = ("name", "description", "strict", "input_examples")
+
+#: Fields of tools that are functions themselves. Those that are no part of the function change no answer:
+#: prompts are always cached, tools always shown, arguments always streamed, and only the client calls.
+_FLAT_FIELDS = frozenset(
+    {
+        *_FUNCTION_FIELDS,
+        "allowed_callers",
+        "cache_control",
+        "defer_loading",
+        "eager_input_streaming",
+        "function",
+        "output_schema",
+        "type",
+    }
+)
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -131,7 +148,9 @@ def read_flat_tools(
                 f"Unsupported parameter: tools[{index}] is {str(kind)[:100]!r}; only functions are offered.",
                 param=f"tools[{index}].type",
             )
-        function = {key: value for key, value in tool.items() if key not in ("type", parameters)}
+        log_unknown("Tool", tool, _FLAT_FIELDS | {parameters}, "tools[].")
+        # The chat template shows a function as it is: what isn't part of it would change the prompt.
+        function = {key: tool[key] for key in _FUNCTION_FIELDS if key in tool}
         function["parameters"] = tool.get(parameters)
         nested.append({"type": "function", "function": tool.get("function", function)})
     try:
@@ -170,6 +189,14 @@ def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
     if description is not None and not isinstance(description, str):
         raise InvalidRequest(
             f"{where}.function.description must be a string.", param=f"{where}.function.description"
+        )
+    examples = function.get("input_examples")
+    if examples is not None and not (
+        isinstance(examples, list) and all(isinstance(each, Mapping) for each in examples)
+    ):
+        raise InvalidRequest(
+            f"{where}.function.input_examples must be a list of objects.",
+            param=f"{where}.function.input_examples",
         )
     if not isinstance(function.get("strict"), bool | None):
         raise InvalidRequest(

@@ -1,22 +1,24 @@
 """Base of all request bodies: null means absent; unknown fields are ignored, some are refused by name."""
 
-import logging
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from deployments.errors import BadBody, UnsupportedParameter
-
-logger = logging.getLogger("ray.serve")
-
-#: Names of unknown fields that were logged; bounded, since clients choose them.
-_logged: set[str] = set()
-_MAX_LOGGED = 256
+from deployments.unknown_fields import log_unknown
 
 
 class Part(BaseModel):
-    """An object within a body."""
+    """An object within a body.
+
+    Attributes:
+        SILENT: fields that clients send unasked and that change no answer, each with the reason.
+    """
+
+    SILENT: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="ignore", populate_by_name=True, protected_namespaces=())
 
@@ -32,13 +34,11 @@ class RequestBody(Part):
     Attributes:
         REFUSED: fields that aren't offered and would change the answer, each with what to do instead. A value
             that asks for nothing is taken: null, false, 0, or empty.
-        SILENT: fields that clients send unasked and that change no answer, each with the reason.
         EXAMPLE: a body that is answered, without its model.
         TASK: of the models that answer it.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {}
-    SILENT: ClassVar[Mapping[str, str]] = {}
     EXAMPLE: ClassVar[Mapping[str, Any]] = {}
     TASK: ClassVar[str] = "generate"
 
@@ -51,7 +51,6 @@ class RequestBody(Part):
             UnsupportedParameter: naming the field that isn't offered.
         """
         given = {name: value for name, value in data.items() if value is not None}
-        known = cls.model_fields.keys() | {field.alias for field in cls.model_fields.values()}
         for name in given.keys() & cls.REFUSED.keys():
             # A field of a base class may be refused as well.
             if given.pop(name):
@@ -60,19 +59,47 @@ class RequestBody(Part):
                     f"Unsupported parameter: {name!r} is not supported{'; ' if advice else '.'}{advice}",
                     param=name,
                 )
-        for name in given.keys() - known - cls.SILENT.keys():
-            _log_unknown(cls.__name__, name)
+        _log_unknown(cls.__name__, cls, given)
         try:
             return cls.model_validate(given)
         except ValidationError as error:
             raise _explained(error) from None
 
 
-def _log_unknown(body: str, name: str) -> None:
-    key = f"{body}.{name[:100]}"
-    if key not in _logged and len(_logged) < _MAX_LOGGED:
-        _logged.add(key)
-        logger.warning("the unknown field %r is ignored", name[:100])
+@cache
+def _known(part: type[Part]) -> frozenset[str]:
+    """The names of an object's fields, and those that are taken in silence."""
+    return frozenset(part.SILENT).union(*(_names(name, field) for name, field in part.model_fields.items()))
+
+
+def _names(name: str, field: FieldInfo) -> Iterator[str]:
+    """The names under which clients send a field."""
+    yield name
+    if field.alias is not None:
+        yield field.alias
+    if isinstance(field.validation_alias, AliasChoices):
+        yield from (each for each in field.validation_alias.choices if isinstance(each, str))
+
+
+@cache
+def _parts(part: type[Part]) -> Mapping[str, type[Part]]:
+    """The objects within an object, by the names of their fields."""
+    return {
+        name: option
+        for field_name, field in part.model_fields.items()
+        for option in (field.annotation, *get_args(field.annotation))
+        if isinstance(option, type) and issubclass(option, Part)
+        for name in _names(field_name, field)
+    }
+
+
+def _log_unknown(body: str, part: type[Part], given: Mapping[str, Any], where: str = "") -> None:
+    """Log the unknown fields of an object and of the objects within it."""
+    log_unknown(body, given, _known(part), where)
+    parts = _parts(part)
+    for name in given.keys() & parts.keys():
+        if isinstance(given[name], dict):
+            _log_unknown(body, parts[name], given[name], f"{where}{name}.")
 
 
 def _explained(error: ValidationError) -> BadBody:

@@ -70,7 +70,7 @@ class CompletionRequest(GenerationBody):
         tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
         given: dict[str, Any] = {"max_tokens": tokens, "logprobs": self.logprobs}
         if self.echo and self.logprobs is not None:
-            given["prompt_logprobs"] = self.logprobs
+            given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return self.sampling(defaults, **given)
 
 
@@ -89,6 +89,13 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
+    """One continuation.
+
+    Attributes:
+        prompt_logprobs: for each token of the prompt its log-probability and those of the likeliest tokens in
+            its place, by token id; None for the first.
+    """
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -96,6 +103,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[int, Any] | None] | None = None
 
 
 class Completion(BaseModel):

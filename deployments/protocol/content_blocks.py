@@ -1,15 +1,34 @@
 """Anthropic's content blocks as messages and parts in OpenAI's form."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from deployments.errors import UnsupportedParameter
+from deployments.unknown_fields import log_unknown
 from engine.errors import InvalidRequest
 from engine.inputs.pages import DOCUMENT_OPTIONS
 
 Json = dict[str, Any]
 
 _ROLES = ("user", "assistant", "system")
+
+#: Fields of every block. Every prompt is cached, so that cache_control changes nothing.
+_ANY = frozenset({"type", "cache_control"})
+
+#: Further fields of blocks by their type. Some change no answer: citations of a text, which models are not
+#: shown; signatures and encrypted thoughts, which nothing checks or reads; callers and toolsets of functions,
+#: which only clients call; and transformations, since images are resized as the model wants them.
+_FIELDS: Mapping[str, frozenset[str]] = {
+    "text": frozenset({"text", "citations"}),
+    "image": frozenset({"source", "transformations"}),
+    "document": frozenset({"source", "title", "context", "citations", *DOCUMENT_OPTIONS}),
+    "search_result": frozenset({"content", "source", "title", "citations"}),
+    "thinking": frozenset({"thinking", "signature"}),
+    "redacted_thinking": frozenset({"data"}),
+    "tool_use": frozenset({"id", "name", "input", "caller", "toolset_name"}),
+    "tool_result": frozenset({"tool_use_id", "content", "is_error", "toolset_name"}),
+}
+_SOURCE = frozenset({"type", "media_type", "data", "url", "content"})
 
 
 class ChatMessages:
@@ -44,6 +63,7 @@ class ChatMessages:
                 f"{where} must be an object with content and one of the roles {', '.join(_ROLES)}.",
                 param=where,
             )
+        _note(message, ("role", "content"), "messages[].")
         role, content = message["role"], message.get("content")
         where_content = where if where == "system" else f"{where}.content"
         if isinstance(content, str):
@@ -59,7 +79,7 @@ class ChatMessages:
             self._block(role, block, f"{where_content}[{index}]")
 
     def _block(self, role: str, block: Any, where: str) -> None:
-        kind = block.get("type") if isinstance(block, Mapping) else None
+        kind = _kind(block)
         if kind in ("thinking", "redacted_thinking", "tool_use"):
             if role != "assistant":
                 raise InvalidRequest(f"{where}: only an assistant message can hold {kind}.", param=where)
@@ -85,7 +105,9 @@ class ChatMessages:
             self.fields[f"{self._last}.tool_calls[{len(calls)}]"] = where
             function = {"name": _string(block, "name", where), "arguments": given}
             calls.append({"id": _string(block, "id", where), "type": "function", "function": function})
-        # Nobody here can read what redacted_thinking holds.
+        else:
+            # Nobody here can read what redacted_thinking holds.
+            message.setdefault("content", [])
 
     def _tool_result(self, block: Mapping[str, Any], where: str) -> None:
         # A message of its own, whatever comes before: each answers one call.
@@ -93,6 +115,8 @@ class ChatMessages:
             {"role": "tool", "tool_call_id": _string(block, "tool_use_id", where), "content": []}
         )
         self.fields[self._last] = where
+        if not isinstance(block.get("is_error"), bool | None):
+            raise InvalidRequest(f"{where}.is_error must be true or false.", param=f"{where}.is_error")
         if block.get("is_error"):
             self._part("tool", {"type": "text", "text": "Error: "}, f"{where}.is_error")
         content = block.get("content") or []
@@ -128,30 +152,80 @@ class ChatMessages:
         content.append(part)
 
 
+def _note(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    log_unknown("MessagesBody", given, known, where)
+
+
+def _kind(block: Any) -> str | None:
+    """The type of a block, whose unknown fields are logged."""
+    kind = block.get("type") if isinstance(block, Mapping) else None
+    if not isinstance(kind, str):
+        return None
+    if kind in _FIELDS:
+        _note(block, _FIELDS[kind] | _ANY, "content[].")
+        if isinstance(source := block.get("source"), Mapping):
+            _note(source, _SOURCE, "content[].source.")
+    return kind
+
+
 def _parts(block: Any, where: str) -> list[tuple[Json, str]]:
     """A block as parts, each with the caller's field."""
-    kind = block.get("type") if isinstance(block, Mapping) else None
+    kind = _kind(block)
     if kind == "text":
         return [({"type": "text", "text": _string(block, "text", where)}, where)]
     if kind == "image":
         url = _url(block.get("source"), f"{where}.source")
         return [({"type": "image_url", "image_url": {"url": url}}, where)]
     if kind == "search_result":
-        return _inner_parts(block.get("content"), f"{where}.content")
+        _check_citations(block, where)
+        titles = _titles(block, ("title", "source"), where)
+        return [*titles, *_inner_parts(block.get("content"), f"{where}.content")]
     if kind == "document":
-        source = block.get("source")
-        form = source.get("type") if isinstance(source, Mapping) else None
-        if form == "text":
-            return [({"type": "text", "text": _string(source, "data", f"{where}.source")}, where)]
-        if form == "content":
-            return _inner_parts(source["content"], f"{where}.source.content")
-        options = {name: block[name] for name in DOCUMENT_OPTIONS if name in block}
-        return [({"type": "document_url", "document_url": _url(source, f"{where}.source"), **options}, where)]
+        _check_citations(block, where)
+        return [*_titles(block, ("title", "context"), where), *_document(block, where)]
     raise UnsupportedParameter(
         f"Unsupported parameter: {where}.type is {str(kind)[:40]!r}; text, image, tool_use, tool_result, "
         "thinking, document and search_result are supported.",
         param=f"{where}.type",
     )
+
+
+def _document(block: Mapping[str, Any], where: str) -> list[tuple[Json, str]]:
+    source = block.get("source")
+    form = source.get("type") if isinstance(source, Mapping) else None
+    if form == "text":
+        return [({"type": "text", "text": _string(source, "data", f"{where}.source")}, where)]
+    if form == "content":
+        return _inner_parts(source.get("content"), f"{where}.source.content")
+    options = {name: block[name] for name in DOCUMENT_OPTIONS if name in block}
+    return [({"type": "document_url", "document_url": _url(source, f"{where}.source"), **options}, where)]
+
+
+def _titles(block: Mapping[str, Any], names: Sequence[str], where: str) -> list[tuple[Json, str]]:
+    """The texts that say what a source is, each on a line ahead of it."""
+    return [
+        ({"type": "text", "text": f"{_string(block, name, where)}\n"}, f"{where}.{name}")
+        for name in names
+        if block.get(name) is not None
+    ]
+
+
+def _check_citations(block: Mapping[str, Any], where: str) -> None:
+    """Refuse to cite a source.
+
+    Raises:
+        InvalidRequest, UnsupportedParameter: naming the field.
+    """
+    given, field = block.get("citations"), f"{where}.citations"
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(f"{field} must be an object.", param=field)
+    if given.get("enabled"):
+        raise UnsupportedParameter(
+            f"Unsupported parameter: '{field}.enabled' is not supported; answers cite no sources",
+            param=f"{field}.enabled",
+        )
 
 
 def _inner_parts(content: Any, where: str) -> list[tuple[Json, str]]:

@@ -50,6 +50,8 @@ class JsonSchema(Part):
         strict: false leaves objects open that don't say whether they may have more properties.
     """
 
+    SILENT: ClassVar[Mapping[str, str]] = {"description": "models are not shown the schema"}
+
     name: str = ""
     json_schema: dict[str, Any] | bool = Field(alias="schema", default_factory=dict)
     strict: bool = True
@@ -88,6 +90,8 @@ class StreamOptions(Part):
 
     ``event_ids`` gives each event of a chat an id, with which the stream can be taken up again.
     """
+
+    SILENT: ClassVar[Mapping[str, str]] = {"include_obfuscation": "events are not padded"}
 
     include_usage: bool = False
     continuous_usage_stats: bool = False

@@ -18,6 +18,8 @@ Message = dict[str, Any]
 class TextFormat(Part):
     """``text``, ``json_object``, or ``json_schema`` with its schema beside it."""
 
+    SILENT: ClassVar[Mapping[str, str]] = {"description": "models are not shown the schema"}
+
     type: str = "text"
     name: str = ""
     json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
@@ -30,6 +32,10 @@ class TextOptions(Part):
 
 
 class ReasoningOptions(Part):
+    SILENT: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("context", "generate_summary", "mode", "summary"), "thoughts come whole"
+    )
+
     effort: str | None = None
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,8 +20,8 @@ from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
 from deployments.resumption import Resumption, resumption
 from deployments.routers.models import find_pipeline
-from deployments.routers.values import content_logprobs, finite, usage_body
-from engine.outputs import StreamUpdate, TokenLogprob
+from deployments.routers.values import content_logprobs, prompt_row, usage_body
+from engine.outputs import StreamUpdate
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
 
 router = APIRouter()
@@ -142,7 +142,7 @@ def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
         choices=[_choice(answer, choice, running.params.logprobs or 0) for choice in found.choices],
         usage=usage_body(found.usage, found.reasoning_tokens, running.usage_extras()),
         service_tier=answer.body.service_tier,
-        prompt_logprobs=[_prompt_logprobs(row) for row in found.prompt_logprobs],
+        prompt_logprobs=[prompt_row(row) for row in found.prompt_logprobs],
         prompt_token_ids=running.prompt_token_ids if answer.body.return_token_ids else None,
     )
     absent = {"prompt_logprobs"} if running.params.prompt_logprobs is None else set()
@@ -277,17 +277,3 @@ def _function(event: CallStart | CallArguments) -> wire.FunctionCall:
     if isinstance(event, CallStart):
         return wire.FunctionCall(name=event.name, arguments="")
     return wire.FunctionCall(arguments=event.text)
-
-
-def _prompt_logprobs(row: Mapping[int, TokenLogprob] | None) -> dict[int, dict] | None:
-    """One position of the prompt; None for its first token, which nothing precedes."""
-    if row is None:
-        return None
-    return {
-        token: {
-            "logprob": finite(value.logprob),
-            "rank": value.rank,
-            "decoded_token": value.decoded_token,
-        }
-        for token, value in row.items()
-    }

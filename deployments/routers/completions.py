@@ -20,7 +20,7 @@ from deployments.protocol import completions as wire
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
 from deployments.routers.models import find_pipeline
-from deployments.routers.values import finite, usage_body
+from deployments.routers.values import finite, prompt_row, usage_body
 from deployments.tasks import all_or_none, merged
 from engine.outputs import StreamUpdate, TokenLogprob, Usage
 from engine.prompt import EngineInput, MediaItem, PagesItem
@@ -138,7 +138,7 @@ async def _whole(answer: _Answer, running: list[_Running]) -> dict:
     usage_sent = usage_body(total, extras=answer.usage_extras())
     body = answer.completion(choices, usage=usage_sent).model_dump(exclude={"system_fingerprint"})
     for choice in body["choices"]:
-        for name in ("token_ids", "prompt_token_ids"):
+        for name in ("token_ids", "prompt_token_ids", "prompt_logprobs"):
             if choice[name] is None:
                 del choice[name]
     return body
@@ -160,6 +160,8 @@ def _choice(
         )
         before = list(zip(each.token_ids, prompt_logprobs, strict=False)) if body.echo else []
         made.logprobs = _logprobs([*before, *rows], answer.params.logprobs or 0, 0, answer.decode)
+    if body.prompt_logprobs is not None:
+        made.prompt_logprobs = [prompt_row(row) for row in prompt_logprobs]
     if body.return_token_ids:
         made.token_ids, made.prompt_token_ids = choice.token_ids, each.token_ids
     return made

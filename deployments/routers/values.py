@@ -42,6 +42,16 @@ def content_logprobs(
     return found
 
 
+def prompt_row(row: Mapping[int, TokenLogprob] | None) -> dict[int, dict[str, Any]] | None:
+    """One position of a prompt with its likeliest tokens; None for the first, which nothing precedes."""
+    if row is None:
+        return None
+    return {
+        token: {"logprob": finite(value.logprob), "rank": value.rank, "decoded_token": value.decoded_token}
+        for token, value in row.items()
+    }
+
+
 def finite(logprob: float) -> float:
     """JSON has no infinity: an impossible token counts as a very unlikely one."""
     return max(logprob, -9999.0)

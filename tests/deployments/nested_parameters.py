@@ -28,12 +28,21 @@ SAMPLES: dict[str, Any] = {
 
 #: A value that no field takes.
 WRONG = [{"wrong": []}]
-_PDF = f"data:application/pdf;base64,{base64.b64encode(pdf([page('x')])).decode()}"
+_PDF_DATA = base64.b64encode(pdf([page("x")])).decode()
+_PDF = f"data:application/pdf;base64,{_PDF_DATA}"
 #: Fields of objects by their ``type``, which the types don't call required.
 _FILLED: dict[str, dict[str, Any]] = {
     "file": {"file": {"file_data": _PDF}},
     "input_file": {"file_data": _PDF},
     "input_image": {"image_url": SAMPLES["image_url"]},
+    "image": {
+        "source": {
+            "type": "base64",
+            "media_type": "image/png",
+            "data": SAMPLES["image_url"].partition(",")[2],
+        }
+    },
+    "document": {"source": {"type": "base64", "media_type": "application/pdf", "data": _PDF_DATA}},
 }
 
 

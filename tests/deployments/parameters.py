@@ -35,13 +35,31 @@ What becomes of every parameter that the types of OpenAI's and Anthropic's Pytho
   values are taken, since they ask for nothing.
 - **no effect**: it is taken and no answer depends on it, for the reason given.
 
-Fields within OpenAI's parameters have tables of their own: `[]` stands for an entry of a list, `<...>` for
-the `type` or the `role` of an object.
+Fields within parameters have tables of their own: `[]` stands for an entry of a list, `<...>` for the `type`
+or the `role` of an object. Anthropic's blocks within blocks take what blocks take.
 """
 
-#: What becomes of fields within parameters of OpenAI's types, by a part of their paths and all below it: the
-#: first part that is found counts. All others work.
+#: What becomes of fields within parameters, by a part of their paths and all below it: the first part that is
+#: found counts. All others work.
 NESTED: Mapping[str, tuple[str, str]] = {
+    "<user>.content[]<thinking>": ("refused", "only assistants think"),
+    "<user>.content[]<redacted_thinking>": ("refused", "only assistants think"),
+    "<user>.content[]<tool_use>": ("refused", "only assistants call functions"),
+    "<assistant>.content[]<tool_result>": ("refused", "only users bring results"),
+    "<assistant>.content[]<image>": ("refused", "only users show images"),
+    "<assistant>.content[]<document>": ("refused", "only users show documents"),
+    ".cache_control": ("no effect", "every prompt is cached"),
+    "<text>.citations": ("no effect", "models are not shown citations"),
+    ".citations.enabled": ("refused", "answers cite no sources"),
+    ".transformations": ("no effect", "images are resized as the model wants them"),
+    "<text>.media_type": ("no effect", "it is plain text"),
+    ".toolset_name": ("no effect", "functions have no toolsets"),
+    "<tool_use>.caller": ("no effect", "only clients call functions"),
+    "<thinking>.signature": ("no effect", "nothing checks it"),
+    "<redacted_thinking>.data": ("no effect", "nobody here can read it"),
+    "tools[].defer_loading": ("no effect", "tools are always shown"),
+    "tools[].eager_input_streaming": ("no effect", "arguments are always streamed"),
+    "tools[].allowed_callers": ("no effect", "only clients call functions"),
     "<input_audio>": ("refused", "there is no audio"),
     "<assistant>.audio": ("refused", "there is no audio"),
     "<custom>": ("refused", "functions only"),
@@ -98,7 +116,33 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         "url_citation",
         "container_file_citation",
         "file_path",
-    )
+    ),
+    "/v1/messages": (
+        "user",
+        "assistant",
+        "system",
+        "text",
+        "image",
+        "document",
+        "search_result",
+        "thinking",
+        "redacted_thinking",
+        "tool_use",
+        "tool_result",
+        "base64",
+        "url",
+        "content",
+        "enabled",
+        "disabled",
+        "adaptive",
+        "ephemeral",
+        "json_schema",
+        "object",
+        "auto",
+        "any",
+        "tool",
+        "none",
+    ),
 }
 
 #: What a parameter that works can't do.
@@ -128,6 +172,10 @@ LIMITS: Mapping[str, Mapping[str, str]] = {
 }
 
 
+#: Path of a field of a block within another block.
+_BLOCK_IN_BLOCK = re.compile(r"content\[\]<.*\.content\b.*[.<]")
+
+
 @dataclass(frozen=True)
 class Parameters:
     """The parameters of one endpoint, as a client's types know them."""
@@ -142,19 +190,23 @@ class Parameters:
         return sorted({name for each in self.types for name in each.__annotations__})
 
     def nested(self) -> dict[str, Field]:
-        """The fields within the parameters that work, by their paths; of OpenAI's types only."""
+        """The fields within the parameters that work, by their paths."""
         found: dict[str, Field] = {}
-        for each in self.types if self.client == "openai" else ():
+        for each in self.types:
             for name, hint in get_type_hints(each, include_extras=True).items():
                 if self.state(name) == "works":
                     found |= {field.path: field for field in fields_of(hint, name) if field.path not in found}
+        if self.client == "anthropic":
+            return {path: field for path, field in found.items() if not _BLOCK_IN_BLOCK.search(path)}
         return found
 
     def treatment(self, path: str) -> tuple[str, str, str]:
         """Treatment of a field within a parameter: the part of its path that decides, state and reason."""
         kinds = KINDS.get(self.path)
-        # The callers of calls are not looked at, of whatever kind.
-        for found in re.finditer("(?<!caller)<([^>]*)>", path) if kinds is not None else ():
+        # Neither callers of calls nor citations are looked at, of whatever kind.
+        for found in (
+            re.finditer(r"(?<!caller)(?<!citations\[\])<([^>]*)>", path) if kinds is not None else ()
+        ):
             if found[1] not in kinds:
                 return path[: found.end()], "refused", "this kind is not offered"
         for part, (state, note) in NESTED.items():

@@ -4,6 +4,10 @@ import re
 
 import pytest
 
+from deployments.protocol.base import RequestBody
+from deployments.protocol.embeddings import PoolingRequest
+from deployments.protocol.scoring import RerankRequest, ScoreRequest
+from deployments.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from tests.deployments.nested_parameters import WRONG, Field, left_out, put, sample
 from tests.deployments.parameters import ENDPOINTS, LIMITS, PAGE, page, undecided
 
@@ -26,8 +30,12 @@ def cases(state: str) -> list[tuple[str, str]]:
     return [(each.path, name) for each in ENDPOINTS for name in each.names if each.state(name) == state]
 
 
+def body_type(path: str) -> type[RequestBody]:
+    return BY_PATH[path].body if path in BY_PATH else OTHERS[path]
+
+
 def body(path: str) -> dict:
-    given = BY_PATH[path].body
+    given = body_type(path)
     model = "tests/vectors" if given.TASK == "embed" else "pocket"
     return {**given.EXAMPLE, "model": model} | ({} if given.TASK == "embed" else {"temperature": 0})
 
@@ -95,14 +103,27 @@ def around(path: str, field: Field) -> dict:
     """A body that may hold the field."""
     named = {"type": "function", "function": {"name": "report"}}
     flat = {"type": "function", "name": "report", "parameters": {"type": "object"}}
-    tools = {"tools": [flat if path == "/v1/responses" else named]}
+    tools: dict = {"tools": [flat if path == "/v1/responses" else named]}
+    if path == "/v1/messages":
+        tools = {"tools": [{"name": "report", "input_schema": {"type": "object"}}]}
     beside = {
         "stream_options": {"stream": True},
         "tool_choice": tools,
+        # Only a call that is required can be had of this model.
+        "tools": {"tool_choice": {"type": "any"}} if path == "/v1/messages" else {},
         "function_call": {"functions": [{"name": "report"}]},
     }
     tokens = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
     return {**body(path), tokens: 16, **beside.get(str(field.steps[0]), {})}
+
+
+def named_field(path: str, error: dict, field: Field) -> str | None:
+    """The field that an error names."""
+    if path != "/v1/messages":
+        return error["param"]
+    # Anthropic's errors have no place for it but their message.
+    found = re.search(rf"\b{field.steps[0]}\b([\w.\[\]]*[\w\]])?", error["message"])
+    return found and found[0]
 
 
 async def test_a_wrong_value_within_a_parameter_is_refused_by_its_own_name(http):
@@ -110,22 +131,54 @@ async def test_a_wrong_value_within_a_parameter_is_refused_by_its_own_name(http)
     fields = nested("works")
     assert len(fields) > 80
     for path, field in fields:
-        response = await http.post(path, json=put(around(path, field), field, WRONG))
+        # A list of objects is right for examples.
+        wrong = "wrong" if field.name == "input_examples" else WRONG
+        response = await http.post(path, json=put(around(path, field), field, wrong))
         assert response.status_code == 400, (path, field.path, response.text)
         error = response.json()["error"]
-        named, wanted = error["param"], field.param
+        named, wanted = named_field(path, error, field), field.param
         # The object may be named that holds the field, or the entry of it.
         assert named and (wanted.startswith(named) or named.startswith(wanted)), (wanted, error)
 
 
-@pytest.mark.parametrize("path", BY_PATH)
+#: Bodies of the endpoints that neither OpenAI's nor Anthropic's client knows.
+OTHERS: dict[str, type[RequestBody]] = {
+    "/v1/score": ScoreRequest,
+    "/v1/rerank": RerankRequest,
+    "/pooling": PoolingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+
+@pytest.mark.parametrize("path", OTHERS)
+async def test_other_endpoints_refuse_by_name_and_log_what_they_do_not_know(http, path, caplog):
+    given = body(path)
+    assert (await http.post(path, json=given)).status_code == 200
+    for name in OTHERS[path].REFUSED:
+        response = await http.post(path, json={**given, name: {"a": 1}})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (400, name, "unsupported_parameter")
+    for name in OTHERS[path].model_fields:
+        # Null is absence: of a field that must be given, it is the field that is missing.
+        response = await http.post(path, json={**given, name: None})
+        assert response.status_code == 200 or response.json()["error"]["param"], (name, response.text)
+    caplog.clear()
+    for _ in range(2):
+        assert (await http.post(path, json={**given, "never_heard_of_here": 1})).status_code == 200
+    logged = [record.getMessage() for record in caplog.records if "unknown" in record.getMessage()]
+    assert logged == ["the unknown field 'never_heard_of_here' is ignored"]
+
+
+@pytest.mark.parametrize("path", [*BY_PATH, *OTHERS])
 async def test_a_wrong_value_of_any_field_is_refused_by_its_own_name(http, path):
     """Also of fields that only other servers' clients know."""
-    for name, known in BY_PATH[path].body.model_fields.items():
+    for name, known in body_type(path).model_fields.items():
         field = known.alias or name
         given = {**body(path), field: WRONG}
         if name == "messages":
-            given.pop("input", None)
+            for other in ("input", "prompt"):
+                given.pop(other, None)
         response = await http.post(path, json=given)
         assert response.status_code in (400, 404), (field, response.text)
         error = response.json()["error"]
@@ -142,7 +195,8 @@ async def test_what_is_not_offered_within_a_parameter_is_refused_by_name(http):
     for path, field in fields:
         response = await http.post(path, json=put(around(path, field), field, sample(field.hint, field.name)))
         assert response.status_code == 400, (path, field.path, response.text)
-        named = response.json()["error"]["param"]
+        named = named_field(path, response.json()["error"], field)
+        assert named, (field.param, response.text)
         # Objects of kinds that are not offered are named by their type, or by what they lack.
         holder = named.removesuffix(".type").removesuffix(".function").removesuffix(".role")
         assert field.param.startswith(holder), (field.param, named)
@@ -165,4 +219,8 @@ async def answers(http, path: str, given: dict) -> list:
     if given.get("stream"):
         return ["".join(re.findall(r'"content":"([^"]*)"', response.text))]
     made = response.json()
-    return made["choices"] if "choices" in made else [item["content"] for item in made["output"]]
+    if "choices" in made:
+        return made["choices"]
+    if "content" in made:
+        return [{**block, "id": None} for block in made["content"]]
+    return [item["content"] for item in made["output"]]

@@ -208,6 +208,52 @@ async def test_fields_that_ask_for_nothing_are_taken(http, change):
     assert status == 200, body
 
 
+NESTED = {
+    "/v1/chat/completions": (
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": True, "new_1": 1}},
+        ["stream_options.new_1"],
+    ),
+    "/v1/responses": (
+        {
+            "input": "Hello!",
+            "text": {"format": {"type": "text", "new_2": 1}},
+            "reasoning": {"summary": "auto", "new_3": 1},
+        },
+        ["reasoning.new_3", "text.format.new_2"],
+    ),
+    "/v1/messages": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}, "new_4": 1}
+                    ],
+                    "new_5": 1,
+                }
+            ],
+            "tools": [
+                {"name": "one", "input_schema": {}, "cache_control": {"type": "ephemeral"}, "new_6": 1}
+            ],
+            "tool_choice": {"type": "none", "new_7": 1},
+        },
+        ["content[].new_4", "messages[].new_5", "tool_choice.new_7", "tools[].new_6"],
+    ),
+}
+
+
+@pytest.mark.parametrize("path", NESTED)
+async def test_an_unknown_field_within_a_parameter_is_logged_once(http, caplog, path):
+    given, names = NESTED[path]
+    body = {"model": "pocket", "messages": HELLO, "max_tokens": 2} | given
+    if path == "/v1/responses":
+        del body["messages"]
+    for _ in range(2):
+        assert (await http.post(path, json=body)).status_code == 200
+    logged = [record.getMessage() for record in caplog.records if "unknown field" in record.getMessage()]
+    assert sorted(logged) == [f"the unknown field {name!r} is ignored" for name in names]
+
+
 async def test_an_unknown_field_is_logged_once(http, caplog):
     for _ in range(2):
         await post(http, {"model": "pocket", "messages": HELLO, "max_tokens": 2, "never_heard_of": 1})

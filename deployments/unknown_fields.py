@@ -1,0 +1,27 @@
+"""Logs fields of requests that nothing reads, each name once."""
+
+import logging
+from collections.abc import Collection, Iterable
+
+logger = logging.getLogger("ray.serve")
+
+#: Names that were logged; bounded, since clients choose them.
+_logged: set[tuple[str, str]] = set()
+_MAX_LOGGED = 256
+_MAX_NAME = 100
+
+
+def log_unknown(body: str, given: Iterable[object], known: Collection[str], where: str = "") -> None:
+    """Log those of the ``given`` names that are not among the ``known``.
+
+    Args:
+        body: the kind of request.
+        where: the object that holds them, such as ``messages[].content[].``; empty for the body itself.
+    """
+    for each in given:
+        if each in known:
+            continue
+        name = f"{where}{str(each)[:_MAX_NAME]}"
+        if (body, name) not in _logged and len(_logged) < _MAX_LOGGED:
+            _logged.add((body, name))
+            logger.warning("the unknown field %r is ignored", name)
