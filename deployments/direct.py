@@ -31,7 +31,7 @@ class Direct:
             (method, route.path): route.endpoint
             for route in routes
             if isinstance(route, APIRoute) and _is_direct(route)
-            for method in route.methods
+            for method in route.methods or ()
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -191,7 +191,7 @@ def _parts(block: Any, where: str) -> list[tuple[Json, str]]:
 
 
 def _document(block: Mapping[str, Any], where: str) -> list[tuple[Json, str]]:
-    source = block.get("source")
+    source: Any = block.get("source")
     form = source.get("type") if isinstance(source, Mapping) else None
     if form == "text":
         return [({"type": "text", "text": _string(source, "data", f"{where}.source")}, where)]
