@@ -37,7 +37,7 @@ FLOORS = [
 
 #: Floors of the deployments from the ground up.
 SERVER_FLOORS = [
-    ["report", "logs"],
+    ["report", "logs", "unknown_fields"],
     ["errors"],
     ["autoscaling", "in_place", "tracing"],
     [
@@ -52,7 +52,7 @@ SERVER_FLOORS = [
         "threads",
         "tools",
     ],
-    ["resumption", "routing", "stages"],
+    ["direct", "resumption", "routing", "stages"],
     ["config", "request_log"],
     ["protocol"],
     ["charges"],
