@@ -18,7 +18,7 @@ from engine.kernels.activation import activate
 from engine.kernels.device import shared_memory
 from engine.kernels.expert_groups import group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices
-from engine.kernels.launch import launch
+from engine.kernels.launch import is_compiling, launch
 from engine.kernels.paged import find_tile, query_tiles
 from engine.kernels.scales import scale_arguments
 
@@ -34,15 +34,23 @@ class GroupedTile:
     stages: int
 
 
-def choose_tile(pairs: int, experts: int, inputs: int, *, gated: bool, itemsize: int, memory: int):
-    """Choose the tile by the mean number of rows of an expert. It was not measured on a GPU.
+#: Rows of a tile.
+HEIGHTS = (16, 64, 128)
+
+
+def choose_height(pairs: int, experts: int) -> int:
+    """Choose the rows of a tile by the mean number of rows of an expert. It was not measured on a GPU."""
+    mean = pairs / experts
+    return next((rows for rows in HEIGHTS if mean <= rows), HEIGHTS[-1])
+
+
+def choose_tile(rows: int, inputs: int, *, gated: bool, itemsize: int, memory: int) -> GroupedTile:
+    """Choose the tile of ``rows`` rows. It was not measured on a GPU.
 
     Args:
         itemsize: bytes of an element.
         memory: bytes of shared memory that a program may use.
     """
-    mean = pairs / experts
-    rows = 16 if mean <= 16 else 64 if mean <= 64 else 128
     outputs = 64 if gated or rows < 128 else 128
     width = max(16, min(64, triton.next_power_of_2(inputs)))
     stage_bytes = ((2 if gated else 1) * outputs + rows) * width * itemsize
@@ -52,21 +60,30 @@ def choose_tile(pairs: int, experts: int, inputs: int, *, gated: bool, itemsize:
 
 def grouped_experts_triton(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMatrices, activation):
     """See :func:`engine.kernels.dispatch.experts`."""
+    height = choose_height(ids.numel(), len(gate_up.weight))
+    # When compiling ahead of time, compile the kernels for other numbers of tokens too.
+    for rows in HEIGHTS if is_compiling() else (height,):
+        out = _run(x, ids, weights, gate_up, down, activation, rows)
+    return out
+
+
+def _run(x, ids, weights, gate_up, down, activation, rows):
     tokens, top_k = ids.shape
     assert x.stride(1) == 1 and weights.is_contiguous()
     order, starts = group_by_expert_triton(ids, len(gate_up.weight))
     inner = torch.empty((tokens * top_k, down.weight.shape[2]), dtype=x.dtype, device=x.device)
-    _grouped_gemm(x, gate_up, inner, order, starts, activation=activation, top_k=top_k)
+    _grouped_gemm(x, gate_up, inner, order, starts, rows, activation=activation, top_k=top_k)
     out = torch.empty((tokens * top_k, x.shape[1]), dtype=x.dtype, device=x.device)
-    _grouped_gemm(inner, down, out, order, starts, factors=weights)
+    _grouped_gemm(inner, down, out, order, starts, rows, factors=weights)
     return out.unflatten(0, (tokens, top_k)).sum(1)
 
 
-def _grouped_gemm(x, matrices, out, order, starts, *, activation=None, factors=None, top_k=1):
+def _grouped_gemm(x, matrices, out, order, starts, rows, *, activation=None, factors=None, top_k=1):
     """Multiply the sorted rows of each expert by its matrix.
 
     Args:
         x: rows of tokens with an activation; rows in sorted order without.
+        rows: of a tile.
         out: rows in sorted order with an activation; rows of pairs, multiplied by ``factors``, without.
     """
     experts, outputs, inputs = matrices.weight.shape
@@ -74,9 +91,8 @@ def _grouped_gemm(x, matrices, out, order, starts, *, activation=None, factors=N
     outputs = outputs // 2 if gated else outputs
     assert matrices.weight.is_contiguous() and out.shape == (len(order), outputs)
     scales = scale_arguments(x, matrices.scale)
-    tile = choose_tile(
-        len(order), experts, inputs, gated=gated, itemsize=x.element_size(), memory=shared_memory(x.device)
-    )
+    memory = shared_memory(x.device)
+    tile = choose_tile(rows, inputs, gated=gated, itemsize=x.element_size(), memory=memory)
     # All inputs of a step have one scale.
     width = min(tile.inputs, scales["GROUP"]) if scales["GROUP"] > 0 else tile.inputs
     launch(

@@ -239,7 +239,7 @@ def mixture_of_experts() -> None:
             return ExpertMatrices(weight)
         return ExpertMatrices(weight.to(FP8), Scale(torch.ones(8 * outputs, -(-inputs // group)), group))
 
-    for group, sizes in ((None, (1, 16, 128, 4096)), (128, (1, 4096))):
+    for group, sizes in ((None, (1, 64, 256, 4096)), (128, (1, 4096))):
         gate_up, down = matrices(1536, 2048, group), matrices(2048, 768, group)
         for tokens in sizes:
             ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)

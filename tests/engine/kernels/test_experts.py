@@ -11,7 +11,7 @@ from engine.kernels.expert_gemv import expert_gemv_triton
 from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.fp8 import FP8, Scale
-from engine.kernels.grouped_gemm import choose_tile, grouped_experts_triton
+from engine.kernels.grouped_gemm import choose_height, grouped_experts_triton
 from engine.kernels.route import route_reference, route_triton
 from engine.kernels.router_config import RouterConfig
 
@@ -37,7 +37,7 @@ def by_id(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch
 
 @pytest.mark.parametrize("config", ROUTERS.values(), ids=ROUTERS)
 def test_a_router(device, config):
-    logits = (torch.randn(37, config.num_experts) * 3).to(device)
+    logits = (torch.randn(7, config.num_experts) * 3).to(device)
     bias = torch.randn(config.num_experts).to(device) if config.correction_bias else None
     ids, weights = by_id(*route_triton(logits, config, bias))
     expected_ids, expected = by_id(*route_reference(logits, config, bias))
@@ -55,7 +55,7 @@ def test_equal_logits_and_nan_give_experts_that_exist(device):
     assert ((ids >= 0) & (ids < 6)).all()
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (700, 2, 9), (9, 8, 20)])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (700, 2, 6)])
 def test_pairs_are_sorted_by_expert(device, tokens, top_k, experts):
     # Some experts have no pair: the first, the last and one between.
     ids = torch.randint(experts, (tokens, top_k), dtype=torch.int32).to(device)
@@ -95,7 +95,7 @@ def matrices(device, dtype, shape, group) -> ExpertMatrices:
 
 @pytest.mark.parametrize("group", [None, 1 << 15, 16])
 # Tokens, experts of a token, experts, width, inner width.
-@pytest.mark.parametrize("size", [(1, 2, 5, 40, 24), (3, 1, 1, 24, 16), (2, 3, 4, 19, 21)], ids=str)
+@pytest.mark.parametrize("size", [(1, 2, 5, 20, 12), (2, 1, 1, 24, 8), (2, 3, 4, 9, 11)], ids=str)
 def test_few_tokens(device, dtype, size, group):
     arguments, exact = problem(device, dtype, *size, group)
     assert_close(expert_gemv_triton(*arguments), exact)
@@ -103,9 +103,7 @@ def test_few_tokens(device, dtype, size, group):
 
 @pytest.mark.parametrize("run", [grouped_experts_triton, experts_reference])
 @pytest.mark.parametrize("group", [None, 1 << 15, 32])
-@pytest.mark.parametrize(
-    "size", [(3, 1, 1, 64, 48), (9, 3, 7, 70, 33), (40, 2, 3, 64, 64), (4, 4, 16, 32, 16)], ids=str
-)
+@pytest.mark.parametrize("size", [(9, 3, 7, 70, 33), (20, 2, 3, 64, 64), (2, 4, 9, 32, 16)], ids=str)
 def test_many_tokens(device, dtype, size, group, run):
     arguments, exact = problem(device, dtype, *size, group)
     assert_close(run(*arguments), exact)
@@ -113,21 +111,20 @@ def test_many_tokens(device, dtype, size, group, run):
 
 def test_one_row_of_several_steps(device, dtype, monkeypatch):
     monkeypatch.setattr(expert_gemv, "_INPUTS", 16)
-    arguments, exact = problem(device, dtype, 1, 2, 3, 40, 24)
+    arguments, exact = problem(device, dtype, 1, 2, 3, 40, 20)
     assert_close(expert_gemv_triton(*arguments), exact)
 
 
-@pytest.mark.parametrize("pairs", [16, 100, 400])
-def test_every_height_of_tiles(device, dtype, pairs):
-    tile = choose_tile(pairs, 2, 64, gated=True, itemsize=2, memory=227 << 10)
-    assert tile.rows == {16: 16, 100: 64, 400: 128}[pairs]
+@pytest.mark.parametrize(("pairs", "rows"), [(32, 16), (34, 64), (260, 128)])
+def test_every_height_of_tiles(device, dtype, pairs, rows):
+    assert choose_height(pairs, 2) == rows
     arguments, exact = problem(device, dtype, pairs // 2, 2, 2, 32, 40)
     assert_close(grouped_experts_triton(*arguments), exact)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu", "quick_gelu"])
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "relu"])
 def test_other_activations(device, dtype, activation):
-    (*arguments, _), _ = problem(device, dtype, 2, 2, 5, 24, 12)
+    (*arguments, _), _ = problem(device, dtype, 1, 2, 3, 24, 8)
     expected = experts_reference(*arguments, activation)
     for run in (expert_gemv_triton, grouped_experts_triton):
         assert_close(run(*arguments, activation), expected, tolerance=1e-5)
