@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("SIGHTLINE_PODS") != "1":
         for item in items:
             if item.get_closest_marker("pods"):
-                item.add_marker(pytest.mark.skip(reason="starts pods for a minute: make test-k8s"))
+                item.add_marker(pytest.mark.skip(reason="starts pods for minutes: make test-k8s"))
 
 
 @pytest.fixture(scope="session")

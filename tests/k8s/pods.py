@@ -103,10 +103,17 @@ class Pod:
         values: its environment.
         hosts: the file that gives addresses to the names of services; it may change later.
         log: for its output.
+        niceness: lets other pods go first, which have CPUs of their own in a cluster.
     """
 
     def __init__(
-        self, network: Network, command: str, values: dict[str, str], hosts: Path, log: Path
+        self,
+        network: Network,
+        command: str,
+        values: dict[str, str],
+        hosts: Path,
+        log: Path,
+        niceness: int = 0,
     ) -> None:
         self._namespace, self.address = network.join()
         self.log = log
@@ -121,7 +128,7 @@ class Pod:
         resolver.write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
         for file in (hosts, resolver):
             mounts += f"mount --bind {shlex.quote(str(file))} /etc/{file.name} && "
-        setup = f"{mounts}exec /bin/bash -c -- {shlex.quote(command)}"
+        setup = f"{mounts}exec nice -n {niceness} /bin/bash -c -- {shlex.quote(command)}"
         # The first process of a namespace is `setup`, which becomes the entry command.
         namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--ipc"]
         kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
@@ -143,6 +150,11 @@ class Pod:
         # `ip` has become `unshare`, whose one child is the entry command.
         (entry,) = psutil.Process(self._process.pid).children()
         entry.send_signal(signal.SIGTERM)
+
+    def succeeds(self, command: list[str], values: dict[str, str]) -> bool:
+        """Return whether a command succeeds in the pod's network, as a probe of kind ``exec``."""
+        probe = ["ip", "netns", "exec", self._namespace, *command]
+        return subprocess.run(probe, env=os.environ | values, capture_output=True, timeout=60).returncode == 0
 
     def answers(self, port: int) -> bool:
         """Return whether a server listens on a port of the pod."""

@@ -12,7 +12,7 @@ from tests.k8s.demo import LONG, Deployed, Traffic, keep_asking, put, streamed, 
 from tests.k8s.pods import Pod
 from tests.serving import ROOT
 
-pytestmark = [pytest.mark.pods, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.pods, pytest.mark.timeout(1200)]
 
 
 async def during(

@@ -11,13 +11,14 @@ from tests.k8s.demo import (
     Traffic,
     answered,
     keep_asking,
+    more_answers,
     ready,
     streamed,
     wait_for,
 )
 from tests.k8s.tools import documents, rayservice
 
-pytestmark = [pytest.mark.pods, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.pods, pytest.mark.timeout(1200)]
 
 
 def test_only_a_holder_of_the_clusters_token_gives_it_work(deployed):
@@ -37,15 +38,6 @@ async def test_every_worker_answers(deployed):
         for body in (SHORT, IMAGE):
             texts = {await answered(client, pod, body) for pod in deployed.workers}
             assert len(texts) == 1 and texts.pop()
-
-
-async def more_answers(count: int, traffic: Traffic, asking: asyncio.Task[None]) -> None:
-    """Wait until ``count`` more requests are answered; none may fail."""
-    wanted = traffic.answered + count
-    async with asyncio.timeout(240):
-        while traffic.answered < wanted:
-            assert not asking.done() and not traffic.faults, traffic
-            await asyncio.sleep(0.1)
 
 
 async def test_a_pod_that_is_deleted_cuts_no_stream_and_loses_no_request(deployed, group):
