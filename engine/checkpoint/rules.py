@@ -42,6 +42,13 @@ EXPERT_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder with experts, by the names of Mixtral, Granite and Qwen."""
 
+GLM_RULES: tuple[tuple[str, str], ...] = (
+    (r"(?:.*\.)?(layers\.\d+\.)post_self_attn_layernorm\.(.*)", r"\1attention_out_norm.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.)post_mlp_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
+    *DECODER_RULES,
+)
+"""Rules of a decoder with norms after attention and MLP as well, by GLM's names."""
+
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"
 

@@ -12,6 +12,11 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "colpali": ("ColPaliForRetrieval",),
     "colqwen2": ("ColQwen2ForRetrieval",),
     "gemma3": ("Gemma3ForConditionalGeneration",),
+    "glm4v": (
+        "Glm46VForConditionalGeneration",
+        "Glm4vForConditionalGeneration",
+        "GlmOcrForConditionalGeneration",
+    ),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
     "internvl": ("InternVLForConditionalGeneration",),
     "internvl_chat": ("InternVLChatModel",),

@@ -136,7 +136,7 @@ def _decode_kernel(
     seq_lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, splits, scale, window,
     q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
     PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -161,12 +161,15 @@ def _decode_kernel(
     rotated = column < 2 * HALF
     cos, sin = load_angles(
         positions_ptr, cos_ptr, sin_ptr, sequence, axis_stride, position_stride, angle_stride,
-        column % HALF, rotated, SECTION, INTERLEAVED,
+        column // 2 if ADJACENT else column % HALF, rotated, SECTION, INTERLEAVED,
     )  # fmt: skip
     cos = tl.where(rotated, cos.to(dtype).to(tl.float32), 1.0)
     sin = sin.to(dtype).to(tl.float32)
-    sin = tl.where(column < HALF, -sin, sin)
-    partner = tl.where(rotated, tl.where(column < HALF, column + HALF, column - HALF), column)
+    # The first of a pair, and its distance from the other one.
+    OTHER: tl.constexpr = 1 if ADJACENT else HALF
+    first = column % 2 == 0 if ADJACENT else column < HALF
+    sin = tl.where(first, -sin, sin)
+    partner = tl.where(rotated, tl.where(first, column + OTHER, column - OTHER), column)
     slot = tl.load(slot_ptr + sequence)
     # This program's share of the visible keys in the cache; the first ``used`` splits have one.
     start = 0

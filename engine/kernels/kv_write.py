@@ -65,7 +65,8 @@ def _rotary_kv_write_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token."""
     wait_for_previous(PDL)
@@ -76,13 +77,13 @@ def _rotary_kv_write_kernel(
         angle, angle < HALF, SECTION, INTERLEAVED,
     )  # fmt: skip
     q_row = q_ptr + token * q_token
-    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF)
+    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
     slot = tl.load(slot_ptr + token)
     if slot >= 0:
         offset = (slot // BLOCK_SIZE * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE) * DIM
         k_row, k_target = k_ptr + token * k_token, k_cache_ptr + offset
         head_stride = BLOCK_SIZE * DIM
-        rotate_heads(k_row, k_head, k_target, head_stride, cos, sin, KV_HEADS, HALF)
+        rotate_heads(k_row, k_head, k_target, head_stride, cos, sin, KV_HEADS, HALF, ADJACENT)
         head = tl.arange(0, triton.next_power_of_2(KV_HEADS))[:, None]
         # Dimensions of a head that are not rotated.
         REST: tl.constexpr = DIM - 2 * HALF

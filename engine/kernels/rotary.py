@@ -25,12 +25,15 @@ class RotaryTable:
             None: positions have one axis.
         interleaved: angle ``i`` takes axis ``i % 3`` up to the sections' lengths and axis t beyond
             (Qwen3-VL), instead of consecutive pieces (Qwen2-VL).
+        adjacent: neighbouring dimensions of a head rotate against each other (GPT-J convention, GLM), instead
+            of its two halves (NeoX convention).
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     section: tuple[int, ...] | None = None
     interleaved: bool = False
+    adjacent: bool = False
 
     def __post_init__(self) -> None:
         assert self.cos.stride(-1) == self.sin.stride(-1) == 1 and self.cos.stride(0) == self.sin.stride(0)
@@ -50,12 +53,12 @@ class RotaryTable:
             "axis_stride": 0 if section is None else positions.stride(0),
             "position_stride": positions.stride(-1), "angle_stride": self.cos.stride(0),
             "HALF": self.cos.shape[1], "SECTION": section, "INTERLEAVED": self.interleaved,
+            "ADJACENT": self.adjacent,
         }  # fmt: skip
 
 
 def rotary(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> None:
-    """Rotate ``q`` and ``k`` in place by their tokens' positions, halves against each other (NeoX
-    convention).
+    """Rotate ``q`` and ``k`` in place by their tokens' positions.
 
     As in Transformers, cos and sin are rounded to the dtype of ``q`` before the multiplication.
 
@@ -81,9 +84,11 @@ def rotary_reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, 
     half = cos.shape[-1]
     for x in (q, k):
         c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-        first, second = x[..., :half].clone(), x[..., half : 2 * half].clone()
-        x[..., :half] = first * c + -second * s
-        x[..., half : 2 * half] = second * c + first * s
+        step, end = (2, 2 * half) if table.adjacent else (1, half)
+        low, high = x[..., :end:step], x[..., (1 if table.adjacent else half) : 2 * half : step]
+        first, second = low.clone(), high.clone()
+        low.copy_(first * c + -second * s)
+        high.copy_(second * c + first * s)
 
 
 def angle_axes(section: tuple[int, ...], interleaved: bool) -> torch.Tensor:
@@ -136,7 +141,7 @@ def _rotary_kernel(
     q_ptr, k_ptr, positions_ptr, cos_ptr, sin_ptr, q_token, q_head, k_token, k_head,
     axis_stride, position_stride, angle_stride,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
-    SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token."""
     wait_for_previous(PDL)
@@ -147,13 +152,14 @@ def _rotary_kernel(
         angle, angle < HALF, SECTION, INTERLEAVED,
     )  # fmt: skip
     q_row, k_row = q_ptr + token * q_token, k_ptr + token * k_token
-    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF)
-    rotate_heads(k_row, k_head, k_row, k_head, cos, sin, K_HEADS, HALF)
+    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
+    rotate_heads(k_row, k_head, k_row, k_head, cos, sin, K_HEADS, HALF, ADJACENT)
 
 
 @triton.jit
 def rotate_heads(
-    in_ptr, in_head, out_ptr, out_head, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr
+    in_ptr, in_head, out_ptr, out_head, cos, sin,
+    HEADS: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
     """Rotate all heads of one token from ``in_ptr`` to ``out_ptr``, which may be the same.
 
@@ -165,11 +171,14 @@ def rotate_heads(
     head = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
     angle = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     mask = (head < HEADS) & (angle < HALF)
-    source = in_ptr + head * in_head + angle
+    # From one pair to the next, and within a pair.
+    STEP: tl.constexpr = 2 if ADJACENT else 1
+    OTHER: tl.constexpr = 1 if ADJACENT else HALF
+    source = in_ptr + head * in_head + angle * STEP
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + OTHER, mask=mask, other=0.0).to(tl.float32)
     low = (first * c).to(dtype).to(tl.float32) - (second * s).to(dtype).to(tl.float32)
     high = (second * c).to(dtype).to(tl.float32) + (first * s).to(dtype).to(tl.float32)
-    target = out_ptr + head * out_head + angle
+    target = out_ptr + head * out_head + angle * STEP
     tl.store(target, low.to(dtype), mask=mask)
-    tl.store(target + HALF, high.to(dtype), mask=mask)
+    tl.store(target + OTHER, high.to(dtype), mask=mask)

@@ -34,6 +34,7 @@ class RopeConfig:
         query_growth: ``(b, n)``: queries at position ``p`` are multiplied by ``1 + b log(1 + floor(p / n))``
             (Ministral-3); None leaves them as they are.
         mrope_interleaved: axes alternate (Qwen3-VL) instead of lying in three pieces (Qwen2-VL).
+        adjacent: neighbouring dimensions rotate against each other (GLM) instead of halves of a head.
     """
 
     theta: float = 10000.0
@@ -52,6 +53,7 @@ class RopeConfig:
     mrope_section: tuple[int, ...] | None = None
     query_growth: tuple[float, int] | None = None
     mrope_interleaved: bool = False
+    adjacent: bool = False
 
     @property
     def depends_on_length(self) -> bool:

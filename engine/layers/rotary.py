@@ -118,7 +118,11 @@ class Rotary(nn.Module):
             angles = self._angles(positions, positions[:, None] + 1)
         cos, sin = (x * rope.attention_factor for x in (angles.cos(), angles.sin()))
         self.table = RotaryTable(
-            cos.to(build.device), sin.to(build.device), rope.mrope_section, rope.mrope_interleaved
+            cos.to(build.device),
+            sin.to(build.device),
+            rope.mrope_section,
+            rope.mrope_interleaved,
+            rope.adjacent,
         )
 
         self.query_scale = None

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear
+from engine.layers.mlp import GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.vision.mlp_config import MLPConfig
-from engine.vision.native_config import SquaresConfig
+from engine.vision.native_config import GatedMergerConfig, SquaresConfig
+
+_MERGER_NORM_EPS = 1e-5
 
 
 class MLPConnector(nn.Module):
@@ -106,3 +110,26 @@ class PatchMerger(nn.Module):
         if self.norm_after:
             return self.mlp(self.norm(x.view(-1, self.group * x.shape[-1])))
         return self.mlp(self.norm(x).view(-1, self.group * x.shape[-1]))
+
+
+class GatedMerger(nn.Module):
+    """Projects each ``group`` consecutive features to one, and that by a matrix, a norm, GELU and a gated MLP
+    (GLM).
+
+    Input ``(N, width)``, output ``(N / group, out_features)``.
+    """
+
+    def __init__(
+        self, width: int, group: int, config: GatedMergerConfig, out_features: int, build: BuildContext
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.reduction = Linear(width * group, out_features, build)
+        self.proj = Linear(out_features, out_features, build, bias=False)
+        self.norm = LayerNorm(out_features, _MERGER_NORM_EPS, build)
+        self.mlp = GatedMLP(out_features, config.intermediate_size, config.activation, build, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The convolution's kernel lies behind its channels.
+        squares = x.view(-1, self.group, x.shape[-1]).transpose(1, 2).flatten(1)
+        return self.mlp(F.gelu(self.norm(self.proj(self.reduction(squares)))))

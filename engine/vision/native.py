@@ -15,7 +15,7 @@ from engine.graphs import Capture
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
-from engine.vision.connector import MLPConnector, PatchMerger, SquareMerger
+from engine.vision.connector import GatedMerger, MLPConnector, PatchMerger, SquareMerger
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.native_grid import FramePlan, plan_frame, segments_of
 from engine.vision.pixels import PixelInput, blank
@@ -46,6 +46,8 @@ class NativeVisionEncoder(nn.Module):
         if config.squares is not None:
             assert config.mlp is not None and config.merge_size == 1
             self.merger = SquareMerger(width, config.squares, config.mlp, config.out_features, build)
+        elif config.gated is not None:
+            self.merger = GatedMerger(width, group, config.gated, config.out_features, build)
         elif config.mlp is not None:
             self.merger = MLPConnector(config.tower.out_features, config.mlp, config.out_features, build)
         else:
@@ -149,9 +151,9 @@ class NativeVisionEncoder(nn.Module):
             return None
         taps = torch.cat([f.taps for f in frames if f.taps is not None])
         weights = torch.cat([f.weights for f in frames if f.weights is not None])
-        # Tap by tap: gathering all four rows of every patch at once would take four times the memory.
+        # Tap by tap: gathering all rows of every patch at once would take several times the memory.
         weighed = self.position_embedding[taps[:, 0]].float() * weights[:, :1]
-        for tap in range(1, 4):
+        for tap in range(1, taps.shape[1]):
             weighed += self.position_embedding[taps[:, tap]].float() * weights[:, tap, None]
         return weighed.to(self.position_embedding.dtype)
 

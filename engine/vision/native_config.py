@@ -23,6 +23,19 @@ class SquaresConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedMergerConfig:
+    """The merger in :class:`engine.vision.connector.GatedMerger`.
+
+    Attributes:
+        intermediate_size: of its gated MLP.
+        activation: of that, by its Hugging Face name.
+    """
+
+    intermediate_size: int
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
 class NativeVisionConfig:
     """A tower of native resolution, and the part that turns its features into rows.
 
@@ -39,11 +52,13 @@ class NativeVisionConfig:
             grid; None if there is none.
         position_corners: whether the table's corners lie on the corners of the grid, or its outer edges on
             the grid's edges (``align_corners`` of ``F.interpolate``).
+        position_cubic: whether the table is interpolated bicubically, by its edges; else bilinearly.
         merger_norm_eps: of the norm in the merger; the tower's if None.
         deepstack_layers: blocks whose merged output is appended to the rows, in order.
         mlp: the MLP that makes a row of each patch (``merge_size`` 1); None merges patches by a
             :class:`engine.vision.connector.PatchMerger`.
         squares: a reduction of squares of patches to one feature each, before ``mlp``; None if there is none.
+        gated: the merger of GLM, instead of the other ones.
     """
 
     tower: VisionConfig
@@ -55,10 +70,12 @@ class NativeVisionConfig:
     window: int | None = None
     position_side: int | None = None
     position_corners: bool = True
+    position_cubic: bool = False
     merger_norm_eps: float | None = None
     deepstack_layers: tuple[int, ...] = ()
     mlp: MLPConfig | None = None
     squares: SquaresConfig | None = None
+    gated: GatedMergerConfig | None = None
 
     def rows(self, grid: tuple[int, ...]) -> int:
         """Embedding rows of an item with ``grid`` ``(t, h, w)`` in patches."""

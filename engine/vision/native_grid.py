@@ -23,8 +23,9 @@ class FramePlan:
         windows: patches in each window.
         alone: segments, and windows or None, of a batch that is this frame alone. The same objects every
             time, so that captured graphs needn't copy them again.
-        taps: ``(h * w, 4)`` int64, rows of the position table to interpolate between; None without a table.
-        weights: ``(h * w, 4)`` float32, their weights.
+        taps: ``(h * w, 4 or 16)`` int64, rows of the position table to interpolate between; None without a
+            table.
+        weights: ``(h * w, 4 or 16)`` float32, their weights.
     """
 
     cos: torch.Tensor
@@ -55,7 +56,7 @@ def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device)
     angles = _angles(config, rows, columns)
     taps, weights = None, None
     if config.position_side is not None:
-        taps, weights = _taps(config.position_side, config.position_corners, (rows, h), (columns, w))
+        taps, weights = _taps(config, (rows, h), (columns, w))
         taps, weights = taps.to(device), weights.to(device)
     cos, sin = angles.cos().to(device), angles.sin().to(device)
     alone = segments_of([h * w], cos, sin), segments_of(windows, cos, sin) if windows else None
@@ -88,14 +89,16 @@ def _angles(config: NativeVisionConfig, rows: torch.Tensor, columns: torch.Tenso
     return torch.cat([rows.float()[:, None] * even, columns.float()[:, None] * of_columns], dim=1)
 
 
-def _taps(side: int, corners: bool, *axes: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Taps and weights for bilinear interpolation of a ``side * side`` table.
-
-    Args:
-        corners: see :attr:`NativeVisionConfig.position_corners`.
-    """
-    places = (_from_corners if corners else _from_edges)(side, axes)
-    (row_taps, row_shares), (column_taps, column_shares) = (_axis_taps(side, place) for place in places)
+def _taps(config: NativeVisionConfig, *axes: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Taps and weights for the interpolation of the table of positions."""
+    side = config.position_side
+    assert side is not None
+    if config.position_cubic:
+        found = [_cubic_taps(side, (index.float() + 0.5) * side / size - 0.5) for index, size in axes]
+    else:
+        places = (_from_corners if config.position_corners else _from_edges)(side, axes)
+        found = [_axis_taps(side, place) for place in places]
+    (row_taps, row_shares), (column_taps, column_shares) = found
     taps = row_taps[:, :, None] * side + column_taps[:, None]
     return taps.flatten(1), (row_shares[:, :, None] * column_shares[:, None]).flatten(1)
 
@@ -116,3 +119,18 @@ def _axis_taps(side: int, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     # The last position has no upper neighbour; its weight there is 0.
     taps = torch.stack([low.long(), (low.long() + 1).clamp(max=side - 1)], dim=1)
     return taps, torch.stack([1 - share, share], dim=1)
+
+
+def _cubic_taps(side: int, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four taps by cubic convolution (Keys, 1981, with a = -0.75); those outside are the table's border."""
+    low = place.floor()
+    share, a = place - low, -0.75
+    taps = torch.stack([(low.long() + step).clamp(0, side - 1) for step in (-1, 0, 1, 2)], dim=1)
+
+    def near(x: torch.Tensor) -> torch.Tensor:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x: torch.Tensor) -> torch.Tensor:
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    return taps, torch.stack([far(share + 1), near(share), near(1 - share), far(2 - share)], dim=1)

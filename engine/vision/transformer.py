@@ -49,7 +49,8 @@ class VisionAttention(nn.Module):
             bias=config.bias if config.qkv_bias is None else config.qkv_bias,
             fused_name="qkv",
         )
-        width = config.num_heads * config.head_dim
+        width = config.head_dim if config.qk_norm_each else config.num_heads * config.head_dim
+        self.each = config.qk_norm_each
         eps = config.qk_norm_eps
         self.q_norm = None if eps is None else RMSNorm(width, eps, build)
         self.k_norm = None if eps is None else RMSNorm(width, eps, build)
@@ -58,8 +59,9 @@ class VisionAttention(nn.Module):
     def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(q.flatten(1).contiguous()).view_as(q)
-            k = self.k_norm(k.flatten(1).contiguous()).view_as(k)
+            if not self.each:
+                q, k = q.flatten(1), k.flatten(1)
+            q, k = self.q_norm(q.contiguous()).view_as(v), self.k_norm(k.contiguous()).view_as(v)
         if index is not None:
             assert segments.cos is not None and segments.sin is not None
             rotary(q, k, index, RotaryTable(segments.cos, segments.sin))
@@ -162,10 +164,12 @@ class VisionTransformer(nn.Module):
             positions: ``(N, hidden_size)``, added to the embedded patches.
         """
         x = self.embed(patches, segments)
-        if positions is not None:
+        if positions is not None and not self.config.positions_last:
             x = x + positions
         if self.pre_norm is not None:
             x = self.pre_norm(x)
+        if positions is not None and self.config.positions_last:
+            x = x + positions
         if self._graphs is not None and self._graphs.fits(x, segments, windows):
             return self._graphs.replay(x, segments, windows)
         return self._other_blocks(self._first_blocks(x, segments, windows), segments, windows)

@@ -14,6 +14,8 @@ from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig
 
 DecoderKind = Literal[
     "gemma",
+    "glm4v_text",
+    "glm_ocr_text",
     "gemma3_text",
     "granite",
     "granitemoe",
@@ -108,6 +110,26 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
         "use_bidirectional_attention": False,
+    },
+    "glm4v_text": {
+        **_COMMON,
+        "vocab_size": 151552,
+        "intermediate_size": 13696,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+    },
+    "glm_ocr_text": {
+        **_COMMON,
+        "vocab_size": 59392,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
     },
     "granite": {**_GRANITE, "mlp_bias": False},
     "granitemoe": {**_GRANITE, **LOCAL_EXPERTS},
@@ -272,7 +294,7 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
 }
 #: Read by every kind where config.json has them.
 _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
-_BIASED_QKV = ("qwen2", "qwen2_vl")
+_BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
 _NORMED_QK = ("gemma3_text", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe")
 
 
@@ -397,6 +419,8 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
 #: The switches of :class:`DecoderConfig` that one kind alone has.
 _SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "gemma": _gemma,
+    "glm4v_text": lambda config: {"sandwich": True},
+    "glm_ocr_text": lambda config: {"sandwich": True},
     "gemma3_text": _gemma3,
     "granite": _granite,
     "qwen3_5_text": _qwen3_5,

@@ -17,6 +17,7 @@ _PARAM = "rope_scaling"
 #: Names that older files use for another type, by the kind of decoder that knows them.
 _ALIASES: dict[str, dict[Any, str]] = {
     "qwen2_vl": {"mrope": "default"},
+    "glm4v_text": {"mrope": "default"},
     "qwen3_5_text": {"mrope": "default"},
     "qwen3_vl": {"mrope": "default"},
     "qwen3_vl_moe": {"mrope": "default"},
@@ -24,12 +25,16 @@ _ALIASES: dict[str, dict[Any, str]] = {
 }
 _TYPES: dict[str, tuple[RopeType, ...]] = {"phi3": ("default", "longrope")}
 _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+#: Kinds whose neighbouring dimensions rotate against each other.
+_GLM = ("glm4v_text", "glm_ocr_text")
 #: In models whose layers differ, parameters may be given for each of these.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 #: Angles per axis of M-RoPE where the file has none.
 _SECTIONS = {
     "paddleocr_vl": (16, 24, 24),
     "qwen2_vl": (16, 24, 24),
+    "glm4v_text": (8, 12, 12),
+    "glm_ocr_text": (8, 12, 12),
     "qwen3_5_text": (11, 11, 10),
     "qwen3_vl": (24, 20, 20),
     "qwen3_vl_moe": (24, 20, 20),
@@ -91,6 +96,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
         rotary_dim=rotary_dim,
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
         mrope_interleaved=kind in ("qwen3_5_text", "qwen3_vl", "qwen3_vl_moe"),
+        adjacent=kind in _GLM,
         query_growth=_query_growth(parameters) if kind == "ministral3" else None,
         **_READERS[rope_type](config, parameters, positions, angles),
     )
@@ -137,12 +143,12 @@ def _parameters(config: Json) -> Json:
 def _rotary_dim(config: Json, parameters: Json, kind: str, rope_type: RopeType, head_dim: int) -> int | None:
     """Rotated leading dimensions of a head; None for all.
 
-    Phi-3 and Qwen3.5 alone can rotate a part; Qwen3.5 rotates a quarter unless the file states a share. The
-    others ignore ``partial_rotary_factor`` without scaling; with scaling Transformers makes tables for a
+    Phi-3, Qwen3.5 and GLM alone can rotate a part; Qwen3.5 rotates a quarter unless the file states a share.
+    The others ignore ``partial_rotary_factor`` without scaling; with scaling Transformers makes tables for a
     part, which their attention can't use.
     """
     field = "partial_rotary_factor"
-    partial = kind in ("phi3", "qwen3_5_text")
+    partial = kind in ("phi3", "qwen3_5_text", *_GLM)
     if not partial and rope_type == "default":
         return None
     beside = config.get(field, 0.25 if kind == "qwen3_5_text" else 1.0)

@@ -98,6 +98,15 @@ def own_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
     return size
 
 
+def enlarged(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """The ``(width, height)`` of an image whose sides are at least ``factor``: of equal proportions."""
+    width, height = size
+    if min(size) >= factor:
+        return size
+    scale = max(factor / height, factor / width)
+    return int(width * scale), int(height * scale)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRules:
     """The family's treatment of images.
@@ -106,10 +115,12 @@ class ImageRules:
         before: makes of an image's ``(width, height)`` and the factor the size that :func:`smart_resize`
             starts from.
         bounds: the two areas of resized images where the files state none.
+        frames: equal frames that an image counts for in its area, as a temporal patch.
     """
 
     before: Callable[[tuple[int, int], int], tuple[int, int]] = own_size
     bounds: tuple[int, int] = (56 * 56, 28 * 28 * 1280)
+    frames: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +272,7 @@ class QwenProcessor:
         return replace(self, pixels=_lowered_bounds(self.pixels, options), video_pixels=of_video)
 
     def low_detail(self) -> QwenProcessor:
-        return self.with_options({"max_pixels": min(LOW_DETAIL_PIXELS, self.pixels[1])})
+        return self.with_options({"max_pixels": min(LOW_DETAIL_PIXELS * self.images.frames, self.pixels[1])})
 
     def nameless(self) -> QwenProcessor:
         return replace(self, names=False)
@@ -294,7 +305,9 @@ class QwenProcessor:
         return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=(t, h, w), size=size)
 
     def _image_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        return smart_resize(self.images.before(size, self.factor), self.factor, *self.pixels)
+        frames = self.images.frames
+        before = self.images.before(size, self.factor)
+        return smart_resize(before, self.factor, *self.pixels, frames=frames, temporal=frames)
 
     def _frame_size(self, size: tuple[int, int], count: int) -> tuple[int, int]:
         temporal, (low, high) = self.vision.temporal_patch_size, self.video_pixels

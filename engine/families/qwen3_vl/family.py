@@ -22,7 +22,7 @@ from engine.families.qwen2_vl.config import (
     qwen_vl_rules,
 )
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
-from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules, smart_resize
+from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules, enlarged, smart_resize
 from engine.families.retrieval import QWEN3_VL_PAIRS, RetrievalFormat
 from engine.media.video.sampling import qwen3_indices
 from engine.media.video.video import Pace
@@ -37,11 +37,9 @@ def video_size(
 ) -> tuple[int, int]:
     """Size of a resized video's frames. Their areas are bounded together; frames smaller than a merged square
     are enlarged first."""
-    width, height = size
-    if min(size) < factor:
-        scale = max(factor / height, factor / width)
-        width, height = int(width * scale), int(height * scale)
-    return smart_resize((width, height), factor, low, high, frames=max(frames, temporal), temporal=temporal)
+    return smart_resize(
+        enlarged(size, factor), factor, low, high, frames=max(frames, temporal), temporal=temporal
+    )
 
 
 def patch_times(pace: Pace, temporal: int) -> tuple[float, ...]:

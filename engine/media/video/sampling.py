@@ -105,6 +105,76 @@ def middle_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> l
     return _arange(total, count, start=step / 2)
 
 
+#: Seconds of a video that GLM-4.1V is shown at the whole rate; longer ones have the frames of so many.
+_GLM4V_SECONDS = 300
+#: GLM-4.6V: frames per second of videos up to so many seconds, most seconds, and most frames.
+_GLM46V_RATES, _GLM46V_SECONDS, _GLM46V_FRAMES = {30: 3, 300: 1, 2400: 0.5}, 2400, 640
+
+
+def glm4v_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``Glm4vVideoProcessor.sample_frames`` gives them.
+
+    Raises:
+        InvalidRequest: the caller asks for a number of frames, which this model's videos don't have.
+    """
+    _refuse(asked.num_frames, "num_frames", "ask for fps")
+    fps = asked.fps or rules.fps
+    assert fps is not None
+    last, duration = info.frames - 1, info.duration
+    if duration <= _GLM4V_SECONDS:
+        count = max(math.floor(duration * fps), 1)
+        found = [min(last, math.ceil(i * info.fps / fps)) for i in range(count)]
+    elif (count := int(_GLM4V_SECONDS * fps)) >= info.frames:
+        found = list(range(info.frames))
+    else:
+        seconds = np.linspace(0, duration, count, endpoint=True)
+        found = [min(last, math.ceil(second * info.fps)) for second in seconds]
+    return _paired(found)
+
+
+def glm46v_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``Glm46VVideoProcessor.sample_frames`` gives them; the rate falls with the
+    length of a video.
+
+    Raises:
+        InvalidRequest: the caller asks for a rate or a number of frames, which the model decides by itself.
+    """
+    _refuse(asked.num_frames, "num_frames", "leave it out")
+    _refuse(asked.fps, "fps", "leave it out")
+    total, seconds = info.frames, min(info.duration, _GLM46V_SECONDS)
+    rate = next(rate for most, rate in _GLM46V_RATES.items() if seconds <= most)
+    count = min(int(seconds * rate * rules.temporal), _GLM46V_FRAMES)
+    found: list[int] = []
+    if total >= count:
+        due, step, frame = 0.0, 1 / (rules.temporal * rate), 1 / info.fps
+        for index in range(total):
+            if index * frame >= due:
+                due += step
+                found.append(index)
+                if due >= int(info.duration):
+                    break
+    if len(found) < count:
+        first, last = (found[0], found[-1]) if found else (0, total - 1)
+        found = np.linspace(first, last, count, dtype=int).tolist()
+    elif len(found) > count:
+        found = np.linspace(0, total - 1, count, dtype=int).tolist()
+    return _paired(found)
+
+
+def _paired(indices: list[int]) -> list[int]:
+    """Each index once, and the last one twice if their number is odd."""
+    once = list(dict.fromkeys(indices or [0]))
+    return once + once[-1:] * (len(once) % 2)
+
+
+def _refuse(asked: float | None, field: str, instead: str) -> None:
+    if asked is not None:
+        raise InvalidRequest(
+            f"this model chooses the frames of a video by its length and has no {field}: {instead}",
+            param="video",
+        )
+
+
 def _require(count: int, total: int) -> None:
     if count > total:
         raise InvalidRequest(

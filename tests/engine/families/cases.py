@@ -14,6 +14,11 @@ from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
 from tests.engine.families.gemma3 import FRAME as GEMMA3_FRAME
 from tests.engine.families.gemma3 import IMAGE as GEMMA3_IMAGE
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
+from tests.engine.families.glm import FPS as GLM_FPS
+from tests.engine.families.glm import FRAME as GLM_FRAME
+from tests.engine.families.glm import IMAGE as GLM_IMAGE
+from tests.engine.families.glm import VIDEO as GLM_VIDEO
+from tests.engine.families.glm import GlmReference, make_glm
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.internvl_chat import InternVLChatReference, make_internvl_chat
@@ -224,6 +229,18 @@ CASES = [
         placeholder=lambda index, count: PADDLEOCR_IMAGE,
         # Smaller than a row on one side.
         single=((60, 44), (90, 3)),
+    ),
+    *(
+        FamilyCase(
+            name,
+            partial(make_glm, kind=kind),
+            partial(GlmReference, kind=kind),
+            frame=GLM_FRAME,
+            placeholder=lambda index, count: GLM_IMAGE,
+            video=GLM_VIDEO,
+            options={"mm_processor_kwargs": {"fps": GLM_FPS}},
+        )
+        for name, kind in (("GLM-4.1V", "Glm4v"), ("GLM-4.6V", "Glm46V"), ("GLM-OCR", "GlmOcr"))
     ),
     FamilyCase(
         "MiniCPM-V 2.6",

@@ -22,6 +22,7 @@ from engine.families.base import PromptAwareProcessor
 from tests.engine.families.colpali import make_colpali
 from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
+from tests.engine.families.glm import GlmReference, make_glm
 from tests.engine.families.idefics import PATCH as IDEFICS_PATCH
 from tests.engine.families.idefics import image_processor, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import PATCH as INTERNVL_PATCH
@@ -117,6 +118,11 @@ def qwen(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) 
     return made["pixel_values"], [tuple(grid) for grid in made["image_grid_thw"].tolist()]
 
 
+def glm(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    made = GlmReference(path, "Glm4v").images(list(images), return_tensors="pt")
+    return torch.as_tensor(made["pixel_values"]), [tuple(grid) for grid in made["image_grid_thw"].tolist()]
+
+
 def paddleocr_vl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
     """Patches come line by line; the encoder takes them square by square of 2x2."""
     made = transformers.PaddleOCRVLImageProcessorPil.from_pretrained(path)(images, return_tensors="pt")
@@ -196,6 +202,8 @@ ROWS = {
     "Gemma 3, pan and scan": Row(
         make_gemma3, TILED, gemma3, options={"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8}
     ),
+    "GLM-4.1V": Row(make_glm, NATIVE, glm),
+    "GLM-4.1V, hub": Row(partial(make_glm, hub=True), NATIVE, glm),
     "InternVL": Row(make_internvl, TILED, internvl),
     "InternVL, hub": Row(partial(make_internvl, hub=True), TILED, internvl),
     "InternVL, in one crop": Row(make_internvl, TILED, internvl, options={"crop_to_patches": False}),

@@ -27,6 +27,8 @@ from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.media.source import MediaSource
 from engine.media.video.sampling import (
     FrameRules,
+    glm4v_indices,
+    glm46v_indices,
     middle_indices,
     qwen2_indices,
     qwen3_indices,
@@ -89,6 +91,8 @@ def samplers() -> Any:
             qwen3=import_module(
                 "transformers.models.qwen3_vl.video_processing_qwen3_vl"
             ).Qwen3VLVideoProcessor,
+            glm4v=import_module("transformers.models.glm4v.video_processing_glm4v").Glm4vVideoProcessor,
+            glm46v=import_module("transformers.models.glm46v.video_processing_glm46v").Glm46VVideoProcessor,
             internvl=import_module(
                 "transformers.models.internvl.video_processing_internvl"
             ).InternVLVideoProcessor,
@@ -165,6 +169,33 @@ def test_chosen_frames_are_those_of_transformers(samplers, family):
         compared += 1
     assert compared > 2000
     assert refused > 50 or family == "qwen3"
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "glm46v"])
+def test_chosen_frames_are_those_of_glm(samplers, kind):
+    sample, ours = (
+        getattr(samplers, kind).sample_frames,
+        {"glm4v": glm4v_indices, "glm46v": glm46v_indices}[kind],
+    )
+    stated = SimpleNamespace(fps=2, max_duration=300, temporal_patch_size=2)
+    draw = random.Random(1)
+    for _ in range(1000):
+        total, rate = draw.randint(1, draw.choice((40, 900, 30_000))), draw.choice([5, *RATES])
+        fps = draw.choice((None, 0.5, 1.0, 3.0)) if kind == "glm4v" else None
+        metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
+        expected = sample(stated, metadata, fps=fps).tolist()
+        found = ours(VideoInfo(total, rate, (64, 48)), RULES["qwen2"], VideoOptions(fps=fps))
+        # Of a video shorter than its shortest step, theirs shows nothing.
+        assert found == (expected or [0, 0]), (total, rate, fps)
+
+
+def test_what_glm_decides_itself_is_refused():
+    info = VideoInfo(50, 25.0, (64, 48))
+    for sample in (glm4v_indices, glm46v_indices):
+        with pytest.raises(InvalidRequest, match="no num_frames"):
+            sample(info, RULES["qwen2"], VideoOptions(num_frames=3))
+    with pytest.raises(InvalidRequest, match="no fps"):
+        glm46v_indices(info, RULES["qwen2"], VideoOptions(fps=1.0))
 
 
 @pytest.mark.parametrize("family", OURS)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,13 @@ def prefill(heads: int, kv_heads: int, dim: int) -> None:
     prefill_attention_gluon(noise(2000, heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
 
 
-def decode(heads: int, kv_heads: int, dim: int, sequences: int) -> None:
+def decode(heads: int, kv_heads: int, dim: int, sequences: int, *, adjacent: bool = False) -> None:
     from engine.kernels.decode_attention import decode_attention_triton
 
     q, k, v = noise(sequences, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
     positions, angles = torch.zeros(3, sequences, dtype=torch.int64), torch.randn(64, dim // 2)
-    table, meta = RotaryTable(angles, angles, (16, 24, 24)), metadata([1] * sequences, 1000, 4096)
+    table = RotaryTable(angles, angles, (16, 24, 24), adjacent=adjacent)
+    meta = metadata([1] * sequences, 1000, 4096)
     decode_attention_triton(q, k, v, positions, table, kv_cache(kv_heads, dim), meta, scale=0.1)
 
 
@@ -138,6 +140,7 @@ def elementwise() -> None:
     q, k, v = noise(4, 16, 128).split([12, 2, 2], dim=1)
     table, slots = RotaryTable(angles, angles, (16, 24, 24)), torch.zeros(4, dtype=torch.int64)
     rotary_kv_write_triton(q, k, v, positions, table, kv_cache(2, 128), slots)
+    rotary_kv_write_triton(q, k, v, positions, replace(table, adjacent=True), kv_cache(2, 128), slots)
     q, k = noise(4, 32, 80).split(16, dim=1)
     rotary_triton(q, k, positions[0], RotaryTable(angles[:, :40], angles[:, :40]))
 
@@ -258,6 +261,7 @@ CASES: list[Callable[[], None]] = [
     lambda: decode(12, 2, 128, 1),
     lambda: decode(28, 4, 128, 1),
     lambda: decode(32, 32, 128, 1),
+    lambda: decode(32, 2, 128, 1, adjacent=True),
     lambda: decode(12, 2, 128, 64),
     lambda: decode(12, 2, 128, 256),
     lambda: decode(32, 32, 128, 64),

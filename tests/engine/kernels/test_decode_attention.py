@@ -54,7 +54,7 @@ class Step:
         return self.q.shape[-1] ** -0.5
 
 
-def problem(device, dtype, *, lengths, heads, kv_heads, dim, half=None, section=None, interleaved=False):
+def problem(device, dtype, *, lengths, heads, kv_heads, dim, half=None, section=None, **order):
     count, half = len(lengths), half or dim // 2
     paged = PagedProblem(
         device,
@@ -69,7 +69,7 @@ def problem(device, dtype, *, lengths, heads, kv_heads, dim, half=None, section=
     fused = torch.randn(count, heads + 2 * kv_heads + 1, dim)
     q, k, v, _ = fused.to(device, dtype).split([heads, kv_heads, kv_heads, 1], dim=1)
     angles = torch.randn(50, half + 3)[:, :half].to(device)
-    table = RotaryTable(angles.cos(), angles.sin(), section, interleaved)
+    table = RotaryTable(angles.cos(), angles.sin(), section, **order)
     positions = torch.randint(0, 50, (count,) if section is None else (3, count)).to(device)
     return Step(q, k, v, positions, table, paged.cache, paged.meta)
 
@@ -97,6 +97,7 @@ CASES = {
     "no groups": {"lengths": [130, 64], "heads": 3, "kv_heads": 3, "dim": 16},
     "head of 96": {"lengths": [20, 137], "heads": 2, "kv_heads": 2, "dim": 96},
     "half rotated": {"lengths": [40, 3], "heads": 4, "kv_heads": 2, "dim": 24, "half": 6},
+    "neighbours": {"lengths": [40, 3], "heads": 4, "kv_heads": 2, "dim": 24, "half": 6, "adjacent": True},
     "axes": {"lengths": [33, 65], "heads": 4, "kv_heads": 2, "dim": 16, "section": (2, 3, 3)},
 }
 

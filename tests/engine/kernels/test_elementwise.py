@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers.activations import QuickGELUActivation
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.glm4v import modeling_glm4v
+from transformers.models.glm4v.configuration_glm4v import Glm4vTextConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
@@ -56,15 +58,17 @@ ROTARY = {
     "one axis": (None, False),
     "three pieces": ((2, 3, 3), False),
     "interleaved": ((4, 2, 2), True),
+    "neighbours": (None, False, True),
+    "neighbours, three pieces": ((2, 3, 3), False, True),
 }
 
 
 @pytest.mark.parametrize("kind", ROTARY)
 @pytest.mark.parametrize(("dim", "half"), [(16, 8), (24, 8)])
 def test_rotary(device, dtype, kind, dim, half):
-    section, interleaved = ROTARY[kind]
+    section, *order = ROTARY[kind]
     positions = torch.randint(0, 50, (3, 6) if section else (6,), device=device)
-    table = RotaryTable(*torch.randn(2, 50, half, device=device), section, interleaved)
+    table = RotaryTable(*torch.randn(2, 50, half, device=device), section, *order)
     fused = torch.randn(6, 5, dim, device=device, dtype=dtype)
     before, other = fused.clone(), fused.clone()
     for x, run in ((fused, rotary_triton), (other, rotary_reference)):
@@ -79,9 +83,9 @@ def test_rotary(device, dtype, kind, dim, half):
     ("tokens", "heads", "kv_heads", "dim"), [(1, 4, 1, 16), (9, 6, 3, 24), (20, 3, 3, 16)]
 )
 def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim):
-    section, interleaved = ROTARY[kind]
+    section, *order = ROTARY[kind]
     positions = torch.randint(0, 50, (3, tokens) if section else (tokens,), device=device)
-    table = RotaryTable(*torch.randn(2, 50, 8, device=device), section, interleaved)
+    table = RotaryTable(*torch.randn(2, 50, 8, device=device), section, *order)
     slots = torch.randperm(8 * 4, device=device)[:tokens]
     slots[1::4] = -1
     results = []
@@ -150,6 +154,28 @@ def test_rotary_equals_transformers(dtype):
     expected = modeling_qwen2_vl.apply_rotary_pos_emb(*batched, cos, sin)
     angles = torch.arange(30).float()[:, None] * embedding.inv_freq
     rotary_reference(q, k, positions, RotaryTable(angles.cos(), angles.sin(), (2, 3, 3)))
+    assert torch.equal(q, expected[0][0].transpose(0, 1)) and torch.equal(k, expected[1][0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_of_neighbours_equals_transformers(dtype):
+    tokens = 9
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": 0.5,
+    }
+    config = Glm4vTextConfig(hidden_size=64, num_attention_heads=4, rope_parameters=rope)
+    embedding = modeling_glm4v.Glm4vTextRotaryEmbedding(config)
+    positions = torch.randint(0, 30, (3, tokens))
+    q, k = torch.randn(tokens, 4, 16).to(dtype), torch.randn(tokens, 2, 16).to(dtype)
+    cos, sin = embedding(q, positions[:, None])
+    batched = (x.transpose(0, 1)[None] for x in (q, k))
+    expected = modeling_glm4v.apply_rotary_pos_emb(*batched, cos, sin)
+    angles = torch.arange(30).float()[:, None] * embedding.inv_freq
+    table = RotaryTable(angles.cos(), angles.sin(), (1, 1, 2), adjacent=True)
+    rotary_reference(q, k, positions, table)
     assert torch.equal(q, expected[0][0].transpose(0, 1)) and torch.equal(k, expected[1][0].transpose(0, 1))
 
 

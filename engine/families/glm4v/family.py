@@ -1,0 +1,164 @@
+"""GLM-4.1V-Thinking, GLM-4.6V-Flash and GLM-OCR: images and videos at their own resolution, M-RoPE over pairs
+of neighbours, and a time behind each step of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from engine.checkpoint.folder import Checkpoint
+from engine.checkpoint.rules import GLM_RULES, WeightRules
+from engine.errors import CheckpointError
+from engine.families.base import ModelConfig, PromptFormat
+from engine.families.family import Family
+from engine.families.parsing.fields import Json, flag, integer, number, vision_activation
+from engine.families.parsing.model import ConfigReader, nested_text, token_field
+from engine.families.qwen2_vl.config import VISUAL, native_vision
+from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
+from engine.families.qwen2_vl.processor import ImageRules, QwenProcessor, VideoRules, enlarged
+from engine.families.qwen3_vl.family import video_size
+from engine.media.video.sampling import glm4v_indices, glm46v_indices
+from engine.media.video.video import Pace
+from engine.prompt import MediaItem, PlaceholderRun
+from engine.vision.native_config import GatedMergerConfig, NativeVisionConfig
+from engine.vision.transformer_config import VisionConfig
+
+_GLM4V, _GLM46V, _GLM_OCR = (f"{name}ForConditionalGeneration" for name in ("Glm4v", "Glm46V", "GlmOcr"))
+_IMAGE, _VIDEO = "<|image|>", "<|video|>"
+_AROUND = "<|begin_of_image|>", "<|end_of_image|>"
+
+
+def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
+    ocr = _GLM_OCR in (raw.get("architectures") or [])
+    filled = {
+        "depth": 24,
+        "hidden_size": 1024 if ocr else 1536,
+        "hidden_act": "silu",
+        "attention_bias": ocr,
+        "num_heads": 16 if ocr else 12,
+        "image_size": 336,
+        "patch_size": 14,
+        "rms_norm_eps": 1e-5,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 1536 if ocr else 4096,
+        "intermediate_size": 4096 if ocr else 13696,
+        **(raw.get("vision_config") or {}),
+    }
+    activation, bias = vision_activation(filled["hidden_act"]), flag(filled, "attention_bias")
+    inner, out = integer(filled, "intermediate_size"), integer(filled, "out_hidden_size")
+    eps = number(filled, "rms_norm_eps")
+
+    def tower(width: int, patch_dim: int) -> VisionConfig:
+        return VisionConfig(
+            hidden_size=width,
+            intermediate_size=inner if ocr else out,
+            num_layers=integer(filled, "depth"),
+            num_heads=integer(filled, "num_heads"),
+            patch_dim=patch_dim,
+            patch_bias=True,
+            bias=bias and ocr,
+            qkv_bias=bias,
+            qk_norm_eps=eps if ocr else None,
+            qk_norm_each=True,
+            activation=activation,
+            gated_mlp=True,
+            norm="rms",
+            norm_eps=eps,
+            pre_norm=not ocr,
+            positions_last=True,
+            post_norm=True,
+            rope_theta=float((filled.get("rope_parameters") or {}).get("rope_theta", 10000.0)),
+        )
+
+    return native_vision(
+        filled,
+        processor,
+        hidden,
+        width_field="hidden_size",
+        out_field="out_hidden_size",
+        tower=tower,
+        position_side=None if ocr else integer(filled, "image_size") // integer(filled, "patch_size"),
+        position_cubic=True,
+        gated=GatedMergerConfig(3 * out if ocr else inner, activation),
+    )
+
+
+def _placeholder(
+    config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
+) -> tuple[PlaceholderRun, ...]:
+    """A video's steps one by one, each between the tokens that enclose images and before its second.
+
+    Raises:
+        CheckpointError: the tokenizer lacks a token that encloses images.
+    """
+    assert config.image_token_id is not None
+    if item.kind == "image":
+        return item.placeholder
+    start, end = (encode(text) for text in _AROUND)
+    if len(start) != 1 or len(end) != 1:
+        raise CheckpointError(f"the tokenizer lacks the tokens around images: {' and '.join(_AROUND)}")
+    runs = []
+    for seconds in item.times:
+        time = str(int(seconds)) if config.architecture == _GLM4V else f"{seconds:.1f} seconds"
+        runs.append(PlaceholderRun(start[0], 1, False))
+        runs.append(PlaceholderRun(config.image_token_id, item.num_tokens // len(item.times), True))
+        runs += [PlaceholderRun(token, 1, False) for token in [*end, *encode(time)]]
+    return tuple(runs)
+
+
+def first_times(pace: Pace, temporal: int) -> tuple[float, ...]:
+    """The second of the first frame of each temporal patch."""
+    return tuple(pace.times[::temporal])
+
+
+def _weights(config: ModelConfig) -> WeightRules:
+    merger = VISUAL + r"merger\."
+    return WeightRules(
+        language=GLM_RULES,
+        vision=(
+            (VISUAL + r"embeddings\.position_embedding\.weight", "position_embedding"),
+            (VISUAL + r"patch_embed\.proj\.(.*)", r"tower.patch_embed.\1"),
+            (VISUAL + r"post_conv_layernorm\.(.*)", r"tower.pre_norm.\1"),
+            (VISUAL + r"post_layernorm\.(.*)", r"tower.post_norm.\1"),
+            (VISUAL + r"(blocks\..*)", r"tower.\1"),
+            (VISUAL + r"downsample\.(.*)", r"merger.reduction.\1"),
+            (merger + r"post_projection_norm\.(.*)", r"merger.norm.\1"),
+            (merger + r"proj\.(.*)", r"merger.proj.\1"),
+            (merger + r"((?:gate|up|down)_proj\..*)", r"merger.mlp.\1"),
+        ),
+        # The last one predicts a further token.
+        ignore=(
+            VISUAL + r"rotary_pos_emb\.inv_freq",
+            rf"(?:.*\.)?language_model\.layers\.{config.decoder.num_layers}\..*",
+        ),
+    )
+
+
+def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Json) -> QwenProcessor:
+    videos = VideoRules(
+        size=video_size,
+        times=first_times,
+        sample=glm4v_indices if config.architecture == _GLM4V else glm46v_indices,
+        bounds=(112 * 112, 28 * 28 * 2 * 30000),
+    )
+    # An image is a video of two equal frames, and its bounds are those of both.
+    images = ImageRules(enlarged, bounds=(112 * 112, 28 * 28 * 15000), frames=2)
+    return QwenProcessor.create(checkpoint, config, options, videos, images)
+
+
+FAMILY: Family = replace(
+    QWEN2_VL,
+    name="glm4v",
+    architectures=(_GLM4V, _GLM46V, _GLM_OCR),
+    reader=ConfigReader(
+        text=nested_text("glm4v_text", "glm_ocr_text"),
+        vision=_vision,
+        image_token=token_field("image_token_id", default=151343),
+        video_token=token_field("video_token_id", default=151344),
+    ),
+    prompt_format=lambda config: PromptFormat(image=_IMAGE, video=_VIDEO),
+    placeholder=_placeholder,
+    processor=_processor,
+    weights=_weights,
+)
