@@ -128,6 +128,20 @@ def test_the_snapshot_of_a_step_that_failed_is_not_used(step):
     assert ask(engine, prompt) == 16
 
 
+def test_the_snapshot_of_a_step_that_failed_behind_another_request_s_blocks_is_not_used():
+    engine = SimulatedEngine(num_snapshots=2, budget=100)
+    prompts = [[start + index for index in range(12)] for start in (0, 10, 20, 28)]
+    # Blocks of the first one stay findable; its snapshot is given up.
+    for prompt in prompts[:3]:
+        ask(engine, prompt)
+    engine.core.runner = FailsOnce(engine.runner, 1)
+    for index in (0, 3):
+        engine.add(f"again {index}", prompts[index], max_tokens=6)
+    engine.run()
+    for index in (0, 3):
+        assert engine.outputs[f"again {index}"] == tokens_alone(prompts[index], [], 6)
+
+
 def test_without_rows_nothing_is_cached():
     engine = SimulatedEngine(num_snapshots=0)
     prompt = [index % 40 for index in range(30)]
