@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -87,6 +88,8 @@ def create_api(
     for endpoint in endpoints:
         api.include_router(endpoint.router)
     routes = [route for endpoint in endpoints for route in endpoint.router.routes]
+    shown = [route for route in routes if isinstance(route, APIRoute) and route.include_in_schema]
+    api.state.paths = frozenset(route.path for route in shown)
     tasks = {name: pipeline.task for name, pipeline in pipelines.items()}
     described = {keys: cache(partial(describe, api, routes, tasks, keys=keys)) for keys in (False, True)}
     api.openapi = lambda: described[bool(api.state.config.keys)]()  # type: ignore[method-assign]
@@ -223,7 +226,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     path = request.scope["path"][:200]
     if error.status_code == 404:
         hint = f" Did you mean /v1{path}? Let the client's base URL end in /v1."
-        known = f"/v1{path}" in request.app.openapi()["paths"]
+        known = f"/v1{path}" in request.app.state.paths
         missing = NoSuchRoute(f"There is no endpoint {path}.{hint if known else ''}")
         return error_response(missing, request.scope)
     if error.status_code == 405:

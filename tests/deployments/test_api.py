@@ -45,6 +45,17 @@ async def test_unknown_routes_and_methods(http):
     assert found.status_code == 405 and found.json()["error"]["code"] == "method_not_allowed"
 
 
+async def test_the_hint_for_a_base_url_without_v1_needs_no_description_of_the_api():
+    """Making that takes tenths of a second, in which all streams would wait."""
+    api, described = create_api(IngressConfig(), {}), []
+    api.openapi = lambda: described.append(1)
+    async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
+        found = await http.post("/chat/completions", json={})
+        assert "Did you mean /v1/chat/completions?" in found.json()["error"]["message"]
+        assert "Did you mean" not in (await http.post("/nothing", json={})).json()["error"]["message"]
+    assert not described
+
+
 async def test_requests_beyond_the_limit_are_refused_and_free_their_places(running):
     api = create_api(IngressConfig(max_active_requests=2), {})
     waiting = [Exchange(api, scope(), [b"{"], then="wait") for _ in range(2)]
