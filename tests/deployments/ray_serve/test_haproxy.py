@@ -13,7 +13,7 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from deployments.errors import error_body, error_headers
 from deployments.ray_serve.haproxy import MESSAGE
 from engine.errors import Unavailable
-from tests.serving import ROOT, free_port, haproxy_program, wait_until
+from tests.serving import ROOT, UNDER_LOAD, free_port, haproxy_program, wait_until
 
 #: Clients that leave. With splicing HAProxy misses one in four of them.
 CLIENTS = 40
@@ -24,13 +24,15 @@ defaults
     timeout client 600s
     timeout server 600s
     {options}
+    option redispatch 1
+    retry-on {retry_on}
     errorfile 503 {errors}
 frontend in
     bind 127.0.0.1:{port}
     default_backend out
 backend out
     http-reuse always
-    server silent 127.0.0.1:{server}
+    {servers}
 """
 
 
@@ -83,15 +85,19 @@ async def until_open(port: int) -> None:
 
 
 @contextmanager
-def haproxy(folder: Path, server: int) -> Iterator[int]:
-    """HAProxy with Ray Serve's options in front of the server at a port. Yields HAProxy's port."""
+def haproxy(folder: Path, *ports: int) -> Iterator[int]:
+    """HAProxy with Ray Serve's options in front of the servers at ports. Yields HAProxy's port."""
     port = free_port()
     config = folder / "haproxy.cfg"
     options = "\n    ".join(options_of_ray_serve())
     # As Ray Serve writes it.
     errors = folder / "500.http"
     errors.write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
-    config.write_text(CONFIG.format(options=options, errors=errors, port=port, server=server))
+    servers = "\n    ".join(f"server at-{each} 127.0.0.1:{each}" for each in ports)
+    retry_on = UNDER_LOAD["RAY_SERVE_HAPROXY_RETRY_ON"]
+    config.write_text(
+        CONFIG.format(options=options, retry_on=retry_on, errors=errors, port=port, servers=servers)
+    )
     process = subprocess.Popen([haproxy_program(folder), "-db", "-f", config])
     try:
         yield port
@@ -120,6 +126,39 @@ async def test_no_client_leaves_unnoticed(tmp_path):
     async with SilentServer() as server:
         with haproxy(tmp_path, server.port) as port:
             await leave_one_by_one(server, port)
+
+
+async def test_requests_of_a_server_that_dies_go_to_another(tmp_path):
+    """Headers and body come apart, as OpenAI's client sends them."""
+
+    async def read(reader: asyncio.StreamReader) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(100)
+
+    async def dies(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            await read(reader)
+        writer.close()
+
+    async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            await read(reader)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        writer.close()
+
+    async with (
+        await asyncio.start_server(dies, "127.0.0.1", 0) as first,
+        await asyncio.start_server(answers, "127.0.0.1", 0) as second,
+    ):
+        with haproxy(tmp_path, *(each.sockets[0].getsockname()[1] for each in (first, second))) as port:
+            await asyncio.wait_for(until_open(port), 120)
+            for _ in range(8):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n")
+                await asyncio.sleep(0.05)
+                writer.write(b"x" * 100)
+                assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+                writer.close()
 
 
 async def test_its_own_errors_are_those_of_the_api(tmp_path):

@@ -1,0 +1,186 @@
+"""Time from the end of a request to the end of the work for it.
+
+    python -m benchmarks.ends [--repeats 20]
+
+Starts the shipped application by Ray Serve, in the mode that the environment's variables say. A client asks
+for an answer about an image that never comes, and leaves; or it names a second image that can't be fetched.
+The time ends when the server of the image sees its connection close. Or the client leaves while tokens are
+made. The time then ends when ``/metrics`` says that the engine has no request: one to two scrapes later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from benchmarks.routing import scrape
+from benchmarks.serve import running
+
+CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
+#: An address of this machine that nothing else uses: images may be fetched from it.
+IMAGES = "127.0.0.2"
+#: Seconds after which work counts as never ended.
+LONGEST_S = 60.0
+
+
+class ImageServer:
+    """Serves no image: ``/silent`` gets no answer, anything else 404.
+
+    Attributes:
+        asked: how many connections wait for ``/silent``.
+        closed_at: when the last of them was closed.
+        refused_at: when the last 404 was sent.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.closed_at = self.refused_at = 0.0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"/silent" in head:
+            self.asked += 1
+            await reader.read()
+            self.closed_at = time.perf_counter()
+            self.asked -= 1
+        else:
+            # The other image must be on its way.
+            await _until(lambda: bool(self.asked))
+            writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+            await writer.drain()
+            self.refused_at = time.perf_counter()
+        writer.close()
+
+
+@asynccontextmanager
+async def image_server(port: int) -> AsyncIterator[ImageServer]:
+    images = ImageServer()
+    server = await asyncio.start_server(images.serve, IMAGES, port)
+    try:
+        yield images
+    finally:
+        server.close()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.perf_counter() + LONGEST_S
+    while not condition():
+        if time.perf_counter() > deadline:
+            raise SystemExit(f"the work did not end within {LONGEST_S:.0f} s")
+        await asyncio.sleep(0.001)
+
+
+class Client:
+    """A connection of its own that sends one request."""
+
+    def __init__(self, base_url: str) -> None:
+        self._url = urlsplit(base_url)
+
+    async def send(self, body: dict[str, Any]) -> asyncio.StreamReader:
+        reader, self._writer = await asyncio.open_connection(self._url.hostname, self._url.port)
+        data = json.dumps({"model": "pocket", **body}).encode()
+        head = f"POST {self._url.path}/chat/completions HTTP/1.1\r\nhost: benchmark\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+        self._writer.write(head.encode() + data)
+        await self._writer.drain()
+        return reader
+
+    def leave(self) -> float:
+        """Close the connection; the time now."""
+        self._writer.close()
+        return time.perf_counter()
+
+
+async def measure(base_url: str, port: int, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds to the end of the work, by event.
+
+    Args:
+        port: where images are served.
+        repeats: of each event.
+    """
+    silent, missing = (f"http://{IMAGES}:{port}/{name}" for name in ("silent", "missing"))
+    found: dict[str, list[float]] = {}
+    async with image_server(port) as images:
+
+        async def leaves(stream: bool) -> float:
+            client = Client(base_url)
+            await client.send({"messages": _looking_at(silent), "stream": stream})
+            await _until(lambda: images.asked == 1)
+            left = client.leave()
+            await _until(lambda: not images.asked)
+            return images.closed_at - left
+
+        async def fails() -> float:
+            client = Client(base_url)
+            await client.send({"messages": _looking_at(silent, missing)})
+            await _until(lambda: images.closed_at > images.refused_at > asked)
+            client.leave()
+            return images.closed_at - images.refused_at
+
+        for _ in range(repeats):
+            asked = time.perf_counter()
+            events = {
+                "the client leaves while an image is fetched": leaves(False),
+                "the client leaves while an image is fetched, streamed": leaves(True),
+                "another image of the request can't be fetched": fails(),
+                "the client leaves while tokens are made, four choices": _leaves_tokens(base_url),
+            }
+            for name, event in events.items():
+                found.setdefault(name, []).append(1000 * await event)
+    return found
+
+
+def _looking_at(*urls: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}]
+
+
+async def _leaves_tokens(base_url: str) -> float:
+    client = Client(base_url)
+    hello = [{"role": "user", "content": "Hello!"}]
+    reader = await client.send(
+        {"messages": hello, "stream": True, "n": 4, "max_tokens": 900, "ignore_eos": True}
+    )
+    await reader.readuntil(b"data: ")
+    left = client.leave()
+    while (await scrape(base_url))["sightline_engine_running_requests", ""]:
+        if time.perf_counter() > left + LONGEST_S:
+            raise SystemExit("the engine did not end its requests")
+    return time.perf_counter() - left
+
+
+def configuration(port: int) -> dict[str, Any]:
+    """The shipped one; images may be fetched from :data:`IMAGES`."""
+    config = yaml.safe_load(CONFIG.read_text())
+    args = config["applications"][0]["args"]
+    args["fetch"] = {"allow_private": [f"{IMAGES}/32"], "allowed_ports": [port], "timeout": 300}
+    return {"applications": config["applications"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--image-port", type=int, default=18765)
+    parser.add_argument("--start-timeout", type=float, default=180.0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    config = configuration(options.image_port)
+    with running(config, options.start_timeout) as base_url:
+        found = asyncio.run(measure(base_url, options.image_port, options.repeats))
+    for name, times in found.items():
+        print(f"{name}: median {statistics.median(times):.0f} ms, longest {max(times):.0f} ms")
+    if options.json:
+        options.json.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
