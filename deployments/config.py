@@ -195,7 +195,8 @@ class EncoderConfig(StageConfig):
 
 
 class LanguageModelConfig(StageConfig):
-    """Generates text. ``max_ongoing_requests`` should not be below the engine's ``max_num_seqs``.
+    """Generates text. ``max_ongoing_requests`` should not be below the engine's ``max_num_seqs``
+    and the number of ingress replicas together: Ray Serve counts the stream of updates to each as a request.
 
     Attributes:
         routing: ``content`` sends prompts that begin alike to one replica, as far as its load allows.
