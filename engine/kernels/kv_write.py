@@ -37,9 +37,11 @@ def rotary_kv_write(
 def rotary_kv_write_reference(q, k, v, positions, table, cache, slot_mapping) -> None:
     rotary_reference(q, k, positions, table)
     written = slot_mapping >= 0
-    block, offset = slot_mapping[written] // cache.block_size, slot_mapping[written] % cache.block_size
-    cache.keys[block, :, offset] = k[written]
-    cache.values[block, :, offset] = v[written]
+    if not written.all():
+        k, v, slot_mapping = k[written], v[written], slot_mapping[written]
+    block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
+    cache.keys.transpose(1, 2)[block, offset] = k
+    cache.values.transpose(1, 2)[block, offset] = v
 
 
 def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping) -> None:

@@ -27,27 +27,41 @@ from engine.kernels.tile import AttentionTile
 def paged_attention_reference(q, cache, meta, *, scale, window=None, out=None):
     """Compute :func:`~engine.kernels.dispatch.paged_attention` in float32, one sequence after the other."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    group, block_size = q.shape[1] // cache.kv_heads, cache.block_size
-    starts = meta.query_start.tolist()
+    starts, tables = meta.query_start.tolist(), meta.block_tables.long()
     for index, length in enumerate(meta.seq_lens.tolist()):
-        first, last = starts[index], starts[index + 1]
-        if first == last:
+        begin, end = starts[index], starts[index + 1]
+        if begin == end:
             continue
-        blocks = meta.block_tables[index, : -(-length // block_size)].long()
-        k, v = (
-            x[blocks].transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, dim=1)
-            for x in (cache.keys, cache.values)
-        )
-        scores = torch.einsum("qhd,khd->hqk", q[first:last].float(), k.float()) * scale
-        position = torch.arange(length - (last - first), length, device=q.device)[:, None]
-        key = torch.arange(length, device=q.device)[None]
-        ends = position + 1 if meta.key_ends is None else meta.key_ends[first:last, None]
-        hidden = key >= ends
-        if window is not None:
-            hidden |= key <= position - window
-        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        out[first:last] = torch.einsum("hqk,khd->qhd", probs, v.float()).to(q.dtype)
+        # Keys before the windows of all queries are not even read.
+        first_key = 0 if window is None else max(0, length - (end - begin) - window + 1)
+        k, v = (_read(each, tables[index], first_key, length) for each in (cache.keys, cache.values))
+        # The query heads that share a KV head are rows of one matrix: (kv_heads, group * tokens, D).
+        rows = q[begin:end].transpose(0, 1).reshape(cache.kv_heads, -1, q.shape[-1])
+        scores = torch.bmm(rows.float(), k.transpose(1, 2)).mul_(scale)
+        if end - begin > 1 or meta.key_ends is not None:
+            scores.unflatten(1, (-1, end - begin)).masked_fill_(
+                _hidden(meta, begin, end, first_key, length, window), float("-inf")
+            )
+        heads = torch.bmm(scores.softmax(-1), v).view(q.shape[1], end - begin, -1)
+        out[begin:end] = heads.transpose(0, 1)
     return out
+
+
+def _read(blocks: torch.Tensor, table: torch.Tensor, first_key: int, length: int) -> torch.Tensor:
+    """Return the keys or values ``first_key .. length - 1`` of one sequence, float32 ``(kv_heads, keys, D)``."""
+    size = blocks.shape[2]
+    first_block = first_key // size
+    read = blocks.transpose(0, 1)[:, table[first_block : -(-length // size)]].flatten(1, 2)
+    return read[:, first_key - first_block * size : length - first_block * size].float()
+
+
+def _hidden(meta, begin: int, end: int, first_key: int, length: int, window: int | None) -> torch.Tensor:
+    """Return where keys ``first_key .. length - 1`` are hidden from tokens ``begin .. end - 1``, bool."""
+    device = meta.block_tables.device
+    position = torch.arange(length - (end - begin), length, device=device)[:, None]
+    key = torch.arange(first_key, length, device=device)[None]
+    hidden = key > position if meta.key_ends is None else key >= meta.key_ends[begin:end, None]
+    return hidden if window is None else hidden | (key <= position - window)
 
 
 def choose_tile(head_dim: int, group: int, itemsize: int) -> AttentionTile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,24 +76,24 @@ def rotary_reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, 
     section = table.section_of(positions)
     if section is not None:
         axis = angle_axes(section, table.interleaved).to(positions.device)
-        angle = torch.arange(len(axis), device=positions.device)
         # (T, R / 2): each angle's position along its own axis.
         along = positions[axis].T
-        cos, sin = table.cos[along, angle], table.sin[along, angle]
+        cos, sin = table.cos.gather(0, along), table.sin.gather(0, along)
     else:
         cos, sin = table.cos[positions], table.sin[positions]
     half = cos.shape[-1]
     for x in (q, k):
         c, s = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
         step, end = (2, 2 * half) if table.adjacent else (1, half)
-        low, high = x[..., :end:step], x[..., (1 if table.adjacent else half) : 2 * half : step]
-        first, second = low.clone(), high.clone()
-        low.copy_(first * c + -second * s)
-        high.copy_(second * c + first * s)
+        first, second = x[..., :end:step], x[..., (1 if table.adjacent else half) : 2 * half : step]
+        turned = first * c - second * s
+        second.mul_(c).add_(first * s)
+        first.copy_(turned)
 
 
+@cache
 def angle_axes(section: tuple[int, ...], interleaved: bool) -> torch.Tensor:
-    """Return the axis that each angle takes its position from, int64 ``(R / 2,)``."""
+    """Return the axis that each angle takes its position from, int64 ``(R / 2,)``; not to be changed."""
     if not interleaved:
         return torch.repeat_interleave(torch.arange(3), torch.tensor(section))
     axes = torch.zeros(sum(section), dtype=torch.int64)
