@@ -39,5 +39,5 @@ gated_norm.py, gumbel.py (gumbel_argmax, argmax), kv_write.py, layer_norm.py, pa
 
 Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), expert_groups.py
 (sorts pairs of tokens and experts), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
-recurrent_state.py (states of a gated delta net), scales.py (of fp8 weights), tile.py (attention tiles).
+recurrent_state.py (states of a gated delta net), router_config.py (of a router of experts), scales.py (of fp8 weights), tile.py (attention tiles).
 """
