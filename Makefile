@@ -38,9 +38,9 @@ test-clients: install
 	$(BIN)/python -m tests.clients.run $(CLIENTS) $(ARGS)
 
 # Kills processes of a server of its own while it answers, one every CHAOS_PERIOD seconds: each request must be
-# answered, and rightly. Then the tests of ends, behind HAProxy too.
+# answered, and rightly. Then the tests of ends behind HAProxy too, and of the loss of one of two ingresses.
 SECONDS_OF_CHAOS ?= 600
-CHAOS ?= tests/chaos tests/deployments/ray_serve/test_ends.py
+CHAOS ?= tests/chaos tests/deployments/ray_serve/test_ends.py tests/deployments/ray_serve/test_ingress_loss.py
 chaos: install
 	CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/python -m pytest -s $(CHAOS) $(ARGS)
 

@@ -1,7 +1,7 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [autoscaling_sim] [host] [ingress] [kernels] [load] [media_memory] [memory]
-    [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
+python -m benchmarks [autoscaling_sim] [channel] [ends] [host] [ingress] [kernels] [load] [media_memory]
+    [memory] [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 #: Arguments on a GPU, and on a CPU.
 BENCHMARKS = {
     "kernels": ("", ""),
+    "channel": ("", "--answers 1,8 --tokens 50"),
+    "ends": ("", "--repeats 5"),
     "host": ("", "--steps 200"),
     "ingress": ("", "--rounds 2 --streams 5"),
     "load": ("--shape qwen2-vl-7b", "--shape tiny"),
