@@ -79,7 +79,8 @@ def _stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str
 
 def _bare_options(args: AppConfig) -> dict[str, Any]:
     """The options of a deployment with one replica, which takes nothing over while it runs."""
-    options = _options(StageConfig(num_cpus=0, max_ongoing_requests=_OPEN_CALLS), args.logging)
+    # A deployment that reserves nothing may be placed on the cluster's head, and is lost with it.
+    options = _options(StageConfig(num_cpus=0.01, max_ongoing_requests=_OPEN_CALLS), args.logging)
     del options["user_config"]
     return options
 

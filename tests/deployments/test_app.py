@@ -78,6 +78,21 @@ def test_several_ingresses_share_what_they_keep(change):
         assert options[store].num_replicas == 1 and options[store].max_ongoing_requests > 1000
 
 
+def test_every_deployment_reserves_a_cpu():
+    """Ray may place others on the head of a cluster, whose pod offers no CPU so that it holds no replica."""
+    from ray.serve._private.build_app import build_app
+
+    args = app_args()
+    args["ingress"] = {**args.get("ingress", {}), "num_replicas": 2}
+    config = AppConfig.model_validate(args)
+    built = [
+        build_app(app, name="test", default_runtime_env={}) for app in (build(config), build_stages(config))
+    ]
+    deployments = [deployment for application in built for deployment in application.deployments]
+    assert {"Responses", "References"} <= {deployment.name for deployment in deployments}
+    assert all(deployment.ray_actor_options["num_cpus"] > 0 for deployment in deployments)
+
+
 def test_the_file_is_what_serve_reads():
     from ray.serve.schema import ServeDeploySchema
 
