@@ -161,7 +161,7 @@ async def _leaves_tokens(base_url: str) -> float:
 
 async def _running(base_url: str) -> float:
     """Requests in the engine; infinitely many if it does not answer in time."""
-    return (await scrape(base_url)).get(("sightline_engine_running_requests", ""), math.inf)
+    return (await scrape(base_url)).get(("sightline_engine_running_requests", "language_model"), math.inf)
 
 
 def configuration(port: int) -> dict[str, Any]:
