@@ -24,7 +24,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels_attention, kernels_fp8, kernels_linear, kernels_tokens
+from benchmarks import (
+    kernels_attention,
+    kernels_delta,
+    kernels_experts,
+    kernels_fp8,
+    kernels_linear,
+    kernels_tokens,
+)
 from benchmarks.kernels_timing import Case, Clock, Problem, Rates, Work
 from benchmarks.offline import versions
 
@@ -33,7 +40,10 @@ WIDTHS = (15, 34, 10, 9, 8, 7, 9)
 
 
 def all_cases(device: torch.device, tiny: bool) -> list[Case]:
-    modules = (kernels_attention, kernels_tokens, kernels_linear, kernels_fp8)
+    modules = (
+        *(kernels_attention, kernels_tokens, kernels_linear, kernels_fp8),
+        *(kernels_experts, kernels_delta),
+    )
     return [case for module in modules for case in module.cases(device, tiny)]
 
 

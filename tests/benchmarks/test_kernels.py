@@ -38,9 +38,12 @@ def test_every_kernel_of_the_engine_is_measured():
         "activation",
         "device",
         "dispatch",
+        "experts",
         "launch",
         "paged",
         "pdl",
+        "recurrent_state",
+        "router_config",
         "scales",
         "tile",
     }

@@ -1,0 +1,71 @@
+"""Mixtures of experts: the router, the sorting of tokens by expert, and the experts' MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.kernels_timing import Case, Problem, dtype_on
+from engine.kernels.device import use_triton
+from engine.kernels.dispatch import experts
+from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
+from engine.kernels.experts import ExpertMatrices, experts_reference
+from engine.kernels.route import route, route_reference
+from engine.kernels.router_config import RouterConfig
+
+#: Experts, experts of a token, hidden and inner width: those of Qwen3-VL-30B-A3B.
+SIZES, TINY_SIZES = (128, 8, 2048, 768), (6, 2, 24, 10)
+TOKENS, TINY_TOKENS = (64, 1024, 8192), (5, 40)
+
+
+def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
+    sizes = TINY_SIZES if tiny else SIZES
+    label = f"{sizes[1]} of {sizes[0]}, {sizes[2]}x{sizes[3]}"
+    yield Case("expert_gemv", f"{label}, 1 token", partial(mlps, device, 1, *sizes))
+    for tokens in TINY_TOKENS if tiny else TOKENS:
+        yield Case("route", f"{label}, {tokens} tokens", partial(router, device, tokens, *sizes))
+        yield Case("expert_groups", f"{label}, {tokens} tokens", partial(groups, device, tokens, *sizes))
+        yield Case("grouped_gemm", f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes))
+
+
+def _chosen(device: torch.device, tokens: int, count: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return route_reference(torch.randn((tokens, count), device=device), RouterConfig(count, top_k))
+
+
+def router(device: torch.device, tokens: int, count: int, top_k: int, *_: int) -> Problem:
+    """Measure the choice of experts; the sums of the weights by expert are compared."""
+    logits, config = torch.randn((tokens, count), device=device), RouterConfig(count, top_k)
+
+    def spread(found: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return torch.zeros_like(logits).scatter_(1, found[0].long(), found[1])
+
+    run = partial(route, logits, config)
+    moved = logits.nbytes + tokens * top_k * 8
+    return Problem(run, lambda: (spread(run()), spread(route_reference(logits, config))), moved)
+
+
+def groups(device: torch.device, tokens: int, count: int, top_k: int, *_: int) -> Problem:
+    """Measure the sorting of pairs of a token and an expert."""
+    ids = _chosen(device, tokens, count, top_k)[0].contiguous()
+    run = partial(group_by_expert_triton if use_triton(ids) else group_by_expert_reference, ids, count)
+    peers = {"torch": partial(group_by_expert_reference, ids, count)}
+    moved = 2 * ids.nbytes + (count + 1) * 4
+    return Problem(run, lambda: (run()[0], group_by_expert_reference(ids, count)[0]), moved, peers=peers)
+
+
+def mlps(device: torch.device, tokens: int, count: int, top_k: int, hidden: int, inner: int) -> Problem:
+    """Measure the MLPs of the tokens' experts, beside torch's, one expert after the other."""
+    dtype = dtype_on(device)
+    x = torch.randn((tokens, hidden), device=device, dtype=dtype)
+    gate_up = torch.randn((count, 2 * inner, hidden), device=device, dtype=dtype) * hidden**-0.5
+    down = torch.randn((count, hidden, inner), device=device, dtype=dtype) * inner**-0.5
+    ids, weights = (part.contiguous() for part in _chosen(device, tokens, count, top_k))
+    arguments = x, ids, weights, ExpertMatrices(gate_up), ExpertMatrices(down), "silu"
+    run, apart = partial(experts, *arguments), partial(experts_reference, *arguments)
+    if tokens > 1:
+        amount = 6 * tokens * top_k * hidden * inner
+        return Problem(run, lambda: (run(), apart()), amount, compute=True, peers={"torch": apart})
+    used = top_k * (gate_up[0].nbytes + down[0].nbytes)
+    return Problem(run, lambda: (run(), apart()), used, peers={"torch": apart})
