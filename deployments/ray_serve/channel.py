@@ -14,7 +14,7 @@ import asyncio
 import contextvars
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,10 +164,10 @@ class Outboxes:
             earlier.close()
         outbox = self._open[reader] = Outbox()
         try:
-            async for message in outbox.messages():
-                yield message
+            async with aclosing(outbox.messages()) as messages:
+                async for message in messages:
+                    yield message
         finally:
-            outbox.close()
             if self._open.get(reader) is outbox:
                 del self._open[reader]
 

@@ -201,7 +201,11 @@ class ModelRunner:
         arrays = StepArrays.changes(batch, rotary)
         if batch.prefills:
             arrays.chunks = ChunkArrays.of(
-                batch, rotary, block_size=self._block_size, padding=self._padding(batch)
+                batch,
+                rotary,
+                block_size=self._block_size,
+                padding=self._padding(batch),
+                both_ways=self._both_ways,
             )
         return PreparedStep(batch, to_device(arrays, self.device), plan)
 
@@ -418,7 +422,8 @@ class ModelRunner:
         which the next pass may overwrite."""
         state, decodes = self._state, len(batch.decode_slots)
         slots, ids, positions = chunks.slots, chunks.ids, chunks.positions
-        lengths, kv_slots, key_ends = chunks.ends, chunks.kv_slots, chunks.key_ends
+        lengths, kv_slots = chunks.ends, chunks.kv_slots
+        key_ends = chunks.key_ends if self._both_ways else None
         tables = state.block_tables.index_select(0, slots)
         if decodes:
             decoding = state.decode_inputs(slots[:decodes])
@@ -426,7 +431,8 @@ class ModelRunner:
             ids = torch.cat([decoding.ids, ids])
             positions = torch.cat([decode_positions, positions], dim=-1)
             lengths = torch.cat([decoding.seq_lens, lengths])
-            key_ends = torch.cat([decoding.seq_lens, key_ends])
+            if key_ends is not None:
+                key_ends = torch.cat([decoding.seq_lens, key_ends])
             kv_slots = torch.cat([decoding.kv_slots, kv_slots])
         meta = AttentionMetadata(
             block_tables=tables,
@@ -435,7 +441,7 @@ class ModelRunner:
             slot_mapping=kv_slots,
             max_query_len=max(c.count for c in batch.prefills),
             max_seq_len=self._max_model_len if decodes else max(c.start + c.count for c in batch.prefills),
-            key_ends=key_ends.int() if self._both_ways else None,
+            key_ends=None if key_ends is None else key_ends.int(),
             state_rows=slots,
         )
         embeds, deepstack = self._embed(batch, ids, chunks.embedded_rows)

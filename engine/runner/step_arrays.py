@@ -34,7 +34,7 @@ class ChunkArrays(Generic[A]):
         sampling_slots: ``(R,)``, slots that sample.
         sampling_rows: ``(R + padding,)``, their rows; the padding repeats row 0.
         embedded_rows: ``(E,)``, rows that embedding rows overwrite, span after span.
-        key_ends: ``(T,)``, see :class:`~engine.kernels.paged.AttentionMetadata`.
+        key_ends: ``(T,)``, see :class:`~engine.kernels.paged.AttentionMetadata`; ``(0,)`` for most models.
         long_prompts: ``(3, n)``, arguments of :meth:`Rotary.write_prompt_rows`; n is 0 for most models.
     """
 
@@ -52,13 +52,14 @@ class ChunkArrays(Generic[A]):
 
     @classmethod
     def of(
-        cls, batch: ScheduledBatch, rotary: Rotary, *, block_size: int, padding: int
+        cls, batch: ScheduledBatch, rotary: Rotary, *, block_size: int, padding: int, both_ways: bool
     ) -> ChunkArrays[np.ndarray]:
         """The chunks of ``batch``, on the host.
 
         Args:
             rotary: the model's; its tables give positions their rows.
             padding: entries of padding in :attr:`sampling_rows`.
+            both_ways: the model needs :attr:`key_ends`.
 
         Raises:
             RequestFault: what a request brings does not go together.
@@ -88,7 +89,9 @@ class ChunkArrays(Generic[A]):
                 [np.arange(decodes), last_rows[samples], np.zeros(padding, np.int64)]
             ),
             embedded_rows=np.concatenate([*embedded, np.zeros(0, np.int64)]),
-            key_ends=np.concatenate([_key_ends(chunk) for chunk in chunks]),
+            key_ends=np.concatenate(
+                [_key_ends(chunk) for chunk in chunks] if both_ways else [np.zeros(0, np.int64)]
+            ),
             long_prompts=long_prompts,
         )
 
