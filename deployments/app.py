@@ -39,8 +39,8 @@ def build(args: AppConfig) -> Application:
     if not args.ingress.has_several_replicas:
         return ingress.bind(args, *stages)
     # One replica of each: it is what the replicas of the ingress share.
-    responses = serve.deployment(name="Responses", **_bare_options(args))(KeptResponses)
-    references = serve.deployment(name="References", **_bare_options(args))(ReferencesReplica)
+    responses = serve.deployment(name="Responses", **_shared_options(args))(KeptResponses)
+    references = serve.deployment(name="References", **_shared_options(args))(ReferencesReplica)
     return ingress.bind(
         args,
         *stages,
@@ -62,7 +62,7 @@ def build_stages(args: AppConfig) -> Application:
         raise ConfigError("an application of stages has exactly one model", param="models")
     (spec,) = args.models
     stages = _deploy_stages(spec, args, known_hosts())
-    root = serve.deployment(name=f"Stages:{spec.slug}", **_bare_options(args))(StagesRoot)
+    root = serve.deployment(name=f"Stages:{spec.slug}", **_shared_options(args))(StagesRoot)
     return root.bind(*stages.values())
 
 
@@ -77,10 +77,20 @@ def _stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str
     return {stage: (f"{name}:{spec.slug}", spec.application) for stage, name in names.items()}
 
 
-def _bare_options(args: AppConfig) -> dict[str, Any]:
-    """The options of a deployment with one replica, which takes nothing over while it runs."""
-    # A deployment that reserves nothing may be placed on the cluster's head, and is lost with it.
-    options = _options(StageConfig(num_cpus=0.01, max_ongoing_requests=_OPEN_CALLS), args.logging)
+def shared_stage(args: AppConfig) -> StageConfig:
+    """The stage of a deployment with one replica beside the ingress, such as the store of responses."""
+    return StageConfig(
+        # A deployment that reserves nothing may be placed on the cluster's head, and is lost with it.
+        num_cpus=0.01,
+        # An autoscaler keeps a node while a replica is on it, so no replica is on the nodes of other stages.
+        label_selector=args.ingress.label_selector,
+        max_ongoing_requests=_OPEN_CALLS,
+    )
+
+
+def _shared_options(args: AppConfig) -> dict[str, Any]:
+    """The options of the deployment of :func:`shared_stage`, which takes nothing over while it runs."""
+    options = _options(shared_stage(args), args.logging)
     del options["user_config"]
     return options
 

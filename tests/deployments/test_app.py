@@ -93,6 +93,26 @@ def test_every_deployment_reserves_a_cpu():
     assert all(deployment.ray_actor_options["num_cpus"] > 0 for deployment in deployments)
 
 
+def test_what_ingresses_share_is_on_their_nodes():
+    """On a node of another stage it would keep an autoscaler from giving that node back."""
+    from ray.serve._private.build_app import build_app
+
+    args = app_args()
+    args["ingress"] = {"num_replicas": 2, "label_selector": {"sightline/stage": "cpu"}}
+    config = AppConfig.model_validate(args)
+    for application, names in (
+        (build(config), {"Ingress", "Responses", "References"}),
+        (build_stages(config), {"Stages:pocket"}),
+    ):
+        built = build_app(application, name="test", default_runtime_env={})
+        selected = {
+            deployment.name
+            for deployment in built.deployments
+            if deployment.ray_actor_options.get("label_selector") == {"sightline/stage": "cpu"}
+        }
+        assert selected == names
+
+
 def test_the_file_is_what_serve_reads():
     from ray.serve.schema import ServeDeploySchema
 

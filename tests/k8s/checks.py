@@ -320,15 +320,25 @@ def _references(pod: Document) -> Iterator[tuple[str, str]]:
                 yield "Secret", secret["name"]
 
 
+def selects(selector: Document, labels: dict[str, str]) -> bool:
+    """Return whether a selector of Kubernetes takes an object with these labels."""
+    wanted = selector.get("matchLabels", {}).items() <= labels.items()
+    for expression in selector.get("matchExpressions", ()):
+        assert expression["operator"] == "In", expression
+        wanted = wanted and labels.get(expression["key"]) in expression["values"]
+    return wanted
+
+
+def operators_labels(name: str) -> dict[str, str]:
+    """The labels that the operator adds to pods of the head or a group."""
+    kind = ("headgroup", "head") if name == "head" else (name, "worker")
+    return {"ray.io/is-ray-node": "yes", "ray.io/group": kind[0], "ray.io/node-type": kind[1]}
+
+
 def _selector_faults(found: list[Document]) -> Iterator[str]:
     """Selectors that no pod of these manifests matches, and budgets that forbid every drain."""
     service = rayservice(found)
-    labels = []
-    for name, template in pods(service):
-        # The operator adds these.
-        own = {"ray.io/is-ray-node": "yes", "ray.io/group": "headgroup" if name == "head" else name}
-        own["ray.io/node-type"] = "head" if name == "head" else "worker"
-        labels.append(template["metadata"]["labels"] | own)
+    labels = [template["metadata"]["labels"] | operators_labels(name) for name, template in pods(service)]
     labels += [d["spec"]["template"]["metadata"]["labels"] for d in found if "template" in d.get("spec", {})]
     for document in found:
         spec, name = document.get("spec", {}), f"{document['kind']} {document['metadata']['name']}"

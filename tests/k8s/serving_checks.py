@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from deployments.app import shared_stage
 from deployments.config import AppConfig, StageConfig
 from tests.k8s.checks import Document, container, environment, groups, pods, reservable
 from tests.k8s.tools import rayservice
@@ -61,6 +62,9 @@ def _unknown_fields(config: Document) -> Iterator[str]:
 def stages(config: AppConfig) -> Iterator[tuple[str, StageConfig]]:
     """Every deployment's configuration by a name for messages."""
     yield "ingress", config.ingress
+    if config.ingress.has_several_replicas:
+        yield "stored responses", shared_stage(config)
+        yield "stored references", shared_stage(config)
     for model in config.models:
         yield f"preprocessor of {model.name}", model.preprocessor
         yield f"encoder of {model.name}", model.encoder
@@ -84,7 +88,7 @@ def _model_faults(found: list[Document], config: AppConfig) -> Iterator[str]:
         if gpus and max(gpus, 1) * model.language_model.hosts != model.engine.tensor_parallel_size:
             yield f"{model.name}: num_gpus isn't tensor_parallel_size"
         hosts = model.language_model.hosts
-        sizes = {g.get("numOfHosts", 1) for g in groups(service) if _fits(model.language_model, g)}
+        sizes = {g.get("numOfHosts", 1) for g in groups(service) if fits(model.language_model, g)}
         if hosts > 1 and hosts not in sizes:
             yield f"{model.name}: spread over {hosts} hosts, but no group counts its pods by {hosts}"
     (name, template), *_ = [(n, t) for n, t in pods(service) if n != "head"]
@@ -104,11 +108,11 @@ def _stage_faults(found: list[Document], name: str, stage: StageConfig) -> Itera
     streams = name == "ingress" or name.startswith("language_model")
     if streams and stage.graceful_shutdown_timeout_s < 600:
         yield f"{name}: streams pass through it, and it stops after {stage.graceful_shutdown_timeout_s:.0f} s"
-    if not any(_fits(stage, group) for group in groups(service)):
+    if not any(fits(stage, group) for group in groups(service)):
         yield f"{name}: no group has a pod that can hold a replica"
 
 
-def _fits(stage: StageConfig, group: Document) -> bool:
+def fits(stage: StageConfig, group: Document) -> bool:
     """Return whether one pod of ``group`` can hold a replica."""
     labels = group.get("labels") or {}
     return (
@@ -123,7 +127,7 @@ def _capacity_faults(service: Document, config: AppConfig) -> Iterator[str]:
     need: dict[str, list[tuple[float, float, float, float]]] = {}
     for _, stage in stages(config):
         for group in groups(service):
-            if _fits(stage, group):
+            if fits(stage, group):
                 most = (stage.autoscaling or {}).get("max_replicas", stage.num_replicas)
                 most *= getattr(stage, "hosts", 1)
                 surge = math.ceil(most * stage.surge / 100)

@@ -3,6 +3,7 @@
 import re
 import runpy
 import subprocess
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_the_images_python_can_install_the_project():
     (version,) = re.findall(r"^ARG PYTHON=(\d+)\.(\d+)$", DOCKERFILE.read_text(), re.MULTILINE)
     (least,) = re.findall(r'requires-python = ">=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
     assert tuple(map(int, version)) >= tuple(map(int, least))
+
+
+def test_the_image_has_every_extra_that_serves():
+    """Without them videos, documents and some formats of images would be refused, and traces not sent."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    # These are for those who change the project.
+    wanted = project["optional-dependencies"].keys() - {"dev", "k8s", "browser"}
+    (installed,) = re.findall(r'--editable "\.\[(.+)\]"', DOCKERFILE.read_text())
+    assert set(installed.split(",")) == wanted
 
 
 def test_the_image_serves_what_the_demo_serves():

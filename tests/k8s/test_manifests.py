@@ -8,6 +8,7 @@ import yaml
 
 from deployments.app import build
 from tests.k8s import checks
+from tests.k8s.policies import policy_faults
 from tests.k8s.serving_checks import app_config, config_faults, same_application
 from tests.k8s.tools import K8S, OVERLAYS, crd_schema, documents, rayservice, rendered, with_components
 from tests.serving import app_args
@@ -43,6 +44,10 @@ def test_the_serve_config_runs_on_these_pods(found):
     assert config_faults(found) == []
 
 
+def test_pods_reach_what_they_need_and_nothing_else(found):
+    assert policy_faults(found) == []
+
+
 def test_the_demo_serves_what_make_serve_serves():
     service = rayservice(documents("cpu-demo"))
     assert same_application(service, app_args())
@@ -51,14 +56,25 @@ def test_the_demo_serves_what_make_serve_serves():
 
 @pytest.mark.parametrize(
     ("component", "overlay"),
-    [("incremental-upgrade", "cluster"), ("model-image", "one-gpu"), ("priority", "one-gpu")],
+    [
+        ("incremental-upgrade", "cluster"),
+        ("model-image", "one-gpu"),
+        ("network-policy", "cpu-demo"),
+        ("network-policy", "one-gpu"),
+        ("priority", "one-gpu"),
+    ],
 )
 def test_components_that_no_overlay_has_can_be_added(component, overlay, tmp_path):
     found = with_components(overlay, [component], tmp_path)
     assert found != documents(overlay)
     assert checks.operator_faults(rayservice(found)) == []
-    assert [fault for fault in checks.reference_faults(found) if "namespace" not in fault] == []
+    # A policy for a Redis that isn't there does no harm.
+    harmless = ("namespace", "NetworkPolicy sightline-redis selects no pod")
+    assert [
+        fault for fault in checks.reference_faults(found) if not any(each in fault for each in harmless)
+    ] == []
     assert config_faults(found) == []
+    assert policy_faults(found) == []
     # Last: it skips the test where the schema is absent.
     assert checks.schema_faults(rayservice(found), crd_schema()) == []
 

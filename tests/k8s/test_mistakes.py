@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.k8s import checks
+from tests.k8s.policies import policy_faults
 from tests.k8s.serving_checks import config_faults
 from tests.k8s.tools import SCHEMA, crd_schema, documents, rayservice
 
@@ -17,14 +18,15 @@ def all_faults(found: list[dict[str, Any]]) -> list[str]:
     pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
     service = rayservice(found)
     faults = checks.schema_faults(service, crd_schema()) if SCHEMA.exists() else []
-    # The other checks may rely on the schema.
-    return faults or [
+    # The other checks may rely on the schema, and the last one on them.
+    faults = faults or [
         *checks.builtin_faults(found),
         *checks.operator_faults(service),
         *checks.loss_faults(found),
         *checks.reference_faults(found),
         *config_faults(found),
     ]
+    return faults or policy_faults(found)
 
 
 def at(path: str, value: Any) -> Plant:
@@ -60,7 +62,9 @@ def other(kind: str, name: str, change: Callable[[dict[str, Any]], Any]) -> Plan
     """Changes another object."""
 
     def plant(found: list[dict[str, Any]]) -> None:
-        (document,) = (d for d in found if d["kind"] == kind and d["metadata"]["name"].startswith(name))
+        named = [d for d in found if d["kind"] == kind and d["metadata"]["name"].startswith(name)]
+        # The shortest: a name may be the beginning of others.
+        document = min(named, key=lambda d: len(d["metadata"]["name"]))
         change(document)
 
     return plant
@@ -194,6 +198,46 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
             lambda d: d["spec"]["podSelector"]["matchLabels"].update(a="b"),
         ),
         "selects no pod",
+    ),
+    "a policy for some ports between pods": (
+        other("NetworkPolicy", "sightline", lambda d: d["spec"]["ingress"][0].update(ports=[{"port": 6379}])),
+        "generate can't reach port 41234 of cpu",
+    ),
+    "a policy that lets preprocessors fetch nothing": (
+        other(
+            "NetworkPolicy",
+            "sightline-pictures",
+            lambda d: d["spec"]["podSelector"]["matchExpressions"][0].update(values=["encode"]),
+        ),
+        "cpu can't reach port 443 of a public address",
+    ),
+    "a policy that lets all pods go out": (
+        other("NetworkPolicy", "sightline-pictures", lambda d: d["spec"].pop("podSelector")),
+        "encode can reach port 443 of a public address",
+    ),
+    "a policy that opens the cluster's inside": (
+        other(
+            "NetworkPolicy",
+            "sightline-pictures",
+            lambda d: d["spec"]["egress"][0]["to"][0]["ipBlock"].pop("except"),
+        ),
+        "cpu can reach port 80 of the cluster's inside",
+    ),
+    "a policy that lets everybody in": (
+        other("NetworkPolicy", "sightline", lambda d: d["spec"]["ingress"][1].pop("from")),
+        "a stranger can reach port 8000 of cpu",
+    ),
+    "a policy that stops the operator": (
+        other("NetworkPolicy", "sightline-head", lambda d: d["spec"]["ingress"].clear()),
+        "the operator can't reach port 8265 of head",
+    ),
+    "a policy that stops a scrape": (
+        other("NetworkPolicy", "sightline", lambda d: d["spec"]["ingress"][2]["ports"].pop(1)),
+        "Prometheus can't reach port 8080 of cpu",
+    ),
+    "a policy that keeps the head from its state": (
+        other("NetworkPolicy", "sightline-redis", lambda d: d["spec"]["ingress"].clear()),
+        "head can't reach port 6379 of Redis",
     ),
     "a budget that can't be counted": (
         other("PodDisruptionBudget", "sightline-cpu", lambda d: d["spec"].update(minAvailable="50%")),
