@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 from deployments.access import caller_name, caller_salt, charge, media_account
+from deployments.answer_format import AnswerFormat, answer_format
 from deployments.caller_fields import caller_fields
 from deployments.charges import MediaCharges
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
@@ -22,7 +23,6 @@ from deployments.replay import Patience, attempt_name, carried_on
 from deployments.report import ItemReport, current_report
 from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, StageLost, Stages
 from deployments.tasks import all_or_none
-from deployments.tools import AnswerFormat, answer_format
 from engine.errors import ContextLengthExceeded, InvalidRequest, Unavailable
 from engine.frontend import load_end_tokens, load_prompt_builder, load_retrieval, load_sampling_defaults
 from engine.inputs.builder import PromptBuilder

@@ -1,32 +1,17 @@
-"""Applies a request's tools and thinking options to its prompt, grammar and answer."""
+"""Reads the tools of a request, in each of the forms in which clients send them."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from deployments.caller_fields import caller_fields
 from deployments.errors import UnsupportedParameter
 from deployments.unknown_fields import log_unknown
 from engine.errors import InvalidRequest
-from engine.parsers.answer import AnswerParser
-from engine.parsers.formats import (
-    REASONING_TAGS,
-    TOOL_FORMATS,
-    ToolFormat,
-    reasoning_tags_of,
-    tool_format_of,
-)
-from engine.parsers.grammar import (
-    SpecialTokens,
-    ToolSchema,
-    grammar_behind_thought,
-    grammar_with_budget,
-    tool_grammar,
-)
-from engine.parsers.reasoning import ReasoningParser, ReasoningTags
-from engine.sampling_params import StructuredSpec
+from engine.parsers.grammar import ToolSchema
 from engine.structured.json_schema import close_objects
+from engine.structured.prepare import checked_schema
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,128}")
@@ -56,6 +41,7 @@ class ToolUse:
     Attributes:
         functions: as the chat template takes them: ``{"type": "function", "function": {...}}``.
         schemas: what the grammar holds the arguments to, by function.
+        fields: the caller's fields of ``schemas``.
         choice: ``required`` demands a call of one of ``allowed``.
         allowed: names of the functions that may be called; all if None.
         parallel: whether an answer may hold several calls.
@@ -63,14 +49,23 @@ class ToolUse:
 
     functions: tuple[Mapping[str, Any], ...] = ()
     schemas: tuple[ToolSchema, ...] = ()
+    fields: tuple[str, ...] = ()
     choice: Literal["none", "auto", "required"] = "none"
     allowed: frozenset[str] | None = None
     parallel: bool = True
 
-    @property
-    def callable(self) -> tuple[ToolSchema, ...]:
-        """The functions that may be called."""
-        return tuple(tool for tool in self.schemas if self.allowed is None or tool.name in self.allowed)
+    def callable(self) -> list[ToolSchema]:
+        """The functions that may be called, with schemas for a grammar.
+
+        Raises:
+            InvalidRequest: a schema can't be followed.
+        """
+        found = []
+        for tool, field in zip(self.schemas, self.fields, strict=True):
+            if self.allowed is None or tool.name in self.allowed:
+                with caller_fields({"structured": field}):
+                    found.append(ToolSchema(tool.name, checked_schema(tool.parameters)))
+        return found
 
     @property
     def by_name(self) -> dict[str, Mapping[str, Any]]:
@@ -106,7 +101,8 @@ def read_tools(tools: Any, tool_choice: Any, parallel: bool | None) -> ToolUse:
         functions.append(function)
         schemas.append(schema)
     choice, allowed = _choice(tool_choice, {schema.name for schema in schemas})
-    return ToolUse(tuple(functions), tuple(schemas), choice, allowed, parallel is not False)
+    fields = tuple(f"tools[{index}].function.parameters" for index in range(len(tools)))
+    return ToolUse(tuple(functions), tuple(schemas), fields, choice, allowed, parallel is not False)
 
 
 def read_functions(functions: Any, function_call: Any) -> ToolUse:
@@ -121,11 +117,8 @@ def read_functions(functions: Any, function_call: Any) -> ToolUse:
     choice = function_call
     if isinstance(function_call, Mapping):
         choice = {"type": "function", "function": function_call}
-    try:
-        return read_tools(tools, choice, False)
-    except InvalidRequest as error:
-        spelled = {"tools[": "functions[", ".function": "", "tool_choice": "function_call"}
-        raise _respelled(error, spelled) from None
+    spelled = {"tools[": "functions[", ".function": "", "tool_choice": "function_call"}
+    return _respelled(tools, choice, False, spelled)
 
 
 def read_flat_tools(
@@ -153,18 +146,26 @@ def read_flat_tools(
         function = {key: tool[key] for key in _FUNCTION_FIELDS if key in tool}
         function["parameters"] = tool.get(parameters)
         nested.append({"type": "function", "function": tool.get("function", function)})
+    spelled = {".function.parameters": f".{parameters}", ".function": ""}
+    return _respelled(nested, tool_choice, parallel, spelled)
+
+
+def _respelled(
+    tools: list[Any], tool_choice: Any, parallel: bool | None, names: Mapping[str, str]
+) -> ToolUse:
+    """:func:`read_tools`, with the caller's spelling in place of each of ``names`` in the names of fields."""
+
+    def spell(text: str) -> str:
+        for name, spelled in names.items():
+            text = text.replace(name, spelled)
+        return text
+
     try:
-        return read_tools(nested, tool_choice, parallel)
+        use = read_tools(tools, tool_choice, parallel)
     except InvalidRequest as error:
-        raise _respelled(error, {".function.parameters": f".{parameters}", ".function": ""}) from None
-
-
-def _respelled(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
-    """The error with the caller's spelling in place of each of ``names``."""
-    for name, spelled in names.items():
-        error.message = error.message.replace(name, spelled)
-        error.param = (error.param or "").replace(name, spelled)
-    return error
+        error.message, error.param = spell(error.message), spell(error.param or "")
+        raise
+    return replace(use, fields=tuple(map(spell, use.fields)))
 
 
 def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
@@ -262,135 +263,3 @@ def _named(choice: Any, names: set[str], where: str) -> str:
         shown = repr(name)[:100]
         raise InvalidRequest(f"{where} names {shown}, which is not among the tools.", param=f"{where}.name")
     return name
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerFormat:
-    """One model's format of tool calls and thoughts.
-
-    Attributes:
-        special: the tokenizer's added tokens.
-        tools: the format of calls; None if the chat template shows no tools.
-        reasoning: the tags of thoughts; None if the model doesn't think.
-    """
-
-    special: SpecialTokens
-    tools: ToolFormat | None = None
-    reasoning: ReasoningTags | None = None
-
-    def begins_inside(self, prompt: str | None) -> bool:
-        """Return whether the prompt has opened a thought."""
-        return self.reasoning is not None and (prompt or "").rstrip().endswith(self.reasoning.start)
-
-    def check(self, use: ToolUse) -> None:
-        """Refuse tools that the model wouldn't see.
-
-        Raises:
-            InvalidRequest: the chat template shows no tools, so that only a required call can be had.
-        """
-        if use.choice == "auto" and self.tools is None:
-            raise InvalidRequest(
-                "This model's chat template shows no tools, so it can't choose one. Serve a model with a "
-                "template for tools, set tool_parser in its configuration, or send tool_choice 'required'.",
-                param="tools",
-            )
-
-    def parser(self, use: ToolUse, prompt: str | None) -> AnswerParser | None:
-        """Make the parser of one answer; None where the text is all there is."""
-        calls = None
-        if use.choice != "none":
-            calls = self._calls.parser(use.by_name)
-        reasoning = None
-        if self.reasoning is not None:
-            reasoning = ReasoningParser(self.reasoning, begins_inside=self.begins_inside(prompt))
-        if calls is None and reasoning is None:
-            return None
-        return AnswerParser(reasoning, calls, calls_in_thoughts=self._calls.anywhere)
-
-    @property
-    def _calls(self) -> ToolFormat:
-        # A required call is written by the grammar, also where the template shows no tools.
-        return self.tools or TOOL_FORMATS["hermes"]
-
-    def constraint(
-        self,
-        use: ToolUse,
-        structured: StructuredSpec | None,
-        prompt: str | None,
-        thinking_budget: int | None = None,
-    ) -> StructuredSpec | None:
-        """Return the answer's constraint: calls, a format that begins after the thought, a bounded thought.
-
-        Raises:
-            InvalidRequest: ``structured`` can't be combined with the rest.
-        """
-        inside = self.begins_inside(prompt)
-        if use.choice != "none":
-            if structured is not None and use.choice == "required":
-                raise InvalidRequest(
-                    "An answer that must call a tool can't follow another constraint too.",
-                    param="tool_choice",
-                )
-            # With both, the constraint on the text wins where the model is free to call or not.
-            if structured is None:
-                lark = tool_grammar(
-                    self._calls.layout,
-                    use.callable,
-                    self.special,
-                    choice="required" if use.choice == "required" else "auto",
-                    parallel=use.parallel,
-                    reasoning=self.reasoning,
-                    begins_inside=inside,
-                )
-                return StructuredSpec(kind="grammar", text=lark)
-        if self.reasoning is None:
-            return structured
-        if structured is not None:
-            body = _expression(structured)
-            if body is None:
-                return structured
-            lark = grammar_behind_thought(body, self.special, self.reasoning, begins_inside=inside)
-            return StructuredSpec(kind="grammar", text=lark)
-        if thinking_budget is not None:
-            try:
-                lark = grammar_with_budget(
-                    self.special, self.reasoning, thinking_budget, begins_inside=inside
-                )
-            except ValueError as error:
-                raise InvalidRequest(
-                    f"This model's thoughts can't be bounded: {error}.", param="thinking_budget"
-                ) from None
-            return StructuredSpec(kind="grammar", text=lark)
-        return None
-
-
-def _expression(spec: StructuredSpec) -> str | None:
-    """A constraint as an expression within a larger grammar; None for grammars, which can't be embedded."""
-    if spec.kind == "json_object":
-        return '%json {"type": "object"}'
-    if spec.kind == "json_schema":
-        return f"%json {spec.text}"
-    if spec.kind == "choice":
-        return (
-            "(" + " | ".join(json.dumps(entry, ensure_ascii=False) for entry in json.loads(spec.text)) + ")"
-        )
-    if spec.kind == "regex":
-        return "/" + spec.text.replace("/", r"\/") + "/"
-    return None
-
-
-def answer_format(
-    template: Sequence[str], special: SpecialTokens, tool_parser: str | None, reasoning_parser: str | None
-) -> AnswerFormat:
-    """The format of a model, from the text of its chat templates or as the configuration names it.
-
-    Args:
-        tool_parser, reasoning_parser: ``auto`` lets the template tell, ``none`` turns parsing off.
-    """
-    text = "\n".join(template)
-    tools = tool_format_of(text) if tool_parser in (None, "auto") else TOOL_FORMATS.get(tool_parser or "")
-    if reasoning_parser in (None, "auto"):
-        reasoning = reasoning_tags_of(text)
-    else:
-        reasoning = REASONING_TAGS.get(reasoning_parser or "")
-    return AnswerFormat(special, tools, reasoning)

@@ -50,10 +50,9 @@ SERVER_FLOORS = [
         "response_store",
         "tasks",
         "threads",
-        "tools",
     ],
-    ["direct", "resumption", "routing", "stages"],
-    ["config", "request_log"],
+    ["direct", "resumption", "routing", "stages", "tools"],
+    ["answer_format", "config", "request_log"],
     ["protocol"],
     ["charges"],
     ["body", "openapi", "sse", "replay", "preprocessor", "encoder", "language_model"],
@@ -96,6 +95,7 @@ PUBLIC = {
     "engine.metrics",
     "engine.outputs",
     "engine.parsers.answer",
+    "engine.parsers.call_forms",
     "engine.parsers.events",
     "engine.parsers.formats",
     "engine.parsers.grammar",
@@ -107,6 +107,7 @@ PUBLIC = {
     "engine.sampling_params",
     "engine.scheduling.prefix_cache",
     "engine.structured.json_schema",
+    "engine.structured.prepare",
 }
 
 #: Heavy or foreign packages, and the packages that must not load them, directly or through other modules.

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.parsers.call_forms import PYTHON_CALL, XML_CALL, json_call
 from engine.parsers.events import Parser
-from engine.parsers.grammar import PYTHON_CALL, XML_CALL, CallLayout, json_call
+from engine.parsers.grammar import CallLayout
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
 from engine.parsers.pythonic import PythonicCalls

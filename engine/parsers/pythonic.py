@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -219,4 +221,11 @@ def _literal(node: ast.expr) -> Any:
             for key, value in zip(node.keys, node.values, strict=True)
             if key is not None
         }
-    return ast.literal_eval(node)
+    value = ast.literal_eval(node)
+    if isinstance(value, float) and math.isinf(value):
+        # JSON has no infinity: a number beyond a double's range becomes the greatest double.
+        return math.copysign(sys.float_info.max, value)
+    if isinstance(value, str):
+        # JSON spells a character beyond 16 bits as two escapes, which Python reads as two characters.
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from engine.parsers.arguments import is_text, resolved
 from engine.parsers.events import (
     CallArguments,
     CallStart,
@@ -119,21 +120,18 @@ class QwenXmlCalls(SteppedParser):
         return True
 
     def _json(self, key: str, value: str) -> str:
-        properties = self._schemas.get(self._name, {}).get("properties")
+        root = self._schemas.get(self._name, {})
+        properties = root.get("properties")
         schema = properties.get(key) if isinstance(properties, Mapping) else None
-        if not _is_string(schema):
+        if not is_text(resolved(root, schema)):
             try:
-                return json.dumps(json.loads(value), ensure_ascii=False)
-            except ValueError:
+                json.loads(value, parse_constant=_refuse)
+                return value.strip()
+            except (ValueError, RecursionError):
                 pass
         return json.dumps(value, ensure_ascii=False)
 
 
-def _is_string(schema: Any) -> bool:
-    if not isinstance(schema, Mapping):
-        return False
-    kind = schema.get("type")
-    if kind == "string":
-        return True
-    values = schema.get("enum")
-    return kind is None and isinstance(values, list) and all(isinstance(entry, str) for entry in values)
+def _refuse(name: str) -> None:
+    """Python's ``NaN`` and ``Infinity`` are no JSON."""
+    raise ValueError(name)

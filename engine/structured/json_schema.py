@@ -11,6 +11,11 @@ from engine.structured.formats import BOUNDED_FORMATS
 
 Schema = dict[str, Any]
 
+#: llguidance's options for answers in JSON. They stand on one line, with or without a space behind commas and
+#: colons. Line breaks and indentation cost tokens and say nothing, and a model that may write them sometimes
+#: writes little else.
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+
 #: Keywords that llguidance lacks, each with what a caller can do instead.
 _UNSUPPORTED = {
     "not": "say what is allowed instead, with enum, pattern or anyOf",

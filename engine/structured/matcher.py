@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import llguidance
 import numpy as np
 
-from engine.structured.numbers import MAX_DIGITS, DigitBound, advance
+from engine.structured.numbers import DigitBound, advance
 
 
 class GrammarMatcher:
@@ -69,8 +69,9 @@ class GrammarMatcher:
         """Narrow a mask to preferred tokens, or write the mask of a sequence that has ended. Computing a mask
         can lead to an error, too; llguidance allows EOS then."""
         if self._needs_mask:
-            if self._digits is not None and self._states[-1] >= MAX_DIGITS:
-                _narrow(row, self._digits.others)
+            bound = None if self._digits is None else self._digits.mask(self._states[-1])
+            if bound is not None:
+                _narrow(row, bound)
             if self._preferred is not None:
                 _narrow(row, self._preferred)
             return

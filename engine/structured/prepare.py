@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
+from engine.errors import InvalidRequest
 from engine.sampling_params import StructuredSpec
-from engine.structured.checks import GrammarRefused
-from engine.structured.json_schema import literals, prepare_schema
+from engine.structured.checks import GrammarRefused, check_spec, refusal
+from engine.structured.json_schema import Schema, literals, plainer, prepare_schema
 from engine.text.spelling import Speller
 
 
@@ -25,11 +28,31 @@ def prepare(spec: StructuredSpec, speller: Speller) -> str:
             for literal in literals(schema):
                 shown = literal if isinstance(literal, str) else None
                 _check_spelling(json.dumps(literal, ensure_ascii=False), speller, shown)
-        try:
-            return json.dumps(schema, allow_nan=False)
-        except ValueError:
-            raise GrammarRefused("it holds a number that is no JSON, or too large") from None
+        return _text(schema)
     return spec.text
+
+
+def checked_schema(schema: Mapping[str, Any]) -> Schema:
+    """A caller's schema that becomes a part of a grammar, in the form that :func:`prepare` gives it.
+
+    Raises:
+        InvalidRequest: it is larger than a schema may be, or llguidance lacks a keyword that it uses.
+    """
+    spec = StructuredSpec(kind="json_schema", text=json.dumps(schema))
+    check_spec(spec)
+    try:
+        prepared = prepare_schema(dict(schema))
+        _text(prepared)
+    except GrammarRefused as error:
+        raise InvalidRequest(refusal(spec, plainer(str(error))), param="structured") from None
+    return prepared
+
+
+def _text(schema: Schema) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise GrammarRefused("it holds a number that is no JSON, or too large") from None
 
 
 def _check_spelling(text: str, speller: Speller, shown: str | None = None) -> None:

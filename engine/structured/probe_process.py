@@ -23,15 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from engine.helpers.child import limit_memory, serve
 from engine.structured.json_escapes import escape_options, lacks_escapes, with_escapes
+from engine.structured.json_schema import LAYOUT
 from engine.structured.vocabulary import Vocabulary
 
 # What passes here is compiled and stepped again on threads with stacks of the usual 8 MiB, at least 2 MiB.
 STACK_BYTES = 1 << 20
-
-# Between the parts of JSON: nothing, a space, or a new line with its indentation. A model that may write any
-# amount of white space sometimes writes nothing else until its answer is cut off.
-WHITESPACE = r"( |\n {0,16})?"
-
 
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _DEAD_END = "the tokens of this model's vocabulary can't spell any whole answer"
@@ -54,7 +50,7 @@ def to_grammar(kind: str, text: str, *, forces: bool) -> tuple[str, bool]:
         schema = json.loads(text) if kind == "json_schema" else {"type": "object"}
         escapes = escape_options(schema)
         lacks = lacks_escapes(escapes)
-        options = {"whitespace_pattern": WHITESPACE, **escapes}
+        options = {**LAYOUT, **escapes}
         grammar = "start: %json " + json.dumps({"x-guidance": options, **schema})
     else:
         # ``\d`` in a pattern of answers means the ASCII digits, 0 to 9.

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from deployments.answer_format import AnswerFormat, answer_format
 from deployments.answers import AnswerReader, gather
 from deployments.errors import UnsupportedParameter
-from deployments.tools import NO_TOOLS, AnswerFormat, answer_format, read_functions, read_tools
+from deployments.tools import NO_TOOLS, read_flat_tools, read_functions, read_tools
 from engine.errors import InvalidRequest
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
@@ -89,7 +90,7 @@ def test_no_tools(tools):
 def test_choices(choice, mode, names):
     use = read_tools(TOOLS, choice, None)
     assert use.choice == mode
-    assert {tool.name for tool in use.callable} == names
+    assert {tool.name for tool in use.callable()} == names
 
 
 def test_functions_are_tools_of_an_older_form():
@@ -131,7 +132,7 @@ def test_constraints():
         assert spec is not None and spec.kind == "grammar" and "report" in spec.text
     assert HERMES.constraint(auto, None, "") != HERMES.constraint(required, None, "")
     behind = HERMES.constraint(NO_TOOLS, schema, "<|im_start|>assistant\n<think>\n")
-    assert behind is not None and "<[10]>" in behind.text and '%json {"type": "integer"}' in behind.text
+    assert behind is not None and "<[10]>" in behind.text and '%json {"type": "integer"' in behind.text
     budget = HERMES.constraint(NO_TOOLS, None, "", 16)
     assert budget is not None and "max_tokens=16" in budget.text
     with pytest.raises(InvalidRequest, match="must call a tool"):
@@ -144,6 +145,54 @@ def test_the_format_comes_from_the_template_or_the_configuration():
     named = answer_format(template, SPECIAL, "pythonic", "none")
     assert named.tools is TOOL_FORMATS["pythonic"] and named.reasoning is None
     assert answer_format(["{{ messages }}"], SPECIAL, "auto", "auto") == AnswerFormat(SPECIAL)
+
+
+def test_schemas_are_prepared_wherever_they_stand():
+    """``uniqueItems`` and unknown formats are left out, ``oneOf`` of two types becomes ``anyOf``."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"type": "array", "items": {"type": "string", "format": "path"}, "uniqueItems": True},
+            "b": {"oneOf": [{"type": "integer"}, {"type": "null"}]},
+        },
+    }
+    spec = StructuredSpec(kind="json_schema", text=json.dumps(schema))
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    behind = HERMES.constraint(NO_TOOLS, spec, "")
+    for found in (behind, HERMES.constraint(read_tools([tool], "auto", None), None, "")):
+        assert found is not None and found.kind == "grammar"
+        assert not any(word in found.text for word in ("uniqueItems", '"format"', "oneOf"))
+        assert "anyOf" in found.text and '"whitespace_flexible": false' in found.text
+
+
+BAD = {"type": "object", "properties": {"a": {"not": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("read", "param"),
+    [
+        (lambda: read_tools([*TOOLS, {"function": {"name": "f", "parameters": BAD}}], None, None),
+         "tools[2].function.parameters"),
+        (lambda: read_functions([{"name": "f", "parameters": BAD}], None), "functions[0].parameters"),
+        (lambda: read_flat_tools([{"type": "function", "name": "f", "parameters": BAD}], None, None),
+         "tools[0].parameters"),
+        (lambda: read_flat_tools([{"type": "function", "name": "f", "input_schema": BAD}], None, None,
+                                 parameters="input_schema"), "tools[0].input_schema"),
+    ],
+    ids=["chat", "functions", "responses", "messages"],
+)  # fmt: skip
+def test_a_schema_that_no_grammar_can_follow_is_refused_by_its_field(read, param):
+    use = read()
+    with pytest.raises(InvalidRequest, match="the keyword not at /properties/a is not supported") as refused:
+        HERMES.constraint(use, None, "")
+    assert refused.value.param == param
+    # Another function may be called, or the answer has a format of its own: the schema isn't needed.
+    assert HERMES.constraint(use, StructuredSpec(kind="regex", text="a"), "") is not None
+
+
+def test_a_regex_behind_a_thought_may_hold_slashes():
+    spec = HERMES.constraint(NO_TOOLS, StructuredSpec(kind="regex", text=r"a/b\/\d"), "")
+    assert spec is not None and r"/a\/b\/[0-9]/" in spec.text
 
 
 async def test_an_answer_with_a_thought_and_a_call():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidRequest
+from engine.parsers.call_forms import PYTHON_CALL, XML_CALL
 from engine.parsers.formats import TOOL_FORMATS
-from engine.parsers.grammar import PYTHON_CALL, XML_CALL, SpecialTokens, ToolSchema, tool_grammar
+from engine.parsers.grammar import SpecialTokens, ToolSchema, tool_grammar
 from engine.sampling_params import StructuredSpec
 from engine.structured.grammar import GrammarCompiler
 from engine.structured.json_escapes import with_escapes, within_escape

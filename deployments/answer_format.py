@@ -1,0 +1,159 @@
+"""One model's format of tool calls and thoughts: the parser of an answer, and the grammar that holds it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deployments.tools import ToolUse
+from engine.errors import InvalidRequest
+from engine.parsers.answer import AnswerParser
+from engine.parsers.call_forms import embedded, lark_regex
+from engine.parsers.formats import (
+    REASONING_TAGS,
+    TOOL_FORMATS,
+    ToolFormat,
+    reasoning_tags_of,
+    tool_format_of,
+)
+from engine.parsers.grammar import (
+    SpecialTokens,
+    grammar_behind_thought,
+    grammar_with_budget,
+    tool_grammar,
+)
+from engine.parsers.reasoning import ReasoningParser, ReasoningTags
+from engine.sampling_params import StructuredSpec
+from engine.structured.json_schema import LAYOUT
+from engine.structured.prepare import checked_schema
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """One model's format of tool calls and thoughts.
+
+    Attributes:
+        special: the tokenizer's added tokens.
+        tools: the format of calls; None if the chat template shows no tools.
+        reasoning: the tags of thoughts; None if the model doesn't think.
+    """
+
+    special: SpecialTokens
+    tools: ToolFormat | None = None
+    reasoning: ReasoningTags | None = None
+
+    def begins_inside(self, prompt: str | None) -> bool:
+        """Return whether the prompt has opened a thought."""
+        return self.reasoning is not None and (prompt or "").rstrip().endswith(self.reasoning.start)
+
+    def check(self, use: ToolUse) -> None:
+        """Refuse tools that the model wouldn't see.
+
+        Raises:
+            InvalidRequest: the chat template shows no tools, so that only a required call can be had.
+        """
+        if use.choice == "auto" and self.tools is None:
+            raise InvalidRequest(
+                "This model's chat template shows no tools, so it can't choose one. Serve a model with a "
+                "template for tools, set tool_parser in its configuration, or send tool_choice 'required'.",
+                param="tools",
+            )
+
+    def parser(self, use: ToolUse, prompt: str | None) -> AnswerParser | None:
+        """Make the parser of one answer; None where the text is all there is."""
+        calls = None
+        if use.choice != "none":
+            calls = self._calls.parser(use.by_name)
+        reasoning = None
+        if self.reasoning is not None:
+            reasoning = ReasoningParser(self.reasoning, begins_inside=self.begins_inside(prompt))
+        if calls is None and reasoning is None:
+            return None
+        return AnswerParser(reasoning, calls, calls_in_thoughts=self._calls.anywhere)
+
+    @property
+    def _calls(self) -> ToolFormat:
+        # A required call is written by the grammar, also where the template shows no tools.
+        return self.tools or TOOL_FORMATS["hermes"]
+
+    def constraint(
+        self,
+        use: ToolUse,
+        structured: StructuredSpec | None,
+        prompt: str | None,
+        thinking_budget: int | None = None,
+    ) -> StructuredSpec | None:
+        """Return the answer's constraint: calls, a format that begins after the thought, a bounded thought.
+
+        Raises:
+            InvalidRequest: ``structured`` can't be combined with the rest.
+        """
+        inside = self.begins_inside(prompt)
+        if use.choice != "none":
+            if structured is not None and use.choice == "required":
+                raise InvalidRequest(
+                    "An answer that must call a tool can't follow another constraint too.",
+                    param="tool_choice",
+                )
+            # With both, the constraint on the text wins where the model is free to call or not.
+            if structured is None:
+                lark = tool_grammar(
+                    self._calls.layout,
+                    use.callable(),
+                    self.special,
+                    choice="required" if use.choice == "required" else "auto",
+                    parallel=use.parallel,
+                    reasoning=self.reasoning,
+                    begins_inside=inside,
+                )
+                return StructuredSpec(kind="grammar", text=lark)
+        if self.reasoning is None:
+            return structured
+        if structured is not None:
+            body = _expression(structured)
+            if body is None:
+                return structured
+            lark = grammar_behind_thought(body, self.special, self.reasoning, begins_inside=inside)
+            return StructuredSpec(kind="grammar", text=lark)
+        if thinking_budget is not None:
+            try:
+                lark = grammar_with_budget(
+                    self.special, self.reasoning, thinking_budget, begins_inside=inside
+                )
+            except ValueError as error:
+                raise InvalidRequest(
+                    f"This model's thoughts can't be bounded: {error}.", param="thinking_budget"
+                ) from None
+            return StructuredSpec(kind="grammar", text=lark)
+        return None
+
+
+def _expression(spec: StructuredSpec) -> str | None:
+    """A constraint as an expression within a larger grammar; None for grammars, which can't be embedded."""
+    if spec.kind == "json_object":
+        return embedded({"type": "object"}, LAYOUT)
+    if spec.kind == "json_schema":
+        return embedded(checked_schema(json.loads(spec.text)), LAYOUT)
+    if spec.kind == "choice":
+        return (
+            "(" + " | ".join(json.dumps(entry, ensure_ascii=False) for entry in json.loads(spec.text)) + ")"
+        )
+    if spec.kind == "regex":
+        return f"/{lark_regex(spec.text)}/"
+    return None
+
+
+def answer_format(
+    template: Sequence[str], special: SpecialTokens, tool_parser: str | None, reasoning_parser: str | None
+) -> AnswerFormat:
+    """The format of a model, from the text of its chat templates or as the configuration names it.
+
+    Args:
+        tool_parser, reasoning_parser: ``auto`` lets the template tell, ``none`` turns parsing off.
+    """
+    text = "\n".join(template)
+    tools = tool_format_of(text) if tool_parser in (None, "auto") else TOOL_FORMATS.get(tool_parser or "")
+    if reasoning_parser in (None, "auto"):
+        reasoning = reasoning_tags_of(text)
+    else:
+        reasoning = REASONING_TAGS.get(reasoning_parser or "")
+    return AnswerFormat(special, tools, reasoning)

@@ -1,0 +1,137 @@
+"""Grammars of one call's arguments, by the syntax of the family's calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import llguidance
+
+from engine.parsers.arguments import is_text, resolved, standalone, text_choices
+from engine.parsers.grammar import CallForm, Rules, ToolSchema
+
+
+def json_call(before: str, between: str, after: str) -> CallForm:
+    """A call as ``before NAME between ARGUMENTS after``, with the name as JSON text without its quotes."""
+
+    def head(name: str) -> str:
+        return before + json.dumps(name, ensure_ascii=False)[1:-1] + between
+
+    def arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
+        return f"{embedded(tool.parameters)} {rules.special.literal(after)}".strip()
+
+    return CallForm(head, arguments)
+
+
+#: Calls are written as Python's ``json.dumps`` writes them, which is what chat templates show.
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def embedded(schema: Any, layout: Mapping[str, Any] = _SPACING) -> str:
+    """A JSON schema as a grammar's expression.
+
+    Args:
+        layout: llguidance's options for the text between the parts of JSON.
+    """
+    spaced = {**schema, "x-guidance": layout} if isinstance(schema, Mapping) else schema
+    return f"%json {json.dumps(spaced, ensure_ascii=False)}"
+
+
+def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
+    """A tag for each parameter, in the schema's order."""
+    properties = tool.parameters.get("properties") or {}
+    required = set(tool.parameters.get("required") or ())
+    parts = []
+    for place, (key, schema) in enumerate(properties.items()):
+        tag = rules.special.literal(f"<parameter={key}>\n")
+        part = f"{tag} {_xml_value(rules, tool.parameters, schema, f'value_{number}_{place}')}"
+        parts.append(part if key in required else f"({part})?")
+    parts.append(rules.special.literal("</function>\n</tool_call>"))
+    return rules.add(f"parameters_{number}", " ".join(parts))
+
+
+def _xml_value(rules: Rules, root: Mapping[str, Any], schema: Any, name: str) -> str:
+    """The value of a parameter, whose schema is a part of ``root``, and the tag that closes it."""
+    end = "\n</parameter>\n"
+    found = resolved(root, schema)
+    choices = text_choices(found)
+    if choices is not None:
+        return f"({' | '.join(rules.special.literal(choice + end) for choice in choices)})"
+    if not is_text(found):
+        return f"{embedded(standalone(root, schema))} {rules.special.literal(end)}"
+    pattern = _whole_text(found["pattern"]) if isinstance(found.get("pattern"), str) else None
+    low, high = found.get("minLength"), found.get("maxLength")
+    if pattern is not None:
+        # The parser ends a value at the first closing tag.
+        text = rules.add(name.upper(), rf"/{pattern}/ & ~/(.|\n)*<\/parameter>(.|\n)*/")
+        return rules.add(f"{name}[lazy]", f"{text} {json.dumps(end)}")
+    if low is None and high is None:
+        return rules.add(f"{name}[lazy]", f"/(.|\\n)*/ {json.dumps(end)}")
+    length = f"{{{low or 0},{'' if high is None else high}}}"
+    return f"{rules.add(name.upper(), f'/(.|{chr(92)}n){length}/')} {rules.special.literal(end)}"
+
+
+def _whole_text(pattern: str) -> str | None:
+    """A JSON schema's ``pattern`` as a Lark regex of whole texts; None where it has anchors within it."""
+    inner = pattern.removeprefix("^").removesuffix("$")
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]", "", inner)
+    anchored = inner != pattern
+    if "^" in bare or "$" in bare or pattern.endswith("\\$") or (anchored and _has_alternatives(bare)):
+        return None
+    before = "" if pattern.startswith("^") else r"(.|\n)*"
+    behind = "" if pattern.endswith("$") else r"(.|\n)*"
+    return f"{before}({lark_regex(inner)}){behind}"
+
+
+def _has_alternatives(bare: str) -> bool:
+    """Return whether a regex, without its classes and escapes, is a choice at its top level."""
+    while (inner := re.sub(r"\([^()]*\)", "", bare)) != bare:
+        bare = inner
+    return "|" in bare
+
+
+def lark_regex(pattern: str) -> str:
+    r"""A regex as it stands between the slashes of a Lark grammar; ``\d`` means the ASCII digits."""
+    return llguidance.regex_to_lark(pattern, "d").replace("\n", r"\n")
+
+
+#: ``<function=NAME>`` with a tag for each parameter (Qwen3-Coder).
+XML_CALL = CallForm(lambda name: f"\n<function={name}>\n", _xml_arguments)
+
+
+def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
+    """``key=value, ...)`` with the arguments in the schema's order."""
+    properties = tool.parameters.get("properties") or {}
+    required = set(tool.parameters.get("required") or ())
+    literal = rules.special.literal
+    entries = [
+        (f"{literal(key + '=')} ({_python_value(tool.parameters, schema)})", key in required)
+        for key, schema in properties.items()
+    ]
+    return f"{_in_order(rules, f'arguments_{number}', entries)} {literal(')')}".strip()
+
+
+def _python_value(root: Mapping[str, Any], schema: Any) -> str:
+    boolean = resolved(root, schema).get("type") == "boolean"
+    return '"True" | "False"' if boolean else embedded(standalone(root, schema))
+
+
+#: ``NAME(key=value, ...)``.
+PYTHON_CALL = CallForm(lambda name: f"{name}(", _python_arguments)
+
+
+def _in_order(rules: Rules, name: str, entries: Sequence[tuple[str, bool]]) -> str:
+    """Entries, each with whether it is required, with commas between those that are there."""
+    comma, nothing = json.dumps(", "), json.dumps("")
+    # Rules for the entries from ``place`` on: behind another entry, and at the list's beginning.
+    following, leading = "", ""
+    for place in range(len(entries) - 1, -1, -1):
+        entry, required = entries[place]
+        behind, first = f"{comma} {entry} {following}".strip(), f"{entry} {following}".strip()
+        if not required:
+            behind, first = f"{behind} | {following or nothing}", f"{first} | {leading or nothing}"
+        following = rules.add(f"{name}_{place}", behind)
+        leading = rules.add(f"{name}_{place}_first", first)
+    return leading

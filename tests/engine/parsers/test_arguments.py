@@ -1,0 +1,102 @@
+"""Arguments follow their schemas in every format of calls, also where schemas refer to each other."""
+
+import json
+
+import jsonschema
+import pytest
+
+from engine.parsers.arguments import is_text, resolved, standalone, text_choices
+from engine.parsers.formats import TOOL_FORMATS
+from engine.parsers.grammar import ToolSchema, tool_grammar
+from tests.engine.parsers.cuts import joined
+from tests.engine.parsers.test_grammar import vocabulary
+
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+
+#: Schemas of one argument ``value``, beside what they refer to.
+SCHEMAS = {
+    "choices by reference": {"$ref": "#/$defs/Choice"},
+    "choices that look like JSON": {"enum": ["1", "true", "null"]},
+    "text that looks like JSON": {"type": "string", "pattern": "^[0-9]{2}$"},
+    "one text": {"const": "cat", "type": "string"},
+    "pattern within": {"type": "string", "pattern": "[a-c]/\\\\d", "maxLength": 9},
+    "pattern on the left": {"type": "string", "pattern": "^(ab|c)+-"},
+    "optional": {"anyOf": [{"$ref": "#/$defs/Choice"}, {"type": "null"}]},
+    "boolean by reference": {"$ref": "#/definitions/Sure"},
+    "objects in a list": {"type": "array", "items": {"$ref": "#/$defs/Point"}, "maxItems": 2},
+    "chain of references": {"$ref": "#/$defs/Alias"},
+    "recursion": {"$ref": "#/$defs/Node"},
+    "reference to a sibling": {"$ref": "#/properties/other"},
+}
+DEFINITIONS = {
+    "$defs": {
+        "Choice": {"enum": ["red", "dark blue"]},
+        "Point": {
+            "type": "object",
+            "properties": {"x": {"$ref": "#/$defs/Digit"}, "default": {"$ref": "#/$defs/Digit"}},
+            "required": ["x"],
+            "additionalProperties": False,
+        },
+        "Digit": DIGIT,
+        "Alias": {"$ref": "#/$defs/Choice"},
+        "Node": {
+            "type": "object",
+            "properties": {"next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/Node"}]}},
+            "required": ["next"],
+            "additionalProperties": False,
+        },
+    },
+    "definitions": {"Sure": {"type": "boolean"}},
+}
+
+
+def parameters(schema: dict) -> dict:
+    return {
+        "type": "object",
+        "properties": {"value": schema, "other": DIGIT},
+        "required": ["value"],
+        "additionalProperties": False,
+        **DEFINITIONS,
+    }
+
+
+@pytest.mark.parametrize("found", TOOL_FORMATS.values(), ids=lambda found: found.name)
+def test_arguments_follow_schemas_that_refer_to_each_other(found):
+    words = vocabulary("tokens")
+    for name, schema in SCHEMAS.items():
+        given = parameters(schema)
+        tools = [ToolSchema("f", given)]
+        grammar = tool_grammar(found.layout, tools, words.special, choice="required", parallel=False)
+        finished = 0
+        for seed in range(4):
+            walk = words.walk(grammar, seed)
+            ((_, arguments),) = joined(found.parser({"f": given}), [walk.text])["calls"] or [("", "")]
+            if walk.finished:
+                jsonschema.validate(json.loads(arguments), given)
+                finished += 1
+        assert finished or "pattern" in schema, name
+
+
+def test_a_part_stands_alone_with_all_that_it_refers_to():
+    root = parameters({"$ref": "#/$defs/Point", "title": "#/x"})
+    alone = standalone(root, root["properties"]["value"])
+    jsonschema.validate({"x": 3, "default": 4}, alone)
+    for wrong in ({"x": 10}, {"x": 3, "default": "a"}, {"x": 3, "more": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, alone)
+    assert standalone(root, DIGIT) is DIGIT
+    whole = standalone({"type": "array", "items": {"$ref": "#"}}, {"$ref": "#"})
+    jsonschema.validate([[], [[]]], whole)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate([[], [1]], whole)
+    # Values are no schemas, even if they look like references.
+    data = {"enum": [{"$ref": "#/a"}], "properties": {"enum": {"$ref": "#/$defs/Digit"}}}
+    assert standalone(root, data)["enum"] == data["enum"]
+    assert standalone(root, data)["properties"]["enum"] == {"$ref": "#/$defs/0"}
+
+
+def test_references_in_a_circle_lead_nowhere():
+    root = {"$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}}
+    assert not is_text(resolved(root, {"$ref": "#/$defs/A"}))
+    assert resolved(root, {"$ref": "#/$defs/C"}) == {} == resolved(root, True)
+    assert text_choices({"enum": ["a", 1]}) is None
