@@ -1,7 +1,8 @@
 """Logs fields of requests that nothing reads, each name once."""
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
+from typing import Any
 
 logger = logging.getLogger("ray.serve")
 
@@ -11,15 +12,15 @@ _MAX_LOGGED = 256
 _MAX_NAME = 100
 
 
-def log_unknown(body: str, given: Iterable[object], known: Collection[str], where: str = "") -> None:
-    """Log those of the ``given`` names that are not among the ``known``.
+def log_unknown(body: str, given: Mapping[Any, Any], known: Collection[str], where: str = "") -> None:
+    """Log the fields of an object that are not among the ``known``. Null is absence.
 
     Args:
         body: the kind of request.
         where: the object that holds them, such as ``messages[].content[].``; empty for the body itself.
     """
-    for each in given:
-        if each in known:
+    for each, value in given.items():
+        if each in known or value is None:
             continue
         name = f"{where}{str(each)[:_MAX_NAME]}"
         if (body, name) not in _logged and len(_logged) < _MAX_LOGGED:

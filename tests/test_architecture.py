@@ -82,6 +82,7 @@ PUBLIC = {
     "engine.inputs.messages",
     "engine.inputs.pages",
     "engine.inputs.retrieval",
+    "engine.inputs.video",
     "engine.mailbox",
     "engine.media.decode",
     "engine.media.documents.limits",

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, model
 from pydantic.fields import FieldInfo
 
 from deployments.errors import BadBody, UnsupportedParameter
+from deployments.protocol.plain_fields import Shape, log_unknown_within
 from deployments.unknown_fields import log_unknown
 
 
@@ -34,11 +35,13 @@ class RequestBody(Part):
     Attributes:
         REFUSED: fields that aren't offered and would change the answer, each with what to do instead. A value
             that asks for nothing is taken: null, false, 0, or empty.
+        PLAIN: the shapes of fields that hold plain objects.
         EXAMPLE: a body that is answered, without its model.
         TASK: of the models that answer it.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {}
+    PLAIN: ClassVar[Mapping[str, Shape]] = {}
     EXAMPLE: ClassVar[Mapping[str, Any]] = {}
     TASK: ClassVar[str] = "generate"
 
@@ -60,6 +63,8 @@ class RequestBody(Part):
                     param=name,
                 )
         _log_unknown(cls.__name__, cls, given)
+        for name in given.keys() & cls.PLAIN.keys():
+            log_unknown_within(cls.__name__, given[name], cls.PLAIN[name], name)
         try:
             return cls.model_validate(given)
         except ValidationError as error:

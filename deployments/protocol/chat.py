@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from deployments.protocol.base import Part
 from deployments.protocol.generation import ConversationBody, GenerationBody, check_verbosity
+from deployments.protocol.plain_fields import CHAT, FUNCTION, NAMED, TOOL_CHOICE, Shape
 from deployments.protocol.usage import UsageBody
 from deployments.tools import ToolUse, read_functions, read_tools
 from engine.errors import InvalidRequest
@@ -45,6 +46,13 @@ class ChatCompletionRequest(ConversationBody):
         **GenerationBody.SILENT,
         "include_reasoning": "thoughts are always in the answer",
         "prediction": "it could only make an answer faster",
+    }
+
+    PLAIN: ClassVar[Mapping[str, Shape]] = {
+        **CHAT,
+        "functions": FUNCTION,
+        "function_call": NAMED,
+        "tool_choice": TOOL_CHOICE,
     }
 
     messages: list[dict[str, Any]]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from deployments.protocol.base import RequestBody
+from deployments.protocol.plain_fields import MESSAGE, Shape
 from deployments.protocol.usage import UsageBody
 from engine.errors import InvalidRequest
 from engine.pooling_params import PoolingParams
@@ -27,6 +28,7 @@ class VectorBody(RequestBody):
         "priority": "prompts are pooled in the order of their arrival",
         "user": "a note for the provider's records",
     }
+    PLAIN: ClassVar[Mapping[str, Shape]] = {"messages": MESSAGE}
 
     model: str
     input: str | list[str] | list[int] | list[list[int]] | None = None

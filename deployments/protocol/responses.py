@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deployments.errors import UnsupportedParameter
 from deployments.protocol.base import Part
 from deployments.protocol.generation import ConversationBody, GenerationBody, JsonSchema, check_verbosity
+from deployments.protocol.plain_fields import ITEM, TOOL_CHOICE, Shape
 from deployments.tools import ToolUse, read_flat_tools
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
@@ -61,6 +62,8 @@ class ResponsesRequest(ConversationBody):
         **{name: why for name, why in GenerationBody.SILENT.items() if name not in ("metadata", "store")},
         "max_tool_calls": "it bounds tools that run on the server, which are not offered",
     }
+
+    PLAIN: ClassVar[Mapping[str, Shape]] = {"input": ITEM, "tool_choice": TOOL_CHOICE}
 
     input: str | list[Any] = Field(default_factory=list)
     instructions: str | None = None

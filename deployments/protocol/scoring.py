@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import AliasChoices, BaseModel, Field
 
 from deployments.protocol.base import RequestBody
+from deployments.protocol.plain_fields import SCORED, Shape
 from deployments.protocol.usage import UsageBody
 from engine.errors import InvalidRequest
 
@@ -32,6 +33,9 @@ class ScoreRequest(ScoringBody):
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"text_1": "a red circle", "text_2": ["a circle", "a square"]}
     REFUSED: ClassVar[Mapping[str, str]] = {"truncate_prompt_tokens": "shorten the texts"}
+    PLAIN: ClassVar[Mapping[str, Shape]] = dict.fromkeys(
+        ("text_1", "queries", "data_1", "text_2", "documents", "data_2", "items"), SCORED
+    )
 
     text_1: Item | list[Item] = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
     text_2: Item | list[Item] = Field(validation_alias=AliasChoices("text_2", "documents", "data_2", "items"))
@@ -77,6 +81,8 @@ class RerankRequest(ScoringBody):
     """Body of ``POST /v1/rerank``, as Cohere's and Jina's clients send it."""
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"query": "a red circle", "documents": ["a circle", "a square"]}
+
+    PLAIN: ClassVar[Mapping[str, Shape]] = {"query": SCORED, "documents": SCORED}
 
     query: Item
     documents: list[Item]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from deployments.protocol.base import RequestBody
+from deployments.protocol.plain_fields import CHAT, Shape
 from engine.errors import InvalidRequest
 
 
@@ -14,6 +15,7 @@ class TokenizeRequest(RequestBody):
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"prompt": "a red circle"}
     REFUSED: ClassVar[Mapping[str, str]] = {"chat_template": "it is set where the model is configured"}
+    PLAIN: ClassVar[Mapping[str, Shape]] = CHAT
 
     model: str
     prompt: str | None = None

@@ -29,6 +29,8 @@ _ROWS_PART = "image_embeds"
 MAX_UUID = 256
 _DOCUMENT_PARTS = ("document_url", "document")
 _KEPT = ("name", "tool_call_id", "reasoning_content")
+#: The name of thoughts that newer clients read, and send back.
+_THOUGHT = "reasoning"
 
 
 def parse_messages(raw: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[MediaSource]]:
@@ -61,10 +63,12 @@ def _message(raw: Any, where: str, sources: list[MediaSource]) -> Message:
     role = raw.get("role")
     if role not in ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}.", param=f"{where}.role")
-    extra = {key: raw[key] for key in _KEPT if raw.get(key) is not None}
+    extra = {key: raw[key] for key in (*_KEPT, _THOUGHT) if raw.get(key) is not None}
     for key, value in extra.items():
         if not isinstance(value, str):
             raise InvalidRequest(f"{where}.{key} must be a string.", param=f"{where}.{key}")
+    if thought := extra.pop(_THOUGHT, None):
+        extra.setdefault("reasoning_content", thought)
     if raw.get("tool_calls"):
         extra["tool_calls"] = tool_calls(raw["tool_calls"], f"{where}.tool_calls")
     elif raw.get("function_call"):

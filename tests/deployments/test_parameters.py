@@ -224,3 +224,112 @@ async def answers(http, path: str, given: dict) -> list:
     if "content" in made:
         return [{**block, "id": None} for block in made["content"]]
     return [item["content"] for item in made["output"]]
+
+
+def unknown_fields(path: str, given: dict, caplog) -> list[str]:
+    """The unknown fields that reading a body logs."""
+    caplog.clear()
+    body_type(path).read(given)
+    return [re.findall("'(.*)'", record.getMessage())[0] for record in caplog.records]
+
+
+#: Endpoints whose nested fields are plain data that :meth:`RequestBody.read` looks through.
+PLAIN = ("/v1/chat/completions", "/v1/responses")
+
+
+def test_a_field_within_a_parameter_is_logged_only_if_nobody_knows_it(caplog, monkeypatch):
+    monkeypatch.setattr("deployments.unknown_fields._logged", set())
+    fields = [
+        (path, field)
+        for path, field in nested("works", "no effect")
+        # Citations, callers and logprobs are not looked into.
+        if path in PLAIN and not re.search(r"\.(annotations|logprobs|caller|tools)\b.*\.", field.path)
+    ]
+    assert len(fields) > 80
+    for path, field in fields:
+        given = put(around(path, field), field, sample(field.hint, field.name))
+        assert unknown_fields(path, given, caplog) == [], field.path
+
+
+NEVER = {"never_heard_of": 1, "absent": None}
+CONTENT = [
+    {"type": "text", "text": "a", **NEVER},
+    {"type": "image_url", "image_url": {"url": "data:,", **NEVER}},
+    {"type": "file", "file": {"file_data": "data:,", **NEVER}},
+]
+LOGGED = ["content[].", "content[].file.", "content[].image_url."]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "objects"),
+    [
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [
+                    {"role": "user", "content": CONTENT, **NEVER},
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "a", "function": {"name": "f", **NEVER}, **NEVER}],
+                        "function_call": {"name": "f", **NEVER},
+                    },
+                ],
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": NEVER, **NEVER}}],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": [NEVER], **NEVER}},
+                "response_format": {"type": "text", **NEVER},
+            },
+            [
+                "messages[].",
+                *(f"messages[].{each}" for each in LOGGED),
+                "messages[].function_call.",
+                "messages[].tool_calls[].",
+                "messages[].tool_calls[].function.",
+                "response_format.",
+                "tool_choice.allowed_tools.",
+                "tool_choice.allowed_tools.tools[].",
+                "tools[].function.",
+            ],
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [], "functions": [{"name": "f", **NEVER}], "function_call": {"name": "f", **NEVER}},
+            ["function_call.", "functions[]."],
+        ),
+        (
+            "/v1/responses",
+            {
+                "input": [
+                    {"role": "user", "content": CONTENT, **NEVER},
+                    {"type": "function_call_output", "output": [CONTENT[0]]},
+                    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "", **NEVER}]},
+                ]
+            },
+            [
+                "input[].",
+                *(f"input[].{each}" for each in LOGGED),
+                "input[].output[].",
+                "input[].summary[].",
+            ],
+        ),
+        (
+            "/v1/embeddings",
+            {"messages": [{"role": "user", "content": CONTENT}]},
+            [f"messages[].{each}" for each in LOGGED],
+        ),
+        ("/pooling", {"messages": [{"role": "user", "content": "", **NEVER}]}, ["messages[]."]),
+        ("/tokenize", {"messages": [{"role": "user", "content": "", **NEVER}]}, ["messages[]."]),
+        (
+            "/v1/score",
+            {"queries": {"text": "a", **NEVER}, "text_2": [{"content": CONTENT}]},
+            ["queries.", *(f"text_2[].{each}" for each in LOGGED)],
+        ),
+        ("/v1/rerank", {"query": "a", "documents": [{"text": "a", **NEVER}]}, ["documents[]."]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_unknown_fields_of_plain_objects_are_logged_once(path, given, objects, caplog, monkeypatch):
+    """By the way to them. A schema may hold any field, and null is absence."""
+    monkeypatch.setattr("deployments.unknown_fields._logged", set())
+    given = {"model": "pocket", **given}
+    assert sorted(unknown_fields(path, given, caplog)) == sorted(f"{each}never_heard_of" for each in objects)
+    assert unknown_fields(path, given, caplog) == []

@@ -180,3 +180,16 @@ def test_arguments_that_a_model_has_broken_off_stay_text(arguments):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     (message,), _ = parse_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
     assert message.extra["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_a_thought_is_taken_under_both_of_its_names():
+    def kept(**fields) -> dict:
+        messages, _ = parse_messages([{"role": "assistant", "content": "a", **fields}])
+        return messages[0].extra
+
+    assert kept(reasoning="x") == kept(reasoning_content="x") == {"reasoning_content": "x"}
+    assert kept(reasoning="x", reasoning_content="y") == {"reasoning_content": "y"}
+    assert kept(reasoning=None) == kept(reasoning="") == {}
+    with pytest.raises(InvalidRequest) as refused:
+        kept(reasoning=1)
+    assert refused.value.param == "messages[0].reasoning"
