@@ -24,7 +24,7 @@ from deployments.errors import (
 )
 from deployments.metrics.collector import Collector, Source
 from deployments.metrics.ingress import HttpMeter
-from deployments.openapi import describe
+from deployments.openapi import DescriptionFile, describe
 from deployments.pipeline import Pipeline
 from deployments.report import current_report
 from deployments.request_log import RequestLog
@@ -70,7 +70,7 @@ def create_api(
         tracer: makes a span for each request.
         media: the most that the media of open requests may take; ``state.ledger`` counts them.
     """
-    api = _Api(RequestLog(echo_ids), title="Sightline", docs_url=None, redoc_url=None, lifespan=lifespan)
+    api = _Api(RequestLog(echo_ids), title="Sightline", openapi_url=None, lifespan=lifespan)
     api.state.pipelines = pipelines
     if keeper is None:
         keeper = KeptResponses(*config.response_limits)
@@ -93,6 +93,7 @@ def create_api(
     tasks = {name: pipeline.task for name, pipeline in pipelines.items()}
     described = {keys: cache(partial(describe, api, routes, tasks, keys=keys)) for keys in (False, True)}
     api.openapi = lambda: described[bool(api.state.config.keys)]()  # type: ignore[method-assign]
+    api.add_route("/openapi.json", DescriptionFile(lambda: api.openapi()).answer, include_in_schema=False)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(SightlineError, _on_error)
     api.add_middleware(Direct, routes=routes)

@@ -1,10 +1,13 @@
 """The OpenAPI description of the server, from the models that read its requests and write its answers."""
 
+import asyncio
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal, TypeVar
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -94,6 +97,37 @@ def described(
         return endpoint
 
     return note
+
+
+class DescriptionFile:
+    """The endpoint of the description as a file.
+
+    It is built when it is first asked for, which takes half a second, and in a thread: until then the event
+    loop goes on with streams. Those who ask meanwhile wait for the same one.
+
+    Args:
+        describe: the description; the same object while nothing that it depends on has changed.
+    """
+
+    def __init__(self, describe: Callable[[], Json]) -> None:
+        self._describe = describe
+        self._lock = Lock()
+        self._file: tuple[Json, bytes] | None = None
+
+    async def answer(self, request: Request) -> Response:
+        """Answer ``GET``; a prefix of all paths is named as the server."""
+        content = await asyncio.to_thread(self._content)
+        if prefix := request.scope.get("root_path", "").rstrip("/"):
+            content = json.dumps({"servers": [{"url": prefix}]}).encode()[:-1] + b"," + content[1:]
+        return Response(content, media_type="application/json")
+
+    def _content(self) -> bytes:
+        with self._lock:
+            description = self._describe()
+            if self._file is None or self._file[0] is not description:
+                text = json.dumps(description, ensure_ascii=False, separators=(",", ":"))
+                self._file = description, text.encode()
+            return self._file[1]
 
 
 def describe(api: FastAPI, routes: Sequence[BaseRoute], models: Mapping[str, str], *, keys: bool) -> Json:

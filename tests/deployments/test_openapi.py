@@ -1,12 +1,19 @@
 """The server's own description: complete, true for its examples, and no input that it allows is a 5xx."""
 
 import asyncio
+from threading import Event
 from typing import Any
 
+import httpx
 import hypothesis
 import jsonschema
 import pytest
 import schemathesis
+
+from deployments.api import create_api
+from deployments.config import IngressConfig
+from tests.deployments.asgi import AppTransport
+from tests.serving import wait_until
 
 pytestmark = pytest.mark.usefixtures("idle_afterwards")
 
@@ -59,6 +66,30 @@ def test_every_reference_has_its_schema(described):
 
     schemas = described["components"]["schemas"]
     assert {ref.removeprefix("#/components/schemas/") for ref in references(described)} <= schemas.keys()
+
+
+async def test_the_event_loop_goes_on_while_the_description_is_built():
+    """It takes tenths of a second, and is built once."""
+    api = create_api(IngressConfig(), {})
+    build, begun, goes_on = api.openapi, Event(), Event()
+
+    def slow() -> dict[str, Any]:
+        begun.set()
+        assert goes_on.wait(60)
+        return build()
+
+    api.openapi = slow
+    async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
+        asked = [asyncio.create_task(http.get("/openapi.json")) for _ in range(2)]
+        await wait_until(begun.is_set)
+        assert (await http.get("/ping")).status_code == 200
+        assert not any(each.done() for each in asked)
+        goes_on.set()
+        first, second = [(await each).json() for each in asked]
+        assert first == second == build() and "servers" not in first
+        # A server behind a prefix says so.
+        behind = httpx.AsyncClient(transport=httpx.ASGITransport(api, root_path="/a"), base_url="http://test")
+        assert (await behind.get("/openapi.json")).json() == {"servers": [{"url": "/a"}], **first}
 
 
 async def test_every_example_is_answered_in_the_described_form(http, described):
