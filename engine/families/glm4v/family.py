@@ -108,8 +108,11 @@ def _placeholder(
 
 
 def first_times(pace: Pace, temporal: int) -> tuple[float, ...]:
-    """The second of the first frame of each temporal patch."""
-    return tuple(pace.times[::temporal])
+    """The second of each temporal patch: of every other frame, whatever a patch's number of frames. The last
+    one stands for those that lack."""
+    steps = -(-len(pace.times) // temporal)
+    times = tuple(pace.times[::2])[:steps]
+    return times + times[-1:] * (steps - len(times))
 
 
 def _weights(config: ModelConfig) -> WeightRules:
@@ -142,8 +145,8 @@ def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Json) -> Qw
         sample=glm4v_indices if config.architecture == _GLM4V else glm46v_indices,
         bounds=(112 * 112, 28 * 28 * 2 * 30000),
     )
-    # An image is a video of two equal frames, and its bounds are those of both.
-    images = ImageRules(enlarged, bounds=(112 * 112, 28 * 28 * 15000), frames=2)
+    # An image is a video of equal frames, and its bounds are those of all of them.
+    images = ImageRules(enlarged, bounds=(112 * 112, 28 * 28 * 15000), fill_patch=True)
     return QwenProcessor.create(checkpoint, config, options, videos, images)
 
 

@@ -62,7 +62,7 @@ class PixtralProcessor:
         """
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, NativeVisionConfig) and config.image_token_id is not None
-        kind = str(raw.get("image_processor_type", "PixtralImageProcessor"))
+        kind = str(raw.get("image_processor_type") or "PixtralImageProcessor")
         if not kind.startswith("Pixtral"):
             raise CheckpointError(
                 f"{_FILE}: image_processor_type {kind} doesn't fit the tower; PixtralImageProcessor does",

@@ -7,8 +7,9 @@ from dataclasses import replace
 from engine.checkpoint.rules import WeightRules
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.family import Family
+from engine.families.parsing.decoder import DecoderKind
 from engine.families.parsing.fields import Json
-from engine.families.parsing.model import ConfigReader, tied_unless_stated, token_field
+from engine.families.parsing.model import ConfigReader, token_field
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
 from engine.families.qwen2_vl.config import native_vision, qwen_text
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
@@ -26,6 +27,15 @@ _TOWER_DEFAULTS = {
     "image_size": 384,
     "patch_size": 14,
 }
+
+
+def _text(raw: Json) -> tuple[Json, DecoderKind]:
+    """The decoder's fields. Its embeddings are tied unless config.json and its ``text_config`` both deny it,
+    as in Transformers; a head of other values is the model's head all the same."""
+    fields, kind = qwen_text("paddleocr_vl")(raw)
+    stated = (raw, raw.get("text_config") or {})
+    tied = any(part.get("tie_word_embeddings", True) for part in stated)
+    return {**fields, "tie_word_embeddings": tied}, kind
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
@@ -87,7 +97,7 @@ FAMILY: Family = replace(
     name="paddleocr_vl",
     architectures=("PaddleOCRVLForConditionalGeneration",),
     reader=ConfigReader(
-        text=tied_unless_stated(qwen_text("paddleocr_vl")),
+        text=_text,
         vision=_vision,
         image_token=token_field("image_token_id", default=100295),
         video_token=token_field("video_token_id", default=100296),

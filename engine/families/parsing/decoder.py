@@ -430,7 +430,9 @@ _SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
 
 def _head_dim(config: Json, kind: DecoderKind, heads: int) -> int:
     hidden = integer(config, "hidden_size")
-    if config["head_dim"] is None and _DEFAULTS[kind]["head_dim"] is None:
+    # PaddleOCR-VL has a default, but a null means the share of the hidden size.
+    derived = _DEFAULTS[kind]["head_dim"] is None or kind == "paddleocr_vl"
+    if config["head_dim"] is None and derived:
         head_dim = hidden // heads
     else:
         head_dim = integer(config, "head_dim", least=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.families.parsing.fields import Json, flag, integer
+from engine.families.parsing.fields import Json, flag, integer, layer_list
 from engine.kernels.router_config import RouterConfig
 from engine.layers.experts_config import ExpertsConfig
 
@@ -63,9 +63,6 @@ def _sparse_layers(config: Json, layers: int) -> tuple[int, ...]:
     """The layers with experts: each last one of ``decoder_sparse_step``, but for ``mlp_only_layers``."""
     if integer(config, "num_experts", least=0) == 0:
         return ()
-    dense, step = config["mlp_only_layers"] or (), integer(config, "decoder_sparse_step")
-    if not isinstance(dense, list | tuple) or not all(isinstance(layer, int) for layer in dense):
-        raise CheckpointError(
-            f"config.json: mlp_only_layers should be a list of layers, not {dense!r}", param="mlp_only_layers"
-        )
+    dense = () if config["mlp_only_layers"] is None else layer_list(config, "mlp_only_layers")
+    step = integer(config, "decoder_sparse_step")
     return tuple(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)

@@ -52,6 +52,14 @@ def number(config: Json, field: str, *, param: str | None = None) -> float:
     return float(value)
 
 
+def layer_list(config: Json, field: str) -> tuple[int, ...]:
+    """The list of indices of layers ``field`` of ``config``; errors as :func:`integer`."""
+    value: Any = config.get(field)
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, int) for entry in value):
+        raise CheckpointError(f"config.json: {field} should be a list of layers, not {value!r}", param=field)
+    return tuple(value)
+
+
 def numbers(config: Json, field: str, count: int, *, param: str) -> tuple[float, ...]:
     """The list of ``count`` numbers ``field`` of ``config``; errors as :func:`number`."""
     value: Any = config.get(field)

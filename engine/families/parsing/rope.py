@@ -97,7 +97,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
         mrope_interleaved=kind in ("qwen3_5_text", "qwen3_vl", "qwen3_vl_moe"),
         adjacent=kind in _GLM,
-        query_growth=_query_growth(parameters) if kind == "ministral3" else None,
+        query_growth=_query_growth(config, parameters, positions) if kind == "ministral3" else None,
         **_READERS[rope_type](config, parameters, positions, angles),
     )
     if rope.depends_on_length and rope.mrope_section is not None:
@@ -110,10 +110,10 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
     return rope
 
 
-def _query_growth(parameters: Json) -> tuple[float, int] | None:
+def _query_growth(config: Json, parameters: Json, positions: int) -> tuple[float, int] | None:
     """The growth of queries with their position, in steps of the context before scaling."""
     growth = _optional(parameters, "llama_4_scaling_beta")
-    return None if growth is None else (growth, integer(parameters, "original_max_position_embeddings"))
+    return None if growth is None else (growth, _original(config, parameters, positions))
 
 
 def stretched_context(rope: RopeConfig, positions: int) -> int:

@@ -12,7 +12,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.family import Positions
-from engine.families.parsing.fields import Json, integer, vision_activation
+from engine.families.parsing.fields import Json, integer, layer_list, vision_activation
 from engine.families.qwen2_vl.config import native_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.positions import grid_positions
@@ -59,7 +59,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
             gated_mlp=True,
             norm="rms",
             rope_theta=10000.0,
-            full_layers=tuple(filled["fullatt_block_indexes"]),
+            full_layers=layer_list(filled, "fullatt_block_indexes"),
         )
 
     return native_vision(

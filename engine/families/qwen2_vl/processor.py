@@ -115,12 +115,12 @@ class ImageRules:
         before: makes of an image's ``(width, height)`` and the factor the size that :func:`smart_resize`
             starts from.
         bounds: the two areas of resized images where the files state none.
-        frames: equal frames that an image counts for in its area, as a temporal patch.
+        fill_patch: an image counts as the equal frames of a temporal patch in its area.
     """
 
     before: Callable[[tuple[int, int], int], tuple[int, int]] = own_size
     bounds: tuple[int, int] = (56 * 56, 28 * 28 * 1280)
-    frames: int = 1
+    fill_patch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +272,8 @@ class QwenProcessor:
         return replace(self, pixels=_lowered_bounds(self.pixels, options), video_pixels=of_video)
 
     def low_detail(self) -> QwenProcessor:
-        return self.with_options({"max_pixels": min(LOW_DETAIL_PIXELS * self.images.frames, self.pixels[1])})
+        most = LOW_DETAIL_PIXELS * self._frames_of_image
+        return self.with_options({"max_pixels": min(most, self.pixels[1])})
 
     def nameless(self) -> QwenProcessor:
         return replace(self, names=False)
@@ -304,8 +305,13 @@ class QwenProcessor:
         rows, size = t * h * w // merge**2, (w * patch, h * patch)
         return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=(t, h, w), size=size)
 
+    @property
+    def _frames_of_image(self) -> int:
+        """Frames that an image counts for in its area."""
+        return self.vision.temporal_patch_size if self.images.fill_patch else 1
+
     def _image_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        frames = self.images.frames
+        frames = self._frames_of_image
         before = self.images.before(size, self.factor)
         return smart_resize(before, self.factor, *self.pixels, frames=frames, temporal=frames)
 

@@ -13,7 +13,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
-from engine.families.parsing.fields import Json, integer, vision_activation
+from engine.families.parsing.fields import Json, integer, layer_list, vision_activation
 from engine.families.parsing.model import token_field
 from engine.families.qwen2_vl.config import (
     VISUAL,
@@ -81,7 +81,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
             f"config.json: num_position_embeddings {table} should be a square number",
             param="num_position_embeddings",
         )
-    deepstack = tuple(filled["deepstack_visual_indexes"])
+    deepstack = layer_list(filled, "deepstack_visual_indexes")
     if not all(0 <= layer < layers for layer in deepstack):
         raise CheckpointError(
             f"config.json: deepstack_visual_indexes {list(deepstack)} are not all in a tower of {layers} "

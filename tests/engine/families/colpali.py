@@ -85,23 +85,24 @@ def _as_on_the_hub(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class ColPaliReference:
-    """Transformers' ColPaliForRetrieval and its processor."""
+    """Transformers' ColPaliForRetrieval and its processor; ``rows`` of an image."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: int = ROWS) -> None:
+        self._rows = rows
         self.model = transformers.ColPaliForRetrieval.from_pretrained(path, dtype=torch.float32).eval()
         self._vectors = Vectors(self.model)
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         # Its processor asks the tokenizer not to add what the prompts spell out.
         self.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
         images = transformers.SiglipImageProcessorPil.from_pretrained(path)
-        images.image_seq_length = ROWS
+        images.image_seq_length = rows
         stated = {}
         if (path / "processor_config.json").is_file():
             stated = json.loads((path / "processor_config.json").read_text())
         self.processor = transformers.ColPaliProcessor(images, self.tokenizer, **stated)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
-        text = prompt.text.replace("<image>", "<image>" * ROWS)
+        text = prompt.text.replace("<image>", "<image>" * self._rows)
         ids = self.tokenizer(text, return_tensors="pt").input_ids
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         arguments["token_type_ids"] = torch.zeros_like(ids)

@@ -128,13 +128,21 @@ def compare_vector(
     tally.outputs += 1
     _compare_prompt(tally, output, expected, cached)
     tally.same("usage.completion_tokens", output.usage.completion_tokens, 0)
+    tally.same("whether there is one vector", bool(output.embedding), pooling != "all")
+    tally.same("whether there are token_embeddings", output.token_embeddings is not None, pooling == "all")
+    if (pooling == "all") != (output.token_embeddings is not None):
+        return
     hidden = expected.hidden
-    vector = {"last": hidden[-1], "cls": hidden[0], "mean": hidden.mean(0)}[pooling]
-    scale = float(vector.norm())
-    ours = torch.tensor(output.embedding)
-    if normalize:
-        vector, scale = vector / scale, 1.0
-    tally.near("embedding", ours / scale, vector / scale, VECTOR_TOLERANCE)
+    pooled = {"last": hidden[-1:], "cls": hidden[:1], "mean": hidden.mean(0, keepdim=True), "all": hidden}
+    vectors = pooled[pooling]
+    scales = vectors.norm(dim=-1, keepdim=True)
+    given = output.embedding if pooling != "all" else output.token_embeddings
+    ours = torch.as_tensor(given).view(-1, vectors.shape[1])
+    tally.same("number of vectors", len(ours), len(vectors))
+    if len(ours) != len(vectors):
+        return
+    ours = ours if normalize else ours / scales
+    tally.near("embedding", ours.flatten(), (vectors / scales).flatten(), VECTOR_TOLERANCE)
 
 
 def _compare_prompt(tally: Tally, output: Any, expected: Expected, cached: tuple[int, int]) -> None:

@@ -119,14 +119,26 @@ def _images(kind: str) -> Any:
 
 
 class GlmReference(qwen.Reference):
-    """Transformers' model of ``kind``, and its processor without the video half, which needs torchvision."""
+    """Transformers' model of ``kind``, and its processor without the video half, which needs torchvision.
 
-    def __init__(self, path: Path, kind: str) -> None:
-        self.kind, self.fps = kind, FPS
+    Args:
+        fps, bounds: as of :class:`tests.engine.families.qwen.Reference`.
+    """
+
+    def __init__(
+        self, path: Path, kind: str, fps: float = FPS, bounds: tuple[int, int] | None = None
+    ) -> None:
+        self.kind, self.fps = kind, fps
         model = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = model.from_pretrained(path, dtype=torch.float32).eval()
         self.vision = self.model.config.vision_config
         self.images = self.frames = _images(kind).from_pretrained(path)
+        if (path / "video_preprocessor_config.json").is_file():
+            stated = json.loads((path / "video_preprocessor_config.json").read_text())
+            self.frames = _images(kind)(**stated)
+        if bounds is not None:
+            for images in (self.images, self.frames):
+                images.size = type(images.size)(shortest_edge=bounds[0], longest_edge=bounds[1])
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         name = "Glm4v" if kind == "Glm4v" else "Glm46V"
         processor = getattr(
@@ -167,15 +179,23 @@ class GlmReference(qwen.Reference):
         return Inputs(ids[0].tolist(), self.model, arguments)
 
     def placeholder(self, count: int, grid: Sequence[int], fps: float) -> str:
-        self.processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+        merge, temporal = self.vision.spatial_merge_size, self.vision.temporal_patch_size
+        self.processor.video_processor = SimpleNamespace(merge_size=merge, temporal_patch_size=temporal)
         metadata = VideoMetadata(total_num_frames=count, fps=fps, frames_indices=list(range(count)))
         inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
         return self.processor.replace_video_token(inputs, 0)
 
     def frame_size(self, count: int, width: int, height: int) -> tuple[int, int]:
         module = import_module("transformers.models.glm4v.image_processing_pil_glm4v")
-        bounds = self.frames.size
+        bounds, temporal = self.frames.size, self.vision.temporal_patch_size
+        factor = self.vision.patch_size * self.vision.spatial_merge_size
         height, width = module.smart_resize(
-            max(count, 2), height, width, 2, 8, bounds["shortest_edge"], bounds["longest_edge"]
+            max(count, temporal),
+            height,
+            width,
+            temporal,
+            factor,
+            bounds["shortest_edge"],
+            bounds["longest_edge"],
         )
         return width, height

@@ -14,7 +14,7 @@ from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.tiny import rewrite_tensors, split_shards, spread, tokenizer
 
 IMAGE = "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>"
-_SPECIALS = ("<unk>", "<s>", "</s>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>")
+SPECIALS = ("<unk>", "<s>", "</s>", "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>")
 
 
 def make_paddleocr_vl(path: Path, hub: bool) -> Path:
@@ -26,9 +26,9 @@ def make_paddleocr_vl(path: Path, hub: bool) -> Path:
     """
     image = {"image_token": "<|IMAGE_PLACEHOLDER|>"}
     tok = tokenizer(
-        _SPECIALS, bos_token="<s>", eos_token="</s>", unk_token="<unk>", extra_special_tokens=image
+        SPECIALS, bos_token="<s>", eos_token="</s>", unk_token="<unk>", extra_special_tokens=image
     )
-    ids = {text: tok.convert_tokens_to_ids(text) for text in _SPECIALS}
+    ids = {text: tok.convert_tokens_to_ids(text) for text in SPECIALS}
     config = transformers.PaddleOCRVLConfig(
         text_config={
             "vocab_size": len(tok),

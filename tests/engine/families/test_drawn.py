@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.families.registry import supported_architectures
 from tests.engine.families.drawn import report
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.families import FAMILIES
@@ -29,11 +30,25 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "qwen2_5_vl": (1,),
     "qwen3_vl": (0,),
     "qwen3_5": (0, 2),
+    "qwen3_vl_moe": (40100,),
+    "glm4v": (40100,),
+    "glm46v": (40100,),
+    "glm_ocr": (40100,),
+    "paddleocr_vl": (40100,),
+    "colqwen2": (40100,),
+    "colpali": (40100,),
     "minicpm_v": (2,),
     "idefics3": (3,),
     "smolvlm": (1,),
+    "gemma": (40100,),
+    "gemma3_text": (40100,),
+    "granite": (40100,),
+    "granitemoe": (40100,),
+    "ministral3": (40100,),
+    "qwen3_5_text": (40100,),
     "llama": (29,),
     "mistral": (1, 7),
+    "mixtral": (40100,),
     "phi3": (11,),
     "qwen2": (12,),
     "qwen2_moe": (1,),
@@ -50,6 +65,16 @@ def test_a_drawn_case_is_as_transformers_has_it(family, seed):
         pytest.skip(result.skipped[0])
     assert result.differences == [], report.difference(result, result)
     assert result.status == "equal"
+
+
+def test_every_architecture_is_drawn():
+    assert {name for family in FAMILIES.values() for name in family.architectures} == set(
+        supported_architectures()
+    )
+
+
+def test_every_family_has_a_fixed_case():
+    assert _SEEDS.keys() == FAMILIES.keys()
 
 
 def test_choices_do_not_depend_on_each_other():

@@ -111,6 +111,11 @@ def test_times_are_those_of_the_first_frames():
     assert first_times(Pace.of_rate(5, 1.5), 2) == (0.0, pytest.approx(2 / 1.5), pytest.approx(4 / 1.5))
 
 
+def test_times_are_those_of_every_other_frame_whatever_a_temporal_patch_has():
+    assert first_times(Pace.of_rate(5, 1.0), 3) == (0.0, 2.0)
+    assert first_times(Pace.of_rate(3, 1.0), 1) == (0.0, 2.0, 2.0)
+
+
 def test_a_lone_frame_fills_a_step(tmp_path):
     make_glm(tmp_path)
     media = media_processor(tmp_path).prepare_video(Video.of(qwen.frames(1)))

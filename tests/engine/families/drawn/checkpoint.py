@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.families.case import Reference
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import Lengths
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import Lengths
 from tests.engine.tiny import split_shards, spread
 
 #: Answer tokens of every request, at most.
@@ -45,6 +45,7 @@ class Drawn:
         ends: tokens that end an answer whatever the files state.
         together: most tokens that attend to each other, so that a step computes all of them and the prefix
             cache may keep fewer blocks than are full; 1 where every token attends to earlier ones only.
+        vectors: the model makes vectors and no answers.
     """
 
     path: Path
@@ -56,12 +57,18 @@ class Drawn:
     lengths: Lengths = field(default_factory=Lengths)
     ends: frozenset[int] = frozenset()
     together: int = 1
+    vectors: bool = False
 
 
 class Family(Protocol):
-    """Draws checkpoints of one family."""
+    """Draws checkpoints of one family.
+
+    Attributes:
+        architectures: all that config.json may name.
+    """
 
     name: str
+    architectures: tuple[str, ...]
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         """Write a checkpoint into the empty folder ``path``.
@@ -77,12 +84,14 @@ def write_model(
     raw: Mapping[str, Any],
     architecture: str,
     rename: Callable[[str], str] | None = None,
+    most_embedding: float = 1.0,
 ) -> torch.nn.Module:
     """Write config.json as drawn, and random weights for the model that Transformers makes of it; the model.
 
     Args:
         architecture: name of Transformers' class.
         rename: from the names that Transformers saves to those to write.
+        most_embedding: standard deviation of embeddings that are not tied to the head.
     """
     write_json(path / "config.json", {"architectures": [architecture], **raw})
     try:
@@ -90,8 +99,9 @@ def write_model(
         model = getattr(transformers, architecture)(config)
     except Exception as error:
         raise NotAModel(f"{type(error).__name__}: {error}") from error
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    save(draw, path, spread_for(draw, model, tied), rename)
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    save(draw, path, spread_for(draw, model, 0.05 if tied else most_embedding), rename)
     # Transformers has written its own spelling.
     write_json(path / "config.json", {"architectures": [architecture], **raw})
     return model
@@ -109,9 +119,9 @@ def same_weights(reference: R, model: torch.nn.Module) -> R:
     return reference
 
 
-def spread_for(draw: Draw, model: torch.nn.Module, tied: bool) -> torch.nn.Module:
+def spread_for(draw: Draw, model: torch.nn.Module, embedding_std: float) -> torch.nn.Module:
     """The model with weights that make every part count; bfloat16 numbers where a GPU will round to them."""
-    model = spread(model, seed=draw.seed % 1000, embedding_std=0.05 if tied else 1.0)
+    model = spread(model, seed=draw.seed % 1000, embedding_std=embedding_std)
     if draw.coarse:
         with torch.no_grad():
             for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Draws checkpoints of the families whose references are composed: Phi-3.5-vision and MiniCPM-V 2.6."""
+"""Draws checkpoints of the families whose references are composed: Phi-3.5-vision and MiniCPM-V."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tests.engine.families import minicpm_v_reference as minicpm_v
 from tests.engine.families import phi3_v_reference as phi3_v
 from tests.engine.families.drawn.checkpoint import Drawn
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import Lengths, draw_decoder, lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import Lengths, lengths_of
 from tests.engine.families.drawn.vision import draw_tower
 from tests.engine.families.qwen import FRAME
 from tests.engine.tiny import split_shards
@@ -30,6 +31,7 @@ class Phi3VFamily:
     """Phi-3.5-vision, and VLM2Vec, which differs by its prompts."""
 
     name: str
+    architectures: tuple[str, ...] = ("Phi3VForCausalLM",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tokens = 512
@@ -88,13 +90,16 @@ def _head_dim(fields: dict[str, Any]) -> int:
 
 
 class MiniCPMVFamily:
-    """MiniCPM-V 2.6."""
+    """MiniCPM-V 2.6, 4.0 and 4.5."""
 
     name = "minicpm_v"
+    architectures = ("MiniCPMV",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         vocab = len(minicpm_v.minicpm_v_tokenizer())
-        text = draw_decoder(draw, "qwen2", vocab, tokens=768, width_of=128)
+        version = draw.variant("version", tuple(minicpm_v.DECODERS), 0.5)
+        kind = minicpm_v.DECODERS[version].lower()
+        text = draw_decoder(draw, kind, vocab, tokens=768, width_of=128)
         text |= {"bos_token_id": 0, "eos_token_id": 2}
         patch = draw.choice("patch", (4, 7))
         tower = draw_tower(draw, side=patch * draw.choice("table's side", (5, 7, 10)), patch=patch)
@@ -103,6 +108,7 @@ class MiniCPMVFamily:
         slices = draw.choice("most slices", (1, 2, 4, 9))
         raw = {
             **text,
+            "version": version,
             "vision_config": {**tower, "model_type": "siglip"},
             "patch_size": patch,
             "query_num": queries,
@@ -133,7 +139,9 @@ class MiniCPMVFamily:
         )
         reference = minicpm_v.MiniCPMVReference(path, limit)
         image = minicpm_v.SPECIALS.index("<unk>")
-        media, lengths = frozenset({image, 128244}), lengths_of("qwen2", text)
+        media, lengths = frozenset({image, 128244}), lengths_of(kind, text)
         # The terminators of its own code.
-        ends = frozenset(map(minicpm_v.SPECIALS.index, ("<|im_end|>", "<|endoftext|>")))
-        return Drawn(path, reference, style, 768, options, media, lengths, ends)
+        ends = {minicpm_v.SPECIALS.index("<|im_end|>")}
+        if version != 4.0:
+            ends.add(minicpm_v.SPECIALS.index("<|endoftext|>"))
+        return Drawn(path, reference, style, 768, options, media, lengths, frozenset(ends))

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.engine.families.drawn.choices import Draw
 
-EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe")
+EXPERTS = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe")
 
 
 def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
@@ -15,7 +15,7 @@ def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
     fields["num_experts_per_tok"] = draw.choice(
         "experts of a token", [n for n in (1, 2, 3, 8) if n <= experts]
     )
-    if kind == "mixtral":
+    if kind in ("granitemoe", "mixtral"):
         fields["num_local_experts"] = experts
         return
     # Transformers 5 saves another name.

@@ -5,13 +5,16 @@ from __future__ import annotations
 from tests.engine.families.drawn.checkpoint import Family
 from tests.engine.families.drawn.composed import MiniCPMVFamily, Phi3VFamily
 from tests.engine.families.drawn.gemma3 import Gemma3Family
+from tests.engine.families.drawn.glm import GlmFamily
 from tests.engine.families.drawn.idefics import IdeficsFamily
 from tests.engine.families.drawn.internvl import InternVLChatFamily, InternVLFamily
 from tests.engine.families.drawn.llava import LlavaFamily, OnevisionFamily
 from tests.engine.families.drawn.llava_next import LlavaNextFamily
+from tests.engine.families.drawn.paddleocr_vl import PaddleOCRFamily
 from tests.engine.families.drawn.qwen_vl import QwenVLFamily
+from tests.engine.families.drawn.retrieval import ColPaliFamily, ColQwen2Family
 from tests.engine.families.drawn.squares import SquaresFamily
-from tests.engine.families.drawn.text import TextFamily
+from tests.engine.families.drawn.text import ARCHITECTURES, TextFamily
 
 _ALL: tuple[Family, ...] = (
     LlavaFamily(),
@@ -24,11 +27,12 @@ _ALL: tuple[Family, ...] = (
     Phi3VFamily("phi3_v"),
     Phi3VFamily("vlm2vec"),
     *(QwenVLFamily(kind) for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5")),
+    *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "GlmOcr")),
+    PaddleOCRFamily(),
+    ColQwen2Family(),
+    ColPaliFamily(),
     MiniCPMVFamily(),
     *(IdeficsFamily(kind) for kind in ("Idefics3", "SmolVLM")),
-    *(
-        TextFamily(kind)
-        for kind in ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-    ),
+    *(TextFamily(kind) for kind in ARCHITECTURES),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

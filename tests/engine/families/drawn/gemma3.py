@@ -27,6 +27,7 @@ class Gemma3Family:
     """SigLIP, averaged squares of features, layers with and without a window, and pan and scan."""
 
     name = "gemma3"
+    architectures = (_ARCHITECTURE,)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = gemma3_tokenizer()
@@ -36,7 +37,7 @@ class Gemma3Family:
         pixels = patch * side * factor + draw.variant("pixels without a patch", (0, 1, patch - 1), 0.2)
         tower = draw_tower(draw, side=pixels, patch=patch)
         tower |= {"model_type": "siglip_vision_model", "vision_use_head": False}
-        text = _decoder(draw, len(tok), side * side)
+        text = draw_gemma3_decoder(draw, len(tok), side * side)
         raw: dict[str, Any] = {
             "model_type": "gemma3",
             "torch_dtype": "float32",
@@ -86,7 +87,7 @@ class Gemma3Family:
         )
 
 
-def _decoder(draw: Draw, vocab: int, rows: int) -> dict[str, Any]:
+def draw_gemma3_decoder(draw: Draw, vocab: int, rows: int) -> dict[str, Any]:
     """``text_config``; a window is longer than an image's ``rows``, as in public models: releases of
     Transformers differ in what they make of longer images."""
     heads, head_dim = draw.choice("heads", (1, 2, 4)), draw.choice("head dim", (8, 16, 32))

@@ -17,8 +17,9 @@ from tests.engine.families.drawn.checkpoint import (
     write_model,
 )
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_tower
 from tests.engine.families.idefics import SPECIALS, IdeficsReference
 from tests.engine.tiny import tokenizer
@@ -35,6 +36,10 @@ class IdeficsFamily:
     @property
     def name(self) -> str:
         return self.kind.lower()
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return (f"{self.kind}ForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         try:
@@ -66,7 +71,12 @@ class IdeficsFamily:
         tied = text.pop("tie_word_embeddings", None)
         if tied is not None:
             raw["tie_word_embeddings"] = tied
-        architecture = f"{self.kind}ForConditionalGeneration"
+        if draw.varies("fields of granite-docling", 0.2):
+            # Nothing reads them.
+            text |= {"is_llama_config": True, "pixel_shuffle_factor": factor, "qk_layer_norms": False}
+            text["architectures"] = ["VLlama3ForCausalLM"]
+            tower |= {"max_image_size": {"longest_edge": side}, "use_base_siglip": True}
+        (architecture,) = self.architectures
         model = write_model(draw, path, raw, architecture)
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})

@@ -14,8 +14,9 @@ from tests.engine.families.drawn.checkpoint import (
     write_model,
 )
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder, nested_lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import nested_lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_sizes
 from tests.engine.families.internvl import SPECIALS, TOKENS, InternVLReference
 from tests.engine.families.internvl_chat import COPY, InternVLChatReference, publish
@@ -32,6 +33,7 @@ class InternVLFamily:
     """InternVL in Transformers' layout."""
 
     name = "internvl"
+    architectures = (_ARCHITECTURE,)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         model, raw = _write(draw, path, ("qwen2", "qwen3", "llama"), chat=False)
@@ -63,6 +65,7 @@ class InternVLChatFamily:
     """InternVL in its publishers' layout."""
 
     name = "internvl_chat"
+    architectures = ("InternVLChatModel",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         copy = path / COPY

@@ -14,8 +14,9 @@ from tests.engine.families.drawn.checkpoint import (
     write_model,
 )
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.drawn.vision import (
     draw_connector,
     draw_feature_layer,
@@ -38,6 +39,7 @@ class LlavaFamily:
     """LLaVA: one crop per image, or Pixtral's whole images, and a Llama, Mistral or Qwen2 decoder."""
 
     name = "llava"
+    architectures = ("LlavaForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -68,7 +70,7 @@ class LlavaFamily:
             strategy = "full"
         if strategy:
             raw["vision_feature_select_strategy"] = strategy
-        architecture = "LlavaForConditionalGeneration"
+        (architecture,) = self.architectures
         # Pixtral's tower has one name.
         renamed = draw.varies("hub names", 0.5) and image_text == "<image>"
         model = write_model(draw, path, raw, architecture, hub_name if renamed else None)
@@ -133,6 +135,7 @@ class OnevisionFamily:
     """LLaVA-OneVision: one image in tiles, several in a crop each, videos, and Qwen2."""
 
     name = "llava_onevision"
+    architectures = ("LlavaOnevisionForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = tokenizer(
@@ -168,7 +171,7 @@ class OnevisionFamily:
         }
         draw_connector(draw, raw)
         place_tied(draw, raw, text)
-        architecture = "LlavaOnevisionForConditionalGeneration"
+        (architecture,) = self.architectures
         model = write_model(
             draw, path, raw, architecture, hub_name if draw.varies("hub names", 0.5) else None
         )

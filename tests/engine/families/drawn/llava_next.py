@@ -14,8 +14,9 @@ from tests.engine.families.drawn.checkpoint import (
     write_model,
 )
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder, nested_lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import nested_lengths_of
 from tests.engine.families.drawn.vision import (
     draw_connector,
     draw_feature_layer,
@@ -35,6 +36,7 @@ class LlavaNextFamily:
     """LLaVA-NeXT: the whole image and its tiles, CLIP or SigLIP, and a decoder of many kinds."""
 
     name = "llava_next"
+    architectures = ("LlavaNextForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -69,7 +71,7 @@ class LlavaNextFamily:
             draw.spelled(raw, "vision_feature_select_strategy")
         draw_connector(draw, raw)
         place_tied(draw, raw, text)
-        architecture = "LlavaNextForConditionalGeneration"
+        (architecture,) = self.architectures
         renamed = hub_name if draw.varies("hub names", 0.5) else None
         model = write_model(draw, path, raw, architecture, renamed)
         draw_ends(draw, path, text, 2, 0)

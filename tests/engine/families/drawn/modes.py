@@ -61,6 +61,9 @@ class Session:
         if len(inputs.ids) + steps > self.drawn.tokens:
             return "the prompt is too long"
         expected = Expected(inputs, steps)
+        if self.drawn.vectors:
+            self.questions.append(Question(number, prompt, expected, SamplingParams()))
+            return None
         try:
             params = self._params(f"prompt {number}", expected)
         except RuntimeError as error:
@@ -123,15 +126,34 @@ class Session:
         entries: Sequence[dict[str, Any]] | None = None,
     ) -> list[Any]:
         """Ask ``questions`` in one call and compare all that comes back."""
-        outputs = llm.generate(
-            entries or [question.prompt.entry for question in questions],
-            [question.params for question in questions],
-            use_tqdm=False,
-        )
+        entries = entries or [question.prompt.entry for question in questions]
+        if self.drawn.vectors:
+            return self.check_vectors(tally, llm, questions, "last", True, cached=cached, entries=entries)
+        outputs = llm.generate(entries, [question.params for question in questions], use_tqdm=False)
         for question, output in zip(questions, outputs, strict=True):
             before = len(tally.differences)
             asked = Asked(question.params, self._ends, self._tokenizer, cached(question))
             compare_completion(tally, output, question.expected, asked)
+            _number(tally, before, question)
+        llm.check_integrity()
+        return outputs
+
+    def check_vectors(
+        self,
+        tally: Tally,
+        llm: LLM,
+        questions: Sequence[Question],
+        pooling: Any,
+        normalize: bool,
+        *,
+        cached: Callable[[Question], tuple[int, int]],
+        entries: Sequence[dict[str, Any]],
+    ) -> list[Any]:
+        """Ask for vectors of ``questions`` in one call and compare all that comes back."""
+        outputs = llm.embed(entries, pooling=pooling, normalize=normalize, use_tqdm=False)
+        for question, output in zip(questions, outputs, strict=True):
+            before = len(tally.differences)
+            compare_vector(tally, output, question.expected, pooling, normalize, cached(question))
             _number(tally, before, question)
         llm.check_integrity()
         return outputs
@@ -220,6 +242,9 @@ def cached(session: Session, tally: Tally) -> None:
     session.check(tally, llm, session.questions, cached=lambda q: session.full_blocks(q, q.length - 1, size))
     if other := session.with_other_images():
         session.check(tally, llm, [other], cached=_anything)
+    if session.drawn.vectors:
+        # There is no answer, and so no next turn.
+        return
     turns, entries, known = [], [], {}
     for question, output in zip(session.questions, outputs, strict=True):
         (completion,) = output.outputs
@@ -244,18 +269,18 @@ def cached(session: Session, tally: Tally) -> None:
 def vectors(session: Session, tally: Tally) -> None:
     """Pooled hidden states in place of answers, in one step or in chunks."""
     rng = session.draw.stream("vectors")
-    pooling, normalize = rng.choice(("last", "last", "mean", "cls")), rng.random() < 0.7
+    pooling, normalize = rng.choice(("last", "last", "mean", "cls", "all")), rng.random() < 0.7
+    if session.drawn.vectors:
+        # The reference's have length 1.
+        pooling, normalize = rng.choice(("all", "all", "cls")), True
     options: dict[str, Any] = {}
     if rng.random() < 0.6:
         options = {"max_num_batched_tokens": session.budget(rng, (3, 7, 30), 15), "block_size": 4}
     llm = session.llm(task="embed", **options)
     entries = [question.prompt.entry for question in session.questions]
-    outputs = llm.embed(entries, pooling=pooling, normalize=normalize, use_tqdm=False)
-    for question, output in zip(session.questions, outputs, strict=True):
-        before = len(tally.differences)
-        compare_vector(tally, output, question.expected, pooling, normalize, _anything(question))
-        _number(tally, before, question)
-    llm.check_integrity()
+    session.check_vectors(
+        tally, llm, session.questions, pooling, normalize, cached=_anything, entries=entries
+    )
 
 
 def embeddings(session: Session, tally: Tally) -> None:

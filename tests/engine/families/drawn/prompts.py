@@ -50,7 +50,6 @@ class Style:
         frames: most frames of a video.
         several: most images of one prompt.
         words: most words of a text.
-        whole: the whole prompt is placed in ``frame`` once; there are no turns.
     """
 
     frame: str

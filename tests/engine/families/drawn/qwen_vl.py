@@ -9,8 +9,9 @@ from typing import Any
 from tests.engine.families import qwen
 from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.drawn.vision import draw_pixels
 from tests.engine.tiny import QWEN_SPECIALS, TRANSFORMERS, tokenizer
 
@@ -33,20 +34,24 @@ class QwenVLFamily:
     def name(self) -> str:
         return _MODEL_TYPES[self.kind]
 
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return (f"{self.kind}ForConditionalGeneration",)
+
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = tokenizer(QWEN_SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
         tok.save_pretrained(path)
         # Times of Qwen3-VL's videos are text.
         long = draw.varies("long videos", 0.2)
         tokens = (4096 if self.kind.startswith("Qwen3VL") else 1024) if long else 512
-        raw = self._config(draw, len(tok), tokens)
-        architecture = f"{self.kind}ForConditionalGeneration"
+        raw = self.config(draw, len(tok), tokens)
+        (architecture,) = self.architectures
         model = write_model(draw, path, raw, architecture)
         draw_ends(draw, path, raw, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         vision = {"spatial_merge_size": 2, "temporal_patch_size": 2, **raw["vision_config"]}
         cell = vision["patch_size"] * vision["spatial_merge_size"]
-        self._processor(draw, path, vision, cell)
+        self.write_processor(draw, path, vision, cell)
         fps = None
         kwargs: dict[str, Any] = {}
         bounds = None
@@ -83,7 +88,8 @@ class QwenVLFamily:
             lengths,
         )
 
-    def _config(self, draw: Draw, vocab: int, tokens: int) -> dict[str, Any]:
+    def config(self, draw: Draw, vocab: int, tokens: int) -> dict[str, Any]:
+        """config.json without ``architectures``."""
         text = draw_decoder(draw, self.name, vocab, tokens=tokens, section=True)
         special_names = ("image_pad", "video_pad", "vision_start", "vision_end")
         raw: dict[str, Any] = {
@@ -154,7 +160,7 @@ class QwenVLFamily:
         fields["deepstack_visual_indexes"] = rng.sample(range(depth), min(layers, depth))
         return fields
 
-    def _processor(self, draw: Draw, path: Path, vision: dict[str, Any], cell: int) -> None:
+    def write_processor(self, draw: Draw, path: Path, vision: dict[str, Any], cell: int) -> None:
         """preprocessor_config.json, with bounds in one of three spellings, and perhaps one for videos."""
         rng = draw.stream("pixel bounds")
         sizes = {"patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"]}

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from tests.engine.families.compare import Tally
-from tests.engine.families.drawn.checkpoint import Family, NotAModel, Unavailable
+from tests.engine.families.drawn.checkpoint import Family, NotAModel, Unavailable, read_json
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.modes import MODES, Session, alone
 from tests.engine.families.drawn.prompts import draw_prompts
@@ -97,6 +97,8 @@ def run(case: Case) -> Result:
 
 def _run(case: Case, draw: Draw, path: Path, result: Result) -> None:
     drawn = case.family.make(draw, path)
+    (architecture,) = read_json(path / "config.json")["architectures"]
+    result.tallies["checkpoint"].same("is declared", architecture in case.family.architectures, True)
     options = {"kv_cache_bytes": 64 << 20, "device": "cpu", "max_num_seqs": 16, **case.options}
     session = Session(draw, drawn, {"max_model_len": drawn.tokens, **options})
     for number, prompt in enumerate(draw_prompts(draw, drawn.style, PROMPTS)):

@@ -15,8 +15,9 @@ from tests.engine.families.drawn.checkpoint import (
     write_model,
 )
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder, nested_lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import nested_lengths_of
 from tests.engine.families.drawn.vision import draw_connector, draw_pixels, draw_pixtral
 from tests.engine.families.pixtral_squares import LIGHTON_SPECIALS, MISTRAL_SPECIALS, SquaresReference
 from tests.engine.families.qwen import FRAME
@@ -36,13 +37,18 @@ class SquaresFamily:
         return "mistral3" if self._mistral else "lighton_ocr"
 
     @property
+    def architectures(self) -> tuple[str, ...]:
+        return (f"{self.kind}ForConditionalGeneration",)
+
+    @property
     def _mistral(self) -> bool:
         return self.kind == "Mistral3"
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = _mistral_tokenizer() if self._mistral else _lighton_tokenizer()
         tok.save_pretrained(path)
-        kind = "mistral" if self._mistral else draw.variant("text model", ("qwen3", "qwen2"), 0.3)
+        kinds = ("mistral", "ministral3") if self._mistral else ("qwen3", "qwen2")
+        kind = draw.variant("text model", kinds, 0.4)
         text = draw_decoder(draw, kind, len(tok), tokens=_TOKENS)
         text |= {"eos_token_id": 2, "pad_token_id": 3 if self._mistral else 0, "model_type": kind}
         text["bos_token_id"] = 1 if self._mistral else 0
@@ -66,7 +72,7 @@ class SquaresFamily:
             raw[draw.choice("image token's name", ("image_token_index", "image_token_id"))] = image
             _mistral_vision(draw, raw)
         place_tied(draw, raw, text)
-        architecture = f"{self.kind}ForConditionalGeneration"
+        (architecture,) = self.architectures
         model = write_model(draw, path, raw, architecture)
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [architecture], **raw})

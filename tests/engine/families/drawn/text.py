@@ -1,4 +1,4 @@
-"""Draws text-only checkpoints: Llama, Mistral, Mixtral, Phi-3, Qwen2, Qwen3, and Qwens with experts."""
+"""Draws text-only checkpoints."""
 
 from __future__ import annotations
 
@@ -10,12 +10,31 @@ from tokenizers import processors
 
 from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder, lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.gemma3 import draw_gemma3_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.references import TextReference
 from tests.engine.tiny import tokenizer
 
 _TOKENS = 224
+#: The architecture of each ``model_type``.
+ARCHITECTURES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +48,8 @@ class TextFamily:
         return self.kind
 
     @property
-    def architecture(self) -> str:
-        return "".join(word.capitalize() for word in self.kind.split("_")) + "ForCausalLM"
+    def architectures(self) -> tuple[str, ...]:
+        return (ARCHITECTURES[self.kind],)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = tokenizer(
@@ -41,13 +60,14 @@ class TextFamily:
                 single="<s> $A", special_tokens=[("<s>", 1)]
             )
         tok.save_pretrained(path)
-        fields = draw_decoder(draw, self.kind, len(tok), tokens=_TOKENS)
-        raw: dict[str, Any] = {"model_type": self.kind, "torch_dtype": "float32", **fields}
-        if self.kind == "phi3":
+        fields = self._decoder(draw, len(tok))
+        (architecture,) = self.architectures
+        raw: dict[str, Any] = {"torch_dtype": "float32", **fields, "model_type": self.kind}
+        if self.kind in ("phi3", "qwen3_5_text"):
             raw["pad_token_id"] = 0
-        model = write_model(draw, path, raw, self.architecture)
+        model = write_model(draw, path, raw, architecture, most_embedding=_MOST_EMBEDDING.get(self.kind, 1.0))
         draw_ends(draw, path, raw, 2, 3)
-        write_json(path / "config.json", {"architectures": [self.architecture], **raw})
+        write_json(path / "config.json", {"architectures": [architecture], **raw})
         words = 30 if draw.varies("short prompts", 0.3) else 70
         style = Style("{}", "", words=words)
         return Drawn(
@@ -57,3 +77,14 @@ class TextFamily:
             _TOKENS,
             lengths=lengths_of(self.kind, fields),
         )
+
+    def _decoder(self, draw: Draw, vocab: int) -> dict[str, Any]:
+        if self.kind == "gemma3_text":
+            return draw_gemma3_decoder(draw, vocab, rows=0)
+        if self.kind == "qwen3_5_text":
+            return draw_decoder(draw, "qwen3_5", vocab, tokens=_TOKENS, section=True)
+        return draw_decoder(draw, self.kind, vocab, tokens=_TOKENS)
+
+
+#: Embeddings that are multiplied must be smaller, or they would hide what the layers add.
+_MOST_EMBEDDING = {"gemma": 0.1, "gemma3_text": 0.1, "granite": 0.3, "granitemoe": 0.3}

@@ -41,6 +41,14 @@ def test_a_window_is_compared_with_the_stretched_context():
     assert parse_decoder(stretched, "mistral").windows == (4096, 4096)
 
 
+def test_queries_grow_by_the_stated_context_or_by_the_longest_one():
+    growing = {"rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1}
+    raw = {"max_position_embeddings": 512, "rope_parameters": growing}
+    assert parse_decoder(raw, "ministral3").rope.query_growth == (0.1, 512)
+    growing["original_max_position_embeddings"] = 128
+    assert parse_decoder(raw, "ministral3").rope.query_growth == (0.1, 128)
+
+
 def test_a_window_of_null_is_none():
     """Mistral-7B-Instruct-v0.2 and Nemo state null; the default of an absent field is 4096."""
     assert parse_decoder({"sliding_window": None}, "mistral").windows == ()

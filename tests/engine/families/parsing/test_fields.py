@@ -144,7 +144,9 @@ def fill(kind: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     if kind in MROPE:
         hidden = filled.get("hidden_size", default(kind, "hidden_size")) or 0
         heads = filled.get("num_attention_heads", default(kind, "num_attention_heads")) or 1
-        head_dim = filled.get("head_dim") or MROPE[kind] or hidden // heads
+        # PaddleOCR-VL derives the size of a head where the field is null, the others where it is absent.
+        derived = kind == "paddleocr_vl" and "head_dim" in filled
+        head_dim = filled.get("head_dim") or (None if derived else MROPE[kind]) or hidden // heads
         third = head_dim // 6
         section = {"mrope_section": [head_dim // 2 - 2 * third, third, third]}
         present = [key for key in ("rope_scaling", "rope_parameters") if filled.get(key)]
