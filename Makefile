@@ -53,12 +53,14 @@ lint: install
 bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Draws models and prompts from seeds and compares the engine with Transformers: N cases of each family.
+# Draws N checkpoints of each family, each with EACH prompts, and compares the engine with Transformers.
+# More prompts a checkpoint cost less each.
 N    ?= 20
 SEED ?= 0
 JOBS ?= 1
+EACH ?= 4
 exactness: install
-	$(BIN)/python -m tests.engine.families.drawn -n $(N) --seed $(SEED) --jobs $(JOBS) $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
+	$(BIN)/python -m tests.engine.families.drawn -n $(N) --seed $(SEED) --jobs $(JOBS) --each $(EACH) $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
 
 # The image of k8s/. On a GPU cluster: make image IMAGE=registry.example.com/sightline:0.1.0 DEVICE=cuda
 IMAGE  ?= sightline:dev

@@ -70,7 +70,7 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
     for seed in range(options.seed, options.seed + options.n):
         for name in options.family:
             modes = [mode for mode in options.modes if mode in MODES]
-            without, prompts = tuple(options.without), tuple(options.prompts)
+            without, prompts = tuple(options.without), tuple(options.prompts or range(options.each))
             yield Case(FAMILIES[name], seed, tuple(modes), without, prompts, engine)
 
 
@@ -80,7 +80,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--modes", nargs="*", choices=["alone", *MODES], default=list(MODES))
-    parser.add_argument("--prompts", nargs="+", type=int, default=list(range(PROMPTS)))
+    parser.add_argument("--each", type=int, default=PROMPTS, help="prompts per checkpoint")
+    parser.add_argument("--prompts", nargs="+", type=int, help="numbers of the prompts, in place of --each")
     parser.add_argument("--without", nargs="+", default=[], help="variations to switch off")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")

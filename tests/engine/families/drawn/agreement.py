@@ -22,7 +22,7 @@ from tests.engine.families.drawn.checkpoint import NotAModel, Unavailable
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.modes import Question, Session
 from tests.engine.families.drawn.prompts import draw_prompts
-from tests.engine.families.drawn.run import PROMPTS, Case
+from tests.engine.families.drawn.run import Case
 
 #: Few sizes are captured, and nothing has to be measured.
 _ON_A_GPU = {
@@ -83,7 +83,7 @@ def _agree(case: Case, draw: Draw, path: Path, found: Agreement) -> None:
     if options.get("device") == "cuda":
         options = {**_ON_A_GPU, **options}
     session = Session(draw, drawn, options)
-    for number, prompt in enumerate(draw_prompts(draw, drawn.style, PROMPTS)):
+    for number, prompt in enumerate(draw_prompts(draw, drawn.style, max(case.prompts) + 1)):
         if number in case.prompts:
             session.ask(number, prompt)
     llm = session.llm()

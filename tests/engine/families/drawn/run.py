@@ -101,7 +101,7 @@ def _run(case: Case, draw: Draw, path: Path, result: Result) -> None:
     result.tallies["checkpoint"].same("is declared", architecture in case.family.architectures, True)
     options = {"kv_cache_bytes": 64 << 20, "device": "cpu", "max_num_seqs": 16, **case.options}
     session = Session(draw, drawn, {"max_model_len": drawn.tokens, **options})
-    for number, prompt in enumerate(draw_prompts(draw, drawn.style, PROMPTS)):
+    for number, prompt in enumerate(draw_prompts(draw, drawn.style, max(case.prompts) + 1)):
         if number in case.prompts and (reason := session.ask(number, prompt)):
             result.skipped.append(reason)
     tally = result.tallies["alone"] = Tally()
