@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from deployments.access import Access
+from deployments.admission import AdmissionLimit
 from deployments.config import IngressConfig
 from deployments.direct import Direct
 from deployments.errors import (
@@ -44,7 +45,7 @@ from deployments.routers import (
     tokens,
 )
 from deployments.tracing import Tracer
-from engine.errors import Overloaded, SightlineError
+from engine.errors import SightlineError
 from engine.media.ledger import Ledger, MediaLimits
 
 
@@ -162,38 +163,6 @@ class Spelling:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         path = scope["path"].rstrip("/") or "/"
         await self._app({**scope, "path": path, "method": method}, receive, send)
-
-
-class AdmissionLimit:
-    """Answers 429 while ``limit`` POST requests are open, before it reads the body.
-
-    Attributes:
-        limit: the most requests.
-        active: POST requests that are open.
-    """
-
-    def __init__(self, limit: int = 0) -> None:
-        self.limit = limit
-        self.active = 0
-
-    def around(self, app: ASGIApp) -> ASGIApp:
-        """``app`` behind this limit."""
-
-        async def admit(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http" or scope["method"] != "POST":
-                await app(scope, receive, send)
-                return
-            if self.active >= self.limit:
-                error = Overloaded(f"More than {self.limit} requests are open; try again shortly.")
-                await error_response(error, scope)(scope, receive, send)
-                return
-            self.active += 1
-            try:
-                await app(scope, receive, send)
-            finally:
-                self.active -= 1
-
-        return admit
 
 
 class LastResort:

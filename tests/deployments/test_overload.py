@@ -10,7 +10,8 @@ import pytest
 import pytest_asyncio
 
 from deployments.access import KeyConfig
-from deployments.api import AdmissionLimit, create_api
+from deployments.admission import AdmissionLimit
+from deployments.api import create_api
 from deployments.config import AppConfig, IngressConfig
 from deployments.pipeline import Pipeline
 from deployments.stages import Stages
