@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from deployments.errors import error_body, error_headers
@@ -18,6 +19,8 @@ from tests.serving import ROOT, UNDER_LOAD, free_port, haproxy_program, wait_unt
 #: Clients that leave. With splicing HAProxy misses one in four of them.
 CLIENTS = 40
 CONFIG = """
+global
+    tune.bufsize {bufsize}
 defaults
     mode http
     timeout connect 60s
@@ -85,8 +88,12 @@ async def until_open(port: int) -> None:
 
 
 @contextmanager
-def haproxy(folder: Path, *ports: int) -> Iterator[int]:
-    """HAProxy with Ray Serve's options in front of the servers at ports. Yields HAProxy's port."""
+def haproxy(folder: Path, *ports: int, bufsize: int = 16384) -> Iterator[int]:
+    """HAProxy with Ray Serve's options in front of the servers at ports. Yields HAProxy's port.
+
+    Args:
+        bufsize: bytes of its buffers; the default is that of Ray Serve.
+    """
     port = free_port()
     config = folder / "haproxy.cfg"
     options = "\n    ".join(options_of_ray_serve())
@@ -96,7 +103,9 @@ def haproxy(folder: Path, *ports: int) -> Iterator[int]:
     servers = "\n    ".join(f"server at-{each} 127.0.0.1:{each}" for each in ports)
     retry_on = UNDER_LOAD["RAY_SERVE_HAPROXY_RETRY_ON"]
     config.write_text(
-        CONFIG.format(options=options, retry_on=retry_on, errors=errors, port=port, servers=servers)
+        CONFIG.format(
+            bufsize=bufsize, options=options, retry_on=retry_on, errors=errors, port=port, servers=servers
+        )
     )
     process = subprocess.Popen([haproxy_program(folder), "-db", "-f", config])
     try:
@@ -128,12 +137,13 @@ async def test_no_client_leaves_unnoticed(tmp_path):
             await leave_one_by_one(server, port)
 
 
-async def test_requests_of_a_server_that_dies_go_to_another(tmp_path):
-    """Headers and body come apart, as OpenAI's client sends them."""
+@pytest.mark.parametrize(("size", "bufsize"), [(100, 16384), (1_000_000, 1 << 20)])
+async def test_requests_of_a_server_that_dies_go_to_another(tmp_path, size, bufsize):
+    """Headers and body come apart, as OpenAI's client sends them. HAProxy keeps what its buffer holds."""
 
     async def read(reader: asyncio.StreamReader) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        await reader.readexactly(100)
+        await reader.readexactly(size)
 
     async def dies(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError):
@@ -150,13 +160,14 @@ async def test_requests_of_a_server_that_dies_go_to_another(tmp_path):
         await asyncio.start_server(dies, "127.0.0.1", 0) as first,
         await asyncio.start_server(answers, "127.0.0.1", 0) as second,
     ):
-        with haproxy(tmp_path, *(each.sockets[0].getsockname()[1] for each in (first, second))) as port:
+        ports = [each.sockets[0].getsockname()[1] for each in (first, second)]
+        with haproxy(tmp_path, *ports, bufsize=bufsize) as port:
             await asyncio.wait_for(until_open(port), 120)
             for _ in range(8):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n")
+                writer.write(b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: %d\r\n\r\n" % size)
                 await asyncio.sleep(0.05)
-                writer.write(b"x" * 100)
+                writer.write(b"x" * size)
                 assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
                 writer.close()
 
