@@ -42,6 +42,7 @@ SERVER_FLOORS = [
     ["autoscaling", "in_place", "tracing"],
     [
         "access",
+        "admission",
         "answers",
         "caller_fields",
         "metrics",
