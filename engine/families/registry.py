@@ -27,6 +27,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "minicpm_v": ("MiniCPMV",),
     "mistral3": ("Mistral3ForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
+    "ovis2": ("Ovis2ForConditionalGeneration",),
     "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration",),
     "phi3_v": ("Phi3VForCausalLM",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),

@@ -22,6 +22,7 @@ from engine.vision.pixel_shuffle import PixelShuffleConnector, ShuffledMLPConnec
 from engine.vision.pixels import PixelInput, blank
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
+from engine.vision.visual_vocabulary import VocabularyConnector
 
 
 class CropVisionEncoder(nn.Module):
@@ -103,6 +104,9 @@ def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:
     if config.averaged is not None:
         eps = config.tower.norm_eps
         return AveragingConnector(width, config.grid_side, config.averaged, eps, out, build)
+    if config.vocabulary is not None:
+        factor = config.pixel_shuffle or 1
+        return VocabularyConnector(width, config.grid_side, factor, config.vocabulary, out, build)
     if config.mlp is None:
         return Linear(width, out, build)
     if config.pixel_shuffle is not None and config.shuffled_mlp:

@@ -10,6 +10,21 @@ from engine.vision.transformer_config import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
+class VisualVocabulary:
+    """A connector that reads features as words of a vocabulary of their own (Ovis).
+
+    Attributes:
+        words: entries of its table of embeddings.
+        indicators: how many of these, the last ones, mark the parts of an image; no feature reads as one.
+        hard: whether a row is the most likely word's embedding, else all words' by their probabilities.
+    """
+
+    words: int
+    indicators: int
+    hard: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class CropVisionConfig:
     """A tower of fixed resolution, and a connector: an MLP, or a projection of shuffled pixels.
 
@@ -22,6 +37,7 @@ class CropVisionConfig:
         mlp: the MLP connector; None makes a row of a feature by one projection with bias.
         pixel_shuffle: side, in patches, of the square that becomes one row; None makes one row of each patch.
         shuffled_mlp: whether a square becomes a row by a LayerNorm and the MLP, else by a single projection.
+        vocabulary: makes rows of shuffled squares; None without it.
         averaged: side, in patches, of the square whose average becomes one row; None averages nothing.
         bucketed_positions: whether a patch's learned position depends on its place relative to the image's
             size, as in towers that also take images of other sizes; else on its index.
@@ -37,6 +53,7 @@ class CropVisionConfig:
     mlp: MLPConfig | None = field(default_factory=MLPConfig)
     pixel_shuffle: int | None = None
     shuffled_mlp: bool = False
+    vocabulary: VisualVocabulary | None = None
     averaged: int | None = None
     bucketed_positions: bool = False
 

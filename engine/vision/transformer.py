@@ -82,7 +82,11 @@ class VisionBlock(nn.Module):
         self.mlp: nn.Module
         if config.gated_mlp:
             self.mlp = GatedMLP(
-                config.hidden_size, config.intermediate_size, config.activation, build, bias=config.bias
+                config.hidden_size,
+                config.intermediate_size,
+                config.activation,
+                build,
+                bias=config.bias if config.mlp_bias is None else config.mlp_bias,
             )
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.activation, build)
@@ -163,13 +167,13 @@ class VisionTransformer(nn.Module):
             windows: segments for the blocks that are not in ``full_layers``; None: ``segments`` for all.
             positions: ``(N, hidden_size)``, added to the embedded patches.
         """
-        x = self.embed(patches, segments)
-        if positions is not None and not self.config.positions_last:
-            x = x + positions
+        x, last = self.embed(patches, segments), self.config.positions_last
+        if not last:
+            x = self._at_positions(x, segments, positions)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        if positions is not None and self.config.positions_last:
-            x = x + positions
+        if last:
+            x = self._at_positions(x, segments, positions)
         if self._graphs is not None and self._graphs.fits(x, segments, windows):
             return self._graphs.replay(x, segments, windows)
         return self._other_blocks(self._first_blocks(x, segments, windows), segments, windows)
@@ -237,18 +241,24 @@ class VisionTransformer(nn.Module):
         return x, residual, kept
 
     def embed(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
-        """Patch projection, class token and learned positions."""
+        """Patch projection and class token."""
         x = self.patch_embed(patches)
         if self.class_embedding is not None:
             images = len(segments.cu_seqlens) - 1
             token = self.class_embedding.expand(images, 1, -1)
             x = torch.cat([token, x.unflatten(0, (images, -1))], dim=1).flatten(0, 1)
+        return x
+
+    def _at_positions(
+        self, x: torch.Tensor, segments: VisionSegments, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x`` with the learned positions and those of the caller."""
         if self.position_embedding is not None:
             table: torch.Tensor = self.position_embedding
             if segments.positions is not None:
                 table = table[segments.positions]
             x = (x.unflatten(0, (-1, len(table))) + table).flatten(0, 1)
-        return x
+        return x if positions is None else x + positions
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         slots = []

@@ -17,6 +17,7 @@ class VisionConfig:
         patch_bias: whether the patch projection has a bias.
         bias: whether the blocks' projections have biases; an ungated MLP always has.
         qkv_bias: the same for queries, keys and values alone; None as ``bias``.
+        mlp_bias: the same for a gated MLP alone; None as ``bias``.
         qk_norm_eps: of the RMSNorms over the queries and the keys of all heads together; None without them.
         qk_norm_each: whether they are over each head by itself.
         layer_scale: whether the outputs of attention and MLP are multiplied by learned vectors.
@@ -26,7 +27,8 @@ class VisionConfig:
         class_token: whether a learned token precedes the patches.
         num_positions: rows of the learned position table, class token included; 0 if there is no table.
         pre_norm, post_norm: whether there is a norm before the first and after the last block.
-        positions_last: whether positions of the caller are added behind the norm before the first block.
+        positions_last: whether positions, of the table or of the caller, are added behind the norm before the
+            first block.
         full_layers: the blocks that attend over whole segments even if the input has windows; None: all.
         rope_theta: base of two-dimensional rotary embeddings, half of the angles for rows and half for
             columns; None if there are none.
@@ -45,6 +47,7 @@ class VisionConfig:
     patch_bias: bool = False
     bias: bool = True
     qkv_bias: bool | None = None
+    mlp_bias: bool | None = None
     qk_norm_eps: float | None = None
     qk_norm_each: bool = False
     layer_scale: bool = False

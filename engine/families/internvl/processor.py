@@ -85,7 +85,7 @@ class InternVLProcessor:
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
         for file, stated in (("preprocessor_config.json", raw), ("video_preprocessor_config.json", videos)):
             require_steps(stated, "do_resize")
-            _require_side(file, stated, vision.image_size)
+            require_side(file, stated, vision.image_size)
         require_same_colours(videos, vision.normalisation, CLIP_NORMALISATION)
         made = cls.of_tower(config, raw, options)
         return replace(
@@ -178,7 +178,7 @@ class InternVLProcessor:
 
 
 @lru_cache(maxsize=16)
-def _tilings(least: int, most: int) -> list[tuple[int, int]]:
+def tilings(least: int, most: int) -> list[tuple[int, int]]:
     """``(columns, rows)`` of all tilings of ``least`` to ``most`` tiles, by their number of tiles."""
     every = [(columns, rows) for columns in range(1, most + 1) for rows in range(1, most + 1)]
     return sorted((t for t in every if least <= t[0] * t[1] <= most), key=lambda t: t[0] * t[1])
@@ -192,7 +192,7 @@ def best_tiling(size: tuple[int, int], side: int, least: int, most: int) -> tupl
     """
     ratio, area = size[0] / size[1], size[0] * size[1]
     best, least_difference = (1, 1), float("inf")
-    for tiling in _tilings(least, most):
+    for tiling in tilings(least, most):
         difference = abs(ratio - tiling[0] / tiling[1])
         larger = area > 0.5 * side * side * tiling[0] * tiling[1]
         if difference < least_difference or (difference == least_difference and larger):
@@ -200,7 +200,12 @@ def best_tiling(size: tuple[int, int], side: int, least: int, most: int) -> tupl
     return best
 
 
-def _require_side(file: str, raw: Mapping[str, Any], side: int) -> None:
+def require_side(file: str, raw: Mapping[str, Any], side: int) -> None:
+    """Refuse a processor's JSON, ``raw``, whose ``size`` isn't a square of the tower's ``side``.
+
+    Raises:
+        CheckpointError: naming ``file`` and the field.
+    """
     size = raw.get("size") or ({"height": _DEFAULT_SIDE, "width": _DEFAULT_SIDE} if raw else {})
     if {size.get("height", side), size.get("width", side)} != {side} or size.keys() - {"height", "width"}:
         raise CheckpointError(f"{file}: size should be the tower's {side} pixels, not {size}", param="size")

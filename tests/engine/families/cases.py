@@ -25,6 +25,7 @@ from tests.engine.families.internvl_chat import InternVLChatReference, make_inte
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.onevision import OnevisionReference, make_onevision
+from tests.engine.families.ovis2 import Ovis2Reference, make_ovis2
 from tests.engine.families.paddleocr_vl import IMAGE as PADDLEOCR_IMAGE
 from tests.engine.families.paddleocr_vl import PaddleOCRReference, make_paddleocr_vl
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
@@ -164,6 +165,15 @@ CASES = [
         video="<video>",
         # In several tiles, shrunk to 4 of them; and in a line of them.
         single=((190, 200), (300, 9)),
+    ),
+    FamilyCase(
+        "Ovis2",
+        make_ovis2,
+        Ovis2Reference,
+        frame=qwen.FRAME,
+        placeholder=lambda index, count: "<image>\n",
+        # Tiles beside each other, and six below each other.
+        single=((60, 33), (9, 300)),
     ),
     FamilyCase("Phi-3.5-vision", reference=phi3_v.Phi3VReference, **_PHI3_V),
     FamilyCase(

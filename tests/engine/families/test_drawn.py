@@ -24,6 +24,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "gemma3": (1,),
     "internvl": (12,),
     "internvl_chat": (11,),
+    "ovis2": (1,),
     "phi3_v": (0,),
     "vlm2vec": (100,),
     "qwen2_vl": (0,),

@@ -33,6 +33,9 @@ from tests.engine.families.llava_variants import image_processor_class, make_lla
 from tests.engine.families.onevision import PATCH as ONEVISION_PATCH
 from tests.engine.families.onevision import make_onevision
 from tests.engine.families.opened import encoder, media_processor
+from tests.engine.families.ovis2 import PATCH as OVIS2_PATCH
+from tests.engine.families.ovis2 import image_processor as image_processor_of_ovis2
+from tests.engine.families.ovis2 import make_ovis2
 from tests.engine.families.paddleocr_vl import make_paddleocr_vl
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.families.qwen import make_qwen2_5_vl, make_qwen3_vl
@@ -74,6 +77,13 @@ def internvl(path: Path, images: Sequence[Image.Image], options: Mapping[str, An
     processor = InternVLReference.processor_of(path).image_processor
     made = processor(list(images), return_tensors="pt", **{"crop_to_patches": True, **options})
     return unfolded(torch.as_tensor(made["pixel_values"]), INTERNVL_PATCH), []
+
+
+def ovis2(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
+    made = image_processor_of_ovis2().from_pretrained(path)(list(images), return_tensors="pt", **options)
+    (grid,) = made["grids"].tolist()
+    grids = [tuple(grid)] if grid != [1, 1] else [(1, 0, 0)]
+    return unfolded(torch.as_tensor(made["pixel_values"]), OVIS2_PATCH), grids
 
 
 def gemma3(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
@@ -212,6 +222,13 @@ ROWS = {
     "LLaVA-OneVision, several": Row(make_onevision, TILED, onevision, count=2),
     "LLaVA-OneVision, hub": Row(partial(make_onevision, hub=True), TILED, onevision),
     "LLaVA-OneVision, several, hub": Row(partial(make_onevision, hub=True), TILED, onevision, count=2),
+    "Ovis2": Row(make_ovis2, TILED, ovis2),
+    "Ovis2, hub": Row(partial(make_ovis2, hub=True), TILED, ovis2),
+    "Ovis2, in one crop": Row(make_ovis2, TILED, ovis2, options={"crop_to_patches": False}),
+    "Ovis2, up to 12 tiles": Row(make_ovis2, TILED, ovis2, options={"max_patches": 12}),
+    "Ovis2, by aspect ratio": Row(
+        partial(make_ovis2, processor={"use_covering_area_grid": False, "min_patches": 2}), TILED, ovis2
+    ),
     "Idefics3": _idefics("Idefics3"),
     "Idefics3, whole": _idefics("Idefics3", do_image_splitting=False),
     "Idefics3, larger": _idefics("Idefics3", size={"longest_edge": 100}),

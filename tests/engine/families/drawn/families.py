@@ -10,6 +10,7 @@ from tests.engine.families.drawn.idefics import IdeficsFamily
 from tests.engine.families.drawn.internvl import InternVLChatFamily, InternVLFamily
 from tests.engine.families.drawn.llava import LlavaFamily, OnevisionFamily
 from tests.engine.families.drawn.llava_next import LlavaNextFamily
+from tests.engine.families.drawn.ovis2 import Ovis2Family
 from tests.engine.families.drawn.paddleocr_vl import PaddleOCRFamily
 from tests.engine.families.drawn.qwen_vl import QwenVLFamily
 from tests.engine.families.drawn.retrieval import ColPaliFamily, ColQwen2Family
@@ -24,6 +25,7 @@ _ALL: tuple[Family, ...] = (
     Gemma3Family(),
     InternVLFamily(),
     InternVLChatFamily(),
+    Ovis2Family(),
     Phi3VFamily("phi3_v"),
     Phi3VFamily("vlm2vec"),
     *(QwenVLFamily(kind) for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5")),
