@@ -25,7 +25,7 @@ from typing import Any
 from deployments.api import create_api
 from deployments.config import IngressConfig, ModelSpec
 from deployments.pipeline import Pipeline
-from deployments.ray_serve.channel import Here
+from deployments.ray_serve.channel import Elsewhere, Here
 from deployments.ray_serve.handles import remote_stages
 from deployments.ray_serve.handoff import pack
 from deployments.stages import Generation
@@ -71,6 +71,7 @@ class Replica:
                 yield (given.request_id, *fields)
                 await _read()
             return
+        yield Elsewhere()
         self._running[given.request_id] = iter(self._fields)
         self._changed.set()
         while given.request_id in self._running:

@@ -2,9 +2,9 @@
 
 A gRPC message costs its sender and its reader about the same, whatever it holds, and a step of the engine
 makes an update for each running answer. So an ingress reads one stream, a channel, of each replica; each of
-its messages holds every update since the last one. An answer's own call then carries no updates: its end, its
-failure and its cancellation only. Until the channel to its replica is open, an answer's updates come by its
-own call.
+its messages holds every update since the last one. An answer's own call then carries no updates: its start,
+its end, its failure and its cancellation only. Until the channel to its replica is open, an answer's updates
+come by its own call.
 
 A channel counts as a running request for Ray Serve, so it ends a moment after the last answer: a replica
 without requests may be stopped.
@@ -39,6 +39,15 @@ class Here:
     """
 
     replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """First item of an answer's own call if its updates come by the channel.
+
+    Without any item a call may seem to have failed. Ray Serve tells by a stream's metadata that a replica has
+    accepted the call, and gRPC doesn't promise to bring that of a stream without messages.
+    """
 
 
 @dataclass(frozen=True, slots=True)

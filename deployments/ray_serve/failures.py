@@ -35,6 +35,9 @@ _CUT = {
     grpc.StatusCode.UNKNOWN,
 }
 
+#: How the RuntimeError begins that Serve raises if a call ended before the replica's acceptance came.
+_UNACCEPTED = "Unexpected error (StatusCode."
+
 
 class Misrouted(StageLost):
     """A request reached another replica than the one that holds its embeddings."""
@@ -95,6 +98,8 @@ def _translated(error: Exception, stage: str) -> SightlineError:
     if isinstance(error, RayActorError | WorkerCrashedError | OutOfMemoryError | NodeDiedError):
         return StageLost(_LOST)
     if isinstance(error, grpc.aio.AioRpcError) and error.code() in _CUT:
+        return StageLost(_LOST)
+    if type(error) is RuntimeError and str(error).startswith(_UNACCEPTED):
         return StageLost(_LOST)
     if isinstance(error, DeploymentUnavailableError | RayServeException):
         logger.warning("a part of the server is unavailable: %r", error)

@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import logger
 from deployments.metrics.families import Part
-from deployments.ray_serve.channel import Answer, Here, Inbox
+from deployments.ray_serve.channel import Answer, Elsewhere, Here, Inbox
 from deployments.ray_serve.failures import Misrouted, abandoned, checked, translated, was_cancelled
 from deployments.ray_serve.handoff import (
     PixelsRef,
@@ -160,7 +160,7 @@ class RemoteLanguageModel(_RemoteStage):
                     if isinstance(item, Here):
                         here = True
                         self._inbox.read(item.replica)
-                    else:
+                    elif not isinstance(item, Elsewhere):
                         answer.take(item)
             if here:
                 answer.fail(abandoned())

@@ -22,7 +22,7 @@ from deployments.errors import logger
 from deployments.in_place import InPlace
 from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
-from deployments.ray_serve.channel import Here, Message, Outboxes
+from deployments.ray_serve.channel import Elsewhere, Here, Message, Outboxes
 from deployments.ray_serve.failures import Misrouted, Refusal, answered
 from deployments.ray_serve.handoff import (
     ObjectStore,
@@ -301,13 +301,15 @@ class LanguageModelReplica:
         if replica != self._name():
             yield Refusal(Misrouted("This replica has gone."))
             return
+        # A channel may end without a message; see `Elsewhere`.
+        yield []
         async with aclosing(self._outboxes.messages(reader)) as messages:
             async for message in messages:
                 yield message
 
     async def generate(
         self, given: Generation | str, span: Carrier, reader: str
-    ) -> AsyncIterator[PackedUpdate | Piece | Here | Refusal]:
+    ) -> AsyncIterator[PackedUpdate | Piece | Here | Elsewhere | Refusal]:
         """Stream a request's output: by the channel to ``reader``, or here if none is open.
 
         Args:
@@ -327,6 +329,7 @@ class LanguageModelReplica:
                             yield item
                 else:
                     with outbox.answer():
+                        yield Elsewhere()
                         async for update in updates:
                             outbox.put(update)
         except SightlineError as error:

@@ -1,5 +1,6 @@
 """The line of each request in the log, its id, and the line that says that the server is ready."""
 
+import builtins
 import io
 import json
 import logging
@@ -183,3 +184,24 @@ def test_a_record_that_waits_to_be_written_keeps_nothing_of_an_error(formatter, 
     buffer.flush()
     assert "1 failed" in written.getvalue() and "too large" in written.getvalue()
     assert ("in fail" in written.getvalue()) == (how == "exc_info")
+
+
+@pytest.mark.parametrize("formatter", [logging.Formatter(), JsonFormatter()])
+def test_a_traceback_is_whole_where_ray_serve_has_replaced_print(formatter, monkeypatch):
+    from ray.serve._private.logging_utils import redirected_print
+
+    monkeypatch.setattr(builtins, "print", redirected_print)
+    written = io.StringIO()
+    log = logging.Logger("test", logging.INFO)
+    log.addHandler(logging.StreamHandler(written))
+    log.handlers[0].setFormatter(formatter)
+    log.addFilter(Rendered())
+    try:
+        raise ValueError("too large")
+    except ValueError as error:
+        log.error("it failed", exc_info=error)
+    text = written.getvalue()
+    if isinstance(formatter, JsonFormatter):
+        text = json.loads(text)["exception"]
+    first, *_, last = text[text.index("Traceback") :].strip().splitlines()
+    assert (first, last) == ("Traceback (most recent call last):", "ValueError: too large")

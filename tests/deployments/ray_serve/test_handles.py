@@ -9,6 +9,7 @@ import pickle
 import weakref
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import grpc
@@ -173,6 +174,25 @@ async def test_a_stream_s_failure_is_reported_and_not_repeated(item, kind):
     with pytest.raises(SightlineError) as caught:
         await anext(stream)
     assert type(caught.value) is kind and len(handle.starts) == 1
+
+
+async def test_a_call_that_ends_without_its_acceptance_is_lost():
+    """Ray Serve reads it in the metadata of a gRPC stream, and raises a RuntimeError without it."""
+    from ray.serve._private.replica_result import gRPCReplicaResult
+
+    async def found(value):
+        return value
+
+    answers = {"initial_metadata": {}, "code": grpc.StatusCode.OK, "details": "", "wait_for_connection": None}
+    result = object.__new__(gRPCReplicaResult)
+    result._call = SimpleNamespace(**{name: partial(found, value) for name, value in answers.items()})
+    result._with_rejection, result._rejection_response = True, None
+    with pytest.raises(RuntimeError) as raised:
+        await result.get_rejection_response()
+    # The frames of this test aren't the error's own.
+    handle = Handle(lambda start: [raised.value.with_traceback(None)])
+    with pytest.raises(StageLost):
+        await run(handle, ())
 
 
 async def test_a_stream_that_is_closed_early_is_cancelled():
