@@ -14,8 +14,9 @@ from tests.engine.families.drawn.checkpoint import (
     write_model,
 )
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.families.drawn.decoder import draw_decoder, nested_lengths_of
+from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import nested_lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_sizes
 from tests.engine.families.ovis2 import SPECIALS, TOKENS, Ovis2Reference
 from tests.engine.families.qwen import FRAME
@@ -29,6 +30,7 @@ class Ovis2Family:
     """Ovis2: an AIMv2 tower, a visual vocabulary, tiles by either rule, and Qwen2 or its like."""
 
     name = "ovis2"
+    architectures = (_ARCHITECTURE,)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = tokenizer(SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
