@@ -114,6 +114,11 @@ class Decoder(nn.Module):
         embeds = self.embed_tokens(ids)
         return embeds if self._multiplier == 1 else embeds * self._multiplier
 
+    def scaled_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Map embedding rows ``(R, hidden_size)`` of media to what stands among the tokens' embeddings."""
+        whole = self._multiplier == 1 or not self.config.multiplies_rows
+        return rows if whole else rows * self._multiplier
+
     def forward(
         self,
         embeds: torch.Tensor,

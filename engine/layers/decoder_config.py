@@ -120,6 +120,7 @@ class DecoderConfig:
         norm_offset: added to the weights of all norms, which checkpoints of Gemma store less one.
         sandwich: norms after attention and MLP as well, before their results are added to the residual.
         embedding_multiplier: factor of the token embeddings, rounded to the model's dtype.
+        multiplies_rows: the factor is that of embedding rows too.
         residual_multiplier: factor of the results of attention and MLP.
         logits_divisor: divides the logits.
         attention_scale: factor of the attention scores; ``head_dim ** -0.5`` if None.
@@ -156,6 +157,7 @@ class DecoderConfig:
     norm_offset: float = 0.0
     sandwich: bool = False
     embedding_multiplier: float = 1.0
+    multiplies_rows: bool = False
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     attention_scale: float | None = None

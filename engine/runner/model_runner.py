@@ -468,7 +468,7 @@ class ModelRunner:
         if not parts:
             return embeds, None
         media, width = parts[0] if len(parts) == 1 else torch.cat(parts), embeds.shape[1]
-        embeds.index_copy_(0, embedded_rows, media[:, :width])
+        embeds.index_copy_(0, embedded_rows, self.model.scaled_rows(media[:, :width]))
         if media.shape[1] == width:
             return embeds, None
         deepstack = embeds.new_zeros((media.shape[1] // width - 1, *embeds.shape))

@@ -54,7 +54,7 @@ FAMILY = Family(
     name="llava",
     architectures=("LlavaForConditionalGeneration",),
     reader=ConfigReader(
-        text=nested_text("llama", "mistral", "qwen2", "qwen3", "phi3"),
+        text=nested_text("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "granite"),
         vision=parse_vision,
         image_token=token_field("image_token_index", "image_token_id", default=32000),
         end_tokens=(2,),

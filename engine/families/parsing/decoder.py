@@ -298,6 +298,11 @@ _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
 _NORMED_QK = ("gemma3_text", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe")
 
 
+def ties_by_default(kind: DecoderKind) -> bool:
+    """Return whether the embeddings of ``kind`` are tied where its fields don't say."""
+    return bool(_DEFAULTS[kind]["tie_word_embeddings"])
+
+
 def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     """Read a decoder from ``raw``, a flat config.json or its text part.
 
@@ -368,6 +373,7 @@ def _gemma3(config: Json) -> dict[str, Any]:
 def _granite(config: Json) -> dict[str, Any]:
     return {
         "embedding_multiplier": number(config, "embedding_multiplier"),
+        "multiplies_rows": True,
         "residual_multiplier": number(config, "residual_multiplier"),
         "logits_divisor": number(config, "logits_scaling"),
         "attention_scale": number(config, "attention_multiplier"),

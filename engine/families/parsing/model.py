@@ -11,7 +11,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.quantisation import read_quantisation
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
-from engine.families.parsing.decoder import DecoderKind, parse_decoder
+from engine.families.parsing.decoder import DecoderKind, parse_decoder, ties_by_default
 from engine.families.parsing.fields import Json, integer
 from engine.layers.decoder_config import DecoderConfig
 
@@ -41,7 +41,8 @@ def nested_text(*kinds: DecoderKind, text_may_tie: bool = True) -> TextFields:
                 f"config.json: text_config.model_type {kind!r} is not supported; {', '.join(kinds)} are",
                 param="text_config",
             )
-        return tied_text(raw, stated, text_may_tie), cast(DecoderKind, kind)
+        filled = {"tie_word_embeddings": ties_by_default(cast(DecoderKind, kind)), **stated}
+        return tied_text(raw, filled, text_may_tie), cast(DecoderKind, kind)
 
     return fields
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
+from tests.engine.families.references import with_divided_logits
 from tests.engine.tiny import rewrite_tensors, spread, tokenizer
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
@@ -29,13 +31,15 @@ TOWERS = {
 }
 
 
-def make_llava_next(path: Path, hub: bool = False, *, tower: str = "clip", text: str = "mistral") -> Path:
+def make_llava_next(
+    path: Path, hub: bool = False, *, tower: str = "clip", text: str = "mistral", **text_fields: Any
+) -> Path:
     """A checkpoint of which 2 of the tower's 3 layers are used.
 
     Args:
         hub: write it as the public ones are.
         tower: a key of ``TOWERS``.
-        text: the decoder's ``model_type``.
+        text: the decoder's ``model_type``; ``text_fields`` are further fields of it.
     """
     tok = tokenizer(
         SPECIALS,
@@ -59,6 +63,7 @@ def make_llava_next(path: Path, hub: bool = False, *, tower: str = "clip", text:
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 4,
+            **text_fields,
         },
         image_token_index=SPECIALS.index("<image>"),
         image_grid_pinpoints=PINPOINTS,
@@ -90,7 +95,7 @@ class LlavaNextReference:
 
     def __init__(self, path: Path) -> None:
         cls = transformers.LlavaNextForConditionalGeneration
-        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = with_divided_logits(cls.from_pretrained(path, dtype=torch.float32).eval())
         config = self.model.config
         strategy = config.vision_feature_select_strategy
         self.processor = transformers.LlavaNextProcessor(

@@ -11,6 +11,7 @@ import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
+from tests.engine.families.references import with_divided_logits
 from tests.engine.tiny import spread, tokenizer
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
@@ -88,7 +89,7 @@ class LlavaVariantReference:
 
     def __init__(self, path: Path) -> None:
         cls = transformers.LlavaForConditionalGeneration
-        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = with_divided_logits(cls.from_pretrained(path, dtype=torch.float32).eval())
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         stated, _ = transformers.CLIPImageProcessorPil.get_image_processor_dict(path)
         kind = stated["image_processor_type"].removesuffix("ImageProcessor")

@@ -48,6 +48,17 @@ class LlavaReference:
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
 
 
+def with_divided_logits(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` with the logits of its text model: divided where that is a Granite.
+
+    Transformers 5's LLaVA classes have a head of their own and leave the division out.
+    """
+    divisor = getattr(model.config.text_config, "logits_scaling", 1)
+    if divisor != 1:
+        model.lm_head.register_forward_hook(lambda head, given, logits: logits / divisor)
+    return model
+
+
 def make_text_model(path: Path, hub: bool, kind: str) -> None:
     make_text(path, kind, seed=7)
     if not hub:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import transformers
@@ -13,8 +15,10 @@ from engine.errors import CheckpointError, InvalidRequest
 from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from tests.engine.families.case import CasePrompt
+from tests.engine.families.cases import case_named
 from tests.engine.families.expected import Expected
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
+from tests.engine.families.made import Made
 from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.tiny import picture
 
@@ -101,6 +105,14 @@ def test_siglip_and_other_decoders_equal_transformers(tmp_path, text):
     (ours,) = llm.generate(prompt.entry, params, use_tqdm=False)
     assert ours.prompt_token_ids == theirs.ids
     assert ours.outputs[0].token_ids == theirs.tokens
+
+
+def test_a_granite_multiplies_rows_of_images_too(tmp_path):
+    """As Granite Vision 3 has it: SigLIP, and a decoder whose input is multiplied as a whole."""
+    factors = {"embedding_multiplier": 3.0, "logits_scaling": 2.5}
+    factors |= {"residual_multiplier": 0.4, "attention_multiplier": 0.5}
+    make = partial(make_llava_next, tower="siglip", text="granite", **factors)
+    Made(replace(case_named("LLaVA-NeXT"), make=make), tmp_path / "made").check_all()
 
 
 def test_refusals(tmp_path):

@@ -16,7 +16,7 @@ from tests.engine.families.drawn.checkpoint import (
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
-from tests.engine.families.drawn.rope import lengths_of
+from tests.engine.families.drawn.rope import lengths_of, nested_lengths_of
 from tests.engine.families.drawn.vision import (
     draw_connector,
     draw_feature_layer,
@@ -32,11 +32,12 @@ from tests.engine.families.qwen import FRAME
 from tests.engine.tiny import tokenizer
 
 _TOKENS = 400
+_TEXTS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma")
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral")
 
 
 class LlavaFamily:
-    """LLaVA: one crop per image, or Pixtral's whole images, and a Llama, Mistral or Qwen2 decoder."""
+    """LLaVA: one crop per image, or Pixtral's whole images, and a decoder of many kinds."""
 
     name = "llava"
     architectures = ("LlavaForConditionalGeneration",)
@@ -45,7 +46,7 @@ class LlavaFamily:
         roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
         tok = tokenizer(LLAVA_SPECIALS, **roles)
         tok.save_pretrained(path)
-        kind = draw.variant("text model", ("llama", "mistral", "qwen2"), 0.5)
+        kind = draw.variant("text model", _TEXTS, 0.6)
         text = draw_decoder(draw, kind, len(tok), tokens=_TOKENS)
         text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4}
         if kind != "llama" or draw.varies("text model stated", 0.5):
@@ -80,7 +81,7 @@ class LlavaFamily:
         style = Style(
             "USER: {} ASSISTANT:", "</s>", placeholder=lambda index, count: image_text + "\n", longest=40.0
         )
-        lengths, media = lengths_of(kind, text), frozenset({image})
+        lengths, media = nested_lengths_of(kind, text), frozenset({image})
         return Drawn(
             path,
             same_weights(LlavaVariantReference(path), model),

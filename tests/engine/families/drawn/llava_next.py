@@ -29,7 +29,7 @@ from tests.engine.families.llava_next import SPECIALS, LlavaNextReference
 from tests.engine.tiny import tokenizer
 
 _TOKENS = 1024
-_KINDS = ("mistral", "llama", "qwen2", "qwen3", "phi3")
+_KINDS = ("mistral", "llama", "qwen2", "qwen3", "phi3", "granite", "gemma")
 
 
 class LlavaNextFamily:
