@@ -13,14 +13,18 @@ decides::
     delta_rule        delta_rule_reference        not Triton                          delta_rule.py
                       delta_step_triton           one new token of each sequence      delta_rule.py
                       delta_prefill_triton        otherwise                           delta_prefill.py
-    linear            gemv_triton                 Triton, 1 row                       gemv.py
+    linear            skinny_gemm_triton          Triton, at most 64 rows, fp8 made   skinny_gemm.py
+                      of rounded rows             for fp8 inputs, Hopper, one scale
+                                                  an output
+                      gemv_triton                 Triton, 1 row                       gemv.py
                       skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py
                                                   most 65536 outputs
                       F.linear                    not fp8                             (torch)
                       scaled_gemm                 fp8 made for fp8 inputs, Hopper,    fp8.py
                                                   one scale an output
                       dequantised_gemm            otherwise                           fp8.py
-    norm_linear       norm_gemv_triton            Triton, 1 row                       norm_gemv.py
+    norm_linear       norm_gemv_triton            Triton, 1 row, not fp8 made for     norm_gemv.py
+                                                  fp8 inputs
                       rms_norm, then linear       otherwise                           dispatch.py
     activated_linear  gemm_activation_triton      Triton, Hopper, 16-bit, tiles fill  gemm_activation.py
                                                   the GPU

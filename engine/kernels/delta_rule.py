@@ -144,7 +144,7 @@ def delta_step_triton(
 @triton.jit
 def unit_vectors(x, EPS: tl.constexpr):
     """Scale the rows of ``x (N, K)`` float32 to length 1."""
-    return x / tl.sqrt(tl.sum(x * x, axis=1) + EPS)[:, None]
+    return x * (1.0 / tl.sqrt(tl.sum(x * x, axis=1) + EPS))[:, None]
 
 
 @triton.jit

@@ -17,7 +17,14 @@ from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_st
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, use_triton
 from engine.kernels.expert_gemv import expert_gemv_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
-from engine.kernels.fp8 import Scale, dequantised_gemm, reads_fp8, scaled_gemm, supports_scaled
+from engine.kernels.fp8 import (
+    Scale,
+    dequantised_gemm,
+    quantise_rows,
+    reads_fp8,
+    scaled_gemm,
+    supports_scaled,
+)
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.grouped_gemm import grouped_experts_triton
@@ -155,6 +162,12 @@ def linear(
     """
     rows = x.shape[0]
     memory_bound = rows <= MEMORY_BOUND_ROWS and use_triton(x) and (scale is None or reads_fp8(x.device))
+    if memory_bound and rows and scale is not None and supports_scaled(x, weight, scale):
+        numbers, row_scale = quantise_rows(x)
+        return skinny_gemm_triton(
+            numbers, weight, bias, activation=activation, counters=counters,
+            scale=scale, row_scale=row_scale, dtype=x.dtype,
+        )  # fmt: skip
     if memory_bound and rows > 1 and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS:
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
     if memory_bound and rows == 1:
@@ -195,7 +208,9 @@ def norm_linear(
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, and ``(T, K)``; both in the dtype of ``x``.
     """
-    if x.shape[0] == 1 and use_triton(x) and not offset and (scale is None or reads_fp8(x.device)):
+    rounded = scale is not None and supports_scaled(x, weight, scale)
+    readable = scale is None or reads_fp8(x.device)
+    if x.shape[0] == 1 and use_triton(x) and not offset and readable and not rounded:
         return norm_gemv_triton(x, residual, norm, eps, weight, bias, activation=activation, scale=scale)
     if residual is None:
         normed, total = rms_norm(x, norm, eps, offset=offset), x

@@ -9,7 +9,7 @@ import triton.language as tl
 from engine.kernels.launch import launch
 
 #: Pairs that a program looks at in a step.
-_STEP = 1024
+_STEP = 4096
 
 
 def group_by_expert_reference(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def group_by_expert_triton(ids: torch.Tensor, experts: int) -> tuple[torch.Tenso
     starts = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
     launch(
         _group_kernel, (experts,), ids_ptr=ids, order_ptr=order, starts_ptr=starts, pairs=ids.numel(),
-        STEP=_STEP, num_warps=4,
+        STEP=_STEP, num_warps=8,
     )  # fmt: skip
     return order, starts
 

@@ -1,8 +1,9 @@
 """Matrices of 8-bit floats (fp8, ``float8_e4m3fn``) with scales, and GEMMs of many rows with them.
 
 A weight is ``weight * scale``. The kernels for a few rows (gemv.py, norm_gemv.py, skinny_gemm.py) read the
-fp8 numbers and multiply their sums by the scales. With many rows a GEMM is bound by the tensor cores: there
-the rows are rounded to fp8 as well where the checkpoint was made for that, which doubles the rate on Hopper.
+fp8 numbers and multiply their sums by the scales. Where the checkpoint was made for that, the rows are rounded
+to fp8 as well: Hopper multiplies fp8 by fp8 at twice the rate, and needs no conversion of the weight, which
+takes longer than reading it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton.language as tl
 
 from engine.kernels.device import compute_capability, is_hopper, use_triton
 from engine.kernels.launch import launch
+from engine.kernels.pdl import pdl_options, wait_for_previous
 
 FP8 = torch.float8_e4m3fn
 #: The largest number of the format.
@@ -24,6 +26,8 @@ LARGEST = 448.0
 _SMALLEST = 2.0**-100
 #: Numbers that a program takes at a time.
 _TILE = 1024
+#: Longer rows are read twice to be rounded, since they don't fit in registers.
+_LONGEST_ROW = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +107,11 @@ def quantise_rows_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     assert x.stride(1) == 1
     out = torch.empty((rows, inputs), dtype=FP8, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    tile = min(_LONGEST_ROW, triton.next_power_of_2(inputs))
     launch(
         _quantise_kernel, (rows,), x_ptr=x, out_ptr=out, scale_ptr=scale, inputs=inputs, x_stride=x.stride(0),
-        SMALLEST=_SMALLEST, LARGEST=LARGEST, TILE=_TILE, num_warps=4,
+        SMALLEST=_SMALLEST, LARGEST=LARGEST, TILE=tile, WHOLE=inputs <= tile,
+        num_warps=max(4, min(16, tile // 1024)), **pdl_options(x),
     )  # fmt: skip
     return out, scale
 
@@ -113,22 +119,26 @@ def quantise_rows_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @triton.jit
 def _quantise_kernel(
     x_ptr, out_ptr, scale_ptr, inputs, x_stride,
-    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, which it reads twice; the second time from the cache."""
+    """One program per row; unless it is ``WHOLE`` in a tile, the row is read again, from the cache."""
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE)
     largest = tl.full([TILE], SMALLEST, tl.float32)
+    x = tl.zeros([TILE], tl.float32)
     for first in range(0, inputs, TILE):
         x = tl.load(x_ptr + row * x_stride + first + lane, mask=first + lane < inputs, other=0.0)
-        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+        x = x.to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
     scale = tl.max(largest, axis=0) / LARGEST
     tl.store(scale_ptr + row, scale)
     for first in range(0, inputs, TILE):
         mask = first + lane < inputs
-        x = tl.load(x_ptr + row * x_stride + first + lane, mask=mask, other=0.0).to(tl.float32) / scale
-        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-        tl.store(out_ptr + row * inputs + first + lane, x.to(out_ptr.dtype.element_ty), mask=mask)
+        if not WHOLE:
+            x = tl.load(x_ptr + row * x_stride + first + lane, mask=mask, other=0.0).to(tl.float32)
+        rounded = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
+        tl.store(out_ptr + row * inputs + first + lane, rounded.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def reads_fp8(device: torch.device) -> bool:

@@ -39,22 +39,32 @@ HEIGHTS = (16, 64, 128)
 
 
 def choose_height(pairs: int, experts: int) -> int:
-    """Choose the rows of a tile by the mean number of rows of an expert. It was not measured on a GPU."""
+    """Choose the rows of a tile by the mean number of rows of an expert."""
     mean = pairs / experts
     return next((rows for rows in HEIGHTS if mean <= rows), HEIGHTS[-1])
 
 
-def choose_tile(rows: int, inputs: int, *, gated: bool, itemsize: int, memory: int) -> GroupedTile:
-    """Choose the tile of ``rows`` rows. It was not measured on a GPU.
+def choose_tile(
+    rows: int, inputs: int, *, gated: bool, grouped: bool, itemsize: int, memory: int
+) -> GroupedTile:
+    """Choose the tile of ``rows`` rows.
+
+    Of some dozens it is the best or within 2 % of it on an H200 for 128 experts of 2048 by 768 in bfloat16,
+    with 4, 64 and 512 rows an expert.
 
     Args:
+        grouped: groups of inputs have scales; sums of a group need registers of their own.
         itemsize: bytes of an element.
         memory: bytes of shared memory that a program may use.
     """
-    outputs = 64 if gated or rows < 128 else 128
-    width = max(16, min(64, triton.next_power_of_2(inputs)))
+    outputs = 128
+    if rows == 128 and gated == grouped:
+        outputs = 64 if gated else 256
+    width = 128 if rows == 16 else 64
+    stages = 3 if rows == 16 else 4
+    width = max(16, min(width, triton.next_power_of_2(inputs)))
     stage_bytes = ((2 if gated else 1) * outputs + rows) * width * itemsize
-    stages = max(1, min(4, memory // stage_bytes))
+    stages = max(1, min(stages, memory // stage_bytes))
     return GroupedTile(rows, outputs, width, 8 if rows == 128 else 4, stages)
 
 
@@ -92,9 +102,10 @@ def _grouped_gemm(x, matrices, out, order, starts, rows, *, activation=None, fac
     assert matrices.weight.is_contiguous() and out.shape == (len(order), outputs)
     scales = scale_arguments(x, matrices.scale)
     memory = shared_memory(x.device)
-    tile = choose_tile(rows, inputs, gated=gated, itemsize=x.element_size(), memory=memory)
+    grouped = scales["GROUP"] > 0
+    tile = choose_tile(rows, inputs, gated=gated, grouped=grouped, itemsize=x.element_size(), memory=memory)
     # All inputs of a step have one scale.
-    width = min(tile.inputs, scales["GROUP"]) if scales["GROUP"] > 0 else tile.inputs
+    width = min(tile.inputs, scales["GROUP"]) if grouped else tile.inputs
     launch(
         _grouped_gemm_kernel,
         (triton.cdiv(outputs, tile.outputs), query_tiles(len(order), experts, tile.rows)),

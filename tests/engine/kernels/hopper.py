@@ -200,6 +200,11 @@ def fp8_weights() -> None:
         norm_gemv_triton(x, x, norm, 1e-6, **weight(37888, 3584, group), activation="silu")
         skinny_gemm_triton(noise(16, 18944), **weight(3584, 18944, group), counters=counters)
     skinny_gemm_triton(noise(64, 3584), **weight(37888, 3584, 128), activation="silu")
+    for rows in (16, 64):
+        rounded = {"row_scale": torch.ones(rows, 1), "dtype": BF16}
+        gated, plain = weight(37888, 3584, 1 << 15), weight(3584, 18944, 1 << 15)
+        skinny_gemm_triton(noise(rows, 3584).to(FP8), **gated, **rounded, activation="silu")
+        skinny_gemm_triton(noise(rows, 18944).to(FP8), **plain, **rounded, counters=counters)
     dequantise_triton(**weight(4608, 3584, 128), dtype=BF16)
     quantise_rows_triton(noise(100, 3584))
 
