@@ -139,7 +139,7 @@ FAMILY = Family(
     name="internvl",
     architectures=("InternVLForConditionalGeneration",),
     reader=ConfigReader(
-        text=tied_unless_stated(nested_text("qwen2", "qwen3", "llama")),
+        text=tied_unless_stated(nested_text("qwen2", "qwen3", "llama", "qwen3_moe")),
         vision=_vision,
         image_token=token_field("image_token_id", default=151667),
         finish=_with_tokens,

@@ -33,7 +33,7 @@ _BLOCK = r"tower.blocks.\1."
 
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
-    return nested_text("qwen2", "qwen3", "llama", "phi3")({"text_config": raw.get("llm_config")})
+    return nested_text("qwen2", "qwen3", "llama", "phi3", "qwen3_moe")({"text_config": raw.get("llm_config")})
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:

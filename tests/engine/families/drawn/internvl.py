@@ -36,7 +36,7 @@ class InternVLFamily:
     architectures = (_ARCHITECTURE,)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
-        model, raw = _write(draw, path, ("qwen2", "qwen3", "llama"), chat=False)
+        model, raw = _write(draw, path, ("qwen2", "qwen3", "llama", "qwen3_moe"), chat=False)
         text = raw["text_config"]
         draw_ends(draw, path, text, 2, 0)
         write_json(path / "config.json", {"architectures": [_ARCHITECTURE], **raw})
@@ -70,7 +70,7 @@ class InternVLChatFamily:
     def make(self, draw: Draw, path: Path) -> Drawn:
         copy = path / COPY
         copy.mkdir()
-        model, raw = _write(draw, copy, ("qwen2", "qwen3", "llama", "phi3"), chat=True)
+        model, raw = _write(draw, copy, ("qwen2", "qwen3", "llama", "phi3", "qwen3_moe"), chat=True)
         side, text, bounds = raw["vision_config"]["image_size"], raw["text_config"], _bounds(draw)
         colours = dict(_IMAGENET)
         if stated := draw.varies("mean and std", 0.5):
