@@ -106,6 +106,7 @@ class ConfigReader:
             CheckpointError: naming the field that is missing or not supported.
         """
         raw = checkpoint.config
+        require_objects(raw)
         read_quantisation(raw)
         text, kind = self.text(raw)
         decoder = with_stored_biases(parse_decoder(text, kind), kind, text, checkpoint)
@@ -123,6 +124,19 @@ class ConfigReader:
             video_token_id=self.video_token(raw, decoder),
         )
         return self.finish(config, checkpoint)
+
+
+def require_objects(raw: Json) -> None:
+    """Refuse a config.json whose parts are not objects.
+
+    Raises:
+        CheckpointError: naming the part.
+    """
+    for field in ("text_config", "vision_config", "llm_config", "vlm_config"):
+        if not isinstance(raw.get(field), dict | None):
+            raise CheckpointError(
+                f"config.json: {field} should be an object, not {raw[field]!r}", param=field
+            )
 
 
 def with_stored_biases(

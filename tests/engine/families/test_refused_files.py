@@ -46,7 +46,9 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (CONFIG, {"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
         (CONFIG, {"vision_config": {"model_type": "pixtral"}}, "should be full"),
         (CONFIG, {"vision_config": {"model_type": "dinov2"}}, "dinov2"),
-        (CONFIG, {"text_config": {"model_type": "gemma"}}, "gemma"),
+        (CONFIG, {"text_config": {"model_type": "opt"}}, "opt"),
+        (CONFIG, {"text_config": "llama"}, "text_config should be an object"),
+        (CONFIG, {"vision_config": []}, "vision_config should be an object"),
         (CONFIG, {"projector_hidden_act": "mish"}, "projector_hidden_act 'mish'"),
         (CONFIG, {"image_token_index": "<image>"}, "image_token_index should be an integer"),
         (CONFIG, {"eos_token_id": [2, "</s>"]}, "eos_token_id should be token ids"),
@@ -103,6 +105,7 @@ REFUSED: dict[str, list[tuple[str, Mapping[str, Any], str]]] = {
         (IMAGES, {"merge_size": 4}, "merge_size"),
     ],
     "Qwen2.5-VL": [
+        (CONFIG, {"vision_config.fullatt_block_indexes": [None]}, "fullatt_block_indexes should be a list"),
         (CONFIG, {"vision_config.out_hidden_size": 65}, "out_hidden_size"),
         (CONFIG, {"vision_config.window_size": 7}, "window_size"),
         (CONFIG, {"vision_config.hidden_act": "tanh"}, "hidden_act"),
