@@ -32,6 +32,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "phi3_v": ("Phi3VForCausalLM",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),
     "qwen3_5": ("Qwen3_5ForConditionalGeneration",),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration",),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration",),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
     "text": (
@@ -48,6 +49,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "Qwen2MoeForCausalLM",
         "Qwen3ForCausalLM",
         "Qwen3_5ForCausalLM",
+        "Qwen3_5MoeForCausalLM",
         "Qwen3MoeForCausalLM",
     ),
 }

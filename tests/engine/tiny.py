@@ -7,6 +7,7 @@ they are nearly constant, and a wrong implementation goes unseen.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,21 @@ def rewrite_tensors(path: Path, change: Any) -> None:
     save_file(change(tensors), path / "model.safetensors", metadata={"format": "pt"})
 
 
+def soften_experts(path: Path) -> None:
+    """Scale down the results of a checkpoint's experts.
+
+    In bfloat16 a router may choose another expert than in float32, which then matters less.
+    """
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor * 0.05 if re.search(r"\.experts\..*down_proj", name) else tensor
+            for name, tensor in tensors.items()
+        }
+
+    rewrite_tensors(path, change)
+
+
 #: Positions of Ministral-3, with a context before scaling of a few tokens.
 MINISTRAL_ROPE = {
     "rope_type": "yarn",
@@ -259,8 +275,12 @@ TEXT_ARCHITECTURES = (
     "qwen2_moe",
     "qwen3",
     "qwen3_5",
+    "qwen3_5_moe",
     "qwen3_moe",
 )
+
+#: Kinds with gated delta nets.
+HYBRIDS = ("qwen3_5", "qwen3_5_moe")
 
 #: A hybrid of Qwen3.5: three layers of four have a gated delta net, with two value heads for each key head.
 QWEN3_5_TEXT = {
@@ -299,6 +319,12 @@ _EXPERTS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [1],
+    },
+    "qwen3_5_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
     },
     "qwen3_moe": {
         "num_experts": 8,
@@ -360,7 +386,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common |= {"head_dim": 32, "sliding_window": 7}
     elif kind == "qwen3":
         common["head_dim"] = 32
-    elif kind == "qwen3_5":
+    elif kind in HYBRIDS:
         common |= QWEN3_5_TEXT
         rope = common.pop("rope_parameters")
     elif kind == "phi3_longrope":
@@ -373,14 +399,17 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         }
         common["original_max_position_embeddings"] = 64
     common |= _EXPERTS.get(kind, {})
-    names = {"llama3": "Llama", "phi3_longrope": "Phi3", "qwen3_5": "Qwen3_5", "granitemoe": "GraniteMoe"}
+    names = {"llama3": "Llama", "phi3_longrope": "Phi3", "granitemoe": "GraniteMoe"}
+    names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
     family = names.get(kind, kind.capitalize().replace("_moe", "Moe"))
-    text = "Text" if kind in ("gemma3", "qwen3_5") else ""
+    text = "Text" if kind in ("gemma3", *HYBRIDS) else ""
     config_class = getattr(transformers, f"{family}{text}Config")
     config = config_class(**{**common, "rope_parameters": rope, **overrides})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     tied = getattr(config, "tie_word_embeddings", False)
     spread(model, seed=seed, embedding_std=0.05 if tied else 1.0).save_pretrained(path)
+    if kind == "qwen3_5_moe":
+        soften_experts(path)
     specials = ["<pad>", "<s>", "</s>"]
     tokenizer(specials, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(path)
     return path

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from engine.errors import CheckpointError
-from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, parse_experts
+from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, SPARSE_LAYERS, parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.windows import parse_windows, sliding_layers
@@ -29,6 +29,7 @@ DecoderKind = Literal[
     "qwen2_moe",
     "qwen2_vl",
     "qwen3",
+    "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_vl",
@@ -58,6 +59,21 @@ _QWEN_WINDOWS: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
     "layer_types": None,
+}
+_QWEN3_5: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 248320,
+    "num_attention_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "attention_bias": False,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "layer_types": None,
+    "full_attention_interval": 4,
 }
 _GRANITE: dict[str, Any] = {
     **_COMMON,
@@ -234,24 +250,17 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "max_window_layers": 80,
     },
     "qwen3": {**_QWEN, **_QWEN_WINDOWS, "head_dim": 128, "attention_bias": False},
-    "qwen3_5_text": {
-        **_COMMON,
-        "vocab_size": 248320,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 32768,
-        "attention_bias": False,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "layer_types": None,
-        "full_attention_interval": 4,
+    "qwen3_5_moe_text": {
+        **_QWEN3_5,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts_per_tok": 8,
+        "num_experts": 256,
     },
+    "qwen3_5_text": {**_QWEN3_5, "intermediate_size": 12288, "num_key_value_heads": 4},
     "qwen3_moe": {
         **_QWEN,
         **QWEN_EXPERTS,
@@ -275,7 +284,7 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
     },
     "qwen3_vl_moe": {
         **_QWEN,
-        **QWEN_EXPERTS,
+        **SPARSE_LAYERS,
         "hidden_size": 2048,
         "intermediate_size": 5632,
         "num_hidden_layers": 24,
@@ -288,14 +297,20 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "moe_intermediate_size": 1408,
         "num_experts_per_tok": 4,
         "num_experts": 60,
-        # Its class has no such field.
-        "norm_topk_prob": True,
     },
 }
 #: Read by every kind where config.json has them.
 _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
-_NORMED_QK = ("gemma3_text", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe")
+_NORMED_QK = (
+    "gemma3_text",
+    "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
 
 
 def ties_by_default(kind: DecoderKind) -> bool:
@@ -319,6 +334,9 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         # As Transformers 5 saves what public files call num_experts.
         raw = {"num_experts": raw["num_local_experts"], **raw}
     config = {**defaults, **{key: raw[key] for key in (*defaults, *_EXTRA) if key in raw}}
+    if "intermediate_size" not in defaults:
+        # Every layer has experts.
+        config["intermediate_size"] = config["moe_intermediate_size"]
     if config.get("rope_parameters") is None and "rope_parameters" in defaults:
         config["rope_parameters"] = defaults["rope_parameters"]
     heads = integer(config, "num_attention_heads")
@@ -429,6 +447,7 @@ _SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "glm_ocr_text": lambda config: {"sandwich": True},
     "gemma3_text": _gemma3,
     "granite": _granite,
+    "qwen3_5_moe_text": _qwen3_5,
     "qwen3_5_text": _qwen3_5,
     "granitemoe": _granite,
 }

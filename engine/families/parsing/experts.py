@@ -12,8 +12,11 @@ from engine.layers.experts_config import ExpertsConfig
 LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 """Defaults of the fields of Mixtral and Granite, whose layers all have experts."""
 
-QWEN_EXPERTS: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False}
-"""Defaults of the fields of Qwen's models that are the same for all of them."""
+SPARSE_LAYERS: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": None}
+"""Defaults of the fields of Qwen's models in which some layers may have no experts."""
+
+QWEN_EXPERTS: dict[str, Any] = {**SPARSE_LAYERS, "norm_topk_prob": False}
+"""Defaults of the fields of Qwen's models whose routers may leave weights as they are."""
 
 
 def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
@@ -40,8 +43,10 @@ def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
     if not sparse:
         return None
     shared = "shared_expert_intermediate_size"
+    # The classes of Qwen3-VL-MoE and Qwen3.5-MoE don't read the field.
+    renormalise = "norm_topk_prob" not in config or flag(config, "norm_topk_prob")
     return ExpertsConfig(
-        _router(config, "num_experts", renormalise=flag(config, "norm_topk_prob")),
+        _router(config, "num_experts", renormalise=renormalise),
         integer(config, "moe_intermediate_size"),
         sparse,
         shared_size=integer(config, shared) if shared in config else None,
@@ -61,6 +66,8 @@ def _router(config: Json, field: str, *, renormalise: bool) -> RouterConfig:
 
 def _sparse_layers(config: Json, layers: int) -> tuple[int, ...]:
     """The layers with experts: each last one of ``decoder_sparse_step``, but for ``mlp_only_layers``."""
+    if "mlp_only_layers" not in config:
+        return tuple(range(layers))
     if integer(config, "num_experts", least=0) == 0:
         return ()
     dense = () if config["mlp_only_layers"] is None else layer_list(config, "mlp_only_layers")

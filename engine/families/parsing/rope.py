@@ -14,11 +14,12 @@ from engine.families.parsing.fields import Json, integer, number, numbers
 from engine.layers.decoder_config import RopeConfig, RopeType
 
 _PARAM = "rope_scaling"
+_QWEN3_5 = ("qwen3_5_moe_text", "qwen3_5_text")
 #: Names that older files use for another type, by the kind of decoder that knows them.
 _ALIASES: dict[str, dict[Any, str]] = {
     "qwen2_vl": {"mrope": "default"},
     "glm4v_text": {"mrope": "default"},
-    "qwen3_5_text": {"mrope": "default"},
+    **{kind: {"mrope": "default"} for kind in _QWEN3_5},
     "qwen3_vl": {"mrope": "default"},
     "qwen3_vl_moe": {"mrope": "default"},
     "phi3": {"su": "longrope", "yarn": "longrope"},
@@ -35,7 +36,7 @@ _SECTIONS = {
     "qwen2_vl": (16, 24, 24),
     "glm4v_text": (8, 12, 12),
     "glm_ocr_text": (8, 12, 12),
-    "qwen3_5_text": (11, 11, 10),
+    **dict.fromkeys(_QWEN3_5, (11, 11, 10)),
     "qwen3_vl": (24, 20, 20),
     "qwen3_vl_moe": (24, 20, 20),
 }
@@ -95,7 +96,7 @@ def parse_rope(config: Json, kind: str, head_dim: int) -> RopeConfig:
         type=rope_type,
         rotary_dim=rotary_dim,
         mrope_section=_section(parameters, kind, angles) if kind in _SECTIONS else None,
-        mrope_interleaved=kind in ("qwen3_5_text", "qwen3_vl", "qwen3_vl_moe"),
+        mrope_interleaved=kind in (*_QWEN3_5, "qwen3_vl", "qwen3_vl_moe"),
         adjacent=kind in _GLM,
         query_growth=_query_growth(config, parameters, positions) if kind == "ministral3" else None,
         **_READERS[rope_type](config, parameters, positions, angles),
@@ -148,10 +149,10 @@ def _rotary_dim(config: Json, parameters: Json, kind: str, rope_type: RopeType, 
     part, which their attention can't use.
     """
     field = "partial_rotary_factor"
-    partial = kind in ("phi3", "qwen3_5_text", *_GLM)
+    partial = kind in ("phi3", *_QWEN3_5, *_GLM)
     if not partial and rope_type == "default":
         return None
-    beside = config.get(field, 0.25 if kind == "qwen3_5_text" else 1.0)
+    beside = config.get(field, 0.25 if kind in _QWEN3_5 else 1.0)
     if beside is None and not partial:
         beside = 1.0
     share = number({field: parameters.get(field, beside)}, field, param=_PARAM)

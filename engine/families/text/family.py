@@ -1,5 +1,5 @@
 """Language models without images: Gemma 1 and 3, Granite, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3,
-Qwen3.5; with experts Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE."""
+Qwen3.5; with experts Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ _KINDS: dict[str, DecoderKind] = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
@@ -46,7 +47,7 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 def _weights(config: ModelConfig) -> WeightRules:
     rules = SANDWICH_RULES if config.decoder.sandwich else DECODER_RULES
     rules = rules if config.decoder.experts is None else EXPERT_RULES
-    unused = (MULTI_TOKEN_HEADS,) if config.architecture == "Qwen3_5ForCausalLM" else ()
+    unused = (MULTI_TOKEN_HEADS,) if config.architecture.startswith("Qwen3_5") else ()
     return WeightRules(language=(*rules, _ALONE), ignore=unused)
 
 

@@ -35,7 +35,7 @@ from tests.engine.families.references import (
     make_llava_1_5,
     make_text_model,
 )
-from tests.engine.tiny import make_qwen2_vl, split_shards
+from tests.engine.tiny import HYBRIDS, make_qwen2_vl, split_shards
 
 TEXTS = ("hello world 0 1 2 3", "the quick brown fox jumps over the lazy dog. what is shown?", "a red square")
 
@@ -207,6 +207,13 @@ CASES = [
         **_QWEN,
     ),
     FamilyCase(
+        "Qwen3.5-MoE",
+        partial(_later_qwen, make=qwen.make_qwen3_5_moe),
+        partial(qwen.Reference, kind="Qwen3_5Moe"),
+        options={"mm_processor_kwargs": {"fps": qwen.FPS["Qwen3_5Moe"]}, "kv_cache_bytes": 32 << 20},
+        **_QWEN,
+    ),
+    FamilyCase(
         "ColPali",
         make_colpali,
         ColPaliReference,
@@ -270,7 +277,7 @@ CASES = [
             TextReference,
             texts=TEXTS,
             # Recurrent states of all slots come out of it.
-            options={"kv_cache_bytes": 32 << 20} if kind == "qwen3_5" else {},
+            options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )
         for kind in (
             "gemma",
@@ -287,6 +294,7 @@ CASES = [
             "qwen2_moe",
             "qwen3",
             "qwen3_5",
+            "qwen3_5_moe",
             "qwen3_moe",
         )
     ),

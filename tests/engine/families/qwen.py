@@ -22,6 +22,7 @@ from tests.engine.tiny import (
     QWEN_TEMPLATE,
     picture,
     rewrite_tensors,
+    soften_experts,
     split_shards,
     spread,
     tokenizer,
@@ -32,9 +33,9 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 FRAME = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 #: Frames of a video per second, by family where it wants to know. Whole seconds from one pair of frames to
 #: the next for Qwen2.5-VL: older releases of Transformers drop fractions of them.
-FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5, "Qwen3VLMoe": 1.5, "Qwen3_5": 1.5}
+FPS = {"Qwen2_5_VL": 1.0, "Qwen3VL": 1.5, "Qwen3VLMoe": 1.5, "Qwen3_5": 1.5, "Qwen3_5Moe": 1.5}
 #: Families whose videos have the time of each step among their rows.
-TIMED = ("Qwen3VL", "Qwen3VLMoe", "Qwen3_5")
+TIMED = ("Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 _TEXT = {
@@ -131,19 +132,32 @@ def make_qwen3_vl(
 
 
 def make_qwen3_5(
-    path: Path, *, tied: bool = False, gqa_ratio: int = 2, names: str = "saved", seed: int = 0
+    path: Path,
+    *,
+    tied: bool = False,
+    gqa_ratio: int = 2,
+    names: str = "saved",
+    seed: int = 0,
+    kind: str = "Qwen3_5",
+    **experts: Any,
 ) -> Path:
     """A Qwen3.5 checkpoint: three of four layers have a gated delta net, the heads of the other one rotate in
     part.
 
     Args:
+        kind: the beginning of the class names in Transformers.
+        experts: fields of the decoder's mixture of experts.
         names: ``saved`` as Transformers writes it; ``hub`` as the public checkpoints are: no list of layers,
             tensors of a head for further tokens, preprocessor_config.json, video_preprocessor_config.json
             and several shards.
     """
-    text = {**_TEXT, **QWEN3_5_TEXT, "num_key_value_heads": 4 // gqa_ratio}
+    text = {**_TEXT, **QWEN3_5_TEXT, **experts, "num_key_value_heads": 4 // gqa_ratio}
+    if experts:
+        del text["intermediate_size"]
     vision = {**_VISION, "depth": 2, "num_position_embeddings": 36}
-    _save(path, "Qwen3_5", text, vision, tied=tied, seed=seed, options=HALF)
+    _save(path, kind, text, vision, tied=tied, seed=seed, options=HALF)
+    if experts:
+        soften_experts(path)
     if names == "hub":
         config = json.loads((path / "config.json").read_text())
         del config["text_config"]["layer_types"]
@@ -151,9 +165,36 @@ def make_qwen3_5(
         config["vision_config"]["deepstack_visual_indexes"] = []
         (path / "config.json").write_text(json.dumps(config))
         _publish_processors(path)
-        rewrite_tensors(path, lambda tensors: {**tensors, "mtp.norm.weight": torch.ones(64)})
+        rewrite_tensors(path, lambda tensors: {**_together(tensors), "mtp.norm.weight": torch.ones(64)})
         split_shards(path)
     return path
+
+
+def make_qwen3_5_moe(path: Path, **options: Any) -> Path:
+    """The same with experts in all layers, and a shared one; options as for :func:`make_qwen3_5`.
+
+    Public checkpoints hold a matrix of all experts in one tensor; Transformers saves a tensor for each.
+    """
+    experts = {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    }
+    return make_qwen3_5(path, kind="Qwen3_5Moe", **{"seed": 3, **experts, **options})
+
+
+def _together(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Join the matrices of all experts of a layer."""
+    found = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+    for prefix in {name.split("experts.")[0] + "experts." for name in tensors if ".mlp.experts." in name}:
+        count = len({name.split(".")[-3] for name in tensors if name.startswith(prefix)})
+        gates, ups, downs = (
+            torch.stack([tensors[f"{prefix}{expert}.{kind}_proj.weight"] for expert in range(count)])
+            for kind in ("gate", "up", "down")
+        )
+        found |= {f"{prefix}gate_up_proj": torch.cat((gates, ups), 1), f"{prefix}down_proj": downs}
+    return found
 
 
 def _publish_processors(path: Path) -> None:

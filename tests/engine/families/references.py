@@ -10,7 +10,7 @@ import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.tiny import make_llava, make_text, split_shards
+from tests.engine.tiny import HYBRIDS, make_llava, make_text, split_shards
 
 
 def make_llava_1_5(path: Path, hub: bool, **variant: str) -> None:
@@ -63,7 +63,7 @@ def make_text_model(path: Path, hub: bool, kind: str) -> None:
     make_text(path, kind, seed=7)
     if not hub:
         return
-    if kind == "qwen3_5":
+    if kind in HYBRIDS:
         # Never published in an older spelling.
         config = json.loads((path / "config.json").read_text())
         del config["layer_types"]

@@ -31,6 +31,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "qwen2_5_vl": (1,),
     "qwen3_vl": (0,),
     "qwen3_5": (0, 2),
+    "qwen3_5_moe": (2,),
     "qwen3_vl_moe": (40100,),
     "glm4v": (40100,),
     "glm46v": (40100,),

@@ -7,6 +7,7 @@ from typing import Any
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.experts import EXPERTS, draw_experts
 from tests.engine.families.drawn.rope import draw_rope, lengths_of
+from tests.engine.tiny import HYBRIDS
 
 #: KV heads where a config.json does not say; None: as many as there are attention heads.
 _DEFAULT_KV = {
@@ -19,6 +20,7 @@ _DEFAULT_KV = {
     "qwen2_5_vl": 8,
     "qwen3_vl": 32,
     "qwen3_5": 4,
+    "qwen3_5_moe": 2,
     "mixtral": 8,
     "qwen2_moe": 16,
     "qwen3_moe": 4,
@@ -36,6 +38,7 @@ _DEFAULT_HEAD_DIM = {
     "qwen3": 128,
     "qwen3_vl": 128,
     "qwen3_5": 256,
+    "qwen3_5_moe": 256,
     "gemma": 256,
     "ministral3": 128,
     "paddleocr_vl": 128,
@@ -47,10 +50,10 @@ _HAS_HEAD_DIM = (
 #: Kinds that take no null for the number of KV heads.
 _COUNTED_KV = (
     *("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma"),
-    *("ministral3", "glm_ocr", "qwen3_5", "qwen3_vl_moe"),
+    *("ministral3", "glm_ocr", *HYBRIDS, "qwen3_vl_moe"),
 )
 _BIASED = (
-    *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"),
+    *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *HYBRIDS),
     *("gemma", "granite", "granitemoe"),
 )
 #: The first is the usual one.
@@ -77,7 +80,7 @@ def draw_decoder(
         "hidden_act": draw.variant("decoder activation", _ACTIVATIONS, 0.15),
         "tie_word_embeddings": draw.variant("tied", (False, True), 0.3),
     }
-    if kind == "qwen3_5":
+    if kind in HYBRIDS:
         # The convolution has the same one, and SiLU is supported.
         fields["hidden_act"] = draw.choice("hybrid activation", ("silu", "swish"))
         _linear_layers(draw, fields)

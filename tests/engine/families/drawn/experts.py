@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.engine.families.drawn.choices import Draw
 
-EXPERTS = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe")
+EXPERTS = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe")
 
 
 def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
@@ -20,12 +20,17 @@ def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         return
     # Transformers 5 saves another name.
     fields[draw.choice("experts' name", ("num_experts", "num_local_experts"))] = experts
-    if kind == "qwen2_moe":
+    if kind in ("qwen2_moe", "qwen3_5_moe"):
         fields["num_experts"] = fields.pop("num_local_experts", experts)
         fields["shared_expert_intermediate_size"] = draw.choice("shared intermediate", (16, 40))
     fields["moe_intermediate_size"] = draw.choice("expert intermediate", (16, 24, 52))
-    if kind != "qwen3_vl_moe" and draw.varies("renormalised", 0.5):
+    # The classes of the last two kinds always renormalise.
+    if draw.varies("renormalised", 0.5):
         fields["norm_topk_prob"] = draw.choice("renormalise", (True, True, False))
+    if kind == "qwen3_5_moe":
+        # All layers have experts.
+        del fields["intermediate_size"]
+        return
     layers = fields["num_hidden_layers"]
     if draw.varies("sparse step stated", 0.4):
         fields["decoder_sparse_step"] = draw.choice("sparse step", (1, 2))

@@ -28,7 +28,10 @@ _ALL: tuple[Family, ...] = (
     Ovis2Family(),
     Phi3VFamily("phi3_v"),
     Phi3VFamily("vlm2vec"),
-    *(QwenVLFamily(kind) for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5")),
+    *(
+        QwenVLFamily(kind)
+        for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
+    ),
     *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "GlmOcr")),
     PaddleOCRFamily(),
     ColQwen2Family(),

@@ -1,4 +1,4 @@
-"""Draws Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE and Qwen3.5 checkpoints."""
+"""Draws Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE, Qwen3.5 and Qwen3.5-MoE checkpoints."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _MODEL_TYPES = {
     "Qwen2_5_VL": "qwen2_5_vl",
     "Qwen3VL": "qwen3_vl",
     "Qwen3_5": "qwen3_5",
+    "Qwen3_5Moe": "qwen3_5_moe",
     "Qwen3VLMoe": "qwen3_vl_moe",
 }
 
@@ -154,7 +155,7 @@ class QwenVLFamily:
             return fields
         side = draw.integer("position table's side", 2, 7)
         fields["num_position_embeddings"] = side * side
-        if self.kind == "Qwen3_5":
+        if self.kind.startswith("Qwen3_5"):
             return fields
         layers = draw.choice("deepstack layers", (0, 1, 2, 3))
         fields["deepstack_visual_indexes"] = rng.sample(range(depth), min(layers, depth))
