@@ -29,6 +29,7 @@ from benchmarks import (
     kernels_delta,
     kernels_experts,
     kernels_fp8,
+    kernels_int4,
     kernels_linear,
     kernels_tokens,
 )
@@ -42,7 +43,7 @@ WIDTHS = (15, 34, 10, 9, 8, 7, 9)
 def all_cases(device: torch.device, tiny: bool) -> list[Case]:
     modules = (
         *(kernels_attention, kernels_tokens, kernels_linear, kernels_fp8),
-        *(kernels_experts, kernels_delta),
+        *(kernels_int4, kernels_experts, kernels_delta),
     )
     return [case for module in modules for case in module.cases(device, tiny)]
 

@@ -14,7 +14,8 @@ from engine.errors import CheckpointError
 _HEADER_LIMIT = 100 << 20
 _HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _HUB_WEIGHTS = ["*.safetensors"]
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3"}
+#: Integers are words of int4 numbers, and what comes with them.
+_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "I32", "I64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     if size < 8 + length + end:
         raise CheckpointError(f"{file} is truncated: {size} bytes where {8 + length + end} are announced")
     for name, entry in header.items():
-        if entry["dtype"] not in _FLOATS:
+        if entry["dtype"] not in _DTYPES:
             raise CheckpointError(
                 f"tensor {name} in {file.name} has dtype {entry['dtype']}; only floating-point weights "
                 "are supported"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import CheckpointError
 
 _FIELD = "quantization_config"
 _SUPPORTED = (
     "supported is fp8 (e4m3): quant_method 'fp8', and 'compressed-tensors' with float weights of 8 bits "
-    "per tensor, channel or block"
+    "per tensor, channel or block; and int4 weights with a scale for 16, 32, 64, a multiple of 128, or all "
+    "inputs: quant_method 'gptq', 'awq' (version gemm), and 'compressed-tensors' (pack-quantized)"
 )
 
 
@@ -29,7 +30,22 @@ class Quantisation:
     rounds_inputs: bool
 
 
-def read_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
+@dataclass(frozen=True, slots=True)
+class Int4Quantisation:
+    """How the matrices of a checkpoint are stored in int4; which are, its files say.
+
+    Attributes:
+        layout: see :class:`~engine.layers.int4.Int4Format`; also of ``shuffled`` and ``less_one``.
+        group: inputs that share a scale; None for all.
+    """
+
+    layout: Literal["gptq", "awq", "packed"]
+    group: int | None
+    shuffled: bool = False
+    less_one: bool = False
+
+
+def read_quantisation(config: Mapping[str, Any]) -> Quantisation | Int4Quantisation | None:
     """Read ``quantization_config`` of a config.json; None if the weights are not quantised.
 
     Raises:
@@ -46,6 +62,10 @@ def read_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
         return _native(raw)
     if method == "compressed-tensors":
         return _compressed_tensors(raw)
+    if method == "gptq":
+        return _gptq(raw)
+    if method == "awq":
+        return _awq(raw)
     raise _refused(f"quant_method {method!r}")
 
 
@@ -60,23 +80,66 @@ def _native(raw: Mapping[str, Any]) -> Quantisation:
     return Quantisation(_block(raw.get("weight_block_size")), True)
 
 
-def _compressed_tensors(raw: Mapping[str, Any]) -> Quantisation:
+def _gptq(raw: Mapping[str, Any]) -> Int4Quantisation:
+    _check_bits(raw.get("bits"))
+    # Files of the first releases don't state the version, which is 1.
+    version = raw.get("checkpoint_format", raw.get("format", "gptq"))
+    if version not in ("gptq", "gptq_v2"):
+        raise _refused(f"checkpoint_format {version!r}")
+    if raw.get("pack_dtype", "int32") != "int32":
+        raise _refused(f"pack_dtype {raw['pack_dtype']!r}")
+    for pattern, change in (raw.get("dynamic") or {}).items():
+        # A pattern with a minus names modules that are left alone.
+        if not pattern.startswith("-:") and change:
+            raise _refused(f"dynamic {pattern!r}")
+    return Int4Quantisation(
+        "gptq", _inputs_of_group(raw.get("group_size")), bool(raw.get("desc_act")), version == "gptq"
+    )
+
+
+def _awq(raw: Mapping[str, Any]) -> Int4Quantisation:
+    _check_bits(raw.get("bits", raw.get("w_bit")))
+    version = raw.get("version", raw.get("format", "gemm"))
+    if str(version).lower() != "gemm":
+        raise _refused(f"version {version!r}")
+    if raw.get("zero_point", True) is not True:
+        raise _refused(f"zero_point {raw['zero_point']!r}")
+    return Int4Quantisation("awq", _inputs_of_group(raw.get("group_size", raw.get("q_group_size"))))
+
+
+def _check_bits(bits: Any) -> None:
+    if bits != 4:
+        raise _refused(f"bits {bits!r}")
+
+
+def _inputs_of_group(size: Any) -> int | None:
+    """Inputs that share a scale; None for all, which files write as -1."""
+    if size == -1:
+        return None
+    if not isinstance(size, int) or not (size in (16, 32, 64) or (size > 0 and size % 128 == 0)):
+        raise _refused(f"group_size {size!r}")
+    return size
+
+
+def _compressed_tensors(raw: Mapping[str, Any]) -> Quantisation | Int4Quantisation:
     if raw.get("sparsity_config"):
         raise _refused("sparsity_config")
     groups = raw.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise _refused("config_groups is missing")
-    read = {_group(name, group) for name, group in groups.items()}
+    read = {_group(name, group, raw.get("format")) for name, group in groups.items()}
     if len(read) > 1:
         raise _refused(f"config_groups {sorted(groups)} of different kinds")
     return read.pop()
 
 
-def _group(name: str, group: Any) -> Quantisation:
+def _group(name: str, group: Any, layout: Any) -> Quantisation | Int4Quantisation:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise _refused(f"config_groups.{name} without weights")
     kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
+    if (kind, bits) == ("int", 4) and strategy in ("group", "channel"):
+        return _packed(name, group, weights, group.get("format") or layout)
     if (kind, bits) != ("float", 8) or strategy not in ("tensor", "channel", "block"):
         raise _refused(f"config_groups.{name}: weights of type {kind}, {bits} bits, strategy {strategy}")
     if weights.get("symmetric", True) is not True:
@@ -90,6 +153,17 @@ def _group(name: str, group: Any) -> Quantisation:
     if strategy == "block" and block is None:
         raise _refused(f"config_groups.{name}: strategy block without block_structure")
     return Quantisation(block, bool(inputs))
+
+
+def _packed(name: str, group: Mapping[str, Any], weights: Mapping[str, Any], layout: Any) -> Int4Quantisation:
+    if layout != "pack-quantized":
+        raise _refused(f"config_groups.{name}: format {layout!r}")
+    if group.get("input_activations"):
+        raise _refused(f"config_groups.{name}: input_activations beside int4 weights")
+    size = -1 if weights["strategy"] == "channel" else weights.get("group_size")
+    # The other orders of activations are gone once weights are stored.
+    shuffled = weights.get("actorder") in ("group", "dynamic", True)
+    return Int4Quantisation("packed", _inputs_of_group(size), shuffled)
 
 
 def _block(value: Any) -> tuple[int, int] | None:

@@ -13,6 +13,9 @@ decides::
     delta_rule        delta_rule_reference        not Triton                          delta_rule.py
                       delta_step_triton           one new token of each sequence      delta_rule.py
                       delta_prefill_triton        otherwise                           delta_prefill.py
+    linear, int4      int4_gemv_triton            Triton, 1 row                       int4_gemv.py
+                      int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
+                      dequantise_int4, F.linear   otherwise                           int4.py
     linear            skinny_gemm_triton          Triton, at most 64 rows, fp8 made   skinny_gemm.py
                       of rounded rows             for fp8 inputs, Hopper, one scale
                                                   an output
@@ -23,8 +26,8 @@ decides::
                       scaled_gemm                 fp8 made for fp8 inputs, Hopper,    fp8.py
                                                   one scale an output
                       dequantised_gemm            otherwise                           fp8.py
-    norm_linear       norm_gemv_triton            Triton, 1 row, not fp8 made for     norm_gemv.py
-                                                  fp8 inputs
+    norm_linear       norm_gemv_triton            Triton, 1 row, not int4, not fp8    norm_gemv.py
+                                                  made for fp8 inputs
                       rms_norm, then linear       otherwise                           dispatch.py
     activated_linear  gemm_activation_triton      Triton, Hopper, 16-bit, tiles fill  gemm_activation.py
                                                   the GPU
@@ -39,7 +42,7 @@ the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
 act_mul.py, causal_conv.py, decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
-gated_norm.py, gumbel.py (gumbel_argmax, argmax), kv_write.py, layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, route.py (the router of experts), truncation.py, vision_attention.py.
+gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, patchify.py, quick_gelu.py, rms_norm.py, rotary.py, route.py (the router of experts), truncation.py, vision_attention.py.
 
 Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), expert_groups.py
 (sorts pairs of tokens and experts), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),

@@ -28,6 +28,9 @@ from engine.kernels.fp8 import (
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.grouped_gemm import grouped_experts_triton
+from engine.kernels.int4 import Int4Scale, dequantise_int4
+from engine.kernels.int4_gemm import int4_gemm_triton
+from engine.kernels.int4_gemv import int4_gemv_triton
 from engine.kernels.launch import is_compiling
 from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.paged import AttentionMetadata, KVCache
@@ -42,6 +45,8 @@ from engine.kernels.skinny_gemm import skinny_gemm_triton
 LONG_PROMPT = 1024
 #: With more tokens, or more pairs than half the experts, tokens that share an expert should share its reading.
 MAX_EXPERT_GEMV_TOKENS = 8
+#: With more rows, dequantising an int4 weight once takes less time than in each tile of rows.
+MAX_INT4_ROWS = 128
 #: For wider outputs (the LM head) torch's GEMM already reaches memory bandwidth.
 MAX_SKINNY_OUTPUTS = 1 << 16
 
@@ -143,23 +148,26 @@ def linear(
     *,
     activation: str | None = None,
     counters: torch.Tensor | None = None,
-    scale: Scale | None = None,
+    scale: Scale | Int4Scale | None = None,
 ) -> torch.Tensor:
     """Compute ``x @ weight.T + bias``, summed in float32, and the gate after it if there is one.
 
     Args:
         x: ``(T, K)``, last dimension contiguous.
-        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``; fp8 with ``scale``.
+        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``; with ``scale`` fp8 or the words of int4.
         bias: ``(N,)``.
         activation: its Hugging Face name: activates the first half of the outputs and multiplies it by
             the second half, see :func:`engine.kernels.act_mul.act_mul`.
         counters: the layer's :func:`~engine.kernels.skinny_gemm.split_counters`. None: no split-K, which is
             slower for a few rows.
-        scale: what an fp8 weight is multiplied by.
+        scale: what an fp8 weight is multiplied by; the scales and zero points of an int4 weight.
 
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, in the dtype of ``x``.
     """
+    if isinstance(scale, Int4Scale):
+        out = _int4_linear(x, weight, bias, counters, scale)
+        return out if activation is None else act_mul(out, activation)
     rows = x.shape[0]
     memory_bound = rows <= MEMORY_BOUND_ROWS and use_triton(x) and (scale is None or reads_fp8(x.device))
     if memory_bound and rows and scale is not None and supports_scaled(x, weight, scale):
@@ -180,6 +188,22 @@ def linear(
     return out if activation is None else act_mul(out, activation)
 
 
+def _int4_linear(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    bias: torch.Tensor | None,
+    counters: torch.Tensor | None,
+    scale: Int4Scale,
+) -> torch.Tensor:
+    if scale.order is not None:
+        x = x.index_select(1, scale.order)
+    if use_triton(x) and x.shape[0] == 1:
+        return int4_gemv_triton(x, words, scale, bias)
+    if use_triton(x) and 1 < x.shape[0] <= MAX_INT4_ROWS and x.element_size() == 2:
+        return int4_gemm_triton(x, words, scale, bias, counters=counters)
+    return F.linear(x, dequantise_int4(words, scale, x.dtype), bias)
+
+
 def norm_linear(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -190,7 +214,7 @@ def norm_linear(
     *,
     activation: str | None = None,
     offset: float = 0.0,
-    scale: Scale | None = None,
+    scale: Scale | Int4Scale | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute a linear layer of the RMS norm of ``x + residual``, and that sum.
 
@@ -208,8 +232,8 @@ def norm_linear(
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, and ``(T, K)``; both in the dtype of ``x``.
     """
-    rounded = scale is not None and supports_scaled(x, weight, scale)
-    readable = scale is None or reads_fp8(x.device)
+    rounded = isinstance(scale, Scale) and supports_scaled(x, weight, scale)
+    readable = scale is None or (isinstance(scale, Scale) and reads_fp8(x.device))
     if x.shape[0] == 1 and use_triton(x) and not offset and readable and not rounded:
         return norm_gemv_triton(x, residual, norm, eps, weight, bias, activation=activation, scale=scale)
     if residual is None:

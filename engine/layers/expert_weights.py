@@ -12,6 +12,7 @@ from engine.errors import CheckpointError
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.fp8 import FP8, Scale
 from engine.layers.build import BuildContext, Region, Target, WeightSlot
+from engine.layers.int4 import Int4Format
 from engine.layers.quantised import Fp8Format, QuantisingRows, check_share, scale_slot
 
 
@@ -55,7 +56,10 @@ class ExpertWeights(nn.Module):
         super().__init__()
         self.name, self.parts, self.count, self.dtype = name, tuple(parts), count, build.dtype
         apart = [f"{expert}.{part.name}" for expert in range(count) for part in parts]
-        self.format = build.format_of(apart, name)
+        stored = build.format_of(apart, name)
+        if isinstance(stored, Int4Format):
+            raise CheckpointError(f"{build.path}{name}: experts in int4 are not supported; in fp8 they are")
+        self.format = stored
         rows, inputs = sum(part.size for part in parts), parts[0].inputs
         scale = None
         if self.format is None:

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels.dispatch import activated_linear, linear, norm_linear
+from engine.kernels.fp8 import Scale
+from engine.kernels.int4 import Int4Scale
 from engine.kernels.skinny_gemm import split_counters
 from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot
+from engine.layers.int4 import Int4Format, Int4Matrix
 from engine.layers.norm import RMSNorm
 from engine.layers.quantised import Fp8Format, check_share, make_matrix, matrix_target, scale_slot
 
@@ -61,6 +64,13 @@ class FusedPart:
     size: int
 
 
+def unread_words(layer: nn.Module, build: BuildContext) -> torch.Tensor:
+    """Reserve the layer's ``weight`` for the words of int4 numbers."""
+    words = torch.empty((0, 0), dtype=torch.int32, device=build.device)
+    layer.register_buffer("weight", words, persistent=False)
+    return words
+
+
 class FusedColumnLinear(nn.Module):
     """Several projections of one input, computed by one GEMM; output features are split over ranks.
 
@@ -87,7 +97,14 @@ class FusedColumnLinear(nn.Module):
         self.in_features = in_features
         rows = sum(part.size for part in parts)
         self.format = build.format_of([part.name for part in parts], fused_name)
-        self.weight, self.scale = make_matrix(self, rows, in_features, build, self.format)
+        self.scale: Scale | Int4Scale | None
+        self.int4: Int4Matrix | None = None
+        if isinstance(self.format, Int4Format):
+            name = build.path + fused_name
+            self.int4 = Int4Matrix(name, self.format, in_features, 0, in_features, build)
+            self.weight, self.scale = unread_words(self, build), None
+        else:
+            self.weight, self.scale = make_matrix(self, rows, in_features, build, self.format)
         self.bias = build.parameter(rows) if bias else None
         self.dtype = build.dtype
 
@@ -123,14 +140,37 @@ class FusedColumnLinear(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         parent = prefix.removesuffix(self.fused_name + ".")
-        fused = f"{parent}{self.fused_name}.weight" in names
-        target = matrix_target(self.weight, self.scale, self.format, self.dtype)
-        slots = self._slots(parent, "weight", target, (self.in_features,), fused)
-        if self.format is not None and self.scale is not None and self.format.scale is not None:
-            slots += self._scale_slots(parent, self.format, self.scale.values, fused)
+        whole_name = parent + self.fused_name
+        fused = any(f"{whole_name}.{kind}" in names for kind in ("weight", "qweight", "weight_packed"))
+        if self.int4 is not None:
+            slots = self._int4_slots(parent, self.int4, fused)
+        else:
+            assert not isinstance(self.format, Int4Format) and not isinstance(self.scale, Int4Scale)
+            target = matrix_target(self.weight, self.scale, self.format, self.dtype)
+            slots = self._slots(parent, "weight", target, (self.in_features,), fused)
+            if self.format is not None and self.scale is not None and self.format.scale is not None:
+                slots += self._scale_slots(parent, self.format, self.scale.values, fused)
         if self.bias is not None:
             slots += self._slots(parent, "bias", self.bias.data, (), fused)
         return slots
+
+    def finish_loading(self) -> None:
+        """Put an int4 weight, which was read, into the order of the kernels."""
+        if self.int4 is not None:
+            self.weight, self.scale = self.int4.finish()
+
+    def _int4_slots(self, parent: str, matrix: Int4Matrix, fused: bool) -> list[WeightSlot]:
+        if not fused:
+            return [
+                slot
+                for part in self.parts
+                for slot in matrix.slots(f"{parent}{part.name}.", part.total, [(part.start, part.size)])
+            ]
+        ranges, offset = [], 0
+        for part in self.parts:
+            ranges.append((offset + part.start, part.size))
+            offset += part.total
+        return matrix.slots(f"{parent}{self.fused_name}.", offset, ranges)
 
     def _scale_slots(
         self, parent: str, stored: Fp8Format, scales: torch.Tensor, fused: bool
@@ -223,10 +263,18 @@ class RowLinear(nn.Module):
         self.in_total = in_features
         self.in_features = build.share(in_features, "input features")
         self.dtype = build.dtype
+        self.out_features = out_features
         self.format = build.format_of()
-        if self.format is not None:
-            check_share(self.in_features, self.in_features * self.tp.rank, in_features, self.format)
-        self.weight, self.scale = make_matrix(self, out_features, self.in_features, build, self.format)
+        self.scale: Scale | Int4Scale | None
+        self.int4: Int4Matrix | None = None
+        first = self.in_features * self.tp.rank
+        if isinstance(self.format, Int4Format):
+            self.int4 = Int4Matrix(build.path, self.format, in_features, first, self.in_features, build)
+            self.weight, self.scale = unread_words(self, build), None
+        else:
+            if self.format is not None:
+                check_share(self.in_features, first, in_features, self.format)
+            self.weight, self.scale = make_matrix(self, out_features, self.in_features, build, self.format)
         self.bias = build.parameter(out_features) if bias else None
         self.counters: torch.Tensor
         self.register_buffer("counters", split_counters(out_features, build.device), persistent=False)
@@ -239,17 +287,29 @@ class RowLinear(nn.Module):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """Compute this rank's share of the sum, without the bias."""
+        if self.int4 is not None and self.int4.gathers:
+            # The rank's groups of inputs have their inputs on all ranks.
+            x = self.tp.all_gather(x)
         return linear(x, self.weight, counters=self.counters, scale=self.scale)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
-        rows, columns = self.weight.shape
-        start = self.tp.rank * columns
-        region = (slice(0, rows), slice(start, start + columns))
-        target = matrix_target(self.weight, self.scale, self.format, self.dtype)
-        slots = [WeightSlot(prefix + "weight", (rows, self.in_total), [(region, target)])]
-        if self.format is not None and self.scale is not None and self.format.scale is not None:
-            name, shards = prefix + self.format.scale, [(0, self.scale.values)]
-            slots.append(scale_slot(name, self.format, (rows, self.in_total), shards, first_input=start))
+        rows, columns = self.out_features, self.in_features
+        if self.int4 is not None:
+            slots = self.int4.slots(prefix, rows, [(0, rows)])
+        else:
+            assert not isinstance(self.format, Int4Format) and not isinstance(self.scale, Int4Scale)
+            start = self.tp.rank * columns
+            region = (slice(0, rows), slice(start, start + columns))
+            target = matrix_target(self.weight, self.scale, self.format, self.dtype)
+            slots = [WeightSlot(prefix + "weight", (rows, self.in_total), [(region, target)])]
+            if self.format is not None and self.scale is not None and self.format.scale is not None:
+                name, shards = prefix + self.format.scale, [(0, self.scale.values)]
+                slots.append(scale_slot(name, self.format, (rows, self.in_total), shards, first_input=start))
         if self.bias is not None:
             slots.append(plain_slot(prefix + "bias", self.bias))
         return slots
+
+    def finish_loading(self) -> None:
+        """Put an int4 weight, which was read, into the order of the kernels."""
+        if self.int4 is not None:
+            self.weight, self.scale = self.int4.finish()

@@ -12,6 +12,7 @@ from torch import nn
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels.fp8 import FP8, Scale, quantise_rows
 from engine.layers.build import BuildContext, Region, Target, WeightSlot
+from engine.layers.int4 import Int4Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +32,24 @@ class Fp8Format:
     block: tuple[int, int] = (1, 1)
     round_inputs: bool = True
 
+    @property
+    def label(self) -> str:
+        return f"fp8 {self.shared}"
+
 
 @dataclass(frozen=True, slots=True)
 class Formats:
     """The formats of a model's matrices.
 
     Attributes:
-        by_name: those that are stored in fp8, by the layer's name in the model's part.
+        by_name: those that are quantised, by the layer's name in the model's part.
         every: the format of all linear layers of the decoder that ``by_name`` lacks; None: the model's dtype.
     """
 
-    by_name: Mapping[str, Fp8Format] = field(default_factory=dict)
+    by_name: Mapping[str, Fp8Format | Int4Format] = field(default_factory=dict)
     every: Fp8Format | None = None
 
-    def of(self, parts: Iterable[str], fused: str) -> Fp8Format | None:
+    def of(self, parts: Iterable[str], fused: str) -> Fp8Format | Int4Format | None:
         """The format of a layer that a checkpoint stores as ``parts``, or all together as ``fused``.
 
         Raises:
@@ -54,7 +59,7 @@ class Formats:
             return self.by_name[fused]
         found = {name: self.by_name.get(name, self.every) for name in parts}
         if len(set(found.values())) > 1:
-            kinds = ", ".join(f"{name} {'fp8 ' + f.shared if f else 'not'}" for name, f in found.items())
+            kinds = ", ".join(f"{name} {f.label if f else 'not'}" for name, f in found.items())
             raise CheckpointError(f"projections of one layer must be quantised alike: {kinds}")
         return next(iter(found.values()))
 
@@ -77,7 +82,7 @@ def make_matrix(
 
 
 def matrix_target(
-    weight: nn.Parameter, scale: Scale | None, stored: Fp8Format | None, dtype: torch.dtype
+    weight: torch.Tensor, scale: Scale | None, stored: Fp8Format | None, dtype: torch.dtype
 ) -> Target:
     """The rows that a checkpoint's matrix of ``dtype`` is copied to."""
     if scale is None or stored is None or stored.scale is not None:

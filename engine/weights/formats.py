@@ -1,23 +1,25 @@
-"""Which of a checkpoint's matrices are stored in fp8, as its files say."""
+"""Which of a checkpoint's matrices are quantised, as its files say."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from engine.checkpoint.folder import Checkpoint, TensorInfo
-from engine.checkpoint.quantisation import Quantisation, read_quantisation
+from engine.checkpoint.quantisation import Int4Quantisation, Quantisation, read_quantisation
 from engine.checkpoint.rules import WeightRules, listing
 from engine.errors import CheckpointError
+from engine.layers.int4 import NAMES, Int4Format
 from engine.layers.quantised import Formats, Fp8Format
+from engine.weights.reader import DTYPES
 
 _FP8 = "F8_E4M3"
 _SCALES = ("weight_scale", "weight_scale_inv")
 #: The tensors of all experts, whose names don't end in ``weight``.
 _OF_EXPERTS = r".*\.experts\.(?:gate_up|down)_proj"
 #: Scales of inputs and of the KV cache: rows get scales of their own, and the cache isn't rounded to fp8.
-_NOT_LOADED = r".*\.(?:input|activation|q|k|v|kv_cache)_scale"
+_NOT_LOADED = r".*\.(?:(?:input|activation|q|k|v|kv_cache)_scale|weight_shape)"
 
 
 def rules_with_scales(rules: WeightRules, checkpoint: Checkpoint) -> WeightRules:
@@ -31,10 +33,14 @@ def stored_formats(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
     """The formats of the decoder's matrices. Only headers are read.
 
     Raises:
-        CheckpointError: a tensor is in fp8 that can't be, or lacks its scales.
+        CheckpointError: a tensor is quantised that can't be, or lacks its scales.
     """
     quantisation = read_quantisation(checkpoint.config)
     parts = rules.assign(checkpoint.tensors)
+    if isinstance(quantisation, Int4Quantisation):
+        return _in_int4(parts["language"], parts["vision"], checkpoint.tensors, quantisation)
+    for names in parts.values():
+        _check_floats(names.values(), checkpoint.tensors)
     fp8 = {
         part: {inner: name for inner, name in names.items() if checkpoint.tensors[name].dtype == _FP8}
         for part, names in parts.items()
@@ -56,6 +62,55 @@ def stored_formats(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
             inner.removesuffix(".weight"): _format(inner, names, checkpoint.tensors, quantisation)
             for inner in fp8["language"]
         }
+    )
+
+
+def _check_floats(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> None:
+    for name in names:
+        if tensors[name].dtype.startswith("I"):
+            raise CheckpointError(
+                f"tensor {name} in {tensors[name].file.name} has dtype {tensors[name].dtype}; only "
+                "floating-point weights are supported, and int4 weights as quantization_config describes them"
+            )
+
+
+def _in_int4(
+    language: Mapping[str, str],
+    vision: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    quantisation: Int4Quantisation,
+) -> Formats:
+    """The formats of a checkpoint with int4 matrices."""
+    kinds = NAMES[quantisation.layout]
+    stems = {inner.removesuffix(kinds[0]) for inner in language if inner.endswith(f".{kinds[0]}")}
+    belonging = {stem + kind for stem in stems for kind in kinds}
+    _check_floats(vision.values(), tensors)
+    _check_floats([name for inner, name in language.items() if inner not in belonging], tensors)
+    unsupported = [language[stem + kinds[0]] for stem in stems if not stem.startswith("layers.")]
+    if unsupported:
+        raise CheckpointError(
+            f"tensors in int4 that are no matrix of a decoder layer are not supported: {listing(unsupported)}"
+        )
+    return Formats({stem[:-1]: _int4_format(stem, language, tensors, quantisation) for stem in stems})
+
+
+def _int4_format(
+    stem: str,
+    names: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    quantisation: Int4Quantisation,
+) -> Int4Format:
+    words, zeros, scales, index = NAMES[quantisation.layout]
+    if stem + scales not in names:
+        raise CheckpointError(f"tensor {names[stem + words]} is in int4 and has no scales")
+    return Int4Format(
+        quantisation.layout,
+        quantisation.group,
+        zeros=stem + zeros in names,
+        indexed=stem + index in names,
+        shuffled=quantisation.shuffled and stem + index in names,
+        less_one=quantisation.less_one,
+        scale_dtype=DTYPES[tensors[names[stem + scales]].dtype],
     )
 
 

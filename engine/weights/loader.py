@@ -30,6 +30,10 @@ def fill_from_checkpoint(
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
     for piece, values in read_rows(rows, pinned=on_gpu):
         _copy(piece, values, wanted[piece.name])
+    for layer in module.modules():
+        finish = getattr(layer, "finish_loading", None)
+        if finish is not None:
+            finish()
     if on_gpu:
         torch.cuda.synchronize()
 

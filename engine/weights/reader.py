@@ -18,12 +18,15 @@ from engine.errors import CheckpointError
 _CHUNK = 32 << 20
 _BUFFERS = 6
 _THREADS = 4
-_DTYPES = {
+#: By the names of safetensors.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 
 
@@ -52,7 +55,7 @@ class Rows:
     @classmethod
     def of(cls, name: str, info: TensorInfo, first: int, end: int) -> Rows:
         """Rows ``first`` to ``end - 1`` of a tensor with at least one dimension."""
-        whole = cls(name, 0, info.shape[0], info.shape[1:], _DTYPES[info.dtype], info.file, info.begin)
+        whole = cls(name, 0, info.shape[0], info.shape[1:], DTYPES[info.dtype], info.file, info.begin)
         return replace(whole, first=first, count=end - first, offset=info.begin + first * whole.row_bytes)
 
     @property

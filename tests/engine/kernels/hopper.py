@@ -209,6 +209,29 @@ def fp8_weights() -> None:
     quantise_rows_triton(noise(100, 3584))
 
 
+def int4_weights() -> None:
+    """int4 weights: groups of 128 with zero points (AWQ), symmetric groups of 32, one group."""
+    from engine.kernels.int4 import Int4Scale, dequantise_int4_triton
+    from engine.kernels.int4_gemm import int4_gemm_triton
+    from engine.kernels.int4_gemv import int4_gemv_triton
+    from engine.kernels.skinny_gemm import split_counters
+
+    def weight(outputs: int, inputs: int, group: int, zeros: bool) -> dict[str, Any]:
+        values = torch.ones(outputs, -(-inputs // group), dtype=torch.float16)
+        points = values.to(torch.uint8) if zeros else None
+        words = torch.zeros(outputs, inputs // 8, dtype=I32)
+        return {"words": words, "scale": Int4Scale(inputs, values, group, points)}
+
+    counters = split_counters(3584, torch.device("cpu"))
+    for group, zeros in ((128, True), (32, False)):
+        int4_gemv_triton(noise(1, 3584), **weight(37888, 3584, group, zeros))
+        int4_gemm_triton(noise(16, 3584), **weight(37888, 3584, group, zeros))
+    int4_gemv_triton(noise(1, 18944), **weight(3584, 18944, 1 << 15, True))
+    int4_gemm_triton(noise(64, 3584), **weight(37888, 3584, 128, True))
+    int4_gemm_triton(noise(16, 18944), **weight(3584, 18944, 128, True), counters=counters)
+    dequantise_int4_triton(**weight(4608, 3584, 128, True), dtype=BF16)
+
+
 def delta_net(tokens: list[int]) -> None:
     """A gated delta net of Qwen3.5-4B: a decode step, or prompt chunks."""
     from engine.kernels.causal_conv import causal_conv_triton
@@ -261,6 +284,7 @@ CASES: list[Callable[[], None]] = [
     partial(delta_net, [1] * 4),
     partial(delta_net, [300, 1, 7]),
     fp8_weights,
+    int4_weights,
     mixture_of_experts,
     # One program per SM, a few per SM, and many, which get smaller tiles and no split.
     lambda: decode(12, 2, 128, 1),

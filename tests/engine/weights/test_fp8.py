@@ -257,7 +257,7 @@ def weights(**change):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quant_method 'awq'"),
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'"),
         ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "scale_fmt 'ue8m0'"),
         ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme 'odd'"),

@@ -1,0 +1,50 @@
+"""Linear layers with int4 weights: of decode steps, and with as many rows as a prompt has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
+from engine.kernels.dispatch import MAX_INT4_ROWS, linear
+from engine.kernels.int4 import Int4Scale, dequantise_int4, pack
+from engine.kernels.skinny_gemm import split_counters
+
+#: Layers of Qwen2-VL-7B, and a square one: (name, input features, output features)
+LAYERS = [("qkv", 3584, 4608), ("gate_up", 3584, 37888), ("down", 18944, 3584), ("square", 4096, 4096)]
+TINY_LAYERS = [("tiny", 64, 80)]
+BATCHES, TINY_BATCHES = (1, 4, 16, 64, 128, 4096), (1, 4, 129)
+#: Inputs that share a scale, and whether there are zero points: as in AWQ, and in symmetric GPTQ.
+SCHEMES = (("groups of 128, zeros", 128, True), ("groups of 128", 128, False), ("groups of 32", 32, False))
+
+
+def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
+    for name, inputs, outputs in TINY_LAYERS if tiny else LAYERS:
+        for scheme, group, zeros in SCHEMES:
+            for batch in TINY_BATCHES if tiny else BATCHES:
+                build = partial(problem, device, batch, inputs, outputs, group, zeros)
+                yield Case("int4", f"{name} {inputs}->{outputs}, {scheme}, {batch}", build)
+
+
+def problem(device: torch.device, batch: int, inputs: int, outputs: int, group: int, zeros: bool) -> Problem:
+    """Measure the linear layer, beside torch's with the same weight in the dtype of its input."""
+    x = torch.randn((batch, inputs), device=device, dtype=dtype_on(device))
+    numbers = torch.randint(0, 16, (outputs, inputs), device=device, dtype=torch.uint8)
+    shape = outputs, -(-inputs // group)
+    values = ((torch.rand(shape, device=device) + 0.5) * inputs**-0.5 / 8).half()
+    points = torch.randint(0, 16, shape, device=device, dtype=torch.uint8) if zeros else None
+    words, scale = pack(numbers), Int4Scale(inputs, values, group, points)
+    plain = dequantise_int4(words, scale, x.dtype)
+    run = partial(linear, x, words, scale=scale, counters=split_counters(outputs, device))
+    peers: dict[str, Work] = {"torch, 16 bits": partial(F.linear, x, plain)}
+
+    def check() -> tuple[torch.Tensor, torch.Tensor]:
+        return run(), x.float() @ dequantise_int4(words, scale, torch.float32).T
+
+    if batch > MAX_INT4_ROWS:
+        return Problem(run, check, 2 * batch * inputs * outputs, compute=True, peers=peers)
+    moved = words.nbytes + values.nbytes + (0 if points is None else points.nbytes)
+    return Problem(run, check, moved + x.nbytes + batch * outputs * x.element_size(), peers=peers)

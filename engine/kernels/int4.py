@@ -1,0 +1,139 @@
+"""Matrices of 4-bit integers (int4) with scales and zero points by groups of inputs.
+
+A weight is ``(number - zero) * scale``. Eight numbers are in one word of 32 bits. The words are ordered for the
+kernels: 128 consecutive inputs of an output are one chunk of 16 words, and bits ``4 * i`` to ``4 * i + 3`` of
+word ``w`` are input ``16 * i + w`` of the chunk. Unpacking one number of each word so gives consecutive inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from engine.kernels.device import use_triton
+from engine.kernels.launch import launch
+
+#: Inputs of a chunk.
+CHUNK = 128
+#: Words of a chunk.
+CHUNK_WORDS = 16
+#: The zero point of symmetric weights.
+MIDDLE = 8
+#: Words that a program unpacks at a time.
+_TILE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Scale:
+    """The scales and zero points of a weight ``(N, K)`` in int4, whose words are ``(N, W)`` int32.
+
+    Attributes:
+        inputs: ``K``.
+        values: ``(N, G)`` of a floating dtype, contiguous: for each output and each of ``G`` groups of inputs.
+        group: consecutive inputs of a group: 16, 32, 64, or a multiple of 128; any number if ``G`` is 1.
+        zeros: ``(N, G)`` uint8, contiguous; None if all are :data:`MIDDLE`.
+        order: ``(K,)`` int64, the columns of the input that the weight's inputs are; None: ``0`` to ``K - 1``.
+    """
+
+    inputs: int
+    values: torch.Tensor
+    group: int
+    zeros: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+
+def supports_group(group: int) -> bool:
+    """Return whether several groups of this many inputs are supported."""
+    return group in (16, 32, 64) or (group > 0 and group % CHUNK == 0)
+
+
+def pack(numbers: torch.Tensor) -> torch.Tensor:
+    """Pack numbers from 0 to 15, ``(N, K)`` uint8, into words ``(N, W)`` int32; the last chunk is padded."""
+    padded = F.pad(numbers, (0, -numbers.shape[1] % CHUNK))
+    chunks = padded.unflatten(1, (-1, 8, CHUNK_WORDS))
+    # Bytes of a word are in ascending order, each with its lower number first.
+    pairs = chunks[:, :, 0::2] | (chunks[:, :, 1::2] << 4)
+    return pairs.transpose(2, 3).contiguous().flatten(1).view(torch.int32)
+
+
+def unpack(words: torch.Tensor, inputs: int) -> torch.Tensor:
+    """Return the numbers ``(N, inputs)`` uint8 of words ``(N, W)``."""
+    pairs = words.contiguous().view(torch.uint8).unflatten(1, (-1, CHUNK_WORDS, 4)).transpose(2, 3)
+    numbers = torch.stack((pairs & 15, pairs >> 4), dim=3)
+    return numbers.flatten(1)[:, :inputs]
+
+
+def dequantise_int4(words: torch.Tensor, scale: Int4Scale, dtype: torch.dtype) -> torch.Tensor:
+    """Compute the weight in float32 and round it to ``dtype``; ``(N, K)`` contiguous."""
+    run = dequantise_int4_triton if use_triton(words) else dequantise_int4_reference
+    return run(words, scale, dtype)
+
+
+def dequantise_int4_reference(words: torch.Tensor, scale: Int4Scale, dtype: torch.dtype) -> torch.Tensor:
+    def of_inputs(values: torch.Tensor) -> torch.Tensor:
+        if values.shape[1] == 1:
+            return values.float()
+        return values.float().repeat_interleave(scale.group, dim=1)[:, : scale.inputs]
+
+    zeros: torch.Tensor | int = MIDDLE if scale.zeros is None else of_inputs(scale.zeros)
+    return ((unpack(words, scale.inputs).float() - zeros) * of_inputs(scale.values)).to(dtype)
+
+
+def int4_arguments(words: torch.Tensor, scale: Int4Scale) -> dict[str, object]:
+    """Arguments of a kernel for a weight in int4. ``GROUP`` is 0 if an output has one scale."""
+    groups = scale.values.shape[1]
+    assert words.is_contiguous() and scale.values.is_contiguous()
+    assert words.shape[1] == triton.cdiv(scale.inputs, CHUNK) * CHUNK_WORDS
+    assert groups == 1 or supports_group(scale.group)
+    assert scale.zeros is None or (scale.zeros.is_contiguous() and scale.zeros.shape == scale.values.shape)
+    return {
+        "weight_ptr": words, "scale_ptr": scale.values,
+        "zero_ptr": words if scale.zeros is None else scale.zeros,
+        "inputs": scale.inputs, "words": words.shape[1], "groups": groups,
+        "GROUP": 0 if groups == 1 else scale.group, "ZEROS": scale.zeros is not None,
+    }  # fmt: skip
+
+
+@triton.jit
+def group_of(chunk, i: tl.constexpr, GROUP: tl.constexpr):
+    """Group of the ``i``-th number of the words of a chunk."""
+    if GROUP == 0:
+        return chunk * 0
+    return (chunk * 128 + i * 16) // GROUP
+
+
+def dequantise_int4_triton(words: torch.Tensor, scale: Int4Scale, dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty((len(words), scale.inputs), dtype=dtype, device=words.device)
+    launch(
+        _dequantise_int4_kernel, (triton.cdiv(words.shape[1], _TILE), len(words)),
+        out_ptr=out, **int4_arguments(words, scale), TILE=_TILE, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _dequantise_int4_kernel(
+    out_ptr, weight_ptr, scale_ptr, zero_ptr, inputs, words, groups, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of words of one output."""
+    row = tl.program_id(1).to(tl.int64)
+    w = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = w < words
+    word = tl.load(weight_ptr + row * words + w, mask=mask, other=0)
+    chunk = w // 16
+    first = chunk * 128 + w % 16
+    for i in tl.static_range(8):
+        known = mask & (first + i * 16 < inputs)
+        group = row * groups + group_of(chunk, i, GROUP)
+        number = ((word >> (4 * i)) & 15).to(tl.float32)
+        if ZEROS:
+            number -= tl.load(zero_ptr + group, mask=known, other=0).to(tl.float32)
+        else:
+            number -= 8.0
+        result = number * tl.load(scale_ptr + group, mask=known, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * inputs + first + i * 16, result.to(out_ptr.dtype.element_ty), mask=known)

@@ -1,0 +1,135 @@
+"""GEMM of some rows with a weight in int4, which is dequantised inside.
+
+As in :mod:`engine.kernels.skinny_gemm` a tile of weights is the left operand, and split-K fills the GPU. A step
+multiplies a chunk of inputs: eight products, each of one number of every word with 16 consecutive inputs. Less
+its zero point a number is exact in every dtype, so the scale multiplies the sums, in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms
+from engine.kernels.int4 import Int4Scale, group_of, int4_arguments
+from engine.kernels.launch import launch
+from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.skinny_gemm import TILE_OUTPUTS
+
+#: Split-K programs have at least this many chunks of inputs.
+_MIN_SPLIT_CHUNKS = 8
+_STAGES, _WARPS = 6, 4
+
+
+def int4_gemm_triton(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: Int4Scale,
+    bias: torch.Tensor | None = None,
+    *,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`engine.kernels.dispatch.linear`; without an activation.
+
+    Args:
+        counters: see :func:`~engine.kernels.skinny_gemm.split_counters`. None: no split-K.
+    """
+    (rows, inputs), outputs = x.shape, len(words)
+    assert rows > 0 and inputs == scale.inputs and x.stride(1) == 1
+    tile_rows = 16 if rows <= 16 else MEMORY_BOUND_ROWS
+    row_tiles, tiles = triton.cdiv(rows, tile_rows), triton.cdiv(outputs, TILE_OUTPUTS)
+    splits = 1
+    if counters is not None and row_tiles == 1:
+        assert counters.is_contiguous() and len(counters) >= tiles
+        splits = max(1, min(num_sms(x.device) // tiles, words.shape[1] // 16 // _MIN_SPLIT_CHUNKS))
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    # Without split-K these are never accessed; any tensor does.
+    partial = out if splits == 1 else torch.empty((splits, rows, outputs), device=x.device)
+    launch(
+        _int4_gemm_kernel, (tiles, splits, row_tiles),
+        x_ptr=x, bias_ptr=x if bias is None else bias, out_ptr=out, partial_ptr=partial,
+        counters_ptr=out if splits == 1 else counters, rows=rows, outputs=outputs, x_stride=x.stride(0),
+        splits=splits, **int4_arguments(words, scale), ROWS=tile_rows, TILE_OUTPUTS=TILE_OUTPUTS,
+        STAGES=_STAGES, EVEN=inputs % 128 == 0, SPLIT=splits > 1, BIAS=bias is not None,
+        num_warps=_WARPS, **pdl_options(x),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _chunk_products(
+    acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, row, groups, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add the products of a chunk's weights with the rows to ``acc``."""
+    part = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+    for i in tl.static_range(8):
+        k = chunk * 128 + i * 16
+        if EVEN:
+            x = tl.load(xs + k)
+        else:
+            x = tl.load(xs + k, mask=(k + lane < inputs)[:, None], other=0.0)
+        # Groups beyond the last input have no numbers.
+        group = tl.minimum(group_of(chunk, i, GROUP), groups - 1)
+        number = ((word >> (4 * i)) & 15).to(tl.float32)
+        if ZEROS:
+            number -= tl.load(zero_ptr + row * groups + group).to(tl.float32)[:, None]
+        else:
+            number -= 8.0
+        part = tl.dot(number.to(x.dtype), x, part, input_precision="ieee")
+        if i == 7 or (GROUP > 0 and (i + 1) * 16 % GROUP == 0):
+            acc += part * tl.load(scale_ptr + row * groups + group).to(tl.float32)[:, None]
+            part = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "groups"])
+def _int4_gemm_kernel(
+    x_ptr, bias_ptr, out_ptr, partial_ptr, counters_ptr, rows, outputs, x_stride, splits,
+    weight_ptr, scale_ptr, zero_ptr, inputs, words, groups, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+    ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of outputs, split and tile of rows.
+
+    Args:
+        partial_ptr: ``(splits, rows, outputs)`` float32, each split's sums.
+        counters_ptr: ``(tiles,)`` int32, splits that have finished.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    output = tile * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, 16)
+    # Lanes beyond the last output or row load the last one again; their results are not stored.
+    known = tl.minimum(output, outputs - 1).to(tl.int64)
+    weights = weight_ptr + known[:, None] * words + lane[None, :]
+    xs = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * x_stride + lane[:, None]
+    chunks = words // 16
+    share = tl.cdiv(chunks, splits)
+    acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+    wait_for_previous(PDL)
+    for chunk in tl.range(split * share, tl.minimum((split + 1) * share, chunks), num_stages=STAGES):
+        word = tl.load(weights + chunk * 16)
+        acc = _chunk_products(
+            acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups, EVEN, GROUP, ZEROS,
+            TILE_OUTPUTS, ROWS,
+        )  # fmt: skip
+    mask = (output < outputs)[:, None] & (row < rows)[None, :]
+    offset = row.to(tl.int64)[None, :] * outputs + output[:, None]
+    last = True
+    if SPLIT:
+        tl.store(partial_ptr + split * rows * outputs + offset, acc, mask=mask)
+        # All threads must have written before the program counts itself as finished.
+        tl.debug_barrier()
+        last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == splits - 1
+        if last:
+            tl.store(counters_ptr + tile, 0)
+            acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+            for part in range(splits):
+                acc += tl.load(partial_ptr + part * rows * outputs + offset, mask=mask, other=0.0)
+    if last:
+        if BIAS:
+            bias = tl.load(bias_ptr + output, mask=output < outputs, other=0.0)
+            acc += bias.to(tl.float32)[:, None]
+        tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,115 @@
+"""GEMV with a weight in int4: a linear layer of one input row.
+
+It is memory-bound, see :mod:`engine.kernels.gemv`, if numbers are unpacked fast enough: converting an integer is
+too slow for that. A number is put into the mantissa of a float instead, at whatever bits it has in its word, and
+what these bits multiply it by is taken from the input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from engine.kernels.int4 import Int4Scale, group_of, int4_arguments
+from engine.kernels.launch import launch
+from engine.kernels.pdl import pdl_options, wait_for_previous
+
+
+@dataclass(frozen=True, slots=True)
+class Int4GemvTile:
+    """Outputs per program, words per step, and warps of a program."""
+
+    outputs: int
+    words: int
+    warps: int
+
+
+def choose_tile(outputs: int, words: int) -> Int4GemvTile:
+    """Choose the tile of a problem. A thread has four words of each output, which it loads at once.
+
+    It was not measured on a GPU.
+    """
+    warps = 2 if words <= 1024 else 4
+    tile_outputs = 4 if outputs > 2048 else 2
+    return Int4GemvTile(tile_outputs, min(128 * warps, triton.next_power_of_2(words)), warps)
+
+
+def int4_gemv_triton(
+    x: torch.Tensor, words: torch.Tensor, scale: Int4Scale, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See :func:`engine.kernels.dispatch.linear`; for one row, without an activation."""
+    outputs = len(words)
+    assert x.shape == (1, scale.inputs) and x.stride(1) == 1
+    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
+    tile = choose_tile(outputs, words.shape[1])
+    launch(
+        _int4_gemv_kernel, (triton.cdiv(outputs, tile.outputs),),
+        x_ptr=x, bias_ptr=x if bias is None else bias, out_ptr=out, outputs=outputs,
+        **int4_arguments(words, scale), TILE_OUTPUTS=tile.outputs, TILE_WORDS=tile.words,
+        BIAS=bias is not None, num_warps=tile.warps, **pdl_options(x),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _number(word, i: tl.constexpr, ZERO: tl.constexpr):
+    """Return the ``i``-th number of words less ``ZERO``, times a power of 16, which is returned too.
+
+    The lower 20 bits of a word, and of its upper 20 bits, are within the mantissa of ``2 ** 23``.
+    """
+    place: tl.constexpr = i if i < 5 else i - 3
+    bits = (word if i < 5 else word >> 12) & (15 << (4 * place)) | 0x4B000000
+    power: tl.constexpr = 16**place
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + ZERO * power), 1.0 / power
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _int4_gemv_kernel(
+    x_ptr, bias_ptr, out_ptr, outputs, weight_ptr, scale_ptr, zero_ptr, inputs, words, groups,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of outputs; see :func:`~engine.kernels.int4.int4_arguments`."""
+    ZERO: tl.constexpr = 0 if ZEROS else 8
+    output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    row_mask = (output < outputs)[:, None]
+    lane = tl.arange(0, TILE_WORDS)[None, :]
+    row = output.to(tl.int64)[:, None]
+    weights = weight_ptr + row * words
+    sums = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
+    # Prefetch each tile of weights during the step before, the first one before the previous kernel has
+    # written x.
+    next_word = tl.load(weights + lane, mask=row_mask & (lane < words), other=0)
+    wait_for_previous(PDL)
+    for first in range(0, words, TILE_WORDS):
+        word = next_word
+        w = first + lane
+        next_lane = w + TILE_WORDS
+        next_word = tl.load(weights + next_lane, mask=row_mask & (next_lane < words), other=0)
+        chunk = w // 16
+        k = chunk * 128 + w % 16
+        known = row_mask & (w < words)
+        part = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
+        total = tl.zeros([1, TILE_WORDS], tl.float32)
+        for i in tl.static_range(8):
+            x = tl.load(x_ptr + k + i * 16, mask=k + i * 16 < inputs, other=0.0).to(tl.float32)
+            number, factor = _number(word, i, ZERO)
+            part += number * (x * factor)
+            total += x
+            if i == 7 or (GROUP > 0 and (i + 1) * 16 % GROUP == 0):
+                # The last number of a group. Groups beyond the last input have no numbers.
+                group = tl.minimum(group_of(chunk, i, GROUP), groups - 1)
+                if ZEROS:
+                    zero = tl.load(zero_ptr + row * groups + group, mask=known, other=0)
+                    part -= zero.to(tl.float32) * total
+                scale = tl.load(scale_ptr + row * groups + group, mask=known, other=0.0)
+                sums += part * scale.to(tl.float32)
+                part = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
+                total = tl.zeros([1, TILE_WORDS], tl.float32)
+    result = tl.sum(sums, axis=1)
+    if BIAS:
+        result += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
+    tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=output < outputs)

@@ -1,0 +1,156 @@
+"""Linear layers with int4 weights equal float64 with the dequantised weight, in each kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kernels import dispatch, int4_gemm
+from engine.kernels.int4 import (
+    Int4Scale,
+    dequantise_int4,
+    dequantise_int4_reference,
+    dequantise_int4_triton,
+    pack,
+    unpack,
+)
+from engine.kernels.int4_gemm import int4_gemm_triton
+from engine.kernels.int4_gemv import int4_gemv_triton
+from engine.kernels.skinny_gemm import split_counters
+
+from .compare import assert_close
+from .test_linear import float64_linear, sum_tolerance
+
+#: Outputs, inputs, and the inputs of a group: one group, or several, of which the last may be cut.
+SIZES = [
+    (34, 40, 40),
+    (70, 1100, 128),
+    (8, 1536, 1536),
+    (5, 900, 16),
+    (202, 72, 32),
+    (66, 512, 256),
+    (3, 400, 64),
+]
+ZEROS = [True, False]
+
+
+def problem(device, dtype, rows, outputs, inputs, group, zeros):
+    """Return an input, words, scales, a bias, and the weight in float64.
+
+    Numbers beyond the last input are not 0 in memory, and the input is within a wider one of NaN. Scales
+    differ by a factor of several between outputs and between groups.
+    """
+    wide = torch.full((rows, inputs + 200), torch.nan, device=device, dtype=dtype)
+    wide[:, :inputs] = torch.randn(rows, inputs)
+    padded = torch.randint(0, 16, (outputs, -(-inputs // 128) * 128), dtype=torch.uint8)
+    numbers, groups = padded[:, :inputs], -(-inputs // group)
+    values = (torch.rand(outputs, groups) * 3 + 0.2) * inputs**-0.5 / 8
+    points = torch.randint(0, 16, (outputs, groups), dtype=torch.uint8) if zeros else None
+    scale = Int4Scale(inputs, values.to(device), group, None if points is None else points.to(device))
+    zero = 8 if points is None else points.double().repeat_interleave(group, 1)[:, :inputs]
+    exact = (numbers.double() - zero) * values.double().repeat_interleave(group, 1)[:, :inputs]
+    bias = torch.randn(outputs).to(device, dtype)
+    return wide[:, :inputs], pack(padded).to(device), scale, bias, exact.to(device)
+
+
+def tolerance(x, exact, bias):
+    # With zero points the kernel of one row sums numbers and subtracts zero points at the end of a group.
+    return 16 * sum_tolerance(x, exact, bias) if x.dtype == torch.float32 else 0.0
+
+
+def test_the_order_of_numbers():
+    numbers = torch.randint(0, 16, (3, 300), dtype=torch.uint8)
+    words = pack(numbers)
+    assert words.dtype == torch.int32 and words.shape == (3, 48)
+    assert torch.equal(unpack(words, 300), numbers)
+    for chunk, word, place in ((0, 0, 0), (1, 5, 3), (0, 15, 7), (2, 11, 1)):
+        found = words[:, chunk * 16 + word] >> (4 * place) & 15
+        assert found.tolist() == numbers[:, chunk * 128 + place * 16 + word].tolist()
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_dequantised(device, size, zeros):
+    _, words, scale, _, exact = problem(device, torch.float32, 1, *size, zeros)
+    for run in (dequantise_int4, dequantise_int4_reference, dequantise_int4_triton):
+        wide = run(words, scale, torch.float32)
+        assert torch.equal(wide, exact.float()) and wide.is_contiguous()
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("size", [*SIZES, (1, 8, 8), (2, 9000, 128)], ids=str)
+def test_one_row(device, dtype, size, zeros):
+    x, words, scale, bias, exact = problem(device, dtype, 1, *size, zeros)
+    bias = bias if zeros else None
+    expected = float64_linear(x, exact, bias)
+    assert_close(int4_gemv_triton(x, words, scale, bias), expected, tolerance=tolerance(x, exact, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 70])
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_some_rows(device, dtype, size, zeros, rows):
+    x, words, scale, bias, exact = problem(device, dtype, rows, *size, zeros)
+    bias = None if zeros else bias
+    expected = float64_linear(x, exact, bias)
+    assert_close(int4_gemm_triton(x, words, scale, bias), expected, tolerance=tolerance(x, exact, bias))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(34, 2048, 2048), (130, 3100, 128)])
+def test_split_k(device, dtype, monkeypatch, outputs, inputs, group):
+    monkeypatch.setattr(int4_gemm, "num_sms", lambda device: 3 * -(-outputs // 64))
+    x, words, scale, bias, exact = problem(device, dtype, 5, outputs, inputs, group, True)
+    counters = split_counters(outputs, device)
+    for _ in range(2):
+        result = int4_gemm_triton(x, words, scale, bias, counters=counters)
+        assert_close(result, float64_linear(x, exact, bias), tolerance=tolerance(x, exact, bias))
+    assert counters.eq(0).all()
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_the_operation(device, dtype, rows, activation):
+    x, words, scale, bias, exact = problem(device, dtype, rows, 40, 256, 128, True)
+    expected = float64_linear(x, exact, bias, activation)
+    result = dispatch.linear(x, words, bias, activation=activation, scale=scale)
+    assert_close(
+        result,
+        expected,
+        tolerance=16 * sum_tolerance(x, exact, bias, activation) if dtype == torch.float32 else 0,
+    )
+    norm, residual = torch.rand(256).to(device, dtype) + 0.5, torch.randn(rows, 256).to(device, dtype)
+    found, total = dispatch.norm_linear(
+        x, residual, norm, 1e-5, words, bias, activation=activation, scale=scale
+    )
+    assert torch.equal(total, x + residual)
+    normed = (
+        total.double() * torch.rsqrt(total.double().square().mean(-1, keepdim=True) + 1e-5) * norm.double()
+    )
+    expected = float64_linear(normed, exact, bias, activation)
+    assert_close(found, expected, tolerance=3e-5 if dtype == torch.float32 else 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "triton", "expected"),
+    [
+        (1, torch.bfloat16, True, "int4_gemv_triton"),
+        (1, torch.float32, True, "int4_gemv_triton"),
+        (2, torch.bfloat16, True, "int4_gemm_triton"),
+        (128, torch.bfloat16, True, "int4_gemm_triton"),
+        (129, torch.bfloat16, True, "dequantise_int4"),
+        (2, torch.float32, True, "dequantise_int4"),
+        (1, torch.float32, False, "dequantise_int4"),
+    ],
+)
+def test_the_choice_among_kernels(monkeypatch, rows, dtype, triton, expected):
+    called = []
+
+    def replaced(name):
+        return lambda *_, **__: called.append(name) or torch.zeros(1, 1, dtype=dtype)
+
+    for name in ("int4_gemv_triton", "int4_gemm_triton", "dequantise_int4"):
+        monkeypatch.setattr(dispatch, name, replaced(name))
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: triton)
+    scale = Int4Scale(1, torch.ones(1, 1), 1)
+    dispatch.linear(torch.zeros(rows, 1, dtype=dtype), torch.zeros(1, 16, dtype=torch.int32), scale=scale)
+    assert called == [expected]
