@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.dispatch import decode_attention, paged_attention
+from engine.kernels.fp8 import FP8
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.rotary import RotaryTable
@@ -39,9 +40,11 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     for sizes in TINY_DECODE if tiny else DECODE:
         label = "{}x{}, heads {}/{}, D {}".format(*sizes)
         yield Case("paged_decode", label, partial(decode, device, *sizes))
+        yield Case("fp8_decode", label, partial(decode, device, *sizes, fp8=True))
     for sizes in TINY_PREFILL if tiny else PREFILL:
         label = "{}, heads {}/{}, D {}".format(*sizes)
         yield Case("paged_prefill", label, partial(prefill, device, *sizes))
+        yield Case("fp8_prefill", label, partial(prefill, device, *sizes, fp8=True))
     for sizes in TINY_MIXED if tiny else MIXED:
         label = "{}x{} + {}/{}, heads {}/{}".format(*sizes[:6])
         yield Case("paged_mixed", label, partial(mixed, device, *sizes))
@@ -55,9 +58,12 @@ class Paged:
 
     If each has one new token, that token is not rotated (angle 0), so that decode attention writes the same
     key to the cache again.
+
+    Args:
+        fp8: the cache holds keys and values in fp8.
     """
 
-    def __init__(self, device, lengths, queries, heads, kv_heads, dim) -> None:
+    def __init__(self, device, lengths, queries, heads, kv_heads, dim, *, fp8: bool = False) -> None:
         self.device, self.lengths, self.queries = device, lengths, queries
         dtype = dtype_on(device)
         needed = [-(-length // BLOCK) for length in lengths]
@@ -66,7 +72,8 @@ class Paged:
         for row, (first, last) in enumerate(pairwise(accumulate(needed, initial=0))):
             tables[row, : last - first] = order[first:last]
         shape = (sum(needed), kv_heads, BLOCK, dim)
-        self.cache = KVCache(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)))
+        keys, values = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+        self.cache = KVCache(keys.to(FP8), values.to(FP8)) if fp8 else KVCache(keys, values)
         self.q = torch.randn((sum(queries), heads, dim), device=device, dtype=dtype)
         self.starts = list(accumulate(queries, initial=0))
         last = torch.tensor(lengths) - 1
@@ -85,7 +92,7 @@ class Paged:
         self.decodes = max(queries) == 1
         if self.decodes:
             block, offset = (slots // BLOCK).to(device), (slots % BLOCK).to(device)
-            self.k, self.v = (x[block, :, offset] for x in (self.cache.keys, self.cache.values))
+            self.k, self.v = (x[block, :, offset] for x in (keys, values))
             self.positions = torch.zeros(len(lengths), dtype=torch.int64, device=device)
             angles = torch.zeros((1, dim // 2), device=device)
             self.table = RotaryTable(angles.cos(), angles.sin())
@@ -119,8 +126,8 @@ class Paged:
         return 4.0 * visible * self.q.shape[1] * self.q.shape[2]
 
 
-def decode(device, sequences, context, heads, kv_heads, dim) -> Problem:
-    paged = Paged(device, [context] * sequences, [1] * sequences, heads, kv_heads, dim)
+def decode(device, sequences, context, heads, kv_heads, dim, *, fp8: bool = False) -> Problem:
+    paged = Paged(device, [context] * sequences, [1] * sequences, heads, kv_heads, dim, fp8=fp8)
     peers = {}
     if device.type == "cuda":
         k, v = (
@@ -131,8 +138,8 @@ def decode(device, sequences, context, heads, kv_heads, dim) -> Problem:
     return Problem(paged.run, paged.check, paged.kv_bytes(), peers=peers)
 
 
-def prefill(device, tokens, heads, kv_heads, dim) -> Problem:
-    paged = Paged(device, [tokens], [tokens], heads, kv_heads, dim)
+def prefill(device, tokens, heads, kv_heads, dim, *, fp8: bool = False) -> Problem:
+    paged = Paged(device, [tokens], [tokens], heads, kv_heads, dim, fp8=fp8)
     peers = {}
     if device.type == "cuda":
         k, v = (torch.randn((1, kv_heads, tokens, dim), device=device, dtype=paged.q.dtype) for _ in "kv")

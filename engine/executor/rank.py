@@ -14,11 +14,13 @@ from engine.families.base import ModelConfig
 from engine.families.load import load_language_model
 from engine.fit import longest_sequence
 from engine.graphs import make_capture
+from engine.kernels.fp8 import reads_fp8
 from engine.layers.decoder import Decoder
 from engine.placement import resolve_device, resolve_dtype
 from engine.runner.kv_storage import (
     allocate_caches,
     block_bytes,
+    kv_dtype,
     measure_free_bytes,
     num_snapshots,
     state_bytes,
@@ -50,13 +52,20 @@ class ModelRank:
 
         Raises:
             CheckpointError: see :func:`engine.families.load.load_language_model`.
-            ConfigError: ``max_model_len`` is more than the model was made for.
+            ConfigError: ``max_model_len`` is more than the model was made for, or the GPU can't read an fp8
+                KV cache.
         """
+        device = rank_device(config, group.rank)
+        if config.kv_cache_dtype == "fp8" and not reads_fp8(device):
+            raise ConfigError(
+                "kv_cache_dtype fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper); use auto",
+                param="kv_cache_dtype",
+            )
         max_model_len = longest_sequence(config, model)
         decoder = load_language_model(
             checkpoint,
             model,
-            device=rank_device(config, group.rank),
+            device=device,
             dtype=resolve_dtype(config, model),
             tp=group,
             load_format=config.load_format,
@@ -98,7 +107,8 @@ class ModelRank:
         if states and config.enable_prefix_caching:
             kept = config.state_snapshot_bytes
             free = max(0, free - (free // 4 if kept is None else kept))
-        num_blocks = free // block_bytes(decoder.config, config.block_size, decoder.dtype, self.group.size)
+        stored = kv_dtype(config, decoder.dtype)
+        num_blocks = free // block_bytes(decoder.config, config.block_size, stored, self.group.size)
         if num_blocks < 2:
             raise ConfigError(
                 f"{free >> 20} MiB are left for KV blocks, too little for one; raise gpu_memory_utilization "
@@ -127,6 +137,8 @@ class ModelRank:
                 decoder.dtype,
                 decoder.device,
                 self.group.size,
+                kv_dtype=kv_dtype(config, decoder.dtype),
+                kv_scales=decoder.kv_scales() if config.kv_cache_dtype == "fp8" else (),
             ),
             block_size=config.block_size,
             num_slots=num_slots,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.device import num_sms
+from engine.kernels.fp8 import round_to_fp8
 from engine.kernels.kv_write import rotary_kv_write_reference
 from engine.kernels.launch import launch
 from engine.kernels.paged import (
@@ -45,7 +46,14 @@ def decode_attention_reference(q, k, v, positions, table, cache, meta, *, scale,
 
 
 def choose_tile(
-    head_dim: int, group: int, itemsize: int, programs: int, sms: int, max_seq_len: int
+    head_dim: int,
+    group: int,
+    itemsize: int,
+    programs: int,
+    sms: int,
+    max_seq_len: int,
+    *,
+    fp8_cache: bool = False,
 ) -> AttentionTile:
     """Choose the tile of a problem.
 
@@ -66,8 +74,8 @@ def choose_tile(
     if large:
         return AttentionTile(rows, keys, 4, 2, splits)
     if many:
-        # Small programs keep an SM busier than large ones.
-        return AttentionTile(rows, keys, 1, 3, splits)
+        # Small programs keep an SM busier than large ones. Converting fp8 takes registers of two warps.
+        return AttentionTile(rows, keys, 2 if fp8_cache else 1, 3, splits)
     # With one program per SM, 8 warps finish sooner. With more programs than SMs, 2 warps leave room for the
     # next kernel's programs, which prefetch their weights.
     return AttentionTile(rows, keys, 8 if programs * splits <= sms else 2, 2, splits)
@@ -89,7 +97,13 @@ def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, wi
         return out
     group = heads // kv_heads
     tile = choose_tile(
-        dim, group, q.element_size(), sequences * kv_heads, num_sms(q.device), meta.max_seq_len
+        dim,
+        group,
+        q.element_size(),
+        sequences * kv_heads,
+        num_sms(q.device),
+        meta.max_seq_len,
+        fp8_cache=cache.is_fp8,
     )
     splits = tile.splits
     # Without a split these are never accessed; any tensor does.
@@ -107,10 +121,11 @@ def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, wi
         k_cache_ptr=cache.keys, v_cache_ptr=cache.values, slot_ptr=meta.slot_mapping,
         table_ptr=meta.block_tables, seq_lens_ptr=meta.seq_lens,
         out_ptr=out, partial_ptr=partial, stats_ptr=stats, counters_ptr=counters,
-        splits=splits, scale=scale * LOG2E, window=window or 0,
+        splits=splits, scale=scale * cache.key_scale * LOG2E, window=window or 0,
+        key_scale=cache.key_scale, value_scale=cache.value_scale,
         q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1),
         v_token=v.stride(0), v_head=v.stride(1), table_row=meta.block_tables.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, FP8_CACHE=cache.is_fp8,
         ROWS=tile.rows, KEYS=tile.keys, WINDOW=window is not None, SPLIT=splits > 1,
         # As many as the registers hold.
         MERGED=max(4, tile.warps),
@@ -134,8 +149,9 @@ def _rotate(x, partner, cos, sin):
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, table_ptr,
     seq_lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, splits, scale, window,
-    q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride, table_row,
+    key_scale, value_scale, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    FP8_CACHE: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
     PREFETCH: tl.constexpr, PDL: tl.constexpr,
@@ -210,6 +226,10 @@ def _decode_kernel(
         k = tl.load(k_row + column, mask=in_head, other=0.0)
         k = _rotate(k, tl.load(k_row + partner, mask=in_head, other=0.0), cos, sin)
         v = tl.load(v_ptr + sequence * v_token + kv_head * v_head + column, mask=in_head, other=0.0)
+        if FP8_CACHE:
+            # Attention sees the rounded ones, as later steps do.
+            k = round_to_fp8(k, key_scale, k_cache_ptr.dtype.element_ty)
+            v = round_to_fp8(v, value_scale, v_cache_ptr.dtype.element_ty)
         if slot >= 0:
             offset = slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * DIM
             tl.store(k_cache_ptr + offset + column, k, mask=in_head)
@@ -241,7 +261,7 @@ def _decode_kernel(
     alone = used == 1
     if alone:
         target = out_ptr + (sequence * HEADS + head[:, None]) * DIM + column[None, :]
-        tl.store(target, (state.acc / state.row_sum[:, None]).to(dtype), mask=mask)
+        tl.store(target, (state.acc / state.row_sum[:, None] * value_scale).to(dtype), mask=mask)
     if SPLIT:
         if not alone:
             part = (sequence * HEADS + head) * splits + split
@@ -254,12 +274,14 @@ def _decode_kernel(
             if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
                 tl.store(counter, 0)
                 first_head = sequence * HEADS + kv_head * GROUP
-                _merge(partial_ptr, stats_ptr, out_ptr, first_head, splits, used, GROUP, DIM, MERGED)
+                _merge(
+                    partial_ptr, stats_ptr, out_ptr, first_head, splits, used, value_scale, GROUP, DIM, MERGED
+                )  # fmt: skip
 
 
 @triton.jit
 def _merge(
-    partial_ptr, stats_ptr, out_ptr, first_head, splits, used,
+    partial_ptr, stats_ptr, out_ptr, first_head, splits, used, value_scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Merge the ``used`` splits of a group of heads by their maxima and sums.
@@ -292,4 +314,4 @@ def _merge(
         row_max = new_max
     target = out_ptr + head[:, None] * DIM + column[None, :]
     mask = valid[:, None] & (column < DIM)[None, :]
-    tl.store(target, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(target, (acc / row_sum[:, None] * value_scale).to(out_ptr.dtype.element_ty), mask=mask)

@@ -85,6 +85,12 @@ def _dequantise_kernel(
     tl.store(out_ptr + row * inputs + k, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def round_to_fp8(x, scale, dtype: tl.constexpr):
+    """Round ``x / scale`` to ``dtype``, an fp8; numbers beyond its largest one become that."""
+    return tl.minimum(tl.maximum(x.to(tl.float32) / scale, -448.0), 448.0).to(dtype)
+
+
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round ``(T, K)`` to fp8 with one scale a row, the row's largest magnitude over :data:`LARGEST`.
 

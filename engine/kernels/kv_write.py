@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.device import use_triton
+from engine.kernels.fp8 import FP8, LARGEST, round_to_fp8
 from engine.kernels.launch import launch
 from engine.kernels.paged import KVCache
 from engine.kernels.pdl import pdl_options, wait_for_previous
@@ -40,8 +41,16 @@ def rotary_kv_write_reference(q, k, v, positions, table, cache, slot_mapping) ->
     if not written.all():
         k, v, slot_mapping = k[written], v[written], slot_mapping[written]
     block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
-    cache.keys.transpose(1, 2)[block, offset] = k
-    cache.values.transpose(1, 2)[block, offset] = v
+    _write(cache.keys, block, offset, k, cache.key_scale)
+    _write(cache.values, block, offset, v, cache.value_scale)
+
+
+def _write(blocks, block, offset, rows, scale: float) -> None:
+    if blocks.dtype == FP8:
+        # torch can't index fp8 on a CPU.
+        rows = (rows.float() / scale).clamp(-LARGEST, LARGEST).to(FP8).view(torch.uint8)
+        blocks = blocks.view(torch.uint8)
+    blocks.transpose(1, 2)[block, offset] = rows
 
 
 def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping) -> None:
@@ -55,7 +64,8 @@ def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping) -> No
         k_cache_ptr=cache.keys, v_cache_ptr=cache.values, slot_ptr=slot_mapping,
         q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1),
         v_token=v.stride(0), v_head=v.stride(1),
-        Q_HEADS=q.shape[1], KV_HEADS=kv_heads, DIM=dim, BLOCK_SIZE=cache.block_size,
+        key_scale=cache.key_scale, value_scale=cache.value_scale,
+        Q_HEADS=q.shape[1], KV_HEADS=kv_heads, DIM=dim, BLOCK_SIZE=cache.block_size, FP8_CACHE=cache.is_fp8,
         num_warps=4, **pdl_options(q),
     )  # fmt: skip
 
@@ -66,7 +76,9 @@ def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping) -> No
 def _rotary_kv_write_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride,
+    key_scale, value_scale,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    FP8_CACHE: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -85,11 +97,16 @@ def _rotary_kv_write_kernel(
         offset = (slot // BLOCK_SIZE * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE) * DIM
         k_row, k_target = k_ptr + token * k_token, k_cache_ptr + offset
         head_stride = BLOCK_SIZE * DIM
-        rotate_heads(k_row, k_head, k_target, head_stride, cos, sin, KV_HEADS, HALF, ADJACENT)
         head = tl.arange(0, triton.next_power_of_2(KV_HEADS))[:, None]
         # Dimensions of a head that are not rotated.
         REST: tl.constexpr = DIM - 2 * HALF
-        if REST > 0:
+        if FP8_CACHE:
+            # Keys are rotated in place, and rounded once all threads have written.
+            rotate_heads(k_row, k_head, k_row, k_head, cos, sin, KV_HEADS, HALF, ADJACENT)
+            tl.debug_barrier()
+        else:
+            rotate_heads(k_row, k_head, k_target, head_stride, cos, sin, KV_HEADS, HALF, ADJACENT)
+        if REST > 0 and not FP8_CACHE:
             column = 2 * HALF + tl.arange(0, triton.next_power_of_2(REST))[None, :]
             mask = (head < KV_HEADS) & (column < DIM)
             rest = tl.load(k_row + head * k_head + column, mask=mask)
@@ -97,4 +114,9 @@ def _rotary_kv_write_kernel(
         column = tl.arange(0, triton.next_power_of_2(DIM))[None, :]
         mask = (head < KV_HEADS) & (column < DIM)
         value = tl.load(v_ptr + token * v_token + head * v_head + column, mask=mask)
+        if FP8_CACHE:
+            key = tl.load(k_row + head * k_head + column, mask=mask, other=0.0)
+            key = round_to_fp8(key, key_scale, k_cache_ptr.dtype.element_ty)
+            tl.store(k_target + head * head_stride + column, key, mask=mask)
+            value = round_to_fp8(value, value_scale, v_cache_ptr.dtype.element_ty)
         tl.store(v_cache_ptr + offset + head * head_stride + column, value, mask=mask)

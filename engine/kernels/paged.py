@@ -24,16 +24,24 @@ class KVCache:
     It is built once, when the cache is allocated, so launches need not check the layout.
 
     Attributes:
-        keys, values: ``(num_blocks, kv_heads, block_size, head_dim)`` contiguous, of one dtype; ``kv_heads``
-            of this rank.
+        keys, values: ``(num_blocks, kv_heads, block_size, head_dim)`` contiguous, of one dtype, that of the
+            model or fp8; ``kv_heads`` of this rank.
+        key_scale, value_scale: what keys and values in fp8 are multiplied by; 1 for other dtypes.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.keys.is_contiguous() and self.values.is_contiguous()
         assert self.keys.shape == self.values.shape and self.keys.dtype == self.values.dtype
+        assert self.is_fp8 or self.key_scale == self.value_scale == 1.0
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.keys.dtype == torch.float8_e4m3fn
 
     @property
     def kv_heads(self) -> int:
@@ -198,6 +206,8 @@ def accumulate(
     """
     key = first_key + tl.arange(0, k.shape[1])
     in_range = key < length
+    # Keys and values in fp8 are exact in other dtypes; their scales are factors of ``scale`` and of the result.
+    k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.dot(q, k, input_precision="ieee")
     if MASKED:
         visible = (key[None, :] <= last_key[:, None]) & in_range[None, :]

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.fp8 import FP8
 from engine.kernels.launch import launch
 from engine.kernels.paged import (
     LOG2E,
@@ -34,7 +35,8 @@ def paged_attention_reference(q, cache, meta, *, scale, window=None, out=None):
             continue
         # Keys before the windows of all queries are not even read.
         first_key = 0 if window is None else max(0, length - (end - begin) - window + 1)
-        k, v = (_read(each, tables[index], first_key, length) for each in (cache.keys, cache.values))
+        k = _read(cache.keys, tables[index], first_key, length, cache.key_scale)
+        v = _read(cache.values, tables[index], first_key, length, cache.value_scale)
         # The query heads that share a KV head are rows of one matrix: (kv_heads, group * tokens, D).
         rows = q[begin:end].transpose(0, 1).reshape(cache.kv_heads, -1, q.shape[-1])
         scores = torch.bmm(rows.float(), k.transpose(1, 2)).mul_(scale)
@@ -47,12 +49,18 @@ def paged_attention_reference(q, cache, meta, *, scale, window=None, out=None):
     return out
 
 
-def _read(blocks: torch.Tensor, table: torch.Tensor, first_key: int, length: int) -> torch.Tensor:
+def _read(
+    blocks: torch.Tensor, table: torch.Tensor, first_key: int, length: int, scale: float
+) -> torch.Tensor:
     """Return the keys or values ``first_key .. length - 1`` of one sequence, float32 ``(kv_heads, keys, D)``."""
     size = blocks.shape[2]
     first_block = first_key // size
-    read = blocks.transpose(0, 1)[:, table[first_block : -(-length // size)]].flatten(1, 2)
-    return read[:, first_key - first_block * size : length - first_block * size].float()
+    is_fp8 = blocks.dtype == FP8
+    # torch can't index fp8 on a CPU.
+    stored = blocks.view(torch.uint8) if is_fp8 else blocks
+    read = stored.transpose(0, 1)[:, table[first_block : -(-length // size)]].flatten(1, 2)
+    read = read[:, first_key - first_block * size : length - first_block * size]
+    return read.view(FP8).float() * scale if is_fp8 else read.float()
 
 
 def _hidden(meta, begin: int, end: int, first_key: int, length: int, window: int | None) -> torch.Tensor:
@@ -95,7 +103,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, out=None):
         _attention_kernel, (query_tiles(tokens, sequences, tokens_per_tile), kv_heads),
         q_ptr=q, k_ptr=cache.keys, v_ptr=cache.values, table_ptr=meta.block_tables,
         query_start_ptr=meta.query_start, seq_lens_ptr=meta.seq_lens, key_ends_ptr=meta.key_ends, out_ptr=out,
-        sequences=sequences, scale=scale * LOG2E, window=window or 0,
+        sequences=sequences, scale=scale * cache.key_scale * LOG2E, value_scale=cache.value_scale, window=window or 0,
         q_token=q.stride(0), q_head=q.stride(1), table_row=meta.block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size,
         ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens_per_tile, WINDOW=window is not None,
@@ -108,7 +116,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, out=None):
 @triton.jit(do_not_specialize=["sequences"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, seq_lens_ptr, key_ends_ptr, out_ptr,
-    sequences, scale, window, q_token, q_head, table_row,
+    sequences, scale, value_scale, window, q_token, q_head, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -172,6 +180,6 @@ def _attention_kernel(
             DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW,
         )  # fmt: skip
 
-    result = state.acc / state.row_sum[:, None]
+    result = state.acc / state.row_sum[:, None] * value_scale
     out_offset = ((begin + token).to(tl.int64) * KV_HEADS * GROUP + head)[:, None] * DIM
     tl.store(out_ptr + out_offset + column[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)

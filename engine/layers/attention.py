@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from engine.kernels.dispatch import decode_attention, paged_attention
 from engine.kernels.paged import AttentionMetadata, KVCache
-from engine.layers.build import BuildContext
+from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.linear import RowLinear, qkv_linear
 from engine.layers.norm import RMSNorm
@@ -46,6 +47,23 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.window = config.window(layer)
         self.rotary = rotary
+        #: Of keys and of values in fp8. They are read once, on the host.
+        self._kv_scales = torch.ones(2)
+
+    def kv_scales(self) -> tuple[float, float]:
+        """What keys and values in fp8 are multiplied by; 1 if the checkpoint has no scales."""
+        key, value = self._kv_scales.tolist()
+        return key, value
+
+    def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        """Describe the scales of keys and values, where the checkpoint has some."""
+        own = ((f"{letter}_scale", f"{letter}_proj.{letter}_scale") for letter in "kv")
+        return [
+            WeightSlot(prefix + name, (1,), [((slice(0, 1),), self._kv_scales[index : index + 1])])
+            for index, both in enumerate(own)
+            for name in both
+            if prefix + name in names
+        ]
 
     def forward(
         self,

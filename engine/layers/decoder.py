@@ -109,6 +109,14 @@ class Decoder(nn.Module):
         width = config.projected_width
         self.projection = None if width is None else Linear(config.hidden_size, width, build)
 
+    def kv_scales(self) -> list[tuple[float, float]]:
+        """The factors of each layer's keys and values in fp8; 1 where the checkpoint has no scales."""
+        found = []
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            found.append((1.0, 1.0) if layer.self_attn is None else layer.self_attn.kv_scales())
+        return found
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Map token ids ``(T,)`` to embeddings ``(T, hidden_size)``."""
         embeds = self.embed_tokens(ids)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from engine.config import EngineConfig
+from engine.kernels.fp8 import FP8
 from engine.kernels.paged import KVCache
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.decoder_config import DecoderConfig
+
+
+def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of keys and values in the cache of a model of ``dtype``."""
+    return FP8 if config.kv_cache_dtype == "fp8" else dtype
 
 
 def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype, tp_size: int = 1) -> int:
@@ -41,7 +48,7 @@ def num_snapshots(config: EngineConfig, decoder: DecoderConfig, dtype: torch.dty
         return 0
     budget = config.state_snapshot_bytes
     if budget is None:
-        budget = num_blocks * block_bytes(decoder, config.block_size, dtype, size) // 3
+        budget = num_blocks * block_bytes(decoder, config.block_size, kv_dtype(config, dtype), size) // 3
     return budget // each
 
 
@@ -74,8 +81,16 @@ def allocate_caches(
     dtype: torch.dtype,
     device: torch.device,
     tp_size: int = 1,
+    *,
+    kv_dtype: torch.dtype | None = None,
+    kv_scales: Sequence[tuple[float, float]] = (),
 ) -> Caches:
     """Allocate the cache of every layer: keys and values, or ``num_states`` recurrent states.
+
+    Args:
+        dtype: of the model.
+        kv_dtype: of keys and values, if it is another.
+        kv_scales: the scales of each layer's keys and values, if they are in fp8.
 
     Keys and values are zeroed, because padded rows of captured graphs read block 0: whatever lay in memory
     could be NaN, and a masked NaN still poisons a dot product.
@@ -83,12 +98,13 @@ def allocate_caches(
     heads = max(1, config.num_kv_heads // tp_size)
     shape = (num_blocks, heads, block_size, config.head_dim)
 
-    def pair() -> KVCache:
-        return KVCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+    def pair(layer: int) -> KVCache:
+        keys, values = (torch.zeros(shape, dtype=kv_dtype or dtype, device=device) for _ in range(2))
+        return KVCache(keys, values, *(kv_scales[layer] if kv_scales else ()))
 
     net = config.delta_net
     if net is None:
-        return Caches([pair() for _ in range(config.num_layers)])
+        return Caches([pair(layer) for layer in range(config.num_layers)])
     rows = (len(config.linear_layers), num_states)
     conv = torch.zeros((*rows, net.conv_width - 1, net.channels(tp_size)), dtype=dtype, device=device)
     heads_here = net.value_heads // tp_size
@@ -96,7 +112,7 @@ def allocate_caches(
     states = {
         layer: StateCache(conv[index], recurrent[index]) for index, layer in enumerate(config.linear_layers)
     }
-    layers = [states[layer] if layer in states else pair() for layer in range(config.num_layers)]
+    layers = [states[layer] if layer in states else pair(layer) for layer in range(config.num_layers)]
     return Caches(layers, conv, recurrent)
 
 

@@ -18,8 +18,8 @@ _FP8 = "F8_E4M3"
 _SCALES = ("weight_scale", "weight_scale_inv")
 #: The tensors of all experts, whose names don't end in ``weight``.
 _OF_EXPERTS = r".*\.experts\.(?:gate_up|down)_proj"
-#: Scales of inputs and of the KV cache: rows get scales of their own, and the cache isn't rounded to fp8.
-_NOT_LOADED = r".*\.(?:(?:input|activation|q|k|v|kv_cache)_scale|weight_shape)"
+#: Scales of inputs and queries, which get scales of their own or none.
+_NOT_LOADED = r".*\.(?:(?:input|activation|q|kv_cache)_scale|weight_shape)"
 
 
 def rules_with_scales(rules: WeightRules, checkpoint: Checkpoint) -> WeightRules:

@@ -57,8 +57,8 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape).to(BF16)
 
 
-def kv_cache(kv_heads: int, dim: int) -> KVCache:
-    return KVCache(*noise(2, 2, kv_heads, 16, dim))
+def kv_cache(kv_heads: int, dim: int, dtype: torch.dtype = BF16) -> KVCache:
+    return KVCache(*noise(2, 2, kv_heads, 16, dim).to(dtype))
 
 
 def metadata(tokens: list[int], length: int, max_seq_len: int) -> AttentionMetadata:
@@ -232,6 +232,25 @@ def int4_weights() -> None:
     dequantise_int4_triton(**weight(4608, 3584, 128, True), dtype=BF16)
 
 
+def fp8_cache() -> None:
+    """Write, decode and prefill with keys and values in fp8."""
+    from engine.kernels.decode_attention import decode_attention_triton
+    from engine.kernels.fp8 import FP8
+    from engine.kernels.kv_write import rotary_kv_write_triton
+    from engine.kernels.paged_attention import paged_attention_triton
+
+    cache, angles = kv_cache(4, 128, FP8), torch.randn(64, 64)
+    table = RotaryTable(angles, angles, (16, 24, 24))
+    q, k, v = noise(64, 36, 128).split([28, 4, 4], dim=1)
+    positions, slots = torch.zeros(3, 64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64)
+    rotary_kv_write_triton(q, k, v, positions, table, cache, slots)
+    for count in (1, 64):
+        meta = metadata([1] * count, 1000, 4096)
+        arguments = (positions[:, :count], table, cache, meta)
+        decode_attention_triton(q[:count], k[:count], v[:count], *arguments, scale=0.1)
+    paged_attention_triton(q, cache, metadata([64], 1000, 1000), scale=0.1)
+
+
 def delta_net(tokens: list[int]) -> None:
     """A gated delta net of Qwen3.5-4B: a decode step, or prompt chunks."""
     from engine.kernels.causal_conv import causal_conv_triton
@@ -285,6 +304,7 @@ CASES: list[Callable[[], None]] = [
     partial(delta_net, [300, 1, 7]),
     fp8_weights,
     int4_weights,
+    fp8_cache,
     mixture_of_experts,
     # One program per SM, a few per SM, and many, which get smaller tiles and no split.
     lambda: decode(12, 2, 128, 1),
