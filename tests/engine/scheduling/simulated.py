@@ -6,6 +6,7 @@ its cache, and so its tokens.
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Collection, Sequence
 from hashlib import blake2b
 
@@ -30,7 +31,8 @@ IMAGE = 99
 
 def next_token(cells: list[tuple]) -> int:
     """The model: any change in any cell that it attends to changes the token."""
-    digest = blake2b(repr(cells).encode(), digest_size=4).digest()
+    # Version 2 writes equal values to equal bytes; later versions also write which objects are the same.
+    digest = blake2b(marshal.dumps(cells, 2), digest_size=4).digest()
     return int.from_bytes(digest, "little") % VOCAB
 
 
