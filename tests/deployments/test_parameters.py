@@ -1,5 +1,6 @@
 """Every parameter of the clients' types works, is refused by name, or is known to change nothing."""
 
+import json
 import re
 
 import pytest
@@ -205,11 +206,15 @@ async def test_what_is_not_offered_within_a_parameter_is_refused_by_name(http):
 async def test_fields_without_effect_within_a_parameter_change_nothing(http):
     fields = nested("no effect")
     assert len(fields) > 30
+    # Many fields leave the same body behind.
+    wanted: dict[str, list] = {}
     for path, field in fields:
         given = put(around(path, field), field, sample(field.hint, field.name))
-        assert await answers(http, path, given) == await answers(http, path, left_out(given, field)), (
-            field.path
-        )
+        without = left_out(given, field)
+        name = f"{path} {json.dumps(without, sort_keys=True)}"
+        if name not in wanted:
+            wanted[name] = await answers(http, path, without)
+        assert await answers(http, path, given) == wanted[name], field.path
 
 
 async def answers(http, path: str, given: dict) -> list:

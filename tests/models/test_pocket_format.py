@@ -1,6 +1,7 @@
 """The training's own preparation against Transformers' processor and model."""
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -97,12 +98,19 @@ def test_the_training_pass_is_transformers_forward(core: Tokenizer) -> None:
     check_pass(trainee, check_batches(core))
 
 
-@pytest.mark.parametrize("capture", [None, rerun], ids=["eager", "captured"])
-def test_passes_leave_the_gradients_of_each_batch(core: Tokenizer, capture: Capture | None) -> None:
+@dataclass
+class Taught:
+    """A model, and the loss and the gradients that PyTorch gives for each batch."""
+
+    trainee: Answerer
+    batches: list[dict[str, torch.Tensor]]
+    wanted: list[tuple[float, list[torch.Tensor | None]]]
+
+
+@pytest.fixture(scope="module")
+def taught(core: Tokenizer) -> Taught:
     torch.manual_seed(2)
-    trainee = Answerer(pocket_format.make_model(core))
-    batches = [*check_batches(core), *check_batches(core)[::-1]]
-    wanted = []
+    trainee, batches, wanted = Answerer(pocket_format.make_model(core)), check_batches(core), []
     for batch in batches:
         trainee.zero_grad()
         loss = trainee(batch)
@@ -110,8 +118,14 @@ def test_passes_leave_the_gradients_of_each_batch(core: Tokenizer, capture: Capt
         wanted.append(
             (loss.item(), [None if p.grad is None else p.grad.clone() for p in trainee.parameters()])
         )
+    return Taught(trainee, [*batches, *batches[::-1]], [*wanted, *wanted[::-1]])
+
+
+@pytest.mark.parametrize("capture", [None, rerun], ids=["eager", "captured"])
+def test_passes_leave_the_gradients_of_each_batch(taught: Taught, capture: Capture | None) -> None:
+    trainee = taught.trainee
     passes = Passes(trainee, torch.amp.GradScaler("cpu", init_scale=1.0), capture, patience=1)
-    for batch, (loss, gradients) in zip(batches, wanted, strict=True):
+    for batch, (loss, gradients) in zip(taught.batches, taught.wanted, strict=True):
         assert passes(batch).item() == pytest.approx(loss, rel=1e-5)
         for parameter, gradient in zip(trainee.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)

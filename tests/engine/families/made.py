@@ -27,6 +27,7 @@ class Made:
         self._folder, self._hub = folder, hub
         self._inputs: dict[Any, Inputs] = {}
         self._answers: dict[Any, Expected] = {}
+        self._scores: dict[Any, torch.Tensor] = {}
 
     @cached_property
     def path(self) -> Path:
@@ -48,6 +49,13 @@ class Made:
         if prompt.key not in self._answers:
             self._answers[prompt.key] = Expected(self.inputs(prompt), TOKENS)
         return self._answers[prompt.key]
+
+    def logprobs(self, prompt: CasePrompt, tokens: Sequence[int]) -> torch.Tensor:
+        """The reference's log-probabilities of a prompt and an answer, see :meth:`Inputs.logprobs`."""
+        key = prompt.key, tuple(tokens)
+        if key not in self._scores:
+            self._scores[key] = self.inputs(prompt).logprobs(tokens)
+        return self._scores[key]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -144,7 +152,7 @@ class Made:
             ours = torch.cat(
                 [torch.tensor([row[token].logprob for row, token in of_prompt]), _logprobs(completion)]
             )
-            theirs = self.inputs(prompt).logprobs(completion.token_ids)
+            theirs = self.logprobs(prompt, completion.token_ids)
             ours, theirs = ours[~theirs.isnan()], theirs[~theirs.isnan()]
             found.append(float((ours - theirs).norm() / (theirs - theirs.mean()).norm()))
         return found

@@ -116,9 +116,10 @@ def embeds_are_pixels(model: Made, hub: Made) -> None:
 def hub_layout(model: Made, hub: Made) -> None:
     """config.json, tensors and shards as in public checkpoints, with tied embeddings where small ones tie
     them; and what ends an answer, in this layout and in the other."""
-    hub.check(hub.llm(), hub.case.prompts())
+    llm = hub.llm()
+    hub.check(llm, hub.case.prompts())
     if not model.case.embeds:
-        hub.check_ends(hub.llm())
+        hub.check_ends(llm)
         model.check_ends(model.llm())
 
 
