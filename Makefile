@@ -22,10 +22,11 @@ serve: install
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/serve run $(ARGS) $(CONFIG)
 
 # Workers share the tests. Tests that start processes run one after another in one worker, and mostly wait: of three
-# workers two keep two cores busy. WORKERS=0: all in one process.
+# workers two keep two cores busy. WORKERS=0: all in one process. Compiled modules are kept, whatever the environment
+# says: tests start some hundred processes, and each would compile all modules again.
 WORKERS ?= 3
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # The pods of k8s/overlays/cpu-demo, as processes of this machine with networks of their own; needs root.
 PODS ?= tests/k8s
