@@ -58,8 +58,8 @@ def jpegs(size: tuple[int, int]) -> list[bytes]:
 
 def stage(path: str) -> Prepare:
     """Prepares by the preprocessor stage."""
-    from deployments.config import PreprocessorConfig
     from deployments.preprocessor import Preprocessor
+    from deployments.stage_config import PreprocessorConfig
     from engine.config import EngineConfig
     from engine.media.decode import ImageLimits
     from engine.media.guard import FetchPolicy

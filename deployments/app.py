@@ -7,7 +7,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from deployments.config import AppConfig, ModelSpec, Routing, StageConfig
+from deployments.config import AppConfig, ModelSpec
 from deployments.logs import LoggingConfig
 from deployments.ray_serve.hosts import FirstHostRouter, HostReplica
 from deployments.ray_serve.ingress import Ingress
@@ -18,6 +18,7 @@ from deployments.ray_serve.reservations import Host, check_reservation, known_ho
 from deployments.ray_serve.root import StagesRoot
 from deployments.ray_serve.routing import EncoderRouter, LanguageModelRouter
 from deployments.response_store import KeptResponses
+from deployments.stage_config import Routing, StageConfig
 from engine.errors import ConfigError
 from engine.frontend import load_media_processor, load_prompt_builder, load_retrieval
 

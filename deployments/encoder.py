@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from deployments.config import EncoderConfig
 from deployments.metrics.families import Family, Part
 from deployments.metrics.snapshots import encoder_families
 from deployments.metrics.stage import StageMeter
+from deployments.stage_config import EncoderConfig
 from deployments.stages import stopping_is_loss
 from deployments.tracing import Tracer
 from engine.config import EngineConfig

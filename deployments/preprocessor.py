@@ -8,9 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from deployments.config import PreprocessorConfig
 from deployments.metrics.families import Family, Part
 from deployments.metrics.stage import StageMeter
+from deployments.stage_config import PreprocessorConfig
 from deployments.stages import OpenFile
 from deployments.tasks import all_or_none
 from deployments.tracing import Tracer

@@ -52,7 +52,7 @@ SERVER_FLOORS = [
         "tasks",
         "threads",
     ],
-    ["direct", "resumption", "routing", "stages", "tools"],
+    ["direct", "resumption", "routing", "stage_config", "stages", "tools"],
     ["answer_format", "config", "request_log"],
     ["protocol"],
     ["charges"],

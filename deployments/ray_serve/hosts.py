@@ -14,12 +14,12 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 
-from deployments.config import LanguageModelConfig
 from deployments.in_place import InPlace
 from deployments.metrics.families import Part
 from deployments.ray_serve.process import prepare_process
 from deployments.ray_serve.replicas import LanguageModelReplica, leave
 from deployments.ray_serve.routing import LanguageModelRouter
+from deployments.stage_config import LanguageModelConfig
 from deployments.tracing import TracingConfig
 from engine.config import EngineConfig
 from engine.errors import Unavailable

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from ray import serve
 
-from deployments.config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
 from deployments.errors import logger
 from deployments.in_place import InPlace
 from deployments.metrics.families import Family, Part
@@ -34,6 +33,7 @@ from deployments.ray_serve.handoff import (
     pieces,
 )
 from deployments.ray_serve.process import prepare_process
+from deployments.stage_config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
 from deployments.stages import Generation, OpenFile, Pooling
 from deployments.tasks import all_or_none
 from deployments.tracing import Carrier, TracingConfig, current, make_tracer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import ray
 
-from deployments.config import StageConfig
+from deployments.stage_config import StageConfig
 from engine.errors import ConfigError
 
 #: Label of nodes that an autoscaler or KubeRay has started.

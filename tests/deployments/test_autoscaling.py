@@ -9,7 +9,7 @@ from ray.serve._private.gang_scheduling_autoscaling_policy import GangScheduling
 from ray.serve.config import AutoscalingConfig
 
 from deployments.autoscaling import SIGNALS, StagePolicy, autoscaling_config, targets_of, wanted
-from deployments.config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
+from deployments.stage_config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
 
 
 def context(running: float = 0, queued: float = 0, **signals) -> SimpleNamespace:

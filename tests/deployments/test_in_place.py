@@ -13,17 +13,11 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.access import KeyConfig
 from deployments.api import create_api, take_over
-from deployments.config import (
-    AppConfig,
-    EncoderConfig,
-    IngressConfig,
-    LanguageModelConfig,
-    PreprocessorConfig,
-    ReplayConfig,
-)
+from deployments.config import AppConfig, IngressConfig, ReplayConfig
 from deployments.in_place import InPlace, overlaid
 from deployments.ray_serve.ingress import Ingress
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
+from deployments.stage_config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
 from engine.errors import ConfigError
 from tests.deployments.asgi import AppTransport
 from tests.deployments.pictures import ask, circle, square

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from deployments.app import shared_stage
-from deployments.config import AppConfig, StageConfig
+from deployments.config import AppConfig
+from deployments.stage_config import StageConfig
 from tests.k8s.checks import Document, container, environment, groups, pods, reservable
 from tests.k8s.tools import rayservice
 

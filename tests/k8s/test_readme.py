@@ -10,7 +10,8 @@ from PIL import Image
 from ray.serve.schema import ServeDeploySchema
 
 from benchmarks.shapes import write_checkpoint
-from deployments.config import AppConfig, EncoderConfig, LanguageModelConfig
+from deployments.config import AppConfig
+from deployments.stage_config import EncoderConfig, LanguageModelConfig
 from engine.config import EngineConfig
 from engine.frontend import load_media_processor
 from tests.k8s import checks

@@ -2,8 +2,8 @@
 
 import pytest
 
-from deployments.config import LanguageModelConfig
 from deployments.ray_serve.reservations import Host, check_reservation, known_hosts
+from deployments.stage_config import LanguageModelConfig
 from engine.errors import ConfigError
 
 HOSTS = [

@@ -1,0 +1,230 @@
+"""Replicas, resources and options of each stage, a part of the arguments in ``serve_config.yaml``."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from deployments.autoscaling import autoscaling_config
+
+
+class StrictModel(BaseModel):
+    """A part of the configuration; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class StageConfig(StrictModel):
+    """Replicas, resources and placement of one deployment.
+
+    Attributes:
+        num_replicas: replicas, if not autoscaled.
+        autoscaling: Ray Serve's ``autoscaling_config``, e.g. ``{min_replicas: 1, max_replicas: 8}``, and
+            ``targets`` for the signals of :mod:`deployments.autoscaling`; a ``policy`` of one's own replaces
+            that. ``min_replicas: 0`` ends an idle stage; the next request waits for its start.
+        num_cpus: CPU cores that each replica reserves; a reservation, not a limit.
+        num_gpus: GPUs, or the share of one, that each replica reserves. A replica with 0 sees no GPU.
+        resources: further Ray resources by name.
+        label_selector: labels that a node must have, e.g. ``{sightline/stage: encode}``; values may be Ray's
+            conditions, such as ``in(a, b)`` or ``!a``.
+        env: environment variables of the replica's process, e.g. ``OMP_NUM_THREADS`` for work on CPUs.
+        max_ongoing_requests: requests that a replica works on at a time; further requests wait outside of it.
+        max_queued_requests: calls that may wait for a replica, for each ingress replica; further requests are
+            refused with 429. None leaves the limit to the ingress's ``max_active_requests``.
+        graceful_shutdown_timeout_s: how long a replica that is asked to stop may finish its requests.
+        max_surge_percent: replicas that an update may start before it stops old ones, in percent of their
+            number, rounded up. 0 stops old replicas first: for GPUs of which there is no spare one.
+            By default 100, or 0 for replicas that reserve a GPU.
+        health_check_period_s: how often Ray Serve asks a replica whether it is well. Three failures in a row
+            replace it.
+        health_check_timeout_s: how long a replica may take to say so.
+    """
+
+    #: Its name in :data:`deployments.autoscaling.SIGNALS`.
+    stage: ClassVar[str] = "ingress"
+    #: Fields that a running replica can take over, see :mod:`deployments.in_place`.
+    IN_PLACE: ClassVar[frozenset[str]] = frozenset()
+
+    num_replicas: PositiveInt = 1
+    autoscaling: dict[str, Any] | None = None
+    num_cpus: NonNegativeFloat = 0.1
+    num_gpus: NonNegativeFloat = 0.0
+    resources: dict[str, NonNegativeFloat] = {}
+    label_selector: dict[str, str] = {}
+    env: dict[str, str] = {}
+    max_ongoing_requests: PositiveInt = 64
+    max_queued_requests: PositiveInt | None = None
+    graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
+    max_surge_percent: int | None = Field(default=None, ge=0, le=100)
+    health_check_period_s: PositiveFloat = 10.0
+    health_check_timeout_s: PositiveFloat = 30.0
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _whole_gpus(cls, value: float) -> float:
+        if value > 1 and value % 1:
+            raise ValueError("a share of a GPU, or a whole number of them")
+        return value
+
+    @field_validator("autoscaling")
+    @classmethod
+    def _autoscaling_is_understood(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            # Imported here: an application in one process has no use for Ray.
+            from ray.serve.config import AutoscalingConfig
+
+            if unknown := value.keys() - AutoscalingConfig.model_fields.keys() - {"targets"}:
+                raise ValueError(f"Ray Serve's autoscaling_config has no field {sorted(unknown)[0]!r}")
+            AutoscalingConfig.model_validate(autoscaling_config(cls.stage, value))
+        return value
+
+    @field_validator("label_selector")
+    @classmethod
+    def _labels_are_understood(cls, value: dict[str, str]) -> dict[str, str]:
+        if value:
+            from ray._private.label_utils import validate_label_selector
+
+            if fault := validate_label_selector(value):
+                raise ValueError(fault)
+        return value
+
+    @property
+    def surge(self) -> int:
+        """``max_surge_percent``, or its default for this stage."""
+        if self.max_surge_percent is not None:
+            return self.max_surge_percent
+        return 0 if self.num_gpus else 100
+
+    def options(self) -> dict[str, Any]:
+        """The options of ``serve.deployment``."""
+        actor: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        if self.resources:
+            actor["resources"] = self.resources
+        if self.label_selector:
+            actor["label_selector"] = self.label_selector
+        if self.env:
+            actor["runtime_env"] = {"env_vars": self.env}
+        scale = (
+            {"num_replicas": self.num_replicas}
+            if self.autoscaling is None
+            else {"autoscaling_config": autoscaling_config(self.stage, self.autoscaling)}
+        )
+        return {
+            **scale,
+            # Not None, so that replicas are told when Serve's configuration no longer has one.
+            "user_config": {},
+            "ray_actor_options": actor,
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": -1 if self.max_queued_requests is None else self.max_queued_requests,
+            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
+            "max_surge_percent": self.surge,
+            "health_check_period_s": self.health_check_period_s,
+            "health_check_timeout_s": self.health_check_timeout_s,
+        }
+
+
+class PreprocessorConfig(StageConfig):
+    """Fetches and prepares images and videos.
+
+    Attributes:
+        threads: images that a replica decodes and resizes at a time.
+        video_processes: video files that a replica decodes at a time, each in a process of its own.
+        document_processes: documents that a replica reads at a time, likewise.
+        max_ongoing_requests: as for every stage. Most of them wait for hosts, which costs nothing: images
+            that come with their request must not wait for those.
+    """
+
+    stage: ClassVar[str] = "preprocessor"
+    IN_PLACE: ClassVar[frozenset[str]] = frozenset({"threads"})
+
+    threads: PositiveInt = 4
+    video_processes: PositiveInt = 2
+    document_processes: PositiveInt = 2
+    max_ongoing_requests: PositiveInt = 512
+
+
+#: How a request's replica is chosen: by what the replicas have seen and their load, or by load alone.
+Routing = Literal["content", "load"]
+
+
+class EncoderConfig(StageConfig):
+    """Turns images into embeddings.
+
+    Attributes:
+        max_batch_patches: the most patches in one launch, over all images of all requests.
+        cache_bytes: memory for embeddings of images seen before.
+        duty_cycle: the largest share of the time that a replica computes. Below 1 it rests after each launch,
+            so that a language model on the same GPU keeps its pace while images arrive. A launch is never
+            interrupted: ``max_batch_patches`` bounds the longest wait.
+        routing: ``content`` sends equal items to one replica, so that the caches of all replicas add up.
+    """
+
+    stage: ClassVar[str] = "encoder"
+    IN_PLACE: ClassVar[frozenset[str]] = frozenset({"max_batch_patches", "cache_bytes", "duty_cycle"})
+
+    max_batch_patches: PositiveInt = 32768
+    duty_cycle: float = Field(default=1.0, gt=0, le=1)
+    cache_bytes: int = Field(default=512 << 20, ge=0)
+    routing: Routing = "content"
+    max_ongoing_requests: PositiveInt = 256
+
+
+class LanguageModelConfig(StageConfig):
+    """Generates text. ``max_ongoing_requests`` should not be below the engine's ``max_num_seqs``
+    and the number of ingress replicas together: Ray Serve counts the stream of updates to each as a request.
+
+    Attributes:
+        routing: ``content`` sends prompts that begin alike to one replica, as far as its load allows.
+        hosts: hosts that share one copy of the model, each with as many ranks. They start together, and
+            when one is lost all are replaced. Replicas are counted in copies of the model; what a replica
+            reserves, each host reserves.
+        gpus_per_host: GPUs of each host, in place of ``num_gpus``. The engine's ``tensor_parallel_size``
+            follows: ``hosts`` times as many.
+    """
+
+    stage: ClassVar[str] = "language_model"
+
+    routing: Routing = "content"
+    max_ongoing_requests: PositiveInt = 512
+    graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
+    hosts: PositiveInt = 1
+    gpus_per_host: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gpus_are_those_of_a_host(cls, values: Any) -> Any:
+        gpus = values.get("gpus_per_host") if isinstance(values, dict) else None
+        if gpus is None:
+            return values
+        if values.get("num_gpus", gpus) != gpus:
+            raise ValueError(f"num_gpus is {values['num_gpus']}, but gpus_per_host is {gpus}: give only one")
+        return {**values, "num_gpus": gpus}
+
+    def options(self) -> dict[str, Any]:
+        """See :meth:`StageConfig.options`. Serve counts hosts, not copies of the model."""
+        options = super().options()
+        if self.hosts == 1:
+            return options
+        if "num_replicas" in options:
+            options["num_replicas"] *= self.hosts
+        else:
+            assert self.autoscaling is not None
+            scale = autoscaling_config(self.stage, self.autoscaling, gang_size=self.hosts)
+            scale = {"min_replicas": 1, "max_replicas": 1} | scale
+            for name in ("min_replicas", "max_replicas", "initial_replicas"):
+                if scale.get(name) is not None:
+                    scale[name] *= self.hosts
+            if "target_ongoing_requests" in scale:
+                # For a policy of one's own: Serve's take the mean over hosts, and the first has all requests.
+                scale["target_ongoing_requests"] /= self.hosts
+            options["autoscaling_config"] = scale
+        spread = {"gang_size": self.hosts, "gang_placement_strategy": "SPREAD"}
+        return options | {"gang_scheduling_config": spread}
