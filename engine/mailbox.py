@@ -5,12 +5,12 @@ import asyncio
 from engine.errors import SightlineError
 from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
 
-#: What a reader gets of a request: items of its stream, its vector, or the error that ended it.
+#: A result of a request: an update of its stream, its vector, or the error that ended it.
 Result = StreamUpdate | EmbeddingOutput | SightlineError
 
 
 class Mailbox:
-    """Updates that the reader hasn't taken yet, merged into one: a slow reader costs no memory."""
+    """Holds the updates that the reader hasn't taken yet, merged into one: a slow reader costs no memory."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -18,7 +18,7 @@ class Mailbox:
         self._error: SightlineError | None = None
 
     def put(self, result: Result) -> None:
-        """Add a result; an error as by :meth:`fail`."""
+        """Add a result. An error is passed to :meth:`fail`."""
         if isinstance(result, SightlineError):
             self.fail(result)
             return
@@ -28,15 +28,15 @@ class Mailbox:
         self._event.set()
 
     def fail(self, error: SightlineError) -> None:
-        """Have ``error`` raised behind the results so far, unless there is an error already."""
+        """Let :meth:`get` raise ``error`` after the results so far. The first error counts."""
         self._error = self._error or error
         self._event.set()
 
     async def get(self) -> StreamUpdate | EmbeddingOutput:
-        """Wait for a result that was not read yet.
+        """Wait for the next result.
 
         Raises:
-            SightlineError: the request failed, and every result before that was read.
+            SightlineError: the request failed, and all results before the error were read.
         """
         await self._event.wait()
         self._event.clear()
@@ -45,7 +45,7 @@ class Mailbox:
             try:
                 raise self._error
             finally:
-                # Its traceback keeps this frame: without this, it would keep itself.
+                # The error's traceback holds this frame; a reference back would keep both in memory.
                 self._error = None
         if self._error is not None:
             self._event.set()

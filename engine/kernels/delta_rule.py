@@ -19,7 +19,7 @@ from engine.kernels.paged import AttentionMetadata
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.recurrent_state import StateCache, first_tokens
 
-#: Tokens whose updates of the state are condensed into a few GEMMs.
+#: Tokens whose updates of the state are combined into a few GEMMs.
 CHUNK = 64
 #: Added to the sum of squares of a query or key.
 NORM_EPS = 1e-6

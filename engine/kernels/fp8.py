@@ -22,9 +22,9 @@ from engine.kernels.pdl import pdl_options, wait_for_previous
 FP8 = torch.float8_e4m3fn
 #: The largest number of the format.
 LARGEST = 448.0
-#: The least magnitude that counts as the largest of a row.
+#: Lower bound of a row's largest magnitude.
 _SMALLEST = 2.0**-100
-#: Numbers that a program takes at a time.
+#: Elements of a row that a program handles at a time.
 _TILE = 1024
 #: Longer rows are read twice to be rounded, since they don't fit in registers.
 _LONGEST_ROW = 1 << 15
@@ -32,10 +32,10 @@ _LONGEST_ROW = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What the numbers of an fp8 weight ``(N, K)`` are multiplied by.
+    """The factors of an fp8 weight ``(N, K)``.
 
     Attributes:
-        values: ``(N, G)`` float32, contiguous: for each output and each of ``G`` groups of inputs.
+        values: ``(N, G)`` float32, contiguous: one for each output and each of ``G`` groups of inputs.
         group: consecutive inputs of a group; a power of two if there are several groups.
         round_inputs: the rows that the weight is multiplied by may be rounded to fp8 too.
     """
@@ -171,5 +171,5 @@ def scaled_gemm(
 def dequantised_gemm(
     x: torch.Tensor, weight: torch.Tensor, scale: Scale, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Compute ``x @ (weight * scale).T + bias`` with the weight in the dtype of ``x`` for the moment."""
+    """Compute ``x @ (weight * scale).T + bias`` with the weight dequantised to the dtype of ``x`` for this call."""
     return F.linear(x, dequantise(weight, scale, x.dtype), bias)

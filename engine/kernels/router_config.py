@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """How a token's experts and their weights are computed from its ``E`` router logits, in float32.
+    """Options of the computation of a token's experts and their weights from its ``E`` router logits, in float32.
 
     In order: each expert's score is computed; the correction bias, if there is one, is added for the choice
     alone; of the groups of consecutive experts only the best are kept, by the sum of their two best

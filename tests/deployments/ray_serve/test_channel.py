@@ -31,7 +31,7 @@ def update(name: str, number: int, *, length: int = 3, rows: int = 0, last: bool
 
 
 class Stage:
-    """A language model that gives what a test puts into the mailboxes of its answers."""
+    """A language model whose answers are the results that a test puts into their mailboxes."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Mailbox] = {}
@@ -144,7 +144,7 @@ class World:
         return task
 
     async def begin(self, name: str) -> asyncio.Task:
-        """As :meth:`start`; returns once the replica works on it."""
+        """As :meth:`start`, but return once the replica works on the request."""
         task = self.start(name)
         await wait_until(lambda: name in self.answers, 60)
         return task

@@ -56,7 +56,7 @@ def states(meta: AttentionMetadata, dtype: torch.dtype) -> StateCache:
 
 
 def starts(meta: AttentionMetadata) -> list[bool]:
-    """Whether each sequence begins with its new tokens."""
+    """Mark the sequences that begin with their new tokens."""
     return (meta.seq_lens == meta.query_start.diff()).tolist()
 
 
