@@ -206,16 +206,28 @@ def _function(tool: Any, where: str) -> tuple[dict[str, Any], ToolSchema]:
     parameters = function.get("parameters")
     if parameters is None or parameters == {}:
         parameters = _NO_PARAMETERS
-    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+    if not isinstance(parameters, Mapping) or parameters.get("type", "object") not in ("object", ["object"]):
         raise InvalidRequest(
             f"{where}.function.parameters must be the JSON schema of an object.",
             param=f"{where}.function.parameters",
         )
-    schema = {"type": "object", **parameters}
+    _check_object(parameters, f"{where}.function.parameters")
+    schema = {**parameters, "type": "object"}
     if function.get("strict") is not False:
         schema = close_objects(schema)
     shown = {key: value for key, value in function.items() if value is not None and key != "strict"}
     return {"type": "function", "function": {**shown, "parameters": parameters}}, ToolSchema(name, schema)
+
+
+def _check_object(parameters: Mapping[str, Any], where: str) -> None:
+    """Check what every format of calls reads of a schema."""
+    if not isinstance(parameters.get("properties"), Mapping | None):
+        raise InvalidRequest(f"{where}.properties must be an object.", param=f"{where}.properties")
+    required = parameters.get("required")
+    if required is not None and not (
+        isinstance(required, list) and all(isinstance(name, str) for name in required)
+    ):
+        raise InvalidRequest(f"{where}.required must be a list of names.", param=f"{where}.required")
 
 
 def _choice(given: Any, names: set[str]) -> tuple[Literal["none", "auto", "required"], frozenset[str] | None]:

@@ -107,10 +107,14 @@ def _log_unknown(body: str, part: type[Part], given: Mapping[str, Any], where: s
             _log_unknown(body, parts[name], given[name], f"{where}{name}.")
 
 
+def _is_field(name: str) -> bool:
+    return name.isidentifier() and name not in ("str", "int", "float", "bool")
+
+
 def _explained(error: ValidationError) -> BadBody:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     # Names of a union's branches are no fields.
-    parts = [part for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    parts = [part for part in first["loc"] if isinstance(part, int) or _is_field(str(part))]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and message.partition(" ")[0] in error.title:

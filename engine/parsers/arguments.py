@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 #: Keywords whose value is data or text, and keywords whose value is a mapping from names to schemas.
 _DATA = frozenset({"const", "default", "enum", "examples", "description", "title"})
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+
+#: What may stand beside a reference without saying more about values.
+_BESIDE = frozenset({"$ref", "$defs", "definitions", "type", "title", "description", "default", "examples"})
+
+#: Levels of ``allOf`` within ``allOf``; a part may refer to the whole.
+_MOST_NESTED = 8
 
 
 def standalone(root: Mapping[str, Any], schema: Any) -> Any:
@@ -20,6 +27,8 @@ def standalone(root: Mapping[str, Any], schema: Any) -> Any:
     pending: list[str] = []
 
     def name(reference: str) -> str:
+        if _target(root, reference) is None:
+            return reference
         if reference not in names:
             names[reference] = f"#/$defs/{len(names)}"
             pending.append(reference)
@@ -28,9 +37,7 @@ def standalone(root: Mapping[str, Any], schema: Any) -> Any:
     own = _renamed(schema, name)
     while pending:
         reference = pending.pop()
-        target = _target(root, reference)
-        if target is not None:
-            found[names[reference].rpartition("/")[2]] = _renamed(target, name)
+        found[names[reference].rpartition("/")[2]] = _renamed(_target(root, reference), name)
     if not names:
         return schema
     return {
@@ -47,11 +54,50 @@ def resolved(root: Mapping[str, Any], schema: Any) -> Mapping[str, Any]:
     seen: set[str] = set()
     while isinstance(schema, Mapping):
         reference = schema.get("$ref")
-        if not isinstance(reference, str) or schema.keys() - {"$ref"} - _DATA or reference in seen:
+        if not isinstance(reference, str) or schema.keys() - _BESIDE or reference in seen:
             return schema
         seen.add(reference)
         schema = _target(root, reference)
     return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of a function.
+
+    Attributes:
+        schema: a part of the parameters' schema.
+        required: whether every call has it.
+    """
+
+    schema: Any
+    required: bool
+
+
+def arguments_of(root: Mapping[str, Any]) -> dict[str, Argument]:
+    """The arguments of a function by their names, in the order of its schema.
+
+    They are those of the schema that ``root`` refers to, and of the parts of its ``allOf``. One that is
+    required and not described has the schema of all others.
+    """
+    properties: dict[str, Any] = {}
+    required: dict[str, None] = {}
+    others: Any = True
+    for part in _conjuncts(root, root):
+        properties |= part.get("properties") or {}
+        required |= dict.fromkeys(part.get("required") or ())
+        others = part.get("additionalProperties") or others
+    properties |= {name: others for name in required if name not in properties}
+    return {name: Argument(schema, name in required) for name, schema in properties.items()}
+
+
+def _conjuncts(root: Mapping[str, Any], schema: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """``schema`` resolved, and the parts of its ``allOf``."""
+    found = resolved(root, schema)
+    yield found
+    if depth < _MOST_NESTED:
+        for part in found.get("allOf") or ():
+            yield from _conjuncts(root, part, depth + 1)
 
 
 def text_choices(schema: Mapping[str, Any]) -> list[str] | None:

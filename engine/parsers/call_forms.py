@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llguidance
 
-from engine.parsers.arguments import is_text, resolved, standalone, text_choices
+from engine.parsers.arguments import arguments_of, is_text, resolved, standalone, text_choices
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
 
 
@@ -41,13 +42,11 @@ def embedded(schema: Any, layout: Mapping[str, Any] = _SPACING) -> str:
 
 def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """A tag for each parameter, in the schema's order."""
-    properties = tool.parameters.get("properties") or {}
-    required = set(tool.parameters.get("required") or ())
     parts = []
-    for place, (key, schema) in enumerate(properties.items()):
+    for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
         tag = rules.special.literal(f"<parameter={key}>\n")
-        part = f"{tag} {_xml_value(rules, tool.parameters, schema, f'value_{number}_{place}')}"
-        parts.append(part if key in required else f"({part})?")
+        part = f"{tag} {_xml_value(rules, tool.parameters, each.schema, f'value_{number}_{place}')}"
+        parts.append(part if each.required else f"({part})?")
     parts.append(rules.special.literal("</function>\n</tool_call>"))
     return rules.add(f"parameters_{number}", " ".join(parts))
 
@@ -102,14 +101,18 @@ XML_CALL = CallForm(lambda name: f"\n<function={name}>\n", _xml_arguments)
 
 
 def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
-    """``key=value, ...)`` with the arguments in the schema's order."""
-    properties = tool.parameters.get("properties") or {}
-    required = set(tool.parameters.get("required") or ())
+    """``key=value, ...)`` with the arguments in the schema's order.
+
+    A key that is no Python name stands in ``**{"key": value}``.
+    """
     literal = rules.special.literal
-    entries = [
-        (f"{literal(key + '=')} ({_python_value(tool.parameters, schema)})", key in required)
-        for key, schema in properties.items()
-    ]
+    entries = []
+    for key, each in arguments_of(tool.parameters).items():
+        begin, end = f"{key}=", ""
+        if not key.isidentifier() or keyword.iskeyword(key):
+            begin, end = f"**{{{json.dumps(key, ensure_ascii=False)}: ", literal("}")
+        value = f"({_python_value(tool.parameters, each.schema)})"
+        entries.append((f"{literal(begin)} {value} {end}".strip(), each.required))
     return f"{_in_order(rules, f'arguments_{number}', entries)} {literal(')')}".strip()
 
 

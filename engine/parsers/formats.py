@@ -103,9 +103,7 @@ TOOL_FORMATS = {
             "pythonic",
             (("<|python_start|>", "[func_name1(params_name1=params_value1"),),
             lambda schemas: PythonicCalls(),
-            CallLayout(
-                "", PYTHON_CALL, "[", ", ", "]", refused_start=r"[ \t\r\n]*\[[a-zA-Z_][a-zA-Z0-9_.]*\("
-            ),
+            CallLayout("", PYTHON_CALL, "[", ", ", "]", refused_start=r"[ \t\r\n]*\[[a-zA-Z0-9_.:-]+\("),
             anywhere=False,
         ),
     )

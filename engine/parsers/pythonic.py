@@ -190,7 +190,7 @@ class _CallScan:
                     return "call", index + 1
                 if depth < 0:
                     return "broken", index
-            elif depth == 0 and not (character.isalnum() or character in "_.-"):
+            elif depth == 0 and not (character.isalnum() or character in "_.:-"):
                 return "broken", index
         return None
 
@@ -201,9 +201,15 @@ def _parsed(text: str) -> tuple[str, str] | None:
     try:
         node = ast.parse("f(" + arguments, mode="eval").body
         assert isinstance(node, ast.Call)
-        if node.args or any(keyword.arg is None for keyword in node.keywords):
+        if node.args:
             return None
-        values = {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+        values: dict[str, Any] = {}
+        for keyword in node.keywords:
+            value = _literal(keyword.value)
+            if keyword.arg is None and not isinstance(value, dict):
+                return None
+            # ``**{...}`` holds arguments whose names are no Python names.
+            values |= value if keyword.arg is None else {keyword.arg: value}
         return name.strip(), json.dumps(values, ensure_ascii=False, allow_nan=False)
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, AssertionError):
         return None

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.parsers.arguments import is_text, resolved
+from engine.parsers.arguments import Argument, arguments_of, is_text, resolved
 from engine.parsers.events import (
     CallArguments,
     CallStart,
@@ -40,6 +40,7 @@ class QwenXmlCalls(SteppedParser):
         self._between = self._visible = False
         self._name = ""
         self._keys: list[str] = []
+        self._arguments: dict[str, Argument] = {}
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
@@ -79,6 +80,7 @@ class QwenXmlCalls(SteppedParser):
         self._name = self._buffer[position + len(_FUNCTION) : name_end].strip()
         self._buffer = self._buffer[name_end + 1 :]
         self._keys = []
+        self._arguments = arguments_of(self._schemas.get(self._name, {}))
         self._state = "function"
         events += [CallStart(self._calls, self._name), CallArguments(self._calls, "{")]
         return True
@@ -105,11 +107,12 @@ class QwenXmlCalls(SteppedParser):
             self._calls += 1
             self._state, self._between = "text", True
             return True
-        key_end = self._buffer.find(">", position)
         value_end = self._buffer.find(_PARAMETER_END, position)
+        key_end = self._key_end(position + len(_PARAMETER))
         if key_end < 0 or value_end < 0:
             return False
-        key = self._buffer[position + len(_PARAMETER) : key_end].strip()
+        key = self._buffer[position + len(_PARAMETER) : key_end]
+        key = key if key in self._arguments else key.strip()
         value = self._buffer[key_end + 1 : value_end].removeprefix("\n").removesuffix("\n")
         self._buffer = self._buffer[value_end + len(_PARAMETER_END) :]
         if key not in self._keys:
@@ -119,11 +122,15 @@ class QwenXmlCalls(SteppedParser):
             events.append(CallArguments(self._calls, text))
         return True
 
+    def _key_end(self, start: int) -> int:
+        """Return the place of the ``>`` behind a key, -1 if it isn't there. Known keys may hold one."""
+        known = [key for key in self._arguments if self._buffer.startswith(f"{key}>", start)]
+        return start + len(max(known, key=len)) if known else self._buffer.find(">", start)
+
     def _json(self, key: str, value: str) -> str:
-        root = self._schemas.get(self._name, {})
-        properties = root.get("properties")
-        schema = properties.get(key) if isinstance(properties, Mapping) else None
-        if not is_text(resolved(root, schema)):
+        argument = self._arguments.get(key)
+        schema = None if argument is None else argument.schema
+        if not is_text(resolved(self._schemas.get(self._name, {}), schema)):
             try:
                 json.loads(value, parse_constant=_refuse)
                 return value.strip()

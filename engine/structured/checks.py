@@ -26,7 +26,8 @@ def check_spec(spec: StructuredSpec) -> None:
         schema = _parse(spec)
         if not isinstance(schema, dict):
             raise _refused(spec, "a JSON schema must be an object")
-        _check_tree(spec, schema)
+        if reason := oversize(schema):
+            raise _refused(spec, reason)
     elif spec.kind == "choice":
         choices = _parse(spec)
         if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
@@ -60,16 +61,17 @@ def _parse(spec: StructuredSpec) -> Any:
         raise _refused(spec, reason) from None
 
 
-def _check_tree(spec: StructuredSpec, schema: dict[str, Any]) -> None:
+def oversize(schema: Any) -> str | None:
+    """Why a schema is nested too deeply or has too many values; None if neither."""
     level: list[Any] = [schema]
     nodes = depth = 0
     while level:
         depth += 1
         nodes += len(level)
         if depth > MAX_SCHEMA_DEPTH:
-            raise _refused(spec, f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+            return f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels"
         if nodes > MAX_SCHEMA_NODES:
-            raise _refused(spec, f"it has more than {MAX_SCHEMA_NODES} values")
+            return f"it has more than {MAX_SCHEMA_NODES} values"
         children: list[Any] = []
         for node in level:
             if isinstance(node, dict):
@@ -77,3 +79,4 @@ def _check_tree(spec: StructuredSpec, schema: dict[str, Any]) -> None:
             elif isinstance(node, list):
                 children.extend(node)
         level = children
+    return None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from engine.structured.checks import GrammarRefused
+from engine.structured.checks import GrammarRefused, oversize
 from engine.structured.formats import BOUNDED_FORMATS
 
 Schema = dict[str, Any]
@@ -75,6 +75,9 @@ _PLAINER: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
         r"$ref names '\1', which is not fetched; put the schema under $defs",
     ),
     (re.compile(r"; following special tokens are available.*"), ""),
+    # Where in a grammar it is. Most grammars are not the caller's own; a short message has no lines.
+    (re.compile(r"at \d+\(\d+\): (failed to compile JSON schema: |invalid regex .* \(in regex\): )"), ""),
+    (re.compile(r"(?<!^)\s\d+ \| .*"), ""),
     (re.compile(r"regex parse error:.*error: (.*)"), r"a pattern is no regular expression: \1"),
 ]
 
@@ -102,22 +105,31 @@ _OPENNESS = ("additionalProperties", "patternProperties", "unevaluatedProperties
 def close_objects(schema: Any) -> Any:
     """Return a copy in which objects have only the properties that they name, as in OpenAI's strict mode.
 
-    Objects that say themselves whether they may have more stay as they are, and so do those that name none.
-    The parts of ``allOf`` stay open: each would refuse the properties of the others.
+    Objects that say themselves whether they may have more stay as they are, and so do those that name none or
+    require others.
+    The parts of ``allOf`` stay open: each would refuse the properties of the others. A schema that is larger
+    than schemas may be stays as it is.
     """
+    return schema if oversize(schema) else _closed(schema)
+
+
+def _closed(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     found = {}
     for key, value in schema.items():
         if key in _IN_LIST and isinstance(value, list) and key != "allOf":
-            value = [close_objects(entry) for entry in value]
+            value = [_closed(entry) for entry in value]
         elif key in _IN_NAMES and isinstance(value, dict):
-            value = {name: close_objects(entry) for name, entry in value.items()}
+            value = {name: _closed(entry) for name, entry in value.items()}
         elif key in _IN_SCHEMA:
-            value = close_objects(value)
+            value = _closed(value)
         found[key] = value
-    if isinstance(schema.get("properties"), dict) and not any(key in schema for key in _OPENNESS):
-        found["additionalProperties"] = False
+    properties, required = schema.get("properties"), schema.get("required")
+    if isinstance(properties, dict) and not any(key in schema for key in _OPENNESS):
+        others = [name for name in required if name not in properties] if isinstance(required, list) else []
+        if not others:
+            found["additionalProperties"] = False
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from engine.sampling_params import StructuredSpec
-from engine.structured.checks import GrammarRefused, check_spec, refusal
+from engine.structured.checks import GrammarRefused, check_spec, oversize, refusal
 from engine.structured.json_schema import Schema, literals, plainer, prepare_schema
 from engine.text.spelling import Speller
 
@@ -38,9 +38,12 @@ def checked_schema(schema: Mapping[str, Any]) -> Schema:
     Raises:
         InvalidRequest: it is larger than a schema may be, or llguidance lacks a keyword that it uses.
     """
-    spec = StructuredSpec(kind="json_schema", text=json.dumps(schema))
-    check_spec(spec)
+    reason = oversize(schema)
+    spec = StructuredSpec(kind="json_schema", text="" if reason else json.dumps(schema))
     try:
+        if reason:
+            raise GrammarRefused(reason)
+        check_spec(spec)
         prepared = prepare_schema(dict(schema))
         _text(prepared)
     except GrammarRefused as error:

@@ -188,6 +188,8 @@ async def test_a_wrong_value_of_any_field_is_refused_by_its_own_name(http, path)
             assert re.search(rf"\b{field}\b", error["message"]), (field, error)
         else:
             assert re.match(rf"{field}\b", error["param"]), (field, error)
+            # The types that it may have are no fields.
+            assert not re.search(r"\.(str|int|float|bool)\b", error["param"]), (field, error)
 
 
 async def test_what_is_not_offered_within_a_parameter_is_refused_by_name(http):

@@ -42,6 +42,16 @@ TOOLS = [{"type": "function", "function": REPORT}, {"type": "function", "functio
             None,
             "tools[0].function.description",
         ),
+        (
+            [{"type": "function", "function": {"name": "f", "parameters": {"properties": [1]}}}],
+            None,
+            "tools[0].function.parameters.properties",
+        ),
+        (
+            [{"type": "function", "function": {"name": "f", "parameters": {"required": 5}}}],
+            None,
+            "tools[0].function.parameters.required",
+        ),
         ([TOOLS[0], TOOLS[0]], None, "tools[1].function.name"),
         (TOOLS * 65, None, "tools"),
         (TOOLS, "sometimes", "tool_choice"),
@@ -188,6 +198,17 @@ def test_a_schema_that_no_grammar_can_follow_is_refused_by_its_field(read, param
     assert refused.value.param == param
     # Another function may be called, or the answer has a format of its own: the schema isn't needed.
     assert HERMES.constraint(use, StructuredSpec(kind="regex", text="a"), "") is not None
+
+
+@pytest.mark.parametrize("levels", [40, 150, 300])
+def test_a_schema_that_is_nested_too_deeply_is_refused(levels):
+    schema: dict = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    use = read_tools([{"type": "function", "function": {"name": "f", "parameters": schema}}], None, None)
+    with pytest.raises(InvalidRequest, match="nested deeper than 64 levels") as refused:
+        HERMES.constraint(use, None, "")
+    assert refused.value.param == "tools[0].function.parameters"
 
 
 def test_a_regex_behind_a_thought_may_hold_slashes():

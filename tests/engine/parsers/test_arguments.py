@@ -77,6 +77,42 @@ def test_arguments_follow_schemas_that_refer_to_each_other(found):
         assert finished or "pattern" in schema, name
 
 
+#: Schemas of all arguments of a function.
+FUNCTIONS = {
+    "reference": {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"a": DIGIT}, "required": ["a"]}}},
+    "parts": {
+        "allOf": [
+            {"properties": {"a": {"type": "boolean"}}, "required": ["a"]},
+            {"$ref": "#/$defs/B"},
+        ],
+        "$defs": {"B": {"properties": {"b": DIGIT}, "required": ["b"]}},
+    },
+    "required beside": {"properties": {"a": DIGIT}, "required": ["b", "a"], "additionalProperties": DIGIT},
+    "keys that are no names": {
+        "properties": {"a-b c": DIGIT, "class": DIGIT, 'a>b\n"c': {"enum": ["x"]}, "a>b": DIGIT, "1": DIGIT},
+        "required": ["a-b c", "class", 'a>b\n"c', "a>b", "1"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.mark.parametrize("found", TOOL_FORMATS.values(), ids=lambda found: found.name)
+@pytest.mark.parametrize("given", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_all_arguments_that_are_required_come(found, given):
+    words = vocabulary("tokens")
+    tools = [ToolSchema("my-tool.x:1", {"type": "object", **given})]
+    grammar = tool_grammar(found.layout, tools, words.special, choice="required", parallel=False)
+    finished = 0
+    for seed in range(4):
+        walk = words.walk(grammar, seed)
+        if walk.finished:
+            ((name, arguments),) = joined(found.parser({"my-tool.x:1": given}), [walk.text])["calls"]
+            assert name == "my-tool.x:1"
+            jsonschema.validate(json.loads(arguments), given)
+            finished += 1
+    assert finished or "allOf" in given
+
+
 def test_a_part_stands_alone_with_all_that_it_refers_to():
     root = parameters({"$ref": "#/$defs/Point", "title": "#/x"})
     alone = standalone(root, root["properties"]["value"])
@@ -85,6 +121,8 @@ def test_a_part_stands_alone_with_all_that_it_refers_to():
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, alone)
     assert standalone(root, DIGIT) is DIGIT
+    missing = {"$ref": "#/$defs/Nothing"}
+    assert standalone(root, missing) is missing
     whole = standalone({"type": "array", "items": {"$ref": "#"}}, {"$ref": "#"})
     jsonschema.validate([[], [[]]], whole)
     with pytest.raises(jsonschema.ValidationError):

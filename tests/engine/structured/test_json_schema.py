@@ -1,6 +1,7 @@
 """JSON schemas: what is followed, and what is refused with the keyword named and advice."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import jsonschema
@@ -76,6 +77,20 @@ def test_a_grammar_that_names_an_unknown_token_is_refused_plainly(compiler):
     with pytest.raises(InvalidRequest, match='unknown special token: "<nothing>"') as caught:
         compiler.compile(StructuredSpec(kind="grammar", text="start: <nothing>"))
     assert "⟦" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("lark", "message"),
+    [
+        ('start: %json {"$ref": "#/x"}', r"\$ref points to '/x', which is not there"),
+        ("start: a\na: /(?=a)b/", "a pattern is no regular expression: look-around, .*, is not supported"),
+        ("start: x", 'at 1\\(8\\): unknown name: "x"'),
+    ],
+)
+def test_a_message_shows_no_lines_of_a_grammar(compiler, lark, message):
+    with pytest.raises(InvalidRequest) as caught:
+        compiler.compile(StructuredSpec(kind="grammar", text=lark))
+    assert re.fullmatch(rf"The grammar is refused: {message}\.", caught.value.message)
 
 
 CHEF, COLOUR = closed(kind={"const": "chef"}, age={"type": "integer"}), closed(kind={"enum": ["red", "blue"]})
