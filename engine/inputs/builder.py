@@ -108,18 +108,39 @@ class PromptBuilder:
                 in their document's place.
 
         Raises:
-            InvalidRequest: there is no template, it refuses the messages, or the placeholders that it prints
-                don't fit the items.
+            InvalidRequest: there is no template, it refuses the messages, something is nested too deeply, or
+                the placeholders that it prints don't fit the items.
         """
         self.check_messages(messages, len(items))
         messages, items = spread(messages, items)
         in_order = [
             part.index for message in messages for part in message.parts if isinstance(part, MediaPart)
         ]
+        try:
+            text, stand_ins = self._rendered(
+                messages,
+                list(tools or ()),
+                dict(template_kwargs or {}),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        except RecursionError:
+            raise InvalidRequest(
+                "A tool, the arguments of a call or an option of the template is nested too deeply.",
+                param="messages",
+            ) from None
+        bos = self.tokenizer.token_text("bos_token")
+        add_special = bool(self._placeholders.kinds) and not (bos and text.startswith(bos))
+        return self._build(text, stand_ins, [items[i] for i in in_order], add_special, cache_salt, "messages")
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: list[Any], options: dict[str, Any], **generation: bool
+    ) -> tuple[str, StandIns]:
+        """Return the chat template's text, and the characters in it that stand for control strings."""
         assert self.template is not None and self._forms is not None
         with_tools = bool(tools)
         protected, stand_ins = self._control.protect(
-            [_written(message) for message in messages], list(tools or ()), dict(template_kwargs or {})
+            [_written(message) for message in messages], tools, options
         )
         conversation = [
             self._protected(message, texts, with_tools)
@@ -127,14 +148,11 @@ class PromptBuilder:
         ]
         text = self.template.render(
             self._forms.arrange(conversation, with_tools=with_tools),
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
             tools=protected[1] or None,
             options=protected[2],
+            **generation,
         )
-        bos = self.tokenizer.token_text("bos_token")
-        add_special = bool(self._placeholders.kinds) and not (bos and text.startswith(bos))
-        return self._build(text, stand_ins, [items[i] for i in in_order], add_special, cache_salt, "messages")
+        return text, stand_ins
 
     def from_text(
         self,

@@ -36,7 +36,10 @@ def embedded(schema: Any, layout: Mapping[str, Any] = _SPACING) -> str:
     Args:
         layout: llguidance's options for the text between the parts of JSON.
     """
-    spaced = {**schema, "x-guidance": layout} if isinstance(schema, Mapping) else schema
+    # ``True`` is the schema of any value.
+    spaced = {"x-guidance": layout} if schema is True else schema
+    if isinstance(schema, Mapping):
+        spaced = {**schema, "x-guidance": layout}
     return f"%json {json.dumps(spaced, ensure_ascii=False)}"
 
 

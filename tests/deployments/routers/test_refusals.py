@@ -260,3 +260,33 @@ async def test_an_unknown_field_is_logged_once(http, caplog):
     assert [record.getMessage() for record in caplog.records].count(
         "the unknown field 'never_heard_of' is ignored"
     ) == 1
+
+
+def nested(levels: int, inner: dict) -> dict:
+    for _ in range(levels):
+        inner = {"type": "object", "properties": {"a": inner}}
+    return inner
+
+
+DEEP = [
+    lambda deep: {"tool_choice": "required", "tools": [
+        {"type": "function", "function": {"name": "f", "parameters": deep}}]},
+    lambda deep: {"messages": [*HELLO, {"role": "assistant", "tool_calls": [
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps(deep)}}]}]},
+    lambda deep: {"chat_template_kwargs": {"a": deep}},
+    lambda deep: {"response_format": {"type": "json_schema", "json_schema": {"name": "f", "schema": deep}}},
+    lambda deep: {"metadata": deep, "unheard_of": deep},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", DEEP, ids=["tool", "arguments", "options", "format", "unread"])
+@pytest.mark.parametrize("levels", [90, 300, 450])
+async def test_deep_nesting_is_never_a_fault_of_the_server(http, made, levels):
+    given = {
+        "model": "pocket",
+        "messages": HELLO,
+        "max_tokens": 2,
+        **made(nested(levels, {"type": "string"})),
+    }
+    status, body = await post(http, given)
+    assert status == 200 or (status == 400 and "nested" in body["error"]["message"]), body
