@@ -203,7 +203,7 @@ def tried_tiles() -> list[int]:
 @pytest.mark.parametrize("programs", tried_tiles())
 @pytest.mark.parametrize("case", ["many", "one long", "two, seven heads", "head of 96"])
 def test_every_tile(device, dtype, case, programs, splits, monkeypatch):
-    monkeypatch.setattr(module, "choose_tile", lambda *_: replace(TILES[programs], splits=splits))
+    monkeypatch.setattr(module, "choose_tile", lambda *_, **__: replace(TILES[programs], splits=splits))
     run(problem(device, dtype, **CASES[case]))
 
 
