@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.chaos.load import Load, Report
-from tests.chaos.victims import Killer
+from tests.chaos.victims import INGRESS, Killer, processes_of
 from tests.metrics import is_idle, scraped
-from tests.serving import UNDER_LOAD, Served, served_application, wait_for
+from tests.serving import UNDER_LOAD, Served, served_application, wait_for, wait_until
 
 
 def on_cpus(args: dict[str, Any]) -> None:
@@ -64,11 +66,18 @@ def application(
         yield served
 
 
-async def killed_under_load(load: Load, killer: Killer, seconds: float, least: int = 2) -> Report:
-    """Kill processes under load, and return what became of the requests; arguments as :meth:`Killer.run`."""
+async def killed_under_load(
+    load: Load, killer: Killer, seconds: float, least: int = 2, answers: int = 0
+) -> Report:
+    """Kill processes under load, and return what became of the requests; arguments as :meth:`Killer.run`.
+
+    Args:
+        answers: the load goes on until at least this many requests are answered.
+    """
     began = time.monotonic()
     running = asyncio.ensure_future(load.run())
     await killer.run(seconds, load.report.answered.total, least)
+    await wait_until(lambda: running.done() or load.report.answered.total() >= answers, 600)
     load.stopping = True
     report = await running
     print(
@@ -80,11 +89,20 @@ async def killed_under_load(load: Load, killer: Killer, seconds: float, least: i
 
 
 def stored(served: Served) -> list[str]:
-    """References to objects that a process has put into the store: pixels and embedding rows."""
+    """References to objects that a process has put into the store (pixels and embedding rows), each with the
+    process that keeps it."""
     from ray._private.internal_api import memory_summary
 
     # Ids of results count from 1, those of objects that were put from 100 million; little-endian.
-    return re.findall(r".*[0-9a-f]{2}e1f505\b.*", memory_summary(served.cluster))
+    found = re.findall(r".*[0-9a-f]{2}e1f505\b.*", memory_summary(served.cluster))
+    return [f"{_title(int(line.split('|')[1]))}: {line}" for line in found]
+
+
+def _title(pid: int) -> str:
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess:
+        return "ended"
 
 
 def wait_until_nothing_is_left(served: Served) -> None:
@@ -101,3 +119,18 @@ def wait_until_nothing_is_left(served: Served) -> None:
         wait_for(nothing)
     except AssertionError:
         raise AssertionError("objects are left in the store:\n" + "\n".join(left)) from None
+
+
+@contextmanager
+def as_before(served: Served) -> Iterator[None]:
+    """Check after the block, in which processes of stages are killed, that no stage holds anything of any
+    request, and that the ingress has about as many connections and as much memory as before. Use everything
+    once before the block: then only leaks grow."""
+    (pid,) = processes_of(served, INGRESS)
+    ingress = psutil.Process(pid)
+    connections, memory = len(ingress.net_connections()), ingress.memory_info().rss
+    yield
+    wait_for(lambda: is_idle(scraped(served.root)))
+    # Every replica has connections of its own; those of dead replicas are closed.
+    wait_for(lambda: len(ingress.net_connections()) <= connections + 8)
+    assert ingress.memory_info().rss <= memory + (100 << 20)
