@@ -2,6 +2,7 @@
 
 python -m benchmarks [autoscaling_sim] [channel] [ends] [host] [ingress] [kernels] [load] [media_memory]
     [memory] [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
+    [windows]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "media_memory": ("", "--requests 300"),
     "slow_hosts": ("", "--images 5 --rounds 1"),
     "tiles": ("", ""),
+    "windows": ("", "--contexts 32768 --gib 20"),
     "autoscaling_sim": ("", "--trace nightly"),
     "overload": ("", "--levels 1,10 --seconds 2 --rounds 1"),
     "routing": ("", "--requests 60 --replicas 2"),

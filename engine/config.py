@@ -33,7 +33,8 @@ class EngineConfig(BaseModel):
             the checkpoint's scales, or 1 where it has none; ``auto`` keeps them in the model's dtype.
         max_model_len: longest prompt plus completion, in tokens; the model's own limit if None.
         block_size: tokens per KV block.
-        num_kv_blocks: KV blocks; None measures free memory (GPU) or takes ``kv_cache_bytes`` (CPU).
+        num_kv_blocks: KV blocks of all layers; None measures free memory (GPU) or takes ``kv_cache_bytes``
+            (CPU).
         kv_cache_bytes: memory for KV blocks where it isn't measured, on each rank.
         state_snapshot_bytes: memory on each rank for copies of recurrent states, from which the prefix cache
             of models with such states goes on (Qwen3.5); a quarter of the memory for caches if None.

@@ -15,6 +15,7 @@ from engine.families.base import ModelConfig
 from engine.families.load import check_tensors
 from engine.families.registry import resolve
 from engine.frontend import tokenizer_folder
+from engine.layers.layer_groups import LayerGroups
 from engine.metrics import EngineMetrics
 from engine.output_processor import OutputProcessor
 from engine.placement import resolve_dtype
@@ -73,14 +74,16 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
     model = resolve(checkpoint).parse(checkpoint)
     ranks = load_ranks(config, checkpoint, model, launcher or LocalLauncher())
     max_model_len = ranks.max_model_len
-    num_blocks = config.num_kv_blocks
-    if num_blocks is None:
+    groups = LayerGroups.of(model.decoder, max_model_len)
+    if config.num_kv_blocks is None:
         # Blocks beyond what all slots can fill serve the prefix cache alone; leave it twice as many.
-        most = 1 + 3 * config.max_num_seqs * -(-max_model_len // config.block_size)
+        most = 1 + 3 * config.max_num_seqs * -(-max_model_len // config.block_size) * len(groups.windows)
         num_blocks = min(ranks.measure_blocks(), most)
+    else:
+        num_blocks = config.num_kv_blocks * len(groups.windows)
     dtype = resolve_dtype(config, model)
     states = num_snapshots(config, model.decoder, dtype, num_blocks)
-    scheduler = _scheduler(config, model, num_blocks, states, max_model_len, str(checkpoint.path))
+    scheduler = _scheduler(config, model, groups, num_blocks, states, max_model_len, str(checkpoint.path))
     if scheduler.max_model_len < max_model_len:
         logger.warning("KV blocks hold %d tokens: max_model_len is cut to that", scheduler.max_model_len)
     runner = ranks.make_runner(num_blocks, scheduler.max_model_len, len(scheduler.slots.requests))
@@ -102,6 +105,7 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
 def _scheduler(
     config: EngineConfig,
     model: ModelConfig,
+    groups: LayerGroups,
     num_blocks: int,
     num_states: int,
     max_model_len: int,
@@ -115,7 +119,13 @@ def _scheduler(
         key = f"{name}@{config.revision}:{model.architecture}"
         hasher = BlockHasher(config.block_size, key, secrets.token_bytes(32))
     return Scheduler(
-        KVManager(BlockPool(num_blocks, snapshots if hasher else None), hasher, config.block_size),
+        KVManager(
+            BlockPool(num_blocks, snapshots if hasher else None),
+            hasher,
+            config.block_size,
+            windows=groups.windows,
+            step_tokens=config.max_num_batched_tokens,
+        ),
         EncoderLedger(config.max_encoder_tokens),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -40,7 +40,8 @@ class Request:
             tokens of the range, also to later ones. Each is computed in one step.
         pooling: how to make an embedding; None for generation.
         grammar: the matcher that masks this sequence's tokens, if it is constrained.
-        blocks: KV blocks it holds, in order; empty while waiting.
+        blocks: KV blocks it holds, in order, of each group of layers (:class:`.LayerGroups`); 0 in place of
+            those behind the group's window. Empty while waiting.
         block_hashes: hashes of its full blocks, as far as they were computed.
         slot: its slot while it runs, None while it waits.
         rope_variant: the rotary frequencies of its keys, see
@@ -69,7 +70,7 @@ class Request:
     both_ways: Sequence[tuple[int, int]] = ()
     pooling: PoolingParams | None = None
     grammar: Any = None
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     slot: int | None = None
     rope_variant: int = 0

@@ -16,6 +16,7 @@ from engine.fit import longest_sequence
 from engine.graphs import make_capture
 from engine.kernels.fp8 import reads_fp8
 from engine.layers.decoder import Decoder
+from engine.layers.layer_groups import LayerGroups
 from engine.placement import resolve_device, resolve_dtype
 from engine.runner.kv_storage import (
     allocate_caches,
@@ -35,6 +36,7 @@ class ModelRank:
 
     Attributes:
         max_model_len: longest sequence in tokens, not yet limited by the number of KV blocks.
+        groups: of the decoder's layers.
     """
 
     config: EngineConfig
@@ -42,6 +44,7 @@ class ModelRank:
     decoder: Decoder
     group: TensorParallelGroup
     max_model_len: int
+    groups: LayerGroups
     _compiled: bool = field(default=False, init=False)
 
     @classmethod
@@ -74,7 +77,7 @@ class ModelRank:
             vectors_only=config.task == "embed",
             quantization=config.quantization,
         )
-        return cls(config, model, decoder, group, max_model_len)
+        return cls(config, model, decoder, group, max_model_len, LayerGroups.of(model.decoder, max_model_len))
 
     def measure_blocks(self) -> int:
         """Return the number of KV blocks that fit into this rank's memory.
@@ -108,7 +111,9 @@ class ModelRank:
             kept = config.state_snapshot_bytes
             free = max(0, free - (free // 4 if kept is None else kept))
         stored = kv_dtype(config, decoder.dtype)
-        num_blocks = free // block_bytes(decoder.config, config.block_size, stored, self.group.size)
+        num_blocks = free // block_bytes(
+            decoder.config, self.groups.size, config.block_size, stored, self.group.size
+        )
         if num_blocks < 2:
             raise ConfigError(
                 f"{free >> 20} MiB are left for KV blocks, too little for one; raise gpu_memory_utilization "
@@ -130,6 +135,7 @@ class ModelRank:
             decoder,
             allocate_caches(
                 decoder.config,
+                self.groups,
                 num_blocks,
                 config.block_size,
                 # A row for each slot, one for padding, and the snapshots.

@@ -94,6 +94,9 @@ class BatchReceiver:
             self._requests[admission.slot] = admission.request
         if message.decode_slots is not None:
             self._decode_slots = message.decode_slots
+        for update in message.table_updates:
+            end = update.column + len(update.blocks)
+            self._requests[update.slot].blocks[update.group][update.column : end] = update.blocks
         prefills = [
             PrefillChunk(self._requests[slot], slot, start, count, completes, snapshot)
             for slot, start, count, completes, snapshot in message.prefills
@@ -111,7 +114,7 @@ class BatchReceiver:
 def _copy(request: Request, num_computed: int) -> Request:
     """Copy the fields of a request that a runner reads. Embeddings are sent from device to device instead.
 
-    The list of blocks is complete: only decoding requests get more, which table updates report.
+    Table updates report which blocks it gets and gives back afterwards.
     """
     wanted = {s.item.hash for s in request.spans if s.offset + s.length > num_computed}
     return Request(

@@ -6,7 +6,7 @@ functions are shared by decode, mixed and prefill attention.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -27,12 +27,14 @@ class KVCache:
         keys, values: ``(num_blocks, kv_heads, block_size, head_dim)`` contiguous, of one dtype, that of the
             model or fp8; ``kv_heads`` of this rank.
         key_scale, value_scale: what keys and values in fp8 are multiplied by; 1 for other dtypes.
+        group: the layer's group, whose block tables say where its keys and values are.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     key_scale: float = 1.0
     value_scale: float = 1.0
+    group: int = 0
 
     def __post_init__(self) -> None:
         assert self.keys.is_contiguous() and self.values.is_contiguous()
@@ -61,10 +63,12 @@ class AttentionMetadata:
 
     Attributes:
         block_tables: ``(S, max_blocks)`` int32, rows contiguous: KV blocks of each sequence in order; entries
-            beyond its length are never read.
+            beyond its length are never read. With a leading axis for each group of layers, and taken apart
+            by :meth:`by_group`.
         query_start: ``(S + 1,)`` int32, where each sequence's new tokens begin among the ``T``.
         seq_lens: ``(S,)`` int32, tokens of each sequence including the new ones.
-        slot_mapping: ``(T,)`` int64, KV slot of each new token; nothing is written for negative entries.
+        slot_mapping: ``(T,)`` int64, KV slot of each new token; nothing is written for negative entries. It
+            has the same leading axis.
         max_query_len: upper bound of the new tokens of one sequence; a host integer. With 1, each sequence
             has exactly one.
         max_seq_len: upper bound of ``seq_lens``; a host integer.
@@ -87,6 +91,15 @@ class AttentionMetadata:
     key_ends: torch.Tensor | None = None
     split_counters: torch.Tensor | None = None
     state_rows: torch.Tensor | None = None
+
+    def by_group(self) -> list[AttentionMetadata]:
+        """The same batch for the layers of each group."""
+        if self.block_tables.dim() == 2:
+            return [self]
+        return [
+            replace(self, block_tables=tables, slot_mapping=slots)
+            for tables, slots in zip(self.block_tables, self.slot_mapping, strict=True)
+        ]
 
 
 def query_tiles(tokens: int, sequences: int, tokens_per_tile: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,8 @@ class StateCache:
 
     conv: torch.Tensor
     recurrent: torch.Tensor
+    #: As of :class:`KVCache`.
+    group: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         assert self.conv.is_contiguous() and self.recurrent.is_contiguous()

@@ -155,10 +155,10 @@ class Decoder(nn.Module):
             Hidden states after the final norm, ``(T, hidden_size)``, or ``(R, hidden_size)`` for ``rows``.
         """
         x, residual = embeds, None
-        last = len(self.layers) - 1
+        last, metas = len(self.layers) - 1, meta.by_group()
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             wanted = rows if index == last else None
-            x, residual = layer(x, residual, positions, cache, meta, wanted)
+            x, residual = layer(x, residual, positions, cache, metas[cache.group], wanted)
             if deepstack is not None and index < len(deepstack):
                 added = deepstack[index]
                 x = x + (added if wanted is None else added.index_select(0, wanted))

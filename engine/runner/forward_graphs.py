@@ -54,6 +54,7 @@ class ForwardGraphs:
         dtype: of embeddings and hidden states.
         axes: axes of positions, 3 with M-RoPE; None for plain positions ``(T,)``.
         max_sequences: most sequences of a batch.
+        num_groups: groups of layers, each with its block tables.
         max_blocks: columns of block tables.
         max_seq_len: longest sequence.
         padding_slot: row of recurrent states for padding sequences.
@@ -72,6 +73,7 @@ class ForwardGraphs:
         dtype: torch.dtype,
         axes: int | None,
         max_sequences: int,
+        num_groups: int,
         max_blocks: int,
         max_seq_len: int,
         padding_slot: int,
@@ -85,10 +87,11 @@ class ForwardGraphs:
         self._embeds = torch.zeros((most, width), dtype=dtype, device=device)
         shape = (most,) if axes is None else (axes, most)
         self._positions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._slot_mapping = torch.full((most,), -1, dtype=torch.int64, device=device)
+        self._slot_mapping = torch.full((num_groups, most), -1, dtype=torch.int64, device=device)
         self._key_ends = torch.zeros((most,), dtype=torch.int32, device=device) if both_ways else None
         self._counts = sorted({min(FEW_SEQUENCES, max_sequences), max_sequences})
-        self._tables = torch.zeros((max_sequences, max_blocks), dtype=torch.int32, device=device)
+        tables = (num_groups, max_sequences, max_blocks)
+        self._tables = torch.zeros(tables, dtype=torch.int32, device=device)
         self._starts = torch.zeros(max_sequences + 1, dtype=torch.int32, device=device)
         self._lengths = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         self._padding_slot = padding_slot
@@ -132,11 +135,11 @@ class ForwardGraphs:
         replay = self._get(self._sizes[bisect_left(self._sizes, tokens)], count)
         self._embeds[:tokens] = embeds
         self._positions[..., :tokens] = positions
-        self._slot_mapping[:tokens] = meta.slot_mapping
-        self._slot_mapping[tokens:] = -1
+        self._slot_mapping[:, :tokens] = meta.slot_mapping
+        self._slot_mapping[:, tokens:] = -1
         if self._key_ends is not None and meta.key_ends is not None:
             self._key_ends[:tokens] = meta.key_ends
-        self._tables[:sequences] = meta.block_tables
+        self._tables[:, :sequences] = meta.block_tables
         self._starts[: sequences + 1] = meta.query_start
         self._starts[sequences + 1 :] = tokens
         self._lengths[:sequences] = meta.seq_lens
@@ -164,10 +167,10 @@ class ForwardGraphs:
         self._rows.zero_()
         self._num_rows = 0
         meta = AttentionMetadata(
-            block_tables=self._tables[:count],
+            block_tables=self._tables[:, :count],
             query_start=self._starts[: count + 1],
             seq_lens=self._lengths[:count],
-            slot_mapping=self._slot_mapping[:size],
+            slot_mapping=self._slot_mapping[:, :size],
             max_query_len=size,
             max_seq_len=self._max_seq_len,
             key_ends=None if self._key_ends is None else self._key_ends[:size],

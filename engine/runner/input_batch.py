@@ -19,26 +19,37 @@ class DeviceState:
     """Rows ``0 .. num_slots - 1``, and row ``num_slots`` for the padding of captured graphs.
 
     Attributes:
-        block_tables: int32 ``(num_slots + 1, max_blocks)``.
+        block_tables: int32 ``(groups, num_slots + 1, max_blocks)``, for each group of layers.
         last_token: int64 ``(num_slots + 1,)``, sampled last and not computed yet.
         length: int64 ``(num_slots + 1,)``, computed tokens.
         delta: int64 ``(num_slots + 1,)``, row of the rotary tables minus index, for tokens after the prompt.
     """
 
-    def __init__(self, num_slots: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, num_groups: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> None:
         rows = num_slots + 1
         self.padding_slot = num_slots
         self.block_size = block_size
-        self.block_tables = torch.zeros((rows, max_blocks), dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros((num_groups, rows, max_blocks), dtype=torch.int32, device=device)
         self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.delta = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def decode_inputs(self, slots: torch.Tensor) -> DecodeInputs:
-        """Gather what the requests in ``slots`` ``(D,)`` compute next, and where."""
-        return gather_decode_inputs(
-            slots, self.block_tables, self.last_token, self.length, self.delta, block_size=self.block_size
+        """Gather what the requests in ``slots`` ``(D,)`` compute next, and where.
+
+        Block tables and KV slots have a leading axis for the groups of layers.
+        """
+        first = gather_decode_inputs(
+            slots, self.block_tables[0], self.last_token, self.length, self.delta, block_size=self.block_size
         )
+        if len(self.block_tables) == 1:
+            return first._replace(tables=first.tables[None], kv_slots=first.kv_slots[None])
+        tables, computed = self.block_tables.index_select(1, slots), first.seq_lens.long() - 1
+        column = (computed // self.block_size).expand(len(tables), -1)[..., None]
+        blocks = tables.gather(2, column).squeeze(2).long()
+        return first._replace(tables=tables, kv_slots=blocks * self.block_size + computed % self.block_size)
 
     def advance(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """The last tokens of decoding rows ``(D,)`` are computed; ``tokens`` come next."""

@@ -12,6 +12,7 @@ from engine.kernels.fp8 import FP8
 from engine.kernels.paged import KVCache
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.decoder_config import DecoderConfig
+from engine.layers.layer_groups import LayerGroups
 
 
 def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
@@ -19,10 +20,12 @@ def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
     return FP8 if config.kv_cache_dtype == "fp8" else dtype
 
 
-def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype, tp_size: int = 1) -> int:
-    """Bytes of one KV block over all layers on one tensor-parallel rank."""
+def block_bytes(
+    config: DecoderConfig, num_layers: int, block_size: int, dtype: torch.dtype, tp_size: int = 1
+) -> int:
+    """Bytes of one KV block of ``num_layers`` layers on one tensor-parallel rank."""
     heads = max(1, config.num_kv_heads // tp_size)
-    return 2 * config.num_attention_layers * heads * block_size * config.head_dim * dtype.itemsize
+    return 2 * num_layers * heads * block_size * config.head_dim * dtype.itemsize
 
 
 def state_bytes(config: DecoderConfig, dtype: torch.dtype, tp_size: int = 1) -> int:
@@ -40,7 +43,7 @@ def num_snapshots(config: EngineConfig, decoder: DecoderConfig, dtype: torch.dty
 
     Args:
         num_blocks: KV blocks; without ``state_snapshot_bytes`` a third of their memory is taken, so that
-            snapshots have a quarter of both.
+            snapshots have a quarter of both. All attention layers are in one group.
     """
     size = config.tensor_parallel_size
     each = state_bytes(decoder, dtype, size)
@@ -48,7 +51,8 @@ def num_snapshots(config: EngineConfig, decoder: DecoderConfig, dtype: torch.dty
         return 0
     budget = config.state_snapshot_bytes
     if budget is None:
-        budget = num_blocks * block_bytes(decoder, config.block_size, kv_dtype(config, dtype), size) // 3
+        stored, layers = kv_dtype(config, dtype), decoder.num_attention_layers
+        budget = num_blocks * block_bytes(decoder, layers, config.block_size, stored, size) // 3
     return budget // each
 
 
@@ -58,11 +62,13 @@ class Caches:
 
     Attributes:
         layers: of each layer: keys and values, or recurrent states.
+        num_groups: groups of layers, each of which has its own block tables.
         conv, recurrent: the states of all layers that have such, ``(layers, rows, ...)``; see
             :class:`StateCache`. None for models without states.
     """
 
     layers: list[KVCache | StateCache]
+    num_groups: int
     conv: torch.Tensor | None = None
     recurrent: torch.Tensor | None = None
 
@@ -75,6 +81,7 @@ class Caches:
 
 def allocate_caches(
     config: DecoderConfig,
+    groups: LayerGroups,
     num_blocks: int,
     block_size: int,
     num_states: int,
@@ -87,33 +94,39 @@ def allocate_caches(
 ) -> Caches:
     """Allocate the cache of every layer: keys and values, or ``num_states`` recurrent states.
 
+    The first layers of all groups have the same tensors, and so on: a block belongs to one group at a time.
+
+    Keys and values are zeroed, because padded rows of captured graphs read block 0: whatever lay in memory
+    could be NaN, and a masked NaN still poisons a dot product.
+
     Args:
         dtype: of the model.
         kv_dtype: of keys and values, if it is another.
         kv_scales: the scales of each layer's keys and values, if they are in fp8.
-
-    Keys and values are zeroed, because padded rows of captured graphs read block 0: whatever lay in memory
-    could be NaN, and a masked NaN still poisons a dot product.
     """
     heads = max(1, config.num_kv_heads // tp_size)
     shape = (num_blocks, heads, block_size, config.head_dim)
 
-    def pair(layer: int) -> KVCache:
-        keys, values = (torch.zeros(shape, dtype=kv_dtype or dtype, device=device) for _ in range(2))
-        return KVCache(keys, values, *(kv_scales[layer] if kv_scales else ()))
+    def zeros() -> torch.Tensor:
+        return torch.zeros(shape, dtype=kv_dtype or dtype, device=device)
 
+    pairs = [(zeros(), zeros()) for _ in range(groups.size)]
+    found: dict[int, KVCache | StateCache] = {
+        layer: KVCache(*pair, *(kv_scales[layer] if kv_scales else (1.0, 1.0)), group)
+        for group, members in enumerate(groups.members)
+        for layer, pair in zip(members, pairs, strict=False)
+    }
+    number = len(groups.members)
     net = config.delta_net
     if net is None:
-        return Caches([pair(layer) for layer in range(config.num_layers)])
+        return Caches([found[layer] for layer in range(config.num_layers)], number)
     rows = (len(config.linear_layers), num_states)
     conv = torch.zeros((*rows, net.conv_width - 1, net.channels(tp_size)), dtype=dtype, device=device)
     heads_here = net.value_heads // tp_size
     recurrent = torch.zeros((*rows, heads_here, net.key_dim, net.value_dim), device=device)
-    states = {
-        layer: StateCache(conv[index], recurrent[index]) for index, layer in enumerate(config.linear_layers)
-    }
-    layers = [states[layer] if layer in states else pair(layer) for layer in range(config.num_layers)]
-    return Caches(layers, conv, recurrent)
+    for index, layer in enumerate(config.linear_layers):
+        found[layer] = StateCache(conv[index], recurrent[index])
+    return Caches([found[layer] for layer in range(config.num_layers)], number, conv, recurrent)
 
 
 def measure_free_bytes(device: torch.device, utilization: float) -> int:

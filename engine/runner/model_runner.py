@@ -126,7 +126,9 @@ class ModelRunner:
         self._mrope = model.config.rope.mrope_section is not None
         self._both_ways = model.config.both_ways is not None
         model.rotary.reserve_prompt_rows(max_num_tokens)
-        self._state = DeviceState(num_slots, -(-max_model_len // block_size), block_size, self.device)
+        self._state = DeviceState(
+            num_slots, caches.num_groups, -(-max_model_len // block_size), block_size, self.device
+        )
         # query_start of a decode step: each sequence has one token.
         self._each = torch.arange(num_slots + 1, dtype=torch.int32, device=self.device)
         # Flash-decoding counters: one row per sequence of a decode step and one column per KV head.
@@ -163,7 +165,8 @@ class ModelRunner:
                 dtype=self.dtype,
                 axes=3 if self._mrope else None,
                 max_sequences=num_slots,
-                max_blocks=self._state.block_tables.shape[1],
+                num_groups=caches.num_groups,
+                max_blocks=self._state.block_tables.shape[2],
                 max_seq_len=max_model_len,
                 padding_slot=self._state.padding_slot,
                 all_rows=pooling,
@@ -263,10 +266,10 @@ class ModelRunner:
         longest = min(num_tokens, self._max_model_len)
         starts = torch.tensor([*range(0, num_tokens, longest), num_tokens], dtype=torch.int32, device=device)
         meta = AttentionMetadata(
-            block_tables=self._state.block_tables[-1:].expand(len(starts) - 1, -1),
+            block_tables=self._state.block_tables[:, -1:].expand(-1, len(starts) - 1, -1),
             query_start=starts,
             seq_lens=starts.diff(),
-            slot_mapping=zeros - 1,
+            slot_mapping=(zeros - 1).expand(self._caches.num_groups, -1),
             max_query_len=longest,
             max_seq_len=longest,
             state_rows=torch.full((len(starts) - 1,), self._state.padding_slot, device=device),
@@ -333,8 +336,8 @@ class ModelRunner:
             if admission.snapshot is not None:
                 self._caches.copy_state(self._first_snapshot + admission.snapshot, admission.slot)
         if step.arrays.tables is not None:
-            slot, column, block = step.arrays.tables
-            self._state.block_tables[slot, column] = block.int()
+            group, slot, column, block = step.arrays.tables
+            self._state.block_tables[group, slot, column] = block.int()
         if step.arrays.chunks is not None and step.arrays.chunks.long_prompts.numel():
             self.model.rotary.write_prompt_rows(*step.arrays.chunks.long_prompts)
         if step.arrays.deltas is not None:
@@ -424,7 +427,7 @@ class ModelRunner:
         slots, ids, positions = chunks.slots, chunks.ids, chunks.positions
         lengths, kv_slots = chunks.ends, chunks.kv_slots
         key_ends = chunks.key_ends if self._both_ways else None
-        tables = state.block_tables.index_select(0, slots)
+        tables = state.block_tables.index_select(1, slots)
         if decodes:
             decoding = state.decode_inputs(slots[:decodes])
             decode_positions = decoding.positions.expand(3, -1) if self._mrope else decoding.positions
@@ -433,7 +436,7 @@ class ModelRunner:
             lengths = torch.cat([decoding.seq_lens, lengths])
             if key_ends is not None:
                 key_ends = torch.cat([decoding.seq_lens, key_ends])
-            kv_slots = torch.cat([decoding.kv_slots, kv_slots])
+            kv_slots = torch.cat([decoding.kv_slots, kv_slots], dim=1)
         meta = AttentionMetadata(
             block_tables=tables,
             query_start=chunks.query_start.int(),

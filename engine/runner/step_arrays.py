@@ -13,7 +13,7 @@ from engine.layers.rotary import Rotary
 from engine.prompt import MediaSpan
 from engine.request import Request, attributed_to
 from engine.runner.staging import upload_together
-from engine.scheduling.batch import PrefillChunk, ScheduledBatch
+from engine.scheduling.batch import PrefillChunk, ScheduledBatch, TableUpdate
 
 #: int64 arrays: numpy's on the host, torch's on the device.
 A = TypeVar("A", np.ndarray, torch.Tensor)
@@ -27,7 +27,7 @@ class ChunkArrays(Generic[A]):
     Attributes:
         ids: ``(T,)``, the chunks' tokens.
         positions: ``(T,)``, or ``(3, T)`` with M-RoPE, rows of the rotary tables.
-        kv_slots: ``(T,)``, where their keys and values go.
+        kv_slots: ``(groups, T)``, where their keys and values go, for each group of layers.
         slots: ``(S,)``.
         query_start: ``(S + 1,)``, first row of each slot, and the number of rows.
         ends: ``(S - D,)``, computed tokens of each chunk's request after the step.
@@ -80,7 +80,7 @@ class ChunkArrays(Generic[A]):
         return ChunkArrays[np.ndarray](
             ids=np.concatenate(ids),
             positions=np.concatenate(positions, axis=-1),
-            kv_slots=np.concatenate(kv_slots),
+            kv_slots=np.concatenate(kv_slots, axis=1),
             slots=np.concatenate([batch.decode_slots, [c.slot for c in chunks]]),
             query_start=np.concatenate([np.arange(decodes + 1), last_rows + 1]),
             ends=np.array([c.start + c.count for c in chunks], np.int64),
@@ -101,7 +101,7 @@ class StepArrays(Generic[A]):
     """The arrays of a step that the device does not have yet.
 
     Attributes:
-        tables: ``(3, n)``, entries of block tables that change: slot, column and block; None for none.
+        tables: ``(4, n)``, entries of block tables that change: group, slot, column and block; None for none.
         deltas: ``(2, n)``, slots of admitted requests, and row of the rotary tables minus index for tokens
             after the prompt; None for none.
         chunks: None if the step only decodes.
@@ -209,18 +209,25 @@ def _long_prompts(
 
 
 def _kv_slots(chunk: PrefillChunk, block_size: int) -> np.ndarray:
-    """int64 ``(count,)``: where the chunk's keys and values go."""
-    index = np.arange(chunk.start, chunk.start + chunk.count)
-    blocks = np.asarray(chunk.request.blocks, np.int64)
-    return blocks[index // block_size] * block_size + index % block_size
+    """int64 ``(groups, count)``: where the chunk's keys and values go."""
+    end = chunk.start + chunk.count
+    first = chunk.start // block_size
+    blocks = np.array([group[first : -(-end // block_size)] for group in chunk.request.blocks], np.int64)
+    index = np.arange(chunk.start, end)
+    return blocks[:, index // block_size - first] * block_size + index % block_size
 
 
 def _table_entries(batch: ScheduledBatch) -> np.ndarray:
-    """int64 ``(3, n)`` rows of slot, column and block: everything that the step changes in the tables."""
-    changes = [(u.slot, u.column, u.blocks) for u in batch.table_updates]
-    changes += [(a.slot, 0, a.request.blocks) for a in batch.admitted]
-    counts = [len(blocks) for _, _, blocks in changes]
-    slots = np.repeat(np.array([slot for slot, _, _ in changes], np.int64), counts)
-    columns = [np.arange(first, first + len(blocks)) for _, first, blocks in changes]
-    blocks = [np.array(blocks, np.int64) for _, _, blocks in changes]
-    return np.stack([slots, np.concatenate(columns), np.concatenate(blocks)])
+    """int64 ``(4, n)`` rows of group, slot, column and block: all that the step changes in the tables.
+
+    An entry may be listed twice, with the same block.
+    """
+    changes = [*batch.table_updates]
+    for admission in batch.admitted:
+        for group, blocks in enumerate(admission.request.blocks):
+            changes.append(TableUpdate(admission.slot, 0, blocks, group))
+    counts = [len(change.blocks) for change in changes]
+    places = np.array([(change.group, change.slot) for change in changes], np.int64)
+    columns = np.concatenate([np.arange(c.column, c.column + len(c.blocks)) for c in changes])
+    entries = np.concatenate([np.array(change.blocks, np.int64) for change in changes])
+    return np.stack([*np.repeat(places.T, counts, axis=1), columns, entries])

@@ -42,11 +42,13 @@ class Admission:
 
 @dataclass(slots=True)
 class TableUpdate:
-    """KV ``blocks`` become the entries from ``column`` on of the slot's block table."""
+    """KV ``blocks`` become the entries from ``column`` on of the slot's block table for a group of layers; 0
+    in place of a block that was given back."""
 
     slot: int
     column: int
     blocks: list[int]
+    group: int = 0
 
 
 @dataclass(slots=True)

@@ -75,6 +75,10 @@ class BlockPool:
     def is_free(self, block: int) -> bool:
         return self._refs[block] == 0
 
+    def is_shared(self, block: int) -> bool:
+        """Return True if the block stays in use when one of its references is dropped."""
+        return self._refs[block] > 1
+
     def publish(self, block: int, key: bytes) -> None:
         """Make a full block findable, unless another block with the same content is findable already."""
         if key not in self._block_of and block not in self._hash_of:

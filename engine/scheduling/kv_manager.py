@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 from engine.request import Request
+from engine.scheduling.batch import TableUpdate
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.prefix_cache import BlockHasher
 
@@ -21,22 +23,66 @@ _EVERY = 64
 class KVManager:
     """Gives blocks to requests, and finds prefixes that were computed before.
 
+    A request has a list of blocks for each group of layers. Groups without a window get blocks for all its
+    known tokens when it is admitted. Groups with a window get them chunk by chunk, and give back those behind
+    the window: to later tokens they are hidden. Blocks that were given back stay findable like any others.
+
     Args:
         pool: the blocks.
         hasher: names full blocks; None turns prefix caching off.
         block_size: tokens per block.
+        windows: sliding window of each group of layers in tokens; None where all tokens are seen.
+        step_tokens: most tokens of a step; only needed with windows.
     """
 
-    def __init__(self, pool: BlockPool, hasher: BlockHasher | None, block_size: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        hasher: BlockHasher | None,
+        block_size: int,
+        *,
+        windows: Sequence[int | None] = (None,),
+        step_tokens: int = 0,
+    ) -> None:
         self.pool = pool
         self.block_size = block_size
         self._hasher = hasher
+        self._windows = tuple(windows)
+        self._step_tokens = step_tokens
 
     def blocks_for(self, num_tokens: int) -> int:
+        """Return the number of blocks that a group without a window needs."""
         return -(-num_tokens // self.block_size)
 
-    def cached_prefix(self, request: Request) -> list[int]:
-        """Blocks that already hold the start of ``request.token_ids``, without taking them.
+    @property
+    def longest(self) -> int:
+        """The longest sequence, in tokens, that the pool has blocks for."""
+        counts = range(self.pool.capacity + 1)
+        return self.block_size * (
+            bisect_right(
+                counts,
+                self.pool.capacity,
+                key=lambda count: sum(min(count, self._most(window, count)) for window in self._windows),
+            )
+            - 1
+        )
+
+    def _most(self, window: int | None, count: int) -> int:
+        """Return the most blocks that a group holds of a sequence of ``count`` blocks.
+
+        At most they are those of a step's tokens and of the window before the first of them.
+        """
+        if window is None:
+            return count
+        return min(count, self.blocks_for(window - 1 + self._step_tokens) + 1)
+
+    def _first_seen(self, window: int | None, position: int) -> int:
+        """Return the first block that the token at ``position`` and later ones see."""
+        return 0 if window is None else max(0, position - window + 1) // self.block_size
+
+    def cached_prefix(self, request: Request) -> list[list[int]]:
+        """Blocks of each group that already hold the start of ``request.token_ids``, without taking them; 0
+        in place of those that no later token sees.
 
         The last token is always left to be computed, because its logits are needed. Requests that ask for
         log-probabilities of the prompt, or for the mean of all hidden states, need every position.
@@ -45,31 +91,52 @@ class KVManager:
         if request.pooling is not None:
             every_position = request.pooling.pooling != "last"
         if self._hasher is None or every_position:
-            return []
-        usable = len(request.token_ids) - 1
+            return [[] for _ in self._windows]
         self._extend_hashes(request, request.token_ids, len(request.token_ids))
-        found = []
-        for key in request.block_hashes[: usable // self.block_size]:
-            if (block := self.pool.lookup(key)) is None:
-                break
-            found.append(block)
-        # No request continues inside a range that attends both ways.
-        while (end := request.uncut(len(found) * self.block_size)) < len(found) * self.block_size:
-            del found[end // self.block_size :]
-        snapshots = self.pool.snapshots
-        if snapshots is not None:
-            while found and snapshots.find(request.block_hashes[len(found) - 1]) is None:
-                found.pop()
-        return found
+        count = self._leading(request, (len(request.token_ids) - 1) // self.block_size)
+        while count and (fewer := self._at_most(request, count)) < count:
+            count = fewer
+        return [
+            [self._find(request, column, group) or 0 if column >= first else 0 for column in range(count)]
+            for group, window in enumerate(self._windows)
+            for first in [self._first_seen(window, count * self.block_size)]
+        ]
 
-    def awaits_snapshot(self, request: Request, cached: list[int]) -> bool:
-        """Return True if the step that is being scheduled computes more of ``request`` than its ``cached``
-        blocks and keeps the state there, for a request of the same start."""
+    def _leading(self, request: Request, count: int) -> int:
+        """Return how many of the first ``count`` blocks can be found in all groups without a window."""
+        for column in range(count):
+            for group, window in enumerate(self._windows):
+                if window is None and self._find(request, column, group) is None:
+                    return column
+        return count
+
+    def _at_most(self, request: Request, count: int) -> int:
+        """Return ``count`` if ``request`` can go on behind its first ``count`` blocks, which :meth:`_leading`
+        has found; else a smaller number. It can't go on behind any number between."""
+        end = count * self.block_size
+        # No request continues inside a range that attends both ways.
+        if (uncut := request.uncut(end)) < end:
+            return uncut // self.block_size
+        snapshots = self.pool.snapshots
+        if snapshots is not None and snapshots.find(request.block_hashes[count - 1]) is None:
+            return count - 1
+        for group, window in enumerate(self._windows):
+            for column in range(count - 1, self._first_seen(window, end) - 1, -1) if window else ():
+                if self._find(request, column, group) is None:
+                    return column
+        return count
+
+    def _find(self, request: Request, column: int, group: int) -> int | None:
+        return self.pool.lookup(_key(request.block_hashes[column], group))
+
+    def awaits_snapshot(self, request: Request, num_cached: int) -> bool:
+        """Return True if the step that is being scheduled computes more of the start of ``request`` than its
+        ``num_cached`` cached blocks, for another request, and keeps the state there."""
         snapshots = self.pool.snapshots
         if snapshots is None or request.scores_prompt:
             return False
         usable = (len(request.token_ids) - 1) // self.block_size
-        return any(snapshots.is_coming(key) for key in request.block_hashes[len(cached) : usable])
+        return any(snapshots.is_coming(key) for key in request.block_hashes[num_cached:usable])
 
     def snapshot_at(self, request: Request, num_blocks: int) -> int | None:
         """Return the row with the state behind the first ``num_blocks`` blocks, which are cached; None for
@@ -120,33 +187,91 @@ class KVManager:
             return None
         return snapshots.take(request.block_hashes[end // self.block_size - 1])
 
-    def admit(self, request: Request, cached: list[int], reserve: int) -> bool:
-        """Give ``request`` its cached blocks and fresh ones for all its tokens; False if that leaves fewer
-        than ``reserve`` blocks free."""
-        fresh = self.blocks_for(len(request.token_ids)) - len(cached)
-        revived = sum(self.pool.is_free(block) for block in cached)
+    def admit(self, request: Request, cached: list[list[int]], reserve: int) -> bool:
+        """Give ``request`` its cached blocks, and fresh ones for all its tokens in groups without a window;
+        False if that, and what its chunks will need of other groups, leaves fewer than ``reserve`` blocks
+        free."""
+        total = self.blocks_for(len(request.token_ids))
+        fresh = 0
+        for window, blocks in zip(self._windows, cached, strict=True):
+            unseen = self._first_seen(window, len(blocks) * self.block_size)
+            fresh += self._most(window, total - unseen) - (len(blocks) - unseen)
+        held = [block for blocks in cached for block in blocks if block]
+        revived = sum(self.pool.is_free(block) for block in held)
         if fresh + revived + reserve > self.pool.num_free:
             return False
-        for block in cached:
+        for block in held:
             self.pool.share(block)
-        request.blocks = cached + self.pool.allocate(fresh)
+        request.blocks = [
+            blocks if window else blocks + self.pool.allocate(total - len(blocks))
+            for window, blocks in zip(self._windows, cached, strict=True)
+        ]
         return True
 
-    def grow(self, request: Request) -> list[int]:
-        """Append one block to a request, or up to ``_GROWTH`` if over a quarter of the pool is free.
+    def leave_behind(self, request: Request, position: int) -> list[TableUpdate]:
+        """Give back the blocks that the token at ``position`` and later ones don't see."""
+        assert request.slot is not None
+        updates = []
+        for group, start, end in self._behind(request, position):
+            blocks, nothing = request.blocks[group], [0] * (end - start)
+            self.pool.release(blocks[start:end])
+            blocks[start:end] = nothing
+            # Kernels may read keys before the window and ignore them. Block 0 has no other request's.
+            updates.append(TableUpdate(request.slot, start, nothing, group))
+        return updates
+
+    def _behind(self, request: Request, position: int) -> Iterator[tuple[int, int, int]]:
+        """Each group's range of blocks that :meth:`leave_behind` gives back: group, start and end."""
+        for group, (window, blocks) in enumerate(zip(self._windows, request.blocks, strict=True)):
+            start = end = min(self._first_seen(window, position), len(blocks))
+            while start and blocks[start - 1]:
+                start -= 1
+            if start < end:
+                yield group, start, end
+
+    def reach(self, request: Request, start: int, end: int) -> int:
+        """Return how far a chunk from ``start`` on can go, at most to ``end``, with the blocks that are free
+        or that it gives back."""
+        windowed = [blocks for window, blocks in zip(self._windows, request.blocks, strict=True) if window]
+        if not windowed:
+            return end
+        free = self.pool.num_free + sum(
+            not self.pool.is_shared(block)
+            for group, first, last in self._behind(request, start)
+            for block in request.blocks[group][first:last]
+        )
+        return min(end, (len(windowed[0]) + free // len(windowed)) * self.block_size)
+
+    def cover(self, request: Request, end: int) -> list[TableUpdate]:
+        """Give a request the blocks for its tokens up to ``end`` that it lacks; see :meth:`reach`."""
+        return self._extend(request, self.blocks_for(end))
+
+    def grow(self, request: Request) -> list[TableUpdate]:
+        """Append a block of each group to a request, or up to ``_GROWTH`` if over a quarter of the pool is
+        free.
 
         With blocks in reserve most steps need no update of the block tables on the device.
 
         Returns:
-            The new blocks; empty if none is free.
+            The new blocks; empty if too few are free.
         """
-        lacking = self.blocks_for(request.max_total) - len(request.blocks)
-        count = min(_GROWTH, lacking) if self.pool.num_free > self.pool.capacity // 4 else 1
-        if count > self.pool.num_free:
-            return []
-        blocks = self.pool.allocate(count)
-        request.blocks += blocks
-        return blocks
+        count, groups = len(request.blocks[0]), len(self._windows)
+        lacking = self.blocks_for(request.max_total) - count
+        extra = min(_GROWTH, lacking) if self.pool.num_free > self.pool.capacity // 4 else 1
+        if extra * groups > self.pool.num_free:
+            extra = 1
+        return self._extend(request, count + extra) if extra * groups <= self.pool.num_free else []
+
+    def _extend(self, request: Request, count: int) -> list[TableUpdate]:
+        """Give a request fresh blocks where groups have fewer than ``count``."""
+        assert request.slot is not None
+        updates = []
+        for group, blocks in enumerate(request.blocks):
+            if len(blocks) < count:
+                fresh = self.pool.allocate(count - len(blocks))
+                updates.append(TableUpdate(request.slot, len(blocks), fresh, group))
+                blocks += fresh
+        return updates
 
     def publish(self, request: Request, token_ids: Sequence[int], num_computed: int) -> None:
         """Make the full blocks of the first ``num_computed`` tokens findable.
@@ -157,18 +282,20 @@ class KVManager:
         if self._hasher is None:
             return
         self._extend_hashes(request, token_ids, num_computed)
-        # Blocks are published in order: go back until the first one that is published already.
-        for index in range(num_computed // self.block_size - 1, -1, -1):
-            key = request.block_hashes[index]
-            if self.pool.lookup(key) is not None:
-                break
-            self.pool.publish(request.blocks[index], key)
+        for group, blocks in enumerate(request.blocks):
+            # Blocks are published in order: go back until the first one that is published already.
+            for index in range(num_computed // self.block_size - 1, -1, -1):
+                key = _key(request.block_hashes[index], group)
+                if not blocks[index] or self.pool.lookup(key) is not None:
+                    break
+                self.pool.publish(blocks[index], key)
 
     def withdraw(self, request: Request, num_computed: int) -> None:
         """Make the request's blocks unfindable from the block of token ``num_computed`` on."""
         first = num_computed // self.block_size
-        for block in request.blocks[first:]:
-            self.pool.withdraw(block)
+        for blocks in request.blocks:
+            for block in blocks[first:]:
+                self.pool.withdraw(block)
         if self.pool.snapshots is not None:
             # Also those behind equal blocks of other requests, which are findable in place of this one's.
             for key in request.block_hashes[first:]:
@@ -187,5 +314,11 @@ class KVManager:
         )
 
     def free(self, request: Request) -> None:
-        self.pool.release(reversed(request.blocks))
+        for blocks in request.blocks:
+            self.pool.release(block for block in reversed(blocks) if block)
         request.blocks = []
+
+
+def _key(digest: bytes, group: int) -> bytes:
+    """The name of a group's block of the tokens that ``digest`` stands for."""
+    return digest + bytes((group,)) if group else digest

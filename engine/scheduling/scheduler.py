@@ -68,7 +68,7 @@ class Scheduler:
         self.kv = kv
         self.ledger = ledger
         self.budget = max_num_batched_tokens
-        self.max_model_len = min(max_model_len, kv.pool.capacity * kv.block_size)
+        self.max_model_len = min(max_model_len, kv.longest)
         self.slots = SequenceSlots(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
         self.recompute_beyond = recompute_beyond
         self.stats = SchedulerStats()
@@ -197,7 +197,7 @@ class Scheduler:
                 self._drop(request, error, batch)
         self._admit_waiting(left, batch)
         if not batch.num_tokens:
-            return None
+            return self._unblock()
         rows = batch.sampling_slots
         batch.epochs = self.slots.epochs_of(rows)
         self.stats.computed_tokens += batch.num_tokens
@@ -276,14 +276,22 @@ class Scheduler:
         for slot in needy.tolist():
             request = table.requests[slot]
             while request is not None and request.slot == slot:
-                first = len(request.blocks)
-                if blocks := self.kv.grow(request):
-                    updates.append(TableUpdate(slot, first, blocks))
-                    table.capacity[slot] += len(blocks) * self.kv.block_size
+                updates += self.kv.leave_behind(request, int(table.computed[slot]))
+                if grown := self.kv.grow(request):
+                    updates += grown
+                    table.capacity[slot] = len(request.blocks[0]) * self.kv.block_size
                     break
                 self.preempt(self._victim())
         # A request can grow and be preempted in the same step: its table updates must not reach the runner.
         return [u for u in updates if table.requests[u.slot] is not None]
+
+    def _unblock(self) -> ScheduledBatch | None:
+        """Schedule the next step if none of the prompts that are being computed has a block to go on with:
+        preempt one of them. None while other requests are about to end, or if nothing can be computed."""
+        if not self._prefilling or len(self._prefilling) < self.num_running:
+            return None
+        self.preempt(self._victim())
+        return self.schedule()
 
     def _is_held_up(self, budget: int) -> bool:
         """Return True if ``budget`` tokens are too few for the next ones of the first prompt, which attend
@@ -291,19 +299,25 @@ class Scheduler:
         if not self._prefilling or not self._prefilling[0].both_ways:
             return False
         request = self._prefilling[0]
-        start, known = (int(array[request.slot]) for array in (self.slots.computed, self.slots.known))
-        return request.uncut(min(known, start + budget)) <= start
+        start = int(self.slots.computed[request.slot])
+        return self._reach(request, budget) <= start < self._reach(request, self.budget)
+
+    def _reach(self, request: Request, budget: int) -> int:
+        """Return where the next chunk of a prompt can end, of up to ``budget`` tokens."""
+        table, slot = self.slots, request.slot
+        start = int(table.computed[slot])
+        return request.uncut(self.kv.reach(request, start, min(int(table.known[slot]), start + budget)))
 
     def _prefill(self, request: Request, budget: int, batch: ScheduledBatch) -> int:
         """Schedule as much of a prompt as fits; return the number of tokens."""
         table, slot = self.slots, request.slot
         assert slot is not None
         start = int(table.computed[slot])
-        end = request.uncut(min(int(table.known[slot]), start + budget))
-        end = self.kv.chunk_end(request, start, end)
+        end = self.kv.chunk_end(request, start, self._reach(request, budget))
         count = end - start
         if count <= 0:
             return 0
+        batch.table_updates += self.kv.leave_behind(request, start) + self.kv.cover(request, end)
         completes = end == table.known[slot]
         table.computed[slot] = end
         chunk = PrefillChunk(request, slot, start, count, completes)
@@ -334,22 +348,24 @@ class Scheduler:
     def _admit(self, request: Request, batch: ScheduledBatch) -> bool:
         """Give the first waiting request a slot and blocks; False if there are too few."""
         cached = self.kv.cached_prefix(request)
-        if self.kv.awaits_snapshot(request, cached):
+        num_cached = len(cached[0])
+        if self.kv.awaits_snapshot(request, num_cached):
             return False
-        computed = len(cached) * self.kv.block_size
+        computed = num_cached * self.kv.block_size
         # A request that runs alone may take every block. Others leave some blocks for those that grow.
-        reserve = self.kv.pool.capacity // 100 + 1 if self.num_running else 0
+        reserve = self.kv.pool.capacity // 100 + len(cached) if self.num_running else 0
         if not self.kv.admit(request, cached, reserve):
             return False
         self._waiting.pop()
-        slot = self.slots.enter(request, computed, len(request.blocks) * self.kv.block_size)
+        capacity = self.kv.blocks_for(len(request.token_ids)) * self.kv.block_size
+        slot = self.slots.enter(request, computed, capacity)
         if self.recompute_beyond is not None and request.rope_variant == 0:
             self.slots.pause[slot] = min(self.slots.limit[slot], self.recompute_beyond + 1)
         self.ledger.hold(request, computed)
         if request.num_cached is None:
             request.num_cached = computed
             self.stats.cached_tokens += computed
-        batch.admitted.append(Admission(request, slot, computed, self.kv.snapshot_at(request, len(cached))))
+        batch.admitted.append(Admission(request, slot, computed, self.kv.snapshot_at(request, num_cached)))
         self._prefilling.append(request)
         return True
 
@@ -359,6 +375,7 @@ class Scheduler:
             if chunk.request is request:
                 self.kv.withdraw(request, chunk.start)
         batch.prefills = [chunk for chunk in batch.prefills if chunk.request is not request]
+        batch.table_updates = [update for update in batch.table_updates if update.slot != request.slot]
         batch.admitted = [admission for admission in batch.admitted if admission.request is not request]
         self.fail(request, error)
 

@@ -9,6 +9,7 @@ import torch
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.decoder import Decoder
+from engine.layers.layer_groups import LayerGroups
 from engine.runner.kv_storage import allocate_caches
 
 BLOCK = 4
@@ -17,7 +18,13 @@ BLOCK = 4
 def poisoned_caches(decoder: Decoder, num_blocks: int, num_states: int) -> list[KVCache | StateCache]:
     """Caches full of NaN: whatever is read without having been written spoils the result."""
     caches = allocate_caches(
-        decoder.config, num_blocks, BLOCK, num_states, decoder.dtype, decoder.device
+        decoder.config,
+        LayerGroups.single(decoder.config),
+        num_blocks,
+        BLOCK,
+        num_states,
+        decoder.dtype,
+        decoder.device,
     ).layers
     for cache in caches:
         tensors = (cache.keys, cache.values) if isinstance(cache, KVCache) else (cache.conv, cache.recurrent)

@@ -121,9 +121,9 @@ def test_twice_as_many_tokens_fit(tmp_path):
     assert isinstance(decoder, DecoderConfig)
     config = EngineConfig(model=str(path), kv_cache_dtype="fp8")
     # Keys and values of 2 layers, 2 heads, 16 tokens and 32 numbers, a byte each.
-    assert block_bytes(decoder, 16, kv_dtype(config, torch.bfloat16)) == 2 * 2 * 2 * 16 * 32
+    assert block_bytes(decoder, 2, 16, kv_dtype(config, torch.bfloat16)) == 2 * 2 * 2 * 16 * 32
     auto = EngineConfig(model=str(path))
-    assert block_bytes(decoder, 16, kv_dtype(auto, torch.bfloat16)) == 2 * 2 * 2 * 2 * 16 * 32
+    assert block_bytes(decoder, 2, 16, kv_dtype(auto, torch.bfloat16)) == 2 * 2 * 2 * 2 * 16 * 32
     blocks = []
     for options in ({}, {"kv_cache_dtype": "fp8"}):
         config = EngineConfig(

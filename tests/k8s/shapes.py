@@ -169,7 +169,7 @@ def measure(name: str, folder: Path, fp8: bool = False) -> Size:
     return Size(
         language=_bytes(decoder),
         vision=_bytes(encoder),
-        token=block_bytes(model.decoder, 1, torch.bfloat16),
+        token=block_bytes(model.decoder, model.decoder.num_attention_layers, 1, torch.bfloat16),
         states=state_bytes(model.decoder, torch.bfloat16),
         layers=model.decoder.num_attention_layers,
         kv_heads=model.decoder.num_kv_heads,

@@ -120,6 +120,7 @@ class FamilyCase:
         video: what stands for a video; None if the model has none.
         options: of the engine.
         caches: prefixes of its prompts are cached.
+        windows: some of its layers have sliding windows, shorter than its prompts.
         few_tokens: tokens of a step that cut prompts, or hold just one where prompts can't be cut.
     """
 
@@ -135,6 +136,7 @@ class FamilyCase:
     frames: int = 5
     options: Mapping[str, Any] = field(default_factory=dict)
     caches: bool = True
+    windows: bool = False
     few_tokens: int = 13
 
     @property

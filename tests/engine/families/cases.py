@@ -126,6 +126,7 @@ CASES = [
         Gemma3Reference,
         frame=GEMMA3_FRAME,
         placeholder=lambda index, count: GEMMA3_IMAGE,
+        windows=True,
     ),
     FamilyCase(
         "Gemma 3 with pan and scan",
@@ -133,6 +134,7 @@ CASES = [
         partial(Gemma3Reference, do_pan_and_scan=True, pan_and_scan_min_crop_size=9),
         frame=GEMMA3_FRAME,
         placeholder=lambda index, count: GEMMA3_IMAGE,
+        windows=True,
         # In two parts beside each other; whole; in parts below each other.
         several=(((20, 24), (33, 70)), ((20, 20), (64, 40), (41, 45))),
         options={"mm_processor_kwargs": {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 9}},
@@ -276,6 +278,7 @@ CASES = [
             partial(make_text_model, kind=kind),
             TextReference,
             texts=TEXTS,
+            windows=kind in ("gemma3", "mistral", "mixtral"),
             # Recurrent states of all slots come out of it.
             options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )

@@ -16,7 +16,7 @@ from engine.core import EngineCore
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.scheduling.batch import Admission, ScheduledBatch, StepResult
+from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, StepResult
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.encoder_ledger import EncoderLedger
 from engine.scheduling.kv_manager import KVManager
@@ -70,11 +70,13 @@ def tokens_alone(
     stop: bool = True,
     original: int | None = None,
     both_ways: Sequence[tuple[int, int]] = (),
+    windows: Sequence[int | None] = (None,),
 ) -> list[int]:
     """The oracle: the request's output if nothing else existed."""
     ids = list(prompt)
     while len(ids) < len(prompt) + max_tokens:
-        ids.append(next_token(cells_of(ids, spans, variant_of(len(ids), original), both_ways)))
+        cells = cells_of(ids, spans, variant_of(len(ids), original), both_ways)
+        ids.append(next_token([cell for window in windows for cell in cells[-(window or len(ids)) :]]))
         if stop and ids[-1] == EOS:
             break
     return ids[len(prompt) :]
@@ -99,8 +101,16 @@ class SimulatedRunner:
     vocab_size = VOCAB
 
     def __init__(
-        self, num_slots: int, num_blocks: int, block_size: int, budget: int, hybrid: bool = False
+        self,
+        num_slots: int,
+        num_blocks: int,
+        block_size: int,
+        budget: int,
+        hybrid: bool = False,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
+        # Of each group of layers.
+        self.windows = windows
         self.hybrid = hybrid
         # Of each slot: the cells that its recurrent state stands for.
         self.states: list[tuple] = [()] * num_slots
@@ -108,7 +118,7 @@ class SimulatedRunner:
         self.block_size = block_size
         self.budget = budget
         self.cache: dict[int, tuple] = {}
-        self.tables: list[dict[int, int]] = [{} for _ in range(num_slots)]
+        self.tables: list[dict[tuple[int, int], int]] = [{} for _ in range(num_slots)]
         self.length = [0] * num_slots
         self.last = [0] * num_slots
         self.variant = [0] * num_slots
@@ -121,13 +131,14 @@ class SimulatedRunner:
         self.computed += batch.num_tokens
         self.steps.append(batch)
         for admission in batch.admitted:
-            self.tables[admission.slot] = dict(enumerate(admission.request.blocks))
+            for group, blocks in enumerate(admission.request.blocks):
+                self._write_table(admission.slot, group, 0, blocks)
             self.length[admission.slot] = admission.num_computed
             self.variant[admission.slot] = admission.request.rope_variant
             if self.hybrid:
                 self._resume(admission)
         for update in batch.table_updates:
-            self.tables[update.slot] |= dict(enumerate(update.blocks, update.column))
+            self._write_table(update.slot, update.group, update.column, update.blocks)
         tokens = []
         written = []
         for slot in batch.decode_slots.tolist():
@@ -144,14 +155,16 @@ class SimulatedRunner:
                 written.append((chunk.slot, index, cells[index]))
         # As on a device: everything is written before anything is read.
         for slot, index, cell in written:
-            self.cache[self._place(slot, index)] = cell
+            for group in range(len(self.windows)):
+                self.cache[self._place(slot, index, group)] = cell
             self.length[slot] = index + 1
             self.states[slot] += (cell,)
         for chunk in batch.prefills:
+            self._check_visible(chunk)
             if chunk.snapshot is not None:
                 self.snapshots[chunk.snapshot] = self.states[chunk.slot]
         for slot in batch.sampling_slots.tolist():
-            seen = [self.cache.get(self._place(slot, index)) for index in range(self.length[slot])]
+            seen = self._seen(slot)
             if self.hybrid:
                 assert list(self.states[slot]) == seen, "state and cache are of different tokens"
             self.last[slot] = next_token(seen)
@@ -165,8 +178,32 @@ class SimulatedRunner:
         self.states[admission.slot] = () if kept is None else self.snapshots[kept]
         assert len(self.states[admission.slot]) == admission.num_computed
 
-    def _place(self, slot: int, index: int) -> int:
-        block = self.tables[slot][index // self.block_size]
+    def _write_table(self, slot: int, group: int, column: int, blocks: Sequence[int]) -> None:
+        for index, block in enumerate(blocks, column):
+            self.tables[slot][group, index] = block
+
+    def _seen(self, slot: int, first: int | None = None) -> list:
+        """The cells that the last token sees in each group, and those that tokens from ``first`` on see."""
+        last = self.length[slot] - 1
+        first = last if first is None else first
+        return [
+            self.cache.get(self._place(slot, index, group))
+            for group, window in enumerate(self.windows)
+            for index in range(0 if window is None else max(0, first - window + 1), last + 1)
+        ]
+
+    def _check_visible(self, chunk: PrefillChunk) -> None:
+        """Every token of a chunk sees what it should, not only the last one."""
+        request, end = chunk.request, chunk.start + chunk.count
+        cells = cells_of(request.token_ids, list(request.spans), request.rope_variant, request.both_ways, end)
+        assert self._seen(chunk.slot, chunk.start) == [
+            cell
+            for window in self.windows
+            for cell in cells[0 if window is None else max(0, chunk.start - window + 1) : end]
+        ]
+
+    def _place(self, slot: int, index: int, group: int) -> int:
+        block = self.tables[slot][group, index // self.block_size]
         assert 0 < block < self.num_blocks
         return block * self.block_size + index % self.block_size
 
@@ -193,11 +230,19 @@ class SimulatedEngine:
         prefix_caching: bool = True,
         original: int | None = None,
         num_snapshots: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
+        num_blocks *= len(windows)
         snapshots = None if num_snapshots is None else SnapshotPool(num_snapshots)
         hasher = BlockHasher(block_size, "model") if prefix_caching else None
         self.scheduler = Scheduler(
-            KVManager(BlockPool(num_blocks, snapshots if hasher else None), hasher, block_size),
+            KVManager(
+                BlockPool(num_blocks, snapshots if hasher else None),
+                hasher,
+                block_size,
+                windows=windows,
+                step_tokens=budget,
+            ),
             EncoderLedger(encoder_rows),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
@@ -205,7 +250,12 @@ class SimulatedEngine:
             recompute_beyond=original,
         )
         self.runner = SimulatedRunner(
-            len(self.scheduler.slots.requests), num_blocks, block_size, budget, num_snapshots is not None
+            len(self.scheduler.slots.requests),
+            num_blocks,
+            block_size,
+            budget,
+            num_snapshots is not None,
+            windows,
         )
         self.core = EngineCore(self.scheduler, self.runner, run_ahead)
         self.outputs: dict[str, list[int]] = {}

@@ -39,13 +39,13 @@ def request_of(ids: list[int]) -> Request:
 def test_a_sequence_loses_its_end_first():
     kv = KVManager(BlockPool(5), BlockHasher(4, "model"), 4)
     request = request_of(list(range(16)))
-    assert kv.admit(request, [], 0)
-    blocks = list(request.blocks)
+    assert kv.admit(request, [[]], 0)
+    blocks = list(request.blocks[0])
     kv.publish(request, request.token_ids, 16)
     kv.free(request)
     for left in (3, 2, 1):
         kv.pool.release(kv.pool.allocate(1))
-        assert kv.cached_prefix(request_of(list(range(20)))) == blocks[:left]
+        assert kv.cached_prefix(request_of(list(range(20)))) == [blocks[:left]]
 
 
 def test_a_prefix_outlives_the_ends_of_answers():
