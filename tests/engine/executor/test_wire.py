@@ -47,7 +47,7 @@ def request_() -> Request:
         seed=9,
         rope_variant=1,
         num_preemptions=2,
-        blocks=[5, 3],
+        blocks=[[5, 3], [0, 4]],
         grammar=open,
     )
 
@@ -81,14 +81,25 @@ def test_a_slot_may_change_hands_within_one_step(request_):
     assert receiver.batch(sent(sender, batch)).prefills[0].request.id == "b"
 
 
-def test_steady_decode_sends_only_what_changed_and_keeps_the_array():
+def test_steady_decode_sends_only_what_changed_and_keeps_the_array(request_):
     """Whoever decodes knows by the array's identity that its slots are on the device already."""
     sender, receiver = BatchSender(), BatchReceiver()
     slots = np.arange(256)
-    first = receiver.batch(sent(sender, ScheduledBatch(0, slots)))
-    message = sender.message(ScheduledBatch(1, slots, table_updates=[TableUpdate(3, 9, [77])]), False)
+    first = receiver.batch(sent(sender, ScheduledBatch(0, slots, admitted=[Admission(request_, 3, 8)])))
+    message = sender.message(ScheduledBatch(1, slots, table_updates=[TableUpdate(3, 2, [77])]), False)
     assert len(pickle.dumps(message, pickle.HIGHEST_PROTOCOL)) < 300
     second = receiver.batch(pickle.loads(pickle.dumps(message)))
-    assert second.decode_slots is first.decode_slots and second.table_updates == [TableUpdate(3, 9, [77])]
+    assert second.decode_slots is first.decode_slots and second.table_updates == [TableUpdate(3, 2, [77])]
     third = receiver.batch(sent(sender, ScheduledBatch(2, slots[1:])))
     assert third.decode_slots.tolist() == slots[1:].tolist()
+
+
+def test_other_ranks_know_which_blocks_a_prompt_gets_and_gives_back(request_):
+    """Chunks find the places of their keys and values in the lists of blocks."""
+    sender, receiver = BatchSender(), BatchReceiver()
+    empty = np.zeros(0, np.int64)
+    chunk = PrefillChunk(request_, 7, 8, 4, False)
+    updates = [TableUpdate(7, 2, [6], 0), TableUpdate(7, 1, [0], 1), TableUpdate(7, 2, [8], 1)]
+    batch = receiver.batch(sent(sender, ScheduledBatch(0, empty, [chunk], [Admission(request_, 7, 8)])))
+    batch = receiver.batch(sent(sender, ScheduledBatch(1, empty, [chunk], table_updates=updates)))
+    assert batch.prefills[0].request.blocks == [[5, 3, 6], [0, 0, 8]]
