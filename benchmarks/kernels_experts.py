@@ -12,6 +12,7 @@ from engine.kernels.device import use_triton
 from engine.kernels.dispatch import experts
 from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
+from engine.kernels.int4 import Int4Scale, pack
 from engine.kernels.route import route, route_reference
 from engine.kernels.router_config import RouterConfig
 
@@ -24,10 +25,14 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     sizes = TINY_SIZES if tiny else SIZES
     label = f"{sizes[1]} of {sizes[0]}, {sizes[2]}x{sizes[3]}"
     yield Case("expert_gemv", f"{label}, 1 token", partial(mlps, device, 1, *sizes))
+    yield Case("int4_experts", f"{label}, 1 token", partial(mlps, device, 1, *sizes, int4=True))
     for tokens in TINY_TOKENS if tiny else TOKENS:
         yield Case("route", f"{label}, {tokens} tokens", partial(router, device, tokens, *sizes))
         yield Case("expert_groups", f"{label}, {tokens} tokens", partial(groups, device, tokens, *sizes))
         yield Case("grouped_gemm", f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes))
+        yield Case(
+            "int4_experts", f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes, int4=True)
+        )
 
 
 def _chosen(device: torch.device, tokens: int, count: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,17 +60,46 @@ def groups(device: torch.device, tokens: int, count: int, top_k: int, *_: int) -
     return Problem(run, lambda: (run()[0], group_by_expert_reference(ids, count)[0]), moved, peers=peers)
 
 
-def mlps(device: torch.device, tokens: int, count: int, top_k: int, hidden: int, inner: int) -> Problem:
+def _matrices(device: torch.device, count: int, outputs: int, inputs: int, int4: bool) -> ExpertMatrices:
+    """Random matrices of experts in the dtype of their input, or int4 in groups of 128 with zero points."""
+    if not int4:
+        weight = torch.randn((count, outputs, inputs), device=device, dtype=dtype_on(device))
+        return ExpertMatrices(weight * inputs**-0.5)
+    rows, groups = count * outputs, -(-inputs // 128)
+    words = pack(torch.randint(0, 16, (rows, inputs), device=device, dtype=torch.uint8))
+    values = ((torch.rand((rows, groups), device=device) + 0.5) * inputs**-0.5 / 8).half()
+    zeros = torch.randint(0, 16, values.shape, device=device, dtype=torch.uint8)
+    return ExpertMatrices(words.unflatten(0, (count, outputs)), Int4Scale(inputs, values, 128, zeros))
+
+
+def mlps(
+    device: torch.device,
+    tokens: int,
+    count: int,
+    top_k: int,
+    hidden: int,
+    inner: int,
+    *,
+    int4: bool = False,
+) -> Problem:
     """Measure the MLPs of the tokens' experts, beside torch's, one expert after the other."""
-    dtype = dtype_on(device)
-    x = torch.randn((tokens, hidden), device=device, dtype=dtype)
-    gate_up = torch.randn((count, 2 * inner, hidden), device=device, dtype=dtype) * hidden**-0.5
-    down = torch.randn((count, hidden, inner), device=device, dtype=dtype) * inner**-0.5
+    x = torch.randn((tokens, hidden), device=device, dtype=dtype_on(device))
+    gate_up = _matrices(device, count, 2 * inner, hidden, int4)
+    down = _matrices(device, count, hidden, inner, int4)
     ids, weights = (part.contiguous() for part in _chosen(device, tokens, count, top_k))
-    arguments = x, ids, weights, ExpertMatrices(gate_up), ExpertMatrices(down), "silu"
+    arguments = x, ids, weights, gate_up, down, "silu"
     run, apart = partial(experts, *arguments), partial(experts_reference, *arguments)
     if tokens > 1:
         amount = 6 * tokens * top_k * hidden * inner
         return Problem(run, lambda: (run(), apart()), amount, compute=True, peers={"torch": apart})
-    used = top_k * (gate_up[0].nbytes + down[0].nbytes)
+    used = top_k * sum(_bytes(matrices) for matrices in (gate_up, down)) // count
     return Problem(run, lambda: (run(), apart()), used, peers={"torch": apart})
+
+
+def _bytes(matrices: ExpertMatrices) -> int:
+    """Bytes of the matrices of all experts."""
+    scale = matrices.scale
+    if scale is None:
+        return matrices.weight.nbytes
+    zeros = scale.zeros if isinstance(scale, Int4Scale) else None
+    return matrices.weight.nbytes + scale.values.nbytes + (0 if zeros is None else zeros.nbytes)

@@ -34,6 +34,8 @@ decides::
                                                   the GPU
                       gemm_activation_reference   otherwise                           gemm_activation.py
     experts           experts_reference           not Triton                          experts.py
+                      int4_expert_gemv_triton     int4, few tokens as below           int4_experts.py
+                      int4_grouped_gemm_triton    int4, otherwise                     int4_experts.py
                       expert_gemv_triton          1 token, or at most 8 with at most  expert_gemv.py
                                                   half as many pairs as experts
                       grouped_experts_triton      otherwise                           grouped_gemm.py

@@ -29,6 +29,7 @@ from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activ
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.grouped_gemm import grouped_experts_triton
 from engine.kernels.int4 import Int4Scale, dequantise_int4
+from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
 from engine.kernels.int4_gemm import int4_gemm_triton
 from engine.kernels.int4_gemv import int4_gemv_triton
 from engine.kernels.launch import is_compiling
@@ -289,12 +290,14 @@ def experts(
     Returns:
         ``(T, H)`` in the dtype of ``x``.
     """
-    quantised = gate_up.scale is not None or down.scale is not None
     tokens, top_k = ids.shape
-    if tokens == 0 or not use_triton(x) or (quantised and not reads_fp8(x.device)):
+    few = tokens == 1 or (tokens <= MAX_EXPERT_GEMV_TOKENS and 2 * tokens * top_k <= len(gate_up.weight))
+    int4 = isinstance(gate_up.scale, Int4Scale), isinstance(down.scale, Int4Scale)
+    fp8 = isinstance(gate_up.scale, Scale) or isinstance(down.scale, Scale)
+    if tokens == 0 or not use_triton(x) or (fp8 and not reads_fp8(x.device)) or int4[0] != int4[1]:
         run = experts_reference
-    elif tokens == 1 or (tokens <= MAX_EXPERT_GEMV_TOKENS and 2 * tokens * top_k <= len(gate_up.weight)):
-        run = expert_gemv_triton
+    elif int4[0]:
+        run = int4_expert_gemv_triton if few else int4_grouped_gemm_triton
     else:
-        run = grouped_experts_triton
+        run = expert_gemv_triton if few else grouped_experts_triton
     return run(x, ids, weights, gate_up, down, activation)

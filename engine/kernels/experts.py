@@ -7,13 +7,14 @@ kernels read nothing on the host: they may be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from engine.kernels.act_mul import act_mul_reference
 from engine.kernels.fp8 import Scale, dequantise_reference
+from engine.kernels.int4 import Int4Scale, dequantise_int4_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +22,28 @@ class ExpertMatrices:
     """One matrix ``(N, K)`` for each of ``E`` experts.
 
     Attributes:
-        weight: ``(E, N, K)`` contiguous; fp8 with ``scale``.
-        scale: what fp8 weights are multiplied by, with values ``(E * N, G)``: those of all experts, one
-            expert after the other.
+        weight: ``(E, N, K)`` contiguous; with ``scale`` fp8, or the words of int4, ``(E, N, W)``.
+        scale: what fp8 weights are multiplied by, or the scales of int4, with values ``(E * N, G)``: those
+            of all experts, one expert after the other.
     """
 
     weight: torch.Tensor
-    scale: Scale | None = None
+    scale: Scale | Int4Scale | None = None
+
+    @property
+    def inputs(self) -> int:
+        return self.scale.inputs if isinstance(self.scale, Int4Scale) else self.weight.shape[2]
 
     def one(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """The matrix of one expert, dequantised to ``dtype``."""
         if self.scale is None:
             return self.weight[expert]
         values = self.scale.values.unflatten(0, self.weight.shape[:2])[expert]
+        if isinstance(self.scale, Int4Scale):
+            zeros = self.scale.zeros
+            zeros = None if zeros is None else zeros.unflatten(0, self.weight.shape[:2])[expert]
+            own = replace(self.scale, values=values, zeros=zeros)
+            return dequantise_int4_reference(self.weight[expert], own, dtype)
         return dequantise_reference(self.weight[expert], Scale(values, self.scale.group), dtype)
 
 

@@ -58,7 +58,7 @@ def int4_gemm_triton(
 
 
 @triton.jit
-def _chunk_products(
+def chunk_products(
     acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, row, groups, EVEN: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def _int4_gemm_kernel(
     wait_for_previous(PDL)
     for chunk in tl.range(split * share, tl.minimum((split + 1) * share, chunks), num_stages=STAGES):
         word = tl.load(weights + chunk * 16)
-        acc = _chunk_products(
+        acc = chunk_products(
             acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups, EVEN, GROUP, ZEROS,
             TILE_OUTPUTS, ROWS,
         )  # fmt: skip

@@ -66,6 +66,42 @@ def _number(word, i: tl.constexpr, ZERO: tl.constexpr):
     return bits.to(tl.float32, bitcast=True) - (8388608.0 + ZERO * power), 1.0 / power
 
 
+@triton.jit
+def add_words(
+    sums, word, w, known, x_ptr, row, inputs, scale_ptr, zero_ptr, groups, GROUP: tl.constexpr,
+    ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
+):  # fmt: skip
+    """Add the products of words with a row of inputs to ``sums``, ``(TILE_OUTPUTS, TILE_WORDS)`` float32.
+
+    Args:
+        word: ``(TILE_OUTPUTS, TILE_WORDS)``.
+        w: ``(1, TILE_WORDS)``, their indices in a row of the weight.
+        known: where there are words.
+        row: ``(TILE_OUTPUTS, 1)`` int64, rows of the scales.
+    """
+    ZERO: tl.constexpr = 0 if ZEROS else 8
+    chunk = w // 16
+    k = chunk * 128 + w % 16
+    part = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
+    total = tl.zeros([1, TILE_WORDS], tl.float32)
+    for i in tl.static_range(8):
+        x = tl.load(x_ptr + k + i * 16, mask=k + i * 16 < inputs, other=0.0).to(tl.float32)
+        number, factor = _number(word, i, ZERO)
+        part += number * (x * factor)
+        total += x
+        if i == 7 or (GROUP > 0 and (i + 1) * 16 % GROUP == 0):
+            # The last number of a group. Groups beyond the last input have no numbers.
+            group = tl.minimum(group_of(chunk, i, GROUP), groups - 1)
+            if ZEROS:
+                zero = tl.load(zero_ptr + row * groups + group, mask=known, other=0)
+                part -= zero.to(tl.float32) * total
+            scale = tl.load(scale_ptr + row * groups + group, mask=known, other=0.0)
+            sums += part * scale.to(tl.float32)
+            part = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
+            total = tl.zeros([1, TILE_WORDS], tl.float32)
+    return sums
+
+
 @triton.jit(do_not_specialize=["groups"])
 def _int4_gemv_kernel(
     x_ptr, bias_ptr, out_ptr, outputs, weight_ptr, scale_ptr, zero_ptr, inputs, words, groups,
@@ -73,7 +109,6 @@ def _int4_gemv_kernel(
     BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs; see :func:`~engine.kernels.int4.int4_arguments`."""
-    ZERO: tl.constexpr = 0 if ZEROS else 8
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     row_mask = (output < outputs)[:, None]
     lane = tl.arange(0, TILE_WORDS)[None, :]
@@ -89,26 +124,10 @@ def _int4_gemv_kernel(
         w = first + lane
         next_lane = w + TILE_WORDS
         next_word = tl.load(weights + next_lane, mask=row_mask & (next_lane < words), other=0)
-        chunk = w // 16
-        k = chunk * 128 + w % 16
-        known = row_mask & (w < words)
-        part = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
-        total = tl.zeros([1, TILE_WORDS], tl.float32)
-        for i in tl.static_range(8):
-            x = tl.load(x_ptr + k + i * 16, mask=k + i * 16 < inputs, other=0.0).to(tl.float32)
-            number, factor = _number(word, i, ZERO)
-            part += number * (x * factor)
-            total += x
-            if i == 7 or (GROUP > 0 and (i + 1) * 16 % GROUP == 0):
-                # The last number of a group. Groups beyond the last input have no numbers.
-                group = tl.minimum(group_of(chunk, i, GROUP), groups - 1)
-                if ZEROS:
-                    zero = tl.load(zero_ptr + row * groups + group, mask=known, other=0)
-                    part -= zero.to(tl.float32) * total
-                scale = tl.load(scale_ptr + row * groups + group, mask=known, other=0.0)
-                sums += part * scale.to(tl.float32)
-                part = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
-                total = tl.zeros([1, TILE_WORDS], tl.float32)
+        sums = add_words(
+            sums, word, w, row_mask & (w < words), x_ptr, row, inputs, scale_ptr, zero_ptr, groups, GROUP,
+            ZEROS, TILE_OUTPUTS, TILE_WORDS,
+        )  # fmt: skip
     result = tl.sum(sums, axis=1)
     if BIAS:
         result += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)

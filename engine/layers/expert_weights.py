@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,8 +11,9 @@ from torch import nn
 from engine.errors import CheckpointError
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.fp8 import FP8, Scale
+from engine.kernels.int4 import MIDDLE
 from engine.layers.build import BuildContext, Region, Target, WeightSlot
-from engine.layers.int4 import Int4Format
+from engine.layers.int4 import Int4Format, Int4Matrix
 from engine.layers.quantised import Fp8Format, QuantisingRows, check_share, scale_slot
 
 
@@ -45,6 +46,24 @@ class ExpertPart:
         return slice(self.first, self.first + self.inputs)
 
 
+def _int4_matrices(
+    name: str, stored: Int4Format, part: ExpertPart, count: int, build: BuildContext
+) -> list[Int4Matrix]:
+    """One matrix for each expert.
+
+    Raises:
+        CheckpointError: the inputs are in another order.
+    """
+    if stored.shuffled:
+        raise CheckpointError(
+            f"{name}: int4 experts with inputs in another order (desc_act) are not supported"
+        )
+    return [
+        Int4Matrix(name, stored, part.total_inputs, part.first, part.inputs, build, shuffles=False)
+        for _ in range(count)
+    ]
+
+
 class ExpertWeights(nn.Module):
     """Projections of one input, of every expert, one after the other: ``(E, outputs, inputs)``.
 
@@ -57,10 +76,17 @@ class ExpertWeights(nn.Module):
         self.name, self.parts, self.count, self.dtype = name, tuple(parts), count, build.dtype
         apart = [f"{expert}.{part.name}" for expert in range(count) for part in parts]
         stored = build.format_of(apart, name)
-        if isinstance(stored, Int4Format):
-            raise CheckpointError(f"{build.path}{name}: experts in int4 are not supported; in fp8 they are")
-        self.format = stored
         rows, inputs = sum(part.size for part in parts), parts[0].inputs
+        self.weight: torch.Tensor
+        self._int4: list[Int4Matrix] = []
+        self.format: Fp8Format | None = None
+        if isinstance(stored, Int4Format):
+            self._int4 = _int4_matrices(build.path + name, stored, parts[0], count, build)
+            words = torch.empty((count, rows, 0), dtype=torch.int32, device=build.device)
+            self.register_buffer("weight", words, persistent=False)
+            self.matrices = ExpertMatrices(words)
+            return
+        self.format = stored
         scale = None
         if self.format is None:
             self.weight = build.parameter(count, rows, inputs)
@@ -79,9 +105,38 @@ class ExpertWeights(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         parent = prefix.removesuffix(self.name + ".")
+        if self._int4:
+            return [
+                slot
+                for expert, matrix in enumerate(self._int4)
+                for part in self.parts
+                for slot in matrix.slots(
+                    f"{parent}{expert}.{part.name}.", part.total, [(part.start, part.size)]
+                )
+            ]
         if parent + self.name in names:
             return self._together(parent + self.name)
         return [slot for expert in range(self.count) for slot in self._apart(parent, expert)]
+
+    def finish_loading(self) -> None:
+        """Put int4 weights, which were read, into the order of the kernels."""
+        if not self._int4:
+            return
+        words, scales = zip(*(matrix.finish() for matrix in self._int4), strict=True)
+        zeros = None
+        if any(scale.zeros is not None for scale in scales):
+            # Experts whose zero points are all in the middle have none.
+            zeros = torch.cat(
+                [
+                    torch.full_like(scale.values, MIDDLE, dtype=torch.uint8)
+                    if scale.zeros is None
+                    else scale.zeros
+                    for scale in scales
+                ]
+            )
+        values = torch.cat([scale.values for scale in scales])
+        self.matrices = ExpertMatrices(torch.stack(words), replace(scales[0], values=values, zeros=zeros))
+        self.weight = self.matrices.weight
 
     def _target(self, *index: int | slice) -> Target:
         """The part of the weight that a checkpoint's tensor is copied to."""

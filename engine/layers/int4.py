@@ -71,14 +71,24 @@ class Int4Matrix:
         name: of the layer, for messages.
         inputs: of the whole matrix.
         first, count: the rank's inputs.
+        shuffles: inputs of a group may be apart.
     """
 
     def __init__(
-        self, name: str, stored: Int4Format, inputs: int, first: int, count: int, build: BuildContext
+        self,
+        name: str,
+        stored: Int4Format,
+        inputs: int,
+        first: int,
+        count: int,
+        build: BuildContext,
+        *,
+        shuffles: bool = True,
     ) -> None:
         self.stored, self._name, self._device = stored, name.removesuffix("."), build.device
         self._inputs, self._first, self._count = inputs, first, count
         self._group = inputs if stored.group is None else stored.group
+        self._shuffles = shuffles
         self.gathers = stored.shuffled and count < inputs
         self._shards: list[_Shard] = []
         cut = self._group if self._group < inputs else _PER_WORD
@@ -206,7 +216,7 @@ class Int4Matrix:
             raise CheckpointError(f"{self._name}: g_idx has groups of other sizes than {self._group} inputs")
         if torch.equal(index.long(), expected) and not self.gathers:
             return None
-        if self._count < self._inputs and not self.gathers:
+        if not self._shuffles or (self._count < self._inputs and not self.gathers):
             raise CheckpointError(
                 f"{self._name}: inputs of a group are apart, but config.json doesn't say so (desc_act)"
             )

@@ -297,6 +297,24 @@ def mixture_of_experts() -> None:
             run(noise(tokens, 2048), ids, weights, gate_up, down, "silu")
 
 
+def int4_experts() -> None:
+    """Experts of Qwen3.5-35B-A3B in int4: few tokens, and tiles of both heights."""
+    from engine.kernels.experts import ExpertMatrices
+    from engine.kernels.int4 import Int4Scale
+    from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
+
+    def matrices(outputs: int, inputs: int) -> ExpertMatrices:
+        values = torch.ones(8 * outputs, inputs // 128, dtype=torch.float16)
+        scale = Int4Scale(inputs, values, 128, values.to(torch.uint8))
+        return ExpertMatrices(torch.zeros(8, outputs, inputs // 8, dtype=I32), scale)
+
+    gate_up, down = matrices(1024, 2048), matrices(2048, 512)
+    for tokens in (1, 64, 256):
+        ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
+        run = int4_expert_gemv_triton if tokens == 1 else int4_grouped_gemm_triton
+        run(noise(tokens, 2048), ids, weights, gate_up, down, "silu")
+
+
 CASES: list[Callable[[], None]] = [
     elementwise,
     decode_step,
@@ -305,6 +323,7 @@ CASES: list[Callable[[], None]] = [
     fp8_weights,
     int4_weights,
     fp8_cache,
+    int4_experts,
     mixture_of_experts,
     # One program per SM, a few per SM, and many, which get smaller tiles and no split.
     lambda: decode(12, 2, 128, 1),

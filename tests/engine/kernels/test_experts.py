@@ -12,6 +12,8 @@ from engine.kernels.expert_groups import group_by_expert_reference, group_by_exp
 from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.grouped_gemm import choose_height, grouped_experts_triton
+from engine.kernels.int4 import Int4Scale, pack
+from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
 from engine.kernels.route import route_reference, route_triton
 from engine.kernels.router_config import RouterConfig
 
@@ -87,26 +89,42 @@ def problem(device, dtype, tokens, top_k, experts, width, inner, group=None):
 
 def matrices(device, dtype, shape, group) -> ExpertMatrices:
     experts, outputs, inputs = shape
+    if isinstance(group, str):
+        size = int(group)
+        groups = -(-inputs // size)
+        words = pack(torch.randint(0, 16, (experts * outputs, inputs), dtype=torch.uint8)).unflatten(
+            0, (experts, -1)
+        )
+        values = (torch.rand(experts * outputs, groups) * 3 + 0.2) * inputs**-0.5 / 8
+        zeros = torch.randint(0, 16, values.shape, dtype=torch.uint8).to(device) if group == "128" else None
+        return ExpertMatrices(words.to(device), Int4Scale(inputs, values.to(device), size, zeros))
     if group is None:
         return ExpertMatrices((torch.randn(shape) * inputs**-0.5).to(device, dtype))
     values = (torch.rand(experts * outputs, -(-inputs // group)) * 3 + 0.2) * inputs**-0.5 / 30
     return ExpertMatrices((torch.randn(shape) * 30).to(FP8).to(device), Scale(values.to(device), group))
 
 
-@pytest.mark.parametrize("group", [None, 1 << 15, 16])
+#: Groups of int4 weights: several without zero points, and one with.
+INT4 = ["16", "128"]
+
+
+@pytest.mark.parametrize("group", [None, 1 << 15, 16, *INT4])
 # Tokens, experts of a token, experts, width, inner width.
 @pytest.mark.parametrize("size", [(1, 2, 5, 20, 12), (2, 1, 1, 24, 8), (2, 3, 4, 9, 11)], ids=str)
 def test_few_tokens(device, dtype, size, group):
     arguments, exact = problem(device, dtype, *size, group)
-    assert_close(expert_gemv_triton(*arguments), exact)
+    run = int4_expert_gemv_triton if group in INT4 else expert_gemv_triton
+    assert_close(run(*arguments), exact, tolerance=1e-5 if group in INT4 else 0.0)
 
 
 @pytest.mark.parametrize("run", [grouped_experts_triton, experts_reference])
-@pytest.mark.parametrize("group", [None, 1 << 15, 32])
+@pytest.mark.parametrize("group", [None, 1 << 15, 32, *INT4])
 @pytest.mark.parametrize("size", [(9, 3, 7, 70, 33), (20, 2, 3, 64, 64), (2, 4, 9, 32, 16)], ids=str)
 def test_many_tokens(device, dtype, size, group, run):
     arguments, exact = problem(device, dtype, *size, group)
-    assert_close(run(*arguments), exact)
+    if group in INT4 and run is grouped_experts_triton:
+        run = int4_grouped_gemm_triton
+    assert_close(run(*arguments), exact, tolerance=1e-5 if group in INT4 else 0.0)
 
 
 def test_one_row_of_several_steps(device, dtype, monkeypatch):

@@ -237,10 +237,35 @@ def test_integers_without_a_configuration_are_refused(tmp_path):
         load(path)
 
 
-def test_experts_are_refused(tmp_path):
+EXPERT_MATRIX = (
+    r".*layers\.\d+\.(?:self_attn|mlp|linear_attn)\.(?:experts\.\d+\.|shared_expert\.)?\w+_proj\.weight"
+)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "scheme", [Scheme("gptq", 8 * 2), Scheme("awq", -1), Scheme("packed", 16)], ids=lambda s: s.layout
+)
+def test_experts(tmp_path, kind, scheme):
+    path = make_text(tmp_path / "model", kind, moe_intermediate_size=32, shared_expert_intermediate_size=64)
+    exact = quantise(path, scheme, matrix=EXPERT_MATRIX)
+    decoder = load(path)
+    experts = decoder.layers[0].mlp.experts
+    assert experts.gate_up_proj.weight.dtype == experts.down_proj.weight.dtype == torch.int32
+    torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
+    ranks = [load(path, Rank(rank, 2)).layers[0].mlp.experts for rank in range(2)] if scheme.group > 0 else []
+    for expert in range(6 if ranks else 0):
+        both = [rank.gate_up_proj.matrices.one(expert, torch.float32).unflatten(0, (2, -1)) for rank in ranks]
+        whole = experts.gate_up_proj.matrices.one(expert, torch.float32)
+        assert torch.equal(torch.cat(both, dim=1).flatten(0, 1), whole)
+        both = [rank.down_proj.matrices.one(expert, torch.float32) for rank in ranks]
+        assert torch.equal(torch.cat(both, dim=1), experts.down_proj.matrices.one(expert, torch.float32))
+
+
+def test_experts_in_activation_order_are_refused(tmp_path):
     path = make_text(tmp_path / "model", "qwen3_moe")
-    quantise(path, Scheme("gptq"), matrix=r".*experts\.\d+\.(?:gate|up)_proj\.weight")
-    with pytest.raises(CheckpointError, match="experts in int4 are not supported"):
+    quantise(path, Scheme("gptq", shuffled=True), matrix=r".*experts\.\d+\.(?:gate|up)_proj\.weight")
+    with pytest.raises(CheckpointError, match="int4 experts with inputs in another order"):
         load(path)
 
 
