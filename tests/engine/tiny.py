@@ -47,6 +47,15 @@ QWEN_TEMPLATE = (
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+#: Sizes of the language model in tiny checkpoints, as fields of its config.json.
+TEXT_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 _CORPUS = [
     "the quick brown fox jumps over the lazy dog",
     "describe this image in detail please",

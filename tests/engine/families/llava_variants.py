@@ -12,7 +12,7 @@ import transformers
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
 from tests.engine.families.references import with_divided_logits
-from tests.engine.tiny import spread, tokenizer
+from tests.engine.tiny import TEXT_SIZES, spread, tokenizer
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
 _TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -55,12 +55,7 @@ def make_llava_variant(
         text_config={
             "model_type": text,
             "vocab_size": len(tok),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
+            **TEXT_SIZES,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 4,

@@ -12,7 +12,7 @@ import transformers
 from engine.families.ovis2.layout import INDICATORS
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.tiny import spread, tokenizer
+from tests.engine.tiny import TEXT_SIZES, spread, tokenizer
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<IMG_ATOM>", *INDICATORS)
 #: 4 patches per side, and 1 pixel that no patch covers.
@@ -57,12 +57,7 @@ def make_ovis2(
         text_config={
             "model_type": text,
             "vocab_size": len(tok),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
+            **TEXT_SIZES,
             "bos_token_id": 0,
             "eos_token_id": 2,
             "pad_token_id": 0,
