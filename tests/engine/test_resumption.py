@@ -23,7 +23,11 @@ from tests.engine.same import assert_same_logprobs
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TEXT = "describe this " + IMAGE + " beside " + IMAGE + " please"
-SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["red", "blue"]}}, "required": ["a"]}'
+#: Its answers have at most 13 characters: they end.
+SCHEMA = (
+    '{"type": "object", "properties": {"a": {"enum": ["red", "blue"]}}, "required": ["a"], '
+    '"additionalProperties": false}'
+)
 TOKENS = 18
 
 #: What requests ask for: everything that changes what comes out, or how.
