@@ -7,12 +7,17 @@ cancelled in it, so that no test depends on time.
 import asyncio
 import base64
 import io
+import json
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import httpx
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests.deployments.pictures import ask, circle, looking_at, silent_image
@@ -31,6 +36,16 @@ LONG = {
     "temperature": 1,
     "n": 16,
 }
+
+#: Deploys the configuration that it reads, in the cluster that it is told.
+DEPLOY = """
+import json, sys, ray
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+ray.init(sys.argv[1], log_to_driver=False)
+config = ServeDeploySchema.model_validate(json.load(sys.stdin))
+_get_global_client().deploy_apps(config, _blocking=True)
+"""
 
 
 @pytest.fixture(params=["served", "served_under_load"], ids=["proxy", "haproxy"])
@@ -124,6 +139,75 @@ async def test_a_stop_string_ends_the_work(server):
     await until(lambda: is_idle(scraped(server.root)))
     # The device may be some steps ahead of the text.
     assert seen(server)("engine_output_tokens_total", model="pocket") - before < 400
+
+
+async def test_a_choice_that_has_ended_ends_before_the_others(server):
+    """A stop string ends the first of two choices early; the second one never has it."""
+    asked = {**LONG, "n": 2, "seed": 5}
+    async with client_of(server) as client:
+        made = (await client.post("/v1/chat/completions", json=asked)).json()
+        first, second = (choice["message"]["content"] for choice in made["choices"])
+        stops = [first[at : at + 6] for at in range(60) if first[at : at + 6] not in second]
+        before = seen(server)("engine_output_tokens_total", model="pocket")
+        made = (await client.post("/v1/chat/completions", json={**asked, "stop": stops[:1]})).json()
+    assert [choice["finish_reason"] for choice in made["choices"]] == ["stop", "length"]
+    await until(lambda: is_idle(scraped(server.root)))
+    made_tokens = seen(server)("engine_output_tokens_total", model="pocket") - before
+    assert LONG["max_tokens"] <= made_tokens < LONG["max_tokens"] + 400
+
+
+def deployed(served: Served, **ingress: float) -> None:
+    """Have the replicas of the ingress take these values over. Another process does it: this one is not
+    connected to the cluster."""
+    config = yaml.safe_load((served.pictures.parent / "serve.yaml").read_text())
+    if ingress:
+        config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": ingress}]
+    subprocess.run(
+        [sys.executable, "-c", DEPLOY, served.cluster], input=json.dumps(config), text=True, check=True
+    )
+
+
+@pytest.fixture
+def hurried(served_under_load) -> Iterator[Served]:
+    """The application behind HAProxy with two seconds for each request."""
+    deployed(served_under_load, request_timeout_s=2)
+    yield served_under_load
+    deployed(served_under_load)
+    # A request that needs longer than that is answered again.
+    url = f"{served_under_load.base_url}/chat/completions"
+    wait_for(lambda: httpx.post(url, json=LONG, timeout=60).is_success)
+
+
+async def test_the_end_of_a_request_s_time_ends_the_work(hurried):
+    """While an image is fetched, by actor calls; and while tokens are made, by gRPC. Ray Serve's own proxy:
+    ``test_redeploy.py``."""
+
+    async def timed_out(messages: list[dict], stage: str) -> None:
+        body = {**LONG, "messages": messages}
+
+        async def ends() -> bool:
+            try:
+                answer = await client.post("/v1/chat/completions", json=body, timeout=30)
+            except httpx.TimeoutException:
+                # The change has not come to this replica yet.
+                return False
+            return answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+
+        # Each replica of the ingress has taken the change over.
+        deadline, in_a_row = time.monotonic() + 300, 0
+        while in_a_row < 4:
+            assert time.monotonic() < deadline
+            in_a_row = in_a_row + 1 if await ends() else 0
+        await until(lambda: is_idle(scraped(hurried.root)))
+        before = cancelled(hurried, stage)
+        assert await ends()
+        await until(lambda: cancelled(hurried, stage) > before)
+        await until(lambda: is_idle(scraped(hurried.root)))
+
+    async with client_of(hurried) as client:
+        with silent_image(hurried) as url:
+            await timed_out(looking_at(url), "preprocessor")
+        await timed_out(HELLO, "language_model")
 
 
 @pytest.mark.parametrize("megabytes", [1, 24])

@@ -139,32 +139,37 @@ def test_counts_and_values_change_in_running_replicas(served, ray_client, contro
 def test_the_end_of_a_request_s_time_ends_the_work(served, controller):
     """Here, because only a change of the configuration sets a time."""
 
-    def timed_out() -> float:
+    def timed_out(stage: str) -> float:
         values = scraped(served.root)
-        return values("stage_requests_total", model="pocket", stage="preprocessor", outcome="cancelled")
+        return values("stage_requests_total", model="pocket", stage=stage, outcome="cancelled")
+
+    def ends(body: dict[str, Any]) -> bool:
+        try:
+            answer = httpx.post(f"{served.base_url}/chat/completions", json=body, timeout=20)
+        except httpx.TimeoutException:
+            # The change has not come yet, and the image itself may take longer.
+            return False
+        return answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+
+    def ends_the_work(body: dict[str, Any], stage: str) -> None:
+        wait_for(lambda: ends(body))
+        # Clients that left while the change was on its way count as well.
+        wait_for(lambda: is_idle(scraped(served.root)))
+        before = timed_out(stage)
+        wait_for(lambda: ends(body))
+        wait_for(lambda: timed_out(stage) > before)
+        wait_for(lambda: is_idle(scraped(served.root)))
 
     wait_for(lambda: all_answer(scraped(served.root)))
     user_config = {"request_timeout_s": 2}
     controller.config["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
     controller.deploy()
     with silent_image(served) as url:
-        asked = {"model": "pocket", "messages": looking_at(url)}
-
-        def ends() -> bool:
-            try:
-                answer = httpx.post(f"{served.base_url}/chat/completions", json=asked, timeout=20)
-            except httpx.TimeoutException:
-                # The change has not come yet, and the image itself may take longer.
-                return False
-            return answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
-
-        wait_for(ends)
-        # Clients that left while the change was on its way count as well.
-        wait_for(lambda: is_idle(scraped(served.root)))
-        before = timed_out()
-        wait_for(ends)
-        wait_for(lambda: timed_out() > before)
-        wait_for(lambda: is_idle(scraped(served.root)))
+        ends_the_work({"model": "pocket", "messages": looking_at(url)}, "preprocessor")
+    # Far more tokens than are made in two seconds.
+    long = {"max_tokens": 900, "ignore_eos": True, "temperature": 1, "n": 32}
+    hello = [{"role": "user", "content": "Hello!"}]
+    ends_the_work({"model": "pocket", "messages": hello, **long}, "language_model")
 
 
 def test_a_model_with_an_application_of_its_own_is_replaced_alone(served, ray_client, controller):
