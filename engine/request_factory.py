@@ -311,7 +311,7 @@ class RequestFactory:
             wanted = (span.item.num_tokens, self._model.embedding_width)
             if tuple(rows.shape) != wanted:
                 raise InvalidRequest(
-                    f"The embeddings of picture {index + 1} have shape {tuple(rows.shape)}; its placeholders "
+                    f"The embeddings of image {index + 1} have shape {tuple(rows.shape)}; its placeholders "
                     f"in the prompt want {wanted}."
                 )
         return by_hash

@@ -74,11 +74,13 @@ def choose_tile(
     if large:
         return AttentionTile(rows, keys, 4, 2, splits)
     if many:
-        # Small programs keep an SM busier than large ones. Converting fp8 takes registers of two warps.
+        # Small programs keep an SM busier than large ones. Converting fp8 takes the registers of twice as many
+        # warps.
         return AttentionTile(rows, keys, 2 if fp8_cache else 1, 3, splits)
     # With one program per SM, 8 warps finish sooner. With more programs than SMs, 2 warps leave room for the
     # next kernel's programs, which prefetch their weights.
-    return AttentionTile(rows, keys, 8 if programs * splits <= sms else 2, 2, splits)
+    few = 4 if fp8_cache else 2
+    return AttentionTile(rows, keys, 8 if programs * splits <= sms else few, 2, splits)
 
 
 def num_splits(programs: int, sms: int, max_seq_len: int, keys: int) -> int:
