@@ -26,7 +26,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         for scheme, group, zeros in SCHEMES:
             for batch in TINY_BATCHES if tiny else BATCHES:
                 build = partial(problem, device, batch, inputs, outputs, group, zeros)
-                yield Case("int4", f"{name} {inputs}->{outputs}, {scheme}, {batch}", build)
+                kernel = "int4_gemv" if batch == 1 else "int4_gemm" if batch <= MAX_INT4_ROWS else "int4"
+                yield Case(kernel, f"{name} {inputs}->{outputs}, {scheme}, {batch}", build)
 
 
 def problem(device: torch.device, batch: int, inputs: int, outputs: int, group: int, zeros: bool) -> Problem:

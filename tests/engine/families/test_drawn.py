@@ -48,6 +48,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "granitemoe": (40100,),
     "ministral3": (40100,),
     "qwen3_5_text": (40100,),
+    "qwen3_5_moe_text": (40100,),
     "llama": (29,),
     "mistral": (1, 7),
     "mixtral": (40100,),

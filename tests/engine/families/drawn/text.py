@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
@@ -63,7 +64,7 @@ class TextFamily:
         fields = self._decoder(draw, len(tok))
         (architecture,) = self.architectures
         raw: dict[str, Any] = {"torch_dtype": "float32", **fields, "model_type": self.kind}
-        if self.kind in ("phi3", "qwen3_5_text"):
+        if self.kind in ("phi3", *_QWEN3_5):
             raw["pad_token_id"] = 0
         model = write_model(draw, path, raw, architecture, most_embedding=_MOST_EMBEDDING.get(self.kind, 1.0))
         draw_ends(draw, path, raw, 2, 3)
@@ -81,10 +82,12 @@ class TextFamily:
     def _decoder(self, draw: Draw, vocab: int) -> dict[str, Any]:
         if self.kind == "gemma3_text":
             return draw_gemma3_decoder(draw, vocab, rows=0)
-        if self.kind == "qwen3_5_text":
-            return draw_decoder(draw, "qwen3_5", vocab, tokens=_TOKENS, section=True)
+        if self.kind in _QWEN3_5:
+            return draw_decoder(draw, self.kind.removesuffix("_text"), vocab, tokens=_TOKENS, section=True)
         return draw_decoder(draw, self.kind, vocab, tokens=_TOKENS)
 
+
+_QWEN3_5 = ("qwen3_5_moe_text", "qwen3_5_text")
 
 #: Embeddings that are multiplied must be smaller, or they would hide what the layers add.
 _MOST_EMBEDDING = {"gemma": 0.1, "gemma3_text": 0.1, "granite": 0.3, "granitemoe": 0.3}
