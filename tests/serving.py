@@ -49,11 +49,15 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
-    """Poll until ``condition`` is true, and return what it gave; fail when the time is up."""
-    deadline = time.monotonic() + seconds
+    """Poll until ``condition`` is true, and return what it gave; fail when the time is up.
+
+    The longer the wait, the fewer polls a second: conditions often ask other processes.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.02
     while not (found := condition()):
         assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.3)
     return found
 
 
@@ -127,6 +131,7 @@ class Served:
         cluster: the address of its Ray cluster. Every call of Ray must name it: others may run here.
         process: the process of ``serve run``.
         log: its output, and that of the replicas.
+        config: the file of its configuration.
     """
 
     root: str
@@ -135,6 +140,7 @@ class Served:
     cluster: str
     process: psutil.Process
     log: Path
+    config: Path
 
     @property
     def base_url(self) -> str:
@@ -191,10 +197,11 @@ def served_application(
         args = config["applications"][0]["args"] = tested_args(site)
         change(args)
         config["applications"] += [stages_of(model) for model in args["models"][1:]]
-        (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+        file, log = folder / "serve.yaml", folder / "log"
+        file.write_text(yaml.safe_dump(config))
         root = f"http://127.0.0.1:{port}"
-        with serve_run(folder / "serve.yaml", folder / "log", f"{root}/health", environment) as process:
-            served = Served(root, pictures, site, _cluster_of(process), process, folder / "log")
+        with serve_run(file, log, f"{root}/health", environment) as process:
+            served = Served(root, pictures, site, _cluster_of(process), process, log, file)
             if not connect:
                 yield served
                 return

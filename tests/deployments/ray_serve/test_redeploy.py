@@ -1,7 +1,10 @@
 """Changes of the configuration while requests come."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -22,13 +25,24 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
 class Controller:
     """The controller of the cluster that runs the application.
 
+    Args:
+        file: the configuration that runs.
+
     Attributes:
-        config: the configuration that was deployed first, to be changed.
+        config: the configuration, to be changed.
     """
 
-    def __init__(self, text: str) -> None:
-        self._client = _get_global_client()
-        self.config = yaml.safe_load(text)
+    def __init__(self, file: Path) -> None:
+        self._client, self._file = _get_global_client(), file
+        self.reset()
+
+    def reset(self) -> None:
+        """Undo all changes of ``config`` since the last :meth:`keep`."""
+        self.config = yaml.safe_load(self._file.read_text())
+
+    def keep(self) -> None:
+        """Make ``config`` the one that runs between the tests, so that nothing has to be replaced again."""
+        self._file.write_text(yaml.safe_dump(self.config))
 
     def deploy(self) -> None:
         self._client.deploy_apps(ServeDeploySchema.model_validate(self.config), _blocking=False)
@@ -53,12 +67,11 @@ class Controller:
 
 @pytest.fixture
 def controller(served) -> Iterator[Controller]:
-    """The configuration of the session runs again afterwards."""
-    text = (served.pictures.parent / "serve.yaml").read_text()
-    made = Controller(text)
+    """The configuration of the session runs again afterwards, with the changes that the test keeps."""
+    made = Controller(served.config)
     before = wait_for(made.replicas)
     yield made
-    made.config = yaml.safe_load(text)
+    made.reset()
     made.deploy()
     counts = dict.fromkeys(before, 1)
     wait_for(lambda: {name: len(replicas) for name, replicas in made.replicas().items()} == counts)
@@ -66,7 +79,10 @@ def controller(served) -> Iterator[Controller]:
 
 def during(client: openai.OpenAI, change: Callable[[], None], until: Callable[[], bool]) -> list[Any]:
     """Change the configuration while requests come, until it has come true. Every request must be answered;
-    their distinct answers."""
+    their distinct answers.
+
+    Requests pause between each other, or the replicas that start would hardly get any of two cores.
+    """
     done = Event()
     chat = {
         "model": "pocket",
@@ -88,7 +104,7 @@ def during(client: openai.OpenAI, change: Callable[[], None], until: Callable[[]
 
     def keep_asking(ask_once: Callable[[], str]) -> set[str]:
         found = {ask_once()}
-        while not done.is_set():
+        while not done.wait(0.3):
             found.add(ask_once())
         # Once more with the changed configuration.
         return found | {ask_once()}
@@ -177,7 +193,7 @@ def test_a_model_with_an_application_of_its_own_is_replaced_alone(served, ray_cl
     others = {name: ids for name, ids in before.items() if not name.endswith("tests--vectors")}
     assert 0 < len(others) < len(before)
     (model,) = controller.config["applications"][1]["args"]["models"]
-    model["engine"]["max_num_seqs"] = 7
+    model["engine"]["max_num_seqs"] = 200
 
     def replaced() -> bool:
         found = controller.replicas()
@@ -187,3 +203,4 @@ def test_a_model_with_an_application_of_its_own_is_replaced_alone(served, ray_cl
     assert len(answers) == 2
     after = controller.replicas()
     assert {name: after[name] for name in others} == others, "another model's replica was replaced"
+    controller.keep()

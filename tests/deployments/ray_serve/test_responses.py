@@ -18,8 +18,7 @@ ENOUGH = 27
 def several(shared_applications) -> Iterator[openai.OpenAI]:
     """A client of an ingress of two replicas, before the stages that run already."""
     served = shared_applications["served"].get()
-    text = (served.pictures.parent / "serve.yaml").read_text()
-    controller = Controller(text)
+    controller = Controller(served.config)
     (first, *_) = controller.config["applications"]
     model = {**first["args"]["models"][0], "application": first["name"]}
     args = {**first["args"], "models": [model], "ingress": {"num_replicas": 2}}
@@ -28,7 +27,7 @@ def several(shared_applications) -> Iterator[openai.OpenAI]:
     controller.deploy()
     wait_for(lambda: "Responses" in controller.replicas())
     yield openai.OpenAI(base_url=f"{served.root}/several/v1", api_key="none", max_retries=0, timeout=120)
-    controller = Controller(text)
+    controller.reset()
     controller.deploy()
     # There are no replicas to be seen while an application is being updated.
     wait_for(lambda: (found := controller.replicas()) and "Responses" not in found)
