@@ -306,7 +306,7 @@ class RequestFactory:
         for index, span in enumerate(spans):
             media = by_hash.get(span.item.hash)
             if media is None:
-                raise InvalidRequest(f"There are no embeddings for picture {index + 1} of the prompt.")
+                raise InvalidRequest(f"There are no embeddings for image {index + 1} of the prompt.")
             rows = media.rows if isinstance(media, EmbeddedMedia) else media
             wanted = (span.item.num_tokens, self._model.embedding_width)
             if tuple(rows.shape) != wanted:
