@@ -15,6 +15,7 @@ from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized
 from engine.families.parsing.processor import (
     bad_option,
     count_option,
+    flag_option,
     lowered,
     lowered_flag,
     request_options,
@@ -88,9 +89,7 @@ class Gemma3Processor:
                 f"{vision.rows_per_crop} rows per image",
                 param="image_seq_length",
             )
-        scanned = options.get("do_pan_and_scan", False)
-        if not isinstance(scanned, bool):
-            raise bad_option("do_pan_and_scan", scanned, "true or false")
+        scanned = flag_option(options, "do_pan_and_scan", False)
         ratio = options.get("pan_and_scan_min_ratio_to_activate", 1.2)
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio < 1:
             raise bad_option("pan_and_scan_min_ratio_to_activate", ratio, "a number of 1 or more")

@@ -13,7 +13,13 @@ from PIL import Image
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
-from engine.families.parsing.processor import bad_option, lowered_flag, request_options, require_steps
+from engine.families.parsing.processor import (
+    bad_option,
+    flag_option,
+    lowered_flag,
+    request_options,
+    require_steps,
+)
 from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.padding import cut_in_tiles
@@ -68,11 +74,9 @@ class Idefics3Processor:
                 f"{vision.image_size} pixels",
                 param="max_image_size",
             )
-        split = options.get("do_image_splitting", raw.get("do_image_splitting", True))
+        split = flag_option(options, "do_image_splitting", raw.get("do_image_splitting", True))
         stated = (raw.get("size") or {}).get("longest_edge", _DEFAULT_EDGE)
         size = options.get("size", {"longest_edge": stated})
-        if not isinstance(split, bool):
-            raise bad_option("do_image_splitting", split, "true or false")
         if "size" in options and not _is_edge(size):
             raise bad_option("size", size, f'{{"longest_edge": 1 to {_MAX_EDGE}}}')
         rows, edge, resample = vision.rows_per_crop, size["longest_edge"], raw.get("resample", 1)

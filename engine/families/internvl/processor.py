@@ -13,8 +13,8 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
 from engine.families.parsing.processor import (
-    bad_option,
     count_option,
+    flag_option,
     lowered,
     lowered_flag,
     request_options,
@@ -106,9 +106,7 @@ class InternVLProcessor:
         vision = config.vision
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
         # Transformers' whole processor asks for tiles, whatever the image processor's file states.
-        tiled = options.get("crop_to_patches", True)
-        if not isinstance(tiled, bool):
-            raise bad_option("crop_to_patches", tiled, "true or false")
+        tiled = flag_option(options, "crop_to_patches", True)
         most = count_option(options, "max_patches", limits.get("max_patches", 12), _MAX_TILES)
         return cls(
             vision.image_size,

@@ -15,8 +15,8 @@ from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized
 from engine.families.internvl.processor import best_tiling, require_side, tilings
 from engine.families.ovis2.layout import num_indicators
 from engine.families.parsing.processor import (
-    bad_option,
     count_option,
+    flag_option,
     lowered,
     lowered_flag,
     request_options,
@@ -79,9 +79,7 @@ class Ovis2Processor:
             raise CheckpointError(
                 "preprocessor_config.json: do_center_crop true is not supported", param="do_center_crop"
             )
-        tiled = options.get("crop_to_patches", raw.get("crop_to_patches", False))
-        if not isinstance(tiled, bool):
-            raise bad_option("crop_to_patches", tiled, "true or false")
+        tiled = flag_option(options, "crop_to_patches", raw.get("crop_to_patches", False))
         return cls(
             vision.image_size,
             vision.rows_per_crop,

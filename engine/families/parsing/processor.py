@@ -89,6 +89,18 @@ def require_same_colours(video: Mapping[str, Any], image: Normalisation, default
             )
 
 
+def flag_option(options: Mapping[str, Any], name: str, default: Any) -> bool:
+    """The user's option ``name``, or ``default`` without it: what a file states, or what it means by default.
+
+    Raises:
+        ConfigError: naming the option; the value is neither true nor false.
+    """
+    value = options.get(name, default)
+    if not isinstance(value, bool):
+        raise bad_option(name, value, "true or false")
+    return value
+
+
 def count_option(options: Mapping[str, Any], name: str, default: int, most: int) -> int:
     """The user's option ``name``, an integer from 1 to ``most``, or ``default`` without it.
 

@@ -12,17 +12,14 @@ from safetensors.torch import save_file
 
 from engine import LLM, SamplingParams
 from engine.checkpoint.folder import Checkpoint
-from engine.distributed.group import SingleProcessGroup
 from engine.errors import CheckpointError, ConfigError
-from engine.families.load import check_tensors, load_language_model, load_vision_encoder
+from engine.families.load import check_tensors, load_vision_encoder
 from engine.families.registry import resolve
 from engine.kernels.fp8 import FP8, dequantise
-from tests.engine.decoding import prefill_logits
 from tests.engine.fp8_files import MATRIX, Scheme, quantise
 from tests.engine.tiny import make_qwen2_vl, make_text, picture, rewrite_json, rewrite_tensors
+from tests.engine.weights.checkpoints import CPU, IDS, Rank, load, logits, reference
 
-CPU = torch.device("cpu")
-IDS = torch.arange(3, 33) * 7 % 300 + 10
 SCHEMES = {
     "native, blocks": Scheme(True, "block"),
     "native, per tensor": Scheme(True, "tensor"),
@@ -35,28 +32,6 @@ SCHEMES = {
 TEXT_MATRIX = r"(?!.*visual)" + MATRIX
 #: Kinds of layers: apart, with biases, with heads of another width, fused.
 KINDS = ["llama", "llama3", "qwen3", "phi3"]
-
-
-def load(path, tp=None, **options):
-    checkpoint = Checkpoint.open(str(path))
-    config = resolve(checkpoint).parse(checkpoint)
-    check_tensors(checkpoint, config)
-    return load_language_model(checkpoint, config, device=CPU, dtype=torch.float32, tp=tp, **options)
-
-
-def logits(decoder):
-    return prefill_logits(decoder, [decoder.embed(IDS)], [torch.arange(len(IDS))])[0]
-
-
-@torch.inference_mode()
-def reference(path, exact):
-    """Logits of Transformers' model with the tensors ``exact``."""
-    plain = path.with_name("plain")
-    shutil.copytree(path, plain)
-    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
-    rewrite_json(plain / "config.json", {"quantization_config": None})
-    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
-    return model(IDS[None]).logits[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,13 +80,6 @@ def test_layers_that_are_not_converted_keep_their_dtype(tmp_path, scheme):
     ]
     assert kinds == [(False, False), (True, False)]
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
-
-
-class Rank(SingleProcessGroup):
-    """A rank whose model is loaded, but not run."""
-
-    def __init__(self, rank, size):
-        self.rank, self.size = rank, size
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import save_file
 
-from engine.checkpoint.folder import Checkpoint
-from engine.distributed.group import SingleProcessGroup
 from engine.errors import CheckpointError
-from engine.families.load import check_tensors, load_language_model
-from engine.families.registry import resolve
 from engine.kernels.fp8 import FP8
-from tests.engine.decoding import prefill_logits
 from tests.engine.families.qwen import make_qwen3_vl_moe
 from tests.engine.fp8_files import Scheme, quantise
 from tests.engine.tiny import make_text, rewrite_json, rewrite_tensors
+from tests.engine.weights.checkpoints import Rank, load, logits, reference
 
-CPU = torch.device("cpu")
-IDS = torch.arange(3, 33) * 7 % 300 + 10
 MATRIX = r".*layers\.\d+\.(?:self_attn|mlp|block_sparse_moe)\.(?:experts\.\d+\.|shared_expert\.)?\w+\.weight"
 SCHEMES = {
     "native, blocks": Scheme(True, "block", block=(16, 16)),
@@ -27,20 +19,6 @@ SCHEMES = {
     "compressed, per channel": Scheme(False, "channel"),
 }
 BLOCK = 16
-
-
-class Rank(SingleProcessGroup):
-    """A rank whose results are not added up."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-
-
-def load(path, tp=None, **options):
-    checkpoint = Checkpoint.open(str(path))
-    config = resolve(checkpoint).parse(checkpoint)
-    check_tensors(checkpoint, config)
-    return load_language_model(checkpoint, config, device=CPU, dtype=torch.float32, tp=tp, **options)
 
 
 def matrix(weights, expert: int) -> torch.Tensor:
@@ -55,13 +33,7 @@ def test_logits_are_those_of_the_dequantised_weights(tmp_path, scheme, kind):
     decoder = load(path)
     layer = decoder.layers[0].mlp.experts
     assert layer.gate_up_proj.weight.dtype == layer.down_proj.weight.dtype == FP8
-    save_file(exact, path / "model.safetensors", metadata={"format": "pt"})
-    rewrite_json(path / "config.json", {"quantization_config": None})
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with torch.inference_mode():
-        expected = model(IDS[None]).logits[0]
-    found = prefill_logits(decoder, [decoder.embed(IDS)], [torch.arange(len(IDS))])[0]
-    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
 
 
 def blocked(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

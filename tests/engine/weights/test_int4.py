@@ -6,22 +6,18 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from engine import LLM, SamplingParams
 from engine.checkpoint.folder import Checkpoint
-from engine.distributed.group import SingleProcessGroup
 from engine.errors import CheckpointError, ConfigError
-from engine.families.load import check_tensors, load_language_model, load_vision_encoder
+from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
 from engine.kernels.int4 import dequantise_int4
-from tests.engine.decoding import prefill_logits
 from tests.engine.int4_files import MATRIX, Scheme, quantise
 from tests.engine.tiny import make_qwen2_vl, make_text, picture, rewrite_json, rewrite_tensors
+from tests.engine.weights.checkpoints import CPU, Rank, load, logits, reference
 
-CPU = torch.device("cpu")
-IDS = torch.arange(3, 33) * 7 % 300 + 10
 SCHEMES = {
     "gptq": Scheme("gptq"),
     "gptq, symmetric, groups of 32": Scheme("gptq", 32, symmetric=True),
@@ -38,34 +34,12 @@ SCHEMES = {
 TEXT_MATRIX = r"(?!.*visual)" + MATRIX
 
 
-def load(path, tp=None):
-    checkpoint = Checkpoint.open(str(path))
-    config = resolve(checkpoint).parse(checkpoint)
-    check_tensors(checkpoint, config)
-    return load_language_model(checkpoint, config, device=CPU, dtype=torch.float32, tp=tp)
-
-
 def matrix(layer):
     """The rank's weight; its inputs are in the order of the layer's input."""
     wide = dequantise_int4(layer.weight, layer.scale, torch.float32)
     if layer.scale.order is None:
         return wide
     return wide[:, layer.scale.order.argsort()]
-
-
-def logits(decoder):
-    return prefill_logits(decoder, [decoder.embed(IDS)], [torch.arange(len(IDS))])[0]
-
-
-@torch.inference_mode()
-def reference(path, exact):
-    """Logits of Transformers' model with the tensors ``exact``."""
-    plain = path.with_name("plain")
-    shutil.copytree(path, plain)
-    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
-    rewrite_json(plain / "config.json", {"quantization_config": None})
-    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
-    return model(IDS[None]).logits[0]
 
 
 @pytest.mark.parametrize("kind", ["llama3", "phi3"])
@@ -119,13 +93,6 @@ def test_layers_that_are_not_converted_keep_their_dtype(tmp_path):
     kinds = [(layer.self_attn.qkv_proj.weight.dtype, layer.mlp.down_proj.weight.dtype) for layer in layers]
     assert kinds == [(torch.float32, torch.float32), (torch.int32, torch.float32)]
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
-
-
-class Rank(SingleProcessGroup):
-    """A rank whose model is loaded, but not run."""
-
-    def __init__(self, rank, size):
-        self.rank, self.size = rank, size
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3"])

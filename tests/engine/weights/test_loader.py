@@ -11,12 +11,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.folder import Checkpoint
-from engine.distributed.group import SingleProcessGroup
 from engine.errors import CheckpointError
 from engine.families.load import check_tensors, load_language_model, load_vision_encoder
 from engine.families.registry import resolve
 from engine.weights import loader
 from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors, split_shards
+from tests.engine.weights.checkpoints import Rank
 
 CPU = torch.device("cpu")
 
@@ -292,13 +292,6 @@ def test_dummy_weights(path):
     assert not torch.equal(one["embed_tokens.weight"], other["embed_tokens.weight"])
     assert all(value.isfinite().all() for value in one.values())
     assert one["norm.weight"].eq(1).all() and 0.01 < one["lm_head.weight"].std() < 0.03
-
-
-class Rank(SingleProcessGroup):
-    """A rank whose model is loaded, but not run."""
-
-    def __init__(self, rank, size):
-        self.rank, self.size = rank, size
 
 
 @pytest.mark.parametrize("size", [2, 4])
