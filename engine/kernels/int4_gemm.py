@@ -15,7 +15,7 @@ from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms
 from engine.kernels.int4 import Int4Scale, group_of, int4_arguments
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
-from engine.kernels.skinny_gemm import TILE_OUTPUTS
+from engine.kernels.skinny_gemm import TILE_OUTPUTS, sum_of_splits
 
 #: Split-K programs have at least this many chunks of inputs.
 _MIN_SPLIT_CHUNKS = 8
@@ -119,15 +119,9 @@ def _int4_gemm_kernel(
     offset = row.to(tl.int64)[None, :] * outputs + output[:, None]
     last = True
     if SPLIT:
-        tl.store(partial_ptr + split * rows * outputs + offset, acc, mask=mask)
-        # All threads must have written before the program counts itself as finished.
-        tl.debug_barrier()
-        last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(counters_ptr + tile, 0)
-            acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
-            for part in range(splits):
-                acc += tl.load(partial_ptr + part * rows * outputs + offset, mask=mask, other=0.0)
+        acc, last = sum_of_splits(
+            acc, partial_ptr, offset, mask, counters_ptr + tile, split, splits, rows, outputs
+        )
     if last:
         if BIAS:
             bias = tl.load(bias_ptr + output, mask=output < outputs, other=0.0)

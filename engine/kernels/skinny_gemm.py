@@ -179,6 +179,30 @@ def _add_products(acc, weight, x, scale_ptr, output, groups, k, GROUP: tl.conste
     return acc
 
 
+@triton.jit
+def sum_of_splits(acc, partial_ptr, offset, mask, counter, split, splits, rows, outputs):
+    """Store the sums ``acc`` of a split, and add up those of all splits in the program that finishes last.
+
+    Args:
+        partial_ptr: ``(splits, rows, outputs)`` float32, each split's sums.
+        offset: of the tile's elements in the sums of a split.
+        counter: pointer to the number of splits of the tile that have finished, int32; 0 again afterwards.
+
+    Returns:
+        The sum, in the last program; and whether it is this one.
+    """
+    tl.store(partial_ptr + split * rows * outputs + offset, acc, mask=mask)
+    # All threads must have written before the program counts itself as finished.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+    if last:
+        tl.store(counter, 0)
+        acc = tl.zeros_like(acc)
+        for part in range(splits):
+            acc += tl.load(partial_ptr + part * rows * outputs + offset, mask=mask, other=0.0)
+    return acc, last
+
+
 # These differ between batches and layers; specialising on them would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _skinny_gemm_kernel(
@@ -222,15 +246,9 @@ def _skinny_gemm_kernel(
     offset = row[None, :] * outputs + output[:, None]
     last = True
     if SPLIT:
-        tl.store(partial_ptr + split * rows * outputs + offset, acc, mask=mask)
-        # All threads must have written before the program counts itself as finished.
-        tl.debug_barrier()
-        last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(counters_ptr + tile, 0)
-            acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
-            for part in range(splits):
-                acc += tl.load(partial_ptr + part * rows * outputs + offset, mask=mask, other=0.0)
+        acc, last = sum_of_splits(
+            acc, partial_ptr, offset, mask, counters_ptr + tile, split, splits, rows, outputs
+        )
     if last:
         if ROW_SCALES:
             row_scale = tl.load(row_scale_ptr + row, mask=row < rows, other=0.0)[None, :]
