@@ -3,11 +3,10 @@
     python -m benchmarks.kernels [--only paged_decode,linear] [--json FILE]
 
 It first measures the machine: a large copy (bytes read and written) and a large GEMM, in bfloat16 on a GPU.
-    Then it
-prints a row per case: microseconds; the achieved bytes or operations per second; that rate's share of the
-machine's; the largest absolute difference from the kernel's reference (for sampling: of the numbers of tokens
-that differ or are kept); and the microseconds of other implementations. On a GPU inputs are not in the L2
-cache.
+Then it prints a row per case: microseconds; the achieved bytes or operations per second; that rate's share of
+the machine's; the largest absolute difference from the kernel's reference (for sampling: of the numbers of
+tokens that differ or are kept); and the microseconds of other implementations. On a GPU inputs are not in the
+L2 cache.
 
 Without a GPU this is a smoke run: tiny shapes through the references, whose times mean nothing.
 """
