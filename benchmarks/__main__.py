@@ -1,8 +1,8 @@
 """All benchmarks, one after the other: full sizes on a GPU, small ones that only show that they run on a CPU.
 
-python -m benchmarks [autoscaling_sim] [channel] [ends] [host] [ingress] [kernels] [load] [media_memory]
-    [memory] [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve] [slow_hosts] [tiles]
-    [windows]
+python -m benchmarks [autoscaling_sim] [channel] [conversation] [ends] [host] [ingress] [kernels] [load]
+    [media_memory] [memory] [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve]
+    [slow_hosts] [tiles] [windows]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 BENCHMARKS = {
     "kernels": ("", ""),
     "channel": ("", "--answers 1,8 --tokens 50"),
+    "conversation": ("--shape qwen3.5-4b", "--turns 3 --answer 8 --text 20"),
     "ends": ("", "--repeats 5"),
     "host": ("", "--steps 200"),
     "ingress": ("", "--rounds 2 --streams 5"),

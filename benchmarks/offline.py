@@ -8,6 +8,8 @@ Works:
     w2  256 text requests of 512 tokens, 128 out: output tokens per second
     w3  one request alone: PIL image to first token, and time per further token
     w4  64 requests at a context of 1024: decode tokens per second
+
+Beside w3 and w4 stands the floor of a decode step: weights, states, keys and values, over the rate of a copy.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.floors import StepBytes, measured_copy_rate
 from benchmarks.pictures import unique_picture
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine import LLM, SamplingParams
@@ -161,10 +164,13 @@ def main() -> None:
         seconds, llm = timed(lambda: load(str(path), gpu, ranks, options.quantization))
         results["load s"] = seconds
         works = Works(llm, options.shape, options.scale or (1 if gpu else 16))
+        if ranks == 1:
+            results |= floors(path, options.quantization == "fp8", works)
         results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]
         for name in options.works.split(","):
             results |= getattr(works, name)()
             print({k: v for k, v in results.items() if k.startswith(name)}, flush=True)
+        results |= beside_floors(results)
         if options.profile:
             works.profile()
         llm.check_integrity()
@@ -172,6 +178,33 @@ def main() -> None:
         print(f"{key:16} {value:10.3f}" if isinstance(value, float) else f"{key:16} {value}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
+
+
+def floors(path: Path, fp8: bool, works: Works) -> dict[str, float]:
+    """The least ms per token of w3, and the most tokens per second of w4, by the bytes that a step moves."""
+    scale = works.scale
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate, moved = measured_copy_rate(device), StepBytes.of(path, fp8=fp8)
+    (prompt,) = works.llm.generate(works.picture_prompts(1), works.params(1), use_tqdm=False)
+    alone = moved.step(1, len(prompt.prompt_token_ids) + 64 // scale)
+    count, context = max(2, 64 // scale), 1024 // scale + 128 // scale
+    return {
+        "copy TB/s": rate / 1e12,
+        "active GB": (moved.weights + moved.experts * moved.share) / 1e9,
+        "state MB": moved.states / 1e6,
+        "floor w3 ms/tok": alone / rate * 1e3,
+        "floor w4 tok/s": count * rate / moved.step(count, context),
+    }
+
+
+def beside_floors(results: dict[str, Any]) -> dict[str, float]:
+    """How many times the least time a decode step takes, for each work that was run."""
+    found = {}
+    if "w3 ms/tok" in results and "floor w3 ms/tok" in results:
+        found["w3 x floor"] = results["w3 ms/tok"] / results["floor w3 ms/tok"]
+    if "w4 tok/s" in results and "floor w4 tok/s" in results:
+        found["w4 x floor"] = results["floor w4 tok/s"] / results["w4 tok/s"]
+    return found
 
 
 def load(path: str, gpu: bool, ranks: int = 1, quantization: str | None = None) -> LLM:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.shapes_qwen3 import QWEN3_5_4B, QWEN3_IMAGES, QWEN3_VL_30B_A3B, TINY_QWEN3_5
+
 _QWEN2_VL: dict[str, Any] = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
     "model_type": "qwen2_vl",
@@ -36,6 +38,7 @@ _QWEN_SPECIALS = {
     "<|image_pad|>": 151655,
     "<|video_pad|>": 151656,
 }
+_QWEN_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
@@ -69,6 +72,10 @@ class Shape:
     picture_size: int
 
     @property
+    def vocab_size(self) -> int:
+        return int(self.config.get("vocab_size") or self.config["text_config"]["vocab_size"])
+
+    @property
     def eos(self) -> str:
         """The special token that ends an answer."""
         return "<|im_end|>" if "<|im_end|>" in self.specials else "</s>"
@@ -88,7 +95,7 @@ SHAPES: dict[str, Shape] = {
         },
         _QWEN_PICTURE,
         _QWEN_SPECIALS,
-        "<|vision_start|><|image_pad|><|vision_end|>",
+        _QWEN_PLACEHOLDER,
         560,
     ),
     "qwen2-vl-7b": Shape(
@@ -104,7 +111,7 @@ SHAPES: dict[str, Shape] = {
         },
         _QWEN_PICTURE,
         _QWEN_SPECIALS,
-        "<|vision_start|><|image_pad|><|vision_end|>",
+        _QWEN_PLACEHOLDER,
         560,
     ),
     "llava-1.5-7b": Shape(
@@ -155,6 +162,15 @@ SHAPES: dict[str, Shape] = {
         "<image>",
         336,
     ),
+    "qwen3-vl-30b-a3b": Shape(QWEN3_VL_30B_A3B, QWEN3_IMAGES, _QWEN_SPECIALS, _QWEN_PLACEHOLDER, 576),
+    "qwen3.5-4b": Shape(QWEN3_5_4B, QWEN3_IMAGES, _QWEN_SPECIALS, _QWEN_PLACEHOLDER, 576),
+    "tiny-qwen3.5": Shape(
+        TINY_QWEN3_5,
+        {**QWEN3_IMAGES, "size": {"shortest_edge": 4096, "longest_edge": 16777216}},
+        _QWEN_SPECIALS,
+        _QWEN_PLACEHOLDER,
+        128,
+    ),
     # Small enough for a CPU: the same code in seconds.
     "tiny": Shape(
         {
@@ -178,7 +194,7 @@ SHAPES: dict[str, Shape] = {
         },
         _QWEN_PICTURE,
         _QWEN_SPECIALS,
-        "<|vision_start|><|image_pad|><|vision_end|>",
+        _QWEN_PLACEHOLDER,
         112,
     ),
 }
@@ -205,7 +221,7 @@ def _tokenizer(shape: Shape) -> Tokenizer:
     by_id = {token: text for text, token in shape.specials.items()}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {}
-    for token in range(shape.config["vocab_size"]):
+    for token in range(shape.vocab_size):
         fallback = alphabet[token] if token < len(alphabet) else f"t{token}"
         vocabulary[by_id.get(token, fallback)] = token
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import __main__ as all_of_them
 from benchmarks import (
     autoscaling_sim,
+    conversation,
     host,
     load,
     media_memory,
@@ -20,6 +21,7 @@ from benchmarks import (
     serve,
     slow_hosts,
 )
+from benchmarks.floors import StepBytes
 from benchmarks.processes import process_name
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine.config import EngineConfig
@@ -45,6 +47,29 @@ def test_offline(monkeypatch, capsys, tmp_path):
     assert all(found[name] > 0 for name in works)
     # A difference of two times, which a busy machine may make negative.
     assert math.isfinite(found["w3 ms/tok"])
+    assert found["floor w3 ms/tok"] > 0 and found["floor w4 tok/s"] > 0
+
+
+def test_conversation(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "conversation.json"
+    arguments = ["conversation", "--turns", "3", "--answer", "8", "--text", "20", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    conversation.main()
+    found = json.loads(file.read_text())
+    # An image has 16 rows between two tokens. Full blocks of the turn before are cached, its answer is not.
+    assert [turn["prompt"] for turn in found["turns"]] == [38, 84, 130]
+    assert [turn["reusable"] for turn in found["turns"]] == [0, 45, 91]
+    assert [turn["cached"] for turn in found["turns"]] == [0, 32, 80]
+    assert found["reusable tokens hit"] == 112 / 136
+
+
+def test_floor_of_a_step(tmp_path):
+    """Of Qwen3-VL-30B-A3B: 3.0 billion parameters are read for a token, and nearly all experts for 64."""
+    moved = StepBytes.of(write_checkpoint("qwen3-vl-30b-a3b", tmp_path))
+    # Without the table of embeddings, 0.3 billion.
+    assert 2.9e9 < moved.step(1, 0) / 2 < 3.1e9
+    assert 0.98 < (moved.step(64, 0) - moved.weights) / moved.experts < 1
+    assert moved.token == 2 * 2 * 48 * 4 * 128 and moved.states == 0
 
 
 def test_load(monkeypatch, capsys, tmp_path):
@@ -109,7 +134,15 @@ def test_shapes_are_models_that_can_be_served(name, tmp_path):
     shape = SHAPES[name]
     data = {"image": picture(shape.picture_size, shape.picture_size)}
     prompt = front.from_prompt({"prompt": f"{shape.picture}describe", "multi_modal_data": data})
-    rows = {"qwen2-vl-2b": 400, "qwen2-vl-7b": 400, "llava-1.5-7b": 576, "tiny": 16}[name]
+    rows = {
+        "qwen2-vl-2b": 400,
+        "qwen2-vl-7b": 400,
+        "llava-1.5-7b": 576,
+        "qwen3-vl-30b-a3b": 324,
+        "qwen3.5-4b": 324,
+        "tiny": 16,
+        "tiny-qwen3.5": 16,
+    }[name]
     assert prompt.media[0].item.num_tokens == rows
     content = [{"type": "image", "image": data["image"]}, {"type": "text", "text": "describe"}]
     chat = front.from_messages([{"role": "user", "content": content}])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import SHAPES
+from benchmarks.shapes_qwen3 import QWEN3, QWEN3_5_TEXT, QWEN3_TEXT, QWEN3_VISION
 from engine.checkpoint.folder import Checkpoint
 from engine.distributed.group import SingleProcessGroup
 from engine.families.registry import resolve
@@ -17,37 +18,6 @@ from engine.layers.quantised import Formats, Fp8Format
 from engine.runner.kv_storage import block_bytes, state_bytes
 
 _QWEN2_VL = SHAPES["qwen2-vl-7b"].config
-_QWEN3: dict[str, Any] = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "eos_token_id": 151645,
-    "tie_word_embeddings": False,
-}
-_QWEN3_TEXT: dict[str, Any] = {
-    "vocab_size": 151936,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 262144,
-    "rope_theta": 5e6,
-    "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
-}
-_QWEN3_VISION: dict[str, Any] = {
-    "depth": 27,
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_heads": 16,
-    "in_channels": 3,
-    "patch_size": 16,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "num_position_embeddings": 2304,
-    "hidden_act": "gelu_pytorch_tanh",
-    "deepstack_visual_indexes": [8, 16, 24],
-}
-
 #: config.json of each model.
 CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen2-VL-2B": SHAPES["qwen2-vl-2b"].config,
@@ -63,66 +33,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "LLaVA-1.5-7B": SHAPES["llava-1.5-7b"].config,
     "Qwen3-VL-8B": {
-        **_QWEN3,
+        **QWEN3,
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
         "text_config": {
-            **_QWEN3_TEXT,
+            **QWEN3_TEXT,
             "hidden_size": 4096,
             "intermediate_size": 12288,
             "num_hidden_layers": 36,
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
         },
-        "vision_config": {**_QWEN3_VISION, "out_hidden_size": 4096},
+        "vision_config": {**QWEN3_VISION, "out_hidden_size": 4096},
     },
-    "Qwen3-VL-30B-A3B": {
-        **_QWEN3,
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "model_type": "qwen3_vl_moe",
-        "text_config": {
-            **_QWEN3_TEXT,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-        },
-        "vision_config": {**_QWEN3_VISION, "out_hidden_size": 2048},
-    },
+    "Qwen3-VL-30B-A3B": SHAPES["qwen3-vl-30b-a3b"].config,
     "Qwen3.5-9B": {
-        **_QWEN3,
+        **QWEN3,
         "architectures": ["Qwen3_5ForConditionalGeneration"],
         "model_type": "qwen3_5",
-        "text_config": {
-            "vocab_size": 248320,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "full_attention_interval": 4,
-            "linear_conv_kernel_dim": 4,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 262144,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e7,
-                "partial_rotary_factor": 0.25,
-                "mrope_section": [11, 11, 10],
-                "mrope_interleaved": True,
-            },
-        },
-        "vision_config": {**_QWEN3_VISION, "out_hidden_size": 4096, "deepstack_visual_indexes": []},
+        "text_config": {**QWEN3_5_TEXT, "hidden_size": 4096, "intermediate_size": 12288},
+        "vision_config": {**QWEN3_VISION, "out_hidden_size": 4096, "deepstack_visual_indexes": []},
     },
 }
 

@@ -1,0 +1,83 @@
+"""The least time of a decode step: the bytes that it must move, over the rate of a large copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels_timing import Clock, copy_rate
+from engine.checkpoint.folder import Checkpoint
+from engine.distributed.group import SingleProcessGroup
+from engine.families.registry import resolve
+from engine.layers.build import BuildContext
+from engine.layers.decoder import Decoder
+from engine.layers.experts import ExpertsMLP
+from engine.layers.quantised import Formats, Fp8Format
+from engine.layers.rotary import Rotary
+from engine.runner.kv_storage import block_bytes, state_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """What a decode step reads and writes, in bytes.
+
+    Attributes:
+        weights: of the language model without experts and without the table of embeddings, of which a step
+            reads a few rows; with it if it is the output table too.
+        experts: of all experts.
+        share: of the experts that one token uses.
+        token: keys and values of a token.
+        states: recurrent states of a request, which a step reads and writes.
+    """
+
+    weights: int
+    experts: int
+    share: float
+    token: int
+    states: int
+
+    @classmethod
+    def of(cls, path: Path, *, fp8: bool = False) -> StepBytes:
+        """The bytes of the checkpoint at ``path`` in bfloat16.
+
+        Args:
+            fp8: the matrices of the language model's layers are rounded to fp8.
+        """
+        checkpoint = Checkpoint.open(str(path))
+        config = resolve(checkpoint).parse(checkpoint).decoder
+        dtype = torch.bfloat16
+        build = BuildContext(torch.device("meta"), dtype, SingleProcessGroup())
+        formats = Formats(every=Fp8Format(None, "output")) if fp8 else None
+        decoder = Decoder(config, replace(build, formats=formats))
+        of_experts = [layer.experts for layer in decoder.modules() if isinstance(layer, ExpertsMLP)]
+        experts = sum(_bytes(layer) for layer in of_experts)
+        rotary = sum(_bytes(layer) for layer in decoder.modules() if isinstance(layer, Rotary))
+        table = 0 if config.tie_word_embeddings else _bytes(decoder.embed_tokens)
+        router = None if config.experts is None else config.experts.router
+        return cls(
+            weights=_bytes(decoder) - experts - rotary - table,
+            experts=experts,
+            share=0.0 if router is None else router.top_k / router.num_experts,
+            token=block_bytes(config, config.num_attention_layers, 1, dtype),
+            states=state_bytes(config, dtype),
+        )
+
+    def step(self, requests: int, context: int) -> float:
+        """Bytes of a step of ``requests`` tokens, each at a context of ``context`` tokens.
+
+        Of the experts, those that tokens with independent choices use on average.
+        """
+        experts = self.experts * (1 - (1 - self.share) ** requests)
+        return self.weights + experts + requests * (context * self.token + 2 * self.states)
+
+
+def measured_copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written together, of a copy: of 4 GiB on a GPU, of 4 MiB elsewhere."""
+    return copy_rate(Clock(device, 0.2), 4 << (30 if device.type == "cuda" else 20))
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
