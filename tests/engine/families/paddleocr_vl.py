@@ -102,6 +102,10 @@ class PaddleOCRReference:
     def __init__(self, path: Path) -> None:
         kind = transformers.PaddleOCRVLForConditionalGeneration
         self.model = kind.from_pretrained(path, dtype=torch.float32).eval()
+        for module in self.model.modules():
+            # The model's own code and later releases of Transformers stretch the table of positions so.
+            if hasattr(module, "interpolation_align_corners"):
+                module.interpolation_align_corners = False
         images = transformers.PaddleOCRVLImageProcessorPil.from_pretrained(path)
         tok = PreTrainedTokenizerFast.from_pretrained(path)
         self.processor = transformers.PaddleOCRVLProcessor(images, tok)

@@ -5,13 +5,16 @@ More of them: ``make exactness N=200 SEED=1 FAMILY=qwen2``.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from engine.families.registry import supported_architectures
+from tests.engine.families.compare import Tally
 from tests.engine.families.drawn import report
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.families import FAMILIES
-from tests.engine.families.drawn.run import Case, run
+from tests.engine.families.drawn.run import Case, Result, lost, run
 
 #: Numbers of cases that the engine serves. Together they have each rotary scaling and its fields, windows and
 #: layer lists, both spellings, each kind of tower, filters, pads and a long video.
@@ -78,6 +81,20 @@ def test_every_architecture_is_drawn():
 
 def test_every_family_has_a_fixed_case():
     assert _SEEDS.keys() == FAMILIES.keys()
+
+
+def test_records_of_several_runs_add_up(tmp_path):
+    equal = Result(Case(FAMILIES["llama"], 1), prompts=3, tallies={"alone": Tally(outputs=3, tokens=9)})
+    runs = [[lost(equal.case)], [equal, Result(Case(FAMILIES["llama"], 2), refused=["why"])]]
+    files = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for file, run_of in zip(files, runs, strict=True):
+        file.write_text("".join(json.dumps(report.record(result)) + "\n" for result in run_of))
+    head, line, *reasons = report.table(report.read(files)).splitlines()
+    found = dict(zip(head.split(), line.split(), strict=True))
+    # The case that ran again counts once, as it ended the last time.
+    assert found["cases"] == "2" and found["equal"] == "1" and found["prompts"] == "3"
+    assert found["tokens"] == "9" and found["different"] == "1"
+    assert any("why" in reason for reason in reasons) and "different llama 2: refused: why" in reasons
 
 
 def test_choices_do_not_depend_on_each_other():

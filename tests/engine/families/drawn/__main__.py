@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Read when torch and Triton are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,11 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
 
-from tests.engine.families.drawn import report
-from tests.engine.families.drawn.agreement import agree, table
+from tests.engine.families.drawn import agreement, report
 from tests.engine.families.drawn.families import FAMILIES
 from tests.engine.families.drawn.modes import MODES
-from tests.engine.families.drawn.run import PROMPTS, Case, run_and_simplify
+from tests.engine.families.drawn.run import PROMPTS, Case, Result, lost, run_and_simplify
 from tests.engine.families.drawn.workers import results
 
 
@@ -31,44 +31,59 @@ def main() -> int:
     options = _options()
     started = time.monotonic()
     exact = options.device == "cpu" and options.dtype == "float32"
-    failed = _compare(options) if exact else _measure(options)
+    table = report.table if exact else agreement.table
+    if options.table is not None:
+        records = report.read(options.table)
+    else:
+        records = list(_compared(options) if exact else _measured(options))
+    print(table(sorted(records, key=lambda one: list(FAMILIES).index(one["family"]))))
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     print(f"{time.monotonic() - started:.0f} s; {versions}")
-    return int(failed)
+    return int(any(one["status"] in ("different", "crashed") for one in records))
 
 
-def _compare(options: argparse.Namespace) -> bool:
-    """All cases in float32 on a CPU, where outputs are equal; whether any differs."""
-    found = []
+def _compared(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Records of all cases in float32 on a CPU, where outputs are equal."""
     one = partial(run_and_simplify, as_is=options.as_is)
-    for result, simple in results(one, _cases(options), options.jobs, options.seconds):
-        found.append(result)
+    for result, simple in results(one, _lost, _cases(options), options.jobs, options.seconds):
         if options.verbose:
             print(f"{result.status} {result.case.family.name} {result.case.seed}", flush=True)
         if result.status == "different":
             print(report.difference(result, simple), flush=True)
-        if options.record is not None:
-            with options.record.open("a") as file:
-                file.write(json.dumps(report.record(result)) + "\n")
-    print(report.table(found))
-    return any(result.status == "different" for result in found)
+        yield _kept(options, report.record(result))
 
 
-def _measure(options: argparse.Namespace) -> bool:
-    """All cases in another dtype or on a GPU, where outputs are near; whether any could not be computed."""
-    found = []
-    for one in results(agree, _cases(options), options.jobs, options.seconds):
-        found.append(one)
+def _lost(case: Case) -> tuple[Result, Result]:
+    result = lost(case)
+    return result, result
+
+
+def _measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Records of all cases in another dtype or on a GPU, where outputs are near."""
+    for found in results(agreement.agree, agreement.lost, _cases(options), options.jobs, options.seconds):
+        record = agreement.record(found)
         if options.verbose:
-            print(table(found[-1:]), flush=True)
-    print(table(sorted(found, key=lambda one: list(FAMILIES).index(one.case.family.name))))
-    return any(one.crashed for one in found)
+            print(agreement.table([record]), flush=True)
+        yield _kept(options, record)
+
+
+def _kept(options: argparse.Namespace, record: dict[str, Any]) -> dict[str, Any]:
+    """``record``, which stands in the file of ``--record`` now."""
+    if options.record is not None:
+        with options.record.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    return record
 
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
     engine = {"device": options.device, "dtype": options.dtype}
+    done: set[tuple[str, int]] = set()
+    if options.resume and options.record is not None and options.record.exists():
+        done = {(one["family"], one["seed"]) for one in report.read([options.record])}
     for seed in range(options.seed, options.seed + options.n):
         for name in options.family:
+            if (name, seed) in done:
+                continue
             modes = [mode for mode in options.modes if mode in MODES]
             without, prompts = tuple(options.without), tuple(options.prompts or range(options.each))
             yield Case(FAMILIES[name], seed, tuple(modes), without, prompts, engine)
@@ -88,6 +103,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes that run cases")
     parser.add_argument("--seconds", type=float, help="begin no case after so long")
     parser.add_argument("--record", type=Path, help="file to which each case's result is added, in JSON")
+    parser.add_argument("--resume", action="store_true", help="leave out the cases that the record has")
+    parser.add_argument("--table", nargs="+", type=Path, help="run nothing; print the table of these records")
     parser.add_argument("--as-is", action="store_true", help="don't look for simpler cases")
     parser.add_argument("--verbose", action="store_true", help="a line for each case")
     return parser.parse_args()

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from engine import SamplingParams
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
@@ -55,11 +57,6 @@ class Agreement:
     crashed: bool = False
     seconds: float = 0.0
 
-    @property
-    def relative(self) -> float:
-        """Length of all distances over the length of the reference's spread."""
-        return _length(self.distances) / (_length(self.spread) or 1.0)
-
 
 def agree(case: Case) -> Agreement:
     """Run ``case``: all prompts in one call, whole prompts first, then from the cache."""
@@ -77,16 +74,30 @@ def agree(case: Case) -> Agreement:
     return found
 
 
+def lost(case: Case) -> Agreement:
+    """The result of a case that has ended its process."""
+    return Agreement(case, note="CRASH: the process ended", crashed=True)
+
+
 def _agree(case: Case, draw: Draw, path: Path, found: Agreement) -> None:
     drawn = case.family.make(draw, path)
     options = {"max_model_len": drawn.tokens, **case.options}
     if options.get("device") == "cuda":
         options = {**_ON_A_GPU, **options}
+        options["max_num_batched_tokens"] = max(options["max_num_batched_tokens"], drawn.together)
     session = Session(draw, drawn, options)
     for number, prompt in enumerate(draw_prompts(draw, drawn.style, max(case.prompts) + 1)):
         if number in case.prompts:
             session.ask(number, prompt)
     llm = session.llm()
+    if drawn.vectors:
+        for _ in range(2):
+            entries = [question.prompt.entry for question in session.questions]
+            outputs = llm.embed(entries, pooling="all", use_tqdm=False)
+            for question, output in zip(session.questions, outputs, strict=True):
+                _measure_vectors(found, question, output)
+            llm.check_integrity()
+        return
     for prompt_logprobs in (0, None, None):
         params = [
             SamplingParams(
@@ -119,6 +130,14 @@ def _measure(found: Agreement, question: Question, output: Any) -> None:
         _compare(found, rows, [expected.ids[1:][i] for i in known], expected.prompt_table[:-1][known])
 
 
+def _measure_vectors(found: Agreement, question: Question, output: Any) -> None:
+    theirs = question.expected.hidden
+    ours = torch.as_tensor(output.token_embeddings).view(-1, theirs.shape[1])
+    found.outputs += 1
+    found.distances += (ours - theirs).abs().flatten().tolist()
+    found.spread += (theirs - theirs.mean()).flatten().tolist()
+
+
 def _compare(
     found: Agreement, rows: Sequence[dict[int, Any]], tokens: Sequence[Any], table: torch.Tensor
 ) -> None:
@@ -130,26 +149,49 @@ def _compare(
     found.spread += (theirs - theirs.mean()).tolist()
 
 
-def _length(values: Sequence[float]) -> float:
-    return sum(value * value for value in values) ** 0.5
+def record(found: Agreement) -> dict[str, Any]:
+    """A case's numbers in plain data: counts and sums, which can be added up over cases."""
+    return {
+        "family": found.case.family.name,
+        "seed": found.case.seed,
+        "status": "crashed" if found.crashed else "measured" if found.outputs else "skipped",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "options": dict(found.case.options),
+        "outputs": found.outputs,
+        "tokens": len(found.same),
+        "same": sum(found.same),
+        "numbers": len(found.distances),
+        "distance": sum(found.distances),
+        "greatest": max(found.distances, default=0.0),
+        "squares": sum(value * value for value in found.distances),
+        "spread": sum(value * value for value in found.spread),
+        "note": found.note,
+        "seconds": round(found.seconds, 2),
+    }
 
 
-def table(found: Sequence[Agreement]) -> str:
-    """One line per family."""
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line per family.
+
+    ``relative`` is the length of all distances over the length of the reference's spread.
+    """
     lines = [
         f"{'family':<18}{'cases':>6}{'outputs':>9}{'tokens':>8}{'greedy =':>10}"
         f"{'mean dist':>11}{'max dist':>10}{'relative':>10}{'seconds':>9}"
     ]
-    for name in dict.fromkeys(one.case.family.name for one in found):
-        mine = [one for one in found if one.case.family.name == name]
-        same = [value for one in mine for value in one.same]
-        distances = [value for one in mine for value in one.distances] or [0.0]
-        whole = Agreement(mine[0].case, distances=distances, spread=[v for one in mine for v in one.spread])
-        share = f"{100 * sum(same) / len(same):.1f} %" if same else "-"
+    for name in dict.fromkeys(one["family"] for one in records):
+        mine = [one for one in records if one["family"] == name]
+        total = Counter[str]()
+        for one in mine:
+            total.update({key: value for key, value in one.items() if isinstance(value, int | float)})
+        share = f"{100 * total['same'] / total['tokens']:.1f} %" if total["tokens"] else "-"
         lines.append(
-            f"{name:<18}{sum(bool(one.outputs) for one in mine):>6}{sum(one.outputs for one in mine):>9}"
-            f"{len(same):>8}{share:>10}{sum(distances) / len(distances):>11.4f}{max(distances):>10.3f}"
-            f"{whole.relative:>10.4f}{sum(one.seconds for one in mine):>9.1f}"
+            f"{name:<18}{sum(bool(one['outputs']) for one in mine):>6}{total['outputs']:>9}"
+            f"{total['tokens']:>8}{share:>10}{total['distance'] / (total['numbers'] or 1):>11.4f}"
+            f"{max(one['greatest'] for one in mine):>10.3f}"
+            f"{(total['squares'] / (total['spread'] or 1.0)) ** 0.5:>10.4f}{total['seconds']:>9.1f}"
         )
-    notes = dict.fromkeys(f"{one.case.family.name} {one.case.seed}: {one.note}" for one in found if one.note)
-    return "\n".join([*lines, *notes])
+    return "\n".join(
+        [*lines, *(f"{one['family']} {one['seed']}: {one['note']}" for one in records if one["note"])]
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,40 +57,53 @@ def record(result: Result) -> dict[str, Any]:
         "refused": result.refused,
         "skipped": result.skipped,
         "varied": result.varied,
+        "seconds": round(result.seconds, 2),
     }
 
 
-def table(results: Sequence[Result]) -> str:
+def read(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The records in ``files``; of a case that ran several times, the last one."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            one = json.loads(line)
+            found[one["family"], one["seed"]] = one
+    return list(found.values())
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
     """One line per family: cases and outputs that are equal, cases refused or skipped, cases that differ."""
-    names = list(dict.fromkeys(result.case.family.name for result in results))
     head = f"{'family':<18}{'cases':>7}{'equal':>7}{'prompts':>9}{'outputs':>9}{'tokens':>9}{'ties':>6}"
-    lines = [head + f"{'refused':>9}{'skipped':>9}{'different':>11}"]
-    for name in names:
-        mine = [result for result in results if result.case.family.name == name]
-        statuses = Counter(result.status for result in mine)
-        tallies = [tally for result in mine if result.status == "equal" for tally in result.tallies.values()]
+    lines = [head + f"{'refused':>9}{'skipped':>9}{'different':>11}{'seconds':>9}"]
+    for name in dict.fromkeys(one["family"] for one in records):
+        mine = [one for one in records if one["family"] == name]
+        statuses = Counter(one["status"] for one in mine)
+        equal = [one for one in mine if one["status"] == "equal"]
+        outputs = sum(sum(one["outputs"].values()) for one in equal)
         lines.append(
             f"{name:<18}{len(mine):>7}{statuses['equal']:>7}"
-            f"{sum(r.prompts for r in mine if r.status == 'equal'):>9}{sum(t.outputs for t in tallies):>9}"
-            f"{sum(t.tokens for t in tallies):>9}{sum(t.ties for t in tallies):>6}"
+            f"{sum(one['prompts'] for one in equal):>9}{outputs:>9}"
+            f"{sum(one['tokens'] for one in equal):>9}{sum(one['ties'] for one in equal):>6}"
             f"{statuses['refused']:>9}{statuses['skipped']:>9}{statuses['different']:>11}"
+            f"{sum(one.get('seconds', 0.0) for one in mine):>9.0f}"
         )
-    return "\n".join([*lines, *_reasons(results)])
+    return "\n".join([*lines, *_reasons(records)])
 
 
-def _reasons(results: Sequence[Result]) -> list[str]:
-    """Refusals and what was left out, with how often."""
+def _reasons(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Refusals and what was left out, with how often, and each case that differs."""
     refused = Counter(
-        (result.case.family.name, cause_of(message) or message)
-        for result in results
-        for message in result.refused
+        (one["family"], cause_of(message) or message) for one in records for message in one["refused"]
     )
     skipped = Counter(
-        (result.case.family.name, re.sub(r"\d+", "N", reason)[:160])
-        for result in results
-        for reason in result.skipped
+        (one["family"], re.sub(r"\d+", "N", reason)[:160]) for one in records for reason in one["skipped"]
     )
     return [
         *(f"refused {count:>5}  {name}: {why}" for (name, why), count in sorted(refused.items())),
         *(f"left out {count:>4}  {name}: {why}" for (name, why), count in sorted(skipped.items())),
+        *(
+            f"different {one['family']} {one['seed']}: {one['differences'][0][:200]}"
+            for one in records
+            if one["status"] == "different"
+        ),
     ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from tests.engine.families.compare import Tally
@@ -51,6 +55,7 @@ class Result:
         tallies: what each mode has found.
         refused: messages of the engine, where it refuses a checkpoint, a mode or a prompt.
         skipped: why nothing or not everything could be compared.
+        seconds: that the case took.
     """
 
     case: Case
@@ -59,6 +64,7 @@ class Result:
     tallies: dict[str, Tally] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def outputs(self) -> int:
@@ -83,7 +89,7 @@ class Result:
 def run(case: Case) -> Result:
     """Run ``case`` in a folder of its own."""
     draw = Draw(case.family.name, case.seed, case.without)
-    result = Result(case)
+    result, started = Result(case), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="drawn-") as folder:
         try:
             tally = result.tallies["checkpoint"] = Tally()
@@ -91,8 +97,13 @@ def run(case: Case) -> Result:
                 _run(case, draw, Path(folder), result)
         except (NotAModel, Unavailable) as error:
             result.skipped.append(f"{type(error).__name__}: {error}")
-    result.varied = draw.varied
+    result.varied, result.seconds = draw.varied, time.monotonic() - started
     return result
+
+
+def lost(case: Case) -> Result:
+    """The result of a case that has ended its process."""
+    return Result(case, tallies={"checkpoint": Tally(differences=["crash: the process ended"])})
 
 
 def _run(case: Case, draw: Draw, path: Path, result: Result) -> None:
@@ -130,12 +141,22 @@ class _Guard:
         if isinstance(error, _REFUSALS):
             self._result.refused.append(str(error))
             return True
+        if missing := _missing(error):
+            raise Unavailable(missing) from error
         if isinstance(error, Exception) and not isinstance(error, NotAModel | Unavailable):
             where = traceback.extract_tb(trace)[-1]
             place = f"{Path(where.filename).name}:{where.lineno}"
             self._tally.differences.append(f"crash: {type(error).__name__}: {str(error)[:200]} ({place})")
             return True
         return False
+
+
+def _missing(error: BaseException | None) -> str | None:
+    """The name in Transformers that a reference needs and the installed release lacks; None if none does."""
+    found = re.search(r"module '?transformers\S* has no attribute '?(\w+)", str(error))
+    if found is None or not isinstance(error, AttributeError):
+        return None
+    return f"Transformers {transformers.__version__} has no {found[1]}"
 
 
 def run_and_simplify(case: Case, as_is: bool = False) -> tuple[Result, Result]:
