@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,3 +142,26 @@ def _target(root: Any, reference: str) -> Any:
         else:
             root = root.get(key) if isinstance(root, Mapping) else None
     return root
+
+
+def argument_as_json(root: Mapping[str, Any], argument: Argument | None, value: str) -> str:
+    """The JSON text of an argument that a model wrote without quotes.
+
+    It is a string where the schema asks for text, and where ``value`` is no JSON; else it is ``value``.
+
+    Args:
+        root: schema of the function's parameters.
+        argument: None if the schema does not know it.
+    """
+    if not is_text(resolved(root, None if argument is None else argument.schema)):
+        try:
+            json.loads(value, parse_constant=_refuse)
+            return value.strip()
+        except (ValueError, RecursionError):
+            pass
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _refuse(name: str) -> None:
+    """Python's ``NaN`` and ``Infinity`` are no JSON."""
+    raise ValueError(name)

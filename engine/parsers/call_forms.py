@@ -56,23 +56,42 @@ def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
 
 def _xml_value(rules: Rules, root: Mapping[str, Any], schema: Any, name: str) -> str:
     """The value of a parameter, whose schema is a part of ``root``, and the tag that closes it."""
-    end = "\n</parameter>\n"
+    return _tagged_value(rules, root, schema, name, "\n</parameter>\n", "</parameter>")
+
+
+def _tagged_value(
+    rules: Rules, root: Mapping[str, Any], schema: Any, name: str, end: str, closing: str
+) -> str:
+    """A value as bare text or as JSON, and the text ``end`` behind it.
+
+    Args:
+        name: of the rules, which no other value has.
+        closing: the tag in ``end``. The parser ends a value at its first appearance, so no text holds it.
+    """
     found = resolved(root, schema)
+    literal = rules.special.literal
     choices = text_choices(found)
     if choices is not None:
-        return f"({' | '.join(rules.special.literal(choice + end) for choice in choices)})"
+        return f"({' | '.join(literal(choice + end) for choice in choices)})"
     if not is_text(found):
-        return f"{embedded(standalone(root, schema))} {rules.special.literal(end)}"
-    pattern = _whole_text(found["pattern"]) if isinstance(found.get("pattern"), str) else None
-    low, high = found.get("minLength"), found.get("maxLength")
+        return f"{embedded(standalone(root, schema))} {literal(end)}"
+    tag = closing.replace("/", r"\/")
+    text = rules.add(name.upper(), rf"/{_text(found)}/ & ~/(.|\n)*{tag}(.|\n)*/")
+    if closing in rules.special.ids:
+        return f"{text} {literal(end)}"
+    # The lexeme ends at the first closing tag; a text by itself would go on into it.
+    return rules.add(f"{name}[lazy]", f"{text} {json.dumps(end)}")
+
+
+def _text(schema: Mapping[str, Any]) -> str:
+    """The regex of the texts that a schema allows, by its pattern or else by its length."""
+    pattern = _whole_text(schema["pattern"]) if isinstance(schema.get("pattern"), str) else None
     if pattern is not None:
-        # The parser ends a value at the first closing tag.
-        text = rules.add(name.upper(), rf"/{pattern}/ & ~/(.|\n)*<\/parameter>(.|\n)*/")
-        return rules.add(f"{name}[lazy]", f"{text} {json.dumps(end)}")
+        return pattern
+    low, high = schema.get("minLength"), schema.get("maxLength")
     if low is None and high is None:
-        return rules.add(f"{name}[lazy]", f"/(.|\\n)*/ {json.dumps(end)}")
-    length = f"{{{low or 0},{'' if high is None else high}}}"
-    return f"{rules.add(name.upper(), f'/(.|{chr(92)}n){length}/')} {rules.special.literal(end)}"
+        return r"(.|\n)*"
+    return rf"(.|\n){{{low or 0},{'' if high is None else high}}}"
 
 
 def _whole_text(pattern: str) -> str | None:
@@ -101,6 +120,24 @@ def lark_regex(pattern: str) -> str:
 
 #: ``<function=NAME>`` with a tag for each parameter (Qwen3-Coder).
 XML_CALL = CallForm(lambda name: f"\n<function={name}>\n", _xml_arguments)
+
+
+def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
+    """Two pairs of tags for each argument, in the schema's order; the model may put line feeds between."""
+    literal, line_feed = rules.special.literal, '"\\n"?'
+    parts = []
+    for place, (key, each) in enumerate(arguments_of(tool.parameters).items()):
+        head = f"{literal(f'<arg_key>{key}</arg_key>')} {line_feed} {literal('<arg_value>')}"
+        end = "</arg_value>"
+        value = _tagged_value(rules, tool.parameters, each.schema, f"value_{number}_{place}", end, end)
+        part = f"{line_feed} {head} {value}"
+        parts.append(part if each.required else f"({part})?")
+    parts.append(f"{line_feed} {literal('</tool_call>')}")
+    return rules.add(f"parameters_{number}", " ".join(parts))
+
+
+#: The name, and a pair of tags for each argument (GLM-4.5 and later).
+GLM_CALL = CallForm(lambda name: name, _glm_arguments)
 
 
 def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.parsers.call_forms import PYTHON_CALL, XML_CALL, json_call
+from engine.parsers.call_forms import GLM_CALL, PYTHON_CALL, XML_CALL, json_call
 from engine.parsers.events import Parser
+from engine.parsers.glm import GlmCalls
 from engine.parsers.grammar import CallLayout
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
@@ -39,6 +40,7 @@ class ToolFormat:
 
 
 _HERMES_CALL = json_call('\n{"name": "', '", "arguments": ', "}\n</tool_call>")
+_LISTED_CALL = json_call('{"name": "', '", "arguments": ', "}")
 _INTERNLM_TAGS = ("<|action_start|><|plugin|>", "<|action_start|> <|plugin|>")
 _FENCED = "\n```python\n"
 
@@ -51,6 +53,12 @@ TOOL_FORMATS = {
             (("<tool_call>",), ("<function=",), ("<parameter=",)),
             QwenXmlCalls,
             CallLayout("<tool_call>", XML_CALL),
+        ),
+        ToolFormat(
+            "glm",
+            (("<tool_call>",), ("<arg_key>",), ("<arg_value>",)),
+            GlmCalls,
+            CallLayout("<tool_call>", GLM_CALL),
         ),
         ToolFormat(
             "hermes",
@@ -68,7 +76,13 @@ TOOL_FORMATS = {
             "mistral",
             (("[TOOL_CALLS]",),),
             lambda schemas: MistralCalls(),
-            CallLayout("[TOOL_CALLS]", json_call('{"name": "', '", "arguments": ', "}"), "[", ", ", "]"),
+            CallLayout("[TOOL_CALLS]", _LISTED_CALL, "[", ", ", "]"),
+        ),
+        ToolFormat(
+            "granite",
+            (("<|tool_call|>",),),
+            lambda schemas: MistralCalls("<|tool_call|>"),
+            CallLayout("<|tool_call|>", _LISTED_CALL, "[", ", ", "]"),
         ),
         ToolFormat(
             "internlm",

@@ -1,4 +1,4 @@
-"""Tool calls behind ``[TOOL_CALLS]``: Mistral's older form as a JSON list, and the newer one by name."""
+"""Tool calls behind a tag: a JSON list (Mistral's older form, Granite), or by name (Mistral's newer form)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from engine.parsers.events import (
 )
 from engine.parsers.json_call import JsonCall, JsonValue, MalformedCall
 
-_TAG = "[TOOL_CALLS]"
 _ARGS = "[ARGS]"
 _CALL_ID = "[CALL_ID]"
 
 
 class MistralCalls(SteppedParser):
-    """Parses ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`` and ``[TOOL_CALLS]name[ARGS]{...}``."""
+    """Parses ``[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`` and ``[TOOL_CALLS]name[ARGS]{...}``.
 
-    def __init__(self) -> None:
+    Args:
+        tag: the text before the list or the name.
+    """
+
+    def __init__(self, tag: str = "[TOOL_CALLS]") -> None:
         super().__init__()
+        self._tag = tag
         self._state: Callable[[list[Event]], bool] = self._read_text
         self._call = JsonCall()
         self._value = JsonValue()
@@ -36,7 +40,7 @@ class MistralCalls(SteppedParser):
         if self._state == self._read_text:
             return [Text(rest)] if rest else []
         # A tag without a call is text.
-        return [Text(_TAG + rest)] if not self._started else []
+        return [Text(self._tag + rest)] if not self._started else []
 
     @property
     def _started(self) -> bool:
@@ -47,9 +51,9 @@ class MistralCalls(SteppedParser):
         return self._state(events)
 
     def _read_text(self, events: list[Event]) -> bool:
-        found = first_marker(self._buffer, (_TAG,))
+        found = first_marker(self._buffer, (self._tag,))
         if found is None:
-            kept = len(self._buffer) - held_back(self._buffer, (_TAG,))
+            kept = len(self._buffer) - held_back(self._buffer, (self._tag,))
             kept = len(self._buffer[:kept].rstrip())
             if kept:
                 events.append(Text(self._buffer[:kept]))
@@ -58,7 +62,7 @@ class MistralCalls(SteppedParser):
         visible = self._buffer[: found[0]].rstrip()
         if visible:
             events.append(Text(visible))
-        self._buffer = self._buffer[found[0] + len(_TAG) :]
+        self._buffer = self._buffer[found[0] + len(self._tag) :]
         self._state = self._read_tag
         return True
 
@@ -82,7 +86,7 @@ class MistralCalls(SteppedParser):
             except MalformedCall:
                 self._state = self._read_rest
                 if self._calls == 0:
-                    events.append(Text(_TAG))
+                    events.append(Text(self._tag))
                     self._state = self._read_text
                 return True
             if call.name is None:
@@ -138,10 +142,10 @@ class MistralCalls(SteppedParser):
     def _read_again(self, events: list[Event]) -> bool:
         """Another call begins with the tag again."""
         rest = self._buffer.lstrip()
-        if _TAG.startswith(rest):
+        if self._tag.startswith(rest):
             return False
-        if rest.startswith(_TAG):
-            self._buffer, self._state = rest[len(_TAG) :], self._read_tag
+        if rest.startswith(self._tag):
+            self._buffer, self._state = rest[len(self._tag) :], self._read_tag
         else:
             self._state = self._read_rest
         return True

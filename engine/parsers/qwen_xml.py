@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.parsers.arguments import Argument, arguments_of, is_text, resolved
+from engine.parsers.arguments import Argument, argument_as_json, arguments_of
 from engine.parsers.events import (
     CallArguments,
     CallStart,
@@ -118,7 +118,9 @@ class QwenXmlCalls(SteppedParser):
         if key not in self._keys:
             comma = ", " if self._keys else ""
             self._keys.append(key)
-            text = f"{comma}{json.dumps(key, ensure_ascii=False)}: {self._json(key, value)}"
+            schema = self._schemas.get(self._name, {})
+            written = argument_as_json(schema, self._arguments.get(key), value)
+            text = f"{comma}{json.dumps(key, ensure_ascii=False)}: {written}"
             events.append(CallArguments(self._calls, text))
         return True
 
@@ -126,19 +128,3 @@ class QwenXmlCalls(SteppedParser):
         """Return the place of the ``>`` behind a key, -1 if it isn't there. Known keys may hold one."""
         known = [key for key in self._arguments if self._buffer.startswith(f"{key}>", start)]
         return start + len(max(known, key=len)) if known else self._buffer.find(">", start)
-
-    def _json(self, key: str, value: str) -> str:
-        argument = self._arguments.get(key)
-        schema = None if argument is None else argument.schema
-        if not is_text(resolved(self._schemas.get(self._name, {}), schema)):
-            try:
-                json.loads(value, parse_constant=_refuse)
-                return value.strip()
-            except (ValueError, RecursionError):
-                pass
-        return json.dumps(value, ensure_ascii=False)
-
-
-def _refuse(name: str) -> None:
-    """Python's ``NaN`` and ``Infinity`` are no JSON."""
-    raise ValueError(name)

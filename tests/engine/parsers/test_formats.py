@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from engine.parsers.glm import GlmCalls
 from engine.parsers.leading_json import LeadingJsonCalls
 from engine.parsers.mistral import MistralCalls
 from engine.parsers.pythonic import PythonicCalls
@@ -122,6 +123,66 @@ def test_qwen_xml(text, visible, calls):
 @pytest.mark.parametrize(
     ("text", "visible", "calls"),
     [
+        (
+            "I look.\n<tool_call>report\n<arg_key>color</arg_key>\n<arg_value>red</arg_value>\n"
+            "<arg_key>count</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+            "I look.",
+            [("report", '{"color": "red", "count": 3}')],
+        ),
+        # Newer templates write no line feeds. Strings stay strings; an unknown key's value may be JSON.
+        (
+            "<tool_call>report<arg_key>color</arg_key><arg_value>3</arg_value><arg_key>tags</arg_key>"
+            '<arg_value>["a", "<b>"]</arg_value><arg_key>other</arg_key><arg_value>tr"ue</arg_value>'
+            "</tool_call>",
+            "",
+            [("report", '{"color": "3", "tags": ["a", "<b>"], "other": "tr\\"ue"}')],
+        ),
+        (
+            "<tool_call>f\n</tool_call>\n"
+            "<tool_call>g <arg_key>a</arg_key> <arg_value>1</arg_value> </tool_call> so",
+            "so",
+            [("f", "{}"), ("g", '{"a": 1}')],
+        ),
+        ("look\n<tool_call>f</tool_call>\nso", "look\nso", [("f", "{}")]),
+        (
+            "<tool_call>report<arg_key>color</arg_key><arg_value> a\n\nb </arg_value></tool_call>",
+            "",
+            [("report", '{"color": " a\\n\\nb "}')],
+        ),
+        ("a <tool_call> b", "a <tool_call> b", []),
+        ("<tool_call>f", "<tool_call>f", []),
+        ("<tool_call><arg_key>", "<tool_call><arg_key>", []),
+        ('<tool_call>{"name": "f"} </tool', '<tool_call>{"name": "f"} </tool', []),
+        (
+            "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value><arg_key>b</arg_key><arg_value>x",
+            "",
+            [("f", '{"a": 1')],
+        ),
+    ],
+)
+def test_glm(text, visible, calls):
+    check(lambda: GlmCalls(SCHEMAS), text, visible, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
+        (
+            '<|tool_call|>[{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]',
+            "",
+            [("f", '{"x": 1}'), ("g", "{}")],
+        ),
+        ("a list [1] and <|tool_call", "a list [1] and <|tool_call", []),
+        ("<|tool_call|>", "<|tool_call|>", []),
+    ],
+)
+def test_granite(text, visible, calls):
+    check(lambda: MistralCalls("<|tool_call|>"), text, visible, calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "visible", "calls"),
+    [
         ("[f(a=1, b='x')]", "", [("f", '{"a": 1, "b": "x"}')]),
         (
             '[f(), g(a=[1, (2, 3)], b={"k": None}, c=True)]',
@@ -168,6 +229,8 @@ FORMATS = {
     "tagged": lambda: TaggedCalls(("<tool_call>",), "</tool_call>"),
     "llama": LeadingJsonCalls,
     "mistral": MistralCalls,
+    "granite": lambda: MistralCalls("<|tool_call|>"),
+    "glm": lambda: GlmCalls(SCHEMAS),
     "qwen_xml": lambda: QwenXmlCalls(SCHEMAS),
     "pythonic": PythonicCalls,
     "pythonic between tags": lambda: PythonicCalls("<|tool_call_start|>", "<|tool_call_end|>"),
@@ -176,7 +239,8 @@ FORMATS = {
 #: Pieces of all formats, to be put together at random.
 PIECES = [
     "<tool_call>", "</tool_call>", "<function=report>", "</function>", "<parameter=color>",
-    "</parameter>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>",
+    "</parameter>", "<arg_key>color</arg_key>", "<arg_value>", "</arg_value>", "report", "<|tool_call|>",
+    "[TOOL_CALLS]", "[ARGS]", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>",
     "```", "```python\n", '{"name": "f", "arguments": ', '{"a": 1}', '{"name": "g"', "}", "{", "[", "]",
     "f(a=1)", "f(", ")", "'", '"', "\\", "\n", " ", ",", "text", "1", ":", "=", "<", "ü😀",
 ]  # fmt: skip

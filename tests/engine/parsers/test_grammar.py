@@ -60,7 +60,7 @@ SCHEMAS = {tool.name: tool.parameters for tool in TOOLS}
 TAGS = (
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|action_start|>", "<|plugin|>",
     "<|action_end|>", "<|tool_call_start|>", "<|tool_call_end|>", "<|python_tag|>", "<think>",
-    "</think>", "<|other|>",
+    "</think>", "<|other|>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<|tool_call|>",
 )  # fmt: skip
 
 #: Vocabularies in which the tags are added tokens, and in which they are plain text.
@@ -68,7 +68,7 @@ VOCABULARIES = {"tokens": (byte_level, "<|im_end|>"), "text": (byte_fallback, "<
 
 
 #: Texts that end a free text in one of the formats.
-CLOSINGS = ("\n</parameter>\n", "</think>", '"')
+CLOSINGS = ("\n</parameter>\n", "</arg_value>", "</think>", '"')
 
 
 class Walk(NamedTuple):
@@ -214,6 +214,8 @@ def test_a_call_of_an_unknown_function_is_not_allowed(found, words):
         (call,) = {
             "hermes": ['<tool_call>\n{"name": "NAME", "arguments": {}}\n</tool_call>'],
             "qwen_xml": ["<tool_call>\n<function=NAME>\n</function>\n</tool_call>"],
+            "glm": ["<tool_call>NAME\n</tool_call>"],
+            "granite": ['<|tool_call|>[{"name": "NAME", "arguments": {}}]'],
             "mistral": ['[TOOL_CALLS][{"name": "NAME", "arguments": {}}]'],
             "mistral_names": ["[TOOL_CALLS]NAME[ARGS]{}"],
             "internlm": ['<|action_start|><|plugin|>\n{"name": "NAME", "parameters": {}}\n<|action_end|>'],
@@ -223,6 +225,34 @@ def test_a_call_of_an_unknown_function_is_not_allowed(found, words):
         }[found.name]
         assert words.accepts(text, call.replace("NAME", "stop"))
         assert not words.accepts(text, call.replace("NAME", "other"))
+
+
+@pytest.mark.parametrize("words", VOCABULARIES)
+@pytest.mark.parametrize(
+    ("name", "head", "end"),
+    [
+        (
+            "qwen_xml",
+            "<tool_call>\n<function=report>\n<parameter=color>\nred\n</parameter>\n<parameter=count>\n3\n</parameter>\n"
+            "<parameter=note>\n",
+            "\n</parameter>\n</function>\n</tool_call>",
+        ),
+        (
+            "glm",
+            "<tool_call>report\n<arg_key>color</arg_key>\n<arg_value>red</arg_value>\n<arg_key>count</arg_key>"
+            "<arg_value>3</arg_value><arg_key>note</arg_key>\n<arg_value>",
+            "</arg_value>\n</tool_call>",
+        ),
+    ],
+)
+def test_texts_between_tags_have_every_length_up_to_their_limit(name, head, end, words):
+    words, found = vocabulary(words), TOOL_FORMATS[name]
+    text = grammar(found, words, "required")
+    for note in ("", "ab", "abcde", "</", "a\nb"):
+        assert words.accepts(text, head + note + end), note
+        ((_, arguments),) = joined(found.parser(SCHEMAS), [head + note + end])["calls"]
+        assert json.loads(arguments) == {"color": "red", "count": 3, "note": note}
+    assert not words.accepts(text, f"{head}abcdef{end}")
 
 
 @CELLS
@@ -280,6 +310,8 @@ def test_a_budget_needs_a_token_that_ends_the_thought():
     [
         ("{{ '<tool_call>' }} {\"name\": <function-name>}", "hermes"),
         ("<tool_call>\n<function=example>\n<parameter=a>", "qwen_xml"),
+        ("<tool_call>{name}\n<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>", "glm"),
+        ("respond only with <|tool_call|> followed by a JSON list of tools used", "granite"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS] [", "mistral"),
         ("[TOOL_CALLS]{{ name }}[ARGS]", "mistral_names"),
         ("<|python_tag|> {\"name\": function name, \"parameters\": dictionary}", "llama_json"),

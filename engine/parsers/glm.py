@@ -1,0 +1,128 @@
+"""Tool calls as a name and pairs of tags: GLM-4.5 and later, with or without a tower."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from engine.parsers.arguments import Argument, argument_as_json, arguments_of
+from engine.parsers.events import (
+    CallArguments,
+    CallStart,
+    Event,
+    SteppedParser,
+    Text,
+    first_marker,
+    held_back,
+)
+
+_CALL, _CALL_END = "<tool_call>", "</tool_call>"
+_KEY, _KEY_END = "<arg_key>", "</arg_key>"
+_VALUE, _VALUE_END = "<arg_value>", "</arg_value>"
+_NAME = re.compile(r"\s*([^\s<]+)\s*")
+
+
+class GlmCalls(SteppedParser):
+    """Parses ``<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>``.
+
+    White space may stand between the tags. A value is text for parameters that the schema calls strings, JSON
+    for all others; what is no JSON is passed on as a string.
+
+    Args:
+        schemas: JSON schema of the parameters of each function, by name.
+    """
+
+    def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        self._schemas = schemas
+        self._inside = False
+        self._calls = 0
+        self._between = self._visible = False
+        self._name = ""
+        self._keys: list[str] = []
+        self._arguments: dict[str, Argument] = {}
+
+    def finish(self) -> list[Event]:
+        rest, self._buffer = self._buffer, ""
+        if not self._inside and rest and not (self._between and rest.isspace()):
+            return [Text(rest)]
+        # The arguments of a call that was cut off stay an open object.
+        return []
+
+    def _step(self, events: list[Event]) -> bool:
+        return self._read_argument(events) if self._inside else self._read_text(events)
+
+    def _read_text(self, events: list[Event]) -> bool:
+        if self._between:
+            text = self._buffer.lstrip()
+            if not text:
+                return False
+            # White space behind a call separates two texts; it is dropped before a call, and without a text.
+            if _CALL.startswith(text):
+                return False
+            dropped = text.startswith(_CALL) or not self._visible
+            self._buffer, self._between = text if dropped else self._buffer, False
+        found = first_marker(self._buffer, (_CALL,))
+        if found is None:
+            kept = len(self._buffer) - held_back(self._buffer, (_CALL,))
+            self._pass_text(len(self._buffer[:kept].rstrip()), events)
+            return False
+        start = found[0] + len(_CALL)
+        name = _NAME.match(self._buffer, start)
+        end = name.end() if name else len(self._buffer)
+        rest = self._buffer[end:]
+        if name and rest.startswith((_KEY, _CALL_END)):
+            self._pass_text(len(self._buffer[: found[0]].rstrip()), events)
+            self._buffer = rest
+            self._begin(name[1], events)
+            return True
+        if any(tag.startswith(rest) for tag in (_KEY, _CALL_END)) and (
+            name or not self._buffer[start:].strip()
+        ):
+            return False
+        # A tag without a call is text.
+        self._pass_text(start, events)
+        return True
+
+    def _pass_text(self, end: int, events: list[Event]) -> None:
+        if end:
+            events.append(Text(self._buffer[:end]))
+            self._visible = True
+            self._buffer = self._buffer[end:]
+
+    def _begin(self, name: str, events: list[Event]) -> None:
+        self._name, self._keys, self._inside = name, [], True
+        self._arguments = arguments_of(self._schemas.get(name, {}))
+        events += [CallStart(self._calls, name), CallArguments(self._calls, "{")]
+
+    def _read_argument(self, events: list[Event]) -> bool:
+        found = first_marker(self._buffer, (_KEY, _CALL_END))
+        if found is None:
+            return False
+        position, marker = found
+        if marker == _CALL_END:
+            self._buffer = self._buffer[position + len(marker) :]
+            events.append(CallArguments(self._calls, "}"))
+            self._calls += 1
+            self._inside, self._between = False, True
+            return True
+        key_start = position + len(_KEY)
+        key_end = self._buffer.find(_KEY_END, key_start)
+        value_start = self._buffer.find(_VALUE, key_end) if key_end >= 0 else -1
+        value_end = self._buffer.find(_VALUE_END, value_start) if value_start >= 0 else -1
+        if value_end < 0:
+            return False
+        key = self._buffer[key_start:key_end]
+        key = key if key in self._arguments else key.strip()
+        value = self._buffer[value_start + len(_VALUE) : value_end]
+        self._buffer = self._buffer[value_end + len(_VALUE_END) :]
+        if key not in self._keys:
+            comma = ", " if self._keys else ""
+            self._keys.append(key)
+            written = argument_as_json(self._schemas.get(self._name, {}), self._arguments.get(key), value)
+            events.append(
+                CallArguments(self._calls, f"{comma}{json.dumps(key, ensure_ascii=False)}: {written}")
+            )
+        return True
