@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +63,27 @@ _QWEN_PICTURE = {
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A model's configuration files, its special tokens, the text that stands for an image, and the size of
-    the benchmark's images in pixels."""
+    the benchmark's images in pixels.
+
+    Attributes:
+        processor: processor_config.json; empty if the model has none.
+        end: the special token that ends an answer.
+        tokenizer: further fields of tokenizer_config.json, which other libraries' processors read.
+    """
 
     config: dict[str, Any]
     preprocessor: dict[str, Any]
     specials: dict[str, int]
     picture: str
     picture_size: int
+    processor: dict[str, Any] = field(default_factory=dict)
+    end: str = "<|im_end|>"
+    tokenizer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
-        return int(self.config.get("vocab_size") or self.config["text_config"]["vocab_size"])
-
-    @property
-    def eos(self) -> str:
-        """The special token that ends an answer."""
-        return "<|im_end|>" if "<|im_end|>" in self.specials else "</s>"
+        """Rows of the embedding table."""
+        return int(self.config.get("text_config", self.config)["vocab_size"])
 
 
 SHAPES: dict[str, Shape] = {
@@ -161,6 +166,7 @@ SHAPES: dict[str, Shape] = {
         {"<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001},
         "<image>",
         336,
+        end="</s>",
     ),
     "qwen3-vl-30b-a3b": Shape(QWEN3_VL_30B_A3B, QWEN3_IMAGES, _QWEN_SPECIALS, _QWEN_PLACEHOLDER, 576),
     "qwen3.5-4b": Shape(QWEN3_5_4B, QWEN3_IMAGES, _QWEN_SPECIALS, _QWEN_PLACEHOLDER, 576),
@@ -200,20 +206,36 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+#: One public size of each further family, a JSON file each with the values of config.json and the others.
+_PUBLIC = Path(__file__).parent / "public_shapes"
+SHAPES |= {file.stem: Shape(**json.loads(file.read_text())) for file in sorted(_PUBLIC.glob("*.json"))}
+
+
 def write_checkpoint(name: str, folder: Path) -> Path:
     """Write the files of shape ``name`` into ``folder``; load it with ``load_format="dummy"``."""
     shape = SHAPES[name]
     folder.mkdir(parents=True, exist_ok=True)
+    write_configuration(shape, folder)
+    _tokenizer(shape).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_configuration(shape: Shape, folder: Path) -> None:
+    """Write all files but the tokenizer's vocabulary."""
     files = {
         "config.json": shape.config,
         "preprocessor_config.json": shape.preprocessor,
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": shape.eos},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": shape.end,
+            **shape.tokenizer,
+        },
         "chat_template.json": {"chat_template": _TEMPLATE.replace("PICTURE", shape.picture)},
     }
+    if shape.processor:
+        files["processor_config.json"] = shape.processor
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content))
-    _tokenizer(shape).save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def _tokenizer(shape: Shape) -> Tokenizer:

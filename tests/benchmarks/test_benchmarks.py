@@ -23,10 +23,7 @@ from benchmarks import (
 )
 from benchmarks.floors import StepBytes
 from benchmarks.processes import process_name
-from benchmarks.shapes import SHAPES, write_checkpoint
-from engine.config import EngineConfig
-from engine.frontend import Frontend
-from tests.engine.tiny import picture
+from benchmarks.shapes import write_checkpoint
 
 
 def test_host(monkeypatch, capsys, tmp_path):
@@ -125,28 +122,6 @@ def test_media_memory(monkeypatch, capsys, tmp_path):
     found = json.loads(file.read_text())
     assert [row["requests"] for row in found["rows"]] == list(range(6, 61, 6))
     assert sum(found["ends"].values()) == 60 and found["ends"]["200"] > 0
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes_are_models_that_can_be_served(name, tmp_path):
-    path = write_checkpoint(name, tmp_path)
-    front = Frontend.load(EngineConfig(model=str(path)))
-    shape = SHAPES[name]
-    data = {"image": picture(shape.picture_size, shape.picture_size)}
-    prompt = front.from_prompt({"prompt": f"{shape.picture}describe", "multi_modal_data": data})
-    rows = {
-        "qwen2-vl-2b": 400,
-        "qwen2-vl-7b": 400,
-        "llava-1.5-7b": 576,
-        "qwen3-vl-30b-a3b": 324,
-        "qwen3.5-4b": 324,
-        "tiny": 16,
-        "tiny-qwen3.5": 16,
-    }[name]
-    assert prompt.media[0].item.num_tokens == rows
-    content = [{"type": "image", "image": data["image"]}, {"type": "text", "text": "describe"}]
-    chat = front.from_messages([{"role": "user", "content": content}])
-    assert len(chat.inputs.spans) == 1
 
 
 @pytest.mark.ray
