@@ -24,6 +24,10 @@ from tests.engine.families.embedded import as_embeddings
 from tests.engine.families.expected import Expected
 
 
+#: Enough for all states of a case.
+_STATE_BYTES = 16 << 20
+
+
 @dataclass
 class Question:
     """A prompt of the case, what the reference makes of it, and what is asked of the engine."""
@@ -235,9 +239,14 @@ def cached(session: Session, tally: Tally) -> None:
     twice: from the cache what was computed."""
     rng = session.draw.stream("cache")
     size = rng.choice((1, 2, 4, 8, 16))
-    # Nothing is evicted: room for every prompt three times, with what follows it.
+    # Nothing is evicted: room for every prompt three times, with what follows it, and for recurrent states.
     blocks = sum(-(-(3 * question.length + 16 * STEPS) // size) for question in session.questions)
-    llm = session.llm(block_size=size, num_kv_blocks=blocks, run_ahead=rng.choice((1, 0, 2)))
+    llm = session.llm(
+        block_size=size,
+        num_kv_blocks=blocks,
+        state_snapshot_bytes=_STATE_BYTES,
+        run_ahead=rng.choice((1, 0, 2)),
+    )
     outputs = session.check(tally, llm, session.questions, cached=_anything)
     session.check(tally, llm, session.questions, cached=lambda q: session.full_blocks(q, q.length - 1, size))
     if other := session.with_other_images():
