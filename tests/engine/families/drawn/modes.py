@@ -23,7 +23,6 @@ from tests.engine.families.drawn.prompts import as_seen
 from tests.engine.families.embedded import as_embeddings
 from tests.engine.families.expected import Expected
 
-
 #: Enough for all states of a case.
 _STATE_BYTES = 16 << 20
 
