@@ -46,7 +46,8 @@ class DeviceState:
         )
         if len(self.block_tables) == 1:
             return first._replace(tables=first.tables[None], kv_slots=first.kv_slots[None])
-        tables, computed = self.block_tables.index_select(1, slots), first.seq_lens.long() - 1
+        # Not from ``first``: it holds anything while kernels are only compiled, and a wrong column is fatal.
+        tables, computed = self.block_tables.index_select(1, slots), self.length.index_select(0, slots)
         column = (computed // self.block_size).expand(len(tables), -1)[..., None]
         blocks = tables.gather(2, column).squeeze(2).long()
         return first._replace(tables=tables, kv_slots=blocks * self.block_size + computed % self.block_size)

@@ -73,7 +73,12 @@ class _Process(Generic[R]):
 
     def run(self, case: Case) -> R:
         try:
-            return self._pool.submit(self._function, case).result()
+            found = self._pool.submit(self._function, case).result()
+            if getattr(found, "crashed", False):
+                # The GPU may be lost to the process.
+                self.close()
+                self._pool = self._started()
+            return found
         except BrokenProcessPool:
             self._pool = self._started()
             return self._lost(case)
