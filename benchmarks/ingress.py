@@ -157,9 +157,10 @@ def measure(streams: int, tokens: int, rounds: int, together: int) -> list[float
     """CPU microseconds of a stream, for each round."""
     found = []
     with tempfile.NamedTemporaryFile("w") as file:
-        handler = logging.StreamHandler(file)
-        logging.getLogger("ray.serve").addHandler(handler)
-        logging.getLogger("ray.serve").setLevel(logging.INFO)
+        # Alone: Ray Serve's own handler would write each line once more, to the terminal.
+        logger = logging.getLogger("ray.serve")
+        logger.handlers = [logging.StreamHandler(file)]
+        logger.setLevel(logging.INFO)
 
         async def run() -> None:
             api = application(tokens)

@@ -260,10 +260,14 @@ class Access:
     def _caller(self, scope: Scope) -> Caller:
         if not self._keys:
             return self._everybody
-        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
-        scheme, _, given = headers.get("authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            given = headers.get("x-api-key", b"")
+        given = other = b""
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                scheme, _, rest = value.partition(b" ")
+                given = rest if scheme.lower() == b"bearer" else b""
+            elif name == b"x-api-key":
+                other = value
+        given = given or other
         if not given:
             raise Unauthorized("No API key was sent. Send it in the header 'Authorization: Bearer KEY'.")
         digest = _digest(given.strip().decode("latin-1"))

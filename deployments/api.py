@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -27,7 +28,7 @@ from deployments.metrics.collector import Collector, Source
 from deployments.metrics.ingress import HttpMeter
 from deployments.openapi import DescriptionFile, describe
 from deployments.pipeline import Pipeline
-from deployments.report import current_report
+from deployments.report import NewIds, current_report
 from deployments.request_log import RequestLog
 from deployments.response_store import Keeper, KeptResponses, ResponseStore
 from deployments.routers import (
@@ -71,8 +72,9 @@ def create_api(
         tracer: makes a span for each request.
         media: the most that the media of open requests may take; ``state.ledger`` counts them.
     """
-    api = _Api(RequestLog(echo_ids), title="Sightline", openapi_url=None, lifespan=lifespan)
-    api.state.pipelines = pipelines
+    new_id = NewIds()
+    api = _Api(RequestLog(echo_ids, new_id), title="Sightline", openapi_url=None, lifespan=lifespan)
+    api.state.pipelines, api.state.new_id = pipelines, new_id
     if keeper is None:
         keeper = KeptResponses(*config.response_limits)
     api.state.responses = ResponseStore(keeper)
@@ -125,6 +127,13 @@ class _Api(FastAPI):
     def __init__(self, log: RequestLog, **options: Any) -> None:
         self._log = log
         super().__init__(**options)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # Without FastAPI's look for exporters of telemetry: deployments.tracing makes the spans.
+            await Starlette.__call__(self, scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         return self._log.around(super().build_middleware_stack())

@@ -5,7 +5,7 @@ import json
 import zlib
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from deployments.errors import BadBody, BodyTooLarge
 from deployments.protocol.base import RequestBody
@@ -30,17 +30,25 @@ async def read_body(request: Request, model: type[M], limit: int) -> M:
         BodyTooLarge: naming the limit; the rest is not read.
         BadBody, UnsupportedParameter: naming the field at fault.
     """
-    length = request.headers.get("content-length", "")
+    length, encoding = b"", "identity"
+    for name, value in request.scope["headers"]:
+        if name == b"content-length":
+            length = value
+        elif name == b"content-encoding":
+            encoding = value.decode("latin-1").strip().lower()
     if length.isdigit() and int(length) > limit:
         raise BodyTooLarge(_too_large(limit))
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        chunks.append(chunk)
-        size += len(chunk)
+    chunks, size, more = [], 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
         if size > limit:
             raise BodyTooLarge(_too_large(limit))
+        more = message.get("more_body", False)
     body = b"".join(chunks)
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):
         body = await asyncio.to_thread(_decompressed, body, encoding, limit)
         size = len(body)

@@ -1,9 +1,10 @@
 """Names the caller's fields in errors of the engine, which knows none of them."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import fields
+from typing import Any
 
 from engine.errors import SightlineError
 from engine.sampling_params import SamplingParams
@@ -11,25 +12,38 @@ from engine.sampling_params import SamplingParams
 _PARAMETERS = {field.name for field in fields(SamplingParams)}
 
 
-@contextmanager
-def caller_fields(names: Mapping[str, str]) -> Iterator[None]:
+def caller_fields(names: Mapping[str, str]) -> AbstractContextManager[None]:
     """Name the caller's fields in errors of the block.
 
     Args:
         names: the caller's fields by the engine's names.
     """
-    try:
-        yield
-    except SightlineError as error:
-        param = error.param
-        error.param = _renamed(param, names)
-        if param is not None and "[" in param:
-            # Messages call parts of a message by their paths.
-            error.message = error.message.replace(param, error.param or "")
-        for name in _PARAMETERS & names.keys():
-            # Messages call sampling parameters by their names.
-            error.message = re.sub(rf"\b{name}\b", names[name], error.message)
-        raise
+    return _CallerFields(names)
+
+
+class _CallerFields:
+    __slots__ = ("_names",)
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SightlineError):
+            _rename(error, self._names)
+
+
+def _rename(error: SightlineError, names: Mapping[str, str]) -> None:
+    param = error.param
+    error.param = _renamed(param, names)
+    if param is not None and "[" in param:
+        # Messages call parts of a message by their paths.
+        error.message = error.message.replace(param, error.param or "")
+    for name in _PARAMETERS & names.keys():
+        # Messages call sampling parameters by their names.
+        error.message = re.sub(rf"\b{name}\b", names[name], error.message)
 
 
 def _renamed(param: str | None, names: Mapping[str, str]) -> str | None:

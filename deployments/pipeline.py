@@ -3,16 +3,16 @@
 import asyncio
 import itertools
 import random
+import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, replace
 
 from deployments.access import caller_name, caller_salt, charge, media_account
 from deployments.answer_format import AnswerFormat, answer_format
-from deployments.caller_fields import caller_fields
 from deployments.charges import MediaCharges
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.media import Shown, prepare_media
@@ -105,7 +105,7 @@ class Pipeline:
         self._threads = threads
         self.replay = replay
         self.timeout_s = timeout_s
-        self._random = random.SystemRandom()
+        self._random = random.Random(secrets.randbits(256))
         self._max_model_len: int | None = None
         scale = spec.language_model.autoscaling or {}
         self._sleeps = scale.get("min_replicas") == 0
@@ -313,12 +313,10 @@ class Pipeline:
         def around() -> AbstractContextManager[None]:
             return self.meter.call("language_model")
 
-        @contextmanager
-        def measured() -> Iterator[Callable[[StreamUpdate], None]]:
-            with caller_fields(names or {}), self.meter.stream(params.n) as measure:
-                yield measure
+        def measured() -> AbstractContextManager[Callable[[StreamUpdate], None]]:
+            return self.meter.stream(params.n)
 
-        return carried_on(stage, request, prompt.media, encode_again, patience, around, measured)
+        return carried_on(stage, request, prompt.media, encode_again, patience, around, measured, names or {})
 
     async def embed(self, request_id: str, prompt: EncodedPrompt, params: PoolingParams) -> EmbeddingOutput:
         """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""

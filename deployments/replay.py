@@ -3,11 +3,12 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
+from deployments.caller_fields import caller_fields
 from deployments.config import ReplayConfig
 from deployments.stages import Generation, LanguageModelStage, Rows, RowsLost, StageLost
 from engine.errors import Overloaded, SightlineError, Unavailable
@@ -151,6 +152,7 @@ async def carried_on(
     patience: Patience,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
     measured: Callable[[], AbstractContextManager[Callable[[StreamUpdate], None]]] = _unmeasured,
+    names: Mapping[str, str] = {},
 ) -> AsyncGenerator[StreamUpdate, None]:
     """Stream an answer to its end, whatever replicas die meanwhile. Closing the iterator aborts it.
 
@@ -160,12 +162,13 @@ async def carried_on(
         encode_again: makes them again if they are lost.
         around: makes a context around each try.
         measured: makes a context around all tries, which gives a function that is called with each update.
+        names: the caller's fields by the engine's names, for errors.
 
     Raises:
         SightlineError: the request is refused, or could not be carried on.
     """
     progress = Progress()
-    with measured() as measure:
+    with caller_fields(names), measured() as measure:
         for tries in itertools.count():
             again = request
             if tries:

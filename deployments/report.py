@@ -1,8 +1,9 @@
 """Facts about one HTTP request and the times of its stages: for its line in the log, and for ``usage``."""
 
+import random
 import secrets
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -179,18 +180,37 @@ def current_report() -> Report:
     return _current.get() or Report()
 
 
-def begin_report(scope: Scope) -> Report:
-    """The report of a request that has just arrived; :func:`current_report` gives it from now on."""
-    report = Report(_request_id(scope))
+def begin_report(scope: Scope, new_id: Callable[[], str]) -> Report:
+    """The report of a request that has just arrived; :func:`current_report` gives it from now on.
+
+    Args:
+        new_id: makes a unique id.
+    """
+    report = Report(_client_id(scope) or new_id())
     _current.set(report)
     return report
 
 
-def _request_id(scope: Scope) -> str:
-    """The client's id of a request if it is short and printable, else a new one."""
+def _client_id(scope: Scope) -> str:
+    """The client's id of a request if it is short and printable; empty if there is none."""
     for name, value in scope.get("headers", ()):
         if name == b"x-request-id":
             given = value.decode("latin-1")
             if given.isascii() and given.isprintable() and " " not in given and 0 < len(given) <= _MAX_ID:
                 return given
-    return secrets.token_hex(16)
+    return ""
+
+
+class NewIds:
+    """Makes unique ids that need not be secret.
+
+    :mod:`secrets` asks the kernel for each, and meanwhile lets other threads run: then the event loop waits
+    until they give way.
+    """
+
+    def __init__(self) -> None:
+        self._random = random.Random(secrets.randbits(256))
+
+    def __call__(self) -> str:
+        """32 hexadecimal digits."""
+        return f"{self._random.getrandbits(128):032x}"

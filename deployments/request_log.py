@@ -1,7 +1,7 @@
 """One line in the log for each request, when it has ended."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,10 +18,12 @@ class RequestLog:
 
     Args:
         echo_id: send the id in the header ``x-request-id``. Ray Serve's proxies do this themselves.
+        new_id: makes a unique id.
     """
 
-    def __init__(self, echo_id: bool) -> None:
+    def __init__(self, echo_id: bool, new_id: Callable[[], str]) -> None:
         self._echo_id = echo_id
+        self._new_id = new_id
 
     def around(self, app: ASGIApp) -> ASGIApp:
         """``app`` with its requests logged."""
@@ -30,7 +32,7 @@ class RequestLog:
             if scope["type"] != "http":
                 await app(scope, receive, send)
                 return
-            report = begin_report(scope)
+            report = begin_report(scope, self._new_id)
             headers = {"x-request-id": report.id} if self._echo_id else {}
             response = SentResponse(send, headers, bodiless=scope["method"] == "HEAD")
             report.response = response
@@ -55,6 +57,7 @@ def log_request(report: Report, scope: Scope, complete: bool) -> None:
     if not logger.isEnabledFor(level):
         return
     name, fields = request_name(scope), _fields(report)
+    words = [f"{key}={value}" for key, value in fields.items()]
     error, left = report.error, not complete and report.error is None
     text = f"{name}: {report.status}" if report.status is not None else f"{name}:"
     if left:
@@ -68,9 +71,14 @@ def log_request(report: Report, scope: Scope, complete: bool) -> None:
         text += f" {code}{where}: {message}"
         fields |= {"error": error.code, "error_message": message, "error_param": error.param}
         fields["error_status"] = error.status
-    words = [f"{key}={value}" for key, value in fields.items() if not key.startswith("error")]
-    details = {"method": scope["method"][:20], "path": scope["path"][:200], "status": report.status}
-    logger.log(level, "%s %s", text, " ".join(words), extra=details | {"client_left": left} | fields)
+    details = {
+        "method": scope["method"][:20],
+        "path": scope["path"][:200],
+        "status": report.status,
+        "client_left": left,
+        **fields,
+    }
+    logger.log(level, "%s %s", text, " ".join(words), extra=details)
 
 
 def _level(report: Report, path: str) -> int:

@@ -1,9 +1,10 @@
 """Metrics of the ingress: HTTP requests, and the answers of each model as clients see them."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from typing import Any
 
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -131,17 +132,19 @@ class ModelMeter:
             known=("prepare", "answer"),
         )
 
-    @contextmanager
-    def call(self, stage: str) -> Iterator[None]:
+    def call(self, stage: str) -> AbstractContextManager[None]:
         """Time a call of a stage; count it if its replica dies."""
-        began = time.perf_counter()
-        try:
-            yield
-        except self._lost_error:
+        return _Call(self, stage)
+
+    def called(self, stage: str, seconds: float, error: BaseException | None) -> None:
+        """Count a call of a stage.
+
+        Args:
+            error: that the call raised; None if it raised none.
+        """
+        if isinstance(error, self._lost_error):
             self._lost.add(stage)
-            raise
-        finally:
-            self._calls.of(stage).observe(time.perf_counter() - began)
+        self._calls.of(stage).observe(seconds)
 
     def failover(self, work: str) -> None:
         """Count work that is started again because a replica has died.
@@ -151,24 +154,11 @@ class ModelMeter:
         """
         self._failovers.add(work)
 
-    @contextmanager
-    def answer(self) -> Iterator[None]:
+    def answer(self) -> AbstractContextManager[None]:
         """Count and time an answer from the arrival of its HTTP request, as :data:`arrival` has it."""
-        began = arrival.get() or time.perf_counter()
-        error: BaseException | None = None
-        self._open += 1
-        try:
-            yield
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            self._open -= 1
-            self._answers.add(outcome(error))
-            self._duration.observe(time.perf_counter() - began)
+        return _Answer(self)
 
-    @contextmanager
-    def stream(self, choices: int) -> Iterator[Callable[[StreamUpdate], None]]:
+    def stream(self, choices: int) -> AbstractContextManager[Callable[[StreamUpdate], None]]:
         """Count, time and report a streamed answer and its tokens.
 
         Args:
@@ -177,35 +167,29 @@ class ModelMeter:
         Returns:
             A context that gives a function to be called with each update.
         """
-        report = current_report()
-        usage: Usage | None = None
-        began = arrival.get() or time.perf_counter()
-        last: dict[int, float] = {}
+        return _Stream(self, choices)
 
-        def take(update: StreamUpdate) -> None:
-            nonlocal usage
-            usage = update.usage
-            if update.times is not None:
-                report.first_token(update.times)
-            now = time.perf_counter()
-            for delta in update.deltas:
-                count = len(delta.token_ids)
-                if not count:
-                    continue
-                if not last:
-                    self._first.observe(now - began)
-                before = last.get(delta.index)
-                if before is not None:
-                    self._between.observe((now - before) / count, count)
-                last[delta.index] = now
+    def begun(self) -> None:
+        """Count an answer as open; :meth:`ended` must follow."""
+        self._open += 1
 
-        with self.answer():
-            try:
-                yield take
-            finally:
-                if usage is not None:
-                    self.count_tokens(usage)
-                    report.ended(usage, choices)
+    def ended(self, seconds: float, error: BaseException | None) -> None:
+        """Count an answer that has ended.
+
+        Args:
+            error: that ended it; None if it is whole.
+        """
+        self._open -= 1
+        self._answers.add(outcome(error))
+        self._duration.observe(seconds)
+
+    def first_token(self, seconds: float) -> None:
+        """Count the time to an answer's first token."""
+        self._first.observe(seconds)
+
+    def further_tokens(self, seconds: float, count: int) -> None:
+        """Count the mean time between ``count`` tokens."""
+        self._between.observe(seconds, count)
 
     def count_tokens(self, usage: Usage) -> None:
         """Count the tokens of a request that has ended."""
@@ -259,3 +243,73 @@ class ModelMeter:
             self._lost.family(),
             self._failovers.family(),
         ]
+
+
+# Contexts that are entered for each request are classes: a generator's take several times as long.
+
+
+class _Call:
+    __slots__ = ("_began", "_meter", "_stage")
+
+    def __init__(self, meter: ModelMeter, stage: str) -> None:
+        self._meter, self._stage = meter, stage
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._meter.called(self._stage, time.perf_counter() - self._began, error)
+
+
+class _Answer:
+    __slots__ = ("_began", "_meter")
+
+    def __init__(self, meter: ModelMeter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        self._began = arrival.get() or time.perf_counter()
+        self._meter.begun()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._meter.ended(time.perf_counter() - self._began, error)
+
+
+class _Stream:
+    """Counts, times and reports the updates of one answer."""
+
+    __slots__ = ("_began", "_choices", "_last", "_meter", "_report", "_usage")
+
+    def __init__(self, meter: ModelMeter, choices: int) -> None:
+        self._meter, self._choices = meter, choices
+        self._report = current_report()
+        self._usage: Usage | None = None
+        #: When a choice's last tokens came, by the choice's index.
+        self._last: dict[int, float] = {}
+
+    def __enter__(self) -> Callable[[StreamUpdate], None]:
+        self._began = arrival.get() or time.perf_counter()
+        self._meter.begun()
+        return self._take
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._usage is not None:
+            self._meter.count_tokens(self._usage)
+            self._report.ended(self._usage, self._choices)
+        self._meter.ended(time.perf_counter() - self._began, error)
+
+    def _take(self, update: StreamUpdate) -> None:
+        self._usage = update.usage
+        if update.times is not None:
+            self._report.first_token(update.times)
+        now, last = time.perf_counter(), self._last
+        for delta in update.deltas:
+            count = len(delta.token_ids)
+            if not count:
+                continue
+            if not last:
+                self._meter.first_token(now - self._began)
+            before = last.get(delta.index)
+            if before is not None:
+                self._meter.further_tokens((now - before) / count, count)
+            last[delta.index] = now

@@ -41,6 +41,19 @@ SAMPLING = (
     "min_length",
     "max_length",
 )
+_SAMPLING = frozenset(SAMPLING)
+
+#: Fields that constrain an answer's form.
+_CONSTRAINTS = frozenset(
+    {
+        "response_format",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+    }
+)
 
 
 class JsonSchema(Part):
@@ -189,11 +202,13 @@ class GenerationBody(RequestBody):
         Raises:
             InvalidRequest: naming the parameter that is out of range.
         """
-        named = {name: getattr(self, name) for name in SAMPLING} | given
-        if named.get("top_p") == 0:
+        # Few of them are set, and only those are looked at.
+        found = {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING}
+        found |= given
+        if found.get("top_p") == 0:
             # The smallest set of likely tokens is the likeliest alone.
-            named |= {"top_p": None, "temperature": 0.0}
-        found = {name: value for name, value in named.items() if value is not None}
+            found |= {"top_p": None, "temperature": 0.0}
+        found = {name: value for name, value in found.items() if value is not None}
         return SamplingParams.from_defaults({"max_tokens": None, **defaults}, **found)
 
     def constraint(self) -> tuple[StructuredSpec | None, str | None]:
@@ -202,7 +217,7 @@ class GenerationBody(RequestBody):
         Raises:
             InvalidRequest: there are several.
         """
-        found = list(self._constraints())
+        found = list(self._constraints()) if self.model_fields_set & _CONSTRAINTS else []
         if len(found) > 1:
             raise InvalidRequest(
                 f"Only one field can constrain an answer; {found[0][1]} and {found[1][1]} both do.",

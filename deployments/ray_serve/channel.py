@@ -14,7 +14,7 @@ import asyncio
 import contextvars
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,6 +207,22 @@ class Answer(Mailbox):
             self.fail(error.with_traceback(None))
 
 
+class _Expected:
+    """Keeps an answer among others as long as it is read."""
+
+    __slots__ = ("_answers", "_request_id")
+
+    def __init__(self, answers: dict[str, Answer], request_id: str) -> None:
+        self._answers, self._request_id = answers, request_id
+
+    def __enter__(self) -> Answer:
+        answer = self._answers[self._request_id] = Answer()
+        return answer
+
+    def __exit__(self, *_: Any) -> None:
+        del self._answers[self._request_id]
+
+
 class Inbox:
     """The receiving ends of channels: one for each replica of a language model.
 
@@ -225,14 +241,9 @@ class Inbox:
         self._answers: dict[str, Answer] = {}
         self._channels: dict[str, asyncio.Task[None]] = {}
 
-    @contextmanager
-    def expect(self, request_id: str) -> Iterator[Answer]:
+    def expect(self, request_id: str) -> AbstractContextManager[Answer]:
         """The answer to a request, as long as it is read."""
-        answer = self._answers[request_id] = Answer()
-        try:
-            yield answer
-        finally:
-            del self._answers[request_id]
+        return _Expected(self._answers, request_id)
 
     def read(self, replica: str) -> None:
         """Open the channel of a replica, unless it is open."""

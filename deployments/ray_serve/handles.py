@@ -1,8 +1,7 @@
 """The stages as the ingress sees them: behind handles of Ray Serve deployments."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -124,31 +123,25 @@ class RemoteLanguageModel(_RemoteStage):
         given = request.request_id if held else request
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
-                async with self._answer(request.request_id, given, replica) as answer:
-                    finished = False
-                    while not finished:
-                        update = await answer.get()
-                        assert isinstance(update, StreamUpdate)
-                        finished = update.finished
-                        yield update
+                with self._inbox.expect(request.request_id) as answer:
+                    call = asyncio.create_task(self._follow(given, replica, answer))
+                    try:
+                        finished = False
+                        while not finished:
+                            update = await answer.get()
+                            assert isinstance(update, StreamUpdate)
+                            finished = update.finished
+                            yield update
+                        # All updates are here, and so is the end of the call or will be at once.
+                        await call
+                    finally:
+                        # An exception, also one that closes this generator, cancels the call in its replica.
+                        call.cancel()
                 return
             except Misrouted:
                 # Always the first item of a stream, so starting again cannot repeat output.
                 if attempt == _ROUTING_ATTEMPTS - 1:
                     raise
-
-    @asynccontextmanager
-    async def _answer(self, request_id: str, given: Generation | str, replica: str) -> AsyncIterator[Answer]:
-        """Start an answer. An exception in the block, also one that closes a generator around it, cancels it
-        in its replica."""
-        with self._inbox.expect(request_id) as answer:
-            call = asyncio.create_task(self._follow(given, replica, answer))
-            try:
-                yield answer
-                # All updates are here, and so is the end of the call or will be at once.
-                await call
-            finally:
-                call.cancel()
 
     async def _follow(self, given: Generation | str, replica: str, answer: Answer) -> None:
         """Call the replica, and pass on what the call brings."""

@@ -14,7 +14,7 @@ that objects take.
 import asyncio
 import pickle
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,23 +207,34 @@ def is_large(request: Generation) -> bool:
     return _CHARACTER_BYTES * (tokens + len(inputs.text or "")) + places > PIECE_BYTES
 
 
-@asynccontextmanager
-async def stream(
+def stream(
     handle: DeploymentHandle, method: str, *args: Any, replica: str = ""
-) -> AsyncIterator[AsyncIterator[Any]]:
+) -> AbstractAsyncContextManager[AsyncIterator[Any]]:
     """Call a generator method with plain values. An exception in the block, also one that closes a generator
     around it, cancels the call in the replica.
 
     Args:
         replica: id of the replica to call, see :mod:`deployments.ray_serve.routing`; empty: any replica.
     """
-    streaming = handle.options(stream=True, _by_reference=False, session_id=replica)
-    response = getattr(streaming, method).remote(*args)
-    try:
-        yield response
-    except BaseException:
-        cancel(response)
-        raise
+    return _Stream(handle.options(stream=True, _by_reference=False, session_id=replica), method, args)
+
+
+class _Stream:
+    __slots__ = ("_args", "_handle", "_method", "_response")
+
+    def __init__(self, handle: DeploymentHandle, method: str, args: tuple[Any, ...]) -> None:
+        self._handle, self._method, self._args = handle, method, args
+
+    async def __aenter__(self) -> AsyncIterator[Any]:
+        self._response = getattr(self._handle, self._method).remote(*self._args)
+        return self._response
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        response = self._response
+        # The error's traceback may keep this object.
+        del self._response
+        if error is not None:
+            cancel(response)
 
 
 def cancel(response: Any) -> None:

@@ -1,11 +1,11 @@
 """Chat completions."""
 
 import hashlib
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -33,7 +33,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, as one JSON object or as a stream of events."""
     body = await read_body(request, wire.ChatCompletionRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
-    answer = Answer(f"chatcmpl-{secrets.token_hex(16)}", int(time.time()), pipeline.name, body)
+    answer = Answer(f"chatcmpl-{request.app.state.new_id()}", int(time.time()), pipeline.name, body)
     given = _conversation(body, pipeline)
     name = answer.id
     if body.stream_options is not None and body.stream_options.event_ids:
@@ -76,7 +76,7 @@ class Answer:
     model: str
     body: wire.ChatCompletionRequest
     resumption: Resumption | None = None
-    _around_text: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    _around: tuple[bytes, bytes] | None = None
     _call_ids: dict[tuple[int, int], str] = field(default_factory=dict)
 
     @property
@@ -105,17 +105,19 @@ class Answer:
         """The line with an event's id; nothing if events have none."""
         return b"" if self.resumption is None else self.resumption.line()
 
-    def text_event(self, index: int, text: str) -> bytes:
-        """The event of a piece of text and nothing else, which nearly all events are. Everything but the text
-        is built once, by :meth:`chunk`, which takes several times as long.
-        """
-        if index not in self._around_text:
-            choice = wire.ChunkChoice(index=index, delta=wire.Delta(content="text"), finish_reason=None)
-            event = sse.event(self.chunk([choice]))
-            before, _, after = event.partition(b'"content":"text"')
-            self._around_text[index] = before + b'"content":', after
-        before, after = self._around_text[index]
-        return before + sse.quoted(text) + after
+    def text_event(self, index: int, text: str, finish_reason: str | None = None) -> bytes:
+        """The event of a piece of text, which nearly all events are."""
+        before, after = _around_text(index, finish_reason)
+        return self.event(before + sse.quoted(text) + after)
+
+    def event(self, choices: bytes) -> bytes:
+        """The event of some choices in JSON. Everything around them is built once, by :meth:`chunk`, which
+        takes several times as long."""
+        if self._around is None:
+            before, _, after = sse.event(self.chunk([])).partition(b'"choices":[]')
+            self._around = before + b'"choices":[', b"]" + after
+        before, after = self._around
+        return before + choices + after
 
     def chunk(self, choices: list[wire.ChunkChoice], **fields: Any) -> wire.ChatCompletionChunk:
         if self.body.service_tier is not None:
@@ -131,6 +133,28 @@ class Answer:
             choices=choices,
             **fields,
         )
+
+
+@lru_cache(1024)
+def _around_text(index: int, finish_reason: str | None) -> tuple[bytes, bytes]:
+    """The JSON of a choice before and after its text; a choice that ends has no stop string."""
+    choice = wire.ChunkChoice(index=index, delta=wire.Delta(content="text"), finish_reason=finish_reason)
+    if finish_reason is not None:
+        choice.logprobs = choice.stop_reason = None
+    before, _, after = choice.model_dump_json(exclude_unset=True).encode().partition(b'"text"')
+    return before, after
+
+
+@lru_cache(1024)
+def _beginning(count: int) -> bytes:
+    """The choices of the first event, in JSON."""
+    choices = [
+        wire.ChunkChoice(
+            index=index, delta=wire.Delta(role="assistant", content=""), logprobs=None, finish_reason=None
+        )
+        for index in range(count)
+    ]
+    return b",".join(choice.model_dump_json(exclude_unset=True).encode() for choice in choices)
 
 
 def _whole(answer: Answer, found: WholeAnswer, running: RunningAnswer) -> dict:
@@ -190,15 +214,8 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
 async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -> AsyncGenerator[bytes, None]:
     """The response as events."""
     async with aclosing(running.updates) as stream:
-        roles = [
-            wire.ChunkChoice(
-                index=i, delta=wire.Delta(role="assistant", content=""), logprobs=None, finish_reason=None
-            )
-            for i in range(running.params.n)
-        ]
-        ids = {"prompt_token_ids": running.prompt_token_ids} if answer.body.return_token_ids else {}
         if answer.resumption is None or not answer.resumption.resumed:
-            yield answer.line() + sse.event(answer.chunk(roles, **ids))
+            yield answer.line() + _first_event(answer, running)
         for event in _update_events(answer, running, first):
             yield event
         text_alone = not (
@@ -222,6 +239,15 @@ async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -
             yield sse.event(answer.chunk([], usage=usage))
 
 
+def _first_event(answer: Answer, running: RunningAnswer) -> bytes:
+    choices = _beginning(running.params.n)
+    if not answer.body.return_token_ids:
+        return answer.event(choices)
+    around = answer.chunk([], prompt_token_ids=running.prompt_token_ids)
+    before, _, after = sse.event(around).partition(b'"choices":[]')
+    return before + b'"choices":[' + choices + b"]" + after
+
+
 def _update_events(answer: Answer, running: RunningAnswer, update: StreamUpdate) -> list[bytes]:
     read = map(running.reader.read, update.deltas)
     if answer.resumption is None:
@@ -235,9 +261,14 @@ def _delta_events(
 ) -> list[bytes]:
     """Events of a delta; none while its tokens give no text yet, unless the client wants each token."""
     ids = answer.body.return_token_ids and delta.token_ids
-    plain = not (answer.counts_in_each or ids or delta.logprobs or delta.finish_reason)
-    if plain and len(delta.events) == 1 and isinstance(delta.events[0], Text):
-        return [answer.text_event(delta.index, delta.events[0].text)]
+    bare = not (answer.counts_in_each or ids or delta.logprobs)
+    plain = bare and not delta.finish_reason
+    if bare and len(delta.events) == 1 and isinstance(text := delta.events[0], Text):
+        if plain:
+            return [answer.text_event(delta.index, text.text)]
+        if delta.logprobs is None and delta.stop_reason is None:
+            reason = answer.finish_reason(delta.finish_reason)
+            return [answer.text_event(delta.index, text.text, reason)]
     deltas = [_wire_delta(answer, delta.index, event) for event in delta.events]
     if not deltas:
         if plain or not (ids or delta.logprobs or delta.finish_reason):

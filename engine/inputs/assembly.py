@@ -66,6 +66,8 @@ def match_items(
     Raises:
         InvalidRequest: some item has no placeholder, or some placeholder no item.
     """
+    if not found and not items:
+        return []
     of_kind = {
         kind: [i for i, item in enumerate(items) if item.kind == kind]
         for kind in {item.kind for item in items} | {kind for kind, _ in found}

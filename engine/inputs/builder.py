@@ -250,7 +250,8 @@ class PromptBuilder:
         add_special = add_special and self._format.adds_special
         if self._format.video is not None and self._format.video_prefix:
             text = text.replace(self._format.video, self._format.video_prefix + self._format.video)
-        text = self._placeholders.surrounded(text, partial(self._texts_around, items))
+        if items:
+            text = self._placeholders.surrounded(text, partial(self._texts_around, items))
         if self._placeholders.split:
             self._add_pieces(built, text, stand_ins, items, add_special, param)
         else:

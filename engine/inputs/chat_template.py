@@ -55,6 +55,9 @@ class ChatTemplate:
                 f"the chat template does not parse: line {error.lineno}: {error.message}",
                 param="chat_template",
             ) from error
+        for template in self._templates.values():
+            # Each rendering copies them, and a ChainMap takes several times as long as a dict.
+            template.globals = dict(template.globals)
 
     @classmethod
     def load(

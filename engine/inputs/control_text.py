@@ -32,6 +32,8 @@ class StandIns:
 
     def restore(self, text: str) -> str:
         """``text`` with the caller's own strings again."""
+        if not self.originals:
+            return text
         return text.translate({ord(key): value for key, value in self.originals.items()})
 
 
@@ -67,7 +69,8 @@ class ControlText:
             ``[messages, *others]`` and the characters put in. Nothing is copied if nothing is found.
         """
         given = [list(messages), *others]
-        strings = _strings(given)
+        strings: list[str] = []
+        _add_strings(given, strings)
         split = [message for message in messages if self._joins(message)]
         found = {match for text in strings for match in self._control.findall(text)}
         if not found and not split:
@@ -131,6 +134,8 @@ class ControlText:
         if not isinstance(content, list):
             return False
         texts = [part["text"] for part in content if "text" in part]
+        if len(texts) < 2:
+            return False
         whole = "".join(texts)
         return len(self._control.findall(whole)) != sum(len(self._control.findall(text)) for text in texts)
 
@@ -154,12 +159,15 @@ def _with_borders(message: Mapping[str, Any], border: str) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def _strings(value: Any) -> list[str]:
-    """Every string in JSON-like data, keys included."""
+def _add_strings(value: Any, found: list[str]) -> None:
+    """Append every string in JSON-like data to ``found``, keys included."""
     if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [text for pair in value.items() for item in pair for text in _strings(item)]
-    if isinstance(value, list | tuple):
-        return [text for item in value for text in _strings(item)]
-    return []
+        found.append(value)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _add_strings(item, found)
+    elif isinstance(value, dict) or isinstance(value, Mapping):
+        # Nearly all mappings are dicts, and a check against the abstract class takes several times as long.
+        for key, item in value.items():
+            _add_strings(key, found)
+            _add_strings(item, found)

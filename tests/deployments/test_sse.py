@@ -7,7 +7,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from deployments import sse
-from deployments.report import SentResponse, begin_report
+from deployments.report import NewIds, SentResponse, begin_report
 
 SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
@@ -40,7 +40,7 @@ class Streamed:
             self.begun.set()
 
     async def run(self, receive, send=None) -> None:
-        report = begin_report(SCOPE)
+        report = begin_report(SCOPE, NewIds())
         report.response = SentResponse(send or self._send, {})
         await self.response(SCOPE, receive, report.response)
 
