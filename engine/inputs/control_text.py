@@ -166,7 +166,7 @@ def _add_strings(value: Any, found: list[str]) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _add_strings(item, found)
-    elif isinstance(value, dict) or isinstance(value, Mapping):
+    elif isinstance(value, (dict, Mapping)):
         # Nearly all mappings are dicts, and a check against the abstract class takes several times as long.
         for key, item in value.items():
             _add_strings(key, found)

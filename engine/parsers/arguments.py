@@ -92,6 +92,18 @@ def arguments_of(root: Mapping[str, Any]) -> dict[str, Argument]:
     return {name: Argument(schema, name in required) for name, schema in properties.items()}
 
 
+def others_of(root: Mapping[str, Any]) -> Any:
+    """The schema of a function's arguments without a name in its schema; None if there may be none."""
+    others: Any = True
+    for part in _conjuncts(root, root):
+        given = part.get("additionalProperties", True)
+        if given is False:
+            return None
+        # Of several the last counts: an argument must follow all of them, which no format can promise.
+        others = others if given is True else given
+    return others
+
+
 def _conjuncts(root: Mapping[str, Any], schema: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:
     """``schema`` resolved, and the parts of its ``allOf``."""
     found = resolved(root, schema)
@@ -144,22 +156,32 @@ def _target(root: Any, reference: str) -> Any:
     return root
 
 
-def argument_as_json(root: Mapping[str, Any], argument: Argument | None, value: str) -> str:
+def argument_as_json(root: Mapping[str, Any], argument: Argument, value: str) -> str:
     """The JSON text of an argument that a model wrote without quotes.
 
     It is a string where the schema asks for text, and where ``value`` is no JSON; else it is ``value``.
 
     Args:
         root: schema of the function's parameters.
-        argument: None if the schema does not know it.
     """
-    if not is_text(resolved(root, None if argument is None else argument.schema)):
+    if not is_text(resolved(root, argument.schema)):
         try:
             json.loads(value, parse_constant=_refuse)
             return value.strip()
         except (ValueError, RecursionError):
             pass
     return json.dumps(value, ensure_ascii=False)
+
+
+def part_as_json(root: Mapping[str, Any], argument: Argument, part: str) -> str:
+    """The JSON text of the beginning of an argument that was cut off, without the quote that ends a string.
+
+    Empty where the schema allows values of any kind: only a whole value tells whether it is text or JSON.
+    """
+    schema = resolved(root, argument.schema)
+    if not schema or not part:
+        return ""
+    return json.dumps(part, ensure_ascii=False)[:-1] if is_text(schema) else part
 
 
 def _refuse(name: str) -> None:

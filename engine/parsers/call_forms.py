@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import keyword
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import llguidance
 
-from engine.parsers.arguments import arguments_of, is_text, resolved, standalone, text_choices
+from engine.parsers.arguments import arguments_of, is_text, others_of, resolved, standalone, text_choices
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
 
 
@@ -43,6 +43,10 @@ def embedded(schema: Any, layout: Mapping[str, Any] = _SPACING) -> str:
     return f"%json {json.dumps(spaced, ensure_ascii=False)}"
 
 
+#: The text behind a parameter's value.
+_XML_END = "\n</parameter>\n"
+
+
 def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
     """A tag for each parameter, in the schema's order."""
     parts = []
@@ -50,13 +54,19 @@ def _xml_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
         tag = rules.special.literal(f"<parameter={key}>\n")
         part = f"{tag} {_xml_value(rules, tool.parameters, each.schema, f'value_{number}_{place}')}"
         parts.append(part if each.required else f"({part})?")
+    if (others := others_of(tool.parameters)) is not None:
+        key = rules.add(f"KEY_{number}", _other_key(r"[^<>\n ]{1,64}", arguments_of(tool.parameters)))
+        value = _other_value(
+            rules, tool.parameters, others, f"value_{number}_other", _XML_END, "</parameter>"
+        )
+        parts.append(f'("<parameter=" {key} ">\\n" {value})*')
     parts.append(rules.special.literal("</function>\n</tool_call>"))
     return rules.add(f"parameters_{number}", " ".join(parts))
 
 
 def _xml_value(rules: Rules, root: Mapping[str, Any], schema: Any, name: str) -> str:
     """The value of a parameter, whose schema is a part of ``root``, and the tag that closes it."""
-    return _tagged_value(rules, root, schema, name, "\n</parameter>\n", "</parameter>")
+    return _tagged_value(rules, root, schema, name, _XML_END, "</parameter>")
 
 
 def _tagged_value(
@@ -83,6 +93,17 @@ def _tagged_value(
     return rules.add(f"{name}[lazy]", f"{text} {json.dumps(end)}")
 
 
+def _other_value(
+    rules: Rules, root: Mapping[str, Any], schema: Any, name: str, end: str, closing: str
+) -> str:
+    """The value of an argument that the function's schema doesn't name; arguments as :func:`_tagged_value`.
+
+    A value of any kind is written as text, without quotes. The parser takes text that is no JSON as a string.
+    """
+    any_kind = not resolved(root, schema)
+    return _tagged_value(rules, root, {"type": "string"} if any_kind else schema, name, end, closing)
+
+
 def _text(schema: Mapping[str, Any]) -> str:
     """The regex of the texts that a schema allows, by its pattern or else by its length."""
     pattern = _whole_text(schema["pattern"]) if isinstance(schema.get("pattern"), str) else None
@@ -92,6 +113,12 @@ def _text(schema: Mapping[str, Any]) -> str:
     if low is None and high is None:
         return r"(.|\n)*"
     return rf"(.|\n){{{low or 0},{'' if high is None else high}}}"
+
+
+def _other_key(pattern: str, known: Collection[str]) -> str:
+    """A terminal for the names of arguments that match ``pattern`` and are none of ``known``."""
+    barred = "|".join(re.escape(name).replace("/", r"\/").replace("\n", r"\n") for name in known)
+    return f"/{pattern}/ & ~/({barred})/" if known else f"/{pattern}/"
 
 
 def _whole_text(pattern: str) -> str | None:
@@ -132,6 +159,12 @@ def _glm_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
         value = _tagged_value(rules, tool.parameters, each.schema, f"value_{number}_{place}", end, end)
         part = f"{line_feed} {head} {value}"
         parts.append(part if each.required else f"({part})?")
+    if (others := others_of(tool.parameters)) is not None:
+        key = rules.add(f"KEY_{number}", _other_key(r"[^<>\n]{1,64}", arguments_of(tool.parameters)))
+        head = f"{literal('<arg_key>')} {key} {literal('</arg_key>')} {line_feed} {literal('<arg_value>')}"
+        end = "</arg_value>"
+        value = _other_value(rules, tool.parameters, others, f"value_{number}_other", end, end)
+        parts.append(f"({line_feed} {head} {value})*")
     parts.append(f"{line_feed} {literal('</tool_call>')}")
     return rules.add(f"parameters_{number}", " ".join(parts))
 
@@ -153,7 +186,12 @@ def _python_arguments(rules: Rules, tool: ToolSchema, number: int) -> str:
             begin, end = f"**{{{json.dumps(key, ensure_ascii=False)}: ", literal("}")
         value = f"({_python_value(tool.parameters, each.schema)})"
         entries.append((f"{literal(begin)} {value} {end}".strip(), each.required))
-    return f"{_in_order(rules, f'arguments_{number}', entries)} {literal(')')}".strip()
+    other = ""
+    if (others := others_of(tool.parameters)) is not None:
+        known = [*arguments_of(tool.parameters), *keyword.kwlist]
+        key = rules.add(f"KEY_{number}", _other_key("[a-zA-Z_][a-zA-Z0-9_]{0,63}", known))
+        other = f'{key} "=" ({_python_value(tool.parameters, others)})'
+    return f"{_in_order(rules, f'arguments_{number}', entries, other)} {literal(')')}".strip()
 
 
 def _python_value(root: Mapping[str, Any], schema: Any) -> str:
@@ -165,11 +203,18 @@ def _python_value(root: Mapping[str, Any], schema: Any) -> str:
 PYTHON_CALL = CallForm(lambda name: f"{name}(", _python_arguments)
 
 
-def _in_order(rules: Rules, name: str, entries: Sequence[tuple[str, bool]]) -> str:
-    """Entries, each with whether it is required, with commas between those that are there."""
+def _in_order(rules: Rules, name: str, entries: Sequence[tuple[str, bool]], other: str = "") -> str:
+    """Entries, each with whether it is required, with commas between those that are there.
+
+    Args:
+        other: further entries, as many as there are, behind the others; none if empty.
+    """
     comma, nothing = json.dumps(", "), json.dumps("")
     # Rules for the entries from ``place`` on: behind another entry, and at the list's beginning.
     following, leading = "", ""
+    if other:
+        following = rules.add(f"{name}_others", f"({comma} {other})*")
+        leading = rules.add(f"{name}_others_first", f"({other} {following})?")
     for place in range(len(entries) - 1, -1, -1):
         entry, required = entries[place]
         behind, first = f"{comma} {entry} {following}".strip(), f"{entry} {following}".strip()

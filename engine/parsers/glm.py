@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from engine.parsers.arguments import Argument, argument_as_json, arguments_of
+from engine.parsers.arguments import Argument, argument_as_json, arguments_of, others_of, part_as_json
 from engine.parsers.events import (
     CallArguments,
     CallStart,
@@ -43,13 +43,34 @@ class GlmCalls(SteppedParser):
         self._name = ""
         self._keys: list[str] = []
         self._arguments: dict[str, Argument] = {}
+        self._others: Any = None
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
-        if not self._inside and rest and not (self._between and rest.isspace()):
-            return [Text(rest)]
-        # The arguments of a call that was cut off stay an open object.
-        return []
+        if self._inside:
+            return self._cut_off(rest)
+        return [Text(rest)] if rest and not (self._between and rest.isspace()) else []
+
+    def _cut_off(self, rest: str) -> list[Event]:
+        """The part of an argument in a call that was cut off, whose arguments stay an open object."""
+        key, _, behind = rest.partition(_KEY)[2].partition(_KEY_END)
+        value = behind.partition(_VALUE)[2]
+        value = value[: len(value) - held_back(value, (_VALUE_END,))]
+        key = self._key(key)
+        shown = part_as_json(self._schemas.get(self._name, {}), self._argument(key), value)
+        if key in self._keys or not shown:
+            return []
+        return [CallArguments(self._calls, self._named(key, shown))]
+
+    def _key(self, written: str) -> str:
+        return written if written in self._arguments else written.strip()
+
+    def _named(self, key: str, value: str) -> str:
+        """The next entry of the arguments' object, of a value in JSON."""
+        return f"{', ' if self._keys else ''}{json.dumps(key, ensure_ascii=False)}: {value}"
+
+    def _argument(self, key: str) -> Argument:
+        return self._arguments.get(key) or Argument(self._others, False)
 
     def _step(self, events: list[Event]) -> bool:
         return self._read_argument(events) if self._inside else self._read_text(events)
@@ -94,7 +115,8 @@ class GlmCalls(SteppedParser):
 
     def _begin(self, name: str, events: list[Event]) -> None:
         self._name, self._keys, self._inside = name, [], True
-        self._arguments = arguments_of(self._schemas.get(name, {}))
+        schema = self._schemas.get(name, {})
+        self._arguments, self._others = arguments_of(schema), others_of(schema)
         events += [CallStart(self._calls, name), CallArguments(self._calls, "{")]
 
     def _read_argument(self, events: list[Event]) -> bool:
@@ -114,15 +136,11 @@ class GlmCalls(SteppedParser):
         value_end = self._buffer.find(_VALUE_END, value_start) if value_start >= 0 else -1
         if value_end < 0:
             return False
-        key = self._buffer[key_start:key_end]
-        key = key if key in self._arguments else key.strip()
+        key = self._key(self._buffer[key_start:key_end])
         value = self._buffer[value_start + len(_VALUE) : value_end]
         self._buffer = self._buffer[value_end + len(_VALUE_END) :]
         if key not in self._keys:
-            comma = ", " if self._keys else ""
+            written = argument_as_json(self._schemas.get(self._name, {}), self._argument(key), value)
+            events.append(CallArguments(self._calls, self._named(key, written)))
             self._keys.append(key)
-            written = argument_as_json(self._schemas.get(self._name, {}), self._arguments.get(key), value)
-            events.append(
-                CallArguments(self._calls, f"{comma}{json.dumps(key, ensure_ascii=False)}: {written}")
-            )
         return True

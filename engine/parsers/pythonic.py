@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ from engine.parsers.events import (
 _OPEN, _CLOSE = "([{", ")]}"
 #: Longest call that is parsed, in characters: Python's parser is not made for hostile megabytes.
 _MAX_CALL = 100_000
+#: Commas of a call that was cut off at which its last whole argument is looked for.
+_MAX_COMMAS = 64
 
 
 class PythonicCalls(SteppedParser):
@@ -45,6 +48,10 @@ class PythonicCalls(SteppedParser):
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
         if self._state == self._read_calls:
+            cut = _cut_off(rest[self._scan.start :])
+            if cut is not None:
+                # The arguments stay an open object.
+                return [CallStart(self._calls, cut[0]), CallArguments(self._calls, cut[1])]
             return [Text((self._begin or "") + rest)] if not self._in_block else []
         if self._state == self._read_rest or (self._between and rest.isspace()):
             return []
@@ -193,6 +200,22 @@ class _CallScan:
             elif depth == 0 and not (character.isalnum() or character in "_.:-"):
                 return "broken", index
         return None
+
+
+def _cut_off(text: str) -> tuple[str, str] | None:
+    """Name and JSON arguments of a call that was cut off, without the bracket that closes the arguments.
+
+    Of the arguments those are kept that are whole. None if no call had begun.
+    """
+    if not re.match(r"[\w.:-]+\(", text) or len(text) > _MAX_CALL:
+        return None
+    # Each comma may stand behind a whole argument; the last that does counts.
+    ends = [index for index, character in enumerate(text) if character == ","]
+    for end in reversed(ends[-_MAX_COMMAS:]):
+        call = _parsed(text[:end] + ")")
+        if call is not None:
+            return call[0], call[1][:-1]
+    return text.partition("(")[0], "{"
 
 
 def _parsed(text: str) -> tuple[str, str] | None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.parsers.arguments import Argument, argument_as_json, arguments_of
+from engine.parsers.arguments import Argument, argument_as_json, arguments_of, others_of, part_as_json
 from engine.parsers.events import (
     CallArguments,
     CallStart,
@@ -38,16 +38,35 @@ class QwenXmlCalls(SteppedParser):
         self._state = "text"
         self._calls = 0
         self._between = self._visible = False
+        #: The closing tag of the last call may still come.
+        self._open = False
         self._name = ""
         self._keys: list[str] = []
         self._arguments: dict[str, Argument] = {}
+        self._others: Any = None
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
-        if self._state == "text" and rest and not (self._between and rest.isspace()):
-            return [Text(rest)]
-        # The arguments of a call that was cut off stay an open object.
-        return []
+        if self._state != "text":
+            return self._cut_off(rest)
+        if self._open and _CALL_END.startswith(rest.strip()):
+            # White space behind a call, or a piece of its closing tag.
+            return []
+        return [Text(rest)] if rest else []
+
+    def _cut_off(self, rest: str) -> list[Event]:
+        """The part of an argument in a call that was cut off, whose arguments stay an open object."""
+        start = rest.find(_PARAMETER)
+        key_end = -1 if start < 0 else self._key_end(rest, start + len(_PARAMETER))
+        if key_end < 0:
+            return []
+        key = self._key(rest[start + len(_PARAMETER) : key_end])
+        value = rest[key_end + 1 :].removeprefix("\n")
+        value = value[: len(value) - held_back(value, (f"\n{_PARAMETER_END}",))]
+        shown = part_as_json(self._schemas.get(self._name, {}), self._argument(key), value)
+        if key in self._keys or not shown:
+            return []
+        return [CallArguments(self._calls, self._named(key, shown))]
 
     def _step(self, events: list[Event]) -> bool:
         return self._read_text(events) if self._state == "text" else self._read_function(events)
@@ -65,6 +84,7 @@ class QwenXmlCalls(SteppedParser):
             return self._pass_text(events, markers)
         position, marker = found
         if marker == _CALL_END:
+            self._open = False
             self._buffer, self._between = (
                 self._buffer[:position].rstrip() + self._buffer[position + len(marker) :],
                 True,
@@ -80,7 +100,8 @@ class QwenXmlCalls(SteppedParser):
         self._name = self._buffer[position + len(_FUNCTION) : name_end].strip()
         self._buffer = self._buffer[name_end + 1 :]
         self._keys = []
-        self._arguments = arguments_of(self._schemas.get(self._name, {}))
+        schema = self._schemas.get(self._name, {})
+        self._arguments, self._others = arguments_of(schema), others_of(schema)
         self._state = "function"
         events += [CallStart(self._calls, self._name), CallArguments(self._calls, "{")]
         return True
@@ -92,7 +113,7 @@ class QwenXmlCalls(SteppedParser):
         visible = visible.removesuffix(_CALL).rstrip()
         if visible:
             events.append(Text(visible))
-            self._visible = True
+            self._visible, self._open = True, False
             self._buffer = self._buffer[len(visible) :]
         return False
 
@@ -105,26 +126,32 @@ class QwenXmlCalls(SteppedParser):
             self._buffer = self._buffer[position + (len(marker) if marker == _FUNCTION_END else 0) :]
             events.append(CallArguments(self._calls, "}"))
             self._calls += 1
-            self._state, self._between = "text", True
+            self._state, self._between, self._open = "text", True, True
             return True
         value_end = self._buffer.find(_PARAMETER_END, position)
-        key_end = self._key_end(position + len(_PARAMETER))
+        key_end = self._key_end(self._buffer, position + len(_PARAMETER))
         if key_end < 0 or value_end < 0:
             return False
-        key = self._buffer[position + len(_PARAMETER) : key_end]
-        key = key if key in self._arguments else key.strip()
+        key = self._key(self._buffer[position + len(_PARAMETER) : key_end])
         value = self._buffer[key_end + 1 : value_end].removeprefix("\n").removesuffix("\n")
         self._buffer = self._buffer[value_end + len(_PARAMETER_END) :]
         if key not in self._keys:
-            comma = ", " if self._keys else ""
+            written = argument_as_json(self._schemas.get(self._name, {}), self._argument(key), value)
+            events.append(CallArguments(self._calls, self._named(key, written)))
             self._keys.append(key)
-            schema = self._schemas.get(self._name, {})
-            written = argument_as_json(schema, self._arguments.get(key), value)
-            text = f"{comma}{json.dumps(key, ensure_ascii=False)}: {written}"
-            events.append(CallArguments(self._calls, text))
         return True
 
-    def _key_end(self, start: int) -> int:
+    def _key_end(self, text: str, start: int) -> int:
         """Return the place of the ``>`` behind a key, -1 if it isn't there. Known keys may hold one."""
-        known = [key for key in self._arguments if self._buffer.startswith(f"{key}>", start)]
-        return start + len(max(known, key=len)) if known else self._buffer.find(">", start)
+        known = [key for key in self._arguments if text.startswith(f"{key}>", start)]
+        return start + len(max(known, key=len)) if known else text.find(">", start)
+
+    def _key(self, written: str) -> str:
+        return written if written in self._arguments else written.strip()
+
+    def _named(self, key: str, value: str) -> str:
+        """The next entry of the arguments' object, of a value in JSON."""
+        return f"{', ' if self._keys else ''}{json.dumps(key, ensure_ascii=False)}: {value}"
+
+    def _argument(self, key: str) -> Argument:
+        return self._arguments.get(key) or Argument(self._others, False)

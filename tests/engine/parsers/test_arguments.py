@@ -89,6 +89,7 @@ FUNCTIONS = {
     },
     "any value": {"properties": {"a": True}, "required": ["a"], "additionalProperties": False},
     "required beside": {"properties": {"a": DIGIT}, "required": ["b", "a"], "additionalProperties": DIGIT},
+    "no names": {"additionalProperties": DIGIT},
     "keys that are no names": {
         "properties": {"a-b c": DIGIT, "class": DIGIT, 'a>b\n"c': {"enum": ["x"]}, "a>b": DIGIT, "1": DIGIT},
         "required": ["a-b c", "class", 'a>b\n"c', "a>b", "1"],
@@ -112,6 +113,47 @@ def test_all_arguments_that_are_required_come(found, given):
             jsonschema.validate(json.loads(arguments), given)
             finished += 1
     assert finished or given == FUNCTIONS["any value"]
+
+
+#: A call whose arguments are two digits.
+CALLS = {
+    "qwen_xml": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n"
+    "<parameter=b>\n2\n</parameter>\n</function>\n</tool_call>",
+    "glm": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n"
+    "<arg_key>b</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": 1, "b": 2}}\n</tool_call>',
+    "pythonic": "[f(a=1, b=2)]",
+}
+
+
+@pytest.mark.parametrize("found", CALLS)
+@pytest.mark.parametrize(
+    ("schema", "allowed"),
+    [
+        ({"properties": {"a": DIGIT}, "additionalProperties": DIGIT}, True),
+        ({"additionalProperties": DIGIT}, True),
+        ({"properties": {"a": DIGIT}, "additionalProperties": {"type": "boolean"}}, False),
+        ({"properties": {"a": DIGIT}, "additionalProperties": False}, False),
+    ],
+)
+def test_arguments_that_the_schema_does_not_name(found, schema, allowed):
+    words = vocabulary("tokens")
+    given, layout = {"type": "object", **schema}, TOOL_FORMATS[found]
+    grammar = tool_grammar(layout.layout, [ToolSchema("f", given)], words.special, choice="required")
+    assert words.accepts(grammar, CALLS[found]) == allowed
+    if allowed:
+        assert joined(layout.parser({"f": given}), [CALLS[found]])["calls"] == [("f", '{"a": 1, "b": 2}')]
+
+
+@pytest.mark.parametrize("name", ["qwen_xml", "glm"])
+def test_an_argument_of_any_kind_is_text_where_it_is_no_json(name):
+    words, found = vocabulary("tokens"), TOOL_FORMATS[name]
+    call = CALLS[name].replace("2", "New York")
+    grammar = tool_grammar(
+        found.layout, [ToolSchema("f", {"type": "object"})], words.special, choice="required"
+    )
+    assert words.accepts(grammar, call)
+    assert joined(found.parser({"f": {}}), [call])["calls"] == [("f", '{"a": 1, "b": "New York"}')]
 
 
 def test_a_part_stands_alone_with_all_that_it_refers_to():

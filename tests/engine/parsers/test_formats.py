@@ -114,6 +114,14 @@ def test_mistral(text, visible, calls):
         ("a <tool_call> b", "a <tool_call> b", []),
         ("<function", "<function", []),
         ("<tool_call><function=f><parameter=a>1</parameter><parameter=b>x", "", [("f", '{"a": 1')]),
+        (
+            '<tool_call><function=report><parameter=color>\ndark "red\n</para',
+            "",
+            [("report", '{"color": "dark \\"red')],
+        ),
+        ("<tool_call><function=report><parameter=count>\n12", "", [("report", '{"count": 12')]),
+        ("<tool_call><function=f></function>\n</tool_c", "", [("f", "{}")]),
+        ("<tool_call><function=f></function>\nso <", "so <", [("f", "{}")]),
     ],
 )
 def test_qwen_xml(text, visible, calls):
@@ -158,6 +166,11 @@ def test_qwen_xml(text, visible, calls):
             "",
             [("f", '{"a": 1')],
         ),
+        (
+            '<tool_call>report<arg_key>color</arg_key><arg_value>dark "red</arg',
+            "",
+            [("report", '{"color": "dark \\"red')],
+        ),
     ],
 )
 def test_glm(text, visible, calls):
@@ -199,7 +212,11 @@ def test_granite(text, visible, calls):
         ("[f(a=open('x'))]", "[f(a=open('x'))]", []),
         ("[f(a=-1e999)]", "", [("f", '{"a": -1.7976931348623157e+308}')]),
         (r'[f(a="\ud83d\ude00")]', "", [("f", '{"a": "😀"}')]),
-        ("[f(a=", "[f(a=", []),
+        # A call that is cut off has the arguments that are whole.
+        ("[f", "[f", []),
+        ("[f(a=", "", [("f", "{")]),
+        ("[f(a=[1, 2], b='x, y", "", [("f", '{"a": [1, 2]')]),
+        ("[f(a=1), g(b=2, c", "", [("f", '{"a": 1}'), ("g", '{"b": 2')]),
         ("f(a=1)", "f(a=1)", []),
         ("[f(a=1), oops", "", [("f", '{"a": 1}')]),
     ],
