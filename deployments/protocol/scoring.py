@@ -1,7 +1,7 @@
 """Scores of pairs and ranks of documents on the wire."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, Field
 
@@ -15,6 +15,19 @@ MAX_DOCUMENTS = 1024
 
 #: A text, or an object with ``text``, an image's ``image`` or ``image_url``, or chat parts in ``content``.
 Item = str | dict[str, Any]
+
+
+class Pair(NamedTuple):
+    """Two items to be scored, and the caller's fields that hold them."""
+
+    one: Item
+    other: Item
+    fields: tuple[str, str]
+
+
+def named(field: str, items: Sequence[Item]) -> list[tuple[Item, str]]:
+    """Each item of a list with the name of its place."""
+    return [(item, f"{field}[{index}]") for index, item in enumerate(items)]
 
 
 class ScoringBody(RequestBody):
@@ -40,14 +53,16 @@ class ScoreRequest(ScoringBody):
     text_1: Item | list[Item] = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
     text_2: Item | list[Item] = Field(validation_alias=AliasChoices("text_2", "documents", "data_2", "items"))
 
-    def pairs(self) -> list[tuple[Item, Item]]:
+    def pairs(self) -> list[Pair]:
         """The pairs to be scored.
 
         Raises:
             InvalidRequest: the lists don't fit together.
         """
-        first = self.text_1 if isinstance(self.text_1, list) else [self.text_1]
-        second = self.text_2 if isinstance(self.text_2, list) else [self.text_2]
+        first, second = (
+            named(field, given) if isinstance(given, list) else [(given, field)]
+            for field, given in (("text_1", self.text_1), ("text_2", self.text_2))
+        )
         if not first or not second or max(len(first), len(second)) > MAX_DOCUMENTS:
             raise InvalidRequest(f"text_1 and text_2 must have 1 to {MAX_DOCUMENTS} entries.", param="text_2")
         if len(first) == 1:
@@ -57,7 +72,10 @@ class ScoreRequest(ScoringBody):
                 f"text_1 has {len(first)} entries and text_2 {len(second)}; give one against many, or pairs.",
                 param="text_2",
             )
-        return list(zip(first, second, strict=True))
+        return [
+            Pair(one, other, (field, other_field))
+            for (one, field), (other, other_field) in zip(first, second, strict=True)
+        ]
 
 
 class Score(BaseModel):
@@ -88,6 +106,13 @@ class RerankRequest(ScoringBody):
     documents: list[Item]
     top_n: int | None = None
     return_documents: bool = True
+
+    def pairs(self) -> list[Pair]:
+        """The query with each document."""
+        return [
+            Pair(self.query, document, ("query", field))
+            for document, field in named("documents", self.documents)
+        ]
 
     def check(self) -> None:
         """Check the bounds of the request's fields.

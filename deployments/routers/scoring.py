@@ -29,8 +29,6 @@ router = APIRouter()
 #: Most numbers of the vectors that one request's items have together.
 MAX_NUMBERS = 1 << 26
 
-Pairs = Sequence[tuple[wire.Item, wire.Item]]
-
 
 @router.post("/v1/score")
 @router.post("/score", include_in_schema=False)
@@ -40,7 +38,7 @@ async def score(request: Request) -> Response:
     body = await read_body(request, wire.ScoreRequest, request.app.state.config.max_body_bytes)
     pipeline = find_pipeline(request, body.model)
     name = f"score-{uuid.uuid4().hex}"
-    scores, usage = await _scores(pipeline, name, body.pairs(), ("text_1", "text_2"), body)
+    scores, usage = await _scores(pipeline, name, body.pairs(), body)
     data = [wire.Score(index=index, score=score) for index, score in enumerate(scores)]
     response = wire.ScoreResponse(
         id=name, created=int(time.time()), model=pipeline.name, data=data, usage=usage_body(usage)
@@ -58,8 +56,7 @@ async def rerank(request: Request) -> Response:
     pipeline = find_pipeline(request, body.model)
     body.check()
     name = f"rerank-{uuid.uuid4().hex}"
-    pairs = [(body.query, document) for document in body.documents]
-    scores, usage = await _scores(pipeline, name, pairs, ("query", "documents"), body)
+    scores, usage = await _scores(pipeline, name, body.pairs(), body)
     # Equal scores keep the documents' order.
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
     results = [
@@ -75,39 +72,42 @@ async def rerank(request: Request) -> Response:
 
 
 async def _scores(
-    pipeline: Pipeline, name: str, pairs: Pairs, fields: tuple[str, str], body: wire.ScoringBody
+    pipeline: Pipeline, name: str, pairs: Sequence[wire.Pair], body: wire.ScoringBody
 ) -> tuple[list[float], Usage]:
-    """The score of each pair, and what all cost. ``fields`` hold the two items of a pair."""
+    """The score of each pair, and what all cost."""
     if pipeline.retrieval.ranks_pairs:
-        return await _judge(pipeline, name, pairs, fields, body)
-    vectors, usage = await _embed(pipeline, name, pairs, fields, body)
+        return await _judge(pipeline, name, pairs, body)
+    vectors, usage = await _embed(pipeline, name, pairs, body)
 
     def compared() -> list[float]:
-        return [compare(vectors[0, item_key(one)], vectors[1, item_key(other)]) for one, other in pairs]
+        return [compare(vectors[0, item_key(each.one)], vectors[1, item_key(each.other)]) for each in pairs]
 
     # Thousands of vectors per item make this long.
     return await asyncio.to_thread(compared), usage
 
 
 async def _judge(
-    pipeline: Pipeline, name: str, pairs: Pairs, fields: tuple[str, str], body: wire.ScoringBody
+    pipeline: Pipeline, name: str, pairs: Sequence[wire.Pair], body: wire.ScoringBody
 ) -> tuple[list[float], Usage]:
     """Scores by a reranker, each distinct pair once."""
     retrieval, places = pipeline.retrieval, asyncio.Semaphore(AT_A_TIME)
-    distinct = {(item_key(one), item_key(other)): (one, other) for one, other in pairs}
+    keys = [(item_key(pair.one), item_key(pair.other)) for pair in pairs]
+    distinct: dict[tuple[str, str], wire.Pair] = {}
+    for key, pair in zip(keys, pairs, strict=True):
+        distinct.setdefault(key, pair)
 
-    async def judge(index: int, query: wire.Item, document: wire.Item) -> EmbeddingOutput:
+    async def judge(index: int, pair: wire.Pair) -> EmbeddingOutput:
         async with places:
-            with caller_fields(_pair_names(query, document, fields)):
-                prompt = await _pair_prompt(pipeline, query, document, body)
+            with caller_fields(_pair_names(pair)):
+                prompt = await _pair_prompt(pipeline, pair.one, pair.other, body)
             return await pipeline.embed(f"{name}-{index}", prompt, retrieval.params())
 
-    outputs = await all_or_none(judge(index, *pair) for index, pair in enumerate(distinct.values()))
+    outputs = await all_or_none(judge(index, pair) for index, pair in enumerate(distinct.values()))
     scores = dict(zip(distinct, map(pair_score, outputs), strict=True))
-    return [scores[item_key(one), item_key(other)] for one, other in pairs], total_usage(outputs)
+    return [scores[key] for key in keys], total_usage(outputs)
 
 
-def _pair_names(query: wire.Item, document: wire.Item, fields: tuple[str, str]) -> dict[str, str]:
+def _pair_names(pair: wire.Pair) -> dict[str, str]:
     """The caller's fields by the parts of a reranker's prompt: two texts, the query, a text, the document.
 
     Faults of the whole prompt, such as its length, count as the document's.
@@ -115,7 +115,8 @@ def _pair_names(query: wire.Item, document: wire.Item, fields: tuple[str, str]) 
     Raises:
         InvalidRequest: naming the caller's field.
     """
-    counts = [2 + len(parts_of(query, fields[0])), 1 + len(parts_of(document, fields[1]))]
+    fields = pair.fields
+    counts = [2 + len(parts_of(pair.one, fields[0])), 1 + len(parts_of(pair.other, fields[1]))]
     parts = [field for field, count in zip(fields, counts, strict=True) for _ in range(count)]
     return {"prompt": fields[1], "messages": fields[1]} | {
         f"messages[1].content[{index}]": field for index, field in enumerate(parts)
@@ -134,7 +135,7 @@ async def _pair_prompt(
 
 
 async def _embed(
-    pipeline: Pipeline, name: str, pairs: Pairs, fields: tuple[str, str], body: wire.ScoringBody
+    pipeline: Pipeline, name: str, pairs: Sequence[wire.Pair], body: wire.ScoringBody
 ) -> tuple[dict[tuple[int, str], EmbeddingOutput], Usage]:
     """The vectors of all items by their side and key, and what they cost.
 
@@ -142,11 +143,11 @@ async def _embed(
     item that stands on both sides has two vectors.
     """
     places = asyncio.Semaphore(AT_A_TIME)
-    keys = {
-        (side, item_key(item)): (item, fields[side], body.instruction if side == 0 else None)
-        for pair in pairs
-        for side, item in enumerate(pair)
-    }
+    keys: dict[tuple[int, str], tuple[wire.Item, str, str | None]] = {}
+    for pair in pairs:
+        for side, item in enumerate((pair.one, pair.other)):
+            work = item, pair.fields[side], body.instruction if side == 0 else None
+            keys.setdefault((side, item_key(item)), work)
     distinct = {(key, work[2]): work for (_, key), work in keys.items()}
     numbers = 0
 

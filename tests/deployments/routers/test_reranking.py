@@ -129,7 +129,7 @@ async def test_too_many_vectors_are_refused(served, monkeypatch):
     monkeypatch.setattr(scoring, "MAX_NUMBERS", 1000)
     documents = [wire(RED), wire(BLUE)]
     status, made = await served.post("/v1/rerank", "pages", query=QUERY, documents=documents)
-    assert status == 400 and made["error"]["param"] in ("query", "documents"), made
+    assert status == 400 and made["error"]["param"] in ("query", "documents[0]", "documents[1]"), made
 
 
 async def test_a_model_without_instructions_takes_none(served):
@@ -157,9 +157,9 @@ async def test_vectors_of_tokens_and_their_scores(served):
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/rerank", {"query": QUERY, "documents": ["a", {"nothing": 1}]}, "documents"),
+        ("/v1/rerank", {"query": QUERY, "documents": ["a", {"nothing": 1}]}, "documents[1]"),
         ("/v1/rerank", {"query": "", "documents": ["a"]}, "query"),
-        ("/v1/score", {"text_1": QUERY, "text_2": [{"image": "no address"}]}, "text_2.image_url.url"),
+        ("/v1/score", {"text_1": QUERY, "text_2": [{"image": "no address"}]}, "text_2[0].image_url.url"),
         ("/v1/embeddings", {"input": "a"}, "model"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "model"),
     ],

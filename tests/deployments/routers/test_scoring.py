@@ -55,7 +55,10 @@ async def test_the_best_few_without_their_documents(http):
     [
         ("/rerank", {"query": "a", "documents": []}, "documents"),
         ("/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n"),
-        ("/rerank", {"query": "a", "documents": [{"nothing": 1}]}, "documents"),
+        ("/rerank", {"query": "a", "documents": ["b", {"nothing": 1}]}, "documents[1]"),
+        ("/rerank", {"query": "a", "documents": ["b", ""]}, "documents[1]"),
+        ("/score", {"text_1": "a", "text_2": ["b", "c", ""]}, "text_2[2]"),
+        ("/score", {"text_1": ["a", ""], "text_2": "b"}, "text_2"),
         ("/rerank", {"query": "", "documents": ["b"]}, "query"),
         ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_2"),
         ("/score", {"text_1": [], "text_2": ["a"]}, "text_2"),
