@@ -45,15 +45,11 @@ def check_split(size: int, decoder: DecoderConfig) -> None:
 
 
 def _linear_heads(decoder: DecoderConfig) -> str:
-    net = decoder.delta_net
-    return (
-        "" if net is None else f", {net.key_heads} key and {net.value_heads} value heads of linear attention"
-    )
+    return "" if decoder.recurrence is None else f", {decoder.recurrence}"
 
 
 def _splits(decoder: DecoderConfig, size: int) -> bool:
     whole_kv = decoder.num_kv_heads % size == 0 or size % decoder.num_kv_heads == 0
-    net = decoder.delta_net
-    if net is not None and (net.key_heads % size or net.value_heads % size):
+    if decoder.recurrence is not None and not decoder.recurrence.splits(size):
         return False
     return whole_kv and decoder.num_heads % size == 0 and all(mlp % size == 0 for mlp in decoder.mlp_sizes)

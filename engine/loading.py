@@ -112,7 +112,7 @@ def _scheduler(
     name: str,
 ) -> Scheduler:
     hasher = None
-    snapshots = None if model.decoder.delta_net is None else SnapshotPool(num_states)
+    snapshots = None if model.decoder.recurrence is None else SnapshotPool(num_states)
     if config.enable_prefix_caching and snapshots is not None and not num_states:
         logger.warning("no prefix is cached: there is no memory for snapshots of recurrent states")
     elif config.enable_prefix_caching:

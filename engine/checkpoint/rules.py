@@ -49,6 +49,20 @@ GLM_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder with norms after attention and MLP as well, by GLM's names."""
 
+LFM2_RULES: tuple[tuple[str, str], ...] = (
+    (r"(?:.*\.)?(layers\.\d+\.)operator_norm\.(.*)", r"\1input_layernorm.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.)ffn_norm\.(.*)", r"\1post_attention_layernorm.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.self_attn\.)out_proj\.(.*)", r"\1o_proj.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.self_attn\.[qk]_)layernorm\.(.*)", r"\1norm.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.)conv\.(.*)", r"\1short_conv.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.)feed_forward\.w1\.(.*)", r"\1mlp.gate_proj.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.)feed_forward\.w2\.(.*)", r"\1mlp.down_proj.\2"),
+    (r"(?:.*\.)?(layers\.\d+\.)feed_forward\.w3\.(.*)", r"\1mlp.up_proj.\2"),
+    (r"(?:.*\.)?embedding_norm\.(.*)", r"norm.\1"),
+    *DECODER_RULES,
+)
+"""Rules of a decoder by LFM2's names."""
+
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"
 

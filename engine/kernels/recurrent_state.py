@@ -1,4 +1,4 @@
-"""The recurrent states of a gated delta net, which a running request has beside keys and values."""
+"""The states of gated delta nets and short convolutions, which a request has beside keys and values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.kernels.paged import AttentionMetadata
 
 @dataclass(frozen=True, slots=True)
 class StateCache:
-    """The states of one gated delta net; one row per sequence that runs, in any order.
+    """The states of one layer; one row per sequence that runs, in any order.
 
     It is built once, when the states are allocated, so launches need not check the layout. A sequence whose
     first new token is its first token starts from zero, whatever its row holds: rows are never cleared.
@@ -21,7 +21,7 @@ class StateCache:
         conv: ``(rows, conv_width - 1, channels)`` contiguous, in the model's dtype: the last inputs of the
             causal convolution, oldest first; zeros before a sequence's first token.
         recurrent: ``(rows, value_heads, key_dim, value_dim)`` contiguous float32: the sum that stands for all
-            keys and values.
+            keys and values of a gated delta net; no value heads with a convolution alone.
     """
 
     conv: torch.Tensor

@@ -12,7 +12,7 @@ from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.attention import Attention
 from engine.layers.build import BuildContext
-from engine.layers.decoder_config import DecoderConfig
+from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig, ShortConvConfig
 from engine.layers.delta_net import GatedDeltaNet
 from engine.layers.embedding import LMHead, VocabEmbedding
 from engine.layers.experts import ExpertsMLP
@@ -20,12 +20,13 @@ from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Rotary
+from engine.layers.short_conv import ShortConv
 
 
 class DecoderLayer(nn.Module):
-    """Attention, or a gated delta net, and gated MLP or mixture of experts, each after a norm, and before
-    another one if the model
-    has such.
+    """Attention, a gated delta net or a short convolution, then a gated MLP or a mixture of experts.
+
+    Each comes after a norm, and before another one if the model has such.
 
     The residual is passed beside the hidden states, so that each addition can be fused with the norm behind
     it, and the norm with the GEMM behind that where it is faster.
@@ -35,9 +36,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, build, offset=config.norm_offset)
         self.input_layernorm = norm()
-        linear = layer in config.linear_layers
-        self.self_attn = None if linear else Attention(config, layer, rotary, build.at("self_attn"))
-        self.linear_attn = GatedDeltaNet(config, build.at("linear_attn")) if linear else None
+        kind = config.recurrence if layer in config.linear_layers else None
+        self.self_attn = Attention(config, layer, rotary, build.at("self_attn")) if kind is None else None
+        delta = isinstance(kind, DeltaNetConfig)
+        self.linear_attn = GatedDeltaNet(config, build.at("linear_attn")) if delta else None
+        short = isinstance(kind, ShortConvConfig)
+        self.short_conv = ShortConv(config, build.at("short_conv")) if short else None
         self.post_attention_layernorm = norm()
         self.attention_out_norm = norm() if config.sandwich else None
         self.mlp_out_norm = norm() if config.sandwich else None
@@ -53,7 +57,7 @@ class DecoderLayer(nn.Module):
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mixer = self.linear_attn if self.self_attn is None else self.self_attn
+        mixer = self.self_attn or self.linear_attn or self.short_conv
         assert mixer is not None
         x, residual = mixer(self.input_layernorm, x, residual, positions, cache, meta, rows)
         x, residual = self.mlp.after_norm(
@@ -145,7 +149,7 @@ class Decoder(nn.Module):
             embeds: ``(T, hidden_size)``.
             positions: rows of the rotary tables, int64 ``(T,)``, or ``(3, T)`` with M-RoPE; see
                 :class:`~engine.layers.rotary.Rotary`.
-            caches: one per layer: keys and values, or the states of a gated delta net.
+            caches: one per layer: keys and values, or recurrent states.
             meta: the batch's sequences and their KV blocks.
             deepstack: ``(n, T, hidden_size)`` added to the hidden states after each of the first ``n``
                 layers; zero at text positions.

@@ -100,6 +100,48 @@ class DeltaNetConfig:
         """Numbers of queries, keys and values of a token on one rank."""
         return (2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim) // num_ranks
 
+    def recurrent_shape(self, num_ranks: int = 1) -> tuple[int, int, int]:
+        """Shape of a sequence's recurrent state on one rank."""
+        return self.value_heads // num_ranks, self.key_dim, self.value_dim
+
+    def splits(self, num_ranks: int) -> bool:
+        """Return whether ranks can have equal shares."""
+        return self.key_heads % num_ranks == 0 and self.value_heads % num_ranks == 0
+
+    def __str__(self) -> str:
+        return f"{self.key_heads} key and {self.value_heads} value heads of linear attention"
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConvConfig:
+    """The short convolution that LFM2 has in place of attention: ``out(c * conv(b * u))``, where ``b``, ``c``
+    and ``u`` are projections of the input.
+
+    Attributes:
+        width: numbers of each of these, which is the hidden size.
+        conv_width: tokens that the causal convolution sees.
+        bias: whether the convolution and the projections have biases.
+    """
+
+    width: int
+    conv_width: int
+    bias: bool = False
+
+    def channels(self, num_ranks: int = 1) -> int:
+        """Numbers of a token that are convolved on one rank."""
+        return self.width // num_ranks
+
+    def recurrent_shape(self, num_ranks: int = 1) -> tuple[int, int, int]:
+        """Shape of nothing: there is no state beside the convolution's."""
+        return 0, 0, 0
+
+    def splits(self, num_ranks: int) -> bool:
+        """Return whether ranks can have equal shares."""
+        return self.width % num_ranks == 0
+
+    def __str__(self) -> str:
+        return f"{self.width} channels of short convolutions"
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
@@ -113,8 +155,8 @@ class DecoderConfig:
         qk_norm: RMSNorm over each head of q and k, before rotation.
         output_gate: each head's attention is multiplied by the sigmoid of a gate; ``q_proj`` makes each
             head's query and behind it its gate.
-        delta_net: the layers ``linear_layers`` have a gated delta net in place of attention; None if all
-            layers have attention.
+        recurrence: what the layers ``linear_layers`` have in place of attention; None if all layers have
+            attention.
         windows: sliding window per layer in tokens (a query sees keys with ``0 <= q - k < window``), None for
             full attention; an empty tuple means full attention everywhere.
         norm_offset: added to the weights of all norms, which checkpoints of Gemma store less one.
@@ -151,7 +193,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     output_gate: bool = False
-    delta_net: DeltaNetConfig | None = None
+    recurrence: DeltaNetConfig | ShortConvConfig | None = None
     linear_layers: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
     norm_offset: float = 0.0

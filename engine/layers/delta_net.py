@@ -15,7 +15,7 @@ from engine.kernels.gated_norm import gated_norm
 from engine.kernels.paged import AttentionMetadata
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.build import BuildContext, WeightSlot
-from engine.layers.decoder_config import DecoderConfig
+from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig
 from engine.layers.linear import FusedColumnLinear, FusedPart, RowLinear
 from engine.layers.norm import RMSNorm
 
@@ -29,8 +29,8 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config: DecoderConfig, build: BuildContext) -> None:
         super().__init__()
-        net = config.delta_net
-        assert net is not None
+        net = config.recurrence
+        assert isinstance(net, DeltaNetConfig)
         rank, hidden = build.tp.rank, config.hidden_size
         self.key_heads = build.share(net.key_heads, "linear attention key heads")
         self.value_heads = build.share(net.value_heads, "linear attention value heads")

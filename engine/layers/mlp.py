@@ -38,13 +38,19 @@ class GatedMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """Computes ``fc2(act(fc1(x)))``, both layers with biases."""
+    """Computes ``fc2(act(fc1(x)))``, both layers with biases.
 
-    def __init__(self, hidden: int, intermediate: int, activation: str, build: BuildContext) -> None:
+    Args:
+        out: features of the result; ``hidden`` if None.
+    """
+
+    def __init__(
+        self, hidden: int, intermediate: int, activation: str, build: BuildContext, *, out: int | None = None
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.fc1 = Linear(hidden, intermediate, build)
-        self.fc2 = Linear(intermediate, hidden, build)
+        self.fc2 = Linear(intermediate, out or hidden, build)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1.activated(x, self.activation))

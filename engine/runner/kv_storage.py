@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -30,11 +31,11 @@ def block_bytes(
 
 def state_bytes(config: DecoderConfig, dtype: torch.dtype, tp_size: int = 1) -> int:
     """Bytes of one sequence's recurrent states over all layers on one tensor-parallel rank."""
-    net = config.delta_net
+    net = config.recurrence
     if net is None:
         return 0
     conv = (net.conv_width - 1) * net.channels(tp_size) * dtype.itemsize
-    recurrent = net.value_heads // tp_size * net.key_dim * net.value_dim * torch.float32.itemsize
+    recurrent = prod(net.recurrent_shape(tp_size)) * torch.float32.itemsize
     return len(config.linear_layers) * (conv + recurrent)
 
 
@@ -117,13 +118,12 @@ def allocate_caches(
         for layer, pair in zip(members, pairs, strict=False)
     }
     number = len(groups.members)
-    net = config.delta_net
+    net = config.recurrence
     if net is None:
         return Caches([found[layer] for layer in range(config.num_layers)], number)
     rows = (len(config.linear_layers), num_states)
     conv = torch.zeros((*rows, net.conv_width - 1, net.channels(tp_size)), dtype=dtype, device=device)
-    heads_here = net.value_heads // tp_size
-    recurrent = torch.zeros((*rows, heads_here, net.key_dim, net.value_dim), device=device)
+    recurrent = torch.zeros((*rows, *net.recurrent_shape(tp_size)), device=device)
     for index, layer in enumerate(config.linear_layers):
         found[layer] = StateCache(conv[index], recurrent[index])
     return Caches([found[layer] for layer in range(config.num_layers)], number, conv, recurrent)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+Fractions = Literal["products", "range", "quotients"]
 
 
 def bucketed_positions(
-    height: int, width: int, table_side: int, *, round_products: bool = True
+    height: int, width: int, table_side: int, *, fractions: Fractions = "products"
 ) -> torch.Tensor:
     """Rows of a table of ``table_side²`` positions for an image of ``height`` by ``width`` patches: int64
     ``(height * width,)`` on the CPU, row by row.
@@ -16,18 +20,20 @@ def bucketed_positions(
     models. Exact arithmetic would select other buckets for some sizes, e.g. 25 patches with a table of 25.
 
     Args:
-        round_products: whether fractions are float32 products of an index and a float32 step, as in Idefics3;
-            else they are the terms of a float32 range, as in MiniCPM-V.
+        fractions: float32 products of an index and a float32 step, as in Idefics3; the terms of a float32
+            range, as in MiniCPM-V 2.6; or float32 quotients, as in MiniCPM-V 4.6.
     """
     bounds = torch.arange(1 / table_side, 1.0, 1 / table_side)
-    down, along = (_buckets(count, bounds, round_products) for count in (height, width))
+    down, along = (_buckets(count, bounds, fractions) for count in (height, width))
     return (down[:, None] * table_side + along).flatten()
 
 
-def _buckets(count: int, bounds: torch.Tensor, round_products: bool) -> torch.Tensor:
-    step = 1.0 / torch.tensor(count)
-    if round_products:
-        fractions = (torch.arange(count, dtype=torch.float32) * step).clamp(max=1.0 - 1e-6)
+def _buckets(count: int, bounds: torch.Tensor, fractions: Fractions) -> torch.Tensor:
+    step, index = 1.0 / torch.tensor(count), torch.arange(count, dtype=torch.float32)
+    if fractions == "products":
+        found = (index * step).clamp(max=1.0 - 1e-6)
+    elif fractions == "range":
+        found = torch.arange(0, 1 - 1e-6, float(step))
     else:
-        fractions = torch.arange(0, 1 - 1e-6, float(step))
-    return torch.bucketize(fractions, bounds, right=True)
+        found = index / count
+    return torch.bucketize(found, bounds, right=True)

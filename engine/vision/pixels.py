@@ -36,6 +36,10 @@ class PixelInput(nn.Module):
         """Normalise uint8 ``(N, channels, n)`` to ``(N, channels * n)`` in the model's dtype."""
         return self.table[patches + self.offset[:, None]].flatten(1)
 
+    def last(self, patches: torch.Tensor) -> torch.Tensor:
+        """Normalise uint8 ``(N, n, channels)`` to ``(N, n * channels)`` in the model's dtype."""
+        return self.table[patches + self.offset].flatten(1)
+
 
 def blank(shape: tuple[int, ...], grid: tuple[int, ...], num_tokens: int) -> PreparedMedia:
     """A black image, with which encoders compile their kernels.

@@ -178,6 +178,16 @@ class VisionTransformer(nn.Module):
             return self._graphs.replay(x, segments, windows)
         return self._other_blocks(self._first_blocks(x, segments, windows), segments, windows)
 
+    def begin(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
+        """Map patches to the input ``(N, hidden_size)`` of the first block."""
+        x = self._at_positions(self.embed(patches, segments), segments, None)
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    def run_blocks(self, x: torch.Tensor, segments: VisionSegments, first: int, end: int) -> torch.Tensor:
+        """Run ``x`` ``(N, hidden_size)`` through the blocks from ``first`` to before ``end``, eagerly."""
+        out, residual, _ = self._through(self.blocks[first:end], first, (x, None, []), segments, None)
+        return out if residual is None else out + residual
+
     def capture_graphs(
         self,
         capture: Capture,

@@ -288,8 +288,25 @@ TEXT_ARCHITECTURES = (
     "qwen3_moe",
 )
 
-#: Kinds with gated delta nets.
-HYBRIDS = ("qwen3_5", "qwen3_5_moe")
+#: Kinds with gated delta nets, and all whose layers do not all have attention.
+DELTA_NETS = ("qwen3_5", "qwen3_5_moe")
+HYBRIDS = ("lfm2", *DELTA_NETS)
+
+#: An LFM2 with short convolutions in every layer but two.
+LFM2_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 120,
+    "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.1,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "conv_L_cache": 3,
+    "conv_bias": True,
+    "norm_eps": 1e-5,
+    "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 
 #: A hybrid of Qwen3.5: three layers of four have a gated delta net, with two value heads for each key head.
 QWEN3_5_TEXT = {
@@ -395,7 +412,10 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common |= {"head_dim": 32, "sliding_window": 7}
     elif kind == "qwen3":
         common["head_dim"] = 32
-    elif kind in HYBRIDS:
+    elif kind == "lfm2":
+        common |= LFM2_TEXT
+        rope = common.pop("rope_parameters")
+    elif kind in DELTA_NETS:
         common |= QWEN3_5_TEXT
         rope = common.pop("rope_parameters")
     elif kind == "phi3_longrope":
@@ -411,7 +431,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
     names = {"llama3": "Llama", "phi3_longrope": "Phi3", "granitemoe": "GraniteMoe"}
     names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
     family = names.get(kind, kind.capitalize().replace("_moe", "Moe"))
-    text = "Text" if kind in ("gemma3", *HYBRIDS) else ""
+    text = "Text" if kind in ("gemma3", *DELTA_NETS) else ""
     config_class = getattr(transformers, f"{family}{text}Config")
     config = config_class(**{**common, "rope_parameters": rope, **overrides})
     model = getattr(transformers, f"{family}ForCausalLM")(config)

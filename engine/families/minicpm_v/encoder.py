@@ -38,9 +38,9 @@ class SliceVisionEncoder(nn.Module):
             config.num_queries, config.tower.hidden_size, config.out_features, config.num_heads, build
         )
         self._positions = lru_cache(maxsize=256)(
-            lambda height, width: bucketed_positions(
-                height, width, config.table_side, round_products=False
-            ).to(build.device)
+            lambda height, width: bucketed_positions(height, width, config.table_side, fractions="range").to(
+                build.device
+            )
         )
 
     def cost(self, item: MediaItem) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from engine.errors import CheckpointError
 from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, SPARSE_LAYERS, parse_experts
 from engine.families.parsing.fields import Json, activation, flag, integer, number
+from engine.families.parsing.lfm2 import LFM2_DEFAULTS, lfm2_fields, lfm2_switches
 from engine.families.parsing.rope import parse_ropes, stretched_context
 from engine.families.parsing.windows import parse_windows, sliding_layers
 from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig
@@ -19,6 +20,7 @@ DecoderKind = Literal[
     "gemma3_text",
     "granite",
     "granitemoe",
+    "lfm2",
     "llama",
     "ministral3",
     "mistral",
@@ -149,6 +151,7 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
     },
     "granite": {**_GRANITE, "mlp_bias": False},
     "granitemoe": {**_GRANITE, **LOCAL_EXPERTS},
+    "lfm2": LFM2_DEFAULTS,
     "llama": {
         **_COMMON,
         "vocab_size": 32000,
@@ -304,6 +307,7 @@ _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_
 _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
 _NORMED_QK = (
     "gemma3_text",
+    "lfm2",
     "qwen3",
     "qwen3_5_moe_text",
     "qwen3_5_text",
@@ -330,6 +334,8 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
     if kind == "gemma" and raw.get("hidden_act") == "gelu":
         # Files of the first releases call the activation so.
         raw = {**raw, "hidden_act": "gelu_pytorch_tanh"}
+    if kind == "lfm2":
+        raw = lfm2_fields(raw)
     if "num_local_experts" in raw and "num_experts" in defaults:
         # As Transformers 5 saves what public files call num_experts.
         raw = {"num_experts": raw["num_local_experts"], **raw}
@@ -435,7 +441,7 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
     return {
         "norm_offset": 1.0,
         "output_gate": True,
-        "delta_net": net if linear else None,
+        "recurrence": net if linear else None,
         "linear_layers": linear,
     }
 
@@ -447,6 +453,7 @@ _SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "glm_ocr_text": lambda config: {"sandwich": True},
     "gemma3_text": _gemma3,
     "granite": _granite,
+    "lfm2": lfm2_switches,
     "qwen3_5_moe_text": _qwen3_5,
     "qwen3_5_text": _qwen3_5,
     "granitemoe": _granite,

@@ -1,11 +1,12 @@
-"""Language models without images: Gemma 1 and 3, Granite, Llama, Mistral, Ministral-3, Phi3, Qwen2, Qwen3,
-Qwen3.5; with experts Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
+"""Language models without images: Gemma 1 and 3, Granite, LFM2, Llama, Mistral, Ministral-3, Phi3, Qwen2,
+Qwen3, Qwen3.5; with experts Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
 
 from engine.checkpoint.rules import (
     DECODER_RULES,
     EXPERT_RULES,
+    LFM2_RULES,
     MULTI_TOKEN_HEADS,
     SANDWICH_RULES,
     WeightRules,
@@ -22,6 +23,7 @@ _KINDS: dict[str, DecoderKind] = {
     "Gemma3ForCausalLM": "gemma3_text",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granitemoe",
+    "Lfm2ForCausalLM": "lfm2",
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
     "MistralForCausalLM": "mistral",
@@ -47,6 +49,7 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 def _weights(config: ModelConfig) -> WeightRules:
     rules = SANDWICH_RULES if config.decoder.sandwich else DECODER_RULES
     rules = rules if config.decoder.experts is None else EXPERT_RULES
+    rules = LFM2_RULES if config.architecture == "Lfm2ForCausalLM" else rules
     unused = (MULTI_TOKEN_HEADS,) if config.architecture.startswith("Qwen3_5") else ()
     return WeightRules(language=(*rules, _ALONE), ignore=unused)
 

@@ -22,8 +22,13 @@ from tests.engine.families.glm import GlmReference, make_glm
 from tests.engine.families.idefics import IdeficsReference, make_idefics3, make_smolvlm
 from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.internvl_chat import InternVLChatReference, make_internvl_chat
+from tests.engine.families.lfm2_vl import FRAME as LFM2_FRAME
+from tests.engine.families.lfm2_vl import IMAGE as LFM2_IMAGE
+from tests.engine.families.lfm2_vl import Lfm2VlReference, make_lfm2_vl
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
+from tests.engine.families.minicpm_v4_6 import IMAGE as MINICPM_IMAGE
+from tests.engine.families.minicpm_v4_6 import MiniCPMV46Reference, make_minicpm_v4_6
 from tests.engine.families.onevision import OnevisionReference, make_onevision
 from tests.engine.families.ovis2 import Ovis2Reference, make_ovis2
 from tests.engine.families.paddleocr_vl import IMAGE as PADDLEOCR_IMAGE
@@ -262,6 +267,17 @@ CASES = [
         for name, kind in (("GLM-4.1V", "Glm4v"), ("GLM-4.6V", "Glm46V"), ("GLM-OCR", "GlmOcr"))
     ),
     FamilyCase(
+        "LFM2-VL",
+        make_lfm2_vl,
+        Lfm2VlReference,
+        frame=LFM2_FRAME,
+        placeholder=lambda index, count: LFM2_IMAGE,
+        # In tiles beside each other, and below each other; as a whole, smaller and larger.
+        single=((90, 44), (20, 90)),
+        several=(((60, 33), (24, 20)), ((9, 12), (70, 70), (40, 16))),
+        options={"kv_cache_bytes": 32 << 20},
+    ),
+    FamilyCase(
         "MiniCPM-V 2.6",
         _minicpm_v,
         minicpm_v.MiniCPMVReference,
@@ -269,6 +285,17 @@ CASES = [
         placeholder=lambda index, count: minicpm_v.IMAGE,
         # Columns by rows of slices: 2 by 2, and none; 1 by 2, and 3 by 3; none, 6 by 1, and none.
         several=(((33, 70), (90, 80)), ((20, 20), (150, 24), (3, 2))),
+    ),
+    FamilyCase(
+        "MiniCPM-V 4.6",
+        make_minicpm_v4_6,
+        MiniCPMV46Reference,
+        frame=qwen.FRAME,
+        placeholder=lambda index, count: MINICPM_IMAGE,
+        # 4 slices, and 2 below each other; 2 beside each other, and none; 6, none, and none.
+        single=((60, 44), (20, 44)),
+        several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
+        options={"kv_cache_bytes": 32 << 20},
     ),
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
     FamilyCase("SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), **_IDEFICS),
@@ -287,6 +314,7 @@ CASES = [
             "gemma3",
             "granite",
             "granitemoe",
+            "lfm2",
             "llama",
             "llama3",
             "ministral3",

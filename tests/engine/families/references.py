@@ -64,9 +64,12 @@ def make_text_model(path: Path, hub: bool, kind: str) -> None:
     if not hub:
         return
     if kind in HYBRIDS:
-        # Never published in an older spelling.
         config = json.loads((path / "config.json").read_text())
-        del config["layer_types"]
+        kinds = config.pop("layer_types")
+        if kind == "lfm2":
+            config["full_attn_idxs"] = [layer for layer, mixer in enumerate(kinds) if mixer != "conv"]
+            config["block_ff_dim"], config["intermediate_size"] = config["intermediate_size"], 48
+            config["tie_embedding"], config["theta"] = config.pop("tie_word_embeddings"), 10000.0
         (path / "config.json").write_text(json.dumps(config))
         split_shards(path)
         return

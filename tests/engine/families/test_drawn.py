@@ -21,6 +21,7 @@ from tests.engine.families.drawn.run import Case, Result, lost, run
 _SEEDS: dict[str, tuple[int, ...]] = {
     "llava": (2, 5),
     "llava_onevision": (3, 1018),
+    "lfm2_vl": (7,),
     "llava_next": (14,),
     "mistral3": (9,),
     "lighton_ocr": (8,),
@@ -43,6 +44,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "colqwen2": (40100,),
     "colpali": (40100,),
     "minicpm_v": (2,),
+    "minicpm_v4_6": (1,),
     "idefics3": (3,),
     "smolvlm": (1,),
     "gemma": (40100,),
@@ -52,6 +54,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "ministral3": (40100,),
     "qwen3_5_text": (40100,),
     "qwen3_5_moe_text": (40100,),
+    "lfm2": (1,),
     "llama": (29,),
     "mistral": (1, 7),
     "mixtral": (40100,),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.vision_utils import get_vision_nearest_position_ids
 
 from engine import LLM, SamplingParams
 from engine.errors import ConfigError, InvalidRequest
@@ -70,15 +71,22 @@ def test_buckets_are_exact_but_for_fractions_on_a_bound():
     """Rounding may put a patch that begins on a bound into the bucket before it, as it did in training."""
     moved = {}
     for count in range(1, 453):
-        for index, bucket in enumerate(bucketed_positions(1, count, 70, round_products=False).tolist()):
+        for index, bucket in enumerate(bucketed_positions(1, count, 70, fractions="range").tolist()):
             exact, rest = divmod(index * 70, count)
             if bucket != exact:
                 assert (rest, bucket) == (0, exact - 1)
                 moved.setdefault(count, []).append(index)
     assert [count for count in moved if count <= 72] == [25, 49, 50, 55, 58]
     assert moved[25] == [5, 10, 15, 20]
-    rows = bucketed_positions(25, 3, 70, round_products=False).view(25, 3)
+    rows = bucketed_positions(25, 3, 70, fractions="range").view(25, 3)
     assert rows[5].tolist() == [13 * 70, 13 * 70 + 23, 13 * 70 + 46]
+
+
+def test_buckets_of_version_4_6_are_those_of_transformers():
+    for height, width in ((1, 452), (25, 3), (49, 50), (72, 58)):
+        sizes = torch.tensor([[height, width]])
+        wanted = get_vision_nearest_position_ids(sizes, 70)
+        assert torch.equal(bucketed_positions(height, width, 70, fractions="quotients"), wanted)
 
 
 def test_chat_messages_and_expanded_ids(path):

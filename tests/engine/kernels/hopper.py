@@ -269,6 +269,18 @@ def delta_net(tokens: list[int]) -> None:
     gated_norm_triton(out, noise(count, 4096), noise(128), 1e-6)
 
 
+def short_conv(tokens: list[int]) -> None:
+    """A short convolution of LFM2-1.2B: a decode step, or prompt chunks."""
+    from engine.kernels.causal_conv import gated_conv_triton
+    from engine.kernels.recurrent_state import StateCache
+
+    meta, count = metadata(tokens, 1000, 1000), sum(tokens)
+    meta.state_rows = torch.zeros(len(tokens), dtype=torch.int64)
+    cache = StateCache(noise(2, 2, 2048), torch.zeros(2, 0, 0, 0))
+    for bias in (None, noise(2048)):
+        gated_conv_triton(noise(count, 3 * 2048), noise(2048, 3), bias, cache, meta)
+
+
 def mixture_of_experts() -> None:
     """Router and experts of Qwen3-VL-30B-A3B and of DeepSeek-V3: few tokens, and tiles of every height."""
     from engine.kernels.expert_gemv import expert_gemv_triton
@@ -320,6 +332,8 @@ CASES: list[Callable[[], None]] = [
     decode_step,
     partial(delta_net, [1] * 4),
     partial(delta_net, [300, 1, 7]),
+    partial(short_conv, [1] * 4),
+    partial(short_conv, [300, 1, 7]),
     fp8_weights,
     int4_weights,
     fp8_cache,

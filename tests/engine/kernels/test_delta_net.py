@@ -1,4 +1,4 @@
-"""Kernels of the gated delta net against references, references against Transformers."""
+"""Kernels of the gated delta net and of LFM2's convolution against references, references against theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
 
-from engine.kernels.causal_conv import causal_conv_reference, causal_conv_triton
+from engine.kernels.causal_conv import (
+    causal_conv_reference,
+    causal_conv_triton,
+    gated_conv_reference,
+    gated_conv_triton,
+)
 from engine.kernels.delta_prefill import delta_prefill_triton
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
 from engine.kernels.gated_norm import gated_norm_reference, gated_norm_triton
@@ -89,6 +94,21 @@ def test_causal_conv(device, dtype, batch):
     before = states(meta, dtype)
     ours, expected = copy_of(before), copy_of(before)
     assert_close(causal_conv_triton(x, weight, ours, meta), causal_conv_reference(x, weight, expected, meta))
+    check_states(ours.conv, expected.conv, before.conv, meta)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gated_conv(device, dtype, batch, biased):
+    meta = metadata(*BATCHES[batch], device)
+    x = torch.randn(len(meta.slot_mapping), 3 * CHANNELS + 5, device=device).to(dtype)[:, : 3 * CHANNELS]
+    weight = torch.randn(CHANNELS, WIDTH, device=device).to(dtype)
+    bias = torch.randn(CHANNELS, device=device).to(dtype) if biased else None
+    before = states(meta, dtype)
+    ours, expected = copy_of(before), copy_of(before)
+    assert_close(
+        gated_conv_triton(x, weight, bias, ours, meta), gated_conv_reference(x, weight, bias, expected, meta)
+    )
     check_states(ours.conv, expected.conv, before.conv, meta)
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.experts import EXPERTS, draw_experts
+from tests.engine.families.drawn.lfm2 import draw_short_convs
 from tests.engine.families.drawn.rope import draw_rope, lengths_of
-from tests.engine.tiny import HYBRIDS
+from tests.engine.tiny import DELTA_NETS
 
 #: KV heads where a config.json does not say; None: as many as there are attention heads.
 _DEFAULT_KV = {
+    "lfm2": 8,
     "llama": None,
     "phi3": None,
     "mistral": 8,
@@ -50,10 +52,10 @@ _HAS_HEAD_DIM = (
 #: Kinds that take no null for the number of KV heads.
 _COUNTED_KV = (
     *("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma"),
-    *("ministral3", "glm_ocr", *HYBRIDS, "qwen3_vl_moe"),
+    *("ministral3", "glm_ocr", "lfm2", *DELTA_NETS, "qwen3_vl_moe"),
 )
 _BIASED = (
-    *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *HYBRIDS),
+    *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
     *("gemma", "granite", "granitemoe"),
 )
 #: The first is the usual one.
@@ -80,7 +82,7 @@ def draw_decoder(
         "hidden_act": draw.variant("decoder activation", _ACTIVATIONS, 0.15),
         "tie_word_embeddings": draw.variant("tied", (False, True), 0.3),
     }
-    if kind in HYBRIDS:
+    if kind in DELTA_NETS:
         # The convolution has the same one, and SiLU is supported.
         fields["hidden_act"] = draw.choice("hybrid activation", ("silu", "swish"))
         _linear_layers(draw, fields)
@@ -91,8 +93,10 @@ def draw_decoder(
         draw_experts(draw, kind, fields)
     if kind in ("granite", "granitemoe"):
         _multipliers(draw, fields)
+    if kind == "lfm2":
+        draw_short_convs(draw, fields)
     draw_rope(draw, kind, fields, head_dim, section)
-    draw.spelled(fields, "rms_norm_eps", "hidden_act", "tie_word_embeddings")
+    draw.spelled(fields, "rms_norm_eps", "norm_eps", "hidden_act", "tie_word_embeddings", "tie_embedding")
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     # Scalings of a context that is never reached would be the same as none.
     plain = "factor" not in rope and lengths_of(kind, fields).original is None

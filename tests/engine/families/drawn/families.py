@@ -8,8 +8,10 @@ from tests.engine.families.drawn.gemma3 import Gemma3Family
 from tests.engine.families.drawn.glm import GlmFamily
 from tests.engine.families.drawn.idefics import IdeficsFamily
 from tests.engine.families.drawn.internvl import InternVLChatFamily, InternVLFamily
+from tests.engine.families.drawn.lfm2_vl import Lfm2VlFamily
 from tests.engine.families.drawn.llava import LlavaFamily, OnevisionFamily
 from tests.engine.families.drawn.llava_next import LlavaNextFamily
+from tests.engine.families.drawn.minicpm_v4_6 import MiniCPMV46Family
 from tests.engine.families.drawn.ovis2 import Ovis2Family
 from tests.engine.families.drawn.paddleocr_vl import PaddleOCRFamily
 from tests.engine.families.drawn.qwen_vl import QwenVLFamily
@@ -37,6 +39,8 @@ _ALL: tuple[Family, ...] = (
     ColQwen2Family(),
     ColPaliFamily(),
     MiniCPMVFamily(),
+    MiniCPMV46Family(),
+    Lfm2VlFamily(),
     *(IdeficsFamily(kind) for kind in ("Idefics3", "SmolVLM")),
     *(TextFamily(kind) for kind in ARCHITECTURES),
 )

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.engine.families.drawn.choices import Draw
-from tests.engine.tiny import HYBRIDS
+from tests.engine.tiny import DELTA_NETS
 
 #: Kinds of a decoder with images whose rotary type was never called by M-RoPE's name.
-_LATER = ("qwen3_vl", "qwen3_vl_moe", *HYBRIDS, "glm4v", "glm_ocr", "paddleocr_vl")
+_LATER = ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS, "glm4v", "glm_ocr", "paddleocr_vl")
 _SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
@@ -66,7 +66,7 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
         rope.update(_scaling(draw, kind, scaling, fields, rotated))
     if section:
         rope["mrope_section"] = _section(draw, rotated // 2)
-        if kind in ("qwen3_vl", "qwen3_vl_moe", *HYBRIDS):
+        if kind in ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS):
             rope["mrope_interleaved"] = True
     theta = draw.choice("rope theta", (1e4, 5e5, 1e6, 1e3))
     new = draw.varies("rope in the new spelling", 0.4)
@@ -97,9 +97,9 @@ def _rotated(draw: Draw, kind: str, fields: dict[str, Any], rope: dict[str, Any]
     if kind == "phi3" and head_dim % 16 == 0 and draw.varies("partial rotary", 0.3):
         fields["partial_rotary_factor"] = 0.75
         return int(head_dim * 0.75)
-    if kind not in (*HYBRIDS, "glm4v", "glm_ocr"):
+    if kind not in (*DELTA_NETS, "glm4v", "glm_ocr"):
         return head_dim
-    usual = 0.25 if kind in HYBRIDS else 1.0
+    usual = 0.25 if kind in DELTA_NETS else 1.0
     share = draw.choice("rotated share", (0.25, 0.5, 1.0))
     share = share if int(head_dim * share) % 2 == 0 else 0.5
     if share != usual or draw.varies("rotated share stated", 0.7):

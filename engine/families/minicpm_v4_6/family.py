@@ -1,0 +1,153 @@
+"""MiniCPM-V 4.6: an overview and slices of each image, merged in the tower and behind it, and a Qwen3.5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint.folder import Checkpoint
+from engine.checkpoint.rules import MULTI_TOKEN_HEADS, WeightRules
+from engine.errors import CheckpointError
+from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
+from engine.families.family import Family
+from engine.families.minicpm_v.config import pieces
+from engine.families.minicpm_v4_6.config import MergedVisionConfig
+from engine.families.minicpm_v4_6.processor import MiniCPMV46Processor
+from engine.families.parsing.fields import Json, integer
+from engine.families.parsing.model import ConfigReader, nested_text, token_field
+from engine.families.parsing.processor import parse_normalisation
+from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
+from engine.prompt import MediaItem, PlaceholderRun
+from engine.vision.normalisation import HALF_NORMALISATION
+
+if TYPE_CHECKING:
+    from engine.layers.build import BuildContext
+
+_TOWER = r"(?:model\.)?vision_tower\."
+_MERGER = r"(?:model\.)?merger\.mlp\.0\."
+#: Attributes of the tokenizer that name tokens in a prompt, and those of the public checkpoint.
+_MARKS = {
+    "image_start_token": "<image>",
+    "image_end_token": "</image>",
+    "slice_start_token": "<slice>",
+    "slice_end_token": "</slice>",
+    "image_id_start_token": "<image_id>",
+    "image_id_end_token": "</image_id>",
+}
+
+
+def _vision(raw: Json, processor: Json, hidden: int) -> MergedVisionConfig:
+    stated = raw.get("vision_config") or {}
+    for part, field in ((raw, "merge_kernel_size"), (stated, "window_kernel_size")):
+        if list(part.get(field, (2, 2))) != [2, 2]:
+            raise CheckpointError(
+                f"config.json: {field} {part[field]!r} is not supported; [2, 2] is", param=field
+            )
+    if raw.get("merger_times", 1) != 1:
+        raise CheckpointError(
+            f"config.json: merger_times {raw['merger_times']!r} is not supported; 1 is", param="merger_times"
+        )
+    mode = raw.get("downsample_mode", "16x")
+    if mode not in ("4x", "16x"):
+        raise CheckpointError(
+            f"config.json: downsample_mode {mode!r} is not supported; 4x and 16x are", param="downsample_mode"
+        )
+    tower = parse_siglip(stated)
+    after = integer({"insert_layer_id": 6, **raw}, "insert_layer_id", least=0)
+    if mode == "16x" and after >= tower.config.num_layers:
+        raise CheckpointError(
+            f"config.json: insert_layer_id {after} is not in a tower of {tower.config.num_layers} layers",
+            param="insert_layer_id",
+        )
+    return MergedVisionConfig(
+        tower=tower.config,
+        merged_after=after if mode == "16x" else None,
+        patch_size=tower.patch_size,
+        position_side=tower.image_size // tower.patch_size,
+        out_features=hidden,
+        normalisation=parse_normalisation(processor, HALF_NORMALISATION),
+    )
+
+
+def _with_marks(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """Adds the strings of the tokens in prompts, and whether prompts give each image its number."""
+    tokenizer = checkpoint.json("tokenizer_config.json")
+    named = {**tokenizer, **(tokenizer.get("extra_special_tokens") or {})}
+    added = checkpoint.json("tokenizer.json").get("added_tokens") or []
+    placeholder = next((token["content"] for token in added if token["id"] == config.image_token_id), None)
+    if placeholder is None:
+        raise CheckpointError(
+            f"config.json: image_token_id {config.image_token_id} is no special token of the tokenizer",
+            param="image_token_id",
+        )
+    marks: dict[str, Any] = {name: _content(named.get(name, text)) for name, text in _MARKS.items()}
+    numbered = bool(checkpoint.preprocessor_config.get("use_image_id", True))
+    return replace(config, extra={**marks, "placeholder": placeholder, "numbered": numbered})
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _placeholder(
+    config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
+) -> tuple[PlaceholderRun, ...]:
+    """The image's number, the overview, and the slices row by row."""
+    marks = config.extra
+    assert marks is not None
+    row = marks["placeholder"]
+    _, _, rows, columns, _, _ = item.grid
+    text = f"{marks['image_id_start_token']}{index}{marks['image_id_end_token']}" if marks["numbered"] else ""
+    text += f"{marks['image_start_token']}{row}{marks['image_end_token']}"
+    text += "\n".join([f"{marks['slice_start_token']}{row}{marks['slice_end_token']}" * columns] * rows)
+    counts = iter(height * width // config.vision.side**2 for height, width in pieces(item.grid))
+    return tuple(
+        PlaceholderRun(token, next(counts), True)
+        if token == config.image_token_id
+        else PlaceholderRun(token, 1, False)
+        for token in encode(text)
+    )
+
+
+def _weights(config: ModelConfig) -> WeightRules:
+    vision: MergedVisionConfig = config.vision
+    window = _TOWER + r"vit_merger\."
+    unused = (window + ".*",) if vision.merged_after is None else ()
+    return WeightRules(
+        vision=(
+            (window + r"layer_norm1\.(.*)", r"window_merger.norm1.\1"),
+            (window + r"self_attn\.out_proj\.(.*)", r"window_merger.attn.proj.\1"),
+            (window + r"self_attn\.(.*)", r"window_merger.attn.\1"),
+            (window + r"pre_norm\.(.*)", r"window_merger.norm2.\1"),
+            (window + r"linear_([12])\.(.*)", r"window_merger.mlp.fc\1.\2"),
+            (_MERGER + r"pre_norm\.(.*)", r"merger.norm.\1"),
+            (_MERGER + r"linear_([12])\.(.*)", r"merger.mlp.fc\1.\2"),
+            *tower_rules(_TOWER),
+        ),
+        ignore=(*unused, *unused_tensors(_TOWER, vision.tower), MULTI_TOKEN_HEADS),
+    )
+
+
+def _encoder(config: ModelConfig, build: BuildContext) -> MediaEncoder:
+    from engine.families.minicpm_v4_6.encoder import MergedVisionEncoder
+
+    return MergedVisionEncoder(config.vision, build)
+
+
+FAMILY = Family(
+    name="minicpm_v4_6",
+    architectures=("MiniCPMV4_6ForConditionalGeneration",),
+    reader=ConfigReader(
+        text=nested_text("qwen3_5_text", text_may_tie=False),
+        vision=_vision,
+        image_token=token_field("image_token_id", default=0),
+        finish=_with_marks,
+    ),
+    prompt_format=lambda config: PromptFormat(image=(config.extra or {})["placeholder"]),
+    placeholder=_placeholder,
+    processor=MiniCPMV46Processor.create,
+    options=("max_slice_nums",),
+    weights=_weights,
+    build_encoder=_encoder,
+)

@@ -1,0 +1,71 @@
+"""Draws MiniCPM-V 4.6 checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.engine.families import qwen
+from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
+from tests.engine.families.drawn.choices import Draw
+from tests.engine.families.drawn.decoder import draw_decoder
+from tests.engine.families.drawn.prompts import Style
+from tests.engine.families.drawn.rope import lengths_of
+from tests.engine.families.drawn.vision import draw_pixels, draw_tower
+from tests.engine.families.minicpm_v4_6 import IMAGE, SPECIALS, MiniCPMV46Reference, make_tokenizer
+
+_ARCHITECTURE = "MiniCPMV4_6ForConditionalGeneration"
+_TOKENS = 768
+
+
+class MiniCPMV46Family:
+    """Towers of both modes, before a Qwen3.5."""
+
+    name = "minicpm_v4_6"
+    architectures = (_ARCHITECTURE,)
+
+    def make(self, draw: Draw, path: Path) -> Drawn:
+        tok = make_tokenizer()
+        tok.save_pretrained(path)
+        text = draw_decoder(draw, "qwen3_5", len(tok), tokens=_TOKENS, section=True)
+        text |= {"model_type": "qwen3_5_text", "eos_token_id": 2, "pad_token_id": 0}
+        patch, mode = draw.choice("patch", (2, 3, 4)), draw.variant("rows kept", ("16x", "4x"), 0.3)
+        tower = draw_tower(draw, side=patch * draw.choice("table's side", (5, 7, 10)), patch=patch)
+        raw: dict[str, Any] = {
+            "model_type": "minicpmv4_6",
+            "torch_dtype": "float32",
+            "text_config": text,
+            "vision_config": {**tower, "model_type": "minicpmv4_6_vision"},
+            "insert_layer_id": draw.integer("merged after", 0, tower["num_hidden_layers"] - 1),
+            "downsample_mode": mode,
+            "image_token_id": SPECIALS.index(IMAGE),
+            "video_token_id": SPECIALS.index("<|video_pad|>"),
+        }
+        if "tie_word_embeddings" in text:
+            raw["tie_word_embeddings"] = text.pop("tie_word_embeddings")
+        model = write_model(draw, path, raw, _ARCHITECTURE)
+        draw_ends(draw, path, text, 2, 0)
+        write_json(path / "config.json", {"architectures": [_ARCHITECTURE], **raw})
+        image = {
+            "image_processor_type": "MiniCPMV4_6ImageProcessor",
+            "patch_size": patch,
+            "downsample_mode": mode,
+            "max_slice_nums": draw.choice("most slices", (1, 2, 4, 9)),
+            "scale_resolution": 4 * patch * draw.choice("resolution in squares", (1, 2)),
+            "use_image_id": draw.variant("images numbered", (True, False), 0.3),
+            "slice_mode": draw.variant("slices", (True, False), 0.2),
+            **draw_pixels(draw),
+        }
+        one = draw.varies("processors in one file", 0.5)
+        nested = {"image_processor": image} if one else image
+        write_json(path / ("processor_config.json" if one else "preprocessor_config.json"), nested)
+        kwargs: dict[str, Any] = {}
+        if draw.varies("slices by option", 0.3):
+            kwargs["max_slice_nums"] = draw.choice("slices of the option", (1, 3, 6))
+        style = Style(
+            qwen.FRAME, "<|im_end|>\n", placeholder=lambda index, count: IMAGE, longest=20.0, several=3
+        )
+        reference = same_weights(MiniCPMV46Reference(path, **kwargs), model)
+        media = frozenset({SPECIALS.index(IMAGE)})
+        options = {"mm_processor_kwargs": kwargs}
+        return Drawn(path, reference, style, _TOKENS, options, media, lengths_of("qwen3_5", text))

@@ -1,0 +1,170 @@
+"""A tiny LFM2-VL checkpoint, and Transformers' model and processor of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers.image_processing_backends import TorchvisionBackend
+
+from tests.engine.families.case import CasePrompt, Inputs
+from tests.engine.families.hub import as_on_the_hub
+from tests.engine.tiny import LFM2_TEXT, spread, tokenizer
+
+IMAGE = "<image>"
+FRAME = "<|startoftext|><|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+SPECIALS = (
+    "<|pad|>",
+    "<|startoftext|>",
+    "<|im_end|>",
+    "<|im_start|>",
+    IMAGE,
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|img_thumbnail|>",
+    *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5)),
+)
+#: Tiles of 24 pixels, in patches of 4 of which 2 by 2 are one row; images of 4 to 9 rows as a whole.
+PROCESSOR: dict[str, Any] = {
+    "encoder_patch_size": 4,
+    "downsample_factor": 2,
+    "tile_size": 24,
+    "min_tiles": 2,
+    "max_tiles": 4,
+    "min_image_tokens": 4,
+    "max_image_tokens": 9,
+    "max_pixels_tolerance": 2.0,
+    "use_thumbnail": True,
+}
+
+
+def make_lfm2_vl(path: Path, hub: bool) -> Path:
+    """A checkpoint with a table of 5x5 positions, which sides of images enlarge or reduce.
+
+    Args:
+        hub: tied embeddings, config.json in the spelling of the first releases, and several shards.
+    """
+    tok = tokenizer(SPECIALS, bos_token="<|startoftext|>", eos_token="<|im_end|>", pad_token="<|pad|>")
+    text = {key: value for key, value in LFM2_TEXT.items() if key != "rope_parameters"}
+    config = transformers.Lfm2VlConfig(
+        text_config={
+            "model_type": "lfm2",
+            **text,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "vocab_size": len(tok),
+            "max_position_embeddings": 1024,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+        },
+        vision_config={
+            "model_type": "siglip2_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "patch_size": 4,
+            "num_patches": 25,
+        },
+        image_token_id=SPECIALS.index(IMAGE),
+        projector_hidden_size=40,
+        projector_use_layernorm=hub,
+        tie_word_embeddings=hub,
+    )
+    model = transformers.Lfm2VlForConditionalGeneration(config)
+    spread(model, seed=8, embedding_std=0.05 if hub else 1.0)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
+    processor = {"image_processor_type": "Lfm2VlImageProcessor", **PROCESSOR}
+    (path / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    if hub:
+        stated = json.loads((path / "config.json").read_text())
+        kinds = stated["text_config"].pop("layer_types")
+        full = [layer for layer, kind in enumerate(kinds) if kind != "conv"]
+        stated["text_config"] |= {"full_attn_idxs": full, "tie_embedding": True}
+        stated["tie_embedding"] = stated.pop("tie_word_embeddings")
+        (path / "config.json").write_text(json.dumps(stated))
+        as_on_the_hub(path, **processor)
+    return path
+
+
+def _modules() -> tuple[Any, Any]:
+    """Transformers' modules of the image processor and of the processor, which import torchvision."""
+    package = "transformers.models.lfm2_vl."
+    names = ["torchvision", *(f"torchvision.transforms{part}" for part in ("", ".v2", ".v2.functional"))]
+    stubs: dict[str, Any] = {name: ModuleType(name) for name in names if not _installed(name)}
+    if "torchvision.transforms.v2" in stubs:
+        stubs["torchvision.transforms.v2"].functional = stubs["torchvision.transforms.v2.functional"]
+    with mock.patch.dict(sys.modules, stubs):
+        return (
+            importlib.import_module(package + "image_processing_lfm2_vl"),
+            importlib.import_module(package + "processing_lfm2_vl"),
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+class _WithoutTorchvision(TorchvisionBackend):
+    """Transformers' backend, but images are resized by Pillow and normalised in two steps."""
+
+    def resize(self, image: torch.Tensor, size: Any, resample: Any = None, **kwargs: Any) -> torch.Tensor:
+        filter_ = Image.Resampling(int(resample))
+        images = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in image]
+        made = [np.asarray(one.resize((size.width, size.height), filter_)) for one in images]
+        return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)
+
+    def rescale_and_normalize(
+        self, images: torch.Tensor, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+    ) -> torch.Tensor:
+        made = images.double() * rescale_factor if do_rescale else images.double()
+        if do_normalize:
+            mean, std = (torch.tensor(list(v))[:, None, None].double() for v in (image_mean, image_std))
+            made = (made - mean) / std
+        return made.float()
+
+
+def processor_of(path: Path, **options: Any) -> Any:
+    """Transformers' processor of a checkpoint, with ``options`` of its image processor."""
+    images, texts = _modules()
+    both = type("Lfm2VlImageProcessor", (images.Lfm2VlImageProcessor, _WithoutTorchvision), {})
+    nested = path / "processor_config.json"
+    stated = json.loads(nested.read_text()) if nested.exists() else {}
+    if "image_processor" not in stated:
+        stated["image_processor"] = json.loads((path / "preprocessor_config.json").read_text())
+    made = both(**{**stated.pop("image_processor"), **options})
+    tok = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    return texts.Lfm2VlProcessor(made, tok, **stated)
+
+
+class Lfm2VlReference:
+    """Transformers' model and processor.
+
+    Args:
+        options: of the image processor.
+    """
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        cls = transformers.Lfm2VlForConditionalGeneration
+        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        self.processor = processor_of(path, **options)
+
+    def inputs(self, prompt: CasePrompt) -> Inputs:
+        pictures = [list(prompt.pictures)] if prompt.pictures else None
+        arguments = dict(self.processor(text=[prompt.text], images=pictures, return_tensors="pt"))
+        return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
