@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CONFIG ?= serve_config.yaml
 
-.PHONY: install serve test chaos lint test-k8s test-clients bench exactness image chart clean
+.PHONY: install serve test test-wide chaos lint test-k8s test-clients bench exactness image chart clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ serve: install
 WORKERS ?= 3
 test: install
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+# With the tables of tests whole of which "make test" runs a part: see tests/wide.py.
+test-wide: override ARGS += --wide
+test-wide: test
 
 # The pods of k8s/overlays/cpu-demo, as processes of this machine with networks of their own; needs root.
 PODS ?= tests/k8s

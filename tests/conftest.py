@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.serving import UNDER_LOAD, Served, SharedApplication
+from tests.wide import leave_out, run_whole
 from tests.workers import APPLICATIONS, application_of, assign_groups, give_way, starts_processes
 
 # Triton reads this when a kernel is decorated, so it must be set before any kernel file is imported. Tensors
@@ -25,10 +26,16 @@ if not torch.cuda.is_available():
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--wide", action="store_true", help="run wide tables of tests whole, not only a part")
+
+
 # First, because xdist's own hook reads the groups, and is called before those of conftest files otherwise.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
     """Give tests that start processes more time, and share all tests between workers, if there are any."""
+    if not run_whole(config):
+        leave_out(items, config)
     for item in items:
         if starts_processes(item) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(600))
@@ -80,6 +87,12 @@ def shared_applications(tmp_path_factory) -> Iterator[Mapping[str, SharedApplica
     yield shared
     for each in shared.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def wide(pytestconfig: pytest.Config) -> bool:
+    """True if tables of tests run whole, as by ``make test-wide``."""
+    return run_whole(pytestconfig)
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """Cases that are drawn from a seed: the engine gives what Transformers gives, in each way of serving.
 
-More of them: ``make exactness N=200 SEED=1 FAMILY=qwen2``.
+Each case is asked alone, and in some of the other modes: neighbouring cases take different ones. All modes of
+all cases: ``make test-wide``. More cases: ``make exactness N=200 SEED=1 FAMILY=qwen2``.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -14,6 +16,7 @@ from tests.engine.families.compare import Tally
 from tests.engine.families.drawn import report
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.families import FAMILIES
+from tests.engine.families.drawn.modes import MODES
 from tests.engine.families.drawn.run import Case, Result, lost, run
 
 #: Numbers of cases that the engine serves. Together they have each rotary scaling and its fields, windows and
@@ -64,12 +67,19 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "qwen3_moe": (3,),
     "qwen3": (3, 24),
 }
-_CASES = [pytest.param(name, seed, id=f"{name}-{seed}") for name in _SEEDS for seed in _SEEDS[name]]
+_PAIRS = [(name, seed) for name in _SEEDS for seed in _SEEDS[name]]
+#: Without ``--wide``, the modes of a case beside "alone": its number and these, modulo the number of modes.
+_STEPS = (0, 3)
+_CASES = [
+    pytest.param(name, seed, [(number + step) % len(MODES) for step in _STEPS], id=f"{name}-{seed}")
+    for number, (name, seed) in enumerate(_PAIRS)
+]
 
 
-@pytest.mark.parametrize(("family", "seed"), _CASES)
-def test_a_drawn_case_is_as_transformers_has_it(family, seed):
-    result = run(Case(FAMILIES[family], seed))
+@pytest.mark.parametrize(("family", "seed", "some"), _CASES)
+def test_a_drawn_case_is_as_transformers_has_it(family, seed, some, wide):
+    modes = [mode for number, mode in enumerate(MODES) if wide or number in some]
+    result = run(Case(FAMILIES[family], seed, tuple(modes)))
     if any(reason.startswith("Unavailable") for reason in result.skipped):
         pytest.skip(result.skipped[0])
     assert result.differences == [], report.difference(result, result)
@@ -98,6 +108,11 @@ def test_records_of_several_runs_add_up(tmp_path):
     assert found["cases"] == "2" and found["equal"] == "1" and found["prompts"] == "3"
     assert found["tokens"] == "9" and found["different"] == "1"
     assert any("why" in reason for reason in reasons) and "different llama 2: refused: why" in reasons
+
+
+def test_every_mode_is_taken_by_many_cases():
+    taken = Counter(number for case in _CASES for number in case.values[2])
+    assert len(taken) == len(MODES) and min(taken.values()) > 10
 
 
 def test_choices_do_not_depend_on_each_other():

@@ -106,6 +106,7 @@ def force_splits(monkeypatch, splits):
     monkeypatch.setattr(module, "num_splits", lambda *_: splits)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("splits", [1, 3, 32])
 @pytest.mark.parametrize("case", CASES)
 def test_triton_equals_reference(device, dtype, case, splits, monkeypatch):
@@ -113,6 +114,7 @@ def test_triton_equals_reference(device, dtype, case, splits, monkeypatch):
     run(problem(device, dtype, **CASES[case]))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("change", [{"window": 11}, {"window": 100}, {"interleaved": True}])
 def test_options(device, dtype, change, splits, monkeypatch):
@@ -199,6 +201,7 @@ def tried_tiles() -> list[int]:
     return list(distinct.values())
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("splits", [1, 12])
 @pytest.mark.parametrize("programs", tried_tiles())
 @pytest.mark.parametrize("case", ["many", "one long", "two, seven heads", "head of 96"])

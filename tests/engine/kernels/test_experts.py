@@ -108,6 +108,7 @@ def matrices(device, dtype, shape, group) -> ExpertMatrices:
 INT4 = ["16", "128"]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("group", [None, 1 << 15, 16, *INT4])
 # Tokens, experts of a token, experts, width, inner width.
 @pytest.mark.parametrize("size", [(1, 2, 5, 20, 12), (2, 1, 1, 24, 8), (2, 3, 4, 9, 11)], ids=str)
@@ -117,6 +118,7 @@ def test_few_tokens(device, dtype, size, group):
     assert_close(run(*arguments), exact, tolerance=1e-5 if group in INT4 else 0.0)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("run", [grouped_experts_triton, experts_reference])
 @pytest.mark.parametrize("group", [None, 1 << 15, 32, *INT4])
 @pytest.mark.parametrize("size", [(9, 3, 7, 70, 33), (20, 2, 3, 64, 64), (2, 4, 9, 32, 16)], ids=str)

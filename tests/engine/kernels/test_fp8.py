@@ -26,7 +26,7 @@ from .compare import assert_close
 from .test_linear import float64_linear, sum_tolerance
 
 #: Outputs, inputs, and the inputs of a group: all inputs, or groups of which the last may be cut.
-SIZES = [(34, 40, 64), (70, 1100, 128), (8, 1536, 2048), (4, 900, 16), (202, 70, 32), (66, 256, 128)]
+SIZES = [(34, 40, 64), (70, 1100, 128), (8, 1536, 2048), (4, 900, 16), (130, 70, 32), (66, 256, 128)]
 
 
 def problem(device, dtype, rows, outputs, inputs, group, *, round_inputs=False):
@@ -46,6 +46,7 @@ def tolerance(x, exact, bias, activation=None):
     return sum_tolerance(x, exact, bias, activation) if x.dtype == torch.float32 else 0.0
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [*SIZES, (1, 5, 16), (33, 512, 128)])
 def test_a_gemv(device, dtype, outputs, inputs, group, with_bias):
@@ -55,6 +56,7 @@ def test_a_gemv(device, dtype, outputs, inputs, group, with_bias):
     assert_close(gemv_triton(x, weight, bias, scale), expected, tolerance=tolerance(x, exact, bias))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("size", "activation", "with_bias"),
     [
@@ -73,6 +75,7 @@ def test_a_gemv_after_a_norm(device, dtype, size, activation, with_bias):
     assert_close(result, expected, tolerance=allowed)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("size", "activation", "rows", "with_bias"),
     [

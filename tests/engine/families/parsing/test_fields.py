@@ -185,6 +185,7 @@ def default(kind: str, field: str) -> Any:
     return copy.deepcopy(getattr(defaults(kind), field, None))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("kind", CLASSES)
 def test_each_field(kind, field):

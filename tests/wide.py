@@ -1,0 +1,69 @@
+"""Chooses the part of wide tables of tests that ``make test`` runs; ``make test-wide`` runs them whole.
+
+A test with the mark ``wide`` is left out. Of a test with the mark ``covering(n)`` enough cases are kept to
+have each combination of values of ``n`` parameters: with 1 each value, with 2 each pair of values. Most
+faults need no more than two values together. A test whose body has a table of its own takes the fixture
+``wide``. On a machine with a GPU all cases run: there kernels take little time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+
+#: Parameters of which a value may be skipped on this machine: each of their values is covered by itself.
+_APART = ("dtype",)
+#: Types of values that are compared: a table may have rows of several parameters.
+_PLAIN = (str, int, float, tuple, type(None))
+
+
+def run_whole(config: pytest.Config) -> bool:
+    """Return whether all cases of all tables run."""
+    return config.getoption("--wide") or torch.cuda.is_available()
+
+
+def leave_out(items: list[pytest.Item], config: pytest.Config) -> None:
+    """Deselect the tests that only ``--wide`` runs."""
+    tables: dict[Any, list[pytest.Item]] = defaultdict(list)
+    out = {item for item in items if item.get_closest_marker("wide")}
+    for item in items:
+        mark = item.get_closest_marker("covering")
+        if mark is not None and hasattr(item, "callspec"):
+            apart = tuple(_values(item).get(name) for name in _APART)
+            tables[item.nodeid.split("[")[0], apart, *mark.args].append(item)
+    for (_, _, strength), table in tables.items():
+        kept = cover([_values(item) for item in table], strength)
+        out.update(item for number, item in enumerate(table) if number not in kept)
+    if out:
+        config.hook.pytest_deselected(items=[item for item in items if item in out])
+        items[:] = [item for item in items if item not in out]
+
+
+def _values(item: pytest.Item) -> dict[str, Any]:
+    """For each parameter of a test its value, or the identity of a value that is no plain data."""
+    found = item.callspec.params
+    return {name: found[name] if isinstance(found[name], _PLAIN) else id(found[name]) for name in found}
+
+
+def cover(rows: Sequence[dict[str, Any]], strength: int) -> set[int]:
+    """Return numbers of rows that together have each combination of values of ``strength`` columns.
+
+    Rows are taken greedily: those that add most combinations, and of these one whose values were taken least.
+    """
+    combined = [set(combinations(sorted(row.items()), min(strength, len(row)))) for row in rows]
+    missing, kept = set().union(*combined), set()
+    taken: Counter[Any] = Counter()
+    while missing:
+        best = max(
+            range(len(rows)),
+            key=lambda row: (len(combined[row] & missing), -sum(taken[each] for each in rows[row].items())),
+        )
+        kept.add(best)
+        missing -= combined[best]
+        taken.update(rows[best].items())
+    return kept
