@@ -33,7 +33,8 @@ class MediaItem:
         size: ``(width, height)`` of the image that the model's processor got, in pixels.
         placeholder: the token runs that stand for it in a prompt; their ``is_embed`` counts sum to
             ``num_tokens``. Derived from the same processor result as ``num_tokens``.
-        times: the time in seconds of each step of ``grid`` in time, for families whose models get it.
+        times: the time in seconds of each step of ``grid`` in time, for families whose models get it; of
+            families whose models get it too, the video's duration is the last.
     """
 
     kind: str

@@ -1,16 +1,17 @@
-"""Idefics3 and SmolVLM: an image in square crops and once as a whole, SigLIP, and a Llama decoder."""
+"""Idefics3, SmolVLM and SmolVLM2: an image in crops and once as a whole, SigLIP, and a Llama decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.encoders import crop_encoder
 from engine.families.family import Family
 from engine.families.idefics3.processor import Idefics3Processor
+from engine.families.idefics3.video import SmolVLMProcessor, words_around, words_of_frame
 from engine.families.parsing.decoder import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
@@ -20,11 +21,9 @@ from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import HALF_NORMALISATION
 
-if TYPE_CHECKING:
-    pass
-
 _TOWER = r"model\.vision_model\."
 _TOWER_DEFAULTS = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
+_SMOLVLM = "SmolVLMForConditionalGeneration"
 _IMAGE, _FAKE, _GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 
 
@@ -58,14 +57,17 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
 def _placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
-    """The crops row by row, each after the name of its place, then the whole image."""
+    """An image's crops row by row, each after the name of its place, then the whole; or a video's frames."""
     crops, rows, columns = item.grid
-    text = ""
+    text, whole = "", f"{_FAKE}{_GLOBAL}{_IMAGE}{_FAKE}"
     for row in range(rows):
         for column in range(columns):
             text += f"{_FAKE}<row_{row + 1}_col_{column + 1}>{_IMAGE}"
         text += "\n"
-    text += f"{_FAKE}{_GLOBAL}{_IMAGE}{_FAKE}" if not rows else f"\n{_FAKE}{_GLOBAL}{_IMAGE}{_FAKE}"
+    text += whole if not rows else f"\n{whole}"
+    if item.kind == "video":
+        # The words before the first frame stand before the placeholder.
+        text += "".join(words_of_frame(seconds) + whole for seconds in item.times[1:-1])
     # Tokenised as one text: two line feeds are one token in some vocabularies and two in others.
     return tuple(
         PlaceholderRun(token, item.num_tokens // crops, True)
@@ -73,6 +75,19 @@ def _placeholder(
         else PlaceholderRun(token, 1, False)
         for token in encode(text)
     )
+
+
+def _around(config: ModelConfig, item: MediaItem) -> tuple[str, str]:
+    return words_around(item) if item.kind == "video" else ("", "")
+
+
+def _prompt_format(config: ModelConfig) -> PromptFormat:
+    return PromptFormat(image=_IMAGE, video="<video>" if config.architecture == _SMOLVLM else None)
+
+
+def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Json) -> Idefics3Processor:
+    kind = SmolVLMProcessor if config.architecture == _SMOLVLM else Idefics3Processor
+    return kind.create(checkpoint, config, options)
 
 
 def _weights(config: ModelConfig) -> WeightRules:
@@ -87,15 +102,16 @@ def _weights(config: ModelConfig) -> WeightRules:
 
 FAMILY = Family(
     name="idefics3",
-    architectures=("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+    architectures=("Idefics3ForConditionalGeneration", _SMOLVLM),
     reader=ConfigReader(
         text=_text,
         vision=_vision,
         image_token=token_field("image_token_id", default=128257),
     ),
-    prompt_format=lambda config: PromptFormat(image=_IMAGE),
+    prompt_format=_prompt_format,
+    around=_around,
     placeholder=_placeholder,
-    processor=Idefics3Processor.create,
+    processor=_processor,
     options=("do_image_splitting", "size"),
     weights=_weights,
     build_encoder=crop_encoder,

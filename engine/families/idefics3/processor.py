@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image
@@ -60,9 +60,7 @@ class Idefics3Processor:
     embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
     @classmethod
-    def create(
-        cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
-    ) -> Idefics3Processor:
+    def create(cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]) -> Self:
         """The checkpoint's processor with the options ``do_image_splitting`` and ``size``."""
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
@@ -106,11 +104,11 @@ class Idefics3Processor:
         key = content_hash(pixels, family="idefics3", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)
 
-    def with_options(self, options: Mapping[str, Any]) -> Idefics3Processor:
+    def with_options(self, options: Mapping[str, Any]) -> Self:
         options = request_options(options, "do_image_splitting")
         return replace(self, split=lowered_flag(options, "do_image_splitting", self.split))
 
-    def low_detail(self) -> Idefics3Processor:
+    def low_detail(self) -> Self:
         return replace(self, split=False)
 
     def prepare_video(self, video: Video) -> PreparedMedia:

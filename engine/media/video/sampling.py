@@ -161,6 +161,20 @@ def glm46v_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> l
     return _paired(found)
 
 
+def smolvlm_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``SmolVLMVideoProcessor.sample_frames`` gives them, with a second skipped at
+    both ends of videos that are longer than the most frames last."""
+    fps, most, last = asked.fps or rules.fps, asked.num_frames or rules.max_frames, info.frames - 1
+    assert fps is not None
+    count = max(1, min(round(fps * info.duration), most))
+    first, end = 0, last
+    if info.duration - 2 > most * fps:
+        first, end = max(0, int(info.fps)), min(int(info.frames - info.fps), last)
+    if first >= end:
+        first, end = 0, last
+    return np.unique(np.linspace(first, end, count, dtype=int)).tolist()
+
+
 def _paired(indices: list[int]) -> list[int]:
     """Each index once, and the last one twice if their number is odd."""
     once = list(dict.fromkeys(indices or [0]))

@@ -39,10 +39,12 @@ class Pace:
     Attributes:
         times: the second of each frame that the model is shown, from the video's first frame on.
         rate: frames per second that the model is shown, on average.
+        duration: seconds of the whole video; None if only the shown frames are known.
     """
 
     times: tuple[float, ...]
     rate: float
+    duration: float | None = None
 
     @classmethod
     def of_rate(cls, count: int, rate: float) -> Pace:
@@ -53,7 +55,7 @@ class Pace:
     def of_indices(cls, indices: Sequence[int], info: VideoInfo) -> Pace:
         """Chosen frames of a file, with the same arithmetic as Transformers' ``VideoMetadata``."""
         times = tuple(index / info.fps for index in indices)
-        return cls(times, len(indices) / info.frames * info.fps)
+        return cls(times, len(indices) / info.frames * info.fps, info.duration)
 
     @classmethod
     def of_times(cls, times: Sequence[float]) -> Pace:

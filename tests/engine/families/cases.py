@@ -298,7 +298,9 @@ CASES = [
         options={"kv_cache_bytes": 32 << 20},
     ),
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
-    FamilyCase("SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), **_IDEFICS),
+    FamilyCase(
+        "SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), video="<video>", **_IDEFICS
+    ),
     *(
         FamilyCase(
             kind,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.video_utils import VideoMetadata
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
@@ -132,6 +137,48 @@ class IdeficsReference:
         )
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
+        # Without its video half, the processor takes a video's text as text.
+        count, image = len(prompt.frames), SPECIALS.index("<image>")
+        given = VideoMetadata(total_num_frames=count, frames_indices=list(range(count)))
+        words = video_text(self.processor, given).replace("<image>", "<|endoftext|>") if count else ""
+        text = prompt.text.replace("<video>", words)
         pictures = [list(prompt.pictures)] if prompt.pictures else None
-        arguments = dict(self.processor(text=prompt.text, images=pictures, return_tensors="pt"))
+        arguments = dict(self.processor(text=text, images=pictures, return_tensors="pt"))
+        if count:
+            arguments["input_ids"][arguments["input_ids"] == 0] = image
+            frames = self.processor.image_processor(
+                [list(prompt.frames)], do_image_splitting=False, return_tensors="pt"
+            )
+            parts = [frames, arguments] if pictures else [frames]
+            if pictures and prompt.text.index("<image>") < prompt.text.index("<video>"):
+                parts.reverse()
+            for name in ("pixel_values", "pixel_attention_mask"):
+                arguments[name] = torch.cat([torch.as_tensor(part[name]) for part in parts], dim=1)
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
+
+
+#: Numbers of frames as the package num2words writes them, which Transformers' processor needs.
+WORDS = {
+    1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven",
+    8: "eight", 9: "nine", 10: "ten", 11: "eleven", 12: "twelve", 20: "twenty", 21: "twenty-one",
+    64: "sixty-four", 100: "one hundred", 101: "one hundred and one", 128: "one hundred and twenty-eight",
+    1000: "one thousand", 1024: "one thousand and twenty-four", 1100: "one thousand, one hundred",
+    12345: "twelve thousand, three hundred and forty-five",
+}  # fmt: skip
+
+
+def video_text(processor: Any, metadata: VideoMetadata) -> str:
+    """Transformers' text of a video, by the processor's number of rows of a frame."""
+    module = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
+    theirs = SimpleNamespace(
+        image_seq_len=processor.image_seq_len,
+        image_token="<image>",
+        fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>",
+    )
+    inputs = {
+        "pixel_values": np.zeros((1, len(metadata.frames_indices))),
+        "video_metadata": [metadata],
+    }
+    with mock.patch.object(module, "num2words", WORDS.__getitem__):
+        return module.SmolVLMProcessor.replace_video_token(theirs, inputs, 0)

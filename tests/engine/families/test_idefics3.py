@@ -12,11 +12,12 @@ import transformers
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
 from engine.errors import ConfigError, InvalidRequest
+from engine.families.idefics3.video import number_in_words
 from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
 from tests.engine.families.cases import case_named
-from tests.engine.families.idefics import make_granite_docling, make_idefics3, make_smolvlm
+from tests.engine.families.idefics import WORDS, make_granite_docling, make_idefics3, make_smolvlm
 from tests.engine.families.made import Made
 from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.tiny import picture
@@ -94,10 +95,11 @@ def test_public_configuration_is_filled_up(tmp_path):
     assert media_processor(tmp_path, size={"longest_edge": 512}).grid((1600, 1200)) == (1, 0, 0)
 
 
-def test_refusals(path):
+def test_refusals(path, kind):
     ours = media_processor(path)
-    with pytest.raises(InvalidRequest, match="frames"):
-        ours.prepare_video(Video.of([picture(8, 8)]))
+    if kind == "Idefics3":
+        with pytest.raises(InvalidRequest, match="frames"):
+            ours.prepare_video(Video.of([picture(8, 8)]))
     for options in ({"num_crops": 3}, {"size": {"longest_edge": 0}}, {"do_image_splitting": 1}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             media_processor(path, **options)
@@ -151,3 +153,7 @@ def test_fields_that_are_left_out_have_the_defaults_of_transformers(tmp_path, ki
     for name, read in _READ.items():
         part, _, field = name.rpartition(".")
         assert read(ours) == getattr(getattr(theirs, part) if part else theirs, field), name
+
+
+def test_numbers_of_frames_are_written_in_words():
+    assert {number: number_in_words(number) for number in WORDS} == WORDS

@@ -23,7 +23,9 @@ from PIL import Image
 from transformers.image_utils import SizeDict
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
 
+from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.frontend import load_prompt_builder
 from engine.media.source import MediaSource
 from engine.media.video.sampling import (
     FrameRules,
@@ -32,10 +34,12 @@ from engine.media.video.sampling import (
     middle_indices,
     qwen2_indices,
     qwen3_indices,
+    smolvlm_indices,
     uniform_indices,
 )
 from engine.media.video.video import VideoInfo, VideoOptions
 from engine.preparation import MediaPreparation
+from tests.engine.families.idefics import IdeficsReference, make_smolvlm, video_text
 from tests.engine.families.internvl import SIDE as INTERNVL_SIDE
 from tests.engine.families.internvl import make_internvl
 from tests.engine.families.onevision import SIDE, make_onevision
@@ -92,6 +96,9 @@ def samplers() -> Any:
                 "transformers.models.qwen3_vl.video_processing_qwen3_vl"
             ).Qwen3VLVideoProcessor,
             glm4v=import_module("transformers.models.glm4v.video_processing_glm4v").Glm4vVideoProcessor,
+            smolvlm=import_module(
+                "transformers.models.smolvlm.video_processing_smolvlm"
+            ).SmolVLMVideoProcessor,
             glm46v=import_module("transformers.models.glm46v.video_processing_glm46v").Glm46VVideoProcessor,
             internvl=import_module(
                 "transformers.models.internvl.video_processing_internvl"
@@ -187,6 +194,23 @@ def test_chosen_frames_are_those_of_glm(samplers, kind):
         found = ours(VideoInfo(total, rate, (64, 48)), RULES["qwen2"], VideoOptions(fps=fps))
         # Of a video shorter than its shortest step, theirs shows nothing.
         assert found == (expected or [0, 0]), (total, rate, fps)
+
+
+def test_chosen_frames_are_those_of_smolvlm(samplers):
+    draw, stated = random.Random(2), SimpleNamespace(num_frames=64, fps=1)
+    rules = FrameRules(fps=1.0, max_frames=64)
+    for _ in range(2000):
+        total, rate = draw.randint(1, draw.choice((40, 900, 30_000))), draw.choice([5, *RATES])
+        asked = draw.choice(
+            (USUAL, VideoOptions(fps=draw.choice((0.3, 2.0, 2.5))), VideoOptions(num_frames=7))
+        )
+        metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
+        expected = samplers.smolvlm.sample_frames(stated, metadata, asked.num_frames, asked.fps).tolist()
+        assert smolvlm_indices(VideoInfo(total, rate, (64, 48)), rules, asked) == expected, (
+            total,
+            rate,
+            asked,
+        )
 
 
 def test_what_glm_decides_itself_is_refused():
@@ -311,6 +335,36 @@ def test_squares_of_frames_equal_transformers(samplers, clips, tmp_path, request
         assert media.item.grid == (len(frames), 0, 0)
         expected = np.stack([frame.resize((side, side), Image.Resampling.BICUBIC) for frame in frames])
         assert (media.pixels == expected).all()
+
+
+def test_smolvlm_is_shown_frames_with_their_times(samplers, clips, tmp_path, request):
+    """Ids, pixels and times of files, with the size and the numbers of frames of a public checkpoint."""
+    path, stated = make_smolvlm(tmp_path), SimpleNamespace(num_frames=12, fps=1)
+    rewrite_json(
+        path / "preprocessor_config.json",
+        {"video_sampling": {"fps": 1, "max_frames": 12, "video_size": {"longest_edge": 90}}},
+    )
+    reference = IdeficsReference(path, "SmolVLM")
+    preparation = MediaPreparation(media_processor(path), processes=1)
+    request.addfinalizer(preparation.close)
+    builder = load_prompt_builder(EngineConfig(model=str(path)))
+    sample = samplers.smolvlm.sample_frames
+
+    def choose(metadata: VideoMetadata, **_: Any) -> np.ndarray:
+        return sample(stated, metadata, asked.num_frames, asked.fps)
+
+    for data, asked in clips:
+        source = MediaSource(0, "here", "video", data=data, video=asked)
+        media = preparation.prepare(preparation.for_prompt([source]), source, [data])
+        frames, metadata = read_video_pyav(io.BytesIO(data), choose)
+        images = [[Image.fromarray(frame) for frame in frames]]
+        made = reference.processor.image_processor(images, do_image_splitting=False, return_tensors="pt")
+        pixels = (torch.from_numpy(media.pixels) / 255 - 0.5) / 0.5
+        torch.testing.assert_close(pixels.permute(0, 3, 1, 2), made["pixel_values"][0])
+        words = video_text(reference.processor, metadata)
+        text = "User: look {} what is it?"
+        expected = reference.processor.tokenizer(text.format(words))["input_ids"]
+        assert builder.from_text(text.format("<video>"), [media.item]).token_ids == expected
 
 
 @pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen3VL"])
