@@ -76,7 +76,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
 
 def state(device, rows, blocks) -> Problem:
     slots = torch.arange(rows, device=device)
-    tables = torch.arange(rows * blocks, dtype=torch.int32, device=device).view(rows, blocks)
+    tables = torch.arange(rows * blocks, dtype=torch.int32, device=device).view(1, rows, blocks)
     length = torch.randint(0, blocks * BLOCK, (rows,), device=device)
     arguments = (slots, tables, length, length, length)
     run = partial(gather_decode_inputs, *arguments, block_size=BLOCK)

@@ -22,9 +22,9 @@ class DecodeInputs(NamedTuple):
 
     Attributes:
         ids: int64 ``(D,)``, token ids to compute.
-        tables: int32 ``(D, max_blocks)``, block tables.
+        tables: int32 ``(groups, D, max_blocks)``, block tables of each group of layers.
         seq_lens: int32 ``(D,)``, tokens of each sequence including these.
-        kv_slots: int64 ``(D,)``, where their keys and values go.
+        kv_slots: int64 ``(groups, D)``, where their keys and values go.
         positions: int64 ``(D,)``, their rotary positions.
     """
 
@@ -48,7 +48,7 @@ def gather_decode_inputs(
 
     Args:
         slots: int64 ``(D,)``, request slots.
-        block_tables: int32 ``(N, max_blocks)`` contiguous, KV blocks of each slot.
+        block_tables: int32 ``(groups, N, max_blocks)`` contiguous, KV blocks of each slot.
         last_token: int64 ``(N,)``, sampled last and not computed yet.
         length: int64 ``(N,)``, computed tokens; less than ``max_blocks * block_size``.
         delta: int64 ``(N,)``, rotary position minus index of the next token.
@@ -61,8 +61,9 @@ def gather_decode_inputs(
 def gather_decode_inputs_reference(
     slots, block_tables, last_token, length, delta, *, block_size
 ) -> DecodeInputs:
-    tables, computed = block_tables.index_select(0, slots), length.index_select(0, slots)
-    block = tables.gather(1, (computed // block_size)[:, None]).squeeze(1)
+    tables, computed = block_tables.index_select(1, slots), length.index_select(0, slots)
+    column = (computed // block_size).expand(len(tables), -1)[..., None]
+    block = tables.gather(2, column).squeeze(2)
     return DecodeInputs(
         last_token.index_select(0, slots),
         tables,
@@ -75,18 +76,19 @@ def gather_decode_inputs_reference(
 def gather_decode_inputs_triton(
     slots, block_tables, last_token, length, delta, *, block_size
 ) -> DecodeInputs:
-    rows, blocks = slots.shape[0], block_tables.shape[1]
+    rows, (groups, num_slots, blocks) = slots.shape[0], block_tables.shape
     assert slots.is_contiguous() and block_tables.is_contiguous()
     device = slots.device
-    ids, kv_slots, positions = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(3))
-    tables = torch.empty((rows, blocks), dtype=torch.int32, device=device)
+    ids, positions = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(2))
+    kv_slots = torch.empty((groups, rows), dtype=torch.int64, device=device)
+    tables = torch.empty((groups, rows, blocks), dtype=torch.int32, device=device)
     seq_lens = torch.empty(rows, dtype=torch.int32, device=device)
     if rows:
         launch(
-            _gather_kernel, (rows,),
+            _gather_kernel, (rows, groups),
             slots_ptr=slots, block_tables_ptr=block_tables, last_token_ptr=last_token, length_ptr=length,
             delta_ptr=delta, ids_ptr=ids, tables_ptr=tables, seq_lens_ptr=seq_lens, kv_slots_ptr=kv_slots,
-            positions_ptr=positions, blocks=blocks,
+            positions_ptr=positions, blocks=blocks, num_slots=num_slots,
             BLOCK_SIZE=block_size, COLUMNS=min(1024, triton.next_power_of_2(blocks)),
         )  # fmt: skip
     return DecodeInputs(ids, tables, seq_lens, kv_slots, positions)
@@ -96,22 +98,24 @@ def gather_decode_inputs_triton(
 def _gather_kernel(
     slots_ptr, block_tables_ptr, last_token_ptr, length_ptr, delta_ptr,
     ids_ptr, tables_ptr, seq_lens_ptr, kv_slots_ptr, positions_ptr,
-    blocks, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+    blocks, num_slots, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program per request."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program per request and group of layers; those of the first group write what groups share."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     length = tl.load(length_ptr + slot)
-    source, target = block_tables_ptr + slot * blocks, tables_ptr + row * blocks
+    target_row = group * tl.num_programs(0) + row
+    source, target = block_tables_ptr + (group * num_slots + slot) * blocks, tables_ptr + target_row * blocks
     for first in range(0, blocks, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         mask = column < blocks
         tl.store(target + column, tl.load(source + column, mask=mask), mask=mask)
     block = tl.load(source + length // BLOCK_SIZE).to(tl.int64)
-    tl.store(ids_ptr + row, tl.load(last_token_ptr + slot))
-    tl.store(seq_lens_ptr + row, (length + 1).to(tl.int32))
-    tl.store(kv_slots_ptr + row, block * BLOCK_SIZE + length % BLOCK_SIZE)
-    tl.store(positions_ptr + row, length + tl.load(delta_ptr + slot))
+    tl.store(kv_slots_ptr + target_row, block * BLOCK_SIZE + length % BLOCK_SIZE)
+    if group == 0:
+        tl.store(ids_ptr + row, tl.load(last_token_ptr + slot))
+        tl.store(seq_lens_ptr + row, (length + 1).to(tl.int32))
+        tl.store(positions_ptr + row, length + tl.load(delta_ptr + slot))
 
 
 def advance(

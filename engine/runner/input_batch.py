@@ -37,20 +37,10 @@ class DeviceState:
         self.delta = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def decode_inputs(self, slots: torch.Tensor) -> DecodeInputs:
-        """Gather what the requests in ``slots`` ``(D,)`` compute next, and where.
-
-        Block tables and KV slots have a leading axis for the groups of layers.
-        """
-        first = gather_decode_inputs(
-            slots, self.block_tables[0], self.last_token, self.length, self.delta, block_size=self.block_size
+        """Gather what the requests in ``slots`` ``(D,)`` compute next, and where."""
+        return gather_decode_inputs(
+            slots, self.block_tables, self.last_token, self.length, self.delta, block_size=self.block_size
         )
-        if len(self.block_tables) == 1:
-            return first._replace(tables=first.tables[None], kv_slots=first.kv_slots[None])
-        # Not from ``first``: it holds anything while kernels are only compiled, and a wrong column is fatal.
-        tables, computed = self.block_tables.index_select(1, slots), self.length.index_select(0, slots)
-        column = (computed // self.block_size).expand(len(tables), -1)[..., None]
-        blocks = tables.gather(2, column).squeeze(2).long()
-        return first._replace(tables=tables, kv_slots=blocks * self.block_size + computed % self.block_size)
 
     def advance(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """The last tokens of decoding rows ``(D,)`` are computed; ``tokens`` come next."""

@@ -165,7 +165,7 @@ def decode_step() -> None:
     truncation_threshold_triton(logits, ones, ids, ones, ones)
     gumbel_argmax_triton(logits, ones, ids, ids, ones)
     argmax_triton(logits)
-    tables = torch.zeros(9, 256, dtype=I32)
+    tables = torch.zeros(2, 9, 256, dtype=I32)
     gather_decode_inputs_triton(ids, tables, ids, ids, ids, block_size=16)
     advance_triton(ids, ids, ids, ids, padding_slot=3)
     x, norm = noise(1, 1536), noise(1536)

@@ -11,25 +11,27 @@ from engine.kernels.decode_state import (
 PADDING = 6
 
 
-def state(device, columns):
-    tables = torch.arange(7 * columns, dtype=torch.int32).view(7, columns)
+def state(device, columns, groups=1):
+    tables = torch.arange(groups * 7 * columns, dtype=torch.int32).view(groups, 7, columns)
     length = torch.tensor([0, 15, 16, 31, 40, 3, 0])
     last, delta = torch.randint(0, 99, (7,)), torch.randint(-9, 9, (7,))
     return [x.to(device) for x in (tables, last, length, delta)]
 
 
 @pytest.mark.parametrize("slots", [[4], [3, 0, 5], [1, 2, PADDING, PADDING], []])
-@pytest.mark.parametrize("columns", [5, 1030])
-def test_gather_decode_inputs(device, slots, columns):
+@pytest.mark.parametrize(("columns", "groups"), [(5, 1), (1030, 1), (5, 3)])
+def test_gather_decode_inputs(device, slots, columns, groups):
     slots = torch.tensor(slots, dtype=torch.int64, device=device)
-    arguments = (slots, *state(device, columns))
+    arguments = (slots, *state(device, columns, groups))
     result = gather_decode_inputs_triton(*arguments, block_size=16)
     expected = gather_decode_inputs_reference(*arguments, block_size=16)
     for name, one, other in zip(result._fields, result, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
     if 4 in slots.tolist():
         # The 41st token of a sequence goes to offset 8 of its third block.
-        assert result.kv_slots[0] == (4 * columns + 2) * 16 + 8 and result.seq_lens[0] == 41
+        blocks = [(7 * group + 4) * columns + 2 for group in range(groups)]
+        assert result.kv_slots[:, 0].tolist() == [block * 16 + 8 for block in blocks]
+        assert result.seq_lens[0] == 41
 
 
 @pytest.mark.parametrize("slots", [[4], [3, 0, 5], [1, PADDING, 2, PADDING], []])

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from engine.kernels.decode_state import DecodeInputs
-from engine.runner import input_batch
 from engine.runner.input_batch import DeviceState
 
 
@@ -26,12 +24,3 @@ def test_each_group_of_layers_has_its_own_places(state):
         expected = alone.decode_inputs(slots)
         assert torch.equal(found.tables[group], expected.tables[0])
         assert torch.equal(found.kv_slots[group], expected.kv_slots[0])
-
-
-def test_no_index_comes_from_a_kernel_that_was_only_compiled(state, monkeypatch):
-    def compiled(slots, tables, *rest, block_size):
-        anything = torch.full((len(slots),), 1 << 30)
-        return DecodeInputs(anything, tables[: len(slots)], anything.int(), anything, anything)
-
-    monkeypatch.setattr(input_batch, "gather_decode_inputs", compiled)
-    assert state.decode_inputs(torch.tensor([3, 3])).kv_slots.shape == (2, 2)
