@@ -10,6 +10,19 @@ _MOST_MEDIA: dict[Literal["image", "video"], int] = {"image": 8, "video": 1}
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}
 
 
+class Speculation(BaseModel):
+    """How an answer's next tokens are guessed, to be verified together.
+
+    Attributes:
+        prompt_lookup: most tokens of a guess, which is what followed the last tokens where they came before,
+            in the prompt or in the answer; 0 for no guesses.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_lookup: int = Field(default=0, ge=0, le=32)
+
+
 class EngineConfig(BaseModel):
     """Settings of one engine. Unknown fields are refused by name.
 
@@ -44,6 +57,10 @@ class EngineConfig(BaseModel):
         max_encoder_tokens: most embedding rows of one request; offline also of all requests together whose
             placeholders are not computed yet.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
+        append_forced_tokens: where a grammar or JSON schema leaves a single token, append it without sampling
+            it, and compute such tokens together. The answers are the same, in fewer steps.
+        speculation: guesses of next tokens, while few requests run: for answers that repeat their prompt or
+            themselves. The answers are the same. Not for models with recurrent states.
         enforce_eager: never capture CUDA graphs.
         run_ahead: steps the host may enqueue before it reads sampled tokens; 0 waits for each step.
         step_timeout_s: seconds after which a step is assumed never to return; a server's engine then stops.
@@ -80,6 +97,8 @@ class EngineConfig(BaseModel):
     max_num_batched_tokens: PositiveInt = 8192
     max_encoder_tokens: PositiveInt = 65536
     enable_prefix_caching: bool = True
+    append_forced_tokens: bool = True
+    speculation: Speculation = Speculation()
     enforce_eager: bool = False
     run_ahead: NonNegativeInt = 1
     step_timeout_s: PositiveFloat = 300.0

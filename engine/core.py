@@ -97,6 +97,9 @@ class EngineCore:
         Raises:
             Exception: no step can be computed any more.
         """
+        if self.scheduler.awaits_results:
+            while self._in_flight:
+                self._collect()
         batch = self._schedule()
         if batch is not None:
             self._note_admissions(batch)
@@ -168,8 +171,19 @@ class EngineCore:
             if request is not None and request.grammar is not None and row not in events.finished:
                 try:
                     request.grammar.accept([int(events.tokens[row])])
+                    if request.appends_forced:
+                        self._append_forced(events, row, request)
                 except Exception as error:
                     self.scheduler.fail(request, error)
+
+    def _append_forced(self, events: StepEvents, row: int, request: Request) -> None:
+        """Append the tokens that alone may come after the one in ``row``. Those that may end the answer are
+        sampled, as all its ends are."""
+        if room := self.scheduler.forced.room(request):
+            tokens = request.grammar.force(room, request.stop_ids)
+            self.scheduler.append_forced(request, tokens)
+            if tokens:
+                events.forced[row] = tokens
 
     def _report_failures(self) -> None:
         failed, self.scheduler.failed = self.scheduler.failed, []
@@ -192,10 +206,19 @@ class EngineCore:
                 self._collect()
             words = -(-self.runner.vocab_size // 32)
             mask = np.full((len(slots), words), -1, np.int32)
-            rows = np.flatnonzero(table.constrained[slots]).tolist()
-            # A request that ended meanwhile has left its slot.
-            requests = [(table.requests[slots[row]], row) for row in rows]
-            self._fill_masks([(request, row) for request, row in requests if request is not None], mask)
+            open_rows: list[tuple[Request, int]] = []
+            for row in np.flatnonzero(table.constrained[slots]).tolist():
+                slot = slots[row]
+                index = int(table.computed[slot])
+                if index < table.known[slot]:
+                    # The row samples a token that is forced.
+                    mask[row] = 0
+                    token = int(table.tokens[slot, index])
+                    mask.view(np.uint32)[row, token // 32] = np.uint32(1 << token % 32)
+                elif (request := table.requests[slot]) is not None:
+                    # A request that ended meanwhile has left its slot.
+                    open_rows.append((request, row))
+            self._fill_masks(open_rows, mask)
             return mask
 
         return fill

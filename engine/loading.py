@@ -112,12 +112,17 @@ def _scheduler(
     name: str,
 ) -> Scheduler:
     hasher = None
-    snapshots = None if model.decoder.recurrence is None else SnapshotPool(num_states)
+    has_states = model.decoder.recurrence is not None
+    snapshots = SnapshotPool(num_states) if has_states else None
     if config.enable_prefix_caching and snapshots is not None and not num_states:
         logger.warning("no prefix is cached: there is no memory for snapshots of recurrent states")
     elif config.enable_prefix_caching:
         key = f"{name}@{config.revision}:{model.architecture}"
         hasher = BlockHasher(config.block_size, key, secrets.token_bytes(32))
+    most_drafted = config.speculation.prompt_lookup
+    if most_drafted and has_states:
+        logger.warning("speculation is off: this model's recurrent states can't go back behind a guess")
+        most_drafted = 0
     return Scheduler(
         KVManager(
             BlockPool(num_blocks, snapshots if hasher else None),
@@ -131,4 +136,5 @@ def _scheduler(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         recompute_beyond=model.decoder.rope.recompute_beyond,
+        most_drafted=most_drafted,
     )

@@ -175,7 +175,9 @@ class OutputProcessor:
                     if delta is None:
                         delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
                         self._update(group, changed).deltas.append(delta)
-                    self._extend(delta, group, sequence, token, row, step)
+                    for each in (token, *step.forced.get(row, ())):
+                        if not sequence.done:
+                            self._extend(delta, group, sequence, each, row, step)
                 except Exception as error:
                     self._fail(group, error)
                     continue
@@ -183,7 +185,7 @@ class OutputProcessor:
                     stopped.append(request)
                 if token >= 0:
                     self._time(group, step.time, previous, changed[group.id][1])
-                    count += 1
+                    count += 1 + len(step.forced.get(row, ()))
             for last, tokens in previous.items():
                 self._metrics.observe_gap(step.time - last, tokens)
             self._metrics.observe_tokens(count, step.time)

@@ -40,6 +40,9 @@ class Request:
             tokens of the range, also to later ones. Each is computed in one step.
         pooling: how to make an embedding; None for generation.
         grammar: the matcher that masks this sequence's tokens, if it is constrained.
+        appends_forced: tokens that the grammar alone decides are appended without being sampled; see
+            :mod:`engine.scheduling.forced`.
+        takes_drafts: its next tokens may be drafted and verified, see :mod:`engine.scheduling.drafts`.
         blocks: KV blocks it holds, in order, of each group of layers (:class:`.LayerGroups`); 0 in place of
             those behind the group's window. Empty while waiting.
         block_hashes: hashes of its full blocks, as far as they were computed.
@@ -70,6 +73,8 @@ class Request:
     both_ways: Sequence[tuple[int, int]] = ()
     pooling: PoolingParams | None = None
     grammar: Any = None
+    appends_forced: bool = False
+    takes_drafts: bool = False
     blocks: list[list[int]] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     slot: int | None = None

@@ -107,12 +107,20 @@ class RequestFactory:
                 seed=_signed64(seed + index * _SEED_STRIDE),
                 embeddings=dict(first.embeddings),
                 grammar=None if grammar is None else grammar.matcher(),
+                appends_forced=self._appends_forced(params),
+                takes_drafts=_takes_drafts(params),
                 blocks=[],
                 block_hashes=[],
             )
             self._carry_on(request)
             requests.append(request)
         return new_group(request_id, requests, first.num_prompt, progress)
+
+    def _appends_forced(self, params: SamplingParams) -> bool:
+        """Whether tokens that a grammar leaves alone can go without being sampled: if nothing else could ban
+        them, and nobody wants their log-probabilities."""
+        alone = constraint_names(params) == ["structured"]
+        return self._config.append_forced_tokens and alone and params.logprobs is None
 
     def _carry_on(self, request: Request) -> None:
         """Bring a request that has output already into the state that it would have after that output.
@@ -315,6 +323,12 @@ class RequestFactory:
                     f"in the prompt want {wanted}."
                 )
         return by_hash
+
+
+def _takes_drafts(params: SamplingParams) -> bool:
+    """Whether what may be sampled does not depend on the tokens before, other than by penalties."""
+    words = any(len(ids) > 1 for ids in params.bad_sequences)
+    return params.structured is None and not words and not params.no_repeat_ngram_size
 
 
 def _check_salt(salt: Any) -> None:

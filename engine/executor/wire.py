@@ -42,15 +42,16 @@ class StepMessage:
 
     Attributes:
         decode_slots: int64 ``(D,)``; None if they are the previous step's.
-        prefills: slot, start, count, ``completes`` and ``snapshot`` of each chunk; its request was admitted
-            before.
+        prefills: all fields of each chunk, with the slot in place of its request, which was admitted before.
         masked: True if the step's grammar masks follow in a second message, int32 ``(R, ceil(V / 32))``.
     """
 
     step: int
     masked: bool
     decode_slots: np.ndarray | None = None
-    prefills: list[tuple[int, int, int, bool, int | None]] = field(default_factory=list)
+    prefills: list[tuple[int, int, int, bool, int | None, list[int] | None, int]] = field(
+        default_factory=list
+    )
     admitted: list[Admission] = field(default_factory=list)
     table_updates: list[TableUpdate] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
@@ -70,7 +71,10 @@ class BatchSender:
             batch.step,
             masked,
             slots,
-            [(c.slot, c.start, c.count, c.completes, c.snapshot) for c in batch.prefills],
+            [
+                (c.slot, c.start, c.count, c.completes, c.snapshot, c.answer, c.num_drafted)
+                for c in batch.prefills
+            ],
             [
                 Admission(_copy(a.request, a.num_computed), a.slot, a.num_computed, a.snapshot)
                 for a in batch.admitted
@@ -98,8 +102,8 @@ class BatchReceiver:
             end = update.column + len(update.blocks)
             self._requests[update.slot].blocks[update.group][update.column : end] = update.blocks
         prefills = [
-            PrefillChunk(self._requests[slot], slot, start, count, completes, snapshot)
-            for slot, start, count, completes, snapshot in message.prefills
+            PrefillChunk(self._requests[slot], slot, start, count, completes, snapshot, answer, drafted)
+            for slot, start, count, completes, snapshot, answer, drafted in message.prefills
         ]
         return ScheduledBatch(
             message.step,

@@ -13,6 +13,7 @@ import torch
 
 from engine.kernels.decode_state import DecodeInputs, advance, gather_decode_inputs
 from engine.prompt import EmbeddedMedia
+from engine.runner.draft_rows import DraftRows
 
 
 class DeviceState:
@@ -45,6 +46,15 @@ class DeviceState:
     def advance(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """The last tokens of decoding rows ``(D,)`` are computed; ``tokens`` come next."""
         advance(slots, tokens, self.last_token, self.length, padding_slot=self.padding_slot)
+
+    def take(self, slots: torch.Tensor, tokens: torch.Tensor, drafts: DraftRows | None) -> None:
+        """Sampled ``tokens`` ``(R,)`` of ``slots`` come next; the lengths count all tokens of drafts, some of
+        which may not hold."""
+        if drafts is not None:
+            held = drafts.held(tokens)
+            self.length.index_add_(0, slots, held.long() - 1)
+            slots = torch.where(drafts.last(held), slots, self.padding_slot)
+        self.last_token.index_copy_(0, slots, tokens.clamp(min=0))
 
 
 @dataclass(frozen=True, slots=True)

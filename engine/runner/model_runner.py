@@ -19,6 +19,7 @@ from engine.layers.decoder import Decoder
 from engine.logprobs import LogprobTensors
 from engine.request import Request, attributed_to
 from engine.runner.cuda_graphs import DecodeGraphs
+from engine.runner.draft_rows import DraftRows
 from engine.runner.forward_graphs import ForwardGraphs, captured_sizes
 from engine.runner.input_batch import DeviceState, embedding_tensor
 from engine.runner.kv_storage import Caches
@@ -27,7 +28,7 @@ from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
 from engine.runner.staging import download, download_logprobs, record_event, upload
 from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, span_rows, to_device
-from engine.scheduling.batch import ScheduledBatch, StepResult
+from engine.scheduling.batch import PrefillChunk, ScheduledBatch, StepResult
 
 #: Plans whose sampling is captured with the decode step. Others sample eagerly after a captured forward pass.
 _CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))
@@ -233,10 +234,16 @@ class ModelRunner:
             mask = None
             if grammar_mask is not None:
                 mask = torch.from_numpy(grammar_mask(batch.sampling_slots.tolist())).to(self.device)
-            tokens = self.sampler.sample(logits, slots, plan, grammar_mask=mask)
+            if step.arrays.chunks is not None and step.arrays.chunks.forced.numel():
+                forced_slots, forced_tokens = step.arrays.chunks.forced
+                self.sampler.count(forced_slots, forced_tokens, plan)
+            drafts = None
+            if step.arrays.chunks is not None and step.arrays.chunks.drafts.numel():
+                drafts = DraftRows(step.arrays.chunks.drafts)
+            tokens = self.sampler.sample(logits, slots, plan, grammar_mask=mask, drafts=drafts)
             if batch.prefills:
                 # The mixed pass has already advanced the lengths.
-                self._state.last_token.index_copy_(0, slots, tokens.clamp(min=0))
+                self._state.take(slots, tokens, drafts)
             else:
                 self._state.advance(slots, tokens)
         return LaunchedStep(tokens, self.sampler.logprobs(logits, tokens, plan), prompts)
@@ -487,7 +494,7 @@ class ModelRunner:
                     vector = self._pooler.add(chunk, rows)
                     if vector is not None:
                         prompts.pooled.append((request, vector))
-                elif request.scores_prompt:
+                elif _is_scored(chunk):
                     scores = self._scorer.score(chunk, rows)
                     prompts.scores += [(request, start, values) for start, values in scores]
             except Exception as error:
@@ -511,5 +518,9 @@ class ModelRunner:
 
 def _wants_all_rows(batch: ScheduledBatch) -> bool:
     """Return True if rows that don't sample need their hidden states too."""
-    requests = (chunk.request for chunk in batch.prefills)
-    return any(r.pooling is not None or r.scores_prompt for r in requests)
+    return any(chunk.request.pooling is not None or _is_scored(chunk) for chunk in batch.prefills)
+
+
+def _is_scored(chunk: PrefillChunk) -> bool:
+    """Return True if log-probabilities of the chunk's tokens, which are a prompt's, are wanted."""
+    return chunk.answer is None and chunk.request.scores_prompt

@@ -13,6 +13,7 @@ from engine.kernels.gumbel import argmax, gumbel_argmax
 from engine.kernels.truncation import truncation_threshold
 from engine.logprobs import LogprobTensors, compute_logprobs
 from engine.runner import sampler_state as state
+from engine.runner.draft_rows import DraftRows
 from engine.runner.sampler_processors import (
     add_at,
     forbid_bad_words,
@@ -139,7 +140,13 @@ class Sampler:
         return self._unions[members]
 
     def sample(
-        self, logits: Tensor, slots: Tensor, plan: SamplingPlan, *, grammar_mask: Tensor | None = None
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        plan: SamplingPlan,
+        *,
+        grammar_mask: Tensor | None = None,
+        drafts: DraftRows | None = None,
     ) -> Tensor:
         """One token per row, without host synchronisation; capturable in a CUDA graph.
 
@@ -152,6 +159,8 @@ class Sampler:
             plan: :meth:`plan` of at least these slots.
             grammar_mask: (N, ceil(V / 32)) int32, all ones for rows without a grammar; given iff
                 ``plan.grammar``.
+            drafts: rows that verify drafts, several of a slot; for slots without bad words and without limits
+                of repeated sequences. Only the tokens that hold are counted.
 
         Returns:
             (N,) int64; -1 where nothing is allowed.
@@ -160,8 +169,10 @@ class Sampler:
         if plan.all_greedy and not plan.processes:
             return logits.argmax(dim=-1)
         floats, ints = self._states.floats.tensor[slots], self._states.ints.tensor[slots]
+        if drafts is not None:
+            ints[:, state.OUTPUT_LEN] += drafts.offsets
         if plan.processes:
-            logits = self._process(logits, slots, plan, floats, ints, grammar_mask)
+            logits = self._process(logits, slots, plan, floats, ints, grammar_mask, drafts)
         if plan.all_greedy:
             tokens = argmax(logits)
         else:
@@ -171,8 +182,22 @@ class Sampler:
                 threshold = truncation_threshold(logits, temperature, top_k, top_p, min_p)
             seeds, index = ints[:, state.SEED], ints[:, state.OUTPUT_LEN]
             tokens = gumbel_argmax(logits, temperature, seeds, index, threshold)
-        self._advance(slots, tokens, plan)
+        self._advance(slots, tokens, plan, drafts)
         return tokens
+
+    def count(self, slots: Tensor, tokens: Tensor, plan: SamplingPlan) -> None:
+        """Takes over ``tokens`` (N,) of outputs that were not sampled, by their ``slots``, both int64; a slot
+        may come several times.
+
+        For slots without bad words and without limits of repeated sequences.
+
+        Args:
+            plan: of the next tokens.
+        """
+        if plan.random or plan.early_width:
+            self._states.ints.tensor[:, state.OUTPUT_LEN].index_add_(0, slots, torch.ones_like(slots))
+        if plan.penalties:
+            self._states.penalties.advance(slots, tokens, torch.ones_like(slots))
 
     def logprobs(self, logits: Tensor, sampled: Tensor, plan: SamplingPlan) -> LogprobTensors | None:
         """Log-probabilities of raw ``logits`` (N, V), with ``plan.num_logprobs`` alternatives per row."""
@@ -186,6 +211,7 @@ class Sampler:
         floats: Tensor,
         ints: Tensor,
         grammar_mask: Tensor | None,
+        drafts: DraftRows | None,
     ) -> Tensor:
         states = self._states
         logits = logits.to(torch.float32, copy=True)
@@ -213,20 +239,24 @@ class Sampler:
             counts, seen = states.penalties.counts, states.penalties.prompt_seen
             assert counts is not None and seen is not None
             repetition, presence = floats[:, state.REPETITION], floats[:, state.PRESENCE]
-            penalize(logits, counts[slots], seen[slots], repetition, presence, floats[:, state.FREQUENCY])
+            counts = counts[slots]
+            if drafts is not None:
+                counts.scatter_add_(1, *drafts.before)
+            penalize(logits, counts, seen[slots], repetition, presence, floats[:, state.FREQUENCY])
         return logits
 
-    def _advance(self, slots: Tensor, tokens: Tensor, plan: SamplingPlan) -> None:
+    def _advance(self, slots: Tensor, tokens: Tensor, plan: SamplingPlan, drafts: DraftRows | None) -> None:
         # Counters of slots that don't use a feature are never read, so skipping their update is safe.
         states = self._states
+        amounts = torch.ones_like(slots) if drafts is None else drafts.held(tokens).long()
         if plan.random or plan.early_width:
-            states.ints.tensor[:, state.OUTPUT_LEN].index_add_(0, slots, torch.ones_like(slots))
+            states.ints.tensor[:, state.OUTPUT_LEN].index_add_(0, slots, amounts)
         if not (plan.penalties or plan.bad_words_width or plan.ngram_width):
             return
         # A row without a token ends here; its index must stay inside its own row until then.
         tokens = tokens.clamp(min=0)
         if plan.penalties:
-            states.penalties.advance(slots, tokens)
+            states.penalties.advance(slots, tokens, amounts)
         if plan.ngram_width:
             states.history.advance(slots, tokens)
         if plan.bad_words_width:

@@ -117,12 +117,10 @@ class PenaltyCounts:
         self.counts.view(-1).index_copy_(0, output_at, upload(np.concatenate(counts), self._device))
         self._pending.clear()
 
-    def advance(self, slots: Tensor, tokens: Tensor) -> None:
-        """Counts one more output token (N,) per slot (N,), both int64."""
+    def advance(self, slots: Tensor, tokens: Tensor, amounts: Tensor) -> None:
+        """Counts output tokens (N,) of slots (N,), each ``amounts`` (N,) times; all int64."""
         assert self.counts is not None
-        flat = slots * self._shape[1] + tokens
-        ones = torch.ones_like(flat, dtype=torch.int32)
-        self.counts.view(-1).index_add_(0, flat, ones)
+        self.counts.view(-1).index_add_(0, slots * self._shape[1] + tokens, amounts.int())
 
 
 class SlotStates:

@@ -12,6 +12,7 @@ import torch
 from engine.layers.rotary import Rotary
 from engine.prompt import MediaSpan
 from engine.request import Request, attributed_to
+from engine.runner.draft_rows import draft_columns
 from engine.runner.staging import upload_together
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch, TableUpdate
 
@@ -35,6 +36,8 @@ class ChunkArrays(Generic[A]):
         sampling_rows: ``(R + padding,)``, their rows; the padding repeats row 0.
         embedded_rows: ``(E,)``, rows that embedding rows overwrite, span after span.
         key_ends: ``(T,)``, see :class:`~engine.kernels.paged.AttentionMetadata`; ``(0,)`` for most models.
+        forced: ``(2, n)``, slots and tokens of answers that were not sampled; the first token of a chunk was.
+        drafts: ``(R, 2 + K)``, see :class:`~engine.runner.draft_rows.DraftRows`; ``(0, 2)`` for most steps.
         long_prompts: ``(3, n)``, arguments of :meth:`Rotary.write_prompt_rows`; n is 0 for most models.
     """
 
@@ -48,6 +51,8 @@ class ChunkArrays(Generic[A]):
     sampling_rows: A
     embedded_rows: A
     key_ends: A
+    forced: A
+    drafts: A
     long_prompts: A
 
     @classmethod
@@ -66,13 +71,14 @@ class ChunkArrays(Generic[A]):
         """
         chunks, decodes = batch.prefills, len(batch.decode_slots)
         last_rows = decodes + np.cumsum([c.count for c in chunks]) - 1
-        samples = np.array([c.completes and c.request.pooling is None for c in chunks], bool)
+        counts = np.array([c.sampling_rows for c in chunks], np.int64)
+        sampling = np.concatenate([np.arange(e - n, e) for e, n in zip(last_rows + 1, counts, strict=True)])
         ids, positions, kv_slots = [], [], []
         embedded: list[np.ndarray] = []
         for chunk, row in chunk_rows(batch):
             with attributed_to(chunk.request):
                 end = chunk.start + chunk.count
-                ids.append(np.array(chunk.request.token_ids[chunk.start : end], np.int64))
+                ids.append(np.array(chunk.token_ids, np.int64))
                 positions.append(_positions(chunk, rotary))
                 kv_slots.append(_kv_slots(chunk, block_size))
                 embedded += [span_rows(s, chunk.start, end)[2] + row for s in chunk.request.spans]
@@ -85,13 +91,13 @@ class ChunkArrays(Generic[A]):
             query_start=np.concatenate([np.arange(decodes + 1), last_rows + 1]),
             ends=np.array([c.start + c.count for c in chunks], np.int64),
             sampling_slots=batch.sampling_slots,
-            sampling_rows=np.concatenate(
-                [np.arange(decodes), last_rows[samples], np.zeros(padding, np.int64)]
-            ),
+            sampling_rows=np.concatenate([np.arange(decodes), sampling, np.zeros(padding, np.int64)]),
             embedded_rows=np.concatenate([*embedded, np.zeros(0, np.int64)]),
             key_ends=np.concatenate(
                 [_key_ends(chunk) for chunk in chunks] if both_ways else [np.zeros(0, np.int64)]
             ),
+            forced=_forced(chunks),
+            drafts=draft_columns(batch),
             long_prompts=long_prompts,
         )
 
@@ -181,6 +187,13 @@ def _key_ends(chunk: PrefillChunk) -> np.ndarray:
     for start, stop in chunk.request.both_ways:
         ends[max(start - chunk.start, 0) : max(stop - chunk.start, 0)] = stop
     return ends
+
+
+def _forced(chunks: Sequence[PrefillChunk]) -> np.ndarray:
+    """int64 ``(2, n)``: see :class:`ChunkArrays`."""
+    runs = [chunk for chunk in chunks if chunk.answer is not None and not chunk.num_drafted]
+    found = [(chunk.slot, token) for chunk in runs for token in chunk.token_ids[1:]]
+    return np.array(found, np.int64).reshape(-1, 2).T
 
 
 def _long_prompts(

@@ -19,6 +19,9 @@ class PrefillChunk:
 
     ``completes`` is set on the chunk that reaches the last known token: it samples (or pools). ``snapshot``
     is the row of snapshots to which the sequence's recurrent states after the chunk are copied, if any.
+    ``answer`` holds the tokens of a chunk of a running answer, of which the first was sampled and the others
+    are forced, or drafted; None for a chunk of ``request.token_ids``. Its last ``num_drafted`` tokens are a
+    draft: a token is sampled after each of them, and after the one before them.
     """
 
     request: Request
@@ -27,6 +30,20 @@ class PrefillChunk:
     count: int
     completes: bool
     snapshot: int | None = None
+    answer: list[int] | None = None
+    num_drafted: int = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The chunk's tokens."""
+        if self.answer is not None:
+            return self.answer
+        return self.request.token_ids[self.start : self.start + self.count]
+
+    @property
+    def sampling_rows(self) -> int:
+        """Number of the chunk's last tokens after each of which one is sampled."""
+        return 1 + self.num_drafted if self.completes and self.request.pooling is None else 0
 
 
 @dataclass(slots=True)
@@ -79,7 +96,7 @@ class ScheduledBatch:
     @property
     def sampling_slots(self) -> np.ndarray:
         """int64 ``(R,)``: slots of the rows that sample, decodes first."""
-        done = [c.slot for c in self.prefills if c.completes and c.request.pooling is None]
+        done = [c.slot for c in self.prefills for _ in range(c.sampling_rows)]
         return np.concatenate([self.decode_slots, np.asarray(done, np.int64)]) if done else self.decode_slots
 
 
@@ -107,11 +124,13 @@ class StepEvents:
     """Events of one step, by sampling row.
 
     Attributes:
-        requests: the request of each row; None if it has lost its slot since the step was scheduled.
+        requests: the request of each row; None if it has lost its slot since the step was scheduled, or if
+            the row's token was known before it was sampled.
         tokens: int64 ``(R,)``; -1 where none was allowed.
         time: when the tokens were read, in seconds of the monotonic clock.
         finished: rows that ended, with their reason: ``stop``, ``length``, or ``error`` where no token was
             allowed.
+        forced: tokens that follow a row's token, because its grammar allows no others.
         logprobs: per row the runner's log-probabilities, where any row asked.
         prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
         pooled: ``(request, float32 vector or vectors)`` of finished pooling requests.
@@ -122,6 +141,7 @@ class StepEvents:
     tokens: np.ndarray
     time: float = field(default_factory=time.monotonic)
     finished: dict[int, str] = field(default_factory=dict)
+    forced: dict[int, list[int]] = field(default_factory=dict)
     logprobs: LogprobTensors | None = None
     prompt_logprobs: list[tuple[Request, int, LogprobTensors]] = field(default_factory=list)
     pooled: list[tuple[Request, np.ndarray]] = field(default_factory=list)

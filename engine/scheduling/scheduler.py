@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,9 @@ from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.request import Request
 from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, StepEvents, TableUpdate
+from engine.scheduling.drafts import Drafts
 from engine.scheduling.encoder_ledger import EncoderLedger, rows_from
+from engine.scheduling.forced import ForcedTokens
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.slots import SequenceSlots
 from engine.scheduling.waiting import WaitingQueue
@@ -53,6 +56,7 @@ class Scheduler:
         max_num_batched_tokens: most tokens computed in one step.
         max_model_len: longest sequence in tokens; limited by the number of KV blocks.
         recompute_beyond: see :class:`~engine.layers.decoder_config.RopeConfig`.
+        most_drafted: most tokens of a draft; 0 for no drafts.
     """
 
     def __init__(
@@ -64,12 +68,15 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         recompute_beyond: int | None = None,
+        most_drafted: int = 0,
     ) -> None:
         self.kv = kv
         self.ledger = ledger
         self.budget = max_num_batched_tokens
         self.max_model_len = min(max_model_len, kv.longest)
         self.slots = SequenceSlots(max(1, min(max_num_seqs, max_num_batched_tokens - 1)), self.max_model_len)
+        self.forced = ForcedTokens(self.slots, kv)
+        self.drafts = Drafts(self.slots, kv, most_drafted)
         self.recompute_beyond = recompute_beyond
         self.stats = SchedulerStats()
         #: Requests that an exception ended, until :class:`~engine.core.EngineCore` reports them.
@@ -177,7 +184,16 @@ class Scheduler:
     def has_work(self) -> bool:
         return len(self._waiting) > 0 or self.num_running > 0
 
+    @property
+    def _has_prompts(self) -> bool:
+        return bool(self._prefilling) or len(self._waiting) > 0
+
     # Steps.
+
+    @property
+    def awaits_results(self) -> bool:
+        """True if the next step is better scheduled when no step is in flight."""
+        return self.forced.are_imminent or self.drafts.are_imminent(self._has_prompts)
 
     def schedule(self) -> ScheduledBatch | None:
         """Schedule the next step; return None if nothing can be computed until results arrive."""
@@ -187,9 +203,18 @@ class Scheduler:
         decode_slots = self.slots.decode_slots()
         if self._is_held_up(self.budget - len(decode_slots)):
             decode_slots = decode_slots[:0]
-        batch = ScheduledBatch(next(self._step), decode_slots, table_updates=updates)
-        self.slots.computed[decode_slots] += 1
         left = self.budget - len(decode_slots)
+        mixed = self._has_prompts
+        chunks = self.forced.chunks(decode_slots, left, updates, mixed=mixed)
+        if not (chunks or mixed):
+            chunks = self.drafts.chunks(decode_slots, left, updates)
+        if chunks:
+            decode_slots = np.setdiff1d(decode_slots, [chunk.slot for chunk in chunks])
+        batch = ScheduledBatch(next(self._step), decode_slots, chunks, table_updates=updates)
+        self.slots.computed[decode_slots] += 1
+        for chunk in chunks:
+            self.slots.computed[chunk.slot] += chunk.count
+        left = self.budget - batch.num_tokens
         for request in list(self._prefilling):
             try:
                 left -= self._prefill(request, left, batch)
@@ -217,11 +242,22 @@ class Scheduler:
         table, slots = self.slots, batch.sampling_slots
         assert batch.epochs is not None
         requests, all_live = table.live_requests(slots, batch.epochs)
+        if self.forced.any_redundant:
+            requests, found = self.forced.without_redundant(slots, requests)
+            all_live = all_live and not found
         events = StepEvents(requests, tokens)
-        rows, tokens_live = None, tokens
-        if not all_live:
-            rows = np.flatnonzero([request is not None for request in requests])
-            slots, tokens_live = slots[rows], tokens[rows]
+        rows = None if all_live else np.flatnonzero([request is not None for request in requests])
+        if any(chunk.num_drafted for chunk in batch.prefills):
+            self._take_drafts(batch, events, slots, np.arange(len(slots)) if rows is None else rows)
+        else:
+            self._take(events, slots, rows)
+        return events
+
+    def _take(self, events: StepEvents, slots: np.ndarray, rows: np.ndarray | None) -> None:
+        """Store the tokens of ``rows``, each of another request; None for all rows."""
+        table, requests, tokens_live = self.slots, events.requests, events.tokens
+        if rows is not None:
+            slots, tokens_live = slots[rows], tokens_live[rows]
         if (tokens_live < 0).any():
             rows = np.arange(len(slots)) if rows is None else rows
             self._end_without_token(events, rows[tokens_live < 0])
@@ -246,7 +282,33 @@ class Scheduler:
                 events.finished[row] = "stop" if stops is not None and stops[index] else "length"
         for slot in paused.tolist():
             self._recompute_longer(slot)
-        return events
+
+    def _take_drafts(
+        self, batch: ScheduledBatch, events: StepEvents, slots: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Store the tokens of ``rows``, and of drafts as far as they hold."""
+        table, first = self.slots, len(batch.decode_slots)
+        events.requests = list(events.requests)
+        drafts = []
+        for chunk in batch.prefills:
+            if chunk.num_drafted:
+                drafts.append((chunk, first))
+            first += chunk.sampling_rows
+        later = [row for chunk, first in drafts for row in range(first + 1, first + chunk.sampling_rows)]
+        self._take(events, slots, np.setdiff1d(rows, later))
+        for chunk, first in drafts:
+            request, held = events.requests[first], 0
+            for guess in chunk.token_ids[-chunk.num_drafted :]:
+                if request is None or request.slot != chunk.slot or events.tokens[first + held] != guess:
+                    break
+                held += 1
+                self._take(events, slots, np.array([first + held]))
+            for row in range(first + held + 1, first + chunk.sampling_rows):
+                events.requests[row] = None
+            if request is not None and request.slot == chunk.slot:
+                # What was computed for guesses that don't hold will be overwritten.
+                table.computed[chunk.slot] = table.known[chunk.slot] - 1
+                self.drafts.settle(chunk, held)
 
     def _end_without_token(self, events: StepEvents, rows: np.ndarray) -> None:
         for row in rows.tolist():
@@ -254,6 +316,12 @@ class Scheduler:
             assert request is not None
             if self._finish(request):
                 events.finished[row] = "error"
+
+    def append_forced(self, request: Request, tokens: Sequence[int]) -> None:
+        """Add the tokens that the grammar of ``request`` forces behind its last known one, see
+        :class:`ForcedTokens`; none are said as well."""
+        self.forced.append(request, tokens)
+        self.stats.output_tokens += len(tokens)
 
     def finish_pooling(
         self, batch: ScheduledBatch, vectors: dict[Request, np.ndarray]
@@ -333,7 +401,8 @@ class Scheduler:
     def _admit_waiting(self, budget: int, batch: ScheduledBatch) -> None:
         """Admit waiting requests while there are tokens, slots and blocks."""
         while budget > 0 and self.slots.num_free and (request := self._waiting.first()) is not None:
-            if batch.prefills and (request.suspect or batch.prefills[-1].request.suspect):
+            prompts = [chunk.request for chunk in batch.prefills if chunk.answer is None]
+            if prompts and (request.suspect or prompts[-1].suspect):
                 break
             try:
                 if not self._admit(request, batch):
@@ -439,6 +508,8 @@ class Scheduler:
             self._publish_answer(request, slot)
         self.released.append(slot)
         table.leave(slot)
+        self.forced.leave(slot)
+        self.drafts.leave(slot)
         self.kv.free(request)
         self.ledger.release(request)
 
@@ -472,3 +543,5 @@ class Scheduler:
         self.kv.pool.check_integrity()
         self.ledger.check_idle()
         self.slots.check_idle()
+        self.forced.check_idle()
+        self.drafts.check_idle()

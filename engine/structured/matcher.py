@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import llguidance
 import numpy as np
@@ -109,6 +109,21 @@ class GrammarMatcher:
             elif self._digits is not None:
                 self._states.append(advance(self._states[-1], self._digits.token_bytes[token]))
         return True
+
+    def force(self, most: int, excluded: Container[int]) -> list[int]:
+        """Accept and return the next tokens, as long as a mask would allow a single one: at most ``most``,
+        and none of ``excluded`` or from there on.
+
+        llguidance then leaves no choice between several ways to spell the text that must follow: a mask
+        allows the tokens that the tokenizer itself makes of it. It is asked again after each token, as for
+        masks.
+        """
+        tokens: list[int] = []
+        while len(tokens) < most and self._needs_mask and (found := self._matcher.compute_ff_tokens()):
+            if found[0] in excluded or found[0] in self._eos_ids or not self.accept(found[:1]):
+                break
+            tokens.append(found[0])
+        return tokens
 
     def rollback(self, num_tokens: int) -> None:
         """Forgets the last tokens accepted, all of which were allowed."""

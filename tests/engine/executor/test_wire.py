@@ -64,10 +64,12 @@ def test_requests_travel_when_they_are_admitted_and_chunks_name_them_by_slot(req
     assert all(getattr(copy, name) == getattr(request_, name) for name in travels) and copy.grammar is None
     # Their rows come from device to device, and those that were consumed are not needed.
     assert copy.embeddings == {"cut": AwaitedRows((4, 8)), "rows": AwaitedRows((4, 8))}
-    later = ScheduledBatch(1, empty, [PrefillChunk(request_, 7, 12, 8, True)])
+    chunk = PrefillChunk(request_, 7, 12, 8, True, answer=list(range(8)), num_drafted=3)
+    later = ScheduledBatch(1, empty, [chunk])
     message = sent(sender, later)
     assert not message.admitted
-    assert receiver.batch(message).prefills[0].request is copy
+    (chunk,) = receiver.batch(message).prefills
+    assert replace(chunk, request=request_) == later.prefills[0] and chunk.request is copy
 
 
 def test_a_slot_may_change_hands_within_one_step(request_):

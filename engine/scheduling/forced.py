@@ -1,0 +1,149 @@
+"""Tokens of an answer that its grammar alone decides: known before a step samples them.
+
+They are appended to the answer at once, and computed together as a chunk, like those of a prompt. A step that
+is in flight by then, or one that computes them singly, samples what is known already; its token is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.request import Request
+from engine.scheduling.batch import PrefillChunk, TableUpdate
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.slots import SequenceSlots
+
+#: A step with chunks takes longer than one that only decodes. It pays if it saves a row for every so many
+#: that decode.
+_ROWS_PER_SAVED = 4
+#: Sampled tokens since the last forced one, below which more of them are likely to come soon.
+_RECENT = 4
+
+
+def cover(table: SequenceSlots, kv: KVManager, slot: int, end: int, updates: list[TableUpdate]) -> bool:
+    """Give a slot the blocks for its tokens up to ``end``, and add them to ``updates``; False if too few are
+    free."""
+    request = table.requests[slot]
+    while table.capacity[slot] < end:
+        updates += kv.leave_behind(request, int(table.computed[slot]))
+        if not (grown := kv.grow(request)):
+            return False
+        updates += grown
+        table.capacity[slot] = len(request.blocks[0]) * kv.block_size
+    return True
+
+
+class ForcedTokens:
+    """The forced tokens of running requests that are not computed yet.
+
+    Args:
+        slots: the scheduler's counters.
+        kv: the scheduler's KV blocks.
+    """
+
+    def __init__(self, slots: SequenceSlots, kv: KVManager) -> None:
+        self._slots, self._kv = slots, kv
+        #: Slots that may have several known tokens to compute.
+        self._behind: set[int] = set()
+        #: Enqueued rows of a slot, its oldest ones, that sample a token which is known.
+        self._redundant: dict[int, int] = {}
+        #: Sampled tokens of a slot since its last forced one.
+        self._since: dict[int, int] = {}
+
+    def room(self, request: Request) -> int:
+        """Return how many tokens may be forced: the last token before a limit is left to be sampled."""
+        if request.slot is None:
+            return 0
+        table, slot = self._slots, request.slot
+        return max(0, int(min(table.limit[slot], table.pause[slot]) - 1 - table.known[slot]))
+
+    def append(self, request: Request, tokens: Sequence[int]) -> None:
+        """Make ``tokens``, at most :meth:`room`, the next known ones of a running request."""
+        table, slot = self._slots, request.slot
+        assert slot is not None
+        if not tokens:
+            self._since[slot] = self._since.get(slot, _RECENT) + 1
+            return
+        known = int(table.known[slot])
+        table.tokens[slot, known : known + len(tokens)] = tokens
+        table.known[slot] = known + len(tokens)
+        self._since[slot] = 0
+        self._behind.add(slot)
+        if in_flight := int(table.computed[slot]) - known + 1:
+            self._redundant[slot] = in_flight
+
+    def leave(self, slot: int) -> None:
+        """Forget a slot whose request leaves it."""
+        self._behind.discard(slot)
+        self._redundant.pop(slot, None)
+        self._since.pop(slot, None)
+
+    @property
+    def are_imminent(self) -> bool:
+        """True if for most of the decoding requests forced tokens are likely to follow the next sampled one.
+
+        Then a step is better scheduled when the tokens of the last one are known.
+        """
+        if not self._since:
+            return False
+        recent = sum(count < _RECENT for count in self._since.values())
+        return 2 * recent > len(self._slots.decode_slots())
+
+    def chunks(
+        self, decode_slots: np.ndarray, budget: int, updates: list[TableUpdate], *, mixed: bool
+    ) -> list[PrefillChunk]:
+        """Return the chunks of this step, whose slots then don't decode; add the blocks that they need to
+        ``updates``.
+
+        Args:
+            decode_slots: decoding rows, each of which has a block for one token.
+            budget: tokens that the step can compute beside them.
+            mixed: the step computes prompts as well.
+        """
+        if not self._behind:
+            return []
+        table = self._slots
+        decoding = set(decode_slots.tolist())
+        counts = {slot: int(table.known[slot] - table.computed[slot]) for slot in sorted(self._behind)}
+        self._behind = {slot for slot, count in counts.items() if count > 1}
+        chosen = {slot: counts[slot] for slot in sorted(self._behind & decoding)}
+        saved = sum(count - 1 for count in chosen.values())
+        if not mixed and saved * _ROWS_PER_SAVED < len(decode_slots):
+            chosen = {}
+        chunks = []
+        for slot, count in chosen.items():
+            start, end = int(table.computed[slot]), int(table.known[slot])
+            if count - 1 <= budget and cover(table, self._kv, slot, end, updates):
+                tokens = table.tokens[slot, start:end].tolist()
+                chunks.append(PrefillChunk(table.requests[slot], slot, start, count, True, answer=tokens))
+                budget -= count - 1
+        for slot in (self._behind & decoding).difference(chunk.slot for chunk in chunks):
+            self._redundant[slot] = self._redundant.get(slot, 0) + 1
+        return chunks
+
+    def without_redundant(
+        self, slots: np.ndarray, requests: list[Request | None]
+    ) -> tuple[list[Request | None], bool]:
+        """Return ``requests`` of a finished step's rows with None in place of those whose sampled tokens were
+        known, and whether there are such."""
+        rows = [row for row, slot in enumerate(slots.tolist()) if slot in self._redundant and requests[row]]
+        for row in rows:
+            slot = int(slots[row])
+            self._redundant[slot] -= 1
+            if not self._redundant[slot]:
+                del self._redundant[slot]
+        if not rows:
+            return requests, False
+        dropped = set(rows)
+        return [None if row in dropped else request for row, request in enumerate(requests)], True
+
+    @property
+    def any_redundant(self) -> bool:
+        """True if some enqueued row samples a token that is known."""
+        return bool(self._redundant)
+
+    def check_idle(self) -> None:
+        """Raise AssertionError unless nothing is kept of any slot."""
+        assert not (self._behind or self._redundant or self._since), "forced tokens are left over"

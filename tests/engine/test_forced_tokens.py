@@ -1,0 +1,141 @@
+"""Answers are the same whether tokens that a grammar alone decides are sampled or appended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import LLM, SamplingParams
+from engine.executor import rank
+from engine.sampling_params import StructuredSpec
+from tests.engine import tiny
+from tests.engine.executor.threads import ThreadLauncher
+from tests.engine.rerun import rerun
+from tests.engine.same import assert_same_output
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "shape of the picture": {"enum": ["a red square", "a red circle", "a blue star"]},
+        "words": {"type": "array", "items": {"type": "string", "maxLength": 4}, "maxItems": 2},
+        "is it plain?": {"type": "boolean"},
+    },
+    "required": ["shape of the picture", "words", "is it plain?"],
+    "additionalProperties": False,
+}
+JSON = StructuredSpec(kind="json_schema", text=json.dumps(SCHEMA))
+REGEX = StructuredSpec(kind="regex", text="(the quick|brown fox|é|你好)( jumps over the lazy dog){1,2} é?!")
+PENALTIES = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.3}
+
+#: What constrained requests ask for, each beside free ones.
+ASKED: list[dict[str, Any]] = [
+    {"structured": JSON, "temperature": 0.0},
+    {"structured": JSON, "temperature": 1.5, "seed": 1, "n": 3},
+    {"structured": JSON, "temperature": 1.5, "seed": 2, "top_p": 0.9, "top_k": 50, **PENALTIES},
+    {"structured": REGEX, "temperature": 1.5, "seed": 3, **PENALTIES},
+    {"structured": REGEX, "temperature": 1.0, "seed": 4, "stop": ["over the"]},
+    {"structured": REGEX, "temperature": 1.0, "seed": 5, "stop": ["la"], "include_stop_str_in_output": True},
+    # Their lengths end within forced text.
+    {"structured": JSON, "temperature": 1.0, "seed": 6, "max_tokens": 9},
+    {"structured": JSON, "temperature": 1.0, "seed": 6, "max_tokens": 1},
+    # ``q`` and a token of more characters, both within forced text.
+    {"structured": JSON, "temperature": 1.0, "seed": 7, "stop_token_ids": [88]},
+    # Tokens must be sampled one by one.
+    {"structured": JSON, "temperature": 1.0, "seed": 8, "logprobs": 2, "prompt_logprobs": 1},
+    {"structured": JSON, "temperature": 0.0, "prompt_logprobs": 1},
+    {"structured": REGEX, "temperature": 1.0, "seed": 9, "bad_words": ["lazy"]},
+    {"structured": REGEX, "temperature": 1.0, "seed": 10, "no_repeat_ngram_size": 3},
+    {"temperature": 0.0, "max_tokens": 30},
+    {"temperature": 1.0, "seed": 11, "max_tokens": 40, **PENALTIES},
+]
+WAYS: dict[str, dict[str, Any]] = {
+    "batch": {},
+    "no run-ahead": {"run_ahead": 0, "enable_prefix_caching": False},
+    "chunked, far ahead": {"max_num_batched_tokens": 17, "max_num_seqs": 6, "block_size": 4, "run_ahead": 3},
+    "preempted": {"num_kv_blocks": 90, "block_size": 4, "max_num_seqs": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return tiny.make_qwen2_vl(tmp_path_factory.mktemp("forced"), seed=5)
+
+
+def answers(llm: LLM, asked: Sequence[dict[str, Any]]) -> list:
+    params = [SamplingParams(**{"max_tokens": 90, **given}) for given in asked]
+    prompts = [f"{number}: describe this image in detail" for number in range(len(params))]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    llm.check_integrity()
+    return outputs
+
+
+def steps(llm: LLM) -> int:
+    return llm._engine.core.scheduler.stats.batches.snapshot()["count"]
+
+
+@pytest.fixture(scope="module")
+def sampled(path) -> list:
+    """The answers of an engine that samples every token."""
+    return answers(LLM(str(path), max_model_len=190, append_forced_tokens=False), ASKED)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_are_those_of_an_engine_that_samples_every_token(path, sampled, way):
+    llm = LLM(str(path), max_model_len=190, **WAYS[way])
+    for _ in range(2 if way == "batch" else 1):
+        # The second time prompts are cached, and blocks of the first answers.
+        for found, wanted in zip(answers(llm, ASKED), sampled, strict=True):
+            assert_same_output(found, wanted)
+    if way == "preempted":
+        assert llm.metrics()["preempted"] > 0
+    reasons = [completion.finish_reason for output in sampled for completion in output.outputs]
+    assert {"stop", "length"} <= set(reasons)
+
+
+def test_captured_steps_give_the_same_answers(path, sampled, monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(rank, "make_capture", lambda device, enforce_eager: rerun)
+    llm = LLM(str(path), max_model_len=190, max_num_seqs=20)
+    for found, wanted in zip(answers(llm, ASKED), sampled, strict=True):
+        assert_same_output(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "mistral"])
+def test_models_with_recurrent_states_and_with_windows(tmp_path, kind):
+    """States advance by forced tokens as they do by sampled ones; windows are shorter than forced text."""
+    path = tiny.make_text(tmp_path, kind)
+    asked = [{"structured": JSON, "temperature": 1.5, "seed": seed} for seed in range(3)]
+    kinds = ({"append_forced_tokens": False}, {"block_size": 4, "num_kv_blocks": 50})
+    found, wanted = (answers(LLM(str(path), max_model_len=190, **kind), asked) for kind in kinds)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_same_output(ours, theirs)
+
+
+def test_two_ranks(path, sampled):
+    """Forced tokens reach the other rank with the step that computes them."""
+    launcher = ThreadLauncher()
+    try:
+        llm = LLM(str(path), max_model_len=190, tensor_parallel_size=2, launcher=launcher)
+        for found, wanted in zip(answers(llm, ASKED), sampled, strict=True):
+            assert_same_output(found, wanted)
+        llm._engine.core.runner.close()
+    finally:
+        launcher.stop()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_forced_tokens_take_no_steps_of_their_own(path, run_ahead):
+    """Alone, an answer takes a step for each token that the model chooses, and a few more."""
+    on, off = (
+        LLM(str(path), max_model_len=190, run_ahead=run_ahead, append_forced_tokens=appends)
+        for appends in (True, False)
+    )
+    for llm in (on, off):
+        (answer,) = answers(llm, ASKED[:1])
+        assert answer.outputs[0].finish_reason == "stop"
+    assert steps(on) < 0.5 * steps(off)
