@@ -35,6 +35,8 @@ class RopeConfig:
             (Ministral-3); None leaves them as they are.
         mrope_interleaved: axes alternate (Qwen3-VL) instead of lying in three pieces (Qwen2-VL).
         adjacent: neighbouring dimensions rotate against each other (GLM) instead of halves of a head.
+        first_position: position of a sequence's first token. Only its length by positions depends on it, by
+            which ``dynamic`` and ``longrope`` choose: PaliGemma counts from 1.
     """
 
     theta: float = 10000.0
@@ -54,6 +56,7 @@ class RopeConfig:
     query_growth: tuple[float, int] | None = None
     mrope_interleaved: bool = False
     adjacent: bool = False
+    first_position: int = 0
 
     @property
     def depends_on_length(self) -> bool:
@@ -64,19 +67,22 @@ class RopeConfig:
         """The frequencies that the keys of ``num_tokens`` known tokens are computed with.
 
         Equal tokens have equal keys only under equal variants. 0 stands for those of short sequences, 1 for
-        longrope's long ones; otherwise the variant is the length itself.
+        longrope's long ones; otherwise the variant is the length itself, by positions.
         """
         if not self.depends_on_length:
             return 0
         assert self.original_max_position is not None
-        if num_tokens <= self.original_max_position:
+        length = num_tokens + self.first_position
+        if length <= self.original_max_position:
             return 0
-        return 1 if self.type == "longrope" else num_tokens
+        return 1 if self.type == "longrope" else length
 
     @property
     def recompute_beyond(self) -> int | None:
         """Tokens of the longest sequence that keeps its keys when it grows by one; None if all do."""
-        return self.original_max_position if self.type == "longrope" else None
+        if self.type != "longrope" or self.original_max_position is None:
+            return None
+        return self.original_max_position - self.first_position
 
 
 @dataclass(frozen=True, slots=True)

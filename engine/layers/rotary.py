@@ -115,7 +115,7 @@ class Rotary(nn.Module):
         elif rope.type == "dynamic":
             # A generated token's own position makes its sequence as long as it was then.
             positions = torch.arange(length)
-            angles = self._angles(positions, positions[:, None] + 1)
+            angles = self._angles(positions, positions[:, None] + rope.first_position + 1)
         cos, sin = (x * rope.attention_factor for x in (angles.cos(), angles.sin()))
         self.table = RotaryTable(
             cos.to(build.device),

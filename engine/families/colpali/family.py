@@ -78,9 +78,16 @@ def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Adds the projection and the texts around queries and documents. There is no head."""
     width = integer({"embedding_dim": 128, **checkpoint.config}, "embedding_dim")
     stated = checkpoint.json("processor_config.json")
+    decoder = replace(
+        config.decoder,
+        rope=replace(config.decoder.rope, first_position=1),
+        projected_width=width,
+        tie_word_embeddings=True,
+        both_ways="prompt",
+    )
     return replace(
         config,
-        decoder=replace(config.decoder, projected_width=width, tie_word_embeddings=True, both_ways="prompt"),
+        decoder=decoder,
         extra={
             "document": stated.get("visual_prompt_prefix") or _DOCUMENT,
             "query": stated.get("query_prefix") or _QUERY,

@@ -45,7 +45,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "glm_ocr": (40100,),
     "paddleocr_vl": (40100,),
     "colqwen2": (40100,),
-    "colpali": (40100,),
+    "colpali": (60023,),
     "minicpm_v": (2,),
     "minicpm_v4_6": (1,),
     "idefics3": (3,),

@@ -8,7 +8,7 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.experts import EXPERTS, draw_experts
 from tests.engine.families.drawn.lfm2 import draw_short_convs
 from tests.engine.families.drawn.rope import draw_rope, lengths_of
-from tests.engine.tiny import DELTA_NETS
+from tests.engine.tiny import DELTA_NETS, TRANSFORMERS
 
 #: KV heads where a config.json does not say; None: as many as there are attention heads.
 _DEFAULT_KV = {
@@ -82,6 +82,9 @@ def draw_decoder(
         "hidden_act": draw.variant("decoder activation", _ACTIVATIONS, 0.15),
         "tie_word_embeddings": draw.variant("tied", (False, True), 0.3),
     }
+    if kind == "gemma" and fields["hidden_act"] == "gelu" and TRANSFORMERS < (5, 23):
+        # These releases compute what the name says, later ones what Gemma was trained with.
+        fields["hidden_act"] = "gelu_pytorch_tanh"
     if kind in DELTA_NETS:
         # The convolution has the same one, and SiLU is supported.
         fields["hidden_act"] = draw.choice("hybrid activation", ("silu", "swish"))
