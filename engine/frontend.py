@@ -18,7 +18,7 @@ from engine.families.base import MediaProcessor, ModelConfig, NamelessProcessor
 from engine.families.family import Family
 from engine.families.registry import resolve
 from engine.fit import check_fit
-from engine.generation_config import sampling_defaults
+from engine.generation_config import from_model_config, sampling_defaults
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.embeds import are_embeddings, given_embeddings
@@ -110,15 +110,19 @@ def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     """The checkpoint's defaults for fields of :class:`~engine.sampling_params.SamplingParams`.
 
     Raises:
-        CheckpointError: its generation_config.json has a field that is not supported, or out of bounds.
+        CheckpointError: a field is not supported, or out of bounds.
     """
     checkpoint, _, model = _describe(config)
-    size = model.decoder.vocab_size
-    defaults = sampling_defaults(checkpoint.generation_config, model.eos_token_ids, size)
+    size, file = model.decoder.vocab_size, "generation_config.json"
+    fields = checkpoint.generation_config
+    if not checkpoint.has(file):
+        file = "config.json"
+        fields = from_model_config(checkpoint.config)
+    defaults = sampling_defaults(fields, model.eos_token_ids, size, file)
     try:
         SamplingParams.from_defaults(defaults).verify(size, max_model_len=1 << 62)
     except InvalidRequest as error:
-        raise CheckpointError(f"generation_config.json can't be followed: {error.message}") from None
+        raise CheckpointError(f"{file} can't be followed: {error.message}") from None
     return defaults
 
 

@@ -37,7 +37,6 @@ IGNORED = {
     "bos_token_id": "the tokenizer and the chat template put it in",
     "pad_token_id": "batches are not padded",
     "decoder_start_token_id": "for encoder-decoder models",
-    "forced_bos_token_id": "for prompts of one token",
     "num_return_sequences": "a request says how many answers it wants",
     "max_time": "the server has its own time limits",
     "early_stopping": "for beam search",
@@ -92,6 +91,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,),
     "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "token_healing": (False,),
     "typical_p": (1.0,),
@@ -104,8 +104,39 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 _SAMPLING_ONLY = {"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 
 
+#: What earlier releases of Transformers wrote into a config.json where nobody had set anything.
+_WRITTEN_UNSET: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def from_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that Transformers takes where there is no ``generation_config.json``.
+
+    Where config.json itself doesn't set a field, ``text_config`` may.
+    """
+    text = config.get("text_config")
+    found: dict[str, Any] = {}
+    for source in (text if isinstance(text, Mapping) else {}, config):
+        for name in (*HONOURED, *REFUSED):
+            value = source.get(name)
+            if value is not None and value != _WRITTEN_UNSET.get(name):
+                found[name] = value
+    return found
+
+
 def sampling_defaults(
-    config: Mapping[str, Any], eos_ids: Collection[int] = (), vocab_size: int | None = None
+    config: Mapping[str, Any],
+    eos_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    file: str = "generation_config.json",
 ) -> dict[str, Any]:
     """The fields of :class:`~engine.sampling_params.SamplingParams` that a ``generation_config.json`` sets.
 
@@ -115,6 +146,7 @@ def sampling_defaults(
     Args:
         eos_ids: tokens that end an answer; as in Transformers, ``bad_words_ids`` can't forbid one alone.
         vocab_size: width of the logits.
+        file: name of the file that has the fields.
 
     Raises:
         CheckpointError: a field is refused; names it.
@@ -123,37 +155,36 @@ def sampling_defaults(
         value = config.get(name)
         unread = name in _SAMPLING_ONLY and config.get("do_sample") is not True
         if value is not None and value not in harmless and not unread:
-            raise _refused(name, value, "is not supported")
+            raise _refused(file, name, value, "is not supported")
     given = {name: config[name] for name in HONOURED if config.get(name) is not None}
     samples, bias = given.pop("do_sample", None), given.pop("sequence_bias", None)
     defaults = {HONOURED[name]: value for name, value in given.items()}
     if samples is False:
         defaults["temperature"] = 0.0
     if bias:
-        defaults["logit_bias"] = _token_bias(bias)
+        defaults["logit_bias"] = _token_bias(file, bias)
     if "bad_words_ids" in defaults:
-        defaults["bad_words_ids"] = _forbidden(defaults["bad_words_ids"], eos_ids, vocab_size)
+        defaults["bad_words_ids"] = _forbidden(file, defaults["bad_words_ids"], eos_ids, vocab_size)
     if defaults.keys() & {"default_max_tokens", "max_length"}:
         defaults["max_tokens"] = None
     return defaults
 
 
-def _token_bias(bias: Any) -> dict[int, float]:
+def _token_bias(file: str, bias: Any) -> dict[int, float]:
     """``sequence_bias``, pairs of a token sequence and its bias; sequences of one token alone."""
     if any(len(ids) != 1 for ids, _ in bias):
-        raise _refused("sequence_bias", bias, "is supported for single tokens alone")
+        raise _refused(file, "sequence_bias", bias, "is supported for single tokens alone")
     return {ids[0]: value for ids, value in bias}
 
 
-def _forbidden(words: Any, eos_ids: Collection[int], vocab_size: int | None) -> list[list[int]]:
+def _forbidden(file: str, words: Any, eos_ids: Collection[int], vocab_size: int | None) -> list[list[int]]:
     if vocab_size is not None and any(token >= vocab_size for word in words for token in word):
-        raise _refused("bad_words_ids", words, f"names ids beyond the vocabulary of {vocab_size}")
+        raise _refused(file, "bad_words_ids", words, f"names ids beyond the vocabulary of {vocab_size}")
     return [word for word in words if len(word) > 1 or word[0] not in eos_ids]
 
 
-def _refused(name: str, value: Any, reason: str) -> CheckpointError:
+def _refused(file: str, name: str, value: Any, reason: str) -> CheckpointError:
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     return CheckpointError(
-        f"generation_config.json sets {name} to {shown}, which {reason}. Remove the field to serve the "
-        "checkpoint without it."
+        f"{file} sets {name} to {shown}, which {reason}. Remove the field to serve the checkpoint without it."
     )

@@ -68,7 +68,7 @@ class Checkpoint:
             CheckpointError: the file doesn't hold a JSON object.
         """
         file = self.path / name
-        if not file.is_file():
+        if not self.has(name):
             return {}
         try:
             value = json.loads(file.read_text(encoding="utf-8"))
@@ -77,6 +77,10 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise CheckpointError(f"{file} should hold a JSON object")
         return value
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a file ``name``."""
+        return (self.path / name).is_file()
 
     @cached_property
     def config(self) -> dict[str, Any]:

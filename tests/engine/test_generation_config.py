@@ -1,13 +1,17 @@
 """Every field of Transformers' GenerationConfig: honoured, without effect, or refused by name."""
 
 import dataclasses
+import json
 
 import pytest
 from transformers import GenerationConfig
 
+from engine.config import EngineConfig
 from engine.errors import CheckpointError
-from engine.generation_config import HONOURED, IGNORED, REFUSED, sampling_defaults
+from engine.frontend import load_sampling_defaults
+from engine.generation_config import HONOURED, IGNORED, REFUSED, from_model_config, sampling_defaults
 from engine.sampling_params import SamplingParams, StructuredSpec
+from tests.engine.tiny import make_text
 
 
 def test_every_field_of_transformers_is_in_one_table():
@@ -67,6 +71,7 @@ def test_defaults(config, expected):
         {"encoder_repetition_penalty": 1.2},
         {"encoder_no_repeat_ngram_size": 3},
         {"exponential_decay_length_penalty": [5, 1.1]},
+        {"forced_bos_token_id": 2},
         {"forced_eos_token_id": 2},
         {"token_healing": True},
         {"typical_p": 0.5, "do_sample": True},
@@ -81,6 +86,41 @@ def test_defaults(config, expected):
 def test_refuses_by_name_what_would_change_answers_in_silence(config):
     with pytest.raises(CheckpointError, match=rf"sets {next(iter(config))} to .* Remove the field"):
         sampling_defaults(config, vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"repetition_penalty": 1.5, "hidden_size": 64}, {"repetition_penalty": 1.5}),
+        ({"text_config": {"max_new_tokens": 9}, "min_length": 2}, {"max_new_tokens": 9, "min_length": 2}),
+        ({"text_config": {"top_k": 3}, "top_k": 7}, {"top_k": 7}),
+        # As a release of Transformers wrote them that knew no generation_config.json.
+        ({"max_length": 20, "do_sample": False, "top_k": 50, "num_beams": 1, "bad_words_ids": None}, {}),
+        ({"text_config": None, "num_beams": 4}, {"num_beams": 4}),
+    ],
+    ids=str,
+)
+def test_fields_of_a_config_without_a_generation_config(config, expected):
+    found = from_model_config(config)
+    # Beams of 1 change nothing.
+    assert {name: value for name, value in found.items() if (name, value) != ("num_beams", 1)} == expected
+    theirs = GenerationConfig.from_model_config(dict(config))
+    assert {name: getattr(theirs, name) for name in expected} == expected
+
+
+def test_a_checkpoint_without_a_generation_config(tmp_path):
+    path = make_text(tmp_path, "llama")
+    (path / "generation_config.json").unlink(missing_ok=True)
+    config = EngineConfig(model=str(path))
+    written = json.loads((path / "config.json").read_text()) | {"repetition_penalty": 1.5}
+    (path / "config.json").write_text(json.dumps(written))
+    assert load_sampling_defaults(config) == {"repetition_penalty": 1.5}
+    (path / "config.json").write_text(json.dumps({**written, "num_beams": 3}))
+    with pytest.raises(CheckpointError, match=r"^config.json sets num_beams to 3"):
+        load_sampling_defaults(config)
+    # A file that says nothing stands for itself.
+    (path / "generation_config.json").write_text("{}")
+    assert load_sampling_defaults(config) == {}
 
 
 def test_every_refused_field_is_tried_above():
