@@ -1,14 +1,19 @@
 """Images as the encoder normalises and cuts them into patches: bit for bit those of Transformers' processors.
 
-A row of the table is a checkpoint with options of its processor; each is shown images of all its sizes.
+A row of the table is a checkpoint with options of its processor; each is shown images of all its sizes, and
+of drawn ones: ``DRAWN_SIZES=2000 python -m pytest tests/engine/families/test_prepared_images.py`` draws 2000.
+``test_image_sizes.py`` compares numbers of rows for thousands of sizes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,8 @@ import torch
 import transformers
 from PIL import Image
 
-from engine.families.base import PromptAwareProcessor
+from engine.errors import InvalidRequest
+from engine.families.base import MediaProcessor, PromptAwareProcessor
 from tests.engine.families.colpali import make_colpali
 from tests.engine.families.gemma3 import PATCH as GEMMA3_PATCH
 from tests.engine.families.gemma3 import Gemma3Reference, make_gemma3
@@ -60,6 +66,20 @@ def unfolded(pixels: torch.Tensor, patch: int) -> torch.Tensor:
     return torch.nn.functional.unfold(pixels.float(), patch, stride=patch).transpose(1, 2).flatten(0, 1)
 
 
+@cache
+def _gemma3_processor(path: Path) -> Any:
+    return Gemma3Reference(path).processor
+
+
+@cache
+def _glm_processor(path: Path) -> Any:
+    return GlmReference(path, "Glm4v").images
+
+
+_internvl_processor = cache(InternVLReference.processor_of)
+_squares_processor = cache(SquaresReference.processor_of)
+
+
 def llava(
     path: Path, images: Sequence[Image.Image], options: Mapping[str, Any], kind: str = "CLIP"
 ) -> Patches:
@@ -74,7 +94,7 @@ def pixtral(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any
 
 
 def internvl(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
-    processor = InternVLReference.processor_of(path).image_processor
+    processor = _internvl_processor(path).image_processor
     made = processor(list(images), return_tensors="pt", **{"crop_to_patches": True, **options})
     return unfolded(torch.as_tensor(made["pixel_values"]), INTERNVL_PATCH), []
 
@@ -87,7 +107,7 @@ def ovis2(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any])
 
 
 def gemma3(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
-    made = Gemma3Reference(path).processor(
+    made = _gemma3_processor(path)(
         text="<start_of_image>", images=list(images), return_tensors="pt", **options
     )
     return unfolded(made["pixel_values"], GEMMA3_PATCH), [(len(made["pixel_values"]),)]
@@ -96,7 +116,7 @@ def gemma3(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]
 def pixtral_squares(
     path: Path, images: Sequence[Image.Image], options: Mapping[str, Any], kind: str
 ) -> Patches:
-    processor = SquaresReference.processor_of(path, kind)
+    processor = _squares_processor(path, kind)
     made = processor(text=processor.image_token, images=list(images), return_tensors="pt")
     ((height, width),) = torch.as_tensor(made["image_sizes"]).tolist()
     return unfolded(torch.as_tensor(made["pixel_values"]), 8), [(1, height // 8, width // 8)]
@@ -129,7 +149,7 @@ def qwen(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) 
 
 
 def glm(path: Path, images: Sequence[Image.Image], options: Mapping[str, Any]) -> Patches:
-    made = GlmReference(path, "Glm4v").images(list(images), return_tensors="pt")
+    made = _glm_processor(path)(list(images), return_tensors="pt")
     return torch.as_tensor(made["pixel_values"]), [tuple(grid) for grid in made["image_grid_thw"].tolist()]
 
 
@@ -148,6 +168,7 @@ class Row:
     Attributes:
         count: images of a prompt.
         options: of the processor.
+        draws: further sizes are drawn.
     """
 
     make: Callable[[Path], object]
@@ -155,6 +176,7 @@ class Row:
     theirs: Theirs
     count: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    draws: bool = True
 
 
 def _idefics(kind: str, **options: Any) -> Row:
@@ -181,7 +203,7 @@ def _changed(make: Callable[[Path], object], path: Path, **fields: Any) -> None:
 
 def _with(row: Row, **fields: Any) -> Row:
     sizes = [size for size in row.sizes if max(size) < 1000]
-    return replace(row, make=partial(_changed, row.make, **fields), sizes=sizes)
+    return replace(row, make=partial(_changed, row.make, **fields), sizes=sizes, draws=False)
 
 
 ROWS = {
@@ -270,6 +292,23 @@ ROWS |= {
 }
 
 
+def drawn(name: str) -> Iterator[tuple[int, int]]:
+    """Sizes ``(width, height)`` up to 500, of which as many are small as large, none too elongated."""
+    draw = random.Random(name)
+    for _ in range(int(os.environ.get("DRAWN_SIZES", 3))):
+        width = round(math.exp(draw.uniform(0, math.log(500))))
+        yield width, min(500, math.ceil(width * math.exp(draw.uniform(-2, 2))))
+
+
+def _is_shown(processor: MediaProcessor, size: tuple[int, int]) -> bool:
+    """Return whether the model can be shown an image of this size."""
+    try:
+        processor.check(size)
+    except InvalidRequest:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_patches_are_those_of_transformers(tmp_path, name):
     row = ROWS[name]
@@ -279,7 +318,8 @@ def test_patches_are_those_of_transformers(tmp_path, name):
         ours = ours.among(row.count)
     # The crops of images in tiles are those of an encoder within theirs.
     patchify = getattr(vision, "crops", vision).patchify
-    for size in row.sizes:
+    further = [size for size in drawn(name) if _is_shown(ours, size)] if row.draws else []
+    for size in (*row.sizes, *further):
         images = [picture(*size, seed) for seed in range(row.count)]
         theirs, grids = row.theirs(tmp_path, images, row.options)
         media = [ours.prepare(image) for image in images]
