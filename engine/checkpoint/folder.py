@@ -15,7 +15,7 @@ _HEADER_LIMIT = 100 << 20
 _HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _HUB_WEIGHTS = ["*.safetensors"]
 #: Integers are words of int4 numbers, and what comes with them.
-_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "I32", "I64"}
+_DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "U8", "I32", "I64"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ _FIELD = "quantization_config"
 _SUPPORTED = (
     "supported is fp8 (e4m3): quant_method 'fp8', and 'compressed-tensors' with float weights of 8 bits "
     "per tensor, channel or block; and int4 weights with a scale for 16, 32, 64, a multiple of 128, or all "
-    "inputs: quant_method 'gptq', 'awq' (version gemm), and 'compressed-tensors' (pack-quantized)"
+    "inputs: quant_method 'gptq', 'awq' (version gemm), and 'compressed-tensors' (pack-quantized); and "
+    "floats of 4 bits: quant_method 'compressed-tensors' (mxfp4-pack-quantized, nvfp4-pack-quantized), and "
+    "'modelopt' with quant_algo NVFP4"
 )
 
 
@@ -45,7 +47,21 @@ class Int4Quantisation:
     less_one: bool = False
 
 
-def read_quantisation(config: Mapping[str, Any]) -> Quantisation | Int4Quantisation | None:
+@dataclass(frozen=True, slots=True)
+class Fp4Quantisation:
+    """How the matrices of a checkpoint are stored in floats of 4 bits; which are, its files say.
+
+    Attributes:
+        layout: see :class:`~engine.layers.fp4.Fp4Format`.
+    """
+
+    layout: Literal["mxfp4-pack-quantized", "nvfp4-pack-quantized", "modelopt"]
+
+
+AnyQuantisation = Quantisation | Int4Quantisation | Fp4Quantisation
+
+
+def read_quantisation(config: Mapping[str, Any]) -> AnyQuantisation | None:
     """Read ``quantization_config`` of a config.json; None if the weights are not quantised.
 
     Raises:
@@ -66,6 +82,8 @@ def read_quantisation(config: Mapping[str, Any]) -> Quantisation | Int4Quantisat
         return _gptq(raw)
     if method == "awq":
         return _awq(raw)
+    if method == "modelopt":
+        return _modelopt(raw)
     raise _refused(f"quant_method {method!r}")
 
 
@@ -107,6 +125,14 @@ def _awq(raw: Mapping[str, Any]) -> Int4Quantisation:
     return Int4Quantisation("awq", _inputs_of_group(raw.get("group_size", raw.get("q_group_size"))))
 
 
+def _modelopt(raw: Mapping[str, Any]) -> Fp4Quantisation:
+    if raw.get("quant_algo") != "NVFP4":
+        raise _refused(f"quant_algo {raw.get('quant_algo')!r}")
+    if raw.get("group_size", 16) != 16:
+        raise _refused(f"group_size {raw['group_size']!r} of NVFP4")
+    return Fp4Quantisation("modelopt")
+
+
 def _check_bits(bits: Any) -> None:
     if bits != 4:
         raise _refused(f"bits {bits!r}")
@@ -121,7 +147,7 @@ def _inputs_of_group(size: Any) -> int | None:
     return size
 
 
-def _compressed_tensors(raw: Mapping[str, Any]) -> Quantisation | Int4Quantisation:
+def _compressed_tensors(raw: Mapping[str, Any]) -> AnyQuantisation:
     if raw.get("sparsity_config"):
         raise _refused("sparsity_config")
     groups = raw.get("config_groups")
@@ -133,13 +159,15 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> Quantisation | Int4Quantisati
     return read.pop()
 
 
-def _group(name: str, group: Any, layout: Any) -> Quantisation | Int4Quantisation:
+def _group(name: str, group: Any, layout: Any) -> AnyQuantisation:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise _refused(f"config_groups.{name} without weights")
     kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
     if (kind, bits) == ("int", 4) and strategy in ("group", "channel"):
         return _packed(name, group, weights, group.get("format") or layout)
+    if (kind, bits) == ("float", 4):
+        return _floats(name, weights, group.get("format") or layout)
     if (kind, bits) != ("float", 8) or strategy not in ("tensor", "channel", "block"):
         raise _refused(f"config_groups.{name}: weights of type {kind}, {bits} bits, strategy {strategy}")
     if weights.get("symmetric", True) is not True:
@@ -164,6 +192,16 @@ def _packed(name: str, group: Mapping[str, Any], weights: Mapping[str, Any], lay
     # The other orders of activations are gone once weights are stored.
     shuffled = weights.get("actorder") in ("group", "dynamic", True)
     return Int4Quantisation("packed", _inputs_of_group(size), shuffled)
+
+
+def _floats(name: str, weights: Mapping[str, Any], layout: Any) -> Fp4Quantisation:
+    """Floats of 4 bits. Inputs may be stated as such floats too: they are not rounded here."""
+    if layout not in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
+        raise _refused(f"config_groups.{name}: format {layout!r}")
+    size = 32 if layout.startswith("mxfp4") else 16
+    if weights.get("group_size", size) != size:
+        raise _refused(f"config_groups.{name}: group_size {weights['group_size']!r} of {layout}")
+    return Fp4Quantisation(layout)
 
 
 def _block(value: Any) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ decides::
     delta_rule        delta_rule_reference        not Triton                          delta_rule.py
                       delta_step_triton           one new token of each sequence      delta_rule.py
                       delta_prefill_triton        otherwise                           delta_prefill.py
-    linear, int4      int4_gemv_triton            Triton, 1 row                       int4_gemv.py
+    linear, 4 bits    int4_gemv_triton            Triton, 1 row                       int4_gemv.py
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
     linear            skinny_gemm_triton          Triton, at most 64 rows, fp8 made   skinny_gemm.py
@@ -27,20 +27,20 @@ decides::
                       scaled_gemm                 fp8 made for fp8 inputs, Hopper,    fp8.py
                                                   one scale an output
                       dequantised_gemm            otherwise                           fp8.py
-    norm_linear       norm_gemv_triton            Triton, 1 row, not int4, not fp8    norm_gemv.py
+    norm_linear       norm_gemv_triton            Triton, 1 row, not 4 bits, not fp8  norm_gemv.py
                                                   made for fp8 inputs
                       rms_norm, then linear       otherwise                           dispatch.py
     activated_linear  gemm_activation_triton      Triton, Hopper, 16-bit, tiles fill  gemm_activation.py
                                                   the GPU
                       gemm_activation_reference   otherwise                           gemm_activation.py
     experts           experts_reference           not Triton                          experts.py
-                      int4_expert_gemv_triton     int4, few tokens as below           int4_experts.py
-                      int4_grouped_gemm_triton    int4, otherwise                     int4_experts.py
+                      int4_expert_gemv_triton     4 bits, few tokens as below         int4_experts.py
+                      int4_grouped_gemm_triton    4 bits, otherwise                   int4_experts.py
                       expert_gemv_triton          1 token, or at most 8 with at most  expert_gemv.py
                                                   half as many pairs as experts
                       grouped_experts_triton      otherwise                           grouped_gemm.py
 
-"Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU; with fp8 weights also that
+"4 bits" are integers (int4) and floats (mxfp4, nvfp4). "Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU; with fp8 weights also that
 the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:

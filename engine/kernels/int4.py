@@ -1,6 +1,7 @@
-"""Matrices of 4-bit integers (int4) with scales and zero points by groups of inputs.
+"""Matrices of 4-bit integers (int4) or floats (e2m1) with scales, and zero points, by groups of inputs.
 
-A weight is ``(number - zero) * scale``. Eight numbers are in one word of 32 bits. The words are ordered for the
+A weight is ``(number - zero) * scale``. A float's number is that of its four bits in :data:`E2M1`, and it has no
+zero point. Eight numbers are in one word of 32 bits. The words are ordered for the
 kernels: 128 consecutive inputs of an output are one chunk of 16 words, and bits ``4 * i`` to ``4 * i + 3`` of
 word ``w`` are input ``16 * i + w`` of the chunk. Unpacking one number of each word so gives consecutive inputs.
 """
@@ -8,6 +9,7 @@ word ``w`` are input ``16 * i + w`` of the chunk. Unpacking one number of each w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +25,29 @@ CHUNK = 128
 CHUNK_WORDS = 16
 #: The zero point of symmetric weights.
 MIDDLE = 8
+#: The numbers of the 16 patterns of bits of a float of 4 bits: sign, two bits of exponent, one of mantissa.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+#: Twice the first eight of them, in four bits each.
+_DOUBLED = tl.constexpr(0xC8643210 - (1 << 32))
+#: Integers; floats with powers of two as scales; floats with scales in fp8 (e4m3) and a factor.
+Kind = Literal["int4", "mxfp4", "nvfp4"]
 #: Words that a program unpacks at a time.
 _TILE = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Int4Scale:
-    """The scales and zero points of a weight ``(N, K)`` in int4, whose words are ``(N, W)`` int32.
+    """The scales and zero points of a weight ``(N, K)`` in 4 bits, whose words are ``(N, W)`` int32.
 
     Attributes:
         inputs: ``K``.
-        values: ``(N, G)`` of a floating dtype, contiguous: for each output and each of ``G`` groups of inputs.
+        values: ``(N, G)`` contiguous: for each output and each of ``G`` groups of inputs. Of a floating dtype
+            for int4; uint8 for floats: the bits of e8m0 (``mxfp4``) or of e4m3 (``nvfp4``).
         group: consecutive inputs of a group: 16, 32, 64, or a multiple of 128; any number if ``G`` is 1.
         zeros: ``(N, G)`` uint8, contiguous; None if all are :data:`MIDDLE`.
         order: ``(K,)`` int64, the columns of the input that the weight's inputs are; None: ``0`` to ``K - 1``.
+        kind: of the numbers.
+        factors: ``(N,)`` float32, of ``nvfp4``: each output's scales are multiplied by one.
     """
 
     inputs: int
@@ -44,6 +55,17 @@ class Int4Scale:
     group: int
     zeros: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    kind: Kind = "int4"
+    factors: torch.Tensor | None = None
+
+    def exact(self) -> torch.Tensor:
+        """The scales ``(N, G)`` in float32."""
+        if self.kind == "int4":
+            return self.values.float()
+        if self.kind == "mxfp4":
+            return self.values.view(torch.float8_e8m0fnu).float()
+        assert self.factors is not None
+        return self.values.view(torch.float8_e4m3fn).float() * self.factors[:, None]
 
 
 def supports_group(group: int) -> bool:
@@ -79,20 +101,27 @@ def dequantise_int4_reference(words: torch.Tensor, scale: Int4Scale, dtype: torc
             return values.float()
         return values.float().repeat_interleave(scale.group, dim=1)[:, : scale.inputs]
 
-    zeros: torch.Tensor | int = MIDDLE if scale.zeros is None else of_inputs(scale.zeros)
-    return ((unpack(words, scale.inputs).float() - zeros) * of_inputs(scale.values)).to(dtype)
+    numbers, zeros = unpack(words, scale.inputs), MIDDLE if scale.zeros is None else of_inputs(scale.zeros)
+    if scale.kind == "int4":
+        exact = numbers.float() - zeros
+    else:
+        exact = torch.tensor(E2M1, device=words.device)[numbers.int()]
+    return (exact * of_inputs(scale.exact())).to(dtype)
 
 
 def int4_arguments(words: torch.Tensor, scale: Int4Scale) -> dict[str, object]:
-    """Arguments of a kernel for a weight in int4. ``GROUP`` is 0 if an output has one scale."""
+    """Arguments of a kernel for a weight in 4 bits. ``GROUP`` is 0 if an output has one scale."""
     groups = scale.values.shape[1]
     assert words.is_contiguous() and scale.values.is_contiguous()
     assert words.shape[1] == triton.cdiv(scale.inputs, CHUNK) * CHUNK_WORDS
     assert groups == 1 or supports_group(scale.group)
     assert scale.zeros is None or (scale.zeros.is_contiguous() and scale.zeros.shape == scale.values.shape)
+    assert (scale.kind == "int4") == scale.values.is_floating_point()
+    assert (scale.kind == "nvfp4") == (scale.factors is not None)
     return {
         "weight_ptr": words, "scale_ptr": scale.values,
         "zero_ptr": words if scale.zeros is None else scale.zeros,
+        "factor_ptr": words if scale.factors is None else scale.factors, "KIND": scale.kind,
         "inputs": scale.inputs, "words": words.shape[1], "groups": groups,
         "GROUP": 0 if groups == 1 else scale.group, "ZEROS": scale.zeros is not None,
     }  # fmt: skip
@@ -106,6 +135,40 @@ def group_of(chunk, i: tl.constexpr, GROUP: tl.constexpr):
     return (chunk * 128 + i * 16) // GROUP
 
 
+@triton.jit
+def number_of(word, i: tl.constexpr, KIND: tl.constexpr):
+    """The ``i``-th numbers of words in float32; of floats twice the number, which is an integer."""
+    bits = (word >> (4 * i)) & 15
+    if KIND == "int4":
+        return bits.to(tl.float32)
+    doubled = ((tl.full(bits.shape, _DOUBLED, tl.int32) >> ((bits & 7) * 4)) & 15).to(tl.float32)
+    return tl.where(bits > 7, -doubled, doubled)
+
+
+@triton.jit
+def scale_of(value, KIND: tl.constexpr):
+    """The scales, from their values in memory, in float32; of floats halved, see :func:`number_of`."""
+    if KIND == "int4":
+        return value.to(tl.float32)
+    bits = value.to(tl.int32)
+    if KIND == "mxfp4":
+        return (bits << 23).to(tl.float32, bitcast=True) * 0.5
+    exponent = (bits >> 3) & 15
+    mantissa = (bits & 7) + tl.where(exponent > 0, 8, 0)
+    # Of e4m3: the mantissa counts eighths, the exponent is seven more, and less by one for subnormal numbers.
+    power = (tl.maximum(exponent, 1) - 7 - 3 - 1 + 127) << 23
+    size = mantissa.to(tl.float32) * power.to(tl.float32, bitcast=True)
+    return tl.where(bits > 127, -size, size)
+
+
+@triton.jit
+def times_factors(sums, factor_ptr, row, mask, KIND: tl.constexpr):
+    """Multiply the sums of outputs by the factors of the rows of a weight."""
+    if KIND == "nvfp4":
+        return sums * tl.load(factor_ptr + row, mask=mask, other=0.0)
+    return sums
+
+
 def dequantise_int4_triton(words: torch.Tensor, scale: Int4Scale, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty((len(words), scale.inputs), dtype=dtype, device=words.device)
     launch(
@@ -117,8 +180,8 @@ def dequantise_int4_triton(words: torch.Tensor, scale: Int4Scale, dtype: torch.d
 
 @triton.jit(do_not_specialize=["groups"])
 def _dequantise_int4_kernel(
-    out_ptr, weight_ptr, scale_ptr, zero_ptr, inputs, words, groups, GROUP: tl.constexpr, ZEROS: tl.constexpr,
-    TILE: tl.constexpr,
+    out_ptr, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, KIND: tl.constexpr,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of words of one output."""
     row = tl.program_id(1).to(tl.int64)
@@ -127,13 +190,15 @@ def _dequantise_int4_kernel(
     word = tl.load(weight_ptr + row * words + w, mask=mask, other=0)
     chunk = w // 16
     first = chunk * 128 + w % 16
+    factor = times_factors(1.0, factor_ptr, row, row >= 0, KIND)
     for i in tl.static_range(8):
         known = mask & (first + i * 16 < inputs)
         group = row * groups + group_of(chunk, i, GROUP)
-        number = ((word >> (4 * i)) & 15).to(tl.float32)
+        number = number_of(word, i, KIND)
         if ZEROS:
             number -= tl.load(zero_ptr + group, mask=known, other=0).to(tl.float32)
-        else:
+        elif KIND == "int4":
             number -= 8.0
-        result = number * tl.load(scale_ptr + group, mask=known, other=0.0).to(tl.float32)
+        scale = scale_of(tl.load(scale_ptr + group, mask=known, other=0), KIND)
+        result = number * (scale * factor)
         tl.store(out_ptr + row * inputs + first + i * 16, result.to(out_ptr.dtype.element_ty), mask=known)

@@ -1,4 +1,4 @@
-"""The MLPs of a mixture of experts with weights in int4: GEMVs for few tokens, a grouped GEMM for more.
+"""The MLPs of a mixture of experts with weights in 4 bits: GEMVs for few tokens, a grouped GEMM for more.
 
 See :mod:`engine.kernels.expert_gemv` and :mod:`engine.kernels.grouped_gemm`, which do the same with other weights,
 and for int4 :mod:`engine.kernels.int4_gemv` and :mod:`engine.kernels.int4_gemm`.
@@ -16,7 +16,7 @@ from engine.kernels.activation import activate
 from engine.kernels.expert_groups import group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.grouped_gemm import HEIGHTS, choose_height
-from engine.kernels.int4 import Int4Scale, int4_arguments
+from engine.kernels.int4 import Int4Scale, int4_arguments, times_factors
 from engine.kernels.int4_gemm import chunk_products
 from engine.kernels.int4_gemv import add_words
 from engine.kernels.launch import is_compiling, launch
@@ -61,8 +61,8 @@ def _tile(matrices: ExpertMatrices) -> dict[str, int]:
 
 @triton.jit
 def _row_products(
-    x_ptr, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr, groups, GROUP: tl.constexpr,
-    ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
+    x_ptr, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
 ):  # fmt: skip
     """Products of weight rows ``row`` with a row of inputs, ``(TILE_OUTPUTS, TILE_WORDS)``, to be summed."""
     sums = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
@@ -72,16 +72,16 @@ def _row_products(
         known = mask[:, None] & (w < words)
         word = tl.load(weight_ptr + row[:, None] * words + w, mask=known, other=0)
         sums = add_words(
-            sums, word, w, known, x_ptr, row[:, None], inputs, scale_ptr, zero_ptr, groups, GROUP, ZEROS,
-            TILE_OUTPUTS, TILE_WORDS,
+            sums, word, w, known, x_ptr, row[:, None], inputs, scale_ptr, zero_ptr, groups, KIND, GROUP,
+            ZEROS, TILE_OUTPUTS, TILE_WORDS,
         )  # fmt: skip
-    return sums
+    return times_factors(sums, factor_ptr, row[:, None], mask[:, None], KIND)
 
 
 @triton.jit(do_not_specialize=["groups"])
 def _int4_gate_kernel(
-    x_ptr, ids_ptr, out_ptr, outputs, x_stride, weight_ptr, scale_ptr, zero_ptr, inputs, words, groups,
-    GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    x_ptr, ids_ptr, out_ptr, outputs, x_stride, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words,
+    groups, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per pair and tile of outputs: the gate's activation times the other half of the outputs."""
@@ -92,12 +92,12 @@ def _int4_gate_kernel(
     row = tl.load(ids_ptr + pair).to(tl.int64) * 2 * outputs + output
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
     gate = _row_products(
-        x_row, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr, groups, GROUP, ZEROS,
-        TILE_OUTPUTS, TILE_WORDS,
+        x_row, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups, KIND, GROUP,
+        ZEROS, TILE_OUTPUTS, TILE_WORDS,
     )  # fmt: skip
     up = _row_products(
-        x_row, weight_ptr, row + outputs, mask, inputs, words, scale_ptr, zero_ptr, groups, GROUP, ZEROS,
-        TILE_OUTPUTS, TILE_WORDS,
+        x_row, weight_ptr, row + outputs, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups, KIND,
+        GROUP, ZEROS, TILE_OUTPUTS, TILE_WORDS,
     )  # fmt: skip
     result = activate(tl.sum(gate, axis=1), ACTIVATION) * tl.sum(up, axis=1)
     tl.store(out_ptr + pair.to(tl.int64) * outputs + output, result.to(out_ptr.dtype.element_ty), mask=mask)
@@ -105,8 +105,8 @@ def _int4_gate_kernel(
 
 @triton.jit(do_not_specialize=["groups"])
 def _int4_down_kernel(
-    inner_ptr, ids_ptr, factors_ptr, out_ptr, outputs, weight_ptr, scale_ptr, zero_ptr, inputs, words, groups,
-    GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, TILE_OUTPUTS: tl.constexpr,
+    inner_ptr, ids_ptr, factors_ptr, out_ptr, outputs, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs,
+    words, groups, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, TILE_OUTPUTS: tl.constexpr,
     TILE_WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token and tile of outputs; it sums over the token's experts."""
@@ -120,7 +120,7 @@ def _int4_down_kernel(
         row = tl.load(ids_ptr + pair).to(tl.int64) * outputs + output
         products = _row_products(
             inner_ptr + pair.to(tl.int64) * inputs, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr,
-            groups, GROUP, ZEROS, TILE_OUTPUTS, TILE_WORDS,
+            factor_ptr, groups, KIND, GROUP, ZEROS, TILE_OUTPUTS, TILE_WORDS,
         )  # fmt: skip
         sums += products * tl.load(factors_ptr + pair)
     result = tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty)
@@ -166,8 +166,8 @@ def _grouped(x, matrices, out, order, starts, rows, *, activation=None, factors=
 @triton.jit(do_not_specialize=["groups"])
 def _int4_grouped_kernel(
     x_ptr, out_ptr, order_ptr, starts_ptr, factors_ptr, experts, outputs, x_stride,
-    weight_ptr, scale_ptr, zero_ptr, inputs, words, groups, GROUP: tl.constexpr, ZEROS: tl.constexpr,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, STAGES: tl.constexpr,
+    weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, KIND: tl.constexpr,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs and tile of rows of one expert."""
@@ -195,14 +195,16 @@ def _int4_grouped_kernel(
     for chunk in tl.range(0, words // 16, num_stages=STAGES):
         acc = chunk_products(
             acc, tl.load(weights + chunk * 16), xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups,
-            EVEN, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
+            EVEN, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
         )  # fmt: skip
         if ACTIVATION != "":
             up = chunk_products(
                 up, tl.load(ups + chunk * 16), xs, chunk, lane, inputs, scale_ptr, zero_ptr, known + outputs,
-                groups, EVEN, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
+                groups, EVEN, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
             )  # fmt: skip
+    acc = times_factors(acc, factor_ptr, known[:, None], (output < outputs)[:, None], KIND)
     if ACTIVATION != "":
+        up = times_factors(up, factor_ptr, known[:, None] + outputs, (output < outputs)[:, None], KIND)
         acc = activate(acc, ACTIVATION) * up
     else:
         acc *= tl.load(factors_ptr + pair)[None, :]

@@ -1,4 +1,4 @@
-"""GEMM of some rows with a weight in int4, which is dequantised inside.
+"""GEMM of some rows with a weight in 4 bits, which is dequantised inside.
 
 As in :mod:`engine.kernels.skinny_gemm` a tile of weights is the left operand, and split-K fills the GPU. A step
 multiplies a chunk of inputs: eight products, each of one number of every word with 16 consecutive inputs. Less
@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms
-from engine.kernels.int4 import Int4Scale, group_of, int4_arguments
+from engine.kernels.int4 import (
+    Int4Scale,
+    group_of,
+    int4_arguments,
+    number_of,
+    scale_of,
+    times_factors,
+)
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.skinny_gemm import TILE_OUTPUTS, sum_of_splits
@@ -60,7 +67,7 @@ def int4_gemm_triton(
 @triton.jit
 def chunk_products(
     acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, row, groups, EVEN: tl.constexpr,
-    GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add the products of a chunk's weights with the rows to ``acc``."""
     part = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
@@ -72,14 +79,14 @@ def chunk_products(
             x = tl.load(xs + k, mask=(k + lane < inputs)[:, None], other=0.0)
         # Groups beyond the last input have no numbers.
         group = tl.minimum(group_of(chunk, i, GROUP), groups - 1)
-        number = ((word >> (4 * i)) & 15).to(tl.float32)
+        number = number_of(word, i, KIND)
         if ZEROS:
             number -= tl.load(zero_ptr + row * groups + group).to(tl.float32)[:, None]
-        else:
+        elif KIND == "int4":
             number -= 8.0
         part = tl.dot(number.to(x.dtype), x, part, input_precision="ieee")
         if i == 7 or (GROUP > 0 and (i + 1) * 16 % GROUP == 0):
-            acc += part * tl.load(scale_ptr + row * groups + group).to(tl.float32)[:, None]
+            acc += part * scale_of(tl.load(scale_ptr + row * groups + group), KIND)[:, None]
             part = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
     return acc
 
@@ -87,8 +94,8 @@ def chunk_products(
 @triton.jit(do_not_specialize=["rows", "splits", "groups"])
 def _int4_gemm_kernel(
     x_ptr, bias_ptr, out_ptr, partial_ptr, counters_ptr, rows, outputs, x_stride, splits,
-    weight_ptr, scale_ptr, zero_ptr, inputs, words, groups, GROUP: tl.constexpr, ZEROS: tl.constexpr,
-    ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, KIND: tl.constexpr,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     SPLIT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs, split and tile of rows.
@@ -112,9 +119,10 @@ def _int4_gemm_kernel(
     for chunk in tl.range(split * share, tl.minimum((split + 1) * share, chunks), num_stages=STAGES):
         word = tl.load(weights + chunk * 16)
         acc = chunk_products(
-            acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups, EVEN, GROUP, ZEROS,
+            acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups, EVEN, KIND, GROUP, ZEROS,
             TILE_OUTPUTS, ROWS,
         )  # fmt: skip
+    acc = times_factors(acc, factor_ptr, known[:, None], (output < outputs)[:, None], KIND)
     mask = (output < outputs)[:, None] & (row < rows)[None, :]
     offset = row.to(tl.int64)[None, :] * outputs + output[:, None]
     last = True

@@ -1,4 +1,4 @@
-"""GEMV with a weight in int4: a linear layer of one input row.
+"""GEMV with a weight in 4 bits: a linear layer of one input row.
 
 It is memory-bound, see :mod:`engine.kernels.gemv`, if numbers are unpacked fast enough: converting an integer is
 too slow for that. A number is put into the mantissa of a float instead, at whatever bits it has in its word, and
@@ -13,7 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.int4 import Int4Scale, group_of, int4_arguments
+from engine.kernels.int4 import (
+    Int4Scale,
+    group_of,
+    int4_arguments,
+    number_of,
+    scale_of,
+    times_factors,
+)
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
@@ -55,11 +62,13 @@ def int4_gemv_triton(
 
 
 @triton.jit
-def _number(word, i: tl.constexpr, ZERO: tl.constexpr):
-    """Return the ``i``-th number of words less ``ZERO``, times a power of 16, which is returned too.
+def _number(word, i: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr):
+    """Return the ``i``-th number of words less ``ZERO``, times a power of 16, and what undoes this power.
 
     The lower 20 bits of a word, and of its upper 20 bits, are within the mantissa of ``2 ** 23``.
     """
+    if KIND != "int4":
+        return number_of(word, i, KIND), 1.0
     place: tl.constexpr = i if i < 5 else i - 3
     bits = (word if i < 5 else word >> 12) & (15 << (4 * place)) | 0x4B000000
     power: tl.constexpr = 16**place
@@ -68,8 +77,8 @@ def _number(word, i: tl.constexpr, ZERO: tl.constexpr):
 
 @triton.jit
 def add_words(
-    sums, word, w, known, x_ptr, row, inputs, scale_ptr, zero_ptr, groups, GROUP: tl.constexpr,
-    ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
+    sums, word, w, known, x_ptr, row, inputs, scale_ptr, zero_ptr, groups, KIND: tl.constexpr,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
 ):  # fmt: skip
     """Add the products of words with a row of inputs to ``sums``, ``(TILE_OUTPUTS, TILE_WORDS)`` float32.
 
@@ -86,7 +95,7 @@ def add_words(
     total = tl.zeros([1, TILE_WORDS], tl.float32)
     for i in tl.static_range(8):
         x = tl.load(x_ptr + k + i * 16, mask=k + i * 16 < inputs, other=0.0).to(tl.float32)
-        number, factor = _number(word, i, ZERO)
+        number, factor = _number(word, i, ZERO, KIND)
         part += number * (x * factor)
         total += x
         if i == 7 or (GROUP > 0 and (i + 1) * 16 % GROUP == 0):
@@ -95,8 +104,8 @@ def add_words(
             if ZEROS:
                 zero = tl.load(zero_ptr + row * groups + group, mask=known, other=0)
                 part -= zero.to(tl.float32) * total
-            scale = tl.load(scale_ptr + row * groups + group, mask=known, other=0.0)
-            sums += part * scale.to(tl.float32)
+            scale = scale_of(tl.load(scale_ptr + row * groups + group, mask=known, other=0), KIND)
+            sums += part * scale
             part = tl.zeros([TILE_OUTPUTS, TILE_WORDS], tl.float32)
             total = tl.zeros([1, TILE_WORDS], tl.float32)
     return sums
@@ -104,8 +113,8 @@ def add_words(
 
 @triton.jit(do_not_specialize=["groups"])
 def _int4_gemv_kernel(
-    x_ptr, bias_ptr, out_ptr, outputs, weight_ptr, scale_ptr, zero_ptr, inputs, words, groups,
-    GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
+    x_ptr, bias_ptr, out_ptr, outputs, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
     BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs; see :func:`~engine.kernels.int4.int4_arguments`."""
@@ -125,10 +134,10 @@ def _int4_gemv_kernel(
         next_lane = w + TILE_WORDS
         next_word = tl.load(weights + next_lane, mask=row_mask & (next_lane < words), other=0)
         sums = add_words(
-            sums, word, w, row_mask & (w < words), x_ptr, row, inputs, scale_ptr, zero_ptr, groups, GROUP,
-            ZEROS, TILE_OUTPUTS, TILE_WORDS,
+            sums, word, w, row_mask & (w < words), x_ptr, row, inputs, scale_ptr, zero_ptr, groups, KIND,
+            GROUP, ZEROS, TILE_OUTPUTS, TILE_WORDS,
         )  # fmt: skip
-    result = tl.sum(sums, axis=1)
+    result = times_factors(tl.sum(sums, axis=1), factor_ptr, output, output < outputs, KIND)
     if BIAS:
         result += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
     tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=output < outputs)

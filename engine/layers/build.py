@@ -11,7 +11,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from engine.distributed.group import TensorParallelGroup
-    from engine.layers.int4 import Int4Format
+    from engine.layers.packed import PackedFormat
     from engine.layers.quantised import Formats, Fp8Format
 
 
@@ -36,7 +36,7 @@ class BuildContext:
         """This context for the layer ``name`` within the present one."""
         return replace(self, path=f"{self.path}{name}.")
 
-    def format_of(self, parts: Iterable[str] = ("",), fused: str = "") -> Fp8Format | Int4Format | None:
+    def format_of(self, parts: Iterable[str] = ("",), fused: str = "") -> Fp8Format | PackedFormat | None:
         """The format of the matrix at this path, or of one that is stored as ``parts`` of it, or all together
         as ``fused``; None for the model's dtype. Errors as :meth:`~engine.layers.quantised.Formats.of`."""
         if self.formats is None:

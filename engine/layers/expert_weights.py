@@ -13,7 +13,9 @@ from engine.kernels.experts import ExpertMatrices
 from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.int4 import MIDDLE
 from engine.layers.build import BuildContext, Region, Target, WeightSlot
-from engine.layers.int4 import Int4Format, Int4Matrix
+from engine.layers.fp4 import Fp4Format, Fp4Matrix
+from engine.layers.int4 import Int4Matrix
+from engine.layers.packed import PackedFormat, PackedMatrix
 from engine.layers.quantised import Fp8Format, QuantisingRows, check_share, scale_slot
 
 
@@ -46,22 +48,22 @@ class ExpertPart:
         return slice(self.first, self.first + self.inputs)
 
 
-def _int4_matrices(
-    name: str, stored: Int4Format, part: ExpertPart, count: int, build: BuildContext
-) -> list[Int4Matrix]:
+def _packed_matrices(
+    name: str, stored: PackedFormat, part: ExpertPart, count: int, build: BuildContext
+) -> list[PackedMatrix]:
     """One matrix for each expert.
 
     Raises:
         CheckpointError: the inputs are in another order.
     """
+    shape = part.total_inputs, part.first, part.inputs
+    if isinstance(stored, Fp4Format):
+        return [Fp4Matrix(name, stored, *shape, build) for _ in range(count)]
     if stored.shuffled:
         raise CheckpointError(
             f"{name}: int4 experts with inputs in another order (desc_act) are not supported"
         )
-    return [
-        Int4Matrix(name, stored, part.total_inputs, part.first, part.inputs, build, shuffles=False)
-        for _ in range(count)
-    ]
+    return [Int4Matrix(name, stored, *shape, build, shuffles=False) for _ in range(count)]
 
 
 class ExpertWeights(nn.Module):
@@ -78,10 +80,10 @@ class ExpertWeights(nn.Module):
         stored = build.format_of(apart, name)
         rows, inputs = sum(part.size for part in parts), parts[0].inputs
         self.weight: torch.Tensor
-        self._int4: list[Int4Matrix] = []
+        self._packed: list[PackedMatrix] = []
         self.format: Fp8Format | None = None
-        if isinstance(stored, Int4Format):
-            self._int4 = _int4_matrices(build.path + name, stored, parts[0], count, build)
+        if isinstance(stored, PackedFormat):
+            self._packed = _packed_matrices(build.path + name, stored, parts[0], count, build)
             words = torch.empty((count, rows, 0), dtype=torch.int32, device=build.device)
             self.register_buffer("weight", words, persistent=False)
             self.matrices = ExpertMatrices(words)
@@ -105,10 +107,10 @@ class ExpertWeights(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         parent = prefix.removesuffix(self.name + ".")
-        if self._int4:
+        if self._packed:
             return [
                 slot
-                for expert, matrix in enumerate(self._int4)
+                for expert, matrix in enumerate(self._packed)
                 for part in self.parts
                 for slot in matrix.slots(
                     f"{parent}{expert}.{part.name}.", part.total, [(part.start, part.size)]
@@ -119,10 +121,10 @@ class ExpertWeights(nn.Module):
         return [slot for expert in range(self.count) for slot in self._apart(parent, expert)]
 
     def finish_loading(self) -> None:
-        """Put int4 weights, which were read, into the order of the kernels."""
-        if not self._int4:
+        """Put weights in 4 bits, which were read, into the order of the kernels."""
+        if not self._packed:
             return
-        words, scales = zip(*(matrix.finish() for matrix in self._int4), strict=True)
+        words, scales = zip(*(matrix.finish() for matrix in self._packed), strict=True)
         zeros = None
         if any(scale.zeros is not None for scale in scales):
             # Experts whose zero points are all in the middle have none.
@@ -135,7 +137,9 @@ class ExpertWeights(nn.Module):
                 ]
             )
         values = torch.cat([scale.values for scale in scales])
-        self.matrices = ExpertMatrices(torch.stack(words), replace(scales[0], values=values, zeros=zeros))
+        known = [scale.factors for scale in scales if scale.factors is not None]
+        scale = replace(scales[0], values=values, zeros=zeros, factors=torch.cat(known) if known else None)
+        self.matrices = ExpertMatrices(torch.stack(words), scale)
         self.weight = self.matrices.weight
 
     def _target(self, *index: int | slice) -> Target:

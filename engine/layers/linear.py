@@ -14,8 +14,8 @@ from engine.kernels.fp8 import Scale
 from engine.kernels.int4 import Int4Scale
 from engine.kernels.skinny_gemm import split_counters
 from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot
-from engine.layers.int4 import Int4Format, Int4Matrix
 from engine.layers.norm import RMSNorm
+from engine.layers.packed import PackedFormat, PackedMatrix, packed_matrix
 from engine.layers.quantised import Fp8Format, check_share, make_matrix, matrix_target, scale_slot
 
 
@@ -65,7 +65,7 @@ class FusedPart:
 
 
 def unread_words(layer: nn.Module, build: BuildContext) -> torch.Tensor:
-    """Reserve the layer's ``weight`` for the words of int4 numbers."""
+    """Reserve the layer's ``weight`` for the words of numbers of 4 bits."""
     words = torch.empty((0, 0), dtype=torch.int32, device=build.device)
     layer.register_buffer("weight", words, persistent=False)
     return words
@@ -98,10 +98,10 @@ class FusedColumnLinear(nn.Module):
         rows = sum(part.size for part in parts)
         self.format = build.format_of([part.name for part in parts], fused_name)
         self.scale: Scale | Int4Scale | None
-        self.int4: Int4Matrix | None = None
-        if isinstance(self.format, Int4Format):
+        self.packed: PackedMatrix | None = None
+        if isinstance(self.format, PackedFormat):
             name = build.path + fused_name
-            self.int4 = Int4Matrix(name, self.format, in_features, 0, in_features, build)
+            self.packed = packed_matrix(name, self.format, in_features, 0, in_features, build)
             self.weight, self.scale = unread_words(self, build), None
         else:
             self.weight, self.scale = make_matrix(self, rows, in_features, build, self.format)
@@ -142,10 +142,10 @@ class FusedColumnLinear(nn.Module):
         parent = prefix.removesuffix(self.fused_name + ".")
         whole_name = parent + self.fused_name
         fused = any(f"{whole_name}.{kind}" in names for kind in ("weight", "qweight", "weight_packed"))
-        if self.int4 is not None:
-            slots = self._int4_slots(parent, self.int4, fused)
+        if self.packed is not None:
+            slots = self._packed_slots(parent, self.packed, fused)
         else:
-            assert not isinstance(self.format, Int4Format) and not isinstance(self.scale, Int4Scale)
+            assert not isinstance(self.format, PackedFormat) and not isinstance(self.scale, Int4Scale)
             target = matrix_target(self.weight, self.scale, self.format, self.dtype)
             slots = self._slots(parent, "weight", target, (self.in_features,), fused)
             if self.format is not None and self.scale is not None and self.format.scale is not None:
@@ -155,11 +155,11 @@ class FusedColumnLinear(nn.Module):
         return slots
 
     def finish_loading(self) -> None:
-        """Put an int4 weight, which was read, into the order of the kernels."""
-        if self.int4 is not None:
-            self.weight, self.scale = self.int4.finish()
+        """Put a weight in 4 bits, which was read, into the order of the kernels."""
+        if self.packed is not None:
+            self.weight, self.scale = self.packed.finish()
 
-    def _int4_slots(self, parent: str, matrix: Int4Matrix, fused: bool) -> list[WeightSlot]:
+    def _packed_slots(self, parent: str, matrix: PackedMatrix, fused: bool) -> list[WeightSlot]:
         if not fused:
             return [
                 slot
@@ -266,10 +266,10 @@ class RowLinear(nn.Module):
         self.out_features = out_features
         self.format = build.format_of()
         self.scale: Scale | Int4Scale | None
-        self.int4: Int4Matrix | None = None
+        self.packed: PackedMatrix | None = None
         first = self.in_features * self.tp.rank
-        if isinstance(self.format, Int4Format):
-            self.int4 = Int4Matrix(build.path, self.format, in_features, first, self.in_features, build)
+        if isinstance(self.format, PackedFormat):
+            self.packed = packed_matrix(build.path, self.format, in_features, first, self.in_features, build)
             self.weight, self.scale = unread_words(self, build), None
         else:
             if self.format is not None:
@@ -287,17 +287,17 @@ class RowLinear(nn.Module):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """Compute this rank's share of the sum, without the bias."""
-        if self.int4 is not None and self.int4.gathers:
+        if self.packed is not None and self.packed.gathers:
             # The rank's groups of inputs have their inputs on all ranks.
             x = self.tp.all_gather(x)
         return linear(x, self.weight, counters=self.counters, scale=self.scale)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         rows, columns = self.out_features, self.in_features
-        if self.int4 is not None:
-            slots = self.int4.slots(prefix, rows, [(0, rows)])
+        if self.packed is not None:
+            slots = self.packed.slots(prefix, rows, [(0, rows)])
         else:
-            assert not isinstance(self.format, Int4Format) and not isinstance(self.scale, Int4Scale)
+            assert not isinstance(self.format, PackedFormat) and not isinstance(self.scale, Int4Scale)
             start = self.tp.rank * columns
             region = (slice(0, rows), slice(start, start + columns))
             target = matrix_target(self.weight, self.scale, self.format, self.dtype)
@@ -310,6 +310,6 @@ class RowLinear(nn.Module):
         return slots
 
     def finish_loading(self) -> None:
-        """Put an int4 weight, which was read, into the order of the kernels."""
-        if self.int4 is not None:
-            self.weight, self.scale = self.int4.finish()
+        """Put a weight in 4 bits, which was read, into the order of the kernels."""
+        if self.packed is not None:
+            self.weight, self.scale = self.packed.finish()

@@ -12,7 +12,7 @@ from torch import nn
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels.fp8 import FP8, Scale, quantise_rows
 from engine.layers.build import BuildContext, Region, Target, WeightSlot
-from engine.layers.int4 import Int4Format
+from engine.layers.packed import PackedFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Formats:
         every: the format of all linear layers of the decoder that ``by_name`` lacks; None: the model's dtype.
     """
 
-    by_name: Mapping[str, Fp8Format | Int4Format] = field(default_factory=dict)
+    by_name: Mapping[str, Fp8Format | PackedFormat] = field(default_factory=dict)
     every: Fp8Format | None = None
 
-    def of(self, parts: Iterable[str], fused: str) -> Fp8Format | Int4Format | None:
+    def of(self, parts: Iterable[str], fused: str) -> Fp8Format | PackedFormat | None:
         """The format of a layer that a checkpoint stores as ``parts``, or all together as ``fused``.
 
         Raises:

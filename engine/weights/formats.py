@@ -7,10 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from engine.checkpoint.folder import Checkpoint, TensorInfo
-from engine.checkpoint.quantisation import Int4Quantisation, Quantisation, read_quantisation
+from engine.checkpoint.quantisation import (
+    Fp4Quantisation,
+    Int4Quantisation,
+    Quantisation,
+    read_quantisation,
+)
 from engine.checkpoint.rules import WeightRules, listing
 from engine.errors import CheckpointError
+from engine.layers.fp4 import FP4_NAMES, Fp4Format
 from engine.layers.int4 import NAMES, Int4Format
+from engine.layers.packed import PackedFormat
 from engine.layers.quantised import Formats, Fp8Format
 from engine.weights.reader import DTYPES
 
@@ -19,7 +26,7 @@ _SCALES = ("weight_scale", "weight_scale_inv")
 #: The tensors of all experts, whose names don't end in ``weight``.
 _OF_EXPERTS = r".*\.experts\.(?:gate_up|down)_proj"
 #: Scales of inputs and queries, which get scales of their own or none.
-_NOT_LOADED = r".*\.(?:(?:input|activation|q|kv_cache)_scale|weight_shape)"
+_NOT_LOADED = r".*\.(?:(?:input|activation|q|kv_cache)_scale|input_global_scale|weight_shape)"
 
 
 def rules_with_scales(rules: WeightRules, checkpoint: Checkpoint) -> WeightRules:
@@ -37,8 +44,8 @@ def stored_formats(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
     """
     quantisation = read_quantisation(checkpoint.config)
     parts = rules.assign(checkpoint.tensors)
-    if isinstance(quantisation, Int4Quantisation):
-        return _in_int4(parts["language"], parts["vision"], checkpoint.tensors, quantisation)
+    if isinstance(quantisation, Int4Quantisation | Fp4Quantisation):
+        return _in_4_bits(parts["language"], parts["vision"], checkpoint.tensors, quantisation)
     for names in parts.values():
         _check_floats(names.values(), checkpoint.tensors)
     fp8 = {
@@ -67,31 +74,58 @@ def stored_formats(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
 
 def _check_floats(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> None:
     for name in names:
-        if tensors[name].dtype.startswith("I"):
+        if tensors[name].dtype.startswith(("I", "U")):
             raise CheckpointError(
                 f"tensor {name} in {tensors[name].file.name} has dtype {tensors[name].dtype}; only "
-                "floating-point weights are supported, and int4 weights as quantization_config describes them"
+                "floating-point weights are supported, and weights in 4 bits as quantization_config says"
             )
 
 
-def _in_int4(
+def _in_4_bits(
     language: Mapping[str, str],
     vision: Mapping[str, str],
     tensors: Mapping[str, TensorInfo],
-    quantisation: Int4Quantisation,
+    quantisation: Int4Quantisation | Fp4Quantisation,
 ) -> Formats:
-    """The formats of a checkpoint with int4 matrices."""
-    kinds = NAMES[quantisation.layout]
-    stems = {inner.removesuffix(kinds[0]) for inner in language if inner.endswith(f".{kinds[0]}")}
+    """The formats of a checkpoint with matrices in 4 bits."""
+    kinds = {**NAMES, **FP4_NAMES}[quantisation.layout]
+    stems = {
+        inner.removesuffix(kinds[0])
+        for inner, name in language.items()
+        if inner.endswith(f".{kinds[0]}") and tensors[name].dtype in ("I32", "U8")
+    }
     belonging = {stem + kind for stem in stems for kind in kinds}
     _check_floats(vision.values(), tensors)
     _check_floats([name for inner, name in language.items() if inner not in belonging], tensors)
     unsupported = [language[stem + kinds[0]] for stem in stems if not stem.startswith("layers.")]
     if unsupported:
         raise CheckpointError(
-            f"tensors in int4 that are no matrix of a decoder layer are not supported: {listing(unsupported)}"
+            f"tensors in 4 bits that are no matrix of a decoder layer are not supported: "
+            f"{listing(unsupported)}"
         )
-    return Formats({stem[:-1]: _int4_format(stem, language, tensors, quantisation) for stem in stems})
+    return Formats({stem[:-1]: _packed_format(stem, language, tensors, quantisation) for stem in stems})
+
+
+def _packed_format(
+    stem: str,
+    names: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    quantisation: Int4Quantisation | Fp4Quantisation,
+) -> PackedFormat:
+    if isinstance(quantisation, Int4Quantisation):
+        return _int4_format(stem, names, tensors, quantisation)
+    numbers, scales, factor = FP4_NAMES[quantisation.layout]
+    for kind in (scales, factor):
+        if kind and stem + kind not in names:
+            raise CheckpointError(f"tensor {names[stem + numbers]} is in 4 bits and has no {kind}")
+    stored = tensors[names[stem + scales]].dtype
+    allowed = ("U8", "F8_E8M0") if quantisation.layout.startswith("mxfp4") else ("F8_E4M3",)
+    if stored not in allowed:
+        raise CheckpointError(
+            f"tensor {names[stem + scales]} has dtype {stored}; scales of {quantisation.layout} should be "
+            f"{' or '.join(allowed)}"
+        )
+    return Fp4Format(quantisation.layout, DTYPES[stored])
 
 
 def _int4_format(

@@ -8,6 +8,7 @@ registers are spilled. Sizes are those of public models. Nothing runs: a launch 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -230,6 +231,22 @@ def int4_weights() -> None:
     int4_gemm_triton(noise(64, 3584), **weight(37888, 3584, 128, True))
     int4_gemm_triton(noise(16, 18944), **weight(3584, 18944, 128, True), counters=counters)
     dequantise_int4_triton(**weight(4608, 3584, 128, True), dtype=BF16)
+    for kind, group in (("mxfp4", 32), ("nvfp4", 16)):
+        given = float_weight(3584, 18944, kind, group)
+        int4_gemv_triton(noise(1, 18944), *given)
+        int4_gemm_triton(noise(16, 18944), *given, counters=counters)
+        int4_gemm_triton(noise(64, 18944), *given)
+        dequantise_int4_triton(*given, dtype=BF16)
+
+
+def float_weight(outputs: int, inputs: int, kind: Any, group: int) -> tuple[torch.Tensor, Any]:
+    """Words and scales of a weight in floats of 4 bits."""
+    from engine.kernels.int4 import Int4Scale
+
+    values = torch.ones(outputs, -(-inputs // group), dtype=torch.uint8)
+    factors = torch.ones(outputs) if kind == "nvfp4" else None
+    words = torch.zeros(outputs, inputs // 8, dtype=I32)
+    return words, Int4Scale(inputs, values, group, kind=kind, factors=factors)
 
 
 def fp8_cache() -> None:
@@ -320,8 +337,14 @@ def int4_experts() -> None:
         scale = Int4Scale(inputs, values, 128, values.to(torch.uint8))
         return ExpertMatrices(torch.zeros(8, outputs, inputs // 8, dtype=I32), scale)
 
-    gate_up, down = matrices(1024, 2048), matrices(2048, 512)
-    for tokens in (1, 64, 256):
+    def floats(outputs: int, inputs: int, kind: str, group: int) -> ExpertMatrices:
+        words, scale = float_weight(8 * outputs, inputs, kind, group)
+        return ExpertMatrices(words.unflatten(0, (8, -1)), scale)
+
+    pairs = [(matrices(1024, 2048), matrices(2048, 512))]
+    for kind, group in (("mxfp4", 32), ("nvfp4", 16)):
+        pairs.append((floats(1024, 2048, kind, group), floats(2048, 512, kind, group)))
+    for (gate_up, down), tokens in itertools.product(pairs, (1, 64, 256)):
         ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
         run = int4_expert_gemv_triton if tokens == 1 else int4_grouped_gemm_triton
         run(noise(tokens, 2048), ids, weights, gate_up, down, "silu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,8 +89,31 @@ def problem(device, dtype, tokens, top_k, experts, width, inner, group=None):
     return (x, ids, weights, gate_up, down, "silu"), exact
 
 
+#: Weights in floats of 4 bits.
+FLOATS = ["mxfp4", "nvfp4"]
+
+
+def packed_floats(outputs, inputs, kind):
+    """Return words and scales of a matrix whose numbers are about ``inputs ** -0.5``."""
+    group = 32 if kind == "mxfp4" else 16
+    words = pack(torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8))
+    shape = outputs, -(-inputs // group)
+    if kind == "mxfp4":
+        return words, Int4Scale(inputs, torch.randint(121, 125, shape).to(torch.uint8), group, kind=kind)
+    values = torch.randint(30, 60, shape).to(torch.uint8)
+    return words, Int4Scale(inputs, values, group, kind=kind, factors=(torch.rand(outputs) + 0.5) / 8)
+
+
+def moved(scale, device):
+    factors = None if scale.factors is None else scale.factors.to(device)
+    return replace(scale, values=scale.values.to(device), factors=factors)
+
+
 def matrices(device, dtype, shape, group) -> ExpertMatrices:
     experts, outputs, inputs = shape
+    if group in FLOATS:
+        words, scale = packed_floats(experts * outputs, inputs, group)
+        return ExpertMatrices(words.unflatten(0, (experts, -1)).to(device), moved(scale, device))
     if isinstance(group, str):
         size = int(group)
         groups = -(-inputs // size)
@@ -104,8 +129,8 @@ def matrices(device, dtype, shape, group) -> ExpertMatrices:
     return ExpertMatrices((torch.randn(shape) * 30).to(FP8).to(device), Scale(values.to(device), group))
 
 
-#: Groups of int4 weights: several without zero points, and one with.
-INT4 = ["16", "128"]
+#: Groups of int4 weights: several without zero points, and one with; and kinds of floats.
+INT4 = ["16", "128", *FLOATS]
 
 
 @pytest.mark.covering(1)

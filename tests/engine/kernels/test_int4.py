@@ -1,4 +1,4 @@
-"""Linear layers with int4 weights equal float64 with the dequantised weight, in each kernel."""
+"""Linear layers with weights in 4 bits equal float64 with the dequantised weight, in each kernel."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from engine.kernels import dispatch, int4_gemm
 from engine.kernels.int4 import (
+    E2M1,
     Int4Scale,
     dequantise_int4,
     dequantise_int4_reference,
@@ -32,6 +33,9 @@ SIZES = [
     (3, 400, 64),
 ]
 ZEROS = [True, False]
+#: Kinds of floats, and the sizes that they have.
+FLOATS = [("mxfp4", 32), ("nvfp4", 16)]
+FLOAT_SIZES = [(34, 40), (70, 1100), (8, 1536), (3, 72)]
 
 
 def problem(device, dtype, rows, outputs, inputs, group, zeros):
@@ -51,6 +55,46 @@ def problem(device, dtype, rows, outputs, inputs, group, zeros):
     exact = (numbers.double() - zero) * values.double().repeat_interleave(group, 1)[:, :inputs]
     bias = torch.randn(outputs).to(device, dtype)
     return wide[:, :inputs], pack(padded).to(device), scale, bias, exact.to(device)
+
+
+def float_problem(device, dtype, rows, outputs, inputs, kind, group):
+    """Return the same of floats, with scales of every exponent that fp8 has, subnormal ones included."""
+    padded = torch.randint(0, 16, (outputs, -(-inputs // 128) * 128), dtype=torch.uint8)
+    groups = -(-inputs // group)
+    if kind == "mxfp4":
+        values, factors = torch.randint(117, 124, (outputs, groups), dtype=torch.uint8), None
+        exact_scale = torch.exp2(values.double() - 127)
+    else:
+        values = torch.randint(0, 127, (outputs, groups), dtype=torch.uint8)
+        values[0, 0] |= 128
+        factors = (torch.rand(outputs) + 0.5) / 448
+        exact_scale = values.view(torch.float8_e4m3fn).double() * factors.double()[:, None]
+    numbers = torch.tensor(E2M1, dtype=torch.float64)[padded[:, :inputs].long()]
+    exact = numbers * exact_scale.repeat_interleave(group, 1)[:, :inputs]
+    scale = Int4Scale(
+        inputs,
+        values.to(device),
+        group,
+        kind=kind,
+        factors=None if factors is None else factors.to(device),
+    )
+    x, bias = torch.randn(rows, inputs).to(device, dtype), torch.randn(outputs).to(device, dtype)
+    return x, pack(padded).to(device), scale, bias, exact.to(device)
+
+
+@pytest.mark.parametrize(("kind", "group"), FLOATS)
+@pytest.mark.parametrize("size", FLOAT_SIZES, ids=str)
+def test_floats(device, dtype, size, kind, group):
+    """In every kernel; all numbers and scales are exact, but for the rounding of factors."""
+    for rows in (1, 3, 20):
+        x, words, scale, bias, exact = float_problem(device, dtype, rows, *size, kind, group)
+        expected, close = float64_linear(x, exact, bias), tolerance(x, exact, bias)
+        if rows == 1:
+            assert_close(int4_gemv_triton(x, words, scale, bias), expected, tolerance=close)
+        assert_close(int4_gemm_triton(x, words, scale, bias), expected, tolerance=close)
+    wide = dequantise_int4_reference(words, scale, torch.float32)
+    assert torch.equal(dequantise_int4_triton(words, scale, torch.float32), wide)
+    torch.testing.assert_close(wide, exact.float(), rtol=3e-7 if kind == "nvfp4" else 0, atol=0)
 
 
 def tolerance(x, exact, bias):

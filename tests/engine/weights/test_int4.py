@@ -106,7 +106,7 @@ def test_ranks_have_their_shares(tmp_path, scheme, kind):
     # Each rank computes with its own inputs, or with those of its groups out of all.
     x = torch.randn(5, 128)
     down = [rank.layers[1].mlp.down_proj for rank in ranks]
-    gathered = down[0].int4.gathers
+    gathered = down[0].packed.gathers
     assert gathered == scheme.shuffled
     parts = [x, x] if gathered else x.chunk(2, 1)
     found = [layer.partial(part) for layer, part in zip(down, parts, strict=True)]
