@@ -171,7 +171,9 @@ class Spelling:
         # The answer to HEAD loses its body where it is sent.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         path = scope["path"].rstrip("/") or "/"
-        await self._app({**scope, "path": path, "method": method}, receive, send)
+        if (path, method) != (scope["path"], scope["method"]):
+            scope = {**scope, "path": path, "method": method}
+        await self._app(scope, receive, send)
 
 
 class LastResort:

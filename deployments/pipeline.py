@@ -23,6 +23,7 @@ from deployments.replay import Patience, attempt_name, carried_on
 from deployments.report import ItemReport, current_report
 from deployments.stages import Generation, Pixels, Pooling, Rows, RowsLost, StageLost, Stages
 from deployments.tasks import all_or_none
+from deployments.threads import on_thread
 from engine.errors import ContextLengthExceeded, InvalidRequest, Unavailable
 from engine.frontend import load_end_tokens, load_prompt_builder, load_retrieval, load_sampling_defaults
 from engine.inputs.builder import PromptBuilder
@@ -217,8 +218,8 @@ class Pipeline:
 
     async def _build(self, build: Build, media: _Media) -> tuple[EngineInput, list[Pixels]]:
         shown = await self._shown(media)
-        loop, began = asyncio.get_running_loop(), time.perf_counter()
-        inputs = await loop.run_in_executor(self._threads, build, [each.item for each in shown])
+        began = time.perf_counter()
+        inputs = await on_thread(self._threads, build, [each.item for each in shown])
         current_report().took("prompt", time.perf_counter() - began)
         return inputs, _pixels(shown)
 

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Scope, Send
 
 from engine.errors import SightlineError
@@ -46,7 +45,7 @@ class SentResponse:
 
     Args:
         send: the server's.
-        headers: further headers.
+        headers: further headers, encoded.
         bodiless: leave the body out: the request is a HEAD.
 
     Attributes:
@@ -57,7 +56,7 @@ class SentResponse:
 
     __slots__ = ("_bodiless", "_headers", "_send", "complete", "num_bytes", "status")
 
-    def __init__(self, send: Send, headers: Mapping[str, str], *, bodiless: bool = False) -> None:
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]], *, bodiless: bool = False) -> None:
         self._send, self._headers, self._bodiless = send, headers, bodiless
         self.status: int | None = None
         self.num_bytes = 0
@@ -69,7 +68,7 @@ class SentResponse:
             return
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message).update(self._headers)
+            message["headers"] = [*message["headers"], *self._headers]
         await self._send(message)
 
     def body(self, data: bytes, more: bool = True) -> Awaitable[None]:

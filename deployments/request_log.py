@@ -33,7 +33,7 @@ class RequestLog:
                 await app(scope, receive, send)
                 return
             report = begin_report(scope, self._new_id)
-            headers = {"x-request-id": report.id} if self._echo_id else {}
+            headers = [(b"x-request-id", report.id.encode())] if self._echo_id else []
             response = SentResponse(send, headers, bodiless=scope["method"] == "HEAD")
             report.response = response
             try:

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -17,6 +17,13 @@ from deployments.report import current_report
 from engine.errors import SightlineError
 
 DONE = b"data: [DONE]\n\n"
+
+#: No proxy may collect events before it passes them on.
+_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+)
 
 #: ``json.dumps`` would make one for each call.
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -34,20 +41,19 @@ class EventResponse(StreamingResponse):
         end: sent after all events, after a failure as well.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
         failed: Callable[[SightlineError], bytes],
         end: bytes = b"",
     ) -> None:
-        # No proxy may collect events before it passes them on.
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        # Without Starlette's own way, which encodes the same headers for each response.
+        self.status_code, self.background = 200, None
+        self.raw_headers = list(_HEADERS)
         self._events, self._failed, self._end = events, failed, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events), _while_listened_to(receive):
+        async with aclosing(self._events), _WhileListenedTo(receive):
             await self.stream_response(send)
 
     async def stream_response(self, send: Send) -> None:
@@ -74,33 +80,35 @@ class EventResponse(StreamingResponse):
         await response.body(b"", more=False)
 
 
-@asynccontextmanager
-async def _while_listened_to(receive: Receive) -> AsyncIterator[None]:
+class _WhileListenedTo:
     """A block that ends early, and without an error, when the client leaves.
 
     Starlette's own way to do this, two tasks of a group, takes three times as long.
     """
-    task = asyncio.current_task()
-    assert task is not None, "responses are sent by tasks"
-    cancellations, left = task.cancelling(), False
 
-    async def wait() -> None:
-        nonlocal left
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "responses are sent by tasks"
+        self._task, self._cancellations = task, task.cancelling()
+        self._client = asyncio.ensure_future(self._wait())
+
+    async def _wait(self) -> None:
         # A connection that can't be read has no client any more.
         with suppress(Exception):
-            while (await receive())["type"] != "http.disconnect":
+            while (await self._receive())["type"] != "http.disconnect":
                 continue
-        left = True
-        task.cancel()
+        self._left = True
+        self._task.cancel()
 
-    client = asyncio.ensure_future(wait())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not left or task.uncancel() > cancellations:
-            raise
-    finally:
-        client.cancel()
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self._client.cancel()
+        if not isinstance(error, asyncio.CancelledError) or not self._left:
+            return False
+        return self._task.uncancel() <= self._cancellations
 
 
 def event(data: BaseModel) -> bytes:

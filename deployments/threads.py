@@ -1,6 +1,12 @@
-"""Sharing of the interpreter between the threads of a replica."""
+"""Sharing of the interpreter between the threads of a replica, and work on other threads."""
 
+import asyncio
 import sys
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 #: Seconds for which a thread may keep the interpreter while another waits for it.
 TURN_S = 0.0002
@@ -14,3 +20,33 @@ def take_turns() -> None:
     would delay the next tokens by more time than they take.
     """
     sys.setswitchinterval(TURN_S)
+
+
+async def on_thread(threads: Executor, work: Callable[..., T], *args: Any) -> T:
+    """The result of ``work(*args)``, computed by one of ``threads``.
+
+    Takes half the time of the event loop's ``run_in_executor``, which links two futures.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work(*args)
+        except BaseException as error:
+            loop.call_soon_threadsafe(_settle, future, None, error)
+        else:
+            loop.call_soon_threadsafe(_settle, future, result, None)
+
+    threads.submit(run)
+    return await future
+
+
+def _settle(future: asyncio.Future, result: Any, error: BaseException | None) -> None:
+    # Whoever waited may have been cancelled.
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -41,7 +41,7 @@ class Streamed:
 
     async def run(self, receive, send=None) -> None:
         report = begin_report(SCOPE, NewIds())
-        report.response = SentResponse(send or self._send, {})
+        report.response = SentResponse(send or self._send, ())
         await self.response(SCOPE, receive, report.response)
 
 
