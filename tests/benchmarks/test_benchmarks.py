@@ -20,6 +20,7 @@ from benchmarks import (
     preparation,
     serve,
     slow_hosts,
+    steps,
 )
 from benchmarks.floors import StepBytes
 from benchmarks.processes import process_name
@@ -77,6 +78,16 @@ def test_load(monkeypatch, capsys, tmp_path):
     found = json.loads(file.read_text())
     assert all(found[f"{kind} {way} s"] > 0 for kind in ("cold", "warm") for way in ("read", "load"))
     assert found["GB"] > 0.01 and list(tmp_path.iterdir()) == [file]
+
+
+def test_steps(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "steps.json"
+    arguments = ["steps", "--scale", "64", "--works", "guesses", "--prompt-lookup", "4", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    steps.main()
+    found = json.loads(file.read_text())
+    assert all(found[f"guesses {kind} ms/tok"] > 0 for kind in ("repeating", "random", "free"))
+    assert found["guesses repeating steps/tok"] < 0.7
 
 
 def test_memory(monkeypatch, capsys, tmp_path):
