@@ -25,6 +25,7 @@ from engine.graphs import make_capture
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.placement import resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
+from engine.startup import StartTimes
 from engine.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -119,20 +120,24 @@ class EncoderEngine:
             CheckpointError: the checkpoint is unusable or has no vision part.
             ConfigError: the device isn't there.
         """
+        times = StartTimes()
         checkpoint = Checkpoint.open(config.model, config.revision)
         model = resolve(checkpoint).parse(checkpoint)
         device = resolve_device(config)
-        encoder = load_vision_encoder(
-            checkpoint,
-            model,
-            device=device,
-            dtype=resolve_dtype(config, model),
-            load_format=config.load_format,
-            seed=config.seed,
-        )
+        with times.phase("weights"):
+            encoder = load_vision_encoder(
+                checkpoint,
+                model,
+                device=device,
+                dtype=resolve_dtype(config, model),
+                load_format=config.load_format,
+                seed=config.seed,
+            )
         capture = make_capture(device, enforce_eager=config.enforce_eager)
         if capture is not None:
-            encoder.capture_graphs(capture)
+            with times.phase("graphs"):
+                encoder.capture_graphs(capture)
+        logger.info("the encoder started in %s", times)
         return cls(
             encoder,
             device,

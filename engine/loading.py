@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.core import EngineCore, Runner
 from engine.executor.executor import load_ranks
 from engine.executor.launch import Launcher, LocalLauncher
 from engine.families.base import ModelConfig
@@ -27,6 +28,7 @@ from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.prefix_cache import BlockHasher
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.snapshots import SnapshotPool
+from engine.startup import StartTimes
 from engine.structured.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 
@@ -70,15 +72,45 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
         ConfigError: a field of ``config`` does not fit the model or the machine.
         Unavailable: a rank has died.
     """
+    times = StartTimes()
     checkpoint = Checkpoint.open(config.model, config.revision)
     model = resolve(checkpoint).parse(checkpoint)
-    ranks = load_ranks(config, checkpoint, model, launcher or LocalLauncher())
+    with ThreadPoolExecutor(1, "tokenizer") as pool:
+        # A large vocabulary takes a second or two, and no device.
+        tokenizer = pool.submit(Tokenizer.load, tokenizer_folder(config, checkpoint))
+        scheduler, runner, max_model_len = _load_model(
+            config, checkpoint, model, launcher or LocalLauncher(), times
+        )
+        with times.phase("rest of the tokenizer"):
+            text = tokenizer.result()
+    logger.info("the engine started in %s", times)
+    grammars = GrammarCompiler(text.backend, model.decoder.vocab_size, model.eos_token_ids)
+    metrics = EngineMetrics()
+    return LoadedEngine(
+        config,
+        model,
+        text,
+        grammars,
+        RequestFactory(config, model, scheduler, text, grammars, max_model_len),
+        EngineCore(scheduler, runner, config.run_ahead),
+        OutputProcessor(text, metrics),
+        metrics,
+    )
+
+
+def _load_model(
+    config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, launcher: Launcher, times: StartTimes
+) -> tuple[Scheduler, Runner, int]:
+    """The scheduler, the runner, and the longest sequence in tokens, however many KV blocks there are."""
+    with times.phase("weights"):
+        ranks = load_ranks(config, checkpoint, model, launcher)
     max_model_len = ranks.max_model_len
     groups = LayerGroups.of(model.decoder, max_model_len)
     if config.num_kv_blocks is None:
         # Blocks beyond what all slots can fill serve the prefix cache alone; leave it twice as many.
         most = 1 + 3 * config.max_num_seqs * -(-max_model_len // config.block_size) * len(groups.windows)
-        num_blocks = min(ranks.measure_blocks(), most)
+        with times.phase("kernels and free memory"):
+            num_blocks = min(ranks.measure_blocks(), most)
     else:
         num_blocks = config.num_kv_blocks * len(groups.windows)
     dtype = resolve_dtype(config, model)
@@ -86,20 +118,9 @@ def load_engine(config: EngineConfig, launcher: Launcher | None = None) -> Loade
     scheduler = _scheduler(config, model, groups, num_blocks, states, max_model_len, str(checkpoint.path))
     if scheduler.max_model_len < max_model_len:
         logger.warning("KV blocks hold %d tokens: max_model_len is cut to that", scheduler.max_model_len)
-    runner = ranks.make_runner(num_blocks, scheduler.max_model_len, len(scheduler.slots.requests))
-    tokenizer = Tokenizer.load(tokenizer_folder(config, checkpoint))
-    grammars = GrammarCompiler(tokenizer.backend, model.decoder.vocab_size, model.eos_token_ids)
-    metrics = EngineMetrics()
-    return LoadedEngine(
-        config,
-        model,
-        tokenizer,
-        grammars,
-        RequestFactory(config, model, scheduler, tokenizer, grammars, max_model_len),
-        EngineCore(scheduler, runner, config.run_ahead),
-        OutputProcessor(tokenizer, metrics),
-        metrics,
-    )
+    with times.phase("KV cache and graphs"):
+        runner = ranks.make_runner(num_blocks, scheduler.max_model_len, len(scheduler.slots.requests))
+    return scheduler, runner, max_model_len
 
 
 def _scheduler(

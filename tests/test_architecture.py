@@ -18,7 +18,7 @@ FLOORS = [
     ["errors"],
     [
         *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"),
-        *("watchdog", "helpers"),
+        *("watchdog", "startup", "helpers"),
     ],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),
@@ -108,6 +108,7 @@ PUBLIC = {
     "engine.prompt",
     "engine.sampling_params",
     "engine.scheduling.prefix_cache",
+    "engine.startup",
     "engine.structured.json_schema",
     "engine.structured.prepare",
 }

@@ -49,6 +49,7 @@ from engine.media.video.limits import VideoLimits
 from engine.outputs import EmbeddingOutput
 from engine.preparation import PagedFile
 from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem, PreparedMedia
+from engine.startup import StartTimes
 
 #: Seconds for which a replica keeps a request whose stream is not asked for. That follows at once, unless its
 #: sender or its client is gone.
@@ -162,9 +163,12 @@ class VisionEncoderReplica:
     """Arguments as :class:`~deployments.encoder.VisionEncoder`, after ``tracing``."""
 
     def __init__(self, tracing: TracingConfig | None, config: EncoderConfig, engine: EngineConfig) -> None:
-        from deployments.encoder import VisionEncoder
+        times = StartTimes()
+        with times.phase("modules"):
+            from deployments.encoder import VisionEncoder
 
         prepare_process()
+        logger.info("%s: modules were imported in %s", "encoder", times)
         self._stage = VisionEncoder(config, engine, make_tracer(tracing, "encoder"))
         self._in_place = InPlace(config, config.IN_PLACE, self._stage.take_over)
         self._store = ObjectStore()
@@ -265,9 +269,12 @@ class LanguageModelReplica:
         *others: Any,
         launcher: Launcher | None = None,
     ) -> None:
-        from deployments.language_model import LanguageModel
+        times = StartTimes()
+        with times.phase("modules"):
+            from deployments.language_model import LanguageModel
 
         prepare_process()
+        logger.info("%s: modules were imported in %s", "language model", times)
         self._stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher)
         self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)
         self._held = HeldRequests()
