@@ -290,7 +290,9 @@ class RequestFactory:
         if request.num_prompt > self.max_model_len:
             # Its length is the better reason to refuse it.
             return
-        found = family_named(self._model.family).positions(self._model, request.num_prompt, request.spans)
+        found = family_named(self._model.family).positions(
+            self._model, request.token_ids[: request.num_prompt], request.spans
+        )
         if found is None:
             return
         positions, request.position_delta = found

@@ -39,7 +39,7 @@ def nothing_around(config: ModelConfig, item: MediaItem) -> tuple[str, str]:
     return "", ""
 
 
-def plain_positions(config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]) -> Positions | None:
+def plain_positions(config: ModelConfig, ids: Sequence[int], spans: Sequence[MediaSpan]) -> Positions | None:
     """No positions of the family's own: a token's position is its index."""
     return None
 
@@ -62,8 +62,9 @@ class Family:
             kind in a prompt; ``encode`` tokenises text without adding special tokens.
         around: texts that a prompt gets before and behind an item's placeholder string. They are tokenised
             with the text beside them.
-        positions: rotary positions ``(3, num_tokens)`` int64 of a prompt, and the number to add to the index
-            of every later token to get its position on all three axes; None if positions are token indices.
+        positions: rotary positions ``(3, len(ids))`` int64 of a prompt's ``ids``, and the number to add to
+            the index of every later token to get its position on all three axes; None if positions are
+            token indices.
         processor: makes the media processor of a checkpoint with the user's options; None if the family is
             text-only.
         options: names of the ``mm_processor_kwargs`` that ``processor`` takes.
@@ -81,7 +82,7 @@ class Family:
         [ModelConfig, MediaItem, int, Callable[[str], list[int]]], tuple[PlaceholderRun, ...]
     ] = item_placeholder
     around: Callable[[ModelConfig, MediaItem], tuple[str, str]] = nothing_around
-    positions: Callable[[ModelConfig, int, Sequence[MediaSpan]], Positions | None] = plain_positions
+    positions: Callable[[ModelConfig, Sequence[int], Sequence[MediaSpan]], Positions | None] = plain_positions
     processor: Callable[[Checkpoint, ModelConfig, Options], MediaProcessor] | None = None
     options: tuple[str, ...] = ()
     retrieval: Callable[[ModelConfig], RetrievalFormat] = lambda config: RetrievalFormat()

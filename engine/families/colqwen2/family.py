@@ -89,9 +89,9 @@ def _prompt_format(config: ModelConfig) -> PromptFormat:
     )
 
 
-def _positions(config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]) -> Positions | None:
+def _positions(config: ModelConfig, ids: Sequence[int], spans: Sequence[MediaSpan]) -> Positions | None:
     """As in the model inside. Transformers' class gives images one-dimensional positions if it gets none."""
-    return QWEN2_VL.positions(config, num_tokens, spans)
+    return QWEN2_VL.positions(config, ids, spans)
 
 
 def _weights(config: ModelConfig) -> WeightRules:

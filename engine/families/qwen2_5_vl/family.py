@@ -79,10 +79,10 @@ def _with_pace(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     return replace(config, extra={"tokens_per_second": stated.get("tokens_per_second", 4)})
 
 
-def _positions(config: ModelConfig, num_tokens: int, spans: Sequence[MediaSpan]) -> Positions:
+def _positions(config: ModelConfig, ids: Sequence[int], spans: Sequence[MediaSpan]) -> Positions:
     assert config.extra is not None
     pace = config.extra["tokens_per_second"]
-    return grid_positions(num_tokens, spans, config.vision.merge_size, tokens_per_second=pace)
+    return grid_positions(len(ids), spans, config.vision.merge_size, tokens_per_second=pace)
 
 
 FAMILY = replace(

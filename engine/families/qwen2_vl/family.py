@@ -69,7 +69,7 @@ FAMILY = Family(
         video_token=token_field("video_token_id", default=151656),
     ),
     prompt_format=lambda config: PromptFormat(image="<|image_pad|>", video="<|video_pad|>"),
-    positions=lambda config, num_tokens, spans: grid_positions(num_tokens, spans, config.vision.merge_size),
+    positions=lambda config, ids, spans: grid_positions(len(ids), spans, config.vision.merge_size),
     processor=QwenProcessor.with_videos(VideoRules()),
     options=("min_pixels", "max_pixels", "fps"),
     weights=_weights,

@@ -297,6 +297,17 @@ CASES = [
         several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
         options={"kv_cache_bytes": 32 << 20},
     ),
+    FamilyCase(
+        "MiniCPM-V 4.7",
+        partial(make_minicpm_v4_6, version=7),
+        partial(MiniCPMV46Reference, version=7),
+        frame=qwen.FRAME,
+        # The line feed belongs to the image, and so do images without numbers to those before.
+        placeholder=lambda index, count: MINICPM_IMAGE + "\n",
+        single=((60, 44), (20, 44)),
+        several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
+        options={"kv_cache_bytes": 32 << 20},
+    ),
     FamilyCase("Idefics3", make_idefics3, partial(IdeficsReference, kind="Idefics3"), **_IDEFICS),
     FamilyCase(
         "SmolVLM", make_smolvlm, partial(IdeficsReference, kind="SmolVLM"), video="<video>", **_IDEFICS

@@ -1,4 +1,4 @@
-"""A tiny MiniCPM-V 4.6 checkpoint, and Transformers' model and processor of it."""
+"""Tiny checkpoints of MiniCPM-V 4.6 and 4.7, and Transformers' models and processors of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MARKS = {
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE, "<|video_pad|>", *MARKS.values())
 #: Images and slices of about 24 by 24 pixels, in patches of 3 of which 4 by 4 are one row.
 PROCESSOR: dict[str, Any] = {"patch_size": 3, "scale_resolution": 24, "max_slice_nums": 6}
-_PACKAGE = "transformers.models.minicpmv4_6."
+_PACKAGE = "transformers.models.minicpmv4_"
 
 
 def make_tokenizer() -> Any:
@@ -35,15 +35,25 @@ def make_tokenizer() -> Any:
     return tokenizer(SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=named)
 
 
-def make_minicpm_v4_6(path: Path, hub: bool) -> Path:
+def canvas_ids(tok: Any) -> dict[str, int]:
+    """The fields of version 4.7 that name the tokens around images and slices."""
+    names = ("image_start", "image_end", "slice_start", "slice_end")
+    ids = {f"{name}_id": SPECIALS.index(MARKS[f"{name}_token"]) for name in names}
+    (newline,) = tok("\n").input_ids
+    return {**ids, "newline_id": newline}
+
+
+def make_minicpm_v4_6(path: Path, hub: bool, version: int = 6) -> Path:
     """A checkpoint with a table of 7x7 positions.
 
     Args:
-        hub: tied embeddings, several shards, images in the mode that keeps four times as many rows.
+        hub: tied embeddings, several shards, images without numbers, in the mode that keeps four times as
+            many rows.
+        version: 6 or 7.
     """
     mode = "4x" if hub else "16x"
     tok = make_tokenizer()
-    config = transformers.MiniCPMV4_6Config(
+    config = getattr(transformers, f"MiniCPMV4_{version}Config")(
         text_config={
             "model_type": "qwen3_5_text",
             **QWEN3_5_TEXT,
@@ -65,13 +75,15 @@ def make_minicpm_v4_6(path: Path, hub: bool) -> Path:
         video_token_id=SPECIALS.index("<|video_pad|>"),
         downsample_mode=mode,
         tie_word_embeddings=hub,
+        **(canvas_ids(tok) if version == 7 else {}),
     )
-    model = transformers.MiniCPMV4_6ForConditionalGeneration(config)
+    model = getattr(transformers, f"MiniCPMV4_{version}ForConditionalGeneration")(config)
     spread(model, seed=8, embedding_std=0.05 if hub else 1.0)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(path)
     tok.save_pretrained(path)
     processor = {"image_processor_type": "MiniCPMV4_6ImageProcessor", "downsample_mode": mode, **PROCESSOR}
+    processor["use_image_id"] = not hub
     (path / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
     if hub:
         config_json = json.loads((path / "config.json").read_text())
@@ -80,14 +92,15 @@ def make_minicpm_v4_6(path: Path, hub: bool) -> Path:
     return path
 
 
-def processor_of(path: Path, **options: Any) -> Any:
+def processor_of(path: Path, version: int = 6, **options: Any) -> Any:
     """Transformers' processor of a checkpoint without its video half, which needs torchvision.
 
     Args:
         options: fields of the image processor, over those of the checkpoint.
     """
-    whole = importlib.import_module(_PACKAGE + "processing_minicpmv4_6").MiniCPMV4_6Processor
-    pil = importlib.import_module(_PACKAGE + "image_processing_pil_minicpmv4_6")
+    module = importlib.import_module(f"{_PACKAGE}{version}.processing_minicpmv4_{version}")
+    whole = getattr(module, f"MiniCPMV4_{version}Processor")
+    pil = importlib.import_module(_PACKAGE + "6.image_processing_pil_minicpmv4_6")
     nested = path / "processor_config.json"
     if nested.exists():
         stated = json.loads(nested.read_text())["image_processor"]
@@ -109,13 +122,14 @@ class MiniCPMV46Reference:
     """Transformers' model and processor.
 
     Args:
+        version: 6 or 7.
         options: of the image processor.
     """
 
-    def __init__(self, path: Path, **options: Any) -> None:
-        cls = transformers.MiniCPMV4_6ForConditionalGeneration
+    def __init__(self, path: Path, version: int = 6, **options: Any) -> None:
+        cls = getattr(transformers, f"MiniCPMV4_{version}ForConditionalGeneration")
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
-        self.processor = processor_of(path, **options)
+        self.processor = processor_of(path, version, **options)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
         pictures = [list(prompt.pictures)] if prompt.pictures else None

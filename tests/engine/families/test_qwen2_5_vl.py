@@ -99,7 +99,7 @@ def test_positions_equal_transformers(path, reference, seconds):
         torch.tensor([g for kind, g in grids if kind == "video"]),
         second_per_grid_ts=torch.tensor([seconds, seconds]),
     )
-    positions, offset = FAMILY.positions(config, len(ids), spans)
+    positions, offset = FAMILY.positions(config, ids, spans)
     np.testing.assert_array_equal(positions, expected[:, 0, :-1].numpy())
     assert expected[:, 0, -1].tolist() == [len(ids) + offset] * 3
 

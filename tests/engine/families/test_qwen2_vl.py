@@ -168,7 +168,7 @@ def _compare_positions(config, reference, order, grids):
         torch.tensor([[*types, 0]]),
         *(torch.tensor(used[kind]) if used[kind] else None for kind in ("image", "video")),
     )
-    positions, offset = FAMILY.positions(config, len(ids), spans)
+    positions, offset = FAMILY.positions(config, ids, spans)
     np.testing.assert_array_equal(positions, expected[:, 0, :-1].numpy())
     assert positions.dtype == np.int64
     assert expected[:, 0, -1].tolist() == [len(ids) + offset] * 3

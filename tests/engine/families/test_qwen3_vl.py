@@ -84,7 +84,7 @@ def test_placeholders_of_videos_are_those_of_transformers(path, reference, count
     expected, _ = reference.model.model.get_rope_index(
         ids, types, torch.tensor([image.grid]), torch.tensor([item.grid])
     )
-    positions, offset = FAMILY.positions(config, len(built.token_ids), built.spans)
+    positions, offset = FAMILY.positions(config, built.token_ids, built.spans)
     np.testing.assert_array_equal(positions, expected[:, 0, :-1].numpy())
     assert expected[:, 0, -1].tolist() == [len(built.token_ids) + offset] * 3
 

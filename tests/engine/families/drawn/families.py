@@ -39,7 +39,7 @@ _ALL: tuple[Family, ...] = (
     ColQwen2Family(),
     ColPaliFamily(),
     MiniCPMVFamily(),
-    MiniCPMV46Family(),
+    *(MiniCPMV46Family(version) for version in (6, 7)),
     Lfm2VlFamily(),
     *(IdeficsFamily(kind) for kind in ("Idefics3", "SmolVLM")),
     *(TextFamily(kind) for kind in ARCHITECTURES),

@@ -1,7 +1,8 @@
-"""Draws MiniCPM-V 4.6 checkpoints."""
+"""Draws MiniCPM-V 4.6 and 4.7 checkpoints."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,30 @@ from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_tower
-from tests.engine.families.minicpm_v4_6 import IMAGE, SPECIALS, MiniCPMV46Reference, make_tokenizer
+from tests.engine.families.minicpm_v4_6 import (
+    IMAGE,
+    SPECIALS,
+    MiniCPMV46Reference,
+    canvas_ids,
+    make_tokenizer,
+)
 
-_ARCHITECTURE = "MiniCPMV4_6ForConditionalGeneration"
 _TOKENS = 768
 
 
+@dataclass(frozen=True)
 class MiniCPMV46Family:
-    """Towers of both modes, before a Qwen3.5."""
+    """Towers of both modes, before a Qwen3.5; ``version`` is 6 or 7."""
 
-    name = "minicpm_v4_6"
-    architectures = (_ARCHITECTURE,)
+    version: int
+
+    @property
+    def name(self) -> str:
+        return f"minicpm_v4_{self.version}"
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return (f"MiniCPMV4_{self.version}ForConditionalGeneration",)
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = make_tokenizer()
@@ -32,20 +46,22 @@ class MiniCPMV46Family:
         patch, mode = draw.choice("patch", (2, 3, 4)), draw.variant("rows kept", ("16x", "4x"), 0.3)
         tower = draw_tower(draw, side=patch * draw.choice("table's side", (5, 7, 10)), patch=patch)
         raw: dict[str, Any] = {
-            "model_type": "minicpmv4_6",
+            "model_type": f"minicpmv4_{self.version}",
             "torch_dtype": "float32",
             "text_config": text,
-            "vision_config": {**tower, "model_type": "minicpmv4_6_vision"},
+            "vision_config": {**tower, "model_type": f"minicpmv4_{self.version}_vision"},
             "insert_layer_id": draw.integer("merged after", 0, tower["num_hidden_layers"] - 1),
             "downsample_mode": mode,
             "image_token_id": SPECIALS.index(IMAGE),
             "video_token_id": SPECIALS.index("<|video_pad|>"),
         }
+        if self.version == 7:
+            raw |= canvas_ids(tok)
         if "tie_word_embeddings" in text:
             raw["tie_word_embeddings"] = text.pop("tie_word_embeddings")
-        model = write_model(draw, path, raw, _ARCHITECTURE)
+        model = write_model(draw, path, raw, self.architectures[0])
         draw_ends(draw, path, text, 2, 0)
-        write_json(path / "config.json", {"architectures": [_ARCHITECTURE], **raw})
+        write_json(path / "config.json", {"architectures": [*self.architectures], **raw})
         image = {
             "image_processor_type": "MiniCPMV4_6ImageProcessor",
             "patch_size": patch,
@@ -65,7 +81,7 @@ class MiniCPMV46Family:
         style = Style(
             qwen.FRAME, "<|im_end|>\n", placeholder=lambda index, count: IMAGE, longest=20.0, several=3
         )
-        reference = same_weights(MiniCPMV46Reference(path, **kwargs), model)
+        reference = same_weights(MiniCPMV46Reference(path, self.version, **kwargs), model)
         media = frozenset({SPECIALS.index(IMAGE)})
         options = {"mm_processor_kwargs": kwargs}
         return Drawn(path, reference, style, _TOKENS, options, media, lengths_of("qwen3_5", text))
