@@ -40,6 +40,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration",),
     "text": (
         "GemmaForCausalLM",
+        "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
         "GraniteForCausalLM",
         "GraniteMoeForCausalLM",

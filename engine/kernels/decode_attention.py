@@ -26,6 +26,7 @@ from engine.kernels.paged import (
     Softmax,
     accumulate,
     attend,
+    capped,
     empty_softmax,
     load_keys,
 )
@@ -39,10 +40,10 @@ _MAX_SPLITS = 32
 _MANY_PROGRAMS = 2
 
 
-def decode_attention_reference(q, k, v, positions, table, cache, meta, *, scale, window=None):
+def decode_attention_reference(q, k, v, positions, table, cache, meta, *, scale, window=None, cap=None):
     """Compute :func:`~engine.kernels.dispatch.decode_attention` in two steps; attention in float32."""
     rotary_kv_write_reference(q, k, v, positions, table, cache, meta.slot_mapping)
-    return paged_attention_reference(q, cache, meta, scale=scale, window=window)
+    return paged_attention_reference(q, cache, meta, scale=scale, window=window, cap=cap)
 
 
 def choose_tile(
@@ -89,7 +90,7 @@ def num_splits(programs: int, sms: int, max_seq_len: int, keys: int) -> int:
     return max(1, min(enough, _MAX_SPLITS, -(-max_seq_len // keys)))
 
 
-def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, window=None):
+def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, window=None, cap=None):
     """See :func:`engine.kernels.dispatch.decode_attention`."""
     sequences, heads, dim = q.shape
     kv_heads = cache.kv_heads
@@ -129,6 +130,7 @@ def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, wi
         v_token=v.stride(0), v_head=v.stride(1), table_row=meta.block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, FP8_CACHE=cache.is_fp8,
         ROWS=tile.rows, KEYS=tile.keys, WINDOW=window is not None, SPLIT=splits > 1,
+        CAP=(cap or 0.0) * LOG2E,
         # As many as the registers hold.
         MERGED=max(4, tile.warps),
         # A single warp has no registers for a prefetched tile.
@@ -155,8 +157,8 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     FP8_CACHE: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, CAP: tl.constexpr,
+    MERGED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, KV head and split.
 
@@ -164,6 +166,7 @@ def _decode_kernel(
         partial_ptr: ``(S, Hq, splits, D)`` float32, each split's unnormalised sum.
         stats_ptr: ``(S, Hq, splits, 2)`` float32, each split's maximum score and sum.
         counters_ptr: ``(S, Hkv)`` int32, splits that have finished.
+        CAP: of the scores, in units of log2(e); 0 without one.
         MERGED: splits that are merged at a time.
         PREFETCH: load the share's last tile before waiting for the previous kernel.
     """
@@ -237,6 +240,8 @@ def _decode_kernel(
             tl.store(k_cache_ptr + offset + column, k, mask=in_head)
             tl.store(v_cache_ptr + offset + column, v, mask=in_head)
         row_max = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
+        if CAP:
+            row_max = capped(row_max, 1.0, CAP)
         row_sum += 1.0
         acc += v.to(tl.float32)[None, :]
 
@@ -245,18 +250,18 @@ def _decode_kernel(
     if PREFETCH:
         state = accumulate(
             state, q, last_k, last_v, last, position, position, end, scale, window,
-            MASKED=True, WINDOW=WINDOW,
+            MASKED=True, WINDOW=WINDOW, CAP=CAP,
         )  # fmt: skip
     for first_key in range(start, last, KEYS):
         state = attend(
             state, q, keys, first_key, position, position, end, scale, window,
-            DIM, BLOCK_SIZE, KEYS, MASKED=WINDOW, WINDOW=WINDOW,
+            DIM, BLOCK_SIZE, KEYS, MASKED=WINDOW, WINDOW=WINDOW, CAP=CAP,
         )  # fmt: skip
     if not PREFETCH:
         for first_key in range(last, end, KEYS):
             state = attend(
                 state, q, keys, first_key, position, position, end, scale, window,
-                DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW,
+                DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW, CAP=CAP,
             )  # fmt: skip
 
     HEADS: tl.constexpr = KV_HEADS * GROUP

@@ -63,6 +63,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """Rotate each sequence's one new token, write it to the cache, and attend to all tokens up to it.
 
@@ -77,12 +78,13 @@ def decode_attention(
         meta: a batch with one new token per sequence, so ``T == S``.
         scale: multiplies the scores; positive.
         window: a query at position p sees keys at positions greater than ``p - window``.
+        cap: a scaled score ``s`` becomes ``cap * tanh(s / cap)`` (Gemma 2); None leaves scores as they are.
 
     Returns:
         ``(S, Hq, D)`` in the dtype of ``q``.
     """
     run = decode_attention_triton if use_triton(q) else decode_attention_reference
-    return run(q, k, v, positions, table, cache, meta, scale=scale, window=window)
+    return run(q, k, v, positions, table, cache, meta, scale=scale, window=window, cap=cap)
 
 
 def paged_attention(
@@ -92,6 +94,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    cap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of each sequence's new tokens over all its tokens up to themselves, or up to ``meta.key_ends``.
@@ -103,21 +106,22 @@ def paged_attention(
             ``meta.query_start[S]`` on are padding.
         scale: multiplies the scores; positive.
         window: a query at position p sees keys at positions greater than ``p - window``.
+        cap: a scaled score ``s`` becomes ``cap * tanh(s / cap)`` (Gemma 2); None leaves scores as they are.
         out: ``(T, Hq, D)`` contiguous, to write to; padding rows are not written.
 
     Returns:
         ``(T, Hq, D)`` in the dtype of ``q``.
     """
     if not use_triton(q):
-        return paged_attention_reference(q, cache, meta, scale=scale, window=window, out=out)
-    if window is None and meta.key_ends is None and prefill_attention.supports(q, cache):
+        return paged_attention_reference(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
+    if window is None and cap is None and meta.key_ends is None and prefill_attention.supports(q, cache):
         long = meta.max_query_len > LONG_PROMPT
         # When compiling ahead of time, compile the kernels for other lengths too.
         if long or is_compiling():
             out = prefill_attention_gluon(q, cache, meta, scale=scale, out=out)
         if long and not is_compiling():
             return out
-    return paged_attention_triton(q, cache, meta, scale=scale, window=window, out=out)
+    return paged_attention_triton(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
 
 
 def delta_rule(

@@ -202,9 +202,16 @@ def load_keys(
 
 
 @triton.jit
+def capped(scores, scale, CAP: tl.constexpr):
+    """Return ``CAP * tanh(scores * scale / CAP)``, for scores and a cap in units of log2(e)."""
+    # tanh(x) is 1 - 2 / (exp(2x) + 1), and twice log2(e) is 2.885.
+    return CAP - 2 * CAP / (tl.exp2(scores * (scale * 2.8853900817779268 / CAP)) + 1)
+
+
+@triton.jit
 def accumulate(
     state, q, k, v, first_key, last_key, position, length, scale, window,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Add a loaded tile of keys and values to the online softmax.
 
@@ -216,12 +223,16 @@ def accumulate(
         length: keys from there on are masked.
         scale: of the scores, times log2(e); positive.
         MASKED: whether some row does not see the whole tile.
+        CAP: see :func:`capped`.
     """
     key = first_key + tl.arange(0, k.shape[1])
     in_range = key < length
     # Keys and values in fp8 are exact in other dtypes; their scales are factors of ``scale`` and of the result.
     k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.dot(q, k, input_precision="ieee")
+    if CAP:
+        scores = capped(scores, scale, CAP)
+        scale = 1.0
     if MASKED:
         visible = (key[None, :] <= last_key[:, None]) & in_range[None, :]
         if WINDOW:
@@ -245,8 +256,10 @@ def accumulate(
 def attend(
     state, q, keys, first_key, last_key, position, length, scale, window,
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Load a tile of keys and values and add it to the online softmax; see :func:`accumulate`."""
     k, v = load_keys(keys, first_key, length, DIM, BLOCK_SIZE, KEYS, MASKED)
-    return accumulate(state, q, k, v, first_key, last_key, position, length, scale, window, MASKED, WINDOW)
+    return accumulate(
+        state, q, k, v, first_key, last_key, position, length, scale, window, MASKED, WINDOW, CAP
+    )  # fmt: skip

@@ -25,7 +25,7 @@ from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.tile import AttentionTile
 
 
-def paged_attention_reference(q, cache, meta, *, scale, window=None, out=None):
+def paged_attention_reference(q, cache, meta, *, scale, window=None, cap=None, out=None):
     """Compute :func:`~engine.kernels.dispatch.paged_attention` in float32, one sequence after the other."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     starts, tables = meta.query_start.tolist(), meta.block_tables.long()
@@ -40,6 +40,8 @@ def paged_attention_reference(q, cache, meta, *, scale, window=None, out=None):
         # The query heads that share a KV head are rows of one matrix: (kv_heads, group * tokens, D).
         rows = q[begin:end].transpose(0, 1).reshape(cache.kv_heads, -1, q.shape[-1])
         scores = torch.bmm(rows.float(), k.transpose(1, 2)).mul_(scale)
+        if cap is not None:
+            scores.div_(cap).tanh_().mul_(cap)
         if end - begin > 1 or meta.key_ends is not None:
             scores.unflatten(1, (-1, end - begin)).masked_fill_(
                 _hidden(meta, begin, end, first_key, length, window), float("-inf")
@@ -87,7 +89,7 @@ def choose_tile(head_dim: int, group: int, itemsize: int) -> AttentionTile:
     return AttentionTile(max(rows, 64), 64, 4, 2)
 
 
-def paged_attention_triton(q, cache, meta, *, scale, window=None, out=None):
+def paged_attention_triton(q, cache, meta, *, scale, window=None, cap=None, out=None):
     """See :func:`engine.kernels.dispatch.paged_attention`."""
     tokens, heads, dim = q.shape
     kv_heads, sequences = cache.kv_heads, meta.seq_lens.shape[0]
@@ -107,6 +109,7 @@ def paged_attention_triton(q, cache, meta, *, scale, window=None, out=None):
         q_token=q.stride(0), q_head=q.stride(1), table_row=meta.block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size,
         ROWS=tile.rows, KEYS=tile.keys, TOKENS=tokens_per_tile, WINDOW=window is not None,
+        CAP=(cap or 0.0) * LOG2E,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
     )  # fmt: skip
     return out
@@ -118,9 +121,11 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, query_start_ptr, seq_lens_ptr, key_ends_ptr, out_ptr,
     sequences, scale, value_scale, window, q_token, q_head, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per query tile and KV head. TOKENS: query tokens per tile.
+    """One program per query tile and KV head. TOKENS: query tokens per tile. CAP: of the scores, in units of
+    log2(e); 0 without one.
 
     ``key_ends_ptr`` is None where every token sees the keys up to its own.
     """
@@ -172,12 +177,12 @@ def _attention_kernel(
     for first_key in range(start, whole, KEYS):
         state = attend(
             state, q, keys, first_key, last_key, position, length, scale, window,
-            DIM, BLOCK_SIZE, KEYS, MASKED=False, WINDOW=WINDOW,
+            DIM, BLOCK_SIZE, KEYS, MASKED=False, WINDOW=WINDOW, CAP=CAP,
         )  # fmt: skip
     for first_key in range(whole, end, KEYS):
         state = attend(
             state, q, keys, first_key, last_key, position, length, scale, window,
-            DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW,
+            DIM, BLOCK_SIZE, KEYS, MASKED=True, WINDOW=WINDOW, CAP=CAP,
         )  # fmt: skip
 
     result = state.acc / state.row_sum[:, None] * value_scale

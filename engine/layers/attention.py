@@ -46,6 +46,7 @@ class Attention(nn.Module):
         self.sizes = [part.size for part in self.qkv_proj.parts]
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.window = config.window(layer)
+        self.cap = config.attention_cap
         self.rotary = rotary
         #: Of keys and of values in fp8. They are read once, on the host.
         self._kv_scales = torch.ones(2)
@@ -107,9 +108,18 @@ class Attention(nn.Module):
 
     def _prefill(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
         self.rotary(q, k, v, positions, cache, meta.slot_mapping)
-        return paged_attention(q, cache, meta, scale=self.scale, window=self.window)
+        return paged_attention(q, cache, meta, scale=self.scale, window=self.window, cap=self.cap)
 
     def _decode(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
         return decode_attention(
-            q, k, v, positions, self.rotary.table, cache, meta, scale=self.scale, window=self.window
+            q,
+            k,
+            v,
+            positions,
+            self.rotary.table,
+            cache,
+            meta,
+            scale=self.scale,
+            window=self.window,
+            cap=self.cap,
         )

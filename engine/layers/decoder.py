@@ -170,14 +170,19 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states ``(N, hidden_size)`` to logits ``(N, vocab_size)`` in the model's dtype."""
-        logits = self.lm_head(hidden)
-        return logits if self.config.logits_divisor == 1 else logits / self.config.logits_divisor
+        logits, cap = self.lm_head(hidden), self.config.logits_cap
+        if self.config.logits_divisor != 1:
+            logits = logits / self.config.logits_divisor
+        return logits if cap is None else (logits / cap).tanh() * cap
 
     def logit_gap(self, hidden: torch.Tensor, first: int, second: int) -> torch.Tensor:
         """Map hidden states ``(N, hidden_size)`` to the logit of token ``first`` minus that of ``second``.
 
         Returns float32 ``(N, 1)``.
         """
+        if self.config.logits_cap is not None:
+            logits = self.logits(hidden).float()
+            return logits[:, first : first + 1] - logits[:, second : second + 1]
         return self.lm_head.gap(hidden, first, second) / self.config.logits_divisor
 
     def vectors(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -171,6 +171,8 @@ class DecoderConfig:
         multiplies_rows: the factor is that of embedding rows too.
         residual_multiplier: factor of the results of attention and MLP.
         logits_divisor: divides the logits.
+        logits_cap: a logit ``s`` becomes ``cap * tanh(s / cap)``; None leaves logits as they are.
+        attention_cap: the same for attention scores.
         attention_scale: factor of the attention scores; ``head_dim ** -0.5`` if None.
         local_rope: rotary embedding of the layers ``local_layers``; None if all have ``rope``.
         both_ways: the tokens that attend to each other in both directions: those of each unbroken run of
@@ -208,6 +210,8 @@ class DecoderConfig:
     multiplies_rows: bool = False
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    logits_cap: float | None = None
+    attention_cap: float | None = None
     attention_scale: float | None = None
     local_rope: RopeConfig | None = None
     local_layers: tuple[int, ...] = ()

@@ -270,6 +270,7 @@ MINISTRAL_ROPE = {
 
 TEXT_ARCHITECTURES = (
     "gemma",
+    "gemma2",
     "gemma3",
     "granite",
     "granitemoe",
@@ -390,6 +391,15 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common["attention_bias"] = common["mlp_bias"] = True
     elif kind == "gemma":
         common["head_dim"] = 32
+    elif kind == "gemma2":
+        # Caps that scores and logits reach.
+        common |= {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        }
     elif kind == "gemma3":
         common |= {
             "head_dim": 32,

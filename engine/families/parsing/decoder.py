@@ -17,6 +17,7 @@ DecoderKind = Literal[
     "gemma",
     "glm4v_text",
     "glm_ocr_text",
+    "gemma2",
     "gemma3_text",
     "granite",
     "granitemoe",
@@ -104,6 +105,27 @@ _DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
         "attention_bias": False,
+        "use_bidirectional_attention": None,
+    },
+    "gemma2": {
+        **_COMMON,
+        "vocab_size": 256000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "layer_types": None,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
         "use_bidirectional_attention": None,
     },
     "gemma3_text": {
@@ -329,7 +351,7 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         CheckpointError: naming the field that is missing or not supported.
     """
     defaults = _DEFAULTS[kind]
-    if "hidden_activation" in raw and kind == "gemma3_text":
+    if "hidden_activation" in raw and kind in ("gemma2", "gemma3_text"):
         raw = {**raw, "hidden_act": raw["hidden_activation"]}
     if kind == "gemma" and raw.get("hidden_act") == "gelu":
         # Files of the first releases call the activation so.
@@ -384,6 +406,12 @@ def _gemma(config: Json) -> dict[str, Any]:
         if config.get(field):
             raise CheckpointError(f"config.json: {field} {config[field]!r} is not supported", param=field)
     return {"norm_offset": 1.0, "embedding_multiplier": integer(config, "hidden_size") ** 0.5}
+
+
+def _gemma2(config: Json) -> dict[str, Any]:
+    caps = {"final_logit_softcapping": "logits_cap", "attn_logit_softcapping": "attention_cap"}
+    found = {name: number(config, field) for field, name in caps.items() if config[field] is not None}
+    return {**_gemma3({**config, **dict.fromkeys(caps)}), **found}
 
 
 def _gemma3(config: Json) -> dict[str, Any]:
@@ -449,6 +477,7 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
 #: The switches of :class:`DecoderConfig` that one kind alone has.
 _SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "gemma": _gemma,
+    "gemma2": _gemma2,
     "glm4v_text": lambda config: {"sandwich": True},
     "glm_ocr_text": lambda config: {"sandwich": True},
     "gemma3_text": _gemma3,

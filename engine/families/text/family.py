@@ -1,4 +1,4 @@
-"""Language models without images: Gemma 1 and 3, Granite, LFM2, Llama, Mistral, Ministral-3, Phi3, Qwen2,
+"""Language models without images: Gemma 1 to 3, Granite, LFM2, Llama, Mistral, Ministral-3, Phi3, Qwen2,
 Qwen3, Qwen3.5; with experts Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat, qwen3_query
 
 _KINDS: dict[str, DecoderKind] = {
     "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granitemoe",

@@ -318,12 +318,13 @@ CASES = [
             partial(make_text_model, kind=kind),
             TextReference,
             texts=TEXTS,
-            windows=kind in ("gemma3", "mistral", "mixtral"),
+            windows=kind in ("gemma2", "gemma3", "mistral", "mixtral"),
             # Recurrent states of all slots come out of it.
             options={"kv_cache_bytes": 32 << 20} if kind in HYBRIDS else {},
         )
         for kind in (
             "gemma",
+            "gemma2",
             "gemma3",
             "granite",
             "granitemoe",

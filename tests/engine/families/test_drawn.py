@@ -52,6 +52,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "idefics3": (3,),
     "smolvlm": (1,),
     "gemma": (40100,),
+    "gemma2": (1,),
     "gemma3_text": (40100,),
     "granite": (40100,),
     "granitemoe": (40100,),

@@ -74,13 +74,13 @@ def problem(device, dtype, *, lengths, heads, kv_heads, dim, half=None, section=
     return Step(q, k, v, positions, table, paged.cache, paged.meta)
 
 
-def run(step: Step, window=None):
+def run(step: Step, window=None, cap=None):
     """Compare the kernel with the two references one after the other."""
     rotated = step.rotated()
     expected = paged_attention_reference(
-        rotated.q.double(), double(rotated.cache), step.meta, scale=step.scale, window=window
+        rotated.q.double(), double(rotated.cache), step.meta, scale=step.scale, window=window, cap=cap
     )
-    result = decode_attention_triton(*step.arguments(), scale=step.scale, window=window)
+    result = decode_attention_triton(*step.arguments(), scale=step.scale, window=window, cap=cap)
     assert_close(result, expected)
     for cache, written in zip(
         (step.cache.keys, step.cache.values), (rotated.cache.keys, rotated.cache.values), strict=True
@@ -116,7 +116,7 @@ def test_triton_equals_reference(device, dtype, case, splits, monkeypatch):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("change", [{"window": 11}, {"window": 100}, {"interleaved": True}])
+@pytest.mark.parametrize("change", [{"window": 11}, {"window": 100}, {"interleaved": True}, {"cap": 2.0}])
 def test_options(device, dtype, change, splits, monkeypatch):
     force_splits(monkeypatch, splits)
     interleaved = "interleaved" in change
@@ -131,7 +131,7 @@ def test_options(device, dtype, change, splits, monkeypatch):
         interleaved=interleaved,
     )
     step.q *= 8
-    run(step, change.get("window"))
+    run(step, change.get("window"), change.get("cap"))
 
 
 def test_a_token_without_a_slot_is_seen_and_not_written(device):

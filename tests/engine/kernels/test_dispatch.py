@@ -28,14 +28,15 @@ def spy(monkeypatch, *names):
 
 
 @pytest.mark.parametrize(
-    ("longest", "window", "expected"),
+    ("longest", "options", "expected"),
     [
-        (LONG_PROMPT + 1, None, "prefill_attention_gluon"),
-        (LONG_PROMPT, None, "paged_attention_triton"),
-        (LONG_PROMPT + 1, 9, "paged_attention_triton"),
+        (LONG_PROMPT + 1, {}, "prefill_attention_gluon"),
+        (LONG_PROMPT, {}, "paged_attention_triton"),
+        (LONG_PROMPT + 1, {"window": 9}, "paged_attention_triton"),
+        (LONG_PROMPT + 1, {"cap": 50.0}, "paged_attention_triton"),
     ],
 )
-def test_long_prompts_take_the_prefill_kernel(monkeypatch, longest, window, expected):
+def test_long_prompts_take_the_prefill_kernel(monkeypatch, longest, options, expected):
     q, paged = paged_problem(
         "cpu", torch.float32, lengths=[5], queries=[5], heads=2, kv_heads=1, dim=16, block_size=4
     )
@@ -45,7 +46,7 @@ def test_long_prompts_take_the_prefill_kernel(monkeypatch, longest, window, expe
     )
     monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
     monkeypatch.setattr(dispatch.prefill_attention, "supports", lambda *_: True)
-    paged_attention(q, paged.cache, paged.meta, scale=1.0, window=window)
+    paged_attention(q, paged.cache, paged.meta, scale=1.0, **options)
     assert called == [expected]
 
 

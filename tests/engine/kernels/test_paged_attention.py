@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from engine.kernels.dispatch import paged_attention
 from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
@@ -18,8 +21,8 @@ def problem(device, dtype, *, lengths, queries, heads, kv_heads, dim, block_size
     return q, paged
 
 
-def run(q, paged, **window):
-    options = {"scale": q.shape[-1] ** -0.5, **window}
+def run(q, paged, **options):
+    options = {"scale": q.shape[-1] ** -0.5, **options}
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
     live = int(paged.meta.query_start[-1])
     result = paged_attention_triton(q, paged.cache, paged.meta, **options, out=out)
@@ -51,6 +54,29 @@ def test_triton_equals_reference(device, dtype, case, block_size):
 def test_sliding_window(device, dtype, queries):
     sizes = {"lengths": [30, 70, 45], "queries": queries, "heads": 4, "kv_heads": 2, "dim": 16}
     run(*problem(device, dtype, **sizes, block_size=8), window=11)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_capped_scores(device, dtype, window):
+    sizes = {"lengths": [30, 70, 45], "queries": [30, 1, 45], "heads": 4, "kv_heads": 2, "dim": 16}
+    q, paged = problem(device, dtype, **sizes, block_size=8)
+    q *= 8
+    run(q, paged, window=window, cap=2.0)
+
+
+def test_reference_caps_scores_as_transformers():
+    sizes = {"lengths": [33, 7], "queries": [33, 1], "heads": 6, "kv_heads": 2, "dim": 16}
+    q, paged = problem("cpu", torch.float32, **sizes, block_size=4)
+    q *= 8
+    result = paged_attention_reference(q, paged.cache, paged.meta, scale=0.25, cap=2.0)
+    row, module = 0, SimpleNamespace(num_key_value_groups=3, training=False)
+    for (k, v), count in zip(paged.contiguous, sizes["queries"], strict=True):
+        visible = torch.ones(count, len(k), dtype=torch.bool).tril(len(k) - count)
+        mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+        parts = (x.transpose(0, 1)[None] for x in (q[row : row + count], k, v))
+        expected, _ = eager_attention_forward(module, *parts, mask[None, None], scaling=0.25, softcap=2.0)
+        torch.testing.assert_close(result[row : row + count], expected[0], atol=1e-5, rtol=1e-5)
+        row += count
 
 
 def both_ways(paged, queries, spans):

@@ -87,6 +87,17 @@ class Gemma3Family:
         )
 
 
+def draw_gemma2_decoder(draw: Draw, vocab: int) -> dict[str, Any]:
+    """config.json of a Gemma 2: as Gemma 3's, with one rotary base, and caps of scores and logits."""
+    text = draw_gemma3_decoder(draw, vocab, rows=0)
+    for field in ("sliding_window_pattern", "rope_parameters", "rope_scaling", "rope_local_base_freq"):
+        text.pop(field, None)
+    caps = {"attn_logit_softcapping": (50.0, 2.0, None), "final_logit_softcapping": (30.0, 3.0, None)}
+    text |= {field: draw.choice(field, values) for field, values in caps.items()}
+    draw.spelled(text, *caps)
+    return {**text, "model_type": "gemma2", "rope_theta": draw.choice("theta of all", (1e4, 300.0))}
+
+
 def draw_gemma3_decoder(draw: Draw, vocab: int, rows: int) -> dict[str, Any]:
     """``text_config``; a window is longer than an image's ``rows``, as in public models: releases of
     Transformers differ in what they make of longer images."""

@@ -11,7 +11,7 @@ from tokenizers import processors
 from tests.engine.families.drawn.checkpoint import Drawn, draw_ends, same_weights, write_json, write_model
 from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
-from tests.engine.families.drawn.gemma3 import draw_gemma3_decoder
+from tests.engine.families.drawn.gemma3 import draw_gemma2_decoder, draw_gemma3_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.references import TextReference
@@ -21,6 +21,7 @@ _TOKENS = 224
 #: The architecture of each ``model_type``.
 ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
@@ -81,6 +82,8 @@ class TextFamily:
         )
 
     def _decoder(self, draw: Draw, vocab: int) -> dict[str, Any]:
+        if self.kind == "gemma2":
+            return draw_gemma2_decoder(draw, vocab)
         if self.kind == "gemma3_text":
             return draw_gemma3_decoder(draw, vocab, rows=0)
         if self.kind in _QWEN3_5:
@@ -91,4 +94,4 @@ class TextFamily:
 _QWEN3_5 = ("qwen3_5_moe_text", "qwen3_5_text")
 
 #: Embeddings that are multiplied must be smaller, or they would hide what the layers add.
-_MOST_EMBEDDING = {"gemma": 0.1, "gemma3_text": 0.1, "granite": 0.3, "granitemoe": 0.3}
+_MOST_EMBEDDING = {"gemma": 0.1, "gemma2": 0.1, "gemma3_text": 0.1, "granite": 0.3, "granitemoe": 0.3}

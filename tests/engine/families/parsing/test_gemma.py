@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GemmaConfig
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 from engine.errors import CheckpointError
@@ -55,6 +55,28 @@ def test_fields_mean_what_they_mean_in_transformers(fields):
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.activation == theirs.hidden_activation
     assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"layer_types": [FULL, SLIDING, SLIDING, FULL, FULL, SLIDING, FULL]},
+        {"final_logit_softcapping": 7.0, "attn_logit_softcapping": None},
+        {"hidden_activation": "gelu", "query_pre_attn_scalar": 100},
+    ],
+    ids=str,
+)
+def test_fields_of_gemma_2(fields):
+    raw = {**BASE, **fields}
+    ours, theirs = parse_decoder(raw, "gemma2"), Gemma2Config(**raw)
+    slides = [name == SLIDING for name in theirs.layer_types]
+    assert [ours.window(layer) for layer in range(7)] == [9 if each else None for each in slides]
+    assert ours.logits_cap == theirs.final_logit_softcapping
+    assert ours.attention_cap == theirs.attn_logit_softcapping
+    assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5
+    assert ours.activation == theirs.hidden_activation
+    assert ours.tie_word_embeddings and ours.sandwich and not ours.qk_norm
 
 
 def test_the_first_files_call_the_activation_by_another_name():
