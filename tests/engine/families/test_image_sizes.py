@@ -61,19 +61,6 @@ def patches(family: str, name: str, merge: int) -> Callable[[Path], Rows]:
     return made
 
 
-def paddleocr_vl(path: Path) -> Rows:
-    """Its number of patches leaves out that small sides are enlarged first, which its images are."""
-    module = importlib.import_module("transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl")
-    processor = module.PaddleOCRVLImageProcessorPil.from_pretrained(path)
-    bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
-
-    def rows(width: int, height: int) -> int:
-        high, wide = module.smart_resize(height, width, 28, *bounds)
-        return high * wide // 28**2
-
-    return rows
-
-
 def crops(family: str, name: str, rows: int) -> Callable[[Path], Rows]:
     """Of processors that know the number of crops, of ``rows`` rows each."""
 
@@ -211,7 +198,7 @@ ROWS = {
     "InternVL": Row(_public("internvl3-2b"), crops("got_ocr2", "GotOcr2", 256)),
     "Mistral3": Row(_public("mistral-small-3.1-24b"), squares(28)),
     "LightOnOCR": Row(_public("lighton-ocr-1b"), squares(14)),
-    "PaddleOCR-VL": Row(_public("paddleocr-vl-0.9b"), paddleocr_vl),
+    "PaddleOCR-VL": Row(_public("paddleocr-vl-0.9b"), patches("paddleocr_vl", "PaddleOCRVL", 4)),
     "Gemma 3": Row(_public("gemma-3-4b"), constant(256)),
     "Gemma 3, pan and scan": Row(_public("gemma-3-4b"), gemma3, SimpleNamespace(**_SCAN)),
     "GLM-4.1V": Row(_public("glm-4.1v-9b"), patches("glm4v", "Glm4v", 4)),

@@ -9,6 +9,7 @@ import pytest
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.registry import family_named, resolve, supported_architectures
+from tests.engine.families.lines import code_lines
 
 
 def checkpoint(tmp_path, config):
@@ -38,3 +39,8 @@ def test_families_need_no_torch():
     subprocess.run(
         [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, timeout=240
     )
+
+
+def test_lines_of_code_leave_out_comments_and_docstrings():
+    source = '"""A.\n\nB."""\nx = 1  # C.\n# D.\n\n\ndef f():\n    "E."\n    return (1,\n\n    2)\n'
+    assert code_lines(source) == 4
