@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import os
+import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.errors import error_response
 from deployments.report import current_report
+from deployments.turns import Turns
 from engine.errors import ConfigError, Overloaded, SightlineError
 from engine.media.ledger import Account, Ledger
 
@@ -93,6 +95,7 @@ class Caller:
         self._max_requests: int | None = None
         self._max_tokens: int | None = None
         self._requests = self._tokens = 0
+        self._turns = Turns()
         if config is not None:
             self.change(config)
 
@@ -109,11 +112,21 @@ class Caller:
             Overloaded: too many are open.
         """
         if self._max_requests is not None and self._requests >= self._max_requests:
-            raise Overloaded(
+            raise self._refusal(
                 f"This API key has {self._requests} requests open, which is its limit; try again shortly."
             )
+        if not self._requests:
+            # Requests that were refused have not come back.
+            self._turns.clear()
         self._requests += 1
         return Visit(self, ledger.account(self.name))
+
+    def _refusal(self, message: str) -> Overloaded:
+        """The error for a request beyond a limit. It says when open requests will have ended, at the rate at
+        which they do."""
+        error = Overloaded(message)
+        error.retry_after_s = self._turns.book(time.monotonic())
+        return error
 
 
 class Visit:
@@ -129,6 +142,7 @@ class Visit:
         self.media = media
         self._tokens = 0
         self._holders = 1
+        self._refused = False
 
     def hold(self) -> None:
         """Keep the request open for work that goes on after its response; :meth:`end` must follow."""
@@ -142,7 +156,8 @@ class Visit:
         """
         limit, active = self.caller._max_tokens, self.caller._tokens
         if limit is not None and active + tokens > limit:
-            raise Overloaded(
+            self._refused = True
+            raise self.caller._refusal(
                 f"This API key's open requests ask for {active} tokens, and this request for {tokens}; its "
                 f"limit is {limit}. Try again shortly."
             )
@@ -155,6 +170,8 @@ class Visit:
         if self._holders:
             return
         self.media.close()
+        if not self._refused:
+            self.caller._turns.ended(time.monotonic())
         self.caller._requests -= 1
         self.caller._tokens -= self._tokens
         self._tokens = 0

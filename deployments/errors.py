@@ -2,18 +2,19 @@
 
 import asyncio
 import logging
+import traceback
 from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
 from deployments.report import current_report
-from engine.errors import SightlineError, Unavailable
+from engine.errors import Overloaded, SightlineError, Unavailable
 
 #: Ray Serve sends this logger's records to its files and to the console, with the request's id.
 logger = logging.getLogger("ray.serve")
 
-#: Seconds that a caller should wait before it tries again, by status.
+#: Seconds that a caller should wait before it tries again, by status, unless the error itself says it.
 RETRY_AFTER = {429: 1, 503: 3}
 
 #: Endpoints below this path speak Anthropic's protocol; all others OpenAI's.
@@ -75,6 +76,16 @@ def as_sightline(error: BaseException) -> SightlineError:
     return SightlineError("Internal error; the server's log has the details.")
 
 
+def release(error: BaseException) -> None:
+    """Clear the local variables of the frames that ``error`` and its causes have come through and that have
+    ended. They hold a request's media, or references to them in Ray's store, as long as anything keeps the
+    error."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
 def error_body(error: SightlineError) -> dict[str, Any]:
     """OpenAI's error object."""
     if error.status < 500:
@@ -99,6 +110,8 @@ def anthropic_error_body(error: SightlineError) -> dict[str, Any]:
 def error_headers(error: SightlineError) -> dict[str, str]:
     """Headers of an error's response."""
     wait = RETRY_AFTER.get(error.status)
+    if isinstance(error, Overloaded) and error.retry_after_s is not None:
+        wait = error.retry_after_s
     return {} if wait is None else {"Retry-After": str(wait)}
 
 

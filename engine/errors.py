@@ -114,10 +114,15 @@ class ModelNotFound(SightlineError):
 
 
 class Overloaded(SightlineError):
-    """The queue is full; the caller should come back later."""
+    """The queue is full; the caller should come back later.
+
+    Attributes:
+        retry_after_s: whole seconds until then, if whoever refuses knows the queue; not pickled.
+    """
 
     status = 429
     code = "overloaded"
+    retry_after_s: int | None = None
 
 
 class RequestFailed(SightlineError):

@@ -39,7 +39,7 @@ FLOORS = [
 SERVER_FLOORS = [
     ["report", "logs", "unknown_fields"],
     ["errors"],
-    ["autoscaling", "in_place", "tracing"],
+    ["autoscaling", "in_place", "tracing", "turns"],
     [
         "access",
         "admission",

@@ -1,6 +1,7 @@
 """The stages as the ingress sees them: behind handles of Ray Serve deployments."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,8 @@ from deployments.ray_serve.handoff import (
 from deployments.references import Owner, without_payload
 from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages
 from deployments.tracing import current
-from engine.errors import SightlineError
+from deployments.turns import Turns
+from engine.errors import Overloaded, SightlineError
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.prompt import KeptFiles
@@ -46,6 +48,47 @@ class _Remote:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = by_reference(handle)
+        self._turns = Turns()
+
+    async def _call(self, method: Any, *args: Any) -> Any:
+        """Call a method of a replica.
+
+        Raises:
+            SightlineError: the method refused, or the replica or the call failed.
+        """
+        response = method.remote(*args)
+        try:
+            return checked(await response)
+        except asyncio.CancelledError:
+            # Serve would let the replica work on.
+            cancel(response)
+            if was_cancelled():
+                raise
+            raise abandoned() from None
+        except SightlineError:
+            raise
+        except Exception as error:
+            raise self._reported(error) from error
+        finally:
+            # It keeps its error, whose traceback keeps this frame.
+            del response
+
+    async def _work(self, method: Any, *args: Any) -> Any:
+        """Call a method that does the work of a request; errors as :meth:`_call`."""
+        result = await self._call(method, *args)
+        self._ended()
+        return result
+
+    def _ended(self) -> None:
+        """Count work that has ended: at that rate the deployment has room again."""
+        self._turns.ended(time.monotonic())
+
+    def _reported(self, error: Exception) -> SightlineError:
+        """The error to report for that of a call."""
+        reported = translated(error, self.name)
+        if isinstance(reported, Overloaded):
+            reported.retry_after_s = self._turns.book(time.monotonic())
+        return reported
 
 
 class _RemoteStage(_Remote):
@@ -67,19 +110,19 @@ class RemotePreprocessor(_RemoteStage):
         images: int | None = None,
     ) -> list[PixelsRef]:
         args = list(sources), caller, images, current.get(), *_referenced(files)
-        return await _call(self.name, self._handle.prepare, *args)
+        return await self._work(self._handle.prepare, *args)
 
     async def open(
         self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str, images: int
     ) -> list[OpenFile]:
         args = list(sources), caller, images, current.get(), *_referenced(files)
-        return await _call(self.name, self._handle.open, *args)
+        return await self._work(self._handle.open, *args)
 
     async def prepare_pages(
         self, file: OpenFile, pages: Sequence[MediaSource], images: int
     ) -> list[PixelsRef]:
         args = list(pages), images, current.get(), replace(file.file, files=None), file.file.files
-        return await _call(self.name, self._handle.prepare_pages, *args)
+        return await self._work(self._handle.prepare_pages, *args)
 
 
 def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
@@ -95,7 +138,7 @@ class RemoteEncoder(_RemoteStage):
 
     async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
         args = pixels.item, pixels.pixels, salt, current.get()
-        return await _call(self.name, self._handle.encode, *args)
+        return await self._work(self._handle.encode, *args)
 
 
 class RemoteLanguageModel(_RemoteStage):
@@ -108,10 +151,10 @@ class RemoteLanguageModel(_RemoteStage):
         self._inbox = Inbox(lambda reader, name: stream(self._handle, "updates", reader, name, replica=name))
 
     async def max_model_len(self) -> int:
-        return await _call(self.name, self._handle.max_model_len)
+        return await self._call(self._handle.max_model_len)
 
     async def device(self) -> str:
-        return await _call(self.name, self._handle.device)
+        return await self._call(self._handle.device)
 
     async def generate(
         self, request: Generation, media: Sequence[RowsRef]
@@ -119,7 +162,7 @@ class RemoteLanguageModel(_RemoteStage):
         replica = ""
         if held := bool(media) or is_large(request):
             infos = [ref.info for ref in media]
-            replica = await _call(self.name, self._handle.hold, request, infos, *(ref.rows for ref in media))
+            replica = await self._call(self._handle.hold, request, infos, *(ref.rows for ref in media))
         given = request.request_id if held else request
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
@@ -155,6 +198,7 @@ class RemoteLanguageModel(_RemoteStage):
                         self._inbox.read(item.replica)
                     elif not isinstance(item, Elsewhere):
                         answer.take(item)
+            self._ended()
             if here:
                 answer.fail(abandoned())
             else:
@@ -164,12 +208,12 @@ class RemoteLanguageModel(_RemoteStage):
                 raise
             answer.fail(abandoned())
         except Exception as error:
-            answer.fail(translated(error, self.name))
+            answer.fail(self._reported(error))
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
         infos = [ref.info for ref in media]
         rows = [ref.rows for ref in media]
-        return await _call(self.name, self._handle.embed, request, current.get(), infos, *rows)
+        return await self._work(self._handle.embed, request, current.get(), infos, *rows)
 
 
 class RemoteKeeper(_Remote):
@@ -178,22 +222,22 @@ class RemoteKeeper(_Remote):
     name = "store of responses"
 
     async def put(self, name: str, owner: str, data: bytes) -> None:
-        await _call(self.name, self._handle.put, name, owner, data)
+        await self._call(self._handle.put, name, owner, data)
 
     async def update(self, name: str, data: bytes) -> None:
-        await _call(self.name, self._handle.update, name, data)
+        await self._call(self._handle.update, name, data)
 
     async def get(self, name: str, owner: str) -> tuple[bytes, bool] | None:
-        return await _call(self.name, self._handle.get, name, owner)
+        return await self._call(self._handle.get, name, owner)
 
     async def delete(self, name: str, owner: str) -> bool:
-        return await _call(self.name, self._handle.delete, name, owner)
+        return await self._call(self._handle.delete, name, owner)
 
     async def cancel(self, name: str, owner: str) -> None:
-        await _call(self.name, self._handle.cancel, name, owner)
+        await self._call(self._handle.cancel, name, owner)
 
     async def stopped(self, name: str) -> None:
-        await _call(self.name, self._handle.stopped, name)
+        await self._call(self._handle.stopped, name)
 
 
 class RemoteReferences(_Remote):
@@ -207,19 +251,19 @@ class RemoteReferences(_Remote):
         named = [source for source in sources if source.is_reference]
         if not named:
             return list(sources), {}
-        resolved, files = await _call(self.name, self._handle.resolve, owner, named)
+        resolved, files = await self._call(self._handle.resolve, owner, named)
         found = {source.index: source for source in resolved}
         return [found.get(source.index, source) for source in sources], files
 
     async def keep(self, owner: Owner, source: MediaSource, kept: KeptFiles) -> None:
         try:
-            await _call(self.name, self._handle.keep, owner, without_payload(source), kept)
+            await self._call(self._handle.keep, owner, without_payload(source), kept)
         except StageLost as error:
             # The request itself needs nothing of it.
             logger.warning("media of the uuid %r are not kept: %s", source.uuid[:64], error)
 
     async def lost(self, owner: Owner, named: Sequence[MediaSource]) -> None:
-        await _call(self.name, self._handle.lost, owner, list(named))
+        await self._call(self._handle.lost, owner, list(named))
 
 
 def remote_stages(
@@ -233,27 +277,3 @@ def remote_stages(
         None if preprocessor is None else RemotePreprocessor(preprocessor),
         None if encoder is None else RemoteEncoder(encoder),
     )
-
-
-async def _call(stage: str, method: Any, *args: Any) -> Any:
-    """Call a method of a replica of ``stage``.
-
-    Raises:
-        SightlineError: the method refused, or the replica or the call failed.
-    """
-    response = method.remote(*args)
-    try:
-        return checked(await response)
-    except asyncio.CancelledError:
-        # Serve would let the replica work on.
-        cancel(response)
-        if was_cancelled():
-            raise
-        raise abandoned() from None
-    except SightlineError:
-        raise
-    except Exception as error:
-        raise translated(error, stage) from error
-    finally:
-        # It keeps its error, whose traceback keeps this frame.
-        del response

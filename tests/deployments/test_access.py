@@ -1,13 +1,17 @@
 """API keys, their limits and caches, and pages of other origins."""
 
+from types import SimpleNamespace
+
 import httpx
 import pytest
 import pytest_asyncio
 
-from deployments.access import KeyConfig
+from deployments.access import Caller, KeyConfig
 from deployments.api import create_api
 from deployments.config import IngressConfig
-from engine.errors import ConfigError
+from deployments.errors import error_headers
+from engine.errors import ConfigError, Overloaded
+from engine.media.ledger import Ledger
 from tests.deployments.asgi import AppTransport
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -69,6 +73,38 @@ async def test_a_key_has_so_many_requests_open(guarded):
         assert other.status_code == 200
     again = await guarded.post("/v1/chat/completions", json=CHAT, headers=bearer("secret"))
     assert again.status_code == 200
+
+
+def test_refused_requests_are_told_to_come_back_one_after_the_other(monkeypatch):
+    monkeypatch.setattr("deployments.access.time", SimpleNamespace(monotonic=lambda: now))
+    caller, now = Caller(KeyConfig(name="a", key="k", max_active_requests=1, max_active_tokens=9)), 100.0
+
+    def refused() -> int:
+        with pytest.raises(Overloaded) as caught:
+            caller.enter(Ledger())
+        return int(error_headers(caught.value)["Retry-After"])
+
+    def visits(count: int) -> None:
+        for _ in range(count):
+            caller.enter(Ledger()).end()
+
+    visiting = caller.enter(Ledger())
+    assert [refused() for _ in range(4)] == [2, 3, 4, 5]
+    visiting.end()
+    # Nobody waits any more, and requests end faster.
+    visits(100)
+    visiting = caller.enter(Ledger())
+    assert [refused() for _ in range(50)][-1] == 3
+    visiting.end()
+    # What is refused for its tokens has not been at work.
+    now = 200.0
+    for _ in range(100):
+        visiting = caller.enter(Ledger())
+        with pytest.raises(Overloaded):
+            visiting.charge(10)
+        visiting.end()
+    visiting = caller.enter(Ledger())
+    assert [refused() for _ in range(4)] == [2, 3, 4, 5]
 
 
 async def test_a_key_asks_for_so_many_tokens(guarded):

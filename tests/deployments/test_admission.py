@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from deployments.admission import AdmissionLimit, Turns
+from deployments.admission import TURNS_PER_SECOND, AdmissionLimit
+from deployments.turns import Turns
 
 #: Places of the ingress, and seconds that an answer takes the stages.
 LIMIT, STAGES_S = 256, 2.0
@@ -106,7 +107,7 @@ def test_a_burst_is_answered_about_as_soon_as_possible():
 
 @pytest.mark.parametrize("ended_per_s", [0, 1, 1000])
 def test_turns_are_at_the_rate_of_ends_within_bounds(ended_per_s):
-    turns = Turns()
+    turns = Turns(TURNS_PER_SECOND)
     for number in range(20 * ended_per_s):
         turns.ended(number / ended_per_s)
     waits = [turns.book(20.0) for _ in range(1000)]

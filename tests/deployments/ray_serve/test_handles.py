@@ -16,8 +16,10 @@ import grpc
 import numpy as np
 import pytest
 import ray.exceptions
+from ray.serve.exceptions import BackPressureError
 
 from deployments.config import ReplayConfig
+from deployments.errors import error_headers
 from deployments.ray_serve.channel import Here
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import (
@@ -31,7 +33,7 @@ from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorRep
 from deployments.replay import Patience, carried_on
 from deployments.stages import Generation, Pooling, RowsLost, StageLost
 from deployments.tasks import all_or_none
-from engine.errors import InvalidRequest, SightlineError
+from engine.errors import InvalidRequest, Overloaded, SightlineError
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.pooling_params import PoolingParams
 from engine.prompt import EngineInput, KeptFiles
@@ -431,3 +433,17 @@ async def test_what_a_lost_stream_was_given_is_freed_at_once(item, tries, caplog
         await wait_until(lambda: all(rows() is None for rows in found), 10)
     finally:
         gc.enable()
+
+
+async def test_calls_of_a_full_stage_are_told_to_come_back_one_after_the_other():
+    async def full():
+        raise BackPressureError(num_queued_requests=1, max_queued_requests=1)
+
+    handle = SimpleNamespace(encode=SimpleNamespace(remote=lambda *_: full()))
+    stage = RemoteEncoder(SimpleNamespace(options=lambda **_: handle))
+    waits = []
+    for _ in range(40):
+        with pytest.raises(Overloaded, match="wait for the encoder") as caught:
+            await stage.encode(PixelsRef("item", "reference"), "")
+        waits.append(int(error_headers(caught.value)["Retry-After"]))
+    assert waits[0] < 10 < waits[-1]
