@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from deployments.caller_fields import caller_fields
 from deployments.config import ReplayConfig
+from deployments.errors import release
 from deployments.stages import Generation, LanguageModelStage, Rows, RowsLost, StageLost
 from engine.errors import Overloaded, SightlineError, Unavailable
 from engine.outputs import StreamUpdate
@@ -124,6 +125,8 @@ class Patience:
             self._until = now + self._config.patience_s
         elif now >= self._until:
             raise self._given_up() from error
+        # The next try may take long, and must not keep what this one was given.
+        release(error)
         if isinstance(error, StageLost):
             logger.warning("a request is carried on after it lost a part of the server: %s", error)
             self._on_loss()

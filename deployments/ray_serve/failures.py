@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import traceback
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from deployments.errors import as_sightline, logger
+from deployments.errors import as_sightline, logger, release
 from deployments.stages import RowsLost, StageLost
 from engine.errors import Overloaded, SightlineError, Unavailable
 
@@ -75,13 +74,9 @@ def translated(error: Exception, stage: str) -> SightlineError:
 
     The frames that ``error`` has come through are cleared. Serve's hold the call's arguments and the future
     that keeps the error: a cycle, which would keep objects in Ray's store until the next garbage collection.
-    An ingress without requests never collects.
     """
     reported = _translated(error, stage)
-    link: BaseException | None = error
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__
+    release(error)
     return reported
 
 

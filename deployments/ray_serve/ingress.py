@@ -18,6 +18,7 @@ from deployments.config import AppConfig
 from deployments.in_place import InPlace
 from deployments.metrics.families import Part
 from deployments.pipeline import make_pipelines
+from deployments.ray_serve.garbage import collect_regularly
 from deployments.ray_serve.handles import MEASURE_S, RemoteKeeper, RemoteReferences, remote_stages
 from deployments.ray_serve.handoff import by_reference, everywhere
 from deployments.ray_serve.process import prepare_process
@@ -52,9 +53,13 @@ class Ingress:
 
         @asynccontextmanager
         async def announced(_: FastAPI) -> AsyncIterator[None]:
-            task = asyncio.ensure_future(announce(pipelines, await asyncio.to_thread(_address)))
+            tasks = [
+                asyncio.ensure_future(announce(pipelines, await asyncio.to_thread(_address))),
+                asyncio.ensure_future(collect_regularly()),
+            ]
             yield
-            task.cancel()
+            for task in tasks:
+                task.cancel()
 
         context = serve.get_replica_context()
         self._handle = serve.get_deployment_handle(context.deployment, context.app_name)

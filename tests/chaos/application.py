@@ -124,13 +124,13 @@ def wait_until_nothing_is_left(served: Served) -> None:
 @contextmanager
 def as_before(served: Served) -> Iterator[None]:
     """Check after the block, in which processes of stages are killed, that no stage holds anything of any
-    request, and that the ingress has about as many connections and as much memory as before. Use everything
-    once before the block: then only leaks grow."""
+    request, that no object is stored, and that the ingress has about as many connections and as much memory
+    as before. Use everything once before the block: then only leaks grow."""
     (pid,) = processes_of(served, INGRESS)
     ingress = psutil.Process(pid)
     connections, memory = len(ingress.net_connections()), ingress.memory_info().rss
     yield
-    wait_for(lambda: is_idle(scraped(served.root)))
+    wait_until_nothing_is_left(served)
     # Every replica has connections of its own; those of dead replicas are closed.
     wait_for(lambda: len(ingress.net_connections()) <= connections + 8)
     assert ingress.memory_info().rss <= memory + (100 << 20)

@@ -1,7 +1,7 @@
 """Each stage of a server dies under load: every request gets the answer that it gets alone.
 
-``make chaos`` does the same for longer, with ranks, and with replicas of the ingress. It also checks that no
-object is left in Ray's store.
+Afterwards nothing is left: blocks, slots, objects in Ray's store, connections, memory. ``make chaos`` does
+the same for longer, with ranks, and with replicas of the ingress; ``test_in_process.py`` kills a rank, too.
 """
 
 import asyncio
