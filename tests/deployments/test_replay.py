@@ -23,21 +23,14 @@ from tests.deployments.pictures import ask, circle, square
 
 pytestmark = pytest.mark.usefixtures("idle_afterwards")
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"color": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 99}},
-    "required": ["color", "count"],
-}
-TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA}}
 IMAGES = ask("What color is the circle?", circle("red")) + ask("What shape is this?", square("blue"))
 HELLO = [{"role": "user", "content": "Hello!"}]
 
 REPLAY = ReplayConfig(pause_s=0.001)
 
-#: Bodies of requests: each has something that must survive a death.
+#: Bodies of requests with images. All other kinds, cut after each token: ``test_cut_answers.py``.
 BODIES = {
     "images": {"messages": IMAGES, "max_tokens": 24, "temperature": 0},
-    "several": {"messages": HELLO, "max_tokens": 24, "temperature": 1.2, "seed": 5, "n": 3},
     "log-probabilities": {
         "messages": IMAGES,
         "max_tokens": 16,
@@ -48,20 +41,6 @@ BODIES = {
         "stop": ["e"],
         "include_stop_str_in_output": True,
     },
-    "schema": {
-        "messages": HELLO,
-        "max_tokens": 60,
-        "temperature": 0,
-        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
-    },
-    "tools": {
-        "messages": HELLO,
-        "max_tokens": 60,
-        "temperature": 0,
-        "tools": [TOOL],
-        "tool_choice": "required",
-        "parallel_tool_calls": False,
-    },
 }
 #: Deaths, each with those that follow it.
 POINTS: dict[str, list[tuple[str, int]]] = {
@@ -71,9 +50,6 @@ POINTS: dict[str, list[tuple[str, int]]] = {
     "after an image was encoded": [("encode", 1)],
     "before the context's length is known": [("max_model_len", 0)],
     "when the embeddings are handed over": [("rows", 0)],
-    "before the first token": [("update", 0)],
-    "after the first update": [("update", 1)],
-    "after several updates": [("update", 3)],
     "after the last update": [("end", 0)],
     "again and again": [("update", 1), ("update", 2), ("update", 0), ("update", 1), ("rows", 0)],
     "everywhere": [
@@ -81,7 +57,6 @@ POINTS: dict[str, list[tuple[str, int]]] = {
         *(("encode", 0), ("update", 2), ("end", 0)),
     ],
 }
-_OF_IMAGES = {"prepare", "encode"}
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +134,6 @@ async def test_a_death_at_any_point_goes_unseen(dying, body, stream):
     wanted = rounded(await answer(client, asked, stream=False))
     assert wanted == rounded(await answer(client, asked, stream=True))
     for name, points in POINTS.items():
-        if body not in ("images", "log-probabilities"):
-            points = [point for point in points if point[0] not in _OF_IMAGES]
         # The context's length is asked for once.
         points = [point for point in points if point[0] != "max_model_len"]
         if not points:
