@@ -1,13 +1,14 @@
 """Goodput and memory when far more requests come than the server takes.
 
-    python -m benchmarks.overload [--limit 16] [--levels 1,2,10] [--seconds 10] [--rounds 3]
+    python -m benchmarks.overload [--served] [--limit 16] [--levels 1,2,10] [--seconds 10] [--rounds 3]
 
-Starts the shipped application without Ray in a process of its own, with room for ``--limit`` open requests.
-At each level that many times as many clients ask, one request at a time: a chat whose image no other request
-has, or a text. A refused client comes back after the seconds that ``Retry-After`` says. Prints the requests
-answered per second and per second of the server's CPU time, both also as a share of the best level's, the
-refusals, and the server's memory. The clients are on the same machine, with a lower priority: where they take
-CPU time from the server nevertheless, the share by the server's own CPU time is the one to read.
+Starts the shipped application with room for ``--limit`` open requests: without Ray in a process of its own,
+or with ``--served`` by Ray Serve, in the mode that the environment's variables say. At each level that many
+times as many clients ask, one request at a time: a chat whose image no other request has, or a text. A
+refused client comes back after the seconds that ``Retry-After`` says. Prints the requests answered per
+second and per second of the server's CPU time, both also as a share of the best level's, the refusals, and
+the server's memory after the level. The clients are on the same machine, with a lower priority: where they
+take CPU time from the server nevertheless, the share by the server's own CPU time is the one to read.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,16 @@ import psutil
 import yaml
 
 from benchmarks.pictures import unique_picture
+from benchmarks.serve import running
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
+
+
+def configuration(limit: int) -> dict[str, Any]:
+    """The shipped one with room for this many open requests."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config["applications"][0]["args"]["ingress"]["max_active_requests"] = limit
+    return {"applications": config["applications"]}
 
 
 def serve(listener: socket.socket, limit: int) -> None:
@@ -42,10 +53,30 @@ def serve(listener: socket.socket, limit: int) -> None:
     from deployments.config import AppConfig
     from deployments.in_process import LocalApplication
 
-    args = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
-    args["ingress"]["max_active_requests"] = limit
+    args = configuration(limit)["applications"][0]["args"]
     app = LocalApplication(AppConfig.model_validate(args))
     uvicorn.Server(uvicorn.Config(app.api, log_level="warning")).run([listener])
+
+
+@contextmanager
+def local(limit: int) -> Iterator[str]:
+    """The address of the application in a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        root = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        process = multiprocessing.get_context("spawn").Process(target=serve, args=(listener, limit))
+        process.start()
+    try:
+        yield root
+    finally:
+        process.terminate()
+        process.join()
+
+
+@contextmanager
+def served(limit: int) -> Iterator[str]:
+    """The address of the application that Ray Serve runs."""
+    with running(configuration(limit), 300.0) as base_url:
+        yield base_url.removesuffix("/v1")
 
 
 def body(number: int, tokens: int) -> bytes:
@@ -85,7 +116,7 @@ class Clients:
                 self.answered += time.monotonic() < end
 
 
-async def measure(root: str, server: psutil.Process, options: argparse.Namespace) -> list[dict[str, float]]:
+async def measure(root: str, options: argparse.Namespace) -> list[dict[str, float]]:
     bodies = [body(number, options.tokens) for number in range(options.images)]
     totals = {level: Totals() for level in options.levels}
     connections, patience = aiohttp.TCPConnector(limit=0, force_close=True), aiohttp.ClientTimeout(600)
@@ -95,10 +126,10 @@ async def measure(root: str, server: psutil.Process, options: argparse.Namespace
         for number in range(options.rounds + 1):
             for level, total in totals.items():
                 clients = Clients(client, bodies)
-                end, before = time.monotonic() + options.seconds, cpu_seconds(server)
+                end, before = time.monotonic() + options.seconds, cpu_seconds()
                 await asyncio.gather(*(clients.ask(end) for _ in range(level * options.limit)))
                 if number:
-                    total.add(clients, cpu_seconds(server) - before)
+                    total.add(clients, cpu_seconds() - before)
     seconds = options.rounds * options.seconds
     rows = [
         {
@@ -106,7 +137,7 @@ async def measure(root: str, server: psutil.Process, options: argparse.Namespace
             "answered/s": total.answered / seconds,
             "answered/CPU s": total.in_all / total.cpu_s,
             "refused/s": total.refused / seconds,
-            "resident MiB": server.memory_info().rss / 2**20,
+            "resident MiB": total.resident / 2**20,
         }
         for level, total in totals.items()
     ]
@@ -118,24 +149,45 @@ async def measure(root: str, server: psutil.Process, options: argparse.Namespace
 
 @dataclass
 class Totals:
-    """The counts of :class:`Clients` over all rounds of a level, and the server's CPU time."""
+    """Counts of :class:`Clients` over all rounds of a level, and the server's CPU time and most memory."""
 
     answered: int = 0
     in_all: int = 0
     refused: int = 0
     cpu_s: float = 0.0
+    resident: int = 0
 
     def add(self, clients: Clients, cpu_s: float) -> None:
         self.answered += clients.answered
         self.in_all += clients.in_all
         self.refused += clients.refused
         self.cpu_s += cpu_s
+        self.resident = max(self.resident, resident_bytes())
 
 
-def cpu_seconds(server: psutil.Process) -> float:
-    """CPU time that the server and the processes it has started have taken."""
-    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+def servers() -> list[psutil.Process]:
+    """The processes that this one has started, and theirs."""
+    return psutil.Process().children(recursive=True)
+
+
+def cpu_seconds() -> float:
+    """CPU time that the server's processes have taken."""
+    total = 0.0
+    for process in servers():
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def resident_bytes() -> int:
+    """Memory of the server's processes without what they share."""
+    total = 0
+    for process in servers():
+        with suppress(psutil.NoSuchProcess):
+            memory = process.memory_info()
+            total += memory.rss - memory.shared
+    return total
 
 
 async def until_ready(client: aiohttp.ClientSession) -> None:
@@ -152,6 +204,7 @@ async def until_ready(client: aiohttp.ClientSession) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--served", action="store_true", help="by Ray Serve")
     parser.add_argument("--limit", type=int, default=16, help="requests that the server has open at a time")
     parser.add_argument(
         "--levels", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 5, 10]
@@ -162,17 +215,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="different requests")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        root = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        process = multiprocessing.get_context("spawn").Process(target=serve, args=(listener, options.limit))
-        process.start()
-    try:
-        assert process.pid is not None
+    with (served if options.served else local)(options.limit) as root:
         os.nice(5)
-        rows = asyncio.run(measure(root, psutil.Process(process.pid), options))
-    finally:
-        process.terminate()
-        process.join()
+        rows = asyncio.run(measure(root, options))
     for row in rows:
         print(" ".join(f"{name} {value:8.2f}" for name, value in row.items()))
     if options.json:
