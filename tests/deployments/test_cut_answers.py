@@ -141,7 +141,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "tools": [TOOL],
             "tool_choice": "required",
             "parallel_tool_calls": False,
-            "max_tokens": 45,
+            "max_tokens": 80,
         },
     ),
     "calls": (
@@ -152,7 +152,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "seed": 2,
             "tools": [TOOL],
             "tool_choice": "required",
-            "max_tokens": 45,
+            "max_tokens": 80,
         },
     ),
     "named call, choices": (
@@ -164,7 +164,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "n": 2,
             "tools": [TOOL],
             "tool_choice": {"type": "function", "function": {"name": "f"}},
-            "max_tokens": 45,
+            "max_tokens": 80,
         },
     ),
     "thought": (CHAT, {"messages": HELLO, **THOUGHT, "n": 2}),
@@ -185,7 +185,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "response": (RESPONSES, {"input": "Hello!", **SEEDED}),
     "response, call": (
         RESPONSES,
-        {"input": "Hello!", **GREEDY, "tools": [FUNCTION], "tool_choice": "required", "max_tokens": 45},
+        {"input": "Hello!", **GREEDY, "tools": [FUNCTION], "tool_choice": "required", "max_tokens": 80},
     ),
     "response, schema": (
         RESPONSES,
@@ -205,7 +205,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             **GREEDY,
             "tools": [ANTHROPIC_TOOL],
             "tool_choice": {"type": "any"},
-            "max_tokens": 45,
+            "max_tokens": 80,
         },
     ),
     "message, thought": (MESSAGES, {"messages": HELLO, **THOUGHT}),
@@ -403,7 +403,10 @@ class Cut:
 @pytest_asyncio.fixture(loop_scope="session", scope="module")
 async def cut(running) -> AsyncIterator[Cut]:
     config = AppConfig.model_validate(serving.app_args())
-    engine = load_engine(serving.changed_config(kv_cache_bytes=8 << 20).models[0].engine)
+    # No step brings more than a token.
+    engine = load_engine(
+        serving.changed_config(kv_cache_bytes=8 << 20, append_forced_tokens=False).models[0].engine
+    )
     stage = CutStage(running.pocket.language_model, engine)
     stages = Stages(stage, running.pocket.preprocessor, running.pocket.encoder)
     clients = {}
@@ -439,11 +442,13 @@ async def test_a_cut_after_any_token_goes_unseen(cut, rows, kind):
     # Each try is lost, too, but not too often: pauses grow with every loss.
     tries = [(at, modes[at % len(modes)]) for at in (*cuts, -(tokens // 5) - 1, -(tokens // 3) - 1)]
     found = await asyncio.gather(*(answered(*each) for each in tries))
-    assert len(cuts) > 5 and stage.losses > len(cuts)
+    assert len(cuts) > 5 and stage.losses >= len(cuts)
     if "choices" in kind and "allowed_token_ids" in body:
         assert len({json.dumps(without_index(each)) for each in wanted[False]["choices"]}) == body["n"]
     if kind == "choices of different lengths":
         assert {each["finish_reason"] for each in wanted[False]["choices"]} == {"stop", "length"}
+    if kind.endswith(" call"):
+        assert not re.search(r'"(length|max_tokens|incomplete)"', json.dumps(wanted[False]))
     if body.get("structured_outputs", {}).get("grammar") == THINKING:
         # The thought is a part of its own.
         assert re.search(r'"[a-f]{8}"', json.dumps(wanted[False]))
