@@ -8,10 +8,11 @@ from deployments.errors import error_response
 from deployments.turns import Turns
 from engine.errors import Overloaded
 
-#: Refused clients that come back in a second, at least. A refusal takes about a millisecond of the ingress:
-#: more would take over a tenth of it. If all came back a second later, they would leave no time for answers:
-#: of ten times as many as 256 places, 2300 wait.
-TURNS_PER_SECOND = 100.0
+#: Refused clients that come back in a second, at least: for each place, and over all places at most. A refusal
+#: takes 1 to 3 ms of CPU time. If all clients came back a second later, they would leave no time for answers: of
+#: ten times as many as 256 places, 2300 wait.
+TURNS_PER_PLACE = 0.4
+MOST_TURNS = 100.0
 
 
 class AdmissionLimit:
@@ -25,7 +26,7 @@ class AdmissionLimit:
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
         self.active = 0
-        self._turns = Turns(TURNS_PER_SECOND)
+        self._turns = Turns()
 
     def around(self, app: ASGIApp) -> ASGIApp:
         """``app`` behind this limit."""
@@ -37,7 +38,8 @@ class AdmissionLimit:
             now = asyncio.get_running_loop().time
             if self.active >= self.limit:
                 error = Overloaded(f"More than {self.limit} requests are open; try again shortly.")
-                error.retry_after_s = self._turns.book(now())
+                least = min(max(TURNS_PER_PLACE * self.limit, 1.0), MOST_TURNS)
+                error.retry_after_s = self._turns.book(now(), least)
                 await error_response(error, scope)(scope, receive, send)
                 return
             if self.active < self.limit / 2:

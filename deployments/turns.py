@@ -4,11 +4,7 @@ import math
 
 
 class Turns:
-    """Gives refused clients turns as fast as requests end: few come in vain, and no place stays empty.
-
-    Args:
-        per_second: turns in a second, at least.
-    """
+    """Gives refused clients turns as fast as requests end: few come in vain, and no place stays empty."""
 
     #: Turns for each request that ends. One each would leave places empty.
     PER_PLACE = 1.25
@@ -17,8 +13,7 @@ class Turns:
     #: The longest wait in seconds. OpenAI's clients ignore a longer ``Retry-After``.
     LONGEST_S = 60
 
-    def __init__(self, per_second: float = 1.0) -> None:
-        self._per_second = per_second
+    def __init__(self) -> None:
         self._ended = 0.0
         self._ended_at = self._next = -math.inf
 
@@ -31,9 +26,16 @@ class Turns:
         """Forget the turns that were given."""
         self._next = -math.inf
 
-    def book(self, now: float) -> int:
-        """Give the next turn; seconds until it, at least 1."""
-        rate = max(self._per_second, self.PER_PLACE * self._recently(now) / self.WINDOW_S)
+    def book(self, now: float, least: float = 1.0) -> int:
+        """Give the next turn.
+
+        Args:
+            least: turns in a second, also where fewer requests end or none has ended yet.
+
+        Returns:
+            Seconds until the turn, at least 1.
+        """
+        rate = max(least, self.PER_PLACE * self._recently(now) / self.WINDOW_S)
         self._next = min(max(self._next, now + 1) + 1 / rate, now + self.LONGEST_S)
         return round(self._next - now)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.admission import TURNS_PER_SECOND, AdmissionLimit
+from deployments.admission import MOST_TURNS, AdmissionLimit
 from deployments.turns import Turns
 
 #: Places of the ingress, and seconds that an answer takes the stages.
@@ -107,12 +107,12 @@ def test_a_burst_is_answered_about_as_soon_as_possible():
 
 @pytest.mark.parametrize("ended_per_s", [0, 1, 1000])
 def test_turns_are_at_the_rate_of_ends_within_bounds(ended_per_s):
-    turns = Turns(TURNS_PER_SECOND)
+    turns = Turns()
     for number in range(20 * ended_per_s):
         turns.ended(number / ended_per_s)
-    waits = [turns.book(20.0) for _ in range(1000)]
+    waits = [turns.book(20.0, MOST_TURNS) for _ in range(1000)]
     assert waits == sorted(waits) and waits[0] == 1
     assert waits[-1] == pytest.approx(1 + 1000 / max(100, 1.25 * ended_per_s), abs=1)
-    assert max(turns.book(20.0) for _ in range(100_000)) == 60
+    assert max(turns.book(20.0, MOST_TURNS) for _ in range(100_000)) == 60
     turns.clear()
-    assert turns.book(20.0) == 1
+    assert turns.book(20.0, MOST_TURNS) == 1
