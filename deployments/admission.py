@@ -8,9 +8,9 @@ from deployments.errors import error_response
 from deployments.turns import Turns
 from engine.errors import Overloaded
 
-#: Refused clients that come back in a second, at least: for each place, and over all places at most. A refusal
-#: takes 1 to 3 ms of CPU time. If all clients came back a second later, they would leave no time for answers: of
-#: ten times as many as 256 places, 2300 wait.
+#: Refused clients that come back in a second, at least: for each place, and over all places at most. A
+#: refusal takes 1 to 3 ms of CPU time. If all clients came back a second later, they would leave no time for
+#: answers: of ten times as many as 256 places, 2300 wait.
 TURNS_PER_PLACE = 0.4
 MOST_TURNS = 100.0
 
