@@ -54,7 +54,7 @@ def load_language_model(
         config, rules = _stored(checkpoint, config, vectors_only)
         formats = stored_formats(checkpoint, rules)
     if quantization == "fp8" and not formats.by_name:
-        formats = Formats(every=Fp8Format(None, "output"))
+        formats = replace(formats, every=Fp8Format(None, "output"))
     build = BuildContext(device, dtype, tp or SingleProcessGroup(), formats)
     decoder = Decoder(config.decoder, build, max_model_len=max_model_len)
     _fill(decoder, "language", checkpoint, rules, seed)

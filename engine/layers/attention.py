@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine.kernels.dispatch import decode_attention, paged_attention
+from engine.kernels.fp8 import FP8
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
@@ -50,19 +51,32 @@ class Attention(nn.Module):
         self.rotary = rotary
         #: Of keys and of values in fp8. They are read once, on the host.
         self._kv_scales = torch.ones(2)
+        #: One for each KV head of the rank, in place of these.
+        self.head_scales: torch.Tensor | None
+        ones = None
+        if build.formats is not None and build.formats.head_scales:
+            heads = self.qkv_proj.parts[1].size // self.head_dim
+            ones = torch.ones((2, heads), dtype=torch.float32, device=build.device)
+        self.register_buffer("head_scales", ones, persistent=False)
 
     def kv_scales(self) -> tuple[float, float]:
-        """What keys and values in fp8 are multiplied by; 1 if the checkpoint has no scales."""
+        """What keys and values in fp8 are multiplied by in the cache; 1 if the checkpoint has no scales, or
+        has them for each head, see :meth:`forward`."""
         key, value = self._kv_scales.tolist()
         return key, value
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         """Describe the scales of keys and values, where the checkpoint has some."""
-        own = ((f"{letter}_scale", f"{letter}_proj.{letter}_scale") for letter in "kv")
+        total, own = 1, slice(0, 1)
+        targets = self._kv_scales[:, None]
+        if self.head_scales is not None:
+            keys = self.qkv_proj.parts[1]
+            total, targets = keys.total // self.head_dim, self.head_scales
+            own = slice(keys.start // self.head_dim, (keys.start + keys.size) // self.head_dim)
         return [
-            WeightSlot(prefix + name, (1,), [((slice(0, 1),), self._kv_scales[index : index + 1])])
-            for index, both in enumerate(own)
-            for name in both
+            WeightSlot(prefix + name, (total,), [((own,), targets[index])], reshape=True)
+            for index, letter in enumerate("kv")
+            for name in (f"{letter}_scale", f"{letter}_proj.{letter}_scale")
             if prefix + name in names
         ]
 
@@ -97,8 +111,16 @@ class Attention(nn.Module):
         if self.rotary.query_scale is not None:
             # The rotation that follows doesn't mind a factor.
             q = q * self.rotary.query_scale[positions]
+        scales = self.head_scales if cache.keys.dtype == FP8 else None
+        if scales is not None:
+            # The cache has the heads divided by their scales. Scores and sums are linear in them, so the
+            # queries and the result are multiplied, each rounded once more.
+            q = _times(q, scales[0])
+            k, v = _times(k, 1 / scales[0]), _times(v, 1 / scales[1])
         attend = self._decode if meta.max_query_len == 1 else self._prefill
         out = attend(q, k, v, positions, cache, meta)
+        if scales is not None:
+            out = _times(out, scales[1])
         if self.gated:
             out = out * gate.sigmoid()
         out = out.flatten(1)
@@ -123,3 +145,8 @@ class Attention(nn.Module):
             window=self.window,
             cap=self.cap,
         )
+
+
+def _times(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Multiply heads ``(T, H, D)`` by the factors of their KV heads, in float32, and round to the dtype."""
+    return (x * factors.repeat_interleave(x.shape[1] // len(factors))[:, None]).to(x.dtype)

@@ -44,10 +44,12 @@ class Formats:
     Attributes:
         by_name: those that are quantised, by the layer's name in the model's part.
         every: the format of all linear layers of the decoder that ``by_name`` lacks; None: the model's dtype.
+        head_scales: scales of keys and values in fp8 are one for each KV head, not one for a layer.
     """
 
     by_name: Mapping[str, Fp8Format | PackedFormat] = field(default_factory=dict)
     every: Fp8Format | None = None
+    head_scales: bool = False
 
     def of(self, parts: Iterable[str], fused: str) -> Fp8Format | PackedFormat | None:
         """The format of a layer that a checkpoint stores as ``parts``, or all together as ``fused``.

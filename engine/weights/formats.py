@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 
 from engine.checkpoint.folder import Checkpoint, TensorInfo
 from engine.checkpoint.quantisation import (
@@ -25,6 +26,8 @@ _FP8 = "F8_E4M3"
 _SCALES = ("weight_scale", "weight_scale_inv")
 #: The tensors of all experts, whose names don't end in ``weight``.
 _OF_EXPERTS = r".*\.experts\.(?:gate_up|down)_proj"
+#: Scales of keys and values.
+_OF_CACHE = r".*self_attn\.(?:[kv]_proj\.)?[kv]_scale"
 #: Scales of inputs and queries, which get scales of their own or none.
 _NOT_LOADED = r".*\.(?:(?:input|activation|q|kv_cache)_scale|input_global_scale|weight_shape)"
 
@@ -37,11 +40,16 @@ def rules_with_scales(rules: WeightRules, checkpoint: Checkpoint) -> WeightRules
 
 
 def stored_formats(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
-    """The formats of the decoder's matrices. Only headers are read.
+    """The formats of the decoder's matrices, and of the scales of its KV cache. Only headers are read.
 
     Raises:
         CheckpointError: a tensor is quantised that can't be, or lacks its scales.
     """
+    shapes = [info.shape for name, info in checkpoint.tensors.items() if re.fullmatch(_OF_CACHE, name)]
+    return replace(_of_matrices(checkpoint, rules), head_scales=any(prod(shape) > 1 for shape in shapes))
+
+
+def _of_matrices(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
     quantisation = read_quantisation(checkpoint.config)
     parts = rules.assign(checkpoint.tensors)
     if isinstance(quantisation, Int4Quantisation | Fp4Quantisation):

@@ -18,6 +18,7 @@ from engine.layers.decoder_config import DecoderConfig
 from engine.runner.kv_storage import block_bytes, kv_dtype
 from tests.engine.families.opened import parse
 from tests.engine.tiny import make_text, rewrite_tensors
+from tests.engine.weights.checkpoints import Rank, load
 
 TOKENS = 10
 PROMPTS = ("the quick brown fox jumps over the lazy dog. what is shown?", "hello world 0 1 2 3 4 5 6")
@@ -26,10 +27,10 @@ OPTIONS = {"max_model_len": 256, "kv_cache_bytes": 4 << 20, "device": "cpu", "bl
 
 
 class RoundingCache(transformers.DynamicCache):
-    """Transformers' cache, which gets keys and values rounded to fp8 with a scale for each layer.
+    """Transformers' cache, which gets keys and values rounded to fp8 with a scale for each layer or head.
 
     Args:
-        scales: of each layer's keys and values.
+        scales: of each layer's keys and values; numbers, or tensors of one for each KV head.
     """
 
     def __init__(self, config, scales) -> None:
@@ -39,9 +40,13 @@ class RoundingCache(transformers.DynamicCache):
     def update(self, keys, values, layer, *arguments, **options):
         both = (
             (each / scale).clamp(-448, 448).to(FP8).float() * scale
-            for each, scale in zip((keys, values), self._scales[layer], strict=True)
+            for each, scale in zip((keys, values), map(by_head, self._scales[layer]), strict=True)
         )
         return super().update(*both, layer, *arguments, **options)
+
+
+def by_head(scale):
+    return scale[:, None, None] if isinstance(scale, torch.Tensor) else scale
 
 
 @torch.inference_mode()
@@ -71,30 +76,32 @@ def assert_near(found, expected):
         assert [p for _, p in answer] == pytest.approx([p for _, p in other], rel=2e-3, abs=2e-3)
 
 
-def with_scales(path, layers):
-    """Add scales to a checkpoint, in both of their names."""
-    scales = [(0.01 * (layer + 1), 0.02 * (layer + 2)) for layer in range(layers)]
+def with_scales(path, layers, heads=None):
+    """Add scales to a checkpoint, in both of their names; with ``heads`` one for each KV head."""
+    factors = torch.tensor(1.0) if heads is None else torch.arange(1.0, heads + 1) ** 2
+    scales = [(0.01 * (layer + 1) * factors, 0.02 * (layer + 2) * factors) for layer in range(layers)]
 
     def change(tensors):
         made = dict(tensors)
         for layer, (key, value) in enumerate(scales):
             prefix = f"model.layers.{layer}.self_attn."
             names = ("k_scale", "v_scale") if layer % 2 else ("k_proj.k_scale", "v_proj.v_scale")
-            made |= {prefix + names[0]: torch.tensor(key), prefix + names[1]: torch.tensor([value])}
+            wide = (1,) if heads is None else (heads, 1, 1)
+            made |= {prefix + names[0]: key, prefix + names[1]: value.reshape(wide)}
         return made
 
     rewrite_tensors(path, change)
-    return scales
+    return scales if heads else [(float(key), float(value)) for key, value in scales]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral"])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", ["no", "by layer", "by head"])
 def test_answers_are_those_of_a_rounding_cache(tmp_path, kind, scaled):
     path = make_text(tmp_path / "model", kind)
     scales = [(1.0, 1.0)] * 2
     exact = answers(LLM(str(path), **OPTIONS))
-    if scaled:
-        scales = with_scales(path, 2)
+    if scaled != "no":
+        scales = with_scales(path, 2, 2 if scaled == "by head" else None)
     expected = [reference(path, prompt, scales) for prompt in PROMPTS]
     llm = LLM(str(path), kv_cache_dtype="fp8", **OPTIONS)
     assert_near(answers(llm), expected)
@@ -108,10 +115,20 @@ def test_answers_are_those_of_a_rounding_cache(tmp_path, kind, scaled):
     assert max(changes) > 1e-2
 
 
-def test_scales_are_not_used_otherwise(tmp_path):
+def test_ranks_have_the_scales_of_their_heads(tmp_path):
+    path = make_text(tmp_path / "model", "qwen3")
+    scales = with_scales(path, 2, 2)
+    for rank_number in range(2):
+        layer = load(path, Rank(rank_number, 2)).layers[1].self_attn
+        wanted = torch.stack([each[rank_number] for each in scales[1]])
+        assert torch.equal(layer.head_scales[:, 0], wanted) and layer.kv_scales() == (1, 1)
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_scales_are_not_used_otherwise(tmp_path, heads):
     path = make_text(tmp_path / "model", "qwen3")
     expected = answers(LLM(str(path), **OPTIONS))
-    with_scales(path, 2)
+    with_scales(path, 2, heads)
     assert_near(answers(LLM(str(path), **OPTIONS)), expected)
 
 
