@@ -6,6 +6,8 @@ here and a line in that table. A kernel's file says what it supports; this file 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -287,7 +289,7 @@ def experts(
         x: ``(T, H)``, last dimension contiguous.
         ids: ``(T, top_k)`` int32 contiguous, experts of each token.
         weights: ``(T, top_k)`` float32 contiguous.
-        gate_up: ``(E, 2 * I, H)``, gate first.
+        gate_up: ``(E, 2 * I, H)``, gate first. Each expert may have its inputs in an order of its own.
         down: ``(E, H, I)``.
         activation: a key of :data:`engine.kernels.activation.ACTIVATIONS`.
 
@@ -295,6 +297,12 @@ def experts(
         ``(T, H)`` in the dtype of ``x``.
     """
     tokens, top_k = ids.shape
+    if isinstance(gate_up.scale, Int4Scale) and gate_up.scale.order is not None:
+        # Each pair of a token and an expert has a row of its own, in the expert's order.
+        order, gate_up = gate_up.scale.order, replace(gate_up, scale=replace(gate_up.scale, order=None))
+        rows = x.repeat_interleave(top_k, dim=0).gather(1, order[ids.flatten()])
+        pairs = ids.view(-1, 1), weights.view(-1, 1)
+        return experts(rows, *pairs, gate_up, down, activation).unflatten(0, (tokens, top_k)).sum(1)
     few = tokens == 1 or (tokens <= MAX_EXPERT_GEMV_TOKENS and 2 * tokens * top_k <= len(gate_up.weight))
     int4 = isinstance(gate_up.scale, Int4Scale), isinstance(down.scale, Int4Scale)
     fp8 = isinstance(gate_up.scale, Scale) or isinstance(down.scale, Scale)

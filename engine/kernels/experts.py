@@ -44,7 +44,7 @@ class ExpertMatrices:
             zeros = None if zeros is None else zeros.unflatten(0, self.weight.shape[:2])[expert]
             factors = self.scale.factors
             factors = None if factors is None else factors.unflatten(0, self.weight.shape[:2])[expert]
-            own = replace(self.scale, values=values, zeros=zeros, factors=factors)
+            own = replace(self.scale, values=values, zeros=zeros, order=None, factors=factors)
             return dequantise_int4_reference(self.weight[expert], own, dtype)
         return dequantise_reference(self.weight[expert], Scale(values, self.scale.group), dtype)
 

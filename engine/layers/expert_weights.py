@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.fp8 import FP8, Scale
-from engine.kernels.int4 import MIDDLE
+from engine.kernels.int4 import MIDDLE, Int4Scale
 from engine.layers.build import BuildContext, Region, Target, WeightSlot
 from engine.layers.fp4 import Fp4Format, Fp4Matrix
 from engine.layers.int4 import Int4Matrix
@@ -54,16 +54,18 @@ def _packed_matrices(
     """One matrix for each expert.
 
     Raises:
-        CheckpointError: the inputs are in another order.
+        ConfigError: ranks would share inputs that are in another order.
     """
     shape = part.total_inputs, part.first, part.inputs
     if isinstance(stored, Fp4Format):
         return [Fp4Matrix(name, stored, *shape, build) for _ in range(count)]
-    if stored.shuffled:
-        raise CheckpointError(
-            f"{name}: int4 experts with inputs in another order (desc_act) are not supported"
+    if stored.shuffled and part.inputs < part.total_inputs:
+        raise ConfigError(
+            f"tensor_parallel_size {part.total_inputs // part.inputs} splits the inputs of {name}, which are "
+            "in another order (desc_act); experts whose inputs are in order can be split",
+            param="tensor_parallel_size",
         )
-    return [Int4Matrix(name, stored, *shape, build, shuffles=False) for _ in range(count)]
+    return [Int4Matrix(name, stored, *shape, build) for _ in range(count)]
 
 
 class ExpertWeights(nn.Module):
@@ -138,9 +140,48 @@ class ExpertWeights(nn.Module):
             )
         values = torch.cat([scale.values for scale in scales])
         known = [scale.factors for scale in scales if scale.factors is not None]
-        scale = replace(scales[0], values=values, zeros=zeros, factors=torch.cat(known) if known else None)
+        scale = replace(
+            scales[0],
+            values=values,
+            zeros=zeros,
+            order=_orders(scales),
+            factors=torch.cat(known) if known else None,
+        )
         self.matrices = ExpertMatrices(torch.stack(words), scale)
         self.weight = self.matrices.weight
+
+    def take_order(self) -> torch.Tensor | None:
+        """Return the order of each expert's inputs ``(E, K)``, which the caller applies from now on.
+
+        None if they are in order.
+        """
+        scale = self.matrices.scale
+        if not isinstance(scale, Int4Scale) or scale.order is None:
+            return None
+        self.matrices = replace(self.matrices, scale=replace(scale, order=None))
+        return scale.order
+
+    def reorder_outputs(self, rows: torch.Tensor) -> None:
+        """Put the outputs of each expert into the order ``rows``, ``(E, N)``.
+
+        Raises:
+            CheckpointError: the weights are in fp8.
+        """
+        weight, scale = self.matrices.weight, self.matrices.scale
+        if isinstance(scale, Scale):
+            raise CheckpointError(
+                f"{self.name} of experts is in fp8 beside int4 with inputs in another order"
+            )
+        weight.copy_(_reordered(weight, rows))
+        if scale is not None:
+            parts = (scale.values, scale.zeros, scale.factors)
+            values, zeros, factors = (
+                None if part is None else _reordered(part.unflatten(0, rows.shape), rows).flatten(0, 1)
+                for part in parts
+            )
+            assert values is not None
+            scale = replace(scale, values=values, zeros=zeros, factors=factors)
+        self.matrices = ExpertMatrices(weight, scale)
 
     def _target(self, *index: int | slice) -> Target:
         """The part of the weight that a checkpoint's tensor is copied to."""
@@ -209,3 +250,17 @@ class ExpertWeights(nn.Module):
                 # One row of scales fills the rows of its block.
                 slot.copies.append(((slice(0, self.count), slice(block, block + 1), columns), own))
         return slot
+
+
+def _orders(scales: Sequence[Int4Scale]) -> torch.Tensor | None:
+    """The orders of all experts' inputs ``(E, K)``; None if all are in order."""
+    if all(scale.order is None for scale in scales):
+        return None
+    in_order = torch.arange(scales[0].inputs, device=scales[0].values.device)
+    return torch.stack([in_order if scale.order is None else scale.order for scale in scales])
+
+
+def _reordered(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``values`` ``(E, N, ...)`` with the rows of each expert in the order ``rows`` ``(E, N)``."""
+    expert = torch.arange(len(rows), device=rows.device)[:, None]
+    return values[expert, rows]

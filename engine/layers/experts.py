@@ -68,6 +68,12 @@ class Experts(nn.Module):
         self.gate_up_proj = ExpertWeights("gate_up_proj", (gate, up), count, build)
         self.down_proj = ExpertWeights("down_proj", (down,), count, build)
 
+    def finish_loading(self) -> None:
+        """Have the inner features in the order in which ``down_proj`` has its inputs."""
+        order = self.down_proj.take_order()
+        if order is not None:
+            self.gate_up_proj.reorder_outputs(torch.cat([order, order + order.shape[1]], dim=1))
+
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Compute this rank's share of the sum over experts; see :func:`engine.kernels.dispatch.experts`."""
         return experts(x, ids, weights, self.gate_up_proj.matrices, self.down_proj.matrices, self.activation)

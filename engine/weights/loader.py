@@ -30,7 +30,8 @@ def fill_from_checkpoint(
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
     for piece, values in read_rows(rows, pinned=on_gpu):
         _copy(piece, values, wanted[piece.name])
-    for layer in module.modules():
+    # A layer after those inside it.
+    for layer in reversed(list(module.modules())):
         finish = getattr(layer, "finish_loading", None)
         if finish is not None:
             finish()

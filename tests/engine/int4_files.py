@@ -166,8 +166,10 @@ def quantise(
             inputs = tensor.shape[1]
             index = torch.arange(inputs) // (inputs if scheme.group == -1 else scheme.group)
             if scheme.shuffled:
-                # Projections of one input have one order.
-                index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))]
+                # Projections of one input have one order; each expert's may be another.
+                expert = re.search(r"experts\.(\d+)\.", name)
+                seed = inputs + (int(expert[1]) if expert else 0)
+                index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(seed))]
             quantised = scheme.quantise(tensor, index)
             exact[name] = quantised.exact
             made |= scheme.tensors(stem, quantised)

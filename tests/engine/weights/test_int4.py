@@ -229,11 +229,21 @@ def test_experts(tmp_path, kind, scheme):
         assert torch.equal(torch.cat(both, dim=1), experts.down_proj.matrices.one(expert, torch.float32))
 
 
-def test_experts_in_activation_order_are_refused(tmp_path):
-    path = make_text(tmp_path / "model", "qwen3_moe")
-    quantise(path, Scheme("gptq", shuffled=True), matrix=r".*experts\.\d+\.(?:gate|up)_proj\.weight")
-    with pytest.raises(CheckpointError, match="int4 experts with inputs in another order"):
-        load(path)
+@pytest.mark.parametrize("layout", ["gptq", "packed"])
+@pytest.mark.parametrize(
+    "matrices", [EXPERT_MATRIX, r".*experts\.\d+\.down_proj\.weight"], ids=["all", "down"]
+)
+def test_experts_in_activation_order(tmp_path, layout, matrices):
+    """Each expert has an order of its own."""
+    path = make_text(tmp_path / "model", "qwen3_moe", moe_intermediate_size=48)
+    exact = quantise(path, Scheme(layout, shuffled=True), matrix=matrices)
+    decoder = load(path)
+    torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
+    orders = decoder.layers[1].mlp.experts.gate_up_proj.matrices.scale
+    if matrices == EXPERT_MATRIX:
+        assert orders.order.shape == (8, 64) and not torch.equal(orders.order[0], orders.order[1])
+    with pytest.raises(ConfigError, match=r"splits the inputs of layers\.1\.mlp\.experts\.down_proj"):
+        load(path, Rank(0, 2))
 
 
 PACKED = Scheme("packed").config([])
