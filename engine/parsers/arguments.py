@@ -14,6 +14,11 @@ _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"}
 #: What may stand beside a reference without saying more about values.
 _BESIDE = frozenset({"$ref", "$defs", "definitions", "type", "title", "description", "default", "examples"})
 
+#: The greatest integer of 64 bits that is a double, as llguidance reads bounds.
+_INTEGER_BOUND = (1 << 63) - 1024
+_UPPER = frozenset({"maximum", "exclusiveMaximum", "enum", "const"})
+_LIMITS = frozenset({"minimum", "exclusiveMinimum"}) | _UPPER
+
 #: Levels of ``allOf`` within ``allOf``; a part may refer to the whole.
 _MOST_NESTED = 8
 
@@ -124,6 +129,34 @@ def text_choices(schema: Mapping[str, Any]) -> list[str] | None:
 def is_text(schema: Mapping[str, Any]) -> bool:
     """Return whether an argument, whose schema is :func:`resolved`, can only be text."""
     return schema.get("type") in ("string", ["string"]) or text_choices(schema) is not None
+
+
+def with_bounded_integers(schema: Any) -> Any:
+    """A copy of a schema in which every integer has bounds, those of 64 bits where it gave none.
+
+    Without them a model may repeat a digit until its answer is cut off. Numbers with a fraction stay as they
+    are: llguidance 1.9 allows them no exponent if they have bounds.
+    """
+    if isinstance(schema, list):
+        return [with_bounded_integers(entry) for entry in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    new: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, Mapping):
+            new[key] = {name: with_bounded_integers(entry) for name, entry in value.items()}
+        else:
+            new[key] = value if key in _DATA else with_bounded_integers(value)
+    kinds = schema.get("type")
+    if kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds):
+        given = [schema[key] for key in _LIMITS if key in schema]
+        if not given:
+            new |= {"minimum": -_INTEGER_BOUND, "maximum": _INTEGER_BOUND}
+        elif not schema.keys() & _UPPER and all(
+            isinstance(low, int) and low < _INTEGER_BOUND for low in given
+        ):
+            new["maximum"] = _INTEGER_BOUND
+    return new
 
 
 def _renamed(schema: Any, name: Callable[[str], str]) -> Any:

@@ -10,7 +10,15 @@ from typing import Any
 
 import llguidance
 
-from engine.parsers.arguments import arguments_of, is_text, others_of, resolved, standalone, text_choices
+from engine.parsers.arguments import (
+    arguments_of,
+    is_text,
+    others_of,
+    resolved,
+    standalone,
+    text_choices,
+    with_bounded_integers,
+)
 from engine.parsers.grammar import CallForm, Rules, ToolSchema
 
 
@@ -31,7 +39,7 @@ _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 
 
 def embedded(schema: Any, layout: Mapping[str, Any] = _SPACING) -> str:
-    """A JSON schema as a grammar's expression.
+    """A JSON schema as a grammar's expression; see :func:`with_bounded_integers`.
 
     Args:
         layout: llguidance's options for the text between the parts of JSON.
@@ -39,7 +47,7 @@ def embedded(schema: Any, layout: Mapping[str, Any] = _SPACING) -> str:
     # ``True`` is the schema of any value.
     spaced = {"x-guidance": layout} if schema is True else schema
     if isinstance(schema, Mapping):
-        spaced = {**schema, "x-guidance": layout}
+        spaced = {**with_bounded_integers(schema), "x-guidance": layout}
     return f"%json {json.dumps(spaced, ensure_ascii=False)}"
 
 

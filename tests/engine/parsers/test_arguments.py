@@ -145,6 +145,29 @@ def test_arguments_that_the_schema_does_not_name(found, schema, allowed):
         assert joined(layout.parser({"f": given}), [CALLS[found]])["calls"] == [("f", '{"a": 1, "b": 2}')]
 
 
+@pytest.mark.parametrize("found", CALLS)
+@pytest.mark.parametrize(
+    ("schema", "digits"),
+    [
+        ({"type": "integer"}, 19),
+        ({"type": ["integer", "null"], "description": "a count"}, 19),
+        ({"type": "integer", "minimum": 0}, 19),
+        ({"anyOf": [{"type": "integer", "exclusiveMinimum": 1}, {"type": "null"}]}, 19),
+        ({"$ref": "#/$defs/Count"}, 19),
+        ({"type": "integer", "enum": [1, 2]}, 1),
+        ({"type": "integer", "minimum": 0, "maximum": 99}, 2),
+    ],
+)
+def test_integers_have_a_bounded_number_of_digits(found, schema, digits):
+    words, layout = vocabulary("tokens"), TOOL_FORMATS[found].layout
+    given = {"properties": {"a": schema, "b": True}, "$defs": {"Count": {"type": "integer"}}}
+    tools = [ToolSchema("f", {"type": "object", **given})]
+    grammar = tool_grammar(layout, tools, words.special, choice="required")
+    begin, _, end = CALLS[found].partition("1")
+    assert words.accepts(grammar, begin + "1" * digits + end)
+    assert not words.accepts(grammar, begin + "1" * (digits + 1) + end)
+
+
 @pytest.mark.parametrize("name", ["qwen_xml", "glm"])
 def test_an_argument_of_any_kind_is_text_where_it_is_no_json(name):
     words, found = vocabulary("tokens"), TOOL_FORMATS[name]
