@@ -68,7 +68,7 @@ class SentResponse:
             return
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message["headers"], *self._headers]
+            message["headers"] = [*message.get("headers", ()), *self._headers]
         await self._send(message)
 
     def body(self, data: bytes, more: bool = True) -> Awaitable[None]:
