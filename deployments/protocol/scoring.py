@@ -1,9 +1,9 @@
 """Scores of pairs and ranks of documents on the wire."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, PrivateAttr
 
 from deployments.protocol.base import RequestBody
 from deployments.protocol.plain_fields import SCORED, Shape
@@ -41,17 +41,31 @@ class ScoringBody(RequestBody):
     cache_salt: str = Field(default="", max_length=256)
 
 
+#: The names of the two sides of pairs, in other servers' words too.
+_FIRST = ("text_1", "queries", "data_1")
+_SECOND = ("text_2", "documents", "data_2", "items")
+
+
 class ScoreRequest(ScoringBody):
     """Body of ``POST /v1/score``. One item against many, many against one, or pairs of equally long lists."""
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"text_1": "a red circle", "text_2": ["a circle", "a square"]}
     REFUSED: ClassVar[Mapping[str, str]] = {"truncate_prompt_tokens": "shorten the texts"}
-    PLAIN: ClassVar[Mapping[str, Shape]] = dict.fromkeys(
-        ("text_1", "queries", "data_1", "text_2", "documents", "data_2", "items"), SCORED
-    )
+    PLAIN: ClassVar[Mapping[str, Shape]] = dict.fromkeys((*_FIRST, *_SECOND), SCORED)
 
-    text_1: Item | list[Item] = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
-    text_2: Item | list[Item] = Field(validation_alias=AliasChoices("text_2", "documents", "data_2", "items"))
+    text_1: Item | list[Item] = Field(validation_alias=AliasChoices(*_FIRST))
+    text_2: Item | list[Item] = Field(validation_alias=AliasChoices(*_SECOND))
+    _fields: tuple[str, str] = PrivateAttr(default=("text_1", "text_2"))
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Self:
+        """Read a parsed JSON object, and keep the names of its two sides; errors as the base's."""
+        body = super().read(data)
+        first, second = (
+            next(name for name in names if data.get(name) is not None) for names in (_FIRST, _SECOND)
+        )
+        body._fields = first, second
+        return body
 
     def pairs(self) -> list[Pair]:
         """The pairs to be scored.
@@ -59,18 +73,22 @@ class ScoreRequest(ScoringBody):
         Raises:
             InvalidRequest: the lists don't fit together.
         """
+        one_side, other_side = self._fields
         first, second = (
             named(field, given) if isinstance(given, list) else [(given, field)]
-            for field, given in (("text_1", self.text_1), ("text_2", self.text_2))
+            for field, given in zip(self._fields, (self.text_1, self.text_2), strict=True)
         )
         if not first or not second or max(len(first), len(second)) > MAX_DOCUMENTS:
-            raise InvalidRequest(f"text_1 and text_2 must have 1 to {MAX_DOCUMENTS} entries.", param="text_2")
+            raise InvalidRequest(
+                f"{one_side} and {other_side} must have 1 to {MAX_DOCUMENTS} entries.", param=other_side
+            )
         if len(first) == 1:
             first = first * len(second)
         if len(first) != len(second):
             raise InvalidRequest(
-                f"text_1 has {len(first)} entries and text_2 {len(second)}; give one against many, or pairs.",
-                param="text_2",
+                f"{one_side} has {len(first)} entries and {other_side} {len(second)}; "
+                "give one against many, or pairs.",
+                param=other_side,
             )
         return [
             Pair(one, other, (field, other_field))

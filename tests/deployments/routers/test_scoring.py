@@ -63,6 +63,8 @@ async def test_the_best_few_without_their_documents(http):
         ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_2"),
         ("/score", {"text_1": [], "text_2": ["a"]}, "text_2"),
         ("/score", {"text_1": "a"}, "text_2"),
+        ("/score", {"queries": "a", "documents": ["b", ""]}, "documents[1]"),
+        ("/score", {"data_1": ["a", "b"], "items": ["a", "b", "c"]}, "items"),
     ],
 )
 async def test_what_is_refused(http, path, body, param):
