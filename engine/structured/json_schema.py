@@ -41,6 +41,10 @@ _FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4"
 #: Formats of UUIDs of one version: ``uuid4`` says more than ``uuid``, and is followed as that.
 _UUID_VERSION = re.compile(r"uuid[1-8]")
 
+#: Bounds of numbers, and the greatest integer of 64 bits that is a double.
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_GREATEST = (1 << 63) - 1024
+
 #: Keywords whose value is a schema, a list of schemas, or schemas by name.
 _IN_SCHEMA = ("additionalItems", "additionalProperties", "items")
 _IN_LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -204,6 +208,8 @@ class _Preparation:
                 prepared[key] = "uuid"
             elif key == "format" and "pattern" not in schema and value in BOUNDED_FORMATS:
                 prepared["pattern"] = BOUNDED_FORMATS[value]
+            elif key in _BOUNDS and "integer" in _types_given(schema):
+                prepared[key] = _within_64_bits(key, value)
             elif key != "uniqueItems" and (key != "format" or value in _FORMATS):
                 prepared[key] = new
         return prepared
@@ -283,10 +289,21 @@ def _exclude(one: Any, other: Any) -> bool:
 
 def _types(schema: Schema) -> set[str]:
     """The types a value may have; empty if that isn't said."""
-    given = schema.get("type")
-    names = [given] if isinstance(given, str) else given if isinstance(given, list) else []
     # An integer is a number as well.
-    return {"number" if name == "integer" else str(name) for name in names}
+    return {"number" if name == "integer" else str(name) for name in _types_given(schema)}
+
+
+def _types_given(schema: Schema) -> list[Any]:
+    given = schema.get("type")
+    return [given] if isinstance(given, str) else given if isinstance(given, list) else []
+
+
+def _within_64_bits(key: str, bound: Any) -> Any:
+    """A bound of integers that llguidance can follow: it refuses the least and the greatest of 64 bits, and
+    reads bounds as doubles."""
+    if not isinstance(bound, int):
+        return bound
+    return min(bound, _GREATEST) if key in ("maximum", "exclusiveMaximum") else max(bound, -_GREATEST)
 
 
 def _required(schema: Schema) -> Iterator[str]:

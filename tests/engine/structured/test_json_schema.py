@@ -134,6 +134,15 @@ def test_answers_are_valid_under_the_schema_as_it_was_given(compiler, tokenizer,
         jsonschema.validate(json.loads(answer), schema)
 
 
+@pytest.mark.parametrize("bounds", [(-(1 << 63), (1 << 63) - 1), (0, (1 << 64) - 1), (-(10**30), 10**30)])
+def test_integers_may_have_the_bounds_of_64_bits(compiler, tokenizer, bounds):
+    schema = {"type": "integer", "minimum": bounds[0], "maximum": bounds[1]}
+    grammar = compile_schema(compiler, schema)
+    for number in (0, 7, (1 << 62) + 1):
+        assert grammar.matcher().accept([*encode(tokenizer, str(number)), EOS[0]]), number
+    assert prepare_schema({"type": "number", "maximum": 10**30}) == {"type": "number", "maximum": 10**30}
+
+
 def test_every_alternative_can_come(compiler, tokenizer):
     grammar = compile_schema(compiler, {"oneOf": [CHEF, COLOUR, TEXT]})
     for answer in ('{"kind": "chef", "age": 3}', '{"kind": "blue"}', '"x"'):
