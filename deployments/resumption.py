@@ -89,7 +89,7 @@ class Resumption:
         return f"id: {self._head}{choices}\n".encode()
 
     def _has(self, index: int) -> Had:
-        """What the client has of a choice, which may not have been made again so far yet."""
+        """The part of a choice that the client has; it may exceed the part that is made again so far."""
         now, had = self._now.get(index), self._had.get(index)
         if now is None or had is None:
             return now or had or Had()

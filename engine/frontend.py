@@ -73,7 +73,7 @@ def tokenizer_folder(config: EngineConfig, checkpoint: Checkpoint) -> Path:
 
 
 def load_retrieval(config: EngineConfig, builder: PromptBuilder) -> Retrieval:
-    """How ``config.model``, whose prompts ``builder`` makes, is shown queries and documents.
+    """Load the form in which ``config.model`` reads queries and documents. ``builder`` makes its prompts.
 
     Raises:
         CheckpointError: the model can't be served.

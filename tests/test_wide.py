@@ -1,10 +1,11 @@
 """The part of a wide table of tests that ``make test`` runs has each combination of values that it must."""
 
 from itertools import combinations, product
+from types import SimpleNamespace
 
 import pytest
 
-from tests.wide import cover
+from tests.wide import cover, leave_out
 
 AXES = {"size": range(7), "rows": (1, 2, 17), "zeros": (True, False), "run": ("a", "b")}
 ROWS = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
@@ -24,3 +25,32 @@ def test_values_are_shared_evenly():
     rows = [{"field": field, "kind": kind} for kind in range(3) for field in range(12)]
     kinds = [rows[number]["kind"] for number in cover(rows, 1)]
     assert sorted(map(kinds.count, range(3))) == [4, 4, 4]
+
+
+class Item:
+    """A test with a mark and parameters."""
+
+    def __init__(self, name: str, mark: pytest.Mark | None = None, **params: object) -> None:
+        self.nodeid, self._mark = f"{name}[{params}]", mark
+        if params:
+            self.callspec = SimpleNamespace(params=params)
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return self._mark if self._mark is not None and self._mark.name == name else None
+
+
+def test_what_is_left_out():
+    """Tests with the mark ``wide``, and cases that add nothing; each ``dtype`` is covered by itself."""
+    mark = pytest.mark.covering(1).mark
+    kept = [Item("plain"), Item("no parameters", mark), Item("plain", size=1)]
+    table = [
+        Item("table", mark, size=size, dtype=dtype) for dtype in ("float32", "bfloat16") for size in (1, 2)
+    ]
+    others = [Item("other", mark, size=size, run=object) for size in (1, 2)]
+    same = Item("other", mark, size=2, run=object)
+    items = [*kept, Item("wide", pytest.mark.wide.mark), *table, *others, same]
+    left_out = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    leave_out(items, SimpleNamespace(hook=hook))
+    assert items == [*kept, *table, *others]
+    assert [item.nodeid.split("[")[0] for item in left_out] == ["wide", "other"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 #: Parameters of which a value may be skipped on this machine: each of their values is covered by itself.
 _APART = ("dtype",)
@@ -25,6 +26,16 @@ _PLAIN = (str, int, float, tuple, type(None))
 def run_whole(config: pytest.Config) -> bool:
     """Return whether all cases of all tables run."""
     return config.getoption("--wide") or torch.cuda.is_available()
+
+
+def examples(most: int, wide: bool) -> settings:
+    """Settings of a Hypothesis test of ``most`` examples, or a quarter of them; they are always the same."""
+    return settings(
+        max_examples=most if wide else most // 4,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def leave_out(items: list[pytest.Item], config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""What config.json says about the numbers that a checkpoint's weights are stored in."""
+"""Reads from config.json in which number format a checkpoint's weights are stored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUPPORTED = (
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How the matrices of a checkpoint are stored; those that are stored in fp8 at all, their files say.
+    """The storage format of a checkpoint's fp8 matrices. Its tensors say which matrices are in fp8.
 
     Attributes:
         block: outputs and inputs that share a scale; None if the scales are per tensor or per output.
@@ -34,7 +34,7 @@ class Quantisation:
 
 @dataclass(frozen=True, slots=True)
 class Int4Quantisation:
-    """How the matrices of a checkpoint are stored in int4; which are, its files say.
+    """The storage format of a checkpoint's int4 matrices. Its tensors say which matrices are in int4.
 
     Attributes:
         layout: see :class:`~engine.layers.int4.Int4Format`; also of ``shuffled`` and ``less_one``.

@@ -1,4 +1,4 @@
-"""How a family's retrieval models are shown texts and images: data, without torch."""
+"""The form in which a family's retrieval models read texts and images: data, without torch."""
 
 from __future__ import annotations
 

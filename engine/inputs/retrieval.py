@@ -84,7 +84,7 @@ def item_key(item: Item) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """How one model's inputs are shown to it, and how what it makes of them is compared.
+    """Puts queries and documents into the form that one model reads, and compares its outputs.
 
     Attributes:
         format: the family's.
@@ -155,7 +155,7 @@ class Retrieval:
         )
 
     def shows_as_message(self, instruction: str | None) -> bool:
-        """Whether a text is shown to the model as a user's message, and not as it stands.
+        """Return whether the model gets a text as a user's message, and not as it stands.
 
         Args:
             instruction: the caller's, see :meth:`instructed`.

@@ -60,8 +60,8 @@ class Attention(nn.Module):
         self.register_buffer("head_scales", ones, persistent=False)
 
     def kv_scales(self) -> tuple[float, float]:
-        """What keys and values in fp8 are multiplied by in the cache; 1 if the checkpoint has no scales, or
-        has them for each head, see :meth:`forward`."""
+        """The factors of keys and values in an fp8 cache; 1 if the checkpoint has no scales, or has them for
+        each head, see :meth:`forward`."""
         key, value = self._kv_scales.tolist()
         return key, value
 

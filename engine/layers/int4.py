@@ -27,7 +27,7 @@ NAMES: dict[str, tuple[str, str, str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Int4Format:
-    """How one matrix ``(N, K)`` is stored in int4. ``G`` is the number of groups of inputs.
+    """The storage format of one int4 matrix ``(N, K)``. ``G`` is the number of groups of inputs.
 
     Attributes:
         layout: ``gptq`` has words of eight inputs, ``(K / 8, N)``; ``awq`` of eight outputs, ``(K, N / 8)``;

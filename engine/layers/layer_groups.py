@@ -8,7 +8,7 @@ from engine.layers.decoder_config import DecoderConfig
 
 #: Most groups: each has its own block tables.
 _MOST_GROUPS = 12
-#: A block may be larger than its share of all layers by one part in so many.
+#: A block may exceed its share of all layers by one part in this number.
 _PADDING = 12
 
 

@@ -17,7 +17,7 @@ from engine.layers.packed import PackedFormat
 
 @dataclass(frozen=True, slots=True)
 class Fp8Format:
-    """How one matrix ``(N, K)`` is stored in fp8.
+    """The storage format of one fp8 matrix ``(N, K)``.
 
     Attributes:
         scale: the kind of the tensor with its scales, e.g. ``weight_scale``; None if the stored matrix is not

@@ -177,7 +177,7 @@ def _renamed(schema: Any, name: Callable[[str], str]) -> Any:
 
 
 def _target(root: Any, reference: str) -> Any:
-    """What a JSON pointer behind ``#`` leads to; None if that is not there."""
+    """Return the schema that a JSON pointer behind ``#`` names; None if there is none."""
     if not reference.startswith("#"):
         return None
     for part in reference.split("/")[1:]:

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's matrices are quantised, as its files say."""
+"""Finds the quantised matrices of a checkpoint by its files."""
 
 from __future__ import annotations
 

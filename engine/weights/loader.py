@@ -166,7 +166,7 @@ def _check_shape(name: str, info: TensorInfo, slot: WeightSlot) -> None:
 
 
 def _is_transposed(shape: tuple[int, ...], slot: WeightSlot) -> bool:
-    """Whether a tensor of ``shape`` is that of ``slot`` with its last two axes swapped; never if both fit."""
+    """Return whether ``shape`` is that of ``slot`` with its last two axes swapped; False if both fit."""
     if not slot.may_be_transposed or shape == slot.shape:
         return False
     first, outputs, inputs = slot.shape

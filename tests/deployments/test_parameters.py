@@ -212,9 +212,10 @@ async def test_what_is_not_offered_within_a_parameter_is_refused_by_name(http):
         assert field.param.startswith(holder), (field.param, named)
 
 
-async def test_fields_without_effect_within_a_parameter_change_nothing(http):
+async def test_fields_without_effect_within_a_parameter_change_nothing(http, wide):
     fields = nested("no effect")
     assert len(fields) > 30
+    fields = fields if wide else fields[::3]
     # Many fields leave the same body behind.
     wanted: dict[str, list] = {}
     for path, field in fields:

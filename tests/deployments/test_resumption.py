@@ -93,15 +93,15 @@ def streamed(body: dict, **more) -> dict:
 
 
 @pytest.mark.parametrize("kind", [*BODIES, "unseeded"])
-async def test_a_stream_goes_on_at_another_ingress_as_if_it_had_not_broken_off(running, kind):
+async def test_a_stream_goes_on_at_another_ingress_as_if_it_had_not_broken_off(running, kind, wide):
     body = streamed(BODIES.get(kind, UNSEEDED), return_token_ids=kind != "image")
-    # Each of seven streams computes the whole answer.
+    # Each stream computes the whole answer.
     body["max_tokens"] = min(body["max_tokens"], 50)
     one, other = ingress(running), ingress(running)
     whole = await Stream().read(one, body)
     wanted, count = whole.joined(), len(whole.events)
     assert whole.ended and count > 4 and len({*wanted["ids"]}) == 1
-    for cut in {1, 2, count // 3, count // 2, count - 2, count - 1}:
+    for cut in {1, count // 2, count - 1} | ({2, count // 3, count - 2} if wide else set()):
         begun = Stream(whole.events[:cut])
         found = await begun.read(other, body, begun.events[-1][0])
         assert found.ended and found.joined() == wanted, cut

@@ -81,6 +81,7 @@ WAYS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_are_those_of_transformers(model, way):
     path, cases = model
@@ -94,6 +95,7 @@ def test_tokens_are_those_of_transformers(model, way):
     llm.check_integrity()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("way", ["plain", "tiny budget", "few blocks", "far ahead"])
 def test_captured_steps_give_the_same_tokens(model, monkeypatch, way):
     """Batches are padded to captured sizes and read from static tensors. On a GPU the whole file runs with

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -10,6 +10,7 @@ from engine import LLM, SamplingParams
 from engine.config import EngineConfig
 from engine.frontend import Frontend, PreparedPrompt
 from engine.loading import LoadedEngine, load_engine
+from tests.wide import examples
 
 from . import tiny
 
@@ -125,8 +126,8 @@ def run_schedule(oracle: Oracle, engine: LoadedEngine, requests: list[dict]) -> 
             assert given_tokens[index] == wanted[: len(given_tokens[index])]
 
 
-def test_tokens_are_those_of_the_request_alone(oracle, engines):
-    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_tokens_are_those_of_the_request_alone(oracle, engines, wide):
+    @examples(200, wide)
     @given(requests=REQUESTS, kind=st.integers(0, len(ENGINES) - 1))
     def run(requests, kind):
         run_schedule(oracle, engines[kind], requests)
@@ -134,8 +135,8 @@ def test_tokens_are_those_of_the_request_alone(oracle, engines):
     run()
     # The above proves little unless requests were interrupted, prefixes shared and prompts split.
     stats = [engine.core.scheduler.stats for engine in engines]
-    assert sum(s.preempted for s in stats) > 20
-    assert sum(s.cached_tokens for s in stats) > 1000
+    assert sum(s.preempted for s in stats) > (20 if wide else 5)
+    assert sum(s.cached_tokens for s in stats) > (1000 if wide else 250)
     assert stats[-1].cached_tokens == 0
 
 

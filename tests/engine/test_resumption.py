@@ -143,11 +143,17 @@ def assert_equal(found: StreamUpdate, wanted: StreamUpdate) -> None:
     assert counts[0] == counts[1]
 
 
-def check_every_cut(bench: Bench, params: SamplingParams) -> StreamUpdate:
-    """Cut an answer after each of its updates, and have each engine carry it on; return the answer."""
+def check_every_cut(
+    bench: Bench, params: SamplingParams, engines: Sequence[LoadedEngine] = ()
+) -> StreamUpdate:
+    """Cut an answer after each of its updates, and have each of ``engines``, or all, carry it on.
+
+    Returns:
+        The answer.
+    """
     [updates] = bench.run(bench.engines[0], [(params, None)])
     wanted, cuts = whole(updates), range(len(updates))
-    for engine in bench.engines:
+    for engine in engines or bench.engines:
         # All at once: they are batched, preempted and cached like any requests.
         rests = bench.run(engine, [(params, progress_of(updates[:cut])) for cut in cuts])
         for cut, rest in zip(cuts, rests, strict=True):
@@ -160,9 +166,11 @@ def check_every_cut(bench: Bench, params: SamplingParams) -> StreamUpdate:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_cut_of_an_answer_gives_its_rest(bench, kind):
+def test_every_cut_of_an_answer_gives_its_rest(bench, kind, wide):
+    """Without ``wide`` one engine carries each kind of answer on; neighbouring kinds have different ones."""
     params = SamplingParams(**{"max_tokens": TOKENS, **KINDS[kind]})
-    wanted = check_every_cut(bench, params)
+    turn = list(KINDS).index(kind) % len(bench.engines)
+    wanted = check_every_cut(bench, params, () if wide else [bench.engines[turn]])
     reasons = {delta.finish_reason for delta in wanted.deltas}
     if kind == "several of different lengths":
         assert len({len(delta.token_ids) for delta in wanted.deltas}) > 2

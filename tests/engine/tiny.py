@@ -117,6 +117,9 @@ def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0)
                 parameter.copy_(noise * 0.5 - 3)
             elif id(parameter) in tables:
                 parameter.copy_(noise * embedding_std)
+            elif name.endswith("class_embedding"):
+                # The only vector that a model draws itself.
+                parameter.copy_(noise)
             elif parameter.dim() >= 2:
                 fan_in = parameter[0].numel() if id(parameter) in weights else 1
                 if id(parameter) in experts:

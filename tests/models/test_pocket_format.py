@@ -121,7 +121,9 @@ def taught(core: Tokenizer) -> Taught:
     return Taught(trainee, [*batches, *batches[::-1]], [*wanted, *wanted[::-1]])
 
 
-@pytest.mark.parametrize("capture", [None, rerun], ids=["eager", "captured"])
+@pytest.mark.parametrize(
+    "capture", [pytest.param(None, marks=pytest.mark.wide), rerun], ids=["eager", "captured"]
+)
 def test_passes_leave_the_gradients_of_each_batch(taught: Taught, capture: Capture | None) -> None:
     trainee = taught.trainee
     passes = Passes(trainee, torch.amp.GradScaler("cpu", init_scale=1.0), capture, patience=1)

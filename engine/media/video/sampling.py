@@ -105,9 +105,9 @@ def middle_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> l
     return _arange(total, count, start=step / 2)
 
 
-#: Seconds of a video that GLM-4.1V is shown at the whole rate; longer ones have the frames of so many.
+#: Longest video, in seconds, that GLM-4.1V gets at the whole rate; longer videos get as many frames as it.
 _GLM4V_SECONDS = 300
-#: GLM-4.6V: frames per second of videos up to so many seconds, most seconds, and most frames.
+#: GLM-4.6V: frames per second by the longest video, in seconds, that has them; most seconds; most frames.
 _GLM46V_RATES, _GLM46V_SECONDS, _GLM46V_FRAMES = {30: 3, 300: 1, 2400: 0.5}, 2400, 640
 
 

@@ -18,9 +18,9 @@ from tests.serving import free_port, wait_until
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
 async def browser() -> AsyncIterator:
-    """A headless Chromium."""
+    """A headless Chromium, which ends after this folder: even idle it takes part of a core."""
     playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
     found = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if found is None:

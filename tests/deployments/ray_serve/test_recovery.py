@@ -1,4 +1,4 @@
-"""Replicas that die."""
+"""Replicas that die. Of the stages ``tests/chaos/test_short.py`` kills each one under load."""
 
 import os
 import signal
@@ -29,6 +29,7 @@ def color(ray_client) -> str:
     return made.choices[0].message.content
 
 
+@pytest.mark.wide
 def test_a_language_model_that_dies_goes_unseen(served, ray_client):
     """A stream and a whole answer of one image go on where they were, once the only replica is back."""
     image = {"messages": ask("What shape is this?", square("blue")), "temperature": 0}
@@ -58,6 +59,7 @@ def test_a_language_model_that_dies_goes_unseen(served, ray_client):
     served.wait_until_idle()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("stage", ["Preprocessor", "VisionEncoder"])
 def test_a_media_stage_that_died_is_waited_for(served, ray_client, stage):
     """No output was sent yet, and the sources of the images are still there: the request is served late."""

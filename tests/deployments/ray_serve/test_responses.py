@@ -1,4 +1,4 @@
-"""Responses that are kept for several replicas of the ingress."""
+"""Responses that are kept for several replicas of the ingress; ``test_response_store.py`` needs no Ray."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import pytest
 from tests.deployments.ray_serve.test_redeploy import Controller
 from tests.serving import wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
+pytestmark = [pytest.mark.wide, pytest.mark.ray, pytest.mark.usefixtures("ray_idle_afterwards")]
 
 #: Requests go to either of two replicas: this many miss one of them once in a hundred million times.
 ENOUGH = 27

@@ -23,12 +23,13 @@ from engine import LLM, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, RequestFailed, Unavailable
-from engine.executor.launch import LocalLauncher
+from engine.executor.launch import Launcher, LocalLauncher
 from engine.loading import load_engine
 from engine.outputs import RequestOutput
 from engine.prompt import EngineInput
 from engine.sampling_params import StructuredSpec
 from tests.engine import tiny
+from tests.engine.executor.threads import ThreadLauncher
 
 pytestmark = pytest.mark.processes
 
@@ -122,16 +123,17 @@ class Run:
     preempted: int
 
 
-def run(path: Path, size: int) -> Run:
+def run(path: Path, size: int, launcher: Launcher | None = None) -> Run:
     llm = LLM(
         str(path),
+        launcher=launcher,
         tensor_parallel_size=size,
         max_model_len=190,
         max_num_batched_tokens=17,
         block_size=4,
         num_kv_blocks=50,
     )
-    assert len(ranks()) == size - 1
+    assert len(ranks()) == (size - 1 if launcher is None else 0)
     entries, params = zip(*WORK.values(), strict=True)
     outputs = llm.generate(list(entries), list(params), use_tqdm=False)
     (again,) = llm.generate(entries[0], params[0], use_tqdm=False)
@@ -144,9 +146,9 @@ def alone(path) -> Run:
     return run(path, 1)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_together_give_the_tokens_of_one(path, alone, size):
-    together = run(path, size)
+@pytest.mark.parametrize(("size", "launcher"), [(2, None), (4, ThreadLauncher)], ids=["processes", "threads"])
+def test_ranks_together_give_the_tokens_of_one(path, alone, size, launcher):
+    together = run(path, size, launcher and launcher())
     gc.collect()
     assert not ranks(), "collecting an LLM ends its ranks"
     for name, wanted in alone.outputs.items():

@@ -30,10 +30,11 @@ def captured(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_answers_are_the_reference_s(captured, made, case):
+def test_answers_are_the_reference_s(captured, made, case, wide):
     model, prompts = made(case), case.prompts()
     # One launch of the tower with several items, then each by itself.
     model.check(model.llm(max_num_seqs=4), prompts)
+    prompts = prompts if wide else prompts[:1]
     llm = model.llm(max_num_seqs=4, enable_prefix_caching=False)
     for prompt in prompts:
         model.check(llm, [prompt])

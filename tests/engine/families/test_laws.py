@@ -24,17 +24,17 @@ from tests.engine.families.made import Made
 from tests.engine.tiny import picture
 
 
-def single_image(model: Made, hub: Made) -> None:
+def single_image(model: Made, hub: Made, wide: bool) -> None:
     """One image, and another one in the same words."""
     _check_media(model, model.case.single_prompts())
 
 
-def several_images(model: Made, hub: Made) -> None:
+def several_images(model: Made, hub: Made, wide: bool) -> None:
     """Next to each other and apart, of different sizes; each of them counts."""
     _check_media(model, model.case.several_prompts())
 
 
-def video(model: Made, hub: Made) -> None:
+def video(model: Made, hub: Made, wide: bool) -> None:
     """Frames as one item, before an image, each of which counts; models without videos say so."""
     if model.case.video is not None:
         _check_media(model, model.case.video_prompts())
@@ -66,7 +66,7 @@ def _check_refused(model: Made, data: dict, reason: str) -> None:
     llm.check_integrity()
 
 
-def batch_is_alone(model: Made, hub: Made) -> None:
+def batch_is_alone(model: Made, hub: Made, wide: bool) -> None:
     """A text, an image, several, and a video in one batch; each by itself; and all of their logits."""
     prompts = model.case.prompts()
     model.check(model.llm(), prompts, prompt_logprobs=1)
@@ -76,21 +76,22 @@ def batch_is_alone(model: Made, hub: Made) -> None:
     assert max(model.distances(llm, prompts, prompts)) < 1e-4
 
 
-def chunked_is_whole(model: Made, hub: Made) -> None:
+def chunked_is_whole(model: Made, hub: Made, wide: bool) -> None:
     """Steps and blocks of few tokens split images between them; outputs stay the same."""
     llm = model.llm(max_num_batched_tokens=model.case.few_tokens, max_num_seqs=4, block_size=4)
     model.check(llm, model.case.prompts(), prompt_logprobs=2)
 
 
-def preempted_or_cached(model: Made, hub: Made) -> None:
+def preempted_or_cached(model: Made, hub: Made, wide: bool) -> None:
     """Blocks for two prompts, but not for their answers, so that one is interrupted and computed again; and
-    all prompts twice, the second time from the cache."""
+    all prompts twice, the second time from the cache. Without ``wide`` few tokens a step only."""
     prompts = model.case.prompts()
     lengths = [len(model.answer(prompt).ids) for prompt in prompts[:2]]
     blocks = sum(-(-length // 4) for length in lengths) + 2
     few = {"num_kv_blocks": blocks, "block_size": 4, "enable_prefix_caching": False}
     # With few tokens a step, prompts are interrupted as well.
-    for options in (few, {**few, "max_num_batched_tokens": model.case.few_tokens}):
+    ways = [{**few, "max_num_batched_tokens": model.case.few_tokens}, few]
+    for options in ways if wide else ways[:1]:
         llm = model.llm(**options)
         if model.case.windows:
             _interrupt(llm)
@@ -115,7 +116,7 @@ def _interrupt(llm: LLM) -> None:
     scheduler.schedule = interrupted
 
 
-def embeds_are_pixels(model: Made, hub: Made) -> None:
+def embeds_are_pixels(model: Made, hub: Made, wide: bool) -> None:
     """Rows of images in place of images, item by item and all in one tensor."""
     prompts = model.case.single_prompts() + model.case.several_prompts()
     if not prompts:
@@ -130,7 +131,7 @@ def embeds_are_pixels(model: Made, hub: Made) -> None:
     llm.check_integrity()
 
 
-def hub_layout(model: Made, hub: Made) -> None:
+def hub_layout(model: Made, hub: Made, wide: bool) -> None:
     """config.json, tensors and shards as in public checkpoints, with tied embeddings where small ones tie
     them; and what ends an answer, in this layout and in the other."""
     llm = hub.llm()
@@ -140,28 +141,29 @@ def hub_layout(model: Made, hub: Made) -> None:
         model.check_ends(model.llm())
 
 
-def bfloat16(model: Made, hub: Made) -> None:
-    """On a CPU; see :func:`_check_bfloat16`."""
-    _check_bfloat16(model, "cpu")
+def bfloat16(model: Made, hub: Made, wide: bool) -> None:
+    """On a CPU; see :func:`_check_bfloat16`. Without ``wide`` prompts are whole, not in chunks."""
+    _check_bfloat16(model, "cpu", chunked=wide)
 
 
-def bfloat16_on_gpu(model: Made, hub: Made) -> None:
+def bfloat16_on_gpu(model: Made, hub: Made, wide: bool) -> None:
     """Check bfloat16 with the GPU's kernels; see :func:`_check_bfloat16`."""
-    _check_bfloat16(model, "cuda")
+    _check_bfloat16(model, "cuda", chunked=True)
 
 
 #: In bfloat16: how far outputs may be from the reference's in float32, see :meth:`Made.distances`.
 TOLERANCE = 0.06
 
 
-def _check_bfloat16(model: Made, device: str) -> None:
-    """Check that batched outputs, whole and chunked, are near the reference's.
+def _check_bfloat16(model: Made, device: str, chunked: bool) -> None:
+    """Check that batched outputs, of whole prompts and of ``chunked`` ones, are near the reference's.
 
     Outputs with other images must exceed the same bound, or it would prove nothing.
     """
     prompts = model.case.prompts()
     shown = [prompt for prompt in prompts if prompt.pictures]
-    for options in ({}, {"max_num_batched_tokens": model.case.few_tokens, "max_num_seqs": 4}):
+    ways = [{}, {"max_num_batched_tokens": model.case.few_tokens, "max_num_seqs": 4}]
+    for options in ways if chunked else ways[:1]:
         llm = model.llm(device=device, dtype="bfloat16", enable_prefix_caching=False, **options)
         assert max(model.distances(llm, prompts, prompts)) < TOLERANCE
         others = model.distances(llm, [prompt.other() for prompt in shown], shown)
@@ -203,5 +205,5 @@ def test_the_readme_has_all_columns():
 
 
 @pytest.mark.parametrize(("case", "law"), CELLS)
-def test_law(made, case, law):
-    LAWS[law](made(case), made(case, hub=True))
+def test_law(made, case, law, wide):
+    LAWS[law](made(case), made(case, hub=True), wide)

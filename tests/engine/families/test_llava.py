@@ -49,6 +49,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("hub", [False, True])
 def test_variants_answer_as_transformers_does(tmp_path, name, hub):

@@ -29,6 +29,7 @@ def path(tmp_path_factory):
     return make_qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("hub", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("gqa_ratio", [1, 2, 4])

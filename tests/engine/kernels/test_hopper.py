@@ -13,20 +13,21 @@ from tests.serving import ROOT
 pytestmark = pytest.mark.timeout(600)
 
 
-def run(module: str) -> str:
+def run(module: str, *options: str) -> str:
     """Run a module that uses Triton's compiler, and return its output.
 
     It runs in a process of its own: in this one kernels may be decorated for the interpreter.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_all_kernels_compile_and_hardly_spill_registers():
-    compiled = [json.loads(line) for line in run("tests.engine.kernels.hopper").splitlines()]
+def test_all_kernels_compile_and_hardly_spill_registers(wide):
+    options = ["--wide"] if wide else []
+    compiled = [json.loads(line) for line in run("tests.engine.kernels.hopper", *options).splitlines()]
     sources = (path.read_text() for path in (ROOT / "engine" / "kernels").glob("*.py"))
     kernels = {name for source in sources for name in re.findall(r"def (_\w+_kernel)\(", source)}
     assert len(kernels) > 10 and {kernel["kernel"] for kernel in compiled} == kernels

@@ -1,10 +1,13 @@
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ContextLengthExceeded, InvalidRequest
+from tests.wide import examples
 
 from .simulated import IMAGE, SimulatedEngine, picture, tokens_alone
 
@@ -272,34 +275,53 @@ LIMITS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(requests=REQUESTS, limits=LIMITS)
-def test_whatever_happens_tokens_are_those_of_the_request_alone(requests, limits):
-    engine = SimulatedEngine(max_model_len=90, **limits)
+def check_schedule(
+    engine: SimulatedEngine,
+    requests: Sequence[dict[str, Any]],
+    *,
+    both_ways: bool = False,
+    after_step: Callable[[], object] = lambda: None,
+    **rules: Any,
+) -> None:
+    """Run drawn ``requests``; each gets the tokens that it has alone, or the first of them if it is aborted.
+
+    Args:
+        both_ways: images attend both ways; those that no step holds are left out.
+        rules: of :func:`tokens_alone`.
+    """
     room = engine.scheduler.max_model_len
     wanted, running = {}, {}
     for step in range(600):
         for index, spec in enumerate(requests):
             if spec["arrives"] == step:
                 ids, spans = build(spec)
-                if len(ids) + 1 <= room:
-                    running[index] = engine.add(
-                        str(index), ids, spans, spec["max_tokens"], priority=spec["priority"]
-                    )
+                ranges = [run for span in spans for run in span.runs()] if both_ways else []
+                longest = max((end - start for start, end in ranges), default=0)
+                if len(ids) + 1 <= room and longest <= engine.scheduler.budget:
+                    asked = {"priority": spec["priority"], "both_ways": ranges}
+                    running[index] = engine.add(str(index), ids, spans, spec["max_tokens"], **asked)
                     most = min(spec["max_tokens"], room - len(ids))
-                    wanted[index] = tokens_alone(ids, spans, most, original=limits["original"])
+                    wanted[index] = tokens_alone(ids, spans, most, both_ways=ranges, **rules)
             if spec["aborted"] == step and index in running:
                 engine.core.abort(running[index])
         engine.step()
+        after_step()
         if step > 31 and not engine.core.has_work:
             break
     engine.run()
     for index, tokens in wanted.items():
         got = engine.outputs[str(index)]
-        if requests[index]["aborted"] is None:
-            assert got == tokens
-        else:
-            assert got == tokens[: len(got)]
+        assert got == (tokens if requests[index]["aborted"] is None else tokens[: len(got)])
+
+
+def test_whatever_happens_tokens_are_those_of_the_request_alone(wide):
+    @examples(300, wide)
+    @given(requests=REQUESTS, limits=LIMITS)
+    def run(requests, limits):
+        engine = SimulatedEngine(max_model_len=90, **limits)
+        check_schedule(engine, requests, original=limits["original"])
+
+    run()
 
 
 BOTH_WAYS = st.fixed_dictionaries(
@@ -313,31 +335,35 @@ BOTH_WAYS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(requests=REQUESTS, limits=BOTH_WAYS, whole=st.booleans())
-def test_what_attends_both_ways_is_computed_in_one_step(requests, limits, whole):
+def test_what_attends_both_ways_is_computed_in_one_step(wide):
     """Pictures, or whole prompts: split over steps, resumed inside, or taken from another prompt's blocks,
     their tokens would be others."""
-    engine = SimulatedEngine(max_model_len=90, **limits)
-    room = engine.scheduler.max_model_len
-    wanted = {}
-    # Every prompt twice, so that the prefix cache has all of it; and as a part of a longer one.
-    for index, spec in enumerate([*requests, *requests, *requests]):
-        ids, spans = build(spec)
-        ids = ids + ids[:3] if index >= 2 * len(requests) else ids
-        ranges = [(0, len(ids))] if whole else [run for span in spans for run in span.runs()]
-        if len(ids) + 1 > room:
-            continue
-        if max((end - start for start, end in ranges), default=0) > engine.scheduler.budget:
-            with pytest.raises(InvalidRequest, match="max_num_batched_tokens"):
-                engine.add(str(index), ids, spans, spec["max_tokens"], both_ways=ranges)
-            continue
-        engine.add(str(index), ids, spans, spec["max_tokens"], both_ways=ranges)
-        most = min(spec["max_tokens"], room - len(ids))
-        wanted[index] = tokens_alone(ids, spans, most, both_ways=ranges)
-        engine.step()
-    engine.run()
-    assert {index: engine.outputs[str(index)] for index in wanted} == wanted
+
+    @examples(150, wide)
+    @given(requests=REQUESTS, limits=BOTH_WAYS, whole=st.booleans())
+    def run(requests, limits, whole):
+        engine = SimulatedEngine(max_model_len=90, **limits)
+        room = engine.scheduler.max_model_len
+        wanted = {}
+        # Every prompt twice, so that the prefix cache has all of it; and as a part of a longer one.
+        for index, spec in enumerate([*requests, *requests, *requests]):
+            ids, spans = build(spec)
+            ids = ids + ids[:3] if index >= 2 * len(requests) else ids
+            ranges = [(0, len(ids))] if whole else [run for span in spans for run in span.runs()]
+            if len(ids) + 1 > room:
+                continue
+            if max((end - start for start, end in ranges), default=0) > engine.scheduler.budget:
+                with pytest.raises(InvalidRequest, match="max_num_batched_tokens"):
+                    engine.add(str(index), ids, spans, spec["max_tokens"], both_ways=ranges)
+                continue
+            engine.add(str(index), ids, spans, spec["max_tokens"], both_ways=ranges)
+            most = min(spec["max_tokens"], room - len(ids))
+            wanted[index] = tokens_alone(ids, spans, most, both_ways=ranges)
+            engine.step()
+        engine.run()
+        assert {index: engine.outputs[str(index)] for index in wanted} == wanted
+
+    run()
 
 
 def test_a_cached_picture_that_attends_both_ways_is_taken_as_a_whole():

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.scheduling.batch import ScheduledBatch
 from engine.scheduling.snapshots import SnapshotPool
+from tests.wide import examples
 
 from .simulated import SimulatedEngine, SimulatedRunner, picture, tokens_alone
-from .test_scheduler import LIMITS, REQUESTS, build, prompt_with
+from .test_scheduler import LIMITS, REQUESTS, check_schedule, prompt_with
 
 
 def ask(engine: SimulatedEngine, prompt: list[int], spans=(), max_tokens: int = 6, **changes) -> int:
@@ -148,33 +149,17 @@ def test_without_rows_nothing_is_cached():
     assert [ask(engine, prompt) for _ in range(2)] == [0, 0]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(requests=REQUESTS, limits=LIMITS, rows=st.integers(0, 6))
-def test_whatever_happens_a_state_is_that_of_its_tokens(requests, limits, rows):
+def test_whatever_happens_a_state_is_that_of_its_tokens(wide):
     """The simulated device compares each state with the cache's content."""
-    engine = SimulatedEngine(max_model_len=90, num_snapshots=rows, **limits)
-    room = engine.scheduler.max_model_len
-    wanted, running = {}, {}
-    for step in range(600):
-        for index, spec in enumerate(requests):
-            if spec["arrives"] == step:
-                ids, spans = build(spec)
-                if len(ids) + 1 <= room:
-                    running[index] = engine.add(
-                        str(index), ids, spans, spec["max_tokens"], priority=spec["priority"]
-                    )
-                    most = min(spec["max_tokens"], room - len(ids))
-                    wanted[index] = tokens_alone(ids, spans, most, original=limits["original"])
-            if spec["aborted"] == step and index in running:
-                engine.core.abort(running[index])
-        engine.step()
-        engine.scheduler.kv.pool.check_integrity()
-        if step > 31 and not engine.core.has_work:
-            break
-    engine.run()
-    for index, tokens in wanted.items():
-        got = engine.outputs[str(index)]
-        assert got == tokens if requests[index]["aborted"] is None else got == tokens[: len(got)]
+
+    @examples(200, wide)
+    @given(requests=REQUESTS, limits=LIMITS, rows=st.integers(0, 6))
+    def run(requests, limits, rows):
+        engine = SimulatedEngine(max_model_len=90, num_snapshots=rows, **limits)
+        after_step = engine.scheduler.kv.pool.check_integrity
+        check_schedule(engine, requests, after_step=after_step, original=limits["original"])
+
+    run()
 
 
 def test_rows_of_a_pool_are_never_lost():

@@ -3,49 +3,31 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.windows import decoder_of, tokens_held
 from engine.layers.layer_groups import LayerGroups
 from tests.engine.scheduling.simulated import SimulatedEngine, tokens_alone
-from tests.engine.scheduling.test_scheduler import LIMITS, REQUESTS, build
+from tests.engine.scheduling.test_scheduler import LIMITS, REQUESTS, check_schedule
+from tests.wide import examples
 
 WINDOWS = st.sampled_from([(None, 5), (None, 1), (6,), (None, 3, 9, 3), (7, None, 7), (None, 60)])
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(requests=REQUESTS, limits=LIMITS, windows=WINDOWS, few=st.booleans(), both_ways=st.booleans())
-def test_whatever_happens_tokens_are_those_of_the_request_alone(requests, limits, windows, few, both_ways):
+def test_whatever_happens_tokens_are_those_of_the_request_alone(wide):
     """Also with so few blocks that prompts wait for each other's, and with images that attend both ways."""
-    if few:
-        limits = {**limits, "num_blocks": limits["num_blocks"] // 3}
-    engine = SimulatedEngine(max_model_len=90, windows=windows, **limits)
-    room = engine.scheduler.max_model_len
-    wanted, running = {}, {}
-    for step in range(600):
-        for index, spec in enumerate(requests):
-            if spec["arrives"] == step:
-                ids, spans = build(spec)
-                ranges = [run for span in spans for run in span.runs()] if both_ways else []
-                longest = max((end - start for start, end in ranges), default=0)
-                if len(ids) + 1 <= room and longest <= limits["budget"]:
-                    rules = {"both_ways": ranges}
-                    running[index] = engine.add(
-                        str(index), ids, spans, spec["max_tokens"], priority=spec["priority"], **rules
-                    )
-                    most = min(spec["max_tokens"], room - len(ids))
-                    rules |= {"original": limits["original"], "windows": windows}
-                    wanted[index] = tokens_alone(ids, spans, most, **rules)
-            if spec["aborted"] == step and index in running:
-                engine.core.abort(running[index])
-        engine.step()
-        if step > 31 and not engine.core.has_work:
-            break
-    engine.run()
-    for index, tokens in wanted.items():
-        got = engine.outputs[str(index)]
-        assert got == (tokens if requests[index]["aborted"] is None else tokens[: len(got)])
+
+    @examples(300, wide)
+    @given(requests=REQUESTS, limits=LIMITS, windows=WINDOWS, few=st.booleans(), both_ways=st.booleans())
+    def run(requests, limits, windows, few, both_ways):
+        if few:
+            limits = {**limits, "num_blocks": limits["num_blocks"] // 3}
+        engine = SimulatedEngine(max_model_len=90, windows=windows, **limits)
+        rules = {"original": limits["original"], "windows": windows}
+        check_schedule(engine, requests, both_ways=both_ways, **rules)
+
+    run()
 
 
 def test_an_answer_keeps_the_blocks_of_its_window_only():
