@@ -34,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--wide", action="store_true", help="run wide tables of tests whole, not only a part")
 
 
+def pytest_unconfigure() -> None:
+    """Let the collector see what servers have frozen: otherwise Triton's bindings print a list of leaks."""
+    gc.unfreeze()
+
+
 # First, because xdist's own hook reads the groups, and is called before those of conftest files otherwise.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
