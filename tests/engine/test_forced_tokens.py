@@ -43,8 +43,6 @@ ASKED: list[dict[str, Any]] = [
     # Their lengths end within forced text.
     {"structured": JSON, "temperature": 1.0, "seed": 6, "max_tokens": 9},
     {"structured": JSON, "temperature": 1.0, "seed": 6, "max_tokens": 1},
-    # ``q`` and a token of more characters, both within forced text.
-    {"structured": JSON, "temperature": 1.0, "seed": 7, "stop_token_ids": [88]},
     # Tokens must be sampled one by one.
     {"structured": JSON, "temperature": 1.0, "seed": 8, "logprobs": 2, "prompt_logprobs": 1},
     {"structured": JSON, "temperature": 0.0, "prompt_logprobs": 1},
@@ -55,9 +53,8 @@ ASKED: list[dict[str, Any]] = [
 ]
 WAYS: dict[str, dict[str, Any]] = {
     "batch": {},
-    "no run-ahead": {"run_ahead": 0, "enable_prefix_caching": False},
     "chunked, far ahead": {"max_num_batched_tokens": 17, "max_num_seqs": 6, "block_size": 4, "run_ahead": 3},
-    "preempted": {"num_kv_blocks": 90, "block_size": 4, "max_num_seqs": 12},
+    "preempted": {"num_kv_blocks": 90, "block_size": 4, "max_num_seqs": 12, "run_ahead": 0},
 }
 
 
@@ -126,6 +123,16 @@ def test_two_ranks(path, sampled):
         llm._engine.core.runner.close()
     finally:
         launcher.stop()
+
+
+def test_a_stop_token_within_forced_text(path, sampled):
+    text = sampled[0].outputs[0].token_ids
+    asked = [{**ASKED[0], "stop_token_ids": [token]} for token in text[3:9]]
+    kinds = ({"append_forced_tokens": False}, {})
+    found, wanted = (answers(LLM(str(path), max_model_len=190, **kind), asked) for kind in kinds)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_same_output(ours, theirs)
+        assert ours.outputs[0].stop_reason is not None
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
