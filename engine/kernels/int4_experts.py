@@ -153,13 +153,16 @@ def _grouped(x, matrices, out, order, starts, rows, *, activation=None, factors=
     experts, outputs = matrices.weight.shape[:2]
     outputs = outputs if activation is None else outputs // 2
     assert out.shape == (len(order), outputs) and x.shape[1] == matrices.inputs
+    arguments = _arguments(matrices)
+    # Sums of small groups need registers of their own.
+    small = 0 < arguments["GROUP"] <= 32 and rows > 16
     launch(
         _int4_grouped_kernel,
         (triton.cdiv(outputs, _TILE_OUTPUTS), query_tiles(len(order), experts, rows)),
         x_ptr=x, out_ptr=out, order_ptr=order, starts_ptr=starts, factors_ptr=x if factors is None else factors,
-        experts=experts, outputs=outputs, x_stride=x.stride(0), **_arguments(matrices), TOP_K=top_k, ROWS=rows,
+        experts=experts, outputs=outputs, x_stride=x.stride(0), **arguments, TOP_K=top_k, ROWS=rows,
         TILE_OUTPUTS=_TILE_OUTPUTS, STAGES=_STAGES, EVEN=matrices.inputs % 128 == 0,
-        ACTIVATION=activation or "", num_warps=4,
+        ACTIVATION=activation or "", num_warps=8 if small else 4,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ what these bits multiply it by is taken from the input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -52,6 +52,9 @@ def int4_gemv_triton(
     assert x.shape == (1, scale.inputs) and x.stride(1) == 1
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     tile = choose_tile(outputs, words.shape[1])
+    if scale.kind != "int4":
+        # Decoding floats needs registers.
+        tile = replace(tile, outputs=2)
     launch(
         _int4_gemv_kernel, (triton.cdiv(outputs, tile.outputs),),
         x_ptr=x, bias_ptr=x if bias is None else bias, out_ptr=out, outputs=outputs,
