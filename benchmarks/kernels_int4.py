@@ -1,4 +1,4 @@
-"""Linear layers with int4 weights: of decode steps, and with as many rows as a prompt has."""
+"""Linear layers with weights in 4 bits: of decode steps, and with as many rows as a prompt has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.dispatch import MAX_INT4_ROWS, linear
-from engine.kernels.int4 import Int4Scale, dequantise_int4, pack
+from engine.kernels.int4 import Int4Scale, Kind, dequantise_int4, pack
 from engine.kernels.skinny_gemm import split_counters
 
 #: Layers of Qwen2-VL-7B, and a square one: (name, input features, output features)
@@ -19,6 +19,8 @@ TINY_LAYERS = [("tiny", 64, 80)]
 BATCHES, TINY_BATCHES = (1, 4, 16, 64, 128, 4096), (1, 4, 129)
 #: Inputs that share a scale, and whether there are zero points: as in AWQ, and in symmetric GPTQ.
 SCHEMES = (("groups of 128, zeros", 128, True), ("groups of 128", 128, False), ("groups of 32", 32, False))
+#: Kinds of floats, and inputs that share a scale.
+FLOATS: tuple[tuple[Kind, int], ...] = (("mxfp4", 32), ("nvfp4", 16))
 
 
 def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
@@ -28,16 +30,39 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
                 build = partial(problem, device, batch, inputs, outputs, group, zeros)
                 kernel = "int4_gemv" if batch == 1 else "int4_gemm" if batch <= MAX_INT4_ROWS else "int4"
                 yield Case(kernel, f"{name} {inputs}->{outputs}, {scheme}, {batch}", build)
+        for kind, group in FLOATS:
+            for batch in TINY_BATCHES if tiny else BATCHES:
+                build = partial(problem, device, batch, inputs, outputs, group, False, kind)
+                kernel = "fp4_gemv" if batch == 1 else "fp4_gemm" if batch <= MAX_INT4_ROWS else "fp4"
+                yield Case(kernel, f"{name} {inputs}->{outputs}, {kind}, {batch}", build)
 
 
-def problem(device: torch.device, batch: int, inputs: int, outputs: int, group: int, zeros: bool) -> Problem:
+def _scale(device: torch.device, inputs: int, outputs: int, group: int, zeros: bool, kind: Kind) -> Int4Scale:
+    """Random scales of a weight ``(outputs, inputs)``."""
+    shape = outputs, -(-inputs // group)
+    if kind == "int4":
+        values = ((torch.rand(shape, device=device) + 0.5) * inputs**-0.5 / 8).half()
+        points = torch.randint(0, 16, shape, device=device, dtype=torch.uint8) if zeros else None
+        return Int4Scale(inputs, values, group, points)
+    low, high = (118, 121) if kind == "mxfp4" else (56, 72)
+    values = torch.randint(low, high, shape, device=device, dtype=torch.uint8)
+    factors = torch.full((outputs,), inputs**-0.5 / 4, device=device) if kind == "nvfp4" else None
+    return Int4Scale(inputs, values, group, kind=kind, factors=factors)
+
+
+def problem(
+    device: torch.device,
+    batch: int,
+    inputs: int,
+    outputs: int,
+    group: int,
+    zeros: bool,
+    kind: Kind = "int4",
+) -> Problem:
     """Measure the linear layer, beside torch's with the same weight in the dtype of its input."""
     x = torch.randn((batch, inputs), device=device, dtype=dtype_on(device))
-    numbers = torch.randint(0, 16, (outputs, inputs), device=device, dtype=torch.uint8)
-    shape = outputs, -(-inputs // group)
-    values = ((torch.rand(shape, device=device) + 0.5) * inputs**-0.5 / 8).half()
-    points = torch.randint(0, 16, shape, device=device, dtype=torch.uint8) if zeros else None
-    words, scale = pack(numbers), Int4Scale(inputs, values, group, points)
+    words = pack(torch.randint(0, 16, (outputs, inputs), device=device, dtype=torch.uint8))
+    scale = _scale(device, inputs, outputs, group, zeros, kind)
     plain = dequantise_int4(words, scale, x.dtype)
     run = partial(linear, x, words, scale=scale, counters=split_counters(outputs, device))
     peers: dict[str, Work] = {"torch, 16 bits": partial(F.linear, x, plain)}
@@ -47,5 +72,5 @@ def problem(device: torch.device, batch: int, inputs: int, outputs: int, group: 
 
     if batch > MAX_INT4_ROWS:
         return Problem(run, check, 2 * batch * inputs * outputs, compute=True, peers=peers)
-    moved = words.nbytes + values.nbytes + (0 if points is None else points.nbytes)
+    moved = words.nbytes + scale.values.nbytes + (0 if scale.zeros is None else scale.zeros.nbytes)
     return Problem(run, check, moved + x.nbytes + batch * outputs * x.element_size(), peers=peers)
