@@ -234,9 +234,8 @@ def int4_weights() -> None:
     for kind, group in (("mxfp4", 32), ("nvfp4", 16)):
         given = float_weight(3584, 18944, kind, group)
         int4_gemv_triton(noise(1, 18944), *given)
-        int4_gemm_triton(noise(16, 18944), *given, counters=counters)
         int4_gemm_triton(noise(64, 18944), *given)
-        dequantise_int4_triton(*given, dtype=BF16)
+    dequantise_int4_triton(*given, dtype=BF16)
 
 
 def float_weight(outputs: int, inputs: int, kind: Any, group: int) -> tuple[torch.Tensor, Any]:
@@ -342,8 +341,8 @@ def int4_experts() -> None:
         return ExpertMatrices(words.unflatten(0, (8, -1)), scale)
 
     pairs = [(matrices(1024, 2048), matrices(2048, 512))]
-    for kind, group in (("mxfp4", 32), ("nvfp4", 16)):
-        pairs.append((floats(1024, 2048, kind, group), floats(2048, 512, kind, group)))
+    # Of the two kinds of floats this one takes more registers.
+    pairs.append((floats(1024, 2048, "nvfp4", 16), floats(2048, 512, "nvfp4", 16)))
     for (gate_up, down), tokens in itertools.product(pairs, (1, 64, 256)):
         ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
         run = int4_expert_gemv_triton if tokens == 1 else int4_grouped_gemm_triton
