@@ -7,9 +7,10 @@ decides::
     decode_attention  decode_attention_triton     Triton                              decode_attention.py
                       decode_attention_reference  otherwise                           decode_attention.py
     paged_attention   paged_attention_reference   not Triton                          paged_attention.py
-                      prefill_attention_gluon     Hopper, 16-bit, no window or cap, a prefill_attention.py
-                                                  sequence with over 1024 new tokens,
-                                                  KV cache in the model's dtype
+                      prefill_attention_gluon     Hopper, 16-bit, no window or cap,   prefill_attention.py
+                                                  a sequence with over 1024 new
+                                                  tokens, KV cache in the model's
+                                                  dtype
                       paged_attention_triton      otherwise                           paged_attention.py
     delta_rule        delta_rule_reference        not Triton                          delta_rule.py
                       delta_step_triton           one new token of each sequence      delta_rule.py
