@@ -414,7 +414,7 @@ async def cut(running) -> AsyncIterator[Cut]:
         for thinks in (False, True):
             parser = "think" if thinks else "none"
             spec = config.models[0].model_copy(update={"image_embeds": True, "reasoning_parser": parser})
-            pipeline = Pipeline(spec, stages, threads, ReplayConfig(max_losses=1000, pause_s=0.001))
+            pipeline = Pipeline(spec, stages, threads, ReplayConfig(max_losses=12, pause_s=0.001))
             transport = AppTransport(create_api(config.ingress, {"pocket": pipeline}))
             clients[thinks] = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
         yield Cut(stage, clients)
