@@ -164,7 +164,7 @@ def rotate_heads(
 ):  # fmt: skip
     """Rotate all heads of one token from ``in_ptr`` to ``out_ptr``, which may be the same.
 
-    Products and sums are rounded where torch rounds them.
+    Sums are rounded where torch rounds them; a GPU may add products that are not rounded yet.
     """
     dtype = in_ptr.dtype.element_ty
     c = cos[None, :].to(dtype).to(tl.float32)
