@@ -178,10 +178,14 @@ class GlmReference(qwen.Reference):
             arguments |= {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
         return Inputs(ids[0].tolist(), self.model, arguments)
 
-    def placeholder(self, count: int, grid: Sequence[int], fps: float) -> str:
+    def placeholder(
+        self, count: int, grid: Sequence[int], fps: float, metadata: VideoMetadata | None = None
+    ) -> str:
         merge, temporal = self.vision.spatial_merge_size, self.vision.temporal_patch_size
         self.processor.video_processor = SimpleNamespace(merge_size=merge, temporal_patch_size=temporal)
-        metadata = VideoMetadata(total_num_frames=count, fps=fps, frames_indices=list(range(count)))
+        metadata = metadata or VideoMetadata(
+            total_num_frames=count, fps=fps, frames_indices=list(range(count))
+        )
         inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
         return self.processor.replace_video_token(inputs, 0)
 

@@ -349,14 +349,23 @@ class Reference:
                 arguments["second_per_grid_ts"] = torch.tensor([seconds])
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
 
-    def placeholder(self, count: int, grid: Sequence[int], fps: float) -> str:
-        """The text in place of the placeholder of a video of ``count`` frames."""
+    def placeholder(
+        self, count: int, grid: Sequence[int], fps: float, metadata: VideoMetadata | None = None
+    ) -> str:
+        """The text in place of the placeholder of a video of ``count`` frames.
+
+        Args:
+            fps: of a video that is given as frames.
+            metadata: of a video that is a file, in place of ``fps``.
+        """
         merge, temporal = self.vision.spatial_merge_size, self.vision.temporal_patch_size
         if self.kind not in TIMED:
             return "<|video_pad|>" * (grid[0] * grid[1] * grid[2] // merge**2)
         # What Transformers' processor, which can't be made without torchvision, does.
         self.processor.video_processor = SimpleNamespace(merge_size=merge, temporal_patch_size=temporal)
-        metadata = VideoMetadata(total_num_frames=count, fps=fps, frames_indices=list(range(count)))
+        metadata = metadata or VideoMetadata(
+            total_num_frames=count, fps=fps, frames_indices=list(range(count))
+        )
         inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
         return self.processor.replace_video_token(inputs, 0)
 

@@ -12,7 +12,9 @@ import shutil
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -39,12 +41,14 @@ from engine.media.video.sampling import (
 )
 from engine.media.video.video import VideoInfo, VideoOptions
 from engine.preparation import MediaPreparation
+from tests.engine.families import glm, qwen
+from tests.engine.families.glm import GlmReference, make_glm
 from tests.engine.families.idefics import IdeficsReference, make_smolvlm, video_text
 from tests.engine.families.internvl import SIDE as INTERNVL_SIDE
 from tests.engine.families.internvl import make_internvl
 from tests.engine.families.onevision import SIDE, make_onevision
 from tests.engine.families.opened import encoder, media_processor
-from tests.engine.families.qwen import Reference, make_qwen2_5_vl, make_qwen3_vl
+from tests.engine.families.qwen import Reference, make_qwen2_5_vl, make_qwen3_5, make_qwen3_vl
 from tests.engine.media.clips import FILM, NTSC, clip, decoded
 from tests.engine.tiny import make_qwen2_vl, rewrite_json
 
@@ -121,6 +125,11 @@ def theirs(samplers: Any, family: str, metadata: VideoMetadata, asked: VideoOpti
             count = max(1, int(metadata.total_num_frames / metadata.fps * asked.fps))
         stated = SimpleNamespace(num_frames=None, fps=None, initial_shift=True)
         return samplers.internvl.sample_frames(stated, metadata, num_frames=count).tolist()
+    if family in ("glm4v", "glm46v"):
+        stated = SimpleNamespace(fps=2, max_duration=300, temporal_patch_size=2)
+        # Of a video shorter than its shortest step, theirs shows nothing.
+        found = getattr(samplers, family).sample_frames(stated, metadata, fps=asked.fps).tolist()
+        return found or [0, 0]
     stated = SimpleNamespace(
         num_frames=None, fps=None, temporal_patch_size=2, min_frames=4, max_frames=768, default_fps=2
     )
@@ -180,20 +189,15 @@ def test_chosen_frames_are_those_of_transformers(samplers, family):
 
 @pytest.mark.parametrize("kind", ["glm4v", "glm46v"])
 def test_chosen_frames_are_those_of_glm(samplers, kind):
-    sample, ours = (
-        getattr(samplers, kind).sample_frames,
-        {"glm4v": glm4v_indices, "glm46v": glm46v_indices}[kind],
-    )
-    stated = SimpleNamespace(fps=2, max_duration=300, temporal_patch_size=2)
+    ours = {"glm4v": glm4v_indices, "glm46v": glm46v_indices}[kind]
     draw = random.Random(1)
     for _ in range(1000):
         total, rate = draw.randint(1, draw.choice((40, 900, 30_000))), draw.choice([5, *RATES])
         fps = draw.choice((None, 0.5, 1.0, 3.0)) if kind == "glm4v" else None
         metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
-        expected = sample(stated, metadata, fps=fps).tolist()
-        found = ours(VideoInfo(total, rate, (64, 48)), RULES["qwen2"], VideoOptions(fps=fps))
-        # Of a video shorter than its shortest step, theirs shows nothing.
-        assert found == (expected or [0, 0]), (total, rate, fps)
+        asked = VideoOptions(fps=fps)
+        found = ours(VideoInfo(total, rate, (64, 48)), RULES["qwen2"], asked)
+        assert found == theirs(samplers, kind, metadata, asked), (total, rate, fps)
 
 
 def test_chosen_frames_are_those_of_smolvlm(samplers):
@@ -256,15 +260,23 @@ def turned(samplers: Any, family: str, data: bytes, rate: Fraction, degrees: int
     return [Image.fromarray(frames[index]) for index in theirs(samplers, family, metadata, USUAL)]
 
 
+#: Whose sampler each kind of GLM has.
+GLM = {"Glm4v": "glm4v", "Glm46V": "glm46v", "GlmOcr": "glm46v"}
 #: How a checkpoint of each kind is made, and whose sampler it has.
 KINDS = {
     "Qwen2VL": (make_qwen2_vl, "qwen2"),
     "Qwen2_5_VL": (make_qwen2_5_vl, "qwen2"),
     "Qwen3VL": (make_qwen3_vl, "qwen3"),
+    "Qwen3_5": (make_qwen3_5, "qwen3"),
+    **{kind: (partial(make_glm, kind=kind), family) for kind, family in GLM.items()},
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def reference_of(path: Path, kind: str) -> Reference:
+    return (GlmReference if kind in GLM else Reference)(path, kind)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
 def test_files_of_every_container_equal_transformers(samplers, kind, tmp_path):
     """Grid and pixels of files that may state no number of frames, or that they are to be turned."""
     make, family = KINDS[kind]
@@ -288,13 +300,18 @@ def test_files_of_every_container_equal_transformers(samplers, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_items_equal_transformers(samplers, clips, kind, tmp_path):
-    """Grid, pixels and the times that the model is told."""
+    """Grid, pixels, the times that the model is told, and the tokens of a prompt."""
     make, family = KINDS[kind]
     path = make(tmp_path)
-    reference, vision = Reference(path, kind), encoder(path)
+    reference, vision = reference_of(path, kind), encoder(path)
+    builder = load_prompt_builder(EngineConfig(model=str(path)))
+    text = f"what is {glm.VIDEO if kind in GLM else qwen.VIDEO} about? yes"
+    pad = "<|video|>" if kind in GLM else "<|video_pad|>"
     preparation = MediaPreparation(media_processor(path), processes=1)
     try:
         for data, asked in clips:
+            if family == "glm46v" or (kind in GLM and asked.num_frames):
+                asked = USUAL  # it takes no wishes
             source = MediaSource(0, "here", "video", data=data, video=asked)
             media = preparation.prepare(preparation.for_prompt([source]), source, [data])
             frames, metadata = seen(samplers, family, data, asked)
@@ -307,11 +324,9 @@ def test_items_equal_transformers(samplers, clips, kind, tmp_path):
             elif kind == "Qwen2_5_VL":
                 seconds = 2 / metadata.sampled_fps
                 assert media.item.times == tuple(step * seconds for step in range(media.item.grid[0]))
-            else:
-                expected = reference.processor._calculate_timestamps(
-                    metadata.frames_indices.tolist(), metadata.fps, 2
-                )
-                assert media.item.times == tuple(expected)
+            words = reference.placeholder(len(frames), grid[0].tolist(), 0.0, metadata)
+            expected = reference.tokenizer(text.replace(pad, words))["input_ids"]
+            assert builder.from_text(text, [media.item]).token_ids == expected, asked
     finally:
         preparation.close()
 
