@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.tiny import QWEN3_5_TEXT, spread, tokenizer
+from tests.engine.tiny import QWEN3_5_TEXT, TRANSFORMERS, spread, tokenizer
 
 IMAGE = "<|image_pad|>"
 MARKS = {
@@ -53,6 +54,8 @@ def make_minicpm_v4_6(path: Path, hub: bool, version: int = 6) -> Path:
     """
     mode = "4x" if hub else "16x"
     tok = make_tokenizer()
+    if TRANSFORMERS < (5, 23):
+        pytest.skip("these releases fail for images of several sizes, and slice them otherwise")
     config = getattr(transformers, f"MiniCPMV4_{version}Config")(
         text_config={
             "model_type": "qwen3_5_text",
