@@ -117,8 +117,8 @@ class RequestFactory:
         return new_group(request_id, requests, first.num_prompt, progress)
 
     def _appends_forced(self, params: SamplingParams) -> bool:
-        """Whether tokens that a grammar leaves alone can go without being sampled: if nothing else could ban
-        them, and nobody wants their log-probabilities."""
+        """Return whether a token that alone may come next can be appended without being sampled: nothing else
+        may ban it, and nobody may want its log-probabilities."""
         alone = constraint_names(params) == ["structured"]
         return self._config.append_forced_tokens and alone and params.logprobs is None
 
@@ -328,7 +328,7 @@ class RequestFactory:
 
 
 def _takes_drafts(params: SamplingParams) -> bool:
-    """Whether what may be sampled does not depend on the tokens before, other than by penalties."""
+    """Return whether only penalties make the choice of a token depend on the tokens before it."""
     words = any(len(ids) > 1 for ids in params.bad_sequences)
     return params.structured is None and not words and not params.no_repeat_ngram_size
 

@@ -24,7 +24,7 @@ _LONGEST_PAUSE = 32
 
 
 class _History:
-    """Where each sequence of :data:`_MATCHED` tokens came last in one request's tokens."""
+    """Remembers where each sequence of :data:`_MATCHED` tokens came last in one request's tokens."""
 
     def __init__(self) -> None:
         self._ends: dict[bytes, int] = {}
