@@ -161,7 +161,8 @@ def ends_of(path: Path) -> frozenset[int]:
     """The union of what the checkpoint's files state."""
     found: set[int] = set()
     config = read_json(path / "config.json")
-    for source in (read_json(path / "generation_config.json"), config, config.get("text_config") or {}):
+    text = config.get("text_config") or config.get("llm_config") or {}
+    for source in (read_json(path / "generation_config.json"), config, text):
         value = source.get("eos_token_id")
         found |= set(value) if isinstance(value, list) else set() if value is None else {value}
     return frozenset(found)
