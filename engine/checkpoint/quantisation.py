@@ -185,7 +185,7 @@ def _group(name: str, group: Any, layout: Any) -> AnyQuantisation:
 
 def _packed(name: str, group: Mapping[str, Any], weights: Mapping[str, Any], layout: Any) -> Int4Quantisation:
     if layout != "pack-quantized":
-        raise _refused(f"config_groups.{name}: format {layout!r}")
+        raise _refused(f"config_groups.{name}: weights of type int, 4 bits, in format {layout!r}")
     if group.get("input_activations"):
         raise _refused(f"config_groups.{name}: input_activations beside int4 weights")
     size = -1 if weights["strategy"] == "channel" else weights.get("group_size")
@@ -197,7 +197,7 @@ def _packed(name: str, group: Mapping[str, Any], weights: Mapping[str, Any], lay
 def _floats(name: str, weights: Mapping[str, Any], layout: Any) -> Fp4Quantisation:
     """Floats of 4 bits. Inputs may be stated as such floats too: they are not rounded here."""
     if layout not in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
-        raise _refused(f"config_groups.{name}: format {layout!r}")
+        raise _refused(f"config_groups.{name}: weights of type float, 4 bits, in format {layout!r}")
     size = 32 if layout.startswith("mxfp4") else 16
     if weights.get("group_size", size) != size:
         raise _refused(f"config_groups.{name}: group_size {weights['group_size']!r} of {layout}")

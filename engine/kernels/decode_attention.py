@@ -240,7 +240,7 @@ def _decode_kernel(
             tl.store(k_cache_ptr + offset + column, k, mask=in_head)
             tl.store(v_cache_ptr + offset + column, v, mask=in_head)
         row_max = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
-        if CAP:
+        if CAP > 0:
             row_max = capped(row_max, 1.0, CAP)
         row_sum += 1.0
         acc += v.to(tl.float32)[None, :]

@@ -230,7 +230,7 @@ def accumulate(
     # Keys and values in fp8 are exact in other dtypes; their scales are factors of ``scale`` and of the result.
     k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.dot(q, k, input_precision="ieee")
-    if CAP:
+    if CAP > 0:
         scores = capped(scores, scale, CAP)
         scale = 1.0
     if MASKED:

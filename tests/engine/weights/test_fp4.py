@@ -120,5 +120,6 @@ def test_other_schemes_are_refused_by_name(tmp_path, raw, message):
 def test_another_format_of_floats_is_refused():
     raw = changed("nvfp4-pack-quantized")
     raw["config_groups"]["group_0"]["format"] = "float-quantized"
-    with pytest.raises(CheckpointError, match=r"config_groups\.group_0: format 'float-quantized'"):
+    stated = r"config_groups\.group_0: weights of type float, 4 bits, in format 'float-quantized'"
+    with pytest.raises(CheckpointError, match=stated):
         read_quantisation({"quantization_config": raw})
