@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,8 +74,17 @@ class StepBytes:
         return self.weights + experts + requests * (context * self.token + 2 * self.states)
 
 
-def measured_copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written together, of a copy: of 4 GiB on a GPU, of 4 MiB elsewhere."""
+def measured_copy_rate() -> float:
+    """Bytes per second, read and written together, of a copy: of 4 GiB on a GPU, of 4 MiB elsewhere.
+
+    A process of its own measures it: an engine leaves no memory for it, and starts without a CUDA context.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_copy_rate)
+
+
+def _copy_rate() -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return copy_rate(Clock(device, 0.2), 4 << (30 if device.type == "cuda" else 20))
 
 

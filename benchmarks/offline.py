@@ -161,11 +161,12 @@ def main() -> None:
         results["quantization"] = options.quantization
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(options.shape, Path(folder))
+        rate = measured_copy_rate() if ranks == 1 else 0.0
         seconds, llm = timed(lambda: load(str(path), gpu, ranks, options.quantization))
         results["load s"] = seconds
         works = Works(llm, options.shape, options.scale or (1 if gpu else 16))
         if ranks == 1:
-            results |= floors(path, options.quantization == "fp8", works)
+            results |= floors(path, options.quantization == "fp8", works, rate)
         results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]
         for name in options.works.split(","):
             results |= getattr(works, name)()
@@ -180,11 +181,10 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=1))
 
 
-def floors(path: Path, fp8: bool, works: Works) -> dict[str, float]:
-    """The least ms per token of w3, and the most tokens per second of w4, by the bytes that a step moves."""
-    scale = works.scale
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate, moved = measured_copy_rate(device), StepBytes.of(path, fp8=fp8)
+def floors(path: Path, fp8: bool, works: Works, rate: float) -> dict[str, float]:
+    """The least ms per token of w3, and the most tokens per second of w4, by the bytes that a step moves at
+    ``rate`` bytes per second."""
+    scale, moved = works.scale, StepBytes.of(path, fp8=fp8)
     (prompt,) = works.llm.generate(works.picture_prompts(1), works.params(1), use_tqdm=False)
     alone = moved.step(1, len(prompt.prompt_token_ids) + 64 // scale)
     count, context = max(2, 64 // scale), 1024 // scale + 128 // scale
