@@ -100,8 +100,10 @@ async def test_a_stream_goes_on_at_another_ingress_as_if_it_had_not_broken_off(r
     one, other = ingress(running), ingress(running)
     whole = await Stream().read(one, body)
     wanted, count = whole.joined(), len(whole.events)
-    assert whole.ended and count > 4 and len({*wanted["ids"]}) == 1
-    for cut in {1, count // 2, count - 1} | ({2, count // 3, count - 2} if wide else set()):
+    assert whole.ended and count > 1 and len({*wanted["ids"]}) == 1
+    # Tokens that a grammar forces come in one event, so an answer may have few.
+    cuts = {1, count // 2, count - 1} | ({2, count // 3, count - 2} if wide else set())
+    for cut in cuts & {*range(1, count)}:
         begun = Stream(whole.events[:cut])
         found = await begun.read(other, body, begun.events[-1][0])
         assert found.ended and found.joined() == wanted, cut
