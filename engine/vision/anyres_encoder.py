@@ -13,7 +13,8 @@ from engine.graphs import Capture
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.anyres import AnyresConfig, tiled_rows
-from engine.vision.crops import CropVisionEncoder, unfit
+from engine.vision.crops import CropVisionEncoder
+from engine.vision.pixels import unfit
 
 
 class AnyresVisionEncoder(nn.Module):

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.errors import InvalidRequest
 from engine.graphs import Capture
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext
@@ -19,7 +18,7 @@ from engine.vision.bucketed_positions import bucketed_positions
 from engine.vision.connector import MLPConnector
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.pixel_shuffle import PixelShuffleConnector, ShuffledMLPConnector
-from engine.vision.pixels import PixelInput, blank
+from engine.vision.pixels import PixelInput, blank, unfit
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
 from engine.vision.visual_vocabulary import VocabularyConnector
@@ -87,15 +86,6 @@ class CropVisionEncoder(nn.Module):
         size = self.config.image_size
         if entry.pixels.shape != (entry.item.grid[0], size, size, 3) or entry.pixels.dtype != np.uint8:
             raise unfit(entry)
-
-
-def unfit(entry: PreparedMedia) -> InvalidRequest:
-    """The error for an item whose pixels, rows and grid contradict each other."""
-    return InvalidRequest(
-        f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
-        f"do not fit grid {entry.item.grid}",
-        param="image",
-    )
 
 
 def _connector(config: CropVisionConfig, build: BuildContext) -> nn.Module:

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.errors import InvalidRequest
 from engine.graphs import Capture
 from engine.kernels.patchify import patchify
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import GatedMerger, MLPConnector, PatchMerger, SquareMerger
 from engine.vision.native_config import NativeVisionConfig
-from engine.vision.native_grid import FramePlan, plan_frame, segments_of
-from engine.vision.pixels import PixelInput, blank
-from engine.vision.segments import VisionSegments
+from engine.vision.native_grid import FramePlan, plan_frame
+from engine.vision.pixels import PixelInput, blank, unfit
+from engine.vision.segments import VisionSegments, segments_of
 from engine.vision.transformer import VisionTransformer, make_norm
 
 
@@ -114,11 +113,7 @@ class NativeVisionEncoder(nn.Module):
             and entry.item.num_tokens == self.config.rows(entry.item.grid)
         )
         if not fits:
-            raise InvalidRequest(
-                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
-                f"do not fit grid {entry.item.grid}",
-                param="image",
-            )
+            raise unfit(entry)
 
     @staticmethod
     def _reorder(x: torch.Tensor, entry: PreparedMedia, order: torch.Tensor | None) -> torch.Tensor:
@@ -167,8 +162,8 @@ def _segments(frames: Sequence[FramePlan]) -> tuple[VisionSegments, VisionSegmen
     """The segments of a batch of frames, and its windows if there are any."""
     cos, sin = torch.cat([f.cos for f in frames]), torch.cat([f.sin for f in frames])
     windows = [size for f in frames for size in f.windows]
-    segments = segments_of([len(f.cos) for f in frames], cos, sin)
-    return segments, segments_of(windows, cos, sin) if windows else None
+    segments = segments_of([len(f.cos) for f in frames], cos.device, cos=cos, sin=sin)
+    return segments, segments_of(windows, cos.device, cos=cos, sin=sin) if windows else None
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:

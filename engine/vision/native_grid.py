@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from engine.vision.native_config import NativeVisionConfig
-from engine.vision.segments import VisionSegments
+from engine.vision.segments import VisionSegments, segments_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,9 @@ def plan_frame(config: NativeVisionConfig, h: int, w: int, device: torch.device)
         taps, weights = _taps(config, (rows, h), (columns, w))
         taps, weights = taps.to(device), weights.to(device)
     cos, sin = angles.cos().to(device), angles.sin().to(device)
-    alone = segments_of([h * w], cos, sin), segments_of(windows, cos, sin) if windows else None
+    whole = segments_of([h * w], device, cos=cos, sin=sin)
+    alone = whole, segments_of(windows, device, cos=cos, sin=sin) if windows else None
     return FramePlan(cos, sin, order, inverse, windows, alone, taps, weights)
-
-
-def segments_of(lengths: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> VisionSegments:
-    """Consecutive segments of ``lengths`` patches, with the rotary tables of all patches."""
-    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-    return VisionSegments(cu_seqlens.to(cos.device, non_blocking=True), max(lengths), cos, sin)
 
 
 def _windows(height: int, width: int, side: int) -> tuple[np.ndarray, np.ndarray]:

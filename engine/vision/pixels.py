@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine.errors import InvalidRequest
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.normalisation import Normalisation
@@ -51,3 +52,12 @@ def blank(shape: tuple[int, ...], grid: tuple[int, ...], num_tokens: int) -> Pre
     """
     item = MediaItem.of_rows("image", "blank", 0, num_tokens, grid=grid, size=(1, 1))
     return PreparedMedia(item, np.zeros(shape, np.uint8))
+
+
+def unfit(entry: PreparedMedia) -> InvalidRequest:
+    """Return the error for an item whose pixels, rows and grid contradict each other."""
+    return InvalidRequest(
+        f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
+        f"do not fit grid {entry.item.grid}",
+        param="image",
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -25,3 +27,16 @@ class VisionSegments:
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+
+
+def segments_of(
+    lengths: Sequence[int],
+    device: torch.device,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> VisionSegments:
+    """Return consecutive segments of ``lengths`` tokens on ``device``, see :class:`VisionSegments`."""
+    starts = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    return VisionSegments(starts.to(device, non_blocking=True), max(lengths), cos, sin, positions)

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.errors import InvalidRequest
 from engine.families.lfm2_vl.config import TileVisionConfig, num_patches, pieces
 from engine.graphs import Capture
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.norm import LayerNorm
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import MLPConnector
-from engine.vision.pixels import PixelInput, blank
-from engine.vision.segments import VisionSegments
+from engine.vision.pixels import PixelInput, blank, unfit
+from engine.vision.segments import segments_of
 from engine.vision.transformer import VisionTransformer
 
 _PROJECTOR_NORM_EPS = 1e-5
@@ -57,8 +56,7 @@ class TileVisionEncoder(nn.Module):
             self._check(entry)
         sizes = [piece for entry in media for piece in pieces(entry.item.grid)]
         lengths = [height * width for height, width in sizes]
-        starts = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        segments = VisionSegments(starts.to(self.device, non_blocking=True), max(lengths))
+        segments = segments_of(lengths, self.device)
         patches = torch.cat([self.pixels.last(self.pixels.to_device(entry.pixels)) for entry in media])
         table = {size: self._positions(*size) for size in dict.fromkeys(sizes)}
         features = self.tower.states(patches, segments, positions=torch.cat([table[size] for size in sizes]))[
@@ -89,11 +87,7 @@ class TileVisionEncoder(nn.Module):
             and entry.item.num_tokens * merge**2 == num_patches(grid)
         )
         if not fits:
-            raise InvalidRequest(
-                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
-                f"do not fit grid {grid}",
-                param="image",
-            )
+            raise unfit(entry)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "position_embedding", self.position_embedding)]

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.errors import InvalidRequest
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
 from engine.graphs import Capture
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
-from engine.vision.pixels import PixelInput, blank
+from engine.vision.pixels import PixelInput, blank, unfit
 from engine.vision.resampler import Resampler
-from engine.vision.segments import VisionSegments
+from engine.vision.segments import segments_of
 from engine.vision.transformer import VisionTransformer
 
 
@@ -56,12 +55,8 @@ class SliceVisionEncoder(nn.Module):
             self._check(entry)
         sizes = [piece for entry in media for piece in pieces(entry.item.grid)]
         lengths = [height * width for height, width in sizes]
-        starts = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        segments = VisionSegments(
-            starts.to(self.device, non_blocking=True),
-            max(lengths),
-            positions=torch.cat([self._positions(*size) for size in sizes]),
-        )
+        positions = torch.cat([self._positions(*size) for size in sizes])
+        segments = segments_of(lengths, self.device, positions=positions)
         patches = torch.cat([self.pixels(self.pixels.to_device(entry.pixels)) for entry in media])
         rows = self.resampler(self.tower(patches, segments), sizes).flatten(0, 1)
         return list(rows.split([entry.item.num_tokens for entry in media]))
@@ -76,11 +71,7 @@ class SliceVisionEncoder(nn.Module):
             and entry.item.num_tokens == len(pieces(grid)) * self.config.num_queries
         )
         if not fits:
-            raise InvalidRequest(
-                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
-                f"do not fit grid {grid}",
-                param="image",
-            )
+            raise unfit(entry)
 
 
 def _patches(grid: tuple[int, ...]) -> int:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.errors import InvalidRequest
 from engine.families.minicpm_v.config import pieces
 from engine.families.minicpm_v4_6.config import MergedVisionConfig
 from engine.families.minicpm_v4_6.squares import nested_order
@@ -20,8 +19,8 @@ from engine.layers.norm import LayerNorm
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
 from engine.vision.connector import PatchMerger
-from engine.vision.pixels import PixelInput, blank
-from engine.vision.segments import VisionSegments
+from engine.vision.pixels import PixelInput, blank, unfit
+from engine.vision.segments import VisionSegments, segments_of
 from engine.vision.transformer import VisionAttention, VisionTransformer, make_norm
 from engine.vision.transformer_config import VisionConfig
 
@@ -89,22 +88,19 @@ class MergedVisionEncoder(nn.Module):
             self._check(entry)
         sizes = [piece for entry in media for piece in pieces(entry.item.grid)]
         lengths = [height * width for height, width in sizes]
-        segments = self._segments(lengths, torch.cat([self._positions(*size) for size in sizes]))
+        positions = torch.cat([self._positions(*size) for size in sizes])
+        segments = segments_of(lengths, self.device, positions=positions)
         patches = torch.cat([self.pixels(self.pixels.to_device(entry.pixels)) for entry in media])
         x, after = self.tower.begin(patches, segments), self.config.merged_after
         if self.window_merger is not None and after is not None:
             x = self.window_merger(self.tower.run_blocks(x, segments, 0, after + 1))
-            shorter = self._segments([length // _WINDOW for length in lengths])
+            shorter = segments_of([length // _WINDOW for length in lengths], self.device)
             x = self.tower.run_blocks(x, shorter, after + 1, self.config.tower.num_layers)
         else:
             x = self.tower.run_blocks(x, segments, 0, self.config.tower.num_layers)
         assert self.tower.post_norm is not None
         rows = self.merger(self.tower.post_norm(x))
         return list(rows.split([entry.item.num_tokens for entry in media]))
-
-    def _segments(self, lengths: Sequence[int], positions: torch.Tensor | None = None) -> VisionSegments:
-        starts = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        return VisionSegments(starts.to(self.device, non_blocking=True), max(lengths), positions=positions)
 
     def _check(self, entry: PreparedMedia) -> None:
         grid, side = entry.item.grid, self.config.side
@@ -116,11 +112,7 @@ class MergedVisionEncoder(nn.Module):
             and entry.item.num_tokens * side**2 == _patches(grid)
         )
         if not fits:
-            raise InvalidRequest(
-                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
-                f"do not fit grid {grid}",
-                param="image",
-            )
+            raise unfit(entry)
 
 
 def _patches(grid: tuple[int, ...]) -> int:

@@ -11,8 +11,9 @@ from engine.families.ovis2.layout import num_indicators, parts
 from engine.graphs import Capture
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
-from engine.vision.crops import CropVisionEncoder, unfit
+from engine.vision.crops import CropVisionEncoder
 from engine.vision.crops_config import CropVisionConfig
+from engine.vision.pixels import unfit
 from engine.vision.visual_vocabulary import VocabularyConnector
 
 

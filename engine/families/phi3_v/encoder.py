@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.errors import InvalidRequest
 from engine.families.phi3_v.config import HDVisionConfig
 from engine.graphs import Capture
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import MLPConnector
 from engine.vision.mlp_config import MLPConfig
-from engine.vision.pixels import PixelInput, blank
+from engine.vision.pixels import PixelInput, blank, unfit
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer import VisionTransformer
 
@@ -109,11 +108,7 @@ class HDVisionEncoder(nn.Module):
             and entry.item.num_tokens == self.config.num_rows(grid)
         )
         if not fits:
-            raise InvalidRequest(
-                f"{entry.pixels.dtype} pixels of shape {entry.pixels.shape} and {entry.item.num_tokens} rows "
-                f"do not fit grid {grid}",
-                param="image",
-            )
+            raise unfit(entry)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + name, getattr(self, name)) for name in ("sub_GN", "glb_GN")]
