@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from engine.parsers.arguments import Argument, argument_as_json, arguments_of, others_of, part_as_json
 from engine.parsers.events import (
     CallArguments,
     CallStart,
@@ -17,6 +15,7 @@ from engine.parsers.events import (
     first_marker,
     held_back,
 )
+from engine.parsers.tagged_arguments import TaggedArguments
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _KEY, _KEY_END = "<arg_key>", "</arg_key>"
@@ -40,10 +39,7 @@ class GlmCalls(SteppedParser):
         self._inside = False
         self._calls = 0
         self._between = self._visible = False
-        self._name = ""
-        self._keys: list[str] = []
-        self._arguments: dict[str, Argument] = {}
-        self._others: Any = None
+        self._arguments = TaggedArguments({})
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
@@ -56,21 +52,9 @@ class GlmCalls(SteppedParser):
         key, _, behind = rest.partition(_KEY)[2].partition(_KEY_END)
         value = behind.partition(_VALUE)[2]
         value = value[: len(value) - held_back(value, (_VALUE_END,))]
-        key = self._key(key)
-        shown = part_as_json(self._schemas.get(self._name, {}), self._argument(key), value)
-        if key in self._keys or not shown:
-            return []
-        return [CallArguments(self._calls, self._named(key, shown))]
-
-    def _key(self, written: str) -> str:
-        return written if written in self._arguments else written.strip()
-
-    def _named(self, key: str, value: str) -> str:
-        """The next entry of the arguments' object, of a value in JSON."""
-        return f"{', ' if self._keys else ''}{json.dumps(key, ensure_ascii=False)}: {value}"
-
-    def _argument(self, key: str) -> Argument:
-        return self._arguments.get(key) or Argument(self._others, False)
+        key = self._arguments.key(key)
+        part = self._arguments.part(key, value)
+        return [CallArguments(self._calls, part)] if part else []
 
     def _step(self, events: list[Event]) -> bool:
         return self._read_argument(events) if self._inside else self._read_text(events)
@@ -114,9 +98,7 @@ class GlmCalls(SteppedParser):
             self._buffer = self._buffer[end:]
 
     def _begin(self, name: str, events: list[Event]) -> None:
-        self._name, self._keys, self._inside = name, [], True
-        schema = self._schemas.get(name, {})
-        self._arguments, self._others = arguments_of(schema), others_of(schema)
+        self._inside, self._arguments = True, TaggedArguments(self._schemas.get(name, {}))
         events += [CallStart(self._calls, name), CallArguments(self._calls, "{")]
 
     def _read_argument(self, events: list[Event]) -> bool:
@@ -136,11 +118,9 @@ class GlmCalls(SteppedParser):
         value_end = self._buffer.find(_VALUE_END, value_start) if value_start >= 0 else -1
         if value_end < 0:
             return False
-        key = self._key(self._buffer[key_start:key_end])
+        key = self._arguments.key(self._buffer[key_start:key_end])
         value = self._buffer[value_start + len(_VALUE) : value_end]
         self._buffer = self._buffer[value_end + len(_VALUE_END) :]
-        if key not in self._keys:
-            written = argument_as_json(self._schemas.get(self._name, {}), self._argument(key), value)
-            events.append(CallArguments(self._calls, self._named(key, written)))
-            self._keys.append(key)
+        if entry := self._arguments.entry(key, value):
+            events.append(CallArguments(self._calls, entry))
         return True

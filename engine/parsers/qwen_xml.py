@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.parsers.arguments import Argument, argument_as_json, arguments_of, others_of, part_as_json
 from engine.parsers.events import (
     CallArguments,
     CallStart,
@@ -16,6 +14,7 @@ from engine.parsers.events import (
     first_marker,
     held_back,
 )
+from engine.parsers.tagged_arguments import TaggedArguments
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
@@ -40,10 +39,7 @@ class QwenXmlCalls(SteppedParser):
         self._between = self._visible = False
         #: The closing tag of the last call may still come.
         self._open = False
-        self._name = ""
-        self._keys: list[str] = []
-        self._arguments: dict[str, Argument] = {}
-        self._others: Any = None
+        self._arguments = TaggedArguments({})
 
     def finish(self) -> list[Event]:
         rest, self._buffer = self._buffer, ""
@@ -60,13 +56,11 @@ class QwenXmlCalls(SteppedParser):
         key_end = -1 if start < 0 else self._key_end(rest, start + len(_PARAMETER))
         if key_end < 0:
             return []
-        key = self._key(rest[start + len(_PARAMETER) : key_end])
+        key = self._arguments.key(rest[start + len(_PARAMETER) : key_end])
         value = rest[key_end + 1 :].removeprefix("\n")
         value = value[: len(value) - held_back(value, (f"\n{_PARAMETER_END}",))]
-        shown = part_as_json(self._schemas.get(self._name, {}), self._argument(key), value)
-        if key in self._keys or not shown:
-            return []
-        return [CallArguments(self._calls, self._named(key, shown))]
+        part = self._arguments.part(key, value)
+        return [CallArguments(self._calls, part)] if part else []
 
     def _step(self, events: list[Event]) -> bool:
         return self._read_text(events) if self._state == "text" else self._read_function(events)
@@ -97,13 +91,11 @@ class QwenXmlCalls(SteppedParser):
         if visible:
             events.append(Text(visible))
             self._visible = True
-        self._name = self._buffer[position + len(_FUNCTION) : name_end].strip()
+        name = self._buffer[position + len(_FUNCTION) : name_end].strip()
         self._buffer = self._buffer[name_end + 1 :]
-        self._keys = []
-        schema = self._schemas.get(self._name, {})
-        self._arguments, self._others = arguments_of(schema), others_of(schema)
+        self._arguments = TaggedArguments(self._schemas.get(name, {}))
         self._state = "function"
-        events += [CallStart(self._calls, self._name), CallArguments(self._calls, "{")]
+        events += [CallStart(self._calls, name), CallArguments(self._calls, "{")]
         return True
 
     def _pass_text(self, events: list[Event], markers: tuple[str, ...]) -> bool:
@@ -132,26 +124,14 @@ class QwenXmlCalls(SteppedParser):
         key_end = self._key_end(self._buffer, position + len(_PARAMETER))
         if key_end < 0 or value_end < 0:
             return False
-        key = self._key(self._buffer[position + len(_PARAMETER) : key_end])
+        key = self._arguments.key(self._buffer[position + len(_PARAMETER) : key_end])
         value = self._buffer[key_end + 1 : value_end].removeprefix("\n").removesuffix("\n")
         self._buffer = self._buffer[value_end + len(_PARAMETER_END) :]
-        if key not in self._keys:
-            written = argument_as_json(self._schemas.get(self._name, {}), self._argument(key), value)
-            events.append(CallArguments(self._calls, self._named(key, written)))
-            self._keys.append(key)
+        if entry := self._arguments.entry(key, value):
+            events.append(CallArguments(self._calls, entry))
         return True
 
     def _key_end(self, text: str, start: int) -> int:
         """Return the place of the ``>`` behind a key, -1 if it isn't there. Known keys may hold one."""
-        known = [key for key in self._arguments if text.startswith(f"{key}>", start)]
+        known = [key for key in self._arguments.stated if text.startswith(f"{key}>", start)]
         return start + len(max(known, key=len)) if known else text.find(">", start)
-
-    def _key(self, written: str) -> str:
-        return written if written in self._arguments else written.strip()
-
-    def _named(self, key: str, value: str) -> str:
-        """The next entry of the arguments' object, of a value in JSON."""
-        return f"{', ' if self._keys else ''}{json.dumps(key, ensure_ascii=False)}: {value}"
-
-    def _argument(self, key: str) -> Argument:
-        return self._arguments.get(key) or Argument(self._others, False)
