@@ -68,7 +68,7 @@ class StepBytes:
     def step(self, requests: int, context: int) -> float:
         """Bytes of a step of ``requests`` tokens, each at a context of ``context`` tokens.
 
-        Of the experts, those that tokens with independent choices use on average.
+        The experts counted are those that tokens use on average if they choose independently.
         """
         experts = self.experts * (1 - (1 - self.share) ** requests)
         return self.weights + experts + requests * (context * self.token + 2 * self.states)

@@ -319,7 +319,7 @@ class Scheduler:
 
     def append_forced(self, request: Request, tokens: Sequence[int]) -> None:
         """Add the tokens that the grammar of ``request`` forces behind its last known one, see
-        :class:`ForcedTokens`; none are said as well."""
+        :class:`ForcedTokens`. An empty sequence is passed, too: it says that nothing is forced."""
         self.forced.append(request, tokens)
         self.stats.output_tokens += len(tokens)
 
