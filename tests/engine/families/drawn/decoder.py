@@ -58,6 +58,8 @@ _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
     *("gemma", "granite", "granitemoe"),
 )
+#: Scalings whose functions in Transformers take no null for the size of a head.
+_SIZED = ("dynamic", "yarn", "longrope")
 #: The first is the usual one.
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu_new", "swish", "gelu", "relu")
 
@@ -99,6 +101,9 @@ def draw_decoder(
     if kind == "lfm2":
         draw_short_convs(draw, fields)
     draw_rope(draw, kind, fields, head_dim, section)
+    if kind == "mixtral" and _scaling_of(fields) in _SIZED and not fields.get("head_dim"):
+        # It is null by default there.
+        fields["head_dim"] = head_dim
     draw.spelled(fields, "rms_norm_eps", "norm_eps", "hidden_act", "tie_word_embeddings", "tie_embedding")
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     # Scalings of a context that is never reached would be the same as none.
@@ -106,6 +111,11 @@ def draw_decoder(
     if plain and draw.varies("max position absent", 0.1):
         del fields["max_position_embeddings"]
     return fields
+
+
+def _scaling_of(fields: dict[str, Any]) -> str:
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _heads(draw: Draw, kind: str, fields: dict[str, Any], width_of: int) -> int:
@@ -147,6 +157,9 @@ def _head_dim(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, *, f
     """
     heads = fields["num_attention_heads"]
     how = draw.variant("head dim spelled", ("derived", "stated", "null"), 0.4)
+    if kind == "qwen3_moe" and how == "null":
+        # Transformers' class divides by the null.
+        how = "stated"
     if kind in _DEFAULT_HEAD_DIM and (how != "null" or kind != "paddleocr_vl"):
         # It has no null, and 128 or 256 is meant where it is absent, which is large for many heads.
         how = "derived" if how == "derived" and heads < 32 else "stated"
