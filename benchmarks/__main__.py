@@ -2,7 +2,7 @@
 
 python -m benchmarks [autoscaling_sim] [channel] [conversation] [ends] [host] [ingress] [kernels] [load]
     [media_memory] [memory] [multi_gpu] [offline] [overload] [preparation] [routing] [scaling] [serve]
-    [slow_hosts] [steps] [tiles] [windows]
+    [slow_hosts] [start] [steps] [tiles] [windows]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ BENCHMARKS = {
     "preparation": ("", "--replicas 1,2 --sizes 560x560 --seconds 1"),
     "media_memory": ("", "--requests 300"),
     "slow_hosts": ("", "--images 5 --rounds 1"),
+    "start": ("--gpu --shape qwen2-vl-2b", "--starts 1"),
     "steps": ("--shape qwen2-vl-7b --prompt-lookup 8", "--scale 64"),
     "tiles": ("", ""),
     "windows": ("", "--contexts 32768 --gib 20"),

@@ -149,8 +149,12 @@ def application(options: argparse.Namespace) -> Iterator[str]:
 
 
 @contextmanager
-def running(config: dict[str, Any], start_timeout: float) -> Iterator[str]:
-    """The application of ``config`` on a port and a Ray cluster of its own; its base URL."""
+def running(config: dict[str, Any], start_timeout: float, log_file: Path | None = None) -> Iterator[str]:
+    """The application of ``config`` on a port and a Ray cluster of its own; its base URL.
+
+    Args:
+        log_file: where its output is kept; nowhere if None.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -159,7 +163,7 @@ def running(config: dict[str, Any], start_timeout: float) -> Iterator[str]:
         file.write_text(json.dumps({"http_options": {"host": "127.0.0.1", "port": port}, **config}))
         command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
         command += ["--address", "local", str(file)]
-        log = (Path(folder) / "serve.log").open("w+")
+        log = (log_file or Path(folder) / "serve.log").open("w+")
         began = time.perf_counter()
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         # The server must not outlive a benchmark that is ended by ``timeout``.

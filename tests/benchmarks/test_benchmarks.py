@@ -20,6 +20,7 @@ from benchmarks import (
     preparation,
     serve,
     slow_hosts,
+    start,
     steps,
 )
 from benchmarks.floors import StepBytes
@@ -133,6 +134,16 @@ def test_media_memory(monkeypatch, capsys, tmp_path):
     found = json.loads(file.read_text())
     assert [row["requests"] for row in found["rows"]] == list(range(6, 61, 6))
     assert sum(found["ends"].values()) == 60 and found["ends"]["200"] > 0
+
+
+def test_phases_of_a_start_are_read_from_what_the_server_logs():
+    output = """2026-11-29 13:06:02,101\tINFO worker.py:2029 -- Started a local Ray instance.
+    (LanguageModel pid=1) INFO 2026-11-29 13:06:17,601 x -- the engine started in 0.3 s (weights 0.2)
+    another line of 2026-11-29 13:06:18,000"""
+    (began, *first), (ended, *second) = start.marks(output)
+    assert first == ["Ray runs", ""]
+    assert second == ["language model: ready", "weights 0.2"]
+    assert ended - began == pytest.approx(15.5)
 
 
 @pytest.mark.ray
