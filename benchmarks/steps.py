@@ -3,8 +3,9 @@
     python -m benchmarks.steps --shape qwen2-vl-7b [--works schema,guesses] [--prompt-lookup 8] [--json FILE]
 
 Works:
-    schema   answers of eight fields, of which a schema fixes about half of the tokens (keys and punctuation):
-             tokens per second of 1 and of 64 requests; the same with each token sampled; without a schema
+    schema   answers of eight fields: names, a date, a number, a truth value, and two words from lists, all of
+             lengths that differ. Tokens per second of 1 and of 64 requests; the same with each token sampled;
+             without a schema. "share" is that of the tokens that the schema alone decides
     guesses  ms per token of one request alone. Dummy weights copy nothing, so what comes next is decided by
              ``logit_bias``: "repeating" answers are one token again and again, of which every guess holds;
              "random" ones are drawn from few tokens, of which most guesses fail; "free" ones have no bias.
@@ -18,6 +19,8 @@ import json
 import random
 import statistics
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,23 @@ from benchmarks.shapes import SHAPES, write_checkpoint
 from engine import LLM, SamplingParams
 from engine.sampling_params import StructuredSpec
 
-#: Tokens of the dummy vocabulary are bytes. Keys of two and values of nine take about as many as keys of two
-#: words and short values do in a real one.
-KEYS = ("id", "no", "by", "to", "at", "of", "in", "on")
+#: Fields of an answer. Tokens of the dummy vocabulary are bytes. What stands between two values, with a key of
+#: two bytes, takes ten of them; with a key of two words it takes six tokens of a real vocabulary. Values are
+#: longer than real ones by about the same factor.
+FIELDS: dict[str, dict[str, Any]] = {
+    "id": {"type": "string", "pattern": "^[a-z]{6,10}$"},
+    "on": {"type": "string", "format": "date"},
+    "is": {"type": "boolean"},
+    "in": {"enum": ["germany", "france", "spain", "poland", "austria"]},
+    "by": {"type": "string", "pattern": "^[a-z]{5,11}$"},
+    "no": {"type": "string", "pattern": "^[0-9]{3,7}$"},
+    "to": {"type": "string", "pattern": "^[a-z]{4,10}$"},
+    "at": {"enum": ["cash", "card", "cheque", "transfer"]},
+}
 #: Of each measurement on a GPU; the median is taken.
 REPEATS = 3
-_VALUE = {"type": "string", "pattern": "^[a-z]{9}$"}
+#: Tokens of an answer without a schema; about those of one with it.
+_TOKENS = 144
 
 
 class Works:
@@ -52,8 +66,8 @@ class Works:
             for _ in range(count)
         ]
 
-    def rate(self, count: int, **options: Any) -> tuple[float, float]:
-        """Tokens per second of ``count`` requests together, and steps per token of one."""
+    def rate(self, count: int, **options: Any) -> tuple[float, float, list[list[int]]]:
+        """Tokens per second of ``count`` requests together, steps per token of one, and the last answers."""
         steps = self.llm._engine.core.scheduler.stats.batches
         params = SamplingParams(**{"temperature": 0.0, "seed": 0, **options})
         # The grammar is compiled then.
@@ -64,35 +78,54 @@ class Works:
             # The prompts are cached then.
             self.llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
             before = steps.snapshot()["count"]
-            seconds, outputs = timed(lambda p=prompts: self.llm.generate(p, params, use_tqdm=False))
+            each = [replace(params, seed=seed) for seed in range(count)]
+            seconds, outputs = timed(lambda p=prompts, e=each: self.llm.generate(p, e, use_tqdm=False))
             taken = steps.snapshot()["count"] - before
-            tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            answers = [output.outputs[0].token_ids for output in outputs]
+            tokens = sum(map(len, answers))
             rates.append(tokens / seconds)
-        return statistics.median(rates), taken * count / tokens
+        return statistics.median(rates), taken * count / tokens, answers
 
     def schema(self) -> dict[str, float]:
-        keys = KEYS[: max(1, 32 // self.scale)]
+        fields = dict(list(FIELDS.items())[: max(1, 32 // self.scale)])
         schema = {
             "type": "object",
-            "properties": dict.fromkeys(keys, _VALUE),
-            "required": list(keys),
+            "properties": fields,
+            "required": list(fields),
             "additionalProperties": False,
         }
         spec = StructuredSpec(kind="json_schema", text=json.dumps(schema))
-        tokens = 20 * len(keys)
         kinds: dict[str, dict[str, Any]] = {
-            "forced appended": {"structured": spec},
+            "forced appended": {"structured": spec, "max_tokens": 2 * _TOKENS},
             # With another field that could ban tokens, each token is sampled.
-            "each sampled": {"structured": spec, "suppress_tokens": [self._end - 1]},
-            "no schema": {"ignore_eos": True},
+            "each sampled": {
+                "structured": spec,
+                "suppress_tokens": [self._end - 1],
+                "max_tokens": 2 * _TOKENS,
+            },
+            "no schema": {"ignore_eos": True, "max_tokens": max(8, _TOKENS // self.scale)},
         }
         found = {}
         for count in (1, max(2, 64 // self.scale)):
             for kind, options in kinds.items():
-                rate, steps = self.rate(count, temperature=1.0, max_tokens=tokens, **options)
+                rate, steps, answers = self.rate(count, temperature=1.0, **options)
                 found[f"schema x{count} {kind} tok/s"] = rate
                 found[f"schema x{count} {kind} steps/tok"] = steps
+                if kind == "forced appended":
+                    found[f"schema x{count} forced share"] = self._forced_share(spec, answers)
         return found
+
+    def _forced_share(self, spec: StructuredSpec, answers: Sequence[Sequence[int]]) -> float:
+        """The share of the tokens of ``answers`` that the grammar of ``spec`` alone decides."""
+        forced = 0
+        for tokens in answers:
+            matcher, done = self.llm._engine.grammars.compile(spec).matcher(), 0
+            while done < len(tokens):
+                found = len(matcher.force(len(tokens) - done, ()))
+                forced, done = forced + found, done + found
+                matcher.accept(tokens[done : done + 1])
+                done += 1
+        return forced / sum(map(len, answers))
 
     def guesses(self) -> dict[str, float]:
         few = dict.fromkeys(range(300, 303), 100.0)
@@ -103,7 +136,7 @@ class Works:
         }
         found = {}
         for kind, options in kinds.items():
-            rate, steps = self.rate(1, max_tokens=max(16, 256 // self.scale), ignore_eos=True, **options)
+            rate, steps, _ = self.rate(1, max_tokens=max(16, 256 // self.scale), ignore_eos=True, **options)
             found[f"guesses {kind} ms/tok"] = 1e3 / rate
             found[f"guesses {kind} steps/tok"] = steps
         return found

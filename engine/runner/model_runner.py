@@ -233,7 +233,8 @@ class ModelRunner:
         if tokens is None:
             mask = None
             if grammar_mask is not None:
-                mask = torch.from_numpy(grammar_mask(batch.sampling_slots.tolist())).to(self.device)
+                # The copy must not wait: sampling is then enqueued while the device computes the forward pass.
+                mask = upload(grammar_mask(batch.sampling_slots.tolist()), self.device)
             if step.arrays.chunks is not None and step.arrays.chunks.forced.numel():
                 forced_slots, forced_tokens = step.arrays.chunks.forced
                 self.sampler.count(forced_slots, forced_tokens, plan)

@@ -20,6 +20,9 @@ from engine.scheduling.slots import SequenceSlots
 _ROWS_PER_SAVED = 4
 #: Sampled tokens since the last forced one, below which more of them are likely to come soon.
 _RECENT = 4
+#: Most decoding requests for which steps wait for results: what the host does for each of them takes tens of
+#: microseconds, in which the device would be idle.
+_FEW = 8
 
 
 def cover(table: SequenceSlots, kv: KVManager, slot: int, end: int, updates: list[TableUpdate]) -> bool:
@@ -84,12 +87,14 @@ class ForcedTokens:
     def are_imminent(self) -> bool:
         """True if for most of the decoding requests forced tokens are likely to follow the next sampled one.
 
-        Then a step is better scheduled when the tokens of the last one are known.
+        Then a step is better scheduled when the tokens of the last one are known, unless that keeps the device
+        waiting for too long: see :data:`_FEW`.
         """
         if not self._since:
             return False
         recent = sum(count < _RECENT for count in self._since.values())
-        return 2 * recent > len(self._slots.decode_slots())
+        decoding = len(self._slots.decode_slots())
+        return decoding <= _FEW and 2 * recent > decoding
 
     def chunks(
         self, decode_slots: np.ndarray, budget: int, updates: list[TableUpdate], *, mixed: bool
