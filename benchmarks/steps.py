@@ -31,9 +31,9 @@ from benchmarks.shapes import SHAPES, write_checkpoint
 from engine import LLM, SamplingParams
 from engine.sampling_params import StructuredSpec
 
-#: Fields of an answer. Tokens of the dummy vocabulary are bytes. What stands between two values, with a key of
-#: two bytes, takes ten of them; with a key of two words it takes six tokens of a real vocabulary. Values are
-#: longer than real ones by about the same factor.
+#: Fields of an answer. Tokens of the dummy vocabulary are bytes. What stands between two values, with a key
+#: of two bytes, takes ten of them; with a key of two words it takes six tokens of a real vocabulary. Values
+#: are longer than real ones by about the same factor.
 FIELDS: dict[str, dict[str, Any]] = {
     "id": {"type": "string", "pattern": "^[a-z]{6,10}$"},
     "on": {"type": "string", "format": "date"},

@@ -233,7 +233,7 @@ class ModelRunner:
         if tokens is None:
             mask = None
             if grammar_mask is not None:
-                # The copy must not wait: sampling is then enqueued while the device computes the forward pass.
+                # A copy that waits would delay the launches of sampling until the forward pass has finished.
                 mask = upload(grammar_mask(batch.sampling_slots.tolist()), self.device)
             if step.arrays.chunks is not None and step.arrays.chunks.forced.numel():
                 forced_slots, forced_tokens = step.arrays.chunks.forced

@@ -87,8 +87,8 @@ class ForcedTokens:
     def are_imminent(self) -> bool:
         """True if for most of the decoding requests forced tokens are likely to follow the next sampled one.
 
-        Then a step is better scheduled when the tokens of the last one are known, unless that keeps the device
-        waiting for too long: see :data:`_FEW`.
+        Then a step is better scheduled when the tokens of the last one are known, unless the device would
+        wait too long for that: see :data:`_FEW`.
         """
         if not self._since:
             return False

@@ -11,9 +11,9 @@ from engine.structured.formats import BOUNDED_FORMATS
 
 Schema = dict[str, Any]
 
-#: llguidance's options for answers in JSON. They stand on one line, as Python's ``json.dumps`` writes them. Line
-#: breaks and indentation cost tokens and say nothing, and a model that may write them sometimes writes little
-#: else. Where a space could be left out, a model would have to choose: a step for each comma and colon.
+#: llguidance's options for answers in JSON. They stand on one line, as Python's ``json.dumps`` writes them.
+#: Line breaks and indentation cost tokens and say nothing, and a model that may write them sometimes writes
+#: little else. Where a space may be left out, a model has to choose: a step for each comma and colon.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 #: Keywords that llguidance lacks, each with what a caller can do instead.
