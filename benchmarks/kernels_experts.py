@@ -13,6 +13,7 @@ from engine.kernels.dispatch import experts
 from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.int4 import Int4Scale, pack
+from engine.kernels.norm_router import norm_router, norm_router_apart
 from engine.kernels.route import route, route_reference
 from engine.kernels.router_config import RouterConfig
 
@@ -26,6 +27,10 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     label = f"{sizes[1]} of {sizes[0]}, {sizes[2]}x{sizes[3]}"
     yield Case("expert_gemv", f"{label}, 1 token", partial(mlps, device, 1, *sizes))
     yield Case("int4_experts", f"{label}, 1 token", partial(mlps, device, 1, *sizes, int4=True))
+    for tokens in (1, 2) if tiny else (1, 8):
+        yield Case(
+            "norm_router", f"{label}, {tokens} tokens", partial(norm_and_logits, device, tokens, *sizes)
+        )
     for tokens in TINY_TOKENS if tiny else TOKENS:
         yield Case("route", f"{label}, {tokens} tokens", partial(router, device, tokens, *sizes))
         yield Case("expert_groups", f"{label}, {tokens} tokens", partial(groups, device, tokens, *sizes))
@@ -37,6 +42,15 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
 
 def _chosen(device: torch.device, tokens: int, count: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return route_reference(torch.randn((tokens, count), device=device), RouterConfig(count, top_k))
+
+
+def norm_and_logits(device: torch.device, tokens: int, count: int, _: int, hidden: int, *__: int) -> Problem:
+    """Measure the norm before a mixture of experts with the router's logits, beside both apart."""
+    x, residual = torch.randn((2, tokens, hidden), device=device, dtype=dtype_on(device)).unbind(0)
+    norm, weight = torch.rand_like(x[0]) + 0.5, torch.randn((count, hidden), device=device) * hidden**-0.5
+    arguments = x, residual, norm, 1e-6, weight
+    run, apart = partial(norm_router, *arguments), partial(norm_router_apart, *arguments, 0.0)
+    return Problem(run, lambda: (run()[2], apart()[2]), weight.nbytes + 4 * x.nbytes, peers={"apart": apart})
 
 
 def router(device: torch.device, tokens: int, count: int, top_k: int, *_: int) -> Problem:

@@ -241,8 +241,10 @@ def norm_linear(
     """
     rounded = isinstance(scale, Scale) and supports_scaled(x, weight, scale)
     readable = scale is None or (isinstance(scale, Scale) and reads_fp8(x.device))
-    if x.shape[0] == 1 and use_triton(x) and not offset and readable and not rounded:
-        return norm_gemv_triton(x, residual, norm, eps, weight, bias, activation=activation, scale=scale)
+    if x.shape[0] == 1 and use_triton(x) and readable and not rounded:
+        return norm_gemv_triton(
+            x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
+        )
     if residual is None:
         normed, total = rms_norm(x, norm, eps, offset=offset), x
     else:

@@ -1,10 +1,14 @@
 """The MLPs of a mixture of experts for few tokens.
 
 With fewer pairs of tokens and experts than experts, nearly every pair reads matrices of its own: each is a
-GEMV, bound by memory, see :mod:`engine.kernels.gemv`. Two launches compute a layer, without sorting.
+GEMV, bound by memory, see :mod:`engine.kernels.gemv`. Two launches compute a layer, without sorting. Which
+weights are read is known only once the router has chosen, so nothing can be prefetched; a program issues all
+its loads of a step at once instead, those of all experts of a token included.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,8 +20,28 @@ from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.scales import load_scales, scale_arguments
 
-#: Outputs per program, inputs per step and warps.
-_OUTPUTS, _INPUTS, _WARPS = 2, 512, 4
+
+@dataclass(frozen=True, slots=True)
+class ExpertTile:
+    """Outputs per program, inputs per step, and warps of a program."""
+
+    outputs: int
+    inputs: int
+    warps: int
+
+
+def choose_tile(inputs: int, rows: int, itemsize: int) -> ExpertTile:
+    """Choose the tile of a program that reads ``rows`` weight rows for each output.
+
+    A step reads at most 16 KiB, enough programs of which fit on an SM to keep its memory busy.
+
+    Args:
+        itemsize: bytes of a weight.
+    """
+    width = min(triton.next_power_of_2(inputs), max(16, 16384 // (rows * itemsize)))
+    step_bytes = rows * width * itemsize
+    outputs = 2 if 2 * step_bytes <= 8192 else 1
+    return ExpertTile(outputs, width, 4)
 
 
 def expert_gemv_triton(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMatrices, activation):
@@ -27,39 +51,47 @@ def expert_gemv_triton(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMat
     assert x.stride(1) == 1 and ids.is_contiguous() and weights.is_contiguous()
     assert gate_up.weight.is_contiguous() and down.weight.is_contiguous()
     inner = torch.empty((tokens * top_k, inner_width), dtype=x.dtype, device=x.device)
+    tile = choose_tile(width, 2, gate_up.weight.element_size())
     launch(
-        _expert_gate_kernel, (triton.cdiv(inner_width, _OUTPUTS), tokens * top_k),
+        _expert_gate_kernel, (triton.cdiv(inner_width, tile.outputs), tokens * top_k),
         x_ptr=x, weight_ptr=gate_up.weight, ids_ptr=ids, out_ptr=inner, outputs=inner_width, inputs=width,
         x_stride=x.stride(0), **scale_arguments(x, gate_up.scale), TOP_K=top_k, ACTIVATION=activation,
-        **_tile(width), **pdl_options(x),
+        TILE_OUTPUTS=tile.outputs, TILE_INPUTS=tile.inputs, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    pairs = triton.next_power_of_2(top_k)
+    tile = choose_tile(inner_width, pairs, down.weight.element_size())
     launch(
-        _expert_down_kernel, (triton.cdiv(width, _OUTPUTS), tokens),
+        _expert_down_kernel, (triton.cdiv(width, tile.outputs), tokens),
         inner_ptr=inner, weight_ptr=down.weight, ids_ptr=ids, factors_ptr=weights, out_ptr=out,
-        outputs=width, inputs=inner_width, **scale_arguments(x, down.scale), TOP_K=top_k,
-        **_tile(inner_width), **pdl_options(x),
+        outputs=width, inputs=inner_width, **scale_arguments(x, down.scale), TOP_K=top_k, PAIRS=pairs,
+        TILE_OUTPUTS=tile.outputs, TILE_INPUTS=tile.inputs, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return out
 
 
-def _tile(inputs: int) -> dict[str, int]:
-    width = min(_INPUTS, triton.next_power_of_2(inputs))
-    return {"TILE_OUTPUTS": _OUTPUTS, "TILE_INPUTS": width, "num_warps": _WARPS}
+@triton.jit
+def _products(x, weight_ptr, row, row_mask, k, inputs, scale_ptr, groups, GROUP: tl.constexpr):
+    """Multiply inputs ``k`` of weight rows ``row`` by ``x``, and by the scales of groups; float32.
+
+    The tile has three axes, of which inputs are the last. ``k`` has the tile's shape, so that ``x`` is loaded
+    from the cache for every row by itself, see :mod:`engine.kernels.gemv`; the rest broadcasts to it.
+    """
+    mask = row_mask & (k < inputs)
+    weight = tl.load(weight_ptr + row * inputs + k, mask=mask, other=0.0)
+    products = weight.to(tl.float32) * x.to(tl.float32)
+    if GROUP > 0:
+        products *= load_scales(scale_ptr, row, groups, k // GROUP, mask)
+    return products
 
 
 @triton.jit
-def _products(x_ptr, weight_ptr, row, row_mask, k, inputs, scale_ptr, groups, GROUP: tl.constexpr):
-    """Products of inputs ``k`` of ``x`` with those of weight rows ``row``, times their scales; float32."""
-    mask = row_mask[:, None] & (k < inputs)[None, :]
-    weight = tl.load(weight_ptr + row[:, None] * inputs + k[None, :], mask=mask, other=0.0)
-    x = tl.load(x_ptr + k, mask=k < inputs, other=0.0).to(tl.float32)
-    products = weight.to(tl.float32) * x[None, :]
-    if GROUP > 0:
-        products *= load_scales(scale_ptr, row[:, None], groups, (k // GROUP)[None, :], mask)
+def _row_scales(scale_ptr, row, row_mask, GROUP: tl.constexpr):
+    """Load the factors of whole weight rows: their scales, or 1."""
+    factors = tl.full(row.shape, 1.0, tl.float32)
     if GROUP == 0:
-        products *= tl.load(scale_ptr + row, mask=row_mask, other=0.0)[:, None]
-    return products
+        factors = tl.load(scale_ptr + row, mask=row_mask, other=0.0)
+    return factors
 
 
 @triton.jit
@@ -68,46 +100,57 @@ def _expert_gate_kernel(
     GROUP: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per pair and tile of outputs: the gate's activation times the other half of the outputs."""
+    """One program per pair and tile of outputs: the gate's activation times the other half of the outputs.
+
+    The axes of its tile are halves, outputs and inputs.
+    """
     wait_for_previous(PDL)
     pair = tl.program_id(1)
+    half = tl.arange(0, 2)[:, None, None]
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
-    mask = output < outputs
-    row = tl.load(ids_ptr + pair).to(tl.int64) * 2 * outputs + output
+    mask = (output < outputs)[None, :, None] & (half < 2)
+    row = (tl.load(ids_ptr + pair).to(tl.int64) * 2 + half) * outputs + output[None, :, None]
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
-    lane = tl.arange(0, TILE_INPUTS)
-    gate = tl.zeros([TILE_OUTPUTS, TILE_INPUTS], tl.float32)
-    up = tl.zeros([TILE_OUTPUTS, TILE_INPUTS], tl.float32)
+    lane = tl.zeros([2, TILE_OUTPUTS, 1], tl.int32) + tl.arange(0, TILE_INPUTS)[None, None, :]
+    products = tl.zeros([2, TILE_OUTPUTS, TILE_INPUTS], tl.float32)
     for first in range(0, inputs, TILE_INPUTS):
         k = first + lane
-        gate += _products(x_row, weight_ptr, row, mask, k, inputs, scale_ptr, groups, GROUP)
-        up += _products(x_row, weight_ptr, row + outputs, mask, k, inputs, scale_ptr, groups, GROUP)
-    result = activate(tl.sum(gate, axis=1), ACTIVATION) * tl.sum(up, axis=1)
-    tl.store(out_ptr + pair.to(tl.int64) * outputs + output, result.to(out_ptr.dtype.element_ty), mask=mask)
+        x = tl.load(x_row + k, mask=k < inputs, other=0.0)
+        products += _products(x, weight_ptr, row, mask, k, inputs, scale_ptr, groups, GROUP)
+    sums = tl.sum(products, axis=2, keep_dims=True) * _row_scales(scale_ptr, row, mask, GROUP)
+    gate = tl.sum(tl.sum(tl.where(half == 0, sums, 0.0), axis=2), axis=0)
+    up = tl.sum(tl.sum(tl.where(half == 1, sums, 0.0), axis=2), axis=0)
+    result = (activate(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + pair.to(tl.int64) * outputs + output, result, mask=output < outputs)
 
 
 @triton.jit
 def _expert_down_kernel(
     inner_ptr, weight_ptr, ids_ptr, factors_ptr, out_ptr, outputs, inputs, scale_ptr, groups,
-    GROUP: tl.constexpr, TOP_K: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP: tl.constexpr, TOP_K: tl.constexpr, PAIRS: tl.constexpr, TILE_OUTPUTS: tl.constexpr,
+    TILE_INPUTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per token and tile of outputs; it sums over the token's experts."""
+    """One program per token and tile of outputs; it sums over the token's experts.
+
+    The axes of its tile are the token's pairs, outputs and inputs.
+    """
     wait_for_previous(PDL)
     token = tl.program_id(1)
+    index = tl.arange(0, PAIRS)[:, None, None]
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
-    mask = output < outputs
-    lane = tl.arange(0, TILE_INPUTS)
-    sums = tl.zeros([TILE_OUTPUTS, TILE_INPUTS], tl.float32)
-    for index in range(TOP_K):
-        pair = token * TOP_K + index
-        row = tl.load(ids_ptr + pair).to(tl.int64) * outputs + output
-        factor = tl.load(factors_ptr + pair)
-        inner_row = inner_ptr + pair.to(tl.int64) * inputs
-        for first in range(0, inputs, TILE_INPUTS):
-            products = _products(
-                inner_row, weight_ptr, row, mask, first + lane, inputs, scale_ptr, groups, GROUP
-            )
-            sums += products * factor
-    result = tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token.to(tl.int64) * outputs + output, result, mask=mask)
+    known = index < TOP_K
+    mask = known & (output < outputs)[None, :, None]
+    pair = token * TOP_K + index
+    expert = tl.load(ids_ptr + pair, mask=known, other=0)
+    factor = tl.load(factors_ptr + pair, mask=known, other=0.0)
+    row = expert.to(tl.int64) * outputs + output[None, :, None]
+    inner_row = inner_ptr + pair.to(tl.int64) * inputs
+    lane = tl.zeros([PAIRS, TILE_OUTPUTS, 1], tl.int32) + tl.arange(0, TILE_INPUTS)[None, None, :]
+    products = tl.zeros([PAIRS, TILE_OUTPUTS, TILE_INPUTS], tl.float32)
+    for first in range(0, inputs, TILE_INPUTS):
+        k = first + lane
+        x = tl.load(inner_row + k, mask=known & (k < inputs), other=0.0)
+        products += _products(x, weight_ptr, row, mask, k, inputs, scale_ptr, groups, GROUP)
+    sums = tl.sum(products, axis=2, keep_dims=True) * _row_scales(scale_ptr, row, mask, GROUP) * factor
+    result = tl.sum(tl.sum(sums, axis=2), axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token.to(tl.int64) * outputs + output, result, mask=output < outputs)

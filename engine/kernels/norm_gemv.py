@@ -23,10 +23,10 @@ from engine.kernels.rms_norm import rms_norm_reference
 from engine.kernels.scales import load_scales, scale_arguments
 
 
-def norm_linear_reference(x, residual, norm, eps, weight, bias=None, *, activation=None):
+def norm_linear_reference(x, residual, norm, eps, weight, bias=None, *, activation=None, offset=0.0):
     """Compute :func:`~engine.kernels.dispatch.norm_linear` in torch; every operation rounds its result."""
     total = x if residual is None else x + residual
-    out = F.linear(rms_norm_reference(total, norm, eps), weight, bias)
+    out = F.linear(rms_norm_reference(total, norm, eps, offset=offset), weight, bias)
     return out if activation is None else act_mul_reference(out, activation), total
 
 
@@ -52,7 +52,9 @@ def choose_tile(inputs: int, *, gated: bool) -> NormGemvTile:
     return NormGemvTile(1, 2, 8 if gated else 6)
 
 
-def norm_gemv_triton(x, residual, norm, eps, weight, bias=None, *, activation=None, scale=None):
+def norm_gemv_triton(
+    x, residual, norm, eps, weight, bias=None, *, activation=None, offset=0.0, scale=None
+):  # fmt: skip
     """See :func:`engine.kernels.dispatch.norm_linear`; for one row."""
     inputs, gated = x.shape[1], activation is not None
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -68,7 +70,7 @@ def norm_gemv_triton(x, residual, norm, eps, weight, bias=None, *, activation=No
         x_ptr=x, residual_ptr=x if residual is None else residual, norm_ptr=norm, weight_ptr=weight,
         bias_ptr=x if bias is None else bias, out_ptr=out, total_ptr=total,
         outputs=outputs, inputs=inputs, share=share, weight_stride=weight.stride(0), eps=eps,
-        **scale_arguments(x, scale),
+        offset=offset, **scale_arguments(x, scale),
         TILE_OUTPUTS=tile.outputs, INPUTS_PAD=triton.next_power_of_2(inputs),
         ADD=residual is not None, BIAS=bias is not None, ACTIVATION=activation or "",
         num_warps=tile.warps, **pdl_options(x),
@@ -99,7 +101,7 @@ def _dot(weight, x, scale_ptr, row, groups, lane, row_mask, mask, GROUP: tl.cons
 @triton.jit(do_not_specialize=["share"])
 def _norm_gemv_kernel(
     x_ptr, residual_ptr, norm_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr,
-    outputs, inputs, share, weight_stride, eps, scale_ptr, groups,
+    outputs, inputs, share, weight_stride, eps, offset, scale_ptr, groups,
     GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, INPUTS_PAD: tl.constexpr, ADD: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +130,7 @@ def _norm_gemv_kernel(
     wide = x.to(tl.float32)
     # 1 / RMS is a factor of each output, and multiplies the sum instead of the row.
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / inputs + eps)
-    wide *= norm.to(tl.float32)
+    wide *= norm.to(tl.float32) + offset
     for _ in range(first, end, TILE_OUTPUTS):
         weight = next_weight
         up = next_up

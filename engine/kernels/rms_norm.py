@@ -96,12 +96,86 @@ def _rms_norm_kernel(
         added = tl.load(residual_ptr + row * SIZE + column, mask=mask, other=0.0)
         x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
         tl.store(total_ptr + row * SIZE + column, x, mask=mask)
+    normed = _normalised(x, weight_ptr, column, mask, eps, offset, OFFSET, SIZE)
+    tl.store(out_ptr + row * SIZE + column, normed, mask=mask)
+
+
+@triton.jit
+def _normalised(x, weight_ptr, column, mask, eps, offset, OFFSET: tl.constexpr, SIZE: tl.constexpr):
+    """Return the norm of a row, in its dtype."""
     wide = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / SIZE + eps)
+    normed = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / SIZE + eps))
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    normed = wide * scale
     if OFFSET:
         weight += offset
     else:
-        normed = normed.to(dtype).to(tl.float32)
-    tl.store(out_ptr + row * SIZE + column, (normed * weight).to(dtype), mask=mask)
+        normed = normed.to(x.dtype).to(tl.float32)
+    return (normed * weight).to(x.dtype)
+
+
+def head_norms(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute :func:`rms_norm` of each head of queries and keys, in one launch.
+
+    Args:
+        q: ``(T, Hq, D)``, last dimension contiguous.
+        k: ``(T, Hkv, D)``, likewise.
+        q_weight, k_weight: ``(D,)``.
+
+    Returns:
+        Both norms, contiguous.
+    """
+    run = head_norms_triton if use_triton(q) else head_norms_reference
+    return run(q, k, q_weight, k_weight, eps, offset=offset)
+
+
+def head_norms_reference(q, k, q_weight, k_weight, eps, *, offset=0.0):
+    return (
+        rms_norm_reference(q, q_weight, eps, offset=offset),
+        rms_norm_reference(k, k_weight, eps, offset=offset),
+    )
+
+
+def head_norms_triton(q, k, q_weight, k_weight, eps, *, offset=0.0):
+    (tokens, q_heads, size), k_heads = q.shape, k.shape[1]
+    assert q.stride(2) == k.stride(2) == 1 and k.shape == (tokens, k_heads, size)
+    q_out, k_out = (torch.empty(part.shape, dtype=q.dtype, device=q.device) for part in (q, k))
+    block = triton.next_power_of_2(size)
+    if tokens:
+        launch(
+            _head_norms_kernel, (q_heads + k_heads, tokens),
+            q_ptr=q, k_ptr=k, q_weight_ptr=q_weight, k_weight_ptr=k_weight, q_out_ptr=q_out, k_out_ptr=k_out,
+            q_stride=q.stride(0), q_head_stride=q.stride(1), k_stride=k.stride(0), k_head_stride=k.stride(1),
+            eps=eps, offset=offset, OFFSET=bool(offset), Q_HEADS=q_heads, K_HEADS=k_heads, SIZE=size,
+            BLOCK=block, num_warps=1 if block <= 256 else 4, **pdl_options(q),
+        )  # fmt: skip
+    return q_out, k_out
+
+
+@triton.jit
+def _head_norms_kernel(
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr, q_stride, q_head_stride, k_stride,
+    k_head_stride, eps, offset, OFFSET: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per head and token, queries first."""
+    wait_for_previous(PDL)
+    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < SIZE
+    if head < Q_HEADS:
+        x = tl.load(q_ptr + token * q_stride + head * q_head_stride + column, mask=mask, other=0.0)
+        normed = _normalised(x, q_weight_ptr, column, mask, eps, offset, OFFSET, SIZE)
+        tl.store(q_out_ptr + (token * Q_HEADS + head) * SIZE + column, normed, mask=mask)
+    else:
+        head -= Q_HEADS
+        x = tl.load(k_ptr + token * k_stride + head * k_head_stride + column, mask=mask, other=0.0)
+        normed = _normalised(x, k_weight_ptr, column, mask, eps, offset, OFFSET, SIZE)
+        tl.store(k_out_ptr + (token * K_HEADS + head) * SIZE + column, normed, mask=mask)

@@ -11,6 +11,7 @@ from torch import nn
 from engine.kernels.dispatch import decode_attention, paged_attention
 from engine.kernels.fp8 import FP8
 from engine.kernels.paged import AttentionMetadata, KVCache
+from engine.kernels.rms_norm import head_norms
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.linear import RowLinear, qkv_linear
@@ -107,7 +108,8 @@ class Attention(nn.Module):
         if self.gated:
             q, gate = q[:, ::2], q[:, 1::2]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            norms = self.q_norm.weight, self.k_norm.weight
+            q, k = head_norms(q, k, *norms, self.q_norm.eps, offset=self.q_norm.offset)
         if self.rotary.query_scale is not None:
             # The rotation that follows doesn't mind a factor.
             q = q * self.rotary.query_scale[positions]

@@ -10,13 +10,13 @@ from torch import nn
 
 from engine.kernels.causal_conv import causal_conv
 from engine.kernels.delta_rule import DeltaGates
-from engine.kernels.dispatch import delta_rule
+from engine.kernels.dispatch import delta_rule, norm_linear
 from engine.kernels.gated_norm import gated_norm
 from engine.kernels.paged import AttentionMetadata
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig
-from engine.layers.linear import FusedColumnLinear, FusedPart, RowLinear
+from engine.layers.linear import FusedColumnLinear, FusedPart, RowLinear, join_weights
 from engine.layers.norm import RMSNorm
 
 
@@ -56,6 +56,9 @@ class GatedDeltaNet(nn.Module):
         # Rounding a loaded model to fp8 leaves these out: they are small, and errors of the decay add up.
         kept = replace(build, formats=build.formats and replace(build.formats, every=None))
         self.in_proj_ba = FusedColumnLinear(hidden, gates, kept, fused_name="in_proj_ba", bias=False)
+        # One GEMM computes all projections. A decode step would launch each on its own otherwise.
+        self._projections = join_weights([self.in_proj_qkv, self.in_proj_z, self.in_proj_ba])
+        self._sizes = [keys + keys + values, values, self.value_heads, self.value_heads]
         self.conv = build.parameter(keys + keys + values, net.conv_width)
         self.log_rate = build.parameter(self.value_heads, dtype=torch.float32)
         self.shift = build.parameter(self.value_heads, dtype=torch.float32)
@@ -77,15 +80,26 @@ class GatedDeltaNet(nn.Module):
 
         Arguments and result as for :meth:`engine.layers.attention.Attention.forward`; positions don't matter.
         """
-        normed, residual = norm.add(x, residual)
-        qkv = causal_conv(self.in_proj_qkv(normed), self.conv, cache, meta)
-        strength, decay = self.in_proj_ba(normed).split(self.value_heads, dim=1)
+        qkv, gate, strength, decay, residual = self._project(norm, x, residual)
+        qkv = causal_conv(qkv, self.conv, cache, meta)
         out = delta_rule(qkv, DeltaGates(strength, decay, self.log_rate, self.shift), cache, meta)
         if rows is not None:
-            out, normed, residual = (part.index_select(0, rows) for part in (out, normed, residual))
-        return self.out_proj(
-            gated_norm(out, self.in_proj_z(normed), self.norm.weight, self.norm.eps)
-        ), residual
+            out, gate, residual = (part.index_select(0, rows) for part in (out, gate, residual))
+        return self.out_proj(gated_norm(out, gate, self.norm.weight, self.norm.eps)), residual
+
+    def _project(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Project ``norm(x + residual)``: queries, keys and values together, the norm's gate, the strengths,
+        the decays; and ``x + residual``."""
+        if self._projections is None:
+            normed, total = norm.add(x, residual)
+            both = self.in_proj_ba(normed).split(self.value_heads, dim=1)
+            return self.in_proj_qkv(normed), self.in_proj_z(normed), *both, total
+        projected, total = norm_linear(
+            x, residual, norm.weight, norm.eps, self._projections, offset=norm.offset
+        )
+        return *projected.split(self._sizes, dim=1), total
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         """Describe the convolution and the gates' weights; the layers within describe their own."""

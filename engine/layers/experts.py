@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels.dispatch import experts
+from engine.kernels.norm_router import norm_router
 from engine.kernels.route import route
 from engine.kernels.router_config import RouterConfig
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
@@ -37,6 +38,15 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map ``(T, hidden)`` to ids and weights ``(T, top_k)``; see :func:`engine.kernels.route.route`."""
         return route(F.linear(x.float(), self.weight), self.config, self.bias)
+
+    def after_norm(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Compute ``norm(x + residual)``; returns it, that sum, and the norm's ids and weights."""
+        normed, total, logits = norm_router(
+            x, residual, norm.weight, norm.eps, self.weight, offset=norm.offset
+        )
+        return normed, total, route(logits, self.config, self.bias)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         slots = [plain_slot(prefix + "weight", self.weight)]
@@ -98,7 +108,10 @@ class ExpertsMLP(nn.Module):
         self.shared_expert_gate = Linear(hidden, 1, build, bias=False) if config.shared_gate else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.experts(x, *self.gate(x))
+        return self._mixture(x, *self.gate(x))
+
+    def _mixture(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = self.experts(x, ids, weights)
         if self.shared_expert is not None:
             shared = self.shared_expert.partial(x)
             if self.shared_expert_gate is not None:
@@ -110,5 +123,5 @@ class ExpertsMLP(nn.Module):
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the mixture of ``norm(x + residual)``; returns it and that sum, both ``(T, hidden)``."""
-        normed, total = norm.add(x, residual)
-        return self(normed), total
+        normed, total, chosen = self.gate.after_norm(norm, x, residual)
+        return self._mixture(normed, *chosen), total

@@ -219,6 +219,21 @@ def gate_up_linear(hidden: int, intermediate: int, build: BuildContext, *, bias:
     return FusedColumnLinear(hidden, parts, build, fused_name="gate_up_proj", bias=bias)
 
 
+def join_weights(layers: Sequence[FusedColumnLinear]) -> torch.Tensor | None:
+    """Move the weights of layers of one input into one matrix, whose parts they are from now on.
+
+    Returns:
+        The matrix, ``(sum of outputs, in_features)``; None, and nothing is moved, if a weight is quantised or
+        a layer has a bias.
+    """
+    if any(layer.format is not None or layer.bias is not None for layer in layers):
+        return None
+    whole = torch.cat([layer.weight.data for layer in layers])
+    for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers]), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
+    return whole
+
+
 def qkv_linear(
     hidden: int,
     num_heads: int,

@@ -124,12 +124,14 @@ def elementwise() -> None:
     from engine.kernels.layer_norm import add_layer_norm_triton
     from engine.kernels.patchify import patchify_triton
     from engine.kernels.quick_gelu import quick_gelu_triton
-    from engine.kernels.rms_norm import rms_norm_triton
+    from engine.kernels.rms_norm import head_norms_triton, rms_norm_triton
     from engine.kernels.rotary import rotary_triton
 
     x = noise(4, 3584)
     rms_norm_triton(x, x[0], 1e-6)
     rms_norm_triton(x, x[0], 1e-6, x)
+    heads = noise(4, 36, 128)
+    head_norms_triton(heads[:, :32], heads[:, 32:], x[0, :128], x[0, :128], 1e-6)
     x = noise(4, 1280)
     add_layer_norm_triton(x, x, x[0], x[0], 1e-6)
     quick_gelu_triton(noise(4, 5120))
@@ -303,10 +305,13 @@ def mixture_of_experts() -> None:
     from engine.kernels.experts import ExpertMatrices
     from engine.kernels.fp8 import FP8, Scale
     from engine.kernels.grouped_gemm import grouped_experts_triton
+    from engine.kernels.norm_router import norm_router_triton
     from engine.kernels.route import route_triton
     from engine.kernels.router_config import RouterConfig
 
     logits = torch.randn(4, 256)
+    x = noise(1, 2048)
+    norm_router_triton(x, x, x[0], 1e-6, torch.randn(128, 2048), 1.0)
     route_triton(logits[:, :128].contiguous(), RouterConfig(128, 8))
     groups = {"num_groups": 8, "top_groups": 4, "correction_bias": True}
     route_triton(logits, RouterConfig(256, 8, "sigmoid", **groups), logits[0])

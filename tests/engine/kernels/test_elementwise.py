@@ -17,7 +17,12 @@ from engine.kernels.layer_norm import add_layer_norm_reference, add_layer_norm_t
 from engine.kernels.paged import KVCache
 from engine.kernels.patchify import patchify_reference, patchify_triton
 from engine.kernels.quick_gelu import quick_gelu_reference, quick_gelu_triton
-from engine.kernels.rms_norm import rms_norm_reference, rms_norm_triton
+from engine.kernels.rms_norm import (
+    head_norms_reference,
+    head_norms_triton,
+    rms_norm_reference,
+    rms_norm_triton,
+)
 from engine.kernels.rotary import RotaryTable, angle_axes, rotary_reference, rotary_triton
 
 from .compare import assert_close
@@ -34,6 +39,18 @@ def test_rms_norm(device, dtype, shape, with_residual, offset):
     result = rms_norm_triton(x, weight, 1e-6, residual, offset=offset)
     expected = rms_norm_reference(x, weight, 1e-6, residual, offset=offset)
     for one, other in zip(*(r if with_residual else (r,) for r in (result, expected)), strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_of_heads(device, dtype, offset):
+    """Queries are every other head of a projection, as where their gates stand between them."""
+    qkv = torch.randn(3, 8, 20, device=device, dtype=dtype) * 3
+    q, k = qkv[:, :6:2], qkv[:, 6:]
+    weights = torch.randn(2, 20, device=device, dtype=dtype)
+    result = head_norms_triton(q, k, *weights, 1e-6, offset=offset)
+    for one, other in zip(result, head_norms_reference(q, k, *weights, 1e-6, offset=offset), strict=True):
+        assert one.is_contiguous()
         assert_close(one, other)
 
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import dispatch, expert_gemv
-from engine.kernels.expert_gemv import expert_gemv_triton
+from engine.kernels.expert_gemv import ExpertTile, expert_gemv_triton
 from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.grouped_gemm import choose_height, grouped_experts_triton
 from engine.kernels.int4 import Int4Scale, pack
 from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
+from engine.kernels.norm_router import norm_router_apart, norm_router_triton
 from engine.kernels.route import route_reference, route_triton
 from engine.kernels.router_config import RouterConfig
 
@@ -47,6 +48,22 @@ def test_a_router(device, config):
     expected_ids, expected = by_id(*route_reference(logits, config, bias))
     assert ids.dtype == torch.int32 and torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("tokens", "experts", "size"), [(1, 5, 24), (3, 8, 33)])
+def test_a_norm_with_a_router(device, dtype, tokens, experts, size, offset):
+    x = torch.full((tokens, size + 8), torch.nan)[:, :size].to(device, dtype)
+    x.copy_(torch.randn(tokens, size))
+    norm, weight = torch.rand(size).to(device, dtype), torch.randn(experts, size).to(device)
+    for residual in (None, torch.randn(tokens, size).to(device, dtype)):
+        arguments = x, residual, norm, 1e-5, weight, offset
+        for result, expected in zip(
+            norm_router_triton(*arguments), norm_router_apart(*arguments), strict=True
+        ):
+            assert result.dtype == expected.dtype
+            # Of 16 bits the norms may differ in the last one, and the logits with them.
+            assert_close(result, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_equal_logits_and_nan_give_experts_that_exist(device):
@@ -155,7 +172,8 @@ def test_many_tokens(device, dtype, size, group, run):
 
 
 def test_one_row_of_several_steps(device, dtype, monkeypatch):
-    monkeypatch.setattr(expert_gemv, "_INPUTS", 16)
+    tile = ExpertTile(outputs=2, inputs=16, warps=4)
+    monkeypatch.setattr(expert_gemv, "choose_tile", lambda *_: tile)
     arguments, exact = problem(device, dtype, 1, 2, 3, 40, 20)
     assert_close(expert_gemv_triton(*arguments), exact)
 
