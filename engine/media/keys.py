@@ -19,6 +19,8 @@ KV block                   ``BlockHasher``: chain of hashes   engine's secret, m
                                                               variant, every token up to the block's end (or
                                                               that of a range that attends both ways), hash
                                                               and place of every item up to there
+copy of recurrent states   hash of the last KV block before   as the KV block; it goes with that block
+                           it, ``SnapshotPool``
 grammar                    ``StructuredSpec``                 kind and text; one cache per tokenizer
 forms of message content   ``ContentForms``: role and tools   role, whether there are tools; one cache per
                                                               template and family

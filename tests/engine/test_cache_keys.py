@@ -20,7 +20,7 @@ from engine.inputs.content_form import ContentForms
 from engine.inputs.embeds import given_embeddings
 from engine.inputs.placeholders import Placeholders
 from engine.media.keys import content_hash
-from engine.media.video.video import Video
+from engine.media.video.video import Pace, Video
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
 from engine.sampling_params import StructuredSpec
 from engine.scheduling.prefix_cache import BlockHasher
@@ -63,6 +63,12 @@ FAMILIES = {
     "Qwen3-VL": [{"fps": 1.0}, {"fps": 4.0}],
     "MiniCPM-V 2.6": [{"max_slice_nums": 1}, {"max_slice_nums": 9}],
     "Idefics3": [{}, {"do_image_splitting": False}, {"size": {"longest_edge": 40}}],
+    "SmolVLM": [{}, {"do_image_splitting": False}],
+    "InternVL": [{}, {"max_patches": 1}, {"crop_to_patches": True}],
+    "GLM-4.1V": [{}, {"fps": 1.0}],
+    "Ovis2": [{}, {"max_patches": 2}],
+    "LFM2-VL": [{}, {"max_image_tokens": 16}],
+    "Gemma 3": [{}, {"do_pan_and_scan": True}],
 }
 
 
@@ -91,12 +97,15 @@ def test_items_of_one_hash_are_one_item(name, processors):
     """Through all options, images, sizes and videos: equal hashes mean equal items and equal pixels."""
     known: dict[str, PreparedMedia] = {}
     images = [picture(w, h, seed) for w, h in ((40, 40), (28, 56), (56, 28), (20, 80)) for seed in (1, 2)]
-    clips = [images[:1] * 2, images[:1] * 4, [images[0], images[1]], [images[1], images[0]]]
+    frames = [images[:1] * 2, images[:1] * 4, [images[0], images[1]], [images[1], images[0]]]
+    clips = [Video.of(shown) for shown in frames]
+    clips += [Video.of(frames[1], pace) for pace in (Pace.of_rate(4, 1.0), Pace.of_rate(4, 8.0))]
+    clips += [dataclasses.replace(clips[-1], pace=dataclasses.replace(Pace.of_rate(4, 8.0), duration=60.0))]
     for processor in processors(name):
         media = [processor.prepare(image) for image in images]
         for clip in clips:
             try:
-                media.append(processor.prepare_video(Video.of(clip)))
+                media.append(processor.prepare_video(clip))
             except InvalidRequest:
                 break
         for one in media:

@@ -83,8 +83,8 @@ class SmolVLMProcessor(Idefics3Processor):
         wholes = (resize(frame, bounded, self.video_resample) for frame in video.frames)
         pixels = np.stack([resize(Image.fromarray(w), square, self.video_resample) for w in wholes])
         pace = video.pace or Pace.of_rate(video.count, _USUAL_RATE)
-        duration = pace.times[-1] if pace.duration is None else pace.duration
-        options = {"rows": self.rows}
+        times = *pace.times, pace.times[-1] if pace.duration is None else pace.duration
+        options = {"rows": self.rows, "times": times}
         key = content_hash(pixels, family="idefics3", options=options, kind="video", size=video.size)
         item = MediaItem.of_rows(
             "video",
@@ -93,7 +93,7 @@ class SmolVLMProcessor(Idefics3Processor):
             self.check_video(video.size, video.count),
             grid=(video.count, 0, 0),
             size=video.size,
-            times=(*pace.times, duration),
+            times=times,
         )
         return PreparedMedia(item, pixels)
 
