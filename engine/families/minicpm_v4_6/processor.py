@@ -62,7 +62,7 @@ class MiniCPMV46Processor:
     def create(
         cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]
     ) -> MiniCPMV46Processor:
-        """The checkpoint's processor with the option ``max_slice_nums``.
+        """The checkpoint's processor with the option ``max_slice_nums``, which counts where it slices at all.
 
         Raises:
             CheckpointError: naming the field that doesn't fit the model.
@@ -77,13 +77,13 @@ class MiniCPMV46Processor:
                 raise CheckpointError(
                     f"preprocessor_config.json: {field} should be {value}, not {raw[field]!r}", param=field
                 )
-        most = raw["max_slice_nums"] if raw["slice_mode"] else 1
+        most = count_option(options, "max_slice_nums", raw["max_slice_nums"], _MAX_SLICES)
         return cls(
             resolution=raw["scale_resolution"],
             patch=vision.patch_size,
             side=vision.side,
             image_token_id=config.image_token_id,
-            max_slices=count_option(options, "max_slice_nums", most, _MAX_SLICES),
+            max_slices=most if raw["slice_mode"] else 1,
             resample=raw["resample"],
         )
 

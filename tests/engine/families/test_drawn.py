@@ -48,7 +48,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "colpali": (60023,),
     "minicpm_v": (2,),
     "minicpm_v4_6": (1,),
-    "minicpm_v4_7": (1,),
+    "minicpm_v4_7": (80020,),
     "idefics3": (3,),
     "smolvlm": (1,),
     "gemma": (40100,),
