@@ -14,6 +14,8 @@ from engine.errors import CheckpointError
 _HEADER_LIMIT = 100 << 20
 _HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _HUB_WEIGHTS = ["*.safetensors"]
+#: The same weights once more, under the names of Mistral's own format.
+_OTHER_WEIGHTS = ["consolidated*.safetensors"]
 #: Integers are words of int4 numbers, and what comes with them.
 _DTYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "U8", "I32", "I64"}
 
@@ -113,7 +115,12 @@ class Checkpoint:
         index = self.json("model.safetensors.index.json").get("weight_map")
         if index is not None:
             return frozenset(index)
-        return frozenset(self.tensors if any(self.path.glob("*.safetensors")) else ())
+        return frozenset(self.tensors if self._weight_files() else ())
+
+    def _weight_files(self) -> list[Path]:
+        """The folder's safetensors files, without those in Mistral's own format."""
+        others = {file for pattern in _OTHER_WEIGHTS for file in self.path.glob(pattern)}
+        return sorted(set(self.path.glob("*.safetensors")) - others)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -126,9 +133,12 @@ class Checkpoint:
         if index is not None:
             files = sorted({self.path / file for file in index.values()})
         else:
-            files = sorted(self.path.glob("*.safetensors"))
+            files = self._weight_files()
         if not files:
-            raise CheckpointError(f"{self.path} has no *.safetensors; pickled weights are never loaded")
+            raise CheckpointError(
+                f"{self.path} has no *.safetensors in Hugging Face layout; pickled weights are never loaded, "
+                f"and {', '.join(_OTHER_WEIGHTS)} (Mistral's own format) aren't read"
+            )
         found: dict[str, TensorInfo] = {}
         for file in files:
             for name, info in _read_header(file):
@@ -180,7 +190,11 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_WEIGHTS
+            )
+        )
     except Exception as error:
         raise CheckpointError(
             f"there is no folder {model!r}, and the hub gave no such model: {error}"

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers
 
 from engine.errors import CheckpointError, InvalidRequest
+from engine.text import tekken
 from engine.text.token_bytes import TokenBytes
 
 
@@ -42,21 +43,27 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read the tokenizer of a checkpoint folder.
 
-        ``tokenizer.json`` is taken as it stands. Only where there is none, Transformers is imported to
-        convert a sentencepiece or vocabulary file.
+        ``tokenizer.json`` is taken as it stands; a ``tekken.json`` beside it decides how texts are split.
+        Alone, ``tekken.json`` is converted. Only where there is neither, Transformers is imported to convert
+        a sentencepiece or vocabulary file.
 
         Raises:
             CheckpointError: the folder has no tokenizer that can be read.
         """
         folder = Path(path)
         config = _read_config(folder)
-        file = folder / "tokenizer.json"
+        file, publishers = folder / "tokenizer.json", folder / tekken.FILE
         if not file.is_file():
+            if publishers.is_file():
+                return cls(tekken.read_tekken(publishers), tekken.ROLES | config)
             return cls(_converted(folder), config)
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)), config)
+            backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file.name} can't be read: {error}") from error
+        if publishers.is_file():
+            tekken.split_as(backend, publishers)
+        return cls(backend, config)
 
     @cached_property
     def vocab_size(self) -> int:

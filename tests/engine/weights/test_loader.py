@@ -73,6 +73,16 @@ def test_missing_tensors_are_named(path):
         load(path, "vision")
 
 
+def test_the_same_weights_in_mistrals_own_format_are_left_aside(path):
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, path / "consolidated.safetensors")
+    before = Checkpoint(path).tensor_names
+    assert before and "layers.0.attention.wq.weight" not in before
+    load(path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"consolidated.*aren't read"):
+        load(path)
+
+
 def test_missing_tensors_are_seen_before_data_is_read(path, monkeypatch):
     rewrite_tensors(path, without("model.norm.weight"))
     monkeypatch.setattr(loader, "read_rows", lambda *_, **__: pytest.fail("read data"))
