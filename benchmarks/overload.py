@@ -6,9 +6,11 @@ Starts the shipped application with room for ``--limit`` open requests: without 
 or with ``--served`` by Ray Serve, in the mode that the environment's variables say. At each level that many
 times as many clients ask, one request at a time: a chat whose image no other request has, or a text. A
 refused client comes back after the seconds that ``Retry-After`` says. Prints the requests answered per
-second and per second of the server's CPU time, both also as a share of the best level's, the refusals, and
-the server's memory after the level. The clients are on the same machine, with a lower priority: where they
-take CPU time from the server nevertheless, the share by the server's own CPU time is the one to read.
+second and per second of the server's CPU time, both also as a share of the best level's, the refusals, the
+CPU time that the clients took per second, and the server's memory after the level; then the CPU time of each
+of the server's processes in milliseconds per answer. The clients are on the same machine, with a lower
+priority: where they take CPU time from the server nevertheless, the share by the server's own CPU time is the
+one to read.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import multiprocessing
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ import psutil
 import yaml
 
 from benchmarks.pictures import unique_picture
+from benchmarks.processes import process_name
 from benchmarks.serve import running
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
@@ -109,7 +113,9 @@ class Clients:
                 await response.read()
             if response.status == 429:
                 self.refused += 1
-                await asyncio.sleep(float(response.headers["retry-after"]))
+                # The CPU time of the level is taken when the last client has ended: none may sleep beyond it.
+                left = max(end - time.monotonic(), 0)
+                await asyncio.sleep(min(float(response.headers["retry-after"]), left))
             else:
                 response.raise_for_status()
                 self.in_all += 1
@@ -126,17 +132,18 @@ async def measure(root: str, options: argparse.Namespace) -> list[dict[str, floa
         for number in range(options.rounds + 1):
             for level, total in totals.items():
                 clients = Clients(client, bodies)
-                end, before = time.monotonic() + options.seconds, cpu_seconds()
+                end, before, own = time.monotonic() + options.seconds, cpu_seconds(), time.process_time()
                 await asyncio.gather(*(clients.ask(end) for _ in range(level * options.limit)))
                 if number:
-                    total.add(clients, cpu_seconds() - before)
+                    total.add(clients, cpu_seconds() - before, time.process_time() - own)
     seconds = options.rounds * options.seconds
     rows = [
         {
             "level": level,
             "answered/s": total.answered / seconds,
-            "answered/CPU s": total.in_all / total.cpu_s,
+            "answered/CPU s": total.in_all / total.cpu_s.total(),
             "refused/s": total.refused / seconds,
+            "clients' CPU s/s": total.clients_s / seconds,
             "resident MiB": total.resident / 2**20,
         }
         for level, total in totals.items()
@@ -144,24 +151,30 @@ async def measure(root: str, options: argparse.Namespace) -> list[dict[str, floa
     for name in ("answered/s", "answered/CPU s"):
         best = max(row[name] for row in rows)
         rows = [row | {f"{name} of best": row[name] / best} for row in rows]
+    for level, total in totals.items():
+        each = [f"{name} {1e3 * used / total.in_all:.1f}" for name, used in total.cpu_s.most_common(8)]
+        print(f"level {level}, CPU ms per answer:", ", ".join(each))
     return rows
 
 
 @dataclass
 class Totals:
-    """Counts of :class:`Clients` over all rounds of a level, and the server's CPU time and most memory."""
+    """Counts of :class:`Clients` over all rounds of a level, their CPU time, the server's by process, and the
+    server's most memory."""
 
     answered: int = 0
     in_all: int = 0
     refused: int = 0
-    cpu_s: float = 0.0
+    cpu_s: Counter[str] = field(default_factory=Counter)
+    clients_s: float = 0.0
     resident: int = 0
 
-    def add(self, clients: Clients, cpu_s: float) -> None:
+    def add(self, clients: Clients, cpu_s: Counter[str], clients_s: float) -> None:
         self.answered += clients.answered
         self.in_all += clients.in_all
         self.refused += clients.refused
         self.cpu_s += cpu_s
+        self.clients_s += clients_s
         self.resident = max(self.resident, resident_bytes())
 
 
@@ -170,14 +183,14 @@ def servers() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def cpu_seconds() -> float:
-    """CPU time that the server's processes have taken."""
-    total = 0.0
+def cpu_seconds() -> Counter[str]:
+    """CPU time that the server's processes have taken, by :func:`process_name`."""
+    used: Counter[str] = Counter()
     for process in servers():
         with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            total += times.user + times.system
-    return total
+            used[process_name(" ".join(process.cmdline())) or "other"] += times.user + times.system
+    return used
 
 
 def resident_bytes() -> int:

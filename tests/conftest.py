@@ -77,6 +77,12 @@ def _patient(args: dict[str, Any]) -> None:
     args["fetch"]["timeout"] = 300
 
 
+def _two_ranks(args: dict[str, Any]) -> None:
+    """The language model is two processes: tests kill either."""
+    _patient(args)
+    args["models"][0]["engine"]["tensor_parallel_size"] = 2
+
+
 def _two_ingresses(args: dict[str, Any]) -> None:
     _patient(args)
     args["ingress"]["num_replicas"] = 2
@@ -86,7 +92,7 @@ def _two_ingresses(args: dict[str, Any]) -> None:
 def shared_applications(tmp_path_factory) -> Iterator[Mapping[str, SharedApplication]]:
     """The applications that tests share, by the fixture that gives them."""
     options: dict[str, dict[str, Any]] = {
-        "served": {"change": _patient},
+        "served": {"change": _two_ranks},
         "served_under_load": {"change": _two_ingresses, "environment": UNDER_LOAD, "connect": False},
     }
     shared = {
@@ -106,7 +112,7 @@ def wide(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture
 def served(shared_applications: Mapping[str, SharedApplication]) -> Served:
-    """The application as ``make serve`` runs it."""
+    """The application as ``make serve`` runs it, but with two ranks as language model."""
     return shared_applications["served"].get()
 
 

@@ -4,9 +4,14 @@
 
 The shipped model answers in bfloat16 with CUDA graphs; ``--gpus 0`` serves it on the CPU instead, with two
 ranks. Each request is asked alone first, then under a load of which nothing is killed, then under the same
-load while a process is killed every few seconds. Prints for both loads the failures and the share of answers
-that are not those of the request alone, and why: the first token that differs, and by how much the two tokens
-differ in log-probability. Ends with an error if a request failed or something stays behind.
+load while a process is killed every few seconds, and then while the ingress is. Prints for each load the
+failures and the share of answers that are not those of the request alone, and why: the first token that
+differs, and by how much the two tokens differ in log-probability. Ends with an error if a request failed or
+something stays behind.
+
+The load with kills takes ``--seconds``, and up to as much again until each kind was killed twice; the two
+other loads take a third of it each. All else, the last check included, takes at most ``--spare`` seconds:
+if the time is up, the run ends with an error that says what it was at. Then the application is ended.
 """
 
 from __future__ import annotations
@@ -45,7 +50,8 @@ def main() -> None:
         default=1,
         help="1: shared by all; else one for each rank and the encoder",
     )
-    parser.add_argument("--seconds", type=float, default=60, help="of each load")
+    parser.add_argument("--seconds", type=float, default=60, help="of the load with kills, at least")
+    parser.add_argument("--spare", type=float, default=240, help="seconds for all but the loads, at most")
     parser.add_argument("--period", type=float, default=5, help="seconds between two kills")
     parser.add_argument("--clients", type=int, default=8, help="requests at a time")
     parser.add_argument("--proxy", action="store_true", help="Ray Serve's own proxy in place of HAProxy")
@@ -56,17 +62,54 @@ def main() -> None:
     change = partial(on_gpus, gpus=options.gpus, eager=options.eager) if options.gpus else on_cpus
     # Ended from outside, too, it must leave no process behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    progress = Progress(longest(options))
     with (
         tempfile.TemporaryDirectory() as folder,
         application(Path(folder), change, haproxy=not options.proxy) as served,
+        progress,
     ):
-        failed = asyncio.run(run(served, options))
+        failed = asyncio.run(run(served, options, progress))
+        progress.begin("the check that nothing stays behind")
         wait_until_nothing_is_left(served)
-    print("nothing stays behind" + (f"; {failed} requests failed" if failed else "; 0 requests failed"))
+    print(f"nothing stays behind; {failed} requests failed", flush=True)
     raise SystemExit(bool(failed))
 
 
-async def run(served: Served, options: argparse.Namespace) -> int:
+def longest(options: argparse.Namespace) -> float:
+    """Seconds after which the run ends at the latest."""
+    return 2 * options.seconds + 2 * options.seconds / 3 + options.spare
+
+
+class Progress:
+    """Prints what the run is at, and ends the program by an error once its time is up.
+
+    Args:
+        limit_s: the time in seconds, from now to the end of the ``with`` block. What ends the application
+            comes after it, and must not be interrupted.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._began = time.monotonic()
+        signal.signal(signal.SIGALRM, self._end)
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        self.begin("the start of the application")
+
+    def begin(self, phase: str) -> None:
+        self._phase = phase
+        print(f"after {time.monotonic() - self._began:.0f} s: {phase}", flush=True)
+
+    def _end(self, *_: object) -> None:
+        sys.exit(f"the run has not ended after {self._limit_s:.0f} s: it was at {self._phase}")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+async def run(served: Served, options: argparse.Namespace, progress: Progress) -> int:
     """Run all loads; the number of requests that failed."""
 
     def load(again_s: float = 0.0) -> Load:
@@ -74,25 +117,32 @@ async def run(served: Served, options: argparse.Namespace) -> int:
             lambda: httpx.AsyncClient(base_url=served.root, timeout=1800), options.clients, again_s=again_s
         )
 
-    began = time.monotonic()
+    progress.begin("requests alone")
     alone = load()
     await alone.learn()
     again = load()
     await again.learn()
     same = alone.wanted == again.wanted
-    print(f"answers alone after {time.monotonic() - began:.1f} s; the same twice: {same}")
+    print(f"answers alone; the same twice: {same}", flush=True)
     gaps = {kind: await margins(served.root, body) for kind, body in BODIES.items() if "seed" not in body}
     kinds = [*STAGES, *([RANK] if options.gpus not in (1, 2) else [])]
-    loads = (("no kills", [], 0), ("kills", kinds, 0), ("ingress kills", [INGRESS], 600))
+    all_s = options.seconds
+    loads = (
+        ("no kills", [], 0, all_s / 3, 0.0),
+        ("kills", kinds, 0, all_s, 2 * all_s),
+        ("ingress kills", [INGRESS], 600, 0, all_s / 3),
+    )
     failed = 0
     seen: set[str] = set()
-    for name, killed, again_s in loads:
+    for name, killed, again_s, least_s, most_s in loads:
+        progress.begin(f"the load with {name}")
         tried = load(again_s)
         tried.wanted = alone.wanted
         if killed:
-            report = await killed_under_load(tried, Killer(served, killed, options.period), options.seconds)
+            killer = Killer(served, killed, options.period)
+            report = await killed_under_load(tried, killer, least_s, most_s=most_s)
         else:
-            report = await _undisturbed(tried, options.seconds)
+            report = await _undisturbed(tried, least_s)
         failed += len(report.failures)
         _tell(name, report, gaps, seen)
         seen |= {_key(each) for each in report.differences}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,12 @@ def application(
 
 
 async def killed_under_load(
-    load: Load, killer: Killer, seconds: float, least: int = 2, answers: int = 0
+    load: Load,
+    killer: Killer,
+    seconds: float,
+    least: int = 2,
+    answers: int = 0,
+    most_s: float = math.inf,
 ) -> Report:
     """Kill processes under load, and return what became of the requests; arguments as :meth:`Killer.run`.
 
@@ -76,7 +82,7 @@ async def killed_under_load(
     """
     began = time.monotonic()
     running = asyncio.ensure_future(load.run())
-    await killer.run(seconds, load.report.answered.total, least)
+    await killer.run(seconds, load.report.answered.total, least, most_s)
     await wait_until(lambda: running.done() or load.report.answered.total() >= answers, 600)
     load.stopping = True
     report = await running

@@ -1,9 +1,13 @@
-"""Configurations of the applications whose processes are killed."""
+"""Configurations of the applications whose processes are killed, and how long the killing goes on."""
+
+import asyncio
+import itertools
 
 import pytest
 
 from deployments.config import AppConfig
 from tests.chaos.application import on_cpus, on_gpus
+from tests.chaos.victims import RANK, STAGES, Killer
 from tests.serving import app_args
 
 
@@ -28,3 +32,22 @@ def test_without_gpus_the_language_model_has_two_ranks():
     on_cpus(args)
     (model,) = AppConfig.model_validate(args).models
     assert model.engine.tensor_parallel_size == 2 and model.language_model.num_gpus == 0
+
+
+class Patient(Killer):
+    """Counts its victims without killing them; spares the kinds in ``spared``."""
+
+    spared: tuple[str, ...] = ()
+
+    async def _victims(self, kinds):
+        asked = [kind for kind in kinds if kind not in self.spared]
+        self.killed.update(asked)
+        return {}
+
+
+@pytest.mark.parametrize(("spared", "most_s", "rounds"), [((), 600.0, 2), ((RANK,), 0.0, 0)])
+def test_killing_ends_once_each_kind_was_killed_or_the_time_is_up(spared, most_s, rounds):
+    killer = Patient(None, [("Preprocessor", RANK), "VisionEncoder", "LanguageModel"], 0.0)
+    killer.spared = spared
+    asyncio.run(killer.run(0.0, itertools.count().__next__, least=2, most_s=most_s))
+    assert killer.killed == {kind: rounds for kind in (*STAGES, RANK) if rounds}

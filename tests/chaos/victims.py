@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from http.client import HTTPException
 import psutil
 
 from tests.metrics import all_answer, scraped
-from tests.serving import Served, wait_for, wait_until
+from tests.serving import Served, wait_until
 
 #: What is killed: the replicas of each stage, ranks beyond the first, and replicas of the ingress.
 STAGES = ("Preprocessor", "VisionEncoder", "LanguageModel")
@@ -73,50 +74,67 @@ class Killer:
 
     Args:
         served: the application.
-        kinds: what is killed.
-        period_s: seconds between two kills. The next victim must be back, too.
+        kinds: what is killed; the kinds of a tuple are killed at the same time.
+        period_s: seconds between two kills. The next victims must be back, too.
 
     Attributes:
         killed: by kind.
     """
 
     served: Served
-    kinds: Sequence[str]
+    kinds: Sequence[str | tuple[str, ...]]
     period_s: float
     seed: int = 0
     killed: Counter[str] = field(default_factory=Counter)
 
-    async def run(self, seconds: float, answered: Callable[[], int], least: int = 2) -> None:
+    async def run(
+        self, seconds: float, answered: Callable[[], int], least: int = 2, most_s: float = math.inf
+    ) -> None:
         """Kill for this long, and each kind this often at least.
 
         Args:
             answered: gives the number of answered requests. Between two kills it must grow: a slow machine
                 would do nothing but restart processes.
+            most_s: after this many seconds it ends though a kind was killed less often than ``least``.
         """
         rng = random.Random(self.seed)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end or min(self.killed[kind] for kind in self.kinds) < least:
+        began = time.monotonic()
+        groups = [(kind,) if isinstance(kind, str) else kind for kind in self.kinds]
+
+        def goes_on() -> bool:
+            lived = time.monotonic() - began
+            missing = any(self.killed[kind] < least for group in groups for kind in group)
+            return lived < seconds or (missing and lived < most_s)
+
+        while goes_on():
             # Each kind comes in each round: a short run has them all.
-            for kind in rng.sample(self.kinds, len(self.kinds)):
+            for group in rng.sample(groups, len(groups)):
                 before = answered()
                 await asyncio.sleep(self.period_s)
                 await wait_until(lambda before=before: answered() > before, 600)
-                victim = await asyncio.to_thread(self._victim, kind, rng)
-                # It may have ended by itself, with another that was killed.
-                with suppress(ProcessLookupError):
-                    os.kill(victim, signal.SIGKILL)
-                    self.killed[kind] += 1
+                for kind, pids in (await self._victims(group)).items():
+                    # It may have ended by itself, with another that was killed.
+                    with suppress(ProcessLookupError):
+                        os.kill(rng.choice(pids), signal.SIGKILL)
+                        self.killed[kind] += 1
 
-    def _victim(self, kind: str, rng: random.Random) -> int:
-        """The process to kill, once there is one."""
+    async def _victims(self, kinds: Sequence[str]) -> dict[str, list[int]]:
+        """The processes of these kinds, once each kind has some."""
+        deadline = time.monotonic() + 600
+        while True:
+            # Each look in a thread of its own: a cancelled wait leaves none that goes on.
+            processes = await asyncio.to_thread(self._running, kinds)
+            if processes and all(processes.values()):
+                return processes
+            assert time.monotonic() < deadline, f"no process of {kinds} came back"
+            await asyncio.sleep(0.1)
 
-        def found() -> list[int]:
-            # All must be back: a process that has just begun to start is no victim.
-            if not everything_runs(self.served):
-                return []
-            if kind == INGRESS:
-                return processes_of(self.served, kind)
-            replicas = processes_of(self.served, f"{'LanguageModel' if kind == RANK else kind}:pocket")
-            return replicas if kind != RANK else [pid for each in replicas for pid in rank_pids(each)]
+    def _running(self, kinds: Sequence[str]) -> dict[str, list[int]]:
+        """The processes of these kinds; nothing while a stage does not answer: its process has just begun."""
+        return {kind: self._processes(kind) for kind in kinds} if everything_runs(self.served) else {}
 
-        return rng.choice(wait_for(found, 600))
+    def _processes(self, kind: str) -> list[int]:
+        if kind == INGRESS:
+            return processes_of(self.served, kind)
+        replicas = processes_of(self.served, f"{'LanguageModel' if kind == RANK else kind}:pocket")
+        return replicas if kind != RANK else [pid for each in replicas for pid in rank_pids(each)]
