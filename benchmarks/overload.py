@@ -5,12 +5,12 @@
 Starts the shipped application with room for ``--limit`` open requests: without Ray in a process of its own,
 or with ``--served`` by Ray Serve, in the mode that the environment's variables say. At each level that many
 times as many clients ask, one request at a time: a chat whose image no other request has, or a text. A
-refused client comes back after the seconds that ``Retry-After`` says. Prints the requests answered per
-second and per second of the server's CPU time, both also as a share of the best level's, the refusals, the
-CPU time that the clients took per second, and the server's memory after the level; then the CPU time of each
-of the server's processes in milliseconds per answer. The clients are on the same machine, with a lower
-priority: where they take CPU time from the server nevertheless, the share by the server's own CPU time is the
-one to read.
+refused client sends its request again after the seconds that ``Retry-After`` says. Prints the requests
+answered per second and per second of the server's CPU time, both also as a share of the best level's, the
+refusals, the CPU time that the clients took per second, and the server's memory after the level; then the CPU
+time of each of the server's processes in milliseconds per answer. The clients are on the same machine, with a
+lower priority: where they take CPU time from the server nevertheless, the share by the server's own CPU time
+is the one to read.
 """
 
 from __future__ import annotations
@@ -103,13 +103,15 @@ class Clients:
         in_all: answered requests, with those that were open when the time was up.
     """
 
-    def __init__(self, client: aiohttp.ClientSession, bodies: list[bytes]) -> None:
-        self._client, self._bodies = client, itertools.cycle(bodies)
+    def __init__(self, client: aiohttp.ClientSession, bodies: Iterator[bytes]) -> None:
+        self._client, self._bodies = client, bodies
         self.answered = self.in_all = self.refused = 0
 
     async def ask(self, end: float) -> None:
+        asked = b""
         while time.monotonic() < end:
-            async with self._client.post("/v1/chat/completions", data=next(self._bodies)) as response:
+            asked = asked or next(self._bodies)
+            async with self._client.post("/v1/chat/completions", data=asked) as response:
                 await response.read()
             if response.status == 429:
                 self.refused += 1
@@ -120,10 +122,12 @@ class Clients:
                 response.raise_for_status()
                 self.in_all += 1
                 self.answered += time.monotonic() < end
+                asked = b""
 
 
 async def measure(root: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    bodies = [body(number, options.tokens) for number in range(options.images)]
+    # One after another over all levels: at none of them may the server know an image from another one.
+    bodies = itertools.cycle([body(number, options.tokens) for number in range(options.requests)])
     totals = {level: Totals() for level in options.levels}
     connections, patience = aiohttp.TCPConnector(limit=0, force_close=True), aiohttp.ClientTimeout(600)
     async with aiohttp.ClientSession(root, connector=connections, timeout=patience) as client:
@@ -225,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="at each level in each round")
     parser.add_argument("--rounds", type=int, default=3, help="through all levels, by turns")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
-    parser.add_argument("--images", type=int, default=2000, help="different requests")
+    parser.add_argument("--requests", type=int, default=2000, help="different ones")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     with (served if options.served else local)(options.limit) as root:
