@@ -17,8 +17,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -110,6 +110,29 @@ class Client:
         return time.perf_counter()
 
 
+@asynccontextmanager
+async def served_engine(server: psutil.Process) -> AsyncIterator[Engine]:
+    """The language model of the application that ``server`` has started; this process joins its cluster."""
+    import ray
+    from ray import serve
+
+    (address,) = {
+        argument.removeprefix("--gcs-address=")
+        for child in server.children(recursive=True)
+        for argument in child.cmdline()
+        if argument.startswith("--gcs-address=")
+    }
+    ray.init(address, log_to_driver=False)
+    try:
+        engine = Engine(serve.get_deployment_handle("LanguageModel:pocket", "sightline"))
+        # The first call opens connections.
+        await engine.running()
+        engine.longest_s = 0.0
+        yield engine
+    finally:
+        ray.shutdown()
+
+
 async def measure(base_url: str, port: int, repeats: int) -> dict[str, list[float]]:
     """Milliseconds to the end of the work, by event; last the slowest call that asked the engine.
 
@@ -119,8 +142,7 @@ async def measure(base_url: str, port: int, repeats: int) -> dict[str, list[floa
     """
     silent, missing = (f"http://{IMAGES}:{port}/{name}" for name in ("silent", "missing"))
     found: dict[str, list[float]] = {}
-    engine = Engine()
-    async with image_server(port) as images:
+    async with image_server(port) as images, served_engine(psutil.Process()) as engine:
 
         async def leaves(stream: bool) -> float:
             client = Client(base_url)
@@ -165,37 +187,18 @@ def _looking_at(*urls: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}]
 
 
-@contextmanager
-def connected(server: psutil.Process) -> Iterator[None]:
-    """Be connected to the Ray cluster of the application that ``server`` has started."""
-    import ray
-
-    (address,) = {
-        argument.removeprefix("--gcs-address=")
-        for child in server.children(recursive=True)
-        for argument in child.cmdline()
-        if argument.startswith("--gcs-address=")
-    }
-    ray.init(address, log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 class Engine:
-    """The served language model, asked by Ray's actor calls. Make it where an event loop runs, and
-    :func:`connected`.
+    """A served language model, asked by Ray's actor calls.
+
+    Args:
+        handle: of its deployment.
 
     Attributes:
         longest_s: the time that the slowest call took.
     """
 
-    def __init__(self) -> None:
-        from ray import serve
-
-        self._handle = serve.get_deployment_handle("LanguageModel:pocket", "sightline")
-        self._handle = self._handle.options(_by_reference=True)
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle.options(_by_reference=True)
         self.longest_s = 0.0
 
     async def running(self) -> int:
@@ -231,7 +234,7 @@ def main() -> None:
     config = configuration(options.image_port)
     # A cluster asks for a token, which this process sends only with this variable; Ray reads it once loaded.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    with running(config, options.start_timeout) as base_url, connected(psutil.Process()):
+    with running(config, options.start_timeout) as base_url:
         found = asyncio.run(measure(base_url, options.image_port, options.repeats))
     for name, times in found.items():
         print(f"{name}: median {statistics.median(times):.0f} ms, longest {max(times):.0f} ms")

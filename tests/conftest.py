@@ -78,12 +78,12 @@ def _patient(args: dict[str, Any]) -> None:
 
 
 def _two_ranks(args: dict[str, Any]) -> None:
-    """The language model is two processes: tests kill either."""
+    """The second model's language model is two processes, of which tests kill one. Ranks of the first would
+    take several times as long for each of its tokens: they share the cores with all other processes."""
     _patient(args)
-    model = args["models"][0]
-    model["engine"]["tensor_parallel_size"] = 2
-    # With more threads the ranks would wait for each other's.
-    model["language_model"]["env"] = {"OMP_NUM_THREADS": "1"}
+    vectors = args["models"][1]
+    vectors["engine"]["tensor_parallel_size"] = 2
+    vectors["language_model"] = {"env": {"OMP_NUM_THREADS": "1"}}
 
 
 def _two_ingresses(args: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ def wide(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture
 def served(shared_applications: Mapping[str, SharedApplication]) -> Served:
-    """The application as ``make serve`` runs it, but with two ranks as language model."""
+    """The application as ``make serve`` runs it, and a second model, whose language model has two ranks."""
     return shared_applications["served"].get()
 
 

@@ -7,11 +7,12 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.deployments.pictures import ask, circle, row_of_circles, square
 
@@ -68,6 +69,19 @@ BODIES: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Bodies of requests to a model that makes vectors, which is not streamed.
+VECTORS: dict[str, dict[str, Any]] = {
+    "vector of a text": {"model": "tests/vectors", "input": "a red circle"},
+    "vector of an image": {"model": "tests/vectors", "messages": ask("A shape.", circle("red"))},
+}
+
+
+class Vector(list):
+    """A vector that equals another one but for how its numbers are rounded."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vector) and self == pytest.approx(list(other), abs=1e-4)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -110,6 +124,10 @@ async def answer(client: httpx.AsyncClient, body: dict[str, Any], *, stream: boo
         ServerLost: the server or the ingress has failed.
         Exception: anything else but a whole answer.
     """
+    if body in VECTORS.values():
+        response = await client.post("/v1/embeddings", json=body)
+        await _check(response)
+        return [Vector(each["embedding"]) for each in response.json()["data"]]
     given = {"model": "pocket", "return_token_ids": True, **body, "stream": stream}
     if not stream:
         response = await client.post("/v1/chat/completions", json=given)
@@ -187,6 +205,7 @@ class Load:
         clients: requests at a time.
         requests: after this many it stops by itself; None for no limit.
         again_s: seconds for which a client asks again after a server error or a broken connection.
+        bodies: of the requests, by kind.
 
     Attributes:
         wanted: the answer to each kind of request alone.
@@ -198,7 +217,9 @@ class Load:
         clients: int,
         requests: int | None = None,
         again_s: float = 0.0,
+        bodies: Mapping[str, dict[str, Any]] = BODIES,
     ) -> None:
+        self._bodies = bodies
         self._make_client, self._clients, self._again_s = make_client, clients, again_s
         self._turns = iter(itertools.count() if requests is None else range(requests))
         self.wanted: dict[str, list[Any]] = {}
@@ -208,7 +229,7 @@ class Load:
     async def learn(self) -> None:
         """Ask for each answer alone, before anything dies."""
         async with self._make_client() as client:
-            for kind, body in BODIES.items():
+            for kind, body in self._bodies.items():
                 self.wanted[kind] = await answer(client, body, stream=False)
 
     async def run(self) -> Report:
@@ -218,7 +239,7 @@ class Load:
         return self.report
 
     async def _ask(self, client: httpx.AsyncClient) -> None:
-        kinds = list(BODIES)
+        kinds = list(self._bodies)
         for turn in self._turns:
             if self.stopping:
                 return
@@ -227,7 +248,7 @@ class Load:
             name = f"{kind}, {'streamed' if stream else 'whole'}"
             began = time.monotonic()
             try:
-                found = await self._answer(client, BODIES[kind], stream=stream)
+                found = await self._answer(client, self._bodies[kind], stream=stream)
             except Exception as error:
                 self.report.failures.append(f"{name}: {error!r}")
                 continue

@@ -1,11 +1,17 @@
-"""Engines die under load, in one process: every request gets the answer that it gets alone."""
+"""Engines and a rank die under load, without Ray: every request gets the answer that it gets alone."""
 
 import asyncio
+import os
 import random
+import signal
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 import httpx
+import psutil
+import pytest
 
 from deployments.api import create_api
 from deployments.config import AppConfig, ReplayConfig
@@ -15,28 +21,43 @@ from deployments.pipeline import Pipeline
 from deployments.stages import StageLost, Stages
 from deployments.tracing import Tracer
 from tests.chaos.load import BODIES, Load
+from tests.chaos.victims import rank_pids
 from tests.deployments.asgi import AppTransport
-from tests.serving import app_args, wait_until
+from tests.serving import app_args, changed_config, wait_until
+
+pytestmark = pytest.mark.processes
 
 #: Requests, how many at a time, and after how many answers another engine is killed.
 REQUESTS, CLIENTS, BETWEEN_KILLS = 2 * len(BODIES), 4, 4
 
 
 class Replaced:
-    """A language model stage whose engine can be killed. Calls wait for the next."""
+    """A language model stage whose engine can be killed. Calls wait for the next.
 
-    def __init__(self, load) -> None:
+    Args:
+        load: loads the engine of a number, from 0 on.
+    """
+
+    def __init__(self, load: Callable[[int], LanguageModel]) -> None:
         self._load = load
-        self.replica: LanguageModel = load()
+        self.replica = load(0)
         self._ready = asyncio.Event()
         self._ready.set()
         self.dead: list[LanguageModel] = []
+        self.ranks_killed = 0
 
     async def kill(self) -> None:
         self._ready.clear()
         self.dead.append(self.replica)
-        self.replica._engine._die(RuntimeError("killed by the test"))
-        self.replica = await asyncio.to_thread(self._load)
+        if ranks := rank_pids(psutil.Process().children()):
+            died = threading.Event()
+            self.replica.when_dead(died.set)
+            os.kill(ranks[0], signal.SIGKILL)
+            await wait_until(died.is_set)
+            self.ranks_killed += 1
+        else:
+            self.replica._engine._die(RuntimeError("killed by the test"))
+        self.replica = await asyncio.to_thread(self._load, len(self.dead))
         self._ready.set()
 
     async def max_model_len(self):
@@ -85,7 +106,9 @@ async def test_no_answer_is_lost_or_changed():
     config = AppConfig.model_validate(app_args())
     spec, rng = config.models[0], random.Random(0)
     local = LocalModel(spec, config, Tracer())
-    model = Replaced(lambda: LanguageModel.load(spec.engine))
+    # The first engine has two ranks: another process, which is killed.
+    engines = [changed_config(tensor_parallel_size=2).models[0].engine, spec.engine]
+    model = Replaced(lambda number: LanguageModel.load(engines[min(number, 1)]))
     preprocessor, encoder = (Mortal(stage, rng) for stage in (local.preprocessor, local.encoder))
     replay = ReplayConfig(max_losses=100, patience_s=300, pause_s=0.01)
     pipeline = Pipeline(spec, Stages(model, preprocessor, encoder), ThreadPoolExecutor(2), replay)
@@ -113,7 +136,7 @@ async def test_no_answer_is_lost_or_changed():
         assert not report.failures, report.failures[:3]
         assert not report.differences, report.differences[:3]
         assert report.answered.total() == REQUESTS
-        assert len(model.dead) >= 2 and preprocessor.deaths and encoder.deaths
+        assert len(model.dead) >= 2 and model.ranks_killed == 1 and preprocessor.deaths and encoder.deaths
         await wait_until(model.replica.is_idle)
     finally:
         model.close()

@@ -10,7 +10,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -51,13 +51,14 @@ def processes_of(served: Served, deployment: str) -> list[int]:
     return found
 
 
-def rank_pids(replica: int) -> list[int]:
-    """Process ids of the ranks that a language model's replica has started."""
-    try:
-        children = psutil.Process(replica).children()
-        return [child.pid for child in children if "engine.executor.worker" in child.cmdline()]
-    except psutil.NoSuchProcess:
-        return []
+def rank_pids(processes: Iterable[psutil.Process]) -> list[int]:
+    """Process ids of those that are ranks beyond a language model's first."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if "engine.executor.worker" in process.cmdline():
+                found.append(process.pid)
+    return found
 
 
 def everything_runs(served: Served) -> bool:
@@ -123,18 +124,19 @@ class Killer:
         deadline = time.monotonic() + 600
         while True:
             # Each look in a thread of its own: a cancelled wait leaves none that goes on.
-            processes = await asyncio.to_thread(self._running, kinds)
+            processes = await asyncio.to_thread(self.running, kinds)
             if processes and all(processes.values()):
                 return processes
             assert time.monotonic() < deadline, f"no process of {kinds} came back"
             await asyncio.sleep(0.1)
 
-    def _running(self, kinds: Sequence[str]) -> dict[str, list[int]]:
+    def running(self, kinds: Sequence[str]) -> dict[str, list[int]]:
         """The processes of these kinds; nothing while a stage does not answer: its process has just begun."""
         return {kind: self._processes(kind) for kind in kinds} if everything_runs(self.served) else {}
 
     def _processes(self, kind: str) -> list[int]:
         if kind == INGRESS:
             return processes_of(self.served, kind)
-        replicas = processes_of(self.served, f"{'LanguageModel' if kind == RANK else kind}:pocket")
-        return replicas if kind != RANK else [pid for each in replicas for pid in rank_pids(each)]
+        if kind == RANK:
+            return rank_pids(self.served.process.children(recursive=True))
+        return processes_of(self.served, f"{kind}:pocket")
