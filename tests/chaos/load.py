@@ -80,7 +80,7 @@ class Vector(list):
     """A vector that equals another one but for how its numbers are rounded."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vector) and self == pytest.approx(list(other), abs=1e-4)
+        return isinstance(other, Vector) and list(self) == pytest.approx(list(other), abs=1e-4)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 
 from deployments.config import AppConfig
 from tests.chaos.application import on_cpus, on_gpus
+from tests.chaos.load import Vector
 from tests.chaos.victims import RANK, STAGES, Killer
 from tests.serving import app_args
 
@@ -32,6 +33,12 @@ def test_without_gpus_the_language_model_has_two_ranks():
     on_cpus(args)
     (model,) = AppConfig.model_validate(args).models
     assert model.engine.tensor_parallel_size == 2 and model.language_model.num_gpus == 0
+
+
+def test_vectors_may_be_rounded_otherwise_but_not_differ():
+    found = [Vector([0.25, -0.5])]
+    assert found == [Vector([0.25, -0.50001])]
+    assert found != [Vector([0.25, -0.501])] and found != [Vector([0.25])] and found != [[0.25, -0.5]]
 
 
 class Patient(Killer):
