@@ -88,8 +88,11 @@ def make_text_model(path: Path, hub: bool, kind: str) -> None:
 
 class TextReference:
     def __init__(self, path: Path) -> None:
-        cls = transformers.AutoModelForCausalLM
-        self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
+        cls, options = transformers.AutoModelForCausalLM, {}
+        if getattr(transformers.AutoConfig.from_pretrained(path), "attn_logit_softcapping", None):
+            # Transformers 5.17's Gemma 2 chooses SDPA, which leaves the cap out; 5.23's chooses this.
+            options["attn_implementation"] = "eager"
+        self.model = cls.from_pretrained(path, dtype=torch.float32, **options).eval()
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
