@@ -3,8 +3,8 @@
 A gRPC message costs its sender and its reader about the same, whatever it holds, and a step of the engine
 makes an update for each running answer. So an ingress reads one stream, a channel, of each replica; each of
 its messages holds every update since the last one. An answer's own call then carries no updates: its start,
-its end, its failure and its cancellation only. Until the channel to its replica is open, an answer's updates
-come by its own call.
+its end, its failure and its cancellation only. If the channel to its replica is not open when the first
+update of an answer is ready, all of them come by its own call.
 
 A channel counts as a running request for Ray Serve, so it ends a moment after the last answer: a replica
 without requests may be stopped.
@@ -32,7 +32,8 @@ IDLE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """First item of an answer's own call if its updates follow there, because no channel is open.
+    """First item of an answer's own call if no channel is open. Its updates follow there, unless
+    :class:`Elsewhere` comes before them.
 
     Attributes:
         replica: id of the replica that answers.
@@ -43,7 +44,7 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """First item of an answer's own call if its updates come by the channel.
+    """Item of an answer's own call, before any update, that says that its updates come by the channel.
 
     Without any item a call may seem to have failed. Ray Serve tells by a stream's metadata that a replica has
     accepted the call, and gRPC doesn't promise to bring that of a stream without messages.

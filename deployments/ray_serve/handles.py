@@ -196,7 +196,9 @@ class RemoteLanguageModel(_RemoteStage):
                     if isinstance(item, Here):
                         here = True
                         self._inbox.read(item.replica)
-                    elif not isinstance(item, Elsewhere):
+                    elif isinstance(item, Elsewhere):
+                        here = False
+                    else:
                         answer.take(item)
             self._ended()
             if here:

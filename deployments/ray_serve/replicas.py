@@ -46,7 +46,7 @@ from engine.media.guard import FetchPolicy
 from engine.media.ledger import MediaLimits
 from engine.media.source import MediaSource
 from engine.media.video.limits import VideoLimits
-from engine.outputs import EmbeddingOutput
+from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.preparation import PagedFile
 from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem, PreparedMedia
 from engine.startup import StartTimes
@@ -317,7 +317,8 @@ class LanguageModelReplica:
     async def generate(
         self, given: Generation | str, span: Carrier, reader: str
     ) -> AsyncIterator[PackedUpdate | Piece | Here | Elsewhere | Refusal]:
-        """Stream a request's output: by the channel to ``reader``, or here if none is open.
+        """Stream a request's output: by the channel to ``reader``, or here if none is open when the first
+        update is ready.
 
         Args:
             given: the request, or the id of one that was handed over. If this replica doesn't have it, the
@@ -329,14 +330,22 @@ class LanguageModelReplica:
             held = self._held.take(given) if isinstance(given, str) else Held(given, [])
             outbox = self._outboxes.find(reader)
             async with aclosing(self._stage.generate(held.request, held.media)) as updates:
+                update: StreamUpdate | None = None
                 if outbox is None:
                     yield Here(self._name())
-                    async for update in updates:
+                    # The reader opens its channel meanwhile, as a rule in less time than the prompt takes.
+                    update = await anext(updates, None)
+                    outbox = self._outboxes.find(reader)
+                if outbox is None:
+                    while update is not None:
                         for item in pieces(update):
                             yield item
+                        update = await anext(updates, None)
                 else:
                     with outbox.answer():
                         yield Elsewhere()
+                        if update is not None:
+                            outbox.put(update)
                         async for update in updates:
                             outbox.put(update)
         except SightlineError as error:

@@ -16,7 +16,7 @@ from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.tile import AttentionTile
 
 #: Most shapes use one of these two tiles.
-_LARGE, _SMALL = AttentionTile(128, 64, 8, 2), AttentionTile(64, 64, 4, 3)
+_LARGE, _SMALL = AttentionTile(128, 64, 8, 3), AttentionTile(64, 64, 4, 3)
 
 
 def vision_attention(

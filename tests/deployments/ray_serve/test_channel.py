@@ -150,11 +150,11 @@ class World:
         return task
 
     async def open(self) -> None:
-        """Ask once, so that the channel opens."""
+        """Ask once, so that the channel opens; the answer comes by it."""
         task = await self.begin("opener")
-        self.answers["opener"].put(update("opener", 0, last=True))
-        await task
         await wait_until(lambda: self.replica._outboxes.find(self.model._inbox.name), 60)
+        self.answers["opener"].put(update("opener", 0, last=True))
+        assert await task == ([update("opener", 0, last=True)], None)
 
 
 @pytest.fixture
@@ -162,8 +162,9 @@ def world():
     return World(Replica("b"))
 
 
-async def test_the_first_answer_comes_by_its_own_call_and_the_next_ones_by_the_channel(world):
+async def test_all_answers_come_by_the_channel_that_the_first_one_opens(world):
     await world.open()
+    # That no channel was open, and that one has opened since.
     assert [call.count for call in world.handle.calls["generate"]] == [2]
     tasks = [await world.begin(name) for name in ("one", "two")]
     for number in range(3):
@@ -175,8 +176,21 @@ async def test_the_first_answer_comes_by_its_own_call_and_the_next_ones_by_the_c
     ]
     # The start alone.
     assert [call.count for call in world.handle.calls["generate"]] == [2, 1, 1]
-    # The start, and three steps, each with the updates of both answers.
-    assert [call.count for call in world.handle.calls["updates"]] == [1 + 3]
+    # The start, the first answer, and three steps, each with the updates of both answers.
+    assert [call.count for call in world.handle.calls["updates"]] == [1 + 1 + 3]
+
+
+async def test_an_answer_comes_by_its_own_call_if_the_channel_opens_too_late(world, monkeypatch):
+    with monkeypatch.context() as late:
+        late.setattr(world.replica._outboxes, "find", lambda reader: None)
+        task = await world.begin("one")
+        world.answers["one"].put(update("one", 0))
+        await wait_until(lambda: task.found, 60)
+    await wait_until(lambda: world.replica._outboxes.find(world.model._inbox.name), 60)
+    world.answers["one"].put(update("one", 1, last=True))
+    assert await asyncio.wait_for(task, 60) == ([update("one", 0), update("one", 1, last=True)], None)
+    assert [call.count for call in world.handle.calls["generate"]] == [3]
+    assert [call.count for call in world.handle.calls["updates"]] == [1]
 
 
 @pytest.mark.parametrize("seed", range(8))
