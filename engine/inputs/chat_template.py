@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
+from engine.inputs.mistral_template import mistral_template
 from engine.inputs.template_sandbox import LimitReached, Meter, RenderLimits, TemplateEnvironment
 
 #: What a caller may never set through template options, beside the special tokens.
@@ -70,7 +71,7 @@ class ChatTemplate:
         """The template of a checkpoint folder; None if there is none.
 
         The first found counts: ``override``, ``chat_template.jinja``, ``chat_template.json``,
-        tokenizer_config.json, ``default``.
+        tokenizer_config.json, ``default``, the template of the version that tekken.json states.
 
         Args:
             tokenizer_config: content of tokenizer_config.json; also the source of the special tokens.
@@ -79,11 +80,12 @@ class ChatTemplate:
 
         Raises:
             ConfigError: the override is neither a file nor Jinja text, or a template does not parse.
-            CheckpointError: chat_template.json is not readable.
+            CheckpointError: chat_template.json or tekken.json is not readable.
         """
         sources = _sources(Path(model_path), tokenizer_config, override)
-        if not sources and default is not None:
-            sources = {"default": default}
+        if not sources:
+            default = default or mistral_template(Path(model_path))
+            sources = {"default": default} if default else {}
         return cls(sources, _special_tokens(tokenizer_config)) if sources else None
 
     def render(

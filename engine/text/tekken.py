@@ -72,10 +72,9 @@ def split_as(backend: tokenizers.Tokenizer, file: Path) -> None:
     """
     if backend.pre_tokenizer is None:
         return
-    try:
-        pattern = _read(file)["config"]["pattern"]
-    except (LookupError, TypeError) as error:
-        raise CheckpointError(f"{file.name} can't be read: {error!r}") from error
+    pattern = _config(file).get("pattern")
+    if not isinstance(pattern, str):
+        raise CheckpointError(f"{file.name} should state config.pattern")
     state = json.loads(backend.pre_tokenizer.__getstate__())
     for step in state.get("pretokenizers", []):
         if step["type"] == "Split" and "Regex" in step["pattern"]:
@@ -86,11 +85,30 @@ def split_as(backend: tokenizers.Tokenizer, file: Path) -> None:
     backend.pre_tokenizer = changed
 
 
+def chat_version(file: Path) -> str | None:
+    """Return the version of the chat format that a tekken.json states, such as ``v7``.
+
+    Raises:
+        CheckpointError: the file can't be read.
+    """
+    return _config(file).get("version")
+
+
+def _config(file: Path) -> dict[str, Any]:
+    config = _read(file).get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file.name} should hold an object named config")
+    return config
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file.name} should hold a JSON object")
+    return value
 
 
 def _special_tokens(listed: list[dict[str, Any]] | None, count: int) -> list[str]:

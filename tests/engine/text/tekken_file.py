@@ -91,8 +91,10 @@ SPECIALS = [
     "[TOOL_CONTENT]",
     "[ARGS]",
     "[CALL_ID]",
+    "[THINK]",
+    "[/THINK]",
 ]
-NUM_SPECIAL = 24
+NUM_SPECIAL = 26
 #: The last two tokens of bytes are beyond what models use.
 VOCAB_SIZE = NUM_SPECIAL + 256 + len(_WORDS) - 2
 
@@ -113,6 +115,7 @@ def write_tekken(folder: Path, version: str = "v7", listed: bool = True) -> Path
             "default_num_special_tokens": NUM_SPECIAL,
             "version": version,
         },
+        "image": {"image_patch_size": 16, "max_image_size": 1024, "spatial_merge_size": 1},
         "vocab": [
             {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
             for rank, token in enumerate(tokens)

@@ -24,7 +24,7 @@ def test_ids_are_those_of_transformers_with_special_tokens_inside(tmp_path):
     module = pytest.importorskip("transformers.integrations.mistral.tokenizer")
     theirs = module.MistralConverter(str(write_tekken(tmp_path))).converted()
     ours = Tokenizer.load(tmp_path)
-    for text in [*TEXTS, "<s>[INST]the ere[/INST]where</s>", "<SPECIAL_23>[ARGS]", " [IMG] a"]:
+    for text in [*TEXTS, "<s>[INST]the ere[/INST]where</s>", "<SPECIAL_25>[ARGS]", " [IMG] a"]:
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text).ids
 
 

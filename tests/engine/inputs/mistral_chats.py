@@ -1,0 +1,141 @@
+"""Conversations, and the prompts that mistral-common 1.13.1 makes of them in each version of its chat format.
+
+Where mistral-common is installed, ``python -m tests.engine.inputs.mistral_chats`` writes the prompts again.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tests.engine.text.tekken_file import write_tekken
+
+VERSIONS = ("v7", "v11", "v13")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Says the weather of a città.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+                "required": ["city"],
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}},
+]
+IMAGE: dict[str, Any] = {"type": "image"}
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _call(name: str, arguments: dict[str, Any], key: str) -> dict[str, Any]:
+    return {"id": key, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _says(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+_CALLS = [_call("get_weather", {"city": "Zürich", "days": 2}, "abc123DEF"), _call("f", {}, "abc123DEG")]
+_RESULTS = [
+    _says("tool", "20 °C", tool_call_id="abc123DEF"),
+    _says("tool", '{"a": 1}', tool_call_id="abc123DEG"),
+]
+#: Messages, and whether there are tools.
+CHATS: list[tuple[list[dict[str, Any]], bool]] = [
+    ([_says("system", "Be  brief."), _says("user", "Hi\n")], False),
+    ([_says("user", "a"), _says("assistant", "b"), _says("user", "c")], False),
+    ([_says("user", [_text("what?"), IMAGE])], False),
+    ([_says("user", [IMAGE, _text("what?")])], False),
+    ([_says("user", [_text("x"), IMAGE, _text("y"), _text("z")])], False),
+    ([_says("user", [IMAGE, IMAGE, _text("both")]), _says("user", [IMAGE])], False),
+    (
+        [
+            _says("user", "a"),
+            _says("user", "b"),
+            _says("assistant", "c"),
+            _says("assistant", "d"),
+            _says("user", "e"),
+        ],
+        False,
+    ),
+    ([_says("system", "one"), _says("user", "x"), _says("assistant", "y"), _says("user", "Weather?")], True),
+    ([_says("user", "W?"), _says("assistant", "", tool_calls=_CALLS[:1]), _RESULTS[0]], True),
+    (
+        [
+            _says("user", "W?"),
+            _says("assistant", "Let me see.", tool_calls=_CALLS),
+            *_RESULTS,
+            _says("assistant", "It is 20."),
+            _says("user", "Thanks"),
+        ],
+        True,
+    ),
+]
+#: A thought in front of an answer, which v13 has a form for.
+THOUGHT = [
+    _says("user", "a"),
+    _says("assistant", "b", reasoning_content="let me"),
+    _says("user", "c"),
+]
+
+
+def recorded() -> dict[str, list[str]]:
+    """Return mistral-common's prompts by version, v13's with THOUGHT's at the end. ``[IMG]`` is an image."""
+    return json.loads(Path(__file__).with_suffix(".json").read_text())
+
+
+def _for_theirs(messages: list[dict[str, Any]], url: str) -> list[dict[str, Any]]:
+    messages = copy.deepcopy(messages)
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        if isinstance(message["content"], list):
+            image = {"type": "image_url", "image_url": {"url": url}}
+            message["content"] = [image if part == IMAGE else part for part in message["content"]]
+        if thought := message.pop("reasoning_content", None):
+            thinking = {"type": "thinking", "thinking": thought, "closed": True}
+            message["content"] = [thinking, _text(message["content"])]
+    return messages
+
+
+def _record() -> None:
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    png = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(png, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    found = {}
+    for version in VERSIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = MistralTokenizer.from_file(write_tekken(Path(folder), version))
+        chats = [*CHATS, *([(THOUGHT, False)] if version == "v13" else [])]
+        prompts = []
+        for messages, with_tools in chats:
+            request = ChatCompletionRequest.from_openai(
+                _for_theirs(messages, url), tools=TOOLS if with_tools else None
+            )
+            ids = theirs.encode_chat_completion(request).tokens
+            text = theirs.instruct_tokenizer.tokenizer.decode(ids, SpecialTokenPolicy.KEEP)
+            prompts.append(text.replace("[IMG_END]", ""))  # 16 by 16 pixels are one [IMG] and the end
+        found[version] = prompts
+    file = Path(__file__).with_suffix(".json")
+    file.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    _record()
