@@ -112,6 +112,11 @@ class TowerGraphs:
 
     def _stage_by_stage(self, size: int, count: int, capture: Capture) -> list[Replay]:
         """Capture each stage on the static results of the previous one."""
+        # Capturing runs the stages. Segments of an earlier batch may end beyond this size, and the kernels
+        # would read there. Every replay of other segments fills the bounds again.
+        self._bounds.zero_()
+        self._window_bounds.zero_()
+        self._filled = None
         cos, sin = (self._cos[:size], self._sin[:size]) if self._rotates else (None, None)
         segments, windows = VisionSegments(self._bounds[: count + 1], size, cos, sin), None
         if self._window_len is not None:

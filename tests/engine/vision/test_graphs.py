@@ -134,6 +134,30 @@ def test_segments_are_copied_when_they_change(monkeypatch, window_len):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("window_len", [None, 4])
+def test_no_segment_exceeds_the_size_that_is_captured(monkeypatch, window_len):
+    """An image that is encoded before the captures leaves its segments behind, which are longer than the
+    smallest size. Captured work runs, so it must not see them."""
+    monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 16)
+    monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 80)
+    made, seen = tower(window_len), []
+
+    def capture(work):
+        _, segments, windows = work.args
+        ends = [int(bounds.cu_seqlens.max()) for bounds in (segments, windows) if bounds is not None]
+        seen.append((segments.max_len, max(ends)))
+        return rerun(work)
+
+    def encode():
+        within = VisionSegments(bounds([70]), 70, torch.ones(70, 8), torch.zeros(70, 8))
+        windows = None if window_len is None else replace(within, cu_seqlens=bounds([35, 35]), max_len=35)
+        made.states(torch.zeros(70, 12), within, windows=windows)
+
+    made.capture_graphs(capture, window_len=window_len, rehearse=encode)
+    assert min(size for size, _ in seen) == 16
+    assert all(end <= size for size, end in seen)
+
+
 def test_batches_too_large_for_a_graph_run_eagerly(monkeypatch):
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 32)
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 32)
