@@ -115,6 +115,19 @@ def test_answers_are_those_of_a_rounding_cache(tmp_path, kind, scaled):
     assert max(changes) > 1e-2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_scales_of_heads_on_a_gpu(tmp_path):
+    """A key that is rounded from other last bits may become its neighbour, so answers are only near."""
+    path = make_text(tmp_path / "model", "qwen3")
+    scales = with_scales(path, 2, 2)
+    expected = [reference(path, prompt, scales) for prompt in PROMPTS]
+    llm = LLM(str(path), kv_cache_dtype="fp8", **{**OPTIONS, "device": "cuda", "block_size": 16})
+    first = [(ours[0], theirs[0]) for ours, theirs in zip(answers(llm), expected, strict=True)]
+    assert all(ours[0] == theirs[0] and abs(ours[1] - theirs[1]) < 0.02 for ours, theirs in first)
+    llm.check_integrity()
+
+
 def test_ranks_have_the_scales_of_their_heads(tmp_path):
     path = make_text(tmp_path / "model", "qwen3")
     scales = with_scales(path, 2, 2)
