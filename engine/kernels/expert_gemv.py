@@ -2,13 +2,13 @@
 
 With fewer pairs of tokens and experts than experts, nearly every pair reads matrices of its own: each is a
 GEMV, bound by memory, see :mod:`engine.kernels.gemv`. Two launches compute a layer, without sorting. Which
-weights are read is known only once the router has chosen, so nothing can be prefetched; a program issues all
-its loads of a step at once instead, those of all experts of a token included.
+weights are read is known only once the router has chosen, so nothing can be prefetched. A program adds up all
+experts of a token, and issues their loads of a step at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -33,15 +33,18 @@ class ExpertTile:
 def choose_tile(inputs: int, rows: int, itemsize: int) -> ExpertTile:
     """Choose the tile of a program that reads ``rows`` weight rows for each output.
 
-    A step reads at most 16 KiB, enough programs of which fit on an SM to keep its memory busy.
+    Of some thirty tiles it is the best or within 1 % of it on an H200 for 8 of 128 experts of 2048 by 768 and
+    1 and 4 tokens: two rows (gate) and eight rows (down) of 16-bit and fp8 weights.
 
     Args:
         itemsize: bytes of a weight.
     """
-    width = min(triton.next_power_of_2(inputs), max(16, 16384 // (rows * itemsize)))
-    step_bytes = rows * width * itemsize
-    outputs = 2 if 2 * step_bytes <= 8192 else 1
-    return ExpertTile(outputs, width, 4)
+    narrow = itemsize == 1
+    if rows == 2:
+        tile = ExpertTile(outputs=2, inputs=512, warps=4 if narrow else 2)
+    else:
+        tile = ExpertTile(outputs=2 if narrow else 1, inputs=max(16, 1024 // rows), warps=4)
+    return replace(tile, inputs=min(tile.inputs, triton.next_power_of_2(inputs)))
 
 
 def expert_gemv_triton(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMatrices, activation):

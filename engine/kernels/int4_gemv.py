@@ -34,14 +34,21 @@ class Int4GemvTile:
     warps: int
 
 
-def choose_tile(outputs: int, words: int) -> Int4GemvTile:
+def choose_tile(outputs: int, words: int, *, zeros: bool = False) -> Int4GemvTile:
     """Choose the tile of a problem. A thread has four words of each output, which it loads at once.
 
-    It was not measured on a GPU.
+    Of some thirty tiles it is the best on an H200 for layers of 3584 to 18944 inputs in groups of 128.
+
+    Args:
+        zeros: the weight has zero points.
     """
-    warps = 2 if words <= 1024 else 4
-    tile_outputs = 4 if outputs > 2048 else 2
-    return Int4GemvTile(tile_outputs, min(128 * warps, triton.next_power_of_2(words)), warps)
+    if zeros or outputs > 8192:
+        tile = Int4GemvTile(outputs=4, words=128, warps=1)
+    elif words > 1024:
+        tile = Int4GemvTile(outputs=2, words=512, warps=4)
+    else:
+        tile = Int4GemvTile(outputs=4 if outputs > 2048 else 2, words=256, warps=2)
+    return replace(tile, words=min(tile.words, triton.next_power_of_2(words)))
 
 
 def int4_gemv_triton(
@@ -51,7 +58,7 @@ def int4_gemv_triton(
     outputs = len(words)
     assert x.shape == (1, scale.inputs) and x.stride(1) == 1
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
-    tile = choose_tile(outputs, words.shape[1])
+    tile = choose_tile(outputs, words.shape[1], zeros=scale.zeros is not None)
     if scale.kind != "int4":
         # Decoding floats needs registers.
         tile = replace(tile, outputs=2)
