@@ -37,6 +37,7 @@ async def prepare_media(
     caller: str,
     limits: Mapping[MediaKind, int],
     charges: MediaCharges,
+    salt: str = "",
 ) -> list[Shown]:
     """Prepare all media of a request, in order.
 
@@ -44,13 +45,14 @@ async def prepare_media(
         files, caller: as of :meth:`PreprocessorStage.prepare`.
         limits: most items of each kind; pages count as images.
         charges: of the request; charged with pages before they are rendered.
+        salt: keeps the caches of tenants apart.
 
     Raises:
         SightlineError: as :meth:`PreprocessorStage.open` and :meth:`PreprocessorStage.prepare`.
     """
     paged = [source for source in sources if source.pages is not None]
     if not paged:
-        return [_whole(pixels) for pixels in await stage.prepare(sources, files, caller)]
+        return [_whole(pixels) for pixels in await stage.prepare(sources, files, caller, None, salt)]
     whole = [source for source in sources if source.pages is None]
     opened = await stage.open(paged, _of(files, paged), caller, num_images(whole))
     pages = [page for file in opened for page in file.pages.sources]
@@ -58,12 +60,12 @@ async def prepare_media(
     charges.pages(opened)
     images = num_images([*whole, *pages])
     work = [
-        stage.prepare_pages(file, file.pages.sources[start : start + _TOGETHER], images)
+        stage.prepare_pages(file, file.pages.sources[start : start + _TOGETHER], images, salt)
         for file in opened
         for start in range(0, len(file.pages.sources), _TOGETHER)
     ]
     if whole:
-        work.append(stage.prepare(whole, _of(files, whole), caller, images))
+        work.append(stage.prepare(whole, _of(files, whole), caller, images, salt))
     made = await all_or_none(work)
     found = iter(made.pop() if whole else ())
     rendered, left = (pixels for group in made for pixels in group), iter(opened)

@@ -231,7 +231,13 @@ class Pipeline:
         try:
             with self.meter.call("preprocessor"):
                 shown = await prepare_media(
-                    stage, media.sources, media.files, owner.key, self._limits, media.charges
+                    stage,
+                    media.sources,
+                    media.files,
+                    owner.key,
+                    self._limits,
+                    media.charges,
+                    caller_salt(owner.salt),
                 )
         except RowsLost:
             # Only kept files are handed over by reference.

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from deployments.metrics.families import Family, Part
+from deployments.metrics.snapshots import prepared_families
 from deployments.metrics.stage import StageMeter
 from deployments.stage_config import PreprocessorConfig
 from deployments.stages import OpenFile
@@ -28,6 +29,7 @@ from engine.media.source import MediaSource
 from engine.media.video.limits import VideoLimits
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.preparation import MediaPreparation
+from engine.prepared_items import PreparedItems
 from engine.prompt import KeptFiles, PreparedMedia
 
 T = TypeVar("T")
@@ -70,6 +72,7 @@ class Preprocessor:
             readers=config.document_processes,
             rows=GivenRows(load_embedding_width(engine), fetch.max_bytes),
         )
+        self._items = PreparedItems(self._preparation, config.cache_bytes)
         self._fetcher = MediaFetcher(fetch_policy(engine, fetch))
         self.ledger = Ledger(media)
         self._threads = ThreadPoolExecutor(config.threads, "images")
@@ -81,13 +84,17 @@ class Preprocessor:
         }
         self._on_threads = 0
         self._pixels = self._pending_pixels = 0
-        self._items = Histogram(COUNT_BUCKETS)
+        self._counts = Histogram(COUNT_BUCKETS)
         self._meter = StageMeter(
-            "preprocessor", lambda: max(self._on_threads - self._num_threads, 0), self._items.snapshot, tracer
+            "preprocessor",
+            lambda: max(self._on_threads - self._num_threads, 0),
+            self._counts.snapshot,
+            tracer,
         )
 
     def take_over(self, config: PreprocessorConfig) -> None:
         """Take over the values of :attr:`PreprocessorConfig.IN_PLACE`, for the next images."""
+        self._items.limit(config.cache_bytes)
         if config.threads != self._num_threads:
             former, self._threads = self._threads, ThreadPoolExecutor(config.threads, "images")
             self._num_threads = config.threads
@@ -100,12 +107,15 @@ class Preprocessor:
         files: Mapping[int, KeptFiles] = {},
         caller: str = "",
         images: int | None = None,
+        salt: str = "",
     ) -> list[PreparedMedia]:
         """Fetch, decode and prepare media of a request, in order.
 
         Args:
             files: files of earlier requests, by the index of the source that names them.
             caller: name of the caller's API key.
+            images: number of images of the whole request; that of ``sources`` if None.
+            salt: keeps the caches of tenants apart.
 
         Raises:
             MediaError: an item can't be fetched, decoded or shown; ``param`` is its ``where``.
@@ -123,13 +133,13 @@ class Preprocessor:
                 account.charge("pixels", pixels, sources[0].where)
 
             async def make(source: MediaSource, files: list[bytes]) -> PreparedMedia:
-                work = partial(preparation.prepare, processor, source, files, account)
+                work = partial(self._items.prepare, processor, source, files, account, salt)
                 kind = "video" if source.is_video_file else "image"
                 made = await self._on_thread(_kept, work, source, files, kind=kind)
                 seconds = {"fetch": fetched - began, "prepare": time.perf_counter() - fetched}
                 return replace(made, seconds=seconds)
 
-            self._items.observe(len(sources))
+            self._counts.observe(len(sources))
             self._pending_pixels += pixels
             try:
                 prepared = await all_or_none(
@@ -174,12 +184,13 @@ class Preprocessor:
             return [OpenFile(*pair) for pair in zip(opened, kept, strict=True)]
 
     async def prepare_pages(
-        self, file: OpenFile, pages: Sequence[MediaSource], images: int
+        self, file: OpenFile, pages: Sequence[MediaSource], images: int, salt: str = ""
     ) -> list[PreparedMedia]:
         """Render and prepare pages of an opened file, in order; errors as :meth:`prepare`.
 
         Args:
             images: number of images of the whole request.
+            salt: as of :meth:`prepare`.
         """
         with self._meter.request() as span:
             began = time.perf_counter()
@@ -189,11 +200,11 @@ class Preprocessor:
             kind = "image" if found[0].dpi is None else "document"
             self._pending_pixels += pixels
             try:
-                work = self._preparation.prepare_pages, processor, pages, file.file.files[0]
+                work = self._items.prepare_pages, processor, pages, file.file, salt
                 made = await self._on_thread(*work, kind=kind)
             finally:
                 self._pending_pixels -= pixels
-            self._items.observe(len(pages))
+            self._counts.observe(len(pages))
             self._pixels += pixels
             span.note(items=len(pages), pixels=pixels)
             self._meter.count_bytes(0, sum(media.pixels.nbytes for media in made))
@@ -243,6 +254,7 @@ class Preprocessor:
                 "Pixels of the images and frames that wait or are being prepared.",
                 self._pending_pixels,
             ),
+            *prepared_families(self._items.metrics()),
         ]
 
     @property

@@ -138,16 +138,19 @@ class PreprocessorConfig(StageConfig):
         threads: images that a replica decodes and resizes at a time.
         video_processes: video files that a replica decodes at a time, each in a process of its own.
         document_processes: documents that a replica reads at a time, likewise.
+        cache_bytes: memory for prepared images, videos and pages, which are not prepared again when a request
+            shows them once more; 0 keeps none.
         max_ongoing_requests: as for every stage. Most of them wait for hosts, which costs nothing: images
             that come with their request must not wait for those.
     """
 
     stage: ClassVar[str] = "preprocessor"
-    IN_PLACE: ClassVar[frozenset[str]] = frozenset({"threads"})
+    IN_PLACE: ClassVar[frozenset[str]] = frozenset({"threads", "cache_bytes"})
 
     threads: PositiveInt = 4
     video_processes: PositiveInt = 2
     document_processes: PositiveInt = 2
+    cache_bytes: int = Field(default=256 << 20, ge=0)
     max_ongoing_requests: PositiveInt = 512
 
 

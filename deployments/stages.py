@@ -144,6 +144,7 @@ class PreprocessorStage(Stage, Protocol):
         files: Mapping[int, KeptFiles],
         caller: str,
         images: int | None = None,
+        salt: str = "",
     ) -> Sequence[Pixels]:
         """Prepare media of a request, in order.
 
@@ -152,6 +153,7 @@ class PreprocessorStage(Stage, Protocol):
                 preprocessor stage of the same implementation.
             caller: name of the caller's API key.
             images: number of images of the whole request; that of ``sources`` if None.
+            salt: keeps the caches of tenants apart.
 
         Raises:
             MediaError: an item can't be fetched, decoded or shown; ``param`` is its ``where``.
@@ -173,12 +175,13 @@ class PreprocessorStage(Stage, Protocol):
         ...
 
     async def prepare_pages(
-        self, file: OpenFile, pages: Sequence[MediaSource], images: int
+        self, file: OpenFile, pages: Sequence[MediaSource], images: int, salt: str = ""
     ) -> Sequence[Pixels]:
         """Render and prepare pages of a file, in order; errors as :meth:`prepare`.
 
         Args:
             images: number of images of the whole request.
+            salt: as of :meth:`prepare`.
         """
         ...
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -22,6 +22,7 @@ from engine.families.base import MediaEncoder
 from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
 from engine.graphs import make_capture
+from engine.lru import LruCache
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.placement import resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
@@ -92,7 +93,7 @@ class EncoderEngine:
         self._duty_cycle = duty_cycle
         self._device = device
         self._max_batch_cost = max_batch_cost
-        self._cache = _RowCache(cache_bytes)
+        self._cache: LruCache[EmbeddedMedia] = LruCache(cache_bytes)
         self._counters = EncoderCounters()
         self._batches = Histogram(COUNT_BUCKETS)
         self._pending_rows = 0
@@ -380,39 +381,8 @@ class EncoderEngine:
         with self._changed:
             self._pending_rows -= self._jobs.pop(key).media.item.num_tokens
             if not future.cancelled() and future.exception() is None:
-                self._cache.put(key, future.result())
-
-
-class _RowCache:
-    """Least recently used rows within a byte budget. Not thread-safe."""
-
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._entries: OrderedDict[str, EmbeddedMedia] = OrderedDict()
-        self.bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: str) -> EmbeddedMedia | None:
-        entry = self._entries.get(key)
-        if entry is not None:
-            self._entries.move_to_end(key)
-        return entry
-
-    def put(self, key: str, entry: EmbeddedMedia) -> None:
-        if key in self._entries or entry.rows.nbytes > self._budget:
-            return
-        self._entries[key] = entry
-        self.bytes += entry.rows.nbytes
-        self.limit(self._budget)
-
-    def limit(self, budget: int) -> None:
-        """Keep no more than ``budget`` bytes, now and later."""
-        self._budget = budget
-        while self.bytes > self._budget:
-            _, oldest = self._entries.popitem(last=False)
-            self.bytes -= oldest.rows.nbytes
+                made = future.result()
+                self._cache.put(key, made, made.rows.nbytes)
 
 
 def _embedded(content_hash: str, rows: torch.Tensor) -> EmbeddedMedia:

@@ -114,7 +114,7 @@ class MediaPreparation:
             measured = [read_size(image, self._images, where=source.where) for image in files]
             sizes += measured
             if source.kind == "image":
-                tokens += _name_source(source, _for_item(processor, source).check, measured[0])
+                tokens += _name_source(source, for_item(processor, source).check, measured[0])
         check_total(sizes, self._images)
         self._check_tokens(tokens)
         return sum(width * height for width, height in sizes)
@@ -141,7 +141,7 @@ class MediaPreparation:
             assert self._rows is not None
             return self._rows.prepare(processor, source, files[0])
         if source.is_video_file:
-            return self._video_file(_for_item(processor, source), source, files[0], account)
+            return self._video_file(for_item(processor, source), source, files[0], account)
         decoded = [decode(data, self._images, where=source.where) for data in files]
         made = self.show(processor, source, [each.image for each in decoded])
         return replace(made, note=next((each.note for each in decoded if each.note), ""))
@@ -155,7 +155,7 @@ class MediaPreparation:
         self, processor: MediaProcessor, source: MediaSource, images: Sequence[Image.Image]
     ) -> PreparedMedia:
         """Prepare one item from decoded images; errors as :meth:`prepare`."""
-        processor = _for_item(processor, source)
+        processor = for_item(processor, source)
         if source.kind == "image":
             return _name_source(source, processor.prepare, images[0])
         video = _name_source(source, Video.of, images)
@@ -205,7 +205,7 @@ class MediaPreparation:
         for source in pages:
             assert source.page is not None
             sizes.append(source.page.size)
-            tokens += _name_source(source, _for_item(processor, source).check, source.page.size)
+            tokens += _name_source(source, for_item(processor, source).check, source.page.size)
         check_total(sizes, self._images)
         self._check_tokens(tokens)
         return sum(width * height for width, height in sizes)
@@ -291,7 +291,7 @@ def _paged(
     return PagedFile(tuple(map(source.page_source, pages)), tuple(texts))
 
 
-def _for_item(processor: MediaProcessor, source: MediaSource) -> MediaProcessor:
+def for_item(processor: MediaProcessor, source: MediaSource) -> MediaProcessor:
     """The processor for one item, at the cost that its caller asks for.
 
     Raises:

@@ -18,7 +18,7 @@ FLOORS = [
     ["errors"],
     [
         *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"),
-        *("watchdog", "startup", "helpers"),
+        *("watchdog", "startup", "helpers", "lru"),
     ],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),
@@ -27,7 +27,7 @@ FLOORS = [
     ["constraints", "request", "structured", "token_rows", "vision", "weights"],
     ["families", "scheduling"],
     ["fit", "placement", "inputs", "preparation", "runner", "core"],
-    ["frontend", "encoder", "executor", "output_processor"],
+    ["frontend", "encoder", "executor", "output_processor", "prepared_items"],
     ["request_factory"],
     ["loading"],
     ["async_engine", "offline"],
@@ -104,6 +104,7 @@ PUBLIC = {
     "engine.parsers.reasoning",
     "engine.pooling_params",
     "engine.preparation",
+    "engine.prepared_items",
     "engine.progress",
     "engine.prompt",
     "engine.sampling_params",

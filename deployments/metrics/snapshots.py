@@ -54,6 +54,20 @@ _ENCODER: tuple[_Row, ...] = (
 )
 
 
+#: Of :meth:`engine.prepared_items.PreparedItems.metrics`.
+_PREPARED: tuple[_Row, ...] = (
+    ("cache_hits", "cache_hits_total", "counter", "Items that were not prepared again."),
+    ("cache_misses", "cache_misses_total", "counter", "Items that were not in the cache."),
+    ("cached_items", "cached_items", "gauge", "Prepared items in the cache."),
+    ("cached_bytes", "cached_bytes", "gauge", "Bytes of the cache of prepared items."),
+)
+
+
+def prepared_families(snapshot: Mapping[str, Any]) -> list[Family]:
+    """Metrics of a preprocessor's cache."""
+    return _families("sightline_preprocessor_", _PREPARED, snapshot)
+
+
 def engine_families(snapshot: Mapping[str, Any]) -> list[Family]:
     """Metrics of an engine."""
     used, blocks = snapshot["kv_blocks_used"], snapshot["kv_blocks_total"]

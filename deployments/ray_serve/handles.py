@@ -108,8 +108,9 @@ class RemotePreprocessor(_RemoteStage):
         files: Mapping[int, KeptFiles],
         caller: str,
         images: int | None = None,
+        salt: str = "",
     ) -> list[PixelsRef]:
-        args = list(sources), caller, images, current.get(), *_referenced(files)
+        args = list(sources), caller, images, salt, current.get(), *_referenced(files)
         return await self._work(self._handle.prepare, *args)
 
     async def open(
@@ -119,9 +120,9 @@ class RemotePreprocessor(_RemoteStage):
         return await self._work(self._handle.open, *args)
 
     async def prepare_pages(
-        self, file: OpenFile, pages: Sequence[MediaSource], images: int
+        self, file: OpenFile, pages: Sequence[MediaSource], images: int, salt: str = ""
     ) -> list[PixelsRef]:
-        args = list(pages), images, current.get(), replace(file.file, files=None), file.file.files
+        args = list(pages), images, salt, current.get(), replace(file.file, files=None), file.file.files
         return await self._work(self._handle.prepare_pages, *args)
 
 

@@ -95,6 +95,7 @@ class PreprocessorReplica:
         sources: Sequence[MediaSource],
         caller: str,
         images: int | None,
+        salt: str,
         span: Carrier,
         kept: Sequence[tuple[int, KeptFiles]],
         *files: Any,
@@ -104,11 +105,13 @@ class PreprocessorReplica:
         Args:
             caller: name of the caller's API key.
             images: number of images of the whole request; that of ``sources`` if None.
+            salt: keeps the caches of tenants apart.
             kept: files of earlier requests, each with the index of the source that names it.
             files: the bytes of each of ``kept``; Ray has resolved their references.
         """
         current.set(span)
-        return await answered(self._all(self._stage.prepare(sources, _given(kept, files), caller, images)))
+        work = self._stage.prepare(sources, _given(kept, files), caller, images, salt)
+        return await answered(self._all(work))
 
     async def open(
         self,
@@ -124,12 +127,12 @@ class PreprocessorReplica:
         return await answered(self._open(sources, _given(kept, files), caller, images))
 
     async def prepare_pages(
-        self, pages: Sequence[MediaSource], images: int, span: Carrier, file: KeptFiles, data: Any
+        self, pages: Sequence[MediaSource], images: int, salt: str, span: Carrier, file: KeptFiles, data: Any
     ) -> list[PixelsRef] | Refusal:
         """Render and prepare pages of a file; Ray has resolved the reference to its bytes."""
         current.set(span)
         opened = OpenFile(PagedFile(tuple(pages)), replace(file, files=data))
-        return await answered(self._all(self._stage.prepare_pages(opened, pages, images)))
+        return await answered(self._all(self._stage.prepare_pages(opened, pages, images, salt)))
 
     async def _open(
         self, sources: Sequence[MediaSource], files: Mapping[int, KeptFiles], caller: str, images: int

@@ -13,6 +13,8 @@ item given as embeddings   :func:`embeddings_hash`            rows (dtype, shape
                                                               times, placeholder
 files kept by ``uuid``     ``deployments.references``:        caller's key and salt, model, ``uuid``; a
                            owner and ``uuid``                 digest of the bytes tells other content
+prepared item              ``PreparedItems``: digest, and     digest of the files, the processor with all its
+                           what is asked of the files         options, kind, frames or page asked for, salt
 encoder's embedding rows   ``engine.encoder``: salt and the   tenant's salt, content hash
                            item's hash
 KV block                   ``BlockHasher``: chain of hashes   engine's secret, model, tenant's salt, rotary

@@ -95,8 +95,8 @@ class Mortal:
             raise StageLost("killed by the test")
         return result
 
-    async def prepare(self, sources, files, caller):
-        return await self._call(self._stage.prepare, sources, files, caller)
+    async def prepare(self, *args):
+        return await self._call(self._stage.prepare, *args)
 
     async def encode(self, pixels, salt):
         return await self._call(self._stage.encode, pixels, salt)

@@ -58,8 +58,8 @@ class DyingStage:
     async def collect(self):
         return await self._stage.collect()
 
-    async def prepare(self, sources, files, caller):
-        return await self._call("prepare", sources, files, caller)
+    async def prepare(self, *args):
+        return await self._call("prepare", *args)
 
     async def encode(self, pixels, salt):
         return await self._call("encode", pixels, salt)

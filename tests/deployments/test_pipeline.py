@@ -27,9 +27,11 @@ class Preprocessor:
 
     errors: list[Exception] = field(default_factory=list)
     calls: int = 0
+    salts: set[str] = field(default_factory=set)
 
-    async def prepare(self, sources, files, caller):
+    async def prepare(self, sources, files, caller, images=None, salt=""):
         self.calls += 1
+        self.salts.add(salt)
         if self.errors:
             raise self.errors.pop(0)
         kept = [None if source.index in files else kept_files([b"."]) for source in sources]
@@ -90,9 +92,12 @@ def build(items):
     return EngineInput([1] * 4)
 
 
-async def test_the_salt_reaches_the_encoder(spec):
+async def test_the_salt_reaches_the_preprocessor_and_the_encoder(spec):
     encoder = Encoder()
-    prompt = await pipeline(spec, encoder=encoder).prepare(build, SOURCES[:1], salt="tenant")
+    preprocessor = Preprocessor()
+    made = pipeline(spec, preprocessor=preprocessor, encoder=encoder)
+    prompt = await made.prepare(build, SOURCES[:1], salt="tenant")
+    assert preprocessor.salts == {"tenant"}
     assert encoder.seen == [("data:,0", "tenant")]
     # After a loss too.
     await prompt.encode_again()

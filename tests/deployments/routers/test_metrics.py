@@ -104,6 +104,10 @@ async def test_a_chat_is_counted_by_every_stage(scrape, client, running, idle_af
         assert after("stage_replicas", **labels) == 1
     assert grown("preprocessor_pixels_total", **pocket) == 2 * (171 * 93 + 200 * 160)
     assert after("preprocessor_pending_pixels", **pocket) == 0
+    hits, misses = (grown(f"preprocessor_cache_{name}_total", **pocket) for name in ("hits", "misses"))
+    assert hits >= 2 and hits + misses == 4
+    assert after("preprocessor_cached_items", **pocket) >= 2
+    assert after("preprocessor_cached_bytes", **pocket) > 0
     assert grown("encoder_items_total", **pocket) + grown("encoder_cache_hits_total", **pocket) == 4
     assert grown("encoder_cache_hits_total", **pocket) >= 2
     assert after("encoder_pending_visual_tokens", **pocket) == 0
