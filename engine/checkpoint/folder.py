@@ -95,14 +95,27 @@ class Checkpoint:
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
         """The image processor's options, from the file that Transformers takes: version 5 saves them in
-        processor_config.json, earlier versions in preprocessor_config.json."""
-        return self._processor("image_processor", "preprocessor_config.json")
+        processor_config.json, earlier versions in preprocessor_config.json. Folders of Mistral without either
+        state them in tekken.json."""
+        found = self._processor("image_processor", "preprocessor_config.json")
+        return found or self._publishers_processor()
 
     @cached_property
     def video_preprocessor_config(self) -> dict[str, Any]:
         """The video processor's options, likewise; the image processor's if no file states them."""
         found = self._processor("video_processor", "video_preprocessor_config.json")
         return found or self.json("preprocessor_config.json")
+
+    def _publishers_processor(self) -> dict[str, Any]:
+        """The options in tekken.json, as Pixtral's image processor names them; empty if there are none."""
+        content = self.json("tekken.json")
+        stated = content.get("image") or content.get("multimodal")
+        if not isinstance(stated, dict):
+            return {}
+        return {
+            "size": {"longest_edge": stated.get("max_image_size")},
+            "patch_size": stated.get("image_patch_size"),
+        }
 
     def _processor(self, part: str, file: str) -> dict[str, Any]:
         """Options nested as ``part`` in processor_config.json, else those in ``file``."""

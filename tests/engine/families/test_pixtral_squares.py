@@ -9,12 +9,16 @@ from functools import partial
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.errors import CheckpointError, InvalidRequest
+from engine.frontend import Frontend
 from engine.media.video.video import Video
+from engine.text.tokenizer import Tokenizer
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.families.opened import media_processor, parse
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
+from tests.engine.text.tekken_file import write_tekken
 from tests.engine.tiny import picture
 
 MAKE = {"Mistral3": make_mistral3, "LightOnOcr": make_lighton_ocr}
@@ -27,7 +31,7 @@ def test_ministral_3(tmp_path, hub):
     Made(case, tmp_path / "made", hub).check_all()
 
 
-def test_a_public_mistral_is_filled_up(tmp_path):
+def write_public_config(folder):
     config = {
         "architectures": ["Mistral3ForConditionalGeneration"],
         "image_token_index": 10,
@@ -65,7 +69,11 @@ def test_a_public_mistral_is_filled_up(tmp_path):
         },
         "vision_feature_layer": -1,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_public_mistral_is_filled_up(tmp_path):
+    write_public_config(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 1540}}'
     )
@@ -74,6 +82,24 @@ def test_a_public_mistral_is_filled_up(tmp_path):
     assert parsed.vision.tower.num_layers == 24 and parsed.vision.mlp.bias is False
     # 1540 pixels are 55 squares of 28.
     assert media_processor(tmp_path).check((1540, 1540)) == 55 * 55
+
+
+@pytest.mark.parametrize("field", ["image", "multimodal"])
+def test_a_mistral_with_tekken_json_alone(tmp_path, field):
+    """Its tokenizer, chat template and image processor come from that file."""
+    write_public_config(tmp_path)
+    file = write_tekken(tmp_path, "v11")
+    content = json.loads(file.read_text())
+    del content["image"]
+    content[field] = {"image_patch_size": 14, "max_image_size": 1540, "spatial_merge_size": 2}
+    file.write_text(json.dumps(content))
+    assert media_processor(tmp_path).check((3080, 3080)) == 55 * 55
+    part = {"type": "image", "image": picture(60, 30)}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "where?"}, part]}]
+    prompt = Frontend.load(EngineConfig(model=str(tmp_path))).from_messages(messages)
+    line = "[IMG]" * 3
+    expected = f"<s>[INST]{line}[IMG_BREAK]{line}[IMG_END]where?[/INST]"
+    assert Tokenizer.load(tmp_path).decode(prompt.inputs.token_ids) == expected
 
 
 @pytest.mark.parametrize("kind", MAKE)
