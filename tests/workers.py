@@ -28,6 +28,8 @@ _LONGEST = (
     "tests/deployments/test_replay.py",
     "tests/deployments/test_resumption.py",
     "tests/benchmarks/",
+    "tests/models/",
+    "tests/k8s/",
     "tests/engine/",
     "tests/deployments/",
 )

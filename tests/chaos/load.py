@@ -24,7 +24,7 @@ SCHEMA = {
 TOOL = {"type": "function", "function": {"name": "report", "parameters": SCHEMA}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 HELLO = [{"role": "user", "content": "Hello!"}]
-LONG = {"ignore_eos": True, "max_tokens": 160}
+LONG = {"ignore_eos": True, "max_tokens": 100}
 
 #: Bodies of requests. Greedy or seeded: whatever happens, their answers are the same.
 BODIES: dict[str, dict[str, Any]] = {

@@ -212,7 +212,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 NOT_STREAMED = ("scored prompt", "scored prompts with echo")
-MOST_CUTS = 12
+#: Cuts of an answer, with ``wide`` and without.
+MOST_CUTS = {True: 12, False: 6}
 
 #: Updates of an answer's first try before it is lost; None: nothing is lost. Negative: every try is lost
 #: after this many.
@@ -421,7 +422,7 @@ async def cut(running) -> AsyncIterator[Cut]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_cut_after_any_token_goes_unseen(cut, rows, kind):
+async def test_a_cut_after_any_token_goes_unseen(cut, rows, kind, wide):
     path, body = whole_body(kind, rows)
     client, stage = cut.clients["thought" in kind], cut.stage
     # Rows are made again from what the request keeps.
@@ -437,12 +438,13 @@ async def test_a_cut_after_any_token_goes_unseen(cut, rows, kind):
     modes = (False,) if kind in NOT_STREAMED else (False, True)
     wanted = {stream: await answered(None, stream) for stream in modes}
     tokens = max(map(len, stage.begun.values()))
-    # Of long answers some cuts must do.
-    cuts = range(len(kind) % (tokens // MOST_CUTS + 1), tokens + 1, tokens // MOST_CUTS + 1)
+    # Of long answers some cuts must do; each kind begins with another one.
+    apart = tokens // MOST_CUTS[wide] + 1
+    cuts = range(len(kind) % apart, tokens + 1, apart)
     # Each try is lost, too, but not too often: pauses grow with every loss.
     tries = [(at, modes[at % len(modes)]) for at in (*cuts, -(tokens // 5) - 1, -(tokens // 3) - 1)]
     found = await asyncio.gather(*(answered(*each) for each in tries))
-    assert len(cuts) > 5 and stage.losses >= len(cuts)
+    assert len(cuts) > MOST_CUTS[wide] // 2 - 1 and stage.losses >= len(cuts)
     if "choices" in kind and "allowed_token_ids" in body:
         assert len({json.dumps(without_index(each)) for each in wanted[False]["choices"]}) == body["n"]
     if kind == "choices of different lengths":

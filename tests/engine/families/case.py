@@ -178,7 +178,14 @@ class FamilyCase:
         text = f"a red square {self.video} on a blue {self.placeholder(0, 1)}"
         return [CasePrompt(self.frame.format(text), (picture(20, 50, 60),), frames)]
 
+    def _kinds(self) -> list[list[CasePrompt]]:
+        kinds = (self.single_prompts(), self.text_prompts(), self.several_prompts(), self.video_prompts())
+        return [kind for kind in kinds if kind]
+
     def prompts(self) -> list[CasePrompt]:
         """All kinds, mixed."""
-        kinds = (self.single_prompts(), self.text_prompts(), self.several_prompts(), self.video_prompts())
-        return [prompt for kind in kinds for prompt in kind]
+        return [prompt for kind in self._kinds() for prompt in kind]
+
+    def one_of_each(self) -> list[CasePrompt]:
+        """The last prompt of each kind that the model takes."""
+        return [kind[-1] for kind in self._kinds()]

@@ -352,6 +352,30 @@ CASES = [
     ),
 ]
 
+#: Cases whose tower and decoder have the code of another case, with other numbers, names or experts; and the
+#: name of that case. Laws about the engine's ways to run that code are wide for them.
+LIKE = {
+    "LLaVA with Pixtral": "Mistral3",
+    "LightOnOCR": "Mistral3",
+    "Gemma 3 with pan and scan": "Gemma 3",
+    "InternVL, publishers' names": "InternVL",
+    "VLM2Vec": "Phi-3.5-vision",
+    "Qwen3-VL-MoE": "Qwen3-VL",
+    "ColQwen2": "Qwen2-VL",
+    "GLM-4.6V": "GLM-4.1V",
+    "MiniCPM-V 4.7": "MiniCPM-V 4.6",
+    "SmolVLM": "Idefics3",
+    "granite": "qwen3",
+    "llama": "qwen3",
+    "llama3": "qwen3",
+    "ministral3": "mistral",
+    "mixtral": "mistral",
+    "qwen2": "qwen3",
+    "qwen3_5": "Qwen3.5",
+    "qwen3_5_moe": "Qwen3.5-MoE",
+    "qwen3_moe": "qwen2_moe",
+}
+
 
 def case_named(name: str) -> FamilyCase:
     (case,) = (case for case in CASES if case.name == name)

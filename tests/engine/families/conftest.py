@@ -22,11 +22,17 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Callable[..., Made]:
-    """The checkpoint of a case, as Transformers saves it or as on the hub; made at its first use."""
+    """The checkpoint of a case, as Transformers saves it or as on the hub; made at its first use.
+
+    Only the last case that was asked for keeps an engine.
+    """
     root, found = tmp_path_factory.mktemp("families"), {}
 
     def checkpoint(case: FamilyCase, *, hub: bool = False) -> Made:
         key = case.name, hub
+        for (name, _), other in found.items():
+            if name != case.name:
+                other.release()
         if key not in found:
             found[key] = Made(case, root / f"{case.name} {'hub' if hub else 'saved'}", hub)
         return found[key]

@@ -65,6 +65,15 @@ class Made:
     def llm(self, **options: Any) -> LLM:
         return LLM(str(self.path), **{**self.options, **options})
 
+    @cached_property
+    def plain(self) -> LLM:
+        """An engine without options of its own, for all tests that hold whatever its prefix cache has."""
+        return self.llm()
+
+    def release(self) -> None:
+        """Give back the memory of :attr:`plain`."""
+        self.__dict__.pop("plain", None)
+
     def check(
         self,
         llm: LLM,

@@ -11,8 +11,12 @@ from engine import encoder
 from engine.executor import rank
 from engine.runner import forward_graphs
 from engine.vision import graphs as vision_graphs
-from tests.engine.families.cases import CASES
+from tests.engine.families.cases import CASES, LIKE
 from tests.engine.rerun import rerun
+
+_CASES = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.wide] if case.name in LIKE else []) for case in CASES
+]
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def captured(monkeypatch):
     monkeypatch.setattr(forward_graphs, "FEW_SEQUENCES", 2)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", _CASES)
 def test_answers_are_the_reference_s(captured, made, case, wide):
     model, prompts = made(case), case.prompts()
     # One launch of the tower with several items, then each by itself.

@@ -1,6 +1,6 @@
 """Cases that are drawn from a seed: the engine gives what Transformers gives, in each way of serving.
 
-Each case is asked alone, and in some of the other modes: neighbouring cases take different ones. All modes of
+Each case is asked alone, and in one of the other modes: neighbouring cases take different ones. All modes of
 all cases: ``make test-wide``. More cases: ``make exactness N=200 SEED=1 FAMILY=qwen2``.
 """
 
@@ -70,17 +70,16 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "qwen3": (3, 24),
 }
 _PAIRS = [(name, seed) for name in _SEEDS for seed in _SEEDS[name]]
-#: Without ``--wide``, the modes of a case beside "alone": its number and these, modulo the number of modes.
-_STEPS = (0, 3)
+#: Without ``--wide`` a case has one mode beside "alone": its number, modulo the number of modes.
 _CASES = [
-    pytest.param(name, seed, [(number + step) % len(MODES) for step in _STEPS], id=f"{name}-{seed}")
+    pytest.param(name, seed, number % len(MODES), id=f"{name}-{seed}")
     for number, (name, seed) in enumerate(_PAIRS)
 ]
 
 
-@pytest.mark.parametrize(("family", "seed", "some"), _CASES)
-def test_a_drawn_case_is_as_transformers_has_it(family, seed, some, wide):
-    modes = [mode for number, mode in enumerate(MODES) if wide or number in some]
+@pytest.mark.parametrize(("family", "seed", "other"), _CASES)
+def test_a_drawn_case_is_as_transformers_has_it(family, seed, other, wide):
+    modes = [mode for number, mode in enumerate(MODES) if wide or number == other]
     result = run(Case(FAMILIES[family], seed, tuple(modes)))
     if any(reason.startswith("Unavailable") for reason in result.skipped):
         pytest.skip(result.skipped[0])
@@ -112,9 +111,9 @@ def test_records_of_several_runs_add_up(tmp_path):
     assert any("why" in reason for reason in reasons) and "different llama 2: refused: why" in reasons
 
 
-def test_every_mode_is_taken_by_many_cases():
-    taken = Counter(number for case in _CASES for number in case.values[2])
-    assert len(taken) == len(MODES) and min(taken.values()) > 10
+def test_every_mode_is_taken_by_several_cases():
+    taken = Counter(case.values[2] for case in _CASES)
+    assert len(taken) == len(MODES) and min(taken.values()) > 4
 
 
 def test_choices_do_not_depend_on_each_other():

@@ -17,8 +17,8 @@ from engine import LLM
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import InvalidRequest
 from engine.families.registry import supported_architectures
-from tests.engine.families.case import CasePrompt
-from tests.engine.families.cases import CASES
+from tests.engine.families.case import CasePrompt, FamilyCase
+from tests.engine.families.cases import CASES, LIKE
 from tests.engine.families.embedded import as_embeddings
 from tests.engine.families.made import Made
 from tests.engine.tiny import picture
@@ -49,29 +49,29 @@ def _check_media(model: Made, prompts: list[CasePrompt]) -> None:
     if not prompts:
         _check_refused(model, {"image": [picture(40, 56)]}, "no images")
         return
-    llm = model.llm()
-    model.check(llm, prompts)
-    for prompt in prompts:
-        others = prompt.others()
-        wanted = model.answer(prompt)
-        # Or all of this would hold if images were ignored.
-        assert all(model.answer(other).differs(wanted) for other in others)
-        model.check(llm, others)
+    model.check(model.plain, prompts)
+    pairs = [(other, prompt) for prompt in prompts for other in prompt.others()]
+    # Or all of this would hold if images were ignored.
+    assert all(model.answer(other).differs(model.answer(prompt)) for other, prompt in pairs)
+    model.check(model.plain, [other for other, _ in pairs])
 
 
 def _check_refused(model: Made, data: dict, reason: str) -> None:
-    llm = model.llm()
+    llm = model.plain
     with pytest.raises(InvalidRequest, match=reason):
         model.run(llm, [{"prompt": model.case.frame.format("hello"), "multi_modal_data": data}])
     llm.check_integrity()
 
 
 def batch_is_alone(model: Made, hub: Made, wide: bool) -> None:
-    """A text, an image, several, and a video in one batch; each by itself; and all of their logits."""
+    """A text, an image, several, and a video in one batch; each by itself; and all of their logits.
+
+    Without ``wide`` the last prompt of each kind is asked by itself.
+    """
     prompts = model.case.prompts()
-    model.check(model.llm(), prompts, prompt_logprobs=1)
     llm = model.llm(enable_prefix_caching=False)
-    for prompt in prompts:
+    model.check(llm, prompts, prompt_logprobs=1)
+    for prompt in prompts if wide else model.case.one_of_each():
         model.check(llm, [prompt], prompt_logprobs=3)
     assert max(model.distances(llm, prompts, prompts)) < 1e-4
 
@@ -84,7 +84,8 @@ def chunked_is_whole(model: Made, hub: Made, wide: bool) -> None:
 
 def preempted_or_cached(model: Made, hub: Made, wide: bool) -> None:
     """Blocks for two prompts, but not for their answers, so that one is interrupted and computed again; and
-    all prompts twice, the second time from the cache. Without ``wide`` few tokens a step only."""
+    all prompts twice, the second time from the cache. Without ``wide`` few tokens a step only, and a prompt
+    of each kind twice."""
     prompts = model.case.prompts()
     lengths = [len(model.answer(prompt).ids) for prompt in prompts[:2]]
     blocks = sum(-(-length // 4) for length in lengths) + 2
@@ -99,8 +100,9 @@ def preempted_or_cached(model: Made, hub: Made, wide: bool) -> None:
         # Vectors have no answer for which blocks could lack: those prompts wait for each other.
         assert model.case.embeds or llm.metrics()["preempted"] > 0
     llm = model.llm(block_size=4)
-    model.check(llm, prompts)
-    model.check(llm, prompts, block=4)
+    some = prompts if wide else model.case.one_of_each()
+    model.check(llm, some)
+    model.check(llm, some, block=4)
 
 
 def _interrupt(llm: LLM) -> None:
@@ -122,7 +124,7 @@ def embeds_are_pixels(model: Made, hub: Made, wide: bool) -> None:
     if not prompts:
         _check_refused(model, {"image": torch.zeros(1, 4, 64)}, "no images")
         return
-    llm = model.llm()
+    llm = model.plain
     for prompt, forms in zip(prompts, as_embeddings(llm.config, prompts), strict=True):
         for embeds in forms:
             entry = {"prompt": prompt.text, "multi_modal_data": {"image": embeds}}
@@ -133,12 +135,12 @@ def embeds_are_pixels(model: Made, hub: Made, wide: bool) -> None:
 
 def hub_layout(model: Made, hub: Made, wide: bool) -> None:
     """config.json, tensors and shards as in public checkpoints, with tied embeddings where small ones tie
-    them; and what ends an answer, in this layout and in the other."""
+    them; and what ends an answer, in this layout and in the other. Without ``wide`` a prompt of each kind."""
     llm = hub.llm()
-    hub.check(llm, hub.case.prompts())
+    hub.check(llm, hub.case.prompts() if wide else hub.case.one_of_each())
     if not model.case.embeds:
         hub.check_ends(llm)
-        model.check_ends(model.llm())
+        model.check_ends(model.plain)
 
 
 def bfloat16(model: Made, hub: Made, wide: bool) -> None:
@@ -186,9 +188,19 @@ LAWS = {
     "bf16 on a GPU": bfloat16_on_gpu,
 }
 
+#: Laws about ways to run a tower and a decoder, whatever model has them.
+_OF_THE_ENGINE = ("chunked = whole", "preempted or cached", "bf16 on a CPU")
 _NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def _marks(case: FamilyCase, law: str) -> list[pytest.MarkDecorator]:
+    if "GPU" in law:
+        return [pytest.mark.gpu, _NO_GPU]
+    return [pytest.mark.wide] if case.name in LIKE and law in _OF_THE_ENGINE else []
+
+
 CELLS = [
-    pytest.param(case, law, id=f"{case.name}-{law}", marks=[pytest.mark.gpu, _NO_GPU] if "GPU" in law else [])
+    pytest.param(case, law, id=f"{case.name}-{law}", marks=_marks(case, law))
     for case in CASES
     for law in LAWS
 ]
@@ -197,6 +209,11 @@ CELLS = [
 def test_every_architecture_has_a_row(made):
     rows = {name for case in CASES for name in Checkpoint.open(str(made(case).path)).config["architectures"]}
     assert rows == set(supported_architectures())
+
+
+def test_a_case_that_is_like_another_names_one_that_all_laws_are_tested_for():
+    names = {case.name for case in CASES}
+    assert LIKE.keys() <= names and set(LIKE.values()) <= names - LIKE.keys()
 
 
 def test_the_readme_has_all_columns():

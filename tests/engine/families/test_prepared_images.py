@@ -282,7 +282,8 @@ ROWS |= {
 }
 ROWS |= {
     "LLaVA, the crop's size alone": _with(ROWS["LLaVA, cropped"], size=None),
-    "Idefics3, no size": _with(ROWS["Idefics3"], size=None),
+    # Its size is then 1456: images become large.
+    "Idefics3, no size": replace(_with(ROWS["Idefics3"], size=None), sizes=[(60, 44), (29, 97)]),
     "Qwen2-VL, no least area": _with(
         Row(make_qwen2_vl, NATIVE, qwen), size=None, min_pixels=None, max_pixels=2048
     ),

@@ -82,6 +82,7 @@ def float_problem(device, dtype, rows, outputs, inputs, kind, group):
     return x, pack(padded).to(device), scale, bias, exact.to(device)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("kind", "group"), FLOATS)
 @pytest.mark.parametrize("size", FLOAT_SIZES, ids=str)
 def test_floats(device, dtype, size, kind, group):
