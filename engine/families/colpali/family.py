@@ -19,7 +19,7 @@ from engine.families.base import ModelConfig, PromptFormat
 from engine.families.encoders import crop_encoder
 from engine.families.family import Family
 from engine.families.llava.processor import LlavaProcessor
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation

@@ -17,7 +17,7 @@ from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.family import Family, Positions
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader
 from engine.families.qwen2_5_vl.family import FAMILY as QWEN2_5_VL

@@ -12,7 +12,7 @@ from engine.families.encoders import crop_encoder
 from engine.families.family import Family
 from engine.families.idefics3.processor import Idefics3Processor
 from engine.families.idefics3.video import SmolVLMProcessor, words_around, words_of_frame
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation

@@ -15,7 +15,7 @@ from engine.families.family import Family
 from engine.families.internvl.family import TOKENS, crop_placeholder, shuffled_crops
 from engine.families.internvl.processor import InternVLProcessor
 from engine.families.internvl.tower import parse_tower
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, nested_text
 from engine.families.parsing.processor import parse_normalisation

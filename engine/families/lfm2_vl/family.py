@@ -13,7 +13,7 @@ from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.lfm2_vl.config import TileVisionConfig, pieces
 from engine.families.lfm2_vl.processor import Lfm2VlProcessor
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, flag, integer, vision_activation
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation

@@ -16,7 +16,7 @@ from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.minicpm_v.config import SliceVisionConfig
 from engine.families.minicpm_v.processor import MiniCPMVProcessor
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, token_field
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors

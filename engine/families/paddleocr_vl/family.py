@@ -7,7 +7,7 @@ from dataclasses import replace
 from engine.checkpoint.rules import WeightRules
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.family import Family
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, token_field
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors

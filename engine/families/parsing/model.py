@@ -11,7 +11,8 @@ from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.quantisation import read_quantisation
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
-from engine.families.parsing.decoder import DecoderKind, parse_decoder, ties_by_default
+from engine.families.parsing.decoder import parse_decoder
+from engine.families.parsing.defaults import DecoderKind, ties_by_default
 from engine.families.parsing.fields import Json, integer
 from engine.layers.decoder_config import DecoderConfig
 

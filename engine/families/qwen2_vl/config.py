@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.checkpoint.rules import WeightRules
 from engine.errors import CheckpointError
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import TextFields, tied_text
 from engine.families.parsing.processor import parse_normalisation

@@ -13,7 +13,7 @@ from engine.checkpoint.rules import (
 )
 from engine.families.base import ModelConfig
 from engine.families.family import Family
-from engine.families.parsing.decoder import DecoderKind
+from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader
 from engine.families.retrieval import QWEN3_PAIRS, RetrievalFormat, qwen3_query

@@ -1,0 +1,101 @@
+"""The switches of a decoder that few kinds have: scales, caps, gates and recurrent layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.families.parsing.defaults import DecoderKind
+from engine.families.parsing.fields import Json, activation, integer, number
+from engine.families.parsing.lfm2 import lfm2_switches
+from engine.layers.decoder_config import DeltaNetConfig
+
+
+def _gemma(config: Json) -> dict[str, Any]:
+    for field in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(field):
+            raise CheckpointError(f"config.json: {field} {config[field]!r} is not supported", param=field)
+    return {"norm_offset": 1.0, "embedding_multiplier": integer(config, "hidden_size") ** 0.5}
+
+
+def _gemma2(config: Json) -> dict[str, Any]:
+    caps = {"final_logit_softcapping": "logits_cap", "attn_logit_softcapping": "attention_cap"}
+    found = {name: number(config, field) for field, name in caps.items() if config[field] is not None}
+    return {**_gemma3({**config, **dict.fromkeys(caps)}), **found}
+
+
+def _gemma3(config: Json) -> dict[str, Any]:
+    return {
+        **_gemma(config),
+        "sandwich": True,
+        "attention_scale": number(config, "query_pre_attn_scalar") ** -0.5,
+    }
+
+
+def _granite(config: Json) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": number(config, "embedding_multiplier"),
+        "multiplies_rows": True,
+        "residual_multiplier": number(config, "residual_multiplier"),
+        "logits_divisor": number(config, "logits_scaling"),
+        "attention_scale": number(config, "attention_multiplier"),
+    }
+
+
+def _qwen3_5(config: Json) -> dict[str, Any]:
+    layers, kinds = integer(config, "num_hidden_layers"), config["layer_types"]
+    if kinds is None:
+        interval = integer(config, "full_attention_interval")
+        linear = tuple(layer for layer in range(layers) if (layer + 1) % interval)
+    else:
+        known = {"linear_attention", "full_attention"}
+        if not isinstance(kinds, list) or len(kinds) != layers or not known.issuperset(kinds):
+            raise CheckpointError(
+                f"config.json: layer_types should be linear_attention or full_attention for {layers} layers",
+                param="layer_types",
+            )
+        linear = tuple(layer for layer, kind in enumerate(kinds) if kind == "linear_attention")
+    if len(linear) == layers:
+        raise CheckpointError("config.json: a layer with full_attention is needed", param="layer_types")
+    if linear and activation(config["hidden_act"]) != "silu":
+        raise CheckpointError(
+            f"config.json: hidden_act {config['hidden_act']!r} is not supported with linear_attention "
+            "layers; silu is",
+            param="hidden_act",
+        )
+    net = DeltaNetConfig(
+        key_heads=integer(config, "linear_num_key_heads"),
+        value_heads=integer(config, "linear_num_value_heads"),
+        key_dim=integer(config, "linear_key_head_dim"),
+        value_dim=integer(config, "linear_value_head_dim"),
+        conv_width=integer(config, "linear_conv_kernel_dim", least=2),
+    )
+    if net.value_heads % net.key_heads:
+        raise CheckpointError(
+            f"config.json: linear_num_key_heads {net.key_heads} should divide linear_num_value_heads "
+            f"{net.value_heads}",
+            param="linear_num_key_heads",
+        )
+    return {
+        "norm_offset": 1.0,
+        "output_gate": True,
+        "recurrence": net if linear else None,
+        "linear_layers": linear,
+    }
+
+
+#: By kind, the fields of :class:`~engine.layers.decoder_config.DecoderConfig` that other kinds leave at their
+#: defaults.
+SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "glm4v_text": lambda config: {"sandwich": True},
+    "glm_ocr_text": lambda config: {"sandwich": True},
+    "gemma3_text": _gemma3,
+    "granite": _granite,
+    "lfm2": lfm2_switches,
+    "qwen3_5_moe_text": _qwen3_5,
+    "qwen3_5_text": _qwen3_5,
+    "granitemoe": _granite,
+}
