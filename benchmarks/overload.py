@@ -19,13 +19,12 @@ import argparse
 import asyncio
 import base64
 import io
-import itertools
 import json
 import multiprocessing
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -87,7 +86,7 @@ def body(number: int, tokens: int) -> bytes:
     content: list[dict[str, Any]] = [{"type": "text", "text": "What shape is this?"}]
     if number % 2:
         png = io.BytesIO()
-        unique_picture(200, number).save(png, "PNG")
+        unique_picture(200, number).save(png, "PNG", compress_level=1)
         url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     messages = [{"role": "user", "content": content}]
@@ -98,19 +97,25 @@ def body(number: int, tokens: int) -> bytes:
 class Clients:
     """Clients that ask, one request at a time each, until the time is up.
 
+    Args:
+        bodies: requests. Those that are answered are taken away.
+
     Attributes:
         answered, refused: requests within the time.
         in_all: answered requests, with those that were open when the time was up.
     """
 
-    def __init__(self, client: aiohttp.ClientSession, bodies: Iterator[bytes]) -> None:
+    def __init__(self, client: aiohttp.ClientSession, bodies: deque[bytes]) -> None:
         self._client, self._bodies = client, bodies
         self.answered = self.in_all = self.refused = 0
 
     async def ask(self, end: float) -> None:
         asked = b""
         while time.monotonic() < end:
-            asked = asked or next(self._bodies)
+            if not asked:
+                if not self._bodies:
+                    raise SystemExit("all requests were answered: ask for more --requests")
+                asked = self._bodies.popleft()
             async with self._client.post("/v1/chat/completions", data=asked) as response:
                 await response.read()
             if response.status == 429:
@@ -123,11 +128,13 @@ class Clients:
                 self.in_all += 1
                 self.answered += time.monotonic() < end
                 asked = b""
+        if asked:
+            self._bodies.append(asked)
 
 
 async def measure(root: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    # One after another over all levels: at none of them may the server know an image from another one.
-    bodies = itertools.cycle([body(number, options.tokens) for number in range(options.requests)])
+    # Each is answered once, whatever the level: the server may know no image from another level.
+    bodies = deque(body(number, options.tokens) for number in range(options.requests))
     totals = {level: Totals() for level in options.levels}
     connections, patience = aiohttp.TCPConnector(limit=0, force_close=True), aiohttp.ClientTimeout(600)
     async with aiohttp.ClientSession(root, connector=connections, timeout=patience) as client:
@@ -229,7 +236,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="at each level in each round")
     parser.add_argument("--rounds", type=int, default=3, help="through all levels, by turns")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
-    parser.add_argument("--requests", type=int, default=2000, help="different ones")
+    parser.add_argument("--requests", type=int, default=4000, help="different ones")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     with (served if options.served else local)(options.limit) as root:
