@@ -143,17 +143,22 @@ def _expression(spec: StructuredSpec) -> str | None:
 
 
 def answer_format(
-    template: Sequence[str], special: SpecialTokens, tool_parser: str | None, reasoning_parser: str | None
+    template: Sequence[str],
+    special: SpecialTokens,
+    tool_parser: str | None,
+    reasoning_parser: str | None,
+    thoughts: str | None = None,
 ) -> AnswerFormat:
     """The format of a model, from the text of its chat templates or as the configuration names it.
 
     Args:
         tool_parser, reasoning_parser: ``auto`` lets the template tell, ``none`` turns parsing off.
+        thoughts: with ``auto``, the tags of the model's family where no template shows any.
     """
     text = "\n".join(template)
     tools = tool_format_of(text) if tool_parser in (None, "auto") else TOOL_FORMATS.get(tool_parser or "")
     if reasoning_parser in (None, "auto"):
-        reasoning = reasoning_tags_of(text)
+        reasoning = reasoning_tags_of(text) or REASONING_TAGS.get(thoughts or "")
     else:
         reasoning = REASONING_TAGS.get(reasoning_parser or "")
     return AnswerFormat(special, tools, reasoning)

@@ -54,7 +54,7 @@ class ModelSpec(StrictModel):
         tool_parser: format of the model's tool calls, see :data:`engine.parsers.formats.TOOL_FORMATS`;
             ``auto`` reads it off the chat template, ``none`` leaves calls in the text.
         reasoning_parser: tags of the model's thoughts, see :data:`engine.parsers.formats.REASONING_TAGS`;
-            ``auto`` and ``none`` likewise.
+            ``auto`` and ``none`` likewise; ``auto`` also knows families whose templates show no tags.
     """
 
     name: str = Field(min_length=1, max_length=256)

@@ -386,4 +386,6 @@ def _answer_format(spec: ModelSpec, builder: PromptBuilder) -> AnswerFormat:
     added = {token.content: number for number, token in builder.tokenizer.added_tokens.items()}
     special = SpecialTokens(added, load_end_tokens(spec.engine))
     sources = builder.template.sources if builder.template is not None else {}
-    return answer_format(list(sources.values()), special, spec.tool_parser, spec.reasoning_parser)
+    return answer_format(
+        list(sources.values()), special, spec.tool_parser, spec.reasoning_parser, builder.thoughts
+    )

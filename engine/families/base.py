@@ -73,6 +73,8 @@ class PromptFormat:
         adds_special: whether the tokenizer adds its special tokens to texts; else prompts spell them out.
         default_template: Jinja chat template for checkpoints that bring none; None if there is none.
         template: Jinja chat template that is used in place of the checkpoint's own; None to use that.
+        thoughts: name of the tags around the thoughts of models whose chat template shows none, a key of
+            :data:`engine.parsers.formats.REASONING_TAGS`; None if they have no thoughts.
     """
 
     image: str | None = None
@@ -83,6 +85,7 @@ class PromptFormat:
     adds_special: bool = True
     default_template: str | None = None
     template: str | None = None
+    thoughts: str | None = None
 
 
 class MediaProcessor(Protocol):

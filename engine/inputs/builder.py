@@ -89,6 +89,11 @@ class PromptBuilder:
         other = ChatTemplate.load("", self.tokenizer.config, template)
         return PromptBuilder(self.tokenizer, other, self._format, self._expand, self._around)
 
+    @property
+    def thoughts(self) -> str | None:
+        """The family's tags of thoughts; see :class:`~engine.families.base.PromptFormat`."""
+        return self._format.thoughts
+
     def from_messages(
         self,
         messages: Sequence[Message],

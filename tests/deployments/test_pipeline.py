@@ -2,22 +2,27 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
-from deployments.config import AppConfig, ReplayConfig
+from benchmarks.shapes import SHAPES, write_configuration
+from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.pipeline import Pipeline
 from deployments.references import ReferenceConfig, References, UnknownReference
 from deployments.stages import RowsLost, StageLost, Stages
+from engine.config import EngineConfig
 from engine.errors import InvalidRequest, MediaError, Unavailable
 from engine.media.keys import kept_files
 from engine.media.source import MediaSource
+from engine.parsers.formats import REASONING_TAGS
 from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
 from engine.sampling_params import SamplingParams
+from tests.engine.tokenizers import KINDS
 from tests.serving import app_args
 
+_GLM = SHAPES["glm-4.1v-9b"]
 SOURCES = [MediaSource(index, f"messages[0].content[{index}]", url=f"data:,{index}") for index in range(3)]
 
 
@@ -198,3 +203,18 @@ async def test_health_checks_do_not_wake_a_model_that_may_sleep(spec):
         await made.ping()
         await made.ping()
         assert stage.calls == calls
+
+
+@pytest.mark.parametrize(
+    ("architecture", "thoughts"),
+    [("Glm4vForConditionalGeneration", REASONING_TAGS["think"]), ("GlmOcrForConditionalGeneration", None)],
+)
+def test_a_family_names_the_tags_of_thoughts_that_its_template_lacks(tmp_path, architecture, thoughts):
+    shape = replace(_GLM, config={**_GLM.config, "architectures": [architecture]})
+    write_configuration(shape, tmp_path)
+    make, _ = KINDS["byte_level"]
+    make().save(str(tmp_path / "tokenizer.json"))
+    spec = ModelSpec(name="glm", engine=EngineConfig(model=str(tmp_path)))
+    with ThreadPoolExecutor(1) as threads:
+        pipeline = Pipeline(spec, Stages(None, None, None), threads, ReplayConfig())
+    assert pipeline.format.reasoning == thoughts

@@ -157,6 +157,14 @@ def test_the_format_comes_from_the_template_or_the_configuration():
     assert answer_format(["{{ messages }}"], SPECIAL, "auto", "auto") == AnswerFormat(SPECIAL)
 
 
+def test_a_family_names_the_tags_that_its_template_lacks():
+    plain = ["{{ messages }}"]
+    assert answer_format(plain, SPECIAL, "auto", "auto", "think").reasoning is REASONING_TAGS["think"]
+    assert answer_format(plain, SPECIAL, "auto", "none", "think").reasoning is None
+    shown = answer_format(["[/THINK]"], SPECIAL, "auto", "auto", "think")
+    assert shown.reasoning is REASONING_TAGS["mistral"]
+
+
 def test_schemas_are_prepared_wherever_they_stand():
     """``uniqueItems`` and unknown formats are left out, ``oneOf`` of two types becomes ``anyOf``."""
     schema = {

@@ -150,6 +150,12 @@ def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Json) -> Qw
     return QwenProcessor.create(checkpoint, config, options, videos, images)
 
 
+def _prompt_format(config: ModelConfig) -> PromptFormat:
+    # The chat template of GLM-4.1V-Thinking leaves it to the model to open a thought.
+    thoughts = None if config.architecture == _GLM_OCR else "think"
+    return PromptFormat(image=_IMAGE, video=_VIDEO, thoughts=thoughts)
+
+
 FAMILY: Family = replace(
     QWEN2_VL,
     name="glm4v",
@@ -160,7 +166,7 @@ FAMILY: Family = replace(
         image_token=token_field("image_token_id", default=151343),
         video_token=token_field("video_token_id", default=151344),
     ),
-    prompt_format=lambda config: PromptFormat(image=_IMAGE, video=_VIDEO),
+    prompt_format=_prompt_format,
     placeholder=_placeholder,
     processor=_processor,
     weights=_weights,
