@@ -34,9 +34,14 @@ from engine.prompt import EngineInput, MediaItem, Message, PagesItem, PreparedMe
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer
 
-#: Gives the embedding rows of a prompt's media as :meth:`engine.encoder.EncoderEngine.encode` does, or it
-#: refuses the prompt. The media may lack their content hashes yet.
-Encode = Callable[[Sequence[PreparedMedia], EngineInput], Sequence[Any]]
+#: Adds the content hash to an item that was prepared without it.
+Name = Callable[[PreparedMedia], PreparedMedia]
+#: Gives the embedding rows of a prompt's media as :meth:`engine.encoder.EncoderEngine.encode` does, and the
+#: media with their content hashes, or it refuses the prompt. The last argument adds the hashes; None if the
+#: media have them.
+Encode = Callable[
+    [Sequence[PreparedMedia], EngineInput, Name | None], tuple[Sequence[Any], Sequence[PreparedMedia]]
+]
 
 #: The entries of a prompt of :meth:`engine.LLM.generate`.
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", FIELD, "cache_salt"})
@@ -438,9 +443,8 @@ def _finished(inputs: EngineInput, media: _Media, encode: Encode | None) -> Prep
     items = [by_item[id(span.item)] for span in inputs.spans]
     if encode is None or not items:
         return PreparedPrompt(inputs, items)
-    rows = encode(items, inputs)
+    rows, named = encode(items, inputs, None if media.naming is None else media.naming.named)
     if media.naming is not None:
-        named = [media.naming.named(prepared).item for prepared in items]
-        spans = [replace(span, item=item) for span, item in zip(inputs.spans, named, strict=True)]
-        inputs = replace(inputs, spans=spans)
+        pairs = zip(inputs.spans, named, strict=True)
+        inputs = replace(inputs, spans=[replace(span, item=prepared.item) for span, prepared in pairs])
     return PreparedPrompt(inputs, embeddings=list(rows))

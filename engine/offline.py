@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from engine.encoder import EncoderEngine
 from engine.errors import SightlineError
-from engine.frontend import Encode, PreparedPrompt
+from engine.frontend import Encode, Name, PreparedPrompt
 from engine.loading import LoadedEngine
+from engine.lru import LruCache
 from engine.mailbox import Result
 from engine.output_processor import RequestGroup
 from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
@@ -34,6 +35,8 @@ _TOGETHER = 16
 #: Prompts that are prepared ahead of the one that is taken in next. More would be ready too early, and hold
 #: up the first ones, whose pictures are prepared while the device has nothing to do yet.
 _AHEAD = 2 * _TOGETHER
+#: Bytes of embedding rows that are kept on the device for later prompts: those of a conversation's images.
+_ROW_BYTES = 256 << 20
 #: Steps whose tokens are turned into text together, which takes less than one step at a time.
 STEPS_TOGETHER = 8
 
@@ -71,6 +74,7 @@ class OfflineRunner:
         self._encoder = encoder
         # Threads start when there is work for them, and end with this object.
         self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _PREPARING), "prepare")
+        self._rows: LruCache[Any] = LruCache(_ROW_BYTES)
         self._count = 0
         self._num_media = 0
         self._num_tokens = 0
@@ -148,10 +152,10 @@ class OfflineRunner:
         for job, prompt in zip(batch, prompts, strict=True):
             if prompt.media:
                 self._engine.requests.check(prompt.inputs, job.params)
-        media = [item for prompt in prompts for item in prompt.media]
+        media = [(prompt.inputs.cache_salt, item) for prompt in prompts for item in prompt.media]
         rows: Iterator[Any] = iter(())
         if media:
-            rows = iter(self._encode(media))
+            rows = iter(self._encode(media, {}))
         requests, outputs = self._engine.requests, self._engine.outputs
         for job, prompt in zip(batch, prompts, strict=True):
             embeddings = [*prompt.embeddings, *(next(rows) for _ in prompt.media)]
@@ -170,16 +174,48 @@ class OfflineRunner:
         return batch
 
     def _check_and_encode(
-        self, params: Params, media: Sequence[PreparedMedia], inputs: EngineInput
-    ) -> Sequence[Any]:
-        """Rows of a lone prompt's media, unless the prompt can't be served."""
+        self, params: Params, media: Sequence[PreparedMedia], inputs: EngineInput, name: Name | None
+    ) -> tuple[Sequence[Any], Sequence[PreparedMedia]]:
+        """Rows of a lone prompt's media, and the media with their hashes, unless it can't be served."""
         self._engine.requests.check(inputs, params)
-        return self._encode(media)
+        assert self._encoder is not None
+        first: dict[int, Any] = {}
+        if name is not None:
+            # The newest image of a conversation is the last one: the device encodes it while all are hashed.
+            naming = [self._pool.submit(name, each) for each in media]
+            try:
+                first[len(media) - 1] = self._encoder.encode(media[-1:])[0]
+            finally:
+                wait(naming)
+            media = [each.result() for each in naming]
+        return self._encode([(inputs.cache_salt, each) for each in media], first), media
 
-    def _encode(self, media: Sequence[PreparedMedia]) -> Sequence[Any]:
+    def _encode(self, media: Sequence[tuple[str, PreparedMedia]], first: dict[int, Any]) -> list[Any]:
+        """Rows of items, each with its prompt's salt: those of earlier prompts, or made now.
+
+        Args:
+            first: rows that are made already, by the item's index.
+        """
         assert self._encoder is not None
         self._num_media += len(media)
-        return self._encoder.encode(media)
+        keys = [(salt, each.item.hash) for salt, each in media]
+        rows = {keys[index]: made for index, made in first.items()}
+        missing: dict[tuple[str, str], PreparedMedia] = {}
+        for key, (_, each) in zip(keys, media, strict=True):
+            known = rows.get(key) if key in rows else self._rows.get(key)
+            if known is None:
+                missing[key] = each
+            else:
+                rows[key] = known
+        if missing:
+            rows |= zip(missing, self._encoder.encode(list(missing.values())), strict=True)
+        for key in [*missing, *(keys[index] for index in first)]:
+            # A part of a batch would keep all of it.
+            made = (
+                rows[key] if rows[key].untyped_storage().nbytes() == rows[key].nbytes else rows[key].clone()
+            )
+            self._rows.put(key, made, made.nbytes)
+        return [rows[key] for key in keys]
 
     def _take(self, job: Job, result: Result, progress: tqdm | None) -> None:
         if isinstance(result, SightlineError):

@@ -15,8 +15,9 @@ files kept by ``uuid``     ``deployments.references``:        caller's key and s
                            owner and ``uuid``                 digest of the bytes tells other content
 prepared item              ``PreparedItems``: digest, and     digest of the files, the processor with all its
                            what is asked of the files         options, kind, frames or page asked for, salt
-encoder's embedding rows   ``engine.encoder``: salt and the   tenant's salt, content hash
-                           item's hash
+encoder's embedding rows   ``engine.encoder``,                tenant's salt, content hash
+                           ``engine.offline``: salt and
+                           the item's hash
 KV block                   ``BlockHasher``: chain of hashes   engine's secret, model, tenant's salt, rotary
                                                               variant, every token up to the block's end (or
                                                               that of a range that attends both ways), hash

@@ -308,6 +308,41 @@ def test_embeddings_of_waiting_prompts_stay_within_the_budget(path, llm, monkeyp
         generated(small, [prompts[0], about(tiny.picture(72, 40))])
 
 
+def test_images_of_earlier_prompts_are_not_encoded_again(path, monkeypatch):
+    """A growing conversation, alone and in a batch; a prompt of another tenant."""
+    pictures = [tiny.picture(60, 44, number) for number in range(3)]
+    model, encoded = LLM(str(path), max_model_len=256), []
+    encode = model._encoder._encoder.encode
+
+    def counted(media):
+        encoded.append(len(media))
+        return encode(media)
+
+    monkeypatch.setattr(model._encoder._encoder, "encode", counted)
+
+    def prompt(images, salt=""):
+        data = {"image": [pictures[index] for index in images]}
+        return {"prompt": IMAGE * len(images) + "which", "multi_modal_data": data, "cache_salt": salt}
+
+    def answer(*prompts):
+        encoded.clear()
+        return [output.outputs[0] for output in model.generate(list(prompts), GREEDY, use_tqdm=False)]
+
+    alone = [answer(prompt(images, "alone"))[0] for images in ([0], [0, 1], [2, 0])]
+    assert answer(prompt([0]))[0].token_ids == alone[0].token_ids and sum(encoded) == 1
+    assert answer(prompt([0, 1]))[0].token_ids == alone[1].token_ids and sum(encoded) == 1
+    # In one batch: two of the three are known, and an image that two prompts show is encoded once.
+    batch = answer(prompt([2, 0]), prompt([0, 1]), prompt([2, 0]))
+    assert [each.token_ids for each in batch] == [alone[index].token_ids for index in (2, 1, 2)]
+    assert sum(encoded) == 1
+    assert answer(prompt([0, 1], "another"))[0].token_ids == alone[1].token_ids and sum(encoded) == 2
+    for one, other in zip(answer(prompt([2, 0]))[0].logprobs, alone[2].logprobs, strict=True):
+        assert {token: each.logprob for token, each in one.items()} == pytest.approx(
+            {token: each.logprob for token, each in other.items()}, abs=1e-4
+        )
+    model.check_integrity()
+
+
 def test_the_collector_looks_at_what_a_call_makes_only(llm, monkeypatch):
     frozen = []
     # Servers of other tests have frozen what they loaded.
