@@ -26,6 +26,7 @@ from engine.scheduling.drafts import Drafts
 from engine.scheduling.encoder_ledger import EncoderLedger, rows_from
 from engine.scheduling.forced import ForcedTokens
 from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.sampled import SampledTokens
 from engine.scheduling.slots import SequenceSlots
 from engine.scheduling.waiting import WaitingQueue
 
@@ -78,6 +79,9 @@ class Scheduler:
         self.forced = ForcedTokens(self.slots, kv)
         self.drafts = Drafts(self.slots, kv, most_drafted)
         self.recompute_beyond = recompute_beyond
+        self._sampled = SampledTokens(
+            self.slots, self.drafts, self._finish, self._recompute_longer if recompute_beyond else None
+        )
         self.stats = SchedulerStats()
         #: Requests that an exception ended, until :class:`~engine.core.EngineCore` reports them.
         self.failed: list[tuple[Request, Exception]] = []
@@ -247,75 +251,8 @@ class Scheduler:
             all_live = all_live and not found
         events = StepEvents(requests, tokens)
         rows = None if all_live else np.flatnonzero([request is not None for request in requests])
-        if any(chunk.num_drafted for chunk in batch.prefills):
-            self._take_drafts(batch, events, slots, np.arange(len(slots)) if rows is None else rows)
-        else:
-            self._take(events, slots, rows)
+        self.stats.output_tokens += self._sampled.store(batch, events, rows)
         return events
-
-    def _take(self, events: StepEvents, slots: np.ndarray, rows: np.ndarray | None) -> None:
-        """Store the tokens of ``rows``, each of another request; None for all rows."""
-        table, requests, tokens_live = self.slots, events.requests, events.tokens
-        if rows is not None:
-            slots, tokens_live = slots[rows], tokens_live[rows]
-        if (tokens_live < 0).any():
-            rows = np.arange(len(slots)) if rows is None else rows
-            self._end_without_token(events, rows[tokens_live < 0])
-            live = tokens_live >= 0
-            rows, slots, tokens_live = rows[live], slots[live], tokens_live[live]
-        known = table.known[slots]
-        table.tokens[slots, known] = tokens_live
-        known += 1
-        table.known[slots] = known
-        self.stats.output_tokens += len(slots)
-        ended = known >= table.limit[slots]
-        stopped = table.stop_ids[slots] == tokens_live[:, None]
-        stops = stopped.any(axis=1) & (known >= table.min_total[slots]) if stopped.any() else None
-        if stops is not None:
-            ended |= stops
-        paused = slots[(known >= table.pause[slots]) & ~ended] if self.recompute_beyond else slots[:0]
-        for index in np.flatnonzero(ended).tolist():
-            row = index if rows is None else int(rows[index])
-            request = requests[row]
-            assert request is not None
-            if self._finish(request):
-                events.finished[row] = "stop" if stops is not None and stops[index] else "length"
-        for slot in paused.tolist():
-            self._recompute_longer(slot)
-
-    def _take_drafts(
-        self, batch: ScheduledBatch, events: StepEvents, slots: np.ndarray, rows: np.ndarray
-    ) -> None:
-        """Store the tokens of ``rows``, and of drafts as far as they hold."""
-        table, first = self.slots, len(batch.decode_slots)
-        events.requests = list(events.requests)
-        drafts = []
-        for chunk in batch.prefills:
-            if chunk.num_drafted:
-                drafts.append((chunk, first))
-            first += chunk.sampling_rows
-        later = [row for chunk, first in drafts for row in range(first + 1, first + chunk.sampling_rows)]
-        self._take(events, slots, np.setdiff1d(rows, later))
-        for chunk, first in drafts:
-            request, held = events.requests[first], 0
-            for guess in chunk.token_ids[-chunk.num_drafted :]:
-                if request is None or request.slot != chunk.slot or events.tokens[first + held] != guess:
-                    break
-                held += 1
-                self._take(events, slots, np.array([first + held]))
-            for row in range(first + held + 1, first + chunk.sampling_rows):
-                events.requests[row] = None
-            if request is not None and request.slot == chunk.slot:
-                # What was computed for guesses that don't hold will be overwritten.
-                table.computed[chunk.slot] = table.known[chunk.slot] - 1
-                self.drafts.settle(chunk, held)
-
-    def _end_without_token(self, events: StepEvents, rows: np.ndarray) -> None:
-        for row in rows.tolist():
-            request = events.requests[row]
-            assert request is not None
-            if self._finish(request):
-                events.finished[row] = "error"
 
     def append_forced(self, request: Request, tokens: Sequence[int]) -> None:
         """Add the tokens that the grammar of ``request`` forces behind its last known one, see
