@@ -17,7 +17,7 @@ from engine.loading import LoadedEngine, load_engine
 from engine.mailbox import Mailbox, Result
 from engine.output_processor import RequestGroup
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
-from engine.placement import describe_device
+from engine.placement import describe_device, resolve_device
 from engine.pooling_params import PoolingParams
 from engine.progress import Progress
 from engine.prompt import EngineInput
@@ -91,6 +91,9 @@ class AsyncEngine:
         # What was loaded stays: the collector needn't walk it again and again.
         gc.collect()
         gc.freeze()
+        if config.task == "generate" and resolve_device(config).type == "cuda":
+            # Without a GPU the cores have too much else to do during a start.
+            self._engine.grammars.warm_up()
         self._watchdog = Watchdog(self._engine.core.runner.check_health, config.step_timeout_s, self._die)
         self._threads = [
             threading.Thread(target=self._run_steps, name="engine-steps", daemon=True),

@@ -91,6 +91,11 @@ class GrammarCompiler:
         # Others may wait for the same future, hence it outlives a caller that goes away.
         return await asyncio.shield(asyncio.wrap_future(self._submit(spec)))
 
+    def warm_up(self) -> Future[Grammar]:
+        """Set up the vocabulary and a helper process on a thread, so that the first request with a grammar
+        doesn't wait for them: seconds for a large vocabulary. What fails is reported with that request."""
+        return self._submit(StructuredSpec(kind="json_object", text=""))
+
     def can_spell(self, text: str, tokens: frozenset[int]) -> bool:
         """Return True if ``tokens`` can spell ``text``. Takes seconds until a grammar was compiled."""
         segmenter = self._set_up(added_are_control=False).speller.segmenter

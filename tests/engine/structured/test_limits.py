@@ -12,6 +12,7 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.sampling_params import StructuredSpec
+from engine.structured import grammar
 from engine.structured.grammar import GrammarCompiler
 from tests.engine.structured.conftest import EOS, encode
 
@@ -85,6 +86,14 @@ async def test_what_takes_too_long_is_killed_and_others_pass_meanwhile(tokenizer
     # Known by now, and refused without another process.
     with pytest.raises(InvalidRequest, match="complex"):
         await compiler.compile_async(SLOW)
+
+
+def test_after_a_warm_up_the_vocabulary_is_there(tokenizer, vocab_size, monkeypatch):
+    compiler = GrammarCompiler(tokenizer, vocab_size, EOS, time_limit=20.0)
+    compiler.warm_up().result(60)
+    monkeypatch.delattr(grammar, "Speller")
+    assert compiler.compile(StructuredSpec(kind="regex", text="a+")).matcher().accept(encode(tokenizer, "a"))
+    compiler.close()
 
 
 async def test_a_caller_that_goes_away_takes_no_other_with_it(tokenizer, vocab_size):
