@@ -10,7 +10,8 @@ import torch
 from engine.graphs import Capture, Replay
 from engine.kernels.paged import AttentionMetadata
 
-#: Capture every multiple of TOKEN_STEP up to FINE_TOKENS.
+#: Capture every multiple of TOKEN_STEP up to FINE_TOKENS. Small passes compute forced tokens and guesses, and
+#: padding would be a large part of them: capture every half of a step up to four steps, and a quarter.
 TOKEN_STEP = 64
 FINE_TOKENS = 1024
 #: Above that, while launching is slower than computing, capture sizes 25 % apart up to MAX_TOKENS.
@@ -31,7 +32,9 @@ def captured_sizes(layer_parameters: int, max_tokens: int) -> list[int]:
         max_tokens: most tokens of a step.
     """
     most = max(FINE_TOKENS, min(MAX_TOKENS, int(_LAUNCH_WORK / layer_parameters)))
-    sizes = list(range(TOKEN_STEP, FINE_TOKENS + 1, TOKEN_STEP))
+    step = TOKEN_STEP
+    sizes = [step // 4, *range(step // 2, 4 * step, step // 2), *range(4 * step, FINE_TOKENS + 1, step)]
+    sizes = [size for size in sizes if size <= FINE_TOKENS]
     while sizes[-1] < most:
         sizes.append(sizes[-1] + (1 << sizes[-1].bit_length() - 1) // 4)
     return sizes[: bisect_left(sizes, max_tokens) + 1]
@@ -103,15 +106,16 @@ class ForwardGraphs:
         self._replays: dict[tuple[int, int], Replay] = {}
 
     def rehearse(self) -> None:
-        """Run the largest and the smallest pass without capturing them."""
-        for size in (self._sizes[-1], self._sizes[0]):
+        """Run the largest pass and the small ones, which differ in their kernels, without capturing them."""
+        for size in (self._sizes[-1], *(size for size in self._sizes[:-1] if size <= TOKEN_STEP)):
             self._work(size, self._counts[-1])()
 
     def capture_all(self) -> None:
-        """Capture every size."""
+        """Capture every size, for as many sequences as it may hold."""
         for size in reversed(self._sizes):
             for count in reversed(self._counts):
-                self._get(size, count)
+                if count == self._counts[0] or size > self._counts[0]:
+                    self._get(size, count)
 
     def fits(self, tokens: int, sequences: int) -> bool:
         """True if a batch is small enough for :meth:`replay`."""
