@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.deployments.pictures import ask, circle, row_of_circles, square
 
@@ -80,7 +80,9 @@ class Vector(list):
     """A vector that equals another one but for how its numbers are rounded."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vector) and list(self) == pytest.approx(list(other), abs=1e-4)
+        if not isinstance(other, Vector) or len(self) != len(other):
+            return False
+        return all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(self, other, strict=True))
 
 
 @dataclass(frozen=True)
