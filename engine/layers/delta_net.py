@@ -15,6 +15,7 @@ from engine.kernels.gated_norm import gated_norm
 from engine.kernels.paged import AttentionMetadata
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.build import BuildContext, WeightSlot
+from engine.layers.causal_conv import conv_slot
 from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig
 from engine.layers.linear import FusedColumnLinear, FusedPart, RowLinear, join_weights
 from engine.layers.norm import RMSNorm
@@ -103,19 +104,10 @@ class GatedDeltaNet(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         """Describe the convolution and the gates' weights; the layers within describe their own."""
-        width = self.conv.shape[1]
-        total = sum(part.total for part in self._qkv)
-        conv = WeightSlot(prefix + "conv1d.weight", (total, 1, width))
-        own = offset = 0
-        for part in self._qkv:
-            first = offset + part.start
-            region = (slice(first, first + part.size), slice(0, 1), slice(0, width))
-            conv.copies.append((region, self.conv.data[own : own + part.size, None]))
-            own, offset = own + part.size, offset + part.total
         heads = self.value_heads
         of_rank = (slice(self.tp.rank * heads, (self.tp.rank + 1) * heads),)
         gates = [
             WeightSlot(prefix + name, (heads * self.tp.size,), [(of_rank, parameter.data)])
             for name, parameter in (("A_log", self.log_rate), ("dt_bias", self.shift))
         ]
-        return [conv, *gates]
+        return [conv_slot(prefix + "conv1d.weight", self.conv, self._qkv), *gates]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from engine.kernels.causal_conv import gated_conv
 from engine.kernels.paged import AttentionMetadata
 from engine.kernels.recurrent_state import StateCache
 from engine.layers.build import BuildContext, WeightSlot
+from engine.layers.causal_conv import conv_slot
 from engine.layers.decoder_config import DecoderConfig, ShortConvConfig
 from engine.layers.linear import FusedColumnLinear, FusedPart, RowLinear
 from engine.layers.norm import RMSNorm
@@ -26,16 +28,15 @@ class ShortConv(nn.Module):
         super().__init__()
         conv = config.recurrence
         assert isinstance(conv, ShortConvConfig)
-        total, self.channels = conv.width, build.share(conv.width, "channels of short convolutions")
-        self.first = build.tp.rank * self.channels
-        parts = [FusedPart(f"in_proj_{name}", total, self.first, self.channels) for name in "bcu"]
+        own = build.share(conv.width, "channels of short convolutions")
+        self._channels = FusedPart("conv", conv.width, build.tp.rank * own, own)
+        parts = [replace(self._channels, name=f"in_proj_{name}") for name in "bcu"]
         self.in_proj = FusedColumnLinear(
             config.hidden_size, parts, build, fused_name="in_proj", bias=conv.bias
         )
-        self.conv = build.parameter(self.channels, conv.conv_width)
-        self.bias = build.parameter(self.channels) if conv.bias else None
-        self.out_proj = RowLinear(total, config.hidden_size, build.at("out_proj"), bias=conv.bias)
-        self.total = total
+        self.conv = build.parameter(own, conv.conv_width)
+        self.bias = build.parameter(own) if conv.bias else None
+        self.out_proj = RowLinear(conv.width, config.hidden_size, build.at("out_proj"), bias=conv.bias)
 
     def forward(
         self,
@@ -59,11 +60,10 @@ class ShortConv(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         """Describe the convolution; the layers within describe their own."""
-        width, own = self.conv.shape[1], slice(self.first, self.first + self.channels)
-        region = (own, slice(0, 1), slice(0, width))
-        slots = [
-            WeightSlot(prefix + "conv.weight", (self.total, 1, width), [(region, self.conv.data[:, None])])
-        ]
+        slots = [conv_slot(prefix + "conv.weight", self.conv, [self._channels])]
         if self.bias is not None:
-            slots.append(WeightSlot(prefix + "conv.bias", (self.total,), [((own,), self.bias.data)]))
+            own = slice(self._channels.start, self._channels.start + self._channels.size)
+            slots.append(
+                WeightSlot(prefix + "conv.bias", (self._channels.total,), [((own,), self.bias.data)])
+            )
         return slots
