@@ -17,7 +17,8 @@ def retract(scheduler: Scheduler, batch: ScheduledBatch, error: Exception, culpr
     If the culprit is known, or the step had a single request, that request ends. Otherwise the requests whose
     prompts were computed become suspects, or all requests if none had a prompt: suspects are computed apart
     from each other, so that another failure can be attributed. A request that is a suspect already ends. Each
-    failure thus ends a request or makes one a suspect, and no step fails forever.
+    failure thus ends a request or makes one a suspect, and no step fails forever. Chunks of answers are not
+    computed apart, so they are no prompts here.
     """
     requests = _requests_of(scheduler, batch)
     if all(chunk.request in requests for chunk in batch.prefills):
@@ -32,7 +33,8 @@ def retract(scheduler: Scheduler, batch: ScheduledBatch, error: Exception, culpr
     if culprit is not None:
         scheduler.fail(culprit, error)
         return
-    for request in [chunk.request for chunk in batch.prefills if chunk.request in requests] or requests:
+    prompts = [chunk.request for chunk in batch.prefills if chunk.answer is None]
+    for request in [request for request in prompts if request in requests] or requests:
         if request.suspect or len(requests) == 1:
             scheduler.fail(request, error)
         request.suspect = True

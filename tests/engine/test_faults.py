@@ -36,6 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "structured": StructuredSpec(kind="regex", text="(the|quick|brown| |a)*"),
     },
     "two": {"temperature": 1.0, "seed": 3, "n": 2},
+    # Runs of tokens that the grammar alone decides, with a choice between each and the next.
+    "forced": {
+        "temperature": 0.0,
+        "structured": StructuredSpec(kind="regex", text="((the|a) quick brown fox jumps over )+"),
+    },
 }
 #: Settings that change how a schedule runs: blocks are few, so that requests are preempted.
 ENGINES = [
@@ -188,6 +193,18 @@ def test_a_request_that_raises_fails_alone(bench, monkeypatch, stage, kind):
         assert_equal(result, wanted[key])
     # The same request is served once it doesn't raise any more.
     assert_equal(drive(bench, engine, {"bad": asks["bad"]})["bad"], wanted["bad"])
+
+
+def test_forced_tokens_of_an_answer_are_no_prompt(bench, monkeypatch):
+    """A prompt that raises beside them, and again when it is computed apart, ends alone."""
+    asks = {"bad": Ask("greedy", 1), "forced": Ask("forced", 0, tokens=60)}
+    for step in (2, 3, 4):
+        with monkeypatch.context() as patch:
+            faults = Faults(bench.engines[2], patch)
+            faults.planned["bad"] = PlannedFault("forward pass")
+            found = drive(bench, bench.engines[2], asks, {"bad": step})
+        assert isinstance(found["bad"], RequestFailed)
+        assert_equal(found["forced"], bench.alone(asks["forced"]))
 
 
 @pytest.mark.parametrize("kind", range(len(ENGINES)))
