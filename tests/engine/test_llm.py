@@ -370,10 +370,10 @@ def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):
     }
     encoded = []
 
-    def encode(media, inputs):
+    def encode(media, inputs, name):
         encoded.extend(media)
         assert inputs.token_ids and [span.item for span in inputs.spans] == [one.item for one in media]
-        return [len(media) * 10 + index for index in range(len(media))]
+        return [len(media) * 10 + index for index in range(len(media))], [name(one) for one in media]
 
     ahead, apart = front.from_prompt(prompt, encode), front.from_prompt(prompt)
     assert [media.item.hash for media in encoded] == ["", "", ""]
