@@ -161,7 +161,7 @@ def test_the_end_of_a_request_s_time_ends_the_work(served, controller):
 
     def ends(body: dict[str, Any]) -> bool:
         try:
-            answer = httpx.post(f"{served.base_url}/chat/completions", json=body, timeout=20)
+            answer = httpx.post(f"{served.base_url}/chat/completions", json=body, timeout=8)
         except httpx.TimeoutException:
             # The change has not come yet, and the image itself may take longer.
             return False
