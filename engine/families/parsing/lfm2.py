@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, flag, integer, layer_list, number
+from engine.families.parsing.recurrent import recurrent_layers
 from engine.layers.decoder_config import ShortConvConfig
 
 LFM2_DEFAULTS: dict[str, Any] = {
@@ -71,18 +71,7 @@ def lfm2_switches(config: Json) -> dict[str, Any]:
     if kinds is None:
         full = range(layers) if config["full_attn_idxs"] is None else layer_list(config, "full_attn_idxs")
         kinds = ["full_attention" if layer in full else "conv" for layer in range(layers)]
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or not {"conv", "full_attention"}.issuperset(kinds)
-    ):
-        raise CheckpointError(
-            f"config.json: layer_types should be conv or full_attention for {layers} layers",
-            param="layer_types",
-        )
-    convolved = tuple(layer for layer, kind in enumerate(kinds) if kind == "conv")
-    if len(convolved) == layers:
-        raise CheckpointError("config.json: a layer with full_attention is needed", param="layer_types")
+    convolved = recurrent_layers(kinds, layers, "conv")
     conv = ShortConvConfig(
         width=integer(config, "hidden_size"),
         conv_width=integer(config, "conv_L_cache", least=2),

@@ -9,6 +9,7 @@ from engine.errors import CheckpointError
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, activation, integer, number
 from engine.families.parsing.lfm2 import lfm2_switches
+from engine.families.parsing.recurrent import recurrent_layers
 from engine.layers.decoder_config import DeltaNetConfig
 
 
@@ -47,17 +48,9 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
     layers, kinds = integer(config, "num_hidden_layers"), config["layer_types"]
     if kinds is None:
         interval = integer(config, "full_attention_interval")
-        linear = tuple(layer for layer in range(layers) if (layer + 1) % interval)
-    else:
-        known = {"linear_attention", "full_attention"}
-        if not isinstance(kinds, list) or len(kinds) != layers or not known.issuperset(kinds):
-            raise CheckpointError(
-                f"config.json: layer_types should be linear_attention or full_attention for {layers} layers",
-                param="layer_types",
-            )
-        linear = tuple(layer for layer, kind in enumerate(kinds) if kind == "linear_attention")
-    if len(linear) == layers:
-        raise CheckpointError("config.json: a layer with full_attention is needed", param="layer_types")
+        full = [not (layer + 1) % interval for layer in range(layers)]
+        kinds = ["full_attention" if attends else "linear_attention" for attends in full]
+    linear = recurrent_layers(kinds, layers, "linear_attention")
     if linear and activation(config["hidden_act"]) != "silu":
         raise CheckpointError(
             f"config.json: hidden_act {config['hidden_act']!r} is not supported with linear_attention "
