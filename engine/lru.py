@@ -12,12 +12,13 @@ T = TypeVar("T")
 class LruCache(Generic[T]):
     """Keeps values by key; the least recently used go first. Not thread-safe.
 
-    Args:
-        budget: bytes of all values together; 0 keeps none.
+    Attributes:
+        budget: most bytes of all values together; 0 keeps none.
+        bytes: of the values that are kept.
     """
 
     def __init__(self, budget: int) -> None:
-        self._budget = budget
+        self.budget = budget
         self._entries: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
         self.bytes = 0
 
@@ -34,15 +35,15 @@ class LruCache(Generic[T]):
 
     def put(self, key: Hashable, value: T, size: int) -> None:
         """Keep ``value`` of ``size`` bytes, unless there is one of ``key`` or it exceeds the budget alone."""
-        if key in self._entries or size > self._budget:
+        if key in self._entries or size > self.budget:
             return
         self._entries[key] = value, size
         self.bytes += size
-        self.limit(self._budget)
+        self.limit(self.budget)
 
     def limit(self, budget: int) -> None:
         """Keep no more than ``budget`` bytes, now and later."""
-        self._budget = budget
-        while self.bytes > self._budget:
+        self.budget = budget
+        while self.bytes > self.budget:
             _, (_, size) = self._entries.popitem(last=False)
             self.bytes -= size

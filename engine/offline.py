@@ -202,7 +202,9 @@ class OfflineRunner:
         rows = {keys[index]: made for index, made in first.items()}
         missing: dict[tuple[str, str], PreparedMedia] = {}
         for key, (_, each) in zip(keys, media, strict=True):
-            known = rows.get(key) if key in rows else self._rows.get(key)
+            if key in rows:
+                continue
+            known = self._rows.get(key)
             if known is None:
                 missing[key] = each
             else:
@@ -210,10 +212,10 @@ class OfflineRunner:
         if missing:
             rows |= zip(missing, self._encoder.encode(list(missing.values())), strict=True)
         for key in [*missing, *(keys[index] for index in first)]:
-            # A part of a batch would keep all of it.
-            made = (
-                rows[key] if rows[key].untyped_storage().nbytes() == rows[key].nbytes else rows[key].clone()
-            )
+            made = rows[key]
+            if made.untyped_storage().nbytes() != made.nbytes:
+                # A part of a batch would keep all of it.
+                made = made.clone()
             self._rows.put(key, made, made.nbytes)
         return [rows[key] for key in keys]
 

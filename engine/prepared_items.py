@@ -39,7 +39,6 @@ class PreparedItems:
         self._preparation = preparation
         self._lock = threading.Lock()
         self._cache: LruCache[PreparedMedia] = LruCache(budget)
-        self._budget = budget
         self._counters = PreparedCounters()
 
     def prepare(
@@ -56,7 +55,7 @@ class PreparedItems:
             salt: keeps apart the caches of tenants: how long an answer takes must not tell one what another
                 has sent.
         """
-        if source.rows is not None or not self._budget:
+        if source.rows is not None or not self._cache.budget:
             return self._preparation.prepare(processor, source, files, account)
         key = _key(processor, source, _digest(files), salt)
         found = self._find(key)
@@ -81,7 +80,7 @@ class PreparedItems:
             file: the file, with its bytes.
             salt: as for :meth:`prepare`.
         """
-        if not self._budget:
+        if not self._cache.budget:
             return self._preparation.prepare_pages(processor, pages, file.files[0])
         keys = [_key(processor, page, file.digest, salt) for page in pages]
         found = {key: self._find(key) for key in keys}
@@ -98,7 +97,6 @@ class PreparedItems:
     def limit(self, budget: int) -> None:
         """Keep no more than ``budget`` bytes, now and later."""
         with self._lock:
-            self._budget = budget
             self._cache.limit(budget)
 
     def metrics(self) -> dict[str, int]:
