@@ -70,6 +70,7 @@ class Preprocessor:
             max_tokens=engine.max_model_len,
             processes=config.video_processes,
             readers=config.document_processes,
+            threads=config.threads,
             rows=GivenRows(load_embedding_width(engine), fetch.max_bytes),
         )
         self._items = PreparedItems(self._preparation, config.cache_bytes)
@@ -98,6 +99,7 @@ class Preprocessor:
         if config.threads != self._num_threads:
             former, self._threads = self._threads, ThreadPoolExecutor(config.threads, "images")
             self._num_threads = config.threads
+            self._preparation.limit_threads(config.threads)
             # It ends once what was given to it is done.
             former.shutdown(wait=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +46,8 @@ Encode = Callable[
 
 #: The entries of a prompt of :meth:`engine.LLM.generate`.
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", FIELD, "cache_salt"})
+#: Most threads that prepare images at a time.
+_THREADS = 8
 
 
 def load_prompt_builder(config: EngineConfig) -> PromptBuilder:
@@ -199,7 +202,8 @@ class Frontend:
         self.retrieval = retrieval
         self._processor = processor
         self._fetcher = fetcher
-        self._preparation = None if processor is None else MediaPreparation(processor)
+        threads = min(os.cpu_count() or 1, _THREADS)
+        self._preparation = None if processor is None else MediaPreparation(processor, threads=threads)
         self._limits = ImageLimits()
         # One PIL image may stand in several prompts, and two threads must not read its file at a time.
         self._opening = [Lock() for _ in range(64)]

@@ -11,6 +11,7 @@ from PIL import Image
 from engine.errors import ContextLengthExceeded, InvalidRequest, MediaTooLarge
 from engine.families.base import AdjustableProcessor, MediaProcessor, PromptAwareProcessor, VideoProcessor
 from engine.families.given_rows import GivenRows
+from engine.media.crew import Crew
 from engine.media.decode import ImageLimits, check_image_size, check_total, decode, read_size
 from engine.media.documents.limits import DocumentLimits
 from engine.media.documents.pages import Page
@@ -50,6 +51,7 @@ class MediaPreparation:
         max_tokens: the model's context; None if it isn't known.
         processes: videos decoded at a time.
         readers: documents read at a time.
+        threads: that may compute at a time, see :class:`engine.media.crew.Crew`.
         rows: checks embedding rows in place of images; None refuses them.
     """
 
@@ -63,6 +65,7 @@ class MediaPreparation:
         max_tokens: int | None = None,
         processes: int = 4,
         readers: int = 4,
+        threads: int = 1,
         rows: GivenRows | None = None,
     ) -> None:
         self.processor = processor
@@ -73,6 +76,11 @@ class MediaPreparation:
         self._documents = documents or DocumentLimits()
         self._reader = DocumentReader(self._documents, processes=readers)
         self._max_tokens = max_tokens
+        self._crew = Crew(threads)
+
+    def limit_threads(self, threads: int) -> None:
+        """Let ``threads`` compute at a time, for the next images."""
+        self._crew = Crew(threads)
 
     def for_prompt(self, sources: Sequence[MediaSource], images: int | None = None) -> MediaProcessor:
         """The processor for the media of one prompt: some models show an image otherwise among several.
@@ -142,8 +150,9 @@ class MediaPreparation:
             return self._rows.prepare(processor, source, files[0])
         if source.is_video_file:
             return self._video_file(for_item(processor, source), source, files[0], account)
-        decoded = [decode(data, self._images, where=source.where) for data in files]
-        made = self.show(processor, source, [each.image for each in decoded])
+        with self._crew.member():
+            decoded = [decode(data, self._images, where=source.where) for data in files]
+            made = self.show(processor, source, [each.image for each in decoded])
         return replace(made, note=next((each.note for each in decoded if each.note), ""))
 
     def decode_rows(self, processor: MediaProcessor, source: MediaSource) -> bytes:
@@ -156,11 +165,12 @@ class MediaPreparation:
     ) -> PreparedMedia:
         """Prepare one item from decoded images; errors as :meth:`prepare`."""
         processor = for_item(processor, source)
-        if source.kind == "image":
-            return _name_source(source, processor.prepare, images[0])
-        video = _name_source(source, Video.of, images)
-        video = Video(video.size, video.count, video.frames, _pace(source.video, len(images)))
-        return replace(_name_source(source, processor.prepare_video, video), frames=len(images))
+        with self._crew.member():
+            if source.kind == "image":
+                return _name_source(source, processor.prepare, images[0])
+            video = _name_source(source, Video.of, images)
+            video = Video(video.size, video.count, video.frames, _pace(source.video, len(images)))
+            return replace(_name_source(source, processor.prepare_video, video), frames=len(images))
 
     def open(self, source: MediaSource, data: bytes) -> PagedFile:
         """Open a document, or an image file of which several frames are asked for. Nothing is rendered.
@@ -229,7 +239,7 @@ class MediaPreparation:
             numbers = [page.number for page in found]
             images = decode_frames(data, numbers, self._images, where=where)
             return [self.show(processor, *pair) for pair in zip(pages, ([i] for i in images), strict=True)]
-        with self._reader.open(data, where) as document:
+        with self._crew.member(), self._reader.open(data, where) as document:
             return [
                 self.show(processor, source, [document.render(page.number, page.dpi)])
                 for source, page in zip(pages, found, strict=True)
@@ -249,7 +259,7 @@ class MediaPreparation:
                 account.charge("frames", frames, source.where)
                 account.charge("pixels", pixels, source.where)
 
-        with self._decoder.open(data, source.where) as opened:
+        with self._crew.member(), self._decoder.open(data, source.where) as opened:
             return _name_source(
                 source, lambda asked: self._shown(processor, opened, asked, charge), source.video
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from engine.media.image_ops import resize
+from engine.media.resize import resize
 
 #: Enlarged images with more pixels than this are not made as a whole.
 _WHOLE_PIXELS = 1 << 26

@@ -28,16 +28,6 @@ def check_aspect_ratio(size: tuple[int, int], most: int = MAX_ASPECT_RATIO) -> N
         )
 
 
-def resize(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
-    """Resize an RGB image to ``(width, height)``, as uint8 ``(height, width, 3)``.
-
-    ``resample`` is PIL's filter number, as preprocessor_config.json gives it.
-    """
-    if image.size != size:
-        image = image.resize(size, resample=Image.Resampling(resample))
-    return rgb_array(image)
-
-
 def rgb_array(image: Image.Image) -> np.ndarray:
     """The pixels of an RGB image as uint8 ``(height, width, 3)``, not writable.
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from engine.media.image_ops import resize
+from engine.media.resize import resize, resized
 
 _STRIP_PIXELS = 1 << 22
 
@@ -67,7 +67,7 @@ def resize_in_square(image: Image.Image, side: int, colour: tuple[int, ...], res
     for start in range(0, image.height, rows):
         strip = image.crop((0, start, image.width, min(start + rows, image.height)))
         padded = _centred(strip, (longest, strip.height), colour)
-        narrow.paste(Image.fromarray(resize(padded, (side, strip.height), resample)), (0, top + start))
+        narrow.paste(resized(padded, (side, strip.height), resample), (0, top + start))
     return resize(narrow, (side, side), resample)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from PIL import Image
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
@@ -20,12 +19,16 @@ from engine.families.parsing.processor import (
     request_options,
     require_steps,
 )
-from engine.media.image_ops import resize
+from engine.media.image_ops import rgb_array
 from engine.media.keys import content_hash
 from engine.media.padding import cut_in_tiles
+from engine.media.resize import resize, resized
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MAX_EDGE = 4096
 
@@ -91,14 +94,13 @@ class Idefics3Processor:
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
         _, rows, _ = self.grid(image.size)
-        whole = resize(image, self._bounded(image.size), self.resample)
+        whole = resized(image, self._bounded(image.size), self.resample)
         parts = []
         if self.split:
-            size = self._whole_crops(whole.shape[1::-1])
-            whole = resize(Image.fromarray(whole), size, self.resample)
+            whole = resized(whole, self._whole_crops(whole.size), self.resample)
         if rows:
-            parts.append(cut_in_tiles(whole, self.side))
-        parts.append(resize(Image.fromarray(whole), (self.side, self.side), self.resample)[None])
+            parts.append(cut_in_tiles(rgb_array(whole), self.side))
+        parts.append(resize(whole, (self.side, self.side), self.resample)[None])
         pixels = np.concatenate(parts)
         options = {"rows": self.rows}
         key = content_hash(pixels, family="idefics3", options=options, kind="image", size=image.size)

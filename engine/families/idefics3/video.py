@@ -8,14 +8,13 @@ from datetime import timedelta
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
 
 from engine.checkpoint.folder import Checkpoint
 from engine.families.base import ModelConfig
 from engine.families.idefics3.processor import Idefics3Processor
 from engine.families.parsing.processor import require_same_colours, require_steps
-from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.resize import resize, resized
 from engine.media.video.sampling import FrameRules, smolvlm_indices
 from engine.media.video.video import Pace, Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
@@ -80,8 +79,8 @@ class SmolVLMProcessor(Idefics3Processor):
     def prepare_video(self, video: Video) -> PreparedMedia:
         bounded = replace(self, longest=self.video_longest)._bounded(video.size)
         square = self.side, self.side
-        wholes = (resize(frame, bounded, self.video_resample) for frame in video.frames)
-        pixels = np.stack([resize(Image.fromarray(w), square, self.video_resample) for w in wholes])
+        wholes = (resized(frame, bounded, self.video_resample) for frame in video.frames)
+        pixels = np.stack([resize(whole, square, self.video_resample) for whole in wholes])
         pace = video.pace or Pace.of_rate(video.count, _USUAL_RATE)
         times = *pace.times, pace.times[-1] if pace.duration is None else pace.duration
         options = {"rows": self.rows, "times": times}

@@ -21,8 +21,8 @@ from engine.families.parsing.processor import (
     lowered_flag,
     request_options,
 )
-from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.resize import resize
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 

@@ -11,8 +11,8 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
 from engine.families.parsing.processor import require_steps
-from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.resize import resize
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.native_config import NativeVisionConfig

@@ -13,9 +13,10 @@ from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ModelConfig
 from engine.families.parsing.processor import mean_colour
 from engine.media.centre import FILTERS, centre_of_resized, centre_square
-from engine.media.image_ops import check_aspect_ratio, resize
+from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square
+from engine.media.resize import resize
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig

@@ -19,9 +19,9 @@ from engine.families.parsing.processor import (
     require_same_colours,
     require_steps,
 )
-from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square, whole_and_tiles
+from engine.media.resize import resize
 from engine.media.video.sampling import DEFAULT_RULES, FrameRules, uniform_indices
 from engine.media.video.video import Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia

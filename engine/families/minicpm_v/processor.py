@@ -14,8 +14,8 @@ from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
 from engine.families.parsing.processor import count_option, lowered, request_options
-from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.resize import resize
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 

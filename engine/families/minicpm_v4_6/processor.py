@@ -16,8 +16,8 @@ from engine.families.minicpm_v.processor import fit, slice_grid
 from engine.families.minicpm_v4_6.config import MergedVisionConfig
 from engine.families.minicpm_v4_6.squares import nested_order
 from engine.families.parsing.processor import count_option, lowered, request_options, require_steps
-from engine.media.image_ops import resize
 from engine.media.keys import content_hash
+from engine.media.resize import resize
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 

@@ -22,9 +22,9 @@ from engine.families.parsing.processor import (
     request_options,
     require_steps,
 )
-from engine.media.image_ops import resize
 from engine.media.keys import content_hash
 from engine.media.padding import cut_in_tiles
+from engine.media.resize import resize
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig

@@ -17,6 +17,7 @@ from engine.families.parsing.processor import count_option, lowered, request_opt
 from engine.families.phi3_v.config import HDVisionConfig
 from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
+from engine.media.resize import resized
 from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 
@@ -73,7 +74,7 @@ class Phi3VProcessor:
         wide = image.transpose(Image.Transpose.TRANSPOSE) if tall else image
         scaled, full = self.canvas(wide.size)
         canvas = Image.new("RGB", full, (255, 255, 255))
-        canvas.paste(wide.resize(scaled, Image.Resampling.BILINEAR), (0, (full[1] - scaled[1]) // 2))
+        canvas.paste(resized(wide, scaled, Image.Resampling.BILINEAR), (0, (full[1] - scaled[1]) // 2))
         if tall:
             canvas = canvas.transpose(Image.Transpose.TRANSPOSE)
         pixels = np.asarray(canvas)

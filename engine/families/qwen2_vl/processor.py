@@ -19,8 +19,9 @@ from engine.families.parsing.processor import (
     require_same_colours,
     require_steps,
 )
-from engine.media.image_ops import check_aspect_ratio, resize
+from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
+from engine.media.resize import resize
 from engine.media.video.sampling import DEFAULT_RULES, FrameRules, Sampler, qwen2_indices
 from engine.media.video.video import Pace, Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia

@@ -7,7 +7,7 @@ import pytest
 from transformers.image_transforms import center_crop
 
 from engine.media import centre
-from engine.media.image_ops import resize
+from engine.media.resize import resize
 from tests.engine.tiny import picture
 
 #: Width and height of images, and the side of the square.

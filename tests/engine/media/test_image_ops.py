@@ -8,7 +8,7 @@ import pytest
 import transformers
 from PIL import Image
 
-from engine.media.image_ops import CLIP_MEAN, CLIP_STD, normalisation_table, resize, rgb_array
+from engine.media.image_ops import CLIP_MEAN, CLIP_STD, normalisation_table, rgb_array
 
 
 def test_constants_are_those_of_clip():
@@ -42,9 +42,3 @@ def test_pixels_are_those_of_numpy_and_copied_once(size):
     file = io.BytesIO()
     image.save(file, "PNG")
     np.testing.assert_array_equal(rgb_array(Image.open(file)), pixels)
-
-
-def test_resize_leaves_images_of_the_right_size_alone():
-    image = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
-    np.testing.assert_array_equal(resize(image, (5, 4), 3), np.asarray(image))
-    assert resize(image, (10, 2), 3).shape == (2, 10, 3)
