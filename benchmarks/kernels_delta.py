@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels_timing import Case, Problem, dtype_on
-from engine.kernels.causal_conv import causal_conv, causal_conv_reference
+from engine.kernels.causal_conv import causal_conv, conv_reference
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference
 from engine.kernels.dispatch import delta_rule
 from engine.kernels.gated_norm import gated_norm, gated_norm_reference
@@ -93,7 +93,7 @@ def convolution(
     weight = torch.randn((states.conv.shape[2], width), device=device, dtype=x.dtype)
     check = _compared(
         lambda cache: causal_conv(x, weight, cache, meta),
-        lambda cache: causal_conv_reference(x, weight, cache, meta),
+        lambda cache: conv_reference(x, weight, None, cache, meta, gated=False),
         states,
     )
     moved = 2 * x.nbytes + 2 * states.conv.nbytes + weight.nbytes

@@ -34,8 +34,7 @@ def causal_conv(
     Returns:
         ``(T, C)`` contiguous; rows of padding are undefined.
     """
-    run = causal_conv_triton if use_triton(x) else causal_conv_reference
-    return run(x, weight, cache, meta)
+    return (conv_triton if use_triton(x) else conv_reference)(x, weight, None, cache, meta, gated=False)
 
 
 def gated_conv(
@@ -59,34 +58,18 @@ def gated_conv(
     Returns:
         ``(T, C)`` contiguous; rows of padding are undefined.
     """
-    run = gated_conv_triton if use_triton(x) else gated_conv_reference
-    return run(x, weight, bias, cache, meta)
+    return (conv_triton if use_triton(x) else conv_reference)(x, weight, bias, cache, meta, gated=True)
 
 
-def causal_conv_reference(
-    x: torch.Tensor, weight: torch.Tensor, cache: StateCache, meta: AttentionMetadata
-) -> torch.Tensor:
-    return F.silu(_convolved(x, weight, None, cache, meta))
+def conv_reference(x, weight, bias, cache, meta, *, gated):
+    """Compute :func:`gated_conv`, or without ``gated`` :func:`causal_conv`, in torch."""
+    if gated:
+        before, after, inner = x.chunk(3, dim=1)
+        return after * _convolved(before * inner, weight, bias, cache, meta)
+    return F.silu(_convolved(x, weight, bias, cache, meta))
 
 
-def gated_conv_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cache: StateCache,
-    meta: AttentionMetadata,
-) -> torch.Tensor:
-    before, after, inner = x.chunk(3, dim=1)
-    return after * _convolved(before * inner, weight, bias, cache, meta)
-
-
-def _convolved(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cache: StateCache,
-    meta: AttentionMetadata,
-) -> torch.Tensor:
+def _convolved(x, weight, bias, cache, meta):
     assert meta.state_rows is not None
     width = weight.shape[1]
     shift = 0.0 if bias is None else bias.float()
@@ -107,31 +90,7 @@ def _convolved(
     return out
 
 
-def causal_conv_triton(
-    x: torch.Tensor, weight: torch.Tensor, cache: StateCache, meta: AttentionMetadata
-) -> torch.Tensor:
-    return _launch(x, weight, None, cache, meta, gated=False)
-
-
-def gated_conv_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cache: StateCache,
-    meta: AttentionMetadata,
-) -> torch.Tensor:
-    return _launch(x, weight, bias, cache, meta, gated=True)
-
-
-def _launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cache: StateCache,
-    meta: AttentionMetadata,
-    *,
-    gated: bool,
-) -> torch.Tensor:
+def conv_triton(x, weight, bias, cache, meta, *, gated):
     channels, width = weight.shape
     assert x.stride(-1) == 1 and weight.is_contiguous() and cache.conv.shape[1:] == (width - 1, channels)
     assert meta.state_rows is not None

@@ -15,7 +15,7 @@ import triton.language as tl
 from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
-from engine.kernels.rms_norm import rms_norm
+from engine.kernels.rms_norm import normalised, rms_norm
 
 #: With more tokens the router's weight is read too often.
 MAX_TOKENS = 8
@@ -83,20 +83,13 @@ def _norm_router_kernel(
     lane = tl.arange(0, BLOCK)
     mask = lane < SIZE
     weight = tl.load(weight_ptr + expert * SIZE + lane, mask=mask, other=0.0)
-    norm = tl.load(norm_ptr + lane, mask=mask, other=0.0).to(tl.float32)
+    norm = tl.load(norm_ptr + lane, mask=mask, other=0.0)
     wait_for_previous(PDL)
     x = tl.load(x_ptr + token * x_stride + lane, mask=mask, other=0.0)
-    dtype = x.dtype
     if ADD:
         added = tl.load(residual_ptr + token * SIZE + lane, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
-    wide = x.to(tl.float32)
-    normed = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / SIZE + eps))
-    if OFFSET:
-        norm += offset
-    else:
-        normed = normed.to(dtype).to(tl.float32)
-    normed = (normed * norm).to(dtype)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
+    normed = normalised(x, norm, eps, offset, OFFSET, SIZE)
     tl.store(logits_ptr + token * experts + expert, tl.sum(normed.to(tl.float32) * weight, axis=0))
     if expert == 0:
         tl.store(normed_ptr + token * SIZE + lane, normed, mask=mask)

@@ -96,16 +96,17 @@ def _rms_norm_kernel(
         added = tl.load(residual_ptr + row * SIZE + column, mask=mask, other=0.0)
         x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
         tl.store(total_ptr + row * SIZE + column, x, mask=mask)
-    normed = _normalised(x, weight_ptr, column, mask, eps, offset, OFFSET, SIZE)
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+    normed = normalised(x, weight, eps, offset, OFFSET, SIZE)
     tl.store(out_ptr + row * SIZE + column, normed, mask=mask)
 
 
 @triton.jit
-def _normalised(x, weight_ptr, column, mask, eps, offset, OFFSET: tl.constexpr, SIZE: tl.constexpr):
-    """Return the norm of a row, in its dtype."""
+def normalised(x, weight, eps, offset, OFFSET: tl.constexpr, SIZE: tl.constexpr):
+    """Return the norm of the row ``x``, in its dtype; lanes beyond ``SIZE`` are zero."""
     wide = x.to(tl.float32)
     normed = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / SIZE + eps))
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    weight = weight.to(tl.float32)
     if OFFSET:
         weight += offset
     else:
@@ -172,10 +173,12 @@ def _head_norms_kernel(
     mask = column < SIZE
     if head < Q_HEADS:
         x = tl.load(q_ptr + token * q_stride + head * q_head_stride + column, mask=mask, other=0.0)
-        normed = _normalised(x, q_weight_ptr, column, mask, eps, offset, OFFSET, SIZE)
+        weight = tl.load(q_weight_ptr + column, mask=mask, other=0.0)
+        normed = normalised(x, weight, eps, offset, OFFSET, SIZE)
         tl.store(q_out_ptr + (token * Q_HEADS + head) * SIZE + column, normed, mask=mask)
     else:
         head -= Q_HEADS
         x = tl.load(k_ptr + token * k_stride + head * k_head_stride + column, mask=mask, other=0.0)
-        normed = _normalised(x, k_weight_ptr, column, mask, eps, offset, OFFSET, SIZE)
+        weight = tl.load(k_weight_ptr + column, mask=mask, other=0.0)
+        normed = normalised(x, weight, eps, offset, OFFSET, SIZE)
         tl.store(k_out_ptr + (token * K_HEADS + head) * SIZE + column, normed, mask=mask)

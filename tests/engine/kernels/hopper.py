@@ -271,7 +271,7 @@ def fp8_cache() -> None:
 
 def delta_net(tokens: list[int]) -> None:
     """A gated delta net of Qwen3.5-4B: a decode step, or prompt chunks."""
-    from engine.kernels.causal_conv import causal_conv_triton
+    from engine.kernels.causal_conv import conv_triton
     from engine.kernels.delta_prefill import delta_prefill_triton
     from engine.kernels.delta_rule import DeltaGates, delta_step_triton
     from engine.kernels.gated_norm import gated_norm_triton
@@ -280,7 +280,7 @@ def delta_net(tokens: list[int]) -> None:
     meta, count = metadata(tokens, 1000, 1000), sum(tokens)
     meta.state_rows = torch.zeros(len(tokens), dtype=torch.int64)
     cache = StateCache(noise(2, 3, 8192), torch.zeros(2, 32, 128, 128))
-    qkv = causal_conv_triton(noise(count, 8192), noise(8192, 4), cache, meta)
+    qkv = conv_triton(noise(count, 8192), noise(8192, 4), None, cache, meta, gated=False)
     both, weights = noise(count, 64), torch.zeros(2, 32)
     gates = DeltaGates(both[:, :32], both[:, 32:], weights[0], weights[1])
     out = (delta_step_triton if max(tokens) == 1 else delta_prefill_triton)(qkv, gates, cache, meta)
@@ -289,14 +289,14 @@ def delta_net(tokens: list[int]) -> None:
 
 def short_conv(tokens: list[int]) -> None:
     """A short convolution of LFM2-1.2B: a decode step, or prompt chunks."""
-    from engine.kernels.causal_conv import gated_conv_triton
+    from engine.kernels.causal_conv import conv_triton
     from engine.kernels.recurrent_state import StateCache
 
     meta, count = metadata(tokens, 1000, 1000), sum(tokens)
     meta.state_rows = torch.zeros(len(tokens), dtype=torch.int64)
     cache = StateCache(noise(2, 2, 2048), torch.zeros(2, 0, 0, 0))
     for bias in (None, noise(2048)):
-        gated_conv_triton(noise(count, 3 * 2048), noise(2048, 3), bias, cache, meta)
+        conv_triton(noise(count, 3 * 2048), noise(2048, 3), bias, cache, meta, gated=True)
 
 
 def mixture_of_experts() -> None:

@@ -9,12 +9,7 @@ import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
 
-from engine.kernels.causal_conv import (
-    causal_conv_reference,
-    causal_conv_triton,
-    gated_conv_reference,
-    gated_conv_triton,
-)
+from engine.kernels.causal_conv import causal_conv, conv_reference, conv_triton
 from engine.kernels.delta_prefill import delta_prefill_triton
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
 from engine.kernels.gated_norm import gated_norm_reference, gated_norm_triton
@@ -86,28 +81,19 @@ def check_states(
     assert torch.equal(ours[kept].nan_to_num(7), before[kept].nan_to_num(7))
 
 
+@pytest.mark.parametrize(("gated", "biased"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_causal_conv(device, dtype, batch):
+def test_a_short_convolution(device, dtype, batch, gated, biased):
     meta = metadata(*BATCHES[batch], device)
-    x = torch.randn(len(meta.slot_mapping), CHANNELS + 3, device=device).to(dtype)[:, :CHANNELS]
-    weight = torch.randn(CHANNELS, WIDTH, device=device).to(dtype)
-    before = states(meta, dtype)
-    ours, expected = copy_of(before), copy_of(before)
-    assert_close(causal_conv_triton(x, weight, ours, meta), causal_conv_reference(x, weight, expected, meta))
-    check_states(ours.conv, expected.conv, before.conv, meta)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_gated_conv(device, dtype, batch, biased):
-    meta = metadata(*BATCHES[batch], device)
-    x = torch.randn(len(meta.slot_mapping), 3 * CHANNELS + 5, device=device).to(dtype)[:, : 3 * CHANNELS]
+    inputs = 3 * CHANNELS if gated else CHANNELS
+    x = torch.randn(len(meta.slot_mapping), inputs + 5, device=device).to(dtype)[:, :inputs]
     weight = torch.randn(CHANNELS, WIDTH, device=device).to(dtype)
     bias = torch.randn(CHANNELS, device=device).to(dtype) if biased else None
     before = states(meta, dtype)
     ours, expected = copy_of(before), copy_of(before)
     assert_close(
-        gated_conv_triton(x, weight, bias, ours, meta), gated_conv_reference(x, weight, bias, expected, meta)
+        conv_triton(x, weight, bias, ours, meta, gated=gated),
+        conv_reference(x, weight, bias, expected, meta, gated=gated),
     )
     check_states(ours.conv, expected.conv, before.conv, meta)
 
@@ -161,7 +147,7 @@ def test_references_equal_transformers(length):
     meta = metadata([length], [0], torch.device("cpu"))
     cache, given = states(meta, torch.float32), gates(length, torch.float32, torch.device("cpu"))
     x, weight = torch.randn(length, CHANNELS), torch.randn(CHANNELS, WIDTH)
-    qkv = causal_conv_reference(x, weight, cache, meta)
+    qkv = causal_conv(x, weight, cache, meta)
     expected = theirs.causal_conv1d_fn(x.T[None], weight, activation="silu")[0].T
     assert_close(qkv, expected)
     q, k, v = qkv.split([KEY_HEADS * KEYS, KEY_HEADS * KEYS, HEADS * VALUES], dim=1)
