@@ -5,23 +5,23 @@ The packers follow the definitions of compressed-tensors and of NVIDIA's ModelOp
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.engine.int4_files import MATRIX
-from tests.engine.tiny import rewrite_json, rewrite_tensors
+from tests.engine.quantised_files import MATRIX, rewrite
 
 NUMBERS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 LAYOUTS = ("mxfp4-pack-quantized", "nvfp4-pack-quantized", "modelopt")
 
 
-def config(layout: str) -> dict[str, Any]:
+def config(layout: str, ignored: Sequence[str] = ()) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint."""
     if layout == "modelopt":
-        return {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+        return {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": list(ignored)}
     nv = layout.startswith("nvfp4")
     weights = {
         "num_bits": 4,
@@ -36,7 +36,7 @@ def config(layout: str) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": layout,
         "config_groups": {"group_0": {**group, "format": layout}},
-        "ignore": ["lm_head"],
+        "ignore": list(ignored),
     }
 
 
@@ -70,18 +70,9 @@ def tensors(layout: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor],
 
 def quantise(path: Path, layout: str, *, matrix: str = MATRIX) -> dict[str, torch.Tensor]:
     """Round the matrices of a checkpoint; all tensors of a checkpoint of the same model in float32."""
-    exact: dict[str, torch.Tensor] = {}
 
-    def change(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        made = {}
-        for name, tensor in stored.items():
-            if not re.fullmatch(matrix, name):
-                made[name] = exact[name] = tensor
-                continue
-            found, exact[name] = tensors(layout, tensor)
-            made |= {name.removesuffix("weight") + kind: values for kind, values in found.items()}
-        return made
+    def rounding(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        found, exact = tensors(layout, weight)
+        return {name.removesuffix("weight") + kind: values for kind, values in found.items()}, exact
 
-    rewrite_tensors(path, change)
-    rewrite_json(path / "config.json", {"quantization_config": config(layout)})
-    return exact
+    return rewrite(path, rounding, partial(config, layout), matrix=matrix)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tests.engine.tiny import rewrite_json, rewrite_tensors
-
-MATRIX = r".*layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.weight"
+from tests.engine.quantised_files import MATRIX, rewrite
 
 
 @dataclass(frozen=True)
@@ -80,32 +77,16 @@ def quantise(
     Returns:
         All tensors of a checkpoint of the same model without quantisation.
     """
-    exact: dict[str, torch.Tensor] = {}
-    skipped = ["lm_head"]
 
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        made = {}
-        for name, tensor in tensors.items():
-            made[name] = exact[name] = tensor
-            if not re.fullmatch(matrix, name):
-                continue
-            stem = name.removesuffix("weight")
-            if re.search(ignored, name):
-                skipped.append(stem.removesuffix("."))
-                continue
-            scale = scheme.scale(tensor)
-            wide = scheme.expand(scale, tensor.shape)
-            made[name] = (tensor / wide).to(torch.float8_e4m3fn)
-            exact[name] = made[name].float() * wide
-            made[stem + ("weight_scale_inv" if scheme.native else "weight_scale")] = scale
-            if scheme.static:
-                made[stem + ("activation_scale" if scheme.native else "input_scale")] = torch.tensor(0.01)
-        if scheme.static and not scheme.native:
-            made |= {
-                re.sub("q_proj.weight$", "k_scale", n): torch.ones(1) for n in tensors if "q_proj.weight" in n
-            }
-        return made
+    def rounding(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        stem, scale = name.removesuffix("weight"), scheme.scale(weight)
+        wide = scheme.expand(scale, weight.shape)
+        rounded = (weight / wide).to(torch.float8_e4m3fn)
+        made = {name: rounded, stem + ("weight_scale_inv" if scheme.native else "weight_scale"): scale}
+        if scheme.static:
+            made[stem + ("activation_scale" if scheme.native else "input_scale")] = torch.tensor(0.01)
+            if not scheme.native and stem.endswith("q_proj."):
+                made[stem.removesuffix("q_proj.") + "k_scale"] = torch.ones(1)
+        return made, rounded.float() * wide
 
-    rewrite_tensors(path, change)
-    rewrite_json(path / "config.json", {"quantization_config": scheme.config(skipped)})
-    return exact
+    return rewrite(path, rounding, scheme.config, ignored=ignored, matrix=matrix)

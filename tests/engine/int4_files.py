@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from tests.engine.tiny import rewrite_json, rewrite_tensors
+from tests.engine.quantised_files import MATRIX, rewrite
 
-MATRIX = r".*layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.weight"
 #: Outputs of a word of AWQ, from the lowest bits on.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -151,30 +150,16 @@ def quantise(
     Returns:
         All tensors of a checkpoint of the same model without quantisation.
     """
-    exact: dict[str, torch.Tensor] = {}
-    skipped = ["lm_head"]
 
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        made = {}
-        for name, tensor in tensors.items():
-            stem = name.removesuffix("weight")
-            if not re.fullmatch(matrix, name) or re.search(ignored, name):
-                made[name] = exact[name] = tensor
-                if re.fullmatch(matrix, name):
-                    skipped.append(stem.removesuffix("."))
-                continue
-            inputs = tensor.shape[1]
-            index = torch.arange(inputs) // (inputs if scheme.group == -1 else scheme.group)
-            if scheme.shuffled:
-                # Projections of one input have one order; each expert's may be another.
-                expert = re.search(r"experts\.(\d+)\.", name)
-                seed = inputs + (int(expert[1]) if expert else 0)
-                index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(seed))]
-            quantised = scheme.quantise(tensor, index)
-            exact[name] = quantised.exact
-            made |= scheme.tensors(stem, quantised)
-        return made
+    def rounding(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        inputs = weight.shape[1]
+        index = torch.arange(inputs) // (inputs if scheme.group == -1 else scheme.group)
+        if scheme.shuffled:
+            # Projections of one input have one order; each expert's may be another.
+            expert = re.search(r"experts\.(\d+)\.", name)
+            seed = inputs + (int(expert[1]) if expert else 0)
+            index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(seed))]
+        made = scheme.quantise(weight, index)
+        return scheme.tensors(name.removesuffix("weight"), made), made.exact
 
-    rewrite_tensors(path, change)
-    rewrite_json(path / "config.json", {"quantization_config": scheme.config(skipped)})
-    return exact
+    return rewrite(path, rounding, scheme.config, ignored=ignored, matrix=matrix)

@@ -9,8 +9,16 @@ from engine.checkpoint.quantisation import read_quantisation
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels.int4 import dequantise_int4
 from tests.engine.fp4_files import LAYOUTS, config, quantise
-from tests.engine.tiny import make_text, rewrite_json, rewrite_tensors
-from tests.engine.weights.checkpoints import Rank, load, logits, reference
+from tests.engine.tiny import make_text, rewrite_tensors
+from tests.engine.weights.checkpoints import (
+    Rank,
+    check_inputs_are_split,
+    check_outputs_are_split,
+    load,
+    logits,
+    reference,
+    refusal,
+)
 from tests.engine.weights.test_int4 import EXPERT_MATRIX
 
 
@@ -37,10 +45,8 @@ def test_ranks_have_their_shares(tmp_path, layout):
     path = make_text(tmp_path / "model", "llama", intermediate_size=128)
     quantise(path, layout)
     whole, ranks = load(path), [load(path, Rank(rank, 2)) for rank in range(2)]
-    shards = [matrix(rank.layers[1].mlp.gate_up_proj).unflatten(0, (2, -1)) for rank in ranks]
-    assert torch.equal(torch.cat(shards, dim=1).flatten(0, 1), matrix(whole.layers[1].mlp.gate_up_proj))
-    shards = [matrix(rank.layers[1].mlp.down_proj) for rank in ranks]
-    assert torch.equal(torch.cat(shards, dim=1), matrix(whole.layers[1].mlp.down_proj))
+    check_outputs_are_split(whole, ranks, matrix)
+    check_inputs_are_split(whole, ranks, matrix)
 
 
 def test_ranks_that_would_cut_groups_are_refused(tmp_path):
@@ -109,12 +115,8 @@ def changed(layout: str, **weights):
     ],
 )
 def test_other_schemes_are_refused_by_name(tmp_path, raw, message):
-    path = make_text(tmp_path / "model", "llama")
-    rewrite_json(path / "config.json", {"quantization_config": raw})
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    assert message in caught.value.message and "nvfp4-pack-quantized" in caught.value.message
-    assert caught.value.param == "quantization_config"
+    refused = refusal(make_text(tmp_path / "model", "llama"), raw)
+    assert message in refused and "nvfp4-pack-quantized" in refused
 
 
 def test_another_format_of_floats_is_refused():

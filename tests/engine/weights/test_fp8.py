@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 
-from engine import LLM, SamplingParams
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError
 from engine.families.load import check_tensors, load_vision_encoder
 from engine.families.registry import resolve
 from engine.kernels.fp8 import FP8, dequantise
-from tests.engine.fp8_files import MATRIX, Scheme, quantise
-from tests.engine.tiny import make_qwen2_vl, make_text, picture, rewrite_json, rewrite_tensors
-from tests.engine.weights.checkpoints import CPU, IDS, Rank, load, logits, reference
+from tests.engine.fp8_files import Scheme, quantise
+from tests.engine.quantised_files import MATRIX
+from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors
+from tests.engine.weights.checkpoints import (
+    CPU,
+    IDS,
+    Rank,
+    answers,
+    check_inputs_are_split,
+    check_outputs_are_split,
+    load,
+    logits,
+    reference,
+    refusal,
+)
 
 SCHEMES = {
     "native, blocks": Scheme(True, "block"),
@@ -90,18 +99,11 @@ def test_ranks_have_their_shares(tmp_path, scheme, kind):
     quantise(path, scheme)
     whole, ranks = load(path), [load(path, Rank(rank, 2)) for rank in range(2)]
 
-    def matrix(decoder, layer):
-        return dequantise(layer(decoder).weight, layer(decoder).scale, torch.float32)
+    def matrix(layer):
+        return dequantise(layer.weight, layer.scale, torch.float32)
 
-    def gate_up(decoder):
-        return decoder.layers[1].mlp.gate_up_proj
-
-    def down(decoder):
-        return decoder.layers[1].mlp.down_proj
-
-    shards = [matrix(rank, gate_up).unflatten(0, (2, -1)) for rank in ranks]
-    assert torch.equal(torch.cat(shards, dim=1).flatten(0, 1), matrix(whole, gate_up))
-    assert torch.equal(torch.cat([matrix(rank, down) for rank in ranks], dim=1), matrix(whole, down))
+    check_outputs_are_split(whole, ranks, matrix)
+    check_inputs_are_split(whole, ranks, matrix)
 
 
 def test_ranks_that_would_cut_a_block_are_refused(tmp_path):
@@ -152,21 +154,9 @@ def test_dummy_weights_may_be_rounded_too(tmp_path):
 
 def test_answers_about_an_image_are_those_of_the_dequantised_checkpoint(tmp_path):
     path = make_qwen2_vl(tmp_path / "model")
-    plain = tmp_path / "plain"
-    shutil.copytree(path, plain)
     exact = quantise(path, Scheme(True, "block"), matrix=TEXT_MATRIX)
-    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
-    prompt = {
-        "prompt": "<|vision_start|><|image_pad|><|vision_end|>describe",
-        "multi_modal_data": {"image": picture(40, 32)},
-    }
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=2)
-    answers = []
-    for folder in (path, plain):
-        llm = LLM(str(folder), max_num_batched_tokens=16, block_size=4, kv_cache_bytes=1 << 20)
-        (output,) = llm.generate([prompt], params, use_tqdm=False)
-        answers.append(output.outputs[0])
-    assert answers[0].token_ids == answers[1].token_ids and answers[0].logprobs == answers[1].logprobs
+    quantised, plain = (output.outputs[0] for output in answers(path, exact))
+    assert quantised.token_ids == plain.token_ids and quantised.logprobs == plain.logprobs
 
 
 def drop(suffix):
@@ -241,9 +231,5 @@ def weights(**change):
     ],
 )
 def test_other_schemes_are_refused_by_name(tmp_path, raw, message):
-    path = make_text(tmp_path / "model", "llama")
-    rewrite_json(path / "config.json", {"quantization_config": raw})
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    assert message in caught.value.message and "supported is fp8 (e4m3)" in caught.value.message
-    assert caught.value.param == "quantization_config"
+    refused = refusal(make_text(tmp_path / "model", "llama"), raw)
+    assert message in refused and "supported is fp8 (e4m3)" in refused

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from engine import LLM, SamplingParams
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError
 from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
 from engine.kernels.int4 import dequantise_int4
-from tests.engine.int4_files import MATRIX, Scheme, quantise
-from tests.engine.tiny import make_qwen2_vl, make_text, picture, rewrite_json, rewrite_tensors
-from tests.engine.weights.checkpoints import CPU, Rank, load, logits, reference
+from tests.engine.int4_files import Scheme, quantise
+from tests.engine.quantised_files import MATRIX
+from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors
+from tests.engine.weights.checkpoints import (
+    CPU,
+    Rank,
+    answers,
+    check_outputs_are_split,
+    load,
+    logits,
+    reference,
+    refusal,
+)
 
 SCHEMES = {
     "gptq": Scheme("gptq"),
@@ -101,8 +107,7 @@ def test_ranks_have_their_shares(tmp_path, scheme, kind):
     path = make_text(tmp_path / "model", kind, intermediate_size=128)
     quantise(path, scheme)
     whole, ranks = load(path), [load(path, Rank(rank, 2)) for rank in range(2)]
-    shards = [matrix(rank.layers[1].mlp.gate_up_proj).unflatten(0, (2, -1)) for rank in ranks]
-    assert torch.equal(torch.cat(shards, dim=1).flatten(0, 1), matrix(whole.layers[1].mlp.gate_up_proj))
+    check_outputs_are_split(whole, ranks, matrix)
     # Each rank computes with its own inputs, or with those of its groups out of all.
     x = torch.randn(5, 128)
     down = [rank.layers[1].mlp.down_proj for rank in ranks]
@@ -134,21 +139,9 @@ def test_ranks_that_would_cut_groups_or_words_are_refused(tmp_path, scheme, chan
 
 def test_answers_about_an_image_are_those_of_the_dequantised_checkpoint(tmp_path):
     path = make_qwen2_vl(tmp_path / "model")
-    plain = tmp_path / "plain"
-    shutil.copytree(path, plain)
     exact = quantise(path, Scheme("awq"), matrix=TEXT_MATRIX)
-    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
-    prompt = {
-        "prompt": "<|vision_start|><|image_pad|><|vision_end|>describe",
-        "multi_modal_data": {"image": picture(40, 32)},
-    }
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=2)
-    answers = []
-    for folder in (path, plain):
-        llm = LLM(str(folder), max_num_batched_tokens=16, block_size=4, kv_cache_bytes=1 << 20)
-        (output,) = llm.generate([prompt], params, use_tqdm=False)
-        answers.append(output.outputs[0])
-    assert answers[0].token_ids == answers[1].token_ids
+    quantised, plain = (output.outputs[0] for output in answers(path, exact))
+    assert quantised.token_ids == plain.token_ids
     checkpoint = Checkpoint.open(str(path))
     config = resolve(checkpoint).parse(checkpoint)
     tower = load_vision_encoder(checkpoint, config, device=CPU, dtype=torch.float32)
@@ -274,9 +267,5 @@ def packed(**change):
     ],
 )
 def test_other_schemes_are_refused_by_name(tmp_path, raw, message):
-    path = make_text(tmp_path / "model", "llama")
-    rewrite_json(path / "config.json", {"quantization_config": raw})
-    with pytest.raises(CheckpointError) as caught:
-        load(path)
-    assert message in caught.value.message and "quant_method 'gptq', 'awq'" in caught.value.message
-    assert caught.value.param == "quantization_config"
+    refused = refusal(make_text(tmp_path / "model", "llama"), raw)
+    assert message in refused and "quant_method 'gptq', 'awq'" in refused
