@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from engine.errors import InvalidRequest
 from engine.layers.decoder_config import DecoderConfig
 from engine.media.video.video import Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
@@ -207,6 +208,30 @@ def sized_item(processor: SizedProcessor, description: tuple[int, ...], key: str
     size = width, height
     rows, grid = processor.check(size), processor.grid(size)
     return MediaItem.of_rows("image", key, processor.image_token_id, rows, grid=grid, size=size)
+
+
+class SizedImages:
+    """The part of a processor whose images may come as embedding rows with their sizes in pixels."""
+
+    __slots__ = ()
+
+    @property
+    def embedding_field(self) -> EmbeddingField | None:
+        return IMAGE_SIZES
+
+    def embedding_item(self: SizedProcessor, description: tuple[int, ...], key: str) -> MediaItem:
+        return sized_item(self, description, key)
+
+
+class ImagesOnly:
+    """The part of a processor whose model takes no videos."""
+
+    __slots__ = ()
+
+    def prepare_video(self, video: Video) -> PreparedMedia:
+        raise InvalidRequest(
+            "this model takes images, not videos: send a video's frames as images", param="video"
+        )
 
 
 @runtime_checkable

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.errors import CheckpointError
+from engine.families.base import IMAGE_SIZES, EmbeddingField, ImagesOnly, ModelConfig, sized_item
 from engine.families.parsing.processor import (
     bad_option,
     count_option,
@@ -23,7 +23,6 @@ from engine.families.parsing.processor import (
 )
 from engine.media.keys import content_hash
 from engine.media.resize import resize
-from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 
@@ -38,7 +37,7 @@ _MOST_CROPS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Gemma3Processor:
+class Gemma3Processor(ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`. Grids are ``(crops,)``: the image and its parts.
 
     Attributes:
@@ -118,9 +117,6 @@ class Gemma3Processor:
         options = {"rows": self.rows}
         key = content_hash(pixels, family="gemma3", options=options, kind="image", size=image.size)
         return PreparedMedia(sized_item(self, image.size, key), pixels)
-
-    def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes images, not videos", param="video")
 
     def with_options(self, options: Mapping[str, Any]) -> Gemma3Processor:
         """See :class:`engine.families.base.AdjustableProcessor`."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.families.base import ModelConfig, SizedImages
 from engine.families.parsing.processor import (
     bad_option,
     flag_option,
@@ -24,21 +24,19 @@ from engine.media.keys import content_hash
 from engine.media.padding import cut_in_tiles
 from engine.media.resize import resize, resized
 from engine.media.video.video import Video
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _MAX_EDGE = 4096
-
-
 #: Longer side of an image where the file states none, whatever the tower's size.
 _DEFAULT_EDGE = 4 * 364
 
 
 @dataclass(frozen=True, slots=True)
-class Idefics3Processor:
+class Idefics3Processor(SizedImages):
     """See :class:`engine.families.base.MediaProcessor`.
 
     Grids are ``(crops, rows, columns)``: the crops row by row, then the whole image as one more; an image
@@ -59,8 +57,6 @@ class Idefics3Processor:
     longest: int
     split: bool = True
     resample: int = 1
-
-    embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
     @classmethod
     def create(cls, checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]) -> Self:
@@ -118,9 +114,6 @@ class Idefics3Processor:
             "this model takes a video as images: send its frames as images, with do_image_splitting false",
             param="video",
         )
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return sized_item(self, description, key)
 
     def _bounded(self, size: tuple[int, int]) -> tuple[int, int]:
         """The longer side at ``longest`` pixels, the other near the aspect ratio and even."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
@@ -22,9 +22,6 @@ from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import CLIP_NORMALISATION, Normalisation
-
-if TYPE_CHECKING:
-    pass
 
 #: The tokenizer's fields of the tokens of images and videos, and the public models' values.
 TOKENS = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.families.base import ModelConfig, SizedImages, sized_item
 from engine.families.parsing.processor import (
     count_option,
     flag_option,
@@ -42,7 +42,7 @@ _MAX_TILES = 40
 
 
 @dataclass(frozen=True, slots=True)
-class InternVLProcessor:
+class InternVLProcessor(SizedImages):
     """See :class:`engine.families.base.MediaProcessor`.
 
     Grids are ``(crops, rows, columns)``: the tiles row by row, then the whole image as one more; an image in
@@ -162,13 +162,6 @@ class InternVLProcessor:
         rows, grid = self.check_video(video.size, video.count), (video.count, 0, 0)
         item = MediaItem.of_rows("video", key, self.image_token_id, rows, grid=grid, size=video.size)
         return PreparedMedia(item, pixels)
-
-    @property
-    def embedding_field(self) -> EmbeddingField:
-        return IMAGE_SIZES
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return sized_item(self, description, key)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.families.base import ImagesOnly, ModelConfig, SizedImages
 from engine.families.parsing.processor import require_steps
 from engine.media.keys import content_hash
 from engine.media.resize import resize
-from engine.media.video.video import Video
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 from engine.vision.native_config import NativeVisionConfig
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ _DEFAULT_PATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
-class PixtralProcessor:
+class PixtralProcessor(SizedImages, ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`. Grids are ``(1, rows, columns)`` in patches.
 
     Attributes:
@@ -42,8 +41,6 @@ class PixtralProcessor:
     longest: tuple[int, int]
     image_token_id: int
     resample: int = 3
-
-    embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
     @classmethod
     def create(
@@ -121,12 +118,6 @@ class PixtralProcessor:
         options = {"patch": patch}
         key = content_hash(pixels, family="pixtral", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)
-
-    def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes images, not videos", param="video")
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return sized_item(self, description, key)
 
 
 def _check_squares(checkpoint: Checkpoint, vision: NativeVisionConfig) -> int:

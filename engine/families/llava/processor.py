@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import ModelConfig
+from engine.errors import CheckpointError
+from engine.families.base import ImagesOnly, ModelConfig
 from engine.families.parsing.processor import mean_colour
 from engine.media.centre import FILTERS, centre_of_resized, centre_square
 from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square
 from engine.media.resize import resize
-from engine.media.video.video import Video
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import CLIP_NORMALISATION
@@ -36,7 +35,7 @@ _DEFAULT_SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class LlavaProcessor:
+class LlavaProcessor(ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`. The steps are: pad to a square, resize, cut out the
     centre square.
 
@@ -102,9 +101,6 @@ class LlavaProcessor:
         options = {"side": self.side, "rows": self.rows}
         key = content_hash(pixels, family="llava", options=options, kind="image", size=image.size)
         return PreparedMedia(self._item(key, image.size), pixels)
-
-    def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes images, not videos", param="video")
 
     @property
     def embedding_field(self) -> None:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.errors import CheckpointError
+from engine.families.base import ImagesOnly, ModelConfig, SizedImages, sized_item
 from engine.families.parsing.anyres import require_pinpoints
 from engine.families.parsing.processor import require_steps
 from engine.media.keys import content_hash
 from engine.media.padding import whole_and_tiles
-from engine.media.video.video import Video
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 from engine.vision.anyres import AnyresConfig
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ _DEFAULT_SIDE = 224
 
 
 @dataclass(frozen=True, slots=True)
-class LlavaNextProcessor:
+class LlavaNextProcessor(SizedImages, ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`; grids are those of
     :class:`engine.vision.anyres_encoder.AnyresVisionEncoder`.
 
@@ -72,16 +71,6 @@ class LlavaNextProcessor:
         pixels = whole_and_tiles(image, self.vision.crops.image_size, grid[1:], self.resample)
         key = content_hash(pixels, family="llava_next", options={}, kind="image", size=image.size)
         return PreparedMedia(sized_item(self, image.size, key), pixels)
-
-    def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes images, not videos", param="video")
-
-    @property
-    def embedding_field(self) -> EmbeddingField:
-        return IMAGE_SIZES
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return sized_item(self, description, key)
 
 
 def _require_side(raw: Mapping[str, Any], field: str, side: int) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
+from engine.families.base import ModelConfig, SizedImages, sized_item
 from engine.families.parsing.anyres import require_pinpoints
 from engine.families.parsing.processor import (
     mean_colour,
@@ -37,7 +37,7 @@ USUAL_FRAMES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class LlavaOnevisionProcessor:
+class LlavaOnevisionProcessor(SizedImages):
     """See :class:`engine.families.base.MediaProcessor`; grids are those of
     :class:`engine.families.llava_onevision.encoder.AnyresVisionEncoder`.
 
@@ -94,13 +94,20 @@ class LlavaOnevisionProcessor:
     def check(self, size: tuple[int, int]) -> int:
         return self.vision.rows(size) if self.tiled else self.vision.crops.rows_per_crop + 1
 
-    def prepare(self, image: Image.Image) -> PreparedMedia:
-        side, grid = self.vision.crops.image_size, self._grid(image.size)
+    def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Number of crops, and of tiles in a column and in a row, of an image of ``(width, height)``."""
         if not self.tiled:
-            pixels = resize_in_square(image, side, self.background, self.resample[0])[None]
-            return self._media("image", pixels, grid, image.size)
-        pixels = whole_and_tiles(image, side, grid[1:], self.resample[0])
-        return self._media("image", pixels, grid, image.size)
+            return 1, 0, 0
+        down, along = self.vision.tiles(size)
+        return 1 + down * along, down, along
+
+    def prepare(self, image: Image.Image) -> PreparedMedia:
+        side, filter = self.vision.crops.image_size, self.resample[0]
+        if self.tiled:
+            pixels = whole_and_tiles(image, side, self.grid(image.size)[1:], filter)
+        else:
+            pixels = resize_in_square(image, side, self.background, filter)[None]
+        return PreparedMedia(sized_item(self, image.size, self._key("image", pixels, image.size)), pixels)
 
     def with_options(self, options: Mapping[str, Any]) -> LlavaOnevisionProcessor:
         request_options(options)
@@ -119,38 +126,16 @@ class LlavaOnevisionProcessor:
     def prepare_video(self, video: Video) -> PreparedMedia:
         side = self.vision.crops.image_size
         pixels = np.stack([resize(frame, (side, side), self.resample[1]) for frame in video.frames])
-        return self._media("video", pixels, (video.count, 0, 0), video.size)
-
-    @property
-    def embedding_field(self) -> EmbeddingField:
-        return IMAGE_SIZES
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        width, height = description
-        return self._item("image", key, self._grid((width, height)), (width, height))
+        rows, key = self.check_video(video.size, video.count), self._key("video", pixels, video.size)
+        grid = video.count, 0, 0
+        item = MediaItem.of_rows("video", key, self.video_token_id, rows, grid=grid, size=video.size)
+        return PreparedMedia(item, pixels)
 
     @property
     def _frame_rows(self) -> int:
         """Rows of one frame of a video, which is shrunk to half its height and width."""
         return (-(-self.vision.crops.grid_side // 2)) ** 2
 
-    def _grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Number of crops, and of tiles in a column and in a row, of an image."""
-        if not self.tiled:
-            return 1, 0, 0
-        down, along = self.vision.tiles(size)
-        return 1 + down * along, down, along
-
-    def _media(
-        self, kind: str, pixels: np.ndarray, grid: tuple[int, ...], size: tuple[int, int]
-    ) -> PreparedMedia:
+    def _key(self, kind: str, pixels: np.ndarray, size: tuple[int, int]) -> str:
         options = {"tiled": self.tiled}
-        key = content_hash(pixels, family="llava_onevision", options=options, kind=kind, size=size)
-        return PreparedMedia(self._item(kind, key, grid, size), pixels)
-
-    def _item(self, kind: str, key: str, grid: tuple[int, ...], size: tuple[int, int]) -> MediaItem:
-        if kind == "image":
-            token, rows = self.image_token_id, self.check(size)
-        else:
-            token, rows = self.video_token_id, grid[0] * self._frame_rows + 1
-        return MediaItem.of_rows(kind, key, token, rows, grid=grid, size=size)
+        return content_hash(pixels, family="llava_onevision", options=options, kind=kind, size=size)

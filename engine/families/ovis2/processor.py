@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.errors import CheckpointError
+from engine.families.base import ImagesOnly, ModelConfig, SizedImages, sized_item
 from engine.families.internvl.processor import best_tiling, require_side, tilings
 from engine.families.ovis2.layout import num_indicators
 from engine.families.parsing.processor import (
@@ -25,8 +25,7 @@ from engine.families.parsing.processor import (
 from engine.media.keys import content_hash
 from engine.media.padding import cut_in_tiles
 from engine.media.resize import resize
-from engine.media.video.video import Video
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 from engine.vision.crops_config import CropVisionConfig
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ _MAX_TILES = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Ovis2Processor:
+class Ovis2Processor(SizedImages, ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`; grids are those of
     :func:`engine.families.ovis2.layout.parts`.
 
@@ -114,9 +113,6 @@ class Ovis2Processor:
         key = content_hash(pixels, family="ovis2", options=self._options, kind="image", size=image.size)
         return PreparedMedia(sized_item(self, image.size, key), pixels)
 
-    def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes images, not videos", param="video")
-
     def with_options(self, options: Mapping[str, Any]) -> Ovis2Processor:
         options = request_options(options, "crop_to_patches", "max_patches")
         return replace(
@@ -127,13 +123,6 @@ class Ovis2Processor:
 
     def low_detail(self) -> Ovis2Processor:
         return replace(self, tiled=False)
-
-    @property
-    def embedding_field(self) -> EmbeddingField:
-        return IMAGE_SIZES
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return sized_item(self, description, key)
 
     @property
     def _options(self) -> dict[str, Any]:

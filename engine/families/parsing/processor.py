@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.parsing.fields import vision_activation
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import Normalisation
-
-if TYPE_CHECKING:
-    pass
 
 
 def parse_normalisation(raw: Mapping[str, Any], default: Normalisation) -> Normalisation:

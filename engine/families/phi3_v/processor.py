@@ -11,21 +11,19 @@ import numpy as np
 from PIL import Image
 
 from engine.checkpoint.folder import Checkpoint
-from engine.errors import InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig
+from engine.families.base import ImagesOnly, ModelConfig, SizedImages
 from engine.families.parsing.processor import count_option, lowered, request_options
 from engine.families.phi3_v.config import HDVisionConfig
 from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
 from engine.media.resize import resized
-from engine.media.video.video import Video
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 
 _MAX_CROPS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Phi3VProcessor:
+class Phi3VProcessor(SizedImages, ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`. The encoder cuts the crops out of the canvas.
 
     Attributes:
@@ -66,7 +64,7 @@ class Phi3VProcessor:
         return scaled, (scaled[0], math.ceil(scaled[1] / unit) * unit)
 
     def check(self, size: tuple[int, int]) -> int:
-        return self.vision.num_rows(self._grid(size))
+        return self.vision.num_rows(self.grid(size))
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
         # Images higher than wide are transposed, prepared, and transposed back.
@@ -89,22 +87,8 @@ class Phi3VProcessor:
     def low_detail(self) -> Phi3VProcessor:
         return replace(self, num_crops=1)
 
-    def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes images, not videos; send frames as images", param="video")
-
-    @property
-    def embedding_field(self) -> EmbeddingField:
-        return IMAGE_SIZES
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        """The item of an image of ``(width, height)``."""
-        width, height = description
-        grid = self._grid((width, height))
-        rows = self.vision.num_rows(grid)
-        return MediaItem.of_rows("image", key, self.image_token_id, rows, grid=grid, size=(width, height))
-
-    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Crops down and across."""
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Crops down and across, of an image of ``(width, height)`` pixels."""
         _, (long, short) = self.canvas((max(size), min(size)))
         down, across = short // self.vision.image_size, long // self.vision.image_size
         return (across, down) if size[0] < size[1] else (down, across)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from engine.checkpoint.rules import WeightRules
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.encoders import native_encoder
@@ -15,9 +13,6 @@ from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
 from engine.vision.native_config import NativeVisionConfig
 from engine.vision.transformer_config import VisionConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
