@@ -31,7 +31,8 @@ class Conversation:
         constraint_field: the field of the body that asks for ``constraint``.
         thinking_budget: the most tokens of a thought.
         template_options: variables for the chat template.
-        add_generation_prompt, continue_final_message: see :meth:`PromptBuilder.from_messages`.
+        add_generation_prompt, continue_final_message: see
+            :meth:`engine.inputs.builder.PromptBuilder.from_messages`.
         cache_salt: keeps the caches of tenants apart.
         priority: requests with a smaller number are scheduled first.
         field_names: the caller's fields by the name under which the engine knows what they ask for.

@@ -5,7 +5,7 @@ answers with, ``code`` OpenAI's machine-readable ``error.code``. They survive pi
 process boundaries.
 
 ``param`` is the part of the request or configuration at fault, by the engine's own name: a field of
-``SamplingParams``, ``PoolingParams`` or ``EngineConfig``, an argument of :class:`engine.LLM`, ``prompt``,
+``SamplingParams``, ``PoolingParams`` or ``EngineConfig``, an argument of :class:`engine.llm.LLM`, ``prompt``,
 ``model``, or the ``where`` of a media item. The engine knows no wire protocol: a server maps these names to
 the fields that its client sent.
 """

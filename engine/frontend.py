@@ -44,7 +44,7 @@ Encode = Callable[
     [Sequence[PreparedMedia], EngineInput, Name | None], tuple[Sequence[Any], Sequence[PreparedMedia]]
 ]
 
-#: The entries of a prompt of :meth:`engine.LLM.generate`.
+#: The entries of a prompt of :meth:`engine.llm.LLM.generate`.
 _PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", FIELD, "cache_salt"})
 #: Most threads that prepare images at a time.
 _THREADS = 8
@@ -179,7 +179,7 @@ class _Media:
 
 
 class Frontend:
-    """Prepares prompts as :class:`engine.LLM` takes them. Thread-safe.
+    """Prepares prompts as :class:`engine.llm.LLM` takes them. Thread-safe.
 
     Args:
         config: the engine's configuration.
@@ -226,7 +226,7 @@ class Frontend:
         return Frontend(self._config, builder, self.retrieval, self._processor, self._fetcher)
 
     def from_prompt(self, prompt: str | Mapping[str, Any], encode: Encode | None = None) -> PreparedPrompt:
-        """Prepare one prompt of :meth:`engine.LLM.generate`.
+        """Prepare one prompt of :meth:`engine.llm.LLM.generate`.
 
         Args:
             encode: encodes the media at once, if given: the device computes their rows while they are hashed.
@@ -266,7 +266,7 @@ class Frontend:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> PreparedPrompt:
-        """Prepare one conversation of :meth:`engine.LLM.chat`; ``encode`` as in :meth:`from_prompt`.
+        """Prepare one conversation of :meth:`engine.llm.LLM.chat`; ``encode`` as in :meth:`from_prompt`.
 
         Raises:
             InvalidRequest: naming the message or part that can't be used.
@@ -290,7 +290,7 @@ class Frontend:
         instruction: str | None = None,
         add_generation_prompt: bool = False,
     ) -> PreparedPrompt:
-        """Prepare one conversation of :meth:`engine.LLM.embed`; ``encode`` as in :meth:`from_prompt`.
+        """Prepare one conversation of :meth:`engine.llm.LLM.embed`; ``encode`` as in :meth:`from_prompt`.
 
         Args:
             instruction: see :meth:`engine.inputs.retrieval.Retrieval.instructed`.
@@ -311,7 +311,7 @@ class Frontend:
         *,
         instruction: str | None = None,
     ) -> PreparedPrompt:
-        """Prepare a text or an image of :meth:`engine.LLM.score`, or a prompt of :meth:`from_prompt`.
+        """Prepare a text or an image of :meth:`engine.llm.LLM.score`, or a prompt of :meth:`from_prompt`.
 
         Errors as there.
         """

@@ -120,7 +120,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """One finished request of :class:`engine.LLM`."""
+    """One finished request of :class:`engine.llm.LLM`."""
 
     request_id: str
     prompt: str | None

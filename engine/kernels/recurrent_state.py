@@ -26,7 +26,7 @@ class StateCache:
 
     conv: torch.Tensor
     recurrent: torch.Tensor
-    #: As of :class:`KVCache`.
+    #: As of :class:`~engine.kernels.paged.KVCache`.
     group: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

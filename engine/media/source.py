@@ -36,7 +36,7 @@ class MediaSource:
     ``data`` is a file.
 
     Attributes:
-        index: its number in the request, from 0, to which :class:`MediaPart` refers.
+        index: its number in the request, from 0, to which :class:`~engine.prompt.MediaPart` refers.
         where: the field of the request, e.g. ``messages[0].content[1].image_url``.
         kind: ``image``, ``video`` or ``document``.
         url: an ``http``, ``https``, ``data`` or ``file`` URL.

@@ -39,7 +39,7 @@ USUAL_FRAMES = 32
 @dataclass(frozen=True, slots=True)
 class LlavaOnevisionProcessor(SizedImages):
     """See :class:`engine.families.base.MediaProcessor`; grids are those of
-    :class:`engine.families.llava_onevision.encoder.AnyresVisionEncoder`.
+    :class:`engine.vision.anyres_encoder.AnyresVisionEncoder`.
 
     Attributes:
         vision: the tower and the tilings.

@@ -30,7 +30,7 @@ class Lengths:
 
 
 def lengths_of(kind: str, fields: Mapping[str, Any]) -> Lengths:
-    """The lengths of a decoder that :func:`draw_decoder` has drawn."""
+    """The lengths of a decoder that :func:`tests.engine.families.drawn.decoder.draw_decoder` has drawn."""
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     scaling = rope.get("rope_type", rope.get("type"))
     if scaling == "dynamic":
