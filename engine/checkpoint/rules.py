@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 from engine.errors import CheckpointError
@@ -81,40 +83,47 @@ class WeightRules:
     vision: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
 
-    def assign(self, names: Iterable[str]) -> dict[ModelPart, dict[str, str]]:
+    def assign(self, names: Iterable[str]) -> Mapping[ModelPart, Mapping[str, str]]:
         """The checkpoint's tensors of each part: name in the part's module to name in the checkpoint.
 
         Raises:
             CheckpointError: no rule matches a name, or two names are those of one tensor.
         """
-        parts: dict[ModelPart, dict[str, str]] = {"language": {}, "vision": {}}
-        unknown = []
-        for name in names:
-            if any(re.fullmatch(pattern, name) for pattern in self.ignore):
-                continue
-            found = self._find(name)
-            if found is None:
-                unknown.append(name)
-                continue
-            part, internal = found
-            if internal in parts[part]:
-                raise CheckpointError(f"tensors {parts[part][internal]} and {name} are the same weight")
-            parts[part][internal] = name
-        if unknown:
-            raise CheckpointError(f"tensors that this model doesn't have: {listing(unknown)}")
-        return parts
+        return _assign(self, tuple(names))
 
-    def _find(self, name: str) -> tuple[ModelPart, str] | None:
-        tables: tuple[tuple[ModelPart, tuple[tuple[str, str], ...]], ...] = (
-            ("vision", self.vision),
-            ("language", self.language),
-        )
-        for part, table in tables:
-            for pattern, replacement in table:
-                match = re.fullmatch(pattern, name)
-                if match:
-                    return part, match.expand(replacement)
-        return None
+
+# Each stage of a load asks for the same names, which are tens of thousands in models with many experts.
+@lru_cache(maxsize=4)
+def _assign(rules: WeightRules, names: tuple[str, ...]) -> Mapping[ModelPart, Mapping[str, str]]:
+    parts: dict[ModelPart, dict[str, str]] = {"language": {}, "vision": {}}
+    unknown = []
+    for name in names:
+        if any(re.fullmatch(pattern, name) for pattern in rules.ignore):
+            continue
+        found = _find(rules, name)
+        if found is None:
+            unknown.append(name)
+            continue
+        part, internal = found
+        if internal in parts[part]:
+            raise CheckpointError(f"tensors {parts[part][internal]} and {name} are the same weight")
+        parts[part][internal] = name
+    if unknown:
+        raise CheckpointError(f"tensors that this model doesn't have: {listing(unknown)}")
+    return MappingProxyType({part: MappingProxyType(found) for part, found in parts.items()})
+
+
+def _find(rules: WeightRules, name: str) -> tuple[ModelPart, str] | None:
+    tables: tuple[tuple[ModelPart, tuple[tuple[str, str], ...]], ...] = (
+        ("vision", rules.vision),
+        ("language", rules.language),
+    )
+    for part, table in tables:
+        for pattern, replacement in table:
+            match = re.fullmatch(pattern, name)
+            if match:
+                return part, match.expand(replacement)
+    return None
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

@@ -46,7 +46,8 @@ def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[byte
     The process ends with this one, however this one ends: its standard input closes.
 
     Args:
-        ranks_here: ranks of this host, which share its threads.
+        ranks_here: ranks of this host. Each gets its share of this process's threads, whether their number
+            comes from the machine, from ``OMP_NUM_THREADS`` or from ``torch.set_num_threads``.
     """
     # Not above: processes that only build an application know launchers, and have no use for torch.
     import torch
@@ -57,7 +58,7 @@ def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[byte
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "engine.executor.worker", str(connection.fileno())],
         stdin=subprocess.PIPE,
-        env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": path},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
         pass_fds=[connection.fileno()],
         # Ctrl-C in a terminal is for the engine's own process.
         start_new_session=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -73,7 +73,7 @@ def _plain(info: TensorInfo, slot: WeightSlot) -> TensorInfo:
     return info
 
 
-def _checkpoint_name(internal: str, names: dict[str, str]) -> str:
+def _checkpoint_name(internal: str, names: Mapping[str, str]) -> str:
     """The probable name in the checkpoint of the module's tensor ``internal``, which the checkpoint lacks.
 
     The tensors with the longest common beginning show how the checkpoint renames beginnings; the most
@@ -139,7 +139,7 @@ def fill_with_noise(module: nn.Module, seed: int) -> None:
                 target.fill_(0.0 if slot.source.endswith("bias") else 1.0)
 
 
-def _collect_slots(module: nn.Module, names: dict[str, str]) -> dict[str, WeightSlot]:
+def _collect_slots(module: nn.Module, names: Mapping[str, str]) -> dict[str, WeightSlot]:
     slots: dict[str, WeightSlot] = {}
     for path, layer in module.named_modules():
         if hasattr(layer, "weight_slots"):
