@@ -6,6 +6,8 @@ Starts the application as often as ``--starts`` says. All starts share one folde
 is empty at first unless ``--cache`` names one that is not: the first start then compiles them, and the second
 finds them. Prints, for each start, the seconds from the command to the end of each phase, in their order. The
 times of the phases of a replica are those that it logs.
+
+Compiled Python modules should be kept: with ``PYTHONDONTWRITEBYTECODE`` each process compiles them anew.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ _MARKS = {
     "Started a local Ray instance": "Ray runs",
     "Started Serve in namespace": "Serve runs",
     "Imported and built app": "application built",
+    "route_patterns=[": "ingress: ready",
     "encoder: modules were imported": "encoder: modules imported",
     "the encoder started": "encoder: ready",
     "language model: modules were imported": "language model: modules imported",
@@ -42,10 +45,14 @@ _MARKS = {
 }
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}")
 _SECONDS = re.compile(r" in ([\d.]+) s \((.*)\)")
+_IMPORTED = ": modules imported"
 
 
 def marks(output: str) -> list[tuple[float, str, str]]:
-    """The phases whose end ``output`` tells: seconds since 1970, name, and the times of their parts."""
+    """The phases whose end ``output`` tells: seconds since 1970, name, and the times of their parts.
+
+    What a replica does first is import modules: its process was ready when that began.
+    """
     found = []
     for line in output.splitlines():
         stamp = _TIME.search(line)
@@ -54,6 +61,9 @@ def marks(output: str) -> list[tuple[float, str, str]]:
                 ended = datetime.strptime(stamp[0], "%Y-%m-%d %H:%M:%S,%f").timestamp()
                 parts = _SECONDS.search(line)
                 found.append((ended, name, "" if parts is None else parts[2]))
+                if parts is not None and name.endswith(_IMPORTED):
+                    process = name.removesuffix(_IMPORTED) + ": process ready"
+                    found.append((ended - float(parts[1]), process, ""))
     return found
 
 

@@ -24,7 +24,7 @@ from engine.families.registry import resolve
 from engine.graphs import make_capture
 from engine.lru import LruCache
 from engine.metrics import COUNT_BUCKETS, Histogram
-from engine.placement import resolve_device, resolve_dtype
+from engine.placement import open_device, resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
 from engine.startup import StartTimes
 from engine.watchdog import Watchdog
@@ -125,6 +125,8 @@ class EncoderEngine:
         checkpoint = Checkpoint.open(config.model, config.revision)
         model = resolve(checkpoint).parse(checkpoint)
         device = resolve_device(config)
+        with times.phase("device"):
+            open_device(device)
         with times.phase("weights"):
             encoder = load_vision_encoder(
                 checkpoint,

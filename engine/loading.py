@@ -102,15 +102,13 @@ def _load_model(
     config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, launcher: Launcher, times: StartTimes
 ) -> tuple[Scheduler, Runner, int]:
     """The scheduler, the runner, and the longest sequence in tokens, however many KV blocks there are."""
-    with times.phase("weights"):
-        ranks = load_ranks(config, checkpoint, model, launcher)
+    ranks = load_ranks(config, checkpoint, model, launcher, times)
     max_model_len = ranks.max_model_len
     groups = LayerGroups.of(model.decoder, max_model_len)
     if config.num_kv_blocks is None:
         # Blocks beyond what all slots can fill serve the prefix cache alone; leave it twice as many.
         most = 1 + 3 * config.max_num_seqs * -(-max_model_len // config.block_size) * len(groups.windows)
-        with times.phase("kernels and free memory"):
-            num_blocks = min(ranks.measure_blocks(), most)
+        num_blocks = min(ranks.measure_blocks(), most)
     else:
         num_blocks = config.num_kv_blocks * len(groups.windows)
     dtype = resolve_dtype(config, model)
@@ -118,8 +116,7 @@ def _load_model(
     scheduler = _scheduler(config, model, groups, num_blocks, states, max_model_len, str(checkpoint.path))
     if scheduler.max_model_len < max_model_len:
         logger.warning("KV blocks hold %d tokens: max_model_len is cut to that", scheduler.max_model_len)
-    with times.phase("KV cache and graphs"):
-        runner = ranks.make_runner(num_blocks, scheduler.max_model_len, len(scheduler.slots.requests))
+    runner = ranks.make_runner(num_blocks, scheduler.max_model_len, len(scheduler.slots.requests))
     return scheduler, runner, max_model_len
 
 

@@ -29,6 +29,11 @@ def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
     return getattr(torch, name)
 
 
+def open_device(device: torch.device) -> None:
+    """Make the context of a GPU, which its first use would do otherwise: it takes up to a second or two."""
+    torch.zeros(1, device=device)
+
+
 def describe_device(config: EngineConfig) -> str:
     """The devices of ``config`` in words, such as ``2 x NVIDIA H100 80GB HBM3`` or ``CPU``."""
     device = resolve_device(config)

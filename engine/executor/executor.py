@@ -23,6 +23,7 @@ from engine.families.base import ModelConfig
 from engine.fit import check_fit
 from engine.runner.model_runner import LaunchedStep, ModelRunner
 from engine.scheduling.batch import ScheduledBatch, StepResult
+from engine.startup import StartTimes
 
 _POLL_S = 2e-5
 #: Seconds to wait for the notice that names a dead rank: the failed operation may be noticed before it.
@@ -42,12 +43,13 @@ class Executor(Protocol):
 
 
 def load_ranks(
-    config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, launcher: Launcher
+    config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, launcher: Launcher, times: StartTimes
 ) -> Executor:
     """Load the language model on ``config.tensor_parallel_size`` ranks, of which 0 is this process.
 
     Args:
         launcher: starts the other ranks; not used for a single rank.
+        times: gets the phases of rank 0, also those of later calls.
 
     Raises:
         CheckpointError: the checkpoint is unusable; see :mod:`engine.families.load`.
@@ -58,8 +60,8 @@ def load_ranks(
     size = config.tensor_parallel_size
     check_gpus(config, launcher.ranks_here(size))
     if size == 1:
-        return ModelRank.load(config, checkpoint, model, SingleProcessGroup())
-    return ParallelExecutor(config, checkpoint, model, launcher)
+        return ModelRank.load(config, checkpoint, model, SingleProcessGroup(), times)
+    return ParallelExecutor(config, checkpoint, model, launcher, times)
 
 
 @dataclass(slots=True)
@@ -90,7 +92,12 @@ class ParallelExecutor:
     """
 
     def __init__(
-        self, config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, launcher: Launcher
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        model: ModelConfig,
+        launcher: Launcher,
+        times: StartTimes,
     ) -> None:
         size = config.tensor_parallel_size
         # Finalizers run in reverse order at exit, and the address must outlive the group.
@@ -99,14 +106,15 @@ class ParallelExecutor:
         self._parts = _GroupParts(self.workers, launcher)
         self._close = weakref.finalize(self, self._parts.end)
         try:
-            self.workers.send_each([Setup(config, rank, address) for rank in range(1, size)])
-            # All processes are up. From here on the ranks wait only for each other.
-            self.workers.receive()
-            device = rank_device(config, 0)
-            group = TorchGroup.join(rank=0, size=size, address=address, device=device)
+            with times.phase("other ranks"):
+                self.workers.send_each([Setup(config, rank, address) for rank in range(1, size)])
+                # All processes are up. From here on the ranks wait only for each other.
+                self.workers.receive()
+                device = rank_device(config, 0)
+                group = TorchGroup.join(rank=0, size=size, address=address, device=device)
             self._parts.group = group
             self.workers.when_lost(group.abort)
-            self._own = ModelRank.load(config, checkpoint, model, group)
+            self._own = ModelRank.load(config, checkpoint, model, group, times)
             self.workers.receive()
         except BaseException:
             self.close()

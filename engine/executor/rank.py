@@ -17,7 +17,7 @@ from engine.graphs import make_capture
 from engine.kernels.fp8 import reads_fp8
 from engine.layers.decoder import Decoder
 from engine.layers.layer_groups import LayerGroups
-from engine.placement import resolve_device, resolve_dtype
+from engine.placement import open_device, resolve_device, resolve_dtype
 from engine.runner.kv_storage import (
     allocate_caches,
     block_bytes,
@@ -27,6 +27,7 @@ from engine.runner.kv_storage import (
     state_bytes,
 )
 from engine.runner.model_runner import ModelRunner
+from engine.startup import StartTimes
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class ModelRank:
     Attributes:
         max_model_len: longest sequence in tokens, not yet limited by the number of KV blocks.
         groups: of the decoder's layers.
+        times: gets the phases of all calls.
     """
 
     config: EngineConfig
@@ -45,11 +47,17 @@ class ModelRank:
     group: TensorParallelGroup
     max_model_len: int
     groups: LayerGroups
+    times: StartTimes
     _compiled: bool = field(default=False, init=False)
 
     @classmethod
     def load(
-        cls, config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, group: TensorParallelGroup
+        cls,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        model: ModelConfig,
+        group: TensorParallelGroup,
+        times: StartTimes,
     ) -> ModelRank:
         """Load this rank's share of the weights.
 
@@ -65,19 +73,23 @@ class ModelRank:
                 param="kv_cache_dtype",
             )
         max_model_len = longest_sequence(config, model)
-        decoder = load_language_model(
-            checkpoint,
-            model,
-            device=device,
-            dtype=resolve_dtype(config, model),
-            tp=group,
-            load_format=config.load_format,
-            seed=config.seed,
-            max_model_len=max_model_len,
-            vectors_only=config.task == "embed",
-            quantization=config.quantization,
-        )
-        return cls(config, model, decoder, group, max_model_len, LayerGroups.of(model.decoder, max_model_len))
+        with times.phase("device"):
+            open_device(device)
+        with times.phase("weights"):
+            decoder = load_language_model(
+                checkpoint,
+                model,
+                device=device,
+                dtype=resolve_dtype(config, model),
+                tp=group,
+                load_format=config.load_format,
+                seed=config.seed,
+                max_model_len=max_model_len,
+                vectors_only=config.task == "embed",
+                quantization=config.quantization,
+            )
+        groups = LayerGroups.of(model.decoder, max_model_len)
+        return cls(config, model, decoder, group, max_model_len, groups, times)
 
     def measure_blocks(self) -> int:
         """Return the number of KV blocks that fit into this rank's memory.
@@ -102,10 +114,11 @@ class ModelRank:
             )
         if decoder.device.type == "cuda":
             runner = self._runner(2, self.max_model_len, config.max_num_seqs, 0)
-            runner.profile(config.max_num_batched_tokens)
-            del runner
-            torch.cuda.synchronize(decoder.device)
-            torch.cuda.empty_cache()
+            with self.times.phase("free memory"):
+                runner.profile(config.max_num_batched_tokens)
+                del runner
+                torch.cuda.synchronize(decoder.device)
+                torch.cuda.empty_cache()
             free = measure_free_bytes(decoder.device, config.gpu_memory_utilization)
         if states and config.enable_prefix_caching:
             kept = config.state_snapshot_bytes
@@ -126,14 +139,13 @@ class ModelRank:
         """Make the runner with its KV cache, ready for requests."""
         snapshots = num_snapshots(self.config, self.decoder.config, self.decoder.dtype, num_blocks)
         runner = self._runner(num_blocks, max_model_len, num_slots, snapshots)
-        runner.warm_up()
+        runner.warm_up(self.times)
         return runner
 
     def _runner(self, num_blocks: int, max_model_len: int, num_slots: int, snapshots: int) -> ModelRunner:
         config, decoder = self.config, self.decoder
-        runner = ModelRunner(
-            decoder,
-            allocate_caches(
+        with self.times.phase("KV cache"):
+            caches = allocate_caches(
                 decoder.config,
                 self.groups,
                 num_blocks,
@@ -145,17 +157,21 @@ class ModelRank:
                 self.group.size,
                 kv_dtype=kv_dtype(config, decoder.dtype),
                 kv_scales=decoder.kv_scales() if config.kv_cache_dtype == "fp8" else (),
-            ),
-            block_size=config.block_size,
-            num_slots=num_slots,
-            max_num_tokens=config.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            pooling=config.task != "generate",
-            capture=make_capture(decoder.device, enforce_eager=config.enforce_eager),
-            group=self.group,
-        )
+            )
+            runner = ModelRunner(
+                decoder,
+                caches,
+                block_size=config.block_size,
+                num_slots=num_slots,
+                max_num_tokens=config.max_num_batched_tokens,
+                max_model_len=max_model_len,
+                pooling=config.task != "generate",
+                capture=make_capture(decoder.device, enforce_eager=config.enforce_eager),
+                group=self.group,
+            )
         if not self._compiled:
-            runner.compile()
+            with self.times.phase("kernels"):
+                runner.compile()
             self._compiled = True
         return runner
 

@@ -19,6 +19,7 @@ from engine.executor.rank import ModelRank, rank_device
 from engine.executor.wire import BatchReceiver, MakeRunner, MeasureBlocks, Setup
 from engine.families.registry import resolve
 from engine.runner.model_runner import ModelRunner
+from engine.startup import StartTimes
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def _start(connection: Connection) -> ModelRunner:
         rank=setup.rank, size=config.tensor_parallel_size, address=setup.address, device=device
     )
     checkpoint = Checkpoint.open(config.model, config.revision)
-    rank = ModelRank.load(config, checkpoint, resolve(checkpoint).parse(checkpoint), group)
+    rank = ModelRank.load(config, checkpoint, resolve(checkpoint).parse(checkpoint), group, StartTimes())
     connection.send(None)
     message = connection.recv()
     if isinstance(message, MeasureBlocks):

@@ -29,6 +29,7 @@ from engine.runner.sampler import Sampler, SamplingPlan
 from engine.runner.staging import download, download_logprobs, record_event, upload
 from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, span_rows, to_device
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch, StepResult
+from engine.startup import StartTimes
 
 #: Plans whose sampling is captured with the decode step. Others sample eagerly after a captured forward pass.
 _CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))
@@ -258,13 +259,15 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def warm_up(self) -> None:
-        """Capture all graphs, so that no request waits for a capture."""
+    def warm_up(self, times: StartTimes) -> None:
+        """Capture all graphs, so that no request waits for a capture; ``times`` gets the phases."""
         with torch.inference_mode():
             if self._forwards is not None:
-                self._forwards.capture_all()
+                with times.phase("graphs of prompts"):
+                    self._forwards.capture_all()
             if self._decodes is not None:
-                self._decodes.capture_all(_CAPTURED_PLANS)
+                with times.phase("graphs of decode steps"):
+                    self._decodes.capture_all(_CAPTURED_PLANS)
 
     @torch.inference_mode()
     def profile(self, num_tokens: int) -> None:

@@ -16,6 +16,7 @@ from engine.families.registry import resolve
 from engine.kernels.fp8 import FP8
 from engine.layers.decoder_config import DecoderConfig
 from engine.runner.kv_storage import block_bytes, kv_dtype
+from engine.startup import StartTimes
 from tests.engine.families.opened import parse
 from tests.engine.tiny import make_text, rewrite_tensors
 from tests.engine.weights.checkpoints import Rank, load
@@ -161,7 +162,7 @@ def test_twice_as_many_tokens_fit(tmp_path):
         )
         checkpoint = Checkpoint.open(str(path))
         model = resolve(checkpoint).parse(checkpoint)
-        loaded = rank.ModelRank.load(config, checkpoint, model, SingleProcessGroup())
+        loaded = rank.ModelRank.load(config, checkpoint, model, SingleProcessGroup(), StartTimes())
         blocks.append(loaded.measure_blocks())
     assert blocks == [128, 256]
 

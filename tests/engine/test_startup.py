@@ -23,9 +23,8 @@ def test_engine_and_encoder_log_their_phases(tmp_path, caplog):
         LLM(str(path), max_model_len=64)
     lines = [record.getMessage() for record in caplog.records]
     seconds = r"\d+\.\d"
-    phases = ("weights", "kernels and free memory", "KV cache and graphs", "rest of the tokenizer")
+    phases = ("device", "weights", "KV cache", "kernels", "rest of the tokenizer")
     wanted = ", ".join(f"{name} {seconds}" for name in phases)
     assert any(re.fullmatch(rf"the engine started in {seconds} s \({wanted}\)", line) for line in lines)
-    assert any(
-        re.fullmatch(rf"the encoder started in {seconds} s \(weights {seconds}\)", line) for line in lines
-    )
+    wanted = f"device {seconds}, weights {seconds}"
+    assert any(re.fullmatch(rf"the encoder started in {seconds} s \({wanted}\)", line) for line in lines)
