@@ -69,6 +69,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self._limits = limits
         self._active = threading.local()
         self.filters["tojson"] = _to_json
+        self.filters["json_or_text"] = _json_or_text
         self.filters["_turns"] = self._turns
         self.filters["_sized"] = self._sized
         self.globals["raise_exception"] = _raise_exception
@@ -151,6 +152,14 @@ def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+def _json_or_text(text: str) -> Any:
+    """The value of a JSON text, for the project's own templates; any other text is itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _raise_exception(message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def split_as(backend: tokenizers.Tokenizer, file: Path) -> None:
     """
     if backend.pre_tokenizer is None:
         return
-    pattern = _config(file).get("pattern")
+    pattern = _config(file, _read(file)).get("pattern")
     if not isinstance(pattern, str):
         raise CheckpointError(f"{file.name} should state config.pattern")
     state = json.loads(backend.pre_tokenizer.__getstate__())
@@ -85,17 +86,45 @@ def split_as(backend: tokenizers.Tokenizer, file: Path) -> None:
     backend.pre_tokenizer = changed
 
 
-def chat_version(file: Path) -> str | None:
-    """Return the version of the chat format that a tekken.json states, such as ``v7``.
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """What a tekken.json states of chats.
+
+    Attributes:
+        version: such as ``v7``.
+        efforts: values of a request's ``reasoning_effort``; empty if the model has none.
+        default_effort: where a request has none.
+    """
+
+    version: str | None
+    efforts: tuple[str, ...] = ()
+    default_effort: str = ""
+
+
+def chat_format(file: Path) -> ChatFormat:
+    """Return what a tekken.json states of chats.
 
     Raises:
         CheckpointError: the file can't be read.
     """
-    return _config(file).get("version")
+    data = _read(file)
+    version = _config(file, data).get("version")
+    try:
+        effort = (data.get("model_settings_builder") or {}).get("reasoning_effort")
+        if effort is None:
+            return ChatFormat(version)
+        found = ChatFormat(version, tuple(effort["values"]), effort["default"])
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file.name}: model_settings_builder can't be read: {error!r}") from error
+    if found.default_effort not in found.efforts:
+        raise CheckpointError(
+            f"{file.name}: reasoning_effort's default {found.default_effort!r} is none of {found.efforts}"
+        )
+    return found
 
 
-def _config(file: Path) -> dict[str, Any]:
-    config = _read(file).get("config")
+def _config(file: Path, data: dict[str, Any]) -> dict[str, Any]:
+    config = data.get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{file.name} should hold an object named config")
     return config

@@ -15,9 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from tests.engine.text.tekken_file import write_tekken
+from tests.engine.text.tekken_file import SPECIALS, write_tekken
 
-VERSIONS = ("v7", "v11", "v13")
+VERSIONS = ("v3", "v7", "v11", "v13", "v15")
 TOOLS = [
     {
         "type": "function",
@@ -76,24 +76,55 @@ CHATS: list[tuple[list[dict[str, Any]], bool]] = [
     (
         [
             _says("user", "W?"),
-            _says("assistant", "Let me see.", tool_calls=_CALLS),
-            *_RESULTS,
-            _says("assistant", "It is 20."),
+            _says("assistant", "", tool_calls=_CALLS),
+            *_RESULTS[::-1],
+            _says("assistant", "It is 20.  "),
             _says("user", "Thanks"),
         ],
         True,
     ),
+    ([_says("system", [_text("one"), _text("two")]), _says("user", [IMAGE, _text("what?")])], False),
+    ([_says("system", "Be brief."), _says("user", [_text("x"), IMAGE, _text(""), _text("y")])], False),
+    ([_says("system", "one"), _says("user", "x"), _says("assistant", " y "), _says("user", "z")], False),
+    (
+        [
+            _says("user", "W?"),
+            _says("assistant", [_text("b"), _text("c ")]),
+            _says("assistant", "d "),
+            _says("user", [_text("e"), _text("f")]),
+            _says("user", [_text("g"), _text("h")]),
+        ],
+        True,
+    ),
 ]
-#: A thought in front of an answer, which v13 has a form for.
+#: A text in front of calls, which v3 has no form for.
+TEXT_AND_CALLS = [
+    _says("user", "W?"),
+    _says("assistant", "Let me see.", tool_calls=_CALLS),
+    *_RESULTS,
+    _says("assistant", "It is 20."),
+    _says("user", "Thanks"),
+]
+#: A thought in front of an answer, which versions have a form for from v13 on.
 THOUGHT = [
     _says("user", "a"),
-    _says("assistant", "b", reasoning_content="let me"),
+    _says("assistant", "b ", reasoning_content="let me"),
     _says("user", "c"),
 ]
 
 
-def recorded() -> dict[str, list[str]]:
-    """Return mistral-common's prompts by version, v13's with THOUGHT's at the end. ``[IMG]`` is an image."""
+def chats_of(version: str) -> list[tuple[list[dict[str, Any]], bool]]:
+    """All conversations that a version has a form for, and whether there are tools."""
+    number = int(version[1:])
+    return CHATS + [(TEXT_AND_CALLS, True)] * (number > 3) + [(THOUGHT, False)] * (number >= 13)
+
+
+#: The last version, where a request asks for an effort that isn't the default.
+EFFORT = "v15, high"
+
+
+def recorded() -> dict[str, list[list[int]]]:
+    """Return the ids of mistral-common's prompts of :func:`chats_of` by version. ``[IMG]`` is an image."""
     return json.loads(Path(__file__).with_suffix(".json").read_text())
 
 
@@ -113,28 +144,32 @@ def _for_theirs(messages: list[dict[str, Any]], url: str) -> list[dict[str, Any]
 
 def _record() -> None:
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     png = io.BytesIO()
     Image.new("RGB", (16, 16)).save(png, "PNG")
     url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    end = SPECIALS.index("[IMG_END]")  # 16 by 16 pixels are one [IMG] and the end
     found = {}
-    for version in VERSIONS:
+    for name in (*VERSIONS, EFFORT):
+        version, _, effort = name.partition(", ")
         with tempfile.TemporaryDirectory() as folder:
             theirs = MistralTokenizer.from_file(write_tekken(Path(folder), version))
-        chats = [*CHATS, *([(THOUGHT, False)] if version == "v13" else [])]
         prompts = []
-        for messages, with_tools in chats:
+        for messages, with_tools in chats_of(version):
             request = ChatCompletionRequest.from_openai(
-                _for_theirs(messages, url), tools=TOOLS if with_tools else None
+                _for_theirs(messages, url),
+                tools=TOOLS if with_tools else None,
+                **({"reasoning_effort": effort} if effort else {}),
             )
             ids = theirs.encode_chat_completion(request).tokens
-            text = theirs.instruct_tokenizer.tokenizer.decode(ids, SpecialTokenPolicy.KEEP)
-            prompts.append(text.replace("[IMG_END]", ""))  # 16 by 16 pixels are one [IMG] and the end
-        found[version] = prompts
-    file = Path(__file__).with_suffix(".json")
-    file.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+            prompts.append([token for token in ids if token != end])
+        found[name] = prompts
+    lines = [
+        f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, prompts)) + "\n]"
+        for name, prompts in found.items()
+    ]
+    Path(__file__).with_suffix(".json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

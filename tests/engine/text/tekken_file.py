@@ -93,6 +93,8 @@ SPECIALS = [
     "[CALL_ID]",
     "[THINK]",
     "[/THINK]",
+    "[MODEL_SETTINGS]",
+    "[/MODEL_SETTINGS]",
 ]
 NUM_SPECIAL = 26
 #: The last two tokens of bytes are beyond what models use.
@@ -121,6 +123,9 @@ def write_tekken(folder: Path, version: str = "v7", listed: bool = True) -> Path
             for rank, token in enumerate(tokens)
         ],
     }
+    if version == "v15":
+        effort = {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]}
+        content["model_settings_builder"] = {"reasoning_effort": effort}
     if listed:
         content["special_tokens"] = [
             {"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(SPECIALS)
