@@ -107,7 +107,7 @@ def test_other_versions_have_no_template(tmp_path):
     for stated in ({"values": ["high"], "default": "low"}, {"values": ["high"]}, "high"):
         content = {"config": {"version": "v15"}, "model_settings_builder": {"reasoning_effort": stated}}
         (tmp_path / "tekken.json").write_text(json.dumps(content))
-        with pytest.raises(CheckpointError, match="low|model_settings_builder"):
+        with pytest.raises(CheckpointError, match=r"low|model_settings_builder"):
             ChatTemplate.load(tmp_path, {})
     (tmp_path / "tekken.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tekken\.json"):
