@@ -15,7 +15,7 @@ from engine.families.registry import resolve
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
 from engine.layers.experts import ExpertsMLP
-from engine.layers.quantised import Formats, Fp8Format
+from engine.layers.matrix_formats import Formats, Fp8Format
 from engine.layers.rotary import Rotary
 from engine.runner.kv_storage import block_bytes, state_bytes
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,16 @@ def loads(imports: Imports, start: str) -> set[str]:
     return seen
 
 
+def circle(imports: Imports) -> list[str]:
+    """Modules that import each other in a circle, from one of them back to it; empty if none do."""
+    known = {module: [name for name in names if name in imports] for module, names in imports.items()}
+    try:
+        TopologicalSorter(known).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
 def within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
@@ -280,6 +291,14 @@ def test_a_planted_upward_import_is_found(module, name):
     assert module in imports
     imports[module] |= {name}
     assert (module, name) in upward(imports, FLOORS, "engine")
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not even in a function, or for type checkers alone."""
+    imports = read_imports("engine", "deployments")
+    assert circle(imports) == []
+    imports["engine.layers.build"] |= {"engine.layers.linear"}
+    assert {"engine.layers.build", "engine.layers.linear"} <= {*circle(imports)}
 
 
 def test_heavy_packages_stay_where_they_belong():

@@ -37,7 +37,7 @@ class Int4Quantisation:
     """The storage format of a checkpoint's int4 matrices. Its tensors say which matrices are in int4.
 
     Attributes:
-        layout: see :class:`~engine.layers.int4.Int4Format`; also of ``shuffled`` and ``less_one``.
+        layout: see :class:`~engine.layers.matrix_formats.Int4Format`; also of ``shuffled`` and ``less_one``.
         group: inputs that share a scale; None for all.
     """
 
@@ -52,7 +52,7 @@ class Fp4Quantisation:
     """How the matrices of a checkpoint are stored in floats of 4 bits; which are, its files say.
 
     Attributes:
-        layout: see :class:`~engine.layers.fp4.Fp4Format`.
+        layout: see :class:`~engine.layers.matrix_formats.Fp4Format`.
     """
 
     layout: Literal["mxfp4-pack-quantized", "nvfp4-pack-quantized", "modelopt"]

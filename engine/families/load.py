@@ -16,7 +16,7 @@ from engine.families.base import MediaEncoder, ModelConfig
 from engine.families.registry import family_named
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
-from engine.layers.quantised import Formats, Fp8Format
+from engine.layers.matrix_formats import Formats, Fp8Format
 from engine.weights.formats import rules_with_scales, stored_formats
 from engine.weights.loader import fill_from_checkpoint, fill_with_noise, match_tensors
 from engine.weights.tied import EMBEDDINGS, StoredHead, stored_head

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from engine.errors import ConfigError
+from engine.layers.matrix_formats import Formats, Fp8Format, PackedFormat
+
 if TYPE_CHECKING:
     from engine.distributed.group import TensorParallelGroup
-    from engine.layers.packed import PackedFormat
-    from engine.layers.quantised import Formats, Fp8Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class BuildContext:
 
     def format_of(self, parts: Iterable[str] = ("",), fused: str = "") -> Fp8Format | PackedFormat | None:
         """The format of the matrix at this path, or of one that is stored as ``parts`` of it, or all together
-        as ``fused``; None for the model's dtype. Errors as :meth:`~engine.layers.quantised.Formats.of`."""
+        as ``fused``; None for the model's dtype. Errors as
+        :meth:`~engine.layers.matrix_formats.Formats.of`."""
         if self.formats is None:
             return None
         names = [(self.path + name).removesuffix(".") for name in (fused, *parts)]
@@ -57,8 +59,6 @@ class BuildContext:
         Raises:
             ConfigError: the ranks can't have equal shares.
         """
-        from engine.errors import ConfigError
-
         if total % self.tp.size:
             raise ConfigError(
                 f"tensor_parallel_size {self.tp.size} does not divide the model's {what} ({total})",

@@ -13,10 +13,11 @@ from engine.kernels.experts import ExpertMatrices
 from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.int4 import MIDDLE, Int4Scale
 from engine.layers.build import BuildContext, Region, Target, WeightSlot
-from engine.layers.fp4 import Fp4Format, Fp4Matrix
+from engine.layers.fp4 import Fp4Matrix
 from engine.layers.int4 import Int4Matrix
-from engine.layers.packed import PackedFormat, PackedMatrix
-from engine.layers.quantised import Fp8Format, QuantisingRows, check_share, scale_slot
+from engine.layers.matrix_formats import Fp4Format, Fp8Format, PackedFormat
+from engine.layers.packed import PackedMatrix
+from engine.layers.quantised import QuantisingRows, check_share, scale_slot
 
 
 @dataclass(frozen=True, slots=True)

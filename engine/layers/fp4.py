@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 
 from engine.errors import ConfigError
 from engine.kernels.int4 import Int4Scale, pack
 from engine.layers.build import BuildContext, WeightSlot
-
-#: The tensors of a matrix by layout: numbers, scales, and the factor of all scales. What a file of
-#: compressed-tensors names is what its scales were multiplied by, so they are divided by it.
-FP4_NAMES: dict[str, tuple[str, str, str]] = {
-    "mxfp4-pack-quantized": ("weight_packed", "weight_scale", ""),
-    "nvfp4-pack-quantized": ("weight_packed", "weight_scale", "weight_global_scale"),
-    "modelopt": ("weight", "weight_scale", "weight_scale_2"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Fp4Format:
-    """How one matrix ``(N, K)`` is stored in floats of 4 bits (e2m1).
-
-    Two consecutive inputs are in a byte of ``(N, K / 2)``, the first in the lower bits. Scales are
-    ``(N, G)``.
-
-    Attributes:
-        layout: a key of :data:`FP4_NAMES`.
-        scale_dtype: of the scales in the file.
-    """
-
-    layout: Literal["mxfp4-pack-quantized", "nvfp4-pack-quantized", "modelopt"]
-    scale_dtype: torch.dtype
-
-    @property
-    def kind(self) -> Literal["mxfp4", "nvfp4"]:
-        """Of :class:`~engine.kernels.int4.Int4Scale`."""
-        return "mxfp4" if self.layout.startswith("mxfp4") else "nvfp4"
-
-    @property
-    def group(self) -> int:
-        """Inputs that share a scale."""
-        return 32 if self.kind == "mxfp4" else 16
-
-    @property
-    def label(self) -> str:
-        return self.kind
+from engine.layers.matrix_formats import FP4_NAMES, Fp4Format
 
 
 class Fp4Matrix:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels.int4 import MIDDLE, Int4Scale, pack
 from engine.layers.build import BuildContext, Region, Target, WeightSlot, whole
+from engine.layers.matrix_formats import INT4_NAMES, Int4Format
 
 #: Numbers of a word of 32 bits.
 _PER_WORD = 8
@@ -17,41 +17,6 @@ _PER_WORD = 8
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 #: Adds one to each number of a word.
 _ONES = 0x11111111
-#: The tensors of a matrix: words, zero points, scales, and the group of each input.
-NAMES: dict[str, tuple[str, str, str, str]] = {
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-    "awq": ("qweight", "qzeros", "scales", ""),
-    "packed": ("weight_packed", "weight_zero_point", "weight_scale", "weight_g_idx"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Int4Format:
-    """The storage format of one int4 matrix ``(N, K)``. ``G`` is the number of groups of inputs.
-
-    Attributes:
-        layout: ``gptq`` has words of eight inputs, ``(K / 8, N)``; ``awq`` of eight outputs, ``(K, N / 8)``;
-            both have zero points ``(G, N / 8)`` and scales ``(G, N)``. ``packed`` (compressed-tensors) has
-            words of eight inputs, ``(N, K / 8)``, zero points ``(N / 8, G)`` and scales ``(N, G)``.
-        group: inputs that share a scale; None for all.
-        zeros: the file has zero points; all are 8 otherwise.
-        indexed: the file has the group of each input.
-        shuffled: inputs of a group may be apart ("activation order").
-        less_one: zero points are stored less one.
-        scale_dtype: of the scales in the file, which they keep.
-    """
-
-    layout: Literal["gptq", "awq", "packed"]
-    group: int | None
-    zeros: bool = True
-    indexed: bool = False
-    shuffled: bool = False
-    less_one: bool = False
-    scale_dtype: torch.dtype = torch.float16
-
-    @property
-    def label(self) -> str:
-        return f"int4 {self.layout}"
 
 
 @dataclass(slots=True)
@@ -110,7 +75,7 @@ class Int4Matrix:
         Raises:
             ConfigError: a range cuts a word.
         """
-        names, zeros, indexed = NAMES[self.stored.layout], self.stored.zeros, self.stored.indexed
+        names, zeros, indexed = INT4_NAMES[self.stored.layout], self.stored.zeros, self.stored.indexed
         groups = -(-self._inputs // self._group)
         words, scale, zero = (WeightSlot(stem + name, ()) for name in (names[0], names[2], names[1]))
         index = torch.empty(self._inputs, dtype=torch.int32, device=self._device) if indexed else None

@@ -14,9 +14,10 @@ from engine.kernels.fp8 import Scale
 from engine.kernels.int4 import Int4Scale
 from engine.kernels.skinny_gemm import split_counters
 from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot
+from engine.layers.matrix_formats import Fp8Format, PackedFormat
 from engine.layers.norm import RMSNorm
-from engine.layers.packed import PackedFormat, PackedMatrix, packed_matrix
-from engine.layers.quantised import Fp8Format, check_share, make_matrix, matrix_target, scale_slot
+from engine.layers.packed import PackedMatrix, packed_matrix
+from engine.layers.quantised import check_share, make_matrix, matrix_target, scale_slot
 
 
 class Linear(nn.Module):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from engine.layers.build import BuildContext
-from engine.layers.fp4 import Fp4Format, Fp4Matrix
-from engine.layers.int4 import Int4Format, Int4Matrix
+from engine.layers.fp4 import Fp4Matrix
+from engine.layers.int4 import Int4Matrix
+from engine.layers.matrix_formats import Fp4Format, PackedFormat
 
-PackedFormat = Int4Format | Fp4Format
 PackedMatrix = Int4Matrix | Fp4Matrix
 
 

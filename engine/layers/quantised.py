@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
 from engine.kernels.fp8 import FP8, Scale, quantise_rows
 from engine.layers.build import BuildContext, Region, Target, WeightSlot
-from engine.layers.packed import PackedFormat
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Format:
-    """The storage format of one fp8 matrix ``(N, K)``.
-
-    Attributes:
-        scale: the kind of the tensor with its scales, e.g. ``weight_scale``; None if the stored matrix is not
-            quantised and is rounded to fp8 as it is read, with a scale for each output.
-        shared: the numbers that share a scale: of the whole tensor, of an output, or of a block.
-        block: outputs and inputs of a block.
-        round_inputs: see :class:`~engine.kernels.fp8.Scale`.
-    """
-
-    scale: str | None
-    shared: Literal["tensor", "output", "block"]
-    block: tuple[int, int] = (1, 1)
-    round_inputs: bool = True
-
-    @property
-    def label(self) -> str:
-        return f"fp8 {self.shared}"
-
-
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """The formats of a model's matrices.
-
-    Attributes:
-        by_name: those that are quantised, by the layer's name in the model's part.
-        every: the format of all linear layers of the decoder that ``by_name`` lacks; None: the model's dtype.
-        head_scales: scales of keys and values in fp8 are one for each KV head, not one for a layer.
-    """
-
-    by_name: Mapping[str, Fp8Format | PackedFormat] = field(default_factory=dict)
-    every: Fp8Format | None = None
-    head_scales: bool = False
-
-    def of(self, parts: Iterable[str], fused: str) -> Fp8Format | PackedFormat | None:
-        """The format of a layer that a checkpoint stores as ``parts``, or all together as ``fused``.
-
-        Raises:
-            CheckpointError: the parts have different formats.
-        """
-        if fused in self.by_name:
-            return self.by_name[fused]
-        found = {name: self.by_name.get(name, self.every) for name in parts}
-        if len(set(found.values())) > 1:
-            kinds = ", ".join(f"{name} {f.label if f else 'not'}" for name, f in found.items())
-            raise CheckpointError(f"projections of one layer must be quantised alike: {kinds}")
-        return next(iter(found.values()))
+from engine.layers.matrix_formats import Fp8Format
 
 
 def make_matrix(

@@ -16,10 +16,15 @@ from engine.checkpoint.quantisation import (
 )
 from engine.checkpoint.rules import WeightRules, listing
 from engine.errors import CheckpointError
-from engine.layers.fp4 import FP4_NAMES, Fp4Format
-from engine.layers.int4 import NAMES, Int4Format
-from engine.layers.packed import PackedFormat
-from engine.layers.quantised import Formats, Fp8Format
+from engine.layers.matrix_formats import (
+    FP4_NAMES,
+    INT4_NAMES,
+    Formats,
+    Fp4Format,
+    Fp8Format,
+    Int4Format,
+    PackedFormat,
+)
 from engine.weights.reader import DTYPES
 
 _FP8 = "F8_E4M3"
@@ -96,7 +101,7 @@ def _in_4_bits(
     quantisation: Int4Quantisation | Fp4Quantisation,
 ) -> Formats:
     """The formats of a checkpoint with matrices in 4 bits."""
-    kinds = {**NAMES, **FP4_NAMES}[quantisation.layout]
+    kinds = {**INT4_NAMES, **FP4_NAMES}[quantisation.layout]
     stems = {
         inner.removesuffix(kinds[0])
         for inner, name in language.items()
@@ -142,7 +147,7 @@ def _int4_format(
     tensors: Mapping[str, TensorInfo],
     quantisation: Int4Quantisation,
 ) -> Int4Format:
-    words, zeros, scales, index = NAMES[quantisation.layout]
+    words, zeros, scales, index = INT4_NAMES[quantisation.layout]
     if stem + scales not in names:
         raise CheckpointError(f"tensor {names[stem + words]} is in int4 and has no scales")
     return Int4Format(

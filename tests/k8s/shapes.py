@@ -14,7 +14,7 @@ from engine.distributed.group import SingleProcessGroup
 from engine.families.registry import resolve
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
-from engine.layers.quantised import Formats, Fp8Format
+from engine.layers.matrix_formats import Formats, Fp8Format
 from engine.runner.kv_storage import block_bytes, state_bytes
 
 _QWEN2_VL = SHAPES["qwen2-vl-7b"].config
