@@ -1,4 +1,5 @@
-"""Attention of a decode step over a paged KV cache in one launch: rotation, cache write, softmax and merge.
+"""Attention of a decode step over a paged KV cache in one launch: norms of heads, rotation, cache write,
+softmax and merge.
 
 Every sequence has one new token. The rows of a tile are the query heads that share a KV head; keys come in
 tiles gathered through the block table. With few sequences the keys of each are split over several programs
@@ -32,6 +33,7 @@ from engine.kernels.paged import (
 )
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.rms_norm import head_norms_reference, inverse_rms, scaled_by_norm
 from engine.kernels.rotary import load_angles
 from engine.kernels.tile import AttentionTile
 
@@ -40,8 +42,12 @@ _MAX_SPLITS = 32
 _MANY_PROGRAMS = 2
 
 
-def decode_attention_reference(q, k, v, positions, table, cache, meta, *, scale, window=None, cap=None):
-    """Compute :func:`~engine.kernels.dispatch.decode_attention` in two steps; attention in float32."""
+def decode_attention_reference(
+    q, k, v, positions, table, cache, meta, *, scale, norms=None, window=None, cap=None
+):  # fmt: skip
+    """Compute :func:`~engine.kernels.dispatch.decode_attention` step by step; attention in float32."""
+    if norms is not None:
+        q, k = head_norms_reference(q, k, norms)
     rotary_kv_write_reference(q, k, v, positions, table, cache, meta.slot_mapping)
     return paged_attention_reference(q, cache, meta, scale=scale, window=window, cap=cap)
 
@@ -90,7 +96,9 @@ def num_splits(programs: int, sms: int, max_seq_len: int, keys: int) -> int:
     return max(1, min(enough, _MAX_SPLITS, -(-max_seq_len // keys)))
 
 
-def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, window=None, cap=None):
+def decode_attention_triton(
+    q, k, v, positions, table, cache, meta, *, scale, norms=None, window=None, cap=None
+):  # fmt: skip
     """See :func:`engine.kernels.dispatch.decode_attention`."""
     sequences, heads, dim = q.shape
     kv_heads = cache.kv_heads
@@ -120,7 +128,7 @@ def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, wi
         assert counters.is_contiguous() and len(counters) >= sequences and counters.shape[1] == kv_heads
     launch(
         _decode_kernel, (sequences, kv_heads, splits),
-        q_ptr=q, k_ptr=k, v_ptr=v, **table.arguments(positions),
+        q_ptr=q, k_ptr=k, v_ptr=v, **_norm_arguments(norms, q), **table.arguments(positions),
         k_cache_ptr=cache.keys, v_cache_ptr=cache.values, slot_ptr=meta.slot_mapping,
         table_ptr=meta.block_tables, seq_lens_ptr=meta.seq_lens,
         out_ptr=out, partial_ptr=partial, stats_ptr=stats, counters_ptr=counters,
@@ -140,6 +148,16 @@ def decode_attention_triton(q, k, v, positions, table, cache, meta, *, scale, wi
     return out
 
 
+def _norm_arguments(norms, q):
+    """The kernel's arguments for norms of heads, or for none."""
+    if norms is None:
+        return {"q_norm_ptr": q, "k_norm_ptr": q, "eps": 0.0, "offset": 0.0, "NORM": False, "OFFSET": False}
+    return {
+        "q_norm_ptr": norms.q_weight, "k_norm_ptr": norms.k_weight, "eps": norms.eps, "offset": norms.offset,
+        "NORM": True, "OFFSET": bool(norms.offset),
+    }  # fmt: skip
+
+
 @triton.jit
 def _rotate(x, partner, cos, sin):
     """Rotate ``x`` against ``partner``; ``sin`` carries the sign. Rounds where torch rounds."""
@@ -151,11 +169,11 @@ def _rotate(x, partner, cos, sin):
 # ``splits`` differs between batch sizes; specialising on it would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["splits"])
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, table_ptr,
+    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, eps, offset, positions_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, table_ptr,
     seq_lens_ptr, out_ptr, partial_ptr, stats_ptr, counters_ptr, splits, scale, window,
     key_scale, value_scale, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride, table_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    FP8_CACHE: tl.constexpr,
+    FP8_CACHE: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, CAP: tl.constexpr,
     MERGED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
@@ -192,6 +210,11 @@ def _decode_kernel(
     sin = tl.where(first, -sin, sin)
     partner = tl.where(rotated, tl.where(first, column + OTHER, column - OTHER), column)
     slot = tl.load(slot_ptr + sequence)
+    if NORM:
+        q_norm = tl.load(q_norm_ptr + column, mask=in_head, other=0.0)
+        q_norm_partner = tl.load(q_norm_ptr + partner, mask=in_head, other=0.0)
+        k_norm = tl.load(k_norm_ptr + column, mask=in_head, other=0.0)
+        k_norm_partner = tl.load(k_norm_ptr + partner, mask=in_head, other=0.0)
     # This program's share of the visible keys in the cache; the first ``used`` splits have one.
     start = 0
     if WINDOW:
@@ -222,6 +245,10 @@ def _decode_kernel(
     q_row = q_ptr + sequence * q_token + head[:, None] * q_head
     q = tl.load(q_row + column[None, :], mask=mask, other=0.0)
     q_partner = tl.load(q_row + partner[None, :], mask=mask, other=0.0)
+    if NORM:
+        inverse = inverse_rms(q, 1, eps, DIM)
+        q = scaled_by_norm(q, inverse, q_norm[None, :], offset, OFFSET)
+        q_partner = scaled_by_norm(q_partner, inverse, q_norm_partner[None, :], offset, OFFSET)
     q = _rotate(q, q_partner, cos[None, :], sin[None, :])
 
     acc, row_max, row_sum = empty_softmax(ROWS, DIM_PAD)
@@ -229,16 +256,21 @@ def _decode_kernel(
         # The new token: its key and value go to the cache, and are the first of the softmax.
         k_row = k_ptr + sequence * k_token + kv_head * k_head
         k = tl.load(k_row + column, mask=in_head, other=0.0)
-        k = _rotate(k, tl.load(k_row + partner, mask=in_head, other=0.0), cos, sin)
+        k_partner = tl.load(k_row + partner, mask=in_head, other=0.0)
+        if NORM:
+            inverse_k = inverse_rms(k, 0, eps, DIM)
+            k = scaled_by_norm(k, inverse_k, k_norm, offset, OFFSET)
+            k_partner = scaled_by_norm(k_partner, inverse_k, k_norm_partner, offset, OFFSET)
+        k = _rotate(k, k_partner, cos, sin)
         v = tl.load(v_ptr + sequence * v_token + kv_head * v_head + column, mask=in_head, other=0.0)
         if FP8_CACHE:
             # Attention sees the rounded ones, as later steps do.
             k = round_to_fp8(k, key_scale, k_cache_ptr.dtype.element_ty)
             v = round_to_fp8(v, value_scale, v_cache_ptr.dtype.element_ty)
         if slot >= 0:
-            offset = slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * DIM
-            tl.store(k_cache_ptr + offset + column, k, mask=in_head)
-            tl.store(v_cache_ptr + offset + column, v, mask=in_head)
+            place = slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * DIM
+            tl.store(k_cache_ptr + place + column, k, mask=in_head)
+            tl.store(v_cache_ptr + place + column, v, mask=in_head)
         row_max = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
         if CAP > 0:
             row_max = capped(row_max, 1.0, CAP)

@@ -40,7 +40,7 @@ from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from engine.kernels.prefill_attention import prefill_attention_gluon
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.rms_norm import rms_norm
+from engine.kernels.rms_norm import HeadNorms, rms_norm
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.skinny_gemm import skinny_gemm_triton
 
@@ -64,13 +64,15 @@ def decode_attention(
     meta: AttentionMetadata,
     *,
     scale: float,
+    norms: HeadNorms | None = None,
     window: int | None = None,
     cap: float | None = None,
 ) -> torch.Tensor:
     """Rotate each sequence's one new token, write it to the cache, and attend to all tokens up to it.
 
-    It equals :func:`~engine.kernels.kv_write.rotary_kv_write` followed by :func:`paged_attention`. ``q`` and
-    ``k`` are undefined afterwards.
+    It equals :func:`~engine.kernels.rms_norm.head_norms`, if there are ``norms``,
+    :func:`~engine.kernels.kv_write.rotary_kv_write` and :func:`paged_attention`, one after the other. ``q``
+    and ``k`` are undefined afterwards.
 
     Args:
         q: ``(S, Hq, D)``; last dimension contiguous, also of ``k`` and ``v``.
@@ -79,6 +81,7 @@ def decode_attention(
         cache: changed in place.
         meta: a batch with one new token per sequence, so ``T == S``.
         scale: multiplies the scores; positive.
+        norms: of the heads of ``q`` and ``k``, before the rotation.
         window: a query at position p sees keys at positions greater than ``p - window``.
         cap: a scaled score ``s`` becomes ``cap * tanh(s / cap)`` (Gemma 2); None leaves scores as they are.
 
@@ -86,7 +89,7 @@ def decode_attention(
         ``(S, Hq, D)`` in the dtype of ``q``.
     """
     run = decode_attention_triton if use_triton(q) else decode_attention_reference
-    return run(q, k, v, positions, table, cache, meta, scale=scale, window=window, cap=cap)
+    return run(q, k, v, positions, table, cache, meta, scale=scale, norms=norms, window=window, cap=cap)
 
 
 def paged_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -104,8 +105,21 @@ def _rms_norm_kernel(
 @triton.jit
 def normalised(x, weight, eps, offset, OFFSET: tl.constexpr, SIZE: tl.constexpr):
     """Return the norm of the row ``x``, in its dtype; lanes beyond ``SIZE`` are zero."""
+    return scaled_by_norm(x, inverse_rms(x, 0, eps, SIZE), weight, offset, OFFSET)
+
+
+@triton.jit
+def inverse_rms(x, AXIS: tl.constexpr, eps, SIZE: tl.constexpr):
+    """Return ``1 / sqrt(mean(x²) + eps)`` along an axis of ``SIZE`` elements and zeros; in a tile the axis keeps
+    a length of 1."""
     wide = x.to(tl.float32)
-    normed = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / SIZE + eps))
+    return 1.0 / tl.sqrt(tl.sum(wide * wide, axis=AXIS, keep_dims=AXIS > 0) / SIZE + eps)
+
+
+@triton.jit
+def scaled_by_norm(x, inverse, weight, offset, OFFSET: tl.constexpr):
+    """Return ``x * inverse * (weight + offset)`` in the dtype of ``x``, rounded as :func:`rms_norm` says."""
+    normed = x.to(tl.float32) * inverse
     weight = weight.to(tl.float32)
     if OFFSET:
         weight += offset
@@ -114,37 +128,42 @@ def normalised(x, weight, eps, offset, OFFSET: tl.constexpr, SIZE: tl.constexpr)
     return (normed * weight).to(x.dtype)
 
 
-def head_norms(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    eps: float,
-    *,
-    offset: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norms of each head of queries and of keys.
+
+    Attributes:
+        q_weight, k_weight: ``(D,)``.
+        eps, offset: see :func:`rms_norm`.
+    """
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+    offset: float = 0.0
+
+
+def head_norms(q: torch.Tensor, k: torch.Tensor, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute :func:`rms_norm` of each head of queries and keys, in one launch.
 
     Args:
         q: ``(T, Hq, D)``, last dimension contiguous.
         k: ``(T, Hkv, D)``, likewise.
-        q_weight, k_weight: ``(D,)``.
 
     Returns:
         Both norms, contiguous.
     """
-    run = head_norms_triton if use_triton(q) else head_norms_reference
-    return run(q, k, q_weight, k_weight, eps, offset=offset)
+    return (head_norms_triton if use_triton(q) else head_norms_reference)(q, k, norms)
 
 
-def head_norms_reference(q, k, q_weight, k_weight, eps, *, offset=0.0):
+def head_norms_reference(q, k, norms):
     return (
-        rms_norm_reference(q, q_weight, eps, offset=offset),
-        rms_norm_reference(k, k_weight, eps, offset=offset),
+        rms_norm_reference(q, norms.q_weight, norms.eps, offset=norms.offset),
+        rms_norm_reference(k, norms.k_weight, norms.eps, offset=norms.offset),
     )
 
 
-def head_norms_triton(q, k, q_weight, k_weight, eps, *, offset=0.0):
+def head_norms_triton(q, k, norms):
     (tokens, q_heads, size), k_heads = q.shape, k.shape[1]
     assert q.stride(2) == k.stride(2) == 1 and k.shape == (tokens, k_heads, size)
     q_out, k_out = (torch.empty(part.shape, dtype=q.dtype, device=q.device) for part in (q, k))
@@ -152,10 +171,11 @@ def head_norms_triton(q, k, q_weight, k_weight, eps, *, offset=0.0):
     if tokens:
         launch(
             _head_norms_kernel, (q_heads + k_heads, tokens),
-            q_ptr=q, k_ptr=k, q_weight_ptr=q_weight, k_weight_ptr=k_weight, q_out_ptr=q_out, k_out_ptr=k_out,
+            q_ptr=q, k_ptr=k, q_weight_ptr=norms.q_weight, k_weight_ptr=norms.k_weight,
+            q_out_ptr=q_out, k_out_ptr=k_out,
             q_stride=q.stride(0), q_head_stride=q.stride(1), k_stride=k.stride(0), k_head_stride=k.stride(1),
-            eps=eps, offset=offset, OFFSET=bool(offset), Q_HEADS=q_heads, K_HEADS=k_heads, SIZE=size,
-            BLOCK=block, num_warps=1 if block <= 256 else 4, **pdl_options(q),
+            eps=norms.eps, offset=norms.offset, OFFSET=bool(norms.offset), Q_HEADS=q_heads, K_HEADS=k_heads,
+            SIZE=size, BLOCK=block, num_warps=1 if block <= 256 else 4, **pdl_options(q),
         )  # fmt: skip
     return q_out, k_out
 

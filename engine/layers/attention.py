@@ -11,7 +11,7 @@ from torch import nn
 from engine.kernels.dispatch import decode_attention, paged_attention
 from engine.kernels.fp8 import FP8
 from engine.kernels.paged import AttentionMetadata, KVCache
-from engine.kernels.rms_norm import head_norms
+from engine.kernels.rms_norm import HeadNorms, head_norms
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.linear import RowLinear, qkv_linear
@@ -107,20 +107,25 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))
         if self.gated:
             q, gate = q[:, ::2], q[:, 1::2]
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = self.q_norm.weight, self.k_norm.weight
-            q, k = head_norms(q, k, *norms, self.q_norm.eps, offset=self.q_norm.offset)
+        scales = self.head_scales if cache.keys.dtype == FP8 else None
+        decode = meta.max_query_len == 1
+        norms = self._norms()
+        # Attention of a decode step does the norms itself, where nothing comes between them and the rotation.
+        if norms is not None and (not decode or self.rotary.query_scale is not None or scales is not None):
+            q, k = head_norms(q, k, norms)
+            norms = None
         if self.rotary.query_scale is not None:
             # The rotation that follows doesn't mind a factor.
             q = q * self.rotary.query_scale[positions]
-        scales = self.head_scales if cache.keys.dtype == FP8 else None
         if scales is not None:
             # The cache has the heads divided by their scales. Scores and sums are linear in them, so the
             # queries and the result are multiplied, each rounded once more.
             q = _times(q, scales[0])
             k, v = _times(k, 1 / scales[0]), _times(v, 1 / scales[1])
-        attend = self._decode if meta.max_query_len == 1 else self._prefill
-        out = attend(q, k, v, positions, cache, meta)
+        if decode:
+            out = self._decode(q, k, v, positions, cache, meta, norms)
+        else:
+            out = self._prefill(q, k, v, positions, cache, meta)
         if scales is not None:
             out = _times(out, scales[1])
         if self.gated:
@@ -130,11 +135,18 @@ class Attention(nn.Module):
             out, residual = out.index_select(0, rows), residual.index_select(0, rows)
         return self.o_proj(out), residual
 
+    def _norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.offset)
+
     def _prefill(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
         self.rotary(q, k, v, positions, cache, meta.slot_mapping)
         return paged_attention(q, cache, meta, scale=self.scale, window=self.window, cap=self.cap)
 
-    def _decode(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
+    def _decode(
+        self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata, norms: HeadNorms | None
+    ) -> torch.Tensor:
         return decode_attention(
             q,
             k,
@@ -144,6 +156,7 @@ class Attention(nn.Module):
             cache,
             meta,
             scale=self.scale,
+            norms=norms,
             window=self.window,
             cap=self.cap,
         )

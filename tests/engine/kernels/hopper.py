@@ -99,14 +99,20 @@ def prefill(heads: int, kv_heads: int, dim: int) -> None:
     prefill_attention_gluon(noise(2000, heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
 
 
-def decode(heads: int, kv_heads: int, dim: int, sequences: int, *, adjacent: bool = False) -> None:
+def decode(
+    heads: int, kv_heads: int, dim: int, sequences: int, *, adjacent: bool = False, norms: bool = False
+) -> None:
     from engine.kernels.decode_attention import decode_attention_triton
+    from engine.kernels.rms_norm import HeadNorms
 
     q, k, v = noise(sequences, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
     positions, angles = torch.zeros(3, sequences, dtype=torch.int64), torch.randn(64, dim // 2)
     table = RotaryTable(angles, angles, (16, 24, 24), adjacent=adjacent)
     meta = metadata([1] * sequences, 1000, 4096)
-    decode_attention_triton(q, k, v, positions, table, kv_cache(kv_heads, dim), meta, scale=0.1)
+    of_heads = HeadNorms(*noise(2, dim), 1e-6) if norms else None
+    decode_attention_triton(
+        q, k, v, positions, table, kv_cache(kv_heads, dim), meta, scale=0.1, norms=of_heads
+    )
 
 
 def vision(heads: int, dim: int, tokens: int, images: int = 1) -> None:
@@ -124,14 +130,14 @@ def elementwise() -> None:
     from engine.kernels.layer_norm import add_layer_norm_triton
     from engine.kernels.patchify import patchify_triton
     from engine.kernels.quick_gelu import quick_gelu_triton
-    from engine.kernels.rms_norm import head_norms_triton, rms_norm_triton
+    from engine.kernels.rms_norm import HeadNorms, head_norms_triton, rms_norm_triton
     from engine.kernels.rotary import rotary_triton
 
     x = noise(4, 3584)
     rms_norm_triton(x, x[0], 1e-6)
     rms_norm_triton(x, x[0], 1e-6, x)
     heads = noise(4, 36, 128)
-    head_norms_triton(heads[:, :32], heads[:, 32:], x[0, :128], x[0, :128], 1e-6)
+    head_norms_triton(heads[:, :32], heads[:, 32:], HeadNorms(x[0, :128], x[0, :128], 1e-6))
     x = noise(4, 1280)
     add_layer_norm_triton(x, x, x[0], x[0], 1e-6)
     quick_gelu_triton(noise(4, 5120))
@@ -381,6 +387,8 @@ MORE_CASES: list[Callable[[], None]] = [
     lambda: decode(12, 2, 128, 1),
     lambda: decode(32, 32, 128, 1),
     lambda: decode(32, 2, 128, 1, adjacent=True),
+    lambda: decode(32, 4, 128, 1, norms=True),
+    lambda: decode(32, 4, 128, 256, norms=True),
     lambda: decode(12, 2, 128, 256),
     lambda: decode(32, 32, 128, 64),
     lambda: paged(32, 32, 128, [300, 1, 7]),

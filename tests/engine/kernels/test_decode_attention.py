@@ -9,6 +9,7 @@ from engine.kernels.dispatch import decode_attention
 from engine.kernels.kv_write import rotary_kv_write_reference
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference
+from engine.kernels.rms_norm import HeadNorms, head_norms_reference
 from engine.kernels.rotary import RotaryTable
 
 from .compare import assert_close
@@ -28,6 +29,7 @@ class Step:
     table: RotaryTable
     cache: KVCache
     meta: AttentionMetadata
+    norms: HeadNorms | None = None
 
     def arguments(self):
         return self.q, self.k, self.v, self.positions, self.table, self.cache, self.meta
@@ -46,6 +48,8 @@ class Step:
     def rotated(self):
         """Copy with rotated queries and the new token in the cache, rounded to its dtype."""
         other = self.copy()
+        if other.norms is not None:
+            other.q, other.k = head_norms_reference(other.q, other.k, other.norms)
         rotary_kv_write_reference(*other.arguments()[:-1], other.meta.slot_mapping)
         return other
 
@@ -80,7 +84,8 @@ def run(step: Step, window=None, cap=None):
     expected = paged_attention_reference(
         rotated.q.double(), double(rotated.cache), step.meta, scale=step.scale, window=window, cap=cap
     )
-    result = decode_attention_triton(*step.arguments(), scale=step.scale, window=window, cap=cap)
+    options = {"norms": step.norms, "window": window, "cap": cap}
+    result = decode_attention_triton(*step.arguments(), scale=step.scale, **options)
     assert_close(result, expected)
     for cache, written in zip(
         (step.cache.keys, step.cache.values), (rotated.cache.keys, rotated.cache.values), strict=True
@@ -132,6 +137,21 @@ def test_options(device, dtype, change, splits, monkeypatch):
     )
     step.q *= 8
     run(step, change.get("window"), change.get("cap"))
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("case", ["many", "head of 96", "half rotated", "neighbours"])
+def test_norms_of_heads(device, dtype, case, offset, splits, monkeypatch):
+    force_splits(monkeypatch, splits)
+    step = problem(device, dtype, **CASES[case])
+    step.norms = HeadNorms(*torch.randn(2, CASES[case]["dim"]).to(device, dtype), 1e-5, offset)
+    step.q *= 3
+    options = {"scale": step.scale, "norms": step.norms}
+    expected = decode_attention_reference(*step.copy().arguments(), **options)
+    assert_close(decode_attention_triton(*step.copy().arguments(), **options), expected)
+    run(step)
 
 
 def test_a_token_without_a_slot_is_seen_and_not_written(device):

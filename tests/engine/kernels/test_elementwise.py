@@ -18,6 +18,7 @@ from engine.kernels.paged import KVCache
 from engine.kernels.patchify import patchify_reference, patchify_triton
 from engine.kernels.quick_gelu import quick_gelu_reference, quick_gelu_triton
 from engine.kernels.rms_norm import (
+    HeadNorms,
     head_norms_reference,
     head_norms_triton,
     rms_norm_reference,
@@ -47,9 +48,8 @@ def test_norms_of_heads(device, dtype, offset):
     """Queries are every other head of a projection, as where their gates stand between them."""
     qkv = torch.randn(3, 8, 20, device=device, dtype=dtype) * 3
     q, k = qkv[:, :6:2], qkv[:, 6:]
-    weights = torch.randn(2, 20, device=device, dtype=dtype)
-    result = head_norms_triton(q, k, *weights, 1e-6, offset=offset)
-    for one, other in zip(result, head_norms_reference(q, k, *weights, 1e-6, offset=offset), strict=True):
+    norms = HeadNorms(*torch.randn(2, 20, device=device, dtype=dtype), 1e-6, offset)
+    for one, other in zip(head_norms_triton(q, k, norms), head_norms_reference(q, k, norms), strict=True):
         assert one.is_contiguous()
         assert_close(one, other)
 
