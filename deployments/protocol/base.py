@@ -38,12 +38,15 @@ class RequestBody(Part):
         PLAIN: the shapes of fields that hold plain objects.
         EXAMPLE: a body that is answered, without its model.
         TASK: of the models that answer it.
+        model: the name of the one that is asked.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {}
     PLAIN: ClassVar[Mapping[str, Shape]] = {}
     EXAMPLE: ClassVar[Mapping[str, Any]] = {}
     TASK: ClassVar[str] = "generate"
+
+    model: str
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Self:

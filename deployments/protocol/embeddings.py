@@ -30,7 +30,6 @@ class VectorBody(RequestBody):
     }
     PLAIN: ClassVar[Mapping[str, Shape]] = {"messages": MESSAGE}
 
-    model: str
     input: str | list[str] | list[int] | list[list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
     encoding_format: Literal["float", "base64"] = "float"

@@ -136,7 +136,6 @@ class GenerationBody(RequestBody):
         "user": "a note for the provider's records",
     }
 
-    model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None

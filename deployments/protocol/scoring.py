@@ -35,7 +35,6 @@ class ScoringBody(RequestBody):
 
     TASK: ClassVar[str] = "embed"
 
-    model: str
     # Beyond Cohere's and Jina's.
     instruction: str | None = Field(default=None, max_length=16384)
     cache_salt: str = Field(default="", max_length=256)

@@ -17,7 +17,6 @@ class TokenizeRequest(RequestBody):
     REFUSED: ClassVar[Mapping[str, str]] = {"chat_template": "it is set where the model is configured"}
     PLAIN: ClassVar[Mapping[str, Shape]] = CHAT
 
-    model: str
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: Any = None
@@ -52,7 +51,7 @@ class DetokenizeRequest(RequestBody):
     """Body of ``POST /detokenize``."""
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"tokens": [5, 6]}
-    model: str
+
     tokens: list[int]
 
 

@@ -13,13 +13,12 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.answers import ChoiceDelta, FinishedChoice, WholeAnswer
-from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
 from deployments.resumption import Resumption, resumption
-from deployments.routers.models import find_pipeline
+from deployments.routers.models import read_request
 from deployments.routers.values import content_logprobs, prompt_row, usage_body
 from engine.outputs import StreamUpdate
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
@@ -31,8 +30,7 @@ router = APIRouter()
 @described(wire.ChatCompletionRequest, wire.ChatCompletion, wire.ChatCompletionChunk)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, as one JSON object or as a stream of events."""
-    body = await read_body(request, wire.ChatCompletionRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.ChatCompletionRequest)
     answer = Answer(f"chatcmpl-{request.app.state.new_id()}", int(time.time()), pipeline.name, body)
     given = _conversation(body, pipeline)
     name = answer.id

@@ -12,14 +12,13 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.answers import AnswerReader, FinishedChoice, gather
-from deployments.body import read_body
 from deployments.caller_fields import caller_fields
 from deployments.openapi import described
 from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol import completions as wire
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
-from deployments.routers.models import find_pipeline
+from deployments.routers.models import read_request
 from deployments.routers.values import finite, prompt_row, usage_body
 from deployments.tasks import all_or_none, merged
 from engine.outputs import StreamUpdate, TokenLogprob, Usage
@@ -43,8 +42,7 @@ class _Running:
 @described(wire.CompletionRequest, wire.Completion, wire.Completion)
 async def create_completion(request: Request) -> Response:
     """Continue texts, as one JSON object or as a stream of events."""
-    body = await read_body(request, wire.CompletionRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.CompletionRequest)
     body.check()
     names: dict[str, str] = {}
     constraint, field = body.constraint()

@@ -8,10 +8,9 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from deployments.body import read_body
 from deployments.openapi import described
 from deployments.protocol import embeddings as wire
-from deployments.routers.models import find_pipeline
+from deployments.routers.models import read_request
 from deployments.routers.values import usage_body
 from deployments.vectors import encoded, total_usage, vectors
 from engine.errors import InvalidRequest
@@ -24,8 +23,7 @@ router = APIRouter()
 @described(wire.EmbeddingRequest, wire.EmbeddingResponse)
 async def create_embedding(request: Request) -> Response:
     """Vectors for all inputs."""
-    body = await read_body(request, wire.EmbeddingRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.EmbeddingRequest)
     body.check()
     name = f"embd-{uuid.uuid4().hex}"
     outputs = await vectors(pipeline, name, body)

@@ -8,14 +8,13 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.answers import ChoiceDelta
-from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, conversation, start, tokenize
 from deployments.errors import anthropic_error_body
 from deployments.messages import Json, MessageBuilder
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import messages as wire
-from deployments.routers.models import find_pipeline
+from deployments.routers.models import read_request
 from engine.errors import SightlineError
 from engine.outputs import StreamUpdate
 
@@ -26,8 +25,7 @@ router = APIRouter()
 @described(wire.MessagesRequest, wire.Message, wire.MessageEvent)
 async def create_message(request: Request) -> Response:
     """Answer a conversation in Anthropic's form, as one JSON object or as a stream of typed events."""
-    body = await read_body(request, wire.MessagesRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.MessagesRequest)
     builder = MessageBuilder(
         pipeline.name, body.max_tokens, shows_thoughts=body.thinking.display != "omitted"
     )
@@ -46,8 +44,7 @@ async def create_message(request: Request) -> Response:
 @described(wire.CountTokensRequest, wire.CountedTokens)
 async def count_tokens(request: Request) -> Response:
     """The tokens of a conversation's prompt, images and tools included."""
-    body = await read_body(request, wire.CountTokensRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.CountTokensRequest)
     inputs = await tokenize(pipeline, _conversation(body, pipeline))
     return JSONResponse({"input_tokens": len(inputs.token_ids)})
 

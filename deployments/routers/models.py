@@ -4,6 +4,7 @@ import time
 
 from fastapi import APIRouter, Request
 
+from deployments.body import M, read_body
 from deployments.pipeline import Pipeline
 from deployments.protocol.models import ModelCard, ModelList
 from deployments.report import current_report
@@ -25,6 +26,16 @@ def find_pipeline(request: Request, name: str) -> Pipeline:
         raise ModelNotFound(f"The model {name[:200]!r} does not exist; served here: {known}.", param="model")
     current_report().model = name
     return pipelines[name]
+
+
+async def read_request(request: Request, form: type[M]) -> tuple[M, Pipeline]:
+    """The body of a request, and the pipeline of the model that it names.
+
+    Raises:
+        SightlineError: as :func:`~deployments.body.read_body` and :func:`find_pipeline`.
+    """
+    body = await read_body(request, form, request.app.state.config.max_body_bytes)
+    return body, find_pipeline(request, body.model)
 
 
 @router.get("/v1/models")

@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.access import caller_name, hold_open
-from deployments.body import read_body
 from deployments.conversations import Conversation, RunningAnswer, conversation, start
 from deployments.errors import NotFound, as_sightline
 from deployments.openapi import described
@@ -23,7 +22,7 @@ from deployments.protocol import responses as wire
 from deployments.response_store import Asked, Json, ResponseStore, StoredResponse
 from deployments.responses import ResponseBuilder
 from deployments.resumption import seeded
-from deployments.routers.models import find_pipeline
+from deployments.routers.models import find_pipeline, read_request
 from deployments.routers.response_runs import ENDS, EventLog, events_again, events_of, to_the_end
 from engine.errors import InvalidRequest, SightlineError
 
@@ -34,8 +33,7 @@ router = APIRouter()
 @described(wire.ResponsesRequest, wire.Response, wire.ResponseEvent)
 async def create_response(request: Request) -> Response:
     """Answer an input, as one JSON object, as a stream of typed events, or in the background."""
-    body = await read_body(request, wire.ResponsesRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.ResponsesRequest)
     body.check()
     store: ResponseStore = request.app.state.responses
     earlier: list[Json] = []

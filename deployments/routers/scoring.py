@@ -9,12 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from deployments.body import read_body
 from deployments.caller_fields import caller_fields
 from deployments.openapi import described
 from deployments.pipeline import EncodedPrompt, Pipeline
 from deployments.protocol import scoring as wire
-from deployments.routers.models import find_pipeline
+from deployments.routers.models import read_request
 from deployments.routers.values import usage_body
 from deployments.tasks import all_or_none
 from deployments.vectors import AT_A_TIME, chat_prompt, text_prompt, total_usage
@@ -35,8 +34,7 @@ MAX_NUMBERS = 1 << 26
 @described(wire.ScoreRequest, wire.ScoreResponse)
 async def score(request: Request) -> Response:
     """Return a score for each pair: its items' similarity, or a reranker's probability of a match."""
-    body = await read_body(request, wire.ScoreRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.ScoreRequest)
     name = f"score-{uuid.uuid4().hex}"
     scores, usage = await _scores(pipeline, name, body.pairs(), body)
     data = [wire.Score(index=index, score=score) for index, score in enumerate(scores)]
@@ -52,8 +50,7 @@ async def score(request: Request) -> Response:
 @described(wire.RerankRequest, wire.RerankResponse)
 async def rerank(request: Request) -> Response:
     """Documents in the order of their scores for the query."""
-    body = await read_body(request, wire.RerankRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.RerankRequest)
     body.check()
     name = f"rerank-{uuid.uuid4().hex}"
     scores, usage = await _scores(pipeline, name, body.pairs(), body)

@@ -5,12 +5,11 @@ from functools import partial
 from fastapi import APIRouter, Request
 
 from deployments import conversations
-from deployments.body import read_body
 from deployments.conversations import Conversation
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
 from deployments.protocol import tokens as wire
-from deployments.routers.models import find_pipeline
+from deployments.routers.models import read_request
 from deployments.tools import read_tools
 from engine.errors import InvalidRequest
 from engine.prompt import EngineInput, MediaItem, PagesItem
@@ -24,8 +23,7 @@ router = APIRouter()
 @described(wire.TokenizeRequest, wire.TokenizeResponse)
 async def tokenize(request: Request) -> wire.TokenizeResponse:
     """The token ids of a text or of a whole conversation, media expanded."""
-    body = await read_body(request, wire.TokenizeRequest, request.app.state.config.max_body_bytes)
-    pipeline = find_pipeline(request, body.model)
+    body, pipeline = await read_request(request, wire.TokenizeRequest)
     body.check()
     tools = read_tools(body.tools, None, None)
     if body.messages is not None:
@@ -66,8 +64,8 @@ def _plain(pipeline: Pipeline, body: wire.TokenizeRequest, _: list[MediaItem | P
 @described(wire.DetokenizeRequest, wire.DetokenizeResponse)
 async def detokenize(request: Request) -> wire.DetokenizeResponse:
     """The text of token ids, special tokens included."""
-    body = await read_body(request, wire.DetokenizeRequest, request.app.state.config.max_body_bytes)
-    tokenizer = find_pipeline(request, body.model).builder.tokenizer
+    body, pipeline = await read_request(request, wire.DetokenizeRequest)
+    tokenizer = pipeline.builder.tokenizer
     for token in body.tokens:
         if not 0 <= token < tokenizer.vocab_size:
             raise InvalidRequest(

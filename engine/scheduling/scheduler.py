@@ -126,27 +126,17 @@ class Scheduler:
 
     def abort(self, request: Request) -> None:
         """End a request, waiting or running, and free all it holds. Does nothing if it has ended."""
-        if request.finished:
-            return
-        request.finished = True
-        if request.slot is None:
-            self._forget_waiting(request)
-        else:
-            self._release(request)
+        if not request.finished:
+            self._end(request)
 
     def fail(self, request: Request, error: Exception) -> None:
         """End a request as :meth:`abort` does, because ``error`` was raised by its work.
 
         Its blocks are not published, because their content may be wrong.
         """
-        if request.finished:
-            return
-        request.finished = True
-        if request.slot is None:
-            self._forget_waiting(request)
-        else:
-            self._release(request, publish=False)
-        self.failed.append((request, error))
+        if not request.finished:
+            self._end(request, publish=False)
+            self.failed.append((request, error))
 
     def take_back(self, batch: ScheduledBatch) -> None:
         """Undo the counts of the latest step, which was not computed; release its released slots again.
@@ -435,6 +425,14 @@ class Scheduler:
             return False
         self.stats.finished += 1
         return True
+
+    def _end(self, request: Request, *, publish: bool = True) -> None:
+        """End a request that waits or runs, before it is complete."""
+        request.finished = True
+        if request.slot is None:
+            self._forget_waiting(request)
+        else:
+            self._release(request, publish=publish)
 
     def _release(self, request: Request, *, publish: bool = True) -> None:
         table, slot = self.slots, request.slot

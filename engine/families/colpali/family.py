@@ -63,11 +63,7 @@ def _image_token(raw: Json, decoder: DecoderConfig) -> int | None:
 
 def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
     tower = parse_siglip(_vlm(raw).get("vision_config") or {})
-    return CropVisionConfig(
-        tower=tower.config,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
-        drop_first=False,
+    return tower.crops(
         out_features=hidden,
         normalisation=parse_normalisation(processor, HALF_NORMALISATION),
         mlp=None,

@@ -41,11 +41,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
             f"{patches} patches per side, not {rows}",
             param="mm_tokens_per_image",
         )
-    return CropVisionConfig(
-        tower=tower.config,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
-        drop_first=False,
+    return tower.crops(
         out_features=hidden,
         normalisation=parse_normalisation(processor, HALF_NORMALISATION),
         averaged=patches // side,

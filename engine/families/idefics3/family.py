@@ -42,11 +42,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
             f"config.json: scale_factor {factor} does not divide the tower's {side} patches per side",
             param="scale_factor",
         )
-    return CropVisionConfig(
-        tower=tower.config,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
-        drop_first=False,
+    return tower.crops(
         out_features=hidden,
         normalisation=parse_normalisation(processor, HALF_NORMALISATION),
         pixel_shuffle=factor,

@@ -60,10 +60,7 @@ def shuffled_crops(
             f"config.json: downsample_ratio 1/{factor} does not divide the tower's {side} patches per side",
             param="downsample_ratio",
         )
-    return CropVisionConfig(
-        tower=tower.config,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
+    return tower.crops(
         drop_first=True,
         out_features=hidden,
         normalisation=normalisation,

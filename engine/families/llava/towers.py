@@ -81,10 +81,7 @@ def _square(raw: Json, processor: Json, hidden: int, strategy: str, *, clip: boo
     parse = parse_clip if clip else parse_siglip
     tower = parse(vision, feature_layer=layer)
     siglip_processor = str(processor.get("image_processor_type", "")).startswith("Siglip")
-    return CropVisionConfig(
-        tower=tower.config,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
+    return tower.crops(
         # The first token is the class token only of CLIP; of SigLIP it is the first patch.
         drop_first=strategy == "default",
         out_features=hidden,

@@ -15,7 +15,6 @@ from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation, parse_projector
 from engine.families.parsing.tower import parse_siglip
 from engine.vision.anyres import AnyresConfig
-from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import CLIP_NORMALISATION
 
 
@@ -38,11 +37,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> AnyresConfig:
             f"config.json: vision_aspect_ratio {aspect!r} is not supported", param="vision_aspect_ratio"
         )
     tower = parse_siglip(vision, feature_layer=raw.get("vision_feature_layer", -1))
-    crops = CropVisionConfig(
-        tower=tower.config,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
-        drop_first=False,
+    crops = tower.crops(
         out_features=hidden,
         normalisation=parse_normalisation(processor, CLIP_NORMALISATION),
         mlp=parse_projector(raw),

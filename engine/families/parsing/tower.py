@@ -8,6 +8,8 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.families.parsing.fields import integer, vision_activation
+from engine.vision.crops_config import CropVisionConfig
+from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
 
 _CLIP_DEFAULTS: dict[str, Any] = {
@@ -49,6 +51,20 @@ class SquareTower:
     config: VisionConfig
     image_size: int
     patch_size: int
+
+    def crops(
+        self, *, out_features: int, normalisation: Normalisation, drop_first: bool = False, **connector: Any
+    ) -> CropVisionConfig:
+        """The configuration of an encoder with this tower; arguments are its attributes."""
+        return CropVisionConfig(
+            tower=self.config,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            drop_first=drop_first,
+            out_features=out_features,
+            normalisation=normalisation,
+            **connector,
+        )
 
 
 def parse_clip(raw: Mapping[str, Any], *, feature_layer: Any) -> SquareTower:

@@ -130,6 +130,17 @@ def test_a_request_beside_others_leaves_them_a_block_to_grow(beside, length, ent
     assert (request in [admission.request for admission in batch.admitted]) == enters
 
 
+@pytest.mark.parametrize(("length", "enters"), [(784, True), (785, False)])
+def test_a_large_pool_keeps_a_hundredth_free(length, enters):
+    """Of 200 blocks of four tokens a running answer has one. Three are kept, so a prompt may take 196."""
+    engine = SimulatedEngine(num_blocks=201, prefix_caching=False, budget=1024, max_model_len=1024)
+    engine.add("running", long_answer(), max_tokens=20)
+    engine.step()
+    request = engine.add("new", [*range(length)], max_tokens=1)
+    batch = engine.scheduler.schedule()
+    assert (request in [admission.request for admission in batch.admitted]) == enters
+
+
 def test_what_a_victim_was_given_in_its_last_step_does_not_reach_the_device():
     engine = SimulatedEngine(num_blocks=4, max_num_seqs=3, prefix_caching=False, run_ahead=0)
     # Both want the last free block in the same step. The first slot is asked first, but its request matters
