@@ -7,8 +7,7 @@ from itertools import islice
 from deployments.charges import MediaCharges
 from deployments.stages import OpenFile, Pixels, PreprocessorStage
 from deployments.tasks import all_or_none
-from engine.media.source import MediaKind, MediaSource, check_media_limits
-from engine.preparation import num_images
+from engine.media.source import MediaKind, MediaSource, check_media_limits, num_images
 from engine.prompt import KeptFiles, MediaItem, PagesItem
 
 #: Pages of a file that one call renders. Each call opens the file again.

@@ -29,8 +29,8 @@ from engine.inputs.retrieval import Retrieval, check_task, only_text, parts_of
 from engine.media.decode import ImageLimits, decode_image, upright_rgb
 from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
-from engine.media.source import MediaSource, check_media_limits
-from engine.preparation import MediaPreparation, PagedFile, num_images
+from engine.media.source import MediaSource, check_media_limits, num_images
+from engine.preparation import MediaPreparation, PagedFile
 from engine.prompt import EngineInput, MediaItem, Message, PagesItem, PreparedMedia
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer

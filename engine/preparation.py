@@ -18,7 +18,7 @@ from engine.media.documents.pages import Page
 from engine.media.documents.reader import DocumentReader
 from engine.media.frames import count_frames, decode_frames, frame_sizes
 from engine.media.ledger import Account
-from engine.media.source import MediaSource
+from engine.media.source import MediaSource, num_images
 from engine.media.video.decoder import OpenVideo, VideoDecoder
 from engine.media.video.limits import VideoLimits
 from engine.media.video.video import Pace, Video, VideoOptions
@@ -283,11 +283,6 @@ class MediaPreparation:
     def _check_tokens(self, tokens: int) -> None:
         if self._max_tokens is not None and tokens >= self._max_tokens:
             raise ContextLengthExceeded.by(self._max_tokens, tokens, 1)
-
-
-def num_images(sources: Sequence[MediaSource]) -> int:
-    """Number of images among the sources; videos don't count."""
-    return sum(source.kind == "image" for source in sources)
 
 
 def _paged(

@@ -85,6 +85,11 @@ class MediaSource:
         return MediaSource(self.index, self.where, page=page, detail=self.detail, options=self.options)
 
 
+def num_images(sources: Sequence[MediaSource]) -> int:
+    """Number of images among the sources; videos don't count."""
+    return sum(source.kind == "image" for source in sources)
+
+
 def check_media_limits(
     sources: Sequence[MediaSource], limits: Mapping[MediaKind, int], *, max_frames: int = 768
 ) -> None:
