@@ -28,9 +28,10 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.clients import Trace, ask
 from benchmarks.local_replicas import running_locally
 from benchmarks.pictures import unique_picture
-from benchmarks.serve import Trace, ask, running
+from benchmarks.serve import running
 
 #: Images that are each shown by several requests at the same time.
 ROUNDS = 8

@@ -28,9 +28,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from benchmarks.clients import Trace, ask
 from benchmarks.pictures import unique_picture
 from benchmarks.routing import MODEL, scrape
-from benchmarks.serve import Trace, ask, running
+from benchmarks.serve import running
 
 #: Of each stage: a metric of its work, the unit in which the target is given, and the target for a replica.
 #: Small enough that a burst which two CPU cores can answer is one for the policy.

@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import io
 import json
-import random
 import signal
 import socket
 import subprocess
@@ -29,92 +26,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 
-from benchmarks.pictures import unique_picture
-from benchmarks.processes import cpu_seconds
+from benchmarks.breakdown import Breakdown
+from benchmarks.clients import Clients, Trace, arrivals
 from benchmarks.shapes import SHAPES, write_checkpoint
-
-
-@dataclass(slots=True)
-class Trace:
-    """One request's times, in seconds from when it should have been sent."""
-
-    due: float
-    first: float | None = None
-    tokens: list[float] = field(default_factory=list)
-    error: str | None = None
-
-    @property
-    def gaps(self) -> list[float]:
-        """Times between tokens."""
-        return [after - before for before, after in pairwise(self.tokens)]
-
-
-def bodies(options: argparse.Namespace, model: str, count: int, seed: int, text_share: float) -> list[bytes]:
-    """Requests, made beforehand: a share with one image each that no other request has."""
-    rng = random.Random(seed)
-    made = []
-    for index in range(count):
-        content: list[dict[str, Any]] = [
-            {"type": "text", "text": " ".join(str(rng.randrange(1000)) for _ in range(options.words))}
-        ]
-        if rng.random() >= text_share:
-            buffer = io.BytesIO()
-            unique_picture(options.side, seed * 1_000_003 + index).save(buffer, "JPEG", quality=90)
-            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": options.tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-        }
-        made.append(json.dumps(body).encode())
-    return made
-
-
-async def ask(session: aiohttp.ClientSession, url: str, body: bytes, trace: Trace) -> None:
-    """Send one request and note when its parts come."""
-    try:
-        async with session.post(url, data=body) as response:
-            if response.status != 200:
-                trace.error = f"{response.status} {(await response.text())[:200]}"
-                return
-            async for line in response.content:
-                if line.startswith(b"data: {"):
-                    now = time.perf_counter() - trace.due
-                    if b'"error"' in line[:16]:
-                        trace.error = line[:200].decode()
-                    elif b'"content":""' not in line:
-                        trace.first = trace.first or now
-                        trace.tokens.append(now)
-    except aiohttp.ClientError as error:
-        trace.error = repr(error)
-
-
-async def load(base_url: str, requests: list[bytes], rate: float, seed: int) -> list[Trace]:
-    """Send all at random times, ``rate`` a second on average, whatever has been answered by then."""
-    rng = random.Random(seed)
-    start, due, traces, tasks = time.perf_counter() + 0.1, 0.0, [], []
-    timeout = aiohttp.ClientTimeout(total=300)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-        for body in requests:
-            trace = Trace(start + due)
-            traces.append(trace)
-            await asyncio.sleep(max(0.0, trace.due - time.perf_counter()))
-            tasks.append(asyncio.create_task(ask(session, f"{base_url}/chat/completions", body, trace)))
-            due += rng.expovariate(rate)
-        await asyncio.gather(*tasks)
-    return traces
 
 
 def summary(traces: list[Trace], rate: float, options: argparse.Namespace) -> dict[str, float]:
@@ -200,6 +121,7 @@ def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
             "num_gpus": share[0],
             "duty_cycle": options.duty_cycle,
             "max_batch_patches": options.batch_patches,
+            "with_language_model": options.one_process,
         },
         "language_model": {"num_gpus": share[1]},
     }
@@ -241,14 +163,20 @@ def main() -> None:
         action="store_true",
         help="with --gpu, the encoder on a GPU that the rest leaves alone",
     )
+    parser.add_argument(
+        "--one-process", action="store_true", help="the encoder in the language model's replica"
+    )
     parser.add_argument("--rates", default="4", help="requests a second, comma-separated")
     parser.add_argument("--requests", type=int, default=16, help="for each rate")
+    parser.add_argument("--seconds", type=float, help="of requests for each rate, in place of --requests")
     parser.add_argument("--side", type=int, help="of the square pictures; the shape's own by default")
     parser.add_argument("--words", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=32, help="to be generated")
     parser.add_argument("--text-share", default="0", help="of requests without a picture, comma-separated")
     parser.add_argument("--preprocessors", type=int, default=1)
     parser.add_argument("--ingresses", type=int, default=1, help="replicas that speak HTTP")
+    parser.add_argument("--clients", type=int, default=1, help="processes that ask")
+    parser.add_argument("--breakdown", action="store_true", help="print where the time goes, by stage")
     parser.add_argument("--duty-cycle", type=float, default=1.0, help="of the encoder")
     parser.add_argument("--batch-patches", type=int, default=32768, help="most in one launch of the encoder")
     parser.add_argument("--batched-tokens", type=int, default=8192, help="most in one step of the engine")
@@ -271,21 +199,26 @@ def run(options: argparse.Namespace, base_url: str) -> list[dict[str, float]]:
     """All rates with each share of text, after a few requests that are not counted."""
     rows: list[dict[str, float]] = []
     model = options.model or options.shape
-    asyncio.run(load(base_url, bodies(options, model, 4, 1, 0.0), 4.0, 1))
     rates, shares = (list(map(float, given.split(","))) for given in (options.rates, options.text_share))
-    for number, (rate, share) in enumerate(product(rates, shares), start=2):
-        requests = bodies(options, model, options.requests, number, share)
-        before = cpu_seconds()
-        traces = asyncio.run(load(base_url, requests, rate, number))
-        used = cpu_seconds() - before
-        rows.append({"text": share, **summary(traces, rate, options)})
-        if number == 2:
-            print("  ".join(f"{name:>9}" for name in rows[0]))
-        print("  ".join(f"{value:9.1f}" for value in rows[-1].values()), flush=True)
-        events = max(1, sum(len(trace.tokens) for trace in traces))
-        print("CPU us:", ", ".join(f"{name} {used[name] / events * 1e6:.1f}" for name in sorted(used)))
-        if errors := [t.error for t in traces if t.error]:
-            print("first error:", errors[0])
+    with Clients(options.clients) as clients:
+        clients.make(options, model, 4 * options.clients, 1, 0.0)
+        clients.send(base_url, arrivals(4 * options.clients, 4.0 * options.clients, 1))
+        for number, (rate, share) in enumerate(product(rates, shares), start=2):
+            count = options.requests if options.seconds is None else round(options.seconds * rate)
+            clients.make(options, model, count, number, share)
+            with Breakdown(base_url) as breakdown:
+                traces, busy = clients.send(base_url, arrivals(count, rate, number))
+            rows.append({"text": share, **summary(traces, rate, options)})
+            if number == 2:
+                print("  ".join(f"{name:>9}" for name in rows[0]))
+            print("  ".join(f"{value:9.1f}" for value in rows[-1].values()), flush=True)
+            events = max(1, sum(len(trace.tokens) for trace in traces))
+            used = breakdown.cpu
+            print("CPU us:", ", ".join(f"{name} {used[name] / events * 1e6:.1f}" for name in sorted(used)))
+            if options.breakdown:
+                print("\n".join([*breakdown.lines(), f"busiest client: {busy:.2f} cores"]), flush=True)
+            if errors := [t.error for t in traces if t.error]:
+                print("first error:", errors[0])
     return rows
 
 

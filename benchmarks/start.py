@@ -27,7 +27,8 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.serve import Trace, ask, bodies, running, serve_config
+from benchmarks.clients import Trace, ask, bodies
+from benchmarks.serve import running, serve_config
 from benchmarks.shapes import SHAPES, write_checkpoint
 
 #: What a line of the server's output holds when a phase has ended, and the name of the phase.
@@ -86,7 +87,7 @@ def start(options: argparse.Namespace, config: dict[str, Any], folder: Path) -> 
     with running(config, options.start_timeout, log) as base_url:
         ends = [(time.time(), "healthy", "")]
         for kind, text_share in (("a text", 1.0), ("an image", 0.0)):
-            (body,) = bodies(options, options.shape, 1, 1, text_share)
+            (body,) = bodies(options, options.shape, [0], 1, text_share)
             asyncio.run(first_answer(base_url, body))
             ends.append((time.time(), f"first answer to {kind}", ""))
     return sorted((ended - began, name, parts) for ended, name, parts in [*marks(log.read_text()), *ends])
