@@ -79,9 +79,15 @@ class TowerGraphs:
         return 0 < len(x) <= MAX_TOKENS and len(segments.cu_seqlens) <= MAX_SEGMENTS + 1 and few_windows
 
     def replay(
-        self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None
+        self,
+        x: torch.Tensor,
+        segments: VisionSegments,
+        windows: VisionSegments | None,
+        pause: Callable[[], None] = lambda: None,
     ) -> list[torch.Tensor]:
         """The last stage's outputs, as views that the next replay overwrites.
+
+        ``pause`` is called between two stages.
 
         Segments and windows must not change afterwards: if the next replay gets the same objects, it doesn't
         copy them again.
@@ -95,7 +101,10 @@ class TowerGraphs:
             self._filled = None
             self._copy(segments, windows, tokens)
             self._filled = segments, windows
-        outputs = [replay() for replay in replays][-1]
+        outputs = replays[0]()
+        for replay in replays[1:]:
+            pause()
+            outputs = replay()
         return [out[:tokens] for out in outputs]
 
     def _copy(self, segments: VisionSegments, windows: VisionSegments | None, tokens: int) -> None:

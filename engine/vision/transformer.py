@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +24,16 @@ from engine.vision.graphs import TowerGraphs
 from engine.vision.segments import VisionSegments
 from engine.vision.transformer_config import VisionConfig
 
-#: Number of blocks in the first of two CUDA graphs. Launching one graph of all blocks takes the host 0.7 ms.
-#: With an image of 1600 patches these blocks keep the device busy as long, which hides the second launch.
+#: Number of blocks in the first CUDA graph. Launching one graph of all blocks takes the host 0.7 ms. With an
+#: image of 1600 patches these blocks keep the device busy as long, which hides the other launches.
 _FIRST_BLOCKS = 4
+
+#: Number of blocks in each further graph, between which other work may use the device: about a millisecond
+#: with an image of 1600 patches.
+_NEXT_BLOCKS = 7
+
+#: Patches times blocks between two pauses of an eager pass.
+_PIECE = 1600 * _NEXT_BLOCKS
 
 #: The hidden states and the residual between two blocks, and the outputs kept so far.
 _State = tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor]]
@@ -119,6 +129,9 @@ class VisionTransformer(nn.Module):
 
     Args:
         keep: blocks whose outputs :meth:`states` returns beside the last block's, ascending.
+
+    Attributes:
+        pause: called between pieces of a pass, each of which keeps the device busy for about a millisecond.
     """
 
     def __init__(self, config: VisionConfig, build: BuildContext, *, keep: tuple[int, ...] = ()) -> None:
@@ -128,6 +141,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.keep = keep or tuple(sorted({state - 1 for state in config.features} - {last}))
         self._graphs: TowerGraphs | None = None
+        self.pause: Callable[[], None] = lambda: None
         width = config.hidden_size
         self.patch_embed = Linear(config.patch_dim, width, build, bias=config.patch_bias)
         self.class_embedding = build.parameter(width) if config.class_token else None
@@ -175,8 +189,9 @@ class VisionTransformer(nn.Module):
         if last:
             x = self._at_positions(x, segments, positions)
         if self._graphs is not None and self._graphs.fits(x, segments, windows):
-            return self._graphs.replay(x, segments, windows)
-        return self._other_blocks(self._first_blocks(x, segments, windows), segments, windows)
+            return self._graphs.replay(x, segments, windows, self.pause)
+        state = self._through(self._begin(x), 0, len(self.blocks), segments, windows, self.pause)
+        return self._outputs(state)
 
     def begin(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:
         """Map patches to the input ``(N, hidden_size)`` of the first block."""
@@ -185,7 +200,7 @@ class VisionTransformer(nn.Module):
 
     def run_blocks(self, x: torch.Tensor, segments: VisionSegments, first: int, end: int) -> torch.Tensor:
         """Run ``x`` ``(N, hidden_size)`` through the blocks from ``first`` to before ``end``, eagerly."""
-        out, residual, _ = self._through(self.blocks[first:end], first, (x, None, []), segments, None)
+        out, residual, _ = self._through((x, None, []), first, end, segments, None, self.pause)
         return out if residual is None else out + residual
 
     def capture_graphs(
@@ -202,8 +217,10 @@ class VisionTransformer(nn.Module):
             rehearse: encodes an image, so that the kernels around the blocks are compiled before too.
         """
         weight = self.patch_embed.weight
+        count = len(self.blocks)
+        ends = [*range(min(_FIRST_BLOCKS, count), count, _NEXT_BLOCKS), count]
         self._graphs = TowerGraphs(
-            [self._first_blocks, self._other_blocks],
+            [partial(self._part, first, end) for first, end in pairwise([0, *ends])],
             capture,
             width=self.config.hidden_size,
             angles=None if self.config.rope_theta is None else self.config.head_dim // 2,
@@ -216,38 +233,52 @@ class VisionTransformer(nn.Module):
                 self._graphs.rehearse(rehearse)
             self._graphs.capture_all()
 
-    def _first_blocks(
-        self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None
-    ) -> _State:
-        """Run ``x`` ``(N, hidden_size)`` through the first blocks."""
-        kept = [x] if -1 in self.keep else []
-        return self._through(self.blocks[:_FIRST_BLOCKS], 0, (x, None, kept), segments, windows)
+    def _part(
+        self, first: int, end: int, given: Any, segments: VisionSegments, windows: VisionSegments | None
+    ) -> Any:
+        """Run the blocks from ``first`` to before ``end``.
 
-    def _other_blocks(
-        self, state: _State, segments: VisionSegments, windows: VisionSegments | None
-    ) -> list[torch.Tensor]:
-        """Run the result of :meth:`_first_blocks` through the other blocks; see :meth:`states`."""
-        blocks = self.blocks[_FIRST_BLOCKS:]
-        x, residual, kept = self._through(blocks, _FIRST_BLOCKS, state, segments, windows)
+        Args:
+            given: the input of the first block, or what the part before has returned.
+
+        Returns:
+            As :meth:`states`, or a state for the next part.
+        """
+        state = given if first else self._begin(given)
+        state = self._through(state, first, end, segments, windows)
+        return state if end < len(self.blocks) else self._outputs(state)
+
+    def _begin(self, x: torch.Tensor) -> _State:
+        return x, None, [x] if -1 in self.keep else []
+
+    @staticmethod
+    def _outputs(state: _State) -> list[torch.Tensor]:
+        x, residual, kept = state
         return [*kept, x if residual is None else x + residual]
 
     def _through(
         self,
-        blocks: Iterable[nn.Module],
-        first: int,
         state: _State,
+        first: int,
+        end: int,
         segments: VisionSegments,
         windows: VisionSegments | None,
+        pause: Callable[[], None] | None = None,
     ) -> _State:
         x, residual, kept = state
         # The rotary tables have a row per token: a token's position in them is its index.
         index = None if segments.cos is None else torch.arange(len(x), device=x.device)
         full = self.config.full_layers
-        for layer, block in enumerate(blocks, first):
+        work = 0
+        for layer in range(first, end):
+            if pause is not None and work >= _PIECE:
+                pause()
+                work = 0
             within = segments if windows is None or full is None or layer in full else windows
-            x, residual = block(x, residual, within, index)
+            x, residual = self.blocks[layer](x, residual, within, index)
             if layer in self.keep:
                 kept = [*kept, x + residual]
+            work += len(x)
         return x, residual, kept
 
     def embed(self, patches: torch.Tensor, segments: VisionSegments) -> torch.Tensor:

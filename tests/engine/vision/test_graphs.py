@@ -22,7 +22,7 @@ def tower(window_len: int | None) -> VisionTransformer:
     config = VisionConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_layers=6,
+        num_layers=12,
         num_heads=2,
         patch_dim=12,
         activation="gelu",
@@ -85,6 +85,7 @@ def test_replays_equal_eager_passes(monkeypatch, window_len):
     monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 80)
     eager, captured = tower(window_len), tower(window_len)
     captured.capture_graphs(rerun, window_len=window_len, rehearse=lambda: None)
+    pauses: list[int] = []
     for number, lengths in enumerate(BATCHES):
         count, generator = sum(lengths), torch.Generator().manual_seed(number)
         angles, patches = (
@@ -98,9 +99,12 @@ def test_replays_equal_eager_passes(monkeypatch, window_len):
             windows = VisionSegments(bounds(cut), window_len, angles.cos(), angles.sin())
         with torch.inference_mode():
             wanted = eager.states(patches, segments, windows=windows)
+            captured.pause = lambda: pauses.append(number)  # noqa: B023
             found = captured.states(patches, segments, windows=windows)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    # Between the three parts.
+    assert pauses == sorted([*range(len(BATCHES))] * 2)
 
 
 @pytest.mark.parametrize("window_len", [None, 4])
@@ -143,7 +147,7 @@ def test_no_segment_exceeds_the_size_that_is_captured(monkeypatch, window_len):
     made, seen = tower(window_len), []
 
     def capture(work):
-        _, segments, windows = work.args
+        *_, segments, windows = work.args
         ends = [int(bounds.cu_seqlens.max()) for bounds in (segments, windows) if bounds is not None]
         seen.append((segments.max_len, max(ends)))
         return rerun(work)
@@ -163,9 +167,10 @@ def test_batches_too_large_for_a_graph_run_eagerly(monkeypatch):
     monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 32)
     made, captures = tower(None), []
     made.capture_graphs(lambda work: captures.append(work()) or work, rehearse=lambda: None)
-    assert len(captures) == 4
+    # Two numbers of segments, and three parts: 4, 7 and 1 blocks.
+    assert len(captures) == 6
     for lengths in ([33], [4] * 5):
         count = sum(lengths)
         segments = VisionSegments(bounds(lengths), max(lengths), torch.ones(count, 8), torch.zeros(count, 8))
         assert made.states(torch.zeros(count, 12), segments)[-1].shape == (count, 32)
-    assert len(captures) == 4
+    assert len(captures) == 6
