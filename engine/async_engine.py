@@ -94,6 +94,8 @@ class AsyncEngine:
         if config.task == "generate" and resolve_device(config).type == "cuda":
             # Without a GPU the cores have too much else to do during a start.
             self._engine.grammars.warm_up()
+        # The event loop, the output thread and other replicas of the host need the cores.
+        self._engine.core.runner.idle_waits = True
         self._watchdog = Watchdog(self._engine.core.runner.check_health, config.step_timeout_s, self._die)
         self._threads = [
             threading.Thread(target=self._run_steps, name="engine-steps", daemon=True),

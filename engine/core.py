@@ -32,7 +32,14 @@ class PendingStep(Protocol):
 
 
 class Runner(Protocol):
-    """Computes steps; see :class:`engine.runner.model_runner.ModelRunner`."""
+    """Computes steps; see :class:`engine.runner.model_runner.ModelRunner`.
+
+    Attributes:
+        idle_waits: whoever waits for a step leaves the core to others, and wakes a little later for it. That
+            is hidden where another step is enqueued.
+    """
+
+    idle_waits: bool
 
     @property
     def vocab_size(self) -> int: ...

@@ -166,6 +166,9 @@ class ParallelRunner:
     the step's message. Grammar masks follow in a second message; they are made while the ranks compute.
     """
 
+    #: As :class:`engine.core.Runner` has it. Each wait sleeps anyway, and looks after the other ranks.
+    idle_waits = False
+
     def __init__(self, own: ModelRunner, executor: ParallelExecutor) -> None:
         self._own = own
         self._executor = executor

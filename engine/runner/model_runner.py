@@ -64,7 +64,12 @@ class LaunchedStep:
     """A step whose work is enqueued. :meth:`result` waits for it."""
 
     def __init__(
-        self, tokens: torch.Tensor, logprobs: LogprobTensors | None, prompts: _PromptResults
+        self,
+        tokens: torch.Tensor,
+        logprobs: LogprobTensors | None,
+        prompts: _PromptResults,
+        *,
+        idle_wait: bool,
     ) -> None:
         self._tokens = download(tokens)
         self._logprobs = None if logprobs is None else download_logprobs(logprobs)
@@ -74,7 +79,7 @@ class LaunchedStep:
         self._pooled = [(request, download(vector)) for request, vector in prompts.pooled]
         self._failed = prompts.failed
         # One event after all copies: they are on one stream.
-        self._event = record_event(tokens.device)
+        self._event = record_event(tokens.device, idle_wait=idle_wait)
 
     def ready(self) -> bool:
         """Return True if :meth:`result` returns at once."""
@@ -100,7 +105,12 @@ class ModelRunner:
         pooling: requests are for vectors, and want the hidden states of all their tokens.
         capture: captures decode steps and small forward passes; None runs every step eagerly.
         group: the ranks that compute with this one, of which 0 has the embeddings.
+
+    Attributes:
+        idle_waits: see :class:`engine.core.Runner`.
     """
+
+    idle_waits = False
 
     def __init__(
         self,
@@ -248,7 +258,8 @@ class ModelRunner:
                 self._state.take(slots, tokens, drafts)
             else:
                 self._state.advance(slots, tokens)
-        return LaunchedStep(tokens, self.sampler.logprobs(logits, tokens, plan), prompts)
+        logprobs = self.sampler.logprobs(logits, tokens, plan)
+        return LaunchedStep(tokens, logprobs, prompts, idle_wait=self.idle_waits)
 
     def recover(self) -> None:
         """Get ready for the next step after one that raised.

@@ -55,10 +55,15 @@ def download_logprobs(found: LogprobTensors) -> LogprobTensors:
     )
 
 
-def record_event(device: torch.device) -> torch.cuda.Event | None:
-    """Record an event after all work enqueued so far; None on a CPU, where nothing is asynchronous."""
+def record_event(device: torch.device, *, idle_wait: bool = False) -> torch.cuda.Event | None:
+    """Record an event after all work enqueued so far; None on a CPU, where nothing is asynchronous.
+
+    Args:
+        idle_wait: ``synchronize`` leaves its core to others. By default it asks the device again and again,
+            and returns some tens of microseconds sooner.
+    """
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(blocking=idle_wait)
     event.record()
     return event
