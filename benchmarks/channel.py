@@ -2,8 +2,8 @@
 
     python -m benchmarks.channel [--answers 1,8,32] [--tokens 200] [--step-ms 4]
 
-A replica without a model gives each running answer a token in every step. Its reader is this process: by one
-channel for all answers, and by each answer's own call.
+A replica without a model gives each running answer a token in every step. Its reader is this process: by each
+answer's own call, by a channel to another host, and by a line.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from contextlib import aclosing
 from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from benchmarks.processes import cpu_seconds
 from deployments.ray_serve.channel import Inbox, Outboxes
 from deployments.ray_serve.handles import RemoteLanguageModel
+from deployments.ray_serve.line import Lines
 from deployments.ray_serve.process import prepare_process
 from deployments.ray_serve.replicas import HeldRequests, LanguageModelReplica
 from deployments.ray_serve.routing import LanguageModelRouter
@@ -57,6 +59,7 @@ class Replica(LanguageModelReplica):
         prepare_process()
         self._stage = _Steps(tokens, step_s)  # type: ignore[assignment]
         self._held, self._outboxes = HeldRequests(), Outboxes()
+        self._lines = Lines(self._outboxes)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Nothing can change."""
@@ -72,8 +75,20 @@ class Replica(LanguageModelReplica):
 
 
 class _NoChannels(Inbox):
-    def read(self, replica: str) -> None:
+    def read(self, replica: str, line: str = "") -> None:
         """Leave all updates to the answers' own calls."""
+
+
+class _NoLines(Inbox):
+    def read(self, replica: str, line: str = "") -> None:
+        """Open the channel that goes to other hosts."""
+        super().read(replica)
+
+
+def _reader(handle: DeploymentHandle, inbox: type[Inbox]) -> RemoteLanguageModel:
+    model = RemoteLanguageModel(handle)
+    model._inbox = inbox(model._inbox._open_stream, model._inbox._follow_line)
+    return model
 
 
 async def _answer(model: RemoteLanguageModel, name: str) -> int:
@@ -109,12 +124,12 @@ async def run(options: argparse.Namespace) -> None:
     handle = serve.run(
         deployment.bind(options.tokens, options.step_ms / 1e3), name="bench", route_prefix=None
     )
-    own_calls = RemoteLanguageModel(handle)
-    own_calls._inbox = _NoChannels(own_calls._inbox._open_stream)
+    ways = {"own call": _NoChannels, "channel": _NoLines, "line": Inbox}
+    readers = {way: _reader(handle, inbox) for way, inbox in ways.items()}
     print(f"{'updates':>8} {'answers':>8} {'replica us':>9} {'reader us':>9} {'items':>9}")
     for answers in map(int, options.answers.split(",")):
-        await measure(own_calls, "own call", answers, options.tokens)
-        await measure(RemoteLanguageModel(handle), "channel", answers, options.tokens)
+        for way, model in readers.items():
+            await measure(model, way, answers, options.tokens)
 
 
 def main() -> None:

@@ -74,7 +74,8 @@ def _stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> dict[str
     load_retrieval(spec.engine, load_prompt_builder(spec.engine))
     names = {"language_model": "LanguageModel"}
     if load_media_processor(spec.engine) is not None:
-        names |= {"preprocessor": "Preprocessor", "encoder": "VisionEncoder"}
+        encoder = "LanguageModel" if spec.encoder.with_language_model else "VisionEncoder"
+        names |= {"preprocessor": "Preprocessor", "encoder": encoder}
     return {stage: (f"{name}:{spec.slug}", spec.application) for stage, name in names.items()}
 
 
@@ -105,17 +106,22 @@ def _deploy_stages(spec: ModelSpec, args: AppConfig, hosts: Sequence[Host]) -> d
         options |= _options(stage, args.logging) | {"name": f"{name}:{spec.slug}"}
         return serve.deployment(**options)(replica).bind(args.tracing, stage, *init)
 
-    stages = {} if load_media_processor(spec.engine) is None else _deploy_media_stages(spec, args, deploy)
+    sees = load_media_processor(spec.engine) is not None
+    stages = _deploy_media_stages(spec, args, deploy) if sees else {}
     spread = spec.language_model.hosts > 1
+    encodes = sees and spec.encoder.with_language_model
     stages["language_model"] = deploy(
         "LanguageModel",
         HostReplica if spread else LanguageModelReplica,
         spec.language_model,
         spec.engine,
+        *([spec.encoder] if encodes else []),
         request_router_config=_routing(
             FirstHostRouter if spread else LanguageModelRouter, spec.language_model.routing
         ),
     )
+    if encodes:
+        stages["encoder"] = stages["language_model"]
     return stages
 
 
@@ -134,13 +140,14 @@ def _deploy_media_stages(
         args.documents,
         args.media,
     )
-    stages["encoder"] = deploy(
-        "VisionEncoder",
-        VisionEncoderReplica,
-        spec.encoder,
-        spec.engine,
-        request_router_config=_routing(EncoderRouter, spec.encoder.routing),
-    )
+    if not spec.encoder.with_language_model:
+        stages["encoder"] = deploy(
+            "VisionEncoder",
+            VisionEncoderReplica,
+            spec.encoder,
+            spec.engine,
+            request_router_config=_routing(EncoderRouter, spec.encoder.routing),
+        )
     return stages
 
 

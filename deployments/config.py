@@ -96,6 +96,12 @@ class ModelSpec(StrictModel):
             raise ValueError(f"engine.tensor_parallel_size {size} can't be shared evenly by {hosts} hosts")
         return self
 
+    @model_validator(mode="after")
+    def _one_host_encodes(self) -> Self:
+        if self.encoder.with_language_model and self.language_model.hosts > 1:
+            raise ValueError("encoder.with_language_model needs a language model on one host")
+        return self
+
     @property
     def slug(self) -> str:
         """The name in a form that deployments may carry: it becomes part of file names."""

@@ -21,14 +21,23 @@ class VisionEncoder:
         config: of the stage.
         engine: the model.
         tracer: makes the spans of requests.
+        with_engine: the language model is in this process, see :class:`~engine.encoder.EncoderEngine`.
     """
 
-    def __init__(self, config: EncoderConfig, engine: EngineConfig, tracer: Tracer | None = None) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        engine: EngineConfig,
+        tracer: Tracer | None = None,
+        *,
+        with_engine: bool = False,
+    ) -> None:
         self._engine = EncoderEngine.load(
             engine,
             max_batch_cost=config.max_batch_patches,
             cache_bytes=config.cache_bytes,
             duty_cycle=config.duty_cycle,
+            with_engine=with_engine,
         )
         self._meter = StageMeter(
             "encoder",

@@ -37,7 +37,7 @@ class LocalModel:
                 config.media,
                 tracer,
             )
-            self.encoder = VisionEncoder(spec.encoder, spec.engine, tracer)
+            self.encoder = VisionEncoder(spec.encoder, spec.engine, tracer, with_engine=True)
 
     @property
     def stages(self) -> Stages:

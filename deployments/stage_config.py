@@ -169,6 +169,9 @@ class EncoderConfig(StageConfig):
             so that a language model on the same GPU keeps its pace while images arrive. A launch is never
             interrupted: ``max_batch_patches`` bounds the longest wait.
         routing: ``content`` sends equal items to one replica, so that the caches of all replicas add up.
+        with_language_model: encode in the replicas of the language model, on their GPUs, instead of in
+            replicas of its own. Steps of the language model come between the pieces of a launch, so running
+            answers keep their pace. Replicas and resources of this stage, and ``routing``, are then unused.
     """
 
     stage: ClassVar[str] = "encoder"
@@ -178,6 +181,7 @@ class EncoderConfig(StageConfig):
     duty_cycle: float = Field(default=1.0, gt=0, le=1)
     cache_bytes: int = Field(default=512 << 20, ge=0)
     routing: Routing = "content"
+    with_language_model: bool = False
     max_ongoing_requests: PositiveInt = 256
 
 

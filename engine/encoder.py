@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.checkpoint.folder import Checkpoint
 from engine.config import EngineConfig
@@ -26,7 +27,9 @@ from engine.lru import LruCache
 from engine.metrics import COUNT_BUCKETS, Histogram
 from engine.placement import open_device, resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
+from engine.runner.staging import download, record_event
 from engine.startup import StartTimes
+from engine.vision.transformer import VisionTransformer
 from engine.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,8 @@ MAX_BATCH_COST = 32768
 CACHE_BYTES = 512 << 20
 #: Seconds that :meth:`EncoderEngine.shutdown` leaves the thread of an engine that has died.
 _LAST_LAUNCH_S = 5.0
+#: Items that may wait while launches still make way for the steps of a language model after each piece.
+_CROWD = 2
 
 
 @dataclass(slots=True)
@@ -74,7 +79,10 @@ class EncoderEngine:
         max_batch_cost: patches per launch; a larger item goes alone.
         cache_bytes: rows remembered by content hash, least recently used dropped first; 0 remembers none.
         duty_cycle: share of the time, above 0 and up to 1, that launches for :meth:`encode_async` take at
-            most: after each the engine rests, and what else runs on the device keeps its pace.
+            most: after each piece of one the engine rests, and what else runs on the device keeps its pace.
+        with_engine: a language model of this process computes on the device's default stream. Launches for
+            :meth:`encode_async` go there too, piece by piece: its steps come in between. While more than
+            ``_CROWD`` items wait, whole launches do.
         step_timeout_s: seconds after which a launch for :meth:`encode_async` is assumed never to return.
     """
 
@@ -86,9 +94,15 @@ class EncoderEngine:
         max_batch_cost: int = MAX_BATCH_COST,
         cache_bytes: int = CACHE_BYTES,
         duty_cycle: float = 1.0,
+        with_engine: bool = False,
         step_timeout_s: float = 300.0,
     ) -> None:
         self._encoder = encoder
+        self._with_engine = with_engine
+        for module in encoder.modules() if isinstance(encoder, nn.Module) else ():
+            if isinstance(module, VisionTransformer):
+                module.pause = self._pause
+        self._piece_began = 0.0
         self._step_timeout_s = step_timeout_s
         self._duty_cycle = duty_cycle
         self._device = device
@@ -114,6 +128,7 @@ class EncoderEngine:
         max_batch_cost: int = MAX_BATCH_COST,
         cache_bytes: int = CACHE_BYTES,
         duty_cycle: float = 1.0,
+        with_engine: bool = False,
     ) -> EncoderEngine:
         """Load the vision part of ``config.model``, and nothing else of it.
 
@@ -147,6 +162,7 @@ class EncoderEngine:
             max_batch_cost=max_batch_cost,
             cache_bytes=cache_bytes,
             duty_cycle=duty_cycle,
+            with_engine=with_engine,
             step_timeout_s=config.step_timeout_s,
         )
 
@@ -296,7 +312,8 @@ class EncoderEngine:
         self._on_death()
 
     def _serve_all(self) -> None:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        own = self._device.type == "cuda" and not self._with_engine
+        stream = torch.cuda.Stream(self._device) if own else None
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             while True:
                 with self._changed:
@@ -305,16 +322,28 @@ class EncoderEngine:
                         return
                     jobs = self._take()
                 if jobs:
-                    began = time.perf_counter()
+                    self._piece_began = time.perf_counter()
                     assert self._watchdog is not None
                     with self._watchdog.step():
                         self._serve(jobs)
-                    self._rest(time.perf_counter() - began)
+                    self._rest()
                 # Images may be large: the last ones must not stay while the thread waits for more.
                 del jobs
 
-    def _rest(self, worked: float) -> None:
-        """Wait as long as ``worked`` seconds ask for, or until the engine is shut down."""
+    def _pause(self) -> None:
+        """Let others have the device between two pieces of a launch."""
+        if threading.current_thread() is not self._thread:
+            return
+        crowded = len(self._queue) > _CROWD
+        if self._duty_cycle < 1 or (self._with_engine and not crowded):
+            if (event := record_event(self._device, idle_wait=True)) is not None:
+                event.synchronize()
+            self._rest()
+            self._piece_began = time.perf_counter()
+
+    def _rest(self) -> None:
+        """Wait as long as the piece that has just ended asks for, or until the engine is shut down."""
+        worked = time.perf_counter() - self._piece_began
         seconds = worked * (1 / self._duty_cycle - 1)
         if seconds > 0:
             with self._changed:
@@ -339,7 +368,12 @@ class EncoderEngine:
 
     def _serve(self, jobs: list[_Job]) -> None:
         try:
-            for job, rows in zip(jobs, self._launch([job.media for job in jobs]), strict=True):
+            made = [download(rows) for rows in self._launch([job.media for job in jobs])]
+            began = time.perf_counter()
+            if (event := record_event(self._device, idle_wait=True)) is not None:
+                event.synchronize()
+            self._counters.seconds += time.perf_counter() - began
+            for job, rows in zip(jobs, made, strict=True):
                 job.result.set_result(_embedded(job.media.item.hash, rows))
         except Exception as error:
             if len(jobs) > 1:
@@ -358,7 +392,7 @@ class EncoderEngine:
                 torch.cuda.synchronize(self._device)
 
     def _launch(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
-        began = time.perf_counter()
+        began = time.perf_counter() - self._counters.rest_seconds
         try:
             rows = self._encoder.encode(media)
         except Exception:
@@ -376,7 +410,8 @@ class EncoderEngine:
         counters.patches += sum(self._encoder.cost(entry.item) for entry in media)
         counters.batches += 1
         self._batches.observe(len(media))
-        counters.seconds += time.perf_counter() - began
+        # Without the rests in between.
+        counters.seconds += time.perf_counter() - counters.rest_seconds - began
         return rows
 
     def _settle(self, key: str, future: Future[EmbeddedMedia]) -> None:
@@ -388,9 +423,8 @@ class EncoderEngine:
 
 
 def _embedded(content_hash: str, rows: torch.Tensor) -> EmbeddedMedia:
-    """Rows of a batch as an array of their own."""
-    host = rows.to("cpu", copy=True)
-    dtype = str(host.dtype).removeprefix("torch.")
-    array = host.view(torch.uint16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
+    """Rows on the host as an array of their own, in memory that is not pinned."""
+    dtype = str(rows.dtype).removeprefix("torch.")
+    array = (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy().copy()
     array.flags.writeable = False
     return EmbeddedMedia(content_hash, array, dtype)

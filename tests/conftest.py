@@ -78,12 +78,14 @@ def _patient(args: dict[str, Any]) -> None:
 
 
 def _two_ranks(args: dict[str, Any]) -> None:
-    """The second model's language model is two processes, of which tests kill one. Ranks of the first would
-    take several times as long for each of its tokens: they share the cores with all other processes."""
+    """The second model's language model has the encoder, and is two processes, of which tests kill one. Ranks
+    of the first would take several times as long for each of its tokens: they share the cores with all other
+    processes."""
     _patient(args)
     vectors = args["models"][1]
     vectors["engine"]["tensor_parallel_size"] = 2
     vectors["language_model"] = {"env": {"OMP_NUM_THREADS": "1"}}
+    vectors["encoder"] = {"with_language_model": True}
 
 
 def _two_ingresses(args: dict[str, Any]) -> None:

@@ -16,9 +16,15 @@ SOURCES = ("engine", "deployments", "models", "benchmarks", "examples")
 KINDS = ("function", "method", "property", "class")
 #: Decorators that hand a function to a library, which calls it.
 REGISTERED = ["@router.*", "@*validator", "@*serializer", "@api.*", "@app.*"]
-#: Names that a library or ``getattr`` calls: Starlette calls ``stream_response``, Ray Serve the last three.
-CALLED = ["__*__", "visit_*", "w1", "w2", "w3", "w4", "stream_response"]
-CALLED += ["record_autoscaling_stats", "record_replica_metadata", "_fulfill_next_pending_request"]
+#: Names that a library or ``getattr`` calls: Starlette calls ``stream_response``, asyncio the methods of a
+#: protocol, Ray Serve the last four.
+CALLED = ["__*__", "visit_*", "w1", "w2", "w3", "w4", "stream_response", "data_received", "connection_lost"]
+CALLED += [
+    "encoder_measured",
+    "record_autoscaling_stats",
+    "record_replica_metadata",
+    "_fulfill_next_pending_request",
+]
 
 
 def unused() -> list[str]:

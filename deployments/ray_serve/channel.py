@@ -1,20 +1,21 @@
 """Carries the updates of all answers from a language model's replica to an ingress in one stream.
 
-A gRPC message costs its sender and its reader about the same, whatever it holds, and a step of the engine
-makes an update for each running answer. So an ingress reads one stream, a channel, of each replica; each of
-its messages holds every update since the last one. An answer's own call then carries no updates: its start,
-its end, its failure and its cancellation only. If the channel to its replica is not open when the first
-update of an answer is ready, all of them come by its own call.
+A message costs its sender and its reader about the same, whatever it holds, and a step of the engine makes an
+update for each running answer. So an ingress reads one stream, a channel, of each replica; each of its
+messages holds every update since the last one. An answer's own call then carries no updates: its start, its
+end, its failure and its cancellation only. If the channel to its replica is not open when the first update of
+an answer is ready, all of them come by its own call.
 
-A channel counts as a running request for Ray Serve, so it ends a moment after the last answer: a replica
+On one host a channel is a line (:mod:`deployments.ray_serve.line`). Between hosts it is a streaming call by
+gRPC. That counts as a running request for Ray Serve, so it ends a moment after the last answer: a replica
 without requests may be stopped.
 """
 
 import asyncio
 import contextvars
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +38,11 @@ class Here:
 
     Attributes:
         replica: id of the replica that answers.
+        line: address of its line; empty if it has none.
     """
 
     replica: str
+    line: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,10 @@ class Outbox:
     """The sending end of a channel: updates that its reader hasn't taken yet, one for each answer.
 
     Args:
-        idle_s: seconds after which it ends if there are no answers.
+        idle_s: seconds after which it ends if there are no answers; None if it doesn't.
     """
 
-    def __init__(self, idle_s: float = IDLE_S) -> None:
+    def __init__(self, idle_s: float | None = IDLE_S) -> None:
         self._idle_s = idle_s
         self._updates: dict[str, StreamUpdate] = {}
         self._errors: dict[str, SightlineError] = {}
@@ -134,7 +137,8 @@ class Outbox:
             self.closed = True
 
     def _start_timer(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._idle_s, self.close)
+        if self._idle_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._idle_s, self.close)
 
 
 def _messages(updates: Sequence[StreamUpdate], errors: dict[str, SightlineError]) -> Iterator[Message]:
@@ -168,15 +172,14 @@ class Outboxes:
         outbox = self._open.get(reader)
         return None if outbox is None or outbox.closed else outbox
 
-    async def messages(self, reader: str) -> AsyncGenerator[Message, None]:
-        """Open a channel, in place of one that the reader had before."""
+    @contextmanager
+    def open(self, reader: str, idle_s: float | None = IDLE_S) -> Iterator[Outbox]:
+        """A channel, in place of one that the reader had before; ``idle_s`` as of :class:`Outbox`."""
         if (earlier := self._open.get(reader)) is not None:
             earlier.close()
-        outbox = self._open[reader] = Outbox()
+        outbox = self._open[reader] = Outbox(idle_s)
         try:
-            async with aclosing(outbox.messages()) as messages:
-                async for message in messages:
-                    yield message
+            yield outbox
         finally:
             if self._open.get(reader) is outbox:
                 del self._open[reader]
@@ -229,16 +232,19 @@ class Inbox:
 
     Args:
         open_stream: calls ``LanguageModelReplica.updates`` of the replica with the id that it is given.
+        follow_line: see :func:`deployments.ray_serve.line.follow`.
 
     Attributes:
         name: of this reader; unique.
     """
 
     def __init__(
-        self, open_stream: Callable[[str, str], AbstractAsyncContextManager[AsyncIterator[Any]]]
+        self,
+        open_stream: Callable[[str, str], AbstractAsyncContextManager[AsyncIterator[Any]]],
+        follow_line: Callable[[str, str, Callable[[Message], None]], Awaitable[bool]],
     ) -> None:
         self.name = uuid.uuid4().hex
-        self._open_stream = open_stream
+        self._open_stream, self._follow_line = open_stream, follow_line
         self._answers: dict[str, Answer] = {}
         self._channels: dict[str, asyncio.Task[None]] = {}
 
@@ -246,12 +252,16 @@ class Inbox:
         """The answer to a request, as long as it is read."""
         return _Expected(self._answers, request_id)
 
-    def read(self, replica: str) -> None:
-        """Open the channel of a replica, unless it is open."""
+    def read(self, replica: str, line: str = "") -> None:
+        """Open the channel of a replica, unless it is open.
+
+        Args:
+            line: address of its line; the channel is a call if it is empty or leads nowhere.
+        """
         if replica not in self._channels:
             # In a context of its own: Serve cancels calls that were made for a request when that one ends.
             context = contextvars.Context()
-            self._channels[replica] = context.run(asyncio.ensure_future, self._read(replica))
+            self._channels[replica] = context.run(asyncio.ensure_future, self._read(replica, line))
 
     def all_sent(self, answer: Answer) -> None:
         """Note that the rest of an answer is in its replica's channel."""
@@ -259,13 +269,19 @@ class Inbox:
         if not self._channels:
             answer.fail(abandoned())
 
-    async def _read(self, replica: str) -> None:
+    async def _read(self, replica: str, line: str) -> None:
         whole = False
+
+        def take(message: Message) -> None:
+            for item in message:
+                self._deliver(replica, item)
+
         try:
+            if line and await self._follow_line(line, self.name, take):
+                return
             async with self._open_stream(self.name, replica) as messages:
                 async for message in messages:
-                    for item in checked(message):
-                        self._deliver(replica, item)
+                    take(checked(message))
             whole = True
         except asyncio.CancelledError:
             # Serve raises this, too, where the replica has cancelled the call.

@@ -21,6 +21,7 @@ from deployments.ray_serve.handoff import (
     is_large,
     stream,
 )
+from deployments.ray_serve.line import follow
 from deployments.references import Owner, without_payload
 from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages
 from deployments.tracing import current
@@ -92,9 +93,11 @@ class _Remote:
 
 
 class _RemoteStage(_Remote):
+    _measured = "measured"
+
     async def collect(self) -> list[Part]:
         """The metrics of each replica that answers."""
-        return await everywhere(self._handle, "measured", MEASURE_S)
+        return await everywhere(self._handle, self._measured, MEASURE_S)
 
 
 class RemotePreprocessor(_RemoteStage):
@@ -133,9 +136,11 @@ def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
 
 
 class RemoteEncoder(_RemoteStage):
-    """The encoder stage. Embedding rows are in the object store."""
+    """The encoder stage, in replicas of its own or of the language model. Embedding rows are in the object
+    store."""
 
     name = "encoder"
+    _measured = "encoder_measured"
 
     async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
         args = pixels.item, pixels.pixels, salt, current.get()
@@ -149,7 +154,9 @@ class RemoteLanguageModel(_RemoteStage):
 
     def __init__(self, handle: DeploymentHandle) -> None:
         super().__init__(handle)
-        self._inbox = Inbox(lambda reader, name: stream(self._handle, "updates", reader, name, replica=name))
+        self._inbox = Inbox(
+            lambda reader, name: stream(self._handle, "updates", reader, name, replica=name), follow
+        )
 
     async def max_model_len(self) -> int:
         return await self._call(self._handle.max_model_len)
@@ -196,7 +203,7 @@ class RemoteLanguageModel(_RemoteStage):
                 async for item in items:
                     if isinstance(item, Here):
                         here = True
-                        self._inbox.read(item.replica)
+                        self._inbox.read(item.replica, item.line)
                     elif isinstance(item, Elsewhere):
                         here = False
                     else:

@@ -36,11 +36,10 @@ class HostReplica(LanguageModelReplica):
         tracing: where spans go.
         config: of the stage, with the number of hosts.
         engine: the model and how to run it; ``tensor_parallel_size`` ranks over all hosts.
-        others: as its base.
     """
 
     def __init__(
-        self, tracing: TracingConfig | None, config: LanguageModelConfig, engine: EngineConfig, *others: Any
+        self, tracing: TracingConfig | None, config: LanguageModelConfig, engine: EngineConfig
     ) -> None:
         hosts = config.hosts
         gang = serve.get_replica_context().gang_context
@@ -50,7 +49,7 @@ class HostReplica(LanguageModelReplica):
         if self._host == 0:
             address = ray.util.get_node_ip_address()
             launcher = HostsLauncher(address, hosts, notice.publish, notice.retract)
-            super().__init__(tracing, config, engine, *others, launcher=launcher)
+            super().__init__(tracing, config, engine, launcher=launcher)
             return
         prepare_process()
         self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)

@@ -32,6 +32,7 @@ from deployments.ray_serve.handoff import (
     RowsRef,
     pieces,
 )
+from deployments.ray_serve.line import Lines
 from deployments.ray_serve.process import prepare_process
 from deployments.stage_config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
 from deployments.stages import Generation, OpenFile, Pooling
@@ -162,24 +163,11 @@ class PreprocessorReplica:
         return _named(self._stage.families())
 
 
-class VisionEncoderReplica:
-    """Arguments as :class:`~deployments.encoder.VisionEncoder`, after ``tracing``."""
+class _Encodes:
+    """Replicas that have an encoder."""
 
-    def __init__(self, tracing: TracingConfig | None, config: EncoderConfig, engine: EngineConfig) -> None:
-        times = StartTimes()
-        with times.phase("modules"):
-            from deployments.encoder import VisionEncoder
-
-        prepare_process()
-        logger.info("%s: modules were imported in %s", "encoder", times)
-        self._stage = VisionEncoder(config, engine, make_tracer(tracing, "encoder"))
-        self._in_place = InPlace(config, config.IN_PLACE, self._stage.take_over)
-        self._store = ObjectStore()
-        self._stage.when_dead(leave)
-
-    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
-        """Take over values while the replica runs; Ray Serve calls this."""
-        self._in_place.take_over(user_config)
+    _encoder: Any
+    _store: ObjectStore
 
     async def encode(
         self, item: MediaItem, pixels: np.ndarray, salt: str, span: Carrier
@@ -189,29 +177,49 @@ class VisionEncoderReplica:
         return await answered(self._encode(PreparedMedia(item, pixels), salt))
 
     async def _encode(self, pixels: PreparedMedia, salt: str) -> RowsRef:
-        embedded = await self._stage.encode(pixels, salt)
+        embedded = await self._encoder.encode(pixels, salt)
         info = RowsInfo(embedded.hash, embedded.dtype, embedded.cached)
         return RowsRef(info, await self._store.put(embedded.rows))
 
+    async def encoder_measured(self) -> Part:
+        """The metrics of this replica's encoder."""
+        return _named(self._encoder.families())
+
+
+class VisionEncoderReplica(_Encodes):
+    """Arguments as :class:`~deployments.encoder.VisionEncoder`, after ``tracing``."""
+
+    def __init__(self, tracing: TracingConfig | None, config: EncoderConfig, engine: EngineConfig) -> None:
+        times = StartTimes()
+        with times.phase("modules"):
+            from deployments.encoder import VisionEncoder
+
+        prepare_process()
+        logger.info("%s: modules were imported in %s", "encoder", times)
+        self._encoder = VisionEncoder(config, engine, make_tracer(tracing, "encoder"))
+        self._in_place = InPlace(config, config.IN_PLACE, self._encoder.take_over)
+        self._store = ObjectStore()
+        self._encoder.when_dead(leave)
+
+    async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
+        """Take over values while the replica runs; Ray Serve calls this."""
+        self._in_place.take_over(user_config)
+
     async def metrics(self) -> dict[str, Any]:
         """Counters of the encoder."""
-        return self._stage.metrics()
+        return self._encoder.metrics()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Signals of :mod:`deployments.autoscaling`."""
-        return {"visual_tokens": float(self._stage.metrics()["pending_rows"])}
-
-    async def measured(self) -> Part:
-        """The metrics of this replica."""
-        return _named(self._stage.families())
+        return {"visual_tokens": float(self._encoder.metrics()["pending_rows"])}
 
     async def check_health(self) -> None:
         """Ray Serve restarts a replica that raises here."""
-        self._stage.check_health()
+        self._encoder.check_health()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_stage"):
-            self._stage.close()
+        if hasattr(self, "_encoder"):
+            self._encoder.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,23 +261,25 @@ class HeldRequests:
         return held
 
 
-class LanguageModelReplica:
-    """Holds one engine.
+class LanguageModelReplica(_Encodes):
+    """Holds one engine, and the model's encoder if that has no replicas of its own.
 
     Args:
         tracing: where spans go.
         config: of the stage.
         engine: the model and how to run it.
-        others: unused handles of the model's other stages: Serve deploys what the root is bound to.
+        encoder: of the encoder that this replica has; None if it has none.
         launcher: starts the ranks beyond the first; processes of this machine if None.
     """
+
+    _encoder: Any = None
 
     def __init__(
         self,
         tracing: TracingConfig | None,
         config: LanguageModelConfig,
         engine: EngineConfig,
-        *others: Any,
+        encoder: EncoderConfig | None = None,
         launcher: Launcher | None = None,
     ) -> None:
         times = StartTimes()
@@ -278,11 +288,20 @@ class LanguageModelReplica:
 
         prepare_process()
         logger.info("%s: modules were imported in %s", "language model", times)
+        if encoder is not None:
+            from deployments.encoder import VisionEncoder
+
+            # First: the memory that is left is for keys and values.
+            self._encoder = VisionEncoder(encoder, engine, make_tracer(tracing, "encoder"), with_engine=True)
+            self._store = ObjectStore()
         self._stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher)
         self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)
         self._held = HeldRequests()
         self._outboxes = Outboxes()
+        self._lines = Lines(self._outboxes)
         self._stage.when_dead(leave)
+        if encoder is not None:
+            self._encoder.when_dead(leave)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Log that nothing of this stage can change while a replica runs; Ray Serve calls this."""
@@ -313,9 +332,10 @@ class LanguageModelReplica:
             return
         # A channel may end without a message; see `Elsewhere`.
         yield []
-        async with aclosing(self._outboxes.messages(reader)) as messages:
-            async for message in messages:
-                yield message
+        with self._outboxes.open(reader) as outbox:
+            async with aclosing(outbox.messages()) as messages:
+                async for message in messages:
+                    yield message
 
     async def generate(
         self, given: Generation | str, span: Carrier, reader: str
@@ -335,7 +355,7 @@ class LanguageModelReplica:
             async with aclosing(self._stage.generate(held.request, held.media)) as updates:
                 update: StreamUpdate | None = None
                 if outbox is None:
-                    yield Here(self._name())
+                    yield Here(self._name(), await self._lines.address())
                     # The reader opens its channel meanwhile, as a rule in less time than the prompt takes.
                     update = await anext(updates, None)
                     outbox = self._outboxes.find(reader)
@@ -403,10 +423,14 @@ class LanguageModelReplica:
     async def check_health(self) -> None:
         """Ray Serve restarts a replica that raises here."""
         self._stage.check_health()
+        if self._encoder is not None:
+            self._encoder.check_health()
 
     async def __del__(self) -> None:
         if hasattr(self, "_stage"):
             self._stage.close()
+        if self._encoder is not None:
+            self._encoder.close()
 
 
 def _named(families: list[Family]) -> Part:

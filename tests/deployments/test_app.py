@@ -119,6 +119,22 @@ def test_the_file_is_what_serve_reads():
     ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "serve_config.yaml").read_text()))
 
 
+def test_an_encoder_may_be_in_the_replicas_of_the_language_model():
+    from ray.serve._private.build_app import build_app
+
+    args = app_args()
+    model = args["models"][0] = {**args["models"][0], "encoder": {"with_language_model": True}}
+    built = build_app(build(AppConfig.model_validate(args)), name="test", default_runtime_env={})
+    stages = {"LanguageModel:pocket", "Preprocessor:pocket"}
+    assert {deployment.name for deployment in built.deployments} == stages | {"Ingress"}
+    args["models"] = [{**model, "application": "stages"}]
+    build(AppConfig.model_validate(args))
+    engine = {**model["engine"], "tensor_parallel_size": 2}
+    args["models"] = [{**model, "language_model": {"hosts": 2}, "engine": engine}]
+    with pytest.raises(ValueError, match="one host"):
+        AppConfig.model_validate(args)
+
+
 def test_a_model_may_be_an_application_of_its_own():
     from ray.serve._private.build_app import build_app
 

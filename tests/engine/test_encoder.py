@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -295,6 +296,47 @@ async def test_rests_between_launches():
         counters = engine.metrics()
         assert counters["batches"] == 3 and counters["rest_seconds"] >= least * counters["seconds"]
         assert (counters["rest_seconds"] == 0) == (duty_cycle == 1)
+
+
+def _noted(notes: list[float], note: float, work: Callable[[], None]) -> None:
+    notes.append(note)
+    work()
+
+
+async def test_rests_between_the_pieces_of_a_launch(path, processor, monkeypatch):
+    monkeypatch.setattr("engine.vision.transformer._PIECE", 1)
+    config, media = EngineConfig(model=str(path), device="cpu"), processor.prepare(picture(60, 44))
+    rested: list[float] = []
+    for duty_cycle in (1.0, 0.5):
+        engine = EncoderEngine.load(config, cache_bytes=0, duty_cycle=duty_cycle)
+        monkeypatch.setattr(engine, "_rest", partial(_noted, rested, duty_cycle, engine._rest))
+        rows = (await engine.encode_async(media)).rows
+        engine.shutdown()
+        np.testing.assert_allclose(rows, engine.encode([media])[0].numpy(), atol=1e-5)
+    layers = len(engine._encoder.tower.blocks)
+    assert layers > 1 and rested == [1.0, *[0.5] * layers]
+
+
+async def test_pieces_make_way_for_an_engine_unless_many_items_wait(path, processor, monkeypatch):
+    monkeypatch.setattr("engine.vision.transformer._PIECE", 1)
+    waits: list[int] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            waits.append(len(engine._queue))
+
+    monkeypatch.setattr("engine.encoder.record_event", lambda *_, **__: Event())
+    config = EngineConfig(model=str(path), device="cpu")
+    engine = EncoderEngine.load(config, max_batch_cost=1, with_engine=True)
+    # The thread takes nothing before all have come.
+    with engine._changed:
+        made = [engine.encode_async(processor.prepare(picture(60, 44, n))) for n in range(5)]
+        tasks = [asyncio.ensure_future(each) for each in made]
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    engine.shutdown()
+    layers = len(engine._encoder.tower.blocks)
+    assert waits == [4, 3, *[2] * layers, *[1] * layers, *[0] * layers]
 
 
 async def test_a_shutdown_ends_a_rest():

@@ -14,6 +14,7 @@ from deployments.ray_serve.channel import Outbox, Outboxes
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import RemoteLanguageModel
 from deployments.ray_serve.handoff import PIECE_BYTES
+from deployments.ray_serve.line import Lines, follow
 from deployments.ray_serve.replicas import HeldRequests, LanguageModelReplica
 from deployments.stages import Generation, StageLost
 from engine.errors import NoTokenAllowed
@@ -46,10 +47,18 @@ class Stage:
             del self.answers[request.request_id]
 
 
+class NoLines:
+    """A replica on another host."""
+
+    async def address(self) -> str:
+        return "\0nowhere"
+
+
 class Replica(LanguageModelReplica):
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, lines: bool = False) -> None:
         self.name, self._stage = name, Stage()
         self._held, self._outboxes = HeldRequests(), Outboxes()
+        self._lines = Lines(self._outboxes) if lines else NoLines()
 
     def _name(self) -> str:
         return self.name
@@ -112,10 +121,14 @@ class Handle:
 
 
 class World:
-    """A replica and the ingress' side of it, with an open channel."""
+    """A replica and the ingress' side of it, with an open channel.
 
-    def __init__(self, *others: Replica) -> None:
-        self.replica = Replica("a")
+    Args:
+        lines: both are on one host.
+    """
+
+    def __init__(self, *others: Replica, lines: bool = False) -> None:
+        self.replica = Replica("a", lines=lines)
         self.handle = Handle(self.replica, *others)
         self.model = RemoteLanguageModel(self.handle)
 
@@ -162,6 +175,12 @@ def world():
     return World(Replica("b"))
 
 
+@pytest.fixture(params=[False, True], ids=["call", "line"])
+def either(request):
+    """By either kind of channel."""
+    return World(Replica("b"), lines=request.param)
+
+
 async def test_all_answers_come_by_the_channel_that_the_first_one_opens(world):
     await world.open()
     # That no channel was open, and that one has opened since.
@@ -194,11 +213,11 @@ async def test_an_answer_comes_by_its_own_call_if_the_channel_opens_too_late(wor
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_each_answer_is_whole_whatever_others_send(world, seed):
-    await world.open()
+async def test_each_answer_is_whole_whatever_others_send(either, seed):
+    await either.open()
     draw = random.Random(seed)
     names = [f"r{number}" for number in range(draw.randint(1, 6))]
-    tasks = {name: await world.begin(name) for name in names}
+    tasks = {name: await either.begin(name) for name in names}
     sent: dict[str, list[StreamUpdate]] = {name: [] for name in names}
     left = [name for name in names for _ in range(draw.randint(1, 5))]
     draw.shuffle(left)
@@ -208,19 +227,19 @@ async def test_each_answer_is_whole_whatever_others_send(world, seed):
         size = {"length": length, "rows": draw.choice([0, 0, 1, 200, 600])}
         made = update(name, len(sent[name]), **size, last=name not in left)
         sent[name].append(made)
-        world.answers[name].put(pickle.loads(pickle.dumps(made)))
+        either.answers[name].put(pickle.loads(pickle.dumps(made)))
         for _ in range(draw.randint(0, 4)):
             await asyncio.sleep(0)
     for name, task in tasks.items():
         found, error = await asyncio.wait_for(task, 120)
         assert error is None and reduce(merge_updates, found) == reduce(merge_updates, sent[name])
-    assert all(call.count == 1 for call in world.handle.calls["generate"][1:])
+    assert all(call.count == 1 for call in either.handle.calls["generate"][1:])
 
 
-async def test_a_refusal_comes_behind_the_text_before_it(world):
-    await world.open()
-    task = await world.begin("one")
-    mailbox = world.answers["one"]
+async def test_a_refusal_comes_behind_the_text_before_it(either):
+    await either.open()
+    task = await either.begin("one")
+    mailbox = either.answers["one"]
     mailbox.put(update("one", 0))
     mailbox.fail(NoTokenAllowed("no token may follow"))
     found, error = await asyncio.wait_for(task, 60)
@@ -229,16 +248,16 @@ async def test_a_refusal_comes_behind_the_text_before_it(world):
     )
 
 
-async def test_an_answer_that_is_closed_ends_in_the_replica_and_others_go_on(world):
-    await world.open()
-    one, two = await world.begin("one"), await world.begin("two")
-    world.answers["one"].put(update("one", 0))
+async def test_an_answer_that_is_closed_ends_in_the_replica_and_others_go_on(either):
+    await either.open()
+    one, two = await either.begin("one"), await either.begin("two")
+    either.answers["one"].put(update("one", 0))
     await wait_until(lambda: one.found, 60)
     one.cancel()
-    await wait_until(lambda: "one" not in world.answers, 60)
-    world.answers["two"].put(update("two", 0, last=True))
+    await wait_until(lambda: "one" not in either.answers, 60)
+    either.answers["two"].put(update("two", 0, last=True))
     assert await asyncio.wait_for(two, 60) == ([update("two", 0, last=True)], None)
-    assert len(world.handle.calls["updates"]) == 1
+    assert len(either.handle.calls["updates"]) <= 1
 
 
 @pytest.mark.parametrize("method", ["updates", "generate"])
@@ -271,6 +290,64 @@ async def test_an_answer_whose_end_was_in_a_broken_channel_is_lost(world):
     assert not found and type(error) is StageLost
 
 
+@pytest.fixture
+def near():
+    """On one host."""
+    return World(lines=True)
+
+
+async def test_a_line_stays_open_and_makes_no_call(near):
+    for _ in range(2):
+        await near.open()
+        # No time is set at which it ends.
+        assert near.replica._outboxes.find(near.model._inbox.name)._timer is None
+    assert [call.count for call in near.handle.calls["generate"]] == [2, 1]
+    assert not near.handle.calls["updates"]
+
+
+def test_a_line_on_the_event_loop_that_replicas_have():
+    uvloop = pytest.importorskip("uvloop")
+
+    async def open_twice() -> None:
+        near = World(lines=True)
+        for _ in range(2):
+            await near.open()
+        assert [call.count for call in near.handle.calls["generate"]] == [2, 1]
+        assert not near.handle.calls["updates"]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(open_twice())
+
+
+async def test_answers_are_lost_with_their_line_and_another_one_opens(near):
+    await near.open()
+    task = await near.begin("one")
+    near.answers["one"].put(update("one", 0))
+    await wait_until(lambda: task.found, 60)
+    (connection,) = near.replica._lines._connections
+    connection.cancel()
+    found, error = await asyncio.wait_for(task, 60)
+    assert found == [update("one", 0)] and type(error) is StageLost
+    await wait_until(lambda: not near.answers, 60)
+    await near.open()
+
+
+async def test_a_reader_that_leaves_takes_its_line_along(near):
+    await near.open()
+    (channel,) = near.model._inbox._channels.values()
+    channel.cancel()
+    await wait_until(lambda: not near.replica._lines._connections, 60)
+    assert near.replica._outboxes.find(near.model._inbox.name) is None
+
+
+async def test_other_users_have_no_line(near, monkeypatch):
+    monkeypatch.setattr("deployments.ray_serve.line.os.getuid", lambda: -1)
+    read: list = []
+    address = await near.replica._lines.address()
+    assert await asyncio.wait_for(follow(address, "reader", read.append), 60)
+    assert not read and near.replica._outboxes.find("reader") is None
+
+
 async def test_a_channel_to_another_replica_is_refused(world):
     items = [item async for item in world.replica.updates("reader", "other")]
     assert len(items) == 1 and isinstance(items[0], Refusal) and isinstance(items[0].error, Misrouted)
@@ -278,17 +355,17 @@ async def test_a_channel_to_another_replica_is_refused(world):
 
 async def test_a_reader_s_new_channel_takes_the_place_of_its_old_one():
     outboxes = Outboxes()
-    async with aclosing(outboxes.messages("r")) as one, aclosing(outboxes.messages("r")) as two:
-        first = asyncio.ensure_future(anext(one, None))
-        await wait_until(lambda: outboxes.find("r"), 60)
-        old = outboxes.find("r")
-        second = asyncio.ensure_future(anext(two, None))
-        assert await asyncio.wait_for(first, 60) is None
-        with pytest.raises(StageLost):
-            old.put(update("one", 0))
-        assert not old.fail("one", StageLost("lost"))
-        outboxes.find("r").put(update("one", 0))
-        assert len(await asyncio.wait_for(second, 60)) == 1
+    with outboxes.open("r") as old:
+        assert outboxes.find("r") is old
+        with outboxes.open("r") as new:
+            assert not await asyncio.wait_for(_all(old), 60)
+            with pytest.raises(StageLost):
+                old.put(update("one", 0))
+            assert not old.fail("one", StageLost("lost"))
+            outboxes.find("r").put(update("one", 0))
+            new.close()
+            assert len(await asyncio.wait_for(_all(new), 60)) == 1
+    assert outboxes.find("r") is None
 
 
 async def test_a_channel_ends_without_answers_and_only_then():
