@@ -109,7 +109,7 @@ def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
     engine["max_num_batched_tokens"] = options.batched_tokens
     share: tuple[float, float] = (0.0, 0.0)
     if options.gpu:
-        engine |= {"gpu_memory_utilization": 0.7, "max_num_seqs": 256}
+        engine |= {"gpu_memory_utilization": 0.7, "max_num_seqs": options.seqs}
         share = (1.0, 1.0) if options.encoder_gpu else (0.25, 0.75)
     else:
         engine |= {"max_num_seqs": 16, "max_model_len": 512}
@@ -123,7 +123,7 @@ def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
             "max_batch_patches": options.batch_patches,
             "with_language_model": options.one_process,
         },
-        "language_model": {"num_gpus": share[1]},
+        "language_model": {"num_gpus": share[1], "max_ongoing_requests": 2 * options.seqs},
     }
     app = {
         "name": "bench",
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--duty-cycle", type=float, default=1.0, help="of the encoder")
     parser.add_argument("--batch-patches", type=int, default=32768, help="most in one launch of the encoder")
     parser.add_argument("--batched-tokens", type=int, default=8192, help="most in one step of the engine")
+    parser.add_argument("--seqs", type=int, default=256, help="most that the engine runs at a time, on a GPU")
     parser.add_argument("--slo-ttft", type=float, default=500.0)
     parser.add_argument("--slo-itl", type=float, default=50.0)
     parser.add_argument("--start-timeout", type=float, default=180.0)

@@ -118,9 +118,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.side, options.words, options.tokens = SHAPES[options.shape].picture_size, 20, 8
-    for name, value in (("preprocessors", 1), ("ingresses", 1), ("duty_cycle", 1.0), ("encoder_gpu", False)):
-        setattr(options, name, value)
-    options.batch_patches, options.batched_tokens = 32768, 8192 if options.gpu else 512
+    options.preprocessors = options.ingresses = 1
+    options.encoder_gpu = options.one_process = False
+    options.duty_cycle, options.batch_patches = 1.0, 32768
+    options.seqs, options.batched_tokens = 256, 8192 if options.gpu else 512
     rows = []
     with tempfile.TemporaryDirectory() as folder, kernel_cache(options.cache):
         path = Path(folder)
