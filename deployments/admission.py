@@ -1,4 +1,4 @@
-"""The limit on open requests of an ingress, and when refused clients shall come back."""
+"""The limit on open requests of an ingress, and when refused clients should come back."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from deployments.errors import error_response
 from deployments.turns import Turns
 from engine.errors import Overloaded
 
-#: Refused clients that come back in a second, at least: for each place, and over all places at most. A
+#: Refused clients that come back in a second: at least so many for each place, and at most so many in all. A
 #: refusal takes 1 to 3 ms of CPU time. If all clients came back a second later, they would leave no time for
 #: answers: of ten times as many as 256 places, 2300 wait.
 TURNS_PER_PLACE = 0.4

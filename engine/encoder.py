@@ -1,4 +1,4 @@
-"""The encoder engine: batches pictures of all requests, and remembers what it has encoded."""
+"""The encoder engine: batches the images of all requests, and caches their embeddings."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class _Job:
 
 
 class EncoderEngine:
-    """Turns prepared pictures into embedding rows.
+    """Turns prepared images into embedding rows.
 
     :meth:`encode` is for callers on the same device; :meth:`encode_async` batches across requests on a thread
     of its own, without waiting for more to come: what has gathered while one batch ran makes up the next.

@@ -27,13 +27,13 @@ from engine.prompt import EngineInput, PreparedMedia
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
 
-#: Threads that prepare prompts. Each may hold the interpreter for milliseconds at a time, and the thread that
-#: keeps the device busy waits for all that stand before it: with 16, up to 50 ms.
+#: Threads that prepare prompts. Each may hold the GIL for milliseconds, and the thread that keeps the device
+#: busy waits for those before it: with 16 threads, up to 50 ms.
 _PREPARING = 4
 #: Most prompts whose media are encoded in one go.
 _TOGETHER = 16
-#: Prompts that are prepared ahead of the one that is taken in next. More would be ready too early, and hold
-#: up the first ones, whose pictures are prepared while the device has nothing to do yet.
+#: Prompts that are prepared ahead of the next one to be added. More would delay the first prompts, for which
+#: the device is waiting.
 _AHEAD = 2 * _TOGETHER
 #: Bytes of embedding rows that are kept on the device for later prompts: those of a conversation's images.
 _ROW_BYTES = 256 << 20
@@ -87,13 +87,13 @@ class OfflineRunner:
             RequestFailed: computing a prompt raised; likewise.
         """
         core, outputs = self._engine.core, self._engine.outputs
-        # Where a stop string ends a request, every step that sees it later is one for nothing.
+        # Until a stop string is noticed, each step computes a token of its request for nothing.
         steps = 1 if any(isinstance(p, SamplingParams) and p.stop for p in params) else STEPS_TOGETHER
         events: list[StepEvents] = []
         self._num_media = self._num_tokens = 0
         jobs: list[Job] = []
         by_group: dict[int, Job] = {}
-        # A bar that is never shown takes locks of all processes nevertheless.
+        # Even a disabled tqdm bar takes multiprocessing locks.
         bar = tqdm(total=len(prepare), desc="prompts", dynamic_ncols=True) if use_tqdm else nullcontext()
         with _young_garbage_only(), bar as progress:
             waiting = self._start(prepare, params, jobs)
@@ -214,7 +214,7 @@ class OfflineRunner:
         for key in [*missing, *(keys[index] for index in first)]:
             made = rows[key]
             if made.untyped_storage().nbytes() != made.nbytes:
-                # A part of a batch would keep all of it.
+                # A view would keep the memory of the whole batch.
                 made = made.clone()
             self._rows.put(key, made, made.nbytes)
         return [rows[key] for key in keys]
@@ -237,7 +237,7 @@ class OfflineRunner:
     def _abandon(self, jobs: Sequence[Job]) -> None:
         """After an error: free all that the call's other prompts hold."""
         core = self._engine.core
-        # Nobody may use what the call has opened any more when it returns.
+        # When the call returns, no thread may still use what it has opened.
         wait([job.prepared for job in jobs if not job.prepared.cancel()])
         for job in jobs:
             if job.group is not None:
@@ -250,10 +250,10 @@ class OfflineRunner:
 
 @contextmanager
 def _young_garbage_only() -> Iterator[None]:
-    """Keep the collector from going through all that was there before: the modules of a process that has
-    loaded a model take it tens of milliseconds, each time, and the device waits."""
+    """Keep the garbage collector from traversing objects that exist already. After a model is loaded each
+    traversal takes tens of milliseconds, while the device waits."""
     if gc.get_freeze_count():
-        # Somebody has decided already, and might not want it undone.
+        # The caller has frozen objects, and may not want them unfrozen.
         yield
         return
     gc.freeze()
@@ -266,7 +266,7 @@ def _young_garbage_only() -> Iterator[None]:
 def _num_rows(job: Job) -> int:
     """Embedding rows that the engine will hold for a job."""
     if job.prepared.exception() is not None:
-        # Taking it in raises that.
+        # Adding the job to the engine raises it.
         return 0
     completions = job.params.n if isinstance(job.params, SamplingParams) else 1
     return completions * sum(span.item.num_tokens for span in job.prepared.result().inputs.spans)
@@ -280,5 +280,5 @@ def _done(prepared: PreparedPrompt) -> Future[PreparedPrompt]:
 
 def _rates(progress: tqdm, media: int, tokens: int) -> str:
     elapsed = progress.format_dict["elapsed"] or 1e-9
-    pictures = f"{media / elapsed:.1f} images/s, " if media else ""
-    return f"{pictures}{tokens / elapsed:.0f} tokens/s"
+    images = f"{media / elapsed:.1f} images/s, " if media else ""
+    return f"{images}{tokens / elapsed:.0f} tokens/s"

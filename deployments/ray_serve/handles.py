@@ -61,7 +61,7 @@ class _Remote:
         try:
             return checked(await response)
         except asyncio.CancelledError:
-            # Serve would let the replica work on.
+            # Serve itself would not stop the replica.
             cancel(response)
             if was_cancelled():
                 raise
@@ -71,7 +71,7 @@ class _Remote:
         except Exception as error:
             raise self._reported(error) from error
         finally:
-            # It keeps its error, whose traceback keeps this frame.
+            # A cycle otherwise: the response keeps its error, whose traceback keeps this frame.
             del response
 
     async def _work(self, method: Any, *args: Any) -> Any:
@@ -183,7 +183,7 @@ class RemoteLanguageModel(_RemoteStage):
                             assert isinstance(update, StreamUpdate)
                             finished = update.finished
                             yield update
-                        # All updates are here, and so is the end of the call or will be at once.
+                        # All updates have arrived; the call has ended, or is about to.
                         await call
                     finally:
                         # An exception, also one that closes this generator, cancels the call in its replica.
@@ -269,7 +269,7 @@ class RemoteReferences(_Remote):
         try:
             await self._call(self._handle.keep, owner, without_payload(source), kept)
         except StageLost as error:
-            # The request itself needs nothing of it.
+            # The request itself goes on without it.
             logger.warning("media of the uuid %r are not kept: %s", source.uuid[:64], error)
 
     async def lost(self, owner: Owner, named: Sequence[MediaSource]) -> None:

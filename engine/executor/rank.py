@@ -177,9 +177,9 @@ class ModelRank:
 
 
 def rank_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of a rank: GPUs in their order, one for each; the one that PyTorch takes if it is alone.
+    """The device of a rank: a GPU of its own, in the order of ranks; PyTorch's default if there is one rank.
 
-    On each of several hosts PyTorch sees as many GPUs as there are ranks.
+    On each of several hosts PyTorch sees as many GPUs as the host has ranks.
     """
     device = resolve_device(config)
     if device.type == "cuda" and config.tensor_parallel_size > 1:

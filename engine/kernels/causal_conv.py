@@ -29,7 +29,7 @@ def causal_conv(
         x: ``(T, C)``, last dimension contiguous; new tokens of the sequences of ``meta``, then padding.
         weight: ``(C, W)`` contiguous.
         cache: the inputs before the new ones; ``conv`` is changed to those after.
-        meta: ``state_rows`` names different rows, but for sequences without tokens.
+        meta: ``state_rows`` is distinct, except for sequences without new tokens.
 
     Returns:
         ``(T, C)`` contiguous; rows of padding are undefined.
@@ -140,7 +140,7 @@ def _causal_conv_kernel(
     row = tl.load(rows_ptr + sequence).to(tl.int64)
     state = state_ptr + row * (WIDTH - 1) * CHANNELS + channel
     x = x_ptr + begin.to(tl.int64) * x_stride + channel
-    # Inputs before the new ones have negative indices; indices from here on are new, or before the sequence.
+    # Kept inputs have indices from -(WIDTH - 1) to -1. A sequence that begins here has none of them.
     bound = tl.where(length > count, 0, -WIDTH)
     token = first_token + tl.arange(0, TOKENS)
     total = tl.zeros([TOKENS, BLOCK], tl.float32)

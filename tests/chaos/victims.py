@@ -91,12 +91,12 @@ class Killer:
     async def run(
         self, seconds: float, answered: Callable[[], int], least: int = 2, most_s: float = math.inf
     ) -> None:
-        """Kill for this long, and each kind this often at least.
+        """Kill for ``seconds``, and on until each kind was killed ``least`` times.
 
         Args:
             answered: gives the number of answered requests. Between two kills it must grow: a slow machine
                 would do nothing but restart processes.
-            most_s: after this many seconds it ends though a kind was killed less often than ``least``.
+            most_s: most seconds, even if a kind was killed less often.
         """
         rng = random.Random(self.seed)
         began = time.monotonic()
@@ -114,7 +114,7 @@ class Killer:
                 await asyncio.sleep(self.period_s)
                 await wait_until(lambda before=before: answered() > before, 600)
                 for kind, pids in (await self._victims(group)).items():
-                    # It may have ended by itself, with another that was killed.
+                    # It may have ended together with another one that was killed.
                     with suppress(ProcessLookupError):
                         os.kill(rng.choice(pids), signal.SIGKILL)
                         self.killed[kind] += 1
@@ -123,7 +123,7 @@ class Killer:
         """The processes of these kinds, once each kind has some."""
         deadline = time.monotonic() + 600
         while True:
-            # Each look in a thread of its own: a cancelled wait leaves none that goes on.
+            # One look per thread: if the wait is cancelled, no thread keeps polling.
             processes = await asyncio.to_thread(self.running, kinds)
             if processes and all(processes.values()):
                 return processes

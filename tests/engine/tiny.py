@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-#: Major and minor number: references differ between releases in what is told where it matters.
+#: Major and minor number. References differ between releases; tests say so where it matters.
 TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 QWEN_SPECIALS = (
@@ -118,7 +118,7 @@ def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0)
             elif id(parameter) in tables:
                 parameter.copy_(noise * embedding_std)
             elif name.endswith("class_embedding"):
-                # The only vector that a model draws itself.
+                # The only vector that models initialise at random.
                 parameter.copy_(noise)
             elif parameter.dim() >= 2:
                 fan_in = parameter[0].numel() if id(parameter) in weights else 1

@@ -75,7 +75,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> TileVisionConfig:
 def _placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
-    """The tiles row by row, each after the name of its place, then the whole image."""
+    """The tiles row by row, each after the token of its row and column, then the whole image."""
     rows, columns, *_ = item.grid
     names = [f"<|img_row_{row + 1}_col_{column + 1}|>" for row in range(rows) for column in range(columns)]
     sizes = pieces(item.grid)

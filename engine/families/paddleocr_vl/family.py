@@ -30,8 +30,8 @@ _TOWER_DEFAULTS = {
 
 
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
-    """The decoder's fields. Its embeddings are tied unless config.json and its ``text_config`` both deny it,
-    as in Transformers; a head of other values is the model's head all the same."""
+    """The decoder's fields. Embeddings are tied unless config.json and its ``text_config`` both deny it,
+    as in Transformers. A stored head with other values than the embeddings is used all the same."""
     fields, kind = qwen_text("paddleocr_vl")(raw)
     stated = (raw, raw.get("text_config") or {})
     tied = any(part.get("tie_word_embeddings", True) for part in stated)
@@ -52,7 +52,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
         "hidden_size": square.config.hidden_size,
         "patch_size": square.patch_size,
         "out": hidden,
-        # The files of the tower state 2, but a patch is of one image.
+        # config.json states 2, but each patch is of one image.
         "temporal_patch_size": 1,
     }
     return native_vision(
@@ -69,8 +69,8 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
 
 
 def enlarged(size: tuple[int, int], factor: int) -> tuple[int, int]:
-    """``(width, height)`` of an image whose sides are at least ``factor``, as the published processor makes
-    it before anything else."""
+    """``(width, height)`` of an image enlarged so that both sides are at least ``factor``: the published
+    processor's first step."""
     width, height = size
     if height < factor:
         width, height = round(width * factor / height), factor

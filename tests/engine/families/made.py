@@ -137,8 +137,8 @@ class Made:
     def distances(self, llm: LLM, given: Sequence[CasePrompt], prompts: Sequence[CasePrompt]) -> list[float]:
         """Return distances of ``llm``'s outputs for the batch ``given`` from the reference's for ``prompts``.
 
-        Of vectors, which have length 1, as it is. Of log-probabilities of prompts and of answers to them, as
-        a share of how widely the reference's are spread.
+        Those of vectors, which have length 1, are absolute. Those of log-probabilities, of prompts and of
+        answers to them, are a share of the reference's spread.
         """
         entries = [prompt.entry for prompt in given]
         if self.case.embeds:
