@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import SHAPES, write_configuration
+from deployments.access import Caller, KeyConfig, visit
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
 from deployments.pipeline import Pipeline
 from deployments.references import ReferenceConfig, References, UnknownReference
@@ -15,6 +16,7 @@ from deployments.stages import RowsLost, StageLost, Stages
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, MediaError, Unavailable
 from engine.media.keys import kept_files
+from engine.media.ledger import Ledger
 from engine.media.source import MediaSource
 from engine.parsers.formats import REASONING_TAGS
 from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
@@ -97,16 +99,25 @@ def build(items):
     return EngineInput([1] * 4)
 
 
-async def test_the_salt_reaches_the_preprocessor_and_the_encoder(spec):
-    encoder = Encoder()
-    preprocessor = Preprocessor()
+@pytest.mark.parametrize("own_cache", [None, True, False])
+async def test_the_salt_reaches_every_stage(spec, own_cache):
+    """With that of the key's own cache in front, if the caller has a key with one."""
+    encoder, preprocessor = Encoder(), Preprocessor()
     made = pipeline(spec, preprocessor=preprocessor, encoder=encoder)
-    prompt = await made.prepare(build, SOURCES[:1], salt="tenant")
-    assert preprocessor.salts == {"tenant"}
-    assert encoder.seen == [("data:,0", "tenant")]
-    # After a loss too.
-    await prompt.encode_again()
-    assert encoder.seen == [("data:,0", "tenant")] * 2
+    caller = Caller() if own_cache is None else Caller(KeyConfig(name="team", key="k", own_cache=own_cache))
+    token = visit.set(caller.enter(Ledger()))
+    try:
+        prompt = await made.prepare(
+            lambda items: replace(build(items), cache_salt="tenant"), SOURCES[:1], salt="tenant"
+        )
+        salt = "team\ntenant" if own_cache else "tenant"
+        assert preprocessor.salts == {salt} == {prompt.inputs.cache_salt}
+        assert encoder.seen == [("data:,0", salt)]
+        # After a loss too.
+        await prompt.encode_again()
+        assert encoder.seen == [("data:,0", salt)] * 2 and preprocessor.salts == {salt}
+    finally:
+        visit.reset(token)
 
 
 async def test_distinct_items_are_encoded_once_and_together(spec):
