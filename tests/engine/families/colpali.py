@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from tokenizers import processors
 
 from tests.engine.families.case import CasePrompt, Inputs
-from tests.engine.families.colqwen2 import Vectors
+from tests.engine.families.colqwen2 import Vectors, VectorsReference
 from tests.engine.tiny import rewrite_tensors, split_shards, spread, tokenizer
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<image>")
@@ -84,7 +82,7 @@ def _as_on_the_hub(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**renamed, "vlm.language_model.lm_head.weight": torch.zeros(3)}
 
 
-class ColPaliReference:
+class ColPaliReference(VectorsReference):
     """Transformers' ColPaliForRetrieval and its processor; ``rows`` of an image."""
 
     def __init__(self, path: Path, rows: int = ROWS) -> None:
@@ -115,13 +113,6 @@ class ColPaliReference:
     def query(self, text: str) -> torch.Tensor:
         """The vectors of a text's tokens, as the processor shows it."""
         return self._run(self.processor.process_queries(text=[text]))
-
-    @torch.inference_mode()
-    def document(self, image: Image.Image) -> torch.Tensor:
-        return self._run(self.processor.process_images(images=[image]))
-
-    def score(self, queries: Sequence[torch.Tensor], documents: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.processor.score_retrieval(list(queries), list(documents))
 
     def _run(self, made: Any) -> torch.Tensor:
         return self.model(**{name: value for name, value in made.items() if name != "labels"}).embeddings[0]

@@ -69,7 +69,24 @@ class Vectors(torch.nn.Module):
         return SimpleNamespace(logits=vectors, hidden_states=[vectors])
 
 
-class ColQwen2Reference:
+class VectorsReference:
+    """What references whose answers are vectors of tokens have in common."""
+
+    processor: Any
+
+    @torch.inference_mode()
+    def document(self, image: Image.Image) -> torch.Tensor:
+        return self._run(self.processor.process_images(images=[image]))
+
+    def score(self, queries: Sequence[torch.Tensor], documents: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.processor.score_retrieval(list(queries), list(documents))
+
+    def _run(self, made: Any) -> torch.Tensor:
+        """The vectors of what the processor has made."""
+        raise NotImplementedError
+
+
+class ColQwen2Reference(VectorsReference):
     """Transformers' ColQwen2ForRetrieval and its processor."""
 
     def __init__(self, path: Path) -> None:
@@ -98,13 +115,6 @@ class ColQwen2Reference:
         made = dict(self.processor.process_queries(text=[text]))
         assert self.processor.tokenizer.decode(made["input_ids"][0, -1]) == "\n"
         return self._run({name: value[:, :-1] for name, value in made.items()})
-
-    @torch.inference_mode()
-    def document(self, image: Image.Image) -> torch.Tensor:
-        return self._run(self.processor.process_images(images=[image]))
-
-    def score(self, queries: Sequence[torch.Tensor], documents: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.processor.score_retrieval(list(queries), list(documents))
 
     def _run(self, made: Any) -> torch.Tensor:
         arguments = {name: value for name, value in made.items() if name != "labels"}

@@ -27,6 +27,15 @@ def as_on_the_hub(path: Path, **preprocessor: Any) -> None:
     split_shards(path)
 
 
+def under_vision_model(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a tower by the names of public checkpoints, with ``vision_model`` in front."""
+    prefix = "vision_tower."
+    return {
+        f"{prefix}vision_model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def _respelled(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary fields and dtype as before Transformers 5, in nested configurations too."""
     found = {key: _respelled(value) if isinstance(value, dict) else value for key, value in config.items()}

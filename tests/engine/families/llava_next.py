@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
-from tests.engine.families.hub import as_on_the_hub
+from tests.engine.families.hub import as_on_the_hub, under_vision_model
 from tests.engine.families.references import with_divided_logits
 from tests.engine.tiny import TEXT_SIZES, rewrite_tensors, spread, tokenizer
 
@@ -75,14 +75,9 @@ def make_llava_next(
     )
     images.save_pretrained(path)
     if hub:
-        rewrite_tensors(path, lambda tensors: {_public(name): value for name, value in tensors.items()})
+        rewrite_tensors(path, under_vision_model)
         as_on_the_hub(path, **images.to_dict())
     return path
-
-
-def _public(name: str) -> str:
-    prefix = "vision_tower."
-    return name.replace(prefix, prefix + "vision_model.", 1) if name.startswith(prefix) else name
 
 
 class LlavaNextReference:

@@ -167,6 +167,15 @@ class Made:
         return found
 
 
+def check_answer(path: Path, prompt: CasePrompt, inputs: Inputs, steps: int = 10) -> None:
+    """Check the greedy answer of a checkpoint to a prompt, which the reference takes as ``inputs``."""
+    theirs = Expected(inputs, steps)
+    params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
+    (ours,) = LLM(str(path), max_model_len=512).generate(prompt.entry, params, use_tqdm=False)
+    assert ours.prompt_token_ids == theirs.ids
+    assert ours.outputs[0].token_ids == theirs.tokens
+
+
 def greedy(prompt_logprobs: int | None = None) -> SamplingParams:
     """Parameters of the requests whose outputs :meth:`Made.compare` takes."""
     return SamplingParams(

@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 
 from tests.engine.families.case import CasePrompt, Inputs
-from tests.engine.families.hub import as_on_the_hub
+from tests.engine.families.hub import as_on_the_hub, under_vision_model
 from tests.engine.tiny import rewrite_tensors, spread, tokenizer
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
@@ -73,7 +73,7 @@ def make_onevision(path: Path, hub: bool = False) -> Path:
         path
     )
     if hub:
-        rewrite_tensors(path, lambda tensors: {_public(name): value for name, value in tensors.items()})
+        rewrite_tensors(path, under_vision_model)
         as_on_the_hub(
             path,
             image_processor_type="LlavaOnevisionImageProcessor",
@@ -83,11 +83,6 @@ def make_onevision(path: Path, hub: bool = False) -> Path:
             resample=3,
         )
     return path
-
-
-def _public(name: str) -> str:
-    prefix = "vision_tower."
-    return name.replace(prefix, prefix + "vision_model.", 1) if name.startswith(prefix) else name
 
 
 class OnevisionReference:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from engine.checkpoint.folder import Checkpoint
+from engine.errors import CheckpointError
 from engine.families.base import MediaProcessor, ModelConfig
 from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
@@ -22,6 +25,15 @@ def media_processor(path: Path, **options: Any) -> MediaProcessor | None:
     """Return the checkpoint's media processor with the user's ``options``."""
     checkpoint, config = parse(path)
     return resolve(checkpoint).media_processor(checkpoint, config, options)
+
+
+def check_refused(path: Path, file: str, fields: dict[str, Any], param: str) -> None:
+    """Check that a checkpoint is refused, naming ``param``, with other ``fields`` in one of its files."""
+    stated = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps({**stated, **fields}))
+    with pytest.raises(CheckpointError) as refused:
+        media_processor(path)
+    assert refused.value.param == param
 
 
 def encoder(path: Path) -> Any:

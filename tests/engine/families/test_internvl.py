@@ -11,10 +11,10 @@ from engine import LLM, SamplingParams
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.internvl.processor import best_tiling
 from tests.engine.families.case import CasePrompt
-from tests.engine.families.expected import Expected
 from tests.engine.families.internvl import InternVLReference, make_internvl
 from tests.engine.families.internvl_chat import make_internvl_chat
-from tests.engine.families.opened import media_processor, parse
+from tests.engine.families.made import check_answer
+from tests.engine.families.opened import check_refused, media_processor, parse
 from tests.engine.tiny import picture
 
 
@@ -94,13 +94,7 @@ def test_tilings_are_those_of_transformers():
 def test_other_towers_and_decoders_equal_transformers(tmp_path, variant):
     path = make_internvl(tmp_path, **variant)
     prompt = CasePrompt("what is shown? <IMG_CONTEXT>\nand <IMG_CONTEXT>", (picture(70, 45), picture(20, 20)))
-    inputs = InternVLReference(path).inputs(prompt)
-    theirs = Expected(inputs, 10)
-    llm = LLM(str(path), max_model_len=256)
-    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-    (ours,) = llm.generate(prompt.entry, params, use_tqdm=False)
-    assert ours.prompt_token_ids == theirs.ids
-    assert ours.outputs[0].token_ids == theirs.tokens
+    check_answer(path, prompt, InternVLReference(path).inputs(prompt))
 
 
 def test_the_number_of_the_first_frame_is_tokenised_with_the_text_before_it(tmp_path):
@@ -161,9 +155,4 @@ def test_what_the_publishers_names_do_not_cover_is_refused(tmp_path, fields):
     ],
 )
 def test_files_that_cannot_be_followed_are_refused(tmp_path, file, fields, param):
-    make_internvl(tmp_path)
-    stated = json.loads((tmp_path / file).read_text())
-    (tmp_path / file).write_text(json.dumps({**stated, **fields}))
-    with pytest.raises(CheckpointError) as refused:
-        media_processor(tmp_path)
-    assert refused.value.param == param
+    check_refused(make_internvl(tmp_path), file, fields, param)

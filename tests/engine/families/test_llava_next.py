@@ -10,16 +10,14 @@ from functools import partial
 import pytest
 import transformers
 
-from engine import LLM, SamplingParams
-from engine.errors import CheckpointError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.media.video.video import Video
 from engine.prompt import PreparedMedia
 from tests.engine.families.case import CasePrompt
 from tests.engine.families.cases import case_named
-from tests.engine.families.expected import Expected
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
-from tests.engine.families.made import Made
-from tests.engine.families.opened import encoder, media_processor, parse
+from tests.engine.families.made import Made, check_answer
+from tests.engine.families.opened import check_refused, encoder, media_processor, parse
 from tests.engine.tiny import picture
 
 #: As llava-v1.6-mistral-7b states it.
@@ -98,13 +96,7 @@ def _tokenizer():
 def test_siglip_and_other_decoders_equal_transformers(tmp_path, text):
     path = make_llava_next(tmp_path, tower="siglip", text=text)
     prompt = CasePrompt("USER: <image>\nwhat is shown? ASSISTANT:", (picture(70, 45),))
-    inputs = LlavaNextReference(path).inputs(prompt)
-    theirs = Expected(inputs, 10)
-    llm = LLM(str(path), max_model_len=256)
-    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
-    (ours,) = llm.generate(prompt.entry, params, use_tqdm=False)
-    assert ours.prompt_token_ids == theirs.ids
-    assert ours.outputs[0].token_ids == theirs.tokens
+    check_answer(path, prompt, LlavaNextReference(path).inputs(prompt))
 
 
 def test_a_granite_multiplies_rows_of_images_too(tmp_path):
@@ -138,12 +130,7 @@ def test_refusals(tmp_path):
     ],
 )
 def test_files_that_cannot_be_followed_are_refused(tmp_path, file, fields, param):
-    make_llava_next(tmp_path)
-    stated = json.loads((tmp_path / file).read_text())
-    (tmp_path / file).write_text(json.dumps({**stated, **fields}))
-    with pytest.raises(CheckpointError) as refused:
-        media_processor(tmp_path)
-    assert refused.value.param == param
+    check_refused(make_llava_next(tmp_path), file, fields, param)
 
 
 def test_biases_of_a_tower_are_not_those_of_a_mistral_that_states_some(tmp_path):

@@ -10,13 +10,13 @@ from functools import partial
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.frontend import Frontend
 from engine.media.video.video import Video
 from engine.text.tokenizer import Tokenizer
 from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
-from tests.engine.families.opened import media_processor, parse
+from tests.engine.families.opened import check_refused, media_processor, parse
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.text.tekken_file import write_tekken
 from tests.engine.tiny import picture
@@ -138,9 +138,4 @@ def test_refusals(tmp_path):
     ],
 )
 def test_files_that_contradict_each_other_are_refused(tmp_path, kind, file, fields, param):
-    MAKE[kind](tmp_path)
-    stated = json.loads((tmp_path / file).read_text())
-    (tmp_path / file).write_text(json.dumps({**stated, **fields}))
-    with pytest.raises(CheckpointError) as refused:
-        media_processor(tmp_path)
-    assert refused.value.param == param
+    check_refused(MAKE[kind](tmp_path), file, fields, param)
