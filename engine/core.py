@@ -98,8 +98,12 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight or self.scheduler.failed)
 
-    def step(self) -> list[StepEvents]:
+    def step(self, more: int = 0) -> list[StepEvents]:
         """Enqueue the next step, and return what finished steps gave.
+
+        Args:
+            more: steps that may stay enqueued beside the usual ones, so that the device works on while the
+                caller does something else.
 
         Raises:
             Exception: no step can be computed any more.
@@ -111,7 +115,7 @@ class EngineCore:
         if batch is not None:
             self._note_admissions(batch)
             self._execute(batch)
-        while len(self._in_flight) > (self._run_ahead if batch is not None else 0):
+        while len(self._in_flight) > (self._run_ahead + more if batch is not None else 0):
             self._collect()
         if self.scheduler.failed:
             self._report_failures()

@@ -109,6 +109,10 @@ class OfflineRunner:
                     events += core.step()
                     if len(events) < steps and (ready is not None or core.has_work):
                         continue
+                    if steps > 1 and core.has_work:
+                        # The device has two steps to compute while their text is made, which takes longer
+                        # than one of a small model.
+                        events += core.step(more=1)
                     updates, stopped = outputs.process(events)
                     events = []
                     for request in stopped:
@@ -182,12 +186,9 @@ class OfflineRunner:
         first: dict[int, Any] = {}
         if name is not None:
             # The newest image of a conversation is the last one: the device encodes it while all are hashed.
-            naming = [self._pool.submit(name, each) for each in media]
-            try:
-                first[len(media) - 1] = self._encoder.encode(media[-1:])[0]
-            finally:
-                wait(naming)
-            media = [each.result() for each in naming]
+            # Hashed on other threads, they would take turns with the launches for the interpreter.
+            first[len(media) - 1] = self._encoder.encode(media[-1:])[0]
+            media = list(self._pool.map(name, media)) if len(media) > 1 else [name(media[0])]
         return self._encode([(inputs.cache_salt, each) for each in media], first), media
 
     def _encode(self, media: Sequence[tuple[str, PreparedMedia]], first: dict[int, Any]) -> list[Any]:
