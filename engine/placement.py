@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from threading import Thread
+
 import torch
 
 from engine.config import EngineConfig
@@ -32,6 +35,17 @@ def resolve_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
 def open_device(device: torch.device) -> None:
     """Make the context of a GPU, which its first use would do otherwise: it takes up to a second or two."""
     torch.zeros(1, device=device)
+
+
+def begin_to_open_device(config: EngineConfig) -> None:
+    """Open the device of ``config`` on another thread, while the caller imports modules, say. What fails is
+    left to :func:`open_device`."""
+
+    def work() -> None:
+        with suppress(Exception):
+            open_device(resolve_device(config))
+
+    Thread(target=work, name="device", daemon=True).start()
 
 
 def describe_device(config: EngineConfig) -> str:

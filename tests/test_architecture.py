@@ -103,6 +103,7 @@ PUBLIC = {
     "engine.parsers.formats",
     "engine.parsers.grammar",
     "engine.parsers.reasoning",
+    "engine.placement",
     "engine.pooling_params",
     "engine.preparation",
     "engine.prepared_items",

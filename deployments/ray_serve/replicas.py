@@ -192,6 +192,9 @@ class VisionEncoderReplica(_Encodes):
     def __init__(self, tracing: TracingConfig | None, config: EncoderConfig, engine: EngineConfig) -> None:
         times = StartTimes()
         with times.phase("modules"):
+            from engine.placement import begin_to_open_device
+
+            begin_to_open_device(engine)
             from deployments.encoder import VisionEncoder
 
         prepare_process()
@@ -284,6 +287,9 @@ class LanguageModelReplica(_Encodes):
     ) -> None:
         times = StartTimes()
         with times.phase("modules"):
+            from engine.placement import begin_to_open_device
+
+            begin_to_open_device(engine)
             from deployments.language_model import LanguageModel
 
         prepare_process()
