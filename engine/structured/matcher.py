@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 import llguidance
 import numpy as np
@@ -17,19 +18,13 @@ class GrammarMatcher:
     even EOS: an answer that breaks off must not look like a whole one.
 
     Args:
-        preferred, digits: see :meth:`Grammar.__init__`.
+        grammar: the one that is followed.
+        matcher: llguidance's, which becomes this one's own.
     """
 
-    def __init__(
-        self,
-        matcher: llguidance.LLMatcher,
-        eos_ids: frozenset[int],
-        executor: llguidance.LLExecutor,
-        preferred: np.ndarray | None = None,
-        digits: DigitBound | None = None,
-    ) -> None:
-        self._matcher, self._eos_ids, self._executor = matcher, eos_ids, executor
-        self._preferred, self._digits = preferred, digits
+    def __init__(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
+        self._grammar, self._matcher = grammar, matcher
+        self._eos_ids, self._digits = grammar.eos_ids, grammar.digits
         # After each accepted token, as :func:`advance` gives it.
         self._states = [0]
         # EOS is counted here, since the library doesn't roll it back like other tokens.
@@ -72,8 +67,8 @@ class GrammarMatcher:
             bound = None if self._digits is None else self._digits.mask(self._states[-1])
             if bound is not None:
                 _narrow(row, bound)
-            if self._preferred is not None:
-                _narrow(row, self._preferred)
+            if self._grammar.preferred is not None:
+                _narrow(row, self._grammar.preferred)
             return
         row[:] = 0
         if not self._matcher.is_error():
@@ -91,7 +86,7 @@ class GrammarMatcher:
         assert mask.dtype == np.int32 and mask.flags["C_CONTIGUOUS"]
         live = [(matcher._matcher, row) for matcher, row in matchers if matcher._needs_mask]
         if len(live) > 1:
-            executor = matchers[0][0]._executor
+            executor = matchers[0][0]._grammar.executor
             executor.unsafe_compute_mask_ptr(live, mask.ctypes.data, mask.strides[0], mask.shape[0])
         for matcher, row in matchers:
             if len(live) > 1:
@@ -137,9 +132,7 @@ class GrammarMatcher:
 
     def clone(self) -> GrammarMatcher:
         """An independent matcher in the same state."""
-        copy = GrammarMatcher(
-            self._matcher.deep_copy(), self._eos_ids, self._executor, self._preferred, self._digits
-        )
+        copy = GrammarMatcher(self._grammar, self._matcher.deep_copy())
         copy._num_eos, copy._states = self._num_eos, list(self._states)
         return copy
 
@@ -150,33 +143,27 @@ def _narrow(row: np.ndarray, wanted: np.ndarray) -> None:
         row[:] = narrowed
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Grammar:
     """A compiled grammar, shared by all sequences that follow it.
 
-    Args:
-        matcher: at the start.
+    Attributes:
+        start: a matcher at the start.
         eos_ids: tokens that end a sequence.
         executor: computes masks in parallel.
         preferred: a row of a mask: other tokens may come only where none of these may. None for all tokens.
         digits: bounds numbers, where answers are JSON.
     """
 
-    def __init__(
-        self,
-        matcher: llguidance.LLMatcher,
-        eos_ids: frozenset[int],
-        executor: llguidance.LLExecutor,
-        preferred: np.ndarray | None = None,
-        digits: DigitBound | None = None,
-    ) -> None:
-        self._initial, self._eos_ids, self._executor = matcher, eos_ids, executor
-        self._preferred, self._digits = preferred, digits
+    start: llguidance.LLMatcher
+    eos_ids: frozenset[int]
+    executor: llguidance.LLExecutor
+    preferred: np.ndarray | None = None
+    digits: DigitBound | None = None
 
     def matcher(self) -> GrammarMatcher:
         """A matcher at the start; microseconds."""
-        return GrammarMatcher(
-            self._initial.deep_copy(), self._eos_ids, self._executor, self._preferred, self._digits
-        )
+        return GrammarMatcher(self, self.start.deep_copy())
 
     def first_mask(self, vocab_size: int) -> np.ndarray:
         """(ceil(V / 32),) int32: the tokens that an answer may begin with. Milliseconds."""
