@@ -5,7 +5,7 @@ These types are plain data. They cross process boundaries, so they hold no tenso
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +19,17 @@ class PlaceholderRun:
     token_id: int
     count: int
     is_embed: bool
+
+
+def runs_with_rows(
+    tokens: Iterable[int], row_token: int | None, counts: Iterator[int]
+) -> tuple[PlaceholderRun, ...]:
+    """The tokens of an item as runs: each ``row_token`` stands for as many embedding rows as the next of
+    ``counts`` says."""
+    return tuple(
+        PlaceholderRun(token, next(counts), True) if token == row_token else PlaceholderRun(token, 1, False)
+        for token in tokens
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,13 @@ from engine.families.family import Family
 from engine.families.gemma3.processor import Gemma3Processor
 from engine.families.llava.towers import CONNECTOR, TOWER
 from engine.families.parsing.fields import Json, integer
-from engine.families.parsing.model import ConfigReader, nested_text, tied_unless_stated, token_field
+from engine.families.parsing.model import (
+    ConfigReader,
+    named_tokens,
+    nested_text,
+    tied_unless_stated,
+    token_field,
+)
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
 from engine.prompt import MediaItem, PlaceholderRun
@@ -50,14 +56,8 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
 
 def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Remembers the tokens of images that the tokenizer's files name."""
-    stated = checkpoint.json("tokenizer_config.json")
-    added = stated.get("extra_special_tokens")
-    named = {**(added if isinstance(added, dict) else {}), **stated}
-    return replace(
-        config,
-        decoder=replace(config.decoder, both_ways="images"),
-        extra={field: named.get(field, text) for field, text in _TOKENS.items()},
-    )
+    decoder = replace(config.decoder, both_ways="images")
+    return replace(config, decoder=decoder, extra=named_tokens(checkpoint, _TOKENS))
 
 
 def _prompt_format(config: ModelConfig) -> PromptFormat:

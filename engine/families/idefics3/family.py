@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
@@ -17,7 +18,7 @@ from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
-from engine.prompt import MediaItem, PlaceholderRun
+from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import HALF_NORMALISATION
 
@@ -65,12 +66,7 @@ def _placeholder(
         # The words before the first frame stand before the placeholder.
         text += "".join(words_of_frame(seconds) + whole for seconds in item.times[1:-1])
     # Tokenised as one text: two line feeds are one token in some vocabularies and two in others.
-    return tuple(
-        PlaceholderRun(token, item.num_tokens // crops, True)
-        if token == config.image_token_id
-        else PlaceholderRun(token, 1, False)
-        for token in encode(text)
-    )
+    return runs_with_rows(encode(text), config.image_token_id, repeat(item.num_tokens // crops))
 
 
 def _around(config: ModelConfig, item: MediaItem) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 from engine.checkpoint.folder import Checkpoint
@@ -15,10 +16,16 @@ from engine.families.family import Family
 from engine.families.internvl.processor import InternVLProcessor
 from engine.families.internvl.tower import parse_tower, tower_rules, unused_tensors
 from engine.families.parsing.fields import Json, vision_activation
-from engine.families.parsing.model import ConfigReader, nested_text, tied_unless_stated, token_field
+from engine.families.parsing.model import (
+    ConfigReader,
+    named_tokens,
+    nested_text,
+    tied_unless_stated,
+    token_field,
+)
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import SquareTower
-from engine.prompt import MediaItem, PlaceholderRun
+from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import CLIP_NORMALISATION, Normalisation
@@ -83,10 +90,7 @@ def _shuffle(ratio: Any) -> int:
 
 def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Remembers the tokens of images and videos that the tokenizer's files name."""
-    stated = checkpoint.json("tokenizer_config.json")
-    added = stated.get("extra_special_tokens")
-    named = {**(added if isinstance(added, dict) else {}), **stated}
-    return replace(config, extra={field: named.get(field, text) for field, text in TOKENS.items()})
+    return replace(config, extra=named_tokens(checkpoint, TOKENS))
 
 
 def _prompt_format(config: ModelConfig) -> PromptFormat:
@@ -107,12 +111,7 @@ def crop_placeholder(
     frame = f"{start}{row}{end}"
     frames = item.grid[0] if item.kind == "video" else 1
     text = frame + "".join(f"\nFrame{number}: {frame}" for number in range(2, frames + 1))
-    runs = tuple(
-        PlaceholderRun(token, item.num_tokens // frames, True)
-        if token == config.image_token_id
-        else PlaceholderRun(token, 1, False)
-        for token in encode(text)
-    )
+    runs = runs_with_rows(encode(text), config.image_token_id, repeat(item.num_tokens // frames))
     if sum(run.is_embed for run in runs) != frames:
         raise CheckpointError(f"the tokenizer has no token {row}, which this model's images need")
     return runs

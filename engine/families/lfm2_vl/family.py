@@ -18,7 +18,7 @@ from engine.families.parsing.fields import Json, flag, integer, vision_activatio
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
-from engine.prompt import MediaItem, PlaceholderRun
+from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.mlp_config import MLPConfig
 from engine.vision.normalisation import HALF_NORMALISATION
 
@@ -83,12 +83,7 @@ def _placeholder(
     text = "".join(name + _IMAGE for name in names)
     text = f"<|image_start|>{text}<|image_end|>"
     counts = iter(height * width // config.vision.merge_size**2 for height, width in sizes)
-    return tuple(
-        PlaceholderRun(token, next(counts), True)
-        if token == config.image_token_id
-        else PlaceholderRun(token, 1, False)
-        for token in encode(text)
-    )
+    return runs_with_rows(encode(text), config.image_token_id, counts)
 
 
 def _weights(config: ModelConfig) -> WeightRules:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.families.base import ImagesOnly, ModelConfig, SizedImages
 from engine.families.internvl.processor import best_tiling
 from engine.families.lfm2_vl.config import TileVisionConfig, num_patches, pieces
 from engine.families.parsing.processor import (
@@ -23,8 +23,7 @@ from engine.families.parsing.processor import (
 )
 from engine.media.keys import content_hash
 from engine.media.resize import resize
-from engine.media.video.video import Video
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +43,7 @@ _MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Lfm2VlProcessor:
+class Lfm2VlProcessor(SizedImages, ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`. Pixels are patches; grids are those of
     :func:`engine.families.lfm2_vl.config.pieces`.
 
@@ -71,8 +70,6 @@ class Lfm2VlProcessor:
     split: bool
     whole: bool
     resample: int
-
-    embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
     @classmethod
     def create(
@@ -155,12 +152,6 @@ class Lfm2VlProcessor:
 
     def low_detail(self) -> Lfm2VlProcessor:
         return replace(self, split=False)
-
-    def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes videos as images, one for each frame", param="video")
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return sized_item(self, description, key)
 
     def _whole_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width, in patches, of an image of ``(width, height)`` pixels as a whole."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -65,6 +65,19 @@ TokenId = Callable[[Json, DecoderConfig], int | None]
 
 def no_token(raw: Json, decoder: DecoderConfig) -> None:
     """The family has no such items."""
+
+
+def named_tokens(checkpoint: Checkpoint, usual: Mapping[str, str]) -> dict[str, str]:
+    """The text of the tokens that tokenizer_config.json names, by its fields.
+
+    Args:
+        usual: the fields, each with its token where the file has none.
+    """
+    stated = checkpoint.json("tokenizer_config.json")
+    added = stated.get("extra_special_tokens")
+    named = {**usual, **(added if isinstance(added, dict) else {}), **stated}
+    texts = {field: named[field] for field in usual}
+    return {field: token["content"] if isinstance(token, dict) else token for field, token in texts.items()}
 
 
 def token_field(*names: str, default: int) -> TokenId:
