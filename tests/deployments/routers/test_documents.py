@@ -102,6 +102,19 @@ async def test_documents_stand_between_images_where_their_parts_stand(client):
     assert sizes == [(90, 70), size, size, size, (60, 80), size, size, size]
 
 
+async def test_tenants_share_no_prepared_pages(client, running):
+    """Nor images beside them."""
+    parts = [{"type": "file", "file": {"file_data": url(), "dpi": 37}}, *images(square("blue", (61, 83)))]
+    prepared = running.pocket.preprocessor._items
+
+    async def hits(salt: str) -> int:
+        before = prepared.metrics()["cache_hits"]
+        await answered(client, *parts, cache_salt=salt)
+        return prepared.metrics()["cache_hits"] - before
+
+    assert [await hits(salt) for salt in ("one", "two", "one")] == [0, 0, len(SHADES) + 1]
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
