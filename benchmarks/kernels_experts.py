@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.kernels_timing import Case, Problem, dtype_on
 from engine.kernels.device import use_triton
-from engine.kernels.dispatch import experts
+from engine.kernels.dispatch import MIN_EXPERT_GEMM_ROWS, experts
 from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.int4 import Int4Scale, pack
@@ -19,7 +19,7 @@ from engine.kernels.router_config import RouterConfig
 
 #: Experts, experts of a token, hidden and inner width: those of Qwen3-VL-30B-A3B.
 SIZES, TINY_SIZES = (128, 8, 2048, 768), (6, 2, 24, 10)
-TOKENS, TINY_TOKENS = (64, 1024, 8192), (5, 40)
+TOKENS, TINY_TOKENS = (64, 1024, 8192), (5, 60)
 
 
 def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
@@ -34,7 +34,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     for tokens in TINY_TOKENS if tiny else TOKENS:
         yield Case("route", f"{label}, {tokens} tokens", partial(router, device, tokens, *sizes))
         yield Case("expert_groups", f"{label}, {tokens} tokens", partial(groups, device, tokens, *sizes))
-        yield Case("grouped_gemm", f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes))
+        kernel = "expert_gemm" if tokens * sizes[1] > MIN_EXPERT_GEMM_ROWS * sizes[0] else "grouped_gemm"
+        yield Case(kernel, f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes))
         yield Case(
             "int4_experts", f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes, int4=True)
         )

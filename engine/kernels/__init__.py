@@ -39,6 +39,8 @@ decides::
                       int4_grouped_gemm_triton    4 bits, otherwise                   int4_experts.py
                       expert_gemv_triton          1 token, or at most 8 with at most  expert_gemv.py
                                                   half as many pairs as experts
+                      grouped_experts_gluon       Hopper, 16-bit, inputs in steps of  expert_gemm.py
+                                                  64, over 16 pairs an expert
                       grouped_experts_triton      otherwise                           grouped_gemm.py
 
 "4 bits" are integers (int4) and floats (mxfp4, nvfp4). "Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU; with fp8 weights also that
@@ -49,6 +51,6 @@ act_mul.py, causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_de
 gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, head_norms), rotary.py, route.py (the router of experts), truncation.py, vision_attention.py.
 
 Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), expert_groups.py
-(sorts pairs of tokens and experts), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
-recurrent_state.py (states of gated delta nets and convolutions), router_config.py (of a router of experts), scales.py (of fp8 weights), tile.py (attention tiles).
+(sorts pairs of tokens and experts, adds up their results), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
+recurrent_state.py (states of gated delta nets and convolutions), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), tile.py (attention tiles).
 """

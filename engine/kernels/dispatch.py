@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import gemm_activation, prefill_attention
+from engine.kernels import expert_gemm, gemm_activation, prefill_attention
 from engine.kernels.act_mul import act_mul
 from engine.kernels.decode_attention import decode_attention_reference, decode_attention_triton
 from engine.kernels.delta_prefill import delta_prefill_triton
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, use_triton
+from engine.kernels.expert_gemm import grouped_experts_gluon
 from engine.kernels.expert_gemv import expert_gemv_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.fp8 import (
@@ -48,6 +49,8 @@ from engine.kernels.skinny_gemm import skinny_gemm_triton
 LONG_PROMPT = 1024
 #: With more tokens, or more pairs than half the experts, tokens that share an expert should share its reading.
 MAX_EXPERT_GEMV_TOKENS = 8
+#: The kernel for Hopper GPUs is the faster one with more rows an expert than this, on average.
+MIN_EXPERT_GEMM_ROWS = 16
 #: With more rows, dequantising an int4 weight once takes less time than in each tile of rows.
 MAX_INT4_ROWS = 128
 #: For wider outputs (the LM head) torch's GEMM already reaches memory bandwidth.
@@ -315,6 +318,14 @@ def experts(
         run = experts_reference
     elif int4[0]:
         run = int4_expert_gemv_triton if few else int4_grouped_gemm_triton
+    elif few:
+        run = expert_gemv_triton
+    elif expert_gemm.supports(x, gate_up) and expert_gemm.supports(x, down):
+        many = tokens * top_k > MIN_EXPERT_GEMM_ROWS * len(gate_up.weight)
+        # When compiling ahead of time, compile the kernels for other numbers of tokens too.
+        if is_compiling():
+            grouped_experts_triton(x, ids, weights, gate_up, down, activation)
+        run = grouped_experts_gluon if many or is_compiling() else grouped_experts_triton
     else:
-        run = expert_gemv_triton if few else grouped_experts_triton
+        run = grouped_experts_triton
     return run(x, ids, weights, gate_up, down, activation)

@@ -1,15 +1,19 @@
-"""Sorts the pairs of tokens and experts by expert, on the device, for a grouped GEMM."""
+"""The MLPs of a mixture of experts by grouped GEMMs: sorts pairs of tokens and experts, adds up the results."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.experts import ExpertMatrices
 from engine.kernels.launch import launch
+from engine.kernels.pdl import pdl_options, wait_for_previous
 
-#: Pairs that a program looks at in a step.
-_STEP = 4096
+#: Pairs that a program looks at.
+_SEGMENT = 4096
 
 
 def group_by_expert_reference(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,6 +26,8 @@ def group_by_expert_reference(ids: torch.Tensor, experts: int) -> tuple[torch.Te
 def group_by_expert_triton(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sort pairs by expert; pairs of one expert keep their order.
 
+    That takes no atomics, so the order is always the same.
+
     Args:
         ids: expert of each pair, ``(T, top_k)`` int32 contiguous.
         experts: number of experts.
@@ -31,34 +37,152 @@ def group_by_expert_triton(ids: torch.Tensor, experts: int) -> tuple[torch.Tenso
         ``(experts + 1,)`` int32, with their number at the end.
     """
     assert ids.is_contiguous() and ids.dtype == torch.int32
-    order = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
+    pairs = ids.numel()
+    segments = max(1, triton.cdiv(pairs, _SEGMENT))
+    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
     starts = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
+    bins = triton.next_power_of_2(experts)
+    counts = starts
+    if segments > 1:
+        counts = torch.empty((segments, experts), dtype=torch.int32, device=ids.device)
+        launch(
+            _count_kernel, (segments,), ids_ptr=ids, counts_ptr=counts, pairs=pairs, experts=experts,
+            SEGMENT=_SEGMENT, BINS=bins, num_warps=8,
+        )  # fmt: skip
     launch(
-        _group_kernel, (experts,), ids_ptr=ids, order_ptr=order, starts_ptr=starts, pairs=ids.numel(),
-        STEP=_STEP, num_warps=8,
+        _group_kernel, (experts, segments), ids_ptr=ids, counts_ptr=counts, order_ptr=order, starts_ptr=starts,
+        pairs=pairs, SEGMENT=_SEGMENT, BINS=bins, COUNTED=segments > 1, num_warps=8, **pdl_options(ids),
     )  # fmt: skip
     return order, starts
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _group_kernel(ids_ptr, order_ptr, starts_ptr, pairs, STEP: tl.constexpr):
-    """One program per expert. It reads all ids twice: to count the pairs before its own, then to list these.
+def _count_kernel(
+    ids_ptr, counts_ptr, pairs, experts, SEGMENT: tl.constexpr, BINS: tl.constexpr
+):  # fmt: skip
+    """One program per segment of pairs: it counts those of each expert."""
+    segment = tl.program_id(0)
+    pair = segment * SEGMENT + tl.arange(0, SEGMENT)
+    ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=0)
+    counts = tl.histogram(ids, BINS, mask=pair < pairs)
+    expert = tl.arange(0, BINS)
+    tl.store(counts_ptr + segment * experts + expert, counts, mask=expert < experts)
 
-    That takes no atomics, so the order is always the same.
+
+@triton.jit(do_not_specialize=["pairs"])
+def _group_kernel(
+    ids_ptr, counts_ptr, order_ptr, starts_ptr, pairs, SEGMENT: tl.constexpr, BINS: tl.constexpr,
+    COUNTED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per expert and segment of pairs: it lists the expert's.
+
+    Args:
+        counts_ptr: ``(segments, experts)`` int32, pairs of each segment and expert, if COUNTED; otherwise there
+            is one segment.
     """
-    expert = tl.program_id(0)
-    lane = tl.arange(0, STEP)
-    before = tl.zeros([STEP], tl.int32)
-    for first in range(0, pairs, STEP):
-        ids = tl.load(ids_ptr + first + lane, mask=first + lane < pairs, other=expert)
-        before += (ids < expert).to(tl.int32)
-    place = tl.sum(before)
-    tl.store(starts_ptr + expert, place)
-    if expert == tl.num_programs(0) - 1:
-        tl.store(starts_ptr + expert + 1, pairs)
-    for first in range(0, pairs, STEP):
-        pair = first + lane
-        own = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1) == expert
-        count = own.to(tl.int32)
-        tl.store(order_ptr + place + tl.cumsum(count, axis=0) - 1, pair, mask=own)
-        place += tl.sum(count)
+    wait_for_previous(PDL)
+    expert, segment = tl.program_id(0), tl.program_id(1)
+    experts, segments = tl.num_programs(0), tl.num_programs(1)
+    pair = segment * SEGMENT + tl.arange(0, SEGMENT)
+    ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=2147483647)
+    # The pairs of experts before this one, and this one's of the segments before.
+    if COUNTED:
+        other = tl.arange(0, BINS)[None, :]
+        row = tl.arange(0, 16)[:, None]
+        before = tl.zeros([16, BINS], tl.int32)
+        for first in range(0, segments, 16):
+            mask = (first + row < segments) & (other < expert + 1)
+            counts = tl.load(
+                counts_ptr + (first + row) * experts + other,
+                mask=mask & ((other < expert) | (first + row < segment)),
+                other=0,
+            )
+            before += counts
+        place = tl.sum(before)
+    else:
+        place = tl.sum((ids < expert).to(tl.int32))
+    if segment == 0:
+        tl.store(starts_ptr + expert, place)
+        if expert == experts - 1:
+            tl.store(starts_ptr + experts, pairs)
+    own = ids == expert
+    tl.store(order_ptr + place + tl.cumsum(own.to(tl.int32), axis=0) - 1, pair, mask=own)
+
+
+def add_up_experts(rows: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Add up the rows of a token's experts, in float32.
+
+    Args:
+        rows: of pairs, ``(T * top_k, H)`` contiguous.
+
+    Returns:
+        ``(T, H)`` in the dtype of ``rows``.
+    """
+    assert rows.is_contiguous()
+    tokens, width = len(rows) // top_k, rows.shape[1]
+    out = torch.empty((tokens, width), dtype=rows.dtype, device=rows.device)
+    block = min(1024, triton.next_power_of_2(width))
+    launch(
+        _add_up_kernel, (triton.cdiv(width, block), tokens), rows_ptr=rows, out_ptr=out, width=width,
+        TOP_K=top_k, BLOCK=block, num_warps=4, **pdl_options(out),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _add_up_kernel(rows_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program per token and block of columns."""
+    wait_for_previous(PDL)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(1).to(tl.int64)
+    mask = column < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for index in tl.static_range(TOP_K):
+        row = rows_ptr + (token * TOP_K + index) * width
+        total += tl.load(row + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class GroupedGemm(Protocol):
+    """Multiplies the rows of each expert by its matrix."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        matrices: ExpertMatrices,
+        out: torch.Tensor,
+        order: torch.Tensor,
+        starts: torch.Tensor,
+        *,
+        activation: str | None = None,
+        factors: torch.Tensor | None = None,
+        top_k: int = 1,
+    ) -> None:
+        """Write ``out``, a row for each pair.
+
+        Args:
+            x: rows of tokens with an activation; rows in sorted order without.
+            out: rows in sorted order with an activation, which halves the outputs; rows of pairs, multiplied by
+                ``factors``, without.
+            order, starts: see :func:`group_by_expert_triton`.
+        """
+
+
+def experts_in_groups(
+    gemm: GroupedGemm,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
+    activation: str,
+) -> torch.Tensor:
+    """Compute :func:`engine.kernels.dispatch.experts` by two grouped GEMMs."""
+    top_k = ids.shape[1]
+    assert x.stride(1) == 1 and weights.is_contiguous()
+    order, starts = group_by_expert_triton(ids, len(gate_up.weight))
+    inner = torch.empty((ids.numel(), down.inputs), dtype=x.dtype, device=x.device)
+    gemm(x, gate_up, inner, order, starts, activation=activation, top_k=top_k)
+    out = torch.empty((ids.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
+    gemm(inner, down, out, order, starts, factors=weights)
+    return add_up_experts(out, top_k)

@@ -9,14 +9,14 @@ expert often has fewer rows than the 64 that the left operand must have on Hoppe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 
 from engine.kernels.activation import activate
 from engine.kernels.device import shared_memory
-from engine.kernels.expert_groups import group_by_expert_triton
+from engine.kernels.expert_groups import experts_in_groups
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.launch import is_compiling, launch
 from engine.kernels.paged import find_tile, query_tiles
@@ -73,29 +73,13 @@ def grouped_experts_triton(x, ids, weights, gate_up: ExpertMatrices, down: Exper
     height = choose_height(ids.numel(), len(gate_up.weight))
     # When compiling ahead of time, compile the kernels for other numbers of tokens too.
     for rows in HEIGHTS if is_compiling() else (height,):
-        out = _run(x, ids, weights, gate_up, down, activation, rows)
+        gemm = partial(_grouped_gemm, rows=rows)
+        out = experts_in_groups(gemm, x, ids, weights, gate_up, down, activation)
     return out
 
 
-def _run(x, ids, weights, gate_up, down, activation, rows):
-    tokens, top_k = ids.shape
-    assert x.stride(1) == 1 and weights.is_contiguous()
-    order, starts = group_by_expert_triton(ids, len(gate_up.weight))
-    inner = torch.empty((tokens * top_k, down.weight.shape[2]), dtype=x.dtype, device=x.device)
-    _grouped_gemm(x, gate_up, inner, order, starts, rows, activation=activation, top_k=top_k)
-    out = torch.empty((tokens * top_k, x.shape[1]), dtype=x.dtype, device=x.device)
-    _grouped_gemm(inner, down, out, order, starts, rows, factors=weights)
-    return out.unflatten(0, (tokens, top_k)).sum(1)
-
-
-def _grouped_gemm(x, matrices, out, order, starts, rows, *, activation=None, factors=None, top_k=1):
-    """Multiply the sorted rows of each expert by its matrix.
-
-    Args:
-        x: rows of tokens with an activation; rows in sorted order without.
-        rows: of a tile.
-        out: rows in sorted order with an activation; rows of pairs, multiplied by ``factors``, without.
-    """
+def _grouped_gemm(x, matrices, out, order, starts, *, rows, activation=None, factors=None, top_k=1):
+    """See :class:`~engine.kernels.expert_groups.GroupedGemm`. ``rows``: of a tile."""
     experts, outputs, inputs = matrices.weight.shape
     gated = activation is not None
     outputs = outputs // 2 if gated else outputs

@@ -6,6 +6,7 @@ and for int4 :mod:`engine.kernels.int4_gemv` and :mod:`engine.kernels.int4_gemm`
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.activation import activate
-from engine.kernels.expert_groups import group_by_expert_triton
+from engine.kernels.expert_groups import experts_in_groups
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.grouped_gemm import HEIGHTS, choose_height
 from engine.kernels.int4 import Int4Scale, int4_arguments, times_factors
@@ -132,24 +133,13 @@ def int4_grouped_gemm_triton(x, ids, weights, gate_up: ExpertMatrices, down: Exp
     height = choose_height(ids.numel(), len(gate_up.weight))
     # When compiling ahead of time, compile the kernels for other numbers of tokens too.
     for rows in HEIGHTS if is_compiling() else (height,):
-        out = _run(x, ids, weights, gate_up, down, activation, min(rows, 64))
+        gemm = partial(_grouped, rows=min(rows, 64))
+        out = experts_in_groups(gemm, x, ids, weights, gate_up, down, activation)
     return out
 
 
-def _run(x, ids, weights, gate_up, down, activation, rows):
-    tokens, top_k = ids.shape
-    assert x.stride(1) == 1 and weights.is_contiguous()
-    order, starts = group_by_expert_triton(ids, len(gate_up.weight))
-    inner = torch.empty((tokens * top_k, down.inputs), dtype=x.dtype, device=x.device)
-    _grouped(x, gate_up, inner, order, starts, rows, activation=activation, top_k=top_k)
-    out = torch.empty((tokens * top_k, x.shape[1]), dtype=x.dtype, device=x.device)
-    _grouped(inner, down, out, order, starts, rows, factors=weights)
-    return out.unflatten(0, (tokens, top_k)).sum(1)
-
-
-def _grouped(x, matrices, out, order, starts, rows, *, activation=None, factors=None, top_k=1):
-    """Multiply the sorted rows of each expert by its matrix; arguments as in
-    :mod:`engine.kernels.grouped_gemm`."""
+def _grouped(x, matrices, out, order, starts, *, rows, activation=None, factors=None, top_k=1):
+    """See :class:`~engine.kernels.expert_groups.GroupedGemm`. ``rows``: of a tile."""
     experts, outputs = matrices.weight.shape[:2]
     outputs = outputs if activation is None else outputs // 2
     assert out.shape == (len(order), outputs) and x.shape[1] == matrices.inputs

@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -29,14 +28,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from engine.kernels.device import is_hopper
 from engine.kernels.launch import launch
 from engine.kernels.paged import LOG2E, KVCache, find_tile, query_tiles
+from engine.kernels.ring import barriers, buffers, tma_load
 
 #: Rows of a program, half of them for each compute group; keys per tile; tiles in shared memory at a time.
 _ROWS, _KEYS, _STAGES = 128, 128, 2
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups
 #: take what the load warp gives up.
 _REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 240, 24
-# Newer versions of Triton renamed the function.
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _find_tile = gluon.jit(find_tile.fn)
 
 
@@ -114,12 +112,12 @@ def _prefill_kernel(
         num_tiles = gl.cdiv(length - count + gl.minimum(first_token + TOKENS, count), KEYS)
         masked = num_tiles - (before + 1) // KEYS
         dtype: gl.constexpr = q_ptr.dtype.element_ty
-        queries = _buffers(2, 64, DIM, dtype)
-        keys = _buffers(STAGES, KEYS, DIM, dtype)
-        values = _buffers(STAGES, KEYS, DIM, dtype)
+        queries = buffers(2, 64, DIM, dtype)
+        keys = buffers(STAGES, KEYS, DIM, dtype)
+        values = buffers(STAGES, KEYS, DIM, dtype)
         # Ready: the tile has been loaded. Free: both compute groups have finished with it.
-        keys_ready, keys_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
-        values_ready, values_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
+        keys_ready, keys_free = barriers(STAGES, 1), barriers(STAGES, 2)
+        values_ready, values_free = barriers(STAGES, 1), barriers(STAGES, 2)
         ring = (keys, keys_ready, keys_free, values, values_ready, values_free)
         first_head = kv_head * GROUP
         span = (begin, first_token, count, length, first_head, num_tiles, masked)
@@ -139,21 +137,6 @@ def _prefill_kernel(
             [4, 1],
             [COMPUTE_REGISTERS, LOAD_REGISTERS],
         )
-
-
-@gluon.jit
-def _buffers(COUNT: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, dtype: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
-    return gl.allocate_shared_memory(dtype, [COUNT, ROWS, DIM], layout)
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """Allocate ``COUNT`` barriers that each open after ``ARRIVALS`` arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(index), count=ARRIVALS)
-    return barriers
 
 
 @gluon.jit
@@ -194,7 +177,7 @@ def _load_tile(
         key = first_key + part * BOX
         block = gl.load(table + gl.minimum(key // BLOCK_SIZE, last_block))
         row = (block * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
-        _tma_load(desc, [row, 0], ready, tile.slice(part * BOX, BOX, 0))
+        tma_load(desc, [row, 0], ready, tile.slice(part * BOX, BOX, 0))
 
 
 @gluon.jit

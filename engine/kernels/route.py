@@ -48,7 +48,7 @@ def route_reference(logits, config, bias=None):
 
 def route_triton(logits, config, bias=None):
     tokens, experts = logits.shape
-    assert logits.is_contiguous() and experts == config.num_experts
+    assert logits.is_contiguous() and experts == config.num_experts <= 1 << 16
     ids = torch.empty((tokens, config.top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((tokens, config.top_k), dtype=torch.float32, device=logits.device)
     if tokens:
@@ -87,8 +87,10 @@ def _route_kernel(
     if SIGMOID:
         scores = tl.sigmoid(logits)
     else:
-        scores = tl.exp(logits - tl.max(logits))
-        scores = scores / tl.sum(scores)
+        largest = tl.max(logits)
+        scores = tl.exp(logits - largest)
+        total = tl.sum(scores)
+        scores = scores / total
     choice = scores
     if BIAS:
         choice += tl.load(bias_ptr + expert, mask=known, other=0.0)
@@ -105,18 +107,27 @@ def _route_kernel(
             kept = kept | chosen
             best = tl.where(chosen, float("-inf"), best)
         choice = tl.where(kept, choice, float("-inf"))
+    # A key orders experts by their choice, then by their index, so a single reduction finds the next one. Floats
+    # order like their bits, of which negative ones are turned round; NaN comes first or last. Padding has the
+    # least key, and an expert that was taken a lesser one.
+    bits = choice.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    key = tl.where(known, (ordered << 16) + (EXPERTS - 1 - expert), -(1 << 62))
     lane = tl.arange(0, triton.next_power_of_2(TOP_K))
-    ids = tl.zeros_like(lane)
-    weights = tl.zeros(lane.shape, tl.float32)
+    keys = tl.zeros(lane.shape, tl.int64)
     for k in tl.static_range(TOP_K):
-        # With NaN no value is the largest; any expert does, but there must be one.
-        best_expert = tl.minimum(_first_of_largest(choice, expert, EXPERTS), EXPERTS - 1)
-        chosen = expert == best_expert
-        ids = tl.where(lane == k, best_expert, ids)
-        weights = tl.where(lane == k, tl.sum(tl.where(chosen, scores, 0.0)), weights)
-        choice = tl.where(chosen, float("-inf"), choice)
+        best_key = tl.max(key)
+        keys = tl.where(lane == k, best_key, keys)
+        key = tl.where(key == best_key, -(1 << 63), key)
+    mask = lane < TOP_K
+    ids = (EXPERTS - 1 - (keys & 0xFFFF)).to(tl.int32)
+    # Their scores once more, by the same operations.
+    weights = tl.load(logits_ptr + token * EXPERTS + ids, mask=mask, other=float("-inf"))
+    if SIGMOID:
+        weights = tl.sigmoid(weights)
+    else:
+        weights = tl.exp(weights - largest) / total
     if RENORMALISE:
         weights = weights / tl.sum(weights)
-    mask = lane < TOP_K
     tl.store(ids_ptr + token * TOP_K + lane, ids, mask=mask)
     tl.store(weights_ptr + token * TOP_K + lane, weights * scaling, mask=mask)

@@ -43,6 +43,7 @@ def test_every_kernel_of_the_engine_is_measured():
         "paged",
         "pdl",
         "recurrent_state",
+        "ring",
         "router_config",
         "scales",
         "tile",

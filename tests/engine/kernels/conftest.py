@@ -12,6 +12,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def hopper(device: torch.device) -> torch.device:
+    if device.type == "cpu" or torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the kernel is for Hopper GPUs, and Gluon has no interpreter")
+    return device
+
+
 @pytest.fixture(params=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
     if request.param == "bfloat16" and device.type == "cpu":

@@ -307,6 +307,7 @@ def short_conv(tokens: list[int]) -> None:
 
 def mixture_of_experts() -> None:
     """Router and experts of Qwen3-VL-30B-A3B and of DeepSeek-V3: few tokens, and tiles of every height."""
+    from engine.kernels.expert_gemm import grouped_experts_gluon
     from engine.kernels.expert_gemv import expert_gemv_triton
     from engine.kernels.experts import ExpertMatrices
     from engine.kernels.fp8 import FP8, Scale
@@ -334,6 +335,9 @@ def mixture_of_experts() -> None:
             ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
             run = expert_gemv_triton if tokens == 1 else grouped_experts_triton
             run(noise(tokens, 2048), ids, weights, gate_up, down, "silu")
+    ids, weights = torch.zeros(64, 2, dtype=I32), torch.ones(64, 2)
+    both = matrices(1536, 2048, None), matrices(2048, 768, None)
+    grouped_experts_gluon(noise(64, 2048), ids, weights, *both, "silu")
 
 
 def int4_experts() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import dispatch, expert_gemv
+from engine.kernels import dispatch, expert_gemm, expert_gemv
+from engine.kernels.expert_gemm import grouped_experts_gluon
 from engine.kernels.expert_gemv import ExpertTile, expert_gemv_triton
 from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
@@ -76,7 +77,7 @@ def test_equal_logits_and_nan_give_experts_that_exist(device):
     assert ((ids >= 0) & (ids < 6)).all()
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (700, 2, 6)])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (7, 3, 5), (700, 2, 6), (40_000, 2, 6)])
 def test_pairs_are_sorted_by_expert(device, tokens, top_k, experts):
     # Some experts have no pair: the first, the last and one between.
     ids = torch.randint(experts, (tokens, top_k), dtype=torch.int32).to(device)
@@ -185,6 +186,62 @@ def test_every_height_of_tiles(device, dtype, pairs, rows):
     assert_close(grouped_experts_triton(*arguments), exact)
 
 
+def grouped(device, dtype, counts, width, inner, seed=0):
+    """Arguments of experts that have ``counts`` pairs, one for each token, and their result in float64."""
+    torch.manual_seed(seed)
+    tokens = sum(counts)
+    expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    ids = expert[torch.randperm(tokens)].int()[:, None].to(device)
+    x, weights = torch.randn(tokens, width).to(device, dtype), torch.rand(tokens, 1).to(device)
+    shapes = (len(counts), 2 * inner, width), (len(counts), width, inner)
+    gate_up, down = (
+        ExpertMatrices((torch.randn(shape, device=device) * shape[2] ** -0.5).to(dtype)) for shape in shapes
+    )
+    exact = torch.zeros(tokens, width, dtype=torch.float64, device=device)
+    for index in range(len(counts)):
+        own = ids[:, 0] == index
+        gate, up = (x[own].double() @ gate_up.weight[index].double().T).chunk(2, 1)
+        exact[own] = weights[own].double() * ((F.silu(gate) * up) @ down.weight[index].double().T)
+    return (x, ids, weights, gate_up, down, "silu"), exact
+
+
+#: Pairs of each expert, and widths: ends of tiles of 64 and 128 rows, experts without rows, more tiles than
+#: programs; whole tiles of outputs, and parts of them.
+GROUPS = {
+    "ends": ([1, 0, 63, 64, 65, 127, 128, 129, 0, 300, 7], 256, 128),
+    "none at the ends": ([0, 0, 40, 0], 384, 192),
+    "many": ([97 * (index % 5) for index in range(60)], 512, 768),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", GROUPS)
+def test_the_kernel_for_hopper_gpus(hopper, dtype, case):
+    arguments, exact = grouped(hopper, dtype, *GROUPS[case])
+    assert expert_gemm.supports(arguments[0], arguments[3]) and expert_gemm.supports(
+        arguments[0], arguments[4]
+    )
+    result = grouped_experts_gluon(*arguments)
+    assert_close(result, exact)
+    for _ in range(50):
+        # Warps work in parallel: a read of a tile that is not loaded yet would show now and then.
+        assert torch.equal(grouped_experts_gluon(*arguments), result)
+
+
+def test_only_hopper_whole_steps_and_plain_16_bit_weights_are_supported(monkeypatch):
+    x, weight = torch.zeros(4, 128, dtype=torch.bfloat16), torch.zeros(2, 16, 128, dtype=torch.bfloat16)
+    assert not expert_gemm.supports(x, ExpertMatrices(weight))
+    monkeypatch.setattr(expert_gemm, "is_hopper", lambda _: True)
+    assert expert_gemm.supports(x, ExpertMatrices(weight))
+    scaled = ExpertMatrices(weight.to(FP8), Scale(torch.ones(32, 1), 1 << 15))
+    others = [ExpertMatrices(other) for other in (weight.half(), weight[..., :64], weight[..., :96])]
+    assert not any(expert_gemm.supports(x, matrices) for matrices in (scaled, *others))
+    assert not expert_gemm.supports(x.float(), ExpertMatrices(weight.float()))
+    shifted = torch.zeros(4, 136, dtype=torch.bfloat16)[:, 1:129]
+    assert not expert_gemm.supports(shifted, ExpertMatrices(weight))
+
+
 @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "relu"])
 def test_other_activations(device, dtype, activation):
     (*arguments, _), _ = problem(device, dtype, 1, 2, 3, 24, 8)
@@ -194,22 +251,27 @@ def test_other_activations(device, dtype, activation):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "count", "triton", "fp8", "reads", "expected"),
+    ("tokens", "top_k", "count", "triton", "fp8", "reads", "hopper", "expected"),
     [
-        (1, 8, 128, True, False, True, "expert_gemv_triton"),
-        (1, 2, 2, True, False, True, "expert_gemv_triton"),
-        (8, 8, 128, True, True, True, "expert_gemv_triton"),
-        (9, 2, 128, True, False, True, "grouped_experts_triton"),
-        (3, 2, 8, True, False, True, "grouped_experts_triton"),
-        (2, 2, 8, True, False, True, "expert_gemv_triton"),
-        (0, 2, 8, True, False, True, "experts_reference"),
-        (1, 2, 8, True, True, False, "experts_reference"),
-        (9, 2, 8, False, False, True, "experts_reference"),
+        (1, 8, 128, True, False, True, True, "expert_gemv_triton"),
+        (1, 2, 2, True, False, True, False, "expert_gemv_triton"),
+        (8, 8, 128, True, True, True, False, "expert_gemv_triton"),
+        (9, 2, 128, True, False, True, True, "grouped_experts_triton"),
+        (3, 2, 8, True, False, True, False, "grouped_experts_triton"),
+        (64, 2, 8, True, False, True, True, "grouped_experts_triton"),
+        (65, 2, 8, True, False, True, True, "grouped_experts_gluon"),
+        (65, 2, 8, True, False, True, False, "grouped_experts_triton"),
+        (2, 2, 8, True, False, True, False, "expert_gemv_triton"),
+        (0, 2, 8, True, False, True, True, "experts_reference"),
+        (1, 2, 8, True, True, False, False, "experts_reference"),
+        (9, 2, 8, False, False, True, False, "experts_reference"),
     ],
 )
-def test_the_choice_among_kernels(monkeypatch, tokens, top_k, count, triton, fp8, reads, expected):
+def test_the_choice_among_kernels(monkeypatch, tokens, top_k, count, triton, fp8, reads, hopper, expected):
     called = []
-    for name in ("expert_gemv_triton", "grouped_experts_triton", "experts_reference"):
+    monkeypatch.setattr(expert_gemm, "supports", lambda *_: hopper)
+    names = "expert_gemv_triton", "grouped_experts_triton", "grouped_experts_gluon", "experts_reference"
+    for name in names:
         monkeypatch.setattr(dispatch, name, lambda *_, name=name: called.append(name))
     monkeypatch.setattr(dispatch, "use_triton", lambda _: triton)
     monkeypatch.setattr(dispatch, "reads_fp8", lambda _: reads)

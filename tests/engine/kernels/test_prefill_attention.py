@@ -30,13 +30,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def hopper(device: torch.device) -> torch.device:
-    if device.type == "cpu" or torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("the kernel is for Hopper GPUs, and Gluon has no interpreter")
-    return device
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("block_size", [8, 16, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

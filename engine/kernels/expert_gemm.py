@@ -1,0 +1,296 @@
+"""The MLPs of a mixture of experts for many tokens, for Hopper GPUs: one persistent launch a GEMM.
+
+The general kernel in :mod:`engine.kernels.grouped_gemm` reaches two thirds of cuBLAS's rate for experts with
+hundreds of rows. This kernel specialises warps: one group of four warps loads tiles of weights through a tensor
+memory descriptor (TMA), and the rows of the expert, which lie anywhere, by asynchronous copies of 16 bytes; two
+groups of four warps multiply 64 rows each. A group without rows multiplies nothing, so the last tile of an
+expert costs what its rows cost, to a multiple of 64. Programs stay and take tile after tile: the loads of the
+next tile run while the results of the last one are stored.
+
+Gluon has no interpreter, so the tests of this kernel need a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from engine.kernels.activation import activate
+from engine.kernels.device import is_hopper, num_sms
+from engine.kernels.expert_groups import experts_in_groups
+from engine.kernels.experts import ExpertMatrices
+from engine.kernels.launch import launch
+from engine.kernels.ring import barriers, buffers, copy_load, tma_load
+
+#: Rows of a tile, half of them for each compute group; its weight rows; inputs of a step; tiles in shared memory
+#: at a time.
+_ROWS, _WEIGHTS, _INPUTS, _STAGES = 128, 256, 64, 4
+#: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
+#: what the load group gives up.
+_REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 224, 56
+_activate = gluon.jit(activate.fn)
+
+
+def supports(x: torch.Tensor, matrices: ExpertMatrices) -> bool:
+    """Return whether the kernel can multiply rows like those of ``x`` by ``matrices``."""
+    weight = matrices.weight
+    whole = weight.shape[2] % _INPUTS == 0 and weight.shape[2] >= 2 * _INPUTS
+    plain = matrices.scale is None and x.element_size() == 2 and x.dtype == weight.dtype
+    # Rows are copied in pieces of 16 bytes.
+    return plain and whole and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and is_hopper(x.device)
+
+
+def grouped_experts_gluon(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMatrices, activation):
+    """See :func:`engine.kernels.dispatch.experts`; for what :func:`supports` admits."""
+    return experts_in_groups(_grouped_gemm, x, ids, weights, gate_up, down, activation)
+
+
+def _grouped_gemm(x, matrices, out, order, starts, *, activation=None, factors=None, top_k=1):
+    """See :class:`~engine.kernels.expert_groups.GroupedGemm`."""
+    experts, outputs, inputs = matrices.weight.shape
+    gated = activation is not None
+    outputs = outputs // 2 if gated else outputs
+    assert out.is_contiguous() and out.shape == (len(order), outputs)
+    launch(
+        _expert_gemm_kernel, (num_sms(x.device),),
+        x_ptr=x, weight_desc=_describe(matrices.weight, gated), out_ptr=out, order_ptr=order, starts_ptr=starts,
+        factors_ptr=order if factors is None else factors, experts=experts, outputs=outputs, inputs=inputs,
+        x_stride=x.stride(0), TOP_K=top_k, EXPERTS=max(32, triton.next_power_of_2(experts)),
+        ACTIVATION=activation or "", ROWS=_ROWS, WEIGHTS=_WEIGHTS, INPUTS=_INPUTS, STAGES=_STAGES,
+        COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
+        num_warps=4, maxnreg=_REGISTERS,
+    )  # fmt: skip
+
+
+def _describe(weight: torch.Tensor, gated: bool) -> TensorDescriptor:
+    """Describe the rows of all experts' matrices. A copy takes a tile's rows, or its gates or its ups."""
+    descriptor = _DESCRIPTORS.get(weight)
+    if descriptor is None:
+        box = [_WEIGHTS // 2 if gated else _WEIGHTS, _INPUTS]
+        dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[weight.dtype]
+        layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
+        descriptor = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), box, layout)
+        _DESCRIPTORS[weight] = descriptor
+    return descriptor
+
+
+#: Descriptors by weight, for as long as it lives: creating them is most of the host time of a launch.
+_DESCRIPTORS = WeakTensorKeyDictionary()
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _tile_ends(starts_ptr, experts, EXPERTS: gl.constexpr, ROWS: gl.constexpr):
+    """Number of tiles of rows of each expert and all before it, ``(EXPERTS,)``, whole in each warp."""
+    layout: gl.constexpr = gl.BlockedLayout([EXPERTS // 32], [32], [4], [0])
+    expert = gl.arange(0, EXPERTS, layout)
+    begin = gl.load(starts_ptr + gl.minimum(expert, experts))
+    end = gl.load(starts_ptr + gl.minimum(expert + 1, experts))
+    return gl.associative_scan((end - begin + ROWS - 1) // ROWS, 0, _add)
+
+
+@gluon.jit
+def _locate(tile, ends, experts, columns, starts_ptr, ROWS: gl.constexpr):
+    """Find a tile's expert, where its rows begin, the tile's first row of them, their count, and its column.
+
+    Tiles of an expert follow each other, those of the same weights first.
+    """
+    past = ends * columns <= tile
+    # Behind the last tile this is the last expert, only to read something.
+    expert = gl.minimum(gl.sum(past.to(gl.int32), axis=0), experts - 1)
+    before = gl.max(gl.where(past, ends, 0), axis=0)
+    upto = gl.min(gl.where(past, 2147483647, ends), axis=0)
+    begin = gl.load(starts_ptr + expert)
+    count = gl.load(starts_ptr + expert + 1) - begin
+    local = tile - before * columns
+    height = upto - before
+    return expert, begin, local % height * ROWS, count, local // height
+
+
+@gluon.jit
+def _expert_gemm_kernel(
+    x_ptr, weight_desc, out_ptr, order_ptr, starts_ptr, factors_ptr, experts, outputs, inputs, x_stride,
+    TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr,
+    ROWS: gl.constexpr, WEIGHTS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr,
+    COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One program per SM; it takes every so many-th tile. EXPERTS: padded to a power of two, at least 32."""
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    rows = buffers(STAGES, ROWS, INPUTS, dtype)
+    weights = buffers(STAGES, WEIGHTS, INPUTS, dtype)
+    # Ready: each of the 128 threads that copy rows, and the copies of weights, have arrived. Free: both compute
+    # groups have finished with the buffers.
+    ready, free = barriers(STAGES, 129), barriers(STAGES, 2)
+    ring = (rows, weights, ready, free)
+    OUTPUTS: gl.constexpr = WEIGHTS if ACTIVATION == "" else WEIGHTS // 2
+    columns = gl.cdiv(outputs, OUTPUTS)
+    sizes = (experts, outputs, inputs, columns)
+    first: gl.constexpr = 0
+    second: gl.constexpr = 1
+    out = (out_ptr, order_ptr, starts_ptr, factors_ptr)
+    gl.warp_specialize(
+        [
+            (_multiply, (first, ring, sizes, out, EXPERTS, ACTIVATION, STAGES)),
+            (_multiply, (second, ring, sizes, out, EXPERTS, ACTIVATION, STAGES)),
+            (
+                _load_tiles,
+                (
+                    x_ptr,
+                    x_stride,
+                    weight_desc,
+                    ring,
+                    sizes,
+                    order_ptr,
+                    starts_ptr,
+                    TOP_K,
+                    EXPERTS,
+                    ACTIVATION,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 4],
+        [COMPUTE_REGISTERS, LOAD_REGISTERS],
+    )
+
+
+@gluon.jit
+def _load_tiles(
+    x_ptr, x_stride, weight_desc, ring, sizes, order_ptr, starts_ptr, TOP_K: gl.constexpr, EXPERTS: gl.constexpr,
+    ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    rows, weights, ready, free = ring
+    experts, outputs, inputs, columns = sizes
+    ROWS: gl.constexpr = rows.shape[1]
+    OUTPUTS: gl.constexpr = weights.shape[1]
+    INPUTS: gl.constexpr = rows.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    lane = gl.arange(0, INPUTS, gl.SliceLayout(0, layout))
+    ends = _tile_ends(starts_ptr, experts, EXPERTS, ROWS)
+    total = gl.max(ends, axis=0) * columns
+    step = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        expert, begin, top, count, column = _locate(tile, ends, experts, columns, starts_ptr, ROWS)
+        place = begin + gl.minimum(top + row, count - 1)
+        if ACTIVATION != "":
+            place = gl.load(order_ptr + place) // TOP_K
+        pointers = x_ptr + (place.to(gl.int64) * x_stride)[:, None] + lane[None, :]
+        valid = (top + row < count)[:, None]
+        for k in range(0, inputs, INPUTS):
+            stage = step % STAGES
+            mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(ready.index(stage), OUTPUTS * INPUTS * 2)
+            target = weights.index(stage)
+            if ACTIVATION != "":
+                gate = expert * 2 * outputs + column * (OUTPUTS // 2)
+                tma_load(weight_desc, [gate, k], ready.index(stage), target.slice(0, OUTPUTS // 2, 0))
+                half = target.slice(OUTPUTS // 2, OUTPUTS // 2, 0)
+                tma_load(weight_desc, [gate + outputs, k], ready.index(stage), half)
+            else:
+                tma_load(weight_desc, [expert * outputs + column * OUTPUTS, k], ready.index(stage), target)
+            copy_load(rows.index(stage), pointers + k, mask=valid)
+            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            step += 1
+
+
+@gluon.jit
+def _multiply(
+    half: gl.constexpr, ring, sizes, out, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Multiply 64 rows of each tile; run by one compute group (four warps). ``half``: which 64 of the tile."""
+    rows, weights, ready, free = ring
+    experts, outputs, inputs, columns = sizes
+    out_ptr, order_ptr, starts_ptr, factors_ptr = out
+    ROWS: gl.constexpr = rows.shape[1]
+    HEIGHT: gl.constexpr = ROWS // 2
+    OUTPUTS: gl.constexpr = weights.shape[1]
+    WIDTH: gl.constexpr = OUTPUTS // 2
+    INPUTS: gl.constexpr = rows.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUTPUTS, 16])
+    # Rows are stored in pieces of 16 bytes a thread.
+    stored: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    own_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
+    stored_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, stored))
+    ends = _tile_ends(starts_ptr, experts, EXPERTS, ROWS)
+    total = gl.max(ends, axis=0) * columns
+    steps = inputs // INPUTS
+    step = 0
+    _, begin, top, count, column = _locate(gl.program_id(0), ends, experts, columns, starts_ptr, ROWS)
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        if top + half * HEIGHT < count:
+            acc = gl.zeros([HEIGHT, OUTPUTS], gl.float32, layout)
+            acc = _issue(acc, step, ring, half, False, STAGES)
+            acc = _issue(acc, step + 1, ring, half, True, STAGES)
+            # Meanwhile: where the results go, and the next tile.
+            valid = top + stored_row < count
+            place = begin + gl.minimum(top + stored_row, count - 1)
+            factor = gl.zeros([HEIGHT], gl.float32, gl.SliceLayout(1, layout))
+            if ACTIVATION == "":
+                place = gl.load(order_ptr + place)
+                pair = gl.load(order_ptr + begin + gl.minimum(top + own_row, count - 1))
+                factor = gl.load(factors_ptr + pair)
+            first = column * (OUTPUTS if ACTIVATION == "" else WIDTH)
+            _, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(free.index(step % STAGES), count=1)
+            for index in range(2, steps):
+                acc = _issue(acc, step + index, ring, half, True, STAGES)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                # The multiplication before this one has ended.
+                mbarrier.arrive(free.index((step + index - 1) % STAGES), count=1)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(free.index((step + steps - 1) % STAGES), count=1)
+            if ACTIVATION == "":
+                acc = acc * factor[:, None]
+            left, right = acc.reshape([HEIGHT, 2, WIDTH]).permute((0, 2, 1)).split()
+            if ACTIVATION == "":
+                _store(left, out_ptr, place, valid, first, outputs, stored)
+                _store(right, out_ptr, place, valid, first + WIDTH, outputs, stored)
+            else:
+                _store(_activate(left, ACTIVATION) * right, out_ptr, place, valid, first, outputs, stored)
+        else:
+            _, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
+            for index in range(steps):
+                stage = (step + index) % STAGES
+                mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
+                mbarrier.arrive(free.index(stage), count=1)
+        step += steps
+
+
+@gluon.jit
+def _issue(acc, step, ring, half: gl.constexpr, USE_ACC: gl.constexpr, STAGES: gl.constexpr):
+    """Start to add the products of a step to ``acc``."""
+    rows, weights, ready, _ = ring
+    HEIGHT: gl.constexpr = rows.shape[1] // 2
+    stage = step % STAGES
+    mbarrier.wait(ready.index(stage), step // STAGES & 1)
+    # Tensor cores read shared memory through the async proxy, which does not see plain copies without a fence.
+    fence_async_shared()
+    x = rows.index(stage).slice(half * HEIGHT, HEIGHT, 0)
+    return warpgroup_mma(x, weights.index(stage).permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
+
+
+@gluon.jit
+def _store(result, out_ptr, place, valid, first, outputs, layout: gl.constexpr):
+    """Store rows of results from output ``first`` on."""
+    result = gl.convert_layout(result.to(out_ptr.dtype.element_ty), layout)
+    output = first + gl.arange(0, result.shape[1], gl.SliceLayout(0, layout))
+    mask = valid[:, None] & (output < outputs)[None, :]
+    gl.store(out_ptr + (place.to(gl.int64) * outputs)[:, None] + output[None, :], result, mask=mask)
