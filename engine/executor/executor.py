@@ -21,7 +21,8 @@ from engine.executor.rank import ModelRank, check_gpus, rank_device
 from engine.executor.wire import BatchSender, MakeRunner, MeasureBlocks, Setup
 from engine.families.base import ModelConfig
 from engine.fit import check_fit
-from engine.runner.model_runner import LaunchedStep, ModelRunner
+from engine.runner.launched_step import LaunchedStep
+from engine.runner.model_runner import ModelRunner
 from engine.scheduling.batch import ScheduledBatch, StepResult
 from engine.startup import StartTimes
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.config import EngineConfig
 from engine.request import Request
-from engine.runner.input_batch import AwaitedRows
+from engine.runner.embedding_rows import AwaitedRows
 from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, TableUpdate
 
 

@@ -16,19 +16,20 @@ from engine.kernels.device import use_triton
 from engine.kernels.launch import compiling
 from engine.kernels.paged import AttentionMetadata
 from engine.layers.decoder import Decoder
-from engine.logprobs import LogprobTensors
 from engine.request import Request, attributed_to
 from engine.runner.cuda_graphs import DecodeGraphs
+from engine.runner.device_state import DeviceState
 from engine.runner.draft_rows import DraftRows
+from engine.runner.embedding_rows import PendingRows
 from engine.runner.forward_graphs import ForwardGraphs, captured_sizes
-from engine.runner.input_batch import DeviceState, embedding_tensor
 from engine.runner.kv_storage import Caches
+from engine.runner.launched_step import LaunchedStep, PromptResults
 from engine.runner.pooler import Pooler
 from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
-from engine.runner.staging import download, download_logprobs, record_event, upload
-from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, span_rows, to_device
-from engine.scheduling.batch import PrefillChunk, ScheduledBatch, StepResult
+from engine.runner.staging import upload
+from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, to_device
+from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 from engine.startup import StartTimes
 
 #: Plans whose sampling is captured with the decode step. Others sample eagerly after a captured forward pass.
@@ -49,47 +50,6 @@ class PreparedStep:
     batch: ScheduledBatch
     arrays: StepArrays[torch.Tensor]
     plan: SamplingPlan
-
-
-@dataclass(slots=True)
-class _PromptResults:
-    """Results of a step's prompts beside their next tokens; see :class:`StepResult`."""
-
-    scores: list[tuple[Request, int, LogprobTensors]]
-    pooled: list[tuple[Request, torch.Tensor]]
-    failed: list[tuple[Request, Exception]]
-
-
-class LaunchedStep:
-    """A step whose work is enqueued. :meth:`result` waits for it."""
-
-    def __init__(
-        self,
-        tokens: torch.Tensor,
-        logprobs: LogprobTensors | None,
-        prompts: _PromptResults,
-        *,
-        idle_wait: bool,
-    ) -> None:
-        self._tokens = download(tokens)
-        self._logprobs = None if logprobs is None else download_logprobs(logprobs)
-        self._scores = [
-            (request, start, download_logprobs(found)) for request, start, found in prompts.scores
-        ]
-        self._pooled = [(request, download(vector)) for request, vector in prompts.pooled]
-        self._failed = prompts.failed
-        # One event after all copies: they are on one stream.
-        self._event = record_event(tokens.device, idle_wait=idle_wait)
-
-    def ready(self) -> bool:
-        """Return True if :meth:`result` returns at once."""
-        return self._event is None or self._event.query()
-
-    def result(self) -> StepResult:
-        if self._event is not None:
-            self._event.synchronize()
-        pooled = [(request, vector.numpy().copy()) for request, vector in self._pooled]
-        return StepResult(self._tokens.numpy().copy(), self._logprobs, self._scores, pooled, self._failed)
 
 
 class ModelRunner:
@@ -150,8 +110,7 @@ class ModelRunner:
         self.sampler = Sampler(num_slots, self.vocab_size, self.device)
         self._pooler = Pooler(model)
         self._scorer = PromptScorer(model)
-        # Embedding rows by slot and item hash that are not consumed yet.
-        self._embeddings: dict[int, dict[str, torch.Tensor]] = {}
+        self._rows = PendingRows(self.dtype, self.device)
         self._slots_seen: np.ndarray | None = None
         self._slots = torch.zeros(0, dtype=torch.int64, device=self.device)
         self._decodes: DecodeGraphs | None = None
@@ -229,7 +188,7 @@ class ModelRunner:
         """Enqueue a prepared step; arguments as for :meth:`execute`."""
         batch, plan = step.batch, step.plan
         self._write(step)
-        prompts = _PromptResults([], [], [])
+        prompts = PromptResults([], [], [])
         if step.arrays.chunks is not None:
             slots, tokens = step.arrays.chunks.sampling_slots, None
             logits = self._mixed_logits(batch, step.arrays.chunks, prompts)
@@ -325,16 +284,12 @@ class ModelRunner:
     # State.
 
     def _release(self, slot: int) -> None:
-        self._embeddings.pop(slot, None)
+        self._rows.release(slot)
         self._pooler.release(slot)
         self.sampler.release(slot)
 
     def _admit(self, request: Request, slot: int, num_computed: int) -> None:
-        self._embeddings[slot] = {
-            span.item.hash: embedding_tensor(request.embeddings[span.item.hash], self.dtype, self.device)
-            for span in request.spans
-            if span.offset + span.length > num_computed
-        }
+        self._rows.admit(request, slot, num_computed)
         if request.pooling is None:
             prompt, output = (
                 request.token_ids[: request.num_prompt],
@@ -353,7 +308,7 @@ class ModelRunner:
     def _write(self, step: PreparedStep) -> None:
         """Write what a step changes to the state of its slots."""
         for admission in step.batch.admitted:
-            for rows in self._embeddings[admission.slot].values():
+            for rows in self._rows.of(admission.slot):
                 self._group.broadcast(rows)
             if admission.snapshot is not None:
                 self._caches.copy_state(self._first_snapshot + admission.snapshot, admission.slot)
@@ -416,7 +371,7 @@ class ModelRunner:
         return (max(1, count) if self._decodes is None else self._decodes.size_for(count)) - count
 
     def _mixed_logits(
-        self, batch: ScheduledBatch, chunks: ChunkArrays[torch.Tensor], prompts: _PromptResults
+        self, batch: ScheduledBatch, chunks: ChunkArrays[torch.Tensor], prompts: PromptResults
     ) -> torch.Tensor:
         """Logits ``(R, V)`` of the rows that sample; the other results of prompts go to ``prompts``."""
         if _wants_all_rows(batch):
@@ -426,19 +381,6 @@ class ModelRunner:
         else:
             hidden = self._mixed(batch, chunks, chunks.sampling_rows)
         return self.model.logits(hidden)[: len(chunks.sampling_slots)]
-
-    def _consumed_rows(self, batch: ScheduledBatch) -> list[torch.Tensor]:
-        """Embedding rows that this step consumes; items that end in it are forgotten."""
-        rows: list[torch.Tensor] = []
-        for chunk in batch.prefills:
-            held, end = self._embeddings[chunk.slot], chunk.start + chunk.count
-            for span in chunk.request.spans:
-                first, last, _ = span_rows(span, chunk.start, end)
-                if last > first:
-                    rows.append(held[span.item.hash][first:last])
-            pending = {s.item.hash for s in chunk.request.spans if s.offset + s.length > end}
-            self._embeddings[chunk.slot] = {key: value for key, value in held.items() if key in pending}
-        return rows
 
     def _mixed(
         self, batch: ScheduledBatch, chunks: ChunkArrays[torch.Tensor], rows: torch.Tensor | None
@@ -489,7 +431,7 @@ class ModelRunner:
         """Embeddings ``(T, H)`` of a step's tokens and media, and the deepstack layers ``(L, T, H)`` of its
         media, if there are any."""
         embeds = self.model.embed(ids)
-        parts = self._consumed_rows(batch)
+        parts = self._rows.take(batch)
         if not parts:
             return embeds, None
         media, width = parts[0] if len(parts) == 1 else torch.cat(parts), embeds.shape[1]
@@ -500,7 +442,7 @@ class ModelRunner:
         deepstack.index_copy_(1, embedded_rows, media[:, width:].unflatten(1, (-1, width)).transpose(0, 1))
         return embeds, deepstack
 
-    def _read_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, prompts: _PromptResults) -> None:
+    def _read_prompts(self, batch: ScheduledBatch, hidden: torch.Tensor, prompts: PromptResults) -> None:
         """Pool and score the chunks of a step from their hidden states."""
         for chunk, row in chunk_rows(batch):
             request, rows = chunk.request, hidden[row : row + chunk.count]
@@ -527,7 +469,7 @@ class ModelRunner:
 
     def check_idle(self, released: Collection[int]) -> None:
         """Raise AssertionError unless all that is held belongs to the slots ``released`` by the next step."""
-        assert self._embeddings.keys() <= set(released), "embedding rows of ended requests are still held"
+        assert set(self._rows.slots) <= set(released), "embedding rows of ended requests are still held"
         assert self._pooler.slots <= set(released), "hidden states of ended requests are still held"
 
 

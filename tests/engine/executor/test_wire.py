@@ -12,7 +12,7 @@ import torch
 from engine.executor.wire import BatchReceiver, BatchSender, StepMessage
 from engine.prompt import EmbeddedMedia, MediaItem, MediaSpan, PlaceholderRun
 from engine.request import Request
-from engine.runner.input_batch import AwaitedRows
+from engine.runner.embedding_rows import AwaitedRows
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import Admission, PrefillChunk, ScheduledBatch, TableUpdate
 

@@ -6,13 +6,9 @@ host: it reads them, computes, and advances them. The host only writes what chan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
 from engine.kernels.decode_state import DecodeInputs, advance, gather_decode_inputs
-from engine.prompt import EmbeddedMedia
 from engine.runner.draft_rows import DraftRows
 
 
@@ -55,29 +51,3 @@ class DeviceState:
             self.length.index_add_(0, slots, held.long() - 1)
             slots = torch.where(drafts.last(held), slots, self.padding_slot)
         self.last_token.index_copy_(0, slots, tokens.clamp(min=0))
-
-
-@dataclass(frozen=True, slots=True)
-class AwaitedRows:
-    """Encoder rows ``(num_tokens, width)`` that another rank of the group has."""
-
-    shape: tuple[int, ...]
-
-    @classmethod
-    def like(cls, media: EmbeddedMedia | torch.Tensor) -> AwaitedRows:
-        return cls(tuple(media.shape if isinstance(media, torch.Tensor) else media.rows.shape))
-
-
-def embedding_tensor(
-    media: EmbeddedMedia | AwaitedRows | torch.Tensor, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Encoder rows ``(num_tokens, width)`` on ``device``, contiguous; awaited ones hold nothing yet."""
-    if isinstance(media, AwaitedRows):
-        return torch.empty(media.shape, dtype=dtype, device=device)
-    if isinstance(media, torch.Tensor):
-        return media.to(device=device, dtype=dtype).contiguous()
-    # Arrays from shared memory are read-only, which torch tensors can't express: copy.
-    rows = torch.from_numpy(np.array(media.rows.view(np.int16) if media.dtype == "bfloat16" else media.rows))
-    if media.dtype == "bfloat16":
-        rows = rows.view(torch.bfloat16)
-    return rows.to(device=device, dtype=dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.runner.input_batch import DeviceState
+from engine.runner.device_state import DeviceState
 
 
 @pytest.fixture
