@@ -315,6 +315,29 @@ async def test_a_client_that_leaves_a_stream_frees_its_blocks_at_once(running, h
     assert engine.metrics()["output_tokens"] - before < 900
 
 
+async def test_a_choice_that_a_stop_string_ends_is_not_computed_beside_one_that_goes_on(running, client):
+    async def choices(**options) -> list[str]:
+        made = await client.chat.completions.create(
+            model="pocket",
+            messages=ask("What color is the circle?", circle("red")),
+            n=2,
+            max_tokens=100,
+            seed=5,
+            temperature=1.5,
+            extra_body={"ignore_eos": True},
+            **options,
+        )
+        return [choice.message.content for choice in made.choices]
+
+    first, second = await choices()
+    stop = next(first[i : i + 4] for i in range(len(first)) if first[i : i + 4] not in second)
+    engine = running.pocket.language_model
+    before = engine.metrics()["output_tokens"]
+    assert await choices(stop=[stop]) == [first[: first.index(stop)], second]
+    await running.wait_until_idle()
+    assert engine.metrics()["output_tokens"] - before < 150
+
+
 async def test_a_client_that_leaves_before_the_whole_answer_is_noticed_too(running, http):
     body = {
         "model": "pocket",
