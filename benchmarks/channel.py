@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -27,13 +27,14 @@ from deployments.ray_serve.process import prepare_process
 from deployments.ray_serve.replicas import HeldRequests, LanguageModelReplica
 from deployments.ray_serve.routing import LanguageModelRouter
 from deployments.stages import Generation
+from engine.mailbox import Mailbox, Relay
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
 
 
 class _Steps:
-    """A stage whose answers get a token each at the same times.
+    """A stage whose answers get a token each at the same times, as those of an engine.
 
     Args:
         tokens: of an answer.
@@ -42,16 +43,34 @@ class _Steps:
 
     def __init__(self, tokens: int, step_s: float) -> None:
         self._tokens, self._step_s = tokens, step_s
+        self._running: dict[Mailbox, tuple[str, int]] = {}
 
-    async def generate(self, request: Generation, media: Any) -> AsyncIterator[StreamUpdate]:
-        loop = asyncio.get_running_loop()
-        step = int(loop.time() / self._step_s)
-        for count in range(1, self._tokens + 1):
-            done = loop.create_future()
-            loop.call_at((step + count) * self._step_s, done.set_result, None)
-            await done
-            delta = OutputDelta(0, " word", [300], finish_reason="length" if count == self._tokens else None)
-            yield StreamUpdate(request.request_id, [delta], Usage(1, count), finished=count == self._tokens)
+    async def generate(
+        self, request: Generation, media: Any, relay: Relay
+    ) -> AsyncGenerator[StreamUpdate, None]:
+        mailbox = Mailbox(relay)
+        if not self._running:
+            asyncio.get_running_loop().call_later(self._step_s, self._step)
+        self._running[mailbox] = request.request_id, 0
+        finished = False
+        while not finished:
+            update = await mailbox.get()
+            assert isinstance(update, StreamUpdate)
+            finished = update.finished
+            yield update
+
+    def _step(self) -> None:
+        for mailbox, (name, count) in list(self._running.items()):
+            count += 1
+            last = count == self._tokens
+            delta = OutputDelta(0, " word", [300], finish_reason="length" if last else None)
+            mailbox.put(StreamUpdate(name, [delta], Usage(1, count), finished=last))
+            if last:
+                del self._running[mailbox]
+            else:
+                self._running[mailbox] = name, count
+        if self._running:
+            asyncio.get_running_loop().call_later(self._step_s, self._step)
 
 
 class Replica(LanguageModelReplica):

@@ -13,6 +13,7 @@ from deployments.tracing import Tracer
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.executor.launch import Launcher
+from engine.mailbox import Relay
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.prompt import EmbeddedMedia
 
@@ -50,9 +51,12 @@ class LanguageModel:
         return cls(AsyncEngine(config, launcher), tracer)
 
     async def generate(
-        self, request: Generation, media: Sequence[EmbeddedMedia]
+        self, request: Generation, media: Sequence[EmbeddedMedia], relay: Relay | None = None
     ) -> AsyncGenerator[StreamUpdate, None]:
         """Stream a request's output; each update holds everything since the last one.
+
+        Args:
+            relay: takes updates past this iterator.
 
         Raises:
             StageLost: the engine has stopped.
@@ -64,6 +68,7 @@ class LanguageModel:
             embeddings=media,
             priority=request.priority,
             progress=request.progress,
+            relay=relay,
         )
         self._meter.count_bytes(sum(embedded.rows.nbytes for embedded in media))
         usage: Usage | None = None

@@ -134,6 +134,13 @@ class Report:
             for stage, seconds in item.seconds.items():
                 self.took(stage, seconds)
 
+    def encoded(self, content_hash: str, cached: bool, seconds: float) -> None:
+        """Note that a medium was encoded after the prompt was ready for the engine."""
+        self.took("encode", seconds)
+        for item in self.media:
+            if item.item.hash == content_hash:
+                item.cached, item.seconds = cached, {**item.seconds, "encode": seconds}
+
     def first_token(self, times: EngineTimes) -> None:
         """Note that the first token of an answer has arrived."""
         self._first_token_at = self._first_token_at or time.perf_counter()

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavailable
 from engine.executor.launch import Launcher
 from engine.loading import LoadedEngine, load_engine
-from engine.mailbox import Mailbox, Result
+from engine.mailbox import Mailbox, Relay, Result
 from engine.output_processor import RequestGroup
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.placement import describe_device, resolve_device
@@ -35,8 +35,8 @@ _LAST_STEP_S = 5.0
 class _LoopMailbox(Mailbox):
     """A mailbox that is filled from another thread, by way of the reader's event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
+    def __init__(self, loop: asyncio.AbstractEventLoop, relay: Relay | None = None) -> None:
+        super().__init__(relay)
         self.loop = loop
 
 
@@ -134,10 +134,12 @@ class AsyncEngine:
         embeddings: Sequence[Embedding] = (),
         priority: int = 0,
         progress: Progress | None = None,
+        relay: Relay | None = None,
     ) -> AsyncIterator[StreamUpdate]:
         """Stream a request's output; each item holds all that came since the last was taken.
 
         Args:
+            relay: takes updates past this iterator, on the event loop.
             progress: what another engine has given of this answer; the stream brings the rest. ``params``
                 need the seed that the other engine had.
 
@@ -153,7 +155,7 @@ class AsyncEngine:
         if params.structured is not None:
             await self._engine.grammars.compile_async(params.structured)
         group = self._engine.requests.generation(request_id, inputs, params, embeddings, priority, progress)
-        mailbox = self._submit(group)
+        mailbox = self._submit(group, relay)
         try:
             while True:
                 update = await mailbox.get()
@@ -251,8 +253,8 @@ class AsyncEngine:
 
     # On the caller's event loop.
 
-    def _submit(self, group: RequestGroup) -> _LoopMailbox:
-        mailbox = self._mailboxes[id(group)] = _LoopMailbox(asyncio.get_running_loop())
+    def _submit(self, group: RequestGroup, relay: Relay | None = None) -> _LoopMailbox:
+        mailbox = self._mailboxes[id(group)] = _LoopMailbox(asyncio.get_running_loop(), relay)
         self._command("add", group)
         # The engine may have stopped while a grammar was compiled: nobody would answer then.
         if (stopped := self._stopped()) is not None:

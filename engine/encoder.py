@@ -334,12 +334,15 @@ class EncoderEngine:
         """Let others have the device between two pieces of a launch."""
         if threading.current_thread() is not self._thread:
             return
-        crowded = len(self._queue) > _CROWD
-        if self._duty_cycle < 1 or (self._with_engine and not crowded):
+        if self._duty_cycle < 1 or self._makes_way():
             if (event := record_event(self._device, idle_wait=True)) is not None:
                 event.synchronize()
             self._rest()
             self._piece_began = time.perf_counter()
+
+    def _makes_way(self) -> bool:
+        """Whether steps of an engine come between the pieces of a launch."""
+        return self._with_engine and len(self._queue) <= _CROWD
 
     def _rest(self) -> None:
         """Wait as long as the piece that has just ended asks for, or until the engine is shut down."""
@@ -351,10 +354,14 @@ class EncoderEngine:
                 self._changed.wait_for(lambda: self._closed, timeout=min(seconds, threading.TIMEOUT_MAX))
 
     def _take(self) -> list[_Job]:
-        """Waiting jobs in order, up to the cost of one launch; those that nobody waits for are dropped."""
+        """Waiting jobs in order, up to the cost of one launch; those that nobody waits for are dropped.
+
+        An engine gets few items one by one: it computes their prompts in as many steps, which are shorter.
+        """
         jobs: list[_Job] = []
         cost = 0
-        while self._queue and self._fits(cost, self._queue[0].cost):
+        most = 1 if self._makes_way() else len(self._queue)
+        while self._queue and len(jobs) < most and self._fits(cost, self._queue[0].cost):
             job = self._queue.popleft()
             if job.waiters:
                 cost += job.cost

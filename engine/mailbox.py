@@ -1,6 +1,7 @@
 """Hands a request's results from their maker to the task that reads them, on one event loop."""
 
 import asyncio
+from collections.abc import Callable
 
 from engine.errors import SightlineError
 from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
@@ -9,10 +10,40 @@ from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
 Result = StreamUpdate | EmbeddingOutput | SightlineError
 
 
-class Mailbox:
-    """Holds the updates that the reader hasn't taken yet, merged into one: a slow reader costs no memory."""
+class Relay:
+    """Where updates go from a mailbox without its reader, who would only pass them on.
+
+    Those in the middle of a stream do: none in which a choice ends, and none while an earlier one waits.
+
+    Attributes:
+        to: takes an update, or raises a :class:`SightlineError` for the reader. None: the reader gets all.
+    """
+
+    __slots__ = ("to",)
 
     def __init__(self) -> None:
+        self.to: Callable[[StreamUpdate], None] | None = None
+
+    def takes(self, update: StreamUpdate) -> bool:
+        """Pass an update on; returns False if it is for the reader."""
+        if self.to is None or update.finished:
+            return False
+        for delta in update.deltas:
+            if delta.finish_reason is not None:
+                return False
+        self.to(update)
+        return True
+
+
+class Mailbox:
+    """Holds the updates that the reader hasn't taken yet, merged into one: a slow reader costs no memory.
+
+    Args:
+        relay: takes some past the reader.
+    """
+
+    def __init__(self, relay: Relay | None = None) -> None:
+        self._relay = relay
         self._event = asyncio.Event()
         self._waiting: StreamUpdate | EmbeddingOutput | None = None
         self._error: SightlineError | None = None
@@ -22,8 +53,16 @@ class Mailbox:
         if isinstance(result, SightlineError):
             self.fail(result)
             return
-        if isinstance(self._waiting, StreamUpdate) and isinstance(result, StreamUpdate):
-            result = merge_updates(self._waiting, result)
+        if isinstance(result, StreamUpdate):
+            if self._waiting is None and self._error is None and self._relay is not None:
+                try:
+                    if self._relay.takes(result):
+                        return
+                except SightlineError as error:
+                    self.fail(error.with_traceback(None))
+                    return
+            elif isinstance(self._waiting, StreamUpdate):
+                result = merge_updates(self._waiting, result)
         self._waiting = result
         self._event.set()
 

@@ -55,6 +55,11 @@ class Elsewhere:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """Result of a call that has put all updates of its answer into the channel."""
+
+
+@dataclass(frozen=True, slots=True)
 class Addressed:
     """An item of a channel that doesn't name its request itself."""
 

@@ -2,17 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import logger
 from deployments.metrics.families import Part
-from deployments.ray_serve.channel import Answer, Elsewhere, Here, Inbox
+from deployments.ray_serve.channel import Answer, Elsewhere, Here, Inbox, Sent
 from deployments.ray_serve.failures import Misrouted, abandoned, checked, translated, was_cancelled
 from deployments.ray_serve.handoff import (
+    Encoded,
+    PixelsInfo,
     PixelsRef,
     RowsRef,
     by_reference,
@@ -23,6 +26,7 @@ from deployments.ray_serve.handoff import (
 )
 from deployments.ray_serve.line import follow
 from deployments.references import Owner, without_payload
+from deployments.report import current_report
 from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages
 from deployments.tracing import current
 from deployments.turns import Turns
@@ -136,15 +140,52 @@ def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
 
 
 class RemoteEncoder(_RemoteStage):
-    """The encoder stage, in replicas of its own or of the language model. Embedding rows are in the object
-    store."""
+    """The encoder stage in replicas of its own. Embedding rows are in the object store."""
+
+    name = "encoder"
+
+    async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
+        args = pixels.item, pixels.pixels, salt, current.get()
+        return await self._work(self._handle.encode, *args)
+
+
+class LaterEncoder(_RemoteStage):
+    """The encoder stage in the replicas of the language model, which encode when they get the prompt."""
 
     name = "encoder"
     _measured = "encoder_measured"
 
     async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
-        args = pixels.item, pixels.pixels, salt, current.get()
-        return await self._work(self._handle.encode, *args)
+        return RowsRef(PixelsInfo(pixels.item, salt), pixels.pixels)
+
+
+class _HandedOver(SightlineError):
+    """A replica keeps the request until it is asked for the answer.
+
+    Attributes:
+        replica: its id.
+    """
+
+    def __init__(self, replica: str) -> None:
+        super().__init__("The request is kept.")
+        self.replica = replica
+
+
+async def _read(answer: Answer, call: Coroutine[Any, Any, None]) -> AsyncGenerator[StreamUpdate, None]:
+    """The updates of an answer to its end, while ``call`` runs, which has the replica work on it."""
+    task = asyncio.create_task(call)
+    try:
+        finished = False
+        while not finished:
+            update = await answer.get()
+            assert isinstance(update, StreamUpdate)
+            finished = update.finished
+            yield update
+        # All updates have arrived; the call has ended, or is about to.
+        await task
+    finally:
+        # An exception, also one that closes this generator, cancels the call in its replica.
+        task.cancel()
 
 
 class RemoteLanguageModel(_RemoteStage):
@@ -167,32 +208,42 @@ class RemoteLanguageModel(_RemoteStage):
     async def generate(
         self, request: Generation, media: Sequence[RowsRef]
     ) -> AsyncGenerator[StreamUpdate, None]:
-        replica = ""
-        if held := bool(media) or is_large(request):
-            infos = [ref.info for ref in media]
-            replica = await self._call(self._handle.hold, request, infos, *(ref.rows for ref in media))
-        given = request.request_id if held else request
+        replica, given = "", cast("Generation | str", request)
+        if media or is_large(request):
+            try:
+                with self._inbox.expect(request.request_id) as answer:
+                    async with aclosing(_read(answer, self._hand_over(request, media, answer))) as updates:
+                        async for update in updates:
+                            yield update
+                return
+            except _HandedOver as handed:
+                replica, given = handed.replica, request.request_id
         for attempt in range(_ROUTING_ATTEMPTS):
             try:
                 with self._inbox.expect(request.request_id) as answer:
-                    call = asyncio.create_task(self._follow(given, replica, answer))
-                    try:
-                        finished = False
-                        while not finished:
-                            update = await answer.get()
-                            assert isinstance(update, StreamUpdate)
-                            finished = update.finished
+                    async with aclosing(_read(answer, self._follow(given, replica, answer))) as updates:
+                        async for update in updates:
                             yield update
-                        # All updates have arrived; the call has ended, or is about to.
-                        await call
-                    finally:
-                        # An exception, also one that closes this generator, cancels the call in its replica.
-                        call.cancel()
                 return
             except Misrouted:
                 # Always the first item of a stream, so starting again cannot repeat output.
                 if attempt == _ROUTING_ATTEMPTS - 1:
                     raise
+
+    async def _hand_over(self, request: Generation, media: Sequence[RowsRef], answer: Answer) -> None:
+        """Bring a request to a replica, which answers at once if it has a channel to this process."""
+        args = request, current.get(), self._inbox.name, *_arrays(media)
+        try:
+            result = await self._call(self._handle.hold, *args)
+            if isinstance(result, Sent):
+                self._ended()
+                self._inbox.all_sent(answer)
+            else:
+                replica, encoded = result
+                _note(encoded)
+                answer.fail(_HandedOver(replica))
+        except SightlineError as error:
+            answer.fail(error)
 
     async def _follow(self, given: Generation | str, replica: str, answer: Answer) -> None:
         """Call the replica, and pass on what the call brings."""
@@ -221,9 +272,21 @@ class RemoteLanguageModel(_RemoteStage):
             answer.fail(self._reported(error))
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
-        infos = [ref.info for ref in media]
-        rows = [ref.rows for ref in media]
-        return await self._work(self._handle.embed, request, current.get(), infos, *rows)
+        output, encoded = await self._work(self._handle.embed, request, current.get(), *_arrays(media))
+        _note(encoded)
+        return output
+
+
+def _arrays(media: Sequence[RowsRef]) -> list[Any]:
+    """How to read each array, then the references to them: Ray resolves only arguments."""
+    return [[ref.info for ref in media], *(ref.array for ref in media)]
+
+
+def _note(encoded: Sequence[Encoded]) -> None:
+    """Report what the replica has encoded for the request."""
+    report = current_report()
+    for each in encoded:
+        report.encoded(each.hash, each.cached, each.seconds)
 
 
 class RemoteKeeper(_Remote):
@@ -281,9 +344,21 @@ def remote_stages(
     preprocessor: DeploymentHandle | None = None,
     encoder: DeploymentHandle | None = None,
 ) -> Stages:
-    """The stages of one model behind the handles of its deployments."""
+    """The stages of one model behind the handles of its deployments.
+
+    Args:
+        encoder: a handle of the language model's deployment if its replicas encode.
+    """
+    encoding: RemoteEncoder | LaterEncoder | None = None
+    if encoder is not None:
+        together = _deployment(encoder) == _deployment(language_model)
+        encoding = LaterEncoder(encoder) if together else RemoteEncoder(encoder)
     return Stages(
         RemoteLanguageModel(language_model),
         None if preprocessor is None else RemotePreprocessor(preprocessor),
-        None if encoder is None else RemoteEncoder(encoder),
+        encoding,
     )
+
+
+def _deployment(handle: DeploymentHandle) -> tuple[str, str]:
+    return handle.app_name, handle.deployment_name

@@ -61,15 +61,38 @@ class RowsInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class RowsRef:
-    """An encoded item: the reference to its embedding rows, and how to read them."""
+class PixelsInfo:
+    """An item that the language model's replica encodes; the reference to its pixels is a separate argument.
 
-    info: RowsInfo
-    rows: ray.ObjectRef
+    Attributes:
+        salt: keeps the caches of tenants apart.
+    """
+
+    item: MediaItem
+    salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRef:
+    """An item for the language model: the reference to its embedding rows or pixels, and how to read them."""
+
+    info: RowsInfo | PixelsInfo
+    array: ray.ObjectRef
 
     @property
     def cached(self) -> bool:
-        return self.info.cached
+        """Whether the rows were computed for an earlier request; False as long as it isn't known."""
+        return isinstance(self.info, RowsInfo) and self.info.cached
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a replica of the language model says of an item that it has encoded: the item's hash, whether its
+    rows were cached, and the seconds that it took."""
+
+    hash: str
+    cached: bool
+    seconds: float
 
 
 #: Largest part of an item. A gRPC message holds 4 MiB.

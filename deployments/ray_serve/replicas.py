@@ -9,6 +9,7 @@ imported where a replica with a model starts.
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -21,12 +22,14 @@ from deployments.errors import logger
 from deployments.in_place import InPlace
 from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
-from deployments.ray_serve.channel import Elsewhere, Here, Message, Outboxes
+from deployments.ray_serve.channel import Elsewhere, Here, Message, Outbox, Outboxes, Sent
 from deployments.ray_serve.failures import Misrouted, Refusal, answered
 from deployments.ray_serve.handoff import (
+    Encoded,
     ObjectStore,
     PackedUpdate,
     Piece,
+    PixelsInfo,
     PixelsRef,
     RowsInfo,
     RowsRef,
@@ -41,6 +44,7 @@ from deployments.tracing import Carrier, TracingConfig, current, make_tracer
 from engine.config import EngineConfig
 from engine.errors import SightlineError
 from engine.executor.launch import Launcher
+from engine.mailbox import Relay
 from engine.media.decode import ImageLimits
 from engine.media.documents.limits import DocumentLimits
 from engine.media.guard import FetchPolicy
@@ -163,30 +167,7 @@ class PreprocessorReplica:
         return _named(self._stage.families())
 
 
-class _Encodes:
-    """Replicas that have an encoder."""
-
-    _encoder: Any
-    _store: ObjectStore
-
-    async def encode(
-        self, item: MediaItem, pixels: np.ndarray, salt: str, span: Carrier
-    ) -> RowsRef | Refusal:
-        """Encode one item; Ray has resolved the reference to ``pixels``."""
-        current.set(span)
-        return await answered(self._encode(PreparedMedia(item, pixels), salt))
-
-    async def _encode(self, pixels: PreparedMedia, salt: str) -> RowsRef:
-        embedded = await self._encoder.encode(pixels, salt)
-        info = RowsInfo(embedded.hash, embedded.dtype, embedded.cached)
-        return RowsRef(info, await self._store.put(embedded.rows))
-
-    async def encoder_measured(self) -> Part:
-        """The metrics of this replica's encoder."""
-        return _named(self._encoder.families())
-
-
-class VisionEncoderReplica(_Encodes):
+class VisionEncoderReplica:
     """Arguments as :class:`~deployments.encoder.VisionEncoder`, after ``tracing``."""
 
     def __init__(self, tracing: TracingConfig | None, config: EncoderConfig, engine: EngineConfig) -> None:
@@ -199,30 +180,46 @@ class VisionEncoderReplica(_Encodes):
 
         prepare_process()
         logger.info("%s: modules were imported in %s", "encoder", times)
-        self._encoder = VisionEncoder(config, engine, make_tracer(tracing, "encoder"))
-        self._in_place = InPlace(config, config.IN_PLACE, self._encoder.take_over)
+        self._stage = VisionEncoder(config, engine, make_tracer(tracing, "encoder"))
+        self._in_place = InPlace(config, config.IN_PLACE, self._stage.take_over)
         self._store = ObjectStore()
-        self._encoder.when_dead(leave)
+        self._stage.when_dead(leave)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take over values while the replica runs; Ray Serve calls this."""
         self._in_place.take_over(user_config)
 
+    async def encode(
+        self, item: MediaItem, pixels: np.ndarray, salt: str, span: Carrier
+    ) -> RowsRef | Refusal:
+        """Encode one item; Ray has resolved the reference to ``pixels``."""
+        current.set(span)
+        return await answered(self._encode(PreparedMedia(item, pixels), salt))
+
+    async def _encode(self, pixels: PreparedMedia, salt: str) -> RowsRef:
+        embedded = await self._stage.encode(pixels, salt)
+        info = RowsInfo(embedded.hash, embedded.dtype, embedded.cached)
+        return RowsRef(info, await self._store.put(embedded.rows))
+
     async def metrics(self) -> dict[str, Any]:
         """Counters of the encoder."""
-        return self._encoder.metrics()
+        return self._stage.metrics()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Signals of :mod:`deployments.autoscaling`."""
-        return {"visual_tokens": float(self._encoder.metrics()["pending_rows"])}
+        return {"visual_tokens": float(self._stage.metrics()["pending_rows"])}
+
+    async def measured(self) -> Part:
+        """The metrics of this replica."""
+        return _named(self._stage.families())
 
     async def check_health(self) -> None:
         """Ray Serve restarts a replica that raises here."""
-        self._encoder.check_health()
+        self._stage.check_health()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_encoder"):
-            self._encoder.close()
+        if hasattr(self, "_stage"):
+            self._stage.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +261,7 @@ class HeldRequests:
         return held
 
 
-class LanguageModelReplica(_Encodes):
+class LanguageModelReplica:
     """Holds one engine, and the model's encoder if that has no replicas of its own.
 
     Args:
@@ -299,7 +296,6 @@ class LanguageModelReplica(_Encodes):
 
             # First: the memory that is left is for keys and values.
             self._encoder = VisionEncoder(encoder, engine, make_tracer(tracing, "encoder"), with_engine=True)
-            self._store = ObjectStore()
         self._stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher)
         self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)
         self._held = HeldRequests()
@@ -313,17 +309,66 @@ class LanguageModelReplica(_Encodes):
         """Log that nothing of this stage can change while a replica runs; Ray Serve calls this."""
         self._in_place.take_over(user_config)
 
-    async def hold(self, request: Generation, infos: Sequence[RowsInfo], *rows: np.ndarray) -> str:
-        """Keep a request and its embeddings until :meth:`generate` takes them.
+    async def hold(
+        self,
+        request: Generation,
+        span: Carrier,
+        reader: str,
+        infos: Sequence[RowsInfo | PixelsInfo],
+        *arrays: np.ndarray,
+    ) -> Sent | tuple[str, list[Encoded]] | Refusal:
+        """Take a request and its embeddings. If the channel to ``reader`` is open, the answer goes there to
+        its end; else the request is kept until :meth:`generate` takes it.
 
         Args:
-            rows: embedding rows, one array for each of ``infos``; Ray has resolved their references.
+            arrays: embedding rows, or pixels to encode, for each of ``infos``; Ray has resolved their
+                references.
 
         Returns:
-            This replica's id: the session to call :meth:`generate` with.
+            That the answer has ended; or this replica's id, the session to call :meth:`generate` with, and
+            what was encoded.
         """
-        self._held.keep(Held(request, _embedded(infos, rows)))
-        return self._name()
+        current.set(span)
+        return await answered(self._hold(request, reader, infos, arrays))
+
+    async def _hold(
+        self,
+        request: Generation,
+        reader: str,
+        infos: Sequence[RowsInfo | PixelsInfo],
+        arrays: Sequence[np.ndarray],
+    ) -> Sent | tuple[str, list[Encoded]]:
+        media, encoded = await self._embedded(infos, arrays)
+        outbox = self._outboxes.find(reader)
+        # What was encoded is for the answer's report, so it is told first.
+        if outbox is None or encoded:
+            self._held.keep(Held(request, media))
+            return self._name(), encoded
+        relay = Relay()
+        try:
+            with outbox.answer():
+                async with aclosing(self._stage.generate(request, media, relay)) as updates:
+                    await _send(updates, outbox, relay)
+        except SightlineError as error:
+            if not outbox.fail(request.request_id, error):
+                raise
+        return Sent()
+
+    async def _embedded(
+        self, infos: Sequence[RowsInfo | PixelsInfo], arrays: Sequence[np.ndarray]
+    ) -> tuple[list[EmbeddedMedia], list[Encoded]]:
+        """Embedding rows of each item, and what was encoded for that."""
+        encoded: list[Encoded] = []
+
+        async def made(info: RowsInfo | PixelsInfo, array: np.ndarray) -> EmbeddedMedia:
+            if isinstance(info, RowsInfo):
+                return info.embedded(array)
+            began = time.perf_counter()
+            rows = await self._encoder.encode(PreparedMedia(info.item, array), info.salt)
+            encoded.append(Encoded(rows.hash, rows.cached, time.perf_counter() - began))
+            return rows
+
+        return await all_or_none(made(*each) for each in zip(infos, arrays, strict=True)), encoded
 
     async def updates(self, reader: str, replica: str) -> AsyncIterator[Message | Refusal]:
         """Open the channel to ``reader``, and stream the updates of its answers; see
@@ -358,7 +403,8 @@ class LanguageModelReplica(_Encodes):
         try:
             held = self._held.take(given) if isinstance(given, str) else Held(given, [])
             outbox = self._outboxes.find(reader)
-            async with aclosing(self._stage.generate(held.request, held.media)) as updates:
+            relay = Relay()
+            async with aclosing(self._stage.generate(held.request, held.media, relay)) as updates:
                 update: StreamUpdate | None = None
                 if outbox is None:
                     yield Here(self._name(), await self._lines.address())
@@ -375,18 +421,27 @@ class LanguageModelReplica(_Encodes):
                         yield Elsewhere()
                         if update is not None:
                             outbox.put(update)
-                        async for update in updates:
-                            outbox.put(update)
+                        await _send(updates, outbox, relay)
         except SightlineError as error:
             if outbox is None or not outbox.fail(held.request.request_id, error):
                 yield Refusal(error)
 
     async def embed(
-        self, request: Pooling, span: Carrier, infos: Sequence[RowsInfo], *rows: np.ndarray
-    ) -> EmbeddingOutput | Refusal:
-        """Pool a prompt's hidden states into a vector; ``infos`` and ``rows`` as in :meth:`hold`."""
+        self,
+        request: Pooling,
+        span: Carrier,
+        infos: Sequence[RowsInfo | PixelsInfo],
+        *arrays: np.ndarray,
+    ) -> tuple[EmbeddingOutput, list[Encoded]] | Refusal:
+        """Pool a prompt's hidden states into a vector; ``infos`` and ``arrays`` as in :meth:`hold`."""
         current.set(span)
-        return await answered(self._stage.embed(request, _embedded(infos, rows)))
+        return await answered(self._embed(request, infos, arrays))
+
+    async def _embed(
+        self, request: Pooling, infos: Sequence[RowsInfo | PixelsInfo], arrays: Sequence[np.ndarray]
+    ) -> tuple[EmbeddingOutput, list[Encoded]]:
+        media, encoded = await self._embedded(infos, arrays)
+        return await self._stage.embed(request, media), encoded
 
     @staticmethod
     def _name() -> str:
@@ -411,6 +466,10 @@ class LanguageModelReplica(_Encodes):
     async def measured(self) -> Part:
         """The metrics of this replica."""
         return _named(self._stage.families())
+
+    async def encoder_measured(self) -> Part:
+        """The metrics of this replica's encoder."""
+        return _named(self._encoder.families())
 
     async def record_routing_stats(self) -> dict[str, float]:
         """Facts about this replica that the routers of its deployment need; Ray Serve brings it to them."""
@@ -439,13 +498,16 @@ class LanguageModelReplica(_Encodes):
             self._encoder.close()
 
 
+async def _send(updates: AsyncIterator[StreamUpdate], outbox: Outbox, relay: Relay) -> None:
+    """Put an answer's updates into a channel. All but the first go there by themselves, up to the last."""
+    async for update in updates:
+        outbox.put(update)
+        relay.to = outbox.put
+
+
 def _named(families: list[Family]) -> Part:
     return Part({"replica": serve.get_replica_context().replica_id.unique_id}, families)
 
 
 def _given(kept: Sequence[tuple[int, KeptFiles]], files: Sequence[Any]) -> dict[int, KeptFiles]:
     return {index: replace(entry, files=held) for (index, entry), held in zip(kept, files, strict=True)}
-
-
-def _embedded(infos: Sequence[RowsInfo], rows: Sequence[np.ndarray]) -> list[EmbeddedMedia]:
-    return [info.embedded(array) for info, array in zip(infos, rows, strict=True)]

@@ -8,12 +8,13 @@ from dataclasses import replace
 from functools import reduce
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from deployments.ray_serve.channel import Outbox, Outboxes
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import RemoteLanguageModel
-from deployments.ray_serve.handoff import PIECE_BYTES
+from deployments.ray_serve.handoff import PIECE_BYTES, RowsInfo, RowsRef
 from deployments.ray_serve.line import Lines, follow
 from deployments.ray_serve.replicas import HeldRequests, LanguageModelReplica
 from deployments.stages import Generation, StageLost
@@ -37,8 +38,8 @@ class Stage:
     def __init__(self) -> None:
         self.answers: dict[str, Mailbox] = {}
 
-    async def generate(self, request, media):
-        mailbox = self.answers[request.request_id] = Mailbox()
+    async def generate(self, request, media, relay):
+        mailbox = self.answers[request.request_id] = Mailbox(relay)
         try:
             while not (found := await mailbox.get()).finished:
                 yield found
@@ -100,19 +101,37 @@ class Call:
         self.task.cancel()
 
 
+class PlainCall:
+    """A call that isn't streamed."""
+
+    def __init__(self, work) -> None:
+        self.task = asyncio.ensure_future(work)
+
+    def __await__(self):
+        return self.task.__await__()
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+
 class Handle:
     """A deployment handle: calls go to the replica of their session, or to the first."""
 
     def __init__(self, *replicas: Replica) -> None:
         self.replicas = {replica.name: replica for replica in replicas}
-        self.calls: dict[str, list[Call]] = {"generate": [], "updates": []}
+        self.calls: dict[str, list] = {"generate": [], "updates": [], "hold": []}
+
+    @property
+    def hold(self):
+        return self.options().hold
 
     def options(self, session_id: str = "", **_):
         replica = self.replicas.get(session_id, next(iter(self.replicas.values())))
 
         def caller(method: str):
             def remote(*args):
-                self.calls[method].append(Call(getattr(replica, method)(*args)))
+                kind = PlainCall if method == "hold" else Call
+                self.calls[method].append(kind(getattr(replica, method)(*args)))
                 return self.calls[method][-1]
 
             return SimpleNamespace(remote=remote)
@@ -136,13 +155,13 @@ class World:
     def answers(self) -> dict[str, Mailbox]:
         return self.replica._stage.answers
 
-    def start(self, name: str) -> asyncio.Task:
+    def start(self, name: str, *media) -> asyncio.Task:
         """Read an answer to its end: its updates, and the error that ended it."""
         found: list[StreamUpdate] = []
 
         async def read():
             request = Generation(name, EngineInput([1]), SamplingParams())
-            async with aclosing(self.model.generate(request, ())) as updates:
+            async with aclosing(self.model.generate(request, media)) as updates:
                 try:
                     async for each in updates:
                         found.append(each)
@@ -156,9 +175,9 @@ class World:
         task.found = found  # type: ignore[attr-defined]
         return task
 
-    async def begin(self, name: str) -> asyncio.Task:
+    async def begin(self, name: str, *media) -> asyncio.Task:
         """As :meth:`start`, but return once the replica works on the request."""
-        task = self.start(name)
+        task = self.start(name, *media)
         await wait_until(lambda: name in self.answers, 60)
         return task
 
@@ -288,6 +307,46 @@ async def test_an_answer_whose_end_was_in_a_broken_channel_is_lost(world):
     channel.task.cancel()
     found, error = await asyncio.wait_for(task, 60)
     assert not found and type(error) is StageLost
+
+
+ROWS = RowsRef(RowsInfo("h", "float32"), np.zeros((1, 2), np.float32))
+
+
+async def test_an_answer_to_an_image_is_one_call_once_the_channel_is_open(either):
+    first = await either.begin("first", ROWS)
+    await wait_until(lambda: either.replica._outboxes.find(either.model._inbox.name), 60)
+    either.answers["first"].put(update("first", 0, last=True))
+    assert await asyncio.wait_for(first, 60) == ([update("first", 0, last=True)], None)
+    assert [len(either.handle.calls[method]) for method in ("hold", "generate")] == [1, 1]
+    task = await either.begin("one", ROWS)
+    for number in range(3):
+        either.answers["one"].put(update("one", number, last=number == 2))
+        await wait_until(lambda n=number: len(task.found) > n, 60)
+    assert await asyncio.wait_for(task, 60) == ([update("one", n, last=n == 2) for n in range(3)], None)
+    # One that the engine ends, and one that the client leaves.
+    task, left = await either.begin("two", ROWS), await either.begin("three", ROWS)
+    either.answers["two"].put(update("two", 0))
+    either.answers["two"].fail(NoTokenAllowed("no token may follow"))
+    found, error = await asyncio.wait_for(task, 60)
+    assert found == [update("two", 0)] and type(error) is NoTokenAllowed
+    left.cancel()
+    await wait_until(lambda: not either.answers, 60)
+    assert [len(either.handle.calls[method]) for method in ("hold", "generate")] == [4, 1]
+    assert not len(either.replica._held)
+
+
+@pytest.mark.parametrize("lost", ["line", "call"])
+async def test_an_answer_to_an_image_is_lost_with_its_line_or_its_call(near, lost):
+    await near.open()
+    task = await near.begin("one", ROWS)
+    near.answers["one"].put(update("one", 0))
+    await wait_until(lambda: task.found, 60)
+    near.answers["one"].put(update("one", 1))
+    (connection,) = near.replica._lines._connections
+    (connection if lost == "line" else near.handle.calls["hold"][-1].task).cancel()
+    found, error = await asyncio.wait_for(task, 60)
+    assert found[:1] == [update("one", 0)] and type(error) is StageLost
+    await wait_until(lambda: not near.answers, 60)
 
 
 @pytest.fixture

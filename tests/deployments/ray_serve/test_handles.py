@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import numpy as np
@@ -28,15 +29,25 @@ from deployments.ray_serve.handles import (
     RemotePreprocessor,
     remote_stages,
 )
-from deployments.ray_serve.handoff import PixelsRef, RowsInfo, RowsRef, cancel, pack, pieces
+from deployments.ray_serve.handoff import (
+    Encoded,
+    PixelsInfo,
+    PixelsRef,
+    RowsInfo,
+    RowsRef,
+    cancel,
+    pack,
+    pieces,
+)
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.replay import Patience, carried_on
+from deployments.report import ItemReport, begin_report
 from deployments.stages import Generation, Pooling, RowsLost, StageLost
 from deployments.tasks import all_or_none
 from engine.errors import InvalidRequest, Overloaded, SightlineError
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.pooling_params import PoolingParams
-from engine.prompt import EngineInput, KeptFiles
+from engine.prompt import EngineInput, KeptFiles, MediaItem, PlaceholderRun
 from engine.sampling_params import SamplingParams
 from tests.serving import wait_until
 
@@ -72,9 +83,9 @@ class Handle:
         refusal = Refusal(Misrouted("no channel"))
         return SimpleNamespace(remote=lambda reader, replica: Response(self, [refusal]))
 
-    async def _hold(self, request, infos, *rows):
-        self.held.append((request, len(rows)))
-        return "b"
+    async def _hold(self, request, span, reader, infos, *arrays):
+        self.held.append((request, len(arrays)))
+        return "b", []
 
 
 class Response:
@@ -291,12 +302,12 @@ class Recorder:
         def remote(*args):
             self.calls.append((name, args))
             streams = {"generate": [Here("b"), pack(LAST)], "updates": []}
-            return Response(self, streams[name]) if name in streams else self._answer()
+            return Response(self, streams[name]) if name in streams else self._answer(name)
 
         return SimpleNamespace(remote=remote)
 
-    async def _answer(self) -> str:
-        return "b"
+    async def _answer(self, name: str) -> Any:
+        return ("b", []) if name in ("hold", "embed") else "b"
 
 
 async def test_every_call_fits_the_method_of_its_replica():
@@ -321,13 +332,37 @@ async def test_every_call_fits_the_method_of_its_replica():
             bound = inspect.signature(getattr(replica, name)).bind(None, *args).arguments
             # Parameters of one type in the wrong order would be bound as well.
             assert bound.get("span", {}) == {}, name
-            assert all(row is None for row in bound.get("rows", ())), name
+            assert all(row is None for row in bound.get("arrays", ())), name
             if name == "prepare":
                 kept = [KeptFiles(None, "digest", 1) for _ in bound.get("files", ())]
                 assert bound["caller"] == "key" and [entry for _, entry in bound["kept"]] == kept
                 assert bound.get("files", ()) in ((), ("reference",))
     called = {name for name, _ in model.calls}
     assert called == {"hold", "generate", "updates", "embed", "max_model_len", "device"}
+
+
+async def test_a_report_says_what_the_language_model_s_replica_has_encoded():
+    handle = Recorder()
+    handle.app_name, handle.deployment_name = "app", "LanguageModel"
+    held = [Encoded("h", True, 0.25)]
+    handle._answer = lambda name: answer(("b", held) if name == "hold" else (None, held))
+
+    async def answer(found):
+        return found
+
+    stages = remote_stages(handle, None, handle)
+    item = MediaItem("image", "h", 1, (1, 1, 1), (1, 1), (PlaceholderRun(0, 1, True),))
+    rows = await stages.encoder.encode(PixelsRef(item, "pixels"), "tenant")
+    assert rows == RowsRef(PixelsInfo(item, "tenant"), "pixels") and not rows.cached and not handle.calls
+    for ask in (
+        lambda: anext(stages.language_model.generate(generation(), (rows,))),
+        lambda: stages.language_model.embed(Pooling("one", EngineInput([1]), PoolingParams()), (rows,)),
+    ):
+        report = begin_report({}, lambda: "id")
+        report.prepared([ItemReport(item, rows.cached, {"fetch": 0.5, "encode": 0.0})])
+        await ask()
+        assert report.media == [ItemReport(item, True, {"fetch": 0.5, "encode": 0.25})]
+        assert report.seconds == {"fetch": 0.5, "encode": 0.25}
 
 
 class FailingCall:

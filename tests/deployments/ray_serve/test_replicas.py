@@ -5,11 +5,13 @@ import asyncio
 import numpy as np
 import pytest
 
+from deployments.ray_serve.channel import Outboxes
 from deployments.ray_serve.failures import Misrouted, Refusal, answered, checked
-from deployments.ray_serve.replicas import Held, HeldRequests
+from deployments.ray_serve.handoff import PixelsInfo, RowsInfo
+from deployments.ray_serve.replicas import Held, HeldRequests, LanguageModelReplica
 from deployments.stages import Generation
 from engine.errors import InvalidRequest
-from engine.prompt import EmbeddedMedia, EngineInput
+from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
 from engine.sampling_params import SamplingParams
 
 HELD = Held(
@@ -35,6 +37,39 @@ async def test_held_requests_are_dropped_after_a_while():
     asyncio.get_running_loop().call_later(0.001, later.set)
     await asyncio.wait_for(later.wait(), 60)
     assert len(held) == 0
+
+
+class Encoding(LanguageModelReplica):
+    """A replica whose encoder doubles pixels, and has seen those of one tenant before."""
+
+    def __init__(self) -> None:
+        self._held, self._encoder, self._outboxes = HeldRequests(), self, Outboxes()
+
+    def _name(self) -> str:
+        return "a"
+
+    async def encode(self, media: PreparedMedia, salt: str) -> EmbeddedMedia:
+        if salt == "stranger":
+            raise InvalidRequest("no", param="image")
+        return EmbeddedMedia(media.item.hash, media.pixels * 2, "float32", cached=salt == "tenant")
+
+    def __del__(self) -> None:
+        """Nothing was loaded."""
+
+
+async def test_a_replica_encodes_what_comes_as_pixels():
+    replica, rows = Encoding(), np.ones((1, 2), np.float32)
+    infos = [PixelsInfo(described("x"), "tenant"), RowsInfo("y", "float32"), PixelsInfo(described("z"), "")]
+    name, encoded = await replica.hold(HELD.request, {}, "reader", infos, rows, rows * 3, rows * 5)
+    assert name == "a" and sorted((each.hash, each.cached) for each in encoded) == [("x", True), ("z", False)]
+    media = replica._held.take("one").media
+    assert [(each.hash, each.rows[0, 0]) for each in media] == [("x", 2), ("y", 3), ("z", 10)]
+    refusal = await replica.hold(HELD.request, {}, "reader", [PixelsInfo(described("x"), "stranger")], rows)
+    assert isinstance(refusal, Refusal) and refusal.error.param == "image" and not len(replica._held)
+
+
+def described(name: str) -> MediaItem:
+    return MediaItem("image", name, 1, (1, 1, 1), (1, 1), (PlaceholderRun(0, 1, True),))
 
 
 async def test_a_refusal_is_a_result_and_a_bug_is_raised():
