@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.families.minicpm_v.config import pieces
 from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
 
@@ -32,3 +33,14 @@ class MergedVisionConfig:
     def side(self) -> int:
         """Side, in patches, of the square that becomes one row."""
         return 2 if self.merged_after is None else 4
+
+
+def all_pieces(grid: tuple[int, ...]) -> list[tuple[int, int]]:
+    """``(height, width)`` in patches of each piece of an image, or of each frame of a video, one by one.
+
+    Args:
+        grid: an image's, see :func:`engine.families.minicpm_v.config.pieces`; a video's is that of a frame
+            with the number of frames behind it.
+    """
+    image, frames = grid[:6], grid[6:]
+    return pieces(image) * (frames[0] if frames else 1)

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.families.minicpm_v.config import pieces
-from engine.families.minicpm_v4_6.config import MergedVisionConfig
+from engine.families.minicpm_v4_6.config import MergedVisionConfig, all_pieces
 from engine.families.minicpm_v4_6.squares import nested_order
 from engine.graphs import Capture
 from engine.layers.build import BuildContext
@@ -51,10 +50,10 @@ class WindowMerger(nn.Module):
 
 
 class MergedVisionEncoder(nn.Module):
-    """Encodes an image's uint8 patches ``(N, 3, patch²)`` to rows ``(N / side², out_features)``.
+    """Encodes an image's or a video's uint8 patches ``(N, 3, patch²)`` to rows ``(N / side², out_features)``.
 
     Patches come piece by piece, in each in the order of :func:`nested_order`. Grids are those of
-    :func:`engine.families.minicpm_v.config.pieces`.
+    :func:`engine.families.minicpm_v4_6.config.all_pieces`.
     """
 
     def __init__(self, config: MergedVisionConfig, build: BuildContext) -> None:
@@ -86,7 +85,7 @@ class MergedVisionEncoder(nn.Module):
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         for entry in media:
             self._check(entry)
-        sizes = [piece for entry in media for piece in pieces(entry.item.grid)]
+        sizes = [piece for entry in media for piece in all_pieces(entry.item.grid)]
         lengths = [height * width for height, width in sizes]
         positions = torch.cat([self._positions(*size) for size in sizes])
         segments = segments_of(lengths, self.device, positions=positions)
@@ -105,8 +104,8 @@ class MergedVisionEncoder(nn.Module):
     def _check(self, entry: PreparedMedia) -> None:
         grid, side = entry.item.grid, self.config.side
         fits = (
-            len(grid) == 6
-            and all(length > 0 and length % side == 0 for piece in pieces(grid) for length in piece)
+            len(grid) == (7 if entry.item.kind == "video" else 6)
+            and all(length > 0 and length % side == 0 for piece in all_pieces(grid) for length in piece)
             and entry.pixels.shape == (_patches(grid), 3, self.config.patch_size**2)
             and entry.pixels.dtype == np.uint8
             and entry.item.num_tokens * side**2 == _patches(grid)
@@ -116,4 +115,4 @@ class MergedVisionEncoder(nn.Module):
 
 
 def _patches(grid: tuple[int, ...]) -> int:
-    return sum(height * width for height, width in pieces(grid))
+    return sum(height * width for height, width in all_pieces(grid))

@@ -11,13 +11,13 @@ from engine.checkpoint.rules import MULTI_TOKEN_HEADS, WeightRules
 from engine.errors import CheckpointError
 from engine.families.base import MediaEncoder, ModelConfig, PromptFormat
 from engine.families.family import Family
-from engine.families.minicpm_v.config import pieces
-from engine.families.minicpm_v4_6.config import MergedVisionConfig
+from engine.families.minicpm_v4_6.config import MergedVisionConfig, all_pieces
 from engine.families.minicpm_v4_6.processor import MiniCPMV46Processor
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
+from engine.layers.decoder_config import DecoderConfig
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.normalisation import HALF_NORMALISATION
 
@@ -70,20 +70,28 @@ def _vision(raw: Json, processor: Json, hidden: int) -> MergedVisionConfig:
     )
 
 
+def _video_token(raw: Json, decoder: DecoderConfig) -> int | None:
+    return None if raw.get("video_token_id") is None else integer(raw, "video_token_id", least=0)
+
+
 def _with_marks(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Adds the strings of the tokens in prompts, and whether prompts give each image its number."""
+    """Adds the strings of the tokens in prompts, and the kinds of media that prompts number."""
     tokenizer = checkpoint.json("tokenizer_config.json")
     named = {**tokenizer, **(tokenizer.get("extra_special_tokens") or {})}
     added = checkpoint.json("tokenizer.json").get("added_tokens") or []
-    placeholder = next((token["content"] for token in added if token["id"] == config.image_token_id), None)
+    texts = {token["id"]: token["content"] for token in added}
+    placeholder, of_video = texts.get(config.image_token_id), texts.get(config.video_token_id)
     if placeholder is None:
         raise CheckpointError(
             f"config.json: image_token_id {config.image_token_id} is no special token of the tokenizer",
             param="image_token_id",
         )
     marks: dict[str, Any] = {name: _content(named.get(name, text)) for name, text in _MARKS.items()}
-    numbered = bool(checkpoint.preprocessor_config.get("use_image_id", True))
-    return replace(config, extra={**marks, "placeholder": placeholder, "numbered": numbered})
+    stated = bool(checkpoint.preprocessor_config.get("use_image_id", True))
+    numbered = {"image": stated, "video": stated}
+    marks |= {"image": placeholder, "video": of_video, "numbered": numbered}
+    # A model whose tokenizer has no token for videos isn't shown any.
+    return replace(config, extra=marks, video_token_id=None if of_video is None else config.video_token_id)
 
 
 def _content(token: Any) -> str:
@@ -93,21 +101,27 @@ def _content(token: Any) -> str:
 def _placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
-    """The image's number, the overview, and the slices row by row."""
+    """The image's number, the overview, and the slices row by row; of a video likewise, frame by frame."""
     marks = config.extra
     assert marks is not None
-    row = marks["placeholder"]
-    _, _, rows, columns, _, _ = item.grid
-    text = f"{marks['image_id_start_token']}{index}{marks['image_id_end_token']}" if marks["numbered"] else ""
-    text += f"{marks['image_start_token']}{row}{marks['image_end_token']}"
-    text += "\n".join([f"{marks['slice_start_token']}{row}{marks['slice_end_token']}" * columns] * rows)
-    counts = iter(height * width // config.vision.side**2 for height, width in pieces(item.grid))
+    row = marks[item.kind]
+    _, _, rows, columns, _, _, *frames = item.grid
+    frame = f"{marks['image_start_token']}{row}{marks['image_end_token']}"
+    frame += "\n".join([f"{marks['slice_start_token']}{row}{marks['slice_end_token']}" * columns] * rows)
+    text = f"{marks['image_id_start_token']}{index}{marks['image_id_end_token']}"
+    text = text if marks["numbered"][item.kind] else ""
+    text += frame * (frames[0] if frames else 1)
+    token_id = config.video_token_id if item.kind == "video" else config.image_token_id
+    counts = iter(height * width // config.vision.side**2 for height, width in all_pieces(item.grid))
     return tuple(
-        PlaceholderRun(token, next(counts), True)
-        if token == config.image_token_id
-        else PlaceholderRun(token, 1, False)
+        PlaceholderRun(token, next(counts), True) if token == token_id else PlaceholderRun(token, 1, False)
         for token in encode(text)
     )
+
+
+def _prompt_format(config: ModelConfig) -> PromptFormat:
+    assert config.extra is not None
+    return PromptFormat(image=config.extra["image"], video=config.extra["video"])
 
 
 def _weights(config: ModelConfig) -> WeightRules:
@@ -142,9 +156,10 @@ FAMILY = Family(
         text=nested_text("qwen3_5_text", text_may_tie=False),
         vision=_vision,
         image_token=token_field("image_token_id", default=0),
+        video_token=_video_token,
         finish=_with_marks,
     ),
-    prompt_format=lambda config: PromptFormat(image=(config.extra or {})["placeholder"]),
+    prompt_format=_prompt_format,
     placeholder=_placeholder,
     processor=MiniCPMV46Processor.create,
     options=("max_slice_nums",),

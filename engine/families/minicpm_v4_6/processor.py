@@ -1,4 +1,7 @@
-"""MiniCPM-V 4.6's images: sliced, resized to whole merged squares, and cut into patches."""
+"""MiniCPM-V 4.6's images and videos: sliced, resized to whole merged squares, and cut into patches.
+
+A video is shown frame by frame, each as an image is, a frame a second.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,22 @@ import numpy as np
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
-from engine.families.minicpm_v.config import pieces
 from engine.families.minicpm_v.processor import fit, slice_grid
-from engine.families.minicpm_v4_6.config import MergedVisionConfig
+from engine.families.minicpm_v4_6.config import MergedVisionConfig, all_pieces
 from engine.families.minicpm_v4_6.squares import nested_order
-from engine.families.parsing.processor import count_option, lowered, request_options, require_steps
+from engine.families.parsing.processor import (
+    count_option,
+    lowered,
+    request_options,
+    require_same_colours,
+    require_steps,
+)
 from engine.media.keys import content_hash
 from engine.media.resize import resize
-from engine.media.video.video import Video
+from engine.media.video.sampling import DEFAULT_RULES, FrameRules, minicpm_indices
+from engine.media.video.video import Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
+from engine.vision.normalisation import HALF_NORMALISATION
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,13 +42,15 @@ _DEFAULTS: dict[str, Any] = {
     "slice_mode": True,
     "downsample_mode": "16x",
     "resample": 3,
+    "max_num_frames": 128,
+    "stack_frames": 1,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class MiniCPMV46Processor:
     """See :class:`engine.families.base.MediaProcessor`. Pixels are patches; grids are those of
-    :func:`engine.families.minicpm_v.config.pieces`.
+    :func:`engine.families.minicpm_v4_6.config.all_pieces`.
 
     Attributes:
         resolution: side in pixels of a square with the area of the overview and of each slice.
@@ -47,6 +59,8 @@ class MiniCPMV46Processor:
         image_token_id: the token that rows replace.
         max_slices: most slices of an image.
         resample: PIL's filter number.
+        video: shows a frame as this one shows an image; None for a processor of frames.
+        frames: the most frames of a video file.
     """
 
     resolution: int
@@ -55,6 +69,8 @@ class MiniCPMV46Processor:
     image_token_id: int
     max_slices: int
     resample: int
+    video: MiniCPMV46Processor | None = None
+    frames: FrameRules = DEFAULT_RULES
 
     embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
@@ -68,15 +84,36 @@ class MiniCPMV46Processor:
             CheckpointError: naming the field that doesn't fit the model.
             ConfigError: the option is out of bounds.
         """
-        raw, vision = {**_DEFAULTS, **checkpoint.preprocessor_config}, config.vision
-        assert isinstance(vision, MergedVisionConfig) and config.image_token_id is not None
+        vision, stated = config.vision, checkpoint.preprocessor_config
+        assert isinstance(vision, MergedVisionConfig)
+        made = cls._of("preprocessor_config.json", stated, config, options)
+        if config.video_token_id is None:
+            return made
+        of_video = checkpoint.video_preprocessor_config or stated
+        video = cls._of("video_preprocessor_config.json", of_video, config, options)
+        require_same_colours(of_video, vision.normalisation, HALF_NORMALISATION)
+        stacked = of_video.get("stack_frames", 1)
+        if stacked != 1:
+            raise CheckpointError(
+                f"video_preprocessor_config.json: stack_frames {stacked!r} is not supported; 1 is",
+                param="stack_frames",
+            )
+        most = of_video.get("max_num_frames", _DEFAULTS["max_num_frames"])
+        video = replace(video, image_token_id=config.video_token_id)
+        return replace(made, video=video, frames=FrameRules(max_frames=most))
+
+    @classmethod
+    def _of(
+        cls, file: str, stated: Mapping[str, Any], config: ModelConfig, options: Mapping[str, Any]
+    ) -> MiniCPMV46Processor:
+        """The processor of images, or of frames, by what ``file`` has ``stated``."""
+        raw, vision = {**_DEFAULTS, **stated}, config.vision
+        assert config.image_token_id is not None
         require_steps(raw, "do_resize")
         mode = "4x" if vision.side == 2 else "16x"
         for field, value in (("patch_size", vision.patch_size), ("downsample_mode", mode)):
             if raw[field] != value:
-                raise CheckpointError(
-                    f"preprocessor_config.json: {field} should be {value}, not {raw[field]!r}", param=field
-                )
+                raise CheckpointError(f"{file}: {field} should be {value}, not {raw[field]!r}", param=field)
         most = count_option(options, "max_slice_nums", raw["max_slice_nums"], _MAX_SLICES)
         return cls(
             resolution=raw["scale_resolution"],
@@ -102,28 +139,49 @@ class MiniCPMV46Processor:
         return height * self.side, width * self.side
 
     def check(self, size: tuple[int, int]) -> int:
-        return sum(height * width for height, width in pieces(self.grid(size))) // self.side**2
+        return sum(height * width for height, width in all_pieces(self.grid(size))) // self.side**2
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
         grid = self.grid(image.size)
-        height, width, rows, columns, slice_height, slice_width = grid
-        parts = self._cut(image, (height, width), (1, 1))
-        if rows:
-            parts += self._cut(image, (slice_height, slice_width), (rows, columns))
-        patches = np.concatenate(parts)
+        patches = np.concatenate(self._pieces(image))
         options = {"grid": list(grid)}
         key = content_hash(patches, family="minicpm_v4_6", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), patches)
 
     def with_options(self, options: Mapping[str, Any]) -> MiniCPMV46Processor:
         options = request_options(options, "max_slice_nums")
-        return replace(self, max_slices=lowered(options, "max_slice_nums", self.max_slices))
+        video = None if self.video is None else self.video.with_options(options)
+        return replace(self, max_slices=lowered(options, "max_slice_nums", self.max_slices), video=video)
 
     def low_detail(self) -> MiniCPMV46Processor:
-        return replace(self, max_slices=1)
+        return replace(self, max_slices=1, video=None if self.video is None else self.video.low_detail())
+
+    def choose_frames(self, info: VideoInfo, asked: VideoOptions) -> list[int]:
+        return minicpm_indices(info, self.frames, asked)
+
+    def check_video(self, size: tuple[int, int], count: int) -> int:
+        return count * self._frame().check(size)
 
     def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes videos as images, one for each frame", param="video")
+        shown = self._frame()
+        patches = np.concatenate([part for frame in video.frames for part in shown._pieces(frame)])
+        grid = (*shown.grid(video.size), video.count)
+        options = {"grid": list(grid)}
+        key = content_hash(patches, family="minicpm_v4_6", options=options, kind="video", size=video.size)
+        rows = self.check_video(video.size, video.count)
+        item = MediaItem.of_rows("video", key, shown.image_token_id, rows, grid=grid, size=video.size)
+        return PreparedMedia(item, patches)
+
+    def _frame(self) -> MiniCPMV46Processor:
+        if self.video is None:
+            raise InvalidRequest("this model takes images, not videos", param="video")
+        return self.video
+
+    def _pieces(self, image: Image.Image) -> list[np.ndarray]:
+        """The patches of each piece of an image: uint8 ``(N, 3, patch²)``."""
+        height, width, rows, columns, slice_height, slice_width = self.grid(image.size)
+        parts = self._cut(image, (height, width), (1, 1))
+        return parts + (self._cut(image, (slice_height, slice_width), (rows, columns)) if rows else [])
 
     def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
         return sized_item(self, description, key)

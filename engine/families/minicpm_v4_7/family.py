@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.7: as MiniCPM-V 4.6, but an image's tokens have positions on a canvas."""
+"""MiniCPM-V 4.7: as MiniCPM-V 4.6, but an image's tokens have positions on a canvas, and videos no number."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from engine.prompt import MediaSpan
 def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Adds the ids of the tokens around images and slices."""
     config = MINICPM_V4_6.reader.finish(config, checkpoint)
+    assert config.extra is not None
     fields = ("image_start_id", "image_end_id", "slice_start_id", "slice_end_id", "newline_id")
     tokens = CanvasTokens(*(integer(checkpoint.config, field, least=0) for field in fields))
-    return replace(config, extra={**(config.extra or {}), "canvas": tokens})
+    numbered = {**config.extra["numbered"], "video": False}
+    return replace(config, extra={**config.extra, "canvas": tokens, "numbered": numbered})
 
 
 def _positions(config: ModelConfig, ids: Sequence[int], spans: Sequence[MediaSpan]) -> tuple[np.ndarray, int]:

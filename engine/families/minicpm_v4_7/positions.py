@@ -1,4 +1,4 @@
-"""Positions on three axes (time, row, column) of MiniCPM-V 4.7: an image is a canvas.
+"""Positions on three axes (time, row, column) of MiniCPM-V 4.7: an image, or a video's frame, is a canvas.
 
 Its overview is stretched over the canvas, its slices lie side by side on it, and the tokens around them stand
 at their corners and edges.
@@ -32,7 +32,7 @@ class CanvasTokens:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """An image in a prompt.
+    """An image, or a video's frame, in a prompt.
 
     Attributes:
         crops: ranges of tokens that take rows: of the overview, then of the slices.
@@ -95,13 +95,15 @@ def _frames(ids: Sequence[int], spans: Sequence[MediaSpan], side: int, marks: fr
     frames = []
     for span in spans:
         crops = span.runs()
-        end = crops[-1][1]
-        while end < len(ids) and ids[end] in marks:
-            end += 1
         height, width, rows, columns, piece_height, piece_width = (
-            value // side if axis not in (2, 3) else value for axis, value in enumerate(span.item.grid)
+            value // side if axis not in (2, 3) else value for axis, value in enumerate(span.item.grid[:6])
         )
-        frames.append(_Frame(crops, end, (height, width), (piece_height, piece_width), rows, columns))
+        for first in range(0, len(crops), 1 + rows * columns):
+            own = crops[first : first + 1 + rows * columns]
+            end = own[-1][1]
+            while end < len(ids) and ids[end] in marks:
+                end += 1
+            frames.append(_Frame(own, end, (height, width), (piece_height, piece_width), rows, columns))
     return frames
 
 

@@ -175,6 +175,26 @@ def smolvlm_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> 
     return np.unique(np.linspace(first, end, count, dtype=int)).tolist()
 
 
+def minicpm_indices(info: VideoInfo, rules: FrameRules, asked: VideoOptions) -> list[int]:
+    """Indices as Transformers' ``MiniCPMV4_6VideoProcessor.sample_frames`` gives them without stacked frames:
+    one a second, or, of a video of more seconds than the most frames, that many of all tenths of a second.
+
+    Args:
+        asked: its ``num_frames`` are the most frames.
+
+    Raises:
+        InvalidRequest: the caller asks for a rate, which the model decides by itself.
+    """
+    _refuse(asked.fps, "fps", "ask for num_frames, which are the most that it is shown")
+    most, last, duration = asked.num_frames or rules.max_frames, info.frames - 1, info.duration
+    if duration <= most:
+        return [min(int(second * info.fps), last) for second in range(math.ceil(duration))]
+    tenths = [min(int(round(tenth * 0.1, 1) * info.fps), last) for tenth in range(int(duration / 0.1))]
+    if len(tenths) <= most:
+        return tenths
+    return [tenths[index] for index in np.linspace(0, len(tenths) - 1, most, dtype=int)]
+
+
 def _paired(indices: list[int]) -> list[int]:
     """Each index once, and the last one twice if their number is odd."""
     once = list(dict.fromkeys(indices or [0]))

@@ -28,6 +28,7 @@ from tests.engine.families.lfm2_vl import Lfm2VlReference, make_lfm2_vl
 from tests.engine.families.llava_next import LlavaNextReference, make_llava_next
 from tests.engine.families.llava_variants import LlavaVariantReference, make_llava_variant
 from tests.engine.families.minicpm_v4_6 import IMAGE as MINICPM_IMAGE
+from tests.engine.families.minicpm_v4_6 import VIDEO as MINICPM_VIDEO
 from tests.engine.families.minicpm_v4_6 import MiniCPMV46Reference, make_minicpm_v4_6
 from tests.engine.families.onevision import OnevisionReference, make_onevision
 from tests.engine.families.ovis2 import Ovis2Reference, make_ovis2
@@ -292,6 +293,7 @@ CASES = [
         MiniCPMV46Reference,
         frame=qwen.FRAME,
         placeholder=lambda index, count: MINICPM_IMAGE,
+        video=MINICPM_VIDEO,
         # 4 slices, and 2 below each other; 2 beside each other, and none; 6, none, and none.
         single=((60, 44), (20, 44)),
         several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
@@ -304,6 +306,7 @@ CASES = [
         frame=qwen.FRAME,
         # The line feed belongs to the image, and so do images without numbers to those before.
         placeholder=lambda index, count: MINICPM_IMAGE + "\n",
+        video=MINICPM_VIDEO,
         single=((60, 44), (20, 44)),
         several=(((44, 20), (24, 20)), ((60, 90), (20, 20), (9, 12))),
         options={"kv_cache_bytes": 32 << 20},

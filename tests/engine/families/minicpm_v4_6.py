@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
 from tests.engine.tiny import QWEN3_5_TEXT, TRANSFORMERS, spread, tokenizer
 
-IMAGE = "<|image_pad|>"
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 MARKS = {
     "image_start_token": "<image>",
     "image_end_token": "</image>",
@@ -25,14 +27,16 @@ MARKS = {
     "image_id_start_token": "<image_id>",
     "image_id_end_token": "</image_id>",
 }
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE, "<|video_pad|>", *MARKS.values())
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE, VIDEO, *MARKS.values())
 #: Images and slices of about 24 by 24 pixels, in patches of 3 of which 4 by 4 are one row.
 PROCESSOR: dict[str, Any] = {"patch_size": 3, "scale_resolution": 24, "max_slice_nums": 6}
+#: Frames likewise, with fewer slices.
+VIDEO_PROCESSOR: dict[str, Any] = {"patch_size": 3, "scale_resolution": 24, "max_slice_nums": 2}
 _PACKAGE = "transformers.models.minicpmv4_"
 
 
 def make_tokenizer() -> Any:
-    named = {"image_token": IMAGE, "video_token": "<|video_pad|>", **MARKS}
+    named = {"image_token": IMAGE, "video_token": VIDEO, **MARKS}
     return tokenizer(SPECIALS, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=named)
 
 
@@ -75,7 +79,7 @@ def make_minicpm_v4_6(path: Path, hub: bool, version: int = 6) -> Path:
         },
         insert_layer_id=1,
         image_token_id=SPECIALS.index(IMAGE),
-        video_token_id=SPECIALS.index("<|video_pad|>"),
+        video_token_id=SPECIALS.index(VIDEO),
         downsample_mode=mode,
         tie_word_embeddings=hub,
         **(canvas_ids(tok) if version == 7 else {}),
@@ -87,12 +91,38 @@ def make_minicpm_v4_6(path: Path, hub: bool, version: int = 6) -> Path:
     tok.save_pretrained(path)
     processor = {"image_processor_type": "MiniCPMV4_6ImageProcessor", "downsample_mode": mode, **PROCESSOR}
     processor["use_image_id"] = not hub
-    (path / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    video = {"video_processor_type": "MiniCPMV4_6VideoProcessor", "downsample_mode": mode, **VIDEO_PROCESSOR}
+    halves = {"image_processor": processor, "video_processor": video}
+    (path / "processor_config.json").write_text(json.dumps(halves))
     if hub:
         config_json = json.loads((path / "config.json").read_text())
         as_on_the_hub(path, **processor)
+        (path / "video_preprocessor_config.json").write_text(json.dumps(video))
         (path / "config.json").write_text(json.dumps(config_json))
     return path
+
+
+def image_options(path: Path) -> dict[str, Any]:
+    """The fields of a checkpoint's image processor."""
+    nested = path / "processor_config.json"
+    if nested.exists():
+        return json.loads(nested.read_text())["image_processor"]
+    return json.loads((path / "preprocessor_config.json").read_text())
+
+
+def video_options(path: Path) -> dict[str, Any]:
+    """The fields of a checkpoint's video processor; those of the image processor if no file states them."""
+    nested, file = path / "processor_config.json", path / "video_preprocessor_config.json"
+    stated = json.loads(nested.read_text()).get("video_processor") if nested.exists() else None
+    if stated is None and file.exists():
+        stated = json.loads(file.read_text())
+    return image_options(path) if stated is None else stated
+
+
+def pil_processor(options: dict[str, Any]) -> Any:
+    """Transformers' processor of images with the fields ``options``; those of videos alone change nothing."""
+    pil = importlib.import_module(_PACKAGE + "6.image_processing_pil_minicpmv4_6")
+    return pil.MiniCPMV4_6ImageProcessorPil(**options)
 
 
 def processor_of(path: Path, version: int = 6, **options: Any) -> Any:
@@ -103,16 +133,11 @@ def processor_of(path: Path, version: int = 6, **options: Any) -> Any:
     """
     module = importlib.import_module(f"{_PACKAGE}{version}.processing_minicpmv4_{version}")
     whole = getattr(module, f"MiniCPMV4_{version}Processor")
-    pil = importlib.import_module(_PACKAGE + "6.image_processing_pil_minicpmv4_6")
-    nested = path / "processor_config.json"
-    if nested.exists():
-        stated = json.loads(nested.read_text())["image_processor"]
-    else:
-        stated = json.loads((path / "preprocessor_config.json").read_text())
-    made = pil.MiniCPMV4_6ImageProcessorPil(**{**stated, **options})
+    made = pil_processor(image_options(path) | options)
+    mode = video_options(path).get("slice_mode", True)
 
     def create(self: Any, image_processor: Any, tokenizer: Any) -> None:
-        self.video_processor = SimpleNamespace(slice_mode=True, downsample_mode=made.downsample_mode)
+        self.video_processor = SimpleNamespace(slice_mode=mode, downsample_mode=made.downsample_mode)
         whole.__init__(self, image_processor, self.video_processor, tokenizer)
 
     parts = classmethod(lambda cls: ["image_processor", "video_processor", "tokenizer"])
@@ -133,9 +158,35 @@ class MiniCPMV46Reference:
         cls = getattr(transformers, f"MiniCPMV4_{version}ForConditionalGeneration")
         self.model = cls.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = processor_of(path, version, **options)
+        self.of_frames = pil_processor(video_options(path) | options)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
+        text, videos = prompt.text, {}
+        if prompt.frames:
+            videos, words = self.video(prompt.frames)
+            # Without its video half, the processor takes a video's text as text.
+            text = text.replace(VIDEO, words.replace(VIDEO, SPECIALS[0]))
         pictures = [list(prompt.pictures)] if prompt.pictures else None
-        made = self.processor(text=[prompt.text], images=pictures, return_tensors="pt")
-        arguments = {name: torch.as_tensor(value) for name, value in made.items()}
+        made = self.processor(text=[text], images=pictures, return_tensors="pt")
+        arguments = {name: torch.as_tensor(value) for name, value in made.items()} | videos
+        if videos:
+            ids = arguments["input_ids"]
+            ids[ids == 0] = SPECIALS.index(VIDEO)
+            if "mm_token_type_ids" in arguments:
+                arguments["mm_token_type_ids"][ids == SPECIALS.index(VIDEO)] = 2
         return Inputs(arguments["input_ids"][0].tolist(), self.model, arguments)
+
+    def video(self, frames: Sequence[Image.Image]) -> tuple[dict[str, torch.Tensor], str]:
+        """The model's arguments for a video, and the text that stands for it.
+
+        A frame is prepared as an image by the video processor's options, which needs no torchvision.
+        """
+        made = self.of_frames([list(frames)], return_tensors="pt")
+        sizes, grids = torch.as_tensor(made["target_sizes"]), torch.as_tensor(made["grids"])
+        inputs = {"target_sizes_videos": sizes, "num_frames_per_video": [len(frames)], "grids_videos": grids}
+        divisor = self.processor.video_token_divisor
+        words = self.processor.replace_video_token(inputs, 0, video_token_divisor=divisor)
+        if self.processor.default_use_image_id:
+            # Version 7 leaves videos as they are.
+            (words,) = self.processor._prepend_local_ids([VIDEO], [words], VIDEO)
+        return {"pixel_values_videos": made["pixel_values"], "target_sizes_videos": sizes}, words

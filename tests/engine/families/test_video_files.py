@@ -26,7 +26,7 @@ from transformers.image_utils import SizeDict
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, read_video_pyav
 
 from engine.config import EngineConfig
-from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from engine.frontend import load_prompt_builder
 from engine.media.source import MediaSource
 from engine.media.video.sampling import (
@@ -34,6 +34,7 @@ from engine.media.video.sampling import (
     glm4v_indices,
     glm46v_indices,
     middle_indices,
+    minicpm_indices,
     qwen2_indices,
     qwen3_indices,
     smolvlm_indices,
@@ -42,15 +43,17 @@ from engine.media.video.sampling import (
 from engine.media.video.video import VideoInfo, VideoOptions
 from engine.preparation import MediaPreparation
 from tests.engine.families import glm, qwen
+from tests.engine.families.case import CasePrompt
 from tests.engine.families.glm import GlmReference, make_glm
 from tests.engine.families.idefics import IdeficsReference, make_smolvlm, video_text
 from tests.engine.families.internvl import SIDE as INTERNVL_SIDE
 from tests.engine.families.internvl import make_internvl
+from tests.engine.families.minicpm_v4_6 import VIDEO, MiniCPMV46Reference, make_minicpm_v4_6
 from tests.engine.families.onevision import SIDE, make_onevision
 from tests.engine.families.opened import encoder, media_processor
 from tests.engine.families.qwen import Reference, make_qwen2_5_vl, make_qwen3_5, make_qwen3_vl
 from tests.engine.media.clips import FILM, NTSC, clip, decoded
-from tests.engine.tiny import make_qwen2_vl, rewrite_json
+from tests.engine.tiny import TRANSFORMERS, make_qwen2_vl, rewrite_json
 
 USUAL = VideoOptions()
 RATES = [10, 12.5, 15, float(FILM), 24, 25, float(NTSC), 30, 50, 59.94, 60, 7.3]
@@ -104,6 +107,9 @@ def samplers() -> Any:
                 "transformers.models.smolvlm.video_processing_smolvlm"
             ).SmolVLMVideoProcessor,
             glm46v=import_module("transformers.models.glm46v.video_processing_glm46v").Glm46VVideoProcessor,
+            minicpm=import_module(
+                "transformers.models.minicpmv4_6.video_processing_minicpmv4_6"
+            ).MiniCPMV4_6VideoProcessor,
             internvl=import_module(
                 "transformers.models.internvl.video_processing_internvl"
             ).InternVLVideoProcessor,
@@ -215,6 +221,66 @@ def test_chosen_frames_are_those_of_smolvlm(samplers):
             rate,
             asked,
         )
+
+
+def minicpm(samplers: Any, metadata: VideoMetadata, asked: VideoOptions, most: int) -> list[int]:
+    """The indices that Transformers' sampler gives of a checkpoint that shows ``most`` frames at most."""
+    stated = SimpleNamespace(max_num_frames=most, stack_frames=1)
+    return samplers.minicpm.sample_frames(stated, metadata, max_num_frames=asked.num_frames)
+
+
+@pytest.mark.skipif(TRANSFORMERS < (5, 23), reason="these releases choose frames otherwise")
+def test_chosen_frames_are_those_of_minicpm(samplers):
+    draw, long = random.Random(3), 0
+    for _ in range(300):
+        total, rate = draw.randint(1, draw.choice((40, 900, 9000))), draw.choice([5, *RATES])
+        asked = draw.choice((USUAL, VideoOptions(num_frames=draw.randint(1, 300))))
+        most = draw.choice((7, 128))
+        metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
+        expected = minicpm(samplers, metadata, asked, most)
+        found = minicpm_indices(VideoInfo(total, rate, (64, 48)), FrameRules(max_frames=most), asked)
+        assert found == expected, (total, rate, asked)
+        long += total / rate > (asked.num_frames or most)
+    assert 30 < long < 270
+    with pytest.raises(InvalidRequest, match="no fps"):
+        minicpm_indices(VideoInfo(50, 25.0, (64, 48)), FrameRules(), VideoOptions(fps=1.0))
+
+
+def chosen_by_minicpm(samplers: Any, asked: VideoOptions, metadata: VideoMetadata, **_: Any) -> list[int]:
+    return minicpm(samplers, metadata, asked, 128)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_minicpm_is_shown_frames_as_images(samplers, clips, tmp_path, version, wide):
+    """Rows and tokens of files. Without ``wide`` each version has half of the clips, together all."""
+    path = make_minicpm_v4_6(tmp_path, False, version)
+    reference, vision = MiniCPMV46Reference(path, version), encoder(path)
+    builder = load_prompt_builder(EngineConfig(model=str(path)))
+    preparation = MediaPreparation(media_processor(path), processes=1)
+    try:
+        for data, asked in clips if wide else clips[version % 2 :: 2]:
+            if asked.fps:
+                asked = USUAL  # it takes no such wish
+            source = MediaSource(0, "here", "video", data=data, video=asked)
+            media = preparation.prepare(preparation.for_prompt([source]), source, [data])
+            choose = partial(chosen_by_minicpm, samplers, asked)
+            frames, _ = read_video_pyav(io.BytesIO(data), choose)
+            images = tuple(map(Image.fromarray, frames))
+            expected = reference.inputs(CasePrompt(f"what is {VIDEO} about?", (), images))
+            assert builder.from_text(f"what is {VIDEO} about?", [media.item]).token_ids == expected.ids
+            rows = reference.model.get_video_features(
+                expected.arguments["pixel_values_videos"], expected.arguments["target_sizes_videos"]
+            ).pooler_output
+            torch.testing.assert_close(vision.encode([media])[0], torch.cat(rows))
+    finally:
+        preparation.close()
+
+
+def test_stacked_frames_of_minicpm_are_refused(tmp_path):
+    path = make_minicpm_v4_6(tmp_path, True)
+    rewrite_json(path / "video_preprocessor_config.json", {"stack_frames": 3})
+    with pytest.raises(CheckpointError, match="stack_frames 3 is not supported"):
+        media_processor(path)
 
 
 def test_what_glm_decides_itself_is_refused():

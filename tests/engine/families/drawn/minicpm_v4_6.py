@@ -23,6 +23,7 @@ from tests.engine.families.drawn.vision import draw_pixels, draw_tower
 from tests.engine.families.minicpm_v4_6 import (
     IMAGE,
     SPECIALS,
+    VIDEO,
     MiniCPMV46Reference,
     canvas_ids,
     make_tokenizer,
@@ -63,7 +64,7 @@ class MiniCPMV46Family:
             "insert_layer_id": draw.integer("merged after", 0, tower["num_hidden_layers"] - 1),
             "downsample_mode": mode,
             "image_token_id": SPECIALS.index(IMAGE),
-            "video_token_id": SPECIALS.index("<|video_pad|>"),
+            "video_token_id": SPECIALS.index(VIDEO),
         }
         if self.version == 7:
             raw |= canvas_ids(tok)
@@ -82,16 +83,35 @@ class MiniCPMV46Family:
             "slice_mode": draw.variant("slices", (True, False), 0.2),
             **draw_pixels(draw),
         }
-        one = draw.varies("processors in one file", 0.5)
-        nested = {"image_processor": image} if one else image
-        write_json(path / ("processor_config.json" if one else "preprocessor_config.json"), nested)
+        video = {
+            **{name: image[name] for name in image if name not in ("image_processor_type", "use_image_id")},
+            "video_processor_type": "MiniCPMV4_6VideoProcessor",
+            "max_slice_nums": draw.choice("most slices of a frame", (1, 2, 4)),
+            "scale_resolution": 4 * patch * draw.choice("resolution of frames in squares", (1, 2)),
+            "slice_mode": draw.variant("slices of frames", (True, False), 0.2),
+        }
+        # Without a file for videos, they are prepared as images are.
+        stated = draw.variant("a video processor", (True, False), 0.3)
+        if draw.varies("processors in one file", 0.5):
+            nested = {"image_processor": image, **({"video_processor": video} if stated else {})}
+            write_json(path / "processor_config.json", nested)
+        else:
+            write_json(path / "preprocessor_config.json", image)
+            if stated:
+                write_json(path / "video_preprocessor_config.json", video)
         kwargs: dict[str, Any] = {}
         if draw.varies("slices by option", 0.3):
             kwargs["max_slice_nums"] = draw.choice("slices of the option", (1, 3, 6))
         style = Style(
-            qwen.FRAME, "<|im_end|>\n", placeholder=lambda index, count: IMAGE, longest=20.0, several=3
+            qwen.FRAME,
+            "<|im_end|>\n",
+            placeholder=lambda index, count: IMAGE,
+            video=VIDEO,
+            longest=20.0,
+            frames=3,
+            several=3,
         )
         reference = same_weights(MiniCPMV46Reference(path, self.version, **kwargs), model)
-        media = frozenset({SPECIALS.index(IMAGE)})
+        media = frozenset({SPECIALS.index(IMAGE), SPECIALS.index(VIDEO)})
         options = {"mm_processor_kwargs": kwargs}
         return Drawn(path, reference, style, _TOKENS, options, media, lengths_of("qwen3_5", text))
