@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from engine.checkpoint.folder import Checkpoint
@@ -20,7 +21,7 @@ from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json, integer
 from engine.families.parsing.model import ConfigReader, token_field
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
-from engine.prompt import MediaItem, PlaceholderRun
+from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.normalisation import HALF_NORMALISATION, Normalisation
 
 if TYPE_CHECKING:
@@ -118,12 +119,7 @@ def _placeholder(
     row_token, *rest = encode(_ROW)
     if rest:
         raise CheckpointError(f"the tokenizer has no token {_ROW}, which this model's images need")
-    return tuple(
-        PlaceholderRun(token, config.vision.num_queries, True)
-        if token == row_token
-        else PlaceholderRun(token, 1, False)
-        for token in encode(text)
-    )
+    return runs_with_rows(encode(text), row_token, repeat(config.vision.num_queries))
 
 
 def _weights(config: ModelConfig) -> WeightRules:

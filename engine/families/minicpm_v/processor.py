@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
-from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
+from engine.errors import CheckpointError
+from engine.families.base import ImagesOnly, ModelConfig, SizedImages
 from engine.families.minicpm_v.config import SliceVisionConfig, pieces
 from engine.families.parsing.processor import count_option, lowered, request_options
 from engine.media.keys import content_hash
 from engine.media.resize import resize
-from engine.media.video.video import Video
-from engine.prompt import MediaItem, PreparedMedia
+from engine.prompt import PreparedMedia
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +60,7 @@ def fit(size: tuple[int, int], resolution: int, patch: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class MiniCPMVProcessor:
+class MiniCPMVProcessor(SizedImages, ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`. Pixels are patches; grids are those of
     :func:`engine.families.minicpm_v.config.pieces`.
 
@@ -78,8 +77,6 @@ class MiniCPMVProcessor:
     rows: int
     image_token_id: int
     max_slices: int
-
-    embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
     @classmethod
     def create(
@@ -132,12 +129,6 @@ class MiniCPMVProcessor:
 
     def low_detail(self) -> MiniCPMVProcessor:
         return replace(self, max_slices=1)
-
-    def prepare_video(self, video: Video) -> PreparedMedia:
-        raise InvalidRequest("this model takes videos as images, one for each frame", param="video")
-
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return sized_item(self, description, key)
 
     def _cut(self, image: Image.Image, piece: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
         """Resize the image to ``grid`` (rows and columns) of pieces (in patches) and cut it into patches:

@@ -26,8 +26,8 @@ BODIES = [
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
 
 
-@pytest.mark.parametrize(("path", "fields", "prompts"), BODIES)
-async def test_a_salt_goes_with_every_prompt_and_its_media(http, monkeypatch, path, fields, prompts):
+def noted_salts(monkeypatch) -> list[tuple[str, str]]:
+    """The salts of all prompts from now on: for their media, and of the prompt itself."""
     found, prepare = [], Pipeline.prepare
 
     async def noted(self, *args, salt="", **options):
@@ -36,6 +36,12 @@ async def test_a_salt_goes_with_every_prompt_and_its_media(http, monkeypatch, pa
         return prompt
 
     monkeypatch.setattr(Pipeline, "prepare", noted)
+    return found
+
+
+@pytest.mark.parametrize(("path", "fields", "prompts"), BODIES)
+async def test_a_salt_goes_with_every_prompt_and_its_media(http, monkeypatch, path, fields, prompts):
+    found = noted_salts(monkeypatch)
     model = "pocket" if path in GENERATING else "tests/vectors"
     answer = await http.post(path, json={"model": model, "cache_salt": "tenant", **fields})
     assert answer.status_code == 200, answer.text

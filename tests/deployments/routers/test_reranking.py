@@ -15,6 +15,7 @@ from deployments.config import AppConfig
 from deployments.in_process import LocalApplication
 from deployments.routers import scoring
 from tests.deployments.asgi import AppTransport
+from tests.deployments.routers.test_cache_salt import noted_salts
 from tests.engine import retrieval, tiny
 from tests.engine.families.colqwen2 import ColQwen2Reference, make_colqwen2
 from tests.serving import wait_until
@@ -123,6 +124,14 @@ async def test_a_reranker_reads_both_together(served, path, instruction):
     else:
         found = [entry["score"] for entry in made["data"]]
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+async def test_a_salt_goes_with_every_pair(served, monkeypatch):
+    found = noted_salts(monkeypatch)
+    body = {"query": QUERY, "documents": [wire(RED), "a text"], "cache_salt": "tenant"}
+    status, made = await served.post("/v1/rerank", "scores", **body)
+    assert status == 200, made
+    assert found == [("tenant", "tenant")] * 2
 
 
 async def test_too_many_vectors_are_refused(served, monkeypatch):

@@ -129,7 +129,7 @@ def test_options_of_the_processor(path, tmp_path):
 
 def test_refusals(path):
     ours = media_processor(path)
-    with pytest.raises(InvalidRequest, match="one for each frame"):
+    with pytest.raises(InvalidRequest, match="not videos"):
         ours.prepare_video(Video.of([picture(8, 8)]))
     for options in ({"num_crops": 3}, {"max_slice_nums": 0}, {"max_slice_nums": True}):
         with pytest.raises(ConfigError, match=next(iter(options))):
