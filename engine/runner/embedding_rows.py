@@ -10,6 +10,7 @@ import torch
 
 from engine.prompt import EmbeddedMedia
 from engine.request import Request
+from engine.runner.staging import upload_shared
 from engine.runner.step_arrays import span_rows
 from engine.scheduling.batch import ScheduledBatch
 
@@ -33,11 +34,10 @@ def embedding_tensor(
         return torch.empty(media.shape, dtype=dtype, device=device)
     if isinstance(media, torch.Tensor):
         return media.to(device=device, dtype=dtype).contiguous()
-    # Arrays from shared memory are read-only, which torch tensors can't express: copy.
-    rows = torch.from_numpy(np.array(media.rows.view(np.int16) if media.dtype == "bfloat16" else media.rows))
+    rows = upload_shared(media.rows.view(np.int16) if media.dtype == "bfloat16" else media.rows, device)
     if media.dtype == "bfloat16":
         rows = rows.view(torch.bfloat16)
-    return rows.to(device=device, dtype=dtype)
+    return rows.to(dtype)
 
 
 class PendingRows:

@@ -19,6 +19,17 @@ def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def upload_shared(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """As :func:`upload`, of a large array that may be read-only and shared with other processes.
+
+    A copy to a GPU from memory that isn't pinned would first wait for all work that is enqueued.
+    """
+    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    staged = torch.empty(array.shape, dtype=dtype, pin_memory=device.type == "cuda")
+    staged.numpy()[...] = array
+    return staged.to(device, non_blocking=True)
+
+
 def upload_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """One copy of several arrays on ``device``, as int64; the results are views of one tensor."""
     # Each begins at a multiple of 16 bytes, as tensors of their own do: Triton compiles a kernel once more
