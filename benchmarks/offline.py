@@ -1,6 +1,6 @@
 """Throughput and latency of the engine in one process, with dummy weights in the shape of public models.
 
-    python -m benchmarks.offline --shape qwen2-vl-2b [--works w1,w2,w3,w4] [--tensor-parallel-size N]
+    python -m benchmarks.offline --shape qwen2-vl-2b [--works w1,w2,w3,w4,w5] [--tensor-parallel-size N]
         [--quantization fp8] [--json FILE]
 
 Works:
@@ -8,6 +8,8 @@ Works:
     w2  256 text requests of 512 tokens, 128 out: output tokens per second
     w3  one request alone: PIL image to first token, and time per further token
     w4  64 requests at a context of 1024: decode tokens per second
+    w5  512 requests of 64 text tokens, half of them with an image, 64 tokens out: requests per second, the
+        most that a server can get from the device
 
 Beside w3 and w4 stands the floor of a decode step: weights, states, keys and values, over the rate of a copy.
 """
@@ -113,6 +115,15 @@ class Works:
         total, _ = timed(lambda: self.generate(prompts, long))
         return {"w4 tok/s": count * (long - short) / (total - base)}
 
+    def w5(self) -> dict[str, float]:
+        count, tokens = 512 // self.scale, max(2, 64 // self.scale)
+        images = self.picture_prompts(count // 2)
+        texts = [{"prompt_token_ids": self.text_ids(64)} for _ in images]
+        # As a server's queue has them: by turns.
+        prompts = [prompt for pair in zip(images, texts, strict=True) for prompt in pair]
+        seconds, _ = timed(lambda: self.generate(prompts, tokens))
+        return {"w5 req/s": len(prompts) / seconds}
+
     def profile(self) -> None:
         """Print the operations that take most of a steady decode, and those of an image's prompt."""
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -146,7 +157,7 @@ class Works:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="tiny", choices=sorted(SHAPES))
-    parser.add_argument("--works", default="w1,w2,w3,w4")
+    parser.add_argument("--works", default="w1,w2,w3,w4", help="see above")
     parser.add_argument("--scale", type=int, default=None, help="divides counts; 16 on a CPU, 1 on a GPU")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, each on a GPU of its own")
     parser.add_argument(

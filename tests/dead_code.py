@@ -18,7 +18,18 @@ KINDS = ("function", "method", "property", "class")
 REGISTERED = ["@router.*", "@*validator", "@*serializer", "@api.*", "@app.*"]
 #: Names that a library or ``getattr`` calls: Starlette calls ``stream_response``, asyncio the methods of a
 #: protocol, Ray Serve the last four.
-CALLED = ["__*__", "visit_*", "w1", "w2", "w3", "w4", "stream_response", "data_received", "connection_lost"]
+CALLED = [
+    "__*__",
+    "visit_*",
+    "w1",
+    "w2",
+    "w3",
+    "w4",
+    "w5",
+    "stream_response",
+    "data_received",
+    "connection_lost",
+]
 CALLED += [
     "encoder_measured",
     "record_autoscaling_stats",

@@ -39,10 +39,11 @@ def test_host(monkeypatch, capsys, tmp_path):
 
 def test_offline(monkeypatch, capsys, tmp_path):
     file = tmp_path / "offline.json"
-    monkeypatch.setattr(sys, "argv", ["offline", "--shape", "tiny", "--scale", "64", "--json", str(file)])
+    arguments = ["--shape", "tiny", "--scale", "64", "--works", "w1,w2,w3,w4,w5", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["offline", *arguments])
     offline.main()
     found = json.loads(file.read_text())
-    works = ["w1 req/s", "w2 out tok/s", "w3 first ms", "first answer s"]
+    works = ["w1 req/s", "w2 out tok/s", "w3 first ms", "w4 tok/s", "w5 req/s", "first answer s"]
     assert all(found[name] > 0 for name in works)
     # Differences of two times, which a busy machine may make negative.
     assert math.isfinite(found["w3 ms/tok"]) and math.isfinite(found["w4 tok/s"])
