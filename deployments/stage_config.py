@@ -135,8 +135,8 @@ class PreprocessorConfig(StageConfig):
     """Fetches and prepares images and videos.
 
     Attributes:
-        threads: images that a replica decodes and resizes at a time; fewer of them that are large share the
-            threads that are free.
+        threads: images that a replica decodes and resizes at a time. One that is alone is resized by several
+            of them if it is large.
         video_processes: video files that a replica decodes at a time, each in a process of its own.
         document_processes: documents that a replica reads at a time, likewise.
         cache_bytes: memory for prepared images, videos and pages, which are not prepared again when a request

@@ -170,12 +170,12 @@ class _Media:
     Attributes:
         items: in the order of the prompt, each page of a document on its own.
         places: one for each source.
-        naming: the processor that adds the items' content hashes later.
+        name: adds an item's content hash, which the items don't have yet; None if they have.
     """
 
     items: list[PreparedMedia] = field(default_factory=list)
     places: list[MediaItem | PagesItem] = field(default_factory=list)
-    naming: NamelessProcessor | None = None
+    name: Name | None = None
 
 
 class Frontend:
@@ -406,7 +406,7 @@ class Frontend:
         naming = processor if name_later and isinstance(processor, NamelessProcessor) else None
         if naming is not None:
             processor = naming.nameless()
-        found = _Media(naming=naming)
+        found = _Media(name=None if naming is None else partial(self._preparation.named, naming))
         for source in sources:
             if source.pages is not None:
                 file, data = files[source.index]
@@ -447,8 +447,8 @@ def _finished(inputs: EngineInput, media: _Media, encode: Encode | None) -> Prep
     items = [by_item[id(span.item)] for span in inputs.spans]
     if encode is None or not items:
         return PreparedPrompt(inputs, items)
-    rows, named = encode(items, inputs, None if media.naming is None else media.naming.named)
-    if media.naming is not None:
+    rows, named = encode(items, inputs, media.name)
+    if media.name is not None:
         pairs = zip(inputs.spans, named, strict=True)
         inputs = replace(inputs, spans=[replace(span, item=prepared.item) for span, prepared in pairs])
     return PreparedPrompt(inputs, embeddings=list(rows))

@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from engine.errors import ContextLengthExceeded, InvalidRequest, MediaTooLarge
-from engine.families.base import AdjustableProcessor, MediaProcessor, PromptAwareProcessor, VideoProcessor
+from engine.families.base import (
+    AdjustableProcessor,
+    MediaProcessor,
+    NamelessProcessor,
+    PromptAwareProcessor,
+    VideoProcessor,
+)
 from engine.families.given_rows import GivenRows
 from engine.media.crew import Crew
 from engine.media.decode import ImageLimits, check_image_size, check_total, decode, read_size
@@ -171,6 +177,11 @@ class MediaPreparation:
             video = _name_source(source, Video.of, images)
             video = Video(video.size, video.count, video.frames, _pace(source.video, len(images)))
             return replace(_name_source(source, processor.prepare_video, video), frames=len(images))
+
+    def named(self, processor: NamelessProcessor, media: PreparedMedia) -> PreparedMedia:
+        """``media``, prepared by a processor without names, with its content hash."""
+        with self._crew.member():
+            return processor.named(media)
 
     def open(self, source: MediaSource, data: bytes) -> PagedFile:
         """Open a document, or an image file of which several frames are asked for. Nothing is rendered.

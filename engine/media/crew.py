@@ -1,4 +1,4 @@
-"""Threads that help with large images. At most a given number of a process's threads compute at a time."""
+"""Threads that help with a large image. At most a given number of a process's threads compute at a time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from threading import Lock
 class Crew:
     """Shares the parts of one image's work among threads that nobody else needs.
 
-    A thread that prepares an image is a member while it does so. Members and helpers together are at most
-    ``size``: an image alone gets ``size - 1`` helpers, and none where ``size`` images are prepared at a time.
-    So a process never computes with more threads than its images would take without helpers.
+    A thread that prepares an image is a member while it does so. Only a lone member has helpers, up to
+    ``size - 1`` of them: where several images are prepared at a time, helpers would hold each other up. So a
+    process hardly ever computes with more threads than its images would take without helpers.
 
     Args:
-        size: threads that may compute at a time; more members than that have no helpers.
+        size: threads that may compute at a time.
     """
 
     def __init__(self, size: int) -> None:
-        self._free = size
+        self._size = size
+        self._members = self._helping = 0
         self._lock = Lock()
         # Threads start when there is work for them, and end with this object.
         self._helpers = ThreadPoolExecutor(size - 1, "helper") if size > 1 else None
@@ -33,44 +34,45 @@ class Crew:
             yield
             return
         with self._lock:
-            self._free -= 1
+            self._members += 1
         token = _crew.set(self)
         try:
             yield
         finally:
             _crew.reset(token)
             with self._lock:
-                self._free += 1
-
-    @contextmanager
-    def _taken(self, most: int) -> Iterator[int]:
-        with self._lock:
-            count = max(0, min(most, self._free))
-            self._free -= count
-        try:
-            yield count
-        finally:
-            with self._lock:
-                self._free += count
+                self._members -= 1
 
     def share(self, work: Callable[[int, int], None], most: int) -> None:
-        """Call ``work(part, parts)`` for each part, with at most ``most`` of the threads that are free now.
+        """Call ``work(part, parts)`` for each part; ``parts`` is ``most``, or less with fewer free threads.
 
         Raises:
             BaseException: what a part raised, once none of them is at work any more.
         """
         with self._taken(most - 1) as count:
-            parts = (
-                []
-                if self._helpers is None
-                else [self._helpers.submit(work, part, count + 1) for part in range(1, count + 1)]
-            )
+            parts = [
+                self._helpers.submit(work, part, count + 1)
+                for part in range(1, count + 1)
+                if self._helpers is not None
+            ]
             try:
                 work(0, count + 1)
             finally:
                 wait(parts)
             for part in parts:
                 part.result()
+
+    @contextmanager
+    def _taken(self, most: int) -> Iterator[int]:
+        with self._lock:
+            free = self._size - self._members - self._helping if self._members == 1 else 0
+            count = max(0, min(most, free))
+            self._helping += count
+        try:
+            yield count
+        finally:
+            with self._lock:
+                self._helping -= count
 
 
 _crew: ContextVar[Crew | None] = ContextVar("crew", default=None)

@@ -19,6 +19,8 @@ from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.content_form import ContentForms
 from engine.inputs.embeds import given_embeddings
 from engine.inputs.placeholders import Placeholders
+from engine.media import keys
+from engine.media.crew import Crew
 from engine.media.keys import content_hash
 from engine.media.video.video import Pace, Video
 from engine.prompt import MediaItem, MediaSpan, PlaceholderRun, PreparedMedia
@@ -28,6 +30,28 @@ from tests.engine.families.cases import case_named
 from tests.engine.families.made import Made
 from tests.engine.inputs.test_content_form import FORMAT, TOKENIZER
 from tests.engine.tiny import picture
+
+
+def test_content_hash_is_the_same_by_one_thread_and_by_several(monkeypatch):
+    monkeypatch.setattr(keys, "_PART", 1000)
+    pixels = np.random.default_rng(0).integers(0, 256, (77, 41, 3), dtype=np.uint8)
+    base = {"family": "f", "options": {}, "kind": "image", "size": (3, 4)}
+    alone, crew, taken = content_hash(pixels, **base), Crew(3), []
+    share = crew.share
+    crew.share = lambda work, most: taken.append(most) or share(work, most)
+    with crew.member():
+        assert content_hash(pixels, **base) == alone
+        # Each part counts, the last one too, and so does the place of a part.
+        for index in (0, 5000, pixels.size - 1):
+            changed = pixels.copy()
+            changed.reshape(-1)[index] ^= 1
+            assert content_hash(changed, **base) != alone
+        swapped = np.concatenate([pixels.reshape(-1)[1000:2000], pixels.reshape(-1)[:1000]])
+        swapped = np.concatenate([swapped, pixels.reshape(-1)[2000:]]).reshape(pixels.shape)
+        assert content_hash(swapped, **base) != alone
+    assert taken == [10] * 5
+    empty = [content_hash(np.zeros(shape, np.uint8), **base) for shape in ((0, 3), (3, 0))]
+    assert len({*empty, alone}) == 3
 
 
 def test_content_hash():

@@ -32,14 +32,14 @@ def test_a_large_item_takes_the_threads_that_are_free(monkeypatch, kind):
     alone, several = MediaPreparation(PROCESSOR), MediaPreparation(PROCESSOR, threads=3)
     try:
         expected = alone.show(PROCESSOR, source, [image])
-        assert taken == {1}
+        assert max(taken) == 1
         found = several.show(PROCESSOR, source, [image])
         assert max(taken) == 3 and found.item == expected.item
         np.testing.assert_array_equal(found.pixels, expected.pixels)
         taken.clear()
         several.limit_threads(2)
         several.show(PROCESSOR, source, [image])
-        assert taken == {2}
+        assert max(taken) == 2
     finally:
         alone.close()
         several.close()

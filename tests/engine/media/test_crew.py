@@ -28,7 +28,7 @@ def parts_of(made: Crew, most: int = 100) -> int:
     return count
 
 
-def test_members_and_helpers_are_never_more_than_the_size():
+def test_a_lone_member_has_helpers():
     made = Crew(4)
     with made.member():
         assert crew() is made
@@ -44,18 +44,39 @@ def test_members_and_helpers_are_never_more_than_the_size():
         with ThreadPoolExecutor(1) as thread:
             late = thread.submit(other)
             assert inside.wait(LIMIT_S)
-            assert parts_of(made) == 3, "a second member takes a helper's place"
+            assert parts_of(made) == 1, "helpers work for one of two images"
             leave.set()
-            assert late.result(LIMIT_S) == 3
+            assert late.result(LIMIT_S) == 1
         assert parts_of(made) == 4
     assert crew() is None
 
 
-def test_more_members_than_the_size_have_no_helpers():
+def test_a_second_member_leaves_the_helpers_at_work():
+    """While they help the first member, the second one has none, even once the first has gone."""
+    made, inside, leave = Crew(3), threading.Event(), threading.Event()
+
+    def work(part: int, parts: int) -> None:
+        inside.set()
+        assert leave.wait(LIMIT_S)
+
+    def first() -> None:
+        with made.member():
+            made.share(work, 2)
+
+    with ThreadPoolExecutor(1) as thread:
+        early = thread.submit(first)
+        assert inside.wait(LIMIT_S)
+        with made.member():
+            assert parts_of(made) == 1
+        leave.set()
+        early.result(LIMIT_S)
+    with made.member():
+        assert parts_of(made) == 3
+
+
+def test_one_thread_has_no_helpers():
     made = Crew(1)
     with made.member(), made.member():
-        assert parts_of(made) == 1
-    with made.member():
         assert parts_of(made) == 1
 
 
