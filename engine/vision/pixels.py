@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -52,6 +54,37 @@ def blank(shape: tuple[int, ...], grid: tuple[int, ...], num_tokens: int) -> Pre
     """
     item = MediaItem.of_rows("image", "blank", 0, num_tokens, grid=grid, size=(1, 1))
     return PreparedMedia(item, np.zeros(shape, np.uint8))
+
+
+def check_pieces(
+    entry: PreparedMedia,
+    pieces: Sequence[tuple[int, int]],
+    patch_shape: tuple[int, ...],
+    num_tokens: int,
+    *,
+    side: int = 1,
+) -> None:
+    """Check that an item's pixels are the uint8 patches of its ``pieces``, one piece after the other.
+
+    Args:
+        pieces: ``(height, width)`` in patches of each; none if the grid isn't one.
+        patch_shape: of the pixels of a patch.
+        num_tokens: embedding rows of all pieces.
+        side: sides of pieces are multiples of this many patches.
+
+    Raises:
+        InvalidRequest: they are not.
+    """
+    patches = sum(height * width for height, width in pieces)
+    fits = (
+        len(pieces) > 0
+        and all(length > 0 and length % side == 0 for piece in pieces for length in piece)
+        and entry.pixels.shape == (patches, *patch_shape)
+        and entry.pixels.dtype == np.uint8
+        and entry.item.num_tokens == num_tokens
+    )
+    if not fits:
+        raise unfit(entry)
 
 
 def unfit(entry: PreparedMedia) -> InvalidRequest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +14,7 @@ from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.norm import LayerNorm
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.connector import MLPConnector
-from engine.vision.pixels import PixelInput, blank, unfit
+from engine.vision.pixels import PixelInput, blank, check_pieces
 from engine.vision.segments import segments_of
 from engine.vision.transformer import VisionTransformer
 
@@ -79,15 +78,8 @@ class TileVisionEncoder(nn.Module):
 
     def _check(self, entry: PreparedMedia) -> None:
         grid, merge = entry.item.grid, self.config.merge_size
-        fits = (
-            len(grid) == 5
-            and all(side > 0 and side % merge == 0 for piece in pieces(grid) for side in piece)
-            and entry.pixels.shape == (num_patches(grid), self.config.patch_size**2, 3)
-            and entry.pixels.dtype == np.uint8
-            and entry.item.num_tokens * merge**2 == num_patches(grid)
-        )
-        if not fits:
-            raise unfit(entry)
+        found, rows = (pieces(grid), num_patches(grid) // merge**2) if len(grid) == 5 else ([], 0)
+        check_pieces(entry, found, (self.config.patch_size**2, 3), rows, side=merge)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "position_embedding", self.position_embedding)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,7 +13,7 @@ from engine.graphs import Capture
 from engine.layers.build import BuildContext
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
-from engine.vision.pixels import PixelInput, blank, unfit
+from engine.vision.pixels import PixelInput, blank, check_pieces
 from engine.vision.resampler import Resampler
 from engine.vision.segments import segments_of
 from engine.vision.transformer import VisionTransformer
@@ -62,16 +61,8 @@ class SliceVisionEncoder(nn.Module):
         return list(rows.split([entry.item.num_tokens for entry in media]))
 
     def _check(self, entry: PreparedMedia) -> None:
-        grid = entry.item.grid
-        fits = (
-            len(grid) == 6
-            and all(height > 0 and width > 0 for height, width in pieces(grid))
-            and entry.pixels.shape == (_patches(grid), 3, self.config.patch_size**2)
-            and entry.pixels.dtype == np.uint8
-            and entry.item.num_tokens == len(pieces(grid)) * self.config.num_queries
-        )
-        if not fits:
-            raise unfit(entry)
+        found = pieces(entry.item.grid) if len(entry.item.grid) == 6 else []
+        check_pieces(entry, found, (3, self.config.patch_size**2), len(found) * self.config.num_queries)
 
 
 def _patches(grid: tuple[int, ...]) -> int:

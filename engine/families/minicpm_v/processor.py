@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +60,33 @@ def fit(size: tuple[int, int], resolution: int, patch: int) -> tuple[int, int]:
     return max(round(height / patch), 1), max(round(width / patch), 1)
 
 
+def sliced_grid(
+    size: tuple[int, int], resolution: int, most: int, fitted: Callable[[tuple[int, int]], tuple[int, int]]
+) -> tuple[int, ...]:
+    """The grid (:func:`engine.families.minicpm_v.config.pieces`) of an image of ``(width, height)`` pixels.
+
+    Args:
+        most: most slices.
+        fitted: height and width in patches of an image, or a slice, of ``(width, height)`` pixels.
+    """
+    rows, columns = slice_grid(size, resolution, most)
+    if not rows:
+        return (*fitted(size), 0, 0, 0, 0)
+    # A slice's share of the image once the image's sides are multiples of the grid's, then its own size.
+    share = (max(round(size[0] / columns), 1), max(round(size[1] / rows), 1))
+    return (*fitted(size), rows, columns, *fitted(share))
+
+
+def cut(
+    image: Image.Image, piece: tuple[int, int], grid: tuple[int, int], patch: int, resample: int
+) -> np.ndarray:
+    """Resize an image to ``grid`` (rows and columns) of pieces (height and width in patches) and cut it into
+    patches: uint8 ``(rows, columns, height, width, 3, patch, patch)``."""
+    (height, width), (rows, columns) = piece, grid
+    pixels = resize(image, (columns * width * patch, rows * height * patch), resample)
+    return pixels.reshape(rows, height, patch, columns, width, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+
+
 @dataclass(frozen=True, slots=True)
 class MiniCPMVProcessor(SizedImages, ImagesOnly):
     """See :class:`engine.families.base.MediaProcessor`. Pixels are patches; grids are those of
@@ -101,13 +129,8 @@ class MiniCPMVProcessor(SizedImages, ImagesOnly):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, ...]:
         """The grid of an image of ``(width, height)`` pixels."""
-        rows, columns = slice_grid(size, self.resolution, self.max_slices)
-        overview = fit(size, self.resolution, self.patch)
-        if not rows:
-            return (*overview, 0, 0, 0, 0)
-        # A slice's share of the image once the image's sides are multiples of the grid's, then its own size.
-        share = (max(round(size[0] / columns), 1), max(round(size[1] / rows), 1))
-        return (*overview, rows, columns, *fit(share, self.resolution, self.patch))
+        fitted = partial(fit, resolution=self.resolution, patch=self.patch)
+        return sliced_grid(size, self.resolution, self.max_slices, fitted)
 
     def check(self, size: tuple[int, int]) -> int:
         return len(pieces(self.grid(size))) * self.rows
@@ -115,10 +138,10 @@ class MiniCPMVProcessor(SizedImages, ImagesOnly):
     def prepare(self, image: Image.Image) -> PreparedMedia:
         grid = self.grid(image.size)
         height, width, rows, columns, slice_height, slice_width = grid
-        patches = self._cut(image, (height, width), (1, 1))
+        parts = [cut(image, (height, width), (1, 1), self.patch, _BICUBIC)]
         if rows:
-            slices = self._cut(image, (slice_height, slice_width), (rows, columns))
-            patches = np.concatenate([patches, slices])
+            parts.append(cut(image, (slice_height, slice_width), (rows, columns), self.patch, _BICUBIC))
+        patches = np.concatenate([part.reshape(-1, 3, self.patch**2) for part in parts])
         options = {"rows": self.rows, "grid": list(grid)}
         key = content_hash(patches, family="minicpm_v", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), patches)
@@ -129,11 +152,3 @@ class MiniCPMVProcessor(SizedImages, ImagesOnly):
 
     def low_detail(self) -> MiniCPMVProcessor:
         return replace(self, max_slices=1)
-
-    def _cut(self, image: Image.Image, piece: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-        """Resize the image to ``grid`` (rows and columns) of pieces (in patches) and cut it into patches:
-        uint8 ``(N, 3, patch²)``."""
-        (height, width), (rows, columns), side = piece, grid, self.patch
-        pixels = resize(image, (columns * width * side, rows * height * side), _BICUBIC)
-        parts = pixels.reshape(rows, height, side, columns, width, side, 3)
-        return parts.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, side * side)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +17,7 @@ from engine.layers.norm import LayerNorm
 from engine.prompt import MediaItem, PreparedMedia
 from engine.vision.bucketed_positions import bucketed_positions
 from engine.vision.connector import PatchMerger
-from engine.vision.pixels import PixelInput, blank, unfit
+from engine.vision.pixels import PixelInput, blank, check_pieces
 from engine.vision.segments import VisionSegments, segments_of
 from engine.vision.transformer import VisionAttention, VisionTransformer, make_norm
 from engine.vision.transformer_config import VisionConfig
@@ -103,15 +102,9 @@ class MergedVisionEncoder(nn.Module):
 
     def _check(self, entry: PreparedMedia) -> None:
         grid, side = entry.item.grid, self.config.side
-        fits = (
-            len(grid) == (7 if entry.item.kind == "video" else 6)
-            and all(length > 0 and length % side == 0 for piece in all_pieces(grid) for length in piece)
-            and entry.pixels.shape == (_patches(grid), 3, self.config.patch_size**2)
-            and entry.pixels.dtype == np.uint8
-            and entry.item.num_tokens * side**2 == _patches(grid)
-        )
-        if not fits:
-            raise unfit(entry)
+        whole = len(grid) == (7 if entry.item.kind == "video" else 6)
+        found, rows = (all_pieces(grid), _patches(grid) // side**2) if whole else ([], 0)
+        check_pieces(entry, found, (3, self.config.patch_size**2), rows, side=side)
 
 
 def _patches(grid: tuple[int, ...]) -> int:

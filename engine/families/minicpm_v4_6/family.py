@@ -14,11 +14,11 @@ from engine.families.family import Family
 from engine.families.minicpm_v4_6.config import MergedVisionConfig, all_pieces
 from engine.families.minicpm_v4_6.processor import MiniCPMV46Processor
 from engine.families.parsing.fields import Json, integer
-from engine.families.parsing.model import ConfigReader, nested_text, token_field
+from engine.families.parsing.model import ConfigReader, named_tokens, nested_text, token_field
 from engine.families.parsing.processor import parse_normalisation
 from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
 from engine.layers.decoder_config import DecoderConfig
-from engine.prompt import MediaItem, PlaceholderRun
+from engine.prompt import MediaItem, PlaceholderRun, runs_with_rows
 from engine.vision.normalisation import HALF_NORMALISATION
 
 if TYPE_CHECKING:
@@ -76,8 +76,6 @@ def _video_token(raw: Json, decoder: DecoderConfig) -> int | None:
 
 def _with_marks(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Adds the strings of the tokens in prompts, and the kinds of media that prompts number."""
-    tokenizer = checkpoint.json("tokenizer_config.json")
-    named = {**tokenizer, **(tokenizer.get("extra_special_tokens") or {})}
     added = checkpoint.json("tokenizer.json").get("added_tokens") or []
     texts = {token["id"]: token["content"] for token in added}
     placeholder, of_video = texts.get(config.image_token_id), texts.get(config.video_token_id)
@@ -86,16 +84,12 @@ def _with_marks(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
             f"config.json: image_token_id {config.image_token_id} is no special token of the tokenizer",
             param="image_token_id",
         )
-    marks: dict[str, Any] = {name: _content(named.get(name, text)) for name, text in _MARKS.items()}
     stated = bool(checkpoint.preprocessor_config.get("use_image_id", True))
     numbered = {"image": stated, "video": stated}
+    marks: dict[str, Any] = named_tokens(checkpoint, _MARKS)
     marks |= {"image": placeholder, "video": of_video, "numbered": numbered}
     # A model whose tokenizer has no token for videos isn't shown any.
     return replace(config, extra=marks, video_token_id=None if of_video is None else config.video_token_id)
-
-
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token
 
 
 def _placeholder(
@@ -113,10 +107,7 @@ def _placeholder(
     text += frame * (frames[0] if frames else 1)
     token_id = config.video_token_id if item.kind == "video" else config.image_token_id
     counts = iter(height * width // config.vision.side**2 for height, width in all_pieces(item.grid))
-    return tuple(
-        PlaceholderRun(token, next(counts), True) if token == token_id else PlaceholderRun(token, 1, False)
-        for token in encode(text)
-    )
+    return runs_with_rows(encode(text), token_id, counts)
 
 
 def _prompt_format(config: ModelConfig) -> PromptFormat:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
-from engine.families.base import IMAGE_SIZES, EmbeddingField, ModelConfig, sized_item
-from engine.families.minicpm_v.processor import fit, slice_grid
+from engine.families.base import ModelConfig, SizedImages
+from engine.families.minicpm_v.processor import cut, fit, sliced_grid
 from engine.families.minicpm_v4_6.config import MergedVisionConfig, all_pieces
 from engine.families.minicpm_v4_6.squares import nested_order
 from engine.families.parsing.processor import (
@@ -25,7 +25,6 @@ from engine.families.parsing.processor import (
     require_steps,
 )
 from engine.media.keys import content_hash
-from engine.media.resize import resize
 from engine.media.video.sampling import DEFAULT_RULES, FrameRules, minicpm_indices
 from engine.media.video.video import Video, VideoInfo, VideoOptions
 from engine.prompt import MediaItem, PreparedMedia
@@ -48,7 +47,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class MiniCPMV46Processor:
+class MiniCPMV46Processor(SizedImages):
     """See :class:`engine.families.base.MediaProcessor`. Pixels are patches; grids are those of
     :func:`engine.families.minicpm_v4_6.config.all_pieces`.
 
@@ -71,8 +70,6 @@ class MiniCPMV46Processor:
     resample: int
     video: MiniCPMV46Processor | None = None
     frames: FrameRules = DEFAULT_RULES
-
-    embedding_field: ClassVar[EmbeddingField] = IMAGE_SIZES
 
     @classmethod
     def create(
@@ -126,13 +123,7 @@ class MiniCPMV46Processor:
 
     def grid(self, size: tuple[int, int]) -> tuple[int, ...]:
         """The grid of an image of ``(width, height)`` pixels."""
-        rows, columns = slice_grid(size, self.resolution, self.max_slices)
-        overview = self._fit(size)
-        if not rows:
-            return (*overview, 0, 0, 0, 0)
-        # A slice's share of the image once the image's sides are multiples of the grid's, then its own size.
-        share = (max(round(size[0] / columns), 1), max(round(size[1] / rows), 1))
-        return (*overview, rows, columns, *self._fit(share))
+        return sliced_grid(size, self.resolution, self.max_slices, self._fit)
 
     def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = fit(size, self.resolution, self.patch * self.side)
@@ -183,14 +174,8 @@ class MiniCPMV46Processor:
         parts = self._cut(image, (height, width), (1, 1))
         return parts + (self._cut(image, (slice_height, slice_width), (rows, columns)) if rows else [])
 
-    def embedding_item(self, description: tuple[int, ...], key: str) -> MediaItem:
-        return sized_item(self, description, key)
-
     def _cut(self, image: Image.Image, piece: tuple[int, int], grid: tuple[int, int]) -> list[np.ndarray]:
-        """Resize the image to ``grid`` (rows and columns) of pieces (in patches) and cut each into patches:
-        uint8 ``(N, 3, patch²)``, in the encoder's order."""
-        (height, width), (rows, columns), side = piece, grid, self.patch
-        pixels = resize(image, (columns * width * side, rows * height * side), self.resample)
-        parts = pixels.reshape(rows, height, side, columns, width, side, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        order = nested_order(height, width, self.side)
-        return [part.reshape(-1, 3, side * side)[order] for row in parts for part in row]
+        """The patches of each of ``grid`` (rows and columns) of pieces (height and width in patches): uint8
+        ``(N, 3, patch²)``, in the encoder's order."""
+        parts, order = cut(image, piece, grid, self.patch, self.resample), nested_order(*piece, self.side)
+        return [part.reshape(-1, 3, self.patch**2)[order] for row in parts for part in row]
