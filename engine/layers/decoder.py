@@ -113,6 +113,13 @@ class Decoder(nn.Module):
         width = config.projected_width
         self.projection = None if width is None else Linear(config.hidden_size, width, build)
 
+    def active_layer_parameters(self) -> int:
+        """Count the parameters of the first layer on this rank that one token uses."""
+        layer = self.layers[0]
+        assert isinstance(layer, DecoderLayer)
+        count = sum(parameter.numel() for parameter in layer.parameters())
+        return count - layer.mlp.idle_parameters() if isinstance(layer.mlp, ExpertsMLP) else count
+
     def kv_scales(self) -> list[tuple[float, float]]:
         """The factors of each layer's keys and values in fp8; 1 where the checkpoint has no scales."""
         found = []

@@ -107,6 +107,12 @@ class ExpertsMLP(nn.Module):
             self.shared_expert = GatedMLP(hidden, config.shared_size, activation, build.at("shared_expert"))
         self.shared_expert_gate = Linear(hidden, 1, build, bias=False) if config.shared_gate else None
 
+    def idle_parameters(self) -> int:
+        """Count the parameters of the experts that a token doesn't use."""
+        count = sum(parameter.numel() for parameter in self.experts.parameters())
+        config = self.gate.config
+        return count - count * config.top_k // config.num_experts
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._mixture(x, *self.gate(x))
 

@@ -16,8 +16,8 @@ TOKEN_STEP = 64
 FINE_TOKENS = 1024
 #: Above that, while launching is slower than computing, capture sizes 25 % apart up to MAX_TOKENS.
 MAX_TOKENS = 4096
-#: Parameters of a layer times tokens that a GPU computes while a slow host launches a layer's ten kernels
-#: (half a millisecond).
+#: Parameters of a layer that a token uses, times tokens, that a GPU computes while a slow host launches a
+#: layer's ten kernels (half a millisecond).
 _LAUNCH_WORK = 1.5e11
 #: Each size is captured for this many sequences and for the most that there can be: kernels that search for
 #: a row's sequence take longer with many.
@@ -28,7 +28,7 @@ def captured_sizes(layer_parameters: int, max_tokens: int) -> list[int]:
     """Numbers of tokens to capture, ascending.
 
     Args:
-        layer_parameters: parameters of one decoder layer on this rank.
+        layer_parameters: parameters of one decoder layer on this rank that one token uses.
         max_tokens: most tokens of a step.
     """
     most = max(FINE_TOKENS, min(MAX_TOKENS, int(_LAUNCH_WORK / layer_parameters)))
@@ -40,7 +40,9 @@ def captured_sizes(layer_parameters: int, max_tokens: int) -> list[int]:
     return sizes[: bisect_left(sizes, max_tokens) + 1]
 
 
-Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, torch.Tensor | None], torch.Tensor]
+Forward = Callable[
+    [torch.Tensor, torch.Tensor, AttentionMetadata, torch.Tensor | None, torch.Tensor | None], torch.Tensor
+]
 
 
 class ForwardGraphs:
@@ -49,13 +51,15 @@ class ForwardGraphs:
     Padding rows write no keys and belong to no sequence; padding sequences have no tokens.
 
     Args:
-        forward: embeddings ``(T, width)``, positions, metadata, and R row indices or None, to the hidden
-            states ``(R, width)`` of these rows, or of all rows.
+        forward: embeddings ``(T, width)``, positions, metadata, what is added after the first layers
+            ``(deepstack, T, width)`` or None, and R row indices or None, to the hidden states ``(R, width)``
+            of these rows, or of all rows.
         capture: see :class:`engine.graphs.Capture`.
         sizes: numbers of tokens to capture, ascending.
         width: of embeddings and hidden states.
         dtype: of embeddings and hidden states.
         axes: axes of positions, 3 with M-RoPE; None for plain positions ``(T,)``.
+        deepstack: layers after which something is added.
         max_sequences: most sequences of a batch.
         num_groups: groups of layers, each with its block tables.
         max_blocks: columns of block tables.
@@ -75,6 +79,7 @@ class ForwardGraphs:
         width: int,
         dtype: torch.dtype,
         axes: int | None,
+        deepstack: int,
         max_sequences: int,
         num_groups: int,
         max_blocks: int,
@@ -90,6 +95,9 @@ class ForwardGraphs:
         self._embeds = torch.zeros((most, width), dtype=dtype, device=device)
         shape = (most,) if axes is None else (axes, most)
         self._positions = torch.zeros(shape, dtype=torch.int64, device=device)
+        # Zero beyond the first tokens; text adds zeros.
+        self._deepstack = torch.zeros((deepstack, most, width), dtype=dtype, device=device)
+        self._num_added = 0
         self._slot_mapping = torch.full((num_groups, most), -1, dtype=torch.int64, device=device)
         self._key_ends = torch.zeros((most,), dtype=torch.int32, device=device) if both_ways else None
         self._counts = sorted({min(FEW_SEQUENCES, max_sequences), max_sequences})
@@ -126,6 +134,7 @@ class ForwardGraphs:
         embeds: torch.Tensor,
         positions: torch.Tensor,
         meta: AttentionMetadata,
+        deepstack: torch.Tensor | None,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
         """Hidden states ``(R, width)`` of ``rows``, or ``(T, width)`` with ``all_rows``.
@@ -139,6 +148,7 @@ class ForwardGraphs:
         replay = self._get(self._sizes[bisect_left(self._sizes, tokens)], count)
         self._embeds[:tokens] = embeds
         self._positions[..., :tokens] = positions
+        self._add(deepstack)
         self._slot_mapping[:, :tokens] = meta.slot_mapping
         self._slot_mapping[:, tokens:] = -1
         if self._key_ends is not None and meta.key_ends is not None:
@@ -158,6 +168,15 @@ class ForwardGraphs:
             self._rows[num_rows : self._num_rows] = 0
         self._num_rows = num_rows
         return replay()[:num_rows]
+
+    def _add(self, deepstack: torch.Tensor | None) -> None:
+        """Have the next replay add ``deepstack``, or nothing."""
+        added = 0 if deepstack is None else deepstack.shape[1]
+        if deepstack is not None:
+            self._deepstack[:, :added] = deepstack
+        if self._num_added > added:
+            self._deepstack[:, added : self._num_added] = 0
+        self._num_added = added
 
     def _get(self, size: int, count: int) -> Replay:
         if (size, count) not in self._replays:
@@ -181,5 +200,6 @@ class ForwardGraphs:
             state_rows=self._states[:count],
         )
         embeds, positions = self._embeds[:size], self._positions[..., :size]
+        deepstack = self._deepstack[:, :size] if len(self._deepstack) else None
         rows = None if self.all_rows else self._rows[:count]
-        return lambda: self._forward(embeds, positions, meta, rows)
+        return lambda: self._forward(embeds, positions, meta, deepstack, rows)

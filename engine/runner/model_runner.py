@@ -125,16 +125,13 @@ class ModelRunner:
                 device=self.device,
             )
             self._forwards = ForwardGraphs(
-                lambda embeds, positions, meta, rows: model(
-                    embeds, positions, caches.layers, meta, rows=rows
-                ),
+                lambda embeds, positions, *rest: model(embeds, positions, caches.layers, *rest),
                 capture,
-                sizes=captured_sizes(
-                    sum(parameter.numel() for parameter in model.layers[0].parameters()), max_num_tokens
-                ),
+                sizes=captured_sizes(model.active_layer_parameters(), max_num_tokens),
                 width=model.config.hidden_size,
                 dtype=self.dtype,
                 axes=3 if self._mrope else None,
+                deepstack=model.config.num_deepstack,
                 max_sequences=num_slots,
                 num_groups=caches.num_groups,
                 max_blocks=self._state.block_tables.shape[2],
@@ -413,13 +410,8 @@ class ModelRunner:
         )
         embeds, deepstack = self._embed(batch, ids, chunks.embedded_rows)
         graphs = self._forwards
-        if (
-            graphs is not None
-            and graphs.all_rows == (rows is None)
-            and graphs.fits(len(embeds), len(slots))
-            and deepstack is None
-        ):
-            hidden = graphs.replay(embeds, positions, meta, rows)
+        if graphs is not None and graphs.all_rows == (rows is None) and graphs.fits(len(embeds), len(slots)):
+            hidden = graphs.replay(embeds, positions, meta, deepstack, rows)
         else:
             hidden = self.model(embeds, positions, self._caches.layers, meta, deepstack, rows)
         state.length.index_copy_(0, slots, lengths)

@@ -155,3 +155,10 @@ def test_a_tensor_of_experts_in_neither_order_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="input_linear"):
         load(path)
+
+
+def test_a_token_uses_its_share_of_the_experts():
+    config = ExpertsConfig(RouterConfig(8, 2), intermediate_size=24, layers=range(1), shared_size=16)
+    layer = ExpertsMLP(32, config, "silu", BuildContext(CPU, torch.float32, SingleProcessGroup()))
+    used = 2 * 3 * 24 * 32 + 3 * 16 * 32 + 8 * 32
+    assert sum(part.numel() for part in layer.parameters()) - layer.idle_parameters() == used
