@@ -14,7 +14,8 @@ decides::
                       paged_attention_triton      otherwise                           paged_attention.py
     delta_rule        delta_rule_reference        not Triton                          delta_rule.py
                       delta_step_triton           one new token of each sequence      delta_rule.py
-                      delta_prefill_triton        otherwise                           delta_prefill.py
+                      delta_prefill_triton        otherwise; its scan is in Gluon on  delta_prefill.py
+                                                  Hopper with 16-bit heads of 128
     linear, 4 bits    int4_gemv_triton            Triton, 1 row                       int4_gemv.py
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
@@ -50,7 +51,7 @@ Operations with one kernel choose between it and the reference by ``use_triton``
 act_mul.py, causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
 gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, head_norms), rotary.py, route.py (the router of experts), truncation.py, vision_attention.py.
 
-Shared by kernels: activation.py (inside kernels), device.py (SMs, memory, capability), expert_groups.py
+Shared by kernels: activation.py (inside kernels), delta_scan.py and delta_tiles.py (parts of delta_prefill.py), device.py (SMs, memory, capability), expert_groups.py
 (sorts pairs of tokens and experts, adds up their results), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
 recurrent_state.py (states of gated delta nets and convolutions), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), tile.py (attention tiles).
 """

@@ -1,4 +1,4 @@
-"""The gated delta rule in torch, and its one-token form in Triton.
+"""The gated delta rule in torch, and token after token in Triton.
 
 A sequence has a state ``S (K, V)`` for each value head. With decay ``d = exp(g)`` and strength ``b``, token
 after token, ``S`` becomes ``d S + k b (v - k d S)`` and the output is ``q S``
@@ -121,30 +121,34 @@ def delta_step_triton(
     qkv: torch.Tensor, gates: DeltaGates, cache: StateCache, meta: AttentionMetadata
 ) -> torch.Tensor:
     """The rule for one new token of each sequence; see :func:`engine.kernels.dispatch.delta_rule`."""
-    rows, (_, heads, key_dim, value_dim) = len(qkv), cache.recurrent.shape
+    _, heads, _, value_dim = cache.recurrent.shape
+    out = torch.empty((len(qkv), heads, value_dim), dtype=qkv.dtype, device=qkv.device)
+    step_tokens(qkv, gates, cache, meta, out, most=0)
+    return out
+
+
+def step_tokens(
+    qkv: torch.Tensor, gates: DeltaGates, cache: StateCache, meta: AttentionMetadata, out: torch.Tensor,
+    *, most: int,
+) -> None:  # fmt: skip
+    """Apply the rule token after token, to the sequences of up to ``most`` new tokens; 0: all have one."""
+    (_, heads, key_dim, value_dim), sequences = cache.recurrent.shape, meta.seq_lens.shape[0]
     assert meta.state_rows is not None and qkv.stride(-1) == 1
-    out = torch.empty((rows, heads, value_dim), dtype=qkv.dtype, device=qkv.device)
     # A state of 128 by 128 in two halves: more programs than SMs even for one sequence.
     block = min(64, triton.next_power_of_2(value_dim))
-    if rows:
+    if len(qkv) and sequences:
         launch(
-            _delta_step_kernel, (triton.cdiv(value_dim, block), heads, rows),
+            _delta_step_kernel, (triton.cdiv(value_dim, block), heads, sequences),
             qkv_ptr=qkv, strength_ptr=gates.strength, decay_ptr=gates.decay,
             log_rate_ptr=gates.log_rate, shift_ptr=gates.shift,
-            state_ptr=cache.recurrent, rows_ptr=meta.state_rows, seq_lens_ptr=meta.seq_lens, out_ptr=out,
+            state_ptr=cache.recurrent, rows_ptr=meta.state_rows,
+            query_start_ptr=meta.query_start, seq_lens_ptr=meta.seq_lens, out_ptr=out,
             qkv_stride=qkv.stride(0), strength_stride=gates.strength.stride(0),
             decay_stride=gates.decay.stride(0),
             HEADS=heads, KEY_HEADS=(qkv.shape[1] - heads * value_dim) // (2 * key_dim),
             KEY_DIM=key_dim, VALUE_DIM=value_dim, KEYS=triton.next_power_of_2(key_dim), VALUES=block,
-            EPS=NORM_EPS, num_warps=4, **pdl_options(qkv),
+            MOST=most, EPS=NORM_EPS, num_warps=4, **pdl_options(qkv),
         )  # fmt: skip
-    return out
-
-
-@triton.jit
-def unit_vectors(x, EPS: tl.constexpr):
-    """Scale the rows of ``x (N, K)`` float32 to length 1."""
-    return x * (1.0 / tl.sqrt(tl.sum(x * x, axis=1) + EPS))[:, None]
 
 
 @triton.jit
@@ -160,13 +164,20 @@ def log_decay(raw, log_rate, shift):
 
 @triton.jit
 def _delta_step_kernel(
-    qkv_ptr, strength_ptr, decay_ptr, log_rate_ptr, shift_ptr, state_ptr, rows_ptr, seq_lens_ptr, out_ptr,
-    qkv_stride, strength_stride, decay_stride,
+    qkv_ptr, strength_ptr, decay_ptr, log_rate_ptr, shift_ptr, state_ptr, rows_ptr, query_start_ptr,
+    seq_lens_ptr, out_ptr, qkv_stride, strength_stride, decay_stride,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, MOST: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, value head and block of its values."""
     head, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin, count = sequence, 1
+    if MOST > 0:
+        begin = tl.load(query_start_ptr + sequence).to(tl.int64)
+        count = (tl.load(query_start_ptr + sequence + 1) - begin).to(tl.int32)
+        if (count <= 0) | (count > MOST):
+            wait_for_previous(PDL)
+            return
     key, value = tl.arange(0, KEYS), tl.program_id(0) * VALUES + tl.arange(0, VALUES)
     in_key, in_value = key < KEY_DIM, value < VALUE_DIM
     inside = in_key[:, None] & in_value[None, :]
@@ -175,23 +186,24 @@ def _delta_step_kernel(
     state = state_ptr + (row * HEADS + head) * KEY_DIM * VALUE_DIM + key[:, None] * VALUE_DIM + value[None, :]
     # The previous kernel doesn't write the state: its load is issued before the wait.
     s = tl.load(state, mask=inside, other=0.0)
-    s = tl.where(tl.load(seq_lens_ptr + sequence) > 1, s, 0.0)
+    s = tl.where(tl.load(seq_lens_ptr + sequence) > count, s, 0.0)
     wait_for_previous(PDL)
-    source = qkv_ptr + sequence * qkv_stride
     key_head = head // (HEADS // KEY_HEADS)
-    q = tl.load(source + key_head * KEY_DIM + key, mask=in_key, other=0.0).to(tl.float32)
-    k = tl.load(source + (KEY_HEADS + key_head) * KEY_DIM + key, mask=in_key, other=0.0).to(tl.float32)
-    v = tl.load(
-        source + 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + value, mask=in_value, other=0.0
-    ).to(tl.float32)  # fmt: skip
-    q = q / tl.sqrt(tl.sum(q * q, axis=0) + EPS) * KEY_DIM**-0.5
-    k = k / tl.sqrt(tl.sum(k * k, axis=0) + EPS)
-    raw = tl.load(strength_ptr + sequence * strength_stride + head)
-    strength = (1.0 / (1.0 + tl.exp(-raw.to(tl.float32)))).to(raw.dtype).to(tl.float32)
-    decay = tl.load(decay_ptr + sequence * decay_stride + head).to(tl.float32)
-    s = s * tl.exp(log_decay(decay, rate, shift))
-    change = (v - tl.sum(s * k[:, None], axis=0)) * strength
-    s += k[:, None] * change[None, :]
+    for token in range(begin, begin + count):
+        source = qkv_ptr + token * qkv_stride
+        q = tl.load(source + key_head * KEY_DIM + key, mask=in_key, other=0.0).to(tl.float32)
+        k = tl.load(source + (KEY_HEADS + key_head) * KEY_DIM + key, mask=in_key, other=0.0).to(tl.float32)
+        v = tl.load(
+            source + 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + value, mask=in_value, other=0.0
+        ).to(tl.float32)  # fmt: skip
+        q = q / tl.sqrt(tl.sum(q * q, axis=0) + EPS) * KEY_DIM**-0.5
+        k = k / tl.sqrt(tl.sum(k * k, axis=0) + EPS)
+        raw = tl.load(strength_ptr + token * strength_stride + head)
+        strength = (1.0 / (1.0 + tl.exp(-raw.to(tl.float32)))).to(raw.dtype).to(tl.float32)
+        decay = tl.load(decay_ptr + token * decay_stride + head).to(tl.float32)
+        s = s * tl.exp(log_decay(decay, rate, shift))
+        change = (v - tl.sum(s * k[:, None], axis=0)) * strength
+        s += k[:, None] * change[None, :]
+        out = out_ptr + (token * HEADS + head) * VALUE_DIM + value
+        tl.store(out, tl.sum(s * q[:, None], axis=0).to(out_ptr.dtype.element_ty), mask=in_value)
     tl.store(state, s, mask=inside)
-    out = out_ptr + (sequence * HEADS + head) * VALUE_DIM + value
-    tl.store(out, tl.sum(s * q[:, None], axis=0).to(out_ptr.dtype.element_ty), mask=in_value)

@@ -43,13 +43,22 @@ def choose_tile(inputs: int, *, gated: bool) -> NormGemvTile:
     """Choose the tile of a problem.
 
     Of a dozen tiles it is the best on an H100 and an H200, by the time of whole decode steps of models of 2
-    and 7 billion parameters.
+    and 7 billion parameters; of 15 for 2560 inputs by chains of launches on an H200.
     """
+    lanes = sum(_split_row(inputs))
     # Longer rows leave no registers for eight programs of two warps.
-    if inputs > 2048:
+    if lanes > 3072:
         return NormGemvTile(1, 4, 4)
+    if lanes > 2048:
+        return NormGemvTile(1, 2, 6) if gated else NormGemvTile(1, 1, 8)
     # Without a gate attention comes next; its programs need room to start early.
     return NormGemvTile(1, 2, 8 if gated else 6)
+
+
+def _split_row(inputs: int) -> tuple[int, int]:
+    """Cut a row in two parts whose lengths are padded to powers of two: 2560 are 2048 and 512, not 4096."""
+    first = 1 << inputs.bit_length() - 1
+    return first, triton.next_power_of_2(max(1, inputs - first))
 
 
 def norm_gemv_triton(
@@ -65,13 +74,14 @@ def norm_gemv_triton(
     total = x if residual is None else torch.empty_like(residual)
     tile = choose_tile(inputs, gated=gated)
     share = triton.cdiv(outputs, tile.programs * num_sms(x.device))
+    first, rest = _split_row(inputs)
     launch(
         _norm_gemv_kernel, (triton.cdiv(outputs, share),),
         x_ptr=x, residual_ptr=x if residual is None else residual, norm_ptr=norm, weight_ptr=weight,
         bias_ptr=x if bias is None else bias, out_ptr=out, total_ptr=total,
         outputs=outputs, inputs=inputs, share=share, weight_stride=weight.stride(0), eps=eps,
         offset=offset, **scale_arguments(x, scale),
-        TILE_OUTPUTS=tile.outputs, INPUTS_PAD=triton.next_power_of_2(inputs),
+        TILE_OUTPUTS=tile.outputs, INPUTS=first, REST=rest,
         ADD=residual is not None, BIAS=bias is not None, ACTIVATION=activation or "",
         num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
@@ -86,15 +96,44 @@ def _load_weights(start, row, end, stride, lane, mask):
 
 
 @triton.jit
+def _load_both(start, row, end, stride, lane, rest, inputs):
+    """Load both parts of weight rows."""
+    first = _load_weights(start, row, end, stride, lane, lane < inputs)
+    return first, _load_weights(start, row, end, stride, rest, rest < inputs)
+
+
+@triton.jit
 def _dot(weight, x, scale_ptr, row, groups, lane, row_mask, mask, GROUP: tl.constexpr):
-    """Dot products of weight rows, times their scales, with the row ``x``."""
+    """Dot products of a part of weight rows, times the scales of groups, with that of the row ``x``."""
     products = weight.to(tl.float32) * x
     if GROUP > 0:
         products *= load_scales(scale_ptr, row[:, None], groups, lane // GROUP, row_mask[:, None] & mask)
-    result = tl.sum(products, axis=1)
+    return tl.sum(products, axis=1)
+
+
+@triton.jit
+def _dot_both(
+    weight, weight_rest, x, x_rest, scale_ptr, row, groups, lane, rest, row_mask, inputs, GROUP: tl.constexpr
+):  # fmt: skip
+    """Dot products of weight rows, times their scales, with the row ``x``."""
+    result = _dot(weight, x, scale_ptr, row, groups, lane, row_mask, lane < inputs, GROUP)
+    result += _dot(weight_rest, x_rest, scale_ptr, row, groups, rest, row_mask, rest < inputs, GROUP)
     if GROUP == 0:
         result *= tl.load(scale_ptr + row, mask=row_mask, other=0.0)
     return result
+
+
+@triton.jit
+def _load_input(x_ptr, residual_ptr, total_ptr, norm, lane, inputs, ADD: tl.constexpr):
+    """Load a part of the row, add and store the sum; return it times the norm's weight, and its squares' sum."""
+    x = tl.load(x_ptr + lane, mask=lane < inputs, other=0.0)
+    if ADD:
+        added = tl.load(residual_ptr + lane, mask=lane < inputs, other=0.0)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
+        if tl.program_id(0) == 0:
+            tl.store(total_ptr + lane, x, mask=lane < inputs)
+    wide = x.to(tl.float32)
+    return wide * norm, tl.sum(wide * wide, axis=1)
 
 
 # ``share`` differs between layers; specialising on it would compile the kernel again at start-up.
@@ -102,48 +141,49 @@ def _dot(weight, x, scale_ptr, row, groups, lane, row_mask, mask, GROUP: tl.cons
 def _norm_gemv_kernel(
     x_ptr, residual_ptr, norm_ptr, weight_ptr, bias_ptr, out_ptr, total_ptr,
     outputs, inputs, share, weight_stride, eps, offset, scale_ptr, groups,
-    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, INPUTS_PAD: tl.constexpr, ADD: tl.constexpr,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, REST: tl.constexpr, ADD: tl.constexpr,
     BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per ``share`` of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`."""
     first = tl.program_id(0) * share
     end = tl.minimum(first + share, outputs)
     row = first + tl.arange(0, TILE_OUTPUTS)
-    lane = tl.arange(0, INPUTS_PAD)[None, :]
-    mask = lane < inputs
+    lane = tl.arange(0, INPUTS)[None, :]
+    rest = INPUTS + tl.arange(0, REST)[None, :]
     up_ptr = weight_ptr + tl.cast(outputs, tl.int64) * weight_stride
     # Prefetch weight rows during the step before, the first ones before the previous kernel has written x.
-    next_weight = _load_weights(weight_ptr, row, end, weight_stride, lane, mask)
-    next_up = next_weight
+    next_weight, next_weight_rest = _load_both(weight_ptr, row, end, weight_stride, lane, rest, inputs)
+    next_up, next_up_rest = next_weight, next_weight_rest
     if ACTIVATION != "":
-        next_up = _load_weights(up_ptr, row, end, weight_stride, lane, mask)
-    norm = tl.load(norm_ptr + lane, mask=mask, other=0.0)
+        next_up, next_up_rest = _load_both(up_ptr, row, end, weight_stride, lane, rest, inputs)
+    norm = tl.load(norm_ptr + lane, mask=lane < inputs, other=0.0).to(tl.float32) + offset
+    norm_rest = tl.load(norm_ptr + rest, mask=rest < inputs, other=0.0).to(tl.float32) + offset
     # The next kernel, decode attention, may prefetch its keys meanwhile.
     launch_dependents(PDL)
     wait_for_previous(PDL)
-    x = tl.load(x_ptr + lane, mask=mask, other=0.0)
-    if ADD:
-        added = tl.load(residual_ptr + lane, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
-        if tl.program_id(0) == 0:
-            tl.store(total_ptr + lane, x, mask=mask)
-    wide = x.to(tl.float32)
+    x, squares = _load_input(x_ptr, residual_ptr, total_ptr, norm, lane, inputs, ADD)
+    x_rest, more = _load_input(x_ptr, residual_ptr, total_ptr, norm_rest, rest, inputs, ADD)
     # 1 / RMS is a factor of each output, and multiplies the sum instead of the row.
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=1) / inputs + eps)
-    wide *= norm.to(tl.float32) + offset
+    scale = 1.0 / tl.sqrt((squares + more) / inputs + eps)
     for _ in range(first, end, TILE_OUTPUTS):
-        weight = next_weight
-        up = next_up
+        weight, weight_rest = next_weight, next_weight_rest
+        up, up_rest = next_up, next_up_rest
         next_row = row + TILE_OUTPUTS
-        next_weight = _load_weights(weight_ptr, next_row, end, weight_stride, lane, mask)
+        next_weight, next_weight_rest = _load_both(
+            weight_ptr, next_row, end, weight_stride, lane, rest, inputs
+        )
         if ACTIVATION != "":
-            next_up = _load_weights(up_ptr, next_row, end, weight_stride, lane, mask)
+            next_up, next_up_rest = _load_both(up_ptr, next_row, end, weight_stride, lane, rest, inputs)
         row_mask = row < end
-        result = _dot(weight, wide, scale_ptr, row, groups, lane, row_mask, mask, GROUP) * scale
+        result = scale * _dot_both(
+            weight, weight_rest, x, x_rest, scale_ptr, row, groups, lane, rest, row_mask, inputs, GROUP
+        )  # fmt: skip
         if BIAS:
             result += tl.load(bias_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
         if ACTIVATION != "":
-            factor = _dot(up, wide, scale_ptr, outputs + row, groups, lane, row_mask, mask, GROUP) * scale
+            factor = scale * _dot_both(
+                up, up_rest, x, x_rest, scale_ptr, outputs + row, groups, lane, rest, row_mask, inputs, GROUP
+            )  # fmt: skip
             if BIAS:
                 factor += tl.load(bias_ptr + outputs + row, mask=row_mask, other=0.0).to(tl.float32)
             result = activate(result, ACTIVATION) * factor

@@ -293,6 +293,23 @@ def delta_net(tokens: list[int]) -> None:
     gated_norm_triton(out, noise(count, 4096), noise(128), 1e-6)
 
 
+def delta_scan() -> None:
+    """The Gluon scan of a prompt of several segments."""
+    from engine.kernels.delta_rule import CHUNK
+    from engine.kernels.delta_scan import scan_gluon
+    from engine.kernels.delta_tiles import DeltaTiles
+    from engine.kernels.recurrent_state import StateCache
+
+    meta = metadata([4000], 4000, 4000)
+    meta.state_rows = torch.zeros(1, dtype=torch.int64)
+    cache = StateCache(noise(2, 3, 8192), torch.zeros(2, 32, 128, 128))
+    shapes = [(CHUNK, 128), (CHUNK, 128), (CHUNK, 128), (128, CHUNK), (CHUNK, CHUNK)]
+    tiles = DeltaTiles(*(noise(2, 32, *shape) for shape in shapes), torch.zeros(2, 32, 2, CHUNK))
+    states = torch.zeros(2, 32, 128, 128)
+    scan_gluon(tiles, None, states, cache, meta, 4000, 2048, states)
+    scan_gluon(tiles, noise(4000, 32, 128), states, cache, meta, 4000, 2048)
+
+
 def short_conv(tokens: list[int]) -> None:
     """A short convolution of LFM2-1.2B: a decode step, or prompt chunks."""
     from engine.kernels.causal_conv import conv_triton
@@ -369,7 +386,8 @@ CASES: list[Callable[[], None]] = [
     elementwise,
     decode_step,
     partial(delta_net, [1] * 4),
-    partial(delta_net, [300, 1, 7]),
+    partial(delta_net, [2100, 1, 7]),
+    delta_scan,
     partial(short_conv, [1] * 4),
     partial(short_conv, [300, 1, 7]),
     fp8_weights,

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs
 
+from engine.kernels import delta_prefill, delta_scan
 from engine.kernels.causal_conv import causal_conv, conv_reference, conv_triton
 from engine.kernels.delta_prefill import delta_prefill_triton
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
+from engine.kernels.device import is_hopper
 from engine.kernels.gated_norm import gated_norm_reference, gated_norm_triton
 from engine.kernels.paged import AttentionMetadata
 from engine.kernels.recurrent_state import StateCache
@@ -24,8 +26,10 @@ CHANNELS = 2 * KEY_HEADS * KEYS + HEADS * VALUES
 BATCHES = {
     "decode": ([1, 1, 1], [5, 0, 70]),
     "one prompt": ([150], [0]),
+    "several segments": ([290, 80, 200], [3, 0, 0]),
     "a chunk that goes on": ([64], [3]),
     "mixed": ([1, 1, 70, 0, 3, 17], [9, 1, 0, 4, 2, 30]),
+    "sequences that share places of tiles": ([33, 34, 32, 65, 40], [0, 2, 1, 0, 3]),
 }
 
 
@@ -98,8 +102,11 @@ def test_a_short_convolution(device, dtype, batch, gated, biased):
     check_states(ours.conv, expected.conv, before.conv, meta)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_delta_rule(device, dtype, batch):
+@pytest.mark.parametrize(
+    ("batch", "segment"), [*((batch, 1024) for batch in BATCHES), ("several segments", 64), ("mixed", 64)]
+)
+def test_delta_rule(monkeypatch, device, dtype, batch, segment):
+    monkeypatch.setattr(delta_prefill, "_segment_tokens", lambda heads: segment)
     meta = metadata(*BATCHES[batch], device)
     tokens = len(meta.slot_mapping)
     qkv = torch.randn(tokens, CHANNELS + 3, device=device).to(dtype)[:, :CHANNELS]
@@ -124,6 +131,26 @@ def test_delta_rule_of_equal_tokens_that_are_never_forgotten(device, dtype):
     tolerance = 1e-4 if dtype == torch.float32 else 0.02
     result = delta_prefill_triton(qkv, given, ours, meta)
     assert_close(result, delta_rule_reference(qkv, given, expected, meta), tolerance=tolerance)
+
+
+def test_prompts_on_hopper(monkeypatch, device):
+    """The scan in Gluon, with a prompt of several segments that goes on, and one that begins."""
+    if not is_hopper(device):
+        pytest.skip("the scan is for Hopper GPUs, and Gluon has no interpreter")
+    monkeypatch.setattr(delta_prefill, "_segment_tokens", lambda heads: 256)
+    heads, dim, dtype = 2, 128, torch.bfloat16
+    meta = metadata([900, 1, 200], [70, 3, 0], device)
+    qkv = torch.randn(1101, 4 * dim, device=device).to(dtype)
+    both = torch.randn(1101, 2 * heads, device=device).to(dtype)
+    given = DeltaGates(both[:, :heads], both[:, heads:], *torch.randn(2, heads, device=device) - 2)
+    ours = StateCache(
+        torch.zeros(5, 3, 4 * dim, device=device), torch.randn(5, heads, dim, dim, device=device)
+    )
+    assert delta_scan.supports(ours, dtype)
+    before, expected = ours.recurrent.clone(), copy_of(ours)
+    result = delta_prefill_triton(qkv, given, ours, meta)
+    assert_close(result, delta_rule_reference(qkv, given, expected, meta), tolerance=0.02)
+    check_states(ours.recurrent, expected.recurrent, before, meta, 0.02)
 
 
 def test_prompt_chunks_and_single_tokens_are_the_same_rule(device):
