@@ -8,7 +8,6 @@ registers are spilled. Sizes are those of public models. Nothing runs: a launch 
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
@@ -54,12 +53,13 @@ def prepare() -> None:
     device._SMS_WITHOUT_GPU = 132
 
 
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(shape).to(BF16)
+def tensor(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    """Return a tensor that nothing fills: no value is read, and to fill matrices of real sizes takes long."""
+    return torch.empty(shape, dtype=dtype)
 
 
 def kv_cache(kv_heads: int, dim: int, dtype: torch.dtype = BF16) -> KVCache:
-    return KVCache(*noise(2, 2, kv_heads, 16, dim).to(dtype))
+    return KVCache(*tensor(2, 2, kv_heads, 16, dim, dtype=dtype))
 
 
 def metadata(tokens: list[int], length: int, max_seq_len: int) -> AttentionMetadata:
@@ -79,7 +79,7 @@ def paged(heads: int, kv_heads: int, dim: int, tokens: list[int]) -> None:
     from engine.kernels.paged_attention import paged_attention_triton
 
     meta = metadata(tokens, 1000, 1000)
-    paged_attention_triton(noise(sum(tokens), heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
+    paged_attention_triton(tensor(sum(tokens), heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
 
 
 def both_ways(heads: int, kv_heads: int, dim: int, tokens: list[int], window: int | None) -> None:
@@ -88,7 +88,7 @@ def both_ways(heads: int, kv_heads: int, dim: int, tokens: list[int], window: in
 
     meta = metadata(tokens, 1000, 1000)
     meta.key_ends = torch.full((sum(tokens),), 1000, dtype=I32)
-    q = noise(sum(tokens), heads, dim)
+    q = tensor(sum(tokens), heads, dim)
     paged_attention_triton(q, kv_cache(kv_heads, dim), meta, scale=0.1, window=window)
 
 
@@ -96,7 +96,7 @@ def prefill(heads: int, kv_heads: int, dim: int) -> None:
     from engine.kernels.prefill_attention import prefill_attention_gluon
 
     meta = metadata([2000], 2000, 2000)
-    prefill_attention_gluon(noise(2000, heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
+    prefill_attention_gluon(tensor(2000, heads, dim), kv_cache(kv_heads, dim), meta, scale=0.1)
 
 
 def decode(
@@ -105,11 +105,11 @@ def decode(
     from engine.kernels.decode_attention import decode_attention_triton
     from engine.kernels.rms_norm import HeadNorms
 
-    q, k, v = noise(sequences, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = tensor(sequences, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
     positions, angles = torch.zeros(3, sequences, dtype=torch.int64), torch.randn(64, dim // 2)
     table = RotaryTable(angles, angles, (16, 24, 24), adjacent=adjacent)
     meta = metadata([1] * sequences, 1000, 4096)
-    of_heads = HeadNorms(*noise(2, dim), 1e-6) if norms else None
+    of_heads = HeadNorms(*tensor(2, dim), 1e-6) if norms else None
     decode_attention_triton(
         q, k, v, positions, table, kv_cache(kv_heads, dim), meta, scale=0.1, norms=of_heads
     )
@@ -118,7 +118,7 @@ def decode(
 def vision(heads: int, dim: int, tokens: int, images: int = 1) -> None:
     from engine.kernels.vision_attention import vision_attention_triton
 
-    q, k, v = noise(images * tokens, 3 * heads, dim).split(heads, dim=1)
+    q, k, v = tensor(images * tokens, 3 * heads, dim).split(heads, dim=1)
     bounds = (torch.arange(images + 1) * tokens).to(I32)
     vision_attention_triton(q, k, v, bounds, max_len=tokens, scale=0.1)
 
@@ -133,31 +133,31 @@ def elementwise() -> None:
     from engine.kernels.rms_norm import HeadNorms, head_norms_triton, rms_norm_triton
     from engine.kernels.rotary import rotary_triton
 
-    x = noise(4, 3584)
+    x = tensor(4, 3584)
     rms_norm_triton(x, x[0], 1e-6)
     rms_norm_triton(x, x[0], 1e-6, x)
-    heads = noise(4, 36, 128)
+    heads = tensor(4, 36, 128)
     head_norms_triton(heads[:, :32], heads[:, 32:], HeadNorms(x[0, :128], x[0, :128], 1e-6))
-    x = noise(4, 1280)
+    x = tensor(4, 1280)
     add_layer_norm_triton(x, x, x[0], x[0], 1e-6)
-    quick_gelu_triton(noise(4, 5120))
+    quick_gelu_triton(tensor(4, 5120))
     pixels = torch.zeros(560, 560, 3, dtype=torch.uint8)
-    patchify_triton(pixels, noise(3 * 256), patch=14, merge=2, temporal=2)
-    patchify_triton(pixels[None], noise(3 * 256), patch=14, merge=1, temporal=1)
-    act_mul_triton(noise(4, 17920))
+    patchify_triton(pixels, tensor(3 * 256), patch=14, merge=2, temporal=2)
+    patchify_triton(pixels[None], tensor(3 * 256), patch=14, merge=1, temporal=1)
+    act_mul_triton(tensor(4, 17920))
     angles, positions = torch.randn(64, 64), torch.zeros(3, 4, dtype=torch.int64)
-    q, k, v = noise(4, 16, 128).split([12, 2, 2], dim=1)
+    q, k, v = tensor(4, 16, 128).split([12, 2, 2], dim=1)
     table, slots = RotaryTable(angles, angles, (16, 24, 24)), torch.zeros(4, dtype=torch.int64)
     rotary_kv_write_triton(q, k, v, positions, table, kv_cache(2, 128), slots)
     rotary_kv_write_triton(q, k, v, positions, replace(table, adjacent=True), kv_cache(2, 128), slots)
-    q, k = noise(4, 32, 80).split(16, dim=1)
+    q, k = tensor(4, 32, 80).split(16, dim=1)
     rotary_triton(q, k, positions[0], RotaryTable(angles[:, :40], angles[:, :40]))
 
 
 def activated(rows: int, inputs: int, outputs: int, activation: str) -> None:
     from engine.kernels.gemm_activation import gemm_activation_triton
 
-    gemm_activation_triton(noise(rows, inputs), noise(outputs, inputs), noise(outputs), activation)
+    gemm_activation_triton(tensor(rows, inputs), tensor(outputs, inputs), tensor(outputs), activation)
 
 
 def decode_step() -> None:
@@ -169,7 +169,7 @@ def decode_step() -> None:
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
     from engine.kernels.truncation import truncation_threshold_triton
 
-    logits, ones = noise(4, 151936), torch.ones(4)
+    logits, ones = tensor(4, 151936), torch.ones(4)
     ids = torch.ones(4, dtype=torch.int64)
     truncation_threshold_triton(logits, ones, ids, ones, ones)
     gumbel_argmax_triton(logits, ones, ids, ids, ones)
@@ -177,18 +177,18 @@ def decode_step() -> None:
     tables = torch.zeros(2, 9, 256, dtype=I32)
     gather_decode_inputs_triton(ids, tables, ids, ids, ids, block_size=16)
     advance_triton(ids, ids, ids, ids, padding_slot=3)
-    x, norm = noise(1, 1536), noise(1536)
-    gemv_triton(noise(1, 8960), noise(1536, 8960))
-    norm_gemv_triton(x, x, norm, 1e-6, noise(2048, 1536), noise(2048))
-    norm_gemv_triton(x, x, norm, 1e-6, noise(17920, 1536), activation="silu")
-    x, norm = noise(1, 3584), noise(3584)
-    gemv_triton(x, noise(3584, 3584))
-    norm_gemv_triton(x, x, norm, 1e-6, noise(37888, 3584), activation="silu")
+    x, norm = tensor(1, 1536), tensor(1536)
+    gemv_triton(tensor(1, 8960), tensor(1536, 8960))
+    norm_gemv_triton(x, x, norm, 1e-6, tensor(2048, 1536), tensor(2048))
+    norm_gemv_triton(x, x, norm, 1e-6, tensor(17920, 1536), activation="silu")
+    x, norm = tensor(1, 3584), tensor(3584)
+    gemv_triton(x, tensor(3584, 3584))
+    norm_gemv_triton(x, x, norm, 1e-6, tensor(37888, 3584), activation="silu")
     counters = split_counters(1536, torch.device("cpu"))
     for rows in (16, 64):
-        skinny_gemm_triton(noise(rows, 1536), noise(17920, 1536), activation="silu")
-        skinny_gemm_triton(noise(rows, 1536), noise(2048, 1536), noise(2048))
-        skinny_gemm_triton(noise(rows, 8960), noise(1536, 8960), counters=counters)
+        skinny_gemm_triton(tensor(rows, 1536), tensor(17920, 1536), activation="silu")
+        skinny_gemm_triton(tensor(rows, 1536), tensor(2048, 1536), tensor(2048))
+        skinny_gemm_triton(tensor(rows, 8960), tensor(1536, 8960), counters=counters)
 
 
 def fp8_weights() -> None:
@@ -200,22 +200,22 @@ def fp8_weights() -> None:
 
     def weight(outputs: int, inputs: int, group: int) -> dict[str, Any]:
         values = torch.ones(outputs, -(-inputs // group))
-        return {"weight": torch.zeros(outputs, inputs).to(FP8), "scale": Scale(values, group)}
+        return {"weight": tensor(outputs, inputs, dtype=FP8), "scale": Scale(values, group)}
 
-    x, norm = noise(1, 3584), noise(3584)
+    x, norm = tensor(1, 3584), tensor(3584)
     counters = split_counters(3584, torch.device("cpu"))
     for group in (1 << 15, 128):
-        gemv_triton(noise(1, 18944), **weight(3584, 18944, group))
+        gemv_triton(tensor(1, 18944), **weight(3584, 18944, group))
         norm_gemv_triton(x, x, norm, 1e-6, **weight(37888, 3584, group), activation="silu")
-        skinny_gemm_triton(noise(16, 18944), **weight(3584, 18944, group), counters=counters)
-    skinny_gemm_triton(noise(64, 3584), **weight(37888, 3584, 128), activation="silu")
+        skinny_gemm_triton(tensor(16, 18944), **weight(3584, 18944, group), counters=counters)
+    skinny_gemm_triton(tensor(64, 3584), **weight(37888, 3584, 128), activation="silu")
     for rows in (16, 64):
         rounded = {"row_scale": torch.ones(rows, 1), "dtype": BF16}
         gated, plain = weight(37888, 3584, 1 << 15), weight(3584, 18944, 1 << 15)
-        skinny_gemm_triton(noise(rows, 3584).to(FP8), **gated, **rounded, activation="silu")
-        skinny_gemm_triton(noise(rows, 18944).to(FP8), **plain, **rounded, counters=counters)
+        skinny_gemm_triton(tensor(rows, 3584, dtype=FP8), **gated, **rounded, activation="silu")
+        skinny_gemm_triton(tensor(rows, 18944, dtype=FP8), **plain, **rounded, counters=counters)
     dequantise_triton(**weight(4608, 3584, 128), dtype=BF16)
-    quantise_rows_triton(noise(100, 3584))
+    quantise_rows_triton(tensor(100, 3584))
 
 
 def int4_weights() -> None:
@@ -233,16 +233,23 @@ def int4_weights() -> None:
 
     counters = split_counters(3584, torch.device("cpu"))
     for group, zeros in ((128, True), (32, False)):
-        int4_gemv_triton(noise(1, 3584), **weight(37888, 3584, group, zeros))
-        int4_gemm_triton(noise(16, 3584), **weight(37888, 3584, group, zeros))
-    int4_gemv_triton(noise(1, 18944), **weight(3584, 18944, 1 << 15, True))
-    int4_gemm_triton(noise(64, 3584), **weight(37888, 3584, 128, True))
-    int4_gemm_triton(noise(16, 18944), **weight(3584, 18944, 128, True), counters=counters)
+        int4_gemv_triton(tensor(1, 3584), **weight(37888, 3584, group, zeros))
+    int4_gemv_triton(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
+    int4_gemm_triton(tensor(16, 3584), **weight(37888, 3584, 32, False))
+    int4_gemm_triton(tensor(64, 3584), **weight(37888, 3584, 128, True))
+    int4_gemm_triton(tensor(16, 18944), **weight(3584, 18944, 128, True), counters=counters)
     dequantise_int4_triton(**weight(4608, 3584, 128, True), dtype=BF16)
-    for kind, group in (("mxfp4", 32), ("nvfp4", 16)):
-        given = float_weight(3584, 18944, kind, group)
-        int4_gemv_triton(noise(1, 18944), *given)
-        int4_gemm_triton(noise(64, 18944), *given)
+
+
+def float_weights(kind: str, group: int) -> None:
+    """Weights in floats of 4 bits."""
+    from engine.kernels.int4 import dequantise_int4_triton
+    from engine.kernels.int4_gemm import int4_gemm_triton
+    from engine.kernels.int4_gemv import int4_gemv_triton
+
+    given = float_weight(3584, 18944, kind, group)
+    int4_gemv_triton(tensor(1, 18944), *given)
+    int4_gemm_triton(tensor(64, 18944), *given)
     dequantise_int4_triton(*given, dtype=BF16)
 
 
@@ -256,8 +263,8 @@ def float_weight(outputs: int, inputs: int, kind: Any, group: int) -> tuple[torc
     return words, Int4Scale(inputs, values, group, kind=kind, factors=factors)
 
 
-def fp8_cache() -> None:
-    """Write, decode and prefill with keys and values in fp8."""
+def fp8_cache(sequences: int) -> None:
+    """Write and prefill with keys and values in fp8, and decode ``sequences``."""
     from engine.kernels.decode_attention import decode_attention_triton
     from engine.kernels.fp8 import FP8
     from engine.kernels.kv_write import rotary_kv_write_triton
@@ -265,13 +272,12 @@ def fp8_cache() -> None:
 
     cache, angles = kv_cache(4, 128, FP8), torch.randn(64, 64)
     table = RotaryTable(angles, angles, (16, 24, 24))
-    q, k, v = noise(64, 36, 128).split([28, 4, 4], dim=1)
+    q, k, v = tensor(64, 36, 128).split([28, 4, 4], dim=1)
     positions, slots = torch.zeros(3, 64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64)
     rotary_kv_write_triton(q, k, v, positions, table, cache, slots)
-    for count in (1, 64):
-        meta = metadata([1] * count, 1000, 4096)
-        arguments = (positions[:, :count], table, cache, meta)
-        decode_attention_triton(q[:count], k[:count], v[:count], *arguments, scale=0.1)
+    new = slice(sequences)
+    meta = metadata([1] * sequences, 1000, 4096)
+    decode_attention_triton(q[new], k[new], v[new], positions[:, new], table, cache, meta, scale=0.1)
     paged_attention_triton(q, cache, metadata([64], 1000, 1000), scale=0.1)
 
 
@@ -285,12 +291,12 @@ def delta_net(tokens: list[int]) -> None:
 
     meta, count = metadata(tokens, 1000, 1000), sum(tokens)
     meta.state_rows = torch.zeros(len(tokens), dtype=torch.int64)
-    cache = StateCache(noise(2, 3, 8192), torch.zeros(2, 32, 128, 128))
-    qkv = conv_triton(noise(count, 8192), noise(8192, 4), None, cache, meta, gated=False)
-    both, weights = noise(count, 64), torch.zeros(2, 32)
+    cache = StateCache(tensor(2, 3, 8192), torch.zeros(2, 32, 128, 128))
+    qkv = conv_triton(tensor(count, 8192), tensor(8192, 4), None, cache, meta, gated=False)
+    both, weights = tensor(count, 64), torch.zeros(2, 32)
     gates = DeltaGates(both[:, :32], both[:, 32:], weights[0], weights[1])
     out = (delta_step_triton if max(tokens) == 1 else delta_prefill_triton)(qkv, gates, cache, meta)
-    gated_norm_triton(out, noise(count, 4096), noise(128), 1e-6)
+    gated_norm_triton(out, tensor(count, 4096), tensor(128), 1e-6)
 
 
 def delta_scan() -> None:
@@ -302,99 +308,100 @@ def delta_scan() -> None:
 
     meta = metadata([4000], 4000, 4000)
     meta.state_rows = torch.zeros(1, dtype=torch.int64)
-    cache = StateCache(noise(2, 3, 8192), torch.zeros(2, 32, 128, 128))
+    cache = StateCache(tensor(2, 3, 8192), torch.zeros(2, 32, 128, 128))
     shapes = [(CHUNK, 128), (CHUNK, 128), (CHUNK, 128), (128, CHUNK), (CHUNK, CHUNK)]
-    tiles = DeltaTiles(*(noise(2, 32, *shape) for shape in shapes), torch.zeros(2, 32, 2, CHUNK))
+    tiles = DeltaTiles(*(tensor(2, 32, *shape) for shape in shapes), torch.zeros(2, 32, 2, CHUNK))
     states = torch.zeros(2, 32, 128, 128)
     scan_gluon(tiles, None, states, cache, meta, 4000, 2048, states)
-    scan_gluon(tiles, noise(4000, 32, 128), states, cache, meta, 4000, 2048)
+    scan_gluon(tiles, tensor(4000, 32, 128), states, cache, meta, 4000, 2048)
 
 
-def short_conv(tokens: list[int]) -> None:
+def short_conv(tokens: list[int], *, bias: bool) -> None:
     """A short convolution of LFM2-1.2B: a decode step, or prompt chunks."""
     from engine.kernels.causal_conv import conv_triton
     from engine.kernels.recurrent_state import StateCache
 
     meta, count = metadata(tokens, 1000, 1000), sum(tokens)
     meta.state_rows = torch.zeros(len(tokens), dtype=torch.int64)
-    cache = StateCache(noise(2, 2, 2048), torch.zeros(2, 0, 0, 0))
-    for bias in (None, noise(2048)):
-        conv_triton(noise(count, 3 * 2048), noise(2048, 3), bias, cache, meta, gated=True)
+    cache = StateCache(tensor(2, 2, 2048), torch.zeros(2, 0, 0, 0))
+    added = tensor(2048) if bias else None
+    conv_triton(tensor(count, 3 * 2048), tensor(2048, 3), added, cache, meta, gated=True)
 
 
-def mixture_of_experts() -> None:
-    """Router and experts of Qwen3-VL-30B-A3B and of DeepSeek-V3: few tokens, and tiles of every height."""
+def routers() -> None:
+    """Routers of Qwen3-VL-30B-A3B and of DeepSeek-V3."""
+    from engine.kernels.norm_router import norm_router_triton
+    from engine.kernels.route import route_triton
+    from engine.kernels.router_config import RouterConfig
+
+    logits = torch.zeros(4, 256)
+    x = tensor(1, 2048)
+    norm_router_triton(x, x, x[0], 1e-6, tensor(128, 2048, dtype=torch.float32), 1.0)
+    route_triton(logits[:, :128].contiguous(), RouterConfig(128, 8))
+    groups = {"num_groups": 8, "top_groups": 4, "correction_bias": True}
+    route_triton(logits, RouterConfig(256, 8, "sigmoid", **groups), logits[0])
+
+
+def experts(tokens: int, group: int | None = None, *, persistent: bool = False) -> None:
+    """Experts of Qwen3-VL-30B-A3B, in bf16, or in fp8 with a scale for each ``group`` inputs."""
     from engine.kernels.expert_gemm import grouped_experts_gluon
     from engine.kernels.expert_gemv import expert_gemv_triton
     from engine.kernels.experts import ExpertMatrices
     from engine.kernels.fp8 import FP8, Scale
     from engine.kernels.grouped_gemm import grouped_experts_triton
-    from engine.kernels.norm_router import norm_router_triton
-    from engine.kernels.route import route_triton
-    from engine.kernels.router_config import RouterConfig
 
-    logits = torch.randn(4, 256)
-    x = noise(1, 2048)
-    norm_router_triton(x, x, x[0], 1e-6, torch.randn(128, 2048), 1.0)
-    route_triton(logits[:, :128].contiguous(), RouterConfig(128, 8))
-    groups = {"num_groups": 8, "top_groups": 4, "correction_bias": True}
-    route_triton(logits, RouterConfig(256, 8, "sigmoid", **groups), logits[0])
-
-    def matrices(outputs: int, inputs: int, group: int | None) -> ExpertMatrices:
-        weight = torch.zeros(8, outputs, inputs, dtype=BF16)
+    def matrices(outputs: int, inputs: int) -> ExpertMatrices:
         if group is None:
-            return ExpertMatrices(weight)
-        return ExpertMatrices(weight.to(FP8), Scale(torch.ones(8 * outputs, -(-inputs // group)), group))
+            return ExpertMatrices(tensor(8, outputs, inputs))
+        scale = Scale(torch.ones(8 * outputs, -(-inputs // group)), group)
+        return ExpertMatrices(tensor(8, outputs, inputs, dtype=FP8), scale)
 
-    for group, sizes in ((None, (1, 64, 256, 4096)), (128, (1, 4096))):
-        gate_up, down = matrices(1536, 2048, group), matrices(2048, 768, group)
-        for tokens in sizes:
-            ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
-            run = expert_gemv_triton if tokens == 1 else grouped_experts_triton
-            run(noise(tokens, 2048), ids, weights, gate_up, down, "silu")
-    ids, weights = torch.zeros(64, 2, dtype=I32), torch.ones(64, 2)
-    both = matrices(1536, 2048, None), matrices(2048, 768, None)
-    grouped_experts_gluon(noise(64, 2048), ids, weights, *both, "silu")
+    ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
+    grouped = grouped_experts_gluon if persistent else grouped_experts_triton
+    run = expert_gemv_triton if tokens == 1 else grouped
+    run(tensor(tokens, 2048), ids, weights, matrices(1536, 2048), matrices(2048, 768), "silu")
 
 
-def int4_experts() -> None:
-    """Experts of Qwen3.5-35B-A3B in int4: few tokens, and tiles of both heights."""
+def int4_experts(tokens: int, kind: str) -> None:
+    """Experts of Qwen3.5-35B-A3B in int4, or in floats of 4 bits."""
     from engine.kernels.experts import ExpertMatrices
     from engine.kernels.int4 import Int4Scale
     from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
 
     def matrices(outputs: int, inputs: int) -> ExpertMatrices:
-        values = torch.ones(8 * outputs, inputs // 128, dtype=torch.float16)
-        scale = Int4Scale(inputs, values, 128, values.to(torch.uint8))
-        return ExpertMatrices(torch.zeros(8, outputs, inputs // 8, dtype=I32), scale)
-
-    def floats(outputs: int, inputs: int, kind: str, group: int) -> ExpertMatrices:
-        words, scale = float_weight(8 * outputs, inputs, kind, group)
+        if kind == "int4":
+            values = torch.ones(8 * outputs, inputs // 128, dtype=torch.float16)
+            scale = Int4Scale(inputs, values, 128, values.to(torch.uint8))
+            return ExpertMatrices(torch.zeros(8, outputs, inputs // 8, dtype=I32), scale)
+        words, scale = float_weight(8 * outputs, inputs, kind, 16)
         return ExpertMatrices(words.unflatten(0, (8, -1)), scale)
 
-    pairs = [(matrices(1024, 2048), matrices(2048, 512))]
-    # Of the two kinds of floats this one takes more registers.
-    pairs.append((floats(1024, 2048, "nvfp4", 16), floats(2048, 512, "nvfp4", 16)))
-    for (gate_up, down), tokens in itertools.product(pairs, (1, 64, 256)):
-        ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
-        run = int4_expert_gemv_triton if tokens == 1 else int4_grouped_gemm_triton
-        run(noise(tokens, 2048), ids, weights, gate_up, down, "silu")
+    ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
+    run = int4_expert_gemv_triton if tokens == 1 else int4_grouped_gemm_triton
+    run(tensor(tokens, 2048), ids, weights, matrices(1024, 2048), matrices(2048, 512), "silu")
 
 
-#: Cases that together have every kernel.
+#: Cases that together have every kernel, with each kind of matrices it takes, and its largest tiles.
 CASES: list[Callable[[], None]] = [
     elementwise,
     decode_step,
     partial(delta_net, [1] * 4),
     partial(delta_net, [2100, 1, 7]),
     delta_scan,
-    partial(short_conv, [1] * 4),
-    partial(short_conv, [300, 1, 7]),
+    partial(short_conv, [1] * 4, bias=True),
+    partial(short_conv, [300, 1, 7], bias=True),
     fp8_weights,
     int4_weights,
-    fp8_cache,
-    int4_experts,
-    mixture_of_experts,
+    # Of the two kinds of floats this one takes more registers.
+    partial(float_weights, "nvfp4", 16),
+    partial(fp8_cache, 64),
+    routers,
+    # Few tokens, and tiles of several heights.
+    *(partial(experts, tokens) for tokens in (1, 256, 4096)),
+    *(partial(experts, tokens, 128) for tokens in (1, 4096)),
+    partial(experts, 64, persistent=True),
+    *(partial(int4_experts, tokens, "int4") for tokens in (1, 256)),
+    partial(int4_experts, 64, "nvfp4"),
     lambda: decode(28, 4, 128, 1),
     lambda: decode(12, 2, 128, 64),
     lambda: paged(28, 4, 128, [300, 1, 7]),
@@ -405,6 +412,13 @@ CASES: list[Callable[[], None]] = [
 ]
 #: More shapes and options of the same kernels.
 MORE_CASES: list[Callable[[], None]] = [
+    partial(short_conv, [1] * 4, bias=False),
+    partial(short_conv, [300, 1, 7], bias=False),
+    partial(float_weights, "mxfp4", 32),
+    partial(fp8_cache, 1),
+    partial(experts, 64),
+    partial(int4_experts, 64, "int4"),
+    *(partial(int4_experts, tokens, "nvfp4") for tokens in (1, 256)),
     # One program per SM, a few per SM, and many, which get smaller tiles and no split.
     lambda: decode(12, 2, 128, 1),
     lambda: decode(32, 32, 128, 1),
