@@ -23,8 +23,6 @@ def on_cpus(args: dict[str, Any]) -> None:
     """Change the arguments of the shipped application: a language model of two ranks."""
     model = _alone(args)
     model["engine"]["tensor_parallel_size"] = 2
-    for stage in ("preprocessor", "encoder", "language_model"):
-        model[stage]["env"] = {"OMP_NUM_THREADS": "1"}
 
 
 def on_gpus(args: dict[str, Any], gpus: int, *, eager: bool = False) -> None:
