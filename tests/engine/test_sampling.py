@@ -174,8 +174,8 @@ def test_stops(llm):
     on = one(llm, max_tokens=60, ignore_eos=True).outputs[0]
     assert on.finish_reason == "length" and len(on.token_ids) == 60
     # Without max_tokens an answer may fill the context.
-    filled = one(llm, max_tokens=None, ignore_eos=True)
-    assert len(filled.prompt_token_ids) + len(filled.outputs[0].token_ids) == 512
+    filled = one(LLM(str(POCKET), max_model_len=96), max_tokens=None, ignore_eos=True)
+    assert len(filled.prompt_token_ids) + len(filled.outputs[0].token_ids) == 96
 
 
 SCHEMA = {
