@@ -42,11 +42,12 @@ from deployments.ray_serve.handoff import (
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.replay import Patience, carried_on
 from deployments.report import ItemReport, begin_report
-from deployments.stages import Generation, Pooling, RowsLost, StageLost
+from deployments.stages import Generation, OpenFile, Pooling, RowsLost, StageLost
 from deployments.tasks import all_or_none
 from engine.errors import InvalidRequest, Overloaded, SightlineError
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.pooling_params import PoolingParams
+from engine.preparation import PagedFile
 from engine.prompt import EngineInput, KeptFiles, MediaItem, PlaceholderRun
 from engine.sampling_params import SamplingParams
 from tests.serving import wait_until
@@ -216,18 +217,6 @@ async def test_a_stream_that_is_closed_early_is_cancelled():
     assert handle.cancelled == 1
 
 
-async def test_the_salt_reaches_the_encoder_s_replica():
-    seen = []
-
-    async def encode(item, pixels, salt, span):
-        seen.append((item, pixels, salt))
-
-    handle = SimpleNamespace(encode=SimpleNamespace(remote=encode))
-    stage = RemoteEncoder(SimpleNamespace(options=lambda **_: handle))
-    await stage.encode(PixelsRef("item", "reference"), "tenant")
-    assert seen == [("item", "reference", "tenant")]
-
-
 class Assigned:
     """A call that was assigned to a replica, which its caller has not seen yet."""
 
@@ -314,8 +303,11 @@ async def test_every_call_fits_the_method_of_its_replica():
     """Ray binds arguments to parameters in another process, where no type checker looks."""
     model, preprocessor, encoder = Recorder(), Recorder(), Recorder()
     stages = remote_stages(model, preprocessor, encoder)
-    await stages.preprocessor.prepare([], {}, "key")
-    await stages.preprocessor.prepare([], {3: KeptFiles("reference", "digest", 1)}, "key")
+    file = KeptFiles("reference", "digest", 1)
+    for files in ({}, {3: file}):
+        await stages.preprocessor.prepare([], files, "key", 2, "tenant")
+        await stages.preprocessor.open([], files, "key", 2)
+    await stages.preprocessor.prepare_pages(OpenFile(PagedFile(()), file), [], 2, "tenant")
     await stages.encoder.encode(PixelsRef("item", "reference"), "tenant")
     for media in ((), (ROWS,)):
         assert [update async for update in stages.language_model.generate(generation(), media)] == [LAST]
@@ -333,12 +325,14 @@ async def test_every_call_fits_the_method_of_its_replica():
             # Parameters of one type in the wrong order would be bound as well.
             assert bound.get("span", {}) == {}, name
             assert all(row is None for row in bound.get("arrays", ())), name
-            if name == "prepare":
-                kept = [KeptFiles(None, "digest", 1) for _ in bound.get("files", ())]
+            assert bound.get("salt", "tenant") == "tenant" and bound.get("images", 2) == 2, name
+            if name in ("prepare", "open"):
+                kept = [replace(file, files=None) for _ in bound.get("files", ())]
                 assert bound["caller"] == "key" and [entry for _, entry in bound["kept"]] == kept
                 assert bound.get("files", ()) in ((), ("reference",))
     called = {name for name, _ in model.calls}
     assert called == {"hold", "generate", "updates", "embed", "max_model_len", "device"}
+    assert {name for name, _ in preprocessor.calls} == {"prepare", "open", "prepare_pages"}
 
 
 async def test_a_report_says_what_the_language_model_s_replica_has_encoded():

@@ -8,9 +8,16 @@ import pytest
 from deployments.ray_serve.channel import Outboxes
 from deployments.ray_serve.failures import Misrouted, Refusal, answered, checked
 from deployments.ray_serve.handoff import PixelsInfo, RowsInfo
-from deployments.ray_serve.replicas import Held, HeldRequests, LanguageModelReplica
+from deployments.ray_serve.replicas import (
+    Held,
+    HeldRequests,
+    LanguageModelReplica,
+    PreprocessorReplica,
+    VisionEncoderReplica,
+)
 from deployments.stages import Generation
 from engine.errors import InvalidRequest
+from engine.media.keys import KeptFiles
 from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
 from engine.sampling_params import SamplingParams
 
@@ -66,6 +73,47 @@ async def test_a_replica_encodes_what_comes_as_pixels():
     assert [(each.hash, each.rows[0, 0]) for each in media] == [("x", 2), ("y", 3), ("z", 10)]
     refusal = await replica.hold(HELD.request, {}, "reader", [PixelsInfo(described("x"), "stranger")], rows)
     assert isinstance(refusal, Refusal) and refusal.error.param == "image" and not len(replica._held)
+
+
+class Salted(PreprocessorReplica, VisionEncoderReplica):
+    """A preprocessor and an encoder whose stage notes the salts that it gets."""
+
+    def __init__(self) -> None:
+        self.salts: list[str] = []
+        self._stage = self._store = Stage(self.salts)
+
+    def __del__(self) -> None:
+        """Nothing was loaded."""
+
+
+class Stage:
+    """Of :class:`Salted`; its object store, too."""
+
+    def __init__(self, salts: list[str]) -> None:
+        self.salts = salts
+
+    async def prepare(self, sources, files, caller, images, salt):
+        self.salts.append(salt)
+        return []
+
+    async def prepare_pages(self, file, pages, images, salt):
+        self.salts.append(salt)
+        return []
+
+    async def encode(self, media, salt):
+        self.salts.append(salt)
+        return EmbeddedMedia(media.item.hash, media.pixels, "float32")
+
+    async def put(self, value):
+        return value
+
+
+async def test_replicas_pass_the_salt_on():
+    replica = Salted()
+    assert await replica.prepare([], "key", 2, "one", {}, []) == []
+    assert await replica.prepare_pages([], 2, "two", {}, KeptFiles(None, "digest", 1), b"") == []
+    checked(await replica.encode(described("x"), np.ones((1, 2), np.float32), "three", {}))
+    assert replica.salts == ["one", "two", "three"]
 
 
 def described(name: str) -> MediaItem:
