@@ -155,7 +155,7 @@ def _options(stage: StageConfig, logging: LoggingConfig) -> dict[str, Any]:
     """Options of the deployment of ``stage``; its processes log as ``logging`` says."""
     options = stage.options() | {"logging_config": logging.for_serve()}
     if logging != LoggingConfig():
-        # Ray starts a process anew for each set of variables, so the default goes without.
+        # Ray starts another process for each set of variables, so the default has none.
         actor = options["ray_actor_options"]
         environment = actor.setdefault("runtime_env", {}).setdefault("env_vars", {})
         environment[LOGGING] = logging.model_dump_json()

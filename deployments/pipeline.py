@@ -47,7 +47,7 @@ class EncodedPrompt:
     """A prompt ready for the engine, with the embedding rows of its distinct items.
 
     Attributes:
-        encode_again: makes the rows anew from the items' sources.
+        encode_again: encodes the items again, from their sources.
     """
 
     inputs: EngineInput

@@ -172,7 +172,7 @@ class ResponseStore:
     """Responses by their ids.
 
     Args:
-        keeper: where they lie. If it is lost and made anew, it is empty.
+        keeper: where they lie. If it is lost and restarted, it is empty.
     """
 
     def __init__(self, keeper: Keeper) -> None:

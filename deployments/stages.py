@@ -5,7 +5,7 @@ A stage may run in this process (:mod:`deployments.in_process`) or in replicas o
 
 - A refusal or failure is a :class:`~engine.errors.SightlineError`; any other exception is a bug.
 - :class:`StageLost` says that the process that did the work has died. The same call may be made again;
-  after :class:`RowsLost` with embedding rows that were made anew.
+  after :class:`RowsLost` with embedding rows that were encoded again.
 - Cancelling the task that awaits a stage, or closing its iterator, ends the work and frees what it held.
 """
 

@@ -11,7 +11,7 @@ _DTYPE_NAMES = {"half": "float16", "float": "float32"}
 
 
 class Speculation(BaseModel):
-    """How an answer's next tokens are guessed, to be verified together.
+    """Settings of the guesses of an answer's next tokens, which are verified together.
 
     Attributes:
         prompt_lookup: most tokens of a guess, which is what followed the last tokens where they came before,

@@ -58,7 +58,7 @@ class Rate:
             self._counts.popleft()
 
     def value(self, now: float) -> float:
-        """Of the seconds that are over; 0 where there was nothing."""
+        """The rate over the seconds that have passed; seconds without an entry count as 0."""
         # A copy: the other thread may add meanwhile, which ends an iteration over a deque with an error.
         counts, oldest = tuple(self._counts), int(now) - self._window
         return sum(count for second, count in counts if oldest <= second < int(now)) / self._window

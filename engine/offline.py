@@ -186,7 +186,7 @@ class OfflineRunner:
         first: dict[int, Any] = {}
         if name is not None:
             # The newest image of a conversation is the last one: the device encodes it while all are hashed.
-            # Hashed on other threads, they would take turns with the launches for the interpreter.
+            # Hashing on other threads would compete with the launches for the GIL.
             first[len(media) - 1] = self._encoder.encode(media[-1:])[0]
             media = list(self._pool.map(name, media)) if len(media) > 1 else [name(media[0])]
         return self._encode([(inputs.cache_salt, each) for each in media], first), media

@@ -64,7 +64,7 @@ class PreparedItems:
             self._keep(key, made)
             return made
         if source.is_video_file and account is not None:
-            # As its decoding charges them.
+            # Decoding it would charge the same.
             width, height = found.item.size
             account.charge("frames", found.frames, source.where)
             account.charge("pixels", found.frames * width * height, source.where)
@@ -119,7 +119,7 @@ class PreparedItems:
             return found
 
     def _keep(self, key: Hashable, media: PreparedMedia) -> None:
-        # A part of a larger array would keep all of it.
+        # A view would keep the memory of the whole array.
         if media.pixels.base is not None and media.pixels.base.nbytes > media.pixels.nbytes:
             media = replace(media, pixels=media.pixels.copy())
         with self._lock:

@@ -340,7 +340,7 @@ class LanguageModelReplica:
     ) -> Sent | tuple[str, list[Encoded]]:
         media, encoded = await self._embedded(infos, arrays)
         outbox = self._outboxes.find(reader)
-        # What was encoded is for the answer's report, so it is told first.
+        # The answer's report needs what was encoded, so it is sent first.
         if outbox is None or encoded:
             self._held.keep(Held(request, media))
             return self._name(), encoded

@@ -49,7 +49,7 @@ class Int4Quantisation:
 
 @dataclass(frozen=True, slots=True)
 class Fp4Quantisation:
-    """How the matrices of a checkpoint are stored in floats of 4 bits; which are, its files say.
+    """The storage format of a checkpoint's matrices in floats of 4 bits. Its tensors say which matrices are.
 
     Attributes:
         layout: see :class:`~engine.layers.matrix_formats.Fp4Format`.

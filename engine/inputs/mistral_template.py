@@ -166,7 +166,7 @@ _EFFORT = """\
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """What stands at the marks of the template; nothing by default.
+    """Texts for the marks of the template; empty by default.
 
     Attributes:
         calls, result: the calls of a turn, and the result of a tool.

@@ -3,7 +3,7 @@
 A weight is ``(number - zero) * scale``. A float's number is that of its four bits in :data:`E2M1`, and it has no
 zero point. Eight numbers are in one word of 32 bits. The words are ordered for the
 kernels: 128 consecutive inputs of an output are one chunk of 16 words, and bits ``4 * i`` to ``4 * i + 3`` of
-word ``w`` are input ``16 * i + w`` of the chunk. Unpacking one number of each word so gives consecutive inputs.
+word ``w`` are input ``16 * i + w`` of the chunk. So the ``i``-th numbers of all words are consecutive inputs.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Int4Format:
 
 @dataclass(frozen=True, slots=True)
 class Fp4Format:
-    """How one matrix ``(N, K)`` is stored in floats of 4 bits (e2m1).
+    """The storage format of one matrix ``(N, K)`` in floats of 4 bits (e2m1).
 
     Two consecutive inputs are in a byte of ``(N, K / 2)``, the first in the lower bits. Scales are
     ``(N, G)``.
@@ -93,7 +93,7 @@ class Fp4Format:
 
     @property
     def kind(self) -> Literal["mxfp4", "nvfp4"]:
-        """Of :class:`~engine.kernels.int4.Int4Scale`."""
+        """The ``kind`` of :class:`~engine.kernels.int4.Int4Scale`."""
         return "mxfp4" if self.layout.startswith("mxfp4") else "nvfp4"
 
     @property

@@ -13,8 +13,8 @@ from engine.media.image_ops import rgb_array
 
 #: Half the width of Pillow's filters at scale 1, by filter number: Lanczos, bilinear, bicubic, box, Hamming.
 _SUPPORT = {1: 3.0, 2: 1.0, 3: 2.0, 4: 0.5, 5: 1.0}
-#: Products of a pixel and a weight for which a further thread is worth its while: 2 to 3 ms of work. A thread
-#: takes 0.1 ms to begin, and each computes all weights of its pass while it holds the interpreter.
+#: Multiplications of a pixel by a weight for each further thread: 2 to 3 ms of work. A thread takes 0.1 ms to
+#: start, and each computes all weights of its pass while it holds the GIL.
 _SHARE = 1 << 20
 #: From Pillow 13 on, the pass down comes first if the height shrinks by more than twice what the width does.
 _DOWN_MAY_BE_FIRST = int(PIL.__version__.split(".")[0]) >= 13

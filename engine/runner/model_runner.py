@@ -159,7 +159,7 @@ class ModelRunner:
     def prepare(self, batch: ScheduledBatch) -> PreparedStep:
         """The part of :meth:`execute` that takes no other rank.
 
-        If it raises, the step can be forgotten: its slots are written anew when they are admitted again.
+        If it raises, the step can be forgotten: its slots are written again when they are admitted again.
         """
         for slot in batch.released:
             self._release(slot)

@@ -16,8 +16,8 @@ from engine.scheduling.slots import SequenceSlots
 
 #: Tokens in a row that must have come before, for what followed them to be a draft.
 _MATCHED = 3
-#: Most decoding requests of a step that verifies drafts: with more of them, a step of one token each makes
-#: good use of the device.
+#: Most decoding requests of a step that verifies drafts. With more of them, one token each uses the device
+#: well enough.
 _MOST_REQUESTS = 4
 #: Most tokens for which a request gets no draft after drafts of which nothing held.
 _LONGEST_PAUSE = 32

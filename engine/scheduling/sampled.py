@@ -13,7 +13,7 @@ from engine.scheduling.slots import SequenceSlots
 
 
 class SampledTokens:
-    """Where the sampled tokens of a scheduler's requests go.
+    """Stores the sampled tokens of a scheduler's requests.
 
     Args:
         slots: the scheduler's counters.

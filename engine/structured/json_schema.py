@@ -275,7 +275,7 @@ class _Preparation:
 
 
 def _exclude(one: Any, other: Any) -> bool:
-    """Return whether no value can match both schemas, as far as can be told at a glance."""
+    """Return whether no value can match both schemas, as far as a quick look shows."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return False
     types, others = _types(one), _types(other)
@@ -323,5 +323,5 @@ def _values_exclude(one: Any, other: Any) -> bool:
             values.append(schema["enum"])
         else:
             return False
-    # ``True == 1`` in Python alone; numbers are not told apart from it, which errs on the safe side.
+    # Python says ``True == 1``, JSON does not. To take them as equal errs on the safe side.
     return not any(value in values[1] for value in values[0])

@@ -88,7 +88,7 @@ def split_as(backend: tokenizers.Tokenizer, file: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """What a tekken.json states of chats.
+    """The fields of a tekken.json about chats.
 
     Attributes:
         version: such as ``v7``.
@@ -102,7 +102,7 @@ class ChatFormat:
 
 
 def chat_format(file: Path) -> ChatFormat:
-    """Return what a tekken.json states of chats.
+    """Return the fields of a tekken.json about chats.
 
     Raises:
         CheckpointError: the file can't be read.

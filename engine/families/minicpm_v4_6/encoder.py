@@ -76,7 +76,7 @@ class MergedVisionEncoder(nn.Module):
         return _patches(item.grid)
 
     def capture_graphs(self, capture: Capture) -> None:
-        """Compile the kernels; the tower's halves are launched anew each time."""
+        """Compile the kernels; the tower's halves run eagerly."""
         side = self.config.side
         self.encode([blank((side**2, 3, self.config.patch_size**2), (side, side, 0, 0, 0, 0), 1)])
 
