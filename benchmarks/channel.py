@@ -22,9 +22,10 @@ from ray.serve.handle import DeploymentHandle
 from benchmarks.processes import cpu_seconds
 from deployments.ray_serve.channel import Inbox, Outboxes
 from deployments.ray_serve.handles import RemoteLanguageModel
+from deployments.ray_serve.held_requests import HeldRequests
 from deployments.ray_serve.line import Lines
 from deployments.ray_serve.process import prepare_process
-from deployments.ray_serve.replicas import HeldRequests, LanguageModelReplica
+from deployments.ray_serve.replicas import LanguageModelReplica
 from deployments.ray_serve.routing import LanguageModelRouter
 from deployments.stages import Generation
 from engine.mailbox import Mailbox, Relay

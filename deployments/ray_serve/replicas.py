@@ -6,13 +6,12 @@ The process that builds the application, and the preprocessor's, import this mod
 imported where a replica with a model starts.
 """
 
-import asyncio
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from deployments.ray_serve.handoff import (
     RowsRef,
     pieces,
 )
+from deployments.ray_serve.held_requests import Held, HeldRequests
 from deployments.ray_serve.line import Lines
 from deployments.ray_serve.process import prepare_process
 from deployments.stage_config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
@@ -55,10 +55,6 @@ from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.preparation import PagedFile
 from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem, PreparedMedia
 from engine.startup import StartTimes
-
-#: Seconds for which a replica keeps a request whose stream is not asked for. That follows at once, unless its
-#: sender or its client is gone.
-HOLD_S = 30.0
 
 
 def leave() -> None:
@@ -220,45 +216,6 @@ class VisionEncoderReplica:
     async def __del__(self) -> None:
         if hasattr(self, "_stage"):
             self._stage.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A request that was handed over ahead of its stream, with its embeddings."""
-
-    request: Generation
-    media: list[EmbeddedMedia]
-
-
-class HeldRequests:
-    """Requests that were handed over ahead of their streams, by their ids.
-
-    Args:
-        seconds: how long they are kept.
-    """
-
-    def __init__(self, seconds: float = HOLD_S) -> None:
-        self._seconds = seconds
-        self._held: dict[str, Held] = {}
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def keep(self, held: Held) -> None:
-        """Keep a request for a while."""
-        self._held[held.request.request_id] = held
-        asyncio.get_running_loop().call_later(self._seconds, self._held.pop, held.request.request_id, None)
-
-    def take(self, request_id: str) -> Held:
-        """A request, which is no longer kept.
-
-        Raises:
-            Misrouted: another replica has it, or it was dropped.
-        """
-        held = self._held.pop(request_id, None)
-        if held is None:
-            raise Misrouted("This request was lost with a part of the server; try again.")
-        return held
 
 
 class LanguageModelReplica:

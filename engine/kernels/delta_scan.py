@@ -47,7 +47,7 @@ def scan_gluon(
     tiles: DeltaTiles, out: torch.Tensor | None, states: torch.Tensor | None,
     cache: StateCache, meta: AttentionMetadata, tokens: int, segment: int, kept: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`engine.kernels.delta_prefill.scan`; for what :func:`supports` admits."""
+    """See :func:`engine.kernels.delta_prefill._scan`; for what :func:`supports` admits."""
     heads, chunk = tiles.keys.shape[1], tiles.keys.shape[2]
     sequences, none = meta.seq_lens.shape[0], cache.recurrent
     launch(

@@ -15,8 +15,9 @@ from deployments.ray_serve.channel import Outbox, Outboxes
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import RemoteLanguageModel
 from deployments.ray_serve.handoff import PIECE_BYTES, RowsInfo, RowsRef
+from deployments.ray_serve.held_requests import HeldRequests
 from deployments.ray_serve.line import Lines, follow
-from deployments.ray_serve.replicas import HeldRequests, LanguageModelReplica
+from deployments.ray_serve.replicas import LanguageModelReplica
 from deployments.stages import Generation, StageLost
 from engine.errors import NoTokenAllowed
 from engine.mailbox import Mailbox
