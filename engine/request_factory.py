@@ -269,10 +269,21 @@ class RequestFactory:
         return request
 
     def _both_ways(self, inputs: EngineInput) -> list[tuple[int, int]]:
-        """The ranges of :attr:`Request.both_ways`; those of one token change nothing and are left out."""
-        kind = self._model.decoder.both_ways
+        """The ranges of :attr:`Request.both_ways`; those of one token change nothing and are left out.
+
+        Raises:
+            InvalidRequest: a whole prompt should attend both ways, and is longer than a sliding window.
+        """
+        kind, length = self._model.decoder.both_ways, len(inputs.token_ids)
         if kind == "prompt":
-            return [(0, len(inputs.token_ids))]
+            window = min((each for each in self._model.decoder.windows if each is not None), default=length)
+            if length > window:
+                raise InvalidRequest(
+                    f"All tokens of a prompt see each other in this model; one of {length} tokens, which is "
+                    f"longer than its window of {window}, is not supported.",
+                    param="prompt",
+                )
+            return [(0, length)]
         runs = [run for span in inputs.spans for run in span.runs()] if kind == "images" else []
         return [(start, end) for start, end in runs if end - start > 1]
 

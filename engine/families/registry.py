@@ -31,6 +31,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "mistral3": ("Mistral3ForConditionalGeneration",),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration",),
     "ovis2": ("Ovis2ForConditionalGeneration",),
+    "paligemma": ("PaliGemmaForConditionalGeneration",),
     "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration",),
     "phi3_v": ("Phi3VForCausalLM",),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration",),

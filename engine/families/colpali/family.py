@@ -8,9 +8,7 @@ was trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from engine.checkpoint.folder import Checkpoint
 from engine.checkpoint.rules import WeightRules
@@ -18,16 +16,19 @@ from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.encoders import crop_encoder
 from engine.families.family import Family
-from engine.families.llava.processor import LlavaProcessor
-from engine.families.parsing.defaults import DecoderKind
+from engine.families.paligemma.family import (
+    paligemma_decoder,
+    paligemma_image_token,
+    paligemma_processor,
+    paligemma_text,
+    paligemma_vision,
+)
 from engine.families.parsing.fields import Json, integer
-from engine.families.parsing.model import ConfigReader, nested_text, token_field
-from engine.families.parsing.processor import parse_normalisation
-from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
+from engine.families.parsing.model import ConfigReader
+from engine.families.parsing.tower import tower_rules, unused_tensors
 from engine.families.retrieval import RetrievalFormat, vectors_template
 from engine.layers.decoder_config import DecoderConfig
 from engine.vision.crops_config import CropVisionConfig
-from engine.vision.normalisation import HALF_NORMALISATION
 
 _TOWER = r"vlm\.(?:model\.)?vision_tower\.(?:vision_model\.)?"
 _IMAGE = "<image>"
@@ -51,36 +52,19 @@ def _vlm(raw: Json) -> Json:
     return vlm
 
 
-def _text(raw: Json) -> tuple[Json, DecoderKind]:
-    text, kind = nested_text("gemma")(_vlm(raw))
-    # All prompts attend both ways, whether or not the file says so.
-    return {**text, "use_bidirectional_attention": None}, kind
-
-
 def _image_token(raw: Json, decoder: DecoderConfig) -> int | None:
-    return token_field("image_token_index", "image_token_id", default=256000)(_vlm(raw), decoder)
+    return paligemma_image_token(_vlm(raw), decoder)
 
 
 def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
-    tower = parse_siglip(_vlm(raw).get("vision_config") or {})
-    return tower.crops(
-        out_features=hidden,
-        normalisation=parse_normalisation(processor, HALF_NORMALISATION),
-        mlp=None,
-    )
+    return paligemma_vision(_vlm(raw), processor, hidden)
 
 
 def _finished(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Adds the projection and the texts around queries and documents. There is no head."""
     width = integer({"embedding_dim": 128, **checkpoint.config}, "embedding_dim")
     stated = checkpoint.json("processor_config.json")
-    decoder = replace(
-        config.decoder,
-        rope=replace(config.decoder.rope, first_position=1),
-        projected_width=width,
-        tie_word_embeddings=True,
-        both_ways="prompt",
-    )
+    decoder = replace(paligemma_decoder(config.decoder), projected_width=width, tie_word_embeddings=True)
     return replace(
         config,
         decoder=decoder,
@@ -105,23 +89,6 @@ def _prompt_format(config: ModelConfig) -> PromptFormat:
     )
 
 
-def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Mapping[str, Any]) -> LlavaProcessor:
-    """An image is resized to the tower's square.
-
-    Raises:
-        CheckpointError: the file states another size, or another number of rows than the model has.
-    """
-    rows = config.vision.rows_per_crop
-    stated = checkpoint.preprocessor_config.get("image_seq_length", rows)
-    if stated != rows:
-        raise CheckpointError(
-            f"preprocessor_config.json: image_seq_length {stated} differs from the model's {rows} rows per "
-            "image",
-            param="image_seq_length",
-        )
-    return LlavaProcessor.create(checkpoint, config, options)
-
-
 def _weights(config: ModelConfig) -> WeightRules:
     return WeightRules(
         language=(
@@ -143,9 +110,14 @@ def _weights(config: ModelConfig) -> WeightRules:
 FAMILY = Family(
     name="colpali",
     architectures=("ColPaliForRetrieval",),
-    reader=ConfigReader(text=_text, vision=_vision, image_token=_image_token, finish=_finished),
+    reader=ConfigReader(
+        text=lambda raw: paligemma_text(_vlm(raw), "gemma"),
+        vision=_vision,
+        image_token=_image_token,
+        finish=_finished,
+    ),
     prompt_format=_prompt_format,
-    processor=_processor,
+    processor=paligemma_processor,
     retrieval=lambda config: RetrievalFormat(per_token=True),
     weights=_weights,
     build_encoder=crop_encoder,

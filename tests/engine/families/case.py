@@ -60,28 +60,30 @@ class Inputs:
         ids: of the expanded prompt; None where a row of an image stands that has no id of its own.
         model: the causal model to call.
         arguments: of its forward pass.
+        answer_type: ``token_type_ids`` of an answer's tokens.
     """
 
     ids: list[int | None]
     model: Any
     arguments: Mapping[str, torch.Tensor]
+    answer_type: int = 0
 
     @torch.inference_mode()
-    def extended(self, tokens: Sequence[int]) -> Inputs:
-        """Return this prompt with text ``tokens`` behind it."""
+    def extended(self, tokens: Sequence[int], token_type: int = 0) -> Inputs:
+        """Return this prompt with text ``tokens`` behind it; with another type they are no part of it."""
         more = torch.tensor([tokens])
         text = {
             "input_ids": more,
             "inputs_embeds": self.model.get_input_embeddings()(more),
             "attention_mask": torch.ones_like(more),
             "mm_token_type_ids": torch.zeros_like(more),
-            "token_type_ids": torch.zeros_like(more),
+            "token_type_ids": torch.full_like(more, token_type),
         }
         longer = {
             name: torch.cat([value, text[name]], dim=1) if name in text else value
             for name, value in self.arguments.items()
         }
-        return Inputs([*self.ids, *tokens], self.model, longer)
+        return Inputs([*self.ids, *tokens], self.model, longer, self.answer_type)
 
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -89,7 +91,7 @@ class Inputs:
 
         Where a row of an image stands, NaN.
         """
-        longer = self.extended(tokens).arguments
+        longer = self.extended(tokens, self.answer_type).arguments
         table = self.model(**longer).logits[0].log_softmax(-1)
         return torch.tensor(
             [

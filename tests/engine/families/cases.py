@@ -34,6 +34,8 @@ from tests.engine.families.onevision import OnevisionReference, make_onevision
 from tests.engine.families.ovis2 import Ovis2Reference, make_ovis2
 from tests.engine.families.paddleocr_vl import IMAGE as PADDLEOCR_IMAGE
 from tests.engine.families.paddleocr_vl import PaddleOCRReference, make_paddleocr_vl
+from tests.engine.families.paligemma import FRAME as PALIGEMMA_FRAME
+from tests.engine.families.paligemma import PaliGemmaReference, make_paligemma
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.families.references import (
     LlavaReference,
@@ -231,6 +233,19 @@ CASES = [
         # All of a prompt attends both ways: one step computes it, and nothing of it is cached.
         caches=False,
         few_tokens=256,
+    ),
+    *(
+        FamilyCase(
+            name,
+            partial(make_paligemma, kind=kind),
+            PaliGemmaReference,
+            frame=PALIGEMMA_FRAME,
+            placeholder=lambda index, count: "<image>",
+            # All of a prompt attends both ways: one step computes it, and nothing of it is cached.
+            caches=False,
+            few_tokens=256,
+        )
+        for name, kind in (("PaliGemma", "gemma"), ("PaliGemma 2", "gemma2"))
     ),
     FamilyCase(
         "Qwen3-VL-MoE",

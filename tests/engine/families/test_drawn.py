@@ -46,6 +46,8 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "paddleocr_vl": (40100,),
     "colqwen2": (40100,),
     "colpali": (60023,),
+    "paligemma": (90100,),
+    "paligemma2": (90101,),
     "minicpm_v": (2,),
     "minicpm_v4_6": (1,),
     "minicpm_v4_7": (80020,),

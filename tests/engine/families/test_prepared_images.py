@@ -43,6 +43,7 @@ from tests.engine.families.ovis2 import PATCH as OVIS2_PATCH
 from tests.engine.families.ovis2 import image_processor as image_processor_of_ovis2
 from tests.engine.families.ovis2 import make_ovis2
 from tests.engine.families.paddleocr_vl import make_paddleocr_vl
+from tests.engine.families.paligemma import make_paligemma
 from tests.engine.families.pixtral_squares import SquaresReference, make_lighton_ocr, make_mistral3
 from tests.engine.families.qwen import make_qwen2_5_vl, make_qwen3_vl
 from tests.engine.tiny import make_llava, make_qwen2_vl, picture
@@ -229,6 +230,7 @@ ROWS = {
     "LightOnOCR": _squares(make_lighton_ocr, "LightOnOcr"),
     "LightOnOCR, squares of its own": _squares(partial(make_lighton_ocr, patch=16), "LightOnOcr"),
     "ColPali": Row(partial(make_colpali, hub=False), SQUARE, partial(llava, kind="Siglip")),
+    "PaliGemma": Row(partial(make_paligemma, hub=False), SQUARE, partial(llava, kind="Siglip")),
     "Gemma 3": Row(make_gemma3, SQUARE, gemma3),
     "Gemma 3, hub": Row(partial(make_gemma3, hub=True), SQUARE, gemma3),
     "Gemma 3, pan and scan": Row(

@@ -14,6 +14,7 @@ from tests.engine.families.drawn.llava_next import LlavaNextFamily
 from tests.engine.families.drawn.minicpm_v4_6 import MiniCPMV46Family
 from tests.engine.families.drawn.ovis2 import Ovis2Family
 from tests.engine.families.drawn.paddleocr_vl import PaddleOCRFamily
+from tests.engine.families.drawn.paligemma import PaliGemmaFamily
 from tests.engine.families.drawn.qwen_vl import QwenVLFamily
 from tests.engine.families.drawn.retrieval import ColPaliFamily, ColQwen2Family
 from tests.engine.families.drawn.squares import SquaresFamily
@@ -36,6 +37,7 @@ _ALL: tuple[Family, ...] = (
     ),
     *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "GlmOcr")),
     PaddleOCRFamily(),
+    *(PaliGemmaFamily(kind) for kind in ("gemma", "gemma2")),
     ColQwen2Family(),
     ColPaliFamily(),
     MiniCPMVFamily(),
