@@ -40,8 +40,10 @@ decides::
                       int4_grouped_gemm_triton    4 bits, otherwise                   int4_experts.py
                       expert_gemv_triton          1 token, or at most 8 with at most  expert_gemv.py
                                                   half as many pairs as experts
-                      grouped_experts_gluon       Hopper, 16-bit, inputs in steps of  expert_gemm.py
-                                                  64, over 16 pairs an expert
+                      grouped_experts_gluon       Hopper, steps of 64 inputs; 16-bit  expert_gemm.py
+                                                  and over 16 pairs an expert, or fp8
+                                                  made for fp8 inputs, one scale an
+                                                  output
                       grouped_experts_triton      otherwise                           grouped_gemm.py
 
 "4 bits" are integers (int4) and floats (mxfp4, nvfp4). "Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU; with fp8 weights also that

@@ -321,9 +321,10 @@ def experts(
     elif few:
         run = expert_gemv_triton
     elif expert_gemm.supports(x, gate_up) and expert_gemm.supports(x, down):
-        many = tokens * top_k > MIN_EXPERT_GEMM_ROWS * len(gate_up.weight)
+        # fp8 by fp8 is the faster one for few rows as well.
+        many = fp8 or tokens * top_k > MIN_EXPERT_GEMM_ROWS * len(gate_up.weight)
         # When compiling ahead of time, compile the kernels for other numbers of tokens too.
-        if is_compiling():
+        if is_compiling() and not fp8:
             grouped_experts_triton(x, ids, weights, gate_up, down, activation)
         run = grouped_experts_gluon if many or is_compiling() else grouped_experts_triton
     else:

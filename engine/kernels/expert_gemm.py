@@ -30,12 +30,13 @@ from engine.kernels.activation import activate
 from engine.kernels.device import is_hopper, num_sms
 from engine.kernels.expert_groups import experts_in_groups
 from engine.kernels.experts import ExpertMatrices
+from engine.kernels.fp8 import FP8, Scale, quantise_rows
 from engine.kernels.launch import launch
 from engine.kernels.ring import barriers, buffers, copy_load, tma_load
 
-#: Rows of a tile, half of them for each compute group; its weight rows; inputs of a step; tiles in shared memory
-#: at a time.
-_ROWS, _WEIGHTS, _INPUTS, _STAGES = 128, 256, 64, 4
+#: Rows of a tile, half of them for each compute group; its weight rows; bytes of a row in a step; tiles in shared
+#: memory at a time.
+_ROWS, _WEIGHTS, _STEP_BYTES, _STAGES = 128, 256, 128, 4
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
 #: what the load group gives up.
 _REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 224, 56
@@ -44,11 +45,17 @@ _activate = gluon.jit(activate.fn)
 
 def supports(x: torch.Tensor, matrices: ExpertMatrices) -> bool:
     """Return whether the kernel can multiply rows like those of ``x`` by ``matrices``."""
-    weight = matrices.weight
-    whole = weight.shape[2] % _INPUTS == 0 and weight.shape[2] >= 2 * _INPUTS
-    plain = matrices.scale is None and x.element_size() == 2 and x.dtype == weight.dtype
+    weight, scale = matrices.weight, matrices.scale
+    if scale is None:
+        fits = x.element_size() == 2 and x.dtype == weight.dtype
+    else:
+        # Rows are rounded to fp8 as well.
+        fits = isinstance(scale, Scale) and scale.round_inputs and scale.values.shape[1] == 1
+        fits = fits and x.dtype == torch.bfloat16
+    steps, rest = divmod(weight.shape[2] * weight.element_size(), _STEP_BYTES)
     # Rows are copied in pieces of 16 bytes.
-    return plain and whole and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and is_hopper(x.device)
+    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return fits and steps >= 2 and rest == 0 and aligned and is_hopper(x.device)
 
 
 def grouped_experts_gluon(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMatrices, activation):
@@ -59,16 +66,21 @@ def grouped_experts_gluon(x, ids, weights, gate_up: ExpertMatrices, down: Expert
 def _grouped_gemm(x, matrices, out, order, starts, *, activation=None, factors=None, top_k=1):
     """See :class:`~engine.kernels.expert_groups.GroupedGemm`."""
     experts, outputs, inputs = matrices.weight.shape
-    gated = activation is not None
+    gated, scale = activation is not None, matrices.scale
     outputs = outputs // 2 if gated else outputs
     assert out.is_contiguous() and out.shape == (len(order), outputs)
+    row_scale = values = order
+    if isinstance(scale, Scale):
+        x, row_scale = quantise_rows(x)
+        values = scale.values
     launch(
         _expert_gemm_kernel, (num_sms(x.device),),
         x_ptr=x, weight_desc=_describe(matrices.weight, gated), out_ptr=out, order_ptr=order, starts_ptr=starts,
-        factors_ptr=order if factors is None else factors, experts=experts, outputs=outputs, inputs=inputs,
-        x_stride=x.stride(0), TOP_K=top_k, EXPERTS=max(32, triton.next_power_of_2(experts)),
-        ACTIVATION=activation or "", ROWS=_ROWS, WEIGHTS=_WEIGHTS, INPUTS=_INPUTS, STAGES=_STAGES,
-        COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
+        factors_ptr=order if factors is None else factors, row_scale_ptr=row_scale, scale_ptr=values,
+        experts=experts, outputs=outputs, inputs=inputs, x_stride=x.stride(0), TOP_K=top_k,
+        EXPERTS=max(32, triton.next_power_of_2(experts)), ACTIVATION=activation or "",
+        SCALED=scale is not None, ROWS=_ROWS, WEIGHTS=_WEIGHTS, INPUTS=_STEP_BYTES // x.element_size(),
+        STAGES=_STAGES, COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
         num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 
@@ -77,8 +89,8 @@ def _describe(weight: torch.Tensor, gated: bool) -> TensorDescriptor:
     """Describe the rows of all experts' matrices. A copy takes a tile's rows, or its gates or its ups."""
     descriptor = _DESCRIPTORS.get(weight)
     if descriptor is None:
-        box = [_WEIGHTS // 2 if gated else _WEIGHTS, _INPUTS]
-        dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[weight.dtype]
+        box = [_WEIGHTS // 2 if gated else _WEIGHTS, _STEP_BYTES // weight.element_size()]
+        dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}[weight.dtype]
         layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
         descriptor = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), box, layout)
         _DESCRIPTORS[weight] = descriptor
@@ -124,13 +136,14 @@ def _locate(tile, ends, experts, columns, starts_ptr, ROWS: gl.constexpr):
 
 @gluon.jit
 def _expert_gemm_kernel(
-    x_ptr, weight_desc, out_ptr, order_ptr, starts_ptr, factors_ptr, experts, outputs, inputs, x_stride,
-    TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr,
+    x_ptr, weight_desc, out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr,
+    experts, outputs, inputs, x_stride,
+    TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr, SCALED: gl.constexpr,
     ROWS: gl.constexpr, WEIGHTS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr,
     COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program per SM; it takes every so many-th tile. EXPERTS: padded to a power of two, at least 32."""
-    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
     rows = buffers(STAGES, ROWS, INPUTS, dtype)
     weights = buffers(STAGES, WEIGHTS, INPUTS, dtype)
     # Ready: each of the 128 threads that copy rows, and the copies of weights, have arrived. Free: both compute
@@ -142,11 +155,11 @@ def _expert_gemm_kernel(
     sizes = (experts, outputs, inputs, columns)
     first: gl.constexpr = 0
     second: gl.constexpr = 1
-    out = (out_ptr, order_ptr, starts_ptr, factors_ptr)
+    out = (out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr)
     gl.warp_specialize(
         [
-            (_multiply, (first, ring, sizes, out, EXPERTS, ACTIVATION, STAGES)),
-            (_multiply, (second, ring, sizes, out, EXPERTS, ACTIVATION, STAGES)),
+            (_multiply, (first, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, STAGES)),
+            (_multiply, (second, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, STAGES)),
             (
                 _load_tiles,
                 (
@@ -179,7 +192,8 @@ def _load_tiles(
     ROWS: gl.constexpr = rows.shape[1]
     OUTPUTS: gl.constexpr = weights.shape[1]
     INPUTS: gl.constexpr = rows.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    PIECE: gl.constexpr = INPUTS // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, PIECE], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     lane = gl.arange(0, INPUTS, gl.SliceLayout(0, layout))
     ends = _tile_ends(starts_ptr, experts, EXPERTS, ROWS)
@@ -195,7 +209,9 @@ def _load_tiles(
         for k in range(0, inputs, INPUTS):
             stage = step % STAGES
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), OUTPUTS * INPUTS * 2)
+            mbarrier.expect(
+                ready.index(stage), OUTPUTS * INPUTS * (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            )
             target = weights.index(stage)
             if ACTIVATION != "":
                 gate = expert * 2 * outputs + column * (OUTPUTS // 2)
@@ -211,18 +227,20 @@ def _load_tiles(
 
 @gluon.jit
 def _multiply(
-    half: gl.constexpr, ring, sizes, out, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr
+    half: gl.constexpr, ring, sizes, out, TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr,
+    SCALED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Multiply 64 rows of each tile; run by one compute group (four warps). ``half``: which 64 of the tile."""
     rows, weights, ready, free = ring
     experts, outputs, inputs, columns = sizes
-    out_ptr, order_ptr, starts_ptr, factors_ptr = out
+    out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr = out
     ROWS: gl.constexpr = rows.shape[1]
     HEIGHT: gl.constexpr = ROWS // 2
     OUTPUTS: gl.constexpr = weights.shape[1]
     WIDTH: gl.constexpr = OUTPUTS // 2
     INPUTS: gl.constexpr = rows.shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUTPUTS, 16])
+    # The tensor cores take 32 bytes of a row at a time.
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUTPUTS, INPUTS // 4])
     # Rows are stored in pieces of 16 bytes a thread.
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     own_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
@@ -231,7 +249,7 @@ def _multiply(
     total = gl.max(ends, axis=0) * columns
     steps = inputs // INPUTS
     step = 0
-    _, begin, top, count, column = _locate(gl.program_id(0), ends, experts, columns, starts_ptr, ROWS)
+    expert, begin, top, count, column = _locate(gl.program_id(0), ends, experts, columns, starts_ptr, ROWS)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         following = tile + gl.num_programs(0)
         if top + half * HEIGHT < count:
@@ -241,13 +259,20 @@ def _multiply(
             # Meanwhile: where the results go, and the next tile.
             valid = top + stored_row < count
             place = begin + gl.minimum(top + stored_row, count - 1)
-            factor = gl.zeros([HEIGHT], gl.float32, gl.SliceLayout(1, layout))
+            own_place = begin + gl.minimum(top + own_row, count - 1)
+            factor = gl.full([HEIGHT], 1.0, gl.float32, gl.SliceLayout(1, layout))
+            first = column * (OUTPUTS if ACTIVATION == "" else WIDTH)
             if ACTIVATION == "":
                 place = gl.load(order_ptr + place)
-                pair = gl.load(order_ptr + begin + gl.minimum(top + own_row, count - 1))
-                factor = gl.load(factors_ptr + pair)
-            first = column * (OUTPUTS if ACTIVATION == "" else WIDTH)
-            _, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
+                factor = gl.load(factors_ptr + gl.load(order_ptr + own_place))
+                if SCALED:
+                    factor *= gl.load(row_scale_ptr + own_place)
+                scales = scale_ptr + expert * outputs + first
+            else:
+                if SCALED:
+                    factor = gl.load(row_scale_ptr + gl.load(order_ptr + own_place) // TOP_K)
+                scales = scale_ptr + expert * 2 * outputs + first
+            expert, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(free.index(step % STAGES), count=1)
             for index in range(2, steps):
@@ -257,16 +282,23 @@ def _multiply(
                 mbarrier.arrive(free.index((step + index - 1) % STAGES), count=1)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((step + steps - 1) % STAGES), count=1)
-            if ACTIVATION == "":
+            if SCALED or ACTIVATION == "":
                 acc = acc * factor[:, None]
             left, right = acc.reshape([HEIGHT, 2, WIDTH]).permute((0, 2, 1)).split()
+            if SCALED:
+                if ACTIVATION == "":
+                    left = left * _column_scales(scales, left, outputs - first)
+                    right = right * _column_scales(scales + WIDTH, right, outputs - first - WIDTH)
+                else:
+                    left = left * _column_scales(scales, left, outputs - first)
+                    right = right * _column_scales(scales + outputs, right, outputs - first)
             if ACTIVATION == "":
                 _store(left, out_ptr, place, valid, first, outputs, stored)
                 _store(right, out_ptr, place, valid, first + WIDTH, outputs, stored)
             else:
                 _store(_activate(left, ACTIVATION) * right, out_ptr, place, valid, first, outputs, stored)
         else:
-            _, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
+            expert, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
             for index in range(steps):
                 stage = (step + index) % STAGES
                 mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
@@ -285,6 +317,13 @@ def _issue(acc, step, ring, half: gl.constexpr, USE_ACC: gl.constexpr, STAGES: g
     fence_async_shared()
     x = rows.index(stage).slice(half * HEIGHT, HEIGHT, 0)
     return warpgroup_mma(x, weights.index(stage).permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
+
+
+@gluon.jit
+def _column_scales(scales, like, left):
+    """Load the scales of the columns of ``like``, of which ``left`` exist, as a row."""
+    column = gl.arange(0, like.shape[1], gl.SliceLayout(0, like.type.layout))
+    return gl.load(scales + column, mask=column < left, other=0.0)[None, :]
 
 
 @gluon.jit

@@ -105,7 +105,7 @@ class ExpertWeights(nn.Module):
                 self.register_buffer("scale", values.data, persistent=False)
             else:
                 self.register_parameter("scale", values)
-            scale = Scale(values.data.flatten(0, 1), group)
+            scale = Scale(values.data.flatten(0, 1), group, self.format.round_inputs)
         self.matrices = ExpertMatrices(self.weight.data, scale)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:

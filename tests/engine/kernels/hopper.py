@@ -353,7 +353,7 @@ def experts(tokens: int, group: int | None = None, *, persistent: bool = False) 
     def matrices(outputs: int, inputs: int) -> ExpertMatrices:
         if group is None:
             return ExpertMatrices(tensor(8, outputs, inputs))
-        scale = Scale(torch.ones(8 * outputs, -(-inputs // group)), group)
+        scale = Scale(torch.ones(8 * outputs, -(-inputs // group)), group, round_inputs=True)
         return ExpertMatrices(tensor(8, outputs, inputs, dtype=FP8), scale)
 
     ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
@@ -400,6 +400,7 @@ CASES: list[Callable[[], None]] = [
     *(partial(experts, tokens) for tokens in (1, 256, 4096)),
     *(partial(experts, tokens, 128) for tokens in (1, 4096)),
     partial(experts, 64, persistent=True),
+    partial(experts, 64, 1 << 15, persistent=True),
     *(partial(int4_experts, tokens, "int4") for tokens in (1, 256)),
     partial(int4_experts, 64, "nvfp4"),
     lambda: decode(28, 4, 128, 1),

@@ -13,7 +13,7 @@ from engine.kernels.expert_gemm import grouped_experts_gluon
 from engine.kernels.expert_gemv import ExpertTile, expert_gemv_triton
 from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
-from engine.kernels.fp8 import FP8, Scale
+from engine.kernels.fp8 import FP8, Scale, quantise_rows_reference
 from engine.kernels.grouped_gemm import choose_height, grouped_experts_triton
 from engine.kernels.int4 import Int4Scale, pack
 from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
@@ -186,39 +186,54 @@ def test_every_height_of_tiles(device, dtype, pairs, rows):
     assert_close(grouped_experts_triton(*arguments), exact)
 
 
-def grouped(device, dtype, counts, width, inner, seed=0):
-    """Arguments of experts that have ``counts`` pairs, one for each token, and their result in float64."""
-    torch.manual_seed(seed)
+def grouped(device, dtype, counts, width, inner, *, scaled=False):
+    """Arguments of experts that have ``counts`` pairs, one for each token, and their result in float64.
+
+    Args:
+        scaled: weights are in fp8, with a scale for each output, and rows are rounded to fp8 too.
+    """
     tokens = sum(counts)
     expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     ids = expert[torch.randperm(tokens)].int()[:, None].to(device)
     x, weights = torch.randn(tokens, width).to(device, dtype), torch.rand(tokens, 1).to(device)
-    shapes = (len(counts), 2 * inner, width), (len(counts), width, inner)
     gate_up, down = (
-        ExpertMatrices((torch.randn(shape, device=device) * shape[2] ** -0.5).to(dtype)) for shape in shapes
+        matrices(device, dtype, shape, 1 << 15 if scaled else None)
+        for shape in ((len(counts), 2 * inner, width), (len(counts), width, inner))
     )
+    if scaled:
+        gate_up, down = (
+            replace(part, scale=replace(part.scale, round_inputs=True)) for part in (gate_up, down)
+        )
+
+    def seen(rows):
+        numbers, scale = quantise_rows_reference(rows)
+        return numbers.double() * scale if scaled else rows.double()
+
     exact = torch.zeros(tokens, width, dtype=torch.float64, device=device)
     for index in range(len(counts)):
         own = ids[:, 0] == index
-        gate, up = (x[own].double() @ gate_up.weight[index].double().T).chunk(2, 1)
-        exact[own] = weights[own].double() * ((F.silu(gate) * up) @ down.weight[index].double().T)
+        gate, up = (seen(x[own]) @ gate_up.one(index, torch.float64).double().T).chunk(2, 1)
+        result = seen((F.silu(gate) * up).to(dtype)) @ down.one(index, torch.float64).double().T
+        exact[own] = weights[own].double() * result
     return (x, ids, weights, gate_up, down, "silu"), exact
 
 
 #: Pairs of each expert, and widths: ends of tiles of 64 and 128 rows, experts without rows, more tiles than
 #: programs; whole tiles of outputs, and parts of them.
 GROUPS = {
-    "ends": ([1, 0, 63, 64, 65, 127, 128, 129, 0, 300, 7], 256, 128),
-    "none at the ends": ([0, 0, 40, 0], 384, 192),
+    "ends": ([1, 0, 63, 64, 65, 127, 128, 129, 0, 300, 7], 256, 256),
+    "none at the ends": ([0, 0, 40, 0], 384, 384),
     "many": ([97 * (index % 5) for index in range(60)], 512, 768),
 }
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "scaled"), [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("case", GROUPS)
-def test_the_kernel_for_hopper_gpus(hopper, dtype, case):
-    arguments, exact = grouped(hopper, dtype, *GROUPS[case])
+def test_the_kernel_for_hopper_gpus(hopper, dtype, scaled, case):
+    arguments, exact = grouped(hopper, dtype, *GROUPS[case], scaled=scaled)
     assert expert_gemm.supports(arguments[0], arguments[3]) and expert_gemm.supports(
         arguments[0], arguments[4]
     )
@@ -234,9 +249,13 @@ def test_only_hopper_whole_steps_and_plain_16_bit_weights_are_supported(monkeypa
     assert not expert_gemm.supports(x, ExpertMatrices(weight))
     monkeypatch.setattr(expert_gemm, "is_hopper", lambda _: True)
     assert expert_gemm.supports(x, ExpertMatrices(weight))
-    scaled = ExpertMatrices(weight.to(FP8), Scale(torch.ones(32, 1), 1 << 15))
+    wide = torch.zeros(4, 256, dtype=torch.bfloat16)
+    rounded = torch.zeros(2, 16, 256).to(FP8)
+    assert expert_gemm.supports(wide, ExpertMatrices(rounded, Scale(torch.ones(32, 1), 1 << 15, True)))
+    for scale in (Scale(torch.ones(32, 1), 1 << 15), Scale(torch.ones(32, 2), 128, True)):
+        assert not expert_gemm.supports(wide, ExpertMatrices(rounded, scale))
     others = [ExpertMatrices(other) for other in (weight.half(), weight[..., :64], weight[..., :96])]
-    assert not any(expert_gemm.supports(x, matrices) for matrices in (scaled, *others))
+    assert not any(expert_gemm.supports(x, matrices) for matrices in others)
     assert not expert_gemm.supports(x.float(), ExpertMatrices(weight.float()))
     shifted = torch.zeros(4, 136, dtype=torch.bfloat16)[:, 1:129]
     assert not expert_gemm.supports(shifted, ExpertMatrices(weight))
@@ -260,6 +279,7 @@ def test_other_activations(device, dtype, activation):
         (3, 2, 8, True, False, True, False, "grouped_experts_triton"),
         (64, 2, 8, True, False, True, True, "grouped_experts_triton"),
         (65, 2, 8, True, False, True, True, "grouped_experts_gluon"),
+        (9, 2, 8, True, True, True, True, "grouped_experts_gluon"),
         (65, 2, 8, True, False, True, False, "grouped_experts_triton"),
         (2, 2, 8, True, False, True, False, "expert_gemv_triton"),
         (0, 2, 8, True, False, True, True, "experts_reference"),
