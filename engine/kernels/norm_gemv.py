@@ -39,11 +39,12 @@ class NormGemvTile:
     programs: int
 
 
-def choose_tile(inputs: int, *, gated: bool) -> NormGemvTile:
+def choose_tile(inputs: int, outputs: int, *, gated: bool) -> NormGemvTile:
     """Choose the tile of a problem.
 
     Of a dozen tiles it is the best on an H100 and an H200, by the time of whole decode steps of models of 2
-    and 7 billion parameters; of 15 for 2560 inputs by chains of launches on an H200.
+    and 7 billion parameters; of 15 for 2560 inputs by chains of launches, and of 11 for 2048 inputs and 5120
+    outputs by the time of whole decoder layers, on an H200.
     """
     lanes = sum(_split_row(inputs))
     # Longer rows leave no registers for eight programs of two warps.
@@ -51,8 +52,10 @@ def choose_tile(inputs: int, *, gated: bool) -> NormGemvTile:
         return NormGemvTile(1, 4, 4)
     if lanes > 2048:
         return NormGemvTile(1, 2, 6) if gated else NormGemvTile(1, 1, 8)
-    # Without a gate attention comes next; its programs need room to start early.
-    return NormGemvTile(1, 2, 8 if gated else 6)
+    if gated:
+        return NormGemvTile(1, 2, 8)
+    # Attention comes next; its programs need room to start early.
+    return NormGemvTile(2, 2, 4) if outputs > 4096 else NormGemvTile(1, 2, 6)
 
 
 def _split_row(inputs: int) -> tuple[int, int]:
@@ -72,7 +75,7 @@ def norm_gemv_triton(
     assert residual is None or residual.is_contiguous()
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(residual)
-    tile = choose_tile(inputs, gated=gated)
+    tile = choose_tile(inputs, outputs, gated=gated)
     share = triton.cdiv(outputs, tile.programs * num_sms(x.device))
     first, rest = _split_row(inputs)
     launch(
