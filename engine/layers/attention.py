@@ -12,6 +12,7 @@ from engine.kernels.dispatch import decode_attention, paged_attention
 from engine.kernels.fp8 import FP8
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.rms_norm import HeadNorms, head_norms
+from engine.kernels.sigmoid_gate import sigmoid_gate
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.linear import RowLinear, qkv_linear
@@ -129,7 +130,7 @@ class Attention(nn.Module):
         if scales is not None:
             out = _times(out, scales[1])
         if self.gated:
-            out = out * gate.sigmoid()
+            out = sigmoid_gate(out, gate)
         out = out.flatten(1)
         if rows is not None:
             out, residual = out.index_select(0, rows), residual.index_select(0, rows)

@@ -132,6 +132,7 @@ def elementwise() -> None:
     from engine.kernels.quick_gelu import quick_gelu_triton
     from engine.kernels.rms_norm import HeadNorms, head_norms_triton, rms_norm_triton
     from engine.kernels.rotary import rotary_triton
+    from engine.kernels.sigmoid_gate import sigmoid_gate_triton
 
     x = tensor(4, 3584)
     rms_norm_triton(x, x[0], 1e-6)
@@ -145,6 +146,7 @@ def elementwise() -> None:
     patchify_triton(pixels, tensor(3 * 256), patch=14, merge=2, temporal=2)
     patchify_triton(pixels[None], tensor(3 * 256), patch=14, merge=1, temporal=1)
     act_mul_triton(tensor(4, 17920))
+    sigmoid_gate_triton(tensor(4, 16, 256), tensor(4, 32, 256)[:, 1::2])
     angles, positions = torch.randn(64, 64), torch.zeros(3, 4, dtype=torch.int64)
     q, k, v = tensor(4, 16, 128).split([12, 2, 2], dim=1)
     table, slots = RotaryTable(angles, angles, (16, 24, 24)), torch.zeros(4, dtype=torch.int64)

@@ -25,6 +25,7 @@ from engine.kernels.rms_norm import (
     rms_norm_triton,
 )
 from engine.kernels.rotary import RotaryTable, angle_axes, rotary_reference, rotary_triton
+from engine.kernels.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
 
 from .compare import assert_close
 
@@ -207,3 +208,11 @@ def test_axes_of_interleaved_angles():
 def test_act_mul(device, dtype, activation, rows, size):
     gate_up = torch.randn(rows, 2 * size, device=device, dtype=dtype)
     assert_close(act_mul_triton(gate_up, activation), act_mul_reference(gate_up, activation))
+
+
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 4, 16), (3, 5, 256)])
+def test_sigmoid_gate(device, dtype, tokens, heads, dim):
+    x = torch.randn(tokens, heads, dim, device=device, dtype=dtype)
+    # Queries and gates of heads take turns.
+    gate = torch.randn(tokens, 2 * heads, dim, device=device, dtype=dtype)[:, 1::2]
+    assert_close(sigmoid_gate_triton(x, gate), sigmoid_gate_reference(x, gate))
