@@ -24,6 +24,9 @@ from engine.kernels.launch import launch
 from engine.kernels.paged import AttentionMetadata, find_tile, query_tiles
 from engine.kernels.recurrent_state import StateCache
 
+#: Tokens of a segment. It doesn't depend on the batch, so that a prompt's result doesn't.
+_SEGMENT = 2048
+
 
 def delta_prefill_triton(
     qkv: torch.Tensor, gates: DeltaGates, cache: StateCache, meta: AttentionMetadata
@@ -35,21 +38,11 @@ def delta_prefill_triton(
     step_tokens(qkv, gates, cache, meta, out, most=SHORT)
     if meta.max_query_len <= SHORT:
         return out
-    tiles, segment = condense(qkv, gates, cache, meta), _segment_tokens(heads)
-    states = None
-    if meta.max_query_len > segment:
-        states = _segment_states(tiles, cache, meta, tokens, segment)
-    _scan(tiles, out, states, cache, meta, tokens, segment)
+    tiles, states = condense(qkv, gates, cache, meta), None
+    if meta.max_query_len > _SEGMENT:
+        states = _segment_states(tiles, cache, meta, tokens, _SEGMENT)
+    _scan(tiles, out, states, cache, meta, tokens, _SEGMENT)
     return out
-
-
-def _segment_tokens(heads: int) -> int:
-    """Choose the tokens of a segment, so that those of 8192 tokens fill a GPU of 132 SMs.
-
-    It doesn't depend on the batch, so that a prompt's result doesn't. Joining costs as much as a chain of a
-    few hundred tokens.
-    """
-    return max(1024, CHUNK * triton.next_power_of_2(heads))
 
 
 def _segment_states(
@@ -67,7 +60,7 @@ def _segment_states(
         _delta_join_kernel, (values // block, heads, meta.seq_lens.shape[0]),
         states_ptr=states, kept_ptr=kept, query_start_ptr=meta.query_start,
         HEADS=heads, KEYS=keys, VALUES=values, BLOCK=block, SEGMENT=segment,
-num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return states
 

@@ -106,7 +106,7 @@ def test_a_short_convolution(device, dtype, batch, gated, biased):
     ("batch", "segment"), [*((batch, 1024) for batch in BATCHES), ("several segments", 64), ("mixed", 64)]
 )
 def test_delta_rule(monkeypatch, device, dtype, batch, segment):
-    monkeypatch.setattr(delta_prefill, "_segment_tokens", lambda heads: segment)
+    monkeypatch.setattr(delta_prefill, "_SEGMENT", segment)
     meta = metadata(*BATCHES[batch], device)
     tokens = len(meta.slot_mapping)
     qkv = torch.randn(tokens, CHANNELS + 3, device=device).to(dtype)[:, :CHANNELS]
@@ -137,7 +137,7 @@ def test_prompts_on_hopper(monkeypatch, device):
     """The scan in Gluon, with a prompt of several segments that goes on, and one that begins."""
     if not is_hopper(device):
         pytest.skip("the scan is for Hopper GPUs, and Gluon has no interpreter")
-    monkeypatch.setattr(delta_prefill, "_segment_tokens", lambda heads: 256)
+    monkeypatch.setattr(delta_prefill, "_SEGMENT", 256)
     heads, dim, dtype = 2, 128, torch.bfloat16
     meta = metadata([900, 1, 200], [70, 3, 0], device)
     qkv = torch.randn(1101, 4 * dim, device=device).to(dtype)

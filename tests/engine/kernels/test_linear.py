@@ -73,7 +73,9 @@ def test_a_gemv_equals_float64(device, dtype, outputs, inputs, with_bias):
         for (i, size), (j, activation), with_residual in product(
             enumerate(SIZES), enumerate([None, "silu", "gelu_pytorch_tanh"]), [False, True]
         )
-    ],
+    ]
+    # A row in two parts.
+    + [(6, 2500, "silu", True, 0.01)],
 )
 def test_a_gemv_after_a_norm_equals_float64(device, dtype, outputs, inputs, with_residual, activation, scale):
     x, weight, bias = problem(device, dtype, 1, outputs, inputs)
