@@ -12,6 +12,7 @@ from engine.kernels.device import use_triton
 from engine.kernels.dispatch import MIN_EXPERT_GEMM_ROWS, experts
 from engine.kernels.expert_groups import group_by_expert_reference, group_by_expert_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
+from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.int4 import Int4Scale, pack
 from engine.kernels.norm_router import norm_router, norm_router_apart
 from engine.kernels.route import route, route_reference
@@ -26,7 +27,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     sizes = TINY_SIZES if tiny else SIZES
     label = f"{sizes[1]} of {sizes[0]}, {sizes[2]}x{sizes[3]}"
     yield Case("expert_gemv", f"{label}, 1 token", partial(mlps, device, 1, *sizes))
-    yield Case("int4_experts", f"{label}, 1 token", partial(mlps, device, 1, *sizes, int4=True))
+    yield Case("int4_experts", f"{label}, 1 token", partial(mlps, device, 1, *sizes, stored="int4"))
     for tokens in (1, 2) if tiny else (1, 8):
         yield Case(
             "norm_router", f"{label}, {tokens} tokens", partial(norm_and_logits, device, tokens, *sizes)
@@ -36,9 +37,9 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         yield Case("expert_groups", f"{label}, {tokens} tokens", partial(groups, device, tokens, *sizes))
         kernel = "expert_gemm" if tokens * sizes[1] > MIN_EXPERT_GEMM_ROWS * sizes[0] else "grouped_gemm"
         yield Case(kernel, f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes))
-        yield Case(
-            "int4_experts", f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes, int4=True)
-        )
+        for kernel, stored in (("expert_gemm", "fp8"), ("int4_experts", "int4")):
+            work = partial(mlps, device, tokens, *sizes, stored=stored)
+            yield Case(kernel, f"{label}, {stored}, {tokens} tokens", work)
 
 
 def _chosen(device: torch.device, tokens: int, count: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,11 +76,16 @@ def groups(device: torch.device, tokens: int, count: int, top_k: int, *_: int) -
     return Problem(run, lambda: (run()[0], group_by_expert_reference(ids, count)[0]), moved, peers=peers)
 
 
-def _matrices(device: torch.device, count: int, outputs: int, inputs: int, int4: bool) -> ExpertMatrices:
-    """Random matrices of experts in the dtype of their input, or int4 in groups of 128 with zero points."""
-    if not int4:
-        weight = torch.randn((count, outputs, inputs), device=device, dtype=dtype_on(device))
-        return ExpertMatrices(weight * inputs**-0.5)
+def _matrices(device: torch.device, count: int, outputs: int, inputs: int, stored: str) -> ExpertMatrices:
+    """Random matrices of experts in the dtype of their input; in fp8, made for fp8 inputs, with a scale for
+    each output; or in int4 in groups of 128 with zero points."""
+    shape = count, outputs, inputs
+    if stored == "fp8":
+        values = torch.full((count * outputs, 1), inputs**-0.5 / 30, device=device)
+        weight = (torch.randn(shape, device=device) * 30).to(FP8)
+        return ExpertMatrices(weight, Scale(values, inputs, round_inputs=True))
+    if stored != "int4":
+        return ExpertMatrices(torch.randn(shape, device=device, dtype=dtype_on(device)) * inputs**-0.5)
     rows, groups = count * outputs, -(-inputs // 128)
     words = pack(torch.randint(0, 16, (rows, inputs), device=device, dtype=torch.uint8))
     values = ((torch.rand((rows, groups), device=device) + 0.5) * inputs**-0.5 / 8).half()
@@ -95,12 +101,16 @@ def mlps(
     hidden: int,
     inner: int,
     *,
-    int4: bool = False,
+    stored: str = "16-bit",
 ) -> Problem:
-    """Measure the MLPs of the tokens' experts, beside torch's, one expert after the other."""
+    """Measure the MLPs of the tokens' experts, beside torch's, one expert after the other.
+
+    Args:
+        stored: the weights' format: 16-bit, fp8 or int4.
+    """
     x = torch.randn((tokens, hidden), device=device, dtype=dtype_on(device))
-    gate_up = _matrices(device, count, 2 * inner, hidden, int4)
-    down = _matrices(device, count, hidden, inner, int4)
+    gate_up = _matrices(device, count, 2 * inner, hidden, stored)
+    down = _matrices(device, count, hidden, inner, stored)
     ids, weights = (part.contiguous() for part in _chosen(device, tokens, count, top_k))
     arguments = x, ids, weights, gate_up, down, "silu"
     run, apart = partial(experts, *arguments), partial(experts_reference, *arguments)
