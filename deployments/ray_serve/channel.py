@@ -21,7 +21,16 @@ from typing import Any
 
 from deployments.errors import logger
 from deployments.ray_serve.failures import Refusal, abandoned, checked, was_cancelled
-from deployments.ray_serve.handoff import PIECE_BYTES, Assembly, PackedUpdate, Piece, pieces, unpack, weight
+from deployments.ray_serve.handoff import (
+    PIECE_BYTES,
+    Assembly,
+    Encoded,
+    PackedUpdate,
+    Piece,
+    pieces,
+    unpack,
+    weight,
+)
 from deployments.stages import StageLost
 from engine.errors import SightlineError
 from engine.mailbox import Mailbox
@@ -64,7 +73,7 @@ class Addressed:
     """An item of a channel that doesn't name its request itself."""
 
     request_id: str
-    item: Piece | Refusal
+    item: Piece | Refusal | Sequence[Encoded]
 
 
 #: A message of a channel.
@@ -81,6 +90,7 @@ class Outbox:
     def __init__(self, idle_s: float | None = IDLE_S) -> None:
         self._idle_s = idle_s
         self._updates: dict[str, StreamUpdate] = {}
+        self._encoded: dict[str, Sequence[Encoded]] = {}
         self._errors: dict[str, SightlineError] = {}
         self._event = asyncio.Event()
         self._answers = 0
@@ -114,6 +124,11 @@ class Outbox:
         self._updates[update.request_id] = update if earlier is None else merge_updates(earlier, update)
         self._event.set()
 
+    def tell(self, request_id: str, encoded: Sequence[Encoded]) -> None:
+        """Tell, before the updates of an answer, what was encoded for it."""
+        if encoded:
+            self._encoded[request_id] = encoded
+
     def fail(self, request_id: str, error: SightlineError) -> bool:
         """Send the error that ends an answer, behind its updates; returns False if the channel is closed."""
         if not self.closed:
@@ -132,9 +147,10 @@ class Outbox:
             while True:
                 await self._event.wait()
                 self._event.clear()
+                encoded, self._encoded = self._encoded, {}
                 updates, self._updates = self._updates, {}
                 errors, self._errors = self._errors, {}
-                for message in _messages(list(updates.values()), errors):
+                for message in _messages(encoded, list(updates.values()), errors):
                     yield message
                 if self.closed and not (self._updates or self._errors):
                     return
@@ -146,9 +162,13 @@ class Outbox:
             self._timer = asyncio.get_running_loop().call_later(self._idle_s, self.close)
 
 
-def _messages(updates: Sequence[StreamUpdate], errors: dict[str, SightlineError]) -> Iterator[Message]:
+def _messages(
+    encoded: dict[str, Sequence[Encoded]],
+    updates: Sequence[StreamUpdate],
+    errors: dict[str, SightlineError],
+) -> Iterator[Message]:
     """Messages that gRPC takes, in order."""
-    message: Message = []
+    message: Message = [Addressed(*each) for each in encoded.items()]
     room = PIECE_BYTES
     for update in updates:
         size = weight(update)
@@ -196,16 +216,21 @@ class Answer(Mailbox):
     Attributes:
         channel: the replica whose channel brought some; empty if none did.
         sent: whether the replica has put all of them into its channel.
+        encoded: what the replica has encoded for the answer.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.channel = ""
         self.sent = False
+        self.encoded: Sequence[Encoded] = ()
         self._assembly = Assembly()
 
     def take(self, item: Any) -> None:
-        """Add an item of a stream: a packed update, a piece of one, or a refusal."""
+        """Add an item of a stream: a packed update, a piece of one, a refusal, or what was encoded."""
+        if type(item) is list:
+            self.encoded = item
+            return
         try:
             if type(item) is not tuple:
                 item = self._assembly.add(checked(item))

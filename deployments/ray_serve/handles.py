@@ -180,6 +180,9 @@ async def _read(answer: Answer, call: Coroutine[Any, Any, None]) -> AsyncGenerat
             update = await answer.get()
             assert isinstance(update, StreamUpdate)
             finished = update.finished
+            if answer.encoded:
+                _note(answer.encoded)
+                answer.encoded = ()
             yield update
         # All updates have arrived; the call has ended, or is about to.
         await task

@@ -297,13 +297,13 @@ class LanguageModelReplica:
     ) -> Sent | tuple[str, list[Encoded]]:
         media, encoded = await self._embedded(infos, arrays)
         outbox = self._outboxes.find(reader)
-        # The answer's report needs what was encoded, so it is sent first.
-        if outbox is None or encoded:
+        if outbox is None:
             self._held.keep(Held(request, media))
             return self._name(), encoded
         relay = Relay()
         try:
             with outbox.answer():
+                outbox.tell(request.request_id, encoded)
                 async with aclosing(self._stage.generate(request, media, relay)) as updates:
                     await _send(updates, outbox, relay)
         except SightlineError as error:

@@ -14,10 +14,11 @@ import pytest
 from deployments.ray_serve.channel import Outbox, Outboxes
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import RemoteLanguageModel
-from deployments.ray_serve.handoff import PIECE_BYTES, RowsInfo, RowsRef
+from deployments.ray_serve.handoff import PIECE_BYTES, Encoded, RowsInfo, RowsRef
 from deployments.ray_serve.held_requests import HeldRequests
 from deployments.ray_serve.line import Lines, follow
 from deployments.ray_serve.replicas import LanguageModelReplica
+from deployments.report import begin_report
 from deployments.stages import Generation, StageLost
 from engine.errors import NoTokenAllowed
 from engine.mailbox import Mailbox
@@ -334,6 +335,22 @@ async def test_an_answer_to_an_image_is_one_call_once_the_channel_is_open(either
     await wait_until(lambda: not either.answers, 60)
     assert [len(either.handle.calls[method]) for method in ("hold", "generate")] == [4, 1]
     assert not len(either.replica._held)
+
+
+async def test_what_was_encoded_comes_before_the_first_update(either, monkeypatch):
+    async def embedded(infos, arrays):
+        return [], [Encoded("h", True, 0.25)]
+
+    monkeypatch.setattr(either.replica, "_embedded", embedded)
+    await either.open()
+    report = begin_report({}, lambda: "id")
+    task = await either.begin("one", ROWS)
+    either.answers["one"].put(update("one", 0))
+    await wait_until(lambda: task.found, 60)
+    assert report.seconds == {"encode": 0.25}
+    either.answers["one"].put(update("one", 1, last=True))
+    assert (await asyncio.wait_for(task, 60))[1] is None
+    assert len(either.handle.calls["generate"]) == 1
 
 
 @pytest.mark.parametrize("lost", ["line", "call"])
