@@ -123,7 +123,7 @@ def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
             "max_batch_patches": options.batch_patches,
             "with_language_model": options.one_process,
         },
-        "language_model": {"num_gpus": share[1], "max_ongoing_requests": 2 * options.seqs},
+        "language_model": {"num_gpus": share[1]},
     }
     app = {
         "name": "bench",

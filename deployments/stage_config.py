@@ -36,7 +36,8 @@ class StageConfig(StrictModel):
         label_selector: labels that a node must have, e.g. ``{sightline/stage: encode}``; values may be Ray's
             conditions, such as ``in(a, b)`` or ``!a``.
         env: environment variables of the replica's process, e.g. ``OMP_NUM_THREADS`` for work on CPUs.
-        max_ongoing_requests: requests that a replica works on at a time; further requests wait outside of it.
+        max_ongoing_requests: requests that a replica works on at a time; further requests wait outside of it,
+            and ask it again and again.
         max_queued_requests: calls that may wait for a replica, for each ingress replica; further requests are
             refused with 429. None leaves the limit to the ingress's ``max_active_requests``.
         graceful_shutdown_timeout_s: how long a replica that is asked to stop may finish its requests.
@@ -182,12 +183,15 @@ class EncoderConfig(StageConfig):
     cache_bytes: int = Field(default=512 << 20, ge=0)
     routing: Routing = "content"
     with_language_model: bool = False
-    max_ongoing_requests: PositiveInt = 256
+    max_ongoing_requests: PositiveInt = 1024
 
 
 class LanguageModelConfig(StageConfig):
-    """Generates text. ``max_ongoing_requests`` should not be below the engine's ``max_num_seqs``
-    and the number of ingress replicas together: Ray Serve counts the stream of updates to each as a request.
+    """Generates text.
+
+    ``max_ongoing_requests`` is far above the engine's ``max_num_seqs``. A replica refuses a call beyond it
+    only when it has read the call, embeddings included, and gets it again a moment later: a crowd of such
+    calls takes a replica's time. A request that waits in the engine takes none.
 
     Attributes:
         routing: ``content`` sends prompts that begin alike to one replica, as far as its load allows.
@@ -201,7 +205,7 @@ class LanguageModelConfig(StageConfig):
     stage: ClassVar[str] = "language_model"
 
     routing: Routing = "content"
-    max_ongoing_requests: PositiveInt = 512
+    max_ongoing_requests: PositiveInt = 4096
     graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
     hosts: PositiveInt = 1
     gpus_per_host: PositiveInt | None = None
