@@ -83,7 +83,7 @@ class AsyncEngine:
         self._steps: queue.SimpleQueue[tuple[list[StepEvents], list[tuple[str, RequestGroup]]] | None] = (
             queue.SimpleQueue()
         )
-        self._mailboxes: dict[int, _LoopMailbox] = {}
+        self._mailboxes: dict[RequestGroup, _LoopMailbox] = {}
         self._stopping = False
         self._failure: BaseException | None = None
         self._on_death: Callable[[], None] = lambda: None
@@ -254,7 +254,7 @@ class AsyncEngine:
     # On the caller's event loop.
 
     def _submit(self, group: RequestGroup, relay: Relay | None = None) -> _LoopMailbox:
-        mailbox = self._mailboxes[id(group)] = _LoopMailbox(asyncio.get_running_loop(), relay)
+        mailbox = self._mailboxes[group] = _LoopMailbox(asyncio.get_running_loop(), relay)
         self._command("add", group)
         # The engine may have stopped while a grammar was compiled: nobody would answer then.
         if (stopped := self._stopped()) is not None:
@@ -262,7 +262,7 @@ class AsyncEngine:
         return mailbox
 
     def _retract(self, group: RequestGroup) -> None:
-        del self._mailboxes[id(group)]
+        del self._mailboxes[group]
         if not all(request.finished for request in group.requests):
             self._command("abort", group)
 
@@ -329,7 +329,7 @@ class AsyncEngine:
         """Wake each event loop once for all of its readers: to wake it takes a call of the system."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_LoopMailbox, Result]]] = {}
         for group, result in results:
-            mailbox = self._mailboxes.get(id(group))
+            mailbox = self._mailboxes.get(group)
             if mailbox is not None:
                 by_loop.setdefault(mailbox.loop, []).append((mailbox, result))
         for loop, parcels in by_loop.items():

@@ -92,7 +92,7 @@ class OfflineRunner:
         events: list[StepEvents] = []
         self._num_media = self._num_tokens = 0
         jobs: list[Job] = []
-        by_group: dict[int, Job] = {}
+        by_group: dict[RequestGroup, Job] = {}
         # Even a disabled tqdm bar takes multiprocessing locks.
         bar = tqdm(total=len(prepare), desc="prompts", dynamic_ncols=True) if use_tqdm else nullcontext()
         with _young_garbage_only(), bar as progress:
@@ -105,7 +105,8 @@ class OfflineRunner:
                         batch.append(ready)
                         ready = next(waiting, None)
                     for job in self._admit(batch):
-                        by_group[id(job.group)] = job
+                        assert job.group is not None, "an admitted job has one"
+                        by_group[job.group] = job
                     events += core.step()
                     if len(events) < steps and (ready is not None or core.has_work):
                         continue
@@ -118,7 +119,7 @@ class OfflineRunner:
                     for request in stopped:
                         core.abort(request)
                     for group, result in updates:
-                        self._take(by_group[id(group)], result, progress)
+                        self._take(by_group[group], result, progress)
             except BaseException:
                 self._abandon(jobs)
                 raise

@@ -71,9 +71,9 @@ class _Sequence:
         self.num_characters += len(text)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestGroup:
-    """A caller's request: one prompt, ``n`` sequences.
+    """A caller's request: one prompt, ``n`` sequences. Equal to itself alone, so that it may be a key.
 
     Attributes:
         id: the caller's request id.
@@ -146,7 +146,7 @@ class OutputProcessor:
 
     @property
     def num_groups(self) -> int:
-        return len({id(group) for group, _ in self._running.values()})
+        return len({group for group, _ in self._running.values()})
 
     def process(self, steps: Iterable[StepEvents]) -> tuple[list[tuple[RequestGroup, Result]], list[Request]]:
         """Turn finished steps into updates, one per group however many steps there are.
