@@ -40,15 +40,17 @@ def whole_and_tiles(image: Image.Image, side: int, tiles: tuple[int, ...], resam
         resample: PIL's filter number.
     """
     down, along = tiles
-    canvas = resize_on_canvas(image, (along * side, down * side), resample)
-    return np.concatenate([resize(image, (side, side), resample)[None], cut_in_tiles(canvas, side)])
+    squares = np.empty((1 + down * along, side, side, 3), np.uint8)
+    squares[0] = resize(image, (side, side), resample)
+    cut_in_tiles(resize_on_canvas(image, (along * side, down * side), resample), side, out=squares[1:])
+    return squares
 
 
-def cut_in_tiles(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Squares ``(down * along, side, side, 3)`` of uint8 pixels ``(down * side, along * side, 3)``, row by
-    row."""
-    rows = pixels.reshape(-1, side, pixels.shape[1] // side, side, 3)
-    return rows.swapaxes(1, 2).reshape(-1, side, side, 3)
+def cut_in_tiles(pixels: np.ndarray, side: int, out: np.ndarray) -> None:
+    """Write the squares of uint8 pixels ``(down * side, along * side, 3)``, row by row, to ``out``
+    ``(down * along, side, side, 3)``."""
+    rows = pixels.reshape(-1, side, pixels.shape[1] // side, side, 3).swapaxes(1, 2)
+    out.reshape(rows.shape)[...] = rows
 
 
 def resize_in_square(image: Image.Image, side: int, colour: tuple[int, ...], resample: int) -> np.ndarray:

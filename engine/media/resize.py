@@ -42,7 +42,8 @@ def resized(image: Image.Image, size: tuple[int, int], resample: int) -> Image.I
     # Pillow filters along one axis after the other, leaves out one that keeps its length, and rounds to bytes
     # in between. So the rows of a pass across are independent of each other, and the columns of a pass down.
     for axis in _passes(image.size, size):
-        made = Image.new("RGB", (size[0], image.height) if axis == 0 else (image.width, size[1]))
+        # Not filled: of a large image that takes as long as a pass.
+        made = Image.new("RGB", (size[0], image.height) if axis == 0 else (image.width, size[1]), None)
         helping.share(partial(_filter_band, image, made, axis, resample), threads)
         image = made
     return image

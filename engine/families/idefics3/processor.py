@@ -89,15 +89,14 @@ class Idefics3Processor(SizedImages):
         return self.grid(size)[0] * self.rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        _, rows, _ = self.grid(image.size)
+        crops, rows, _ = self.grid(image.size)
         whole = resized(image, self._bounded(image.size), self.resample)
-        parts = []
         if self.split:
             whole = resized(whole, self._whole_crops(whole.size), self.resample)
+        pixels = np.empty((crops, self.side, self.side, 3), np.uint8)
         if rows:
-            parts.append(cut_in_tiles(rgb_array(whole), self.side))
-        parts.append(resize(whole, (self.side, self.side), self.resample)[None])
-        pixels = np.concatenate(parts)
+            cut_in_tiles(rgb_array(whole), self.side, out=pixels[:-1])
+        pixels[-1] = resize(whole, (self.side, self.side), self.resample)
         options = {"rows": self.rows}
         key = content_hash(pixels, family="idefics3", options=options, kind="image", size=image.size)
         return PreparedMedia(self.embedding_item(image.size, key), pixels)

@@ -129,12 +129,12 @@ class InternVLProcessor(SizedImages):
         return self.grid(size)[0] * self.rows
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        _, rows, columns = self.grid(image.size)
-        square = self.side, self.side
-        pixels = resize(image, square, self.resample[0])[None]
+        crops, rows, columns = self.grid(image.size)
+        pixels = np.empty((crops, self.side, self.side, 3), np.uint8)
+        pixels[-1] = resize(image, (self.side, self.side), self.resample[0])
         if rows:
             whole = resize(image, (columns * self.side, rows * self.side), self.resample[0])
-            pixels = np.concatenate([cut_in_tiles(whole, self.side), pixels])
+            cut_in_tiles(whole, self.side, out=pixels[:-1])
         key = content_hash(pixels, family="internvl", options=self._options, kind="image", size=image.size)
         return PreparedMedia(sized_item(self, image.size, key), pixels)
 

@@ -105,11 +105,12 @@ class Ovis2Processor(SizedImages, ImagesOnly):
         return grid[0] * self.rows + num_indicators(grid)
 
     def prepare(self, image: Image.Image) -> PreparedMedia:
-        _, rows, columns = self.grid(image.size)
-        pixels = resize(image, (self.side, self.side), self.resample)[None]
+        crops, rows, columns = self.grid(image.size)
+        pixels = np.empty((crops, self.side, self.side, 3), np.uint8)
+        pixels[0] = resize(image, (self.side, self.side), self.resample)
         if rows:
             whole = resize(image, (columns * self.side, rows * self.side), self.resample)
-            pixels = np.concatenate([pixels, cut_in_tiles(whole, self.side)])
+            cut_in_tiles(whole, self.side, out=pixels[1:])
         key = content_hash(pixels, family="ovis2", options=self._options, kind="image", size=image.size)
         return PreparedMedia(sized_item(self, image.size, key), pixels)
 
