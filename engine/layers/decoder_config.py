@@ -35,8 +35,8 @@ class RopeConfig:
             (Ministral-3); None leaves them as they are.
         mrope_interleaved: axes alternate (Qwen3-VL) instead of lying in three pieces (Qwen2-VL).
         adjacent: neighbouring dimensions rotate against each other (GLM) instead of halves of a head.
-        first_position: position of a sequence's first token. Only its length by positions depends on it, by
-            which ``dynamic`` and ``longrope`` choose: PaliGemma counts from 1.
+        first_position: position of a sequence's first token: PaliGemma counts from 1. Only ``dynamic`` and
+            ``longrope`` show it, whose frequencies depend on the length by positions.
     """
 
     theta: float = 10000.0

@@ -133,7 +133,9 @@ class Rotary(nn.Module):
             self.query_scale = scale.to(build.device, build.dtype)[:, None, None]
 
     def _angles(self, positions: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
-        return positions[:, None].float() * inverse_frequencies(self.rope, self._dim, length=length)
+        # Frequencies that change within a sequence show where its positions begin.
+        counted = positions + self.rope.first_position
+        return counted[:, None].float() * inverse_frequencies(self.rope, self._dim, length=length)
 
     def offset(self, variant: int) -> int:
         """The row of position 0 for sequences of a :meth:`~RopeConfig.variant`; others follow in order.

@@ -46,7 +46,7 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "paddleocr_vl": (40100,),
     "colqwen2": (40100,),
     "colpali": (60023,),
-    "paligemma": (90100,),
+    "paligemma": (91018,),
     "paligemma2": (90101,),
     "minicpm_v": (2,),
     "minicpm_v4_6": (1,),
