@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +40,8 @@ CACHE_BYTES = 512 << 20
 _LAST_LAUNCH_S = 5.0
 #: Items that may wait while launches still make way for the steps of a language model after each piece.
 _CROWD = 2
+#: Launches of a crowd between two of those steps.
+_LAUNCHES = 4
 
 
 @dataclass(slots=True)
@@ -176,7 +178,7 @@ class EncoderEngine:
         remaining = deque((entry, self._encoder.cost(entry.item)) for entry in media)
         while remaining:
             batch, cost = [], 0
-            while remaining and self._fits(cost, remaining[0][1]):
+            while remaining and _fits(cost, remaining[0][1], self._max_batch_cost):
                 entry, more = remaining.popleft()
                 cost += more
                 batch.append(entry)
@@ -356,12 +358,14 @@ class EncoderEngine:
     def _take(self) -> list[_Job]:
         """Waiting jobs in order, up to the cost of one launch; those that nobody waits for are dropped.
 
-        An engine gets few items one by one: it computes their prompts in as many steps, which are shorter.
+        An engine gets few items one by one: it computes their prompts in as many steps, which are shorter. Of
+        a crowd it gets several launches between two steps, else the crowd would grow.
         """
         jobs: list[_Job] = []
         cost = 0
         most = 1 if self._makes_way() else len(self._queue)
-        while self._queue and len(jobs) < most and self._fits(cost, self._queue[0].cost):
+        limit = self._max_batch_cost * (_LAUNCHES if self._with_engine else 1)
+        while self._queue and len(jobs) < most and _fits(cost, self._queue[0].cost, limit):
             job = self._queue.popleft()
             if job.waiters:
                 cost += job.cost
@@ -370,12 +374,21 @@ class EncoderEngine:
                 job.result.cancel()
         return jobs
 
-    def _fits(self, cost: int, more: int) -> bool:
-        return not cost or cost + more <= self._max_batch_cost
+    def _launches(self, jobs: Sequence[_Job]) -> Iterator[list[PreparedMedia]]:
+        """The items of each launch."""
+        batch: list[PreparedMedia] = []
+        cost = 0
+        for job in jobs:
+            if not _fits(cost, job.cost, self._max_batch_cost):
+                yield batch
+                batch, cost = [], 0
+            batch.append(job.media)
+            cost += job.cost
+        yield batch
 
     def _serve(self, jobs: list[_Job]) -> None:
         try:
-            made = [download(rows) for rows in self._launch([job.media for job in jobs])]
+            made = [download(rows) for batch in self._launches(jobs) for rows in self._launch(batch)]
             began = time.perf_counter()
             if (event := record_event(self._device, idle_wait=True)) is not None:
                 event.synchronize()
@@ -427,6 +440,10 @@ class EncoderEngine:
             if not future.cancelled() and future.exception() is None:
                 made = future.result()
                 self._cache.put(key, made, made.rows.nbytes)
+
+
+def _fits(cost: int, more: int, limit: int) -> bool:
+    return not cost or cost + more <= limit
 
 
 def _embedded(content_hash: str, rows: torch.Tensor) -> EmbeddedMedia:

@@ -339,6 +339,26 @@ async def test_pieces_make_way_for_an_engine_unless_many_items_wait(path, proces
     assert waits == [4, 3, *[2] * layers, *[1] * layers, *[0] * layers]
 
 
+async def test_a_crowd_is_encoded_in_several_launches_between_two_steps(monkeypatch):
+    waits: list[int] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            waits.append(len(encoder.batches))
+
+    monkeypatch.setattr("engine.encoder.record_event", lambda *_, **__: Event())
+    encoder = GatedEncoder()
+    encoder.release()
+    engine = EncoderEngine(encoder, CPU, max_batch_cost=4, cache_bytes=0, with_engine=True)
+    with engine._changed:
+        tasks = [asyncio.ensure_future(engine.encode_async(item(name))) for name in "abcdefghi"]
+        await asyncio.sleep(0)
+    rows = await asyncio.gather(*tasks)
+    engine.shutdown()
+    assert [each.hash for each in rows] == list("abcdefghi") and waits == [4, 8, 9]
+    assert encoder.batches == [[name] for name in "abcdefghi"]
+
+
 async def test_a_shutdown_ends_a_rest():
     encoder = GatedEncoder()
     encoder.release()
