@@ -12,6 +12,7 @@ from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.device import MEMORY_BOUND_ROWS
 from engine.kernels.dispatch import linear, norm_linear
 from engine.kernels.fp8 import FP8, Scale, dequantise
+from engine.kernels.fp8_mma import MAX_ROWS
 from engine.kernels.norm_gemv import norm_linear_reference
 from engine.kernels.skinny_gemm import split_counters
 
@@ -29,7 +30,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             label = f"{name} {inputs}->{outputs}, {'outputs' if group is None else 'blocks'}"
             for batch in TINY_BATCHES if tiny else BATCHES:
                 sizes = (device, batch, inputs, outputs, group)
-                yield Case("fp8", f"{label}, {batch}", partial(plain, *sizes))
+                kernel = "fp8_mma" if group is None and batch <= MAX_ROWS else "fp8"
+                yield Case(kernel, f"{label}, {batch}", partial(plain, *sizes))
             yield Case("fp8", f"{label}, norm", partial(after_norm, device, inputs, outputs, group))
 
 

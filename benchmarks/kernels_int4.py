@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
+from engine.kernels.device import use_triton
 from engine.kernels.dispatch import MAX_INT4_ROWS, linear
 from engine.kernels.int4 import Int4Scale, Kind, dequantise_int4, pack
+from engine.kernels.int4_gemv import int4_gemv_triton
+from engine.kernels.int4_mma import MAX_ROWS
 from engine.kernels.skinny_gemm import split_counters
 
 #: Layers of Qwen2-VL-7B, and a square one: (name, input features, output features)
 LAYERS = [("qkv", 3584, 4608), ("gate_up", 3584, 37888), ("down", 18944, 3584), ("square", 4096, 4096)]
 TINY_LAYERS = [("tiny", 64, 80)]
-BATCHES, TINY_BATCHES = (1, 4, 16, 64, 128, 4096), (1, 4, 129)
+BATCHES, TINY_BATCHES = (1, 4, 16, 64, 128, 4096), (1, 20, 129)
 #: Inputs that share a scale, and whether there are zero points: as in AWQ, and in symmetric GPTQ.
 SCHEMES = (("groups of 128, zeros", 128, True), ("groups of 128", 128, False), ("groups of 32", 32, False))
 #: Kinds of floats, and inputs that share a scale.
@@ -28,13 +31,19 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         for scheme, group, zeros in SCHEMES:
             for batch in TINY_BATCHES if tiny else BATCHES:
                 build = partial(problem, device, batch, inputs, outputs, group, zeros)
-                kernel = "int4_gemv" if batch == 1 else "int4_gemm" if batch <= MAX_INT4_ROWS else "int4"
-                yield Case(kernel, f"{name} {inputs}->{outputs}, {scheme}, {batch}", build)
+                label = f"{name} {inputs}->{outputs}, {scheme}, {batch}"
+                yield Case(_kernel("int4", batch), label, build)
+                if batch == 1:
+                    yield Case("int4_gemv", label, partial(build, other=int4_gemv_triton))
         for kind, group in FLOATS:
             for batch in TINY_BATCHES if tiny else BATCHES:
                 build = partial(problem, device, batch, inputs, outputs, group, False, kind)
-                kernel = "fp4_gemv" if batch == 1 else "fp4_gemm" if batch <= MAX_INT4_ROWS else "fp4"
-                yield Case(kernel, f"{name} {inputs}->{outputs}, {kind}, {batch}", build)
+                yield Case(_kernel("fp4", batch), f"{name} {inputs}->{outputs}, {kind}, {batch}", build)
+
+
+def _kernel(kind: str, batch: int) -> str:
+    """The kernel of a batch, on a Hopper GPU."""
+    return f"{kind}_mma" if batch <= MAX_ROWS else f"{kind}_gemm" if batch <= MAX_INT4_ROWS else kind
 
 
 def _scale(device: torch.device, inputs: int, outputs: int, group: int, zeros: bool, kind: Kind) -> Int4Scale:
@@ -58,13 +67,20 @@ def problem(
     group: int,
     zeros: bool,
     kind: Kind = "int4",
+    other: Callable[..., torch.Tensor] | None = None,
 ) -> Problem:
-    """Measure the linear layer, beside torch's with the same weight in the dtype of its input."""
+    """Measure the linear layer, beside torch's with the same weight in the dtype of its input.
+
+    Args:
+        other: a kernel to measure on a GPU instead of the one that is chosen.
+    """
     x = torch.randn((batch, inputs), device=device, dtype=dtype_on(device))
     words = pack(torch.randint(0, 16, (outputs, inputs), device=device, dtype=torch.uint8))
     scale = _scale(device, inputs, outputs, group, zeros, kind)
     plain = dequantise_int4(words, scale, x.dtype)
     run = partial(linear, x, words, scale=scale, counters=split_counters(outputs, device))
+    if other is not None and use_triton(x):
+        run = partial(other, x, words, scale)
     peers: dict[str, Work] = {"torch, 16 bits": partial(F.linear, x, plain)}
 
     def check() -> tuple[torch.Tensor, torch.Tensor]:

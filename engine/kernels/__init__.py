@@ -16,18 +16,21 @@ decides::
                       delta_step_triton           one new token of each sequence      delta_rule.py
                       delta_prefill_triton        otherwise; its scan is in Gluon on  delta_prefill.py
                                                   Hopper with 16-bit heads of 128
-    linear, 4 bits    int4_gemv_triton            Triton, 1 row                       int4_gemv.py
+    linear, 4 bits    int4_mma_gluon              Triton, Hopper, at most 16 rows,    int4_mma.py
+                                                  16-bit
+                      int4_gemv_triton            Triton, 1 row                       int4_gemv.py
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
-    linear            skinny_gemm_triton          Triton, at most 64 rows, fp8 made   skinny_gemm.py
+    linear            fp8_mma_gluon               Triton, at most 4 rows, fp8 made    fp8_mma.py
                       of rounded rows             for fp8 inputs, Hopper, one scale
                                                   an output
+                      skinny_gemm_triton          the same, at most 64 rows           skinny_gemm.py
+                      of rounded rows
+                      scaled_gemm                 the same, otherwise                 fp8.py
                       gemv_triton                 Triton, 1 row                       gemv.py
                       skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py
                                                   most 65536 outputs
                       F.linear                    not fp8                             (torch)
-                      scaled_gemm                 fp8 made for fp8 inputs, Hopper,    fp8.py
-                                                  one scale an output
                       dequantised_gemm            otherwise                           fp8.py
     norm_linear       norm_gemv_triton            Triton, 1 row, not 4 bits, not fp8  norm_gemv.py
                                                   made for fp8 inputs
@@ -50,8 +53,8 @@ decides::
 the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
-act_mul.py, causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
-gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, head_norms), rotary.py, route.py (the router of experts), sigmoid_gate.py, truncation.py, vision_attention.py.
+act_mul.py (act_mul, act_mul_rounded), causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
+gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, rms_norm_rounded, head_norms), rotary.py, route.py (the router of experts), sigmoid_gate.py, truncation.py, vision_attention.py.
 
 Shared by kernels: activation.py (inside kernels), delta_scan.py and delta_tiles.py (parts of delta_prefill.py), device.py (SMs, memory, capability), expert_groups.py
 (sorts pairs of tokens and experts, adds up their results), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),

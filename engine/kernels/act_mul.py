@@ -8,6 +8,7 @@ import triton.language as tl
 
 from engine.kernels.activation import ACTIVATIONS, activate
 from engine.kernels.device import use_triton
+from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, rounding_warps, store_rounded
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
@@ -48,6 +49,33 @@ def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
     return out
 
 
+def act_mul_rounded(gate_up: torch.Tensor, activation: str) -> RoundedRows:
+    """Compute :func:`act_mul` and round its rows to fp8."""
+    if use_triton(gate_up) and reads_fp8(gate_up.device):
+        return act_mul_rounded_triton(gate_up, activation)
+    return quantise_rows_reference(act_mul_reference(gate_up, activation))
+
+
+def act_mul_rounded_triton(gate_up: torch.Tensor, activation: str) -> RoundedRows:
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    assert gate_up.is_contiguous()
+    out = RoundedRows.empty(rows, size, gate_up.device)
+    block = triton.next_power_of_2(size)
+    launch(
+        _act_mul_rounded_kernel, (rows,),
+        in_ptr=gate_up, out_ptr=out.numbers, scale_ptr=out.scale, size=size, ACTIVATION=activation, BLOCK=block,
+        num_warps=rounding_warps(block, rows), **pdl_options(gate_up),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _product(gate, up, ACTIVATION: tl.constexpr):
+    """The product in the dtype of ``gate``."""
+    active = activate(gate.to(tl.float32), ACTIVATION)
+    return (active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
 @triton.jit
 def _act_mul_kernel(in_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_previous(PDL)
@@ -56,6 +84,19 @@ def _act_mul_kernel(in_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.c
     mask = column < size
     gate = tl.load(in_ptr + row * 2 * size + column, mask=mask)
     up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask)
-    active = activate(gate.to(tl.float32), ACTIVATION)
-    result = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
-    tl.store(out_ptr + row * size + column, result.to(gate.dtype), mask=mask)
+    tl.store(out_ptr + row * size + column, _product(gate, up, ACTIVATION), mask=mask)
+
+
+@triton.jit
+def _act_mul_rounded_kernel(
+    in_ptr, out_ptr, scale_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """One program per row."""
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < size
+    gate = tl.load(in_ptr + row * 2 * size + column, mask=mask, other=0.0)
+    up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask, other=0.0)
+    product = _product(gate, up, ACTIVATION).to(tl.float32)
+    store_rounded(product, row, column, size, mask, out_ptr, scale_ptr)

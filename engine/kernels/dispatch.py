@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import expert_gemm, gemm_activation, prefill_attention
-from engine.kernels.act_mul import act_mul
+from engine.kernels import expert_gemm, fp8_mma, gemm_activation, int4_mma, prefill_attention
+from engine.kernels.act_mul import act_mul, act_mul_rounded
 from engine.kernels.decode_attention import decode_attention_reference, decode_attention_triton
 from engine.kernels.delta_prefill import delta_prefill_triton
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
@@ -21,6 +21,7 @@ from engine.kernels.expert_gemm import grouped_experts_gluon
 from engine.kernels.expert_gemv import expert_gemv_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.fp8 import (
+    RoundedRows,
     Scale,
     dequantised_gemm,
     quantise_rows,
@@ -28,6 +29,7 @@ from engine.kernels.fp8 import (
     scaled_gemm,
     supports_scaled,
 )
+from engine.kernels.fp8_mma import fp8_mma_gluon
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.grouped_gemm import grouped_experts_triton
@@ -35,13 +37,14 @@ from engine.kernels.int4 import Int4Scale, dequantise_int4
 from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
 from engine.kernels.int4_gemm import int4_gemm_triton
 from engine.kernels.int4_gemv import int4_gemv_triton
+from engine.kernels.int4_mma import int4_mma_gluon
 from engine.kernels.launch import is_compiling
 from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from engine.kernels.prefill_attention import prefill_attention_gluon
 from engine.kernels.recurrent_state import StateCache
-from engine.kernels.rms_norm import HeadNorms, rms_norm
+from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.skinny_gemm import skinny_gemm_triton
 
@@ -155,7 +158,7 @@ def delta_rule(
 
 
 def linear(
-    x: torch.Tensor,
+    x: torch.Tensor | RoundedRows,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -166,7 +169,7 @@ def linear(
     """Compute ``x @ weight.T + bias``, summed in float32, and the gate after it if there is one.
 
     Args:
-        x: ``(T, K)``, last dimension contiguous.
+        x: ``(T, K)``, last dimension contiguous; or the rows in fp8, where :func:`takes_rounded` says so.
         weight: ``(N, K)``, last dimension contiguous, dtype of ``x``; with ``scale`` fp8 or the words of int4.
         bias: ``(N,)``.
         activation: its Hugging Face name: activates the first half of the outputs and multiplies it by
@@ -178,17 +181,17 @@ def linear(
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, in the dtype of ``x``.
     """
+    if isinstance(x, RoundedRows):
+        assert isinstance(scale, Scale)
+        return _rounded_linear(x, weight, bias, activation, counters, scale)
     if isinstance(scale, Int4Scale):
         out = _int4_linear(x, weight, bias, counters, scale)
         return out if activation is None else act_mul(out, activation)
     rows = x.shape[0]
     memory_bound = rows <= MEMORY_BOUND_ROWS and use_triton(x) and (scale is None or reads_fp8(x.device))
-    if memory_bound and rows and scale is not None and supports_scaled(x, weight, scale):
-        numbers, row_scale = quantise_rows(x)
-        return skinny_gemm_triton(
-            numbers, weight, bias, activation=activation, counters=counters,
-            scale=scale, row_scale=row_scale, dtype=x.dtype,
-        )  # fmt: skip
+    if takes_rounded(x, weight, scale):
+        assert isinstance(scale, Scale)
+        return _rounded_linear(quantise_rows(x), weight, bias, activation, counters, scale)
     if memory_bound and rows > 1 and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS:
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
     if memory_bound and rows == 1:
@@ -196,8 +199,30 @@ def linear(
     elif scale is None:
         out = F.linear(x, weight, bias)
     else:
-        run = scaled_gemm if supports_scaled(x, weight, scale) else dequantised_gemm
-        out = run(x, weight, scale, bias)
+        out = dequantised_gemm(x, weight, scale, bias)
+    return out if activation is None else act_mul(out, activation)
+
+
+def takes_rounded(x: torch.Tensor, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
+    """Return whether :func:`linear` multiplies the rows ``x`` as :class:`RoundedRows`."""
+    return isinstance(scale, Scale) and x.shape[0] > 0 and supports_scaled(x, weight, scale)
+
+
+def _rounded_linear(
+    x: RoundedRows,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    counters: torch.Tensor | None,
+    scale: Scale,
+) -> torch.Tensor:
+    rows = len(x.numbers)
+    if rows <= MEMORY_BOUND_ROWS and use_triton(x.numbers):
+        options = {"activation": activation, "scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
+        if rows <= fp8_mma.MAX_ROWS:
+            return fp8_mma_gluon(x.numbers, weight, bias, **options)
+        return skinny_gemm_triton(x.numbers, weight, bias, counters=counters, **options)
+    out = scaled_gemm(x, weight, scale, bias, torch.bfloat16)
     return out if activation is None else act_mul(out, activation)
 
 
@@ -210,6 +235,8 @@ def _int4_linear(
 ) -> torch.Tensor:
     if scale.order is not None:
         x = x.index_select(1, scale.order)
+    if use_triton(x) and int4_mma.supports(x):
+        return int4_mma_gluon(x, words, scale, bias)
     if use_triton(x) and x.shape[0] == 1:
         return int4_gemv_triton(x, words, scale, bias)
     if use_triton(x) and 1 < x.shape[0] <= MAX_INT4_ROWS and x.element_size() == 2:
@@ -245,9 +272,11 @@ def norm_linear(
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, and ``(T, K)``; both in the dtype of ``x``.
     """
-    rounded = isinstance(scale, Scale) and supports_scaled(x, weight, scale)
+    if takes_rounded(x, weight, scale):
+        rows, total = rms_norm_rounded(x, norm, eps, residual, offset=offset)
+        return linear(rows, weight, bias, activation=activation, scale=scale), total
     readable = scale is None or (isinstance(scale, Scale) and reads_fp8(x.device))
-    if x.shape[0] == 1 and use_triton(x) and readable and not rounded:
+    if x.shape[0] == 1 and use_triton(x) and readable:
         return norm_gemv_triton(
             x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
         )
@@ -256,6 +285,28 @@ def norm_linear(
     else:
         normed, total = rms_norm(x, norm, eps, residual, offset=offset)
     return linear(normed, weight, bias, activation=activation, scale=scale), total
+
+
+def norm_gated_rounded(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str,
+    offset: float = 0.0,
+    scale: Scale | Int4Scale | None = None,
+) -> tuple[RoundedRows, torch.Tensor]:
+    """Compute :func:`norm_linear` with a gate, and round its rows to fp8 for the next layer."""
+    if x.shape[0] <= MEMORY_BOUND_ROWS:
+        out, total = norm_linear(
+            x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
+        )
+        return quantise_rows(out), total
+    out, total = norm_linear(x, residual, norm, eps, weight, bias, offset=offset, scale=scale)
+    return act_mul_rounded(out, activation), total
 
 
 def activated_linear(

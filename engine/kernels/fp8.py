@@ -9,13 +9,14 @@ takes longer than reading it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.device import compute_capability, is_hopper, use_triton
+from engine.kernels.device import MEMORY_BOUND_ROWS, compute_capability, is_hopper, use_triton
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
@@ -43,6 +44,25 @@ class Scale:
     values: torch.Tensor
     group: int
     round_inputs: bool = False
+
+
+class RoundedRows(NamedTuple):
+    """Rows rounded to fp8, each by its largest magnitude.
+
+    Attributes:
+        numbers: ``(T, K)`` fp8, contiguous.
+        scale: ``(T, 1)`` float32: what the numbers of a row are multiplied by, its largest magnitude over
+            :data:`LARGEST`.
+    """
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, inputs: int, device: torch.device) -> RoundedRows:
+        """Allocate rows for a kernel."""
+        numbers = torch.empty((rows, inputs), dtype=FP8, device=device)
+        return cls(numbers, torch.empty((rows, 1), dtype=torch.float32, device=device))
 
 
 def dequantise(weight: torch.Tensor, scale: Scale, dtype: torch.dtype) -> torch.Tensor:
@@ -91,60 +111,76 @@ def round_to_fp8(x, scale, dtype: tl.constexpr):
     return tl.minimum(tl.maximum(x.to(tl.float32) / scale, -448.0), 448.0).to(dtype)
 
 
-def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round ``(T, K)`` to fp8 with one scale a row, the row's largest magnitude over :data:`LARGEST`.
-
-    Returns:
-        The numbers ``(T, K)`` and the scales ``(T, 1)`` float32; ``x`` is about their product.
-    """
+def quantise_rows(x: torch.Tensor) -> RoundedRows:
+    """Round ``(T, K)`` to fp8 with one scale a row."""
     run = use_triton(x) and reads_fp8(x.device)
     return (quantise_rows_triton if run else quantise_rows_reference)(x)
 
 
-def quantise_rows_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows_reference(x: torch.Tensor) -> RoundedRows:
     wide = x.float()
     # A row of zeros needs a scale as well.
     scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST) / LARGEST
-    return (wide / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+    return RoundedRows((wide / scale).clamp(-LARGEST, LARGEST).to(FP8), scale)
 
 
-def quantise_rows_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows_triton(x: torch.Tensor) -> RoundedRows:
     rows, inputs = x.shape
     assert x.stride(1) == 1
-    out = torch.empty((rows, inputs), dtype=FP8, device=x.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    out = RoundedRows.empty(rows, inputs, x.device)
     tile = min(_LONGEST_ROW, triton.next_power_of_2(inputs))
     launch(
-        _quantise_kernel, (rows,), x_ptr=x, out_ptr=out, scale_ptr=scale, inputs=inputs, x_stride=x.stride(0),
-        SMALLEST=_SMALLEST, LARGEST=LARGEST, TILE=tile, WHOLE=inputs <= tile,
-        num_warps=max(4, min(16, tile // 1024)), **pdl_options(x),
+        _quantise_kernel, (rows,), x_ptr=x, out_ptr=out.numbers, scale_ptr=out.scale, inputs=inputs,
+        x_stride=x.stride(0), TILE=tile, WHOLE=inputs <= tile, num_warps=rounding_warps(tile, rows),
+        **pdl_options(x),
     )  # fmt: skip
-    return out, scale
+    return out
+
+
+def rounding_warps(size: int, rows: int) -> int:
+    """Choose the warps of a program that rounds a row of ``size`` numbers, padded. With few rows the time is that
+    of one program."""
+    return max(4, min(32, size // (512 if rows <= MEMORY_BOUND_ROWS else 1024)))
+
+
+@triton.jit
+def scale_of_row(largest):
+    """Scale of a row whose largest magnitude is ``largest``; a row of zeros needs one as well."""
+    return tl.maximum(largest, 7.888609052210118e-31) / 448.0
+
+
+@triton.jit
+def store_rounded(x, row, column, size, mask, out_ptr, scale_ptr):
+    """Round a row, ``x`` float32 with zeros where the mask is unset, and store its numbers and its scale."""
+    scale = scale_of_row(tl.max(tl.abs(x), axis=0))
+    tl.store(scale_ptr + row, scale)
+    # Times the inverse: a division of each number would take longer than reading it.
+    tl.store(out_ptr + row * size + column, (x * (1.0 / scale)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _quantise_kernel(
-    x_ptr, out_ptr, scale_ptr, inputs, x_stride,
-    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, out_ptr, scale_ptr, inputs, x_stride, TILE: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One program per row; unless it is ``WHOLE`` in a tile, the row is read again, from the cache."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE)
-    largest = tl.full([TILE], SMALLEST, tl.float32)
-    x = tl.zeros([TILE], tl.float32)
-    for first in range(0, inputs, TILE):
-        x = tl.load(x_ptr + row * x_stride + first + lane, mask=first + lane < inputs, other=0.0)
-        x = x.to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x))
-    scale = tl.max(largest, axis=0) / LARGEST
-    tl.store(scale_ptr + row, scale)
-    for first in range(0, inputs, TILE):
-        mask = first + lane < inputs
-        if not WHOLE:
+    if WHOLE:
+        x = tl.load(x_ptr + row * x_stride + lane, mask=lane < inputs, other=0.0).to(tl.float32)
+        store_rounded(x, row, lane, inputs, lane < inputs, out_ptr, scale_ptr)
+    else:
+        largest = tl.zeros([TILE], tl.float32)
+        for first in range(0, inputs, TILE):
+            x = tl.load(x_ptr + row * x_stride + first + lane, mask=first + lane < inputs, other=0.0)
+            largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+        scale = scale_of_row(tl.max(largest, axis=0))
+        tl.store(scale_ptr + row, scale)
+        for first in range(0, inputs, TILE):
+            mask = first + lane < inputs
             x = tl.load(x_ptr + row * x_stride + first + lane, mask=mask, other=0.0).to(tl.float32)
-        rounded = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
-        tl.store(out_ptr + row * inputs + first + lane, rounded.to(out_ptr.dtype.element_ty), mask=mask)
+            rounded = (x * (1.0 / scale)).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * inputs + first + lane, rounded, mask=mask)
 
 
 def reads_fp8(device: torch.device) -> bool:
@@ -160,11 +196,10 @@ def supports_scaled(x: torch.Tensor, weight: torch.Tensor, scale: Scale) -> bool
 
 
 def scaled_gemm(
-    x: torch.Tensor, weight: torch.Tensor, scale: Scale, bias: torch.Tensor | None
+    rows: RoundedRows, weight: torch.Tensor, scale: Scale, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Compute ``x @ (weight * scale).T + bias`` on fp8 tensor cores, with the rows of ``x`` rounded to fp8."""
-    rows, row_scale = quantise_rows(x)
-    out = torch._scaled_mm(rows, weight.t(), row_scale, scale.values.t(), out_dtype=x.dtype)
+    """Compute ``rows @ (weight * scale).T + bias`` in ``dtype``, on fp8 tensor cores."""
+    out = torch._scaled_mm(rows.numbers, weight.t(), rows.scale, scale.values.t(), out_dtype=dtype)
     return out if bias is None else out + bias
 
 

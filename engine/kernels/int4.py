@@ -1,15 +1,17 @@
 """Matrices of 4-bit integers (int4) or floats (e2m1) with scales, and zero points, by groups of inputs.
 
 A weight is ``(number - zero) * scale``. A float's number is that of its four bits in :data:`E2M1`, and it has no
-zero point. Eight numbers are in one word of 32 bits. The words are ordered for the
-kernels: 128 consecutive inputs of an output are one chunk of 16 words, and bits ``4 * i`` to ``4 * i + 3`` of
-word ``w`` are input ``16 * i + w`` of the chunk. So the ``i``-th numbers of all words are consecutive inputs.
+zero point. Four numbers are in one word of 16 bits. Whatever format a checkpoint has, the words are ordered for
+the kernels: 128 consecutive inputs of an output are one chunk of 32 words, and bits ``4 * i`` to ``4 * i + 3`` of
+word ``w`` are input ``32 * i + w`` of the chunk. Unpacking one number of each word so gives consecutive inputs,
+of one group if groups are not smaller; and two neighbouring words become two neighbouring numbers of 16 bits in
+the same register, by the same instruction.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from engine.kernels.launch import launch
 #: Inputs of a chunk.
 CHUNK = 128
 #: Words of a chunk.
-CHUNK_WORDS = 16
+CHUNK_WORDS = 32
 #: The zero point of symmetric weights.
 MIDDLE = 8
 #: The numbers of the 16 patterns of bits of a float of 4 bits: sign, two bits of exponent, one of mantissa.
@@ -37,14 +39,14 @@ _TILE = 256
 
 @dataclass(frozen=True, slots=True)
 class Int4Scale:
-    """The scales and zero points of a weight ``(N, K)`` in 4 bits, whose words are ``(N, W)`` int32.
+    """The scales and zero points of a weight ``(N, K)`` in 4 bits, whose words are ``(N, W)`` int16.
 
     Attributes:
         inputs: ``K``.
-        values: ``(N, G)`` contiguous: for each output and each of ``G`` groups of inputs. Of a floating dtype
+        values: ``(N, G)``: for each output and each of ``G`` groups of inputs. Of a floating dtype
             for int4; uint8 for floats: the bits of e8m0 (``mxfp4``) or of e4m3 (``nvfp4``).
         group: consecutive inputs of a group: 16, 32, 64, or a multiple of 128; any number if ``G`` is 1.
-        zeros: ``(N, G)`` uint8, contiguous; None if all are :data:`MIDDLE`.
+        zeros: ``(N, G)`` uint8; None if all are :data:`MIDDLE`.
         order: ``(K,)`` int64, the columns of the input that the weight's inputs are; None: ``0`` to ``K - 1``.
         kind: of the numbers.
         factors: ``(N,)`` float32, of ``nvfp4``: each output's scales are multiplied by one.
@@ -57,6 +59,13 @@ class Int4Scale:
     order: torch.Tensor | None = None
     kind: Kind = "int4"
     factors: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # In memory the values of a group are side by side: kernels load those of some outputs at a time.
+        for name in ("values", "zeros"):
+            values = getattr(self, name)
+            if values is not None:
+                object.__setattr__(self, name, values.t().contiguous().t())
 
     def exact(self) -> torch.Tensor:
         """The scales ``(N, G)`` in float32."""
@@ -74,17 +83,17 @@ def supports_group(group: int) -> bool:
 
 
 def pack(numbers: torch.Tensor) -> torch.Tensor:
-    """Pack numbers from 0 to 15, ``(N, K)`` uint8, into words ``(N, W)`` int32; the last chunk is padded."""
+    """Pack numbers from 0 to 15, ``(N, K)`` uint8, into words ``(N, W)`` int16; the last chunk is padded."""
     padded = F.pad(numbers, (0, -numbers.shape[1] % CHUNK))
-    chunks = padded.unflatten(1, (-1, 8, CHUNK_WORDS))
+    chunks = padded.unflatten(1, (-1, 4, CHUNK_WORDS))
     # Bytes of a word are in ascending order, each with its lower number first.
     pairs = chunks[:, :, 0::2] | (chunks[:, :, 1::2] << 4)
-    return pairs.transpose(2, 3).contiguous().flatten(1).view(torch.int32)
+    return pairs.transpose(2, 3).contiguous().flatten(1).view(torch.int16)
 
 
 def unpack(words: torch.Tensor, inputs: int) -> torch.Tensor:
     """Return the numbers ``(N, inputs)`` uint8 of words ``(N, W)``."""
-    pairs = words.contiguous().view(torch.uint8).unflatten(1, (-1, CHUNK_WORDS, 4)).transpose(2, 3)
+    pairs = words.contiguous().view(torch.uint8).unflatten(1, (-1, CHUNK_WORDS, 2)).transpose(2, 3)
     numbers = torch.stack((pairs & 15, pairs >> 4), dim=3)
     return numbers.flatten(1)[:, :inputs]
 
@@ -109,36 +118,37 @@ def dequantise_int4_reference(words: torch.Tensor, scale: Int4Scale, dtype: torc
     return (exact * of_inputs(scale.exact())).to(dtype)
 
 
-def int4_arguments(words: torch.Tensor, scale: Int4Scale) -> dict[str, object]:
+def int4_arguments(words: torch.Tensor, scale: Int4Scale) -> dict[str, Any]:
     """Arguments of a kernel for a weight in 4 bits. ``GROUP`` is 0 if an output has one scale."""
     groups = scale.values.shape[1]
-    assert words.is_contiguous() and scale.values.is_contiguous()
-    assert words.shape[1] == triton.cdiv(scale.inputs, CHUNK) * CHUNK_WORDS
+    assert words.is_contiguous() and words.shape[1] == triton.cdiv(scale.inputs, CHUNK) * CHUNK_WORDS
     assert groups == 1 or supports_group(scale.group)
-    assert scale.zeros is None or (scale.zeros.is_contiguous() and scale.zeros.shape == scale.values.shape)
+    assert scale.zeros is None or scale.zeros.shape == scale.values.shape
     assert (scale.kind == "int4") == scale.values.is_floating_point()
     assert (scale.kind == "nvfp4") == (scale.factors is not None)
     return {
         "weight_ptr": words, "scale_ptr": scale.values,
         "zero_ptr": words if scale.zeros is None else scale.zeros,
         "factor_ptr": words if scale.factors is None else scale.factors, "KIND": scale.kind,
-        "inputs": scale.inputs, "words": words.shape[1], "groups": groups,
+        "inputs": scale.inputs, "words": words.shape[1], "groups": groups, "stride": len(words),
         "GROUP": 0 if groups == 1 else scale.group, "ZEROS": scale.zeros is not None,
     }  # fmt: skip
 
 
 @triton.jit
-def group_of(chunk, i: tl.constexpr, GROUP: tl.constexpr):
-    """Group of the ``i``-th number of the words of a chunk."""
+def group_of(chunk, lane, i: tl.constexpr, GROUP: tl.constexpr):
+    """Group of the ``i``-th number of word ``lane`` of a chunk."""
     if GROUP == 0:
         return chunk * 0
-    return (chunk * 128 + i * 16) // GROUP
+    if GROUP == 16:
+        return chunk * 8 + i * 2 + lane // 16
+    return (chunk * 128 + i * 32) // GROUP
 
 
 @triton.jit
 def number_of(word, i: tl.constexpr, KIND: tl.constexpr):
     """The ``i``-th numbers of words in float32; of floats twice the number, which is an integer."""
-    bits = (word >> (4 * i)) & 15
+    bits = (word.to(tl.int32) >> (4 * i)) & 15
     if KIND == "int4":
         return bits.to(tl.float32)
     doubled = ((tl.full(bits.shape, _DOUBLED, tl.int32) >> ((bits & 7) * 4)) & 15).to(tl.float32)
@@ -180,7 +190,7 @@ def dequantise_int4_triton(words: torch.Tensor, scale: Int4Scale, dtype: torch.d
 
 @triton.jit(do_not_specialize=["groups"])
 def _dequantise_int4_kernel(
-    out_ptr, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, KIND: tl.constexpr,
+    out_ptr, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, stride, KIND: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of words of one output."""
@@ -188,12 +198,12 @@ def _dequantise_int4_kernel(
     w = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = w < words
     word = tl.load(weight_ptr + row * words + w, mask=mask, other=0)
-    chunk = w // 16
-    first = chunk * 128 + w % 16
+    chunk = w // 32
+    first = chunk * 128 + w % 32
     factor = times_factors(1.0, factor_ptr, row, row >= 0, KIND)
-    for i in tl.static_range(8):
-        known = mask & (first + i * 16 < inputs)
-        group = row * groups + group_of(chunk, i, GROUP)
+    for i in tl.static_range(4):
+        known = mask & (first + i * 32 < inputs)
+        group = row + group_of(chunk, w % 32, i, GROUP) * stride
         number = number_of(word, i, KIND)
         if ZEROS:
             number -= tl.load(zero_ptr + group, mask=known, other=0).to(tl.float32)
@@ -201,4 +211,4 @@ def _dequantise_int4_kernel(
             number -= 8.0
         scale = scale_of(tl.load(scale_ptr + group, mask=known, other=0), KIND)
         result = number * (scale * factor)
-        tl.store(out_ptr + row * inputs + first + i * 16, result.to(out_ptr.dtype.element_ty), mask=known)
+        tl.store(out_ptr + row * inputs + first + i * 32, result.to(out_ptr.dtype.element_ty), mask=known)

@@ -25,7 +25,7 @@ from engine.kernels.paged import find_tile, query_tiles
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
 #: GEMV: outputs per program, most words per step, warps.
-_OUTPUTS, _WORDS, _WARPS = 2, 256, 2
+_OUTPUTS, _WORDS, _WARPS = 2, 512, 2
 #: Grouped GEMM: outputs of a tile, depth of the pipeline over chunks.
 _TILE_OUTPUTS, _STAGES = 64, 4
 
@@ -62,7 +62,7 @@ def _tile(matrices: ExpertMatrices) -> dict[str, int]:
 
 @triton.jit
 def _row_products(
-    x_ptr, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups,
+    x_ptr, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups, stride,
     KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
 ):  # fmt: skip
     """Products of weight rows ``row`` with a row of inputs, ``(TILE_OUTPUTS, TILE_WORDS)``, to be summed."""
@@ -73,7 +73,7 @@ def _row_products(
         known = mask[:, None] & (w < words)
         word = tl.load(weight_ptr + row[:, None] * words + w, mask=known, other=0)
         sums = add_words(
-            sums, word, w, known, x_ptr, row[:, None], inputs, scale_ptr, zero_ptr, groups, KIND, GROUP,
+            sums, word, w, known, x_ptr, row[:, None], inputs, scale_ptr, zero_ptr, groups, stride, KIND, GROUP,
             ZEROS, TILE_OUTPUTS, TILE_WORDS,
         )  # fmt: skip
     return times_factors(sums, factor_ptr, row[:, None], mask[:, None], KIND)
@@ -82,7 +82,7 @@ def _row_products(
 @triton.jit(do_not_specialize=["groups"])
 def _int4_gate_kernel(
     x_ptr, ids_ptr, out_ptr, outputs, x_stride, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words,
-    groups, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    groups, stride, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per pair and tile of outputs: the gate's activation times the other half of the outputs."""
@@ -93,11 +93,11 @@ def _int4_gate_kernel(
     row = tl.load(ids_ptr + pair).to(tl.int64) * 2 * outputs + output
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
     gate = _row_products(
-        x_row, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups, KIND, GROUP,
+        x_row, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups, stride, KIND, GROUP,
         ZEROS, TILE_OUTPUTS, TILE_WORDS,
     )  # fmt: skip
     up = _row_products(
-        x_row, weight_ptr, row + outputs, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups, KIND,
+        x_row, weight_ptr, row + outputs, mask, inputs, words, scale_ptr, zero_ptr, factor_ptr, groups, stride, KIND,
         GROUP, ZEROS, TILE_OUTPUTS, TILE_WORDS,
     )  # fmt: skip
     result = activate(tl.sum(gate, axis=1), ACTIVATION) * tl.sum(up, axis=1)
@@ -107,7 +107,7 @@ def _int4_gate_kernel(
 @triton.jit(do_not_specialize=["groups"])
 def _int4_down_kernel(
     inner_ptr, ids_ptr, factors_ptr, out_ptr, outputs, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs,
-    words, groups, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, TILE_OUTPUTS: tl.constexpr,
+    words, groups, stride, KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, TILE_OUTPUTS: tl.constexpr,
     TILE_WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token and tile of outputs; it sums over the token's experts."""
@@ -121,7 +121,7 @@ def _int4_down_kernel(
         row = tl.load(ids_ptr + pair).to(tl.int64) * outputs + output
         products = _row_products(
             inner_ptr + pair.to(tl.int64) * inputs, weight_ptr, row, mask, inputs, words, scale_ptr, zero_ptr,
-            factor_ptr, groups, KIND, GROUP, ZEROS, TILE_OUTPUTS, TILE_WORDS,
+            factor_ptr, groups, stride, KIND, GROUP, ZEROS, TILE_OUTPUTS, TILE_WORDS,
         )  # fmt: skip
         sums += products * tl.load(factors_ptr + pair)
     result = tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty)
@@ -159,7 +159,7 @@ def _grouped(x, matrices, out, order, starts, *, rows, activation=None, factors=
 @triton.jit(do_not_specialize=["groups"])
 def _int4_grouped_kernel(
     x_ptr, out_ptr, order_ptr, starts_ptr, factors_ptr, experts, outputs, x_stride,
-    weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, KIND: tl.constexpr,
+    weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, stride, KIND: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def _int4_grouped_kernel(
         return
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     row = first + tl.arange(0, ROWS)
-    lane = tl.arange(0, 16)
+    lane = tl.arange(0, 32)
     # Lanes beyond the last output or row load the last one again; their results are not stored.
     place = begin + tl.minimum(row, count - 1)
     pair = tl.load(order_ptr + place)
@@ -185,15 +185,15 @@ def _int4_grouped_kernel(
     xs = x_ptr + source.to(tl.int64)[None, :] * x_stride + lane[:, None]
     acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
     up = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
-    for chunk in tl.range(0, words // 16, num_stages=STAGES):
+    for chunk in tl.range(0, words // 32, num_stages=STAGES):
         acc = chunk_products(
-            acc, tl.load(weights + chunk * 16), xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups,
+            acc, tl.load(weights + chunk * 32), xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups, stride,
             EVEN, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
         )  # fmt: skip
         if ACTIVATION != "":
             up = chunk_products(
-                up, tl.load(ups + chunk * 16), xs, chunk, lane, inputs, scale_ptr, zero_ptr, known + outputs,
-                groups, EVEN, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
+                up, tl.load(ups + chunk * 32), xs, chunk, lane, inputs, scale_ptr, zero_ptr, known + outputs,
+                groups, stride, EVEN, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
             )  # fmt: skip
     acc = times_factors(acc, factor_ptr, known[:, None], (output < outputs)[:, None], KIND)
     if ACTIVATION != "":

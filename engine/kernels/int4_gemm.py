@@ -1,7 +1,7 @@
 """GEMM of some rows with a weight in 4 bits, which is dequantised inside.
 
 As in :mod:`engine.kernels.skinny_gemm` a tile of weights is the left operand, and split-K fills the GPU. A step
-multiplies a chunk of inputs: eight products, each of one number of every word with 16 consecutive inputs. Less
+multiplies a chunk of inputs: four products, each of one number of every word with 32 consecutive inputs. Less
 its zero point a number is exact in every dtype, so the scale multiplies the sums, in float32.
 """
 
@@ -13,6 +13,7 @@ import triton.language as tl
 
 from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms
 from engine.kernels.int4 import (
+    CHUNK_WORDS,
     Int4Scale,
     group_of,
     int4_arguments,
@@ -49,7 +50,7 @@ def int4_gemm_triton(
     splits = 1
     if counters is not None and row_tiles == 1:
         assert counters.is_contiguous() and len(counters) >= tiles
-        splits = max(1, min(num_sms(x.device) // tiles, words.shape[1] // 16 // _MIN_SPLIT_CHUNKS))
+        splits = max(1, min(num_sms(x.device) // tiles, words.shape[1] // CHUNK_WORDS // _MIN_SPLIT_CHUNKS))
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     # Without split-K these are never accessed; any tensor does.
     partial = out if splits == 1 else torch.empty((splits, rows, outputs), device=x.device)
@@ -66,35 +67,40 @@ def int4_gemm_triton(
 
 @triton.jit
 def chunk_products(
-    acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, row, groups, EVEN: tl.constexpr,
+    acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, row, groups, stride, EVEN: tl.constexpr,
     KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add the products of a chunk's weights with the rows to ``acc``."""
+    HALVES: tl.constexpr = 2 if GROUP == 16 else 1
     part = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
-    for i in tl.static_range(8):
-        k = chunk * 128 + i * 16
+    for i in tl.static_range(4):
+        k = chunk * 128 + i * 32
         if EVEN:
             x = tl.load(xs + k)
         else:
             x = tl.load(xs + k, mask=(k + lane < inputs)[:, None], other=0.0)
-        # Groups beyond the last input have no numbers.
-        group = tl.minimum(group_of(chunk, i, GROUP), groups - 1)
-        number = number_of(word, i, KIND)
-        if ZEROS:
-            number -= tl.load(zero_ptr + row * groups + group).to(tl.float32)[:, None]
-        elif KIND == "int4":
-            number -= 8.0
-        part = tl.dot(number.to(x.dtype), x, part, input_precision="ieee")
-        if i == 7 or (GROUP > 0 and (i + 1) * 16 % GROUP == 0):
-            acc += part * scale_of(tl.load(scale_ptr + row * groups + group), KIND)[:, None]
-            part = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
+        # Groups of 16 inputs are half of these numbers: the others are 0 in their product.
+        for half in tl.static_range(HALVES):
+            # Groups beyond the last input have no numbers.
+            group = tl.minimum(group_of(chunk, half * 16, i, GROUP), groups - 1)
+            number = number_of(word, i, KIND)
+            if ZEROS:
+                number -= tl.load(zero_ptr + row + group * stride).to(tl.float32)[:, None]
+            elif KIND == "int4":
+                number -= 8.0
+            if HALVES == 2:
+                number = tl.where((lane // 16 == half)[None, :], number, 0.0)
+            part = tl.dot(number.to(x.dtype), x, part, input_precision="ieee")
+            if i == 3 or (GROUP > 0 and (i + 1) * 32 % GROUP == 0):
+                acc += part * scale_of(tl.load(scale_ptr + row + group * stride), KIND)[:, None]
+                part = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
     return acc
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "groups"])
 def _int4_gemm_kernel(
     x_ptr, bias_ptr, out_ptr, partial_ptr, counters_ptr, rows, outputs, x_stride, splits,
-    weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, KIND: tl.constexpr,
+    weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, stride, KIND: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     SPLIT: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -107,19 +113,19 @@ def _int4_gemm_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     output = tile * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, 16)
+    lane = tl.arange(0, 32)
     # Lanes beyond the last output or row load the last one again; their results are not stored.
     known = tl.minimum(output, outputs - 1).to(tl.int64)
     weights = weight_ptr + known[:, None] * words + lane[None, :]
     xs = x_ptr + tl.minimum(row, rows - 1).to(tl.int64)[None, :] * x_stride + lane[:, None]
-    chunks = words // 16
+    chunks = words // 32
     share = tl.cdiv(chunks, splits)
     acc = tl.zeros([TILE_OUTPUTS, ROWS], tl.float32)
     wait_for_previous(PDL)
     for chunk in tl.range(split * share, tl.minimum((split + 1) * share, chunks), num_stages=STAGES):
-        word = tl.load(weights + chunk * 16)
+        word = tl.load(weights + chunk * 32)
         acc = chunk_products(
-            acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups, EVEN, KIND, GROUP, ZEROS,
+            acc, word, xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups, stride, EVEN, KIND, GROUP, ZEROS,
             TILE_OUTPUTS, ROWS,
         )  # fmt: skip
     acc = times_factors(acc, factor_ptr, known[:, None], (output < outputs)[:, None], KIND)

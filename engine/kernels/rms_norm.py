@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.device import use_triton
+from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, rounding_warps, store_rounded
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
@@ -55,12 +56,33 @@ def rms_norm_reference(x, weight, eps, residual=None, *, offset=0.0):
     return out if residual is None else (out, x)
 
 
-def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0):
+def rms_norm_rounded(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, *, offset: float = 0.0
+) -> tuple[RoundedRows, torch.Tensor]:
+    """Compute :func:`rms_norm` of ``(T, H)`` and round its rows to fp8; also returns ``x + residual``."""
+    if use_triton(x) and reads_fp8(x.device):
+        return rms_norm_triton(x, weight, eps, residual, offset=offset, rounded=True)
+    return rms_norm_rounded_reference(x, weight, eps, residual, offset=offset)
+
+
+def rms_norm_rounded_reference(x, weight, eps, residual, *, offset=0.0):
+    total = x if residual is None else x + residual
+    return quantise_rows_reference(rms_norm_reference(total, weight, eps, offset=offset)), total
+
+
+def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0, rounded=False):
+    """See :func:`rms_norm` and :func:`rms_norm_rounded`."""
     size = x.shape[-1]
-    assert x.stride(-1) == 1
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else out
+    assert x.stride(-1) == 1 and (x.dim() == 2 or not rounded)
+    if rounded:
+        result = RoundedRows.empty(x.shape[0], size, x.device)
+        out, row_scale = result
+        total = x
+    else:
+        result = out = row_scale = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        total = out
     if residual is not None:
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         residual = residual.contiguous()
     # Rows of a (T, heads, D) view have two strides; rows of a matrix have one.
     inner = x.shape[-2] if x.dim() == 3 else 1
@@ -69,21 +91,23 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0):
         x = x.contiguous().view(rows, size)
     if rows:
         block = triton.next_power_of_2(size)
+        warps = rounding_warps(block, rows) if rounded else 1 if block <= 256 else 4 if block <= 4096 else 8
         launch(
             _rms_norm_kernel, (rows,),
             x_ptr=x, residual_ptr=x if residual is None else residual, weight_ptr=weight,
-            out_ptr=out, total_ptr=total,
+            out_ptr=out, row_scale_ptr=row_scale, total_ptr=total,
             outer_stride=x.stride(0), inner_stride=x.stride(-2) if x.dim() == 3 else 0, inner=inner,
             eps=eps, offset=offset, OFFSET=bool(offset), SIZE=size, BLOCK=block, ADD=residual is not None,
-            num_warps=1 if block <= 256 else (4 if block <= 4096 else 8), **pdl_options(x),
+            ROUND=rounded, num_warps=warps, **pdl_options(x),
         )  # fmt: skip
-    return out if residual is None else (out, total)
+    return result if residual is None and not rounded else (result, total)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, outer_stride, inner_stride, inner, eps, offset,
-    OFFSET: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, row_scale_ptr, total_ptr, outer_stride, inner_stride, inner, eps,
+    offset, OFFSET: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``."""
     wait_for_previous(PDL)
@@ -99,7 +123,10 @@ def _rms_norm_kernel(
         tl.store(total_ptr + row * SIZE + column, x, mask=mask)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
     normed = normalised(x, weight, eps, offset, OFFSET, SIZE)
-    tl.store(out_ptr + row * SIZE + column, normed, mask=mask)
+    if ROUND:
+        store_rounded(normed.to(tl.float32), row, column, SIZE, mask, out_ptr, row_scale_ptr)
+    else:
+        tl.store(out_ptr + row * SIZE + column, normed, mask=mask)
 
 
 @triton.jit

@@ -87,7 +87,7 @@ class ExpertWeights(nn.Module):
         self.format: Fp8Format | None = None
         if isinstance(stored, PackedFormat):
             self._packed = _packed_matrices(build.path + name, stored, parts[0], count, build)
-            words = torch.empty((count, rows, 0), dtype=torch.int32, device=build.device)
+            words = torch.empty((count, rows, 0), dtype=torch.int16, device=build.device)
             self.register_buffer("weight", words, persistent=False)
             self.matrices = ExpertMatrices(words)
             return

@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels.dispatch import activated_linear, linear, norm_linear
-from engine.kernels.fp8 import Scale
+from engine.kernels.dispatch import (
+    activated_linear,
+    linear,
+    norm_gated_rounded,
+    norm_linear,
+    takes_rounded,
+)
+from engine.kernels.fp8 import RoundedRows, Scale
 from engine.kernels.int4 import Int4Scale
 from engine.kernels.skinny_gemm import split_counters
 from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot
@@ -67,7 +73,7 @@ class FusedPart:
 
 def unread_words(layer: nn.Module, build: BuildContext) -> torch.Tensor:
     """Reserve the layer's ``weight`` for the words of numbers of 4 bits."""
-    words = torch.empty((0, 0), dtype=torch.int32, device=build.device)
+    words = torch.empty((0, 0), dtype=torch.int16, device=build.device)
     layer.register_buffer("weight", words, persistent=False)
     return words
 
@@ -128,6 +134,22 @@ class FusedColumnLinear(nn.Module):
             The projections ``(T, out)`` and ``x + residual``.
         """
         return norm_linear(
+            x,
+            residual,
+            norm.weight,
+            norm.eps,
+            self.weight,
+            self.bias,
+            activation=activation,
+            offset=norm.offset,
+            scale=self.scale,
+        )
+
+    def rounded_after_norm(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, *, activation: str
+    ) -> tuple[RoundedRows, torch.Tensor]:
+        """Compute :meth:`after_norm` with rows rounded to fp8."""
+        return norm_gated_rounded(
             x,
             residual,
             norm.weight,
@@ -295,15 +317,19 @@ class RowLinear(nn.Module):
         self.counters: torch.Tensor
         self.register_buffer("counters", split_counters(out_features, build.device), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def takes_rounded(self, x: torch.Tensor) -> bool:
+        """Return whether rows in fp8 are taken instead of rows in the dtype of ``x``, as many of them."""
+        return takes_rounded(x, self.weight, self.scale)
+
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias, counters=self.counters, scale=self.scale)
         out = self.tp.all_reduce(self.partial(x))
         return out if self.bias is None else out + self.bias
 
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
+    def partial(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         """Compute this rank's share of the sum, without the bias."""
-        if self.packed is not None and self.packed.gathers:
+        if isinstance(x, torch.Tensor) and self.packed is not None and self.packed.gathers:
             # The rank's groups of inputs have their inputs on all ranks.
             x = self.tp.all_gather(x)
         return linear(x, self.weight, counters=self.counters, scale=self.scale)

@@ -33,7 +33,9 @@ class GatedMLP(nn.Module):
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute ``mlp(norm(x + residual))``; returns it and ``x + residual``, both ``(T, hidden)``."""
-        inner, residual = self.gate_up_proj.after_norm(norm, x, residual, activation=self.activation)
+        rounded = self.down_proj.takes_rounded(x)
+        project = self.gate_up_proj.rounded_after_norm if rounded else self.gate_up_proj.after_norm
+        inner, residual = project(norm, x, residual, activation=self.activation)
         return self.down_proj(inner), residual
 
 

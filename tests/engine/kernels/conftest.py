@@ -14,6 +14,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def hopper(device: torch.device) -> torch.device:
+    """Return the Hopper GPU, which kernels in Gluon need: it has no interpreter."""
     if device.type == "cpu" or torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the kernel is for Hopper GPUs, and Gluon has no interpreter")
     return device

@@ -195,9 +195,12 @@ def decode_step() -> None:
 
 def fp8_weights() -> None:
     """Linear layers with fp8 weights: one scale an output, and one for each 128 inputs."""
+    from engine.kernels.act_mul import act_mul_rounded_triton
     from engine.kernels.fp8 import FP8, Scale, dequantise_triton, quantise_rows_triton
+    from engine.kernels.fp8_mma import fp8_mma_gluon
     from engine.kernels.gemv import gemv_triton
     from engine.kernels.norm_gemv import norm_gemv_triton
+    from engine.kernels.rms_norm import rms_norm_triton
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
 
     def weight(outputs: int, inputs: int, group: int) -> dict[str, Any]:
@@ -211,13 +214,17 @@ def fp8_weights() -> None:
         norm_gemv_triton(x, x, norm, 1e-6, **weight(37888, 3584, group), activation="silu")
         skinny_gemm_triton(tensor(16, 18944), **weight(3584, 18944, group), counters=counters)
     skinny_gemm_triton(tensor(64, 3584), **weight(37888, 3584, 128), activation="silu")
-    for rows in (16, 64):
+    for rows in (1, 4, 16, 64):
         rounded = {"row_scale": torch.ones(rows, 1), "dtype": BF16}
         gated, plain = weight(37888, 3584, 1 << 15), weight(3584, 18944, 1 << 15)
-        skinny_gemm_triton(tensor(rows, 3584, dtype=FP8), **gated, **rounded, activation="silu")
-        skinny_gemm_triton(tensor(rows, 18944, dtype=FP8), **plain, **rounded, counters=counters)
+        run, split = (fp8_mma_gluon, {}) if rows <= 4 else (skinny_gemm_triton, {"counters": counters})
+        run(tensor(rows, 3584, dtype=FP8), **gated, **rounded, activation="silu")
+        run(tensor(rows, 18944, dtype=FP8), **plain, **rounded, **split)
     dequantise_triton(**weight(4608, 3584, 128), dtype=BF16)
-    quantise_rows_triton(tensor(100, 3584))
+    for rows in (1, 100):
+        quantise_rows_triton(tensor(rows, 18944))
+        rms_norm_triton(tensor(rows, 3584), norm, 1e-6, tensor(rows, 3584), rounded=True)
+        act_mul_rounded_triton(tensor(rows, 37888), "silu")
 
 
 def int4_weights() -> None:
@@ -225,19 +232,21 @@ def int4_weights() -> None:
     from engine.kernels.int4 import Int4Scale, dequantise_int4_triton
     from engine.kernels.int4_gemm import int4_gemm_triton
     from engine.kernels.int4_gemv import int4_gemv_triton
+    from engine.kernels.int4_mma import int4_mma_gluon
     from engine.kernels.skinny_gemm import split_counters
 
     def weight(outputs: int, inputs: int, group: int, zeros: bool) -> dict[str, Any]:
         values = torch.ones(outputs, -(-inputs // group), dtype=torch.float16)
         points = values.to(torch.uint8) if zeros else None
-        words = torch.zeros(outputs, inputs // 8, dtype=I32)
+        words = torch.zeros(outputs, inputs // 4, dtype=torch.int16)
         return {"words": words, "scale": Int4Scale(inputs, values, group, points)}
 
     counters = split_counters(3584, torch.device("cpu"))
     for group, zeros in ((128, True), (32, False)):
         int4_gemv_triton(tensor(1, 3584), **weight(37888, 3584, group, zeros))
+        int4_mma_gluon(tensor(16, 3584), **weight(37888, 3584, group, zeros))
     int4_gemv_triton(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
-    int4_gemm_triton(tensor(16, 3584), **weight(37888, 3584, 32, False))
+    int4_mma_gluon(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
     int4_gemm_triton(tensor(64, 3584), **weight(37888, 3584, 128, True))
     int4_gemm_triton(tensor(16, 18944), **weight(3584, 18944, 128, True), counters=counters)
     dequantise_int4_triton(**weight(4608, 3584, 128, True), dtype=BF16)
@@ -248,9 +257,11 @@ def float_weights(kind: str, group: int) -> None:
     from engine.kernels.int4 import dequantise_int4_triton
     from engine.kernels.int4_gemm import int4_gemm_triton
     from engine.kernels.int4_gemv import int4_gemv_triton
+    from engine.kernels.int4_mma import int4_mma_gluon
 
     given = float_weight(3584, 18944, kind, group)
     int4_gemv_triton(tensor(1, 18944), *given)
+    int4_mma_gluon(tensor(1, 18944), *given)
     int4_gemm_triton(tensor(64, 18944), *given)
     dequantise_int4_triton(*given, dtype=BF16)
 
@@ -261,7 +272,7 @@ def float_weight(outputs: int, inputs: int, kind: Any, group: int) -> tuple[torc
 
     values = torch.ones(outputs, -(-inputs // group), dtype=torch.uint8)
     factors = torch.ones(outputs) if kind == "nvfp4" else None
-    words = torch.zeros(outputs, inputs // 8, dtype=I32)
+    words = torch.zeros(outputs, inputs // 4, dtype=torch.int16)
     return words, Int4Scale(inputs, values, group, kind=kind, factors=factors)
 
 
@@ -374,7 +385,7 @@ def int4_experts(tokens: int, kind: str) -> None:
         if kind == "int4":
             values = torch.ones(8 * outputs, inputs // 128, dtype=torch.float16)
             scale = Int4Scale(inputs, values, 128, values.to(torch.uint8))
-            return ExpertMatrices(torch.zeros(8, outputs, inputs // 8, dtype=I32), scale)
+            return ExpertMatrices(torch.zeros(8, outputs, inputs // 4, dtype=torch.int16), scale)
         words, scale = float_weight(8 * outputs, inputs, kind, 16)
         return ExpertMatrices(words.unflatten(0, (8, -1)), scale)
 

@@ -5,7 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from engine.kernels import dispatch, fp8, skinny_gemm
+from engine.kernels import dispatch, fp8, fp8_mma, skinny_gemm
+from engine.kernels.act_mul import act_mul, act_mul_rounded
 from engine.kernels.fp8 import (
     FP8,
     Scale,
@@ -18,8 +19,10 @@ from engine.kernels.fp8 import (
     quantise_rows_triton,
     scaled_gemm,
 )
+from engine.kernels.fp8_mma import Fp8Tile, fp8_mma_gluon
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.norm_gemv import norm_gemv_triton
+from engine.kernels.rms_norm import rms_norm, rms_norm_rounded
 from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
 
 from .compare import assert_close
@@ -123,6 +126,26 @@ def test_a_skinny_gemm_of_rounded_rows(device, monkeypatch, rows, outputs, input
     assert_close(result, float64_linear(rounded, exact, bias, activation), tolerance=allowed)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [None, Fp8Tile(32, 4, 64, 2, 1), Fp8Tile(16, 1, 128, 8, 3)], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(34, 272), (70, 4112), (192, 1536), (8, 16)])
+@pytest.mark.parametrize(("rows", "activation"), [(1, None), (1, "silu"), (3, "silu"), (4, None)])
+def test_a_few_rounded_rows(hopper, monkeypatch, rows, outputs, inputs, activation, tile):
+    """Products of fp8 with fp8 are exact in float32."""
+    if tile is not None:
+        monkeypatch.setattr(fp8_mma, "choose_tile", lambda *_, **__: tile)
+    x, weight, scale, bias, _ = problem(hopper, torch.float32, rows, outputs, inputs, inputs)
+    numbers, row_scale = quantise_rows_reference(x)
+    result = fp8_mma_gluon(
+        numbers, weight.contiguous(), bias, activation=activation,
+        scale=scale, row_scale=row_scale, dtype=torch.float32,
+    )  # fmt: skip
+    rounded = numbers.double() * row_scale
+    exact = weight.double() * scale.values.double()
+    allowed = max(1e-5, sum_tolerance(rounded, exact, bias, activation))
+    assert_close(result, float64_linear(rounded, exact, bias, activation), tolerance=allowed)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_many_rows(device, dtype, size):
     x, weight, scale, bias, exact = problem(device, dtype, 70, *size)
@@ -164,12 +187,35 @@ def test_rows_of_fp8_numbers_stay_as_they_are(device, run, inputs):
     assert torch.equal(found.float().cpu(), numbers) and torch.equal(found_scale.cpu(), scale)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("rows", "size"), [(1, 3584), (3, 40), (70, 1100)])
+def test_rounding_in_the_kernel_before_is_rounding_after_it(device, rows, size, offset):
+    """Bit by bit: results are rounded to their dtype first."""
+    x, residual = torch.randn(2, rows, size).to(device, torch.bfloat16)
+    norm = (torch.rand(size) + 0.5).to(device, torch.bfloat16)
+    alone, _ = rms_norm_rounded(x, norm, 1e-6, None, offset=offset)
+    after, total = rms_norm_rounded(x, norm, 1e-6, residual, offset=offset)
+    expected, expected_total = rms_norm(x, norm, 1e-6, residual, offset=offset)
+    assert torch.equal(total, expected_total)
+    gate_up = torch.cat((x, residual), dim=1)
+    pairs = [
+        (alone, rms_norm(x, norm, 1e-6, offset=offset)),
+        (after, expected),
+        (act_mul_rounded(gate_up, "silu"), act_mul(gate_up, "silu")),
+    ]
+    for found, plain in pairs:
+        rounded = quantise_rows(plain)
+        assert torch.equal(found.numbers.view(torch.uint8), rounded.numbers.view(torch.uint8))
+        assert torch.equal(found.scale, rounded.scale)
+
+
 @pytest.mark.parametrize(
     ("rows", "dtype", "reads", "scaled", "expected"),
     [
-        (1, torch.bfloat16, True, True, "skinny_gemm_triton"),
+        (1, torch.bfloat16, True, True, "fp8_mma_gluon"),
         (1, torch.bfloat16, True, False, "gemv_triton"),
-        (2, torch.bfloat16, True, True, "skinny_gemm_triton"),
+        (4, torch.bfloat16, True, True, "fp8_mma_gluon"),
+        (5, torch.bfloat16, True, True, "skinny_gemm_triton"),
         (64, torch.bfloat16, True, False, "skinny_gemm_triton"),
         (2, torch.float32, True, False, "dequantised_gemm"),
         (65, torch.bfloat16, True, True, "scaled_gemm"),
@@ -180,12 +226,13 @@ def test_rows_of_fp8_numbers_stay_as_they_are(device, run, inputs):
 )
 def test_the_choice_among_kernels(monkeypatch, rows, dtype, reads, scaled, expected):
     called = []
-    for name in ("gemv_triton", "skinny_gemm_triton", "scaled_gemm", "dequantised_gemm"):
+    for name in ("gemv_triton", "skinny_gemm_triton", "fp8_mma_gluon", "scaled_gemm", "dequantised_gemm"):
         monkeypatch.setattr(dispatch, name, lambda *_, name=name, **__: called.append(name))
     monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
     monkeypatch.setattr(dispatch, "reads_fp8", lambda _: reads)
     monkeypatch.setattr(dispatch, "supports_scaled", lambda *_: scaled)
     weight, scale = torch.zeros(64, 16).to(FP8), Scale(torch.ones(64, 1), 16)
+    monkeypatch.setattr(dispatch, "quantise_rows", quantise_rows_reference)
     dispatch.linear(torch.zeros(rows, 16, dtype=dtype), weight, scale=scale)
     assert called == [expected]
 
@@ -210,7 +257,7 @@ def test_fp8_tensor_cores_are_near_the_dequantised_product(device):
     scale = Scale(torch.rand(256, 1, device=device) / 600, 512, True)
     bias = torch.randn(256, device=device, dtype=torch.bfloat16)
     expected = float64_linear(x, dequantise(weight, scale, torch.float64), bias)
-    results = [scaled_gemm(x, weight, scale, bias)]
+    results = [scaled_gemm(quantise_rows(x), weight, scale, bias, x.dtype)]
     results += [dispatch.linear(x[:rows], weight, bias, scale=scale) for rows in (1, 5, 64)]
     for result in results:
         error = (result.double() - expected[: len(result)]).norm() / expected[: len(result)].norm()

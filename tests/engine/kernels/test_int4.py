@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from engine.kernels import dispatch, int4_gemm
+from engine.kernels import dispatch, int4_gemm, int4_mma
 from engine.kernels.int4 import (
     E2M1,
     Int4Scale,
@@ -17,6 +19,7 @@ from engine.kernels.int4 import (
 )
 from engine.kernels.int4_gemm import int4_gemm_triton
 from engine.kernels.int4_gemv import int4_gemv_triton
+from engine.kernels.int4_mma import Int4Tile, int4_mma_gluon
 from engine.kernels.skinny_gemm import split_counters
 
 from .compare import assert_close
@@ -106,11 +109,11 @@ def tolerance(x, exact, bias):
 def test_the_order_of_numbers():
     numbers = torch.randint(0, 16, (3, 300), dtype=torch.uint8)
     words = pack(numbers)
-    assert words.dtype == torch.int32 and words.shape == (3, 48)
+    assert words.dtype == torch.int16 and words.shape == (3, 96)
     assert torch.equal(unpack(words, 300), numbers)
-    for chunk, word, place in ((0, 0, 0), (1, 5, 3), (0, 15, 7), (2, 11, 1)):
-        found = words[:, chunk * 16 + word] >> (4 * place) & 15
-        assert found.tolist() == numbers[:, chunk * 128 + place * 16 + word].tolist()
+    for chunk, word, place in ((0, 0, 0), (1, 5, 3), (0, 31, 2), (2, 11, 1)):
+        found = words[:, chunk * 32 + word] >> (4 * place) & 15
+        assert found.tolist() == numbers[:, chunk * 128 + place * 32 + word].tolist()
 
 
 @pytest.mark.covering(1)
@@ -131,6 +134,45 @@ def test_one_row(device, dtype, size, zeros):
     bias = bias if zeros else None
     expected = float64_linear(x, exact, bias)
     assert_close(int4_gemv_triton(x, words, scale, bias), expected, tolerance=tolerance(x, exact, bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "rows", "zeros", "tile"),
+    [
+        (torch.bfloat16, 1, True, None),
+        (torch.bfloat16, 16, False, None),
+        (torch.bfloat16, 3, True, Int4Tile(32, 4, 2, 1)),
+        (torch.float16, 5, True, Int4Tile(16, 1, 8, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [*SIZES, (1, 8, 8), (2, 9000, 128)], ids=str)
+def test_a_few_rows(hopper, monkeypatch, dtype, size, rows, zeros, tile):
+    """On tensor cores, which sum in float32: as near as the rounding of the result."""
+    if tile is not None:
+        monkeypatch.setattr(int4_mma, "choose_tile", lambda *_, **__: tile)
+    x, words, scale, bias, exact = problem(hopper, dtype, rows, *size, zeros)
+    bias, values = bias if zeros else None, scale.values.to(dtype)
+    exact *= (values.double() / scale.values.double()).repeat_interleave(size[2], 1)[:, : size[1]]
+    scale = replace(scale, values=values)
+    # Nearly equal inputs: what is added to a number in its register must not be left in the sums.
+    for rows_of_x in (x, x * 2**-8 + 1):
+        result = int4_mma_gluon(rows_of_x, words, scale, bias)
+        expected = float64_linear(rows_of_x, exact, bias)
+        error = (result.double() - expected).norm() / expected.norm()
+        assert error < (3e-3 if dtype == torch.bfloat16 else 4e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "group"), FLOATS)
+@pytest.mark.parametrize(("size", "rows"), [((34, 40), 1), ((70, 1100), 16), ((66, 4096), 1)], ids=str)
+def test_floats_of_a_few_rows(hopper, dtype, size, rows, kind, group):
+    x, words, scale, bias, exact = float_problem(hopper, dtype, rows, *size, kind, group)
+    result, expected = int4_mma_gluon(x, words, scale, bias), float64_linear(x, exact, bias)
+    error = (result.double() - expected).norm() / expected.norm()
+    assert error < (3e-3 if dtype == torch.bfloat16 else 4e-4)
 
 
 @pytest.mark.covering(2)
@@ -179,26 +221,31 @@ def test_the_operation(device, dtype, rows, activation):
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "triton", "expected"),
+    ("rows", "dtype", "triton", "hopper", "expected"),
     [
-        (1, torch.bfloat16, True, "int4_gemv_triton"),
-        (1, torch.float32, True, "int4_gemv_triton"),
-        (2, torch.bfloat16, True, "int4_gemm_triton"),
-        (128, torch.bfloat16, True, "int4_gemm_triton"),
-        (129, torch.bfloat16, True, "dequantise_int4"),
-        (2, torch.float32, True, "dequantise_int4"),
-        (1, torch.float32, False, "dequantise_int4"),
+        (1, torch.bfloat16, True, False, "int4_gemv_triton"),
+        (1, torch.bfloat16, True, True, "int4_mma_gluon"),
+        (16, torch.float16, True, True, "int4_mma_gluon"),
+        (1, torch.float32, True, True, "int4_gemv_triton"),
+        (2, torch.bfloat16, True, False, "int4_gemm_triton"),
+        (17, torch.bfloat16, True, True, "int4_gemm_triton"),
+        (128, torch.bfloat16, True, True, "int4_gemm_triton"),
+        (129, torch.bfloat16, True, True, "dequantise_int4"),
+        (2, torch.float32, True, True, "dequantise_int4"),
+        (1, torch.float32, False, False, "dequantise_int4"),
+        (1, torch.bfloat16, False, True, "dequantise_int4"),
     ],
 )
-def test_the_choice_among_kernels(monkeypatch, rows, dtype, triton, expected):
+def test_the_choice_among_kernels(monkeypatch, rows, dtype, triton, hopper, expected):
     called = []
 
     def replaced(name):
         return lambda *_, **__: called.append(name) or torch.zeros(1, 1, dtype=dtype)
 
-    for name in ("int4_gemv_triton", "int4_gemm_triton", "dequantise_int4"):
+    for name in ("int4_mma_gluon", "int4_gemv_triton", "int4_gemm_triton", "dequantise_int4"):
         monkeypatch.setattr(dispatch, name, replaced(name))
     monkeypatch.setattr(dispatch, "use_triton", lambda _: triton)
+    monkeypatch.setattr(int4_mma, "is_hopper", lambda _: hopper)
     scale = Int4Scale(1, torch.ones(1, 1), 1)
-    dispatch.linear(torch.zeros(rows, 1, dtype=dtype), torch.zeros(1, 16, dtype=torch.int32), scale=scale)
+    dispatch.linear(torch.zeros(rows, 1, dtype=dtype), torch.zeros(1, 32, dtype=torch.int16), scale=scale)
     assert called == [expected]

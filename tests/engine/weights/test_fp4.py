@@ -34,7 +34,7 @@ def test_logits_are_those_of_the_dequantised_weights(tmp_path, layout, kind):
     exact = quantise(path, layout)
     decoder = load(path)
     attention, mlp = decoder.layers[1].self_attn, decoder.layers[1].mlp
-    assert attention.qkv_proj.weight.dtype == mlp.gate_up_proj.weight.dtype == torch.int32
+    assert attention.qkv_proj.weight.dtype == mlp.gate_up_proj.weight.dtype == torch.int16
     wanted = exact["model.layers.1.mlp.down_proj.weight"]
     torch.testing.assert_close(matrix(mlp.down_proj), wanted, rtol=3e-7, atol=0)
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
@@ -65,7 +65,7 @@ def test_experts(tmp_path, layout):
     exact = quantise(path, layout, matrix=EXPERT_MATRIX)
     decoder = load(path)
     experts = decoder.layers[0].mlp.experts
-    assert experts.gate_up_proj.weight.dtype == experts.down_proj.weight.dtype == torch.int32
+    assert experts.gate_up_proj.weight.dtype == experts.down_proj.weight.dtype == torch.int16
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
 
 

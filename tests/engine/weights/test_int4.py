@@ -55,7 +55,7 @@ def test_logits_are_those_of_the_dequantised_weights(tmp_path, scheme, kind):
     exact = quantise(path, scheme)
     decoder = load(path)
     attention, mlp = decoder.layers[1].self_attn, decoder.layers[1].mlp
-    assert attention.qkv_proj.weight.dtype == mlp.gate_up_proj.weight.dtype == torch.int32
+    assert attention.qkv_proj.weight.dtype == mlp.gate_up_proj.weight.dtype == torch.int16
     assert torch.equal(matrix(mlp.down_proj), exact["model.layers.1.mlp.down_proj.weight"])
     assert torch.equal(matrix(attention.o_proj), exact["model.layers.1.self_attn.o_proj.weight"])
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
@@ -97,7 +97,7 @@ def test_layers_that_are_not_converted_keep_their_dtype(tmp_path):
     decoder = load(path)
     layers = decoder.layers
     kinds = [(layer.self_attn.qkv_proj.weight.dtype, layer.mlp.down_proj.weight.dtype) for layer in layers]
-    assert kinds == [(torch.float32, torch.float32), (torch.int32, torch.float32)]
+    assert kinds == [(torch.float32, torch.float32), (torch.int16, torch.float32)]
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
 
 
@@ -211,7 +211,7 @@ def test_experts(tmp_path, kind, scheme):
     exact = quantise(path, scheme, matrix=EXPERT_MATRIX)
     decoder = load(path)
     experts = decoder.layers[0].mlp.experts
-    assert experts.gate_up_proj.weight.dtype == experts.down_proj.weight.dtype == torch.int32
+    assert experts.gate_up_proj.weight.dtype == experts.down_proj.weight.dtype == torch.int16
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
     ranks = [load(path, Rank(rank, 2)).layers[0].mlp.experts for rank in range(2)] if scheme.group > 0 else []
     for expert in range(6 if ranks else 0):
