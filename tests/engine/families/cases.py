@@ -382,6 +382,7 @@ LIKE = {
     "ColQwen2": "Qwen2-VL",
     "GLM-4.6V": "GLM-4.1V",
     "MiniCPM-V 4.7": "MiniCPM-V 4.6",
+    "PaliGemma": "PaliGemma 2",
     "SmolVLM": "Idefics3",
     "granite": "qwen3",
     "llama": "qwen3",
