@@ -19,6 +19,7 @@ from engine.kernels.patchify import patchify, patchify_reference
 from engine.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from engine.kernels.rms_norm import rms_norm, rms_norm_reference
 from engine.kernels.rotary import RotaryTable, rotary, rotary_reference
+from engine.kernels.sigmoid_gate import sigmoid_gate, sigmoid_gate_reference
 from engine.kernels.truncation import truncation_threshold, truncation_threshold_reference
 
 BLOCK = 16
@@ -31,6 +32,8 @@ TINY_ROTARY = [(3, 4, 2, 16, section) for section in (None, (2, 3, 3))]
 #: (tokens, intermediate size)
 ACT = [(1, 8960), (64, 8960), (8192, 8960)]
 TINY_ACT = [(3, 40)]
+#: Tokens, heads and their size: those of Qwen3.5-4B.
+GATE, TINY_GATE = ((1, 16, 256), (2048, 16, 256)), ((3, 2, 8),)
 #: (patches, width of the tower): Qwen2-VL with one image and with sixteen
 VISION = [(1600, 1280), (25600, 1280)]
 TINY_VISION = [(3, 24)]
@@ -56,6 +59,9 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         yield Case("rotary", label, partial(rotation, device, *sizes))
     for sizes in TINY_ACT if tiny else ACT:
         yield Case("act_mul", "{}x{}".format(*sizes), partial(gate, device, *sizes))
+    for sizes in TINY_GATE if tiny else GATE:
+        label = "{} tokens, {} heads, D {}".format(*sizes)
+        yield Case("sigmoid_gate", label, partial(output_gate, device, *sizes))
     for tokens, size in TINY_VISION if tiny else VISION:
         yield Case("layer_norm", f"{tokens}x{size} with residual", partial(layer_norm, device, tokens, size))
         yield Case("quick_gelu", f"{tokens}x{4 * size}", partial(tower_gelu, device, tokens, 4 * size))
@@ -135,6 +141,15 @@ def gate(device, tokens, size) -> Problem:
     run = partial(act_mul, x)
     peers: dict[str, Work] = {"reference": partial(act_mul_reference, x)}
     return Problem(run, lambda: (run(), act_mul_reference(x.float())), 1.5 * x.nbytes, peers=peers)
+
+
+def output_gate(device, tokens, heads, dim) -> Problem:
+    """Measure the gate of attention's output, which stands beside the queries of its head."""
+    x = torch.randn((tokens, heads, dim), device=device, dtype=dtype_on(device))
+    beside = torch.randn((tokens, 2 * heads, dim), device=device, dtype=x.dtype)[:, 1::2]
+    run, apart = partial(sigmoid_gate, x, beside), partial(sigmoid_gate_reference, x, beside)
+    exact = partial(sigmoid_gate_reference, x.float(), beside.float())
+    return Problem(run, lambda: (run(), exact()), 3 * x.nbytes, peers={"torch": apart})
 
 
 def layer_norm(device, tokens, size) -> Problem:
