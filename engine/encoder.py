@@ -40,8 +40,8 @@ CACHE_BYTES = 512 << 20
 _LAST_LAUNCH_S = 5.0
 #: Items that may wait while launches still make way for the steps of a language model after each piece.
 _CROWD = 2
-#: Launches of a crowd between two of those steps.
-_LAUNCHES = 4
+#: Cost of the launches of a crowd between two of those steps, if one launch may not cost more.
+_TOGETHER = 8192
 
 
 @dataclass(slots=True)
@@ -364,7 +364,7 @@ class EncoderEngine:
         jobs: list[_Job] = []
         cost = 0
         most = 1 if self._makes_way() else len(self._queue)
-        limit = self._max_batch_cost * (_LAUNCHES if self._with_engine else 1)
+        limit = max(self._max_batch_cost, _TOGETHER) if self._with_engine else self._max_batch_cost
         while self._queue and len(jobs) < most and _fits(cost, self._queue[0].cost, limit):
             job = self._queue.popleft()
             if job.waiters:

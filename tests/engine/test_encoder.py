@@ -319,6 +319,7 @@ async def test_rests_between_the_pieces_of_a_launch(path, processor, monkeypatch
 
 async def test_pieces_make_way_for_an_engine_unless_many_items_wait(path, processor, monkeypatch):
     monkeypatch.setattr("engine.vision.transformer._PIECE", 1)
+    monkeypatch.setattr("engine.encoder._TOGETHER", 1)
     waits: list[int] = []
 
     class Event:
@@ -347,6 +348,7 @@ async def test_a_crowd_is_encoded_in_several_launches_between_two_steps(monkeypa
             waits.append(len(encoder.batches))
 
     monkeypatch.setattr("engine.encoder.record_event", lambda *_, **__: Event())
+    monkeypatch.setattr("engine.encoder._TOGETHER", 16)
     encoder = GatedEncoder()
     encoder.release()
     engine = EncoderEngine(encoder, CPU, max_batch_cost=4, cache_bytes=0, with_engine=True)
