@@ -17,13 +17,13 @@ decides::
                       delta_prefill_triton        otherwise; its scan is in Gluon on  delta_prefill.py
                                                   Hopper with 16-bit heads of 128
     linear, 4 bits    int4_mma_gluon              Triton, Hopper, at most 16 rows,    int4_mma.py
-                                                  16-bit
+                                                  16-bit, 128·n inputs
                       int4_gemv_triton            Triton, 1 row                       int4_gemv.py
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
-    linear            fp8_mma_gluon               Triton, at most 4 rows, fp8 made    fp8_mma.py
-                      of rounded rows             for fp8 inputs, Hopper, one scale
-                                                  an output
+    linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, fp8     fp8_mma.py
+                      of rounded rows             made for fp8 inputs, Hopper, one
+                                                  scale an output
                       skinny_gemm_triton          the same, at most 64 rows           skinny_gemm.py
                       of rounded rows
                       scaled_gemm                 the same, otherwise                 fp8.py

@@ -219,7 +219,7 @@ def _rounded_linear(
     rows = len(x.numbers)
     if rows <= MEMORY_BOUND_ROWS and use_triton(x.numbers):
         options = {"activation": activation, "scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
-        if rows <= fp8_mma.MAX_ROWS:
+        if rows <= fp8_mma.MAX_ROWS and weight.shape[1] % fp8_mma.WIDTH == 0:
             return fp8_mma_gluon(x.numbers, weight, bias, **options)
         return skinny_gemm_triton(x.numbers, weight, bias, counters=counters, **options)
     out = scaled_gemm(x, weight, scale, bias, torch.bfloat16)

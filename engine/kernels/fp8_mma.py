@@ -21,8 +21,10 @@ from engine.kernels.int4_mma import sum_of_parts
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
-#: Most rows. More are loaded faster by programs that share them in shared memory, as those of skinny_gemm.py do.
-MAX_ROWS = 4
+#: Most rows. 16 are loaded faster by programs that have them in shared memory, as those of skinny_gemm.py do.
+MAX_ROWS = 1
+#: Inputs are a multiple.
+WIDTH = 64
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 _activate = gluon.jit(activate.fn)
 
@@ -47,12 +49,11 @@ class Fp8Tile:
     depth: int
 
 
-def choose_tile(rows: int, inputs: int) -> Fp8Tile:
+def choose_tile(inputs: int) -> Fp8Tile:
     """Choose the tile of a problem. Of 22 tiles it is the best on an H200, or within 3 % of it, for one row and
     the layers of a model of 7 billion parameters."""
-    parts = 4 if rows <= 2 else 2
     # With many inputs the programs are few.
-    return Fp8Tile(16, parts, 64, 4, 4) if inputs > 8192 else Fp8Tile(32, parts, 64, 2, 4)
+    return Fp8Tile(16, 4, WIDTH, 4, 4) if inputs > 8192 else Fp8Tile(32, 4, WIDTH, 2, 4)
 
 
 def fp8_mma_gluon(x, weight, bias=None, *, activation=None, scale, row_scale, dtype):
@@ -60,10 +61,10 @@ def fp8_mma_gluon(x, weight, bias=None, *, activation=None, scale, row_scale, dt
     (rows, inputs), weights = x.shape, len(weight)
     gated = activation is not None
     outputs = weights // 2 if gated else weights
-    assert 0 < rows <= MAX_ROWS and weight.shape[1] == inputs and inputs % 16 == 0
+    assert 0 < rows <= MAX_ROWS and weight.shape[1] == inputs and inputs % WIDTH == 0
     assert x.is_contiguous() and weight.is_contiguous() and scale.values.shape == (weights, 1)
     out = torch.empty((rows, outputs), dtype=dtype, device=x.device)
-    tile = choose_tile(rows, inputs)
+    tile = choose_tile(inputs)
     tile_outputs = tile.height // tile.parts // (2 if gated else 1)
     launch(
         _fp8_mma_kernel, (triton.cdiv(outputs, tile_outputs),),
@@ -72,7 +73,6 @@ def fp8_mma_gluon(x, weight, bias=None, *, activation=None, scale, row_scale, dt
         scale_ptr=scale.values, bias_ptr=x if bias is None else bias, out_ptr=out, rows=rows, outputs=outputs,
         words=inputs // 4, COLUMNS=max(8, triton.next_power_of_2(rows * tile.parts)), TILE=tile.height,
         PARTS=tile.parts, OUTPUTS=tile_outputs, WIDTH=tile.width // 4, WARPS=tile.warps, DEPTH=tile.depth,
-        EVEN=inputs % tile.width == 0,
         BIAS=bias is not None, ACTIVATION=activation or "", num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return out
@@ -109,16 +109,16 @@ def _halves(words, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
 
 
 @gluon.jit
-def _load_words(source, place, first, words):
+def _load_words(source, share, first, words):
     """Load each part's share from ``first`` on; zeros beyond the last word. Each is read once: L1 keeps the rows."""
-    return gl.load(source + first, mask=place + first < words, other=0, cache_modifier=".cg")
+    return gl.load(source + first, mask=share + first < words, other=0, cache_modifier=".cg")
 
 
 @gluon.jit(do_not_specialize=["rows"])
 def _fp8_mma_kernel(
     x_ptr, row_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, rows, outputs, words,
     COLUMNS: gl.constexpr, TILE: gl.constexpr, PARTS: gl.constexpr, OUTPUTS: gl.constexpr, WIDTH: gl.constexpr,
-    WARPS: gl.constexpr, DEPTH: gl.constexpr, EVEN: gl.constexpr, BIAS: gl.constexpr,
+    WARPS: gl.constexpr, DEPTH: gl.constexpr, BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs; PARTS consecutive shares of WIDTH words are rows of the left operand.
@@ -143,31 +143,29 @@ def _fp8_mma_kernel(
     lane = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :]
     share = (warp * PARTS + part % PARTS) * WIDTH
     source = weight_ptr + weight * words + (share + lane)
-    place = share if EVEN else share + lane
 
     x_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, X_WORDS)))[:, None, None]
     x_lane = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, X_WORDS)))[None, :, None]
     x_part = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, gl.SliceLayout(1, X_WORDS)))[None, None, :]
     x_share = (x_warp * PARTS + x_part % PARTS) * WIDTH
     x_source = x_ptr + x_part // PARTS * words + (x_share + x_lane)
-    x_place = x_share if EVEN else x_share + x_lane
 
     # The first words are loaded before the previous kernel has written x. A slot is filled again as soon as it has
     # been used, and into the same registers: numbers that were moved would be waited for.
     slots = ()
     for slot in gl.static_range(DEPTH):
-        slots = slots + (_load_words(source, place, slot * STEP, words),)
+        slots = slots + (_load_words(source, share, slot * STEP, words),)
     sums = gl.zeros([WARPS, TILE, COLUMNS], gl.float32, SUMS)
     _wait_for_previous(PDL)
     for begin in range(0, words, DEPTH * STEP):
         for slot in gl.static_range(DEPTH):
             first = begin + slot * STEP
-            known = (x_place + first < words) & (x_part // PARTS < rows)
+            known = (x_share + first < words) & (x_part // PARTS < rows)
             x = _halves(gl.load(x_source + first, mask=known, other=0), INPUTS, 1)
             numbers = _halves(slots[0], WEIGHTS, 2)
             sums = mma_v2(numbers[0], x[0], sums)
             sums = mma_v2(numbers[1], x[1], sums)
-            slots = slots[1:] + (_load_words(source, place, first + DEPTH * STEP, words),)
+            slots = slots[1:] + (_load_words(source, share, first + DEPTH * STEP, words),)
 
     RESULT: gl.constexpr = gl.SliceLayout(0, SUMS)
     result = sum_of_parts(gl.sum(sums, axis=0), RESULT, PARTS)

@@ -71,8 +71,9 @@ def choose_tile(rows: int, outputs: int, inputs: int, group: int) -> Int4Tile:
 
 
 def supports(x: torch.Tensor) -> bool:
-    """Return whether the kernel can multiply the rows ``x``."""
-    return 0 < x.shape[0] <= MAX_ROWS and x.element_size() == 2 and is_hopper(x.device)
+    """Return whether the kernel can multiply the rows ``x``: whole chunks of inputs."""
+    fits = 0 < x.shape[0] <= MAX_ROWS and x.shape[1] % CHUNK == 0
+    return fits and x.element_size() == 2 and is_hopper(x.device)
 
 
 def int4_mma_gluon(
@@ -80,7 +81,7 @@ def int4_mma_gluon(
 ) -> torch.Tensor:
     """See :func:`engine.kernels.dispatch.linear`; for what :func:`supports` admits, without an activation."""
     (rows, inputs), outputs = x.shape, len(words)
-    assert 0 < rows <= MAX_ROWS and inputs == scale.inputs and x.stride(1) == 1
+    assert 0 < rows <= MAX_ROWS and inputs == scale.inputs and inputs % CHUNK == 0 and x.stride(1) == 1
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     arguments = int4_arguments(words, scale)
     tile = choose_tile(rows, outputs, inputs, arguments["GROUP"])
@@ -91,8 +92,7 @@ def int4_mma_gluon(
         x_ptr=x, bias_ptr=x if bias is None else bias, out_ptr=out, rows=rows, outputs=outputs,
         x_stride=x.stride(0), **arguments, COLUMNS=max(8, triton.next_power_of_2(rows * tile.parts)),
         TILE=tile.height, PARTS=tile.parts, WARPS=tile.warps, DEPTH=tile.depth,
-        # Neighbouring rows that are not aligned alike could not be loaded 16 bytes at a time.
-        EVEN=inputs % CHUNK == 0 and x.stride(0) % 8 == 0, BIAS=bias is not None, num_warps=tile.warps,
+        BIAS=bias is not None, num_warps=tile.warps,
         **pdl_options(x),
     )  # fmt: skip
     return out
@@ -235,7 +235,7 @@ def _int4_mma_kernel(
     x_ptr, bias_ptr, out_ptr, rows, outputs, x_stride,
     weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, stride, KIND: gl.constexpr,
     GROUP: gl.constexpr, ZEROS: gl.constexpr, COLUMNS: gl.constexpr, TILE: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr, DEPTH: gl.constexpr, EVEN: gl.constexpr, BIAS: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr, DEPTH: gl.constexpr, BIAS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE / PARTS`` outputs. PARTS consecutive chunks of an output are rows of the left operand.
 
@@ -307,10 +307,7 @@ def _int4_mma_kernel(
                         numbers = _floats(word, DTYPE)
                     for i in gl.static_range(start, start + SPAN):
                         k = first * 128 + i * 32
-                        if EVEN:
-                            known = (x_chunk + first < chunks) & (x_row < rows)
-                        else:
-                            known = (x_chunk * 128 + x_lane + k < inputs) & (x_row < rows)
+                        known = (x_chunk + first < chunks) & (x_row < rows)
                         if HALVES == 2:
                             known = known & (x_lane // 16 == half)
                         x = gl.load(x_source + k, mask=known, other=0.0)

@@ -35,6 +35,16 @@ SIZES = [
     (66, 512, 256),
     (3, 400, 64),
 ]
+#: The same with whole chunks of inputs.
+CHUNKS = [
+    (34, 128, 128),
+    (70, 1152, 128),
+    (8, 1536, 1536),
+    (5, 896, 16),
+    (130, 128, 32),
+    (66, 512, 256),
+    (3, 384, 64),
+]
 ZEROS = [True, False]
 #: Kinds of floats, and the sizes that they have.
 FLOATS = [("mxfp4", 32), ("nvfp4", 16)]
@@ -147,7 +157,7 @@ def test_one_row(device, dtype, size, zeros):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("size", [*SIZES, (1, 8, 8), (2, 9000, 128)], ids=str)
+@pytest.mark.parametrize("size", CHUNKS, ids=str)
 def test_a_few_rows(hopper, monkeypatch, dtype, size, rows, zeros, tile):
     """On tensor cores, which sum in float32: as near as the rounding of the result."""
     if tile is not None:
@@ -167,7 +177,7 @@ def test_a_few_rows(hopper, monkeypatch, dtype, size, rows, zeros, tile):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "group"), FLOATS)
-@pytest.mark.parametrize(("size", "rows"), [((34, 40), 1), ((70, 1100), 16), ((66, 4096), 1)], ids=str)
+@pytest.mark.parametrize(("size", "rows"), [((34, 128), 1), ((70, 1152), 16), ((66, 4096), 1)], ids=str)
 def test_floats_of_a_few_rows(hopper, dtype, size, rows, kind, group):
     x, words, scale, bias, exact = float_problem(hopper, dtype, rows, *size, kind, group)
     result, expected = int4_mma_gluon(x, words, scale, bias), float64_linear(x, exact, bias)
@@ -240,12 +250,12 @@ def test_the_choice_among_kernels(monkeypatch, rows, dtype, triton, hopper, expe
     called = []
 
     def replaced(name):
-        return lambda *_, **__: called.append(name) or torch.zeros(1, 1, dtype=dtype)
+        return lambda *_, **__: called.append(name) or torch.zeros(1, 128, dtype=dtype)
 
     for name in ("int4_mma_gluon", "int4_gemv_triton", "int4_gemm_triton", "dequantise_int4"):
         monkeypatch.setattr(dispatch, name, replaced(name))
     monkeypatch.setattr(dispatch, "use_triton", lambda _: triton)
     monkeypatch.setattr(int4_mma, "is_hopper", lambda _: hopper)
-    scale = Int4Scale(1, torch.ones(1, 1), 1)
-    dispatch.linear(torch.zeros(rows, 1, dtype=dtype), torch.zeros(1, 32, dtype=torch.int16), scale=scale)
+    scale = Int4Scale(128, torch.ones(1, 1), 128)
+    dispatch.linear(torch.zeros(rows, 128, dtype=dtype), torch.zeros(1, 32, dtype=torch.int16), scale=scale)
     assert called == [expected]
