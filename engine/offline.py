@@ -95,7 +95,7 @@ class OfflineRunner:
         by_group: dict[RequestGroup, Job] = {}
         # Even a disabled tqdm bar takes multiprocessing locks.
         bar = tqdm(total=len(prepare), desc="prompts", dynamic_ncols=True) if use_tqdm else nullcontext()
-        with _young_garbage_only(), bar as progress:
+        with _COLLECTOR.young_garbage_only(), bar as progress:
             waiting = self._start(prepare, params, jobs)
             try:
                 ready = next(waiting, None)
@@ -250,19 +250,30 @@ class OfflineRunner:
             core.step()
 
 
-@contextmanager
-def _young_garbage_only() -> Iterator[None]:
-    """Keep the garbage collector from traversing objects that exist already. After a model is loaded each
-    traversal takes tens of milliseconds, while the device waits."""
-    if gc.get_freeze_count():
-        # The caller has frozen objects, and may not want them unfrozen.
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+class _Collector:
+    """The process's garbage collector."""
+
+    def __init__(self) -> None:
+        self._frozen = False
+
+    @contextmanager
+    def young_garbage_only(self) -> Iterator[None]:
+        """Keep the collector from traversing objects that exist already. After a model is loaded each
+        traversal takes tens of milliseconds, while the device waits."""
+        # The caller may have frozen objects, and may not want them unfrozen. To count them takes as long as a
+        # traversal: they are counted until some are found.
+        self._frozen = self._frozen or gc.get_freeze_count() > 0
+        if self._frozen:
+            yield
+            return
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+
+
+_COLLECTOR = _Collector()
 
 
 def _num_rows(job: Job) -> int:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, offline
 from engine.config import EngineConfig
 from engine.errors import (
     CheckpointError,
@@ -350,17 +350,24 @@ def test_images_of_earlier_prompts_are_not_encoded_again(path, monkeypatch):
 
 def test_the_collector_looks_at_what_a_call_makes_only(llm, monkeypatch):
     frozen = []
-    # Servers of other tests have frozen what they loaded.
+    # Servers of other tests have frozen what they loaded, and other calls have seen that.
     gc.unfreeze()
+    monkeypatch.setattr(offline, "_COLLECTOR", offline._Collector())
     step = llm._engine.core.step
     monkeypatch.setattr(llm._engine.core, "step", lambda: frozen.append(gc.get_freeze_count()) or step())
     generated(llm, "what?")
     assert min(frozen) > 1000 and gc.get_freeze_count() == 0
-    # What was frozen before stays so.
+    # What was frozen before stays so, and is counted once: that takes as long as a traversal.
     gc.freeze()
+    counted = []
+    monkeypatch.setattr(llm._engine.core, "step", step)
     try:
-        generated(llm, "what?")
-        assert gc.get_freeze_count() > 1000
+        with monkeypatch.context() as patch:
+            count = gc.get_freeze_count
+            patch.setattr(gc, "get_freeze_count", lambda: counted.append(count()) or counted[-1])
+            generated(llm, "what?")
+            generated(llm, "what?")
+        assert gc.get_freeze_count() > 1000 and len(counted) == 1
     finally:
         gc.unfreeze()
 
