@@ -94,6 +94,20 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 ROUTER_SCALE = 10.0
 
 
+def tiny_siglip(side: int, patch: int) -> dict[str, Any]:
+    """Configuration of a SigLIP tower for images of ``side`` by ``side`` pixels."""
+    return {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": side,
+        "patch_size": patch,
+        "vision_use_head": False,
+    }
+
+
 def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0) -> torch.nn.Module:
     """Draw all weights anew: layers keep the scale of their input, norms and biases get noise."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,32 +12,20 @@ from tokenizers import processors
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.colqwen2 import Vectors, VectorsReference
-from tests.engine.tiny import rewrite_tensors, split_shards, spread, tokenizer
+from tests.engine.families.paligemma import SPECIALS, paligemma_arguments, paligemma_tokenizer
+from tests.engine.tiny import rewrite_tensors, split_shards, spread, tiny_siglip
 
-SPECIALS = ("<pad>", "<eos>", "<bos>", "<image>")
 #: Numbers of a vector; rows of an image.
 WIDTH, ROWS = 24, 9
 
 
 def make_colpali(path: Path, hub: bool) -> Path:
     """A checkpoint as Transformers saves it, or in the layout of the public ones."""
-    tok = tokenizer(SPECIALS, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 2)]
-    )
+    tok = paligemma_tokenizer()
     config = transformers.ColPaliConfig(
         vlm_config={
             "model_type": "paligemma",
-            "vision_config": {
-                "model_type": "siglip_vision_model",
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "image_size": 21,
-                "patch_size": 7,
-                "vision_use_head": False,
-            },
+            "vision_config": tiny_siglip(21, 7),
             "text_config": {
                 "model_type": "gemma",
                 "vocab_size": len(tok) + 5,
@@ -100,14 +88,9 @@ class ColPaliReference(VectorsReference):
         self.processor = transformers.ColPaliProcessor(images, self.tokenizer, **stated)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
-        text = prompt.text.replace("<image>", "<image>" * self._rows)
-        ids = self.tokenizer(text, return_tensors="pt").input_ids
-        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        arguments["token_type_ids"] = torch.zeros_like(ids)
-        if prompt.pictures:
-            made = self.processor.image_processor(list(prompt.pictures), return_tensors="pt")
-            arguments["pixel_values"] = torch.as_tensor(made["pixel_values"])
-        return Inputs(ids[0].tolist(), self._vectors, arguments)
+        images = self.processor.image_processor
+        ids, arguments = paligemma_arguments(prompt, self.tokenizer, images, self._rows)
+        return Inputs(ids, self._vectors, arguments)
 
     @torch.inference_mode()
     def query(self, text: str) -> torch.Tensor:

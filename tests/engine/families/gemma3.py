@@ -12,7 +12,7 @@ import transformers
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.tiny import rewrite_tensors, spread, tokenizer
+from tests.engine.tiny import rewrite_tensors, spread, tiny_siglip, tokenizer
 
 SPECIALS = (
     "<pad>",
@@ -52,16 +52,7 @@ def make_gemma3(path: Path, hub: bool = False) -> Path:
     """A checkpoint as Transformers saves it, or in the layout of the public ones."""
     tok = gemma3_tokenizer()
     config = transformers.Gemma3Config(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-            "vision_use_head": False,
-        },
+        vision_config=tiny_siglip(SIDE, PATCH),
         text_config={
             "model_type": "gemma3_text",
             "vocab_size": len(tok) + 3,

@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from tests.engine.families.case import CasePrompt, Inputs
 from tests.engine.families.hub import as_on_the_hub
-from tests.engine.tiny import TRANSFORMERS, rewrite_tensors, spread, tokenizer
+from tests.engine.tiny import TRANSFORMERS, rewrite_tensors, spread, tiny_siglip, tokenizer
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<image>")
 FRAME = "<bos>{}\n"
@@ -47,16 +47,7 @@ def make_paligemma(path: Path, hub: bool, kind: str = "gemma") -> Path:
         pytest.skip("compared with later releases alone")
     tok = paligemma_tokenizer()
     config = transformers.PaliGemmaConfig(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-            "vision_use_head": False,
-        },
+        vision_config=tiny_siglip(SIDE, PATCH),
         text_config={
             "model_type": kind,
             "vocab_size": len(tok) + 5,
@@ -116,11 +107,23 @@ class PaliGemmaReference:
         self.images = transformers.SiglipImageProcessorPil.from_pretrained(path)
 
     def inputs(self, prompt: CasePrompt) -> Inputs:
-        text = prompt.text.replace("<image>", "<image>" * self._rows)
-        ids = self.tokenizer(text, return_tensors="pt").input_ids
-        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        arguments["token_type_ids"] = torch.zeros_like(ids)
-        if prompt.pictures:
-            made = self.images(list(prompt.pictures), return_tensors="pt")
-            arguments["pixel_values"] = torch.as_tensor(made["pixel_values"])
-        return Inputs(ids[0].tolist(), self.model, arguments, answer_type=1)
+        ids, arguments = paligemma_arguments(prompt, self.tokenizer, self.images, self._rows)
+        return Inputs(ids, self.model, arguments, answer_type=1)
+
+
+def paligemma_arguments(
+    prompt: CasePrompt, tok: Any, images: Any, rows: int
+) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """The tokens of a prompt, and what a model with PaliGemma's forward pass takes.
+
+    Args:
+        images: Transformers' image processor.
+        rows: of an image.
+    """
+    ids = tok(prompt.text.replace("<image>", "<image>" * rows), return_tensors="pt").input_ids
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    arguments["token_type_ids"] = torch.zeros_like(ids)
+    if prompt.pictures:
+        made = images(list(prompt.pictures), return_tensors="pt")
+        arguments["pixel_values"] = torch.as_tensor(made["pixel_values"])
+    return ids[0].tolist(), arguments
