@@ -2,10 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
@@ -171,23 +172,13 @@ class _HandedOver(SightlineError):
         self.replica = replica
 
 
-async def _read(answer: Answer, call: Coroutine[Any, Any, None]) -> AsyncGenerator[StreamUpdate, None]:
-    """The updates of an answer to its end, while ``call`` runs, which has the replica work on it."""
+@contextmanager
+def _running(call: Coroutine[Any, Any, None]) -> Iterator[asyncio.Task[None]]:
+    """Run a call of a replica. An exception, also one that closes a generator, cancels the call there."""
     task = asyncio.create_task(call)
     try:
-        finished = False
-        while not finished:
-            update = await answer.get()
-            assert isinstance(update, StreamUpdate)
-            finished = update.finished
-            if answer.encoded:
-                _note(answer.encoded)
-                answer.encoded = ()
-            yield update
-        # All updates have arrived; the call has ended, or is about to.
-        await task
+        yield task
     finally:
-        # An exception, also one that closes this generator, cancels the call in its replica.
         task.cancel()
 
 
@@ -211,26 +202,32 @@ class RemoteLanguageModel(_RemoteStage):
     async def generate(
         self, request: Generation, media: Sequence[RowsRef]
     ) -> AsyncGenerator[StreamUpdate, None]:
-        replica, given = "", cast("Generation | str", request)
+        # The call that has a replica work on the answer.
+        call = partial(self._follow, request, "")
         if media or is_large(request):
+            call = partial(self._hand_over, request, media)
+        misrouted = 0
+        while True:
             try:
-                with self._inbox.expect(request.request_id) as answer:
-                    async with aclosing(_read(answer, self._hand_over(request, media, answer))) as updates:
-                        async for update in updates:
-                            yield update
+                with self._inbox.expect(request.request_id) as answer, _running(call(answer)) as task:
+                    finished = False
+                    while not finished:
+                        update = await answer.get()
+                        assert isinstance(update, StreamUpdate)
+                        finished = update.finished
+                        if answer.encoded:
+                            _note(answer.encoded)
+                            answer.encoded = ()
+                        yield update
+                    # All updates have arrived; the call has ended, or is about to.
+                    await task
                 return
             except _HandedOver as handed:
-                replica, given = handed.replica, request.request_id
-        for attempt in range(_ROUTING_ATTEMPTS):
-            try:
-                with self._inbox.expect(request.request_id) as answer:
-                    async with aclosing(_read(answer, self._follow(given, replica, answer))) as updates:
-                        async for update in updates:
-                            yield update
-                return
+                call = partial(self._follow, request.request_id, handed.replica)
             except Misrouted:
                 # Always the first item of a stream, so starting again cannot repeat output.
-                if attempt == _ROUTING_ATTEMPTS - 1:
+                misrouted += 1
+                if misrouted == _ROUTING_ATTEMPTS:
                     raise
 
     async def _hand_over(self, request: Generation, media: Sequence[RowsRef], answer: Answer) -> None:
