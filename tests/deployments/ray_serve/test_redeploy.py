@@ -183,7 +183,7 @@ def test_the_end_of_a_request_s_time_ends_the_work(served, controller):
     with silent_image(served) as url:
         ends_the_work({"model": "pocket", "messages": looking_at(url)}, "preprocessor")
     # Far more tokens than are made in two seconds.
-    long = {"max_tokens": 900, "ignore_eos": True, "temperature": 1, "n": 32}
+    long = {"max_tokens": 900, "ignore_eos": True, "temperature": 1, "n": 64}
     hello = [{"role": "user", "content": "Hello!"}]
     ends_the_work({"model": "pocket", "messages": hello, **long}, "language_model")
 
