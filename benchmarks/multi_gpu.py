@@ -1,12 +1,13 @@
 """What several GPUs of one host bring: all-reduces, tensor parallelism, and encoders on GPUs of their own.
 
     python -m benchmarks.multi_gpu [--parts all_reduce,tensor_parallel,layouts] [--gpus N] [--seconds 520]
-        [--json FILE]
+        [--shapes qwen2-vl-7b] [--images 1,4] [--layouts "whole,2 + 2"] [--of N] [--json FILE]
 
 Finds the GPUs by itself and prints one table. Without GPUs, two ranks over gloo run tiny shapes in seconds.
 It needs no Ray and no HTTP. Each part runs in a process of its own with a share of ``--seconds``; a part that
 fails or takes too long prints its last lines, what it measured is kept, and the next part runs. A part alone
-has all the seconds: ``--parts layouts`` measures more rates, so the goodputs are known more closely.
+has all the seconds: ``--parts layouts`` measures more rates, so the goodputs are known more closely. It needs
+about 50 s for each layout and number of images.
 
 Parts:
     all_reduce       latency by size: the engine's all-reduce as it is launched and in a captured graph,
@@ -54,6 +55,10 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--gpus", type=int, help="how many to use; all by default, two ranks without any")
     parser.add_argument("--seconds", type=float, default=520.0, help="most that all parts take together")
+    parser.add_argument("--shapes", type=_names, help="that the layouts serve")
+    parser.add_argument("--images", type=_numbers, help="of a request to the layouts, comma-separated")
+    parser.add_argument("--layouts", type=_names, help="those to measure: whole, 1 + 3, 2 + 2, shared")
+    parser.add_argument("--of", type=int, help="run a part of a layout of so many GPUs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", action="store_true", help="run the one part in this process")
     options = parser.parse_args()
@@ -62,12 +67,15 @@ def main() -> None:
         parser.error(f"--parts: there is no {sorted(unknown)[0]!r}; known are {', '.join(PARTS)}")
     on_gpu = torch.cuda.is_available()
     gpus = options.gpus or (torch.cuda.device_count() if on_gpu else 2)
-    if gpus < 2:
+    if gpus < 2 and options.of is None:
         raise SystemExit("there is one GPU here; this benchmark compares several")
+    settings = Settings(
+        gpus, on_gpu, options.seconds, options.shapes, options.images, options.layouts, options.of
+    )
     if options.alone:
-        PARTS[parts[0]][0](Settings(gpus, on_gpu, options.seconds))
+        PARTS[parts[0]][0](settings)
         return
-    rows = run_parts(parts, gpus, options.seconds)
+    rows = run_parts(parts, settings)
     print_table(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
@@ -75,26 +83,39 @@ def main() -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def run_parts(parts: list[str], gpus: int, seconds: float) -> list[dict[str, Any]]:
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",")]
+
+
+def _numbers(given: str) -> list[int]:
+    return [int(number) for number in given.split(",")]
+
+
+def run_parts(parts: list[str], settings: Settings) -> list[dict[str, Any]]:
     """Run parts one after the other; seconds that one leaves are the next one's."""
-    end, rows = time.monotonic() + seconds, []
+    end, rows = time.monotonic() + settings.seconds, []
     for number, name in enumerate(parts):
         shares = [PARTS[left][1] for left in parts[number:]]
         limit = (end - time.monotonic()) * shares[0] / sum(shares)
         print(f"== {name}, at most {limit:.0f} s", flush=True)
-        rows += run_part(name, gpus, limit)
+        rows += run_part(name, settings, limit)
     return rows
 
 
-def run_part(name: str, gpus: int, limit: float) -> list[dict[str, Any]]:
-    """Run one part in a process of its own for at most ``limit`` seconds.
+def run_part(name: str, settings: Settings, limit: float) -> list[dict[str, Any]]:
+    """Run one part in a process of its own for at most ``limit`` seconds, those of ``settings`` apart.
 
     Returns:
         What it measured; if it failed, a row with ``error`` as well.
     """
     told = max(1.0, limit - GRACE_S)
     command = [sys.executable, "-m", "benchmarks.multi_gpu", "--alone", "--parts", name]
-    command += ["--gpus", str(gpus), "--seconds", str(told)]
+    command += ["--gpus", str(settings.gpus), "--seconds", str(told)]
+    for option in ("shapes", "images", "layouts"):
+        if given := getattr(settings, option):
+            command += [f"--{option}", ",".join(map(str, given))]
+    if settings.of is not None:
+        command += ["--of", str(settings.of)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

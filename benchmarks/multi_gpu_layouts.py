@@ -7,10 +7,14 @@ Layouts of N GPUs:
 
 Requests come at random times (Poisson), have 1 or 4 images of 640 by 640 pixels and get 150 tokens. Goodput
 is the highest rate tried at which 99 % of the first tokens come within 2 s, and 99 % of the times between
-tokens of all answers are within 100 ms; ``fails at`` is the lowest rate tried beyond it. Requests take turns
-at the language models, and images at the encoders. Prompts and pixels are prepared beforehand: GPUs are
-compared, not CPUs. All processes are started once, and a layout uses some of them. Embeddings travel between
-processes by sockets, as bytes in the host's memory.
+tokens of all answers are within 100 ms; ``fails at`` is the lowest rate tried beyond it. The first rate tried
+is that at which requests end that all come at once. Requests take turns at the language models, and images at
+the encoders. Prompts and pixels are prepared beforehand: GPUs are compared, not CPUs. All processes are
+started once for a model, and a layout uses some of them. Embeddings travel between processes by sockets, as
+bytes in the host's memory.
+
+Replicas that share nothing can be measured one by one: with ``--gpus 1 --of 4`` one GPU gets every fourth
+request, and rates are those of all four. Encoders apart need all their GPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.multi_gpu_processes import Settings, answer_of, emit, start
-from benchmarks.multi_gpu_replicas import Run, Shown, run_encoder, run_language_model
+from benchmarks.multi_gpu_replicas import Result, Run, Shown, run_encoder, run_language_model
 from benchmarks.shapes import write_checkpoint
 
 TTFT_S, GAP_S, PERCENT = 2.0, 0.1, 99
@@ -41,11 +45,13 @@ class Layout:
 
     Attributes:
         encoders: None for each language model's own.
+        replicas: how many language models take turns; those that aren't listed are not run.
     """
 
     name: str
     encoders: list[int] | None
     language_models: list[int]
+    replicas: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +59,26 @@ class Load:
     """How requests are made.
 
     Attributes:
-        shape: a key of :data:`~benchmarks.shapes.SHAPES`.
+        shapes: keys of :data:`~benchmarks.shapes.SHAPES`.
+        images: of a request, by turns.
         side: of the images, in pixels.
         tokens: of an answer.
         seconds: for which requests are sent at a rate.
-        first_rates: requests a second for each GPU that are tried first, by number of images.
+        burst: how many images all come at once to each language model, to find the first rate.
         most_rates: how many rates are tried at most.
     """
 
-    shape: str
+    shapes: list[str]
+    images: list[int]
     side: int
     tokens: int
     seconds: float
-    first_rates: dict[int, float]
+    burst: int
     most_rates: int
 
 
-GPU_LOAD = Load("qwen2-vl-2b", 640, 150, 8.0, {1: 16.0, 4: 6.0}, 12)
-CPU_LOAD = Load("tiny", 112, 4, 0.5, {2: 4.0}, 1)
+GPU_LOAD = Load(["qwen2-vl-2b", "qwen2-vl-7b"], [1, 4], 640, 150, 10.0, 96, 12)
+CPU_LOAD = Load(["tiny"], [2], 112, 4, 0.5, 4, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,43 +91,61 @@ class Outcome:
     gap: float
 
 
-def layouts(gpus: int) -> list[Layout]:
-    everywhere = list(range(gpus))
-    apart = [count for count in (1, 2) if count == 1 or gpus >= 4]
+def layouts(gpus: int, of: int | None = None) -> list[Layout]:
+    """Those of ``gpus``, or the part that ``gpus`` are of a layout of ``of`` GPUs."""
+    everywhere, every = list(range(gpus)), of or gpus
+    apart = [count for count in (1, 2) if of is None and (count == 1 or gpus >= 4)]
     return [
-        Layout(f"{gpus} whole", None, everywhere),
-        *(Layout(f"{n} + {gpus - n}", everywhere[:n], everywhere[n:]) for n in apart),
-        Layout(f"{gpus} shared", everywhere, everywhere),
+        Layout(f"{every} whole", None, everywhere, every),
+        *(Layout(f"{n} + {gpus - n}", everywhere[:n], everywhere[n:], gpus - n) for n in apart),
+        Layout(f"{every} shared", everywhere, everywhere, every),
     ]
 
 
 def run(settings: Settings) -> None:
     end = time.monotonic() + settings.seconds
     load = GPU_LOAD if settings.on_gpu else CPU_LOAD
-    with processes(settings, load) as connections:
-        searches = [(images, layout) for images in load.first_rates for layout in layouts(settings.gpus)]
+    load = replace(load, shapes=settings.shapes or load.shapes, images=settings.images or load.images)
+    chosen = layouts(settings.gpus, settings.of)
+    if settings.layouts is not None:
+        chosen = [layout for layout in chosen if _kind(layout, settings) in settings.layouts]
+    for number, shape in enumerate(load.shapes):
+        share = (end - time.monotonic()) / (len(load.shapes) - number)
+        _run_shape(settings, load, shape, chosen, time.monotonic() + share)
+
+
+def _kind(layout: Layout, settings: Settings) -> str:
+    return layout.name.removeprefix(f"{settings.of or settings.gpus} ")
+
+
+def _run_shape(settings: Settings, load: Load, shape: str, chosen: list[Layout], end: float) -> None:
+    with processes(settings, load, shape) as connections:
+        searches = [(images, layout) for images in load.images for layout in chosen]
         for number, (images, layout) in enumerate(searches):
-            budget = (end - time.monotonic()) / (len(searches) - number)
+            deadline = time.monotonic() + (end - time.monotonic()) / (len(searches) - number)
             replicas = Replicas(connections, layout, Shown(images, load.tokens))
-            replicas.at(load.first_rates[images] * settings.gpus / 2, load.seconds / 4)
+            burst = max(2, load.burst // images)
+            # Kernels are compiled by the first of the two.
+            first_rate = [replicas.at_once(burst) for _ in range(2)][-1]
             best, fails = search(
                 lambda rate, seconds=load.seconds, replicas=replicas: replicas.at(rate, seconds),
-                load.first_rates[images] * settings.gpus,
-                time.monotonic() + budget,
+                first_rate,
+                deadline,
                 load.seconds + 4.0 * settings.on_gpu,
                 load.most_rates,
             )
             figures: dict[str, Any] = {"goodput req/s": best.rate if best else 0.0}
             figures["fails at"] = fails.rate if fails else None
+            figures["at once req/s"] = first_rate
             if shown := best or fails:
                 figures |= {"ttft p99 ms": shown.ttft * 1e3, "itl p99 ms": shown.gap * 1e3}
-            emit(f"{load.shape}, {layout.name}, {images} images", **figures)
+            emit(f"{shape}, {layout.name}, {images} images", **figures)
 
 
 def search(
     at: Callable[[float], Outcome], rate: float, deadline: float, takes: float, most: int
 ) -> tuple[Outcome | None, Outcome | None]:
-    """Find the highest rate that holds: first by steps, then between the two that enclose it.
+    """Find the highest rate that holds: first by steps that grow, then between the two that enclose it.
 
     Args:
         at: tries a rate.
@@ -133,18 +159,18 @@ def search(
     """
     best: Outcome | None = None
     fails: Outcome | None = None
+    step = 1.25
     for _ in range(most):
         outcome = at(rate)
         if outcome.held:
             best = outcome
         else:
             fails = outcome
-        if best is None:
-            rate /= 1.6
-        elif fails is None:
-            rate *= 1.6
-        else:
+        if best is not None and fails is not None:
             rate = (best.rate * fails.rate) ** 0.5
+        else:
+            rate = rate * step if best else rate / step
+            step **= 1.5
         close = best is not None and fails is not None and fails.rate < 1.06 * best.rate
         if close or time.monotonic() + takes > deadline:
             break
@@ -162,57 +188,72 @@ class Replicas:
     def __init__(self, connections: list[Any], layout: Layout, shown: Shown) -> None:
         self._connections = [connections[number] for number in layout.language_models]
         self._encoders = layout.encoders
+        self._replicas = layout.replicas
         self._shown = shown
         self._seed = 0
 
     def at(self, rate: float, seconds: float) -> Outcome:
-        """Send requests at ``rate`` a second in all for ``seconds``."""
+        """Send requests at ``rate`` a second to all replicas of the layout for ``seconds``."""
         self._seed += 1
-        count = max(2 * len(self._connections), round(rate * seconds))
+        count = max(2 * self._replicas, round(rate * seconds))
         begin = time.perf_counter() + 0.3
         due = begin + np.random.default_rng(self._seed).exponential(1 / rate, count).cumsum()
-        last = float(due[-1]) + DRAIN_S
+        turns = [due[number :: self._replicas].tolist() for number in range(len(self._connections))]
         # More late first tokens than this fail the rate, so it isn't tried to its end.
-        allowed = int(count * (1 - PERCENT / 100))
-        for number, (_, connection) in enumerate(self._connections):
-            own = due[number :: len(self._connections)].tolist()
-            connection.send(Run(own, self._encoders, self._shown, last, allowed, TTFT_S))
-        by_connection = {connection: (process, connection) for process, connection in self._connections}
-        open_, held = set(by_connection), True
-        ttfts: list[float] = []
-        gaps: list[float] = [0.0]
-        while open_:
-            for connection in wait(list(open_)):
-                open_.remove(connection)
-                result = answer_of(*by_connection[connection])
-                ttfts += result.ttfts
-                gaps += result.gaps
-                if held and not result.finished:
-                    held = False
-                    for other in open_:
-                        other.send(None)
+        allowed = int(sum(map(len, turns)) * (1 - PERCENT / 100))
+        results = self._run(turns, allowed)
+        if not all(result.finished for result in results):
+            # Encoders go on with images of requests that were given up.
+            self.at_once(1)
+        ttfts = [ttft for result in results for ttft in result.ttfts]
         ttft = float(np.percentile(ttfts, PERCENT)) if ttfts else float("inf")
-        gap = float(np.percentile(gaps, PERCENT))
-        outcome = Outcome(rate, held and ttft <= TTFT_S and gap <= GAP_S, ttft, gap)
+        gap = float(np.percentile([0.0, *(gap for result in results for gap in result.gaps)], PERCENT))
+        held = all(result.finished for result in results) and ttft <= TTFT_S and gap <= GAP_S
+        outcome = Outcome(rate, held, ttft, gap)
         print(f"rate {rate:.2f}: {outcome}", flush=True)
         return outcome
 
+    def at_once(self, count: int) -> float:
+        """Send ``count`` requests to each replica at once; returns how many end a second in all replicas."""
+        begin = time.perf_counter() + 0.3
+        results = self._run([[begin] * count for _ in self._connections], count * len(self._connections))
+        if not all(result.finished for result in results):
+            raise RuntimeError(f"{count} requests at once did not end within {DRAIN_S} s")
+        return count * self._replicas / (max(result.ended for result in results) - begin)
+
+    def _run(self, turns: list[list[float]], late_allowed: int) -> list[Result]:
+        """Send requests to each language model when they are due; one that fails ends the others."""
+        last = max(turn[-1] for turn in turns) + DRAIN_S
+        for (_, connection), turn in zip(self._connections, turns, strict=True):
+            connection.send(Run(turn, self._encoders, self._shown, last, late_allowed, TTFT_S))
+        by_connection = {connection: (process, connection) for process, connection in self._connections}
+        open_, results = set(by_connection), []
+        while open_:
+            for connection in wait(list(open_)):
+                open_.remove(connection)
+                failed_before = any(not result.finished for result in results)
+                results.append(answer_of(*by_connection[connection]))
+                if not results[-1].finished and not failed_before:
+                    for other in open_:
+                        other.send(None)
+        return results
+
 
 @contextmanager
-def processes(settings: Settings, load: Load) -> Iterator[list[Any]]:
+def processes(settings: Settings, load: Load, shape: str) -> Iterator[list[Any]]:
     """An encoder and a language model process on each GPU; yields those of the language models."""
     with tempfile.TemporaryDirectory() as folder:
-        path = str(write_checkpoint(load.shape, Path(folder) / "model"))
+        path = str(write_checkpoint(shape, Path(folder) / "model"))
         sockets = [f"{folder}/encoder{number}" for number in range(settings.gpus)]
         gpus = [number if settings.on_gpu else None for number in range(settings.gpus)]
         encoders = [start(run_encoder, path, *pair) for pair in zip(gpus, sockets, strict=True)]
-        models = [start(run_language_model, path, gpu, sockets, load.shape, load.side) for gpu in gpus]
+        models = [start(run_language_model, path, gpu, sockets, shape, load.side) for gpu in gpus]
         try:
             for pair in (*encoders, *models):
                 answer_of(*pair)
             # The encoders' sockets are there now.
             for _, connection in models:
-                connection.send(list(load.first_rates))
+                connection.send(load.images)
             for pair in models:
                 answer_of(*pair)
             yield models

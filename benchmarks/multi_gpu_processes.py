@@ -25,11 +25,19 @@ class Settings:
         gpus: how many to use; without any, the number of ranks on the CPU.
         on_gpu: there are GPUs.
         seconds: the part should take no longer.
+        shapes: those that the layouts serve; None for the part's own choice.
+        images: of a request to the layouts, one number or several; None for the part's own choice.
+        layouts: the names of those to measure; None for all.
+        of: of how many GPUs ``gpus`` are a part, see :mod:`benchmarks.multi_gpu_layouts`; None for no others.
     """
 
     gpus: int
     on_gpu: bool
     seconds: float
+    shapes: list[str] | None = None
+    images: list[int] | None = None
+    layouts: list[str] | None = None
+    of: int | None = None
 
 
 def emit(case: str, **figures: Any) -> None:

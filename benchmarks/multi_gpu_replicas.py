@@ -59,11 +59,16 @@ class Run:
 
 @dataclass(slots=True)
 class Result:
-    """Seconds to the first tokens, and between the tokens of all answers; whether all requests ended."""
+    """Seconds to the first tokens, and between the tokens of all answers; whether all requests ended.
+
+    Attributes:
+        ended: when the last of them did, on the performance counter.
+    """
 
     ttfts: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     finished: bool = False
+    ended: float = 0.0
 
 
 def _config(path: str, gpu: int | None) -> EngineConfig:
@@ -255,6 +260,7 @@ class _Requests:
             if every in done:
                 await every
                 self._result.finished = not self._too_late.is_set()
+                self._result.ended = time.perf_counter()
         except asyncio.CancelledError:
             pass
         for task in (*tasks, late):

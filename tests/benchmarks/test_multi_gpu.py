@@ -3,11 +3,14 @@
 import json
 import sys
 import time
+from multiprocessing import Pipe
 
 import pytest
 
 from benchmarks import multi_gpu
-from benchmarks.multi_gpu_layouts import Outcome, layouts, search
+from benchmarks.multi_gpu_layouts import Outcome, Replicas, layouts, search
+from benchmarks.multi_gpu_processes import Settings
+from benchmarks.multi_gpu_replicas import Result, Shown
 
 pytestmark = pytest.mark.processes
 
@@ -35,8 +38,30 @@ def test_all_parts_on_two_ranks(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out.count("tiny, 1 + 1, 2 images") == 2
 
 
+def test_one_gpu_of_four_gets_every_fourth_request():
+    ours, theirs = Pipe()
+    replicas = Replicas([(None, ours)], layouts(1, of=4)[0], Shown(1, 4))
+    theirs.send(Result([0.1], [0.01], finished=True))
+    outcome = replicas.at(40.0, 20.0)
+    assert (outcome.rate, outcome.held, outcome.ttft) == (40.0, True, 0.1)
+    due = theirs.recv().due
+    # Of 800 arrivals in 20 s; they vary by a few percent.
+    assert len(due) == 200 and 17 < due[-1] - due[0] < 23
+    theirs.send(Result([0.1] * 8, [0.01], finished=True, ended=time.perf_counter() + 2.3))
+    assert replicas.at_once(8) == pytest.approx(4 * 8 / 2.0, rel=0.1)
+
+
+def test_a_failed_rate_is_followed_by_one_request_that_waits_for_what_is_left():
+    ours, theirs = Pipe()
+    replicas = Replicas([(None, None), (None, ours)], layouts(2)[1], Shown(1, 4))
+    theirs.send(Result([3.0], [0.01], finished=False))
+    theirs.send(Result([0.1], [0.01], finished=True))
+    assert not replicas.at(40.0, 1.0).held
+    assert (len(theirs.recv().due), len(theirs.recv().due)) == (40, 1)
+
+
 def test_a_part_that_takes_too_long_is_ended_and_named(monkeypatch, capfd):
-    rows = multi_gpu.run_part("layouts", 2, 0.2)
+    rows = multi_gpu.run_part("layouts", Settings(2, False, 0.2), 0.2)
     assert rows == [{"part": "layouts", "case": "failed", "error": "took more than 0 s"}]
 
 
@@ -64,3 +89,8 @@ def test_layouts_use_every_gpu_once_for_each_kind():
     }
     for layout in layouts(4)[1:3]:
         assert sorted(layout.encoders + layout.language_models) == [0, 1, 2, 3]
+    assert [layout.replicas for layout in layouts(4)] == [4, 3, 2, 4]
+    assert [(layout.name, layout.language_models, layout.replicas) for layout in layouts(1, of=4)] == [
+        ("4 whole", [0], 4),
+        ("4 shared", [0], 4),
+    ]
