@@ -3,7 +3,9 @@
     python -m tests.engine.kernels.hopper [--wide]
 
 It prints one JSON object per kernel: its name, its registers per thread, and the bytes of its stack, to which
-registers are spilled. Sizes are those of public models. Nothing runs: a launch ends after compilation.
+registers are spilled. Sizes are those of public models. Nothing runs: launches are noted, then compiled. Of
+each kernel's variants enough are compiled to have every type of its arguments and every value of its
+constants; with ``--wide`` all of them, and those of more shapes.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from engine.kernels import device, pdl
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.rotary import RotaryTable
+from tests.wide import cover
 
 TARGET = GPUTarget("cuda", 90, 32)
 BF16, I32 = torch.bfloat16, torch.int32
@@ -465,18 +469,74 @@ def resources(binary: bytes) -> dict[str, int]:
     return {"registers": int(usage[1]), "stack": int(usage[2])}
 
 
+class Noted:
+    """Stands in for a kernel that is not compiled."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with types and constants, as Triton's ``JITFunction._do_compile`` takes them."""
+
+    kernel: JITFunction
+    key: str
+    signature: dict[str, str]
+    device: int
+    constants: dict[tuple[int, ...], Any]
+    options: Any
+    attributes: Any
+
+    def row(self) -> dict[str, str]:
+        """What tells variants apart: types, without tiles of TMA descriptors, constants, warps."""
+        types = {name: str(type_).split("[")[0] for name, type_ in self.signature.items()}
+        names = [param.name for param in self.kernel.params]
+        values = {f"{names[path[0]]}{path[1:]}": repr(value) for path, value in self.constants.items()}
+        return {**types, **values, "warps": str(self.options.num_warps)}
+
+
+def launched(cases: Sequence[Callable[[], None]]) -> list[Variant]:
+    """Run ``cases`` without compiling anything, and return the variants that they launch, each once."""
+    found: list[Variant] = []
+
+    def note(self: JITFunction, key: str, signature: Any, device: int, *rest: Any) -> Noted:
+        found.append(Variant(self, key, signature, device, *rest[:-1]))
+        return self.device_caches[device][0].setdefault(key, Noted())
+
+    run, compile_ = JITFunction.run, JITFunction._do_compile
+    JITFunction._do_compile = note
+    JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
+    try:
+        for case in cases:
+            case()
+    finally:
+        JITFunction.run, JITFunction._do_compile = run, compile_
+    return found
+
+
+def covering(variants: Sequence[Variant]) -> list[Variant]:
+    """The variants that together have, for each kernel, each type and each value."""
+    by_kernel: dict[str, list[Variant]] = defaultdict(list)
+    for variant in variants:
+        by_kernel[variant.kernel.__name__].append(variant)
+    return [
+        each[number]
+        for each in by_kernel.values()
+        for number in sorted(cover([variant.row() for variant in each], 1))
+    ]
+
+
 def main() -> None:
     prepare()
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        print(json.dumps({"kernel": self.__name__, **resources(kernel.asm["cubin"])}), flush=True)
-        return kernel
-
-    JITFunction.run = compile_only
-    for case in [*CASES, *(MORE_CASES if "--wide" in sys.argv else ())]:
-        case()
+    wide = "--wide" in sys.argv
+    variants = launched([*CASES, *(MORE_CASES if wide else ())])
+    for each in variants if wide else covering(variants):
+        kernel = each.kernel._do_compile(
+            each.key, each.signature, each.device, each.constants, each.options, each.attributes, warmup=True
+        )
+        name = each.kernel.__name__
+        print(json.dumps({"kernel": name, **resources(kernel.asm["cubin"])}), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,8 @@ from benchmarks.shapes import write_checkpoint
 from engine import LLM, SamplingParams
 from engine.kernels import device, gemm_activation, launch, prefill_attention
 from engine.runner.sampler import Sampler
-from tests.engine.kernels.hopper import prepare
+from tests.engine.kernels.hopper import Noted, prepare
 from tests.engine.rerun import rerun
-
-
-class Compiled:
-    """Stands in for a compiled kernel."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
 
 
 def main() -> None:
@@ -53,9 +46,9 @@ def main() -> None:
     beforehand: Counter[str] = Counter()
     later: Counter[str] = Counter()
 
-    def compile_nothing(self: JITFunction, key: str, signature: Any, device: int, *_: Any) -> Compiled:
+    def compile_nothing(self: JITFunction, key: str, signature: Any, device: int, *_: Any) -> Noted:
         (beforehand if launch._compiling.get() else later)[self.__name__] += 1
-        return self.device_caches[device][0].setdefault(key, Compiled())
+        return self.device_caches[device][0].setdefault(key, Noted())
 
     run = JITFunction.run
     JITFunction._do_compile = compile_nothing
