@@ -45,14 +45,7 @@ class Breakdown:
         self._gpu: subprocess.Popen | None = None
         if shutil.which("nvidia-smi"):
             self._samples = tempfile.TemporaryFile("w+")
-            command = [
-                "nvidia-smi",
-                "--query-gpu=utilization.gpu",
-                "--format=csv,noheader,nounits",
-                "-lms",
-                "100",
-            ]
-            self._gpu = subprocess.Popen(command, stdout=self._samples, stderr=subprocess.DEVNULL)
+            self._gpu = subprocess.Popen(_GPU, stdout=self._samples, stderr=subprocess.DEVNULL)
         self._cpu, self._began = cpu_seconds(), time.perf_counter()
         return self
 

@@ -1,10 +1,10 @@
 """Throughput and latency of the engine in one process, with dummy weights in the shape of public models.
 
     python -m benchmarks.offline --shape qwen2-vl-2b [--works w1,w2,w3,w4,w5] [--tensor-parallel-size N]
-        [--quantization fp8] [--json FILE]
+        [--quantization fp8] [--requests N] [--json FILE]
 
 Works:
-    w1  256 requests, each one image of its own and 64 text tokens, 128 tokens out: requests per second
+    w1  256 requests or N, each one image of its own and 64 text tokens, 128 tokens out: requests per second
     w2  256 text requests of 512 tokens, 128 out: output tokens per second
     w3  one request alone: PIL image to first token, and time per further token
     w4  64 requests at a context of 1024: decode tokens per second
@@ -48,12 +48,18 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Works:
-    """The works on one loaded model. ``scale`` divides counts and lengths, for machines without a GPU."""
+    """The works on one loaded model.
 
-    def __init__(self, llm: LLM, shape: str, scale: int) -> None:
+    Args:
+        scale: divides counts and lengths, for machines without a GPU.
+        requests: of w1.
+    """
+
+    def __init__(self, llm: LLM, shape: str, scale: int, requests: int = 256) -> None:
         self.llm = llm
         self.shape = SHAPES[shape]
         self.scale = scale
+        self.requests = requests
         self._seeds = iter(range(10**9))
 
     def params(self, tokens: int) -> SamplingParams:
@@ -82,7 +88,7 @@ class Works:
         return count
 
     def w1(self) -> dict[str, float]:
-        count, tokens = 256 // self.scale, max(2, 128 // self.scale)
+        count, tokens = self.requests // self.scale, max(2, 128 // self.scale)
         self.generate(self.picture_prompts(8), 4)
         prompts = self.picture_prompts(count)
         seconds, _ = timed(lambda: self.generate(prompts, tokens))
@@ -159,6 +165,7 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny", choices=sorted(SHAPES))
     parser.add_argument("--works", default="w1,w2,w3,w4", help="see above")
     parser.add_argument("--scale", type=int, default=None, help="divides counts; 16 on a CPU, 1 on a GPU")
+    parser.add_argument("--requests", type=int, default=256, help="of w1")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, each on a GPU of its own")
     parser.add_argument(
         "--quantization", choices=["fp8"], help="round the decoder's matrices to 8-bit floats"
@@ -175,7 +182,7 @@ def main() -> None:
         rate = measured_copy_rate() if ranks == 1 else 0.0
         seconds, llm = timed(lambda: load(str(path), gpu, ranks, options.quantization))
         results["load s"] = seconds
-        works = Works(llm, options.shape, options.scale or (1 if gpu else 16))
+        works = Works(llm, options.shape, options.scale or (1 if gpu else 16), options.requests)
         if ranks == 1:
             results |= floors(path, options.quantization == "fp8", works, rate)
         results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]

@@ -118,7 +118,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.side, options.words, options.tokens = SHAPES[options.shape].picture_size, 20, 8
-    options.preprocessors = options.ingresses = 1
+    options.preprocessors = options.ingresses = options.encoders = options.language_models = (
+        options.images
+    ) = 1
     options.encoder_gpu = options.one_process = False
     options.duty_cycle, options.batch_patches = 1.0, 32768
     options.seqs, options.batched_tokens = 256, 8192 if options.gpu else 512
