@@ -1,8 +1,9 @@
 """Latency of all-reduces of bfloat16 by size, and of those that one decode step needs.
 
 Columns, in microseconds for one all-reduce: ``engine`` is the engine's own path, launched one at a time;
-``captured`` is the same path in a CUDA graph, as decode steps run it; ``one-shot`` is PyTorch's kernel in
-which every rank reads all others' peer memory, captured too. NVLink multicast stays off.
+``captured`` is the same path in a CUDA graph, as decode steps run it; ``NCCL`` is the engine's path without
+peer memory, captured too, and ``one-shot`` is PyTorch's kernel in which every rank reads all others' peer
+memory. NVLink multicast stays off.
 
 A decode step of B sequences needs two all-reduces of ``B * hidden`` numbers a layer, and one for the
 embeddings.
@@ -57,6 +58,7 @@ def _rank(connection: Connection, rank: int, size: int, folder: str, sizes: list
         group = TorchGroup.join(
             rank=rank, size=size, address=f"file://{folder}/engine", device=device, timeout_s=300
         )
+        report((f"{size} ranks", {"share memory": group.shares_memory}))
         for count in sizes:
             figures = _measure(group.all_reduce, count, size, device)
             report((f"{size} ranks, {count // KIB} KiB", figures))
@@ -64,7 +66,7 @@ def _rank(connection: Connection, rank: int, size: int, folder: str, sizes: list
             report(_decode_step(group.all_reduce, f"{size} ranks, engine", rows, device))
         group.close()
         if on_gpu:
-            for row in _one_shot(rank, size, folder, [s for s in sizes if s <= ONE_SHOT_LIMIT], device):
+            for row in _others(rank, size, folder, sizes, device):
                 report(row)
         report(None)
 
@@ -100,14 +102,16 @@ def _decode_step(
     }
 
 
-def _one_shot(rank: int, size: int, folder: str, sizes: list[int], device: torch.device) -> list[Any]:
-    """Rows of PyTorch's one-shot kernel; one that says why, if it can't run here."""
+def _others(rank: int, size: int, folder: str, sizes: list[int], device: torch.device) -> list[Any]:
+    """Rows of NCCL and of PyTorch's one-shot kernel; one that says why, if that one can't run here."""
+    dist.init_process_group(
+        "nccl", init_method=f"file://{folder}/torch", rank=rank, world_size=size, device_id=device
+    )
+    rows = _rows(dist.all_reduce, "NCCL", sizes, size, device)
     try:
         import torch.distributed._symmetric_memory as symmetric
 
-        dist.init_process_group(
-            "nccl", init_method=f"file://{folder}/torch", rank=rank, world_size=size, device_id=device
-        )
+        sizes = [count for count in sizes if count <= ONE_SHOT_LIMIT]
         name = dist.group.WORLD.group_name  # type: ignore[union-attr]
         buffer = symmetric.empty(sizes[-1] // 2, dtype=torch.bfloat16, device=device)
         symmetric.rendezvous(buffer, name)
@@ -116,17 +120,21 @@ def _one_shot(rank: int, size: int, folder: str, sizes: list[int], device: torch
         def reduce(tensor: torch.Tensor) -> Any:
             return torch.ops.symm_mem.one_shot_all_reduce(buffer[: tensor.numel()], "sum", name)
 
-        rows: list[Any] = []
-        for count in sizes:
-            figures = {
-                f"one-shot {key}" if key.endswith("us") else key: value
-                for key, value in _measure(reduce, count, size, device).items()
-            }
-            rows.append((f"{size} ranks, {count // KIB} KiB", figures))
-        rows += [_decode_step(reduce, f"{size} ranks, one-shot", batch, device) for batch in (1, 8, 64)]
-        return rows
+        rows += _rows(reduce, "one-shot", sizes, size, device)
     except Exception as error:
-        return [(f"{size} ranks, one-shot", {"not measured": f"{type(error).__name__}: {error}"[:200]})]
+        rows.append((f"{size} ranks, one-shot", {"not measured": f"{type(error).__name__}: {error}"[:200]}))
+    return rows
+
+
+def _rows(
+    reduce: Callable[[torch.Tensor], Any], name: str, sizes: list[int], ranks: int, device: torch.device
+) -> list[Any]:
+    rows: list[Any] = []
+    for count in sizes:
+        figures = _measure(reduce, count, ranks, device)
+        named = {f"{name} {key}" if key.endswith("us") else key: value for key, value in figures.items()}
+        rows.append((f"{ranks} ranks, {count // KIB} KiB", named))
+    return rows + [_decode_step(reduce, f"{ranks} ranks, {name}", batch, device) for batch in (1, 8, 64)]
 
 
 def _captured(work: Callable[[], Any], times: int, device: torch.device) -> Callable[[], Any] | None:

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["errors"],
     [
-        *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "distributed", "kernels"),
-        *("watchdog", "startup", "helpers", "lru"),
+        *("graphs", "logprobs", "outputs", "param_checks", "parsers", "prompt", "kernels", "watchdog"),
+        *("startup", "helpers", "lru"),
     ],
+    ["distributed"],
     [
         *("config", "generation_config", "sampling_params", "pooling_params"),
         *("checkpoint", "text", "mailbox", "media", "metrics", "layers", "progress"),

@@ -5,12 +5,17 @@ from __future__ import annotations
 import socket
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+
+from engine.distributed.peer_memory import PeerMemory
+from engine.kernels.device import use_triton
+from engine.kernels.peer_reduce import peer_all_reduce, supports
 
 
 class TensorParallelGroup(Protocol):
@@ -70,8 +75,9 @@ class TorchGroup:
     It is independent of PyTorch's global group: a process may join several groups, also at the same time.
     """
 
-    def __init__(self, backend: Any, device: torch.device) -> None:
+    def __init__(self, backend: Any, device: torch.device, peers: PeerMemory | None = None) -> None:
         self._backend: Any = backend
+        self._peers = peers
         self.rank: int = backend.rank()
         self.size: int = backend.size()
         self._on_gpu = device.type == "cuda"
@@ -104,9 +110,17 @@ class TorchGroup:
         backend._set_sequence_number_for_group()
         if device.type == "cuda":
             backend.eager_connect_single_device(device)
-        return cls(backend, device)
+        return cls(backend, device, _peer_memory(store, rank, size, address, device))
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether small all-reduces are written into the other ranks' memory, without the backend."""
+        return self._peers is not None
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._peers is not None and supports(tensor):
+            peer_all_reduce(tensor, self._peers.buffers)
+            return tensor
         options = c10d.AllreduceOptions()
         options.asyncOp = False
         self._wait(self._backend.allreduce([tensor], options))
@@ -131,10 +145,15 @@ class TorchGroup:
         return tensor
 
     def abort(self) -> None:
+        if self._peers is not None:
+            self._peers.end()
         self._aborted.set()
 
     def close(self) -> None:
         self.abort()
+        if self._peers is not None:
+            self._peers.close()
+            self._peers = None
         if not self._stuck:
             self._gone.set()
             self._aborting.join(_CLOSE_S)
@@ -173,6 +192,14 @@ def own_address(host: str | None) -> str:
         # Sends nothing: it only asks for the route. The port doesn't matter.
         probe.connect((host or "127.0.0.1", 9))
         return probe.getsockname()[0]
+
+
+def _peer_memory(store: Any, rank: int, size: int, address: str, device: torch.device) -> PeerMemory | None:
+    """Share memory among GPUs of one host, whose ranks meet in a folder."""
+    place = urlsplit(address)
+    if place.scheme != "file" or not use_triton(torch.empty(0, device=device)):
+        return None
+    return PeerMemory.share(store, rank=rank, size=size, folder=Path(place.path).parent, device=device)
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: timedelta, address: str) -> Any:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels.dispatch import linear
+from engine.kernels.shard_rows import shard_rows
 from engine.layers.build import BuildContext, WeightSlot
 
 
@@ -39,10 +40,7 @@ class VocabEmbedding(VocabTable):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
-        local = ids - self.start
-        mine = (local >= 0) & (local < self.count)
-        out = F.embedding(local.where(mine, 0), self.weight)
-        return self.tp.all_reduce(out * mine[:, None])
+        return self.tp.all_reduce(shard_rows(self.weight, ids, self.start, self.count))
 
 
 class LMHead(VocabTable):

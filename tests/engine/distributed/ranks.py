@@ -13,6 +13,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.distributed.group import TensorParallelGroup, TorchGroup
 from engine.families.load import load_language_model
 from engine.families.registry import resolve
+from engine.graphs import CudaCapture
 from tests.engine.decoding import prefill_logits
 
 CPU = torch.device("cpu")
@@ -54,3 +55,61 @@ def stop_after_one(address: str) -> None:
     group = TorchGroup.join(rank=1, size=2, address=address, device=CPU, timeout_s=60)
     group.all_reduce(torch.ones(3))
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+#: Shapes of sums between GPUs: of one trip, of two, of the backend, and one that is no multiple of a vector.
+SHAPES = [(1, 3584), (3, 40), (64, 3584), (900, 3584), (2048, 3584), (1, 9)]
+
+
+def sum_on_gpus(rank: int, size: int, address: str) -> None:
+    """Sum tensors of bfloat16, eagerly and in a captured graph, and compare with sums of float64."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    group = TorchGroup.join(rank=rank, size=size, address=address, device=device, timeout_s=60)
+    assert group.shares_memory
+    generator = torch.Generator(device)
+
+    def draw(shape: tuple[int, int], seed: int) -> list[torch.Tensor]:
+        generator.manual_seed(seed)
+        return [
+            torch.randn(shape, generator=generator, device=device)
+            .bfloat16()
+            .where(torch.rand(shape, generator=generator, device=device) < 0.9, -0.0)
+            for _ in range(size)
+        ]
+
+    inputs = [torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in SHAPES]
+
+    def work() -> list[torch.Tensor]:
+        return [group.all_reduce(x.clone()) for x in inputs]
+
+    replay = CudaCapture(device)(work)
+    for seed in range(30):
+        drawn = [draw(shape, seed) for shape in SHAPES]
+        for x, every in zip(inputs, drawn, strict=True):
+            x.copy_(every[rank])
+        for out, every in zip(replay() if seed % 2 else work(), drawn, strict=True):
+            expected = torch.stack(every).double().sum(0)
+            assert (out.double() - expected).norm() < 4e-3 * expected.norm()
+            ranks = group.all_gather(out.view(torch.int16)[None], dim=0)
+            assert (ranks == ranks[0]).all()
+    del replay
+    group.close()
+
+
+def wait_for_a_lost_rank(rank: int, address: str) -> None:
+    """As rank 1 of 2, end after one sum; as rank 0, wait for it in a captured graph, and stop waiting."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    group = TorchGroup.join(rank=rank, size=2, address=address, device=device, timeout_s=60)
+    x = torch.ones((1, 64), dtype=torch.bfloat16, device=device)
+    assert group.all_reduce(x.clone()).eq(2).all()
+    replay = CudaCapture(device)(lambda: [group.all_reduce(x.clone()) for _ in range(60)])
+    if rank == 1:
+        os._exit(0)
+    replay()
+    group.abort()
+    torch.cuda.synchronize()
+    assert torch.ones(4, device=device).sum() == 4
+    del replay
+    group.close()

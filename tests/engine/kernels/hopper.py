@@ -398,6 +398,17 @@ def int4_experts(tokens: int, kind: str) -> None:
     run(tensor(tokens, 2048), ids, weights, matrices(1024, 2048), matrices(2048, 512), "silu")
 
 
+def several_ranks(rows: int, ranks: int) -> None:
+    """Look up a split table, and sum over ranks by peer memory."""
+    from engine.kernels.peer_reduce import PROGRAMS, PeerBuffers, peer_all_reduce
+    from engine.kernels.shard_rows import shard_rows_triton
+
+    addresses = tuple(1 << 40 | rank << 25 for rank in range(ranks))
+    shard_rows_triton(tensor(64, 3584), torch.zeros(rows, dtype=torch.int64), 0, 64)
+    halves, ended = tensor(PROGRAMS, dtype=I32), tensor(1, dtype=I32)
+    peer_all_reduce(tensor(rows, 3584), PeerBuffers(0, ranks, addresses, halves, ended))
+
+
 #: Cases that together have every kernel, with each kind of matrices it takes, and its largest tiles.
 CASES: list[Callable[[], None]] = [
     elementwise,
@@ -427,6 +438,8 @@ CASES: list[Callable[[], None]] = [
     lambda: prefill(28, 4, 128),
     lambda: vision(16, 80, 1600),
     partial(activated, 4096, 1280, 5120, "gelu_pytorch_tanh"),
+    partial(several_ranks, 1, 4),
+    partial(several_ranks, 512, 4),
 ]
 #: More shapes and options of the same kernels.
 MORE_CASES: list[Callable[[], None]] = [
@@ -451,6 +464,7 @@ MORE_CASES: list[Callable[[], None]] = [
     lambda: vision(16, 80, 1600, images=4),
     lambda: vision(16, 64, 577),
     lambda: vision(16, 72, 1024),
+    *(partial(several_ranks, rows, 8) for rows in (1, 512)),
     *(partial(activated, 4096, 1280, 5120, activation) for activation in ("silu", "gelu", "quick_gelu")),
 ]
 

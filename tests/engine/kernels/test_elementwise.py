@@ -25,6 +25,7 @@ from engine.kernels.rms_norm import (
     rms_norm_triton,
 )
 from engine.kernels.rotary import RotaryTable, angle_axes, rotary_reference, rotary_triton
+from engine.kernels.shard_rows import shard_rows_reference, shard_rows_triton
 from engine.kernels.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
 
 from .compare import assert_close
@@ -216,3 +217,14 @@ def test_sigmoid_gate(device, dtype, tokens, heads, dim):
     # Queries and gates of heads take turns.
     gate = torch.randn(tokens, 2 * heads, dim, device=device, dtype=dtype)[:, 1::2]
     assert_close(sigmoid_gate_triton(x, gate), sigmoid_gate_reference(x, gate))
+
+
+@pytest.mark.parametrize("width", [24, 1032])
+def test_shard_rows(device, dtype, width):
+    table = torch.randn(7, width, device=device, dtype=dtype)
+    # The last row is padding beyond the vocabulary's end.
+    ids = torch.tensor([9, 10, 15, 16, 0, 12], device=device)
+    result = shard_rows_triton(table, ids, 10, 6)
+    assert torch.equal(result, shard_rows_reference(table, ids, 10, 6))
+    assert torch.equal(result[[1, 2, 5]], table[[0, 5, 2]])
+    assert not result[[0, 3, 4]].any()
