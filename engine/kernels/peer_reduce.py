@@ -1,9 +1,9 @@
-"""All-reduce over peer memory: every rank writes into buffers of the others, which are GPUs of one host.
+"""All-reduce and all-gather over peer memory: every rank writes into buffers of the others, which are GPUs of one host.
 
 A collective of a few kilobytes is all latency. Here it is one launch and one trip over the link: a program
 writes its share of the input into the buffer of every rank (its own too), waits until the shares of all ranks
 are in its own buffer, and adds them up. Larger inputs take two trips, so that less is sent: each rank adds up
-one part of every program's share, and writes the sum to all ranks.
+one part of every program's share, and writes the sum to all ranks. An all-gather is the first trip alone.
 
 There are no flags and no fences. A place of a buffer that holds nothing holds negative zero; a number that is
 sent as negative zero is sent as zero. Each number says by itself that it has arrived, however the hardware
@@ -132,6 +132,37 @@ def peer_all_reduce(x: torch.Tensor, peers: PeerBuffers, tile: ReduceTile | None
     )  # fmt: skip
 
 
+def supports_gather(x: torch.Tensor, size: int) -> bool:
+    """Return whether :func:`peer_all_gather` takes the matrix ``x`` of each of ``size`` ranks."""
+    vector = _VECTOR // x.element_size()
+    most = MAX_BYTES // size
+    return x.dim() == 2 and supports(x) and x.nbytes <= most and x.shape[1] % vector == 0
+
+
+def peer_all_gather(x: torch.Tensor, peers: PeerBuffers) -> torch.Tensor:
+    """Concatenate equally shaped matrices of all ranks along the last dimension, in the order of ranks.
+
+    Args:
+        x: ``(N, C)``; see :func:`supports_gather`.
+
+    Returns:
+        ``(N, size * C)``; negative zeros of ``x`` are zeros there.
+    """
+    rows, columns = x.shape
+    out = torch.empty((rows, peers.size * columns), dtype=x.dtype, device=x.device)
+    tile = choose_tile(x.numel(), x.element_size(), peers.size, trips=1)
+    half, vector = HALF_BYTES // x.element_size(), _VECTOR // x.element_size()
+    assert tile.numbers * tile.tiles * peers.size <= half
+    launch(
+        _gather_kernel, (tile.programs,),
+        x_ptr=x, out_ptr=out, addresses=peers.addresses, halves_ptr=peers.halves, ended_ptr=peers.ended,
+        vectors=x.numel() // vector, column_vectors=columns // vector, tiles=tile.tiles, rank=peers.rank,
+        HALF=half, SIZE=peers.size, RANKS=triton.next_power_of_2(peers.size), TILE=tile.numbers,
+        VECTOR=vector, num_warps=tile.warps, **pdl_options(x),
+    )  # fmt: skip
+    return out
+
+
 @triton.jit
 def _buffer(address):
     """A buffer as a pointer to words of 16 bits."""
@@ -239,4 +270,36 @@ def _two_trips_kernel(
         at = tile * TILE + lane
         words = _receive(own + sums + at, at < left, ended_ptr)
         tl.store(x_ptr + at, words.to(dtype, bitcast=True), mask=at < left)
+    tl.store(halves_ptr + program, 1 - half)
+
+
+@triton.jit(do_not_specialize=["vectors", "column_vectors", "tiles", "rank"])
+def _gather_kernel(
+    x_ptr, out_ptr, addresses, halves_ptr, ended_ptr, vectors, column_vectors, tiles, rank, HALF: tl.constexpr,
+    SIZE: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per ``tiles`` tiles of ``x``; half a region as in :func:`_one_trip_kernel`."""
+    program = tl.program_id(0)
+    lane = tl.arange(0, TILE)
+    source = tl.arange(0, RANKS)[:, None]
+    own = _buffer(addresses[SIZE - 1])
+    start = program * tiles * TILE
+    left = vectors * VECTOR - start
+    wait_for_previous(PDL)
+    half = tl.load(halves_ptr + program)
+    region = (program * 2 + half) * HALF
+    for tile in range(tiles):
+        at = tile * TILE + lane
+        words = _words(tl.load(x_ptr + start + at, mask=at < left, other=0.0))
+        _send(words, addresses, region + rank * tiles * TILE + at, at < left, SIZE)
+    for tile in range(tiles):
+        at = tile * TILE + lane
+        mask = (source < SIZE) & (at < left)[None, :]
+        words = _receive(own + region + source * (tiles * TILE) + at[None, :], mask, ended_ptr)
+        # Vectors don't cross rows.
+        vector = (start + at) // VECTOR
+        row, column = vector // column_vectors, vector % column_vectors
+        place = ((row * SIZE)[None, :] + source) * column_vectors + column[None, :]
+        place = place * VECTOR + (at % VECTOR)[None, :]
+        tl.store(out_ptr + place, words.to(out_ptr.dtype.element_ty, bitcast=True), mask=mask)
     tl.store(halves_ptr + program, 1 - half)

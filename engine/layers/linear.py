@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.kernels.device import MEMORY_BOUND_ROWS
 from engine.kernels.dispatch import (
     activated_linear,
     linear,
@@ -324,7 +325,12 @@ class RowLinear(nn.Module):
     def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias, counters=self.counters, scale=self.scale)
-        out = self.tp.all_reduce(self.partial(x))
+        if self.format is None and isinstance(x, torch.Tensor) and len(x) > MEMORY_BOUND_ROWS:
+            out = x.new_empty(len(x), self.out_features)
+            weight = self.weight.t()
+            self.tp.all_reduce_pieces(out, lambda rows: torch.mm(x[rows], weight, out=out[rows]))
+        else:
+            out = self.tp.all_reduce(self.partial(x))
         return out if self.bias is None else out + self.bias
 
     def partial(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Kills processes of a server of its own while it answers, and counts the answers that differ.
 
-    python -m tests.chaos [--gpus 1] [--seconds 60] [--clients 8] [--proxy] [--eager]
+    python -m tests.chaos [--gpus 1] [--language-models 1] [--seconds 60] [--clients 8] [--proxy] [--eager]
 
 The shipped model answers in bfloat16 with CUDA graphs; ``--gpus 0`` serves it on the CPU instead, with two
 ranks. Each request is asked alone first, then under a load of which nothing is killed, then under the same
@@ -50,6 +50,9 @@ def main() -> None:
         default=1,
         help="1: shared by all; else one for each rank and the encoder",
     )
+    parser.add_argument(
+        "--language-models", type=int, default=1, help="several share the GPUs, and encode in their replicas"
+    )
     parser.add_argument("--seconds", type=float, default=60, help="of the load with kills, at least")
     parser.add_argument("--spare", type=float, default=240, help="seconds for all but the loads, at most")
     parser.add_argument("--period", type=float, default=5, help="seconds between two kills")
@@ -59,7 +62,8 @@ def main() -> None:
     options = parser.parse_args()
     # As for the tests, see tests/conftest.py; replicas inherit it.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    change = partial(on_gpus, gpus=options.gpus, eager=options.eager) if options.gpus else on_cpus
+    several = {"language_models": options.language_models, "eager": options.eager}
+    change = partial(on_gpus, gpus=options.gpus, **several) if options.gpus else on_cpus
     # Ended from outside, too, it must leave no process behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     progress = Progress(longest(options))
@@ -125,7 +129,9 @@ async def run(served: Served, options: argparse.Namespace, progress: Progress) -
     same = alone.wanted == again.wanted
     print(f"answers alone; the same twice: {same}", flush=True)
     gaps = {kind: await margins(served.root, body) for kind, body in BODIES.items() if "seed" not in body}
-    kinds = [*STAGES, *([RANK] if options.gpus not in (1, 2) else [])]
+    kinds = [stage for stage in STAGES if options.language_models == 1 or stage != "VisionEncoder"]
+    if options.gpus == 0 or options.gpus > options.language_models + (options.language_models == 1):
+        kinds.append(RANK)
     all_s = options.seconds
     loads = (
         ("no kills", [], 0, all_s / 3, 0.0),

@@ -25,15 +25,18 @@ def on_cpus(args: dict[str, Any]) -> None:
     model["engine"]["tensor_parallel_size"] = 2
 
 
-def on_gpus(args: dict[str, Any], gpus: int, *, eager: bool = False) -> None:
+def on_gpus(args: dict[str, Any], gpus: int, *, language_models: int = 1, eager: bool = False) -> None:
     """Change the arguments of the shipped application: bfloat16 with CUDA graphs.
 
     Args:
         gpus: one is shared by the encoder and the language model; of several the encoder has one, and each of
             the others a rank.
+        language_models: more than one share the GPUs, each of which has a rank, and encode in their replicas.
         eager: without CUDA graphs.
     """
     model = _alone(args)
+    several = language_models > 1
+    ranks = gpus // language_models if several else max(gpus - 1, 1)
     model["engine"] |= {
         "device": "cuda",
         "dtype": "bfloat16",
@@ -42,10 +45,13 @@ def on_gpus(args: dict[str, Any], gpus: int, *, eager: bool = False) -> None:
         "max_num_batched_tokens": 2048,
         # A killed process's memory may still be in use when the next one measures what is free.
         "gpu_memory_utilization": 0.3,
-        "tensor_parallel_size": max(gpus - 1, 1),
+        "tensor_parallel_size": ranks,
     }
-    model["encoder"]["num_gpus"] = 0.3 if gpus == 1 else 1
-    model["language_model"]["num_gpus"] = 0.6 if gpus == 1 else gpus - 1
+    model["language_model"] |= {"num_replicas": language_models, "num_gpus": 0.6 if gpus == 1 else ranks}
+    if several:
+        model["encoder"]["with_language_model"] = True
+    else:
+        model["encoder"]["num_gpus"] = 0.3 if gpus == 1 else 1
 
 
 def _alone(args: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,14 @@ def test_gpus_are_shared_or_given_to_ranks(gpus, ranks, encoder, language_model)
     assert (model.encoder.num_gpus, model.language_model.num_gpus) == (encoder, language_model)
 
 
+def test_several_language_models_share_the_gpus_and_encode_themselves():
+    args = app_args()
+    on_gpus(args, 4, language_models=2)
+    (model,) = AppConfig.model_validate(args).models
+    assert model.engine.tensor_parallel_size == 2 and model.encoder.with_language_model
+    assert (model.language_model.num_replicas, model.language_model.num_gpus) == (2, 2)
+
+
 def test_without_gpus_the_language_model_has_two_ranks():
     args = app_args()
     on_cpus(args)

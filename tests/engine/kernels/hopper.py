@@ -400,13 +400,16 @@ def int4_experts(tokens: int, kind: str) -> None:
 
 def several_ranks(rows: int, ranks: int) -> None:
     """Look up a split table, and sum over ranks by peer memory."""
-    from engine.kernels.peer_reduce import PROGRAMS, PeerBuffers, peer_all_reduce
+    from engine.kernels.peer_reduce import PROGRAMS, PeerBuffers, peer_all_gather, peer_all_reduce
     from engine.kernels.shard_rows import shard_rows_triton
 
     addresses = tuple(1 << 40 | rank << 25 for rank in range(ranks))
     shard_rows_triton(tensor(64, 3584), torch.zeros(rows, dtype=torch.int64), 0, 64)
     halves, ended = tensor(PROGRAMS, dtype=I32), tensor(1, dtype=I32)
-    peer_all_reduce(tensor(rows, 3584), PeerBuffers(0, ranks, addresses, halves, ended))
+    peers = PeerBuffers(0, ranks, addresses, halves, ended)
+    peer_all_reduce(tensor(rows, 3584), peers)
+    if rows == 1:
+        peer_all_gather(tensor(rows, 152064 // ranks), peers)
 
 
 #: Cases that together have every kernel, with each kind of matrices it takes, and its largest tiles.

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.kernels.peer_reduce import BUFFER_BYTES, EMPTY, PROGRAMS, PeerBuffers, ReduceTile, peer_all_reduce
+from engine.kernels.peer_reduce import (
+    BUFFER_BYTES,
+    EMPTY,
+    PROGRAMS,
+    PeerBuffers,
+    ReduceTile,
+    peer_all_gather,
+    peer_all_reduce,
+)
 
 
 def make_buffers(folder: Path, size: int) -> None:
@@ -18,13 +26,18 @@ def make_buffers(folder: Path, size: int) -> None:
         np.full(BUFFER_BYTES // 2, EMPTY, np.int16).tofile(folder / str(rank))
 
 
-def reduce_all(
-    connection: Connection, rank: int, size: int, folder: Path, calls: list[tuple[torch.Tensor, ReduceTile]]
+def take_part(
+    connection: Connection,
+    rank: int,
+    size: int,
+    folder: Path,
+    sums: list[tuple[torch.Tensor, ReduceTile]],
+    parts: torch.Tensor,
 ) -> None:
-    """Take part in all-reduces as one of ``size`` ranks, and send the results.
+    """Take part in all-reduces and an all-gather as one of ``size`` ranks, and send the results.
 
     Args:
-        calls: inputs of all ranks, ``(size, ...)``.
+        sums, parts: inputs of all ranks, ``(size, ...)``.
     """
     torch.set_num_threads(1)
     mapped = []
@@ -40,10 +53,11 @@ def reduce_all(
         ended=torch.zeros(1, dtype=torch.int32),
     )
     results = []
-    for inputs, tile in calls:
+    for inputs, tile in sums:
         out = inputs[rank].clone()
         peer_all_reduce(out, peers, tile)
         results.append(out)
+    results.append(peer_all_gather(parts[rank], peers))
     # No rank writes any more once all have answered.
     connection.send(results)
     connection.recv()

@@ -1,4 +1,4 @@
-"""All-reduces over peer memory: in processes that share files in place of GPUs' memory, and between GPUs."""
+"""Collectives over peer memory, in processes that share files in place of the memory of GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.kernels.peer_reduce import HALF_BYTES, MAX_BYTES, PROGRAMS, ReduceTile, choose_tile
-from tests.engine.kernels.peer_ranks import make_buffers, reduce_all
+from tests.engine.kernels.peer_ranks import make_buffers, take_part
 
 pytestmark = pytest.mark.processes
 
@@ -23,7 +23,7 @@ CALLS = [
 ]
 
 
-def test_all_ranks_get_the_same_sum_and_leave_nothing_behind(tmp_path):
+def test_all_ranks_get_the_same_and_leave_nothing_behind(tmp_path):
     torch.manual_seed(0)
     size = 3
     inputs = [torch.randn(size, *shape).half() for shape, _ in CALLS]
@@ -32,12 +32,13 @@ def test_all_ranks_get_the_same_sum_and_leave_nothing_behind(tmp_path):
     inputs[2][:, 1] = float("nan")
     inputs[3][0, 0, 5] = float("-inf")
     calls = [(given, tile) for given, (_, tile) in zip(inputs, CALLS, strict=True)]
+    parts = torch.randn(size, 3, 16).half()
     make_buffers(tmp_path, size)
     context, ranks = get_context("spawn"), []
     for rank in range(size):
         ours, theirs = context.Pipe()
-        arguments = (theirs, rank, size, tmp_path, calls)
-        process = context.Process(target=reduce_all, args=arguments, daemon=True)
+        arguments = (theirs, rank, size, tmp_path, calls, parts)
+        process = context.Process(target=take_part, args=arguments, daemon=True)
         process.start()
         ranks.append((process, ours))
     results = []
@@ -49,6 +50,7 @@ def test_all_ranks_get_the_same_sum_and_leave_nothing_behind(tmp_path):
         assert connection.recv(), "a place that was read is not empty"
         process.join()
     for own in results:
+        assert torch.equal(own.pop(), torch.cat(list(parts), dim=-1))
         for out, first, given in zip(own, results[0], inputs, strict=True):
             assert torch.equal(out.view(torch.int16), first.view(torch.int16))
             torch.testing.assert_close(out, given.float().sum(0).half(), equal_nan=True, atol=2e-3, rtol=2e-3)
