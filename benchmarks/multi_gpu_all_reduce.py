@@ -58,7 +58,7 @@ def _rank(connection: Connection, rank: int, size: int, folder: str, sizes: list
         group = TorchGroup.join(
             rank=rank, size=size, address=f"file://{folder}/engine", device=device, timeout_s=300
         )
-        report((f"{size} ranks", {"share memory": group.shares_memory}))
+        report((f"{size} ranks", {"share memory": group.peers is not None}))
         for count in sizes:
             figures = _measure(group.all_reduce, count, size, device)
             report((f"{size} ranks, {count // KIB} KiB", figures))

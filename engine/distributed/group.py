@@ -16,14 +16,27 @@ import torch.distributed.distributed_c10d as c10d
 
 from engine.distributed.peer_memory import PeerMemory
 from engine.kernels.device import use_triton
-from engine.kernels.peer_reduce import peer_all_gather, peer_all_reduce, supports, supports_gather
+from engine.kernels.peer_reduce import (
+    PeerBuffers,
+    peer_all_gather,
+    peer_all_reduce,
+    supports,
+    supports_gather,
+)
 
 
 class TensorParallelGroup(Protocol):
-    """Ranks that share one model. Every rank makes the same calls in the same order."""
+    """Ranks that share one model. Every rank makes the same calls in the same order.
+
+    Attributes:
+        peers: the ranks' memory, if all of them can write to it; for small tensors only.
+    """
 
     rank: int
     size: int
+
+    @property
+    def peers(self) -> PeerBuffers | None: ...
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; returns ``tensor``."""
@@ -60,6 +73,7 @@ class SingleProcessGroup:
 
     rank = 0
     size = 1
+    peers = None
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -87,9 +101,9 @@ class TorchGroup:
     It is independent of PyTorch's global group: a process may join several groups, also at the same time.
     """
 
-    def __init__(self, backend: Any, device: torch.device, peers: PeerMemory | None = None) -> None:
+    def __init__(self, backend: Any, device: torch.device, memory: PeerMemory | None = None) -> None:
         self._backend: Any = backend
-        self._peers = peers
+        self._memory = memory
         self.rank: int = backend.rank()
         self.size: int = backend.size()
         self._on_gpu = device.type == "cuda"
@@ -127,13 +141,12 @@ class TorchGroup:
         return cls(backend, device, _peer_memory(store, rank, size, address, device))
 
     @property
-    def shares_memory(self) -> bool:
-        """Whether small tensors are written into the other ranks' memory, without the backend."""
-        return self._peers is not None
+    def peers(self) -> PeerBuffers | None:
+        return None if self._memory is None else self._memory.buffers
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._peers is not None and supports(tensor):
-            peer_all_reduce(tensor, self._peers.buffers)
+        if self._memory is not None and supports(tensor):
+            peer_all_reduce(tensor, self._memory.buffers)
             return tensor
         options = c10d.AllreduceOptions()
         options.asyncOp = False
@@ -158,8 +171,8 @@ class TorchGroup:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        if self._peers is not None and dim == -1 and supports_gather(tensor, self.size):
-            return peer_all_gather(tensor, self._peers.buffers)
+        if self._memory is not None and dim == -1 and supports_gather(tensor, self.size):
+            return peer_all_gather(tensor, self._memory.buffers)
         rows = torch.empty(
             self.size * tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device
         )
@@ -178,15 +191,15 @@ class TorchGroup:
         return tensor
 
     def abort(self) -> None:
-        if self._peers is not None:
-            self._peers.end()
+        if self._memory is not None:
+            self._memory.end()
         self._aborted.set()
 
     def close(self) -> None:
         self.abort()
-        if self._peers is not None:
-            self._peers.close()
-            self._peers = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
         if not self._stuck:
             self._gone.set()
             self._aborting.join(_CLOSE_S)

@@ -31,7 +31,7 @@ from engine.kernels.fp8 import (
 )
 from engine.kernels.fp8_mma import fp8_mma_gluon
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
-from engine.kernels.gemv import gemv_triton
+from engine.kernels.gemv import gemv_sum_triton, gemv_triton
 from engine.kernels.grouped_gemm import grouped_experts_triton
 from engine.kernels.int4 import Int4Scale, dequantise_int4
 from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
@@ -42,6 +42,7 @@ from engine.kernels.launch import is_compiling
 from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference, paged_attention_triton
+from engine.kernels.peer_reduce import MAX_SENT, PeerBuffers
 from engine.kernels.prefill_attention import prefill_attention_gluon
 from engine.kernels.recurrent_state import StateCache
 from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
@@ -201,6 +202,30 @@ def linear(
     else:
         out = dequantised_gemm(x, weight, scale, bias)
     return out if activation is None else act_mul(out, activation)
+
+
+def sum_linear(
+    x: torch.Tensor | RoundedRows,
+    weight: torch.Tensor,
+    peers: PeerBuffers,
+    *,
+    scale: Scale | Int4Scale | None = None,
+) -> torch.Tensor | None:
+    """Compute the sum over ranks of ``x @ weight.T``, where no separate all-reduce is needed.
+
+    Args:
+        x, weight, scale: see :func:`linear`.
+        peers: buffers of all ranks, which make the same call with ``x`` and ``weight`` of their own.
+
+    Returns:
+        ``(T, N)`` on all ranks; None if the product is one for :func:`linear` and an all-reduce.
+    """
+    if not isinstance(x, torch.Tensor) or isinstance(scale, Int4Scale) or not use_triton(x):
+        return None
+    if x.shape[0] != 1 or takes_rounded(x, weight, scale) or (scale is not None and not reads_fp8(x.device)):
+        return None
+    fits = x.element_size() == 2 and weight.shape[0] % 8 == 0 and weight.shape[0] <= MAX_SENT
+    return gemv_sum_triton(x, weight, scale, peers) if fits else None
 
 
 def takes_rounded(x: torch.Tensor, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:

@@ -14,6 +14,8 @@ import triton.language as tl
 
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.peer_reduce import PeerBuffers, send, send_arguments, sum_sent
+from engine.kernels.peer_reduce import choose_tile as choose_reduce_tile
 from engine.kernels.scales import load_scales, scale_arguments
 
 
@@ -49,29 +51,52 @@ def choose_tile(outputs: int, inputs: int, itemsize: int = 2) -> GemvTile:
 
 def gemv_triton(x, weight, bias=None, scale=None):
     """See :func:`engine.kernels.dispatch.linear`; for one row, without an activation."""
-    outputs, inputs = weight.shape
-    assert x.shape == (1, inputs) and inputs > 0
-    assert x.stride(-1) == weight.stride(-1) == 1 and (scale is not None or x.dtype == weight.dtype)
+    outputs = weight.shape[0]
     out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
-    tile = choose_tile(outputs, inputs, weight.element_size())
+    tile, arguments = _arguments(x, weight, scale)
     launch(
         _gemv_kernel, (triton.cdiv(outputs, tile.outputs),),
-        x_ptr=x, weight_ptr=weight, bias_ptr=x if bias is None else bias, out_ptr=out,
-        outputs=outputs, inputs=inputs, weight_stride=weight.stride(0), **scale_arguments(x, scale),
-        TILE_OUTPUTS=tile.outputs, TILE_INPUTS=tile.inputs, BIAS=bias is not None,
-        num_warps=tile.warps, **pdl_options(x),
+        out_ptr=out, bias_ptr=x if bias is None else bias, BIAS=bias is not None, **arguments,
     )  # fmt: skip
     return out
 
 
+def gemv_sum_triton(x, weight, scale, peers: PeerBuffers):
+    """See :func:`engine.kernels.dispatch.sum_linear`; for one row.
+
+    Each program writes its outputs to all ranks; a second launch, which begins meanwhile, adds up those of all.
+    """
+    outputs = weight.shape[0]
+    tile, arguments = _arguments(x, weight, scale)
+    reduce = choose_reduce_tile(outputs, x.element_size(), peers.size, trips=1)
+    launch(
+        _gemv_send_kernel, (triton.cdiv(outputs, tile.outputs),),
+        **arguments, **send_arguments(x, reduce, peers),
+    )  # fmt: skip
+    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
+    sum_sent(out, peers, reduce)
+    return out
+
+
+def _arguments(x, weight, scale):
+    """The tile of a problem, and its arguments and launch options."""
+    outputs, inputs = weight.shape
+    assert x.shape == (1, inputs) and inputs > 0
+    assert x.stride(-1) == weight.stride(-1) == 1 and (scale is not None or x.dtype == weight.dtype)
+    tile = choose_tile(outputs, inputs, weight.element_size())
+    return tile, {
+        "x_ptr": x, "weight_ptr": weight, "outputs": outputs, "inputs": inputs,
+        "weight_stride": weight.stride(0), **scale_arguments(x, scale),
+        "TILE_OUTPUTS": tile.outputs, "TILE_INPUTS": tile.inputs, "num_warps": tile.warps, **pdl_options(x),
+    }  # fmt: skip
+
+
 @triton.jit
-def _gemv_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, outputs, inputs, weight_stride, scale_ptr, groups,
-    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+def _products(
+    x_ptr, weight_ptr, output, outputs, inputs, weight_stride, scale_ptr, groups,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`."""
-    output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    """The dot products of a tile of weight rows with ``x``, which the previous kernel may write."""
     row_mask = (output < outputs)[:, None]
     lane = tl.arange(0, TILE_INPUTS)[None, :]
     weights = weight_ptr + output.to(tl.int64)[:, None] * weight_stride
@@ -96,6 +121,37 @@ def _gemv_kernel(
     result = tl.sum(products, axis=1)
     if GROUP == 0:
         result *= tl.load(scale_ptr + output, mask=output < outputs, other=0.0)
+    return result
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, outputs, inputs, weight_stride, scale_ptr, groups,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per tile of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`."""
+    output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    result = _products(
+        x_ptr, weight_ptr, output, outputs, inputs, weight_stride, scale_ptr, groups, GROUP, TILE_OUTPUTS,
+        TILE_INPUTS, PDL,
+    )  # fmt: skip
     if BIAS:
         result += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
     tl.store(out_ptr + output, result.to(out_ptr.dtype.element_ty), mask=output < outputs)
+
+
+@triton.jit(do_not_specialize=["share", "rank"])
+def _gemv_send_kernel(
+    x_ptr, weight_ptr, outputs, inputs, weight_stride, scale_ptr, groups, addresses, halves_ptr, share, rank,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, HALF: tl.constexpr,
+    SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """:func:`_gemv_kernel` whose outputs go to all ranks; see :func:`~engine.kernels.peer_reduce.send`."""
+    output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
+    result = _products(
+        x_ptr, weight_ptr, output, outputs, inputs, weight_stride, scale_ptr, groups, GROUP, TILE_OUTPUTS,
+        TILE_INPUTS, PDL,
+    )  # fmt: skip
+    numbers = result.to(x_ptr.dtype.element_ty)
+    send(numbers, output, output < outputs, addresses, halves_ptr, share, rank, HALF, SIZE)

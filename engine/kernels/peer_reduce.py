@@ -21,6 +21,7 @@ All ranks add the same numbers in the same order with the same kernel: their sum
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -39,6 +40,8 @@ BUFFER_BYTES = PROGRAMS * 2 * HALF_BYTES
 MAX_BYTES = 7 << 20
 #: The word of 16 bits in a place that holds nothing: negative zero.
 EMPTY = -0x8000
+#: Most numbers of :func:`sum_sent`.
+MAX_SENT = 1 << 16
 #: Up to so many bytes sent by a rank one trip is faster than two.
 _ONE_TRIP_BYTES = 1 << 20
 #: Numbers that a thread reads at once are in this many bytes.
@@ -123,13 +126,43 @@ def peer_all_reduce(x: torch.Tensor, peers: PeerBuffers, tile: ReduceTile | None
     assert tile.programs <= PROGRAMS
     assert numel <= tile.programs * share * (1 if tile.trips == 1 else peers.size)
     assert (share * peers.size if tile.trips == 1 else 2 * share * peers.size) <= half
+    if tile.trips == 1:
+        _launch(_one_trip_kernel, x, peers, tile, SENT=False)
+    else:
+        _launch(_two_trips_kernel, x, peers, tile)
+
+
+def _launch(kernel: Any, x: torch.Tensor, peers: PeerBuffers, tile: ReduceTile, **constants: bool) -> None:
+    vector = _VECTOR // x.element_size()
     launch(
-        _one_trip_kernel if tile.trips == 1 else _two_trips_kernel, (tile.programs,),
+        kernel, (tile.programs,),
         x_ptr=x, addresses=peers.addresses, halves_ptr=peers.halves, ended_ptr=peers.ended,
-        vectors=numel * itemsize // _VECTOR, tiles=tile.tiles, rank=peers.rank,
-        HALF=half, SIZE=peers.size, RANKS=triton.next_power_of_2(peers.size), TILE=tile.numbers,
-        VECTOR=_VECTOR // itemsize, num_warps=tile.warps, **pdl_options(x),
+        vectors=x.numel() // vector, tiles=tile.tiles, rank=peers.rank,
+        HALF=HALF_BYTES // x.element_size(), SIZE=peers.size, RANKS=triton.next_power_of_2(peers.size),
+        TILE=tile.numbers, VECTOR=vector, **constants, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
+
+
+def send_arguments(x: torch.Tensor, tile: ReduceTile, peers: PeerBuffers) -> dict[str, Any]:
+    """Arguments of a kernel that calls :func:`send` with numbers of the dtype of ``x``."""
+    return {
+        "addresses": peers.addresses,
+        "halves_ptr": peers.halves,
+        "share": tile.numbers * tile.tiles,
+        "rank": peers.rank,
+        "HALF": HALF_BYTES // x.element_size(),
+        "SIZE": peers.size,
+    }
+
+
+def sum_sent(out: torch.Tensor, peers: PeerBuffers, tile: ReduceTile) -> None:
+    """Write to ``out`` the sums of numbers that the kernels before this one send, on all ranks.
+
+    Args:
+        tile: that of :func:`send_arguments`, with one trip.
+    """
+    assert tile.trips == 1 and out.numel() <= tile.programs * tile.numbers * tile.tiles
+    _launch(_one_trip_kernel, out, peers, tile, SENT=True)
 
 
 def supports_gather(x: torch.Tensor, size: int) -> bool:
@@ -184,8 +217,25 @@ def _send(words, addresses, place, mask, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _receive(places, mask, ended_ptr):
-    """Wait until no place is empty, return the words there, and empty the places."""
+def send(
+    numbers, index, mask, addresses, halves_ptr, share, rank, HALF: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """Write numbers to all ranks, whose next launch of :func:`sum_sent` adds them up.
+
+    Args:
+        numbers: in the dtype of the sum.
+        index: of each number among all that the ranks add up.
+        addresses, halves_ptr, share, rank, HALF, SIZE: those of :func:`send_arguments`.
+    """
+    program = index // share
+    half = tl.load(halves_ptr + program, mask=mask, other=0)
+    place = (program * 2 + half) * HALF + rank * share + index % share
+    _send(_words(numbers), addresses, place, mask, SIZE)
+
+
+@triton.jit
+def _await(places, mask, ended_ptr):
+    """Wait until no place is empty, and return the words there."""
     words = tl.load(places, mask=mask, other=0, volatile=True)
     missing = tl.max((words == _EMPTY).to(tl.int32))
     looks = 0
@@ -195,17 +245,34 @@ def _receive(places, mask, ended_ptr):
         looks += 1
         if looks % _LOOKS == 0:
             missing *= 1 - tl.load(ended_ptr, volatile=True)
-    tl.store(places, tl.full(words.shape, _EMPTY, tl.int16), mask=mask)
     return words
+
+
+@triton.jit
+def _receive(places, mask, ended_ptr):
+    """Wait until no place is empty, return the words there, and empty the places."""
+    words = _await(places, mask, ended_ptr)
+    _clear(places, mask)
+    return words
+
+
+@triton.jit
+def _clear(places, mask):
+    tl.store(places, tl.full(places.shape, _EMPTY, tl.int16), mask=mask)
 
 
 # These differ between batches; specialising on them would compile the kernel again at start-up.
 @triton.jit(do_not_specialize=["vectors", "tiles", "rank"])
 def _one_trip_kernel(
     x_ptr, addresses, halves_ptr, ended_ptr, vectors, tiles, rank, HALF: tl.constexpr, SIZE: tl.constexpr,
-    RANKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr,
+    RANKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per ``tiles`` tiles of ``x``. Half a region is ``(SIZE, tiles, TILE)``, by the sending rank."""
+    """One program per ``tiles`` tiles of ``x``. Half a region is ``(SIZE, tiles, TILE)``, by the sending rank.
+
+    Args:
+        SENT: the kernel before sends the numbers, and only their sums are written to ``x``. It sets no half in
+            turn, so this kernel looks for the numbers while that one still runs.
+    """
     program = tl.program_id(0)
     lane = tl.arange(0, TILE)
     source = tl.arange(0, RANKS)[:, None]
@@ -213,17 +280,23 @@ def _one_trip_kernel(
     dtype = x_ptr.dtype.element_ty
     left = vectors * VECTOR - program * tiles * TILE
     x_ptr += program * tiles * TILE
-    wait_for_previous(PDL)
+    if not SENT:
+        wait_for_previous(PDL)
     half = tl.load(halves_ptr + program)
     region = (program * 2 + half) * HALF
-    for tile in range(tiles):
-        at = tile * TILE + lane
-        words = _words(tl.load(x_ptr + at, mask=at < left, other=0.0))
-        _send(words, addresses, region + rank * tiles * TILE + at, at < left, SIZE)
+    if not SENT:
+        for tile in range(tiles):
+            at = tile * TILE + lane
+            words = _words(tl.load(x_ptr + at, mask=at < left, other=0.0))
+            _send(words, addresses, region + rank * tiles * TILE + at, at < left, SIZE)
     for tile in range(tiles):
         at = tile * TILE + lane
         places = own + region + source * (tiles * TILE) + at[None, :]
-        words = _receive(places, (source < SIZE) & (at < left)[None, :], ended_ptr)
+        mask = (source < SIZE) & (at < left)[None, :]
+        words = _await(places, mask, ended_ptr)
+        if SENT:
+            wait_for_previous(PDL)
+        _clear(places, mask)
         total = tl.sum(words.to(dtype, bitcast=True).to(tl.float32), axis=0)
         tl.store(x_ptr + at, total.to(dtype), mask=at < left)
     tl.store(halves_ptr + program, 1 - half)

@@ -15,6 +15,7 @@ from engine.kernels.dispatch import (
     linear,
     norm_gated_rounded,
     norm_linear,
+    sum_linear,
     takes_rounded,
 )
 from engine.kernels.fp8 import RoundedRows, Scale
@@ -325,13 +326,20 @@ class RowLinear(nn.Module):
     def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias, counters=self.counters, scale=self.scale)
+        out = self._sum(x)
+        return out if self.bias is None else out + self.bias
+
+    def _sum(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+        """Compute the sum of all ranks' shares, without the bias."""
+        if self.tp.peers is not None:
+            out = sum_linear(x, self.weight, self.tp.peers, scale=self.scale)
+            if out is not None:
+                return out
         if self.format is None and isinstance(x, torch.Tensor) and len(x) > MEMORY_BOUND_ROWS:
             out = x.new_empty(len(x), self.out_features)
             weight = self.weight.t()
-            self.tp.all_reduce_pieces(out, lambda rows: torch.mm(x[rows], weight, out=out[rows]))
-        else:
-            out = self.tp.all_reduce(self.partial(x))
-        return out if self.bias is None else out + self.bias
+            return self.tp.all_reduce_pieces(out, lambda rows: torch.mm(x[rows], weight, out=out[rows]))
+        return self.tp.all_reduce(self.partial(x))
 
     def partial(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         """Compute this rank's share of the sum, without the bias."""

@@ -400,6 +400,7 @@ def int4_experts(tokens: int, kind: str) -> None:
 
 def several_ranks(rows: int, ranks: int) -> None:
     """Look up a split table, and sum over ranks by peer memory."""
+    from engine.kernels.gemv import gemv_sum_triton
     from engine.kernels.peer_reduce import PROGRAMS, PeerBuffers, peer_all_gather, peer_all_reduce
     from engine.kernels.shard_rows import shard_rows_triton
 
@@ -409,6 +410,7 @@ def several_ranks(rows: int, ranks: int) -> None:
     peers = PeerBuffers(0, ranks, addresses, halves, ended)
     peer_all_reduce(tensor(rows, 3584), peers)
     if rows == 1:
+        gemv_sum_triton(tensor(1, 4736), tensor(3584, 4736), None, peers)
         peer_all_gather(tensor(rows, 152064 // ranks), peers)
 
 

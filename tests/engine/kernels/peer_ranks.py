@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.kernels.gemv import gemv_sum_triton
 from engine.kernels.peer_reduce import (
     BUFFER_BYTES,
     EMPTY,
@@ -33,8 +34,9 @@ def take_part(
     folder: Path,
     sums: list[tuple[torch.Tensor, ReduceTile]],
     parts: torch.Tensor,
+    weight: torch.Tensor,
 ) -> None:
-    """Take part in all-reduces and an all-gather as one of ``size`` ranks, and send the results.
+    """Take part in all-reduces, an all-gather and a GEMV as one of ``size`` ranks, and send the results.
 
     Args:
         sums, parts: inputs of all ranks, ``(size, ...)``.
@@ -58,6 +60,7 @@ def take_part(
         peer_all_reduce(out, peers, tile)
         results.append(out)
     results.append(peer_all_gather(parts[rank], peers))
+    results.append(gemv_sum_triton(parts[rank, :1], weight, None, peers))
     # No rank writes any more once all have answered.
     connection.send(results)
     connection.recv()

@@ -32,12 +32,12 @@ def test_all_ranks_get_the_same_and_leave_nothing_behind(tmp_path):
     inputs[2][:, 1] = float("nan")
     inputs[3][0, 0, 5] = float("-inf")
     calls = [(given, tile) for given, (_, tile) in zip(inputs, CALLS, strict=True)]
-    parts = torch.randn(size, 3, 16).half()
+    parts, weight = torch.randn(size, 3, 16).half(), torch.randn(40, 16).half()
     make_buffers(tmp_path, size)
     context, ranks = get_context("spawn"), []
     for rank in range(size):
         ours, theirs = context.Pipe()
-        arguments = (theirs, rank, size, tmp_path, calls, parts)
+        arguments = (theirs, rank, size, tmp_path, calls, parts, weight)
         process = context.Process(target=take_part, args=arguments, daemon=True)
         process.start()
         ranks.append((process, ours))
@@ -50,6 +50,8 @@ def test_all_ranks_get_the_same_and_leave_nothing_behind(tmp_path):
         assert connection.recv(), "a place that was read is not empty"
         process.join()
     for own in results:
+        product = parts[:, :1].double().sum(0) @ weight.double().t()
+        torch.testing.assert_close(own.pop(), product.half(), atol=1e-2, rtol=1e-2)
         assert torch.equal(own.pop(), torch.cat(list(parts), dim=-1))
         for out, first, given in zip(own, results[0], inputs, strict=True):
             assert torch.equal(out.view(torch.int16), first.view(torch.int16))
