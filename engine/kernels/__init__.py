@@ -35,6 +35,9 @@ decides::
     norm_linear       norm_gemv_triton            Triton, 1 row, not 4 bits, not fp8  norm_gemv.py
                                                   made for fp8 inputs
                       rms_norm, then linear       otherwise                           dispatch.py
+    sum_linear        gemv_sum_triton             Triton, 1 row, 16-bit, not 4 bits,  gemv.py
+    over ranks                                    ranks that share memory
+                      linear, then a sum          otherwise                           dispatch.py
     activated_linear  gemm_activation_triton      Triton, Hopper, 16-bit, tiles fill  gemm_activation.py
                                                   the GPU
                       gemm_activation_reference   otherwise                           gemm_activation.py
@@ -56,7 +59,7 @@ Operations with one kernel choose between it and the reference by ``use_triton``
 act_mul.py (act_mul, act_mul_rounded), causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
 gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, rms_norm_rounded, head_norms), rotary.py, route.py (the router of experts), shard_rows.py (rows of a table split over ranks), sigmoid_gate.py, truncation.py, vision_attention.py.
 
-peer_reduce.py sums over the GPUs of a host; :class:`engine.distributed.group.TorchGroup` chooses between it and NCCL.
+peer_reduce.py sums over the GPUs of a host and gathers from them; :class:`engine.distributed.group.TorchGroup` chooses between it and NCCL.
 
 Shared by kernels: activation.py (inside kernels), delta_scan.py and delta_tiles.py (parts of delta_prefill.py), device.py (SMs, memory, capability), expert_groups.py
 (sorts pairs of tokens and experts, adds up their results), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),

@@ -187,7 +187,7 @@ def peer_all_gather(x: torch.Tensor, peers: PeerBuffers) -> torch.Tensor:
     half, vector = HALF_BYTES // x.element_size(), _VECTOR // x.element_size()
     assert tile.numbers * tile.tiles * peers.size <= half
     launch(
-        _gather_kernel, (tile.programs,),
+        _gather_ranks_kernel, (tile.programs,),
         x_ptr=x, out_ptr=out, addresses=peers.addresses, halves_ptr=peers.halves, ended_ptr=peers.ended,
         vectors=x.numel() // vector, column_vectors=columns // vector, tiles=tile.tiles, rank=peers.rank,
         HALF=half, SIZE=peers.size, RANKS=triton.next_power_of_2(peers.size), TILE=tile.numbers,
@@ -347,7 +347,7 @@ def _two_trips_kernel(
 
 
 @triton.jit(do_not_specialize=["vectors", "column_vectors", "tiles", "rank"])
-def _gather_kernel(
+def _gather_ranks_kernel(
     x_ptr, out_ptr, addresses, halves_ptr, ended_ptr, vectors, column_vectors, tiles, rank, HALF: tl.constexpr,
     SIZE: tl.constexpr, RANKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -91,7 +91,7 @@ def sum_on_gpus(rank: int, size: int, address: str) -> None:
         for out, every in zip(replay() if seed % 2 else work(), drawn, strict=True):
             expected = torch.stack(every).double().sum(0)
             assert (out.double() - expected).norm() < 4e-3 * expected.norm()
-            ranks = group.all_gather(out.view(torch.int16)[None], dim=0)
+            ranks = group.all_gather(out[None], dim=0).view(torch.int16)
             assert (ranks == ranks[0]).all()
     del replay
     group.close()
