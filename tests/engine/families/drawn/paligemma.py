@@ -19,7 +19,7 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.gemma3 import draw_gemma2_decoder
 from tests.engine.families.drawn.prompts import Style
-from tests.engine.families.drawn.rope import lengths_of
+from tests.engine.families.drawn.rope import lengths_from_one, lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_tower, hub_name
 from tests.engine.families.paligemma import FRAME, SPECIALS, PaliGemmaReference, paligemma_tokenizer
 from tests.engine.tiny import TRANSFORMERS
@@ -91,6 +91,6 @@ class PaliGemmaFamily:
             _TOKENS,
             {},
             frozenset({raw["image_token_index"]}),
-            lengths_of(self.kind, text),
+            lengths_from_one(lengths_of(self.kind, text)),
             together=_TOKENS,
         )

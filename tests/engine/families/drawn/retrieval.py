@@ -12,7 +12,7 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.qwen_vl import QwenVLFamily
-from tests.engine.families.drawn.rope import lengths_of
+from tests.engine.families.drawn.rope import lengths_from_one, lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_tower
 from tests.engine.tiny import QWEN_SPECIALS, tokenizer
 
@@ -68,7 +68,7 @@ class ColPaliFamily:
             _TOKENS,
             _EMBED,
             frozenset({vlm["image_token_index"]}),
-            lengths_of("gemma", text),
+            lengths_from_one(lengths_of("gemma", text)),
             together=_TOKENS,
             vectors=True,
         )

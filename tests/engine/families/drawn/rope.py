@@ -47,6 +47,11 @@ def nested_lengths_of(kind: str, fields: Mapping[str, Any]) -> Lengths:
     return replace(lengths_of(kind, fields), crosses=False) if kind == "phi3" else lengths_of(kind, fields)
 
 
+def lengths_from_one(lengths: Lengths) -> Lengths:
+    """``lengths`` for positions that count from 1: a sequence is one longer by them than by its tokens."""
+    return lengths if lengths.original is None else replace(lengths, original=lengths.original - 1)
+
+
 def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, section: bool) -> None:
     """Add rotary fields: the old spelling beside a ``rope_scaling``, or Transformers 5's ``rope_parameters``.
 
