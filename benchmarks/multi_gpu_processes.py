@@ -71,20 +71,6 @@ def answer_of(process: BaseProcess, connection: Connection) -> Any:
     return message
 
 
-def apart(work: Callable[..., Any], *args: Any) -> Any:
-    """Return ``work(*args)``, computed in a new process; errors as :func:`answer_of`."""
-    process, connection = start(_send_result, work, *args)
-    try:
-        return answer_of(process, connection)
-    finally:
-        process.join()
-
-
-def _send_result(connection: Connection, work: Callable[..., Any], *args: Any) -> None:
-    with reporting(connection):
-        connection.send(work(*args))
-
-
 class reporting:
     """Sends an exception of its block, with its traceback, over a connection."""
 

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import multi_gpu
 from benchmarks.multi_gpu_layouts import Outcome, Replicas, layouts, search
 from benchmarks.multi_gpu_processes import Settings
+from benchmarks.multi_gpu_ranks import Job, waves
 from benchmarks.multi_gpu_replicas import Result, Shown
 
 pytestmark = pytest.mark.processes
@@ -49,6 +50,13 @@ def test_one_gpu_of_four_gets_every_fourth_request():
     assert len(due) == 200 and 17 < due[-1] - due[0] < 23
     theirs.send(Result([0.1] * 8, [0.01], finished=True, ended=time.perf_counter() + 2.3))
     assert replicas.at_once(8) == pytest.approx(4 * 8 / 2.0, rel=0.1)
+
+
+def test_models_run_together_where_their_ranks_have_gpus():
+    jobs = [Job(shape, size, shape == "a") for shape in "ab" for size in (1, 2, 4)]
+    found = [[f"{job.shape}{job.size}" for job in wave] for wave in waves(jobs, 4)]
+    assert found == [["a1", "a2"], ["a4"], ["b1", "b2"], ["b4"]]
+    assert [len(wave) for wave in waves(jobs, 8)] == [3, 3] and len(waves(jobs, 1)) == 6
 
 
 def test_a_failed_rate_is_followed_by_one_request_that_waits_for_what_is_left():
