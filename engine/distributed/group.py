@@ -247,7 +247,7 @@ def _peer_memory(store: Any, rank: int, size: int, address: str, device: torch.d
     place = urlsplit(address)
     if place.scheme != "file" or not use_triton(torch.empty(0, device=device)):
         return None
-    return PeerMemory.share(store, rank=rank, size=size, folder=Path(place.path).parent, device=device)
+    return PeerMemory.share(store, rank=rank, size=size, meeting=Path(place.path), device=device)
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: timedelta, address: str) -> Any:

@@ -48,39 +48,43 @@ class PeerMemory:
 
     @classmethod
     def share(
-        cls, store: Any, *, rank: int, size: int, folder: Path, device: torch.device
+        cls, store: Any, *, rank: int, size: int, meeting: Path, device: torch.device
     ) -> PeerMemory | None:
         """Allocate this rank's buffer and exchange it with the other ranks, which make the same call.
 
         Args:
             store: the group's, to agree with the other ranks.
-            folder: exists on all ranks, and only the group's user may enter it.
+            meeting: name of the sockets at which the ranks meet, each with a dot and its rank behind it. The
+                folder exists, and only the group's user may enter it.
 
         Returns:
             None on all ranks, if the GPUs can't reach each other's memory or the driver can't share it.
         """
+        mapped: dict[int, _Mapping] = {}
         with torch.cuda.device(device), contextlib.ExitStack() as stack:
+            failed = ""
             try:
-                own, descriptor = _Mapping.allocate(device)
+                mapped[rank], descriptor = _Mapping.allocate(device)
                 stack.callback(os.close, descriptor)
-                listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-                listener.bind(_socket_path(folder, rank))
-                listener.listen(size)
-                failed = ""
+                listener = stack.enter_context(_listen(meeting, rank, size))
+                stack.callback(os.unlink, _socket_path(meeting, rank))
             except (_DriverError, OSError) as error:
                 failed = repr(error)
-            if not _all_agree(store, "shared", rank, size, failed):
-                return None
-            try:
-                _send_descriptor(descriptor, folder, rank, size)
-                others = _receive_descriptors(listener, size - 1)
-                for other in others.values():
-                    stack.callback(os.close, other)
-                mapped = [own if r == rank else _Mapping.of(others[r], device) for r in range(size)]
-            except (_DriverError, OSError, KeyError) as error:
-                failed = repr(error)
-            agreed = _all_agree(store, "mapped", rank, size, failed)
-        return cls(rank, mapped, device) if agreed else None
+            agreed = _all_agree(store, "shared", rank, size, failed)
+            if agreed:
+                try:
+                    _send_descriptor(descriptor, meeting, rank, size)
+                    for other, given in _receive_descriptors(listener, size - 1).items():
+                        stack.callback(os.close, given)
+                        mapped[other] = _Mapping.of(given, device)
+                except (_DriverError, OSError) as error:
+                    failed = repr(error)
+                agreed = _all_agree(store, "mapped", rank, size, failed)
+            if agreed:
+                return cls(rank, [mapped[other] for other in range(size)], device)
+            for mapping in mapped.values():
+                mapping.free()
+            return None
 
     def end(self) -> None:
         """End the waits of kernels, now and later; their results are wrong. May be called from any thread."""
@@ -88,14 +92,28 @@ class PeerMemory:
 
     def close(self) -> None:
         """Free the memory. No kernel and no captured graph may use it any more."""
-        torch.cuda.synchronize(self.buffers.halves.device)
-        for mapping in self._mapped:
-            mapping.free()
+        # If the device computes no more, the memory goes with the process.
+        with contextlib.suppress(RuntimeError, _DriverError):
+            torch.cuda.synchronize(self.buffers.halves.device)
+            for mapping in self._mapped:
+                mapping.free()
         self._mapped = []
 
 
-def _socket_path(folder: Path, rank: int) -> str:
-    return str(folder / f"peer{rank}")
+def _socket_path(meeting: Path, rank: int) -> str:
+    return f"{meeting}.{rank}"
+
+
+def _listen(meeting: Path, rank: int, size: int) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(_socket_path(meeting, rank))
+        listener.listen(size)
+        listener.settimeout(_EXCHANGE_S)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 def _all_agree(store: Any, what: str, rank: int, size: int, failed: str) -> bool:
@@ -108,20 +126,19 @@ def _all_agree(store: Any, what: str, rank: int, size: int, failed: str) -> bool
     return not wrong
 
 
-def _send_descriptor(descriptor: int, folder: Path, rank: int, size: int) -> None:
+def _send_descriptor(descriptor: int, meeting: Path, rank: int, size: int) -> None:
     """Send a file descriptor to all other ranks, which listen."""
     for other in range(size):
         if other != rank:
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(_EXCHANGE_S)
-                connection.connect(_socket_path(folder, other))
+                connection.connect(_socket_path(meeting, other))
                 socket.send_fds(connection, [bytes([rank])], [descriptor])
 
 
 def _receive_descriptors(listener: socket.socket, count: int) -> dict[int, int]:
     """Receive ``count`` file descriptors, by rank."""
     found = {}
-    listener.settimeout(_EXCHANGE_S)
     for _ in range(count):
         connection, _ = listener.accept()
         with connection:
