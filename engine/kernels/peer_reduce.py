@@ -270,8 +270,8 @@ def _one_trip_kernel(
     """One program per ``tiles`` tiles of ``x``. Half a region is ``(SIZE, tiles, TILE)``, by the sending rank.
 
     Args:
-        SENT: the kernel before sends the numbers, and only their sums are written to ``x``. It sets no half in
-            turn, so this kernel looks for the numbers while that one still runs.
+        SENT: the kernel before sends the numbers, and only their sums are written to ``x``. That one leaves the
+            halves in turn as they are, so this kernel looks for the numbers while it still runs.
     """
     program = tl.program_id(0)
     lane = tl.arange(0, TILE)
@@ -282,7 +282,8 @@ def _one_trip_kernel(
     x_ptr += program * tiles * TILE
     if not SENT:
         wait_for_previous(PDL)
-    half = tl.load(halves_ptr + program)
+    # Volatile: a cache of the SM may hold the value of before the last launch.
+    half = tl.load(halves_ptr + program, volatile=True)
     region = (program * 2 + half) * HALF
     if not SENT:
         for tile in range(tiles):
