@@ -1,5 +1,6 @@
 """Fixtures that every test shares."""
 
+import atexit
 import gc
 import os
 
@@ -45,9 +46,9 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    """Let the collector see what servers have frozen: otherwise Triton's bindings print a list of leaks."""
-    gc.unfreeze()
+# Let the collector see everything in the end: otherwise Triton's bindings print a list of leaks. Not sooner:
+# pytest has it look at everything twice before it ends.
+atexit.register(gc.unfreeze)
 
 
 # First, because xdist's own hook reads the groups, and is called before those of conftest files otherwise.
