@@ -208,6 +208,7 @@ class Load:
         requests: after this many it stops by itself; None for no limit.
         again_s: seconds for which a client asks again after a server error or a broken connection.
         bodies: of the requests, by kind.
+        pause_s: for which each client waits after an answer. Processes that start need the cores, too.
 
     Attributes:
         wanted: the answer to each kind of request alone.
@@ -220,8 +221,9 @@ class Load:
         requests: int | None = None,
         again_s: float = 0.0,
         bodies: Mapping[str, dict[str, Any]] = BODIES,
+        pause_s: float = 0.0,
     ) -> None:
-        self._bodies = bodies
+        self._bodies, self._pause_s = bodies, pause_s
         self._make_client, self._clients, self._again_s = make_client, clients, again_s
         self._turns = iter(itertools.count() if requests is None else range(requests))
         self.wanted: dict[str, list[Any]] = {}
@@ -258,6 +260,7 @@ class Load:
             self.report.answered[name] += 1
             if found != self.wanted[kind]:
                 self.report.differences.append(Difference(name, found, self.wanted[kind]))
+            await asyncio.sleep(self._pause_s)
 
     async def _answer(self, client: httpx.AsyncClient, body: dict[str, Any], *, stream: bool) -> list[Any]:
         deadline = time.monotonic() + self._again_s

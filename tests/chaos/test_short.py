@@ -28,7 +28,7 @@ def test_no_answer_is_lost_or_changed(served: Served) -> None:
 
     def load(bodies: dict[str, dict[str, Any]], requests: int | None = None) -> Load:
         client = partial(httpx.AsyncClient, base_url=served.root, timeout=PATIENCE_S)
-        return Load(client, 3, requests, bodies=bodies)
+        return Load(client, 3, requests, bodies=bodies, pause_s=0.3)
 
     killed = load(bodies)
     asyncio.run(killed.learn())

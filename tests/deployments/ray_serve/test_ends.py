@@ -145,7 +145,7 @@ async def test_a_stop_string_ends_the_work(server):
 
 async def test_a_choice_that_has_ended_ends_before_the_others(server):
     """A stop string ends the first of two choices early; the second one never has it."""
-    asked = {**LONG, "n": 2, "seed": 5, "max_tokens": 400}
+    asked = {**LONG, "n": 2, "seed": 5, "max_tokens": 200}
     async with client_of(server) as client:
         made = (await client.post("/v1/chat/completions", json=asked)).json()
         first, second = (choice["message"]["content"] for choice in made["choices"])
@@ -155,7 +155,7 @@ async def test_a_choice_that_has_ended_ends_before_the_others(server):
     assert [choice["finish_reason"] for choice in made["choices"]] == ["stop", "length"]
     await until(lambda: is_idle(scraped(server.root)))
     made_tokens = seen(server)("engine_output_tokens_total", model="pocket") - before
-    assert 400 <= made_tokens < 700
+    assert 200 <= made_tokens < 350
 
 
 def deployed(served: Served, **ingress: float) -> None:
@@ -265,17 +265,17 @@ async def test_a_large_answer_comes_whole(server, megabytes):
 
 
 async def test_log_probabilities_of_long_prompts_come_whole(server):
-    """Some megabytes, most of which come from a stage."""
+    """More than a megabyte, most of which comes from a stage."""
     async with client_of(server) as client:
-        body = {"model": "pocket", "prompt": [[7] * 1000] * 8, "max_tokens": 1, "echo": True, "logprobs": 20}
+        body = {"model": "pocket", "prompt": [[7] * 1000] * 3, "max_tokens": 1, "echo": True, "logprobs": 20}
         answer = await client.post("/v1/completions", json=body)
     assert answer.status_code == 200 and len(answer.content) > 1 << 20, answer.text[:300]
-    assert [len(choice["logprobs"]["tokens"]) for choice in answer.json()["choices"]] == [1001] * 8
+    assert [len(choice["logprobs"]["tokens"]) for choice in answer.json()["choices"]] == [1001] * 3
 
 
 async def test_vectors_of_a_long_list_come_whole(server):
     async with client_of(server) as client:
-        body = {"model": "tests/vectors", "input": [f"{number}" for number in range(1000)]}
+        body = {"model": "tests/vectors", "input": [f"{number}" for number in range(300)]}
         answer = await client.post("/v1/embeddings", json=body)
-    assert answer.status_code == 200 and len(answer.content) > 3 << 20, answer.text[:300]
-    assert [len(each["embedding"]) for each in answer.json()["data"]] == [256] * 1000
+    assert answer.status_code == 200 and len(answer.content) > 1 << 20, answer.text[:300]
+    assert [len(each["embedding"]) for each in answer.json()["data"]] == [256] * 300

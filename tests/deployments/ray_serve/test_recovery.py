@@ -75,13 +75,14 @@ def test_openai_s_client_asks_again_when_the_ingress_has_died(served):
     asked = {"model": "pocket", "messages": [{"role": "user", "content": "Hello!"}], "temperature": 0}
 
     def whole() -> str:
-        made = client.chat.completions.create(**asked, max_tokens=600, extra_body={"ignore_eos": True})
+        made = client.chat.completions.create(**asked, max_tokens=200, extra_body={"ignore_eos": True})
         return made.choices[0].message.content
 
     wanted = whole()
+    (ingress,) = replica_pids(served, "Ingress")
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(whole)
         wait_for(lambda: served.engine_metrics()["running"] == 1)
-        kill(served, "Ingress")
+        os.kill(ingress, signal.SIGKILL)
         assert answer.result(500) == wanted
     served.wait_until_idle()

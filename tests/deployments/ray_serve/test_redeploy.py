@@ -87,7 +87,7 @@ def during(client: openai.OpenAI, change: Callable[[], None], until: Callable[[]
     chat = {
         "model": "pocket",
         "messages": ask("What shape is this?", circle("red")),
-        "max_tokens": 60,
+        "max_tokens": 20,
         "temperature": 0,
         "extra_body": {"ignore_eos": True},
     }

@@ -24,7 +24,7 @@ from engine import LLM, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, RequestFailed, Unavailable
-from engine.executor.launch import Launcher, LocalLauncher
+from engine.executor.launch import Launcher
 from engine.loading import load_engine
 from engine.outputs import RequestOutput
 from engine.prompt import EngineInput
@@ -224,7 +224,7 @@ async def test_a_rank_that_dies_is_noticed_while_nothing_runs(path):
 
 
 async def test_a_request_that_raises_fails_alone_on_all_ranks(path, monkeypatch):
-    engine = AsyncEngine(config(path))
+    engine = AsyncEngine(config(path), ThreadLauncher())
     own = engine._engine.core.runner._own
 
     async def tokens(key: str, ids: list[int]) -> list[int]:
@@ -319,7 +319,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_starts(path):
     assert not ranks()
 
 
-class SpoilingLauncher(LocalLauncher):
+class SpoilingLauncher(ThreadLauncher):
     """Takes a file away that this process has read, but the others have not."""
 
     def __init__(self, file: Path) -> None:
@@ -335,4 +335,3 @@ def test_what_another_rank_raises_while_it_loads_is_raised_here(tmp_path):
     path = tiny.make_qwen2_vl(tmp_path / "spoilt", seed=3)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_engine(config(path), SpoilingLauncher(path / "config.json"))
-    assert not ranks()
