@@ -77,8 +77,11 @@ class StepBytes:
 def measured_copy_rate() -> float:
     """Bytes per second, read and written together, of a copy: of 4 GiB on a GPU, of 4 MiB elsewhere.
 
-    A process of its own measures it: an engine leaves no memory for it, and starts without a CUDA context.
+    On a GPU a process of its own measures it: an engine leaves no memory for it, and starts without a CUDA
+    context.
     """
+    if not torch.cuda.is_available():
+        return _copy_rate()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_copy_rate)
 

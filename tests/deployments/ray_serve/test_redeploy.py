@@ -104,7 +104,7 @@ def during(client: openai.OpenAI, change: Callable[[], None], until: Callable[[]
 
     def keep_asking(ask_once: Callable[[], str]) -> set[str]:
         found = {ask_once()}
-        while not done.wait(0.3):
+        while not done.wait(0.5):
             found.add(ask_once())
         # Once more with the changed configuration.
         return found | {ask_once()}
