@@ -15,7 +15,7 @@ from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.int4 import Int4Scale, pack
 from engine.kernels.norm_router import norm_router, norm_router_apart
-from engine.kernels.route import route, route_reference
+from engine.kernels.route import Routing, route_reference
 from engine.kernels.router_config import RouterConfig
 
 #: Experts, experts of a token, hidden and inner width: those of Qwen3-VL-30B-A3B.
@@ -42,8 +42,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             yield Case(kernel, f"{label}, {stored}, {tokens} tokens", work)
 
 
-def _chosen(device: torch.device, tokens: int, count: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return route_reference(torch.randn((tokens, count), device=device), RouterConfig(count, top_k))
+def _routing(device: torch.device, tokens: int, count: int, top_k: int) -> Routing:
+    return Routing(torch.randn((tokens, count), device=device), RouterConfig(count, top_k))
 
 
 def norm_and_logits(device: torch.device, tokens: int, count: int, _: int, hidden: int, *__: int) -> Problem:
@@ -57,19 +57,21 @@ def norm_and_logits(device: torch.device, tokens: int, count: int, _: int, hidde
 
 def router(device: torch.device, tokens: int, count: int, top_k: int, *_: int) -> Problem:
     """Measure the choice of experts; the sums of the weights by expert are compared."""
-    logits, config = torch.randn((tokens, count), device=device), RouterConfig(count, top_k)
+    routing = _routing(device, tokens, count, top_k)
+    logits = routing.logits
 
     def spread(found: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return torch.zeros_like(logits).scatter_(1, found[0].long(), found[1])
 
-    run = partial(route, logits, config)
     moved = logits.nbytes + tokens * top_k * 8
-    return Problem(run, lambda: (spread(run()), spread(route_reference(logits, config))), moved)
+    return Problem(
+        routing.chosen, lambda: (spread(routing.chosen()), spread(route_reference(routing))), moved
+    )
 
 
 def groups(device: torch.device, tokens: int, count: int, top_k: int, *_: int) -> Problem:
     """Measure the sorting of pairs of a token and an expert."""
-    ids = _chosen(device, tokens, count, top_k)[0].contiguous()
+    ids = _routing(device, tokens, count, top_k).chosen()[0]
     run = partial(group_by_expert_triton if use_triton(ids) else group_by_expert_reference, ids, count)
     peers = {"torch": partial(group_by_expert_reference, ids, count)}
     moved = 2 * ids.nbytes + (count + 1) * 4
@@ -111,9 +113,9 @@ def mlps(
     x = torch.randn((tokens, hidden), device=device, dtype=dtype_on(device))
     gate_up = _matrices(device, count, 2 * inner, hidden, stored)
     down = _matrices(device, count, hidden, inner, stored)
-    ids, weights = (part.contiguous() for part in _chosen(device, tokens, count, top_k))
-    arguments = x, ids, weights, gate_up, down, "silu"
-    run, apart = partial(experts, *arguments), partial(experts_reference, *arguments)
+    routing = _routing(device, tokens, count, top_k)
+    run = partial(experts, x, routing, gate_up, down, "silu")
+    apart = partial(experts_reference, x, *routing.chosen(), gate_up, down, "silu")
     if tokens > 1:
         amount = 6 * tokens * top_k * hidden * inner
         return Problem(run, lambda: (run(), apart()), amount, compute=True, peers={"torch": apart})

@@ -49,7 +49,7 @@ decides::
                       grouped_experts_gluon       Hopper, steps of 64 inputs; 16-bit  expert_gemm.py
                                                   and over 16 pairs an expert, or fp8
                                                   made for fp8 inputs, one scale an
-                                                  output
+                                                  output or a block of 128 by 128
                       grouped_experts_triton      otherwise                           grouped_gemm.py
 
 "4 bits" are integers (int4) and floats (mxfp4, nvfp4). "Triton" means :func:`engine.kernels.device.use_triton`: the tensors are on a GPU; with fp8 weights also that
@@ -57,7 +57,7 @@ the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
 act_mul.py (act_mul, act_mul_rounded), causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
-gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, rms_norm_rounded, head_norms), rotary.py, route.py (the router of experts), shard_rows.py (rows of a table split over ranks), sigmoid_gate.py, truncation.py, vision_attention.py.
+gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, rms_norm_rounded, head_norms), rotary.py, route.py (the choice of experts), router_logits.py, shard_rows.py (rows of a table split over ranks), sigmoid_gate.py, truncation.py, vision_attention.py.
 
 peer_reduce.py sums over the GPUs of a host and gathers from them; :class:`engine.distributed.group.TorchGroup` chooses between it and NCCL.
 

@@ -33,7 +33,7 @@ from engine.kernels.paged import (
 )
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.pdl import pdl_options, wait_for_previous
-from engine.kernels.rms_norm import head_norms_reference, inverse_rms, scaled_by_norm
+from engine.kernels.rms_norm import head_norms_reference, inverse_rms, norm_arguments, scaled_by_norm
 from engine.kernels.rotary import load_angles
 from engine.kernels.tile import AttentionTile
 
@@ -90,6 +90,11 @@ def choose_tile(
     return AttentionTile(rows, keys, 8 if programs * splits <= sms else few, 2, splits)
 
 
+def merged_splits(warps: int) -> int:
+    """Return how many splits programs of ``warps`` warps merge at a time."""
+    return max(4, 2 * warps)
+
+
 def num_splits(programs: int, sms: int, max_seq_len: int, keys: int) -> int:
     """Return the programs per sequence and KV head: enough for two programs on every SM."""
     enough = -(-_MANY_PROGRAMS * sms // max(programs, 1))
@@ -128,7 +133,7 @@ def decode_attention_triton(
         assert counters.is_contiguous() and len(counters) >= sequences and counters.shape[1] == kv_heads
     launch(
         _decode_kernel, (sequences, kv_heads, splits),
-        q_ptr=q, k_ptr=k, v_ptr=v, **_norm_arguments(norms, q), **table.arguments(positions),
+        q_ptr=q, k_ptr=k, v_ptr=v, **norm_arguments(norms, q), **table.arguments(positions),
         k_cache_ptr=cache.keys, v_cache_ptr=cache.values, slot_ptr=meta.slot_mapping,
         table_ptr=meta.block_tables, seq_lens_ptr=meta.seq_lens,
         out_ptr=out, partial_ptr=partial, stats_ptr=stats, counters_ptr=counters,
@@ -140,22 +145,12 @@ def decode_attention_triton(
         ROWS=tile.rows, KEYS=tile.keys, WINDOW=window is not None, SPLIT=splits > 1,
         CAP=(cap or 0.0) * LOG2E,
         # As many as the registers hold.
-        MERGED=max(4, tile.warps),
+        MERGED=merged_splits(tile.warps),
         # A single warp has no registers for a prefetched tile.
         PREFETCH=tile.warps > 1,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
     )  # fmt: skip
     return out
-
-
-def _norm_arguments(norms, q):
-    """The kernel's arguments for norms of heads, or for none."""
-    if norms is None:
-        return {"q_norm_ptr": q, "k_norm_ptr": q, "eps": 0.0, "offset": 0.0, "NORM": False, "OFFSET": False}
-    return {
-        "q_norm_ptr": norms.q_weight, "k_norm_ptr": norms.k_weight, "eps": norms.eps, "offset": norms.offset,
-        "NORM": True, "OFFSET": bool(norms.offset),
-    }  # fmt: skip
 
 
 @triton.jit
@@ -245,6 +240,11 @@ def _decode_kernel(
     q_row = q_ptr + sequence * q_token + head[:, None] * q_head
     q = tl.load(q_row + column[None, :], mask=mask, other=0.0)
     q_partner = tl.load(q_row + partner[None, :], mask=mask, other=0.0)
+    # The new token's key and value, which only the first split needs: loaded later, it would wait for them twice.
+    k_row = k_ptr + sequence * k_token + kv_head * k_head
+    k = tl.load(k_row + column, mask=in_head, other=0.0)
+    k_partner = tl.load(k_row + partner, mask=in_head, other=0.0)
+    v = tl.load(v_ptr + sequence * v_token + kv_head * v_head + column, mask=in_head, other=0.0)
     if NORM:
         inverse = inverse_rms(q, 1, eps, DIM)
         q = scaled_by_norm(q, inverse, q_norm[None, :], offset, OFFSET)
@@ -254,28 +254,24 @@ def _decode_kernel(
     acc, row_max, row_sum = empty_softmax(ROWS, DIM_PAD)
     if split == 0:
         # The new token: its key and value go to the cache, and are the first of the softmax.
-        k_row = k_ptr + sequence * k_token + kv_head * k_head
-        k = tl.load(k_row + column, mask=in_head, other=0.0)
-        k_partner = tl.load(k_row + partner, mask=in_head, other=0.0)
         if NORM:
             inverse_k = inverse_rms(k, 0, eps, DIM)
             k = scaled_by_norm(k, inverse_k, k_norm, offset, OFFSET)
             k_partner = scaled_by_norm(k_partner, inverse_k, k_norm_partner, offset, OFFSET)
-        k = _rotate(k, k_partner, cos, sin)
-        v = tl.load(v_ptr + sequence * v_token + kv_head * v_head + column, mask=in_head, other=0.0)
+        new_k, new_v = _rotate(k, k_partner, cos, sin), v
         if FP8_CACHE:
             # Attention sees the rounded ones, as later steps do.
-            k = round_to_fp8(k, key_scale, k_cache_ptr.dtype.element_ty)
-            v = round_to_fp8(v, value_scale, v_cache_ptr.dtype.element_ty)
+            new_k = round_to_fp8(new_k, key_scale, k_cache_ptr.dtype.element_ty)
+            new_v = round_to_fp8(new_v, value_scale, v_cache_ptr.dtype.element_ty)
         if slot >= 0:
             place = slot // BLOCK_SIZE * block_stride + kv_head * head_stride + slot % BLOCK_SIZE * DIM
-            tl.store(k_cache_ptr + place + column, k, mask=in_head)
-            tl.store(v_cache_ptr + place + column, v, mask=in_head)
-        row_max = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], axis=1) * scale
+            tl.store(k_cache_ptr + place + column, new_k, mask=in_head)
+            tl.store(v_cache_ptr + place + column, new_v, mask=in_head)
+        row_max = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale
         if CAP > 0:
             row_max = capped(row_max, 1.0, CAP)
         row_sum += 1.0
-        acc += v.to(tl.float32)[None, :]
+        acc += new_v.to(tl.float32)[None, :]
 
     position = tl.zeros([ROWS], tl.int32) + cached
     state = Softmax(acc, row_max, row_sum)

@@ -47,6 +47,7 @@ from engine.kernels.prefill_attention import prefill_attention_gluon
 from engine.kernels.recurrent_state import StateCache
 from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
+from engine.kernels.route import Routing
 from engine.kernels.skinny_gemm import skinny_gemm_triton
 
 #: With more new tokens of one sequence the prefill kernel is faster; shorter prompts don't fill its tiles.
@@ -360,19 +361,13 @@ def activated_linear(
 
 
 def experts(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: ExpertMatrices,
-    down: ExpertMatrices,
-    activation: str,
+    x: torch.Tensor, routing: Routing, gate_up: ExpertMatrices, down: ExpertMatrices, activation: str
 ) -> torch.Tensor:
     """Compute ``sum_j weights[t, j] * down_e(activation(gate_e(x[t])) * up_e(x[t]))`` with ``e = ids[t, j]``.
 
     Args:
         x: ``(T, H)``, last dimension contiguous.
-        ids: ``(T, top_k)`` int32 contiguous, experts of each token.
-        weights: ``(T, top_k)`` float32 contiguous.
+        routing: chooses ``ids`` and ``weights``, see :meth:`~engine.kernels.route.Routing.chosen`.
         gate_up: ``(E, 2 * I, H)``, gate first. Each expert may have its inputs in an order of its own.
         down: ``(E, H, I)``.
         activation: a key of :data:`engine.kernels.activation.ACTIVATIONS`.
@@ -380,24 +375,54 @@ def experts(
     Returns:
         ``(T, H)`` in the dtype of ``x``.
     """
+    packed = isinstance(gate_up.scale, Int4Scale) or isinstance(down.scale, Int4Scale)
+    few = _few_pairs(len(x), routing.config.top_k, len(gate_up.weight))
+    if few and not packed and _readable(x, gate_up, down):
+        return expert_gemv_triton(x, routing, gate_up, down, activation)
+    return chosen_experts(x, *routing.chosen(), gate_up, down, activation)
+
+
+def _few_pairs(tokens: int, top_k: int, count: int) -> bool:
+    """Return whether each pair of a token and one of ``count`` experts is best a GEMV of its own."""
+    return tokens == 1 or (tokens <= MAX_EXPERT_GEMV_TOKENS and 2 * tokens * top_k <= count)
+
+
+def _readable(x: torch.Tensor, gate_up: ExpertMatrices, down: ExpertMatrices) -> bool:
+    """Return whether Triton kernels run for ``x`` and read both kinds of matrices."""
+    fp8 = isinstance(gate_up.scale, Scale) or isinstance(down.scale, Scale)
+    same = isinstance(gate_up.scale, Int4Scale) == isinstance(down.scale, Int4Scale)
+    return len(x) > 0 and use_triton(x) and same and (not fp8 or reads_fp8(x.device))
+
+
+def chosen_experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
+    activation: str,
+) -> torch.Tensor:
+    """Compute :func:`experts` for experts that are chosen.
+
+    Args:
+        ids: ``(T, top_k)`` int32 contiguous, experts of each token.
+        weights: ``(T, top_k)`` float32 contiguous.
+    """
     tokens, top_k = ids.shape
     if isinstance(gate_up.scale, Int4Scale) and gate_up.scale.order is not None:
         # Each pair of a token and an expert has a row of its own, in the expert's order.
         order, gate_up = gate_up.scale.order, replace(gate_up, scale=replace(gate_up.scale, order=None))
         rows = x.repeat_interleave(top_k, dim=0).gather(1, order[ids.flatten()])
         pairs = ids.view(-1, 1), weights.view(-1, 1)
-        return experts(rows, *pairs, gate_up, down, activation).unflatten(0, (tokens, top_k)).sum(1)
-    few = tokens == 1 or (tokens <= MAX_EXPERT_GEMV_TOKENS and 2 * tokens * top_k <= len(gate_up.weight))
-    int4 = isinstance(gate_up.scale, Int4Scale), isinstance(down.scale, Int4Scale)
-    fp8 = isinstance(gate_up.scale, Scale) or isinstance(down.scale, Scale)
-    if tokens == 0 or not use_triton(x) or (fp8 and not reads_fp8(x.device)) or int4[0] != int4[1]:
+        return chosen_experts(rows, *pairs, gate_up, down, activation).unflatten(0, (tokens, top_k)).sum(1)
+    if not _readable(x, gate_up, down):
         run = experts_reference
-    elif int4[0]:
+    elif isinstance(gate_up.scale, Int4Scale):
+        few = _few_pairs(tokens, top_k, len(gate_up.weight))
         run = int4_expert_gemv_triton if few else int4_grouped_gemm_triton
-    elif few:
-        run = expert_gemv_triton
     elif expert_gemm.supports(x, gate_up) and expert_gemm.supports(x, down):
         # fp8 by fp8 is the faster one for few rows as well.
+        fp8 = gate_up.scale is not None or down.scale is not None
         many = fp8 or tokens * top_k > MIN_EXPERT_GEMM_ROWS * len(gate_up.weight)
         # When compiling ahead of time, compile the kernels for other numbers of tokens too.
         if is_compiling() and not fp8:

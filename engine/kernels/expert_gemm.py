@@ -30,7 +30,7 @@ from engine.kernels.activation import activate
 from engine.kernels.device import is_hopper, num_sms
 from engine.kernels.expert_groups import experts_in_groups
 from engine.kernels.experts import ExpertMatrices
-from engine.kernels.fp8 import FP8, Scale, quantise_rows
+from engine.kernels.fp8 import FP8, RoundedRows, Scale, quantise_rows, scale_of_row
 from engine.kernels.launch import launch
 from engine.kernels.ring import barriers, buffers, copy_load, tma_load
 
@@ -40,7 +40,7 @@ _ROWS, _WEIGHTS, _STEP_BYTES, _STAGES = 128, 256, 128, 4
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
 #: what the load group gives up.
 _REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 224, 56
-_activate = gluon.jit(activate.fn)
+_activate, _scale_of_row = gluon.jit(activate.fn), gluon.jit(scale_of_row.fn)
 
 
 def supports(x: torch.Tensor, matrices: ExpertMatrices) -> bool:
@@ -50,8 +50,10 @@ def supports(x: torch.Tensor, matrices: ExpertMatrices) -> bool:
         fits = x.element_size() == 2 and x.dtype == weight.dtype
     else:
         # Rows are rounded to fp8 as well.
-        fits = isinstance(scale, Scale) and scale.round_inputs and scale.values.shape[1] == 1
-        fits = fits and x.dtype == torch.bfloat16
+        fits = isinstance(scale, Scale) and scale.round_inputs and x.dtype == torch.bfloat16
+        if fits and scale.values.shape[1] > 1:
+            # A step has the inputs of one group, and half of a tile's weights one scale.
+            fits = scale.group == _STEP_BYTES and scale.outputs % (_WEIGHTS // 2) == 0
     steps, rest = divmod(weight.shape[2] * weight.element_size(), _STEP_BYTES)
     # Rows are copied in pieces of 16 bytes.
     aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
@@ -60,28 +62,42 @@ def supports(x: torch.Tensor, matrices: ExpertMatrices) -> bool:
 
 def grouped_experts_gluon(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMatrices, activation):
     """See :func:`engine.kernels.dispatch.experts`; for what :func:`supports` admits."""
-    return experts_in_groups(_grouped_gemm, x, ids, weights, gate_up, down, activation)
+    groups = _groups(down)
+    return experts_in_groups(
+        _grouped_gemm, x, ids, weights, gate_up, down, activation, rounded=groups if groups > 1 else None
+    )
+
+
+def _groups(matrices: ExpertMatrices) -> int:
+    """Return how many groups of inputs have scales of their own; 0 without scales."""
+    return 0 if matrices.scale is None else matrices.scale.values.shape[1]
 
 
 def _grouped_gemm(x, matrices, out, order, starts, *, activation=None, factors=None, top_k=1):
     """See :class:`~engine.kernels.expert_groups.GroupedGemm`."""
     experts, outputs, inputs = matrices.weight.shape
-    gated, scale = activation is not None, matrices.scale
+    gated, scale, groups = activation is not None, matrices.scale, _groups(matrices)
     outputs = outputs // 2 if gated else outputs
+    if isinstance(scale, Scale) and not isinstance(x, RoundedRows):
+        x = quantise_rows(x, scale.group if groups > 1 else None)
+    # Any tensor does for what is not accessed.
+    row_scale = out_scale = order
+    if isinstance(x, RoundedRows):
+        x, row_scale = x
+    rounded = isinstance(out, RoundedRows)
+    if rounded:
+        out, out_scale = out
     assert out.is_contiguous() and out.shape == (len(order), outputs)
-    row_scale = values = order
-    if isinstance(scale, Scale):
-        x, row_scale = quantise_rows(x)
-        values = scale.values
     launch(
         _expert_gemm_kernel, (num_sms(x.device),),
         x_ptr=x, weight_desc=_describe(matrices.weight, gated), out_ptr=out, order_ptr=order, starts_ptr=starts,
-        factors_ptr=order if factors is None else factors, row_scale_ptr=row_scale, scale_ptr=values,
+        factors_ptr=order if factors is None else factors, row_scale_ptr=row_scale,
+        scale_ptr=order if scale is None else scale.values, out_scale_ptr=out_scale,
         experts=experts, outputs=outputs, inputs=inputs, x_stride=x.stride(0), TOP_K=top_k,
         EXPERTS=max(32, triton.next_power_of_2(experts)), ACTIVATION=activation or "",
-        SCALED=scale is not None, ROWS=_ROWS, WEIGHTS=_WEIGHTS, INPUTS=_STEP_BYTES // x.element_size(),
-        STAGES=_STAGES, COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
-        num_warps=4, maxnreg=_REGISTERS,
+        SCALED=groups == 1, GROUPS=groups > 1, ROUNDED=rounded, ROWS=_ROWS, WEIGHTS=_WEIGHTS,
+        INPUTS=_STEP_BYTES // x.element_size(), STAGES=_STAGES, COMPUTE_REGISTERS=_COMPUTE_REGISTERS,
+        LOAD_REGISTERS=_LOAD_REGISTERS, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip
 
 
@@ -136,13 +152,20 @@ def _locate(tile, ends, experts, columns, starts_ptr, ROWS: gl.constexpr):
 
 @gluon.jit
 def _expert_gemm_kernel(
-    x_ptr, weight_desc, out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr,
+    x_ptr, weight_desc, out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr, out_scale_ptr,
     experts, outputs, inputs, x_stride,
     TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr, SCALED: gl.constexpr,
-    ROWS: gl.constexpr, WEIGHTS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr,
-    COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    GROUPS: gl.constexpr, ROUNDED: gl.constexpr, ROWS: gl.constexpr, WEIGHTS: gl.constexpr,
+    INPUTS: gl.constexpr, STAGES: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One program per SM; it takes every so many-th tile. EXPERTS: padded to a power of two, at least 32."""
+    """One program per SM; it takes every so many-th tile.
+
+    Args:
+        EXPERTS: padded to a power of two, at least 32.
+        SCALED: there are scales of whole rows and outputs.
+        GROUPS: the inputs of each step have scales of their own.
+        ROUNDED: results are rounded to fp8, a tile's of a row with a scale in out_scale_ptr.
+    """
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     rows = buffers(STAGES, ROWS, INPUTS, dtype)
     weights = buffers(STAGES, WEIGHTS, INPUTS, dtype)
@@ -155,38 +178,35 @@ def _expert_gemm_kernel(
     sizes = (experts, outputs, inputs, columns)
     first: gl.constexpr = 0
     second: gl.constexpr = 1
-    out = (out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr)
-    gl.warp_specialize(
-        [
-            (_multiply, (first, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, STAGES)),
-            (_multiply, (second, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, STAGES)),
-            (
-                _load_tiles,
-                (
-                    x_ptr,
-                    x_stride,
-                    weight_desc,
-                    ring,
-                    sizes,
-                    order_ptr,
-                    starts_ptr,
-                    TOP_K,
-                    EXPERTS,
-                    ACTIVATION,
-                    STAGES,
-                ),
-            ),
-        ],
-        [4, 4],
-        [COMPUTE_REGISTERS, LOAD_REGISTERS],
-    )
+    out = (out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr, out_scale_ptr)
+    loads = (x_ptr, x_stride, weight_desc, ring, sizes, order_ptr, starts_ptr)
+    if GROUPS:
+        gl.warp_specialize(
+            [
+                (_multiply_groups, (first, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, ROUNDED, STAGES)),
+                (_multiply_groups, (second, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, ROUNDED, STAGES)),
+                (_load_tiles, (loads, TOP_K, EXPERTS, ACTIVATION, STAGES)),
+            ],
+            [4, 4],
+            [COMPUTE_REGISTERS, LOAD_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (first, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, STAGES)),
+                (_multiply, (second, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, STAGES)),
+                (_load_tiles, (loads, TOP_K, EXPERTS, ACTIVATION, STAGES)),
+            ],
+            [4, 4],
+            [COMPUTE_REGISTERS, LOAD_REGISTERS],
+        )
 
 
 @gluon.jit
 def _load_tiles(
-    x_ptr, x_stride, weight_desc, ring, sizes, order_ptr, starts_ptr, TOP_K: gl.constexpr, EXPERTS: gl.constexpr,
-    ACTIVATION: gl.constexpr, STAGES: gl.constexpr,
+    given, TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
+    x_ptr, x_stride, weight_desc, ring, sizes, order_ptr, starts_ptr = given
     rows, weights, ready, free = ring
     experts, outputs, inputs, columns = sizes
     ROWS: gl.constexpr = rows.shape[1]
@@ -233,7 +253,7 @@ def _multiply(
     """Multiply 64 rows of each tile; run by one compute group (four warps). ``half``: which 64 of the tile."""
     rows, weights, ready, free = ring
     experts, outputs, inputs, columns = sizes
-    out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr = out
+    out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr, _ = out
     ROWS: gl.constexpr = rows.shape[1]
     HEIGHT: gl.constexpr = ROWS // 2
     OUTPUTS: gl.constexpr = weights.shape[1]
@@ -303,6 +323,107 @@ def _multiply(
                 stage = (step + index) % STAGES
                 mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
                 mbarrier.arrive(free.index(stage), count=1)
+        step += steps
+
+
+@gluon.jit
+def _multiply_groups(
+    half: gl.constexpr, ring, sizes, out, TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr,
+    ROUNDED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Do what :func:`_multiply` does, with a scale for each row and the inputs of a step, and one for each block of
+    weights.
+
+    The products of a step are multiplied by both and added up in float32 registers, one half of the weights at a
+    time; the other compute group keeps the tensor cores busy meanwhile. As DeepGEMM does
+    (https://github.com/deepseek-ai/DeepGEMM).
+    """
+    rows, weights, ready, free = ring
+    experts, outputs, inputs, columns = sizes
+    out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr, out_scale_ptr = out
+    ROWS: gl.constexpr = rows.shape[1]
+    HEIGHT: gl.constexpr = ROWS // 2
+    OUTPUTS: gl.constexpr = weights.shape[1]
+    WIDTH: gl.constexpr = OUTPUTS // 2
+    INPUTS: gl.constexpr = rows.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, INPUTS // 4])
+    stored: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    own_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
+    stored_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, stored))
+    ends = _tile_ends(starts_ptr, experts, EXPERTS, ROWS)
+    total = gl.max(ends, axis=0) * columns
+    steps = inputs // INPUTS
+    step = 0
+    expert, begin, top, count, column = _locate(gl.program_id(0), ends, experts, columns, starts_ptr, ROWS)
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        following = tile + gl.num_programs(0)
+        if top + half * HEIGHT < count:
+            own_place = begin + gl.minimum(top + own_row, count - 1)
+            if ACTIVATION == "":
+                source = own_place
+                first = column * OUTPUTS
+                block = expert * outputs + first
+                # Weights of the second half may not exist; their results are not stored.
+                other = gl.minimum(block + WIDTH, experts * outputs - 1)
+            else:
+                source = gl.load(order_ptr + own_place) // TOP_K
+                first = column * WIDTH
+                block = expert * 2 * outputs + first
+                other = block + outputs
+            row_scales = row_scale_ptr + source * steps
+            left_scales = scale_ptr + block.to(gl.int64) * steps
+            right_scales = scale_ptr + other.to(gl.int64) * steps
+            left = gl.zeros([HEIGHT, WIDTH], gl.float32, layout)
+            right = gl.zeros([HEIGHT, WIDTH], gl.float32, layout)
+            row_scale = gl.load(row_scales)
+            left_scale = gl.load(left_scales)
+            right_scale = gl.load(right_scales)
+            for index in range(steps):
+                stage = (step + index) % STAGES
+                mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
+                fence_async_shared()
+                x = rows.index(stage).slice(half * HEIGHT, HEIGHT, 0)
+                weight = weights.index(stage)
+                nothing = gl.zeros([HEIGHT, WIDTH], gl.float32, layout)
+                near = weight.slice(0, WIDTH, 0).permute((1, 0))
+                products = warpgroup_mma(x, near, nothing, use_acc=False, is_async=True)
+                left_factor = row_scale * left_scale
+                right_factor = row_scale * right_scale
+                # Meanwhile: the scales of the next step; behind the last one its own again.
+                ahead = gl.minimum(index + 1, steps - 1)
+                row_scale = gl.load(row_scales + ahead)
+                left_scale = gl.load(left_scales + ahead)
+                right_scale = gl.load(right_scales + ahead)
+                products = warpgroup_mma_wait(0, deps=[products])
+                left += products * left_factor[:, None]
+                far = weight.slice(WIDTH, WIDTH, 0).permute((1, 0))
+                products = warpgroup_mma(x, far, nothing, use_acc=False, is_async=True)
+                products = warpgroup_mma_wait(0, deps=[products])
+                mbarrier.arrive(free.index(stage), count=1)
+                right += products * right_factor[:, None]
+            valid = top + stored_row < count
+            place = begin + gl.minimum(top + stored_row, count - 1)
+            if ACTIVATION == "":
+                place = gl.load(order_ptr + place)
+                factor = gl.load(factors_ptr + gl.load(order_ptr + own_place))[:, None]
+                _store(left * factor, out_ptr, place, valid, first, outputs, stored)
+                _store(right * factor, out_ptr, place, valid, first + WIDTH, outputs, stored)
+            else:
+                result = _activate(left, ACTIVATION) * right
+                if ROUNDED:
+                    # As if the results had been stored in 16 bits before.
+                    result = result.to(gl.bfloat16).to(gl.float32)
+                    out_scale = _scale_of_row(gl.max(gl.abs(result), axis=1))
+                    result *= (1.0 / out_scale)[:, None]
+                    own = out_scale_ptr + own_place * columns + column
+                    gl.store(own, out_scale, mask=top + own_row < count)
+                _store(result, out_ptr, place, valid, first, outputs, stored)
+        else:
+            for index in range(steps):
+                stage = (step + index) % STAGES
+                mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
+                mbarrier.arrive(free.index(stage), count=1)
+        expert, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
         step += steps
 
 

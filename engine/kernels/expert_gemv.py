@@ -1,9 +1,10 @@
 """The MLPs of a mixture of experts for few tokens.
 
 With fewer pairs of tokens and experts than experts, nearly every pair reads matrices of its own: each is a
-GEMV, bound by memory, see :mod:`engine.kernels.gemv`. Two launches compute a layer, without sorting. Which
-weights are read is known only once the router has chosen, so nothing can be prefetched. A program adds up all
-experts of a token, and issues their loads of a step at once.
+GEMV, bound by memory, see :mod:`engine.kernels.gemv`. Two launches compute a layer, without sorting. Each program
+chooses its token's experts itself, which takes less than a launch. The first kernel knows no weights before the
+logits; the second one loads weights while the first still runs. Its programs add up all experts of a token, and
+issue their loads of a step at once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from engine.kernels.activation import activate
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.route import Routing, choose_experts
 from engine.kernels.scales import load_scales, scale_arguments
 
 #: With more steps over the inputs they are a loop.
@@ -27,11 +29,12 @@ MAX_STEPS = 8
 
 @dataclass(frozen=True, slots=True)
 class ExpertTile:
-    """Outputs per program, inputs per step, and warps of a program."""
+    """Outputs per program, inputs per step, warps of a program, and the steps whose weights it loads in advance."""
 
     outputs: int
     inputs: int
     warps: int
+    ready: int = 0
 
 
 def choose_tile(inputs: int, rows: int, itemsize: int) -> ExpertTile:
@@ -47,7 +50,7 @@ def choose_tile(inputs: int, rows: int, itemsize: int) -> ExpertTile:
         # One warp an output: nothing has to be exchanged between warps.
         tile = ExpertTile(outputs=1, inputs=512, warps=1)
     else:
-        tile = ExpertTile(outputs=2 if itemsize == 1 else 1, inputs=max(16, 1024 // rows), warps=4)
+        tile = ExpertTile(2 if itemsize == 1 else 1, max(16, 1024 // rows), warps=4, ready=MAX_STEPS)
     return replace(tile, inputs=min(tile.inputs, triton.next_power_of_2(inputs)))
 
 
@@ -55,79 +58,99 @@ def _tile_arguments(tile: ExpertTile, outputs: int, inputs: int) -> dict[str, An
     steps = triton.cdiv(inputs, tile.inputs)
     return {
         "TILE_OUTPUTS": tile.outputs, "TILE_INPUTS": tile.inputs, "STEPS": steps if steps <= MAX_STEPS else 0,
+        "READY": min(tile.ready, steps) if steps <= MAX_STEPS else 0,
         "EVEN": inputs % tile.inputs == 0 and outputs % tile.outputs == 0, "num_warps": tile.warps,
     }  # fmt: skip
 
 
-def expert_gemv_triton(x, ids, weights, gate_up: ExpertMatrices, down: ExpertMatrices, activation):
+def expert_gemv_triton(x, routing: Routing, gate_up: ExpertMatrices, down: ExpertMatrices, activation):
     """See :func:`engine.kernels.dispatch.experts`."""
-    tokens, top_k = ids.shape
+    tokens, top_k = len(x), routing.config.top_k
     width, inner_width = x.shape[1], down.weight.shape[2]
-    assert x.stride(1) == 1 and ids.is_contiguous() and weights.is_contiguous()
-    assert gate_up.weight.is_contiguous() and down.weight.is_contiguous()
+    assert x.stride(1) == 1 and gate_up.weight.is_contiguous() and down.weight.is_contiguous()
     inner = torch.empty((tokens * top_k, inner_width), dtype=x.dtype, device=x.device)
     tile = choose_tile(width, 2, gate_up.weight.element_size())
     launch(
         _expert_gate_kernel, (triton.cdiv(inner_width, tile.outputs), tokens * top_k),
-        x_ptr=x, weight_ptr=gate_up.weight, ids_ptr=ids, out_ptr=inner, outputs=inner_width, inputs=width,
-        x_stride=x.stride(0), **scale_arguments(x, gate_up.scale), TOP_K=top_k, ACTIVATION=activation,
+        x_ptr=x, weight_ptr=gate_up.weight, out_ptr=inner, outputs=inner_width, inputs=width,
+        x_stride=x.stride(0), **routing.arguments(), **scale_arguments(x, gate_up.scale), ACTIVATION=activation,
         **_tile_arguments(tile, inner_width, width), **pdl_options(x),
     )  # fmt: skip
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
-    pairs = triton.next_power_of_2(top_k)
-    tile = choose_tile(inner_width, pairs, down.weight.element_size())
+    tile = choose_tile(inner_width, triton.next_power_of_2(top_k), down.weight.element_size())
     launch(
         _expert_down_kernel, (triton.cdiv(width, tile.outputs), tokens),
-        inner_ptr=inner, weight_ptr=down.weight, ids_ptr=ids, factors_ptr=weights, out_ptr=out,
-        outputs=width, inputs=inner_width, **scale_arguments(x, down.scale), TOP_K=top_k, PAIRS=pairs,
+        inner_ptr=inner, weight_ptr=down.weight, out_ptr=out, outputs=width, inputs=inner_width,
+        **routing.arguments(), **scale_arguments(x, down.scale),
         **_tile_arguments(tile, width, inner_width), **pdl_options(x),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _add_products(
-    sums, x_row, weight_ptr, row, row_mask, k, inputs, scale_ptr, groups, GROUP: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-    """Add to ``sums`` the products of inputs ``k`` of weight rows ``row`` with ``x_row``, times the scales of groups.
+def _lanes(ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, GROUP: tl.constexpr):
+    """Inputs of a tile of the first step. Its axes are rows, outputs, groups of inputs and inputs of a group."""
+    WIDTH: tl.constexpr = min(GROUP, TILE_INPUTS) if GROUP > 0 else TILE_INPUTS
+    group = tl.arange(0, TILE_INPUTS // WIDTH)[None, None, :, None] * WIDTH
+    return tl.zeros([ROWS, OUTPUTS, 1, 1], tl.int32) + group + tl.arange(0, WIDTH)[None, None, None, :]
 
-    The tile has three axes, of which inputs are the last. ``k`` has the tile's shape, so that inputs are loaded
-    from the cache for every row by themselves, see :mod:`engine.kernels.gemv`; the rest broadcasts to it.
-    """
-    mask = row_mask & (k < inputs)
+
+@triton.jit
+def _load_weights(weight_ptr, row, row_mask, k, inputs, EVEN: tl.constexpr):
+    """Load inputs ``k`` of weight rows ``row``."""
     if EVEN:
-        weight = tl.load(weight_ptr + row * inputs + k)
+        return tl.load(weight_ptr + row * inputs + k)
+    return tl.load(weight_ptr + row * inputs + k, mask=row_mask & (k < inputs), other=0.0)
+
+
+@triton.jit
+def _products(
+    weight, x_row, row, row_mask, first, lane, inputs, scale_ptr, groups, GROUP: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Products of inputs from ``first`` on of weight rows ``row`` with ``x_row``, times the scales of groups.
+
+    ``lane`` has the tile's shape, so that inputs are loaded from the cache for every row by themselves, see
+    :mod:`engine.kernels.gemv`; the rest broadcasts to it.
+    """
+    k = first + lane
+    if EVEN:
         x = tl.load(x_row + k)
     else:
-        weight = tl.load(weight_ptr + row * inputs + k, mask=mask, other=0.0)
-        x = tl.load(x_row + k, mask=mask, other=0.0)
+        x = tl.load(x_row + k, mask=row_mask & (k < inputs), other=0.0)
     products = weight.to(tl.float32) * x.to(tl.float32)
     if GROUP > 0:
-        products *= load_scales(scale_ptr, row, groups, k // GROUP, mask)
-    return sums + products
+        # One for each group, not for each input.
+        WIDTH: tl.constexpr = lane.shape[3]
+        begin = first + tl.arange(0, lane.shape[2])[None, None, :, None] * WIDTH
+        products *= load_scales(scale_ptr, row, groups, begin // GROUP, row_mask & (begin < inputs))
+    return products
 
 
 @triton.jit
 def _sum_products(
-    sums, x_row, weight_ptr, row, row_mask, inputs, scale_ptr, groups,
+    ready, x_row, weight_ptr, row, row_mask, lane, inputs, scale_ptr, groups,
     GROUP: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Add all inputs to ``sums`` ``(rows, TILE_OUTPUTS, TILE_INPUTS)``."""
-    TILE_INPUTS: tl.constexpr = sums.shape[2]
-    lane = tl.zeros([sums.shape[0], sums.shape[1], 1], tl.int32) + tl.arange(0, TILE_INPUTS)[None, None, :]
+    """Sum up all inputs of weight rows, ``(rows, outputs, 1, 1)``. ``ready``: the weights of the first steps."""
+    TILE_INPUTS: tl.constexpr = lane.shape[2] * lane.shape[3]
+    sums = tl.zeros(lane.shape, tl.float32)
     if STEPS > 0:
         # Known steps: the loads of several are issued before the first one's products.
         for step in tl.static_range(STEPS):
-            sums = _add_products(
-                sums, x_row, weight_ptr, row, row_mask, step * TILE_INPUTS + lane, inputs, scale_ptr, groups,
-                GROUP, EVEN,
-            )  # fmt: skip
+            if step < len(ready):
+                weight = ready[step]
+            else:
+                weight = _load_weights(weight_ptr, row, row_mask, step * TILE_INPUTS + lane, inputs, EVEN)
+            sums += _products(
+                weight, x_row, row, row_mask, step * TILE_INPUTS, lane, inputs, scale_ptr, groups, GROUP, EVEN
+            )
     else:
         for first in range(0, inputs, TILE_INPUTS):
-            sums = _add_products(
-                sums, x_row, weight_ptr, row, row_mask, first + lane, inputs, scale_ptr, groups, GROUP, EVEN
+            weight = _load_weights(weight_ptr, row, row_mask, first + lane, inputs, False)
+            sums += _products(
+                weight, x_row, row, row_mask, first, lane, inputs, scale_ptr, groups, GROUP, False
             )
-    return sums
+    return tl.sum(tl.sum(sums, axis=3, keep_dims=True), axis=2, keep_dims=True)
 
 
 @triton.jit
@@ -140,69 +163,79 @@ def _row_scales(scale_ptr, row, row_mask, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _sum_rows(sums):
+    """Sum up the rows of each output."""
+    return tl.sum(tl.sum(tl.sum(sums, axis=3), axis=2), axis=0)
+
+
+@triton.jit
 def _expert_gate_kernel(
-    x_ptr, weight_ptr, ids_ptr, out_ptr, outputs, inputs, x_stride, scale_ptr, groups,
-    GROUP: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
-    TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, outputs, inputs, x_stride, logits_ptr, bias_ptr, scaling, scale_ptr, groups,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, RENORMALISE: tl.constexpr,
+    GROUP: tl.constexpr, ACTIVATION: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr,
+    STEPS: tl.constexpr, READY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per pair and tile of outputs: the gate's activation times the other half of the outputs.
 
-    The axes of its tile are halves, outputs and inputs.
+    The rows of its tile are the two halves.
     """
-    wait_for_previous(PDL)
     pair = tl.program_id(1)
-    half = tl.arange(0, 2)[:, None, None]
+    half = tl.arange(0, 2)[:, None, None, None]
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
-    mask = (output < outputs)[None, :, None] & (half < 2)
-    row = (tl.load(ids_ptr + pair).to(tl.int64) * 2 + half) * outputs + output[None, :, None]
+    mask = (output < outputs)[None, :, None, None] & (half < 2)
+    lane = _lanes(2, TILE_OUTPUTS, TILE_INPUTS, GROUP)
+    wait_for_previous(PDL)
+    ids, _ = choose_experts(
+        logits_ptr + (pair // TOP_K).to(tl.int64) * (GROUPS * GROUP_SIZE), bias_ptr, scaling,
+        GROUPS, GROUP_SIZE, TOP_GROUPS, TOP_K, SIGMOID, BIAS, RENORMALISE,
+    )  # fmt: skip
+    expert = tl.sum(tl.where(tl.arange(0, triton.next_power_of_2(TOP_K)) == pair % TOP_K, ids, 0))
+    row = (expert.to(tl.int64) * 2 + half) * outputs + output[None, :, None, None]
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
-    products = tl.zeros([2, TILE_OUTPUTS, TILE_INPUTS], tl.float32)
-    products = _sum_products(
-        products, x_row, weight_ptr, row, mask, inputs, scale_ptr, groups, GROUP, EVEN, STEPS
+    sums = _sum_products(
+        (), x_row, weight_ptr, row, mask, lane, inputs, scale_ptr, groups, GROUP, EVEN, STEPS
     )
-    sums = tl.sum(products, axis=2, keep_dims=True) * _row_scales(scale_ptr, row, mask, GROUP)
-    gate = tl.sum(tl.sum(tl.where(half == 0, sums, 0.0), axis=2), axis=0)
-    up = tl.sum(tl.sum(tl.where(half == 1, sums, 0.0), axis=2), axis=0)
+    sums *= _row_scales(scale_ptr, row, mask, GROUP)
+    gate = _sum_rows(tl.where(half == 0, sums, 0.0))
+    up = _sum_rows(tl.where(half == 1, sums, 0.0))
     result = (activate(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + pair.to(tl.int64) * outputs + output, result, mask=output < outputs)
 
 
 @triton.jit
 def _expert_down_kernel(
-    inner_ptr, weight_ptr, ids_ptr, factors_ptr, out_ptr, outputs, inputs, scale_ptr, groups,
-    GROUP: tl.constexpr, TOP_K: tl.constexpr, PAIRS: tl.constexpr, TILE_OUTPUTS: tl.constexpr,
-    TILE_INPUTS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    inner_ptr, weight_ptr, out_ptr, outputs, inputs, logits_ptr, bias_ptr, scaling, scale_ptr, groups,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, RENORMALISE: tl.constexpr,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STEPS: tl.constexpr,
+    READY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token and tile of outputs; it sums over the token's experts.
 
-    The axes of its tile are the token's pairs, outputs and inputs.
+    The rows of its tile are the token's pairs. The logits are older than the previous kernel, so weights are
+    loaded before that one has ended.
     """
-    wait_for_previous(PDL)
+    PAIRS: tl.constexpr = triton.next_power_of_2(TOP_K)
+    ALL: tl.constexpr = EVEN and PAIRS == TOP_K
     token = tl.program_id(1)
-    index = tl.arange(0, PAIRS)[:, None, None]
+    expert, factor = choose_experts(
+        logits_ptr + token.to(tl.int64) * (GROUPS * GROUP_SIZE), bias_ptr, scaling,
+        GROUPS, GROUP_SIZE, TOP_GROUPS, TOP_K, SIGMOID, BIAS, RENORMALISE,
+    )  # fmt: skip
+    index = tl.arange(0, PAIRS)
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
-    known = index < TOP_K
-    mask = known & (output < outputs)[None, :, None]
-    pair = token * TOP_K + index
-    expert = tl.load(ids_ptr + pair, mask=known, other=0)
-    factor = tl.load(factors_ptr + pair, mask=known, other=0.0)
-    row = expert.to(tl.int64) * outputs + output[None, :, None]
-    inner_row = inner_ptr + pair.to(tl.int64) * inputs
-    products = tl.zeros([PAIRS, TILE_OUTPUTS, TILE_INPUTS], tl.float32)
-    products = _sum_products(
-        products,
-        inner_row,
-        weight_ptr,
-        row,
-        mask,
-        inputs,
-        scale_ptr,
-        groups,
-        GROUP,
-        EVEN and PAIRS == TOP_K,
-        STEPS,
+    mask = (index < TOP_K)[:, None, None, None] & (output < outputs)[None, :, None, None]
+    row = expert.to(tl.int64)[:, None, None, None] * outputs + output[None, :, None, None]
+    lane = _lanes(PAIRS, TILE_OUTPUTS, TILE_INPUTS, GROUP)
+    ready = ()
+    for step in tl.static_range(READY):
+        ready = ready + (_load_weights(weight_ptr, row, mask, step * TILE_INPUTS + lane, inputs, ALL),)
+    factor = factor[:, None, None, None] * _row_scales(scale_ptr, row, mask, GROUP)
+    wait_for_previous(PDL)
+    inner_row = inner_ptr + (token * TOP_K + index).to(tl.int64)[:, None, None, None] * inputs
+    sums = _sum_products(
+        ready, inner_row, weight_ptr, row, mask, lane, inputs, scale_ptr, groups, GROUP, ALL, STEPS
     )
-    sums = tl.sum(products, axis=2, keep_dims=True) * _row_scales(scale_ptr, row, mask, GROUP) * factor
-    result = tl.sum(tl.sum(sums, axis=2), axis=0).to(out_ptr.dtype.element_ty)
+    result = _sum_rows(sums * factor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token.to(tl.int64) * outputs + output, result, mask=output < outputs)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.experts import ExpertMatrices
+from engine.kernels.fp8 import RoundedRows
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
@@ -148,9 +149,9 @@ class GroupedGemm(Protocol):
 
     def __call__(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | RoundedRows,
         matrices: ExpertMatrices,
-        out: torch.Tensor,
+        out: torch.Tensor | RoundedRows,
         order: torch.Tensor,
         starts: torch.Tensor,
         *,
@@ -176,13 +177,24 @@ def experts_in_groups(
     gate_up: ExpertMatrices,
     down: ExpertMatrices,
     activation: str,
+    *,
+    rounded: int | None = None,
 ) -> torch.Tensor:
-    """Compute :func:`engine.kernels.dispatch.experts` by two grouped GEMMs."""
+    """Compute :func:`engine.kernels.dispatch.chosen_experts` by two grouped GEMMs.
+
+    Args:
+        rounded: have the first one round its results to fp8 in so many groups.
+    """
     top_k = ids.shape[1]
     assert x.stride(1) == 1 and weights.is_contiguous()
     order, starts = group_by_expert_triton(ids, len(gate_up.weight))
-    inner = torch.empty((ids.numel(), down.inputs), dtype=x.dtype, device=x.device)
+    pairs = ids.numel()
+    inner: torch.Tensor | RoundedRows
+    if rounded is None:
+        inner = torch.empty((pairs, down.inputs), dtype=x.dtype, device=x.device)
+    else:
+        inner = RoundedRows.empty(pairs, down.inputs, x.device, rounded)
     gemm(x, gate_up, inner, order, starts, activation=activation, top_k=top_k)
-    out = torch.empty((ids.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
+    out = torch.empty((pairs, x.shape[1]), dtype=x.dtype, device=x.device)
     gemm(inner, down, out, order, starts, factors=weights)
     return add_up_experts(out, top_k)

@@ -38,31 +38,34 @@ class Scale:
     Attributes:
         values: ``(N, G)`` float32, contiguous: one for each output and each of ``G`` groups of inputs.
         group: consecutive inputs of a group; a power of two if there are several groups.
-        round_inputs: the rows that the weight is multiplied by may be rounded to fp8 too.
+        round_inputs: the rows that the weight is multiplied by may be rounded to fp8 too, by groups if there are
+            several.
+        outputs: consecutive outputs with equal scales, from the first one on (of experts: of each projection).
     """
 
     values: torch.Tensor
     group: int
     round_inputs: bool = False
+    outputs: int = 1
 
 
 class RoundedRows(NamedTuple):
-    """Rows rounded to fp8, each by its largest magnitude.
+    """Rows rounded to fp8, each by its largest magnitude, or by that of each group of inputs.
 
     Attributes:
         numbers: ``(T, K)`` fp8, contiguous.
-        scale: ``(T, 1)`` float32: what the numbers of a row are multiplied by, its largest magnitude over
-            :data:`LARGEST`.
+        scale: ``(T, G)`` float32: what the numbers of a row and group are multiplied by, their largest magnitude
+            over :data:`LARGEST`.
     """
 
     numbers: torch.Tensor
     scale: torch.Tensor
 
     @classmethod
-    def empty(cls, rows: int, inputs: int, device: torch.device) -> RoundedRows:
+    def empty(cls, rows: int, inputs: int, device: torch.device, groups: int = 1) -> RoundedRows:
         """Allocate rows for a kernel."""
         numbers = torch.empty((rows, inputs), dtype=FP8, device=device)
-        return cls(numbers, torch.empty((rows, 1), dtype=torch.float32, device=device))
+        return cls(numbers, torch.empty((rows, groups), dtype=torch.float32, device=device))
 
 
 def dequantise(weight: torch.Tensor, scale: Scale, dtype: torch.dtype) -> torch.Tensor:
@@ -111,28 +114,46 @@ def round_to_fp8(x, scale, dtype: tl.constexpr):
     return tl.minimum(tl.maximum(x.to(tl.float32) / scale, -448.0), 448.0).to(dtype)
 
 
-def quantise_rows(x: torch.Tensor) -> RoundedRows:
-    """Round ``(T, K)`` to fp8 with one scale a row."""
+def quantise_rows(x: torch.Tensor, group: int | None = None) -> RoundedRows:
+    """Round ``(T, K)`` to fp8 with one scale a row, or one for each ``group`` inputs of a row."""
     run = use_triton(x) and reads_fp8(x.device)
-    return (quantise_rows_triton if run else quantise_rows_reference)(x)
+    return (quantise_rows_triton if run else quantise_rows_reference)(x, group)
 
 
-def quantise_rows_reference(x: torch.Tensor) -> RoundedRows:
-    wide = x.float()
+def quantise_rows_reference(x: torch.Tensor, group: int | None = None) -> RoundedRows:
+    rows, inputs = x.shape
+    group = group or max(1, inputs)
+    wide = F.pad(x.float(), (0, -inputs % group)).view(rows, -(-inputs // group), group)
     # A row of zeros needs a scale as well.
-    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=_SMALLEST) / LARGEST
-    return RoundedRows((wide / scale).clamp(-LARGEST, LARGEST).to(FP8), scale)
+    scale = wide.abs().amax(dim=2, keepdim=True).clamp(min=_SMALLEST) / LARGEST
+    numbers = (wide / scale).clamp(-LARGEST, LARGEST).to(FP8)
+    return RoundedRows(numbers.flatten(1)[:, :inputs].contiguous(), scale.squeeze(2))
 
 
-def quantise_rows_triton(x: torch.Tensor) -> RoundedRows:
+def quantise_rows_triton(x: torch.Tensor, group: int | None = None) -> RoundedRows:
     rows, inputs = x.shape
     assert x.stride(1) == 1
+    if group is not None:
+        return _quantise_groups(x, group)
     out = RoundedRows.empty(rows, inputs, x.device)
     tile = min(_LONGEST_ROW, triton.next_power_of_2(inputs))
     launch(
         _quantise_kernel, (rows,), x_ptr=x, out_ptr=out.numbers, scale_ptr=out.scale, inputs=inputs,
         x_stride=x.stride(0), TILE=tile, WHOLE=inputs <= tile, num_warps=rounding_warps(tile, rows),
         **pdl_options(x),
+    )  # fmt: skip
+    return out
+
+
+def _quantise_groups(x: torch.Tensor, group: int) -> RoundedRows:
+    rows, inputs = x.shape
+    groups = triton.cdiv(inputs, group)
+    out = RoundedRows.empty(rows, inputs, x.device, groups)
+    tile = min(triton.next_power_of_2(groups), max(1, 2 * _TILE // group))
+    launch(
+        _quantise_groups_kernel, (rows, triton.cdiv(groups, tile)), x_ptr=x, out_ptr=out.numbers,
+        scale_ptr=out.scale, inputs=inputs, groups=groups, x_stride=x.stride(0), GROUPS=tile, GROUP=group,
+        num_warps=4, **pdl_options(x),
     )  # fmt: skip
     return out
 
@@ -181,6 +202,23 @@ def _quantise_kernel(
             x = tl.load(x_ptr + row * x_stride + first + lane, mask=mask, other=0.0).to(tl.float32)
             rounded = (x * (1.0 / scale)).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + row * inputs + first + lane, rounded, mask=mask)
+
+
+@triton.jit
+def _quantise_groups_kernel(
+    x_ptr, out_ptr, scale_ptr, inputs, groups, x_stride, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per row and ``GROUPS`` groups of inputs."""
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(x_ptr + row * x_stride + column, mask=column < inputs, other=0.0).to(tl.float32)
+    scale = scale_of_row(tl.max(tl.abs(x), axis=1))
+    tl.store(scale_ptr + row * groups + group, scale, mask=group < groups)
+    numbers = (x * (1.0 / scale)[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * inputs + column, numbers, mask=column < inputs)
 
 
 def reads_fp8(device: torch.device) -> bool:

@@ -16,7 +16,10 @@ from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.peer_reduce import PeerBuffers, send, send_arguments, sum_sent
 from engine.kernels.peer_reduce import choose_tile as choose_reduce_tile
-from engine.kernels.scales import load_scales, scale_arguments
+from engine.kernels.scales import scale_arguments, times_scales
+
+#: Up to so many steps a program loads whole weight rows before the previous kernel has ended.
+MAX_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,40 +87,66 @@ def _arguments(x, weight, scale):
     assert x.shape == (1, inputs) and inputs > 0
     assert x.stride(-1) == weight.stride(-1) == 1 and (scale is not None or x.dtype == weight.dtype)
     tile = choose_tile(outputs, inputs, weight.element_size())
+    steps = triton.cdiv(inputs, tile.inputs)
     return tile, {
         "x_ptr": x, "weight_ptr": weight, "outputs": outputs, "inputs": inputs,
         "weight_stride": weight.stride(0), **scale_arguments(x, scale),
-        "TILE_OUTPUTS": tile.outputs, "TILE_INPUTS": tile.inputs, "num_warps": tile.warps, **pdl_options(x),
+        "TILE_OUTPUTS": tile.outputs, "TILE_INPUTS": tile.inputs, "STEPS": steps if steps <= MAX_STEPS else 0,
+        "num_warps": tile.warps, **pdl_options(x),
     }  # fmt: skip
 
 
 @triton.jit
-def _products(
-    x_ptr, weight_ptr, output, outputs, inputs, weight_stride, scale_ptr, groups,
-    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, PDL: tl.constexpr,
+def _step_products(
+    weight, x_ptr, output, outputs, first, lane, inputs, scale_ptr, groups, GROUP: tl.constexpr
 ):  # fmt: skip
-    """The dot products of a tile of weight rows with ``x``, which the previous kernel may write."""
-    row_mask = (output < outputs)[:, None]
-    lane = tl.arange(0, TILE_INPUTS)[None, :]
-    weights = weight_ptr + output.to(tl.int64)[:, None] * weight_stride
+    """Products of inputs from ``first`` on with their weights, times the scales of groups."""
+    k = first + lane
     # Every row of the tile loads the input from the cache by itself. Loading it once and broadcasting it
     # would exchange it between threads, and could cost a barrier per step.
-    broadcast = tl.zeros([TILE_OUTPUTS, 1], tl.int32)
+    x = tl.load(x_ptr + k, mask=k < inputs, other=0.0)
+    product = weight.to(tl.float32) * x.to(tl.float32)
+    if GROUP > 0:
+        product = times_scales(product, scale_ptr, output, output < outputs, groups, first, inputs, GROUP)
+    return product
+
+
+@triton.jit
+def _products(
+    x_ptr, weight_ptr, output, outputs, inputs, weight_stride, scale_ptr, groups, GROUP: tl.constexpr,
+    TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The dot products of a tile of weight rows with ``x``, which the previous kernel may write.
+
+    STEPS: over the inputs, if the weights of all are loaded at once; 0: a loop.
+    """
+    row_mask = (output < outputs)[:, None]
+    lane = tl.zeros([TILE_OUTPUTS, 1], tl.int32) + tl.arange(0, TILE_INPUTS)[None, :]
+    weights = weight_ptr + output.to(tl.int64)[:, None] * weight_stride
     products = tl.zeros([TILE_OUTPUTS, TILE_INPUTS], tl.float32)
-    # Prefetch each tile of weights during the step before, the first one before the previous kernel has
-    # written x.
-    next_weight = tl.load(weights + lane, mask=row_mask & (lane < inputs), other=0.0)
-    wait_for_previous(PDL)
-    for first in range(0, inputs, TILE_INPUTS):
-        weight = next_weight
-        next_lane = first + TILE_INPUTS + lane
-        next_weight = tl.load(weights + next_lane, mask=row_mask & (next_lane < inputs), other=0.0)
-        k = broadcast + first + lane
-        x = tl.load(x_ptr + k, mask=k < inputs, other=0.0)
-        product = weight.to(tl.float32) * x.to(tl.float32)
-        if GROUP > 0:
-            product *= load_scales(scale_ptr, output[:, None], groups, k // GROUP, row_mask & (k < inputs))
-        products += product
+    if STEPS > 0:
+        ready = ()
+        for step in tl.static_range(STEPS):
+            k = step * TILE_INPUTS + lane
+            ready = ready + (tl.load(weights + k, mask=row_mask & (k < inputs), other=0.0),)
+        wait_for_previous(PDL)
+        for step in tl.static_range(STEPS):
+            first = step * TILE_INPUTS
+            products += _step_products(
+                ready[step], x_ptr, output, outputs, first, lane, inputs, scale_ptr, groups, GROUP
+            )
+    else:
+        # Prefetch each tile of weights during the step before, the first one before the previous kernel has
+        # written x.
+        next_weight = tl.load(weights + lane, mask=row_mask & (lane < inputs), other=0.0)
+        wait_for_previous(PDL)
+        for first in range(0, inputs, TILE_INPUTS):
+            weight = next_weight
+            following = first + TILE_INPUTS + lane
+            next_weight = tl.load(weights + following, mask=row_mask & (following < inputs), other=0.0)
+            products += _step_products(
+                weight, x_ptr, output, outputs, first, lane, inputs, scale_ptr, groups, GROUP
+            )
     result = tl.sum(products, axis=1)
     if GROUP == 0:
         result *= tl.load(scale_ptr + output, mask=output < outputs, other=0.0)
@@ -127,14 +156,14 @@ def _products(
 @triton.jit
 def _gemv_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, outputs, inputs, weight_stride, scale_ptr, groups,
-    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STEPS: tl.constexpr,
+    BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`."""
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     result = _products(
         x_ptr, weight_ptr, output, outputs, inputs, weight_stride, scale_ptr, groups, GROUP, TILE_OUTPUTS,
-        TILE_INPUTS, PDL,
+        TILE_INPUTS, STEPS, PDL,
     )  # fmt: skip
     if BIAS:
         result += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
@@ -144,14 +173,14 @@ def _gemv_kernel(
 @triton.jit(do_not_specialize=["share", "rank"])
 def _gemv_send_kernel(
     x_ptr, weight_ptr, outputs, inputs, weight_stride, scale_ptr, groups, addresses, halves_ptr, share, rank,
-    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, HALF: tl.constexpr,
-    SIZE: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STEPS: tl.constexpr,
+    HALF: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """:func:`_gemv_kernel` whose outputs go to all ranks; see :func:`~engine.kernels.peer_reduce.send`."""
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     result = _products(
         x_ptr, weight_ptr, output, outputs, inputs, weight_stride, scale_ptr, groups, GROUP, TILE_OUTPUTS,
-        TILE_INPUTS, PDL,
+        TILE_INPUTS, STEPS, PDL,
     )  # fmt: skip
     numbers = result.to(x_ptr.dtype.element_ty)
     send(numbers, output, output < outputs, addresses, halves_ptr, share, rank, HALF, SIZE)

@@ -1,4 +1,4 @@
-"""Rotation of new queries and keys, and the write of keys and values to the paged cache, in one launch."""
+"""Norms of heads and rotation of new queries and keys, and the write of keys and values to the paged cache, in one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from engine.kernels.fp8 import FP8, LARGEST, round_to_fp8
 from engine.kernels.launch import launch
 from engine.kernels.paged import KVCache
 from engine.kernels.pdl import pdl_options, wait_for_previous
-from engine.kernels.rotary import RotaryTable, load_angles, rotary_reference, rotate_heads
+from engine.kernels.rms_norm import HeadNorms, head_norms_reference, norm_arguments
+from engine.kernels.rotary import (
+    RotaryTable,
+    load_angles,
+    norm_and_rotate_heads,
+    rotary_reference,
+    rotate_heads,
+)
 
 
 def rotary_kv_write(
@@ -22,8 +29,11 @@ def rotary_kv_write(
     table: RotaryTable,
     cache: KVCache,
     slot_mapping: torch.Tensor,
+    norms: HeadNorms | None = None,
 ) -> None:
     """Rotate ``q`` in place; write the rotated ``k``, and ``v``, to each token's KV slot.
+
+    With ``norms`` it rotates :func:`~engine.kernels.rms_norm.head_norms`.
 
     Args:
         q, k, positions, table: see :func:`~engine.kernels.rotary.rotary`; ``k`` is undefined afterwards.
@@ -32,10 +42,13 @@ def rotary_kv_write(
         slot_mapping: see :class:`~engine.kernels.paged.AttentionMetadata`.
     """
     run = rotary_kv_write_triton if use_triton(q) else rotary_kv_write_reference
-    run(q, k, v, positions, table, cache, slot_mapping)
+    run(q, k, v, positions, table, cache, slot_mapping, norms)
 
 
-def rotary_kv_write_reference(q, k, v, positions, table, cache, slot_mapping) -> None:
+def rotary_kv_write_reference(q, k, v, positions, table, cache, slot_mapping, norms=None) -> None:
+    if norms is not None:
+        normed, k = head_norms_reference(q, k, norms)
+        q.copy_(normed)
     rotary_reference(q, k, positions, table)
     written = slot_mapping >= 0
     if not written.all():
@@ -53,14 +66,14 @@ def _write(blocks, block, offset, rows, scale: float) -> None:
     blocks.transpose(1, 2)[block, offset] = rows
 
 
-def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping) -> None:
+def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping, norms=None) -> None:
     tokens, kv_heads, dim = k.shape
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     if tokens == 0:
         return
     launch(
         _rotary_kv_write_kernel, (tokens,),
-        q_ptr=q, k_ptr=k, v_ptr=v, **table.arguments(positions),
+        q_ptr=q, k_ptr=k, v_ptr=v, **norm_arguments(norms, q), **table.arguments(positions),
         k_cache_ptr=cache.keys, v_cache_ptr=cache.values, slot_ptr=slot_mapping,
         q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1),
         v_token=v.stride(0), v_head=v.stride(1),
@@ -74,11 +87,11 @@ def rotary_kv_write_triton(q, k, v, positions, table, cache, slot_mapping) -> No
 # again.
 @triton.jit(do_not_specialize=["axis_stride"])
 def _rotary_kv_write_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr,
-    q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride,
+    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, eps, offset, positions_ptr, cos_ptr, sin_ptr,
+    k_cache_ptr, v_cache_ptr, slot_ptr, q_token, q_head, k_token, k_head, v_token, v_head, axis_stride, position_stride, angle_stride,
     key_scale, value_scale,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    FP8_CACHE: tl.constexpr,
+    FP8_CACHE: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
     HALF: tl.constexpr, SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -91,22 +104,47 @@ def _rotary_kv_write_kernel(
         angle, angle < HALF, SECTION, INTERLEAVED,
     )  # fmt: skip
     q_row = q_ptr + token * q_token
-    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
+    if NORM:
+        norm_and_rotate_heads(
+            q_row,
+            q_head,
+            q_row,
+            q_head,
+            cos,
+            sin,
+            q_norm_ptr,
+            eps,
+            offset,
+            Q_HEADS,
+            DIM,
+            HALF,
+            ADJACENT,
+            OFFSET,
+        )
+    else:
+        rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
     slot = tl.load(slot_ptr + token)
     if slot >= 0:
-        offset = (slot // BLOCK_SIZE * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE) * DIM
-        k_row, k_target = k_ptr + token * k_token, k_cache_ptr + offset
+        place = (slot // BLOCK_SIZE * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE) * DIM
+        k_row, k_target = k_ptr + token * k_token, k_cache_ptr + place
         head_stride = BLOCK_SIZE * DIM
         head = tl.arange(0, triton.next_power_of_2(KV_HEADS))[:, None]
         # Dimensions of a head that are not rotated.
         REST: tl.constexpr = DIM - 2 * HALF
+        rotated, rotated_head = k_target, head_stride
         if FP8_CACHE:
             # Keys are rotated in place, and rounded once all threads have written.
-            rotate_heads(k_row, k_head, k_row, k_head, cos, sin, KV_HEADS, HALF, ADJACENT)
-            tl.debug_barrier()
+            rotated, rotated_head = k_row, k_head
+        if NORM:
+            norm_and_rotate_heads(
+                k_row, k_head, rotated, rotated_head, cos, sin, k_norm_ptr, eps, offset,
+                KV_HEADS, DIM, HALF, ADJACENT, OFFSET,
+            )  # fmt: skip
         else:
-            rotate_heads(k_row, k_head, k_target, head_stride, cos, sin, KV_HEADS, HALF, ADJACENT)
-        if REST > 0 and not FP8_CACHE:
+            rotate_heads(k_row, k_head, rotated, rotated_head, cos, sin, KV_HEADS, HALF, ADJACENT)
+        if FP8_CACHE:
+            tl.debug_barrier()
+        if REST > 0 and not FP8_CACHE and not NORM:
             column = 2 * HALF + tl.arange(0, triton.next_power_of_2(REST))[None, :]
             mask = (head < KV_HEADS) & (column < DIM)
             rest = tl.load(k_row + head * k_head + column, mask=mask)
@@ -119,4 +157,4 @@ def _rotary_kv_write_kernel(
             key = round_to_fp8(key, key_scale, k_cache_ptr.dtype.element_ty)
             tl.store(k_target + head * head_stride + column, key, mask=mask)
             value = round_to_fp8(value, value_scale, v_cache_ptr.dtype.element_ty)
-        tl.store(v_cache_ptr + offset + head * head_stride + column, value, mask=mask)
+        tl.store(v_cache_ptr + place + head * head_stride + column, value, mask=mask)

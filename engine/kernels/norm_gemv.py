@@ -20,7 +20,7 @@ from engine.kernels.device import num_sms
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents, pdl_options, wait_for_previous
 from engine.kernels.rms_norm import rms_norm_reference
-from engine.kernels.scales import load_scales, scale_arguments
+from engine.kernels.scales import scale_arguments, times_scales
 
 
 def norm_linear_reference(x, residual, norm, eps, weight, bias=None, *, activation=None, offset=0.0):
@@ -113,23 +113,23 @@ def _load_both(start, row, end, stride, lane, rest, inputs, REST: tl.constexpr):
 
 
 @triton.jit
-def _dot(weight, x, scale_ptr, row, groups, lane, row_mask, mask, GROUP: tl.constexpr):
+def _dot(weight, x, scale_ptr, row, groups, first, row_mask, inputs, GROUP: tl.constexpr):
     """Dot products of a part of weight rows, times the scales of groups, with that of the row ``x``."""
     products = weight.to(tl.float32) * x
     if GROUP > 0:
-        products *= load_scales(scale_ptr, row[:, None], groups, lane // GROUP, row_mask[:, None] & mask)
+        products = times_scales(products, scale_ptr, row, row_mask, groups, first, inputs, GROUP)
     return tl.sum(products, axis=1)
 
 
 @triton.jit
 def _dot_both(
-    weight, weight_rest, x, x_rest, scale_ptr, row, groups, lane, rest, row_mask, inputs,
-    GROUP: tl.constexpr, REST: tl.constexpr,
+    weight, weight_rest, x, x_rest, scale_ptr, row, groups, row_mask, inputs,
+    GROUP: tl.constexpr, INPUTS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Dot products of weight rows, times their scales, with the row ``x``."""
-    result = _dot(weight, x, scale_ptr, row, groups, lane, row_mask, lane < inputs, GROUP)
+    result = _dot(weight, x, scale_ptr, row, groups, 0, row_mask, inputs, GROUP)
     if REST > 0:
-        result += _dot(weight_rest, x_rest, scale_ptr, row, groups, rest, row_mask, rest < inputs, GROUP)
+        result += _dot(weight_rest, x_rest, scale_ptr, row, groups, INPUTS, row_mask, inputs, GROUP)
     if GROUP == 0:
         result *= tl.load(scale_ptr + row, mask=row_mask, other=0.0)
     return result
@@ -192,13 +192,13 @@ def _norm_gemv_kernel(
             next_up, next_up_rest = _load_both(up_ptr, next_row, end, weight_stride, lane, rest, inputs, REST)
         row_mask = row < end
         result = scale * _dot_both(
-            weight, weight_rest, x, x_rest, scale_ptr, row, groups, lane, rest, row_mask, inputs, GROUP, REST
+            weight, weight_rest, x, x_rest, scale_ptr, row, groups, row_mask, inputs, GROUP, INPUTS, REST
         )  # fmt: skip
         if BIAS:
             result += tl.load(bias_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
         if ACTIVATION != "":
             factor = scale * _dot_both(
-                up, up_rest, x, x_rest, scale_ptr, outputs + row, groups, lane, rest, row_mask, inputs, GROUP, REST
+                up, up_rest, x, x_rest, scale_ptr, outputs + row, groups, row_mask, inputs, GROUP, INPUTS, REST
             )  # fmt: skip
             if BIAS:
                 factor += tl.load(bias_ptr + outputs + row, mask=row_mask, other=0.0).to(tl.float32)

@@ -1,14 +1,12 @@
 """The RMS norm before a mixture of experts and the logits of its router, for few tokens in one launch.
 
-Apart they are a norm, a conversion to float32 and a GEMV in float32: launches of some microseconds, of which a
-decode step has three in each layer. Each program normalises the row itself, which takes less than a launch,
+Apart they are launches of some microseconds, of which a decode step has two in each layer. Each program normalises the row itself, which takes less than a launch,
 and loads its row of the router's weight meanwhile.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -16,6 +14,7 @@ from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.rms_norm import normalised, rms_norm
+from engine.kernels.router_logits import router_logits
 
 #: With more tokens the router's weight is read too often.
 MAX_TOKENS = 8
@@ -47,12 +46,12 @@ def norm_router(
 
 
 def norm_router_apart(x, residual, norm, eps, weight, offset):
-    """Compute :func:`norm_router` by the kernel of the norm and by torch."""
+    """Compute :func:`norm_router` by the kernels of the norm and of the logits."""
     if residual is None:
         normed, total = rms_norm(x, norm, eps, offset=offset), x
     else:
         normed, total = rms_norm(x, norm, eps, residual, offset=offset)
-    return normed, total, F.linear(normed.float(), weight)
+    return normed, total, router_logits(normed, weight)
 
 
 def norm_router_triton(x, residual, norm, eps, weight, offset):

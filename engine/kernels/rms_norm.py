@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 import triton
@@ -168,6 +168,16 @@ class HeadNorms:
     k_weight: torch.Tensor
     eps: float
     offset: float = 0.0
+
+
+def norm_arguments(norms: HeadNorms | None, q: torch.Tensor) -> dict[str, Any]:
+    """Arguments of a kernel for norms of heads, or for none. ``q`` stands in for what is not accessed."""
+    if norms is None:
+        return {"q_norm_ptr": q, "k_norm_ptr": q, "eps": 0.0, "offset": 0.0, "NORM": False, "OFFSET": False}
+    return {
+        "q_norm_ptr": norms.q_weight, "k_norm_ptr": norms.k_weight, "eps": norms.eps, "offset": norms.offset,
+        "NORM": True, "OFFSET": bool(norms.offset),
+    }  # fmt: skip
 
 
 def head_norms(q: torch.Tensor, k: torch.Tensor, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor]:

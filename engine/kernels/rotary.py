@@ -13,6 +13,7 @@ import triton.language as tl
 from engine.kernels.device import use_triton
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.rms_norm import scaled_by_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +163,7 @@ def rotate_heads(
     in_ptr, in_head, out_ptr, out_head, cos, sin,
     HEADS: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr,
 ):  # fmt: skip
-    """Rotate all heads of one token from ``in_ptr`` to ``out_ptr``, which may be the same.
-
-    Sums are rounded where torch rounds them; a GPU may add products that are not rounded yet.
-    """
-    dtype = in_ptr.dtype.element_ty
-    c = cos[None, :].to(dtype).to(tl.float32)
-    s = sin[None, :].to(dtype).to(tl.float32)
+    """Rotate all heads of one token from ``in_ptr`` to ``out_ptr``, which may be the same."""
     head = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
     angle = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
     mask = (head < HEADS) & (angle < HALF)
@@ -176,10 +171,56 @@ def rotate_heads(
     STEP: tl.constexpr = 2 if ADJACENT else 1
     OTHER: tl.constexpr = 1 if ADJACENT else HALF
     source = in_ptr + head * in_head + angle * STEP
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + OTHER, mask=mask, other=0.0).to(tl.float32)
+    first = tl.load(source, mask=mask, other=0.0)
+    second = tl.load(source + OTHER, mask=mask, other=0.0)
+    _store_rotated(first, second, out_ptr + head * out_head + angle * STEP, OTHER, mask, cos, sin)
+
+
+@triton.jit
+def norm_and_rotate_heads(
+    in_ptr, in_head, out_ptr, out_head, cos, sin, norm_ptr, eps, offset,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, ADJACENT: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Do what :func:`rotate_heads` does with the norms of heads, and store what of them is not rotated."""
+    head = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
+    angle = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+    mask = (head < HEADS) & (angle < HALF)
+    STEP: tl.constexpr = 2 if ADJACENT else 1
+    OTHER: tl.constexpr = 1 if ADJACENT else HALF
+    REST: tl.constexpr = DIM - 2 * HALF
+    source = in_ptr + head * in_head
+    first = tl.load(source + angle * STEP, mask=mask, other=0.0)
+    second = tl.load(source + angle * STEP + OTHER, mask=mask, other=0.0)
+    squares = tl.sum(first.to(tl.float32) * first.to(tl.float32), axis=1, keep_dims=True)
+    squares += tl.sum(second.to(tl.float32) * second.to(tl.float32), axis=1, keep_dims=True)
+    if REST > 0:
+        column = 2 * HALF + tl.arange(0, triton.next_power_of_2(REST))[None, :]
+        known = (head < HEADS) & (column < DIM)
+        rest = tl.load(source + column, mask=known, other=0.0)
+        squares += tl.sum(rest.to(tl.float32) * rest.to(tl.float32), axis=1, keep_dims=True)
+    inverse = 1.0 / tl.sqrt(squares / DIM + eps)
+    weight = tl.load(norm_ptr + angle * STEP, mask=angle < HALF, other=0.0)
+    first = scaled_by_norm(first, inverse, weight, offset, OFFSET)
+    weight = tl.load(norm_ptr + angle * STEP + OTHER, mask=angle < HALF, other=0.0)
+    second = scaled_by_norm(second, inverse, weight, offset, OFFSET)
+    target = out_ptr + head * out_head
+    _store_rotated(first, second, target + angle * STEP, OTHER, mask, cos, sin)
+    if REST > 0:
+        weight = tl.load(norm_ptr + column, mask=column < DIM, other=0.0)
+        tl.store(target + column, scaled_by_norm(rest, inverse, weight, offset, OFFSET), mask=known)
+
+
+@triton.jit
+def _store_rotated(first, second, target, OTHER: tl.constexpr, mask, cos, sin):
+    """Rotate pairs and store them, the second ones ``OTHER`` elements behind the first ones.
+
+    Sums are rounded where torch rounds them; a GPU may add products that are not rounded yet.
+    """
+    dtype = first.dtype
+    c = cos[None, :].to(dtype).to(tl.float32)
+    s = sin[None, :].to(dtype).to(tl.float32)
+    first, second = first.to(tl.float32), second.to(tl.float32)
     low = (first * c).to(dtype).to(tl.float32) - (second * s).to(dtype).to(tl.float32)
     high = (second * c).to(dtype).to(tl.float32) + (first * s).to(dtype).to(tl.float32)
-    target = out_ptr + head * out_head + angle * STEP
     tl.store(target, low.to(dtype), mask=mask)
     tl.store(target + OTHER, high.to(dtype), mask=mask)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,26 +15,47 @@ from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.router_config import RouterConfig
 
 
-def route(
-    logits: torch.Tensor, config: RouterConfig, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the experts of each token; see :class:`~engine.kernels.router_config.RouterConfig`.
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The logits of a router, which choose the experts of each token.
 
-    Args:
+    Attributes:
         logits: ``(T, E)`` float32 contiguous.
         bias: ``(E,)`` float32, the correction bias if ``config`` has one.
-
-    Returns:
-        Ids ``(T, top_k)`` int32, all below ``E`` even if logits are NaN, and weights ``(T, top_k)`` float32.
-        The order within a token's experts is not defined.
     """
-    assert (bias is not None) == config.correction_bias
-    run = route_triton if use_triton(logits) else route_reference
-    return run(logits, config, bias)
+
+    logits: torch.Tensor
+    config: RouterConfig
+    bias: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.logits.is_contiguous() and self.logits.shape[1] == self.config.num_experts
+        assert (self.bias is not None) == self.config.correction_bias
+
+    def chosen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the experts of each token; see :class:`~engine.kernels.router_config.RouterConfig`.
+
+        Returns:
+            Ids ``(T, top_k)`` int32, all below ``E`` even if logits are NaN, and weights ``(T, top_k)``
+            float32. The order within a token's experts is not defined.
+        """
+        return (route_triton if use_triton(self.logits) else route_reference)(self)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a kernel for :func:`choose_experts`."""
+        config = self.config
+        return {
+            "logits_ptr": self.logits, "bias_ptr": self.logits if self.bias is None else self.bias,
+            "scaling": config.scaling, "GROUPS": config.num_groups,
+            "GROUP_SIZE": config.num_experts // config.num_groups, "TOP_GROUPS": config.top_groups,
+            "TOP_K": config.top_k, "SIGMOID": config.scoring == "sigmoid", "BIAS": self.bias is not None,
+            "RENORMALISE": config.renormalise,
+        }  # fmt: skip
 
 
-def route_reference(logits, config, bias=None):
-    """Compute :func:`route` in torch. Ties are broken as torch.topk breaks them, as in Transformers."""
+def route_reference(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute :meth:`Routing.chosen` in torch. Ties are broken as torch.topk breaks them, as in Transformers."""
+    logits, config, bias = routing.logits, routing.config, routing.bias
     scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
     choice = scores if bias is None else scores + bias
     if config.top_groups < config.num_groups:
@@ -46,18 +70,14 @@ def route_reference(logits, config, bias=None):
     return ids.int(), weights * config.scaling
 
 
-def route_triton(logits, config, bias=None):
-    tokens, experts = logits.shape
-    assert logits.is_contiguous() and experts == config.num_experts <= 1 << 16
-    ids = torch.empty((tokens, config.top_k), dtype=torch.int32, device=logits.device)
-    weights = torch.empty((tokens, config.top_k), dtype=torch.float32, device=logits.device)
-    if tokens:
+def route_triton(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, top_k = routing.logits, routing.config.top_k
+    ids = torch.empty((len(logits), top_k), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((len(logits), top_k), dtype=torch.float32, device=logits.device)
+    if len(logits):
         launch(
-            _route_kernel, (tokens,),
-            logits_ptr=logits, bias_ptr=logits if bias is None else bias, ids_ptr=ids, weights_ptr=weights,
-            scaling=config.scaling, GROUPS=config.num_groups, GROUP_SIZE=experts // config.num_groups,
-            TOP_GROUPS=config.top_groups, TOP_K=config.top_k, SIGMOID=config.scoring == "sigmoid",
-            BIAS=bias is not None, RENORMALISE=config.renormalise, num_warps=1, **pdl_options(logits),
+            _route_kernel, (len(logits),), ids_ptr=ids, weights_ptr=weights, **routing.arguments(), num_warps=1,
+            **pdl_options(logits),
         )  # fmt: skip
     return ids, weights
 
@@ -70,6 +90,84 @@ def _first_of_largest(values, index, NONE: tl.constexpr):
 
 
 @triton.jit
+def _best_groups(
+    choice, group, member, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr
+):  # fmt: skip
+    """Return whether a group is kept: one of those with the largest sums of their two best experts."""
+    first = tl.max(choice, axis=1)[:, None]
+    place = tl.min(tl.where(choice == first, member, GROUP_SIZE), axis=1)[:, None]
+    best = first
+    if GROUP_SIZE > 1:
+        best += tl.max(tl.where(member == place, float("-inf"), choice), axis=1)[:, None]
+    kept = group < 0
+    for _ in tl.static_range(TOP_GROUPS):
+        chosen = group == _first_of_largest(best, group, GROUPS)
+        kept = kept | chosen
+        best = tl.where(chosen, float("-inf"), best)
+    return kept
+
+
+@triton.jit
+def choose_experts(
+    logits_ptr, bias_ptr, scaling,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, RENORMALISE: tl.constexpr,
+):  # fmt: skip
+    """Choose the experts of the token whose logits begin at ``logits_ptr``.
+
+    Returns:
+        Their ids and weights, ``TOP_K`` padded to a power of two. Padding has the first expert and weight 0.
+    """
+    group = tl.arange(0, triton.next_power_of_2(GROUPS))[:, None]
+    member = tl.arange(0, triton.next_power_of_2(GROUP_SIZE))[None, :]
+    known = (group < GROUPS) & (member < GROUP_SIZE)
+    expert = group * GROUP_SIZE + member
+    EXPERTS: tl.constexpr = GROUPS * GROUP_SIZE
+    logits = tl.load(logits_ptr + expert, mask=known, other=float("-inf"))
+    # Scores grow with logits: without a bias and groups, the logits choose.
+    choice = logits
+    if not SIGMOID:
+        largest = tl.max(logits)
+        exponentials = tl.exp(logits - largest)
+        total = tl.sum(exponentials)
+    if BIAS or TOP_GROUPS < GROUPS:
+        if SIGMOID:
+            choice = tl.sigmoid(logits)
+        else:
+            choice = exponentials / total
+        if BIAS:
+            choice += tl.load(bias_ptr + expert, mask=known, other=0.0)
+        choice = tl.where(known, choice, float("-inf"))
+        if TOP_GROUPS < GROUPS:
+            kept = _best_groups(choice, group, member, GROUPS, GROUP_SIZE, TOP_GROUPS)
+            choice = tl.where(kept, choice, float("-inf"))
+    # Floats order like their bits, of which negative ones are turned round; NaN comes first or last. A warp
+    # reduces whole numbers of 32 bits by one instruction.
+    bits = choice.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    LEAST: tl.constexpr = -2147483648
+    free = tl.where(known, expert, EXPERTS)
+    lane = tl.arange(0, triton.next_power_of_2(TOP_K))
+    ids = tl.zeros(lane.shape, tl.int32)
+    for k in tl.static_range(TOP_K):
+        # Of equal ones the first. An expert that was taken, and padding, has the number EXPERTS.
+        key = tl.where(free < EXPERTS, key, LEAST)
+        found = tl.min(tl.where(key == tl.max(key), free, EXPERTS))
+        ids = tl.where(lane == k, found, ids)
+        free = tl.where(free == found, EXPERTS, free)
+    # Their scores once more, by the same operations.
+    mask = lane < TOP_K
+    weights = tl.load(logits_ptr + ids, mask=mask, other=float("-inf"))
+    if SIGMOID:
+        weights = tl.sigmoid(weights)
+    else:
+        weights = tl.exp(weights - largest) / total
+    if RENORMALISE:
+        weights = weights / tl.sum(weights)
+    return ids, tl.where(mask, weights * scaling, 0.0)
+
+
+@triton.jit
 def _route_kernel(
     logits_ptr, bias_ptr, ids_ptr, weights_ptr, scaling,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
@@ -78,56 +176,10 @@ def _route_kernel(
     """One program per token; the experts are a tile of groups by members."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, triton.next_power_of_2(GROUPS))[:, None]
-    member = tl.arange(0, triton.next_power_of_2(GROUP_SIZE))[None, :]
-    known = (group < GROUPS) & (member < GROUP_SIZE)
-    expert = group * GROUP_SIZE + member
-    EXPERTS: tl.constexpr = GROUPS * GROUP_SIZE
-    logits = tl.load(logits_ptr + token * EXPERTS + expert, mask=known, other=float("-inf"))
-    if SIGMOID:
-        scores = tl.sigmoid(logits)
-    else:
-        largest = tl.max(logits)
-        scores = tl.exp(logits - largest)
-        total = tl.sum(scores)
-        scores = scores / total
-    choice = scores
-    if BIAS:
-        choice += tl.load(bias_ptr + expert, mask=known, other=0.0)
-    choice = tl.where(known, choice, float("-inf"))
-    if TOP_GROUPS < GROUPS:
-        first = tl.max(choice, axis=1)[:, None]
-        place = tl.min(tl.where(choice == first, member, GROUP_SIZE), axis=1)[:, None]
-        best = first
-        if GROUP_SIZE > 1:
-            best += tl.max(tl.where(member == place, float("-inf"), choice), axis=1)[:, None]
-        kept = group < 0
-        for _ in tl.static_range(TOP_GROUPS):
-            chosen = group == _first_of_largest(best, group, GROUPS)
-            kept = kept | chosen
-            best = tl.where(chosen, float("-inf"), best)
-        choice = tl.where(kept, choice, float("-inf"))
-    # A key orders experts by their choice, then by their index, so a single reduction finds the next one. Floats
-    # order like their bits, of which negative ones are turned round; NaN comes first or last. Padding has the
-    # least key, and an expert that was taken a lesser one.
-    bits = choice.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    key = tl.where(known, (ordered << 16) + (EXPERTS - 1 - expert), -(1 << 62))
+    ids, weights = choose_experts(
+        logits_ptr + token * (GROUPS * GROUP_SIZE), bias_ptr, scaling,
+        GROUPS, GROUP_SIZE, TOP_GROUPS, TOP_K, SIGMOID, BIAS, RENORMALISE,
+    )  # fmt: skip
     lane = tl.arange(0, triton.next_power_of_2(TOP_K))
-    keys = tl.zeros(lane.shape, tl.int64)
-    for k in tl.static_range(TOP_K):
-        best_key = tl.max(key)
-        keys = tl.where(lane == k, best_key, keys)
-        key = tl.where(key == best_key, -(1 << 63), key)
-    mask = lane < TOP_K
-    ids = (EXPERTS - 1 - (keys & 0xFFFF)).to(tl.int32)
-    # Their scores once more, by the same operations.
-    weights = tl.load(logits_ptr + token * EXPERTS + ids, mask=mask, other=float("-inf"))
-    if SIGMOID:
-        weights = tl.sigmoid(weights)
-    else:
-        weights = tl.exp(weights - largest) / total
-    if RENORMALISE:
-        weights = weights / tl.sum(weights)
-    tl.store(ids_ptr + token * TOP_K + lane, ids, mask=mask)
-    tl.store(weights_ptr + token * TOP_K + lane, weights * scaling, mask=mask)
+    tl.store(ids_ptr + token * TOP_K + lane, ids, mask=lane < TOP_K)
+    tl.store(weights_ptr + token * TOP_K + lane, weights, mask=lane < TOP_K)

@@ -30,3 +30,21 @@ def scale_arguments(x: torch.Tensor, scale: Scale | None) -> dict[str, Any]:
 def load_scales(scale_ptr, output, groups, group, mask):
     """Load the scales of outputs and groups of inputs, which broadcast."""
     return tl.load(scale_ptr + output.to(tl.int64) * groups + group, mask=mask, other=0.0)
+
+
+@triton.jit
+def times_scales(products, scale_ptr, output, output_mask, groups, first, inputs, GROUP: tl.constexpr):
+    """Multiply products by the scales of their groups, of which each is loaded once, not for each product.
+
+    Args:
+        products: of outputs and consecutive inputs from ``first`` on, which begins a group or lies with all of them
+            in one.
+    """
+    OUTPUTS: tl.constexpr = products.shape[0]
+    INPUTS: tl.constexpr = products.shape[1]
+    WIDTH: tl.constexpr = min(GROUP, INPUTS)
+    begin = first + tl.arange(0, INPUTS // WIDTH)[None, :] * WIDTH
+    mask = output_mask[:, None] & (begin < inputs)
+    scale = load_scales(scale_ptr, output[:, None], groups, begin // GROUP, mask)
+    scaled = tl.reshape(products, [OUTPUTS, INPUTS // WIDTH, WIDTH]) * scale[:, :, None]
+    return tl.reshape(scaled, [OUTPUTS, INPUTS])

@@ -111,8 +111,8 @@ class Attention(nn.Module):
         scales = self.head_scales if cache.keys.dtype == FP8 else None
         decode = meta.max_query_len == 1
         norms = self._norms()
-        # Attention of a decode step does the norms itself, where nothing comes between them and the rotation.
-        if norms is not None and (not decode or self.rotary.query_scale is not None or scales is not None):
+        # The kernel that rotates does the norms as well, where nothing comes between.
+        if norms is not None and (self.rotary.query_scale is not None or scales is not None):
             q, k = head_norms(q, k, norms)
             norms = None
         if self.rotary.query_scale is not None:
@@ -126,7 +126,8 @@ class Attention(nn.Module):
         if decode:
             out = self._decode(q, k, v, positions, cache, meta, norms)
         else:
-            out = self._prefill(q, k, v, positions, cache, meta)
+            self.rotary(q, k, v, positions, cache, meta.slot_mapping, norms)
+            out = paged_attention(q, cache, meta, scale=self.scale, window=self.window, cap=self.cap)
         if scales is not None:
             out = _times(out, scales[1])
         if self.gated:
@@ -140,10 +141,6 @@ class Attention(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             return None
         return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.offset)
-
-    def _prefill(self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata) -> torch.Tensor:
-        self.rotary(q, k, v, positions, cache, meta.slot_mapping)
-        return paged_attention(q, cache, meta, scale=self.scale, window=self.window, cap=self.cap)
 
     def _decode(
         self, q, k, v, positions, cache: KVCache, meta: AttentionMetadata, norms: HeadNorms | None

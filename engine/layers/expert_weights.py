@@ -105,7 +105,9 @@ class ExpertWeights(nn.Module):
                 self.register_buffer("scale", values.data, persistent=False)
             else:
                 self.register_parameter("scale", values)
-            scale = Scale(values.data.flatten(0, 1), group, self.format.round_inputs)
+            scale = Scale(
+                values.data.flatten(0, 1), group, self.format.round_inputs, _alike(self.format, self.parts)
+            )
         self.matrices = ExpertMatrices(self.weight.data, scale)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
@@ -251,6 +253,15 @@ class ExpertWeights(nn.Module):
                 # One row of scales fills the rows of its block.
                 slot.copies.append(((slice(0, self.count), slice(block, block + 1), columns), own))
         return slot
+
+
+def _alike(stored: Fp8Format, parts: Sequence[ExpertPart]) -> int:
+    """Return how many consecutive outputs of each part have equal scales: a block's, if none is cut."""
+    side = stored.block[0]
+    whole = all(part.start % side == 0 for part in parts) and all(
+        part.size % side == 0 for part in parts[:-1]
+    )
+    return side if stored.shared == "block" and whole else 1
 
 
 def _orders(scales: Sequence[Int4Scale]) -> torch.Tensor | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Container
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine.kernels.dispatch import experts
 from engine.kernels.norm_router import norm_router
-from engine.kernels.route import route
+from engine.kernels.route import Routing
 from engine.kernels.router_config import RouterConfig
+from engine.kernels.router_logits import router_logits
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.expert_weights import ExpertPart, ExpertWeights
 from engine.layers.experts_config import ExpertsConfig
@@ -21,7 +21,7 @@ from engine.layers.norm import RMSNorm
 
 
 class Router(nn.Module):
-    """Chooses the experts of each token, from float32 logits, the same on every rank.
+    """Computes the float32 logits that choose the experts of each token, the same on every rank.
 
     The weight is float32 too: rounded logits would often be equal among a hundred experts, and the choice
     between equal ones is arbitrary.
@@ -35,18 +35,18 @@ class Router(nn.Module):
         if config.correction_bias:
             self.bias = build.parameter(config.num_experts, dtype=torch.float32)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map ``(T, hidden)`` to ids and weights ``(T, top_k)``; see :func:`engine.kernels.route.route`."""
-        return route(F.linear(x.float(), self.weight), self.config, self.bias)
+    def forward(self, x: torch.Tensor) -> Routing:
+        """Compute the logits of ``(T, hidden)``."""
+        return Routing(router_logits(x, self.weight), self.config, self.bias)
 
     def after_norm(
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Compute ``norm(x + residual)``; returns it, that sum, and the norm's ids and weights."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """Compute ``norm(x + residual)``; returns it, that sum, and the norm's logits."""
         normed, total, logits = norm_router(
             x, residual, norm.weight, norm.eps, self.weight, offset=norm.offset
         )
-        return normed, total, route(logits, self.config, self.bias)
+        return normed, total, Routing(logits, self.config, self.bias)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         slots = [plain_slot(prefix + "weight", self.weight)]
@@ -84,9 +84,9 @@ class Experts(nn.Module):
         if order is not None:
             self.gate_up_proj.reorder_outputs(torch.cat([order, order + order.shape[1]], dim=1))
 
-    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Compute this rank's share of the sum over experts; see :func:`engine.kernels.dispatch.experts`."""
-        return experts(x, ids, weights, self.gate_up_proj.matrices, self.down_proj.matrices, self.activation)
+        return experts(x, routing, self.gate_up_proj.matrices, self.down_proj.matrices, self.activation)
 
 
 class ExpertsMLP(nn.Module):
@@ -114,10 +114,10 @@ class ExpertsMLP(nn.Module):
         return count - count * config.top_k // config.num_experts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._mixture(x, *self.gate(x))
+        return self._mixture(x, self.gate(x))
 
-    def _mixture(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = self.experts(x, ids, weights)
+    def _mixture(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        out = self.experts(x, routing)
         if self.shared_expert is not None:
             shared = self.shared_expert.partial(x)
             if self.shared_expert_gate is not None:
@@ -129,5 +129,5 @@ class ExpertsMLP(nn.Module):
         self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the mixture of ``norm(x + residual)``; returns it and that sum, both ``(T, hidden)``."""
-        normed, total, chosen = self.gate.after_norm(norm, x, residual)
-        return self._mixture(normed, *chosen), total
+        normed, total, routing = self.gate.after_norm(norm, x, residual)
+        return self._mixture(normed, routing), total

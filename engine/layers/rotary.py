@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.kernels.kv_write import rotary_kv_write
 from engine.kernels.paged import KVCache
+from engine.kernels.rms_norm import HeadNorms
 from engine.kernels.rotary import RotaryTable
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import RopeConfig
@@ -173,8 +174,9 @@ class Rotary(nn.Module):
         positions: torch.Tensor,
         cache: KVCache,
         slot_mapping: torch.Tensor,
+        norms: HeadNorms | None = None,
     ) -> None:
-        """Rotate ``q`` in place; write the rotated ``k``, and ``v``, to their KV slots.
+        """Rotate ``q`` in place, after ``norms``; write the rotated ``k``, and ``v``, to their KV slots.
 
         Args:
             q: ``(T, heads, head_dim)``.
@@ -182,4 +184,4 @@ class Rotary(nn.Module):
             positions: int64 ``(T,)`` or ``(3, T)``, see the class.
             slot_mapping: ``(T,)`` int64, KV slot of each token; nothing is written for negative entries.
         """
-        rotary_kv_write(q, k, v, positions, self.table, cache, slot_mapping)
+        rotary_kv_write(q, k, v, positions, self.table, cache, slot_mapping, norms)

@@ -156,6 +156,8 @@ def elementwise() -> None:
     table, slots = RotaryTable(angles, angles, (16, 24, 24)), torch.zeros(4, dtype=torch.int64)
     rotary_kv_write_triton(q, k, v, positions, table, kv_cache(2, 128), slots)
     rotary_kv_write_triton(q, k, v, positions, replace(table, adjacent=True), kv_cache(2, 128), slots)
+    norms = HeadNorms(x[0, :128], x[0, :128], 1e-6)
+    rotary_kv_write_triton(q, k, v, positions, table, kv_cache(2, 128), slots, norms)
     q, k = tensor(4, 32, 80).split(16, dim=1)
     rotary_triton(q, k, positions[0], RotaryTable(angles[:, :40], angles[:, :40]))
 
@@ -227,6 +229,7 @@ def fp8_weights() -> None:
     dequantise_triton(**weight(4608, 3584, 128), dtype=BF16)
     for rows in (1, 100):
         quantise_rows_triton(tensor(rows, 18944))
+        quantise_rows_triton(tensor(rows, 18944), 128)
         rms_norm_triton(tensor(rows, 3584), norm, 1e-6, tensor(rows, 3584), rounded=True)
         act_mul_rounded_triton(tensor(rows, 37888), "silu")
 
@@ -348,15 +351,19 @@ def short_conv(tokens: list[int], *, bias: bool) -> None:
 def routers() -> None:
     """Routers of Qwen3-VL-30B-A3B and of DeepSeek-V3."""
     from engine.kernels.norm_router import norm_router_triton
-    from engine.kernels.route import route_triton
+    from engine.kernels.route import Routing, route_triton
     from engine.kernels.router_config import RouterConfig
+    from engine.kernels.router_logits import router_logits_triton
 
     logits = torch.zeros(4, 256)
     x = tensor(1, 2048)
-    norm_router_triton(x, x, x[0], 1e-6, tensor(128, 2048, dtype=torch.float32), 1.0)
-    route_triton(logits[:, :128].contiguous(), RouterConfig(128, 8))
+    weight = tensor(128, 2048, dtype=torch.float32)
+    norm_router_triton(x, x, x[0], 1e-6, weight, 1.0)
+    for tokens in (64, 4096):
+        router_logits_triton(tensor(tokens, 2048), weight)
+    route_triton(Routing(logits[:, :128].contiguous(), RouterConfig(128, 8)))
     groups = {"num_groups": 8, "top_groups": 4, "correction_bias": True}
-    route_triton(logits, RouterConfig(256, 8, "sigmoid", **groups), logits[0])
+    route_triton(Routing(logits, RouterConfig(256, 8, "sigmoid", **groups), logits[0]))
 
 
 def experts(tokens: int, group: int | None = None, *, persistent: bool = False) -> None:
@@ -366,17 +373,22 @@ def experts(tokens: int, group: int | None = None, *, persistent: bool = False) 
     from engine.kernels.experts import ExpertMatrices
     from engine.kernels.fp8 import FP8, Scale
     from engine.kernels.grouped_gemm import grouped_experts_triton
+    from engine.kernels.route import Routing
+    from engine.kernels.router_config import RouterConfig
 
     def matrices(outputs: int, inputs: int) -> ExpertMatrices:
         if group is None:
             return ExpertMatrices(tensor(8, outputs, inputs))
-        scale = Scale(torch.ones(8 * outputs, -(-inputs // group)), group, round_inputs=True)
+        scale = Scale(torch.ones(8 * outputs, -(-inputs // group)), group, True, outputs=128)
         return ExpertMatrices(tensor(8, outputs, inputs, dtype=FP8), scale)
 
-    ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2)
-    grouped = grouped_experts_gluon if persistent else grouped_experts_triton
-    run = expert_gemv_triton if tokens == 1 else grouped
-    run(tensor(tokens, 2048), ids, weights, matrices(1536, 2048), matrices(2048, 768), "silu")
+    x, stored = tensor(tokens, 2048), (matrices(1536, 2048), matrices(2048, 768))
+    if tokens == 1:
+        routing = Routing(torch.zeros(1, 128), RouterConfig(128, 8))
+        expert_gemv_triton(x, routing, *stored, "silu")
+    else:
+        run = grouped_experts_gluon if persistent else grouped_experts_triton
+        run(x, torch.zeros(tokens, 2, dtype=I32), torch.ones(tokens, 2), *stored, "silu")
 
 
 def int4_experts(tokens: int, kind: str) -> None:
@@ -434,6 +446,7 @@ CASES: list[Callable[[], None]] = [
     *(partial(experts, tokens, 128) for tokens in (1, 4096)),
     partial(experts, 64, persistent=True),
     partial(experts, 64, 1 << 15, persistent=True),
+    partial(experts, 64, 128, persistent=True),
     *(partial(int4_experts, tokens, "int4") for tokens in (1, 256)),
     partial(int4_experts, 64, "nvfp4"),
     lambda: decode(28, 4, 128, 1),

@@ -97,11 +97,17 @@ def test_rotary(device, dtype, kind, dim, half):
     assert not torch.equal(fused[:, 3], before[:, 3])
 
 
+#: Offset of the norms of heads; None: there are none.
+HEAD_NORMS = {"no norms": None, "norms": 0.0, "norms with an offset": 1.0}
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("norms", HEAD_NORMS)
 @pytest.mark.parametrize("kind", ROTARY)
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "dim"), [(1, 4, 1, 16), (9, 6, 3, 24), (20, 3, 3, 16)]
 )
-def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim):
+def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim, norms):
     section, *order = ROTARY[kind]
     positions = torch.randint(0, 50, (3, tokens) if section else (tokens,), device=device)
     table = RotaryTable(*torch.randn(2, 50, 8, device=device), section, *order)
@@ -109,10 +115,13 @@ def test_rotary_kv_write(device, dtype, kind, tokens, heads, kv_heads, dim):
     slots[1::4] = -1
     results = []
     fused = torch.randn(tokens, heads + 2 * kv_heads, dim, device=device, dtype=dtype)
+    offset, given = HEAD_NORMS[norms], None
+    if offset is not None:
+        given = HeadNorms(*torch.randn(2, dim, device=device, dtype=dtype), 1e-6, offset)
     for run in (rotary_kv_write_triton, rotary_kv_write_reference):
         q, k, v = fused.clone().split([heads, kv_heads, kv_heads], dim=1)
         caches = [torch.full((8, kv_heads, 4, dim), -7.0, device=device, dtype=dtype) for _ in range(2)]
-        run(q, k, v, positions, table, KVCache(*caches), slots)
+        run(q, k, v, positions, table, KVCache(*caches), slots, given)
         results.append((q, *caches))
         written = sum(int(slot) >= 0 for slot in slots)
         assert all((c != -7.0).sum() == written * kv_heads * dim for c in caches), "exactly the mapped slots"

@@ -18,8 +18,9 @@ from engine.kernels.grouped_gemm import choose_height, grouped_experts_triton
 from engine.kernels.int4 import Int4Scale, pack
 from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
 from engine.kernels.norm_router import norm_router_apart, norm_router_triton
-from engine.kernels.route import route_reference, route_triton
+from engine.kernels.route import Routing, route_reference, route_triton
 from engine.kernels.router_config import RouterConfig
+from engine.kernels.router_logits import router_logits_reference, router_logits_triton
 
 from .compare import assert_close
 
@@ -45,8 +46,9 @@ def by_id(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch
 def test_a_router(device, config):
     logits = (torch.randn(7, config.num_experts) * 3).to(device)
     bias = torch.randn(config.num_experts).to(device) if config.correction_bias else None
-    ids, weights = by_id(*route_triton(logits, config, bias))
-    expected_ids, expected = by_id(*route_reference(logits, config, bias))
+    routing = Routing(logits, config, bias)
+    ids, weights = by_id(*route_triton(routing))
+    expected_ids, expected = by_id(*route_reference(routing))
     assert ids.dtype == torch.int32 and torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
 
@@ -67,12 +69,25 @@ def test_a_norm_with_a_router(device, dtype, tokens, experts, size, offset):
             assert_close(result, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize(("tokens", "experts", "size"), [(1, 5, 40), (40, 70, 192), (2100, 130, 64)])
+def test_logits_of_a_router_are_exact_to_float32(device, dtype, tokens, experts, size):
+    """Products with a part of each weight would be off by 1e-3, with two parts by 1e-5."""
+    x = torch.full((tokens, size + 8), torch.nan)[:, :size].to(device, dtype)
+    x.copy_(torch.randn(tokens, size))
+    weight = torch.randn(experts, size).to(device)
+    exact = x.double() @ weight.double().T
+    for run in (router_logits_triton, router_logits_reference):
+        result = run(x, weight)
+        assert result.dtype == torch.float32 and result.is_contiguous()
+        assert (result - exact).norm() / exact.norm() < 1e-6
+
+
 def test_equal_logits_and_nan_give_experts_that_exist(device):
     config = RouterConfig(6, 3)
     logits = torch.zeros(3, 6, device=device)
     logits[1] = torch.nan
     logits[2, 4] = torch.inf
-    ids, weights = route_triton(logits, config)
+    ids, weights = route_triton(Routing(logits, config))
     assert ids[0].tolist() == [0, 1, 2] and weights[0].cpu().allclose(torch.full((3,), 1 / 3))
     assert ((ids >= 0) & (ids < 6)).all()
 
@@ -88,12 +103,17 @@ def test_pairs_are_sorted_by_expert(device, tokens, top_k, experts):
     assert starts[-1] == tokens * top_k
 
 
-def problem(device, dtype, tokens, top_k, experts, width, inner, group=None):
-    """Arguments of :func:`~engine.kernels.dispatch.experts`, and its result in float64 by its definition."""
+def problem(device, dtype, tokens, top_k, experts, width, inner, group=None, *, routed=False):
+    """Arguments of :func:`~engine.kernels.dispatch.chosen_experts`, and its result in float64.
+
+    Args:
+        routed: make them those of :func:`~engine.kernels.dispatch.experts`.
+    """
     x = torch.full((tokens, width + 8), torch.nan)[:, :width].to(device, dtype)
     x.copy_(torch.randn(tokens, width))
-    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)]).int().to(device)
-    weights = torch.rand(tokens, top_k).to(device)
+    config = RouterConfig(experts, top_k, renormalise=tokens % 2 == 0, scaling=1.5)
+    routing = Routing((torch.randn(tokens, experts) * 2).to(device), config)
+    ids, weights = route_reference(routing)
     gate_up, down = (
         matrices(device, dtype, shape, group)
         for shape in ((experts, 2 * inner, width), (experts, width, inner))
@@ -104,7 +124,8 @@ def problem(device, dtype, tokens, top_k, experts, width, inner, group=None):
             row = x[token].double()
             gate, up = (gate_up.one(expert, torch.float64).double() @ row).chunk(2)
             exact[token] += weight * (down.one(expert, torch.float64).double() @ (F.silu(gate) * up))
-    return (x, ids, weights, gate_up, down, "silu"), exact
+    chosen = (routing,) if routed else (ids, weights)
+    return (x, *chosen, gate_up, down, "silu"), exact
 
 
 #: Weights in floats of 4 bits.
@@ -156,7 +177,7 @@ INT4 = ["16", "128", *FLOATS]
 # Tokens, experts of a token, experts, width, inner width.
 @pytest.mark.parametrize("size", [(1, 2, 5, 20, 12), (2, 1, 1, 24, 8), (2, 3, 4, 9, 11)], ids=str)
 def test_few_tokens(device, dtype, size, group):
-    arguments, exact = problem(device, dtype, *size, group)
+    arguments, exact = problem(device, dtype, *size, group, routed=group not in INT4)
     run = int4_expert_gemv_triton if group in INT4 else expert_gemv_triton
     assert_close(run(*arguments), exact, tolerance=1e-5 if group in INT4 else 0.0)
 
@@ -172,10 +193,12 @@ def test_many_tokens(device, dtype, size, group, run):
     assert_close(run(*arguments), exact, tolerance=1e-5 if group in INT4 else 0.0)
 
 
-def test_one_row_of_several_steps(device, dtype, monkeypatch):
-    tile = ExpertTile(outputs=2, inputs=16, warps=4)
+@pytest.mark.parametrize("inputs", [4, 16])
+def test_one_row_of_several_steps(device, dtype, monkeypatch, inputs):
+    """So many that they are a loop, and few, which are loaded at once."""
+    tile = ExpertTile(outputs=2, inputs=inputs, warps=4)
     monkeypatch.setattr(expert_gemv, "choose_tile", lambda *_: tile)
-    arguments, exact = problem(device, dtype, 1, 2, 3, 40, 20)
+    arguments, exact = problem(device, dtype, 1, 2, 3, 40, 20, routed=True)
     assert_close(expert_gemv_triton(*arguments), exact)
 
 
@@ -186,28 +209,49 @@ def test_every_height_of_tiles(device, dtype, pairs, rows):
     assert_close(grouped_experts_triton(*arguments), exact)
 
 
-def grouped(device, dtype, counts, width, inner, *, scaled=False):
+#: Outputs and inputs of a block with one scale.
+BLOCK = 128
+
+
+def blocks(device, shape) -> ExpertMatrices:
+    """fp8 weights with scales of blocks that differ by a factor of up to 16."""
+    experts, outputs, inputs = shape
+    values = (torch.rand(experts, -(-outputs // BLOCK), inputs // BLOCK) * 3 + 0.2) * inputs**-0.5 / 30
+    values = values.repeat_interleave(BLOCK, dim=1)[:, :outputs].flatten(0, 1).contiguous()
+    scale = Scale(values.to(device), BLOCK, round_inputs=True, outputs=BLOCK)
+    return ExpertMatrices((torch.randn(shape) * 30).to(FP8).to(device), scale)
+
+
+def grouped(device, dtype, counts, width, inner, stored="16-bit"):
     """Arguments of experts that have ``counts`` pairs, one for each token, and their result in float64.
 
     Args:
-        scaled: weights are in fp8, with a scale for each output, and rows are rounded to fp8 too.
+        stored: "16-bit"; "rows" or "blocks": in fp8 with a scale for each output or block, for rows that
+            are rounded to fp8 too, by groups of inputs for blocks.
     """
     tokens = sum(counts)
     expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     ids = expert[torch.randperm(tokens)].int()[:, None].to(device)
-    x, weights = torch.randn(tokens, width).to(device, dtype), torch.rand(tokens, 1).to(device)
-    gate_up, down = (
-        matrices(device, dtype, shape, 1 << 15 if scaled else None)
-        for shape in ((len(counts), 2 * inner, width), (len(counts), width, inner))
-    )
-    if scaled:
+    # Magnitudes differ between groups of inputs.
+    x = torch.randn(tokens, width) * (torch.rand(tokens, width // 64) + 0.1).repeat_interleave(64, dim=1)
+    x, weights = x.to(device, dtype), torch.rand(tokens, 1).to(device)
+    shapes = (len(counts), 2 * inner, width), (len(counts), width, inner)
+    if stored == "blocks":
+        gate_up, down = (blocks(device, shape) for shape in shapes)
+    else:
+        group = 1 << 15 if stored == "rows" else None
+        gate_up, down = (matrices(device, dtype, shape, group) for shape in shapes)
+    if stored == "rows":
         gate_up, down = (
             replace(part, scale=replace(part.scale, round_inputs=True)) for part in (gate_up, down)
         )
 
     def seen(rows):
-        numbers, scale = quantise_rows_reference(rows)
-        return numbers.double() * scale if scaled else rows.double()
+        if stored == "16-bit":
+            return rows.double()
+        group = BLOCK if stored == "blocks" else None
+        numbers, scale = quantise_rows_reference(rows, group)
+        return numbers.double() * scale.repeat_interleave(group or rows.shape[1], dim=1)
 
     exact = torch.zeros(tokens, width, dtype=torch.float64, device=device)
     for index in range(len(counts)):
@@ -229,11 +273,17 @@ GROUPS = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("dtype", "scaled"), [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
+    ("dtype", "stored"),
+    [
+        (torch.bfloat16, "16-bit"),
+        (torch.float16, "16-bit"),
+        (torch.bfloat16, "rows"),
+        (torch.bfloat16, "blocks"),
+    ],
 )
 @pytest.mark.parametrize("case", GROUPS)
-def test_the_kernel_for_hopper_gpus(hopper, dtype, scaled, case):
-    arguments, exact = grouped(hopper, dtype, *GROUPS[case], scaled=scaled)
+def test_the_kernel_for_hopper_gpus(hopper, dtype, stored, case):
+    arguments, exact = grouped(hopper, dtype, *GROUPS[case], stored)
     assert expert_gemm.supports(arguments[0], arguments[3]) and expert_gemm.supports(
         arguments[0], arguments[4]
     )
@@ -252,7 +302,13 @@ def test_only_hopper_whole_steps_and_plain_16_bit_weights_are_supported(monkeypa
     wide = torch.zeros(4, 256, dtype=torch.bfloat16)
     rounded = torch.zeros(2, 16, 256).to(FP8)
     assert expert_gemm.supports(wide, ExpertMatrices(rounded, Scale(torch.ones(32, 1), 1 << 15, True)))
-    for scale in (Scale(torch.ones(32, 1), 1 << 15), Scale(torch.ones(32, 2), 128, True)):
+    assert expert_gemm.supports(wide, ExpertMatrices(rounded, Scale(torch.ones(32, 2), 128, True, 128)))
+    for scale in (
+        Scale(torch.ones(32, 1), 1 << 15),
+        Scale(torch.ones(32, 2), 128, True),
+        Scale(torch.ones(32, 2), 128, False, 128),
+        Scale(torch.ones(32, 4), 64, True, 128),
+    ):
         assert not expert_gemm.supports(wide, ExpertMatrices(rounded, scale))
     others = [ExpertMatrices(other) for other in (weight.half(), weight[..., :64], weight[..., :96])]
     assert not any(expert_gemm.supports(x, matrices) for matrices in others)
@@ -263,10 +319,11 @@ def test_only_hopper_whole_steps_and_plain_16_bit_weights_are_supported(monkeypa
 
 @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "relu"])
 def test_other_activations(device, dtype, activation):
-    (*arguments, _), _ = problem(device, dtype, 1, 2, 3, 24, 8)
-    expected = experts_reference(*arguments, activation)
-    for run in (expert_gemv_triton, grouped_experts_triton):
-        assert_close(run(*arguments, activation), expected, tolerance=1e-5)
+    (x, routing, *stored, _), _ = problem(device, dtype, 1, 2, 3, 24, 8, routed=True)
+    chosen = x, *routing.chosen(), *stored, activation
+    expected = experts_reference(*chosen)
+    for result in (expert_gemv_triton(x, routing, *stored, activation), grouped_experts_triton(*chosen)):
+        assert_close(result, expected, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +356,6 @@ def test_the_choice_among_kernels(monkeypatch, tokens, top_k, count, triton, fp8
     stored = ExpertMatrices(weight)
     if fp8:
         stored = ExpertMatrices(weight.to(FP8), Scale(torch.ones(count * 32, 1), 16))
-    ids = torch.zeros(tokens, top_k, dtype=torch.int32)
-    dispatch.experts(torch.zeros(tokens, 16), ids, torch.zeros(tokens, top_k), stored, stored, "silu")
+    routing = Routing(torch.zeros(tokens, count), RouterConfig(count, top_k))
+    dispatch.experts(torch.zeros(tokens, 16), routing, stored, stored, "silu")
     assert called == [expected]

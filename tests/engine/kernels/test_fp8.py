@@ -187,6 +187,19 @@ def test_rows_of_fp8_numbers_stay_as_they_are(device, run, inputs):
     assert torch.equal(found.float().cpu(), numbers) and torch.equal(found_scale.cpu(), scale)
 
 
+@pytest.mark.parametrize("run", [quantise_rows_reference, quantise_rows_triton])
+@pytest.mark.parametrize(("inputs", "group"), [(64, 64), (256, 128), (2500, 128), (4096, 128)])
+def test_groups_of_fp8_numbers_stay_as_they_are(device, run, inputs, group):
+    numbers = (torch.randn(5, inputs) * 60).clamp(-448, 448).to(FP8).float()
+    numbers[:, group - 1 :: group], numbers[:, -1] = 448, -448
+    scale = 2.0 ** torch.randint(-9, 9, (5, -(-inputs // group)))
+    wide = torch.full((5, inputs + 3), torch.nan)
+    wide[:, :inputs] = numbers * scale.repeat_interleave(group, dim=1)[:, :inputs]
+    found, found_scale = run(wide.to(device)[:, :inputs], group)
+    assert torch.equal(found.float().cpu(), numbers) and torch.equal(found_scale.cpu(), scale)
+    assert found.is_contiguous() and found_scale.is_contiguous()
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize(("rows", "size"), [(1, 3584), (3, 40), (70, 1100)])
 def test_rounding_in_the_kernel_before_is_rounding_after_it(device, rows, size, offset):

@@ -72,6 +72,10 @@ def test_experts_stored_together(tmp_path, transposed):
     gate_up, down = exact[prefix + "gate_up_proj"], exact[prefix + "down_proj"]
     whole = load(path).layers[1].mlp.experts
     ranks = [load(path, Rank(rank, 2)).layers[1].mlp.experts for rank in range(2)]
+    for weights in (part for layer in (whole, *ranks) for part in (layer.gate_up_proj, layer.down_proj)):
+        scale = weights.matrices.scale
+        alike = scale.values.unflatten(0, (6, len(weights.parts), -1, scale.outputs))
+        assert scale.outputs == BLOCK and (alike == alike[:, :, :, :1]).all()
     for expert in range(6):
         assert torch.equal(matrix(whole.gate_up_proj, expert), gate_up[expert])
         assert torch.equal(matrix(whole.down_proj, expert), down[expert])
