@@ -46,6 +46,15 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """Leave all objects to the collector for the time of a test. Its full collections are slow then."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 # Let the collector see everything in the end: otherwise Triton's bindings print a list of leaks. Not sooner:
 # pytest has it look at everything twice before it ends.
 atexit.register(gc.unfreeze)

@@ -24,10 +24,18 @@ from engine.startup import StartTimes
 logger = logging.getLogger(__name__)
 
 
-def serve(connection: Connection) -> None:
-    """Serve rank 0 until its end of ``connection`` closes. Report an exception to rank 0 and return."""
+def serve(connection: Connection, own_process: bool = True) -> None:
+    """Serve rank 0 until its end of ``connection`` closes. Report an exception to rank 0 and return.
+
+    Args:
+        own_process: what is loaded is kept from the process's garbage collector.
+    """
     try:
         runner = _start(connection)
+        if own_process:
+            gc.collect()
+            gc.freeze()
+        connection.send(None)
         _run_steps(connection, runner)
     except (EOFError, ConnectionError):
         return
@@ -59,11 +67,7 @@ def _start(connection: Connection) -> ModelRunner:
         connection.send(rank.measure_blocks())
         message = connection.recv()
     assert isinstance(message, MakeRunner)
-    runner = rank.make_runner(message.num_blocks, message.max_model_len, message.num_slots)
-    gc.collect()
-    gc.freeze()
-    connection.send(None)
-    return runner
+    return rank.make_runner(message.num_blocks, message.max_model_len, message.num_slots)
 
 
 def _run_steps(connection: Connection, runner: ModelRunner) -> None:

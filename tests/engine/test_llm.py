@@ -348,10 +348,9 @@ def test_images_of_earlier_prompts_are_not_encoded_again(path, monkeypatch):
     model.check_integrity()
 
 
-def test_the_collector_looks_at_what_a_call_makes_only(llm, monkeypatch):
+def test_the_collector_looks_at_what_a_call_makes_only(thawed, llm, monkeypatch):
     frozen = []
-    # Servers of other tests have frozen what they loaded, and other calls have seen that.
-    gc.unfreeze()
+    # Other calls have seen frozen objects.
     monkeypatch.setattr(offline, "_COLLECTOR", offline._Collector())
     step = llm._engine.core.step
     monkeypatch.setattr(llm._engine.core, "step", lambda: frozen.append(gc.get_freeze_count()) or step())
@@ -361,15 +360,12 @@ def test_the_collector_looks_at_what_a_call_makes_only(llm, monkeypatch):
     gc.freeze()
     counted = []
     monkeypatch.setattr(llm._engine.core, "step", step)
-    try:
-        with monkeypatch.context() as patch:
-            count = gc.get_freeze_count
-            patch.setattr(gc, "get_freeze_count", lambda: counted.append(count()) or counted[-1])
-            generated(llm, "what?")
-            generated(llm, "what?")
-        assert gc.get_freeze_count() > 1000 and len(counted) == 1
-    finally:
-        gc.unfreeze()
+    with monkeypatch.context() as patch:
+        count = gc.get_freeze_count
+        patch.setattr(gc, "get_freeze_count", lambda: counted.append(count()) or counted[-1])
+        generated(llm, "what?")
+        generated(llm, "what?")
+    assert gc.get_freeze_count() > 1000 and len(counted) == 1
 
 
 def test_a_lone_prompt_s_media_are_encoded_before_they_are_named(path, llm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import tempfile
@@ -35,7 +34,9 @@ class ThreadLauncher:
             ours.append(near)
             self._connections.append(far)
             # A test's process must be able to end whatever its ranks wait for.
-            thread = threading.Thread(target=worker.serve, args=(far,), name=f"rank-{rank}", daemon=True)
+            thread = threading.Thread(
+                target=worker.serve, args=(far, False), name=f"rank-{rank}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
         return ours
@@ -54,8 +55,6 @@ class ThreadLauncher:
             assert not thread.is_alive(), "a rank did not end"
         for connection in self._connections:
             connection.close()
-        # A rank keeps its objects from the collector, for a process of its own.
-        gc.unfreeze()
 
     def clear(self) -> None:
         self._folder.cleanup()

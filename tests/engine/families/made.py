@@ -128,9 +128,12 @@ class Made:
         """Every token that ends the reference's answers ends ours, and no other does."""
         prompt = self.case.text_prompts()[0]
         ends = self.answer(prompt).ends
-        for token in {*ends, _FIRST_TEXT_ID}:
-            params = SamplingParams(temperature=0.0, max_tokens=3, allowed_token_ids=[token])
-            (output,) = llm.generate(prompt.entry, params, use_tqdm=False)
+        tokens = [*ends, _FIRST_TEXT_ID]
+        params = [
+            SamplingParams(temperature=0.0, max_tokens=3, allowed_token_ids=[token]) for token in tokens
+        ]
+        outputs = llm.generate([prompt.entry] * len(tokens), params, use_tqdm=False)
+        for token, output in zip(tokens, outputs, strict=True):
             found = output.outputs[0].token_ids, output.outputs[0].finish_reason
             assert found == (([token], "stop") if token in ends else ([token] * 3, "length"))
 

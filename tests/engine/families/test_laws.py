@@ -125,10 +125,13 @@ def embeds_are_pixels(model: Made, hub: Made, wide: bool) -> None:
         _check_refused(model, {"image": torch.zeros(1, 4, 64)}, "no images")
         return
     llm = model.plain
-    for prompt, forms in zip(prompts, as_embeddings(llm.config, prompts), strict=True):
-        for embeds in forms:
-            entry = {"prompt": prompt.text, "multi_modal_data": {"image": embeds}}
-            (output,) = model.run(llm, [entry])
+    # All prompts item by item, then all of them in one tensor each.
+    for forms in zip(*as_embeddings(llm.config, prompts), strict=True):
+        entries = [
+            {"prompt": prompt.text, "multi_modal_data": {"image": embeds}}
+            for prompt, embeds in zip(prompts, forms, strict=True)
+        ]
+        for output, prompt in zip(model.run(llm, entries), prompts, strict=True):
             model.compare(output, model.answer(prompt))
     llm.check_integrity()
 
