@@ -23,10 +23,10 @@ from benchmarks.processes import cpu_seconds
 from deployments.ray_serve.channel import Inbox, Outboxes
 from deployments.ray_serve.handles import RemoteLanguageModel
 from deployments.ray_serve.held_requests import HeldRequests
-from deployments.ray_serve.line import Lines
 from deployments.ray_serve.process import prepare_process
 from deployments.ray_serve.replicas import LanguageModelReplica
 from deployments.ray_serve.routing import LanguageModelRouter
+from deployments.ray_serve.served_model import ServedModel
 from deployments.stages import Generation
 from engine.mailbox import Mailbox, Relay
 from engine.outputs import OutputDelta, StreamUpdate, Usage
@@ -77,9 +77,8 @@ class _Steps:
 class Replica(LanguageModelReplica):
     def __init__(self, tokens: int, step_s: float) -> None:
         prepare_process()
-        self._stage = _Steps(tokens, step_s)  # type: ignore[assignment]
         self._held, self._outboxes = HeldRequests(), Outboxes()
-        self._lines = Lines(self._outboxes)
+        self._stage = ServedModel(_Steps(tokens, step_s), self._outboxes)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Nothing can change."""

@@ -11,7 +11,8 @@ _TICK = os.sysconf("SC_CLK_TCK")
 def cpu_seconds() -> Counter[str]:
     """Seconds of CPU time, user and system, that running processes of Ray and HAProxy have used.
 
-    Replicas are counted under the name of their deployment; all other processes of Ray under ``ray``.
+    Replicas are counted under the name of their deployment, the processes of engines as ``Engine``, and all
+    other processes of Ray as ``ray``.
     """
     used: Counter[str] = Counter()
     for name, seconds in _processes():
@@ -42,6 +43,8 @@ def process_name(title: str) -> str | None:
     program = title.partition(" ")[0]
     if title.startswith("ray::ServeReplica:"):
         return program.split(":")[4].partition(".")[0]
+    if " deployments.ray_serve.engine_server " in title:
+        return "Engine"
     if program.endswith("haproxy"):
         return "haproxy"
     if title.startswith("ray::") or program.rpartition("/")[2] in ("raylet", "gcs_server"):

@@ -130,7 +130,11 @@ def serve_config(options: argparse.Namespace, path: str) -> dict[str, Any]:
             "max_batch_patches": options.batch_patches,
             "with_language_model": options.one_process,
         },
-        "language_model": {"num_replicas": options.language_models, "num_gpus": share[1]},
+        "language_model": {
+            "num_replicas": options.language_models,
+            "num_gpus": share[1],
+            "engine_process": not options.engine_in_replica,
+        },
     }
     app = {
         "name": "bench",
@@ -172,6 +176,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--one-process", action="store_true", help="the encoder in the language model's replica"
+    )
+    parser.add_argument(
+        "--engine-in-replica", action="store_true", help="the engine in the process that Ray Serve calls"
     )
     parser.add_argument("--rates", default="4", help="requests a second, comma-separated")
     parser.add_argument("--requests", type=int, default=16, help="for each rate")

@@ -200,6 +200,8 @@ class LanguageModelConfig(StageConfig):
             reserves, each host reserves.
         gpus_per_host: GPUs of each host, in place of ``num_gpus``. The engine's ``tensor_parallel_size``
             follows: ``hosts`` times as many.
+        engine_process: run the engine in a process of its own beside the replica's, so that neither waits
+            for the other's interpreter. A language model that is spread over hosts has none.
     """
 
     stage: ClassVar[str] = "language_model"
@@ -209,6 +211,7 @@ class LanguageModelConfig(StageConfig):
     graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
     hosts: PositiveInt = 1
     gpus_per_host: PositiveInt | None = None
+    engine_process: bool = True
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ without requests may be stopped.
 import asyncio
 import contextvars
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ from deployments.ray_serve.handoff import (
 )
 from deployments.stages import StageLost
 from engine.errors import SightlineError
-from engine.mailbox import Mailbox
+from engine.mailbox import Mailbox, Relay
 from engine.outputs import StreamUpdate, merge_updates
 
 #: Seconds for which a channel stays open without answers.
@@ -219,8 +219,8 @@ class Answer(Mailbox):
         encoded: what the replica has encoded for the answer.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, relay: Relay | None = None) -> None:
+        super().__init__(relay)
         self.channel = ""
         self.sent = False
         self.encoded: Sequence[Encoded] = ()
@@ -239,6 +239,18 @@ class Answer(Mailbox):
         except SightlineError as error:
             # The traceback's frames would keep this object, which keeps the error.
             self.fail(error.with_traceback(None))
+
+
+def deliver(answers: Mapping[str, Answer], item: PackedUpdate | Addressed) -> Answer | None:
+    """Give an item of a channel to its answer, and return that; None if it is no longer read."""
+    content: Any
+    if isinstance(item, Addressed):
+        name, content = item.request_id, item.item
+    else:
+        name, content = item[0], item
+    if (answer := answers.get(name)) is not None:
+        answer.take(content)
+    return answer
 
 
 class _Expected:
@@ -304,7 +316,8 @@ class Inbox:
 
         def take(message: Message) -> None:
             for item in message:
-                self._deliver(replica, item)
+                if (answer := deliver(self._answers, item)) is not None:
+                    answer.channel = replica
 
         try:
             if line and await self._follow_line(line, self.name, take):
@@ -327,14 +340,3 @@ class Inbox:
                 # Which channel an answer was to come by isn't known before its first update.
                 if answer.channel == replica or (answer.sent and not answer.channel and not whole):
                     answer.fail(abandoned())
-
-    def _deliver(self, replica: str, item: PackedUpdate | Addressed) -> None:
-        content: Any
-        if isinstance(item, Addressed):
-            name, content = item.request_id, item.item
-        else:
-            name, content = item[0], item
-        # Updates of an answer that is no longer read may be on their way.
-        if (answer := self._answers.get(name)) is not None:
-            answer.channel = replica
-            answer.take(content)

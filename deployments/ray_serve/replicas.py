@@ -8,7 +8,6 @@ imported where a replica with a model starts.
 
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -21,7 +20,8 @@ from deployments.errors import logger
 from deployments.in_place import InPlace
 from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
-from deployments.ray_serve.channel import Elsewhere, Here, Message, Outbox, Outboxes, Sent
+from deployments.ray_serve.channel import Elsewhere, Here, Message, Outboxes, Sent
+from deployments.ray_serve.engine_process import EngineProcess
 from deployments.ray_serve.failures import Misrouted, Refusal, answered
 from deployments.ray_serve.handoff import (
     Encoded,
@@ -35,8 +35,8 @@ from deployments.ray_serve.handoff import (
     pieces,
 )
 from deployments.ray_serve.held_requests import Held, HeldRequests
-from deployments.ray_serve.line import Lines
 from deployments.ray_serve.process import prepare_process
+from deployments.ray_serve.served_model import ServedModel, give, send
 from deployments.stage_config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
 from deployments.stages import Generation, OpenFile, Pooling
 from deployments.tasks import all_or_none
@@ -53,7 +53,7 @@ from engine.media.source import MediaSource
 from engine.media.video.limits import VideoLimits
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.preparation import PagedFile
-from engine.prompt import EmbeddedMedia, KeptFiles, MediaItem, PreparedMedia
+from engine.prompt import KeptFiles, MediaItem, PreparedMedia
 from engine.startup import StartTimes
 
 
@@ -229,8 +229,6 @@ class LanguageModelReplica:
         launcher: starts the ranks beyond the first; processes of this machine if None.
     """
 
-    _encoder: Any = None
-
     def __init__(
         self,
         tracing: TracingConfig | None,
@@ -239,28 +237,16 @@ class LanguageModelReplica:
         encoder: EncoderConfig | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        times = StartTimes()
-        with times.phase("modules"):
-            from engine.placement import begin_to_open_device
-
-            begin_to_open_device(engine)
-            from deployments.language_model import LanguageModel
-
-        prepare_process()
-        logger.info("%s: modules were imported in %s", "language model", times)
-        if encoder is not None:
-            from deployments.encoder import VisionEncoder
-
-            # First: the memory that is left is for keys and values.
-            self._encoder = VisionEncoder(encoder, engine, make_tracer(tracing, "encoder"), with_engine=True)
-        self._stage = LanguageModel.load(engine, make_tracer(tracing, "language-model"), launcher)
         self._in_place = InPlace(config, config.IN_PLACE, lambda _: None)
         self._held = HeldRequests()
         self._outboxes = Outboxes()
-        self._lines = Lines(self._outboxes)
-        self._stage.when_dead(leave)
-        if encoder is not None:
-            self._encoder.when_dead(leave)
+        prepare_process()
+        self._stage: EngineProcess | ServedModel
+        if config.engine_process and launcher is None:
+            self._stage = EngineProcess.start(engine, encoder, tracing, leave)
+        else:
+            self._stage = ServedModel.load(engine, encoder, tracing, self._outboxes, launcher)
+            self._stage.when_dead(leave)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Log that nothing of this stage can change while a replica runs; Ray Serve calls this."""
@@ -295,37 +281,16 @@ class LanguageModelReplica:
         infos: Sequence[RowsInfo | PixelsInfo],
         arrays: Sequence[np.ndarray],
     ) -> Sent | tuple[str, list[Encoded]]:
-        media, encoded = await self._embedded(infos, arrays)
+        if self._stage.has_line(reader):
+            await self._stage.answer(request, infos, arrays, reader)
+            return Sent()
+        media, encoded = await self._stage.embedded(infos, arrays)
         outbox = self._outboxes.find(reader)
         if outbox is None:
             self._held.keep(Held(request, media))
             return self._name(), encoded
-        relay = Relay()
-        try:
-            with outbox.answer():
-                outbox.tell(request.request_id, encoded)
-                async with aclosing(self._stage.generate(request, media, relay)) as updates:
-                    await _send(updates, outbox, relay)
-        except SightlineError as error:
-            if not outbox.fail(request.request_id, error):
-                raise
+        await give(self._stage, outbox, request, media, encoded)
         return Sent()
-
-    async def _embedded(
-        self, infos: Sequence[RowsInfo | PixelsInfo], arrays: Sequence[np.ndarray]
-    ) -> tuple[list[EmbeddedMedia], list[Encoded]]:
-        """Embedding rows of each item, and what was encoded for that."""
-        encoded: list[Encoded] = []
-
-        async def made(info: RowsInfo | PixelsInfo, array: np.ndarray) -> EmbeddedMedia:
-            if isinstance(info, RowsInfo):
-                return info.embedded(array)
-            began = time.perf_counter()
-            rows = await self._encoder.encode(PreparedMedia(info.item, array), info.salt)
-            encoded.append(Encoded(rows.hash, rows.cached, time.perf_counter() - began))
-            return rows
-
-        return await all_or_none(made(*each) for each in zip(infos, arrays, strict=True)), encoded
 
     async def updates(self, reader: str, replica: str) -> AsyncIterator[Message | Refusal]:
         """Open the channel to ``reader``, and stream the updates of its answers; see
@@ -359,12 +324,17 @@ class LanguageModelReplica:
         outbox = None
         try:
             held = self._held.take(given) if isinstance(given, str) else Held(given, [])
+            if self._stage.has_line(reader):
+                yield Elsewhere()
+                infos = [RowsInfo(each.hash, each.dtype) for each in held.media]
+                await self._stage.answer(held.request, infos, [each.rows for each in held.media], reader)
+                return
             outbox = self._outboxes.find(reader)
             relay = Relay()
             async with aclosing(self._stage.generate(held.request, held.media, relay)) as updates:
                 update: StreamUpdate | None = None
                 if outbox is None:
-                    yield Here(self._name(), await self._lines.address())
+                    yield Here(self._name(), await self._stage.line())
                     # The reader opens its channel meanwhile, as a rule in less time than the prompt takes.
                     update = await anext(updates, None)
                     outbox = self._outboxes.find(reader)
@@ -378,7 +348,7 @@ class LanguageModelReplica:
                         yield Elsewhere()
                         if update is not None:
                             outbox.put(update)
-                        await _send(updates, outbox, relay)
+                        await send(updates, outbox, relay)
         except SightlineError as error:
             if outbox is None or not outbox.fail(held.request.request_id, error):
                 yield Refusal(error)
@@ -392,13 +362,7 @@ class LanguageModelReplica:
     ) -> tuple[EmbeddingOutput, list[Encoded]] | Refusal:
         """Pool a prompt's hidden states into a vector; ``infos`` and ``arrays`` as in :meth:`hold`."""
         current.set(span)
-        return await answered(self._embed(request, infos, arrays))
-
-    async def _embed(
-        self, request: Pooling, infos: Sequence[RowsInfo | PixelsInfo], arrays: Sequence[np.ndarray]
-    ) -> tuple[EmbeddingOutput, list[Encoded]]:
-        media, encoded = await self._embedded(infos, arrays)
-        return await self._stage.embed(request, media), encoded
+        return await answered(self._stage.embed(request, infos, arrays))
 
     @staticmethod
     def _name() -> str:
@@ -414,7 +378,7 @@ class LanguageModelReplica:
 
     async def metrics(self) -> dict[str, Any]:
         """Counters, gauges and times of the engine."""
-        return self._stage.metrics()
+        return await self._stage.metrics()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Signals of :mod:`deployments.autoscaling`."""
@@ -422,15 +386,15 @@ class LanguageModelReplica:
 
     async def measured(self) -> Part:
         """The metrics of this replica."""
-        return _named(self._stage.families())
+        return _named(await self._stage.families())
 
     async def encoder_measured(self) -> Part:
         """The metrics of this replica's encoder."""
-        return _named(self._encoder.families())
+        return _named(await self._stage.encoder_families())
 
     async def record_routing_stats(self) -> dict[str, float]:
         """Facts about this replica that the routers of its deployment need; Ray Serve brings it to them."""
-        found = self._stage.metrics()
+        found = await self._stage.metrics()
         usage = found["kv_blocks_used"] / max(found["kv_blocks_total"], 1)
         return {"waiting_tokens": found["waiting_tokens"], "kv_usage": usage}
 
@@ -440,26 +404,15 @@ class LanguageModelReplica:
         Raises:
             AssertionError: an idle engine still holds memory.
         """
-        return self._stage.is_idle() and not len(self._held)
+        return await self._stage.is_idle() and not len(self._held)
 
     async def check_health(self) -> None:
         """Ray Serve restarts a replica that raises here."""
-        self._stage.check_health()
-        if self._encoder is not None:
-            self._encoder.check_health()
+        await self._stage.check_health()
 
     async def __del__(self) -> None:
         if hasattr(self, "_stage"):
             self._stage.close()
-        if self._encoder is not None:
-            self._encoder.close()
-
-
-async def _send(updates: AsyncIterator[StreamUpdate], outbox: Outbox, relay: Relay) -> None:
-    """Put an answer's updates into a channel. All but the first go there by themselves, up to the last."""
-    async for update in updates:
-        outbox.put(update)
-        relay.to = outbox.put
 
 
 def _named(families: list[Family]) -> Part:

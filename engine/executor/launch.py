@@ -40,6 +40,16 @@ class Launcher(Protocol):
         """Remove the rendezvous folder, once all ranks have ended; may be called repeatedly."""
 
 
+def fresh_interpreter(module: str, descriptor: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a process that runs ``module`` with an inherited file descriptor.
+
+    It finds the modules that this process finds. ``multiprocessing`` would run the caller's script again.
+    """
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    command = [sys.executable, "-P", "-m", module, str(descriptor)]
+    return command, {**os.environ, "PYTHONPATH": path}
+
+
 def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[bytes]:
     """Start a process that runs :func:`engine.executor.worker.serve` on ``connection``; close that here then.
 
@@ -52,13 +62,12 @@ def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[byte
     # Not above: processes that only build an application know launchers, and have no use for torch.
     import torch
 
-    # A fresh interpreter: multiprocessing would run the caller's script again.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    command, environment = fresh_interpreter("engine.executor.worker", connection.fileno())
     threads = max(1, torch.get_num_threads() // ranks_here)
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "engine.executor.worker", str(connection.fileno())],
+        command,
         stdin=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
+        env={**environment, "OMP_NUM_THREADS": str(threads)},
         pass_fds=[connection.fileno()],
         # Ctrl-C in a terminal is for the engine's own process.
         start_new_session=True,

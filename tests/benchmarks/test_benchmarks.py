@@ -173,6 +173,7 @@ def test_serve_against_a_running_application(served, monkeypatch, capsys, tmp_pa
         ("ray::ServeReplica:bench:Ingress.perform_graceful_shutdown", "Ingress"),
         ("ray::ServeReplica:bench:LanguageModel:qwen2.5-vl-7b", "LanguageModel"),
         ("ray::ServeReplica:bench:LanguageModel:qwen2.5-vl-7b.generate", "LanguageModel"),
+        ("/usr/bin/python -P -m deployments.ray_serve.engine_server 31", "Engine"),
         ("ray::ServeController.listen_for_change", "ray"),
         ("/usr/lib/ray/raylet --port 1", "ray"),
         ("/usr/sbin/haproxy -f file", "haproxy"),

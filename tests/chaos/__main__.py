@@ -38,7 +38,7 @@ from tests.chaos.application import (
     wait_until_nothing_is_left,
 )
 from tests.chaos.load import BODIES, Difference, Load, Report, margins
-from tests.chaos.victims import INGRESS, RANK, STAGES, Killer
+from tests.chaos.victims import ENGINE, INGRESS, RANK, STAGES, Killer
 from tests.serving import Served
 
 
@@ -130,6 +130,7 @@ async def run(served: Served, options: argparse.Namespace, progress: Progress) -
     print(f"answers alone; the same twice: {same}", flush=True)
     gaps = {kind: await margins(served.root, body) for kind, body in BODIES.items() if "seed" not in body}
     kinds = [stage for stage in STAGES if options.language_models == 1 or stage != "VisionEncoder"]
+    kinds.append(ENGINE)
     if options.gpus == 0 or options.gpus > options.language_models + (options.language_models == 1):
         kinds.append(RANK)
     all_s = options.seconds

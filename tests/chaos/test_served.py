@@ -20,7 +20,7 @@ from tests.chaos.application import (
     wait_until_nothing_is_left,
 )
 from tests.chaos.load import Load
-from tests.chaos.victims import INGRESS, RANK, STAGES, Killer
+from tests.chaos.victims import ENGINE, INGRESS, RANK, STAGES, Killer
 from tests.serving import Served
 
 #: Seconds of killing, at least; seconds between two kills.
@@ -51,7 +51,7 @@ def load_of(served: Served, again_s: float = 0.0) -> Load:
 
 def test_no_answer_is_lost_or_changed_and_nothing_stays_behind(served):
     load = load_of(served)
-    killer = Killer(served, [*STAGES, RANK], PERIOD_S)
+    killer = Killer(served, [*STAGES, ENGINE, RANK], PERIOD_S)
     with as_before(served):
         report = asyncio.run(killed_under_load(load, killer, SECONDS))
     assert not report.failures, report.failures[:3]

@@ -20,8 +20,10 @@ import psutil
 from tests.metrics import all_answer, scraped
 from tests.serving import Served, wait_until
 
-#: What is killed: the replicas of each stage, ranks beyond the first, and replicas of the ingress.
+#: What is killed: the replicas of each stage, the engines of language models, ranks beyond the first, and
+#: replicas of the ingress.
 STAGES = ("Preprocessor", "VisionEncoder", "LanguageModel")
+ENGINE = "engine"
 RANK = "rank"
 INGRESS = "Ingress"
 
@@ -53,10 +55,14 @@ def processes_of(served: Served, deployment: str) -> list[int]:
 
 def rank_pids(processes: Iterable[psutil.Process]) -> list[int]:
     """Process ids of those that are ranks beyond a language model's first."""
+    return _pids_that_run("engine.executor.worker", processes)
+
+
+def _pids_that_run(module: str, processes: Iterable[psutil.Process]) -> list[int]:
     found = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
-            if "engine.executor.worker" in process.cmdline():
+            if module in process.cmdline():
                 found.append(process.pid)
     return found
 
@@ -139,4 +145,7 @@ class Killer:
             return processes_of(self.served, kind)
         if kind == RANK:
             return rank_pids(self.served.process.children(recursive=True))
+        if kind == ENGINE:
+            module = "deployments.ray_serve.engine_server"
+            return _pids_that_run(module, self.served.process.children(recursive=True))
         return processes_of(self.served, f"{kind}:pocket")

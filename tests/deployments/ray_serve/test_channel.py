@@ -3,6 +3,8 @@
 import asyncio
 import pickle
 import random
+import socket
+import threading
 from contextlib import aclosing
 from dataclasses import replace
 from functools import reduce
@@ -12,14 +14,19 @@ import numpy as np
 import pytest
 
 from deployments.ray_serve.channel import Outbox, Outboxes
+from deployments.ray_serve.engine_link import Link
+from deployments.ray_serve.engine_process import EngineProcess
+from deployments.ray_serve.engine_server import EngineServer, NotedOutboxes
 from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import RemoteLanguageModel
 from deployments.ray_serve.handoff import PIECE_BYTES, Encoded, RowsInfo, RowsRef
 from deployments.ray_serve.held_requests import HeldRequests
-from deployments.ray_serve.line import Lines, follow
+from deployments.ray_serve.line import follow
 from deployments.ray_serve.replicas import LanguageModelReplica
+from deployments.ray_serve.served_model import ServedModel
 from deployments.report import begin_report
 from deployments.stages import Generation, StageLost
+from engine.config import EngineConfig
 from engine.errors import NoTokenAllowed
 from engine.mailbox import Mailbox
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
@@ -50,24 +57,63 @@ class Stage:
             del self.answers[request.request_id]
 
 
-class NoLines:
-    """A replica on another host."""
+class Far(ServedModel):
+    """A model on another host."""
 
-    async def address(self) -> str:
+    async def line(self) -> str:
         return "\0nowhere"
 
 
 class Replica(LanguageModelReplica):
+    """Of a :class:`Stage`.
+
+    Attributes:
+        stage: it.
+        served: what has its lines.
+    """
+
     def __init__(self, name: str, *, lines: bool = False) -> None:
-        self.name, self._stage = name, Stage()
+        self.name, self.stage = name, Stage()
         self._held, self._outboxes = HeldRequests(), Outboxes()
-        self._lines = Lines(self._outboxes) if lines else NoLines()
+        self._stage = self.served = (ServedModel if lines else Far)(self.stage, self._outboxes)
 
     def _name(self) -> str:
         return self.name
 
     def __del__(self) -> None:
         """Nothing was loaded."""
+
+
+class Peer:
+    """The process of an engine, as its replica sees it. Its code runs here, on the same event loop.
+
+    Attributes:
+        lost: set when either end misses the other.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.lost = threading.Event()
+        self._ours, self._theirs = socket.socketpair()
+        self._link = Link(self._theirs)
+        self._outboxes = NotedOutboxes(self._link)
+        self.served = ServedModel(stage, self._outboxes)
+
+    async def connect(self) -> EngineProcess:
+        config = EngineConfig(model="none")
+        made = asyncio.to_thread(EngineProcess, self, self._ours, config, None, None, self.lost.set)
+        replica = asyncio.ensure_future(made)
+        setup = await asyncio.to_thread(self._link.receive)
+        assert setup.engine == config
+        server = EngineServer(self._link, asyncio.get_running_loop(), self.lost.set)
+        self._running = asyncio.ensure_future(server.run(setup.home, self.served, self._outboxes))
+        return await replica
+
+    def wait(self, timeout: float) -> None:
+        """Do nothing: it ends with the test."""
+
+    def kill(self) -> None:
+        """Lose the process."""
+        self._link.close()
 
 
 class Call:
@@ -148,14 +194,22 @@ class World:
         lines: both are on one host.
     """
 
-    def __init__(self, *others: Replica, lines: bool = False) -> None:
+    def __init__(self, *others: Replica, lines: bool = False, process: bool = False) -> None:
         self.replica = Replica("a", lines=lines)
+        self.peer = Peer(self.replica.stage) if process else None
         self.handle = Handle(self.replica, *others)
         self.model = RemoteLanguageModel(self.handle)
 
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.peer is not None:
+            self.peer.kill()
+
     @property
     def answers(self) -> dict[str, Mailbox]:
-        return self.replica._stage.answers
+        return self.replica.stage.answers
 
     def start(self, name: str, *media) -> asyncio.Task:
         """Read an answer to its end: its updates, and the error that ended it."""
@@ -179,6 +233,8 @@ class World:
 
     async def begin(self, name: str, *media) -> asyncio.Task:
         """As :meth:`start`, but return once the replica works on the request."""
+        if self.peer is not None and self.replica.served is not self.peer.served:
+            self.replica._stage, self.replica.served = await self.peer.connect(), self.peer.served
         task = self.start(name, *media)
         await wait_until(lambda: name in self.answers, 60)
         return task
@@ -186,7 +242,7 @@ class World:
     async def open(self) -> None:
         """Ask once, so that the channel opens; the answer comes by it."""
         task = await self.begin("opener")
-        await wait_until(lambda: self.replica._outboxes.find(self.model._inbox.name), 60)
+        await wait_until(lambda: self.replica._stage.has_line(self.model._inbox.name), 60)
         self.answers["opener"].put(update("opener", 0, last=True))
         assert await task == ([update("opener", 0, last=True)], None)
 
@@ -196,10 +252,11 @@ def world():
     return World(Replica("b"))
 
 
-@pytest.fixture(params=[False, True], ids=["call", "line"])
+@pytest.fixture(params=["call", "line", "process"])
 def either(request):
-    """By either kind of channel."""
-    return World(Replica("b"), lines=request.param)
+    """By either kind of channel, and by a line of an engine's process."""
+    with World(Replica("b"), lines=request.param == "line", process=request.param == "process") as world:
+        yield world
 
 
 async def test_all_answers_come_by_the_channel_that_the_first_one_opens(world):
@@ -226,7 +283,7 @@ async def test_an_answer_comes_by_its_own_call_if_the_channel_opens_too_late(wor
         task = await world.begin("one")
         world.answers["one"].put(update("one", 0))
         await wait_until(lambda: task.found, 60)
-    await wait_until(lambda: world.replica._outboxes.find(world.model._inbox.name), 60)
+    await wait_until(lambda: world.replica._stage.has_line(world.model._inbox.name), 60)
     world.answers["one"].put(update("one", 1, last=True))
     assert await asyncio.wait_for(task, 60) == ([update("one", 0), update("one", 1, last=True)], None)
     assert [call.count for call in world.handle.calls["generate"]] == [3]
@@ -316,7 +373,7 @@ ROWS = RowsRef(RowsInfo("h", "float32"), np.zeros((1, 2), np.float32))
 
 async def test_an_answer_to_an_image_is_one_call_once_the_channel_is_open(either):
     first = await either.begin("first", ROWS)
-    await wait_until(lambda: either.replica._outboxes.find(either.model._inbox.name), 60)
+    await wait_until(lambda: either.replica._stage.has_line(either.model._inbox.name), 60)
     either.answers["first"].put(update("first", 0, last=True))
     assert await asyncio.wait_for(first, 60) == ([update("first", 0, last=True)], None)
     assert [len(either.handle.calls[method]) for method in ("hold", "generate")] == [1, 1]
@@ -341,8 +398,8 @@ async def test_what_was_encoded_comes_before_the_first_update(either, monkeypatc
     async def embedded(infos, arrays):
         return [], [Encoded("h", True, 0.25)]
 
-    monkeypatch.setattr(either.replica, "_embedded", embedded)
     await either.open()
+    monkeypatch.setattr(either.replica.served, "embedded", embedded)
     report = begin_report({}, lambda: "id")
     task = await either.begin("one", ROWS)
     either.answers["one"].put(update("one", 0))
@@ -360,24 +417,25 @@ async def test_an_answer_to_an_image_is_lost_with_its_line_or_its_call(near, los
     near.answers["one"].put(update("one", 0))
     await wait_until(lambda: task.found, 60)
     near.answers["one"].put(update("one", 1))
-    (connection,) = near.replica._lines._connections
+    (connection,) = near.replica.served._lines._connections
     (connection if lost == "line" else near.handle.calls["hold"][-1].task).cancel()
     found, error = await asyncio.wait_for(task, 60)
     assert found[:1] == [update("one", 0)] and type(error) is StageLost
     await wait_until(lambda: not near.answers, 60)
 
 
-@pytest.fixture
-def near():
+@pytest.fixture(params=["line", "process"])
+def near(request):
     """On one host."""
-    return World(lines=True)
+    with World(lines=True, process=request.param == "process") as world:
+        yield world
 
 
 async def test_a_line_stays_open_and_makes_no_call(near):
     for _ in range(2):
         await near.open()
         # No time is set at which it ends.
-        assert near.replica._outboxes.find(near.model._inbox.name)._timer is None
+        assert near.replica.served._outboxes.find(near.model._inbox.name)._timer is None
     assert [call.count for call in near.handle.calls["generate"]] == [2, 1]
     assert not near.handle.calls["updates"]
 
@@ -401,7 +459,7 @@ async def test_answers_are_lost_with_their_line_and_another_one_opens(near):
     task = await near.begin("one")
     near.answers["one"].put(update("one", 0))
     await wait_until(lambda: task.found, 60)
-    (connection,) = near.replica._lines._connections
+    (connection,) = near.replica.served._lines._connections
     connection.cancel()
     found, error = await asyncio.wait_for(task, 60)
     assert found == [update("one", 0)] and type(error) is StageLost
@@ -413,16 +471,16 @@ async def test_a_reader_that_leaves_takes_its_line_along(near):
     await near.open()
     (channel,) = near.model._inbox._channels.values()
     channel.cancel()
-    await wait_until(lambda: not near.replica._lines._connections, 60)
-    assert near.replica._outboxes.find(near.model._inbox.name) is None
+    await wait_until(lambda: not near.replica.served._lines._connections, 60)
+    await wait_until(lambda: not near.replica._stage.has_line(near.model._inbox.name), 60)
 
 
 async def test_other_users_have_no_line(near, monkeypatch):
     monkeypatch.setattr("deployments.ray_serve.line.os.getuid", lambda: -1)
     read: list = []
-    address = await near.replica._lines.address()
+    address = await near.replica._stage.line()
     assert await asyncio.wait_for(follow(address, "reader", read.append), 60)
-    assert not read and near.replica._outboxes.find("reader") is None
+    assert not read and near.replica.served._outboxes.find("reader") is None
 
 
 async def test_a_channel_to_another_replica_is_refused(world):

@@ -14,6 +14,7 @@ from deployments.ray_serve.replicas import (
     PreprocessorReplica,
     VisionEncoderReplica,
 )
+from deployments.ray_serve.served_model import ServedModel
 from deployments.stages import Generation
 from engine.errors import InvalidRequest
 from engine.media.keys import KeptFiles
@@ -49,7 +50,8 @@ class Encoding(LanguageModelReplica):
     """A replica whose encoder doubles pixels, and has seen those of one tenant before."""
 
     def __init__(self) -> None:
-        self._held, self._encoder, self._outboxes = HeldRequests(), self, Outboxes()
+        self._held, self._outboxes = HeldRequests(), Outboxes()
+        self._stage = ServedModel(None, self._outboxes, self)
 
     def _name(self) -> str:
         return "a"
