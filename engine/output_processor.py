@@ -44,6 +44,7 @@ class _Sequence:
     Attributes:
         num_characters: of the text so far.
         num_given: characters at the text's beginning that the caller has from another engine.
+        plain: a token adds its text and nothing else, unless it ends the sequence: the usual, kept cheap.
     """
 
     index: int
@@ -53,6 +54,7 @@ class _Sequence:
     unsettled: UnsettledRows | None = None
     num_characters: int = 0
     num_given: int = 0
+    plain: bool = False
     done: bool = False
 
     def carry_on(self, token_ids: Sequence[int], num_given: int) -> None:
@@ -137,6 +139,7 @@ class OutputProcessor:
                 sequence.unsettled = UnsettledRows()
             known = group.progress.of(request.choice)
             sequence.carry_on(known.token_ids, known.num_characters)
+            sequence.plain = not params.stop and params.logprobs is None and not known.num_characters
             self._running[request.id] = group, sequence
 
     def remove(self, group: RequestGroup) -> None:
@@ -161,13 +164,14 @@ class OutputProcessor:
         deltas: dict[str, OutputDelta] = {}
         pooled: list[tuple[RequestGroup, EmbeddingOutput]] = []
         stopped: list[Request] = []
+        running = self._running
         for step in steps:
             # How many requests got their last token when: most of them in the same step.
             previous: Counter[float] = Counter()
             self._prompt_logprobs(step, changed)
-            count = 0
+            count, finished, forced = 0, step.finished, step.forced
             for row, (request, token) in enumerate(zip(step.requests, step.tokens.tolist(), strict=True)):
-                if request is None or (found := self._running.get(request.id)) is None or found[1].done:
+                if request is None or (found := running.get(request.id)) is None or found[1].done:
                     continue
                 group, sequence = found
                 try:
@@ -175,17 +179,26 @@ class OutputProcessor:
                     if delta is None:
                         delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
                         self._update(group, changed).deltas.append(delta)
-                    for each in (token, *step.forced.get(row, ())):
-                        if not sequence.done:
-                            self._extend(delta, group, sequence, each, row, step)
+                    if sequence.plain and row not in finished and row not in forced:
+                        self._continue(delta, group, sequence, token)
+                        count += 1
+                    else:
+                        for each in (token, *forced.get(row, ())):
+                            if not sequence.done:
+                                self._extend(delta, group, sequence, each, row, step)
+                        if token >= 0:
+                            count += 1 + len(forced.get(row, ()))
                 except Exception as error:
                     self._fail(group, error)
                     continue
                 if delta.finish_reason is not None and not request.finished:
                     stopped.append(request)
-                if token >= 0:
-                    self._time(group, step.time, previous, changed[group.id][1])
-                    count += 1 + len(step.forced.get(row, ()))
+                if (last := group.last_token_at) is None:
+                    if token >= 0:
+                        self._note_first(group, step.time, changed[group.id][1])
+                elif last != step.time and token >= 0:
+                    previous[last] += 1
+                    group.last_token_at = step.time
             for last, tokens in previous.items():
                 self._metrics.observe_gap(step.time - last, tokens)
             self._metrics.observe_tokens(count, step.time)
@@ -220,6 +233,17 @@ class OutputProcessor:
             failure.__cause__ = error
             error = failure
         self._failures.append((group, error))
+
+    def _continue(self, delta: OutputDelta, group: RequestGroup, sequence: _Sequence, token: int) -> None:
+        """Add a token of a plain sequence that doesn't end it; as :meth:`_extend` would."""
+        usage = group.usage
+        if not usage.completion_tokens:
+            usage.cached_tokens = sequence.request.num_cached or 0
+        usage.completion_tokens += 1
+        text = sequence.detokenizer.append_one(token)
+        sequence.num_characters += len(text)
+        delta.text += text
+        delta.token_ids.append(token)
 
     def _extend(
         self,
@@ -271,13 +295,15 @@ class OutputProcessor:
     def _update(
         self, group: RequestGroup, changed: dict[str, tuple[RequestGroup, StreamUpdate]]
     ) -> StreamUpdate:
-        if group.id not in changed:
-            update = StreamUpdate(group.id, [], group.usage)
-            if group.num_scored == 0 and group.requests[0].params.prompt_logprobs is not None:
-                # Nothing comes before the prompt's first token.
-                update.prompt_logprobs, group.num_scored = [None], 1
-            changed[group.id] = (group, update)
-        return changed[group.id][1]
+        found = changed.get(group.id)
+        if found is not None:
+            return found[1]
+        update = StreamUpdate(group.id, [], group.usage)
+        if group.num_scored == 0 and group.requests[0].params.prompt_logprobs is not None:
+            # Nothing comes before the prompt's first token.
+            update.prompt_logprobs, group.num_scored = [None], 1
+        changed[group.id] = (group, update)
+        return update
 
     def _prompt_logprobs(
         self, step: StepEvents, changed: dict[str, tuple[RequestGroup, StreamUpdate]]
@@ -334,15 +360,11 @@ class OutputProcessor:
             self.remove(group)
             yield group, output
 
-    def _time(self, group: RequestGroup, now: float, previous: Counter[float], update: StreamUpdate) -> None:
-        last = group.last_token_at
-        if last is None:
-            request = group.requests[0]
-            self._metrics.observe_first_token(request.arrival, request.admitted_at, now)
-            admitted = request.admitted_at or now
-            update.times = EngineTimes(admitted - request.arrival, now - admitted)
-        elif last != now:
-            previous[last] += 1
+    def _note_first(self, group: RequestGroup, now: float, update: StreamUpdate) -> None:
+        request = group.requests[0]
+        self._metrics.observe_first_token(request.arrival, request.admitted_at, now)
+        admitted = request.admitted_at or now
+        update.times = EngineTimes(admitted - request.arrival, now - admitted)
         group.last_token_at = now
 
 

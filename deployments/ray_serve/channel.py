@@ -27,6 +27,7 @@ from deployments.ray_serve.handoff import (
     Encoded,
     PackedUpdate,
     Piece,
+    pack,
     pieces,
     unpack,
     weight,
@@ -176,11 +177,12 @@ def _messages(
             yield message
             message, room = [], PIECE_BYTES
         room -= size
-        for item in pieces(update):
-            if isinstance(item, Piece):
-                yield [Addressed(update.request_id, item)]
-            else:
-                message.append(item)
+        if size <= PIECE_BYTES:
+            message.append(pack(update))
+            continue
+        for piece in pieces(update):
+            assert isinstance(piece, Piece)
+            yield [Addressed(update.request_id, piece)]
     message += [Addressed(name, Refusal(error)) for name, error in errors.items()]
     if message:
         yield message

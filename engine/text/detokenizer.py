@@ -44,7 +44,7 @@ class IncrementalDetokenizer:
     ) -> None:
         self.stop_reason: str | None = None
         self.num_tokens_consumed = 0
-        self._tokenizer = tokenizer
+        self._tokenizer, self._ascii = tokenizer, tokenizer.ascii_texts
         self._stops = sorted(set(filter(None, stop)), key=len, reverse=True)
         self._include_stop = include_stop
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
@@ -66,12 +66,10 @@ class IncrementalDetokenizer:
         if self.stop_reason is not None:
             return ""
         self.num_tokens_consumed += 1
-        piece = self._piece(token)
-        # Most pieces are whole by themselves, and need no decoder that remembers.
-        if piece.isascii() and not self._bytes.buffer:
-            text = piece.decode("ascii")
-        else:
-            text = self._bytes.decode(piece)
+        # Most tokens are whole by themselves, and need no decoder that remembers.
+        text = self._ascii.get(token)
+        if text is None or token in self._skipped or self._at_start or self._bytes.buffer:
+            text = self._bytes.decode(self._piece(token))
         return self._push(text) if text and self._stops else text
 
     def finish(self) -> str:

@@ -14,10 +14,15 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes:
-    """Bytes of single tokens, found lazily: vocabularies have 10^5 entries and answers use few of them."""
+    """Bytes of single tokens, found lazily: vocabularies have 10^5 entries and answers use few of them.
+
+    Attributes:
+        ascii: texts of the tokens found so far that are ASCII, by id. Most of a text's tokens are.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
+        self.ascii: dict[int, str] = {}
         self._known: dict[int, bytes] = {}
         self._known_first: dict[int, bytes] = {}
         steps = _decoder_steps(backend)
@@ -41,6 +46,8 @@ class TokenBytes:
         piece = self._known.get(token_id)
         if piece is None:
             piece = self._known[token_id] = self._find(token_id)
+            if piece.isascii():
+                self.ascii[token_id] = piece.decode("ascii")
         return piece
 
     def of_first(self, token_id: int) -> bytes:

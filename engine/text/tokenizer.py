@@ -142,6 +142,11 @@ class Tokenizer:
         """UTF-8 bytes that a token adds to running text; possibly a part of a character, or nothing."""
         return self._pieces.of(token_id)
 
+    @property
+    def ascii_texts(self) -> Mapping[int, str]:
+        """What tokens add to running text, by id: those that :meth:`token_bytes` has found to be ASCII."""
+        return self._pieces.ascii
+
     def first_token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token that begins a text: some decoders drop its leading space."""
         return self._pieces.of_first(token_id)

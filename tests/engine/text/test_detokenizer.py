@@ -1,3 +1,5 @@
+from types import MappingProxyType
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -125,6 +127,7 @@ class _Pieces:
     """A tokenizer whose i-th token is the i-th given string."""
 
     special_ids = frozenset()
+    ascii_texts = MappingProxyType({})
 
     def __init__(self, pieces):
         self._pieces = [piece.encode() for piece in pieces]
