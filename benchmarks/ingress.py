@@ -27,7 +27,7 @@ from deployments.config import IngressConfig, ModelSpec
 from deployments.pipeline import Pipeline
 from deployments.ray_serve.channel import Elsewhere, Here
 from deployments.ray_serve.handles import remote_stages
-from deployments.ray_serve.handoff import pack
+from deployments.ray_serve.packing import pack
 from deployments.stages import Generation
 from engine.outputs import OutputDelta, StreamUpdate, Usage
 

@@ -330,6 +330,14 @@ def test_a_planted_heavy_import_is_found(module, name, banned):
     assert module in loading_paths(imports, banned, NEVER_LOADED[banned])
 
 
+def test_the_process_of_an_engine_loads_no_ray():
+    imports = read_imports("engine", "deployments", at_load=True)
+    modules = ["deployments.ray_serve.engine_server", "deployments.language_model", "deployments.encoder"]
+    assert loading_paths(imports, "ray", modules) == []
+    imports["deployments.ray_serve.line"] |= {"deployments.ray_serve.handoff"}
+    assert "deployments.ray_serve.engine_server" in loading_paths(imports, "ray", modules)
+
+
 def test_functions_of_the_engine_import_no_server_either():
     for module, names in read_imports("engine").items():
         assert not any(within(name, "ray") or within(name, "deployments") for name in names), module

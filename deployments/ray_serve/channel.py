@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.errors import logger
-from deployments.ray_serve.failures import Refusal, abandoned, checked, was_cancelled
-from deployments.ray_serve.handoff import (
+from deployments.ray_serve.packing import (
     PIECE_BYTES,
     Assembly,
     Encoded,
@@ -32,6 +31,7 @@ from deployments.ray_serve.handoff import (
     unpack,
     weight,
 )
+from deployments.ray_serve.refusals import Refusal, abandoned, checked, was_cancelled
 from deployments.stages import StageLost
 from engine.errors import SightlineError
 from engine.mailbox import Mailbox, Relay

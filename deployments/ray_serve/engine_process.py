@@ -21,8 +21,8 @@ import numpy as np
 from deployments.metrics.families import Family
 from deployments.ray_serve.channel import Answer, Message, deliver
 from deployments.ray_serve.engine_link import Call, Cancel, Close, Line, Link, Ready, Reply, Setup
-from deployments.ray_serve.failures import abandoned
-from deployments.ray_serve.handoff import Encoded, PixelsInfo, RowsInfo
+from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo
+from deployments.ray_serve.refusals import abandoned
 from deployments.stage_config import EncoderConfig
 from deployments.stages import Generation, Pooling
 from deployments.tracing import TracingConfig, current

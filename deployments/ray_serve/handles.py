@@ -13,10 +13,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments.errors import logger
 from deployments.metrics.families import Part
 from deployments.ray_serve.channel import Answer, Elsewhere, Here, Inbox, Sent
-from deployments.ray_serve.failures import Misrouted, abandoned, checked, translated, was_cancelled
+from deployments.ray_serve.failures import translated
 from deployments.ray_serve.handoff import (
-    Encoded,
-    PixelsInfo,
     PixelsRef,
     RowsRef,
     by_reference,
@@ -26,6 +24,8 @@ from deployments.ray_serve.handoff import (
     stream,
 )
 from deployments.ray_serve.line import follow
+from deployments.ray_serve.packing import Encoded, PixelsInfo
+from deployments.ray_serve.refusals import Misrouted, abandoned, checked, was_cancelled
 from deployments.references import Owner, without_payload
 from deployments.report import current_report
 from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages

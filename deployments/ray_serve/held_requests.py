@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from deployments.ray_serve.failures import Misrouted
+from deployments.ray_serve.refusals import Misrouted
 from deployments.stages import Generation
 from engine.prompt import EmbeddedMedia
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from deployments.ray_serve.failures import Refusal, answered
 from deployments.ray_serve.process import prepare_process
+from deployments.ray_serve.refusals import Refusal, answered
 from deployments.references import Owner, ReferenceConfig, References
 from engine.media.source import MediaSource
 from engine.prompt import KeptFiles

@@ -22,20 +22,11 @@ from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
 from deployments.ray_serve.channel import Elsewhere, Here, Message, Outboxes, Sent
 from deployments.ray_serve.engine_process import EngineProcess
-from deployments.ray_serve.failures import Misrouted, Refusal, answered
-from deployments.ray_serve.handoff import (
-    Encoded,
-    ObjectStore,
-    PackedUpdate,
-    Piece,
-    PixelsInfo,
-    PixelsRef,
-    RowsInfo,
-    RowsRef,
-    pieces,
-)
+from deployments.ray_serve.handoff import ObjectStore, PixelsRef, RowsRef
 from deployments.ray_serve.held_requests import Held, HeldRequests
+from deployments.ray_serve.packing import Encoded, PackedUpdate, Piece, PixelsInfo, RowsInfo, pieces
 from deployments.ray_serve.process import prepare_process
+from deployments.ray_serve.refusals import Misrouted, Refusal, answered
 from deployments.ray_serve.served_model import ServedModel, give, send
 from deployments.stage_config import EncoderConfig, LanguageModelConfig, PreprocessorConfig
 from deployments.stages import Generation, OpenFile, Pooling

@@ -10,9 +10,9 @@ import numpy as np
 from deployments.errors import logger
 from deployments.metrics.families import Family
 from deployments.ray_serve.channel import Outbox, Outboxes
-from deployments.ray_serve.failures import abandoned
-from deployments.ray_serve.handoff import Encoded, PixelsInfo, RowsInfo
 from deployments.ray_serve.line import Lines
+from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo
+from deployments.ray_serve.refusals import abandoned
 from deployments.stage_config import EncoderConfig
 from deployments.stages import Generation, Pooling
 from deployments.tasks import all_or_none

@@ -17,11 +17,12 @@ from deployments.ray_serve.channel import Outbox, Outboxes
 from deployments.ray_serve.engine_link import Link
 from deployments.ray_serve.engine_process import EngineProcess
 from deployments.ray_serve.engine_server import EngineServer, NotedOutboxes
-from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import RemoteLanguageModel
-from deployments.ray_serve.handoff import PIECE_BYTES, Encoded, RowsInfo, RowsRef
+from deployments.ray_serve.handoff import RowsRef
 from deployments.ray_serve.held_requests import HeldRequests
 from deployments.ray_serve.line import follow
+from deployments.ray_serve.packing import PIECE_BYTES, Encoded, RowsInfo
+from deployments.ray_serve.refusals import Misrouted, Refusal
 from deployments.ray_serve.replicas import LanguageModelReplica
 from deployments.ray_serve.served_model import ServedModel
 from deployments.report import begin_report

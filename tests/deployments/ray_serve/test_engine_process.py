@@ -14,7 +14,7 @@ import pytest
 from deployments.ray_serve.engine_link import Cancel, Link, Ready
 from deployments.ray_serve.engine_process import EngineProcess
 from deployments.ray_serve.engine_server import EngineServer, LogsAtReplica, NotedOutboxes
-from deployments.ray_serve.handoff import RowsInfo
+from deployments.ray_serve.packing import RowsInfo
 from deployments.ray_serve.served_model import ServedModel
 from deployments.stages import Generation, Pooling, StageLost
 from engine.config import EngineConfig

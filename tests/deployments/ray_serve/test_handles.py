@@ -22,23 +22,15 @@ from ray.serve.exceptions import BackPressureError
 from deployments.config import ReplayConfig
 from deployments.errors import error_headers
 from deployments.ray_serve.channel import Here
-from deployments.ray_serve.failures import Misrouted, Refusal
 from deployments.ray_serve.handles import (
     RemoteEncoder,
     RemoteLanguageModel,
     RemotePreprocessor,
     remote_stages,
 )
-from deployments.ray_serve.handoff import (
-    Encoded,
-    PixelsInfo,
-    PixelsRef,
-    RowsInfo,
-    RowsRef,
-    cancel,
-    pack,
-    pieces,
-)
+from deployments.ray_serve.handoff import PixelsRef, RowsRef, cancel
+from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo, pack, pieces
+from deployments.ray_serve.refusals import Misrouted, Refusal
 from deployments.ray_serve.replicas import LanguageModelReplica, PreprocessorReplica, VisionEncoderReplica
 from deployments.replay import Patience, carried_on
 from deployments.report import ItemReport, begin_report

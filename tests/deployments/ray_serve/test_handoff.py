@@ -6,7 +6,8 @@ import weakref
 import numpy as np
 import pytest
 
-from deployments.ray_serve.handoff import ObjectStore, pack, unpack
+from deployments.ray_serve.handoff import ObjectStore
+from deployments.ray_serve.packing import pack, unpack
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from deployments.ray_serve.channel import Outboxes
-from deployments.ray_serve.failures import Misrouted, Refusal, answered, checked
-from deployments.ray_serve.handoff import PixelsInfo, RowsInfo
 from deployments.ray_serve.held_requests import Held, HeldRequests
+from deployments.ray_serve.packing import PixelsInfo, RowsInfo
+from deployments.ray_serve.refusals import Misrouted, Refusal, answered, checked
 from deployments.ray_serve.replicas import (
     LanguageModelReplica,
     PreprocessorReplica,
