@@ -111,7 +111,7 @@ class EngineProcess:
     async def embedded(
         self, infos: Sequence[RowsInfo | PixelsInfo], arrays: Sequence[np.ndarray]
     ) -> tuple[list[EmbeddedMedia], list[Encoded]]:
-        """See :meth:`ServedModel.embedded`."""
+        """As that of ``ServedModel``."""
         return await self._call("embedded", infos, arrays)
 
     async def answer(
@@ -121,13 +121,13 @@ class EngineProcess:
         arrays: Sequence[np.ndarray],
         reader: str,
     ) -> None:
-        """See :meth:`ServedModel.answer`."""
+        """As that of ``ServedModel``."""
         await self._call("answer", request, infos, arrays, reader)
 
     async def generate(
         self, request: Generation, media: Sequence[EmbeddedMedia], relay: Relay | None = None
     ) -> AsyncGenerator[StreamUpdate, None]:
-        """See :meth:`ServedModel.generate`."""
+        """As that of ``ServedModel``."""
         name = request.request_id
         answer = self._answers[name] = Answer(relay)
 
@@ -154,35 +154,35 @@ class EngineProcess:
     async def embed(
         self, request: Pooling, infos: Sequence[RowsInfo | PixelsInfo], arrays: Sequence[np.ndarray]
     ) -> tuple[EmbeddingOutput, list[Encoded]]:
-        """See :meth:`ServedModel.embed`."""
+        """As that of ``ServedModel``."""
         return await self._call("embed", request, infos, arrays)
 
     async def max_model_len(self) -> int:
-        """See :meth:`ServedModel.max_model_len`."""
+        """As that of ``ServedModel``."""
         return await self._call("max_model_len")
 
     async def device(self) -> str:
-        """See :meth:`ServedModel.device`."""
+        """As that of ``ServedModel``."""
         return await self._call("device")
 
     async def metrics(self) -> dict[str, Any]:
-        """See :meth:`ServedModel.metrics`."""
+        """As that of ``ServedModel``."""
         return await self._call("metrics")
 
     async def families(self) -> list[Family]:
-        """See :meth:`ServedModel.families`."""
+        """As that of ``ServedModel``."""
         return await self._call("families")
 
     async def encoder_families(self) -> list[Family]:
-        """See :meth:`ServedModel.encoder_families`."""
+        """As that of ``ServedModel``."""
         return await self._call("encoder_families")
 
     async def is_idle(self) -> bool:
-        """See :meth:`ServedModel.is_idle`."""
+        """As that of ``ServedModel``."""
         return await self._call("is_idle")
 
     async def check_health(self) -> None:
-        """See :meth:`ServedModel.check_health`."""
+        """As that of ``ServedModel``."""
         await self._call("check_health")
 
     def close(self) -> None:

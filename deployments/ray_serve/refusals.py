@@ -41,7 +41,8 @@ def checked(result: Any) -> Any:
         SightlineError: it is a refusal.
     """
     if isinstance(result, Refusal):
-        # A copy: the error's traceback keeps frames that keep ``result``, a cycle as in :func:`translated`.
+        # A copy: the error's traceback keeps frames that keep ``result``, a cycle as in
+        # :func:`deployments.ray_serve.failures.translated`.
         raise copy.copy(result.error)
     return result
 

@@ -1,6 +1,6 @@
 """The stages as Ray Serve replicas: each class holds a stage and passes its arrays through the object store.
 
-Deliberate errors are returned as :class:`~deployments.ray_serve.failures.Refusal`, not raised.
+Deliberate errors are returned as :class:`~deployments.ray_serve.refusals.Refusal`, not raised.
 
 The process that builds the application, and the preprocessor's, import this module too: what needs torch is
 imported where a replica with a model starts.
@@ -289,7 +289,7 @@ class LanguageModelReplica:
 
         Args:
             replica: id of the replica that is meant. Another one answers with a
-                :class:`~deployments.ray_serve.failures.Misrouted` refusal.
+                :class:`~deployments.ray_serve.refusals.Misrouted` refusal.
         """
         if replica != self._name():
             yield Refusal(Misrouted("This replica has gone."))
@@ -309,7 +309,7 @@ class LanguageModelReplica:
 
         Args:
             given: the request, or the id of one that was handed over. If this replica doesn't have it, the
-                first item is a :class:`~deployments.ray_serve.failures.Misrouted` refusal.
+                first item is a :class:`~deployments.ray_serve.refusals.Misrouted` refusal.
         """
         current.set(span)
         outbox = None
