@@ -44,7 +44,7 @@ decides::
     experts           experts_reference           not Triton                          experts.py
                       int4_expert_gemv_triton     4 bits, few tokens as below         int4_experts.py
                       int4_grouped_gemm_triton    4 bits, otherwise                   int4_experts.py
-                      expert_gemv_triton          1 token, or at most 8 with at most  expert_gemv.py
+                      expert_gemv_triton          1 token, or at most 4 with at most  expert_gemv.py
                                                   half as many pairs as experts
                       grouped_experts_gluon       Hopper, steps of 64 inputs; 16-bit  expert_gemm.py
                                                   and over 16 pairs an expert, or fp8

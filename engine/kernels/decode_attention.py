@@ -90,11 +90,6 @@ def choose_tile(
     return AttentionTile(rows, keys, 8 if programs * splits <= sms else few, 2, splits)
 
 
-def merged_splits(warps: int) -> int:
-    """Return how many splits programs of ``warps`` warps merge at a time."""
-    return max(4, 2 * warps)
-
-
 def num_splits(programs: int, sms: int, max_seq_len: int, keys: int) -> int:
     """Return the programs per sequence and KV head: enough for two programs on every SM."""
     enough = -(-_MANY_PROGRAMS * sms // max(programs, 1))
@@ -145,7 +140,7 @@ def decode_attention_triton(
         ROWS=tile.rows, KEYS=tile.keys, WINDOW=window is not None, SPLIT=splits > 1,
         CAP=(cap or 0.0) * LOG2E,
         # As many as the registers hold.
-        MERGED=merged_splits(tile.warps),
+        MERGED=_MAX_SPLITS if tile.warps == 8 else max(4, tile.warps),
         # A single warp has no registers for a prefetched tile.
         PREFETCH=tile.warps > 1,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),

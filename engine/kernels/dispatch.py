@@ -53,7 +53,7 @@ from engine.kernels.skinny_gemm import skinny_gemm_triton
 #: With more new tokens of one sequence the prefill kernel is faster; shorter prompts don't fill its tiles.
 LONG_PROMPT = 1024
 #: With more tokens, or more pairs than half the experts, tokens that share an expert should share its reading.
-MAX_EXPERT_GEMV_TOKENS = 8
+MAX_EXPERT_GEMV_TOKENS = 4
 #: The kernel for Hopper GPUs is the faster one with more rows an expert than this, on average.
 MIN_EXPERT_GEMM_ROWS = 16
 #: With more rows, dequantising an int4 weight once takes less time than in each tile of rows.

@@ -41,16 +41,19 @@ def choose_tile(inputs: int, rows: int, itemsize: int) -> ExpertTile:
     """Choose the tile of a program that reads ``rows`` weight rows for each output.
 
     Of some thirty tiles it is the best or within 1 % of it on an H200 for 8 of 128 experts of 2048 by 768 and
-    one token, by the time of a chain of layers: two rows (gate) and eight rows (down) of 16-bit and fp8 weights.
+    one token, by the time of whole decoder layers: two rows (gate) and eight rows (down) of 16-bit and fp8 weights.
 
     Args:
         itemsize: bytes of a weight.
     """
     if rows == 2:
         # One warp an output: nothing has to be exchanged between warps.
-        tile = ExpertTile(outputs=1, inputs=512, warps=1)
+        tile = ExpertTile(outputs=1, inputs=1024 if itemsize == 1 else 2048, warps=1)
+    elif itemsize == 1:
+        tile = ExpertTile(outputs=2, inputs=max(16, 1024 // rows), warps=2, ready=3)
     else:
-        tile = ExpertTile(2 if itemsize == 1 else 1, max(16, 1024 // rows), warps=4, ready=MAX_STEPS)
+        # With more in advance, fewer programs would fit beside those of the kernel before.
+        tile = ExpertTile(outputs=1, inputs=max(16, 2048 // rows), warps=1, ready=1)
     return replace(tile, inputs=min(tile.inputs, triton.next_power_of_2(inputs)))
 
 
@@ -58,7 +61,6 @@ def _tile_arguments(tile: ExpertTile, outputs: int, inputs: int) -> dict[str, An
     steps = triton.cdiv(inputs, tile.inputs)
     return {
         "TILE_OUTPUTS": tile.outputs, "TILE_INPUTS": tile.inputs, "STEPS": steps if steps <= MAX_STEPS else 0,
-        "READY": min(tile.ready, steps) if steps <= MAX_STEPS else 0,
         "EVEN": inputs % tile.inputs == 0 and outputs % tile.outputs == 0, "num_warps": tile.warps,
     }  # fmt: skip
 
@@ -81,7 +83,7 @@ def expert_gemv_triton(x, routing: Routing, gate_up: ExpertMatrices, down: Exper
     launch(
         _expert_down_kernel, (triton.cdiv(width, tile.outputs), tokens),
         inner_ptr=inner, weight_ptr=down.weight, out_ptr=out, outputs=width, inputs=inner_width,
-        **routing.arguments(), **scale_arguments(x, down.scale),
+        **routing.arguments(), **scale_arguments(x, down.scale), READY=tile.ready,
         **_tile_arguments(tile, width, inner_width), **pdl_options(x),
     )  # fmt: skip
     return out
@@ -174,7 +176,7 @@ def _expert_gate_kernel(
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr, BIAS: tl.constexpr, RENORMALISE: tl.constexpr,
     GROUP: tl.constexpr, ACTIVATION: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr,
-    STEPS: tl.constexpr, READY: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    STEPS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per pair and tile of outputs: the gate's activation times the other half of the outputs.
 
@@ -229,7 +231,7 @@ def _expert_down_kernel(
     row = expert.to(tl.int64)[:, None, None, None] * outputs + output[None, :, None, None]
     lane = _lanes(PAIRS, TILE_OUTPUTS, TILE_INPUTS, GROUP)
     ready = ()
-    for step in tl.static_range(READY):
+    for step in tl.static_range(min(READY, STEPS)):
         ready = ready + (_load_weights(weight_ptr, row, mask, step * TILE_INPUTS + lane, inputs, ALL),)
     factor = factor[:, None, None, None] * _row_scales(scale_ptr, row, mask, GROUP)
     wait_for_previous(PDL)
