@@ -127,7 +127,7 @@ async def test_the_ingress_takes_over_its_bounds(api, client, running):
 
 
 async def test_a_lower_limit_ends_no_open_request(api, client, running):
-    body = CHAT | {"max_tokens": 600, "ignore_eos": True, "stream": True}
+    body = CHAT | {"max_tokens": 300, "ignore_eos": True, "stream": True}
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         lines = response.aiter_lines()
         await anext(lines)
@@ -148,7 +148,7 @@ async def test_keys_change_while_requests_of_theirs_are_open(api, client, runnin
     take_over(api, IngressConfig(keys=(old,)))
     assert api.openapi()["security"]
     assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 401
-    body = CHAT | {"max_tokens": 600, "ignore_eos": True, "stream": True}
+    body = CHAT | {"max_tokens": 300, "ignore_eos": True, "stream": True}
     async with client.stream("POST", "/v1/chat/completions", json=body, **key("old")) as response:
         lines = response.aiter_lines()
         await anext(lines)
