@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from engine.config import EngineConfig
 from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavailable
@@ -24,12 +24,9 @@ from engine.prompt import EngineInput
 from engine.request_factory import Embedding
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
-from engine.watchdog import Watchdog
+from engine.watchdog import Mortal, Watchdog
 
 logger = logging.getLogger(__name__)
-
-#: Seconds that :meth:`AsyncEngine.shutdown` leaves the threads of an engine that has died.
-_LAST_STEP_S = 5.0
 
 
 class _LoopMailbox(Mailbox):
@@ -61,7 +58,7 @@ def _put_all(parcels: Sequence[tuple[_LoopMailbox, Result]]) -> None:
             mailbox.fail(RequestFailed(f"This request failed inside the engine ({type(error).__name__})."))
 
 
-class AsyncEngine:
+class AsyncEngine(Mortal):
     """Add, stream, abort.
 
     Three threads share the work: the caller's event loop, the step thread that keeps the device busy, and the
@@ -76,6 +73,7 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig, launcher: Launcher | None = None) -> None:
+        super().__init__("engine")
         self._engine: LoadedEngine = load_engine(config, launcher)
         self.config = config
         self._inbox: deque[tuple[str, RequestGroup]] = deque()
@@ -84,10 +82,6 @@ class AsyncEngine:
             queue.SimpleQueue()
         )
         self._mailboxes: dict[RequestGroup, _LoopMailbox] = {}
-        self._stopping = False
-        self._failure: BaseException | None = None
-        self._on_death: Callable[[], None] = lambda: None
-        self._dying = threading.Lock()
         # What was loaded stays: the collector needn't walk it again and again.
         gc.collect()
         gc.freeze()
@@ -103,17 +97,6 @@ class AsyncEngine:
         ]
         for thread in self._threads:
             thread.start()
-
-    def when_dead(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called once the engine can compute nothing more; not because of :meth:`shutdown`.
-
-        It may run on any thread, and runs at once if the engine has died.
-        """
-        with self._dying:
-            if self._failure is None:
-                self._on_death = call
-                return
-        call()
 
     @property
     def max_model_len(self) -> int:
@@ -223,11 +206,10 @@ class AsyncEngine:
         """Stop the threads and other ranks; requests still running fail with :class:`Unavailable`."""
         self._watchdog.close()
         with self._wake:
-            self._stopping = True
+            self._closed = True
             self._wake.notify()
         for thread in self._threads:
-            # A step that never returns can't be waited for.
-            thread.join(None if self._failure is None else _LAST_STEP_S)
+            self._join(thread)
         self._fail_all(Unavailable("The engine is shutting down."))
         self._engine.grammars.close()
         self._engine.core.runner.close()
@@ -244,12 +226,6 @@ class AsyncEngine:
         return not (
             self._inbox or self._mailboxes or self._engine.core.has_work or self._engine.outputs.num_groups
         )
-
-    def _stopped(self) -> Unavailable | None:
-        """The error for requests of an engine that has died or was shut down; None if it runs."""
-        if self._failure is not None:
-            return Unavailable(f"The engine has stopped: {self._failure}")
-        return Unavailable("The engine is shutting down.") if self._stopping else None
 
     # On the caller's event loop.
 
@@ -278,9 +254,9 @@ class AsyncEngine:
         try:
             while True:
                 with self._wake:
-                    while not (self._inbox or core.has_work or self._stopping):
+                    while not (self._inbox or core.has_work or self._closed):
                         self._wake.wait()
-                    if self._stopping or self._failure is not None:
+                    if self._stopped() is not None:
                         return
                     commands = list(self._inbox)
                     self._inbox.clear()
@@ -335,15 +311,6 @@ class AsyncEngine:
         for loop, parcels in by_loop.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_put_all, parcels)
-
-    def _die(self, error: BaseException) -> None:
-        with self._dying:
-            if self._failure is not None:
-                return
-            self._failure = error
-        logger.error("the engine has died", exc_info=error)
-        self._fail_all(Unavailable(f"The engine has stopped: {error}"))
-        self._on_death()
 
     def _fail_all(self, error: SightlineError) -> None:
         for mailbox in list(self._mailboxes.values()):

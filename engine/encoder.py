@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -30,14 +30,12 @@ from engine.prompt import EmbeddedMedia, PreparedMedia
 from engine.runner.staging import download, record_event
 from engine.startup import StartTimes
 from engine.vision.transformer import VisionTransformer
-from engine.watchdog import Watchdog
+from engine.watchdog import Mortal, Watchdog
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_COST = 32768
 CACHE_BYTES = 512 << 20
-#: Seconds that :meth:`EncoderEngine.shutdown` leaves the thread of an engine that has died.
-_LAST_LAUNCH_S = 5.0
 #: Items that may wait while launches still make way for the steps of a language model after each piece.
 _CROWD = 2
 #: Cost of the launches of a crowd between two of those steps, if one launch may not cost more.
@@ -70,7 +68,7 @@ class _Job:
     waiters: int = 1
 
 
-class EncoderEngine:
+class EncoderEngine(Mortal):
     """Turns prepared images into embedding rows.
 
     :meth:`encode` is for callers on the same device; :meth:`encode_async` batches across requests on a thread
@@ -99,6 +97,7 @@ class EncoderEngine:
         with_engine: bool = False,
         step_timeout_s: float = 300.0,
     ) -> None:
+        super().__init__("encoder")
         self._encoder = encoder
         self._with_engine = with_engine
         for module in encoder.modules() if isinstance(encoder, nn.Module) else ():
@@ -116,11 +115,8 @@ class EncoderEngine:
         self._queue: deque[_Job] = deque()
         self._jobs: dict[str, _Job] = {}
         self._changed = threading.Condition()
-        self._closed = False
-        self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._watchdog: Watchdog | None = None
-        self._on_death: Callable[[], None] = lambda: None
 
     @classmethod
     def load(
@@ -237,10 +233,8 @@ class EncoderEngine:
         Raises:
             Unavailable: the engine was shut down, or its device or its thread has failed for good.
         """
-        if self._failure is not None:
-            raise Unavailable(f"The encoder has stopped: {self._failure}")
-        if self._closed:
-            raise Unavailable("The encoder is shutting down.")
+        if (stopped := self._stopped()) is not None:
+            raise stopped
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, launches by their number of items, and what waits and is cached now.
@@ -263,19 +257,7 @@ class EncoderEngine:
         if self._watchdog is not None:
             self._watchdog.close()
         if self._thread is not None:
-            # A launch that never returns can't be waited for.
-            self._thread.join(None if self._failure is None else _LAST_LAUNCH_S)
-
-    def when_dead(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called once nothing can be encoded any more; not because of :meth:`shutdown`.
-
-        It may run on any thread, and runs at once if the engine has died.
-        """
-        with self._changed:
-            if self._failure is None:
-                self._on_death = call
-                return
-        call()
+            self._join(self._thread)
 
     def _start(self) -> None:
         if self._thread is None:
@@ -283,7 +265,7 @@ class EncoderEngine:
             self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
             self._thread.start()
 
-    def _refuse(self, error: Unavailable) -> None:
+    def _refuse(self, error: SightlineError) -> None:
         """Fail what waits with ``error``; nothing new is taken in."""
         with self._changed:
             self._closed = True
@@ -299,19 +281,12 @@ class EncoderEngine:
         except BaseException as error:
             self._die(error)
 
-    def _die(self, error: BaseException) -> None:
-        with self._changed:
-            if self._failure is not None:
-                return
-            self._failure = error
-        logger.error("the encoder has died", exc_info=error)
-        failure = Unavailable(f"The encoder has stopped: {error}")
-        self._refuse(failure)
+    def _fail_all(self, error: SightlineError) -> None:
+        self._refuse(error)
         with self._changed:
             running = [job for job in self._jobs.values() if not job.result.done()]
         for job in running:
-            job.result.set_exception(failure)
-        self._on_death()
+            job.result.set_exception(error)
 
     def _serve_all(self) -> None:
         own = self._device.type == "cuda" and not self._with_engine

@@ -106,7 +106,7 @@ WORK = {
     # Together they outgrow the blocks: one is interrupted and computed again.
     "two seeded answers": (
         entry("hello world"),
-        SamplingParams(temperature=1.0, top_p=0.95, seed=5, n=2, max_tokens=90, ignore_eos=True),
+        SamplingParams(temperature=1.0, top_p=0.95, seed=5, n=2, max_tokens=60, ignore_eos=True),
     ),
     "penalties": (
         entry("what is shown " + IMAGE, (33, 70)),
