@@ -23,7 +23,7 @@ from engine.kernels.pdl import pdl_options, wait_for_previous
 
 #: Most rows. 16 are loaded faster by programs that have them in shared memory, as those of skinny_gemm.py do.
 MAX_ROWS = 1
-#: Inputs are a multiple.
+#: Bytes of a share; inputs are a multiple.
 WIDTH = 64
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 _activate = gluon.jit(activate.fn)
@@ -37,14 +37,12 @@ class Fp8Tile:
         height: of its left operand; a multiple of 16.
         parts: consecutive shares of a row of the weight that are rows of it, see
             :class:`~engine.kernels.int4_mma.Int4Tile`.
-        width: bytes of a share; 64 or a multiple.
         warps: that share the inputs.
         depth: shares of each part that a warp has loaded in advance.
     """
 
     height: int
     parts: int
-    width: int
     warps: int
     depth: int
 
@@ -53,7 +51,7 @@ def choose_tile(inputs: int) -> Fp8Tile:
     """Choose the tile of a problem. Of 22 tiles it is the best on an H200, or within 3 % of it, for one row and
     the layers of a model of 7 billion parameters."""
     # With many inputs the programs are few.
-    return Fp8Tile(16, 4, WIDTH, 4, 4) if inputs > 8192 else Fp8Tile(32, 4, WIDTH, 2, 4)
+    return Fp8Tile(16, 4, 4, 4) if inputs > 8192 else Fp8Tile(32, 4, 2, 4)
 
 
 def fp8_mma_gluon(x, weight, bias=None, *, activation=None, scale, row_scale, dtype):
@@ -72,7 +70,7 @@ def fp8_mma_gluon(x, weight, bias=None, *, activation=None, scale, row_scale, dt
         x_ptr=x.view(torch.int32), row_scale_ptr=row_scale, weight_ptr=weight.view(torch.int32),
         scale_ptr=scale.values, bias_ptr=x if bias is None else bias, out_ptr=out, rows=rows, outputs=outputs,
         words=inputs // 4, COLUMNS=max(8, triton.next_power_of_2(rows * tile.parts)), TILE=tile.height,
-        PARTS=tile.parts, OUTPUTS=tile_outputs, WIDTH=tile.width // 4, WARPS=tile.warps, DEPTH=tile.depth,
+        PARTS=tile.parts, OUTPUTS=tile_outputs, WIDTH=WIDTH // 4, WARPS=tile.warps, DEPTH=tile.depth,
         BIAS=bias is not None, ACTIVATION=activation or "", num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return out
