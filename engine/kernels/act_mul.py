@@ -10,7 +10,7 @@ from engine.kernels.activation import ACTIVATIONS, activate
 from engine.kernels.device import use_triton
 from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, rounding_warps, store_rounded
 from engine.kernels.launch import launch
-from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
 
 
 def act_mul(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
@@ -78,6 +78,7 @@ def _product(gate, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _act_mul_kernel(in_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    launch_dependents_of_one_row(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -92,6 +93,7 @@ def _act_mul_rounded_kernel(
     in_ptr, out_ptr, scale_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One program per row."""
+    launch_dependents_of_one_row(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

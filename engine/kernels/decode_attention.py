@@ -185,7 +185,7 @@ def _decode_kernel(
     DIM_PAD: tl.constexpr = triton.next_power_of_2(DIM)
     column = tl.arange(0, DIM_PAD)
     in_head = column < DIM
-    # The previous kernel writes q, k and v. Earlier kernels wrote everything read before the wait.
+    # The previous kernel writes q, k and v. What is read before the wait was there before this pass.
     cached = tl.load(seq_lens_ptr + sequence) - 1
     rotated = column < 2 * HALF
     cos, sin = load_angles(

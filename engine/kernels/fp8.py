@@ -18,7 +18,7 @@ import triton.language as tl
 
 from engine.kernels.device import MEMORY_BOUND_ROWS, compute_capability, is_hopper, use_triton
 from engine.kernels.launch import launch
-from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
 
 FP8 = torch.float8_e4m3fn
 #: The largest number of the format.
@@ -184,6 +184,7 @@ def _quantise_kernel(
     x_ptr, out_ptr, scale_ptr, inputs, x_stride, TILE: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One program per row; unless it is ``WHOLE`` in a tile, the row is read again, from the cache."""
+    launch_dependents_of_one_row(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE)

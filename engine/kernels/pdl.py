@@ -7,12 +7,12 @@ programs of the previous kernel still run. Two rules keep this correct:
 * Every program calls :func:`wait_for_previous` before it writes anything and before it reads what the
   previous kernel writes. It does so even if it then returns at once: the next kernel takes the end of this
   kernel as a sign that the previous kernel has finished too.
-* Before that call a program may read weights and everything that earlier kernels wrote.
+* Before that call a program may read weights, and what was there before this pass through the layers: its
+  inputs, and keys, values and states of earlier tokens. What other kernels of the pass write it reads after the
+  call: several kernels before it may still be running.
 
 By default the next kernel may start once every program has waited. A kernel that calls
-:func:`launch_dependents` lets it start earlier. The kernel before this one may then still be running, so its
-outputs must not be read without waiting either. Therefore two kernels in a row never both call
-:func:`launch_dependents` early.
+:func:`launch_dependents` lets it start earlier, while this kernel itself still waits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ def launch_dependents(PDL: tl.constexpr):
     """Let the next kernel start once every program has called this, before they wait."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def launch_dependents_of_one_row(PDL: tl.constexpr):
+    """Call :func:`launch_dependents` in a kernel of a program per row, if there is one row: the next kernel, mostly a
+    linear layer, loads its first weights while this one waits for the row. With more rows its programs that wait
+    would take registers and shared memory from those that work."""
+    if tl.num_programs(0) == 1:
+        launch_dependents(PDL)
 
 
 @triton.jit

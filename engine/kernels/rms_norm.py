@@ -12,7 +12,7 @@ import triton.language as tl
 from engine.kernels.device import use_triton
 from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, rounding_warps, store_rounded
 from engine.kernels.launch import launch
-from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
 
 
 @overload
@@ -110,10 +110,12 @@ def _rms_norm_kernel(
     ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``."""
-    wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+    launch_dependents_of_one_row(PDL)
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
     source = x_ptr + row // inner * outer_stride + row % inner * inner_stride
     x = tl.load(source + column, mask=mask, other=0.0)
     dtype = x.dtype
@@ -121,7 +123,6 @@ def _rms_norm_kernel(
         added = tl.load(residual_ptr + row * SIZE + column, mask=mask, other=0.0)
         x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
         tl.store(total_ptr + row * SIZE + column, x, mask=mask)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
     normed = normalised(x, weight, eps, offset, OFFSET, SIZE)
     if ROUND:
         store_rounded(normed.to(tl.float32), row, column, SIZE, mask, out_ptr, row_scale_ptr)

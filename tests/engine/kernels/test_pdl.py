@@ -1,11 +1,14 @@
 """Programmatic dependent launch: kernels that start before the previous one has finished."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from engine.graphs import CudaCapture
 from engine.kernels import pdl
 from engine.kernels.dispatch import linear, norm_linear
+from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.skinny_gemm import split_counters
 
 
@@ -49,3 +52,29 @@ def test_each_kernel_waits_for_the_previous_one(device, rows):
     replay = CudaCapture(device)(chain)
     for result in (chain(), *(replay().clone() for _ in range(20))):
         assert (result.double() - expected).norm() < close * expected.norm()
+
+
+@pytest.mark.gpu
+def test_overlap_with_a_row_that_is_rounded_changes_nothing(hopper):
+    """The kernels that round a row let the next one start before they wait themselves."""
+    size, length = 2048, 64
+    weights = (torch.randn(length, size, size, device=hopper) * 30).to(FP8)
+    scale = Scale(torch.full((size, 1), size**-0.5 / 30, device=hopper), size, round_inputs=True)
+    norm = torch.ones(size, device=hopper, dtype=torch.bfloat16)
+    start = torch.randn(1, size, device=hopper).bfloat16()
+
+    def chain(between: Callable[[], None] = lambda: None) -> torch.Tensor:
+        x, residual = start, None
+        for number, weight in enumerate(weights):
+            if number % 2:
+                x = linear(x, weight, scale=scale)
+            else:
+                x, residual = norm_linear(x, residual, norm, 1e-6, weight, scale=scale)
+            between()
+        return x
+
+    expected = chain(torch.cuda.synchronize)
+    assert expected.isfinite().all() and expected.abs().max() > 0
+    replay = CudaCapture(hopper)(chain)
+    for result in (chain(), *(replay().clone() for _ in range(20))):
+        assert torch.equal(result, expected)
