@@ -106,9 +106,9 @@ async def test_no_answer_is_lost_or_changed():
     config = AppConfig.model_validate(app_args())
     spec, rng = config.models[0], random.Random(0)
     local = LocalModel(spec, config, Tracer())
-    # The first engine has two ranks: another process, which is killed.
-    engines = [changed_config(tensor_parallel_size=2).models[0].engine, spec.engine]
-    model = Replaced(lambda number: LanguageModel.load(engines[min(number, 1)]))
+    # The second engine has two ranks: another process, which is killed.
+    engines = {1: changed_config(tensor_parallel_size=2).models[0].engine}
+    model = Replaced(lambda number: LanguageModel.load(engines.get(number, spec.engine)))
     preprocessor, encoder = (Mortal(stage, rng) for stage in (local.preprocessor, local.encoder))
     replay = ReplayConfig(max_losses=100, patience_s=300, pause_s=0.01)
     pipeline = Pipeline(spec, Stages(model, preprocessor, encoder), ThreadPoolExecutor(2), replay)
