@@ -36,10 +36,10 @@ def logits(path: Path, group: TensorParallelGroup) -> torch.Tensor:
     return torch.cat([made, gap], dim=1)
 
 
-def compute(rank: int, size: int, addresses: Sequence[str], paths: Sequence[Path], out: Path) -> None:
-    """Join the group of each of ``addresses``, exchange tensors, and save the logits of ``paths``."""
+def compute(rank: int, size: int, groups: Sequence[tuple[str, Sequence[Path]]], out: Path) -> None:
+    """Join the group of each address, exchange tensors, and save the logits of the checkpoints beside it."""
     torch.set_num_threads(1)
-    for number, address in enumerate(addresses):
+    for number, (address, paths) in enumerate(groups):
         group = TorchGroup.join(rank=rank, size=size, address=address, device=CPU, timeout_s=60)
         message = torch.full((3,), float(rank))
         assert group.broadcast(message.clone(), source=1).eq(1).all()

@@ -38,9 +38,9 @@ def by_file(folder: Path) -> str:
 def test_two_ranks_equal_one(tmp_path):
     paths = [make_text(tmp_path / name, kind, **options) for name, (kind, options) in KINDS.items()]
     # One after the other in the same two processes, as an engine that is loaded again joins anew.
-    addresses = [by_port(tmp_path), by_file(tmp_path)]
-    multiprocessing.spawn(compute, (2, addresses, paths, tmp_path), nprocs=2)
-    for number in range(len(addresses)):
+    groups = [(by_port(tmp_path), paths), (by_file(tmp_path), paths[:1])]
+    multiprocessing.spawn(compute, (2, groups, tmp_path), nprocs=2)
+    for number, (_, paths) in enumerate(groups):
         ranks = [torch.load(tmp_path / f"group{number}-rank{rank}.pt") for rank in range(2)]
         for path, first, second in zip(paths, *ranks, strict=True):
             assert torch.equal(first, second)
