@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,13 +40,6 @@ class TensorParallelGroup(Protocol):
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; returns ``tensor``."""
 
-    def all_reduce_pieces(self, tensor: torch.Tensor, fill: Callable[[slice], object]) -> torch.Tensor:
-        """Sum a matrix over ranks, in place, while ``fill`` computes the rest of it; returns ``tensor``.
-
-        Args:
-            fill: writes the rows of a slice of ``tensor``; called for one slice after the other.
-        """
-
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Concatenate every rank's equally shaped ``tensor`` along ``dim``, in rank order."""
 
@@ -78,10 +70,6 @@ class SingleProcessGroup:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def all_reduce_pieces(self, tensor: torch.Tensor, fill: Callable[[slice], object]) -> torch.Tensor:
-        fill(slice(0, len(tensor)))
-        return tensor
-
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return tensor
 
@@ -107,8 +95,6 @@ class TorchGroup:
         self.rank: int = backend.rank()
         self.size: int = backend.size()
         self._on_gpu = device.type == "cuda"
-        # Its few programs should get the SMs that a running GEMM leaves.
-        self._beside = torch.cuda.Stream(device, priority=-1) if self._on_gpu else None
         self._aborted, self._gone, self._stuck = threading.Event(), threading.Event(), False
         # Started now, because an interpreter that is shutting down starts no threads. The thread's reference
         # also keeps the garbage collector from freeing the backend before the CUDA graphs that captured its
@@ -151,23 +137,6 @@ class TorchGroup:
         options = c10d.AllreduceOptions()
         options.asyncOp = False
         self._wait(self._backend.allreduce([tensor], options))
-        return tensor
-
-    def all_reduce_pieces(self, tensor: torch.Tensor, fill: Callable[[slice], object]) -> torch.Tensor:
-        rows = len(tensor)
-        count = min(_MOST_PIECES, tensor.nbytes // _PIECE_BYTES)
-        if count <= 1 or self._beside is None:
-            fill(slice(0, rows))
-            return self.all_reduce(tensor)
-        # Work on tensors that the current stream allocates and frees: it waits for the other one below.
-        size, current = -(-rows // count), torch.cuda.current_stream()
-        for first in range(0, rows, size):
-            piece = slice(first, first + size)
-            fill(piece)
-            self._beside.wait_stream(current)
-            with torch.cuda.stream(self._beside):
-                self.all_reduce(tensor[piece])
-        current.wait_stream(self._beside)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -228,8 +197,6 @@ class TorchGroup:
 
 #: Seconds to wait for the backend to be freed; NCCL takes a fraction of this.
 _CLOSE_S = 10.0
-#: Sums of larger matrices run beside the GEMM that computes the rest; in how many pieces at most.
-_PIECE_BYTES, _MOST_PIECES = 8 << 20, 4
 #: Poll interval for the abort flag.
 _ABORT_POLL = timedelta(seconds=1)
 

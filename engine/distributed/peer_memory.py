@@ -36,13 +36,13 @@ class PeerMemory:
     def __init__(self, rank: int, mapped: list[_Mapping], device: torch.device) -> None:
         self._mapped = mapped
         size = len(mapped)
-        # Pinned, so a kernel that waits can read it: no copy to the device would start before its end.
+        # Pinned, so a kernel that waits can read it.
         self._ended = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self.buffers = PeerBuffers(
             rank=rank,
             size=size,
             addresses=tuple(mapped[(rank + 1 + step) % size].address for step in range(size)),
-            halves=torch.zeros(PROGRAMS, dtype=torch.int32, device=device),
+            halves=torch.zeros(PROGRAMS + 1, dtype=torch.int32, device=device),
             ended=self._ended,
         )
 

@@ -44,10 +44,14 @@ EMPTY = -0x8000
 MAX_SENT = 1 << 16
 #: Up to so many bytes sent by a rank one trip is faster than two.
 _ONE_TRIP_BYTES = 1 << 20
+#: From so many bytes on, programs of more warps are faster.
+_MANY_BYTES = 4 << 20
 #: Numbers that a thread reads at once are in this many bytes.
 _VECTOR = 16
-#: Looks at a place that is still empty, between two looks at the flag that ends the wait.
-_LOOKS = tl.constexpr(256)
+#: Looks at a place that is still empty, some 10 ms, between two looks at the flag that ends the wait. It is in the
+#: host's memory, and the looks of all warps take half a millisecond; the other ranks wait meanwhile.
+_LOOKS = tl.constexpr(1 << 14)
+_PROGRAMS = tl.constexpr(PROGRAMS)
 _EMPTY = tl.constexpr(EMPTY)
 
 
@@ -58,8 +62,10 @@ class PeerBuffers:
     Attributes:
         addresses: of each rank's buffer of :data:`BUFFER_BYTES` in this rank's address space, multiples of
             16; first that of the next rank, last this rank's own. Buffers hold :data:`EMPTY` words at first.
-        halves: int32 ``(PROGRAMS,)`` on the device, zeros at first: the half in turn of each program.
-        ended: int32 ``(1,)``, readable from the device; 1 ends all waits, whose results are wrong then.
+        halves: int32 ``(PROGRAMS + 1,)`` on the device, zeros at first: the half in turn of each program, and
+            whether a kernel has seen the end of waits.
+        ended: int32 ``(1,)`` in the host's memory, readable from the device; 1 ends all waits, whose results are
+            wrong then.
     """
 
     rank: int
@@ -101,13 +107,27 @@ class ReduceTile:
 
 
 def choose_tile(numel: int, itemsize: int, size: int, trips: int | None = None) -> ReduceTile:
-    """Choose the split of an all-reduce of ``numel`` numbers over ``size`` ranks."""
+    """Choose the split of an all-reduce of ``numel`` numbers over ``size`` ranks.
+
+    Of 16 splits of each size it is the best or within 5 % of it on two H200, from 7 KiB to 7 MiB.
+    """
+    nbytes = numel * itemsize
     if trips is None:
-        trips = 1 if numel * itemsize * (size - 1) <= _ONE_TRIP_BYTES else 2
-    parts = 1 if trips == 1 else size
-    numbers, warps = 1024, 4
-    tiles = max(1, triton.cdiv(numel, numbers * parts * PROGRAMS))
-    return ReduceTile(trips, numbers, warps, triton.cdiv(numel, numbers * parts * tiles), tiles)
+        trips = 1 if nbytes * (size - 1) <= _ONE_TRIP_BYTES else 2
+    if trips == 1:
+        return _split(numel, 1, *((512, 2) if numel <= 512 * PROGRAMS else (1024, 4)))
+    if nbytes > _MANY_BYTES:
+        tile = _split(numel, size, 2048, 8)
+        if 2 * size * tile.numbers * tile.tiles * itemsize <= HALF_BYTES:
+            return tile
+    return _split(numel, size, 1024, 4)
+
+
+def _split(numel: int, parts: int, numbers: int, warps: int) -> ReduceTile:
+    """Split numbers among programs of tiles of ``numbers``, with as many parts in a share."""
+    tiles = triton.cdiv(numel, numbers * parts * PROGRAMS)
+    programs = triton.cdiv(numel, numbers * parts * tiles)
+    return ReduceTile(1 if parts == 1 else 2, numbers, warps, programs, tiles)
 
 
 def peer_all_reduce(x: torch.Tensor, peers: PeerBuffers, tile: ReduceTile | None = None) -> None:
@@ -234,24 +254,27 @@ def send(
 
 
 @triton.jit
-def _await(places, mask, ended_ptr):
+def _await(places, mask, halves_ptr, ended_ptr):
     """Wait until no place is empty, and return the words there."""
     words = tl.load(places, mask=mask, other=0, volatile=True)
-    missing = tl.max((words == _EMPTY).to(tl.int32))
+    seen_end = tl.load(halves_ptr + _PROGRAMS, volatile=True)
+    missing = tl.max((words == _EMPTY).to(tl.int32)) * (1 - seen_end)
     looks = 0
     while missing > 0:
         words = tl.load(places, mask=mask, other=0, volatile=True)
         missing = tl.max((words == _EMPTY).to(tl.int32))
         looks += 1
         if looks % _LOOKS == 0:
-            missing *= 1 - tl.load(ended_ptr, volatile=True)
+            if tl.load(ended_ptr, volatile=True) == 1:
+                tl.store(halves_ptr + _PROGRAMS, 1)
+                missing = 0
     return words
 
 
 @triton.jit
-def _receive(places, mask, ended_ptr):
+def _receive(places, mask, halves_ptr, ended_ptr):
     """Wait until no place is empty, return the words there, and empty the places."""
-    words = _await(places, mask, ended_ptr)
+    words = _await(places, mask, halves_ptr, ended_ptr)
     _clear(places, mask)
     return words
 
@@ -294,7 +317,7 @@ def _one_trip_kernel(
         at = tile * TILE + lane
         places = own + region + source * (tiles * TILE) + at[None, :]
         mask = (source < SIZE) & (at < left)[None, :]
-        words = _await(places, mask, ended_ptr)
+        words = _await(places, mask, halves_ptr, ended_ptr)
         if SENT:
             wait_for_previous(PDL)
         _clear(places, mask)
@@ -336,13 +359,13 @@ def _two_trips_kernel(
         at = tile * TILE + lane
         mask = rank * part + at < left
         words = _receive(
-            own + region + source * part + at[None, :], (source < SIZE) & mask[None, :], ended_ptr
+            own + region + source * part + at[None, :], (source < SIZE) & mask[None, :], halves_ptr, ended_ptr
         )
         total = tl.sum(words.to(dtype, bitcast=True).to(tl.float32), axis=0)
         _send(_words(total.to(dtype)), addresses, sums + rank * part + at, mask, SIZE)
     for tile in range(SIZE * tiles):
         at = tile * TILE + lane
-        words = _receive(own + sums + at, at < left, ended_ptr)
+        words = _receive(own + sums + at, at < left, halves_ptr, ended_ptr)
         tl.store(x_ptr + at, words.to(dtype, bitcast=True), mask=at < left)
     tl.store(halves_ptr + program, 1 - half)
 
@@ -369,7 +392,7 @@ def _gather_ranks_kernel(
     for tile in range(tiles):
         at = tile * TILE + lane
         mask = (source < SIZE) & (at < left)[None, :]
-        words = _receive(own + region + source * (tiles * TILE) + at[None, :], mask, ended_ptr)
+        words = _receive(own + region + source * (tiles * TILE) + at[None, :], mask, halves_ptr, ended_ptr)
         # Vectors don't cross rows.
         vector = (start + at) // VECTOR
         row, column = vector // column_vectors, vector % column_vectors

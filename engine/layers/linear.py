@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels.device import MEMORY_BOUND_ROWS
 from engine.kernels.dispatch import (
     activated_linear,
     linear,
@@ -335,10 +334,6 @@ class RowLinear(nn.Module):
             out = sum_linear(x, self.weight, self.tp.peers, scale=self.scale)
             if out is not None:
                 return out
-        if self.format is None and isinstance(x, torch.Tensor) and len(x) > MEMORY_BOUND_ROWS:
-            out = x.new_empty(len(x), self.out_features)
-            weight = self.weight.t()
-            return self.tp.all_reduce_pieces(out, lambda rows: torch.mm(x[rows], weight, out=out[rows]))
         return self.tp.all_reduce(self.partial(x))
 
     def partial(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:

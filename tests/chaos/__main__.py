@@ -1,6 +1,6 @@
 """Kills processes of a server of its own while it answers, and counts the answers that differ.
 
-    python -m tests.chaos [--gpus 1] [--language-models 1] [--seconds 60] [--clients 8] [--proxy] [--eager]
+    python -m tests.chaos [--gpus 1] [--language-models 2] [--seconds 60] [--clients 8] [--proxy] [--eager]
 
 The shipped model answers in bfloat16 with CUDA graphs; ``--gpus 0`` serves it on the CPU instead, with two
 ranks. Each request is asked alone first, then under a load of which nothing is killed, then under the same
@@ -35,6 +35,7 @@ from tests.chaos.application import (
     killed_under_load,
     on_cpus,
     on_gpus,
+    ranks_of,
     wait_until_nothing_is_left,
 )
 from tests.chaos.load import BODIES, Difference, Load, Report, margins
@@ -51,7 +52,7 @@ def main() -> None:
         help="1: shared by all; else one for each rank and the encoder",
     )
     parser.add_argument(
-        "--language-models", type=int, default=1, help="several share the GPUs, and encode in their replicas"
+        "--language-models", type=int, default=0, help="so many share the GPUs, and encode in their replicas"
     )
     parser.add_argument("--seconds", type=float, default=60, help="of the load with kills, at least")
     parser.add_argument("--spare", type=float, default=240, help="seconds for all but the loads, at most")
@@ -129,9 +130,9 @@ async def run(served: Served, options: argparse.Namespace, progress: Progress) -
     same = alone.wanted == again.wanted
     print(f"answers alone; the same twice: {same}", flush=True)
     gaps = {kind: await margins(served.root, body) for kind, body in BODIES.items() if "seed" not in body}
-    kinds = [stage for stage in STAGES if options.language_models == 1 or stage != "VisionEncoder"]
+    kinds = [stage for stage in STAGES if not options.language_models or stage != "VisionEncoder"]
     kinds.append(ENGINE)
-    if options.gpus == 0 or options.gpus > options.language_models + (options.language_models == 1):
+    if options.gpus == 0 or ranks_of(options.gpus, options.language_models) > 1:
         kinds.append(RANK)
     all_s = options.seconds
     loads = (

@@ -25,18 +25,17 @@ def on_cpus(args: dict[str, Any]) -> None:
     model["engine"]["tensor_parallel_size"] = 2
 
 
-def on_gpus(args: dict[str, Any], gpus: int, *, language_models: int = 1, eager: bool = False) -> None:
+def on_gpus(args: dict[str, Any], gpus: int, *, language_models: int = 0, eager: bool = False) -> None:
     """Change the arguments of the shipped application: bfloat16 with CUDA graphs.
 
     Args:
         gpus: one is shared by the encoder and the language model; of several the encoder has one, and each of
             the others a rank.
-        language_models: more than one share the GPUs, each of which has a rank, and encode in their replicas.
+        language_models: so many share the GPUs, each of which has a rank, and encode in their replicas.
         eager: without CUDA graphs.
     """
     model = _alone(args)
-    several = language_models > 1
-    ranks = gpus // language_models if several else max(gpus - 1, 1)
+    ranks = ranks_of(gpus, language_models)
     model["engine"] |= {
         "device": "cuda",
         "dtype": "bfloat16",
@@ -47,11 +46,17 @@ def on_gpus(args: dict[str, Any], gpus: int, *, language_models: int = 1, eager:
         "gpu_memory_utilization": 0.3,
         "tensor_parallel_size": ranks,
     }
-    model["language_model"] |= {"num_replicas": language_models, "num_gpus": 0.6 if gpus == 1 else ranks}
-    if several:
+    model["language_model"]["num_gpus"] = 0.6 if gpus == 1 else ranks
+    if language_models:
+        model["language_model"]["num_replicas"] = language_models
         model["encoder"]["with_language_model"] = True
     else:
         model["encoder"]["num_gpus"] = 0.3 if gpus == 1 else 1
+
+
+def ranks_of(gpus: int, language_models: int) -> int:
+    """The ranks of each language model of :func:`on_gpus`."""
+    return gpus // language_models if language_models else max(gpus - 1, 1)
 
 
 def _alone(args: dict[str, Any]) -> dict[str, Any]:

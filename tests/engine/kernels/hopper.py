@@ -417,7 +417,7 @@ def several_ranks(rows: int, ranks: int) -> None:
 
     addresses = tuple(1 << 40 | rank << 25 for rank in range(ranks))
     shard_rows_triton(tensor(64, 3584), torch.zeros(rows, dtype=torch.int64), 0, 64)
-    halves, ended = tensor(PROGRAMS, dtype=I32), tensor(1, dtype=I32)
+    halves, ended = tensor(PROGRAMS + 1, dtype=I32), tensor(1, dtype=I32)
     peers = PeerBuffers(0, ranks, addresses, halves, ended)
     peer_all_reduce(tensor(rows, 3584), peers)
     if rows == 1:

@@ -51,7 +51,7 @@ def take_part(
         rank=rank,
         size=size,
         addresses=tuple(buffer.data_ptr() for buffer in words),
-        halves=torch.zeros(PROGRAMS, dtype=torch.int32),
+        halves=torch.zeros(PROGRAMS + 1, dtype=torch.int32),
         ended=torch.zeros(1, dtype=torch.int32),
     )
     results = []
