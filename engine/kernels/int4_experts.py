@@ -20,6 +20,7 @@ from engine.kernels.grouped_gemm import HEIGHTS, choose_height
 from engine.kernels.int4 import Int4Scale, int4_arguments, times_factors
 from engine.kernels.int4_gemm import chunk_products
 from engine.kernels.int4_gemv import add_words
+from engine.kernels.int4_unpack import unpacks
 from engine.kernels.launch import is_compiling, launch
 from engine.kernels.paged import find_tile, query_tiles
 from engine.kernels.pdl import pdl_options, wait_for_previous
@@ -151,7 +152,7 @@ def _grouped(x, matrices, out, order, starts, *, rows, activation=None, factors=
         (triton.cdiv(outputs, _TILE_OUTPUTS), query_tiles(len(order), experts, rows)),
         x_ptr=x, out_ptr=out, order_ptr=order, starts_ptr=starts, factors_ptr=x if factors is None else factors,
         experts=experts, outputs=outputs, x_stride=x.stride(0), **arguments, TOP_K=top_k, ROWS=rows,
-        TILE_OUTPUTS=_TILE_OUTPUTS, STAGES=_STAGES, EVEN=matrices.inputs % 128 == 0,
+        TILE_OUTPUTS=_TILE_OUTPUTS, STAGES=_STAGES, EVEN=matrices.inputs % 128 == 0, UNPACK=unpacks(x),
         ACTIVATION=activation or "", num_warps=8 if small else 4,
     )  # fmt: skip
 
@@ -161,7 +162,7 @@ def _int4_grouped_kernel(
     x_ptr, out_ptr, order_ptr, starts_ptr, factors_ptr, experts, outputs, x_stride,
     weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, stride, KIND: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, UNPACK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs and tile of rows of one expert."""
     expert, begin, first, count, _ = find_tile(starts_ptr, starts_ptr, tl.program_id(1), experts, ROWS)
@@ -188,12 +189,12 @@ def _int4_grouped_kernel(
     for chunk in tl.range(0, words // 32, num_stages=STAGES):
         acc = chunk_products(
             acc, tl.load(weights + chunk * 32), xs, chunk, lane, inputs, scale_ptr, zero_ptr, known, groups, stride,
-            EVEN, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
+            EVEN, UNPACK, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
         )  # fmt: skip
         if ACTIVATION != "":
             up = chunk_products(
                 up, tl.load(ups + chunk * 32), xs, chunk, lane, inputs, scale_ptr, zero_ptr, known + outputs,
-                groups, stride, EVEN, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
+                groups, stride, EVEN, UNPACK, KIND, GROUP, ZEROS, TILE_OUTPUTS, ROWS,
             )  # fmt: skip
     acc = times_factors(acc, factor_ptr, known[:, None], (output < outputs)[:, None], KIND)
     if ACTIVATION != "":

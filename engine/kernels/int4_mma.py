@@ -6,9 +6,7 @@ is what takes time: 2.5 instructions a weight, less than the four that fit into 
 * A thread loads 16 bytes of a row of words straight into the registers that the product takes its operand from: no
   exchange between threads, no shared memory, no barrier. The product sums over inputs in whatever order, and the
   rows are loaded in the same order.
-* Two numbers are unpacked at a time: a shift and one logical instruction put them into the lowest bits of the
-  mantissas of 128 in bfloat16, 1024 in float16, and one addition takes 128 and the zero point away. The result is
-  exact. A float's bits become those of a number with a wrong exponent, and one multiplication corrects it.
+* Two numbers are unpacked at a time, see :mod:`engine.kernels.int4_unpack`.
 * The warps of a program share the inputs of its outputs and add up their sums at the end.
 
 This needs control over layouts, which Gluon has and Triton's language has not. Gluon has no interpreter, so the
@@ -27,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from engine.kernels.device import is_hopper
 from engine.kernels.int4 import CHUNK, Int4Scale, int4_arguments, times_factors
+from engine.kernels.int4_unpack import minus_zero, unpacked
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
@@ -34,6 +33,8 @@ from engine.kernels.pdl import pdl_options, wait_for_previous
 MAX_ROWS = 16
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 _times_factors = gluon.jit(times_factors.fn)
+_minus_zero = gluon.jit(minus_zero.fn)
+_unpacked = gluon.jit(unpacked.fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,80 +97,6 @@ def int4_mma_gluon(
         **pdl_options(x),
     )  # fmt: skip
     return out
-
-
-def _integers_asm(dtype: str, one: str, base: str) -> str:
-    """Assembly that unpacks two words of integers, and adds what undoes ``base`` and takes the zero point away.
-
-    Args:
-        dtype: of two numbers, in the instruction's name.
-        one: 1, twice.
-        base: the number whose lowest bits of the mantissa count ones, twice.
-    """
-    lines = [".reg .b32 one, shifted;", f"mov.b32 one, {one};", "mov.b32 shifted, $4;"]
-    for i in range(4):
-        if i:
-            lines.append(f"shr.u32 shifted, $4, {4 * i};")
-        lines.append(f"lop3.b32 ${i}, shifted, 0x000F000F, {base}, 0xEA;")
-        lines.append(f"fma.rn.{dtype} ${i}, ${i}, one, $5;")
-    return "{ " + " ".join(lines) + " }"
-
-
-def _floats_asm(dtype: str, place: int, factor: str) -> str:
-    """Assembly that unpacks two words of floats.
-
-    Args:
-        place: of the lowest bit of the mantissa, of which there is one.
-        factor: what the number is multiplied by for its exponent, twice.
-    """
-    lines = [".reg .b32 size, sign, factor, zero;", f"mov.b32 factor, {factor};", "mov.b32 zero, 0x80008000;"]
-    for i in range(4):
-        shift = place - 4 * i
-        shifted = f"shl.b32 size, $4, {shift};" if shift > 0 else f"shr.u32 size, $4, {-shift};"
-        lines += [shifted, f"shl.b32 sign, $4, {12 - 4 * i};", "and.b32 sign, sign, 0x80008000;"]
-        lines += [f"lop3.b32 ${i}, size, {7 << place | 7 << place + 16:#x}, sign, 0xEA;"]
-        # Of bfloat16 there is no multiplication before sm_90 of PTX but this; -0 keeps the sign of a zero.
-        lines += [f"fma.rn.{dtype} ${i}, ${i}, factor, zero;"]
-    return "{ " + " ".join(lines) + " }"
-
-
-_INTEGERS_BF16 = gl.constexpr(_integers_asm("bf16x2", "0x3F803F80", "0x43004300"))
-_INTEGERS_FP16 = gl.constexpr(_integers_asm("f16x2", "0x3C003C00", "0x64006400"))
-_FLOATS_BF16 = gl.constexpr(_floats_asm("bf16x2", 6, "0x7E807E80"))
-_FLOATS_FP16 = gl.constexpr(_floats_asm("f16x2", 9, "0x74007400"))
-
-
-@gluon.jit
-def _integers(words, zeros, DTYPE: gl.constexpr):
-    """Return the four numbers of each word less the zero points, ``zeros`` int16, in DTYPE."""
-    # The bits of -128 or -1024, to which a zero point adds ones.
-    if DTYPE == gl.bfloat16:
-        numbers = gl.inline_asm_elementwise(
-            _INTEGERS_BF16, "=&r,=&r,=&r,=&r,r,r", [words, zeros + (0xC300 - 0x10000)],
-            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        numbers = gl.inline_asm_elementwise(
-            _INTEGERS_FP16, "=&r,=&r,=&r,=&r,r,r", [words, zeros + (0xE400 - 0x10000)],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    return numbers
-
-
-@gluon.jit
-def _floats(words, DTYPE: gl.constexpr):
-    """Return the four numbers of each word in DTYPE."""
-    if DTYPE == gl.bfloat16:
-        numbers = gl.inline_asm_elementwise(
-            _FLOATS_BF16, "=&r,=&r,=&r,=&r,r", [words],
-            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        numbers = gl.inline_asm_elementwise(
-            _FLOATS_FP16, "=&r,=&r,=&r,=&r,r", [words],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    return numbers
 
 
 @gluon.jit
@@ -300,18 +227,15 @@ def _int4_mma_kernel(
             products = gl.zeros([WARPS, TILE, COLUMNS], gl.float32, SUMS)
             for start in gl.static_range(0, 4, SPAN):
                 for half in gl.static_range(HALVES):
-                    if KIND == "int4":
-                        zero = zeros[0][start // SPAN * HALVES + half] if ZEROS else no_zeros
-                        numbers = _integers(word, zero.to(gl.int16), DTYPE)
-                    else:
-                        numbers = _floats(word, DTYPE)
+                    zero = zeros[0][start // SPAN * HALVES + half] if ZEROS else no_zeros
                     for i in gl.static_range(start, start + SPAN):
                         k = first * 128 + i * 32
                         known = (x_chunk + first < chunks) & (x_row < rows)
                         if HALVES == 2:
                             known = known & (x_lane // 16 == half)
                         x = gl.load(x_source + k, mask=known, other=0.0)
-                        products = mma_v2(numbers[i], x, products)
+                        number = _unpacked(word, _minus_zero(zero, DTYPE), i, KIND, DTYPE)
+                        products = mma_v2(number, x, products)
                     if GROUP != 0:
                         scale = scales[0][start // SPAN * HALVES + half]
                         sums += products * _exact(scale, scale_ptr.dtype.element_ty, KIND)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.kernels import dispatch, int4_gemm, int4_mma
+from engine.kernels import dispatch, int4_gemm, int4_mma, int4_unpack
 from engine.kernels.int4 import (
     E2M1,
     Int4Scale,
@@ -114,6 +114,62 @@ def test_floats(device, dtype, size, kind, group):
 def tolerance(x, exact, bias):
     # With zero points the kernel of one row sums numbers and subtracts zero points at the end of a group.
     return 16 * sum_tolerance(x, exact, bias) if x.dtype == torch.float32 else 0.0
+
+
+def run_assembly(text: str, *operands: int) -> int:
+    """Interpret assembly of a kernel: ``$0`` is its result, ``$1`` and so on are operands, of 32 bits."""
+    values = {f"${index}": value for index, value in enumerate(operands, 1)}
+
+    def read(name: str) -> int:
+        return values[name] if name in values else int(name, 0)
+
+    def halves(value: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([value & 0xFFFF, value >> 16]).to(torch.uint16).view(dtype).double()
+
+    for line in text.strip("{} \n").split(";"):
+        name, *names = line.replace(",", " ").split() or [".reg"]
+        if name == ".reg":
+            continue
+        target, *sources = names
+        args = [read(source) for source in sources]
+        if name == "mov.b32":
+            result = args[0]
+        elif name in ("shl.b32", "shr.u32"):
+            result = args[0] << args[1] if name == "shl.b32" else args[0] >> args[1]
+        elif name == "and.b32":
+            result = args[0] & args[1]
+        elif name == "lop3.b32":
+            assert args[3] == 0xEA
+            result = args[0] & args[1] | args[2]
+        else:
+            dtype = {"fma.rn.bf16x2": torch.bfloat16, "fma.rn.f16x2": torch.float16}[name]
+            a, b, c = (halves(value, dtype) for value in args)
+            # Exact in float64, so that it is rounded once.
+            bits = (a * b + c).to(dtype).view(torch.uint16).tolist()
+            result = bits[1] << 16 | bits[0]
+        values[target] = result & 0xFFFFFFFF
+    return values["$0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_assembly_unpacks_two_numbers(dtype):
+    """On a CPU kernels unpack otherwise."""
+    bf16 = dtype == torch.bfloat16
+    integers = int4_unpack._INTEGERS_BF16 if bf16 else int4_unpack._INTEGERS_FP16
+    floats = int4_unpack._FLOATS_BF16 if bf16 else int4_unpack._FLOATS_FP16
+    for number in range(16):
+        other, zero = 15 - number, (7 * number + 3) % 16
+        minus = (0xC300 if bf16 else 0xE400) + zero
+        for i in range(4):
+            # Beside them the words have numbers that differ.
+            low, high = (value << 4 * i | 15 - value << 4 * (i ^ 1) for value in (number, other))
+            for text, expected in (
+                (integers.value[i], [number - zero, other - zero]),
+                (floats.value[i], [E2M1[number], E2M1[other]]),
+            ):
+                result = run_assembly(text, high << 16 | low, minus << 16 | minus)
+                found = torch.tensor([result & 0xFFFF, result >> 16]).to(torch.uint16).view(dtype)
+                assert found.tolist() == expected
 
 
 def test_the_order_of_numbers():
