@@ -45,7 +45,7 @@ MAX_SENT = 1 << 16
 #: Up to so many bytes sent by a rank one trip is faster than two.
 _ONE_TRIP_BYTES = 1 << 20
 #: From so many bytes on, programs of more warps are faster.
-_MANY_BYTES = 4 << 20
+_MANY_BYTES = 3 << 20
 #: Numbers that a thread reads at once are in this many bytes.
 _VECTOR = 16
 #: Looks at a place that is still empty, some 10 ms, between two looks at the flag that ends the wait. It is in the
