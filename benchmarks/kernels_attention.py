@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
-from engine.kernels.dispatch import decode_attention, paged_attention
+from engine.kernels.dispatch import decode_attention, paged_attention, vision_attention
 from engine.kernels.fp8 import FP8
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.paged_attention import paged_attention_reference
 from engine.kernels.rotary import RotaryTable
-from engine.kernels.vision_attention import vision_attention, vision_attention_reference
+from engine.kernels.shares import part_counters
+from engine.kernels.vision_attention import vision_attention_reference
 
 BLOCK = 16
 #: (sequences, context, query heads, KV heads, head size)
@@ -164,10 +165,11 @@ def vision(device, images, patches, heads, dim) -> Problem:
     q, k, v = fused.unbind(1)
     bounds = torch.arange(images + 1, dtype=torch.int32, device=device) * patches
     options = {"max_len": patches, "scale": dim**-0.5}
+    counters = part_counters(device)
 
     def check() -> tuple[torch.Tensor, torch.Tensor]:
         wide = (x.float() for x in (q, k, v))
-        result = vision_attention(q, k, v, bounds, **options)
+        result = vision_attention(q, k, v, bounds, counters=counters, **options)
         return result, vision_attention_reference(*wide, bounds, **options)
 
     def per_image() -> None:
@@ -177,7 +179,7 @@ def vision(device, images, patches, heads, dim) -> Problem:
 
     operations = 4.0 * images * patches**2 * heads * dim
     peers: dict[str, Work] = {"sdpa per image": per_image}
-    run = partial(vision_attention, q, k, v, bounds, **options)
+    run = partial(vision_attention, q, k, v, bounds, counters=counters, **options)
     return Problem(run, check, operations, compute=True, peers=peers)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.act_mul import act_mul, act_mul_reference
+from engine.kernels.device import MEMORY_BOUND_ROWS
 from engine.kernels.dispatch import MAX_SKINNY_OUTPUTS, activated_linear, linear, norm_linear
 from engine.kernels.gemm_activation import gemm_activation_reference
 from engine.kernels.norm_gemv import norm_linear_reference
@@ -32,6 +33,9 @@ BATCHES = (1, 4, 16, 64)
 #: First MLP layers of the towers of Qwen2-VL and LLaVA: (tokens, input features, output features)
 TOWERS = [(1600, 1280, 5120), (25600, 1280, 5120), (9232, 1024, 4096)]
 TINY_TOWERS = [(130, 48, 80)]
+#: Gated MLPs of Qwen2-VL's 2B and 7B, of prompts: (tokens, input features, output features)
+GATES = [(512, 1536, 17920), (8192, 1536, 17920), (512, 3584, 37888), (8192, 3584, 37888)]
+TINY_GATES = [(70, 48, 80)]
 
 
 def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
@@ -48,6 +52,9 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
     for tokens, inputs, outputs in TINY_TOWERS if tiny else TOWERS:
         label = f"{inputs}->{outputs} with GELU, {tokens} rows"
         yield Case("gemm_activation", label, partial(activated, device, tokens, inputs, outputs))
+    for tokens, inputs, outputs in TINY_GATES if tiny else GATES:
+        label = f"{inputs}->{outputs}, {tokens} rows, gated"
+        yield Case("wide_gemm", label, partial(gated, device, tokens, inputs, outputs))
 
 
 def kernel_of(batch: int, outputs: int) -> str:
@@ -79,15 +86,18 @@ def plain(device: torch.device, batch: int, inputs: int, outputs: int) -> Proble
 
 
 def gated(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
-    """Measure the linear layer of a few rows with the gate after it."""
-    layer = Layer(device, batch, inputs, outputs)
+    """Measure the linear layer with the gate after it: bytes of a few rows, operations of many."""
+    layer, many = Layer(device, batch, inputs, outputs), batch > MEMORY_BOUND_ROWS
+    amount = 2 * batch * inputs * outputs if many else layer.moved
     run = partial(linear, layer.x, layer.weight, activation="silu")
 
     def apart() -> torch.Tensor:
         return act_mul(F.linear(layer.x, layer.weight))
 
     peers: dict[str, Work] = {"torch, then gate": apart}
-    return Problem(run, lambda: (run(), act_mul_reference(layer.expected())), layer.moved, peers=peers)
+    return Problem(
+        run, lambda: (run(), act_mul_reference(layer.expected())), amount, compute=many, peers=peers
+    )
 
 
 def activated(device: torch.device, tokens: int, inputs: int, outputs: int) -> Problem:

@@ -12,6 +12,11 @@ decides::
                                                   tokens, KV cache in the model's
                                                   dtype
                       paged_attention_triton      otherwise                           paged_attention.py
+    vision_attention  vision_attention_reference  not Triton                          vision_attention.py
+                      image_attention_gluon       Hopper, 16-bit, heads of 64, 80 or  image_attention.py
+                                                  128, one segment of over 2048
+                                                  tokens
+                      vision_attention_triton     otherwise                           vision_attention.py
     delta_rule        delta_rule_reference        not Triton                          delta_rule.py
                       delta_step_triton           one new token of each sequence      delta_rule.py
                       delta_prefill_triton        otherwise; its scan is in Gluon on  delta_prefill.py
@@ -21,6 +26,7 @@ decides::
                       int4_gemv_triton            Triton, 1 row                       int4_gemv.py
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
+    linear, gated     wide_gemm_gluon             Hopper, 16-bit, over 64 rows        wide_gemm.py
     linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, fp8     fp8_mma.py
                       of rounded rows             made for fp8 inputs, Hopper, one
                                                   scale an output
@@ -57,11 +63,11 @@ the GPU can read them (:func:`engine.kernels.fp8.reads_fp8`).
 
 Operations with one kernel choose between it and the reference by ``use_triton`` themselves. Their files:
 act_mul.py (act_mul, act_mul_rounded), causal_conv.py (causal_conv, gated_conv), decode_state.py (gather_decode_inputs, advance), fp8.py (dequantise, quantise_rows),
-gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, rms_norm_rounded, head_norms), rotary.py, route.py (the choice of experts), router_logits.py, shard_rows.py (rows of a table split over ranks), sigmoid_gate.py, truncation.py, vision_attention.py.
+gated_norm.py, gumbel.py (gumbel_argmax, argmax), int4.py (dequantise_int4), kv_write.py, layer_norm.py, norm_router.py, patchify.py, quick_gelu.py, rms_norm.py (rms_norm, rms_norm_rounded, head_norms), rotary.py, route.py (the choice of experts), router_logits.py, shard_rows.py (rows of a table split over ranks), sigmoid_gate.py, truncation.py.
 
 peer_reduce.py sums over the GPUs of a host and gathers from them; :class:`engine.distributed.group.TorchGroup` chooses between it and NCCL.
 
 Shared by kernels: activation.py (inside kernels), delta_scan.py and delta_tiles.py (parts of delta_prefill.py), device.py (SMs, memory, capability), expert_groups.py
 (sorts pairs of tokens and experts, adds up their results), int4_unpack.py (unpacks weights in 4 bits), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
-recurrent_state.py (states of gated delta nets and convolutions), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), tile.py (attention tiles).
+recurrent_state.py (states of gated delta nets and convolutions), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), shares.py (equal shares of steps for programs, for Gluon), tile.py (attention tiles).
 """

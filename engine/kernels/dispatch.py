@@ -11,7 +11,15 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import expert_gemm, fp8_mma, gemm_activation, int4_mma, prefill_attention
+from engine.kernels import (
+    expert_gemm,
+    fp8_mma,
+    gemm_activation,
+    image_attention,
+    int4_mma,
+    prefill_attention,
+    wide_gemm,
+)
 from engine.kernels.act_mul import act_mul, act_mul_rounded
 from engine.kernels.decode_attention import decode_attention_reference, decode_attention_triton
 from engine.kernels.delta_prefill import delta_prefill_triton
@@ -33,6 +41,7 @@ from engine.kernels.fp8_mma import fp8_mma_gluon
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.gemv import gemv_sum_triton, gemv_triton
 from engine.kernels.grouped_gemm import grouped_experts_triton
+from engine.kernels.image_attention import image_attention_gluon
 from engine.kernels.int4 import Int4Scale, dequantise_int4
 from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_gemm_triton
 from engine.kernels.int4_gemm import int4_gemm_triton
@@ -49,6 +58,8 @@ from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
 from engine.kernels.skinny_gemm import skinny_gemm_triton
+from engine.kernels.vision_attention import vision_attention_reference, vision_attention_triton
+from engine.kernels.wide_gemm import wide_gemm_gluon
 
 #: With more new tokens of one sequence the prefill kernel is faster; shorter prompts don't fill its tiles.
 LONG_PROMPT = 1024
@@ -60,6 +71,8 @@ MIN_EXPERT_GEMM_ROWS = 16
 MAX_INT4_ROWS = 128
 #: For wider outputs (the LM head) torch's GEMM already reaches memory bandwidth.
 MAX_SKINNY_OUTPUTS = 1 << 16
+#: Tiles of one image with more tokens are balanced over all SMs; merging them takes longer than it saves before.
+LARGE_IMAGE = 2048
 
 
 def decode_attention(
@@ -137,6 +150,39 @@ def paged_attention(
     return paged_attention_triton(q, cache, meta, scale=scale, window=window, cap=cap, out=out)
 
 
+def vision_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_len: int,
+    scale: float,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention of each token over all tokens of its segment.
+
+    Args:
+        q, k, v: ``(T, H, D)``; may be strided views with a contiguous last dimension.
+        cu_seqlens: ``(B + 1,)`` int32, where segments begin; ``cu_seqlens[B] == T``.
+        max_len: upper bound of the segments' lengths; a host integer.
+        scale: multiplies the scores; positive.
+        counters: see :func:`engine.kernels.shares.part_counters`; None: one large segment takes longer.
+
+    Returns:
+        ``(T, H, D)`` contiguous, in the dtype of ``q``.
+    """
+    if not use_triton(q):
+        return vision_attention_reference(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
+    alone = len(cu_seqlens) == 2 and counters is not None and image_attention.supports(q, k, v)
+    # When compiling ahead of time, compile the kernel for larger images too.
+    if alone and counters is not None and (max_len > LARGE_IMAGE or is_compiling()):
+        out = image_attention_gluon(q, k, v, cu_seqlens, scale=scale, counters=counters)
+        if not is_compiling():
+            return out
+    return vision_attention_triton(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
+
+
 def delta_rule(
     qkv: torch.Tensor, gates: DeltaGates, cache: StateCache, meta: AttentionMetadata
 ) -> torch.Tensor:
@@ -196,6 +242,8 @@ def linear(
         return _rounded_linear(quantise_rows(x), weight, bias, activation, counters, scale)
     if memory_bound and rows > 1 and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS:
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
+    if activation is not None and scale is None and use_triton(x) and wide_gemm.supports(x, weight):
+        return wide_gemm_gluon(x, weight, bias, activation)
     if memory_bound and rows == 1:
         out = gemv_triton(x, weight, bias, scale)
     elif scale is None:

@@ -10,6 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 # Newer versions of Triton renamed these functions.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+#: Waits for all threads of the warps that run the caller.
+block_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit

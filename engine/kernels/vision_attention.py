@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from engine.kernels.device import num_sms, use_triton
+from engine.kernels.device import num_sms
 from engine.kernels.launch import is_compiling, launch
 from engine.kernels.paged import LOG2E
 from engine.kernels.pdl import pdl_options, wait_for_previous
@@ -17,24 +17,6 @@ from engine.kernels.tile import AttentionTile
 
 #: Most shapes use one of these two tiles.
 _LARGE, _SMALL = AttentionTile(128, 64, 8, 3), AttentionTile(64, 64, 4, 3)
-
-
-def vision_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, *, max_len: int, scale: float
-) -> torch.Tensor:
-    """Softmax attention of each token over all tokens of its segment.
-
-    Args:
-        q, k, v: ``(T, H, D)``; may be strided views with a contiguous last dimension.
-        cu_seqlens: ``(B + 1,)`` int32, where segments begin; ``cu_seqlens[B] == T``.
-        max_len: upper bound of the segments' lengths; a host integer.
-        scale: multiplies the scores; positive.
-
-    Returns:
-        ``(T, H, D)`` contiguous, in the dtype of ``q``.
-    """
-    run = vision_attention_triton if use_triton(q) else vision_attention_reference
-    return run(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
 
 
 def vision_attention_reference(q, k, v, cu_seqlens, *, max_len, scale):
@@ -67,6 +49,7 @@ def choose_tile(head_dim: int, max_len: int, heads: int, itemsize: int, *, sms: 
 
 
 def vision_attention_triton(q, k, v, cu_seqlens, *, max_len, scale):
+    """See :func:`engine.kernels.dispatch.vision_attention`."""
     tokens, heads, dim = q.shape
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)

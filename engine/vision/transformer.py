@@ -13,9 +13,10 @@ from torch import nn
 
 from engine.graphs import Capture
 from engine.kernels.device import use_triton
+from engine.kernels.dispatch import vision_attention
 from engine.kernels.launch import compiling
 from engine.kernels.rotary import RotaryTable, rotary
-from engine.kernels.vision_attention import vision_attention
+from engine.kernels.shares import part_counters
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 from engine.layers.linear import Linear, qkv_linear
 from engine.layers.mlp import MLP, GatedMLP
@@ -65,6 +66,8 @@ class VisionAttention(nn.Module):
         self.q_norm = None if eps is None else RMSNorm(width, eps, build)
         self.k_norm = None if eps is None else RMSNorm(width, eps, build)
         self.proj = Linear(config.hidden_size, config.hidden_size, build, bias=config.bias)
+        self.counters: torch.Tensor
+        self.register_buffer("counters", part_counters(build.device), persistent=False)
 
     def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
@@ -76,7 +79,13 @@ class VisionAttention(nn.Module):
             assert segments.cos is not None and segments.sin is not None
             rotary(q, k, index, RotaryTable(segments.cos, segments.sin))
         out = vision_attention(
-            q, k, v, segments.cu_seqlens, max_len=segments.max_len, scale=self.head_dim**-0.5
+            q,
+            k,
+            v,
+            segments.cu_seqlens,
+            max_len=segments.max_len,
+            scale=self.head_dim**-0.5,
+            counters=self.counters,
         )
         return self.proj(out.flatten(1))
 

@@ -127,6 +127,15 @@ def vision(heads: int, dim: int, tokens: int, images: int = 1) -> None:
     vision_attention_triton(q, k, v, bounds, max_len=tokens, scale=0.1)
 
 
+def image(heads: int, dim: int, tokens: int) -> None:
+    from engine.kernels.image_attention import image_attention_gluon
+    from engine.kernels.shares import part_counters
+
+    q, k, v = tensor(tokens, 3 * heads, dim).split(heads, dim=1)
+    bounds, counters = torch.tensor([0, tokens], dtype=I32), part_counters(q.device)
+    image_attention_gluon(q, k, v, bounds, scale=0.1, counters=counters)
+
+
 def elementwise() -> None:
     """Norms, activations, rotation, cache writes, patches."""
     from engine.kernels.act_mul import act_mul_triton
@@ -166,6 +175,13 @@ def activated(rows: int, inputs: int, outputs: int, activation: str) -> None:
     from engine.kernels.gemm_activation import gemm_activation_triton
 
     gemm_activation_triton(tensor(rows, inputs), tensor(outputs, inputs), tensor(outputs), activation)
+
+
+def gated(rows: int, inputs: int, outputs: int, activation: str, *, bias: bool = False) -> None:
+    from engine.kernels.wide_gemm import wide_gemm_gluon
+
+    given = tensor(2 * outputs) if bias else None
+    wide_gemm_gluon(tensor(rows, inputs), tensor(2 * outputs, inputs), given, activation)
 
 
 def decode_step() -> None:
@@ -454,6 +470,8 @@ CASES: list[Callable[[], None]] = [
     lambda: both_ways(8, 4, 256, [300, 1, 7], 1024),
     lambda: prefill(28, 4, 128),
     lambda: vision(16, 80, 1600),
+    lambda: image(16, 80, 1600),
+    *(partial(gated, rows, 1536, 8960, "silu") for rows in (512, 4096)),
     partial(activated, 4096, 1280, 5120, "gelu_pytorch_tanh"),
     partial(several_ranks, 1, 4),
     partial(several_ranks, 512, 4),
@@ -482,6 +500,8 @@ MORE_CASES: list[Callable[[], None]] = [
     lambda: vision(16, 64, 577),
     lambda: vision(16, 72, 1024),
     *(partial(several_ranks, rows, 8) for rows in (1, 512)),
+    lambda: image(16, 64, 1600),
+    partial(gated, 512, 1536, 8960, "gelu_pytorch_tanh", bias=True),
     *(partial(activated, 4096, 1280, 5120, activation) for activation in ("silu", "gelu", "quick_gelu")),
 ]
 

@@ -49,5 +49,7 @@ def test_start_up_compiles_each_kernel_once_for_all_batch_sizes():
     assert count["_gemm_activation_kernel"] == 2
     # Large and small tiles.
     assert count["_vision_kernel"] == 2
+    # Narrow and broad tiles.
+    assert count["_wide_kernel"] == 2
     assert count["_final_argmax_kernel"] == 1
     assert sum(count.values()) < 45, count

@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+from engine.kernels import image_attention
+from engine.kernels.image_attention import image_attention_gluon
+from engine.kernels.shares import part_counters
 from engine.kernels.vision_attention import (
     choose_tile,
     head_parts,
@@ -22,6 +25,41 @@ def test_triton_equals_reference(device, dtype, dim, lengths):
     result = vision_attention_triton(q, k, v, bounds, **options)
     expected = vision_attention_reference(q.double(), k.double(), v.double(), bounds, **options)
     assert_close(result, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("length", [5, 196, 1600, 2500])
+def test_shares_of_one_image_equal_the_reference(hopper, dtype, dim, length):
+    """Tokens beyond the segment, and programs without a share, change nothing."""
+    q, k, v = torch.randn(length + 3, 48, dim, device=hopper, dtype=dtype).split(16, dim=1)
+    for x in (q, k, v):
+        x[length:] = torch.nan
+    bounds, counters = torch.tensor([0, length], dtype=torch.int32, device=hopper), part_counters(hopper)
+    assert image_attention.supports(q, k, v)
+    options = {"scale": dim**-0.5, "counters": counters}
+    result = image_attention_gluon(q, k, v, bounds, **options)
+    expected = torch.empty_like(result[:length], dtype=torch.float64)
+    for head in range(16):
+        one = [x[:length, head : head + 1].double() for x in (q, k, v)]
+        expected[:, head : head + 1] = vision_attention_reference(
+            *one, bounds, max_len=length, scale=dim**-0.5
+        )
+    assert_close(result[:length], expected)
+    # Programs merge each other's parts: a read of what is not written yet would show now and then.
+    for _ in range(20):
+        assert torch.equal(image_attention_gluon(q, k, v, bounds, **options)[:length], result[:length])
+    assert not counters.any()
+
+
+def test_only_heads_beside_each_other_are_supported(monkeypatch):
+    monkeypatch.setattr(image_attention, "is_hopper", lambda _: True)
+    q, k, v = torch.zeros(9, 6, 80, dtype=torch.bfloat16).split(2, dim=1)
+    assert image_attention.supports(q, k, v)
+    assert not image_attention.supports(q[..., :72], k[..., :72], v[..., :72])
+    assert not image_attention.supports(q[..., :64], k[..., :64], v[..., :64])
+    assert not image_attention.supports(*(x.float() for x in (q, k, v)))
 
 
 def test_heads_are_cut_in_two_where_padding_costs_more():

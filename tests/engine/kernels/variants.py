@@ -26,7 +26,7 @@ import engine.encoder
 import engine.executor.rank
 from benchmarks.shapes import write_checkpoint
 from engine import LLM, SamplingParams
-from engine.kernels import device, gemm_activation, launch, prefill_attention
+from engine.kernels import device, gemm_activation, image_attention, launch, prefill_attention, wide_gemm
 from engine.runner.sampler import Sampler
 from tests.engine.kernels.hopper import Noted, prepare
 from tests.engine.rerun import rerun
@@ -35,7 +35,8 @@ from tests.engine.rerun import rerun
 def main() -> None:
     prepare()
     device._BACKEND = "triton"
-    gemm_activation.is_hopper = prefill_attention.is_hopper = lambda device: True
+    for module in (gemm_activation, image_attention, prefill_attention, wide_gemm):
+        module.is_hopper = lambda device: True
     engine.executor.rank.make_capture = engine.encoder.make_capture = lambda *_, **__: rerun
     # Nothing has sampled the ids, so they may lie outside the vocabulary.
     functional.embedding = lambda ids, weight: weight[torch.zeros_like(ids)]

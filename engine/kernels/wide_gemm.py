@@ -1,0 +1,226 @@
+"""GEMM with many input rows and a fused gate, for Hopper GPUs: the first layers of a gated MLP.
+
+The GEMM is compute-bound, and torch's is as fast. But the gate is memory-bound: as a kernel of its own it reads the
+GEMM's output once more, and writes half of it. Here it runs on the accumulators in registers: a tile has as many rows
+of the gate's weights as of the others, so that both factors of a product meet in one thread.
+
+Warps are specialised as in :mod:`engine.kernels.expert_gemm`: one warp loads tiles of rows and weights through
+tensor memory descriptors (TMA), two groups of four warps multiply half of the rows each. Programs stay and take tile
+after tile: the loads of the next tile run while the results of the last one are stored.
+
+Gluon has no interpreter, so the tests of this kernel need a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from engine.kernels.activation import activate
+from engine.kernels.device import MEMORY_BOUND_ROWS, is_hopper, num_sms
+from engine.kernels.launch import is_compiling, launch
+from engine.kernels.ring import barriers, buffers, tma_load
+
+#: Up to so many rows the narrow tile is the faster one.
+_FEW_ROWS = 1024
+#: Inputs of a step, a row of 128 bytes.
+_INPUTS = 64
+#: Tiles of rows that run together, so that they find each other's weights in L2.
+_GROUP = 64
+#: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
+#: what the load warp gives up.
+_REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 240, 24
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_activate = gluon.jit(activate.fn)
+
+
+def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
+    fits = x.dtype in _DTYPES and x.shape[0] > MEMORY_BOUND_ROWS and is_hopper(x.device)
+    return fits and weight.shape[0] % 16 == 0 and _has_descriptor(x) and _has_descriptor(weight)
+
+
+def _has_descriptor(matrix: torch.Tensor) -> bool:
+    """Return whether a TMA descriptor can describe ``matrix``: rows contiguous, at multiples of 16 bytes."""
+    row, column = matrix.stride()
+    return column == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+@dataclass(frozen=True, slots=True)
+class WideTile:
+    """Rows and weight rows of a tile, and steps in shared memory at a time."""
+
+    rows: int
+    weights: int
+    stages: int
+
+
+_NARROW, _BROAD = WideTile(128, 128, 6), WideTile(128, 256, 4)
+
+
+def choose_tile(rows: int) -> WideTile:
+    """Choose the tile: the faster of two on an H200, for 512 and for 8192 rows."""
+    return _NARROW if rows <= _FEW_ROWS else _BROAD
+
+
+def wide_gemm_gluon(x, weight, bias, activation):
+    """See :func:`engine.kernels.dispatch.linear`; for ``x`` ``(T, K)`` that :func:`supports` admits.
+
+    Sums, bias and gate are float32; only the result is rounded.
+    """
+    (rows, inputs), outputs = x.shape, weight.shape[0] // 2
+    assert weight.shape[1] == inputs > 0 and x.dtype == weight.dtype
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out
+    # When compiling ahead of time, compile the kernel for other numbers of rows too.
+    for tile in (_NARROW, _BROAD) if is_compiling() else (choose_tile(rows),):
+        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.weights // 2)
+        launch(
+            _wide_kernel, (min(tiles, num_sms(x.device)),),
+            x_desc=_describe(x, tile.rows), weight_desc=_describe(weight, tile.weights // 2),
+            out_ptr=out, bias_ptr=x if bias is None else bias, rows=rows, outputs=outputs, inputs=inputs,
+            ROWS=tile.rows, WEIGHTS=tile.weights, INPUTS=_INPUTS, STAGES=tile.stages, GROUP=_GROUP,
+            BIAS=bias is not None, ACTIVATION=activation,
+            COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
+            num_warps=4, maxnreg=_REGISTERS,
+        )  # fmt: skip
+    return out
+
+
+def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, _INPUTS], _DTYPES[x.dtype])
+    return TensorDescriptor.from_tensor(x, [rows, _INPUTS], layout)
+
+
+# ``rows`` differs between images; specialising on it would compile the kernel again at start-up.
+@gluon.jit(do_not_specialize=["rows"])
+def _wide_kernel(
+    x_desc, weight_desc, out_ptr, bias_ptr, rows, outputs, inputs,
+    ROWS: gl.constexpr, WEIGHTS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
+    COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """At most one program per SM, each for every ``num_programs``-th tile."""
+    x = buffers(STAGES, ROWS, INPUTS, x_desc.dtype)
+    weights = buffers(STAGES, WEIGHTS, INPUTS, x_desc.dtype)
+    # Ready: the step has been loaded. Free: both compute groups have finished with it.
+    ready, free = barriers(STAGES, 1), barriers(STAGES, 2)
+    ring = (x, weights, ready, free)
+    down = gl.cdiv(rows, ROWS)
+    columns = gl.cdiv(outputs, WEIGHTS // 2)
+    sizes = (rows, outputs, inputs, down, columns)
+    first: gl.constexpr = 0
+    second: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_multiply, (first, ring, sizes, out_ptr, bias_ptr, BIAS, ACTIVATION, GROUP, STAGES)),
+            (_multiply, (second, ring, sizes, out_ptr, bias_ptr, BIAS, ACTIVATION, GROUP, STAGES)),
+            (_load_tiles, (x_desc, weight_desc, ring, sizes, GROUP, STAGES)),
+        ],
+        [4, 1],
+        [COMPUTE_REGISTERS, LOAD_REGISTERS],
+    )
+
+
+@gluon.jit
+def _place(tile, down, columns, GROUP: gl.constexpr):
+    """Row and column of a tile: up to GROUP tiles of rows run together, those of the same weights first."""
+    block = tile // (GROUP * columns)
+    height = gl.minimum(down - block * GROUP, GROUP)
+    within = tile - block * GROUP * columns
+    return block * GROUP + within % height, within // height
+
+
+@gluon.jit
+def _load_tiles(x_desc, weight_desc, ring, sizes, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    """Load the steps of all tiles of the program, one after the other; run by one warp."""
+    x, weights, ready, free = ring
+    outputs, inputs, down, columns = sizes[1], sizes[2], sizes[3], sizes[4]
+    ROWS: gl.constexpr = x.shape[1]
+    WEIGHTS: gl.constexpr = weights.shape[1]
+    INPUTS: gl.constexpr = x.shape[2]
+    HALF: gl.constexpr = WEIGHTS // 2
+    step = 0
+    for tile in range(gl.program_id(0), down * columns, gl.num_programs(0)):
+        row, column = _place(tile, down, columns, GROUP)
+        for k in range(0, inputs, INPUTS):
+            stage = step % STAGES
+            mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(ready.index(stage), (ROWS + WEIGHTS) * INPUTS * 2)
+            tma_load(x_desc, [row * ROWS, k], ready.index(stage), x.index(stage))
+            target = weights.index(stage)
+            tma_load(weight_desc, [column * HALF, k], ready.index(stage), target.slice(0, HALF, 0))
+            other = target.slice(HALF, HALF, 0)
+            tma_load(weight_desc, [outputs + column * HALF, k], ready.index(stage), other)
+            step += 1
+
+
+@gluon.jit
+def _multiply(
+    half: gl.constexpr, ring, sizes, out_ptr, bias_ptr, BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Multiply half of the rows of each tile; run by one compute group (four warps). ``half``: which one."""
+    x, weights, free = ring[0], ring[1], ring[3]
+    rows, outputs, inputs, down, columns = sizes
+    HEIGHT: gl.constexpr = x.shape[1] // 2
+    WEIGHTS: gl.constexpr = weights.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WEIGHTS, 16])
+    steps = gl.cdiv(inputs, x.shape[2])
+    step = 0
+    for tile in range(gl.program_id(0), down * columns, gl.num_programs(0)):
+        acc = gl.zeros([HEIGHT, WEIGHTS], gl.float32, layout)
+        acc = _issue(acc, ring, step, half, False, STAGES)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        for index in range(1, steps):
+            acc = _issue(acc, ring, step + index, half, True, STAGES)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            # The multiplication before this one has ended.
+            mbarrier.arrive(free.index((step + index - 1) % STAGES), count=1)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(free.index((step + steps - 1) % STAGES), count=1)
+        step += steps
+        row, column = _place(tile, down, columns, GROUP)
+        output = column * (WEIGHTS // 2)
+        gate, up = acc.reshape([HEIGHT, 2, WEIGHTS // 2]).permute((0, 2, 1)).split()
+        gate = _activate(_with_bias(gate, bias_ptr, output, outputs, BIAS), ACTIVATION)
+        up = _with_bias(up, bias_ptr + outputs, output, outputs, BIAS)
+        _store(gate * up, out_ptr, (2 * row + half) * HEIGHT, rows, output, outputs)
+
+
+@gluon.jit
+def _issue(acc, ring, step, half: gl.constexpr, USE_ACC: gl.constexpr, STAGES: gl.constexpr):
+    """Start to add the products of a step to ``acc``."""
+    x, weights, ready = ring[0], ring[1], ring[2]
+    HEIGHT: gl.constexpr = x.shape[1] // 2
+    stage = step % STAGES
+    mbarrier.wait(ready.index(stage), step // STAGES & 1)
+    own = x.index(stage).slice(half * HEIGHT, HEIGHT, 0)
+    return warpgroup_mma(own, weights.index(stage).permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
+
+
+@gluon.jit
+def _with_bias(x, bias_ptr, first, outputs, BIAS: gl.constexpr):
+    if BIAS:
+        column = first + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+        x += gl.load(bias_ptr + column, mask=column < outputs, other=0.0).to(gl.float32)[None, :]
+    return x
+
+
+@gluon.jit
+def _store(result, out_ptr, row, rows, first, outputs):
+    """Store rows of results from output ``first`` on, in pieces of 16 bytes a thread."""
+    ACROSS: gl.constexpr = result.shape[1] // 8 if result.shape[1] < 128 else 16
+    stored: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    result = gl.convert_layout(result.to(out_ptr.dtype.element_ty), stored)
+    output = first + gl.arange(0, result.shape[1], gl.SliceLayout(0, stored))
+    place = row + gl.arange(0, result.shape[0], gl.SliceLayout(1, stored))
+    mask = (place < rows)[:, None] & (output < outputs)[None, :]
+    gl.store(out_ptr + (place.to(gl.int64) * outputs)[:, None] + output[None, :], result, mask=mask)
