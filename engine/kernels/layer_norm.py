@@ -58,14 +58,13 @@ def _add_layer_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * SIZE
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
-    # All loads are in flight together; behind a sum over the row they would wait for it.
     x = tl.load(x_ptr + row + column, mask=mask, other=0.0)
     added = tl.load(residual_ptr + row + column, mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
     total = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
     tl.store(total_ptr + row + column, total, mask=mask)
     wide = total.to(tl.float32)
     centred = tl.where(mask, wide - tl.sum(wide, axis=0) / SIZE, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / SIZE + eps)
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row + column, (centred * scale * weight + bias).to(x.dtype), mask=mask)

@@ -108,7 +108,7 @@ def rotary_triton(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, tab
     if q.shape[0] == 0:
         return
     launch(
-        _rotary_kernel, (q.shape[0], 2),
+        _rotary_kernel, (q.shape[0],),
         q_ptr=q, k_ptr=k, **table.arguments(positions),
         q_token=q.stride(0), q_head=q.stride(1), k_token=k.stride(0), k_head=k.stride(1),
         Q_HEADS=q.shape[1], K_HEADS=k.shape[1], num_warps=4, **pdl_options(q),
@@ -145,7 +145,7 @@ def _rotary_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
     SECTION: tl.constexpr, INTERLEAVED: tl.constexpr, ADJACENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Two programs per token: one for queries, one for keys."""
+    """One program per token."""
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     angle = tl.arange(0, triton.next_power_of_2(HALF))
@@ -153,12 +153,9 @@ def _rotary_kernel(
         positions_ptr, cos_ptr, sin_ptr, token, axis_stride, position_stride, angle_stride,
         angle, angle < HALF, SECTION, INTERLEAVED,
     )  # fmt: skip
-    if tl.program_id(1) == 0:
-        row = q_ptr + token * q_token
-        rotate_heads(row, q_head, row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
-    else:
-        row = k_ptr + token * k_token
-        rotate_heads(row, k_head, row, k_head, cos, sin, K_HEADS, HALF, ADJACENT)
+    q_row, k_row = q_ptr + token * q_token, k_ptr + token * k_token
+    rotate_heads(q_row, q_head, q_row, q_head, cos, sin, Q_HEADS, HALF, ADJACENT)
+    rotate_heads(k_row, k_head, k_row, k_head, cos, sin, K_HEADS, HALF, ADJACENT)
 
 
 @triton.jit
