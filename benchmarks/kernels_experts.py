@@ -17,6 +17,7 @@ from engine.kernels.int4 import Int4Scale, pack
 from engine.kernels.norm_router import norm_router, norm_router_apart
 from engine.kernels.route import Routing, route_reference
 from engine.kernels.router_config import RouterConfig
+from engine.kernels.router_logits import router_logits, router_logits_reference
 
 #: Experts, experts of a token, hidden and inner width: those of Qwen3-VL-30B-A3B.
 SIZES, TINY_SIZES = (128, 8, 2048, 768), (6, 2, 24, 10)
@@ -34,6 +35,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         )
     for tokens in TINY_TOKENS if tiny else TOKENS:
         yield Case("route", f"{label}, {tokens} tokens", partial(router, device, tokens, *sizes))
+        yield Case("router_logits", f"{label}, {tokens} tokens", partial(logits, device, tokens, *sizes))
         yield Case("expert_groups", f"{label}, {tokens} tokens", partial(groups, device, tokens, *sizes))
         kernel = "expert_gemm" if tokens * sizes[1] > MIN_EXPERT_GEMM_ROWS * sizes[0] else "grouped_gemm"
         yield Case(kernel, f"{label}, {tokens} tokens", partial(mlps, device, tokens, *sizes))
@@ -53,6 +55,15 @@ def norm_and_logits(device: torch.device, tokens: int, count: int, _: int, hidde
     arguments = x, residual, norm, 1e-6, weight
     run, apart = partial(norm_router, *arguments), partial(norm_router_apart, *arguments, 0.0)
     return Problem(run, lambda: (run()[2], apart()[2]), weight.nbytes + 4 * x.nbytes, peers={"apart": apart})
+
+
+def logits(device: torch.device, tokens: int, count: int, _: int, hidden: int, *__: int) -> Problem:
+    """Measure the logits of a router, beside torch's GEMM in float32."""
+    x = torch.randn((tokens, hidden), device=device, dtype=dtype_on(device))
+    weight = torch.randn((count, hidden), device=device) * hidden**-0.5
+    run, apart = partial(router_logits, x, weight), partial(router_logits_reference, x, weight)
+    moved = x.nbytes + weight.nbytes + tokens * count * 4
+    return Problem(run, lambda: (run(), apart()), moved, peers={"torch": apart})
 
 
 def router(device: torch.device, tokens: int, count: int, top_k: int, *_: int) -> Problem:

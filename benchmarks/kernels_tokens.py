@@ -19,6 +19,7 @@ from engine.kernels.patchify import patchify, patchify_reference
 from engine.kernels.quick_gelu import quick_gelu, quick_gelu_reference
 from engine.kernels.rms_norm import rms_norm, rms_norm_reference
 from engine.kernels.rotary import RotaryTable, rotary, rotary_reference
+from engine.kernels.shard_rows import shard_rows, shard_rows_reference
 from engine.kernels.sigmoid_gate import sigmoid_gate, sigmoid_gate_reference
 from engine.kernels.truncation import truncation_threshold, truncation_threshold_reference
 
@@ -69,6 +70,8 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
         yield Case("patchify", f"{side}x{side}", partial(patches, device, side))
     for sizes in TINY_WRITE if tiny else WRITE:
         yield Case("kv_write", "{}, heads {}/{}, D {}".format(*sizes), partial(write, device, *sizes))
+    for tokens, width in ((5, 24),) if tiny else ((64, 2048), (8192, 2048)):
+        yield Case("shard_rows", f"{tokens}x{width}", partial(embeddings, device, tokens, width))
     for sizes in TINY_SAMPLING if tiny else SAMPLING:
         yield Case("gumbel", "{}x{}".format(*sizes), partial(sample, device, *sizes))
     for sizes in TINY_STATE if tiny else STATE:
@@ -204,6 +207,18 @@ def write(device, tokens, heads, kv_heads, dim) -> Problem:
 
     amount = 2 * fused.nbytes + slots.nbytes + positions.nbytes
     return Problem(run, check, amount, peers={"reference": partial(run, rotary_kv_write_reference)})
+
+
+def embeddings(device, tokens, width) -> Problem:
+    """Measure the rows of a table of which another rank has half."""
+    count = 32 if device.type == "cpu" else 1 << 16
+    table = torch.randn((count, width), device=device, dtype=dtype_on(device))
+    ids = torch.randint(0, 2 * count, (tokens,), device=device)
+    run, reference = (
+        partial(each, table, ids, count // 2, count) for each in (shard_rows, shard_rows_reference)
+    )
+    moved = 2 * tokens * width * table.element_size() + ids.nbytes
+    return Problem(run, lambda: (run(), reference()), moved, peers={"torch": reference})
 
 
 def likelihoods(device, rows, vocab) -> tuple[torch.Tensor, torch.Tensor]:

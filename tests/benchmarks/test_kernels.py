@@ -42,9 +42,13 @@ def test_every_kernel_of_the_engine_is_measured():
         "device",
         "dispatch",
         "experts",
+        # Within other kernels.
+        "int4_unpack",
         "launch",
         "paged",
         "pdl",
+        # Between GPUs: benchmarks.multi_gpu measures it.
+        "peer_reduce",
         "recurrent_state",
         "ring",
         "router_config",

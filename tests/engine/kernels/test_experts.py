@@ -69,7 +69,9 @@ def test_a_norm_with_a_router(device, dtype, tokens, experts, size, offset):
             assert_close(result, expected, tolerance=1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "size"), [(1, 5, 40), (70, 130, 192), (90, 30, 2048)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "size"), [(1, 5, 40), (40, 70, 192), (2100, 130, 64), (90, 30, 2048)]
+)
 def test_logits_of_a_router_have_the_precision_of_float32(device, dtype, tokens, experts, size):
     """Products with one part of each weight would be off by 1e-3, with two by 1e-5."""
     x = torch.full((tokens, size + 8), torch.nan)[:, :size].to(device, dtype)
@@ -197,7 +199,7 @@ def test_many_tokens(device, dtype, size, group, run):
 def test_one_row_of_several_steps(device, dtype, monkeypatch, inputs):
     """So many that they are a loop, and few, which are loaded at once."""
     tile = ExpertTile(outputs=2, inputs=inputs, warps=4)
-    monkeypatch.setattr(expert_gemv, "choose_tile", lambda *_: tile)
+    monkeypatch.setattr(expert_gemv, "choose_tile", lambda *_, **__: tile)
     arguments, exact = problem(device, dtype, 1, 2, 3, 40, 20, routed=True)
     assert_close(expert_gemv_triton(*arguments), exact)
 
