@@ -1,6 +1,5 @@
 """Fixtures that every test shares."""
 
-import atexit
 import gc
 import os
 
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import tests
 from tests.serving import UNDER_LOAD, Served, SharedApplication
 from tests.wide import leave_out, run_whole
 from tests.workers import APPLICATIONS, application_of, assign_groups, give_way, starts_processes
@@ -55,9 +55,8 @@ def thawed() -> Iterator[None]:
     gc.freeze()
 
 
-# Let the collector see everything in the end: otherwise Triton's bindings print a list of leaks. Not sooner:
-# pytest has it look at everything twice before it ends.
-atexit.register(gc.unfreeze)
+def pytest_configure(config: pytest.Config) -> None:
+    tests.ends_at_once = hasattr(config, "workerinput")
 
 
 # First, because xdist's own hook reads the groups, and is called before those of conftest files otherwise.
