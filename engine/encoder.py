@@ -29,6 +29,7 @@ from engine.placement import open_device, resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
 from engine.runner.staging import download, record_event
 from engine.startup import StartTimes
+from engine.vision.graphs import CROWD_TOKENS
 from engine.vision.transformer import VisionTransformer
 from engine.watchdog import Mortal, Watchdog
 
@@ -38,8 +39,8 @@ MAX_BATCH_COST = 32768
 CACHE_BYTES = 512 << 20
 #: Items that may wait while launches still make way for the steps of a language model after each piece.
 _CROWD = 2
-#: Cost of the launches of a crowd between two of those steps, if one launch may not cost more.
-_TOGETHER = 8192
+#: Cost of a crowd's items that are launched between two of those steps.
+_TOGETHER = CROWD_TOKENS
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class EncoderEngine(Mortal):
             most: after each piece of one the engine rests, and what else runs on the device keeps its pace.
         with_engine: a language model of this process computes on the device's default stream. Launches for
             :meth:`encode_async` go there too, piece by piece: its steps come in between. While more than
-            ``_CROWD`` items wait, whole launches do.
+            ``_CROWD`` items wait, whole launches do, of up to ``CROWD_TOKENS`` patches: those are captured.
         step_timeout_s: seconds after which a launch for :meth:`encode_async` is assumed never to return.
     """
 
@@ -100,9 +101,8 @@ class EncoderEngine(Mortal):
         super().__init__("encoder")
         self._encoder = encoder
         self._with_engine = with_engine
-        for module in encoder.modules() if isinstance(encoder, nn.Module) else ():
-            if isinstance(module, VisionTransformer):
-                module.pause = self._pause
+        for tower in _towers(encoder):
+            tower.pause = self._pause
         self._piece_began = 0.0
         self._step_timeout_s = step_timeout_s
         self._duty_cycle = duty_cycle
@@ -151,6 +151,8 @@ class EncoderEngine(Mortal):
             )
         capture = make_capture(device, enforce_eager=config.enforce_eager)
         if capture is not None:
+            for tower in _towers(encoder):
+                tower.expects_crowds = with_engine
             with times.phase("graphs"):
                 encoder.capture_graphs(capture)
         logger.info("the encoder started in %s", times)
@@ -334,12 +336,12 @@ class EncoderEngine(Mortal):
         """Waiting jobs in order, up to the cost of one launch; those that nobody waits for are dropped.
 
         An engine gets few items one by one: it computes their prompts in as many steps, which are shorter. Of
-        a crowd it gets several launches between two steps, else the crowd would grow.
+        a crowd it gets several between two steps, else the crowd would grow.
         """
         jobs: list[_Job] = []
         cost = 0
         most = 1 if self._makes_way() else len(self._queue)
-        limit = max(self._max_batch_cost, _TOGETHER) if self._with_engine else self._max_batch_cost
+        limit = _TOGETHER if self._with_engine else self._max_batch_cost
         while self._queue and len(jobs) < most and _fits(cost, self._queue[0].cost, limit):
             job = self._queue.popleft()
             if job.waiters:
@@ -352,9 +354,11 @@ class EncoderEngine(Mortal):
     def _launches(self, jobs: Sequence[_Job]) -> Iterator[list[PreparedMedia]]:
         """The items of each launch."""
         batch: list[PreparedMedia] = []
-        cost = 0
+        cost, limit = 0, self._max_batch_cost
+        if self._with_engine:
+            limit = min(limit, CROWD_TOKENS)
         for job in jobs:
-            if not _fits(cost, job.cost, self._max_batch_cost):
+            if not _fits(cost, job.cost, limit):
                 yield batch
                 batch, cost = [], 0
             batch.append(job.media)
@@ -415,6 +419,11 @@ class EncoderEngine(Mortal):
             if not future.cancelled() and future.exception() is None:
                 made = future.result()
                 self._cache.put(key, made, made.rows.nbytes)
+
+
+def _towers(encoder: MediaEncoder) -> list[VisionTransformer]:
+    modules = encoder.modules() if isinstance(encoder, nn.Module) else ()
+    return [module for module in modules if isinstance(module, VisionTransformer)]
 
 
 def _fits(cost: int, more: int, limit: int) -> bool:

@@ -18,6 +18,11 @@ MAX_TOKENS = 2048
 MAX_SEGMENTS = 4
 MAX_WINDOWS = 256
 
+#: Further sizes, for several segments of up to ``MAX_TOKENS`` each: all multiples of the step. They are for a
+#: host that is busy with the steps of a language model, too.
+CROWD_STEP = 512
+CROWD_TOKENS = 6656
+
 #: A part of the blocks: from the previous stage's result, segments and windows to a structure of tensors.
 Stage = Callable[[Any, VisionSegments, VisionSegments | None], Any]
 
@@ -35,6 +40,7 @@ class TowerGraphs:
         window_len: most tokens of a window; None if the tower has no windows.
         dtype: of the tokens.
         device: of all tensors.
+        crowds: capture the sizes up to ``CROWD_TOKENS``, too.
     """
 
     def __init__(
@@ -47,10 +53,12 @@ class TowerGraphs:
         window_len: int | None,
         dtype: torch.dtype,
         device: torch.device,
+        crowds: bool = False,
     ) -> None:
         self._stages, self._capture, self._window_len = stages, capture, window_len
-        self._x = torch.zeros((MAX_TOKENS, width), dtype=dtype, device=device)
-        self._cos, self._sin = torch.zeros((2, MAX_TOKENS, angles or 0), device=device)
+        self._most = CROWD_TOKENS if crowds else MAX_TOKENS
+        self._x = torch.zeros((self._most, width), dtype=dtype, device=device)
+        self._cos, self._sin = torch.zeros((2, self._most, angles or 0), device=device)
         self._rotates = angles is not None
         self._bounds = torch.zeros(MAX_SEGMENTS + 1, dtype=torch.int32, device=device)
         self._window_bounds = torch.zeros(MAX_WINDOWS + 1, dtype=torch.int32, device=device)
@@ -60,15 +68,18 @@ class TowerGraphs:
     def rehearse(self, encode: Callable[[], object]) -> None:
         """Run the largest and the smallest sizes and ``encode`` without capturing, to compile all kernels."""
         capture, self._capture = self._capture, lambda work: work
-        for size in (MAX_TOKENS, TOKEN_STEP):
-            for count in (MAX_SEGMENTS, 1):
-                self._get(size, count)
+        for size, count in [(self._most, MAX_SEGMENTS), (MAX_TOKENS, MAX_SEGMENTS), (MAX_TOKENS, 1)]:
+            self._get(size, count)
+        for count in (MAX_SEGMENTS, 1):
+            self._get(TOKEN_STEP, count)
         encode()
         self._capture = capture
         self._replays.clear()
 
     def capture_all(self) -> None:
         """Capture every size."""
+        for size in range(self._most, MAX_TOKENS, -CROWD_STEP):
+            self._get(size, MAX_SEGMENTS)
         for size in range(MAX_TOKENS, 0, -TOKEN_STEP):
             for count in (MAX_SEGMENTS, 1):
                 self._get(size, count)
@@ -76,7 +87,8 @@ class TowerGraphs:
     def fits(self, x: torch.Tensor, segments: VisionSegments, windows: VisionSegments | None) -> bool:
         """True if a batch is small enough for :meth:`replay`."""
         few_windows = windows is None or len(windows.cu_seqlens) <= MAX_WINDOWS + 1
-        return 0 < len(x) <= MAX_TOKENS and len(segments.cu_seqlens) <= MAX_SEGMENTS + 1 and few_windows
+        few = len(segments.cu_seqlens) <= MAX_SEGMENTS + 1 and few_windows
+        return few and 0 < len(x) <= self._most and segments.max_len <= MAX_TOKENS
 
     def replay(
         self,
@@ -94,7 +106,8 @@ class TowerGraphs:
         """
         tokens = len(x)
         count = 1 if len(segments.cu_seqlens) == 2 else MAX_SEGMENTS
-        replays = self._get(-(-tokens // TOKEN_STEP) * TOKEN_STEP, count)
+        step = TOKEN_STEP if tokens <= MAX_TOKENS else CROWD_STEP
+        replays = self._get(-(-tokens // step) * step, count)
         self._x[:tokens] = x
         if self._filled is None or self._filled[0] is not segments or self._filled[1] is not windows:
             # If copying fails half-way, the next replay copies again.
@@ -127,9 +140,10 @@ class TowerGraphs:
         self._window_bounds.zero_()
         self._filled = None
         cos, sin = (self._cos[:size], self._sin[:size]) if self._rotates else (None, None)
-        segments, windows = VisionSegments(self._bounds[: count + 1], size, cos, sin), None
+        longest = min(size, MAX_TOKENS)
+        segments, windows = VisionSegments(self._bounds[: count + 1], longest, cos, sin), None
         if self._window_len is not None:
-            windows = VisionSegments(self._window_bounds, min(size, self._window_len), cos, sin)
+            windows = VisionSegments(self._window_bounds, min(longest, self._window_len), cos, sin)
         replays: list[Replay] = []
         given: Any = self._x[:size]
         for stage in self._stages:

@@ -141,7 +141,10 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         pause: called between pieces of a pass, each of which keeps the device busy for about a millisecond.
+        expects_crowds: :meth:`capture_graphs` captures batches of several images, too.
     """
+
+    expects_crowds = False
 
     def __init__(self, config: VisionConfig, build: BuildContext, *, keep: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -236,6 +239,7 @@ class VisionTransformer(nn.Module):
             window_len=window_len,
             dtype=weight.dtype,
             device=weight.device,
+            crowds=self.expects_crowds,
         )
         with torch.inference_mode():
             with compiling() if use_triton(weight) else nullcontext():

@@ -38,7 +38,7 @@ def tower(window_len: int | None) -> VisionTransformer:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[1600], [1000, 24, 900], [100]])
+@pytest.mark.parametrize("lengths", [[1600], [1000, 24, 900], [100], [1600] * 4, [2048, 900]])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_captured_on_a_gpu(lengths):
     """A tower of Qwen2-VL's width, captured in bfloat16 with the kernels for many rows, against the same
@@ -62,6 +62,7 @@ def test_captured_on_a_gpu(lengths):
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.5
         parameter.data.normal_(std=scale)
         wide.data.copy_(parameter)
+    captured.expects_crowds = sum(lengths) > vision_graphs.MAX_TOKENS
     captured.capture_graphs(CudaCapture(device), rehearse=lambda: None)
     count = sum(lengths)
     angles = torch.randn(count, 40, device=device)
@@ -105,6 +106,35 @@ def test_replays_equal_eager_passes(monkeypatch, window_len):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     # Between the three parts.
     assert pauses == sorted([*range(len(BATCHES))] * 2)
+
+
+@pytest.mark.parametrize("window_len", [None, 4])
+def test_a_crowd_s_images_share_a_replay(monkeypatch, window_len):
+    """Of several images that are small enough each; larger ones, and more of them, run eagerly."""
+    monkeypatch.setattr(vision_graphs, "TOKEN_STEP", 8)
+    monkeypatch.setattr(vision_graphs, "MAX_TOKENS", 16)
+    monkeypatch.setattr(vision_graphs, "CROWD_STEP", 16)
+    monkeypatch.setattr(vision_graphs, "CROWD_TOKENS", 64)
+    eager, captured = tower(window_len), tower(window_len)
+    captured.expects_crowds = True
+    captured.capture_graphs(rerun, window_len=window_len, rehearse=lambda: None)
+    sizes = []
+    for number, lengths in enumerate([[16, 16], [16] * 4, [5, 15, 9], [16], [17, 3], [16, 16, 16, 16, 1]]):
+        count, generator = sum(lengths), torch.Generator().manual_seed(number)
+        angles = torch.randn(count, 8, generator=generator)
+        patches = torch.randn(count, 12, generator=generator)
+        segments = VisionSegments(bounds(lengths), max(lengths), angles.cos(), angles.sin())
+        windows = None
+        if window_len is not None:
+            cut = [min(window_len, n - i) for n in lengths for i in range(0, n, window_len)]
+            windows = VisionSegments(bounds(cut), window_len, angles.cos(), angles.sin())
+        sizes.append(captured._graphs.fits(patches, segments, windows))
+        with torch.inference_mode():
+            wanted = eager.states(patches, segments, windows=windows)
+            found = captured.states(patches, segments, windows=windows)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert sizes == [True, True, True, True, False, False]
 
 
 @pytest.mark.parametrize("window_len", [None, 4])
