@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
-from engine.kernels.device import use_triton
+from engine.kernels import int4_mma, int4_mma_ring
+from engine.kernels.device import MEMORY_BOUND_ROWS, use_triton
 from engine.kernels.dispatch import MAX_INT4_ROWS, linear
 from engine.kernels.int4 import Int4Scale, Kind, dequantise_int4, pack
 from engine.kernels.int4_gemv import int4_gemv_triton
-from engine.kernels.int4_mma import MAX_ROWS
 from engine.kernels.skinny_gemm import split_counters
 
 #: Layers of Qwen2-VL-7B, and a square one: (name, input features, output features)
@@ -32,18 +32,22 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             for batch in TINY_BATCHES if tiny else BATCHES:
                 build = partial(problem, device, batch, inputs, outputs, group, zeros)
                 label = f"{name} {inputs}->{outputs}, {scheme}, {batch}"
-                yield Case(_kernel("int4", batch), label, build)
+                yield Case(_kernel("int4", group, batch), label, build)
                 if batch == 1:
                     yield Case("int4_gemv", label, partial(build, other=int4_gemv_triton))
         for kind, group in FLOATS:
             for batch in TINY_BATCHES if tiny else BATCHES:
                 build = partial(problem, device, batch, inputs, outputs, group, False, kind)
-                yield Case(_kernel("fp4", batch), f"{name} {inputs}->{outputs}, {kind}, {batch}", build)
+                yield Case(
+                    _kernel("fp4", group, batch), f"{name} {inputs}->{outputs}, {kind}, {batch}", build
+                )
 
 
-def _kernel(kind: str, batch: int) -> str:
+def _kernel(kind: str, group: int, batch: int) -> str:
     """The kernel of a batch, on a Hopper GPU."""
-    return f"{kind}_mma" if batch <= MAX_ROWS else f"{kind}_gemm" if batch <= MAX_INT4_ROWS else kind
+    if group >= 128 and batch <= MEMORY_BOUND_ROWS:
+        return "int4_ring" if batch <= int4_mma_ring.MAX_ROWS else "int4_wgmma"
+    return f"{kind}_mma" if batch <= int4_mma.MAX_ROWS else f"{kind}_gemm" if batch <= MAX_INT4_ROWS else kind
 
 
 def _scale(device: torch.device, inputs: int, outputs: int, group: int, zeros: bool, kind: Kind) -> Int4Scale:
@@ -52,7 +56,7 @@ def _scale(device: torch.device, inputs: int, outputs: int, group: int, zeros: b
     if kind == "int4":
         values = ((torch.rand(shape, device=device) + 0.5) * inputs**-0.5 / 8).half()
         points = torch.randint(0, 16, shape, device=device, dtype=torch.uint8) if zeros else None
-        return Int4Scale(inputs, values, group, points)
+        return Int4Scale(inputs, values, group, points).paired()
     low, high = (118, 121) if kind == "mxfp4" else (56, 72)
     values = torch.randint(low, high, shape, device=device, dtype=torch.uint8)
     factors = torch.full((outputs,), inputs**-0.5 / 4, device=device) if kind == "nvfp4" else None

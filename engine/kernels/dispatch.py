@@ -17,6 +17,8 @@ from engine.kernels import (
     gemm_activation,
     image_attention,
     int4_mma,
+    int4_mma_ring,
+    int4_wgmma,
     prefill_attention,
     wide_gemm,
 )
@@ -47,6 +49,8 @@ from engine.kernels.int4_experts import int4_expert_gemv_triton, int4_grouped_ge
 from engine.kernels.int4_gemm import int4_gemm_triton
 from engine.kernels.int4_gemv import int4_gemv_triton
 from engine.kernels.int4_mma import int4_mma_gluon
+from engine.kernels.int4_mma_ring import int4_mma_ring_gluon
+from engine.kernels.int4_wgmma import int4_wgmma_gluon
 from engine.kernels.launch import is_compiling
 from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.paged import AttentionMetadata, KVCache
@@ -309,6 +313,10 @@ def _int4_linear(
 ) -> torch.Tensor:
     if scale.order is not None:
         x = x.index_select(1, scale.order)
+    if use_triton(x) and int4_mma_ring.supports(x, scale):
+        return int4_mma_ring_gluon(x, words, scale, bias)
+    if use_triton(x) and int4_wgmma.supports(x, scale):
+        return int4_wgmma_gluon(x, words, scale, bias, counters=counters)
     if use_triton(x) and int4_mma.supports(x):
         return int4_mma_gluon(x, words, scale, bias)
     if use_triton(x) and x.shape[0] == 1:

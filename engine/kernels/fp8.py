@@ -238,8 +238,9 @@ def scaled_gemm(
     rows: RoundedRows, weight: torch.Tensor, scale: Scale, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """Compute ``rows @ (weight * scale).T + bias`` in ``dtype``, on fp8 tensor cores."""
-    out = torch._scaled_mm(rows.numbers, weight.t(), rows.scale, scale.values.t(), out_dtype=dtype)
-    return out if bias is None else out + bias
+    return torch._scaled_mm(
+        rows.numbers, weight.t(), rows.scale, scale.values.t(), bias=bias, out_dtype=dtype
+    )
 
 
 def dequantised_gemm(

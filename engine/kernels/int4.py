@@ -10,7 +10,7 @@ the same register, by the same instruction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -50,6 +50,7 @@ class Int4Scale:
         order: ``(K,)`` int64, the columns of the input that the weight's inputs are; None: ``0`` to ``K - 1``.
         kind: of the numbers.
         factors: ``(N,)`` float32, of ``nvfp4``: each output's scales are multiplied by one.
+        pairs: ``(G, N)`` int32, see :meth:`paired`; None without.
     """
 
     inputs: int
@@ -59,6 +60,7 @@ class Int4Scale:
     order: torch.Tensor | None = None
     kind: Kind = "int4"
     factors: torch.Tensor | None = None
+    pairs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         # In memory the values of a group are side by side: kernels load those of some outputs at a time.
@@ -66,6 +68,17 @@ class Int4Scale:
             values = getattr(self, name)
             if values is not None:
                 object.__setattr__(self, name, values.t().contiguous().t())
+
+    def paired(self) -> Int4Scale:
+        """Return the same with ``pairs`` for the kernels that copy them to shared memory, which takes 32 bits at least:
+        the bits of a scale in the lower half, its zero point in the upper one. Only integers have them, with scales
+        of 16 bits and groups of whole chunks."""
+        chunks = self.values.shape[1] == 1 or self.group % CHUNK == 0
+        if self.kind != "int4" or self.values.element_size() != 2 or not chunks:
+            return self
+        bits = self.values.t().contiguous().view(torch.int16)
+        zeros = torch.full_like(bits, MIDDLE) if self.zeros is None else self.zeros.t().to(torch.int16)
+        return replace(self, pairs=torch.stack((bits, zeros), dim=2).view(torch.int32).squeeze(2))
 
     def exact(self) -> torch.Tensor:
         """The scales ``(N, G)`` in float32."""

@@ -181,7 +181,8 @@ class FusedColumnLinear(nn.Module):
     def finish_loading(self) -> None:
         """Put a weight in 4 bits, which was read, into the order of the kernels."""
         if self.packed is not None:
-            self.weight, self.scale = self.packed.finish()
+            self.weight, scale = self.packed.finish()
+            self.scale = scale.paired()
 
     def _packed_slots(self, parent: str, matrix: PackedMatrix, fused: bool) -> list[WeightSlot]:
         if not fused:
@@ -363,4 +364,5 @@ class RowLinear(nn.Module):
     def finish_loading(self) -> None:
         """Put a weight in 4 bits, which was read, into the order of the kernels."""
         if self.packed is not None:
-            self.weight, self.scale = self.packed.finish()
+            self.weight, scale = self.packed.finish()
+            self.scale = scale.paired()

@@ -256,13 +256,15 @@ def int4_weights() -> None:
     from engine.kernels.int4_gemm import int4_gemm_triton
     from engine.kernels.int4_gemv import int4_gemv_triton
     from engine.kernels.int4_mma import int4_mma_gluon
+    from engine.kernels.int4_mma_ring import int4_mma_ring_gluon
+    from engine.kernels.int4_wgmma import int4_wgmma_gluon
     from engine.kernels.skinny_gemm import split_counters
 
     def weight(outputs: int, inputs: int, group: int, zeros: bool) -> dict[str, Any]:
         values = torch.ones(outputs, -(-inputs // group), dtype=torch.float16)
         points = values.to(torch.uint8) if zeros else None
         words = torch.zeros(outputs, inputs // 4, dtype=torch.int16)
-        return {"words": words, "scale": Int4Scale(inputs, values, group, points)}
+        return {"words": words, "scale": Int4Scale(inputs, values, group, points).paired()}
 
     counters = split_counters(3584, torch.device("cpu"))
     for group, zeros in ((128, True), (32, False)):
@@ -270,6 +272,10 @@ def int4_weights() -> None:
         int4_mma_gluon(tensor(16, 3584), **weight(37888, 3584, group, zeros))
     int4_gemv_triton(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
     int4_mma_gluon(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
+    int4_mma_ring_gluon(tensor(1, 3584), **weight(37888, 3584, 128, True))
+    int4_mma_ring_gluon(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
+    for rows in (16, 64):
+        int4_wgmma_gluon(tensor(rows, 18944), **weight(3584, 18944, 128, True), counters=counters)
     int4_gemm_triton(tensor(64, 3584), **weight(37888, 3584, 128, True))
     int4_gemm_triton(tensor(16, 18944), **weight(3584, 18944, 128, True), counters=counters)
     dequantise_int4_triton(**weight(4608, 3584, 128, True), dtype=BF16)

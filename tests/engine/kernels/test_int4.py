@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from engine.kernels import dispatch, int4_gemm, int4_mma, int4_unpack
+from engine.kernels import dispatch, int4_gemm, int4_mma, int4_mma_ring, int4_unpack, int4_wgmma
 from engine.kernels.int4 import (
     E2M1,
     Int4Scale,
@@ -20,6 +21,8 @@ from engine.kernels.int4 import (
 from engine.kernels.int4_gemm import int4_gemm_triton
 from engine.kernels.int4_gemv import int4_gemv_triton
 from engine.kernels.int4_mma import Int4Tile, int4_mma_gluon
+from engine.kernels.int4_mma_ring import RingTile, int4_mma_ring_gluon
+from engine.kernels.int4_wgmma import WgmmaTile, int4_wgmma_gluon
 from engine.kernels.skinny_gemm import split_counters
 
 from .compare import assert_close
@@ -241,6 +244,53 @@ def test_floats_of_a_few_rows(hopper, dtype, size, rows, kind, group):
     assert error < (3e-3 if dtype == torch.bfloat16 else 4e-4)
 
 
+def paired_problem(device, dtype, rows, outputs, inputs, group, zeros):
+    """Return :func:`problem` with pairs of scales, in the other dtype of 16 bits, and zero points."""
+    x, words, scale, bias, _ = problem(device, dtype, rows, outputs, inputs, group, zeros)
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    scale = replace(scale, values=scale.values.to(other)).paired()
+    return x, words, scale, bias, dequantise_int4_reference(words, scale, torch.float32).double()
+
+
+#: Sizes with groups of whole chunks, or one group.
+WHOLE = [size for size in CHUNKS if size[2] % 128 == 0 or size[2] == size[1]]
+
+
+def check_few_rows(run, x, words, scale, bias, exact):
+    # Nearly equal inputs: what is added to a number in its register must not be left in the sums.
+    for rows_of_x in (x, x * 2**-8 + 1):
+        expected = float64_linear(rows_of_x, exact, bias)
+        for _ in range(2):
+            result = run(rows_of_x, words, scale, bias)
+            error = (result.double() - expected).norm() / expected.norm()
+            assert error < (3e-3 if x.dtype == torch.bfloat16 else 4e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [None, RingTile(32, 8, 2, 6), RingTile(16, 1, 4, 3)], ids=str)
+@pytest.mark.parametrize(("size", "zeros"), [*((size, True) for size in WHOLE), (WHOLE[1], False)], ids=str)
+def test_the_ring_of_a_row(hopper, monkeypatch, dtype, size, zeros, tile):
+    if tile is not None:
+        monkeypatch.setattr(int4_mma_ring, "choose_tile", lambda *_: tile)
+    for rows in (1, 2):
+        check_few_rows(int4_mma_ring_gluon, *paired_problem(hopper, dtype, rows, *size, zeros))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [None, WgmmaTile(3, 3), WgmmaTile(6, 2)], ids=str)
+@pytest.mark.parametrize(("size", "zeros"), [*((size, True) for size in WHOLE), (WHOLE[1], False)], ids=str)
+def test_the_ring_of_some_rows(hopper, monkeypatch, dtype, size, zeros, tile):
+    if tile is not None:
+        monkeypatch.setattr(int4_wgmma, "choose_tile", lambda *_: tile)
+    counters = split_counters(size[0], hopper)
+    run = partial(int4_wgmma_gluon, counters=counters)
+    for rows in (1, 16, 17, 64):
+        check_few_rows(run, *paired_problem(hopper, dtype, rows, *size, zeros))
+        assert counters.eq(0).all()
+
+
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("rows", [1, 2, 17, 70])
 @pytest.mark.parametrize("zeros", ZEROS)
@@ -287,31 +337,44 @@ def test_the_operation(device, dtype, rows, activation):
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "triton", "hopper", "expected"),
+    ("rows", "dtype", "triton", "hopper", "scales", "expected"),
     [
-        (1, torch.bfloat16, True, False, "int4_gemv_triton"),
-        (1, torch.bfloat16, True, True, "int4_mma_gluon"),
-        (16, torch.float16, True, True, "int4_mma_gluon"),
-        (1, torch.float32, True, True, "int4_gemv_triton"),
-        (2, torch.bfloat16, True, False, "int4_gemm_triton"),
-        (17, torch.bfloat16, True, True, "int4_gemm_triton"),
-        (128, torch.bfloat16, True, True, "int4_gemm_triton"),
-        (129, torch.bfloat16, True, True, "dequantise_int4"),
-        (2, torch.float32, True, True, "dequantise_int4"),
-        (1, torch.float32, False, False, "dequantise_int4"),
-        (1, torch.bfloat16, False, True, "dequantise_int4"),
+        (1, torch.bfloat16, True, False, torch.float16, "int4_gemv_triton"),
+        (2, torch.bfloat16, True, True, torch.float16, "int4_mma_ring_gluon"),
+        (3, torch.float16, True, True, torch.bfloat16, "int4_wgmma_gluon"),
+        (64, torch.bfloat16, True, True, torch.float16, "int4_wgmma_gluon"),
+        # Of 32 bits.
+        (1, torch.bfloat16, True, True, torch.float32, "int4_mma_gluon"),
+        (16, torch.float16, True, True, torch.float32, "int4_mma_gluon"),
+        (17, torch.bfloat16, True, True, torch.float32, "int4_gemm_triton"),
+        (1, torch.float32, True, True, torch.float16, "int4_gemv_triton"),
+        (2, torch.bfloat16, True, False, torch.float16, "int4_gemm_triton"),
+        (65, torch.bfloat16, True, True, torch.float16, "int4_gemm_triton"),
+        (128, torch.bfloat16, True, True, torch.float16, "int4_gemm_triton"),
+        (129, torch.bfloat16, True, True, torch.float16, "dequantise_int4"),
+        (2, torch.float32, True, True, torch.float16, "dequantise_int4"),
+        (1, torch.float32, False, False, torch.float16, "dequantise_int4"),
+        (1, torch.bfloat16, False, True, torch.float16, "dequantise_int4"),
     ],
 )
-def test_the_choice_among_kernels(monkeypatch, rows, dtype, triton, hopper, expected):
+def test_the_choice_among_kernels(monkeypatch, rows, dtype, triton, hopper, scales, expected):
     called = []
 
     def replaced(name):
         return lambda *_, **__: called.append(name) or torch.zeros(1, 128, dtype=dtype)
 
-    for name in ("int4_mma_gluon", "int4_gemv_triton", "int4_gemm_triton", "dequantise_int4"):
+    kernels = (
+        "int4_mma_ring_gluon",
+        "int4_wgmma_gluon",
+        "int4_mma_gluon",
+        "int4_gemv_triton",
+        "int4_gemm_triton",
+    )
+    for name in (*kernels, "dequantise_int4"):
         monkeypatch.setattr(dispatch, name, replaced(name))
     monkeypatch.setattr(dispatch, "use_triton", lambda _: triton)
-    monkeypatch.setattr(int4_mma, "is_hopper", lambda _: hopper)
-    scale = Int4Scale(128, torch.ones(1, 1), 128)
+    for module in (int4_mma_ring, int4_wgmma, int4_mma):
+        monkeypatch.setattr(module, "is_hopper", lambda _: hopper)
+    scale = Int4Scale(128, torch.ones(1, 1, dtype=scales), 128).paired()
     dispatch.linear(torch.zeros(rows, 128, dtype=dtype), torch.zeros(1, 32, dtype=torch.int16), scale=scale)
     assert called == [expected]
