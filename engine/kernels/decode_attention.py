@@ -96,6 +96,15 @@ def num_splits(programs: int, sms: int, max_seq_len: int, keys: int) -> int:
     return max(1, min(enough, _MAX_SPLITS, -(-max_seq_len // keys)))
 
 
+def _num_merged(group: int, dim: int, warps: int) -> int:
+    """Return how many splits of a group of heads are merged at once: as many as the registers hold."""
+    if warps < 8:
+        return max(4, warps)
+    per_split = triton.next_power_of_2(group) * triton.next_power_of_2(dim)
+    # 128 of a thread's 255 registers: twice as many spill.
+    return max(8, min(_MAX_SPLITS, 128 * 32 * warps // per_split))
+
+
 def decode_attention_triton(
     q, k, v, positions, table, cache, meta, *, scale, norms=None, window=None, cap=None
 ):  # fmt: skip
@@ -139,8 +148,7 @@ def decode_attention_triton(
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=cache.block_size, FP8_CACHE=cache.is_fp8,
         ROWS=tile.rows, KEYS=tile.keys, WINDOW=window is not None, SPLIT=splits > 1,
         CAP=(cap or 0.0) * LOG2E,
-        # As many as the registers hold.
-        MERGED=_MAX_SPLITS if tile.warps == 8 else max(4, tile.warps),
+        MERGED=_num_merged(group, dim, tile.warps),
         # A single warp has no registers for a prefetched tile.
         PREFETCH=tile.warps > 1,
         num_warps=tile.warps, num_stages=tile.stages, **pdl_options(q),
