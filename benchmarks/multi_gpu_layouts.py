@@ -139,8 +139,10 @@ def _run_shape(settings: Settings, load: Load, shape: str, chosen: list[Layout],
             figures: dict[str, Any] = {"goodput req/s": best.rate if best else 0.0}
             figures["fails at"] = fails.rate if fails else None
             figures["at once req/s"] = first_rate
-            if shown := best or fails:
-                figures |= {"ttft p99 ms": shown.ttft * 1e3, "itl p99 ms": shown.gap * 1e3}
+            for prefix, outcome in (("", best), ("fails with ", fails)):
+                if outcome is not None:
+                    figures[f"{prefix}ttft p99 ms"] = outcome.ttft * 1e3
+                    figures[f"{prefix}itl p99 ms"] = outcome.gap * 1e3
             emit(f"{shape}, {layout.name}, {images} images", **figures)
 
 
