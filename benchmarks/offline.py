@@ -1,7 +1,7 @@
 """Throughput and latency of the engine in one process, with dummy weights in the shape of public models.
 
     python -m benchmarks.offline --shape qwen2-vl-2b [--works w1,w2,w3,w4,w5] [--tensor-parallel-size N]
-        [--quantization fp8] [--requests N] [--json FILE]
+        [--quantization fp8|int4] [--requests N] [--json FILE]
 
 Works:
     w1  256 requests or N, each one image of its own and 64 text tokens, 128 tokens out: requests per second
@@ -168,7 +168,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256, help="of w1")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks, each on a GPU of its own")
     parser.add_argument(
-        "--quantization", choices=["fp8"], help="round the decoder's matrices to 8-bit floats"
+        "--quantization",
+        choices=["fp8", "int4"],
+        help="fp8: round the decoder's matrices to 8-bit floats; int4: a checkpoint of AWQ",
     )
     parser.add_argument("--profile", action="store_true", help="also say which kernels a decode step spends")
     parser.add_argument("--json", type=Path)
@@ -179,11 +181,13 @@ def main() -> None:
         results["quantization"] = options.quantization
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(options.shape, Path(folder))
+        if options.quantization == "int4":
+            quantise_to_int4(path, 128 if gpu else 32)
         rate = measured_copy_rate() if ranks == 1 else 0.0
         seconds, llm = timed(lambda: load(str(path), gpu, ranks, options.quantization))
         results["load s"] = seconds
         works = Works(llm, options.shape, options.scale or (1 if gpu else 16), options.requests)
-        if ranks == 1:
+        if ranks == 1 and options.quantization != "int4":
             results |= floors(path, options.quantization == "fp8", works, rate)
         results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]
         for name in options.works.split(","):
@@ -225,11 +229,27 @@ def beside_floors(results: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def quantise_to_int4(path: Path, group: int) -> None:
+    """Make the configuration at ``path`` that of AWQ: the decoder's matrices in int4 with zero points."""
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["visual", "vision_tower", "multi_modal_projector"],
+    }
+    file.write_text(json.dumps(config))
+
+
 def load(path: str, gpu: bool, ranks: int = 1, quantization: str | None = None) -> LLM:
     limits: dict[str, Any] = (
         {"max_num_seqs": 256, "max_num_batched_tokens": 8192} if gpu else {"max_num_seqs": 16}
     )
-    limits["quantization"] = quantization
+    # The configuration of a checkpoint in int4 says so itself.
+    limits["quantization"] = None if quantization == "int4" else quantization
     return LLM(path, load_format="dummy", max_model_len=4096, tensor_parallel_size=ranks, **limits)
 
 

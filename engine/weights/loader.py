@@ -30,11 +30,7 @@ def fill_from_checkpoint(
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
     for piece, values in read_rows(rows, pinned=on_gpu):
         _copy(piece, values, wanted[piece.name])
-    # A layer after those inside it.
-    for layer in reversed(list(module.modules())):
-        finish = getattr(layer, "finish_loading", None)
-        if finish is not None:
-            finish()
+    _finish(module)
     if on_gpu:
         torch.cuda.synchronize()
 
@@ -120,8 +116,18 @@ def _copy(piece: Rows, values: torch.Tensor, slot: WeightSlot) -> None:
             target[begin - span.start : end - span.start].copy_(own, non_blocking=True)
 
 
+def _finish(module: nn.Module) -> None:
+    """Put weights into the order of the kernels: those of a layer after those of layers inside it."""
+    for layer in reversed(list(module.modules())):
+        finish = getattr(layer, "finish_loading", None)
+        if finish is not None:
+            finish()
+
+
 def fill_with_noise(module: nn.Module, seed: int) -> None:
     """Fill with small normal weights, unit norm scales and zero biases: activations stay finite.
+
+    Words of weights in 4 bits are any bits.
 
     Each tensor is drawn whole, and a rank keeps its share: the model is the same on any number of ranks.
     """
@@ -131,12 +137,17 @@ def fill_with_noise(module: nn.Module, seed: int) -> None:
         if slot.copies[0][1].dim() >= 2:
             dtype = slot.copies[0][1].dtype
             noise = torch.empty(slot.shape, dtype=dtype, device=device)
-            noise.normal_(0.0, _DUMMY_STD, generator=generator)
+            if dtype.is_floating_point:
+                noise.normal_(0.0, _DUMMY_STD, generator=generator)
+            else:
+                bounds = torch.iinfo(dtype)
+                noise.random_(bounds.min, bounds.max, generator=generator)
             for region, target in slot.copies:
                 target.copy_(noise[region].reshape(target.shape))
         else:
             for _, target in slot.copies:
                 target.fill_(0.0 if slot.source.endswith("bias") else 1.0)
+    _finish(module)
 
 
 def _collect_slots(module: nn.Module, names: Mapping[str, str]) -> dict[str, WeightSlot]:

@@ -9,7 +9,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, ConfigError
 from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
-from engine.kernels.int4 import dequantise_int4
+from engine.kernels.int4 import dequantise_int4, unpack
 from tests.engine.int4_files import Scheme, quantise
 from tests.engine.quantised_files import MATRIX
 from tests.engine.tiny import make_qwen2_vl, make_text, rewrite_json, rewrite_tensors
@@ -135,6 +135,16 @@ def test_ranks_that_would_cut_groups_or_words_are_refused(tmp_path, scheme, chan
     with pytest.raises(ConfigError) as caught:
         load(path, Rank(0, 2))
     assert message in caught.value.message and caught.value.param == "tensor_parallel_size"
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen2_moe"])
+def test_dummy_weights_have_any_numbers(tmp_path, kind):
+    path = make_text(tmp_path / "model", kind)
+    quantise(path, Scheme("awq", -1), matrix=EXPERT_MATRIX)
+    decoder = load(path, load_format="dummy")
+    numbers = unpack(decoder.layers[0].self_attn.o_proj.weight, decoder.config.hidden_size)
+    assert numbers.unique().tolist() == list(range(16))
+    assert logits(decoder).isfinite().all()
 
 
 def test_answers_about_an_image_are_those_of_the_dequantised_checkpoint(tmp_path):
