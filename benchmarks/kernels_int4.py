@@ -46,7 +46,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
 def _kernel(kind: str, group: int, batch: int) -> str:
     """The kernel of a batch, on a Hopper GPU."""
     if group >= 128 and batch <= MEMORY_BOUND_ROWS:
-        return "int4_ring" if batch <= int4_mma_ring.MAX_ROWS else "int4_wgmma"
+        return "int4_mma_ring" if batch <= int4_mma_ring.MAX_ROWS else "int4_wgmma"
     return f"{kind}_mma" if batch <= int4_mma.MAX_ROWS else f"{kind}_gemm" if batch <= MAX_INT4_ROWS else kind
 
 
