@@ -50,7 +50,7 @@ def fresh_interpreter(module: str, descriptor: int) -> tuple[list[str], dict[str
     return command, {**os.environ, "PYTHONPATH": path}
 
 
-def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[bytes]:
+def start_rank(connection: Connection, ranks_here: int, folder: str = "") -> subprocess.Popen[bytes]:
     """Start a process that runs :func:`engine.executor.worker.serve` on ``connection``; close that here then.
 
     The process ends with this one, however this one ends: its standard input closes.
@@ -58,6 +58,7 @@ def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[byte
     Args:
         ranks_here: ranks of this host. Each gets its share of this process's threads, whether their number
             comes from the machine, from ``OMP_NUM_THREADS`` or from ``torch.set_num_threads``.
+        folder: removed when this process ends, in case it was killed and could not; none if empty.
     """
     # Not above: processes that only build an application know launchers, and have no use for torch.
     import torch
@@ -65,7 +66,7 @@ def start_rank(connection: Connection, ranks_here: int) -> subprocess.Popen[byte
     command, environment = fresh_interpreter("engine.executor.worker", connection.fileno())
     threads = max(1, torch.get_num_threads() // ranks_here)
     return subprocess.Popen(
-        command,
+        [*command, folder],
         stdin=subprocess.PIPE,
         env={**environment, "OMP_NUM_THREADS": str(threads)},
         pass_fds=[connection.fileno()],
@@ -107,11 +108,12 @@ class LocalLauncher:
 
     def start(self, size: int) -> list[Connection]:
         connections = []
+        folder = "" if self._folder is None else self._folder.name
         for _ in range(1, size):
             ours, theirs = Pipe()
             connections.append(ours)
             with theirs:
-                self._processes.append(start_rank(theirs, size))
+                self._processes.append(start_rank(theirs, size, folder))
         return connections
 
     def kill(self) -> None:

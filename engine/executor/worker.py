@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -22,6 +23,9 @@ from engine.runner.model_runner import ModelRunner
 from engine.startup import StartTimes
 
 logger = logging.getLogger(__name__)
+
+#: Seconds from the end of a rank's work until it ends, unless its parent has ended it by then.
+_GRACE_S = 5.0
 
 
 def serve(connection: Connection, own_process: bool = True) -> None:
@@ -82,14 +86,21 @@ def _run_steps(connection: Connection, runner: ModelRunner) -> None:
         runner.execute(receiver.batch(message), grammar_mask if message.masked else None)
 
 
-def _end_with_parent() -> None:
-    """Exit the process at once when standard input closes."""
+def _end_with_parent(folder: str) -> None:
+    """Exit the process at once when standard input closes. A parent that was killed has left ``folder``."""
     sys.stdin.buffer.read()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    serve(Connection(int(sys.argv[1])))
+    _descriptor, _folder = sys.argv[1:]
+    _parent = threading.Thread(target=_end_with_parent, args=(_folder,), daemon=True)
+    _parent.start()
+    with Connection(int(_descriptor)) as _connection:
+        serve(_connection)
+    # If that was the end of this process's parent, its folder goes first.
+    _parent.join(_GRACE_S if _folder else 0)
     # Skip finalizers: they might wait for ranks that have ended.
     os._exit(0)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -77,9 +78,9 @@ def ranks(parent: int | None = None) -> list[psutil.Process]:
     return found
 
 
-def meeting_places() -> list[Path]:
+def meeting_places(folder: Path | None = None) -> list[Path]:
     """The folders where ranks meet: there are some only while there are ranks."""
-    return list(Path(tempfile.gettempdir()).glob("sightline-*"))
+    return list((folder or Path(tempfile.gettempdir())).glob("sightline-*"))
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -279,26 +280,28 @@ while True:
 @pytest.mark.parametrize(
     "how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.wide), signal.SIGKILL]
 )
-def test_ranks_end_with_their_engine_however_it_ends(path, how):
-    """A plain script, without a guard around what it does."""
+def test_ranks_end_with_their_engine_however_it_ends(path, how, tmp_path):
+    """A plain script, without a guard around what it does. The folder where its ranks met goes with them."""
     command = [sys.executable, "-c", SCRIPT, str(path)]
     with subprocess.Popen(
         command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         # Shells start background jobs with interrupts ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as script:
         try:
             assert script.stdout is not None and script.stdout.readline() == b"ready\n"
             processes = ranks(script.pid)
-            assert len(processes) == 1
+            assert len(processes) == 1 and len(meeting_places(tmp_path)) == 1
             script.send_signal(how)
             assert script.wait(60) != 0
         finally:
             script.kill()
     assert_gone(processes)
+    assert not meeting_places(tmp_path)
 
 
 def test_a_script_that_comes_to_its_end_ends_quietly(path):
