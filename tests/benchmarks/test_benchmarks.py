@@ -1,5 +1,6 @@
 """The benchmarks run, on shapes small enough for a CPU, and what they print has sense."""
 
+import argparse
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from benchmarks import (
     start,
     steps,
 )
+from benchmarks.clients import Trace
 from benchmarks.floors import StepBytes
 from benchmarks.processes import process_name
 from benchmarks.shapes import write_checkpoint
@@ -147,19 +149,30 @@ def test_phases_of_a_start_are_read_from_what_the_server_logs():
     assert ended - began == pytest.approx(15.5)
 
 
+def test_goodput_counts_answers_that_keep_both_promises():
+    options = argparse.Namespace(slo_ttft=500.0, slo_itl=60.0)
+    kept, late = Trace(0.0, 0.5, [0.5, 0.55, 0.6]), Trace(1.0, 0.6, [0.6, 0.6])
+    slow, short = Trace(2.0, 0.1, [0.1, 0.1, 0.3]), Trace(3.0, 0.2, [0.2])
+    row = serve.summary([kept, late, slow, short, Trace(0.0, error="refused")], 4.0, options)
+    # From 0 to 3.2 s.
+    assert [row["req/s"], row["goodput"]] == pytest.approx([4 / 3.2, 2 / 3.2])
+    assert (row["failed"], row["held"]) == (1, 0.0)
+    assert serve.summary([kept, short], 4.0, options)["held"] == 1.0
+
+
 @pytest.mark.ray
 def test_serve_against_a_running_application(served, monkeypatch, capsys, tmp_path):
     file = tmp_path / "serve.json"
     arguments = ["--base-url", served.base_url, "--model", "pocket", "--side", "112", "--tokens", "6"]
     arguments += ["--requests", "5", "--rates", "20", "--text-share", "0.4,1", "--images", "2"]
-    arguments += ["--slo-ttft", "60000", "--slo-itl", "0", "--json", str(file)]
+    arguments += ["--slo-ttft", "0", "--slo-itl", "60000", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["serve", *arguments])
     serve.main()
     rows = json.loads(file.read_text())
     assert [row["text"] for row in rows] == [0.4, 1.0]
     for row in rows:
         assert row["failed"] == 0 and row["req/s"] > 0
-        # No answer keeps the second promise.
+        # No answer keeps the first promise.
         assert row["goodput"] == row["held"] == 0
         assert 0 < row["ttft p50"] <= row["ttft p99"] <= row["e2e p99"]
     printed = capsys.readouterr().out
