@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import psutil
 import yaml
 
+from benchmarks.processes import cluster_of
 from benchmarks.serve import running
 
 CONFIG = Path(__file__).resolve().parent.parent / "serve_config.yaml"
@@ -116,13 +117,7 @@ async def served_engine(server: psutil.Process) -> AsyncIterator[Engine]:
     import ray
     from ray import serve
 
-    (address,) = {
-        argument.removeprefix("--gcs-address=")
-        for child in server.children(recursive=True)
-        for argument in child.cmdline()
-        if argument.startswith("--gcs-address=")
-    }
-    ray.init(address, log_to_driver=False)
+    ray.init(cluster_of(server), log_to_driver=False)
     try:
         engine = Engine(serve.get_deployment_handle("LanguageModel:pocket", "sightline"))
         # The first call opens connections.

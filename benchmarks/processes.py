@@ -1,9 +1,12 @@
-"""CPU time of the processes of a served application, by what they do."""
+"""The processes of a served application: their CPU time by what they do, and the cluster that they form."""
 
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -50,3 +53,16 @@ def process_name(title: str) -> str | None:
     if title.startswith("ray::") or program.rpartition("/")[2] in ("raylet", "gcs_server"):
         return "ray"
     return None
+
+
+def cluster_of(server: psutil.Process) -> str:
+    """The address of the one Ray cluster that ``server`` has started."""
+    found = set()
+    for child in server.children(recursive=True):
+        # It may have ended meanwhile.
+        with suppress(psutil.NoSuchProcess):
+            for argument in child.cmdline():
+                if argument.startswith("--gcs-address="):
+                    found.add(argument.removeprefix("--gcs-address="))
+    assert len(found) == 1, found
+    return found.pop()

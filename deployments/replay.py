@@ -75,12 +75,14 @@ class Patience:
         limits = [limit for limit in (self._until, self._deadline) if limit is not None]
         if not limits:
             return await work
+        first = min(limits)
         try:
-            async with asyncio.timeout_at(min(limits)) as limit:
+            async with asyncio.timeout_at(first) as limit:
                 result = await work
         except TimeoutError:
             if limit.expired():
-                raise self._given_up() from None
+                # Event loops may be early, uvloop by 1 ms: the clock does not say which limit it was.
+                raise self._given_up(first) from None
             raise
         self._until = None
         return result
@@ -124,7 +126,7 @@ class Patience:
         if self._until is None:
             self._until = now + self._config.patience_s
         elif now >= self._until:
-            raise self._given_up() from error
+            raise self._given_up(now) from error
         # The next try may take long, and must not keep what this one was given.
         release(error)
         if isinstance(error, StageLost):
@@ -132,8 +134,8 @@ class Patience:
             self._on_loss()
         await asyncio.sleep(min(self._config.pause_s * 2 ** (self._losses - 1), _LONGEST_PAUSE_S))
 
-    def _given_up(self) -> SightlineError:
-        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+    def _given_up(self, now: float) -> SightlineError:
+        if self._deadline is not None and now >= self._deadline:
             return DeadlineExceeded(
                 "The request took longer than this server allows; ask for less at a time."
             )

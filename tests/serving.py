@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
+from benchmarks.processes import cluster_of
 from deployments.config import AppConfig
 
 ROOT = Path(__file__).parent.parent
@@ -201,7 +202,7 @@ def served_application(
         file.write_text(yaml.safe_dump(config))
         root = f"http://127.0.0.1:{port}"
         with serve_run(file, log, f"{root}/health", environment) as process:
-            served = Served(root, pictures, site, _cluster_of(process), process, log, file)
+            served = Served(root, pictures, site, cluster_of(process), process, log, file)
             if not connect:
                 yield served
                 return
@@ -299,18 +300,6 @@ def serve_run(
     assert code == 0, log.read_text()[-3000:]
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
-
-
-def _cluster_of(process: psutil.Process) -> str:
-    """The address of the Ray cluster that ``process`` has started."""
-    found = {
-        argument.removeprefix("--gcs-address=")
-        for child in process.children(recursive=True)
-        for argument in child.cmdline()
-        if argument.startswith("--gcs-address=")
-    }
-    assert len(found) == 1, found
-    return found.pop()
 
 
 def answers(url: str) -> bool:

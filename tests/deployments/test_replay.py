@@ -12,7 +12,7 @@ from deployments.access import Caller, KeyConfig, visit
 from deployments.api import create_api
 from deployments.config import AppConfig, ReplayConfig
 from deployments.pipeline import Pipeline
-from deployments.replay import Patience
+from deployments.replay import DeadlineExceeded, Patience
 from deployments.stages import StageLost
 from engine.errors import Overloaded, Unavailable
 from engine.media.ledger import Ledger
@@ -208,6 +208,29 @@ async def test_a_stage_that_does_not_come_back_is_not_waited_for_for_ever():
     with pytest.raises(Unavailable) as caught:
         await patience.call(lost_then_silent)
     assert not isinstance(caught.value, StageLost) and "0.05 seconds" in caught.value.message
+
+
+async def test_a_timer_that_is_early_ends_a_request_by_its_time():
+    """uvloop's timers may be a millisecond early: the clock has not come to the limit then."""
+
+    class EarlyLoop(asyncio.SelectorEventLoop):
+        def call_at(self, when, *args, **kwargs):
+            return super().call_at(when - 0.005, *args, **kwargs)
+
+    async def waits(patience_s, seconds):
+        now = asyncio.get_running_loop().time()
+        patience = Patience(ReplayConfig(pause_s=0.001, patience_s=patience_s), deadline=now + seconds)
+        await patience.bear(StageLost("gone"))
+        await patience.wait(asyncio.Event().wait())
+
+    def run(*limits):
+        with asyncio.Runner(loop_factory=EarlyLoop) as runner:
+            runner.run(waits(*limits))
+
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.to_thread(run, 60, 0.05)
+    with pytest.raises(Unavailable):
+        await asyncio.to_thread(run, 0.05, 60)
 
 
 async def test_a_full_queue_is_borne_after_a_loss_only():
