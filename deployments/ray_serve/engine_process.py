@@ -133,7 +133,7 @@ class EngineProcess:
 
         async def call() -> None:
             try:
-                infos = [RowsInfo(each.hash, each.dtype) for each in media]
+                infos = [RowsInfo.of(each) for each in media]
                 await self._call("answer", request, infos, [each.rows for each in media], _HOME)
             except SightlineError as error:
                 answer.fail(error)

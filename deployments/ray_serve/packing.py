@@ -22,6 +22,10 @@ class RowsInfo:
     dtype: str
     cached: bool = False
 
+    @classmethod
+    def of(cls, media: EmbeddedMedia) -> "RowsInfo":
+        return cls(media.hash, media.dtype, media.cached)
+
     def embedded(self, rows: np.ndarray) -> EmbeddedMedia:
         """The embedding, once Ray has resolved the reference to ``rows``."""
         return EmbeddedMedia(self.hash, rows, self.dtype)

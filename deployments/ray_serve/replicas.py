@@ -185,7 +185,7 @@ class VisionEncoderReplica:
 
     async def _encode(self, pixels: PreparedMedia, salt: str) -> RowsRef:
         embedded = await self._stage.encode(pixels, salt)
-        info = RowsInfo(embedded.hash, embedded.dtype, embedded.cached)
+        info = RowsInfo.of(embedded)
         return RowsRef(info, await self._store.put(embedded.rows))
 
     async def metrics(self) -> dict[str, Any]:
@@ -317,7 +317,7 @@ class LanguageModelReplica:
             held = self._held.take(given) if isinstance(given, str) else Held(given, [])
             if self._stage.has_line(reader):
                 yield Elsewhere()
-                infos = [RowsInfo(each.hash, each.dtype) for each in held.media]
+                infos = [RowsInfo.of(each) for each in held.media]
                 await self._stage.answer(held.request, infos, [each.rows for each in held.media], reader)
                 return
             outbox = self._outboxes.find(reader)

@@ -20,6 +20,7 @@ from engine.kernels.activation import activate
 from engine.kernels.int4_mma import sum_of_parts
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.registers import interleaved
 
 #: Most rows. 16 are loaded faster by programs that have them in shared memory, as those of skinny_gemm.py do.
 MAX_ROWS = 1
@@ -77,18 +78,6 @@ def fp8_mma_gluon(x, weight, bias=None, *, activation=None, scale, row_scale, dt
 
 
 @gluon.jit
-def _pairs(first, second, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
-    """Put numbers after one another along ``AXIS``; no instruction is needed for that."""
-    pairs = gl.join(first, second)
-    if AXIS == 1:
-        pairs = gl.permute(pairs, (0, 1, 3, 2))
-        pairs = gl.reshape(pairs, [first.shape[0], 2 * first.shape[1], first.shape[2]])
-    else:
-        pairs = gl.reshape(pairs, [first.shape[0], first.shape[1], 2 * first.shape[2]])
-    return gl.convert_layout(pairs, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
 def _halves(words, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
     """Convert words of four fp8 numbers along ``AXIS`` to fp16: the first two of each, and the others, in LAYOUT."""
     a, b, c, d = gl.inline_asm_elementwise(
@@ -103,7 +92,7 @@ def _halves(words, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
         }""",
         "=h,=h,=h,=h,r", [words], dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1,
     )  # fmt: skip
-    return _pairs(a, b, LAYOUT, AXIS), _pairs(c, d, LAYOUT, AXIS)
+    return interleaved(a, b, LAYOUT, AXIS), interleaved(c, d, LAYOUT, AXIS)
 
 
 @gluon.jit

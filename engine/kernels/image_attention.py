@@ -18,7 +18,6 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -28,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from engine.kernels.device import is_hopper, num_sms
 from engine.kernels.launch import launch
 from engine.kernels.paged import LOG2E
-from engine.kernels.ring import barriers, buffers, tma_load
+from engine.kernels.ring import barriers, buffers, clear_tail, tma_load
 from engine.kernels.shares import (
     finishes_tile,
     merge_rows,
@@ -250,9 +249,9 @@ def _attend(
         probs, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, scale, values.dtype, acc_layout)
         if left < KEYS:
             mbarrier.wait(values_ready.index(step % STAGES), step // STAGES & 1)
-            _clear_tail(values.index(step % STAGES), left)
+            clear_tail(values.index(step % STAGES), left)
             if REST > 0:
-                _clear_tail(values_rest.index(step % STAGES), left)
+                clear_tail(values_rest.index(step % STAGES), left)
         for index in range(1, count):
             now = step + index
             scores = _scores(q, q_rest, k_ring, now, zero, REST, STAGES)
@@ -323,20 +322,6 @@ def _softmax(scores, row_max, row_sum, scale, dtype: gl.constexpr, acc_layout: g
     row_sum = row_sum * decay + gl.sum(probs, axis=1)
     operand: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     return gl.convert_layout(probs.to(dtype), operand), new_max, row_sum, decay
-
-
-@gluon.jit
-def _clear_tail(tile, valid_rows):
-    """Zero a tile of values from row ``valid_rows`` on: a weight of zero times a NaN would be NaN.
-
-    Each compute group does this before its own product; they write the same.
-    """
-    DIM: gl.constexpr = tile.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
-    loaded = tile.load(layout)
-    tile.store(gl.where((row < valid_rows)[:, None], loaded, gl.zeros_like(loaded)))
-    fence_async_shared()
 
 
 @gluon.jit

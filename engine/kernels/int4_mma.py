@@ -28,6 +28,7 @@ from engine.kernels.int4 import CHUNK, Int4Scale, int4_arguments, times_factors
 from engine.kernels.int4_unpack import minus_zero, unpacked
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.registers import halves
 
 #: Most rows.
 MAX_ROWS = 16
@@ -140,14 +141,6 @@ def _load_words(source, chunk, chunks):
 
 
 @gluon.jit
-def _single(pairs, LAYOUT: gl.constexpr):
-    """Return the words of pairs ``(W, N, K)``, ``(W, N, 2 * K)`` int16; no instruction is needed for that."""
-    words = gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16))
-    words = gl.reshape(words, [pairs.shape[0], pairs.shape[1], 2 * pairs.shape[2]])
-    return gl.convert_layout(words, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
 def _load_groups(source, chunk, groups, stride, GROUP: gl.constexpr):
     """Load a value of each group of a chunk."""
     values = (_load_narrow(source + _group_of(chunk, 0, groups, GROUP) * stride),)
@@ -223,7 +216,7 @@ def _int4_mma_kernel(
     for begin in range(0, chunks, DEPTH * STEP):
         for slot in gl.static_range(DEPTH):
             first = begin + slot * STEP
-            word = _single(pairs[0], WEIGHTS)
+            word = halves(pairs[0], WEIGHTS, 2)
             products = gl.zeros([WARPS, TILE, COLUMNS], gl.float32, SUMS)
             for start in gl.static_range(0, 4, SPAN):
                 for half in gl.static_range(HALVES):

@@ -25,10 +25,10 @@ from engine.kernels.int4 import CHUNK, Int4Scale
 from engine.kernels.int4_mma import sum_of_parts
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.registers import halves
+from engine.kernels.ring import copy_load
 
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
-# Newer versions of Triton renamed this.
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 #: Most rows.
 MAX_ROWS = 2
@@ -125,18 +125,6 @@ def _numbers(words, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _single(pairs, LAYOUT: gl.constexpr, AXIS: gl.constexpr):
-    """Return the halves of 32 bits along ``AXIS``, int16; no instruction is needed for that."""
-    halves = gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16))
-    if AXIS == 1:
-        halves = gl.permute(halves, (0, 1, 3, 2))
-        halves = gl.reshape(halves, [pairs.shape[0], 2 * pairs.shape[1], pairs.shape[2]])
-    else:
-        halves = gl.reshape(halves, [pairs.shape[0], pairs.shape[1], 2 * pairs.shape[2]])
-    return gl.convert_layout(halves, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
 def _repeated(sums, TILE: gl.constexpr, LAYOUT: gl.constexpr):
     """Repeat 16 rows, which are equal, for each of TILE; no instruction is needed for that."""
     TIMES: gl.constexpr = TILE // 16
@@ -160,9 +148,9 @@ def _copy_step(
     if not EVEN:
         # Parts beyond the last chunk load that again; the inputs that they are multiplied by are 0.
         part, pairs_part = gl.minimum(part, chunks - 1), gl.minimum(pairs_part, chunks - 1)
-    _copy(words.index(slot), source + part * 16, mask=chunk * 0 + first < chunks, cache_modifier=".cg")
+    copy_load(words.index(slot), source + part * 16, mask=chunk * 0 + first < chunks, cache_modifier=".cg")
     group = pairs_part * 0 if SPAN == 0 else pairs_part // SPAN
-    _copy(pairs.index(slot), pairs_source + group * outputs, mask=pairs_chunk * 0 + first < chunks)
+    copy_load(pairs.index(slot), pairs_source + group * outputs, mask=pairs_chunk * 0 + first < chunks)
     async_copy.commit_group()
 
 
@@ -265,11 +253,11 @@ def _int4_mma_ring_kernel(
             words, pairs, ahead, source, chunk, pairs_source, pairs_chunk, last, chunks, outputs, SPAN, EVEN
         )
         slot = gl.where(slot + 1 == DEPTH, 0, slot + 1)
-        numbers = _numbers(_single(word, WEIGHTS, 2), DTYPE)
+        numbers = _numbers(halves(word, WEIGHTS, 2), DTYPE)
         products = gl.zeros([WARPS, TILE, COLUMNS], gl.float32, SUMS)
         totals = gl.zeros([WARPS, 16, COLUMNS], gl.float32, SUMS)
         for i in gl.static_range(4):
-            x = _single(inputs[i], INPUTS, 1).to(DTYPE, bitcast=True)
+            x = halves(inputs[i], INPUTS, 1).to(DTYPE, bitcast=True)
             products = mma_v2(numbers[i], x, products)
             totals = mma_v2(ones, x, totals)
         if FP16:

@@ -31,13 +31,12 @@ from engine.kernels.int4 import CHUNK, Int4Scale
 from engine.kernels.int4_unpack import minus_zero, unpacked
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.registers import halves
+from engine.kernels.ring import block_barrier, copy_load
 
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 _minus_zero = gluon.jit(minus_zero.fn)
 _unpacked = gluon.jit(unpacked.fn)
-# Newer versions of Triton renamed these.
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 #: Outputs of a tile; a warp has 16.
@@ -118,9 +117,11 @@ def int4_wgmma_gluon(
 @gluon.jit
 def _copy_weights(words, pairs, slot, source, pairs_source, output, chunk, end, outputs, SPAN: gl.constexpr):
     """Start to copy a chunk's words, and the scales and zero points of its group; zeros beyond the last chunk."""
-    _copy(words.index(slot), source + chunk * 16, mask=(output >= 0) & (chunk < end), cache_modifier=".cg")
+    copy_load(
+        words.index(slot), source + chunk * 16, mask=(output >= 0) & (chunk < end), cache_modifier=".cg"
+    )
     group = 0 if SPAN == 0 else chunk // SPAN
-    _copy(
+    copy_load(
         pairs.index(slot),
         pairs_source + group * outputs,
         mask=(pairs_source.to(gl.int64) != 0) & (chunk < end),
@@ -130,16 +131,8 @@ def _copy_weights(words, pairs, slot, source, pairs_source, output, chunk, end, 
 @gluon.jit
 def _copy_rows(x, slot, source, row, chunk, end):
     """Start to copy the rows of a chunk; zeros beyond the last one."""
-    _copy(x.index(slot), source + chunk * 128, mask=(row >= 0) & (chunk < end))
+    copy_load(x.index(slot), source + chunk * 128, mask=(row >= 0) & (chunk < end))
     async_copy.commit_group()
-
-
-@gluon.jit
-def _single(pairs, LAYOUT: gl.constexpr):
-    """Return the words of pairs ``(N, K)``, ``(N, 2 * K)`` int16; no instruction is needed for that."""
-    words = gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16))
-    words = gl.reshape(words, [pairs.shape[0], 2 * pairs.shape[1]])
-    return gl.convert_layout(words, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -209,7 +202,7 @@ def _int4_wgmma_kernel(
         async_copy.wait_group(DEPTH - 2)
         # Tensor cores read what the copies wrote.
         fence_async_shared()
-        word = _single(words.index(slot).load(PAIRS), WEIGHTS)
+        word = halves(words.index(slot).load(PAIRS), WEIGHTS, 1)
         zero = pairs.index(slot).load(gl.SliceLayout(1, WEIGHTS)) >> 16
         minus = gl.expand_dims(_minus_zero(zero, DTYPE), 1)
         scale = pairs.index(slot).load(gl.SliceLayout(1, SUMS))
@@ -247,7 +240,7 @@ def _int4_wgmma_kernel(
     if SPLIT:
         gl.store(partial_ptr + split * rows * outputs + offset, sums, mask=mask)
         # All threads must have written before the program counts itself as finished.
-        _barrier()
+        block_barrier()
         counter = counters_ptr + gl.program_id(0)
         last = gl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:

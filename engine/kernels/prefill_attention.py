@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from engine.kernels.device import is_hopper
 from engine.kernels.launch import launch
 from engine.kernels.paged import LOG2E, KVCache, find_tile, query_tiles
-from engine.kernels.ring import barriers, buffers, tma_load
+from engine.kernels.ring import barriers, buffers, clear_tail, tma_load
 
 #: Rows of a program, half of them for each compute group; keys per tile; tiles in shared memory at a time.
 _ROWS, _KEYS, _STAGES = 128, 128, 2
@@ -214,7 +214,7 @@ def _attend(
     )
     if first_key + KEYS > length:
         mbarrier.wait(values_ready.index(0), 0)
-        _clear_tail(values.index(0), length - first_key)
+        clear_tail(values.index(0), length - first_key)
     for index in range(1, masked):
         probs, acc, row_max, row_sum = _step(
             index, num_tiles, q, ring, probs, acc, row_max, row_sum, scale, position, zero, STAGES, True
@@ -253,20 +253,6 @@ def _load_queries(
     q.store(gl.load(q_ptr + offset[:, None] + column[None, :], mask=valid[:, None], other=0.0))
     # Tensor cores read shared memory through the async proxy, which does not see plain stores without a
     # fence.
-    fence_async_shared()
-
-
-@gluon.jit
-def _clear_tail(tile, valid_rows):
-    """Zero a tile of values from row ``valid_rows`` on: a weight of zero times a NaN would be NaN.
-
-    Both compute groups do this, each before its own matmul; they write the same.
-    """
-    DIM: gl.constexpr = tile.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    row = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
-    loaded = tile.load(layout)
-    tile.store(gl.where((row < valid_rows)[:, None], loaded, gl.zeros_like(loaded)))
     fence_async_shared()
 
 
