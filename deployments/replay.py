@@ -81,7 +81,7 @@ class Patience:
                 result = await work
         except TimeoutError:
             if limit.expired():
-                # Event loops may be early, uvloop by 1 ms: the clock does not say which limit it was.
+                # uvloop's timers may be half a millisecond early: the clock can't say which limit it was.
                 raise self._given_up(first) from None
             raise
         self._until = None

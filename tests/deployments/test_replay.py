@@ -211,7 +211,7 @@ async def test_a_stage_that_does_not_come_back_is_not_waited_for_for_ever():
 
 
 async def test_a_timer_that_is_early_ends_a_request_by_its_time():
-    """uvloop's timers may be a millisecond early: the clock has not come to the limit then."""
+    """uvloop's timers may be half a millisecond early: the clock has not come to the limit then."""
 
     class EarlyLoop(asyncio.SelectorEventLoop):
         def call_at(self, when, *args, **kwargs):
