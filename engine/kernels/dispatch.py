@@ -178,9 +178,9 @@ def vision_attention(
     """
     if not use_triton(q):
         return vision_attention_reference(q, k, v, cu_seqlens, max_len=max_len, scale=scale)
-    alone = len(cu_seqlens) == 2 and counters is not None and image_attention.supports(q, k, v)
     # When compiling ahead of time, compile the kernel for larger images too.
-    if alone and counters is not None and (max_len > LARGE_IMAGE or is_compiling()):
+    large = len(cu_seqlens) == 2 and (max_len > LARGE_IMAGE or is_compiling())
+    if large and counters is not None and image_attention.supports(q, k, v):
         out = image_attention_gluon(q, k, v, cu_seqlens, scale=scale, counters=counters)
         if not is_compiling():
             return out
