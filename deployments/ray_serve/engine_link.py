@@ -92,7 +92,8 @@ class Line:
     open: bool
 
 
-#: Bytes of the pickle, and number of arrays beside it. Their lengths follow, then the pickle, then they.
+#: Bytes of the pickle, and the number of arrays beside it. The lengths of the arrays follow, then the pickle,
+#: then the arrays.
 _HEAD = struct.Struct("<QI")
 
 

@@ -54,8 +54,8 @@ class WgmmaTile:
 
 
 def choose_tile(rows: int, outputs: int, chunks: int, sms: int) -> WgmmaTile:
-    """Choose the tile of a problem. Of some dozen it is the best on an H200, or within 6 % of it, for 16 and 64 rows
-    and the layers of a model of 7 billion parameters.
+    """Choose the tile of a problem. Of about a dozen tiles it is the best on an H200, or within 6 % of the best, for 16
+    and 64 rows and the layers of a model of 7 billion parameters.
 
     Args:
         rows: padded.
