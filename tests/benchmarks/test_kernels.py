@@ -50,6 +50,7 @@ def test_every_kernel_of_the_engine_is_measured():
         # Between GPUs: benchmarks.multi_gpu measures it.
         "peer_reduce",
         "recurrent_state",
+        "registers",
         "ring",
         "router_config",
         "scales",
