@@ -18,6 +18,7 @@ from engine.layers.experts import ExpertsMLP
 from engine.layers.matrix_formats import Formats, Fp8Format
 from engine.layers.rotary import Rotary
 from engine.runner.kv_storage import block_bytes, state_bytes
+from engine.weights.formats import stated_formats
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class StepBytes:
 
     @classmethod
     def of(cls, path: Path, *, fp8: bool = False) -> StepBytes:
-        """The bytes of the checkpoint at ``path`` in bfloat16.
+        """The bytes of the checkpoint at ``path`` in bfloat16, and in the format that its config.json states.
 
         Args:
             fp8: the matrices of the language model's layers are rounded to fp8.
@@ -50,7 +51,7 @@ class StepBytes:
         config = resolve(checkpoint).parse(checkpoint).decoder
         dtype = torch.bfloat16
         build = BuildContext(torch.device("meta"), dtype, SingleProcessGroup())
-        formats = Formats(every=Fp8Format(None, "output")) if fp8 else None
+        formats = Formats(every=Fp8Format(None, "output")) if fp8 else stated_formats(checkpoint)
         decoder = Decoder(config, replace(build, formats=formats))
         of_experts = [layer.experts for layer in decoder.modules() if isinstance(layer, ExpertsMLP)]
         experts = sum(_bytes(layer) for layer in of_experts)
@@ -92,5 +93,14 @@ def _copy_rate() -> float:
 
 
 def _bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's tensors; those of weights in 4 bits, which are not read yet, as a file has them."""
     tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    for name, layer in module.named_modules():
+        if getattr(layer, "packed", None):
+            slots = layer.weight_slots(f"{name}.", ())
+            targets = [
+                target for slot in slots for _, target in slot.copies if not slot.source.endswith("bias")
+            ]
+            stored += sum(target.shape.numel() * target.dtype.itemsize for target in targets)
+    return stored

@@ -34,6 +34,7 @@ from benchmarks.floors import StepBytes, measured_copy_rate
 from benchmarks.pictures import unique_picture
 from benchmarks.shapes import SHAPES, write_checkpoint
 from engine import LLM, SamplingParams
+from engine.kernels.fp8 import FP8
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -187,7 +188,9 @@ def main() -> None:
         seconds, llm = timed(lambda: load(str(path), gpu, ranks, options.quantization))
         results["load s"] = seconds
         works = Works(llm, options.shape, options.scale or (1 if gpu else 16), options.requests)
-        if ranks == 1 and options.quantization != "int4":
+        runner = llm._engine.core.runner
+        check_formats(getattr(runner, "_own", runner).model, options.quantization)
+        if ranks == 1:
             results |= floors(path, options.quantization == "fp8", works, rate)
         results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]
         for name in options.works.split(","):
@@ -251,6 +254,20 @@ def load(path: str, gpu: bool, ranks: int = 1, quantization: str | None = None) 
     # The configuration of a checkpoint in int4 says so itself.
     limits["quantization"] = None if quantization == "int4" else quantization
     return LLM(path, load_format="dummy", max_model_len=4096, tensor_parallel_size=ranks, **limits)
+
+
+def check_formats(decoder: torch.nn.Module, quantization: str | None) -> None:
+    """Check that the matrices of the decoder's layers are in the format that a reading is said to be of.
+
+    Raises:
+        SystemExit: naming those that are not.
+    """
+    layers = {name: layer for name, layer in decoder.named_modules() if hasattr(layer, "packed")}
+    names = {FP8: "fp8", torch.int16: "int4"}
+    found = {name: names.get(layer.weight.dtype) for name, layer in layers.items()}
+    wrong = [name for name, kind in found.items() if kind != quantization]
+    if wrong or not found:
+        raise SystemExit(f"these matrices are not in {quantization or 'the dtype of the model'}: {wrong[:5]}")
 
 
 def versions() -> dict[str, str]:

@@ -16,8 +16,8 @@ from engine.families.base import MediaEncoder, ModelConfig
 from engine.families.registry import family_named
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
-from engine.layers.matrix_formats import Formats, Fp8Format
-from engine.weights.formats import rules_with_scales, stored_formats
+from engine.layers.matrix_formats import Fp8Format
+from engine.weights.formats import rules_with_scales, stated_formats, stored_formats
 from engine.weights.loader import fill_from_checkpoint, fill_with_noise, match_tensors
 from engine.weights.tied import EMBEDDINGS, StoredHead, stored_head
 
@@ -40,7 +40,8 @@ def load_language_model(
     """This rank's share of the decoder with its weights. Only the rank's own rows are read.
 
     Args:
-        load_format: ``dummy`` fills with seeded noise instead, without touching a weight file.
+        load_format: ``dummy`` fills with seeded noise instead, in the format that config.json states, without
+            touching a weight file.
         quantization: rounds the matrices of the decoder's layers to fp8 if they aren't stored so.
         max_model_len: see :class:`Decoder`.
         vectors_only: the head is not needed: checkpoints of embedding models may lack it.
@@ -49,11 +50,13 @@ def load_language_model(
         CheckpointError: naming tensors that are missing, unknown or of the wrong shape. The headers are
             checked before any tensor is read.
     """
-    rules, formats = None, Formats()
-    if load_format != "dummy":
+    rules = None
+    if load_format == "dummy":
+        formats = stated_formats(checkpoint)
+    else:
         config, rules = _stored(checkpoint, config, vectors_only)
         formats = stored_formats(checkpoint, rules)
-    if quantization == "fp8" and not formats.by_name:
+    if quantization == "fp8" and not formats.by_name and formats.every is None:
         formats = replace(formats, every=Fp8Format(None, "output"))
     build = BuildContext(device, dtype, tp or SingleProcessGroup(), formats)
     decoder = Decoder(config.decoder, build, max_model_len=max_model_len)

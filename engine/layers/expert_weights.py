@@ -83,10 +83,10 @@ class ExpertWeights(nn.Module):
         stored = build.format_of(apart, name)
         rows, inputs = sum(part.size for part in parts), parts[0].inputs
         self.weight: torch.Tensor
-        self._packed: list[PackedMatrix] = []
+        self.packed: list[PackedMatrix] = []
         self.format: Fp8Format | None = None
         if isinstance(stored, PackedFormat):
-            self._packed = _packed_matrices(build.path + name, stored, parts[0], count, build)
+            self.packed = _packed_matrices(build.path + name, stored, parts[0], count, build)
             words = torch.empty((count, rows, 0), dtype=torch.int16, device=build.device)
             self.register_buffer("weight", words, persistent=False)
             self.matrices = ExpertMatrices(words)
@@ -112,10 +112,10 @@ class ExpertWeights(nn.Module):
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         parent = prefix.removesuffix(self.name + ".")
-        if self._packed:
+        if self.packed:
             return [
                 slot
-                for expert, matrix in enumerate(self._packed)
+                for expert, matrix in enumerate(self.packed)
                 for part in self.parts
                 for slot in matrix.slots(
                     f"{parent}{expert}.{part.name}.", part.total, [(part.start, part.size)]
@@ -127,9 +127,9 @@ class ExpertWeights(nn.Module):
 
     def finish_loading(self) -> None:
         """Put weights in 4 bits, which were read, into the order of the kernels."""
-        if not self._packed:
+        if not self.packed:
             return
-        words, scales = zip(*(matrix.finish() for matrix in self._packed), strict=True)
+        words, scales = zip(*(matrix.finish() for matrix in self.packed), strict=True)
         zeros = None
         if any(scale.zeros is not None for scale in scales):
             # Experts whose zero points are all in the middle have none.

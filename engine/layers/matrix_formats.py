@@ -120,7 +120,7 @@ class Formats:
     """
 
     by_name: Mapping[str, Fp8Format | PackedFormat] = field(default_factory=dict)
-    every: Fp8Format | None = None
+    every: Fp8Format | PackedFormat | None = None
     head_scales: bool = False
 
     def of(self, parts: Iterable[str], fused: str) -> Fp8Format | PackedFormat | None:

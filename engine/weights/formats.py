@@ -54,6 +54,26 @@ def stored_formats(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
     return replace(_of_matrices(checkpoint, rules), head_scales=any(prod(shape) > 1 for shape in shapes))
 
 
+def stated_formats(checkpoint: Checkpoint) -> Formats:
+    """The format that config.json states, for all matrices of the decoder's layers: there may be no tensors
+    that say which of them have it. Inputs of a group are consecutive, and int4 has zero points.
+
+    Errors as :func:`read_quantisation`.
+    """
+    quantisation = read_quantisation(checkpoint.config)
+    if quantisation is None:
+        return Formats()
+    if isinstance(quantisation, Int4Quantisation):
+        return Formats(every=Int4Format(quantisation.layout, quantisation.group))
+    if isinstance(quantisation, Fp4Quantisation):
+        of_scales = "F8_E8M0" if quantisation.layout.startswith("mxfp4") else "F8_E4M3"
+        return Formats(every=Fp4Format(quantisation.layout, DTYPES[of_scales]))
+    inputs = quantisation.rounds_inputs
+    if quantisation.block is not None:
+        return Formats(every=Fp8Format("weight_scale_inv", "block", quantisation.block, inputs))
+    return Formats(every=Fp8Format("weight_scale", "output", round_inputs=inputs))
+
+
 def _of_matrices(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
     quantisation = read_quantisation(checkpoint.config)
     parts = rules.assign(checkpoint.tensors)

@@ -17,6 +17,8 @@ from engine.layers.build import WeightSlot
 from engine.weights.reader import Rows, read_rows
 
 _DUMMY_STD = 0.02
+#: Ends of the names of the scales of quantised matrices.
+_SCALES = (".scales", "_scale", "_scale_inv")
 
 
 def fill_from_checkpoint(
@@ -127,7 +129,7 @@ def _finish(module: nn.Module) -> None:
 def fill_with_noise(module: nn.Module, seed: int) -> None:
     """Fill with small normal weights, unit norm scales and zero biases: activations stay finite.
 
-    Words of weights in 4 bits are any bits.
+    Numbers of quantised weights are any, and all their scales the same.
 
     Each tensor is drawn whole, and a rank keeps its share: the model is the same on any number of ranks.
     """
@@ -135,19 +137,28 @@ def fill_with_noise(module: nn.Module, seed: int) -> None:
     generator = torch.Generator(device).manual_seed(seed)
     for slot in _collect_slots(module, {}).values():
         if slot.copies[0][1].dim() >= 2:
-            dtype = slot.copies[0][1].dtype
-            noise = torch.empty(slot.shape, dtype=dtype, device=device)
-            if dtype.is_floating_point:
-                noise.normal_(0.0, _DUMMY_STD, generator=generator)
-            else:
-                bounds = torch.iinfo(dtype)
-                noise.random_(bounds.min, bounds.max, generator=generator)
+            noise = _noise(slot, generator)
             for region, target in slot.copies:
-                target.copy_(noise[region].reshape(target.shape))
+                target.copy_(noise[region])
         else:
             for _, target in slot.copies:
                 target.fill_(0.0 if slot.source.endswith("bias") else 1.0)
     _finish(module)
+
+
+def _noise(slot: WeightSlot, generator: torch.Generator) -> torch.Tensor:
+    """Draw the tensor of a matrix, or make that of a quantised matrix's scales."""
+    dtype, device = slot.copies[0][1].dtype, generator.device
+    if slot.source.endswith(_SCALES):
+        return torch.full(slot.shape, _DUMMY_STD, device=device).to(dtype)
+    if dtype.is_floating_point:
+        small = dtype.itemsize == 1
+        noise = torch.empty(slot.shape, dtype=torch.float32 if small else dtype, device=device)
+        # Scales make numbers in fp8 as small.
+        return noise.normal_(0.0, 1.0 if small else _DUMMY_STD, generator=generator).to(dtype)
+    bounds = torch.iinfo(dtype)
+    noise = torch.empty(slot.shape, dtype=dtype, device=device)
+    return noise.random_(bounds.min, bounds.max, generator=generator)
 
 
 def _collect_slots(module: nn.Module, names: Mapping[str, str]) -> dict[str, WeightSlot]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import __main__ as all_of_them
 from benchmarks import (
@@ -28,6 +29,9 @@ from benchmarks.clients import Trace
 from benchmarks.floors import StepBytes
 from benchmarks.processes import process_name
 from benchmarks.shapes import write_checkpoint
+from engine.checkpoint.folder import Checkpoint
+from engine.families.load import load_language_model
+from engine.families.registry import resolve
 
 
 def test_host(monkeypatch, capsys, tmp_path):
@@ -50,6 +54,29 @@ def test_offline(monkeypatch, capsys, tmp_path):
     # Differences of two times, which a busy machine may make negative.
     assert math.isfinite(found["w3 ms/tok"]) and math.isfinite(found["w4 tok/s"])
     assert found["floor w3 ms/tok"] > 0 and found["floor w4 tok/s"] > 0
+
+
+def test_offline_readings_are_of_the_format_that_they_name(tmp_path):
+    def loaded(quantization):
+        path = write_checkpoint("tiny", tmp_path / str(quantization))
+        if quantization == "int4":
+            offline.quantise_to_int4(path, 32)
+        checkpoint = Checkpoint.open(str(path))
+        config = resolve(checkpoint).parse(checkpoint)
+        options = {"device": torch.device("cpu"), "dtype": torch.float32, "load_format": "dummy"}
+        rounded = "fp8" if quantization == "fp8" else None
+        return load_language_model(checkpoint, config, **options, quantization=rounded)
+
+    decoders = {kind: loaded(kind) for kind in (None, "fp8", "int4")}
+    for kind, decoder in decoders.items():
+        offline.check_formats(decoder, kind)
+        for other in decoders.keys() - {kind}:
+            with pytest.raises(SystemExit, match=r"not in .*layers\.0\.self_attn\.qkv_proj"):
+                offline.check_formats(decoder, other)
+    # A number takes half a byte, a group's scale two bytes and its zero point half a byte.
+    plain, packed = (StepBytes.of(tmp_path / kind).weights for kind in ("None", "int4"))
+    matrices = sum(layer.weight.numel() for layer in decoders[None].modules() if hasattr(layer, "packed"))
+    assert plain - packed == matrices * (2 - 0.5 - 2.5 / 32)
 
 
 def test_conversation(monkeypatch, capsys, tmp_path):

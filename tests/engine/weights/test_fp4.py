@@ -9,7 +9,7 @@ from engine.checkpoint.quantisation import read_quantisation
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels.int4 import dequantise_int4
 from tests.engine.fp4_files import LAYOUTS, config, quantise
-from tests.engine.tiny import make_text, rewrite_tensors
+from tests.engine.tiny import make_text, rewrite_json, rewrite_tensors
 from tests.engine.weights.checkpoints import (
     Rank,
     check_inputs_are_split,
@@ -47,6 +47,17 @@ def test_ranks_have_their_shares(tmp_path, layout):
     whole, ranks = load(path), [load(path, Rank(rank, 2)) for rank in range(2)]
     check_outputs_are_split(whole, ranks, matrix)
     check_inputs_are_split(whole, ranks, matrix)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dummy_weights_have_the_format_that_is_stated(tmp_path, layout):
+    path = make_text(tmp_path / "model", "llama")
+    rewrite_json(path / "config.json", {"quantization_config": config(layout, [])})
+    (path / "model.safetensors").unlink()
+    decoder = load(path, load_format="dummy")
+    layers = [layer for layer in decoder.modules() if hasattr(layer, "packed")]
+    assert len(layers) == 8 and {layer.weight.dtype for layer in layers} == {torch.int16}
+    assert matrix(layers[0]).unique().numel() == 15 and logits(decoder).isfinite().all()
 
 
 def test_ranks_that_would_cut_groups_are_refused(tmp_path):

@@ -152,6 +152,20 @@ def test_dummy_weights_may_be_rounded_too(tmp_path):
     assert logits(decoder).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_dummy_weights_have_the_format_that_is_stated(tmp_path, scheme, kind):
+    path = make_text(tmp_path / "model", kind)
+    rewrite_json(path / "config.json", {"quantization_config": scheme.config([])})
+    (path / "model.safetensors").unlink()
+    decoder = load(path, load_format="dummy")
+    layers = [layer for layer in decoder.modules() if hasattr(layer, "packed")]
+    assert len(layers) >= 8 and {layer.weight.dtype for layer in layers} == {FP8}
+    query = layers[0]
+    assert 0.01 < dequantise(query.weight, query.scale, torch.float32).std() < 0.03
+    assert logits(decoder).isfinite().all()
+
+
 def test_answers_about_an_image_are_those_of_the_dequantised_checkpoint(tmp_path):
     path = make_qwen2_vl(tmp_path / "model")
     exact = quantise(path, Scheme(True, "block"), matrix=TEXT_MATRIX)

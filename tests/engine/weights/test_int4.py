@@ -138,13 +138,21 @@ def test_ranks_that_would_cut_groups_or_words_are_refused(tmp_path, scheme, chan
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen2_moe"])
-def test_dummy_weights_have_any_numbers(tmp_path, kind):
+@pytest.mark.parametrize(
+    "scheme", [Scheme("gptq", 32), Scheme("awq", -1), Scheme("packed")], ids=lambda s: s.layout
+)
+def test_dummy_weights_have_any_numbers(tmp_path, kind, scheme):
+    """They are in int4 because config.json says so: there are no tensors."""
     path = make_text(tmp_path / "model", kind)
-    quantise(path, Scheme("awq", -1), matrix=EXPERT_MATRIX)
+    rewrite_json(path / "config.json", {"quantization_config": scheme.config([])})
+    (path / "model.safetensors").unlink()
     decoder = load(path, load_format="dummy")
-    numbers = unpack(decoder.layers[0].self_attn.o_proj.weight, decoder.config.hidden_size)
-    assert numbers.unique().tolist() == list(range(16))
-    assert logits(decoder).isfinite().all()
+    layers = [layer for layer in decoder.modules() if hasattr(layer, "packed")]
+    assert len(layers) >= 8 and {layer.weight.dtype for layer in layers} == {torch.int16}
+    projection = decoder.layers[0].self_attn.o_proj
+    assert unpack(projection.weight, decoder.config.hidden_size).unique().tolist() == list(range(16))
+    assert projection.scale.zeros.unique().numel() > 8
+    assert matrix(projection).std() > 0.05 and logits(decoder).isfinite().all()
 
 
 def test_answers_about_an_image_are_those_of_the_dequantised_checkpoint(tmp_path):
