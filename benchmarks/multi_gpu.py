@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=_names, help="that the layouts serve")
     parser.add_argument("--images", type=_numbers, help="of a request to the layouts, comma-separated")
     parser.add_argument("--layouts", type=_names, help="those to measure: whole, 1 + 3, 2 + 2, shared")
+    parser.add_argument("--batched-tokens", type=int, default=8192, help="most in one step of the layouts")
     parser.add_argument("--of", type=int, help="run a part of a layout of so many GPUs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", action="store_true", help="run the one part in this process")
@@ -69,9 +70,8 @@ def main() -> None:
     gpus = options.gpus or (torch.cuda.device_count() if on_gpu else 2)
     if gpus < 2 and options.of is None:
         raise SystemExit("there is one GPU here; this benchmark compares several")
-    settings = Settings(
-        gpus, on_gpu, options.seconds, options.shapes, options.images, options.layouts, options.of
-    )
+    chosen = (options.shapes, options.images, options.layouts, options.batched_tokens, options.of)
+    settings = Settings(gpus, on_gpu, options.seconds, *chosen)
     if options.alone:
         PARTS[parts[0]][0](settings)
         return
@@ -114,6 +114,7 @@ def run_part(name: str, settings: Settings, limit: float) -> list[dict[str, Any]
     for option in ("shapes", "images", "layouts"):
         if given := getattr(settings, option):
             command += [f"--{option}", ",".join(map(str, given))]
+    command += ["--batched-tokens", str(settings.batched_tokens)]
     if settings.of is not None:
         command += ["--of", str(settings.of)]
     process = subprocess.Popen(

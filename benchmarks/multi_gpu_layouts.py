@@ -14,7 +14,8 @@ started once for a model, and a layout uses some of them. Embeddings travel betw
 bytes in the host's memory.
 
 Replicas that share nothing can be measured one by one: with ``--gpus 1 --of 4`` one GPU gets every fourth
-request, and rates are those of all four. Encoders apart need all their GPUs.
+request, and rates are those of all four. Encoders apart need all their GPUs. Long steps make long gaps
+between tokens; ``--batched-tokens`` bounds them.
 """
 
 from __future__ import annotations
@@ -252,7 +253,8 @@ def processes(settings: Settings, load: Load, shape: str) -> Iterator[list[Any]]
         sockets = [f"{folder}/encoder{number}" for number in range(settings.gpus)]
         gpus = [number if settings.on_gpu else None for number in range(settings.gpus)]
         encoders = [start(run_encoder, path, *pair) for pair in zip(gpus, sockets, strict=True)]
-        models = [start(run_language_model, path, gpu, sockets, shape, load.side) for gpu in gpus]
+        told = (sockets, shape, load.side, settings.batched_tokens)
+        models = [start(run_language_model, path, gpu, *told) for gpu in gpus]
         try:
             for pair in (*encoders, *models):
                 answer_of(*pair)

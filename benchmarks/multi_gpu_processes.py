@@ -28,6 +28,7 @@ class Settings:
         shapes: those that the layouts serve; None for the part's own choice.
         images: of a request to the layouts, one number or several; None for the part's own choice.
         layouts: the names of those to measure; None for all.
+        batched_tokens: most in one step of a language model of the layouts.
         of: of how many GPUs ``gpus`` are a part, see :mod:`benchmarks.multi_gpu_layouts`; None for no others.
     """
 
@@ -37,6 +38,7 @@ class Settings:
     shapes: list[str] | None = None
     images: list[int] | None = None
     layouts: list[str] | None = None
+    batched_tokens: int = 8192
     of: int | None = None
 
 

@@ -71,17 +71,18 @@ class Result:
     ended: float = 0.0
 
 
-def _config(path: str, gpu: int | None) -> EngineConfig:
+def _config(path: str, gpu: int | None, batched_tokens: int = 8192) -> EngineConfig:
     """The configuration of an engine on one GPU, which is the process's only one then; on a CPU for None."""
     if gpu is None:
         import torch
 
         torch.set_num_threads(1)
-        small: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_bytes": 32 << 20}
-        return EngineConfig(model=path, load_format="dummy", **small)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-    return EngineConfig(model=path, load_format="dummy", max_model_len=4096, gpu_memory_utilization=0.7)
+        limits: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_bytes": 32 << 20}
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+        limits = {"max_model_len": 4096, "gpu_memory_utilization": 0.7}
+    return EngineConfig(model=path, load_format="dummy", max_num_batched_tokens=batched_tokens, **limits)
 
 
 def run_encoder(connection: Connection, path: str, gpu: int | None, socket: str) -> None:
@@ -160,7 +161,13 @@ class RemoteEncoder:
 
 
 def run_language_model(
-    connection: Connection, path: str, gpu: int | None, sockets: list[str], shape: str, side: int
+    connection: Connection,
+    path: str,
+    gpu: int | None,
+    sockets: list[str],
+    shape: str,
+    side: int,
+    batched_tokens: int,
 ) -> None:
     """Answer requests as told over ``connection``, with an encoder in this process or those on ``sockets``.
 
@@ -171,9 +178,10 @@ def run_language_model(
     Args:
         shape: a key of :data:`~benchmarks.shapes.SHAPES`.
         side: of the images, in pixels.
+        batched_tokens: most in one step.
     """
     with reporting(connection):
-        config = _config(path, gpu)
+        config = _config(path, gpu, batched_tokens)
         # Before the language model measures the memory that is left for its cache.
         encoder = EncoderEngine.load(config, cache_bytes=0)
         engine = AsyncEngine(config)
