@@ -36,14 +36,17 @@ class AnswerReader:
 
     Args:
         make_parser: makes the parser of one choice; returns None where the text is all there is.
+        shows_thoughts: False leaves thoughts out of what :meth:`read` gives.
 
     Attributes:
         parses: there is more than text; else :meth:`read` need not be called.
         reasoning_tokens: tokens that belong to thoughts so far, over all choices.
     """
 
-    def __init__(self, make_parser: Callable[[], AnswerParser | None]) -> None:
-        self._make_parser = make_parser
+    def __init__(
+        self, make_parser: Callable[[], AnswerParser | None], *, shows_thoughts: bool = True
+    ) -> None:
+        self._make_parser, self._shows_thoughts = make_parser, shows_thoughts
         self._parsers: dict[int, AnswerParser | None] = {}
         self.parses = make_parser() is not None
         self._calling: set[int] = set()
@@ -67,6 +70,8 @@ class AnswerReader:
             events += parser.finish()
         if any(isinstance(event, CallStart) for event in events):
             self._calling.add(delta.index)
+        if not self._shows_thoughts:
+            events = [event for event in events if not isinstance(event, Reasoning)]
         reason: str | None = delta.finish_reason
         if reason == "stop" and delta.index in self._calling:
             reason = "tool_calls"

@@ -37,6 +37,7 @@ class Conversation:
         priority: requests with a smaller number are scheduled first.
         field_names: the caller's fields by the name under which the engine knows what they ask for.
         include_timings: the usage tells times and media too.
+        include_reasoning: thoughts are in the answer.
         processor_options, reading_options: of all media, see
             :func:`engine.inputs.media_options.with_options`.
     """
@@ -54,6 +55,7 @@ class Conversation:
     priority: int = 0
     field_names: Mapping[str, str] = field(default_factory=dict)
     include_timings: bool = False
+    include_reasoning: bool = True
     processor_options: Mapping[str, Any] | None = None
     reading_options: Mapping[str, Any] | None = None
 
@@ -118,6 +120,7 @@ def conversation(
         priority=body.priority,
         field_names=names,
         include_timings=body.include_timings,
+        include_reasoning=body.include_reasoning,
         processor_options=body.mm_processor_kwargs,
         reading_options=body.media_io_kwargs,
         **options,
@@ -151,7 +154,9 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         # Tags of calls and thoughts may be special tokens.
         params = replace(params, skip_special_tokens=False)
     updates = pipeline.generate(request_id, prompt, params, priority=given.priority, names=names)
-    reader = AnswerReader(lambda: pipeline.format.parser(given.tools, text))
+    reader = AnswerReader(
+        lambda: pipeline.format.parser(given.tools, text), shows_thoughts=given.include_reasoning
+    )
     return RunningAnswer(prompt.inputs.token_ids, params, updates, reader, given.include_timings)
 
 

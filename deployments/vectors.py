@@ -74,6 +74,7 @@ async def chat_prompt(
     salt: str,
     *,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
     options: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None] = (None, None),
 ) -> EncodedPrompt:
@@ -94,7 +95,8 @@ async def chat_prompt(
         return pipeline.builder.from_messages(
             parsed,
             items,
-            add_generation_prompt=add_generation_prompt or begins,
+            add_generation_prompt=(add_generation_prompt or begins) and not continue_final_message,
+            continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
             cache_salt=salt,
         )
@@ -125,6 +127,7 @@ async def _chat(pipeline: Pipeline, body: VectorBody) -> EncodedPrompt:
         body.instruction,
         body.cache_salt,
         add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs,
         options=(body.mm_processor_kwargs, body.media_io_kwargs),
     )
@@ -144,15 +147,20 @@ async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -
             )
         return await text_prompt(pipeline, given, body.instruction, body.cache_salt)
 
+    def cut(token_ids: list[int]) -> list[int]:
+        if limit is None or body.truncation_side == "right":
+            return token_ids[:limit]
+        return token_ids[max(0, len(token_ids) - limit) :]
+
     def build(_: list[MediaItem | PagesItem]) -> EngineInput:
         if not isinstance(given, str):
-            return pipeline.builder.from_token_ids(given[:limit], cache_salt=body.cache_salt)
+            return pipeline.builder.from_token_ids(cut(given), cache_salt=body.cache_salt)
         inputs = pipeline.builder.from_text(
             pipeline.retrieval.written(given, body.instruction),
-            add_special_tokens=body.add_special_tokens,
+            add_special_tokens=body.add_special_tokens is not False,
             cache_salt=body.cache_salt,
             placeholders_are_text=True,
         )
-        return replace(inputs, token_ids=inputs.token_ids[:limit])
+        return replace(inputs, token_ids=cut(inputs.token_ids))
 
     return await pipeline.prepare(build, salt=body.cache_salt)

@@ -1,6 +1,6 @@
 """Base of all request bodies: null means absent; unknown fields are ignored, some are refused by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, Self, get_args
 
@@ -16,9 +16,14 @@ class Part(BaseModel):
     """An object within a body.
 
     Attributes:
+        REFUSED: fields that aren't offered and would change the answer, each with what to do instead. A value
+            that asks for nothing is taken: null, false, 0, or empty.
+        DEFAULTS: further values of refused fields that ask for nothing.
         SILENT: fields that clients send unasked and that change no answer, each with the reason.
     """
 
+    REFUSED: ClassVar[Mapping[str, str]] = {}
+    DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {}
     SILENT: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(extra="ignore", populate_by_name=True, protected_namespaces=())
@@ -33,15 +38,12 @@ class RequestBody(Part):
     """A request's body.
 
     Attributes:
-        REFUSED: fields that aren't offered and would change the answer, each with what to do instead. A value
-            that asks for nothing is taken: null, false, 0, or empty.
         PLAIN: the shapes of fields that hold plain objects.
         EXAMPLE: a body that is answered, without its model.
         TASK: of the models that answer it.
         model: the name of the one that is asked.
     """
 
-    REFUSED: ClassVar[Mapping[str, str]] = {}
     PLAIN: ClassVar[Mapping[str, Shape]] = {}
     EXAMPLE: ClassVar[Mapping[str, Any]] = {}
     TASK: ClassVar[str] = "generate"
@@ -57,15 +59,9 @@ class RequestBody(Part):
             UnsupportedParameter: naming the field that isn't offered.
         """
         given = {name: value for name, value in data.items() if value is not None}
-        for name in given.keys() & cls.REFUSED.keys():
-            # A field of a base class may be refused as well.
-            if given.pop(name):
-                advice = cls.REFUSED[name]
-                raise UnsupportedParameter(
-                    f"Unsupported parameter: {name!r} is not supported{'; ' if advice else '.'}{advice}",
-                    param=name,
-                )
-        _log_unknown(cls.__name__, cls, given)
+        _look_through(cls.__name__, cls, given)
+        # A field of a base class may be refused as well.
+        given = {name: value for name, value in given.items() if name not in cls.REFUSED}
         for name in given.keys() & cls.PLAIN.keys():
             log_unknown_within(cls.__name__, given[name], cls.PLAIN[name], name)
         try:
@@ -75,9 +71,11 @@ class RequestBody(Part):
 
 
 @cache
-def _known(part: type[Part]) -> frozenset[str]:
-    """The names of an object's fields, and those that are taken in silence."""
-    return frozenset(part.SILENT).union(*(_names(name, field) for name, field in part.model_fields.items()))
+def known_fields(part: type[Part]) -> frozenset[str]:
+    """The names of an object's fields, of those that are taken in silence, and of those that are refused."""
+    return frozenset({*part.SILENT, *part.REFUSED}).union(
+        *(_names(name, field) for name, field in part.model_fields.items())
+    )
 
 
 def _names(name: str, field: FieldInfo) -> Iterator[str]:
@@ -101,13 +99,31 @@ def _parts(part: type[Part]) -> Mapping[str, type[Part]]:
     }
 
 
-def _log_unknown(body: str, part: type[Part], given: Mapping[str, Any], where: str = "") -> None:
-    """Log the unknown fields of an object and of the objects within it."""
-    log_unknown(body, given, _known(part), where)
+def _look_through(body: str, part: type[Part], given: Mapping[str, Any], where: str = "") -> None:
+    """Log the unknown fields of an object and of the objects within it.
+
+    Raises:
+        UnsupportedParameter: naming the field that isn't offered.
+    """
+    for name in given.keys() & part.REFUSED.keys():
+        if given[name] and given[name] not in part.DEFAULTS.get(name, ()):
+            raise unsupported(f"{where}{name}", part.REFUSED[name])
+    log_unknown(body, given, known_fields(part), where)
     parts = _parts(part)
     for name in given.keys() & parts.keys():
         if isinstance(given[name], dict):
-            _log_unknown(body, parts[name], given[name], f"{where}{name}.")
+            _look_through(body, parts[name], given[name], f"{where}{name}.")
+
+
+def unsupported(name: str, advice: str) -> UnsupportedParameter:
+    """The refusal of a field that isn't offered.
+
+    Args:
+        advice: what to do instead; may be empty.
+    """
+    return UnsupportedParameter(
+        f"Unsupported parameter: {name!r} is not supported{'; ' if advice else '.'}{advice}", param=name
+    )
 
 
 def _is_field(name: str) -> bool:

@@ -20,7 +20,7 @@ class Thinking(Part):
     """Thoughts as Anthropic's clients ask for them."""
 
     type: Literal["enabled", "disabled", "adaptive"] = "enabled"
-    budget_tokens: int | None = None
+    budget_tokens: int | None = Field(default=None, ge=0)
 
 
 class ChatCompletionRequest(ConversationBody):
@@ -36,6 +36,7 @@ class ChatCompletionRequest(ConversationBody):
     }
     REFUSED: ClassVar[Mapping[str, str]] = {
         **GenerationBody.REFUSED,
+        "add_special_tokens": "the chat template writes them",
         "audio": "answers are text",
         "echo": "use /v1/completions",
         "moderation": "answers are not moderated here",
@@ -44,7 +45,6 @@ class ChatCompletionRequest(ConversationBody):
     }
     SILENT: ClassVar[Mapping[str, str]] = {
         **GenerationBody.SILENT,
-        "include_reasoning": "thoughts are always in the answer",
         "prediction": "it could only make an answer faster",
     }
 
@@ -59,6 +59,7 @@ class ChatCompletionRequest(ConversationBody):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    return_tokens_as_token_ids: bool = False
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -70,6 +71,7 @@ class ChatCompletionRequest(ConversationBody):
     verbosity: str | None = None
     thinking: Thinking | None = None
     thinking_budget: int | None = Field(default=None, ge=0)
+    thinking_token_budget: int | None = Field(default=None, ge=-1)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
@@ -116,9 +118,17 @@ class ChatCompletionRequest(ConversationBody):
 
     def budget(self) -> int | None:
         """The most tokens of a thought."""
+        return self._budget()[1]
+
+    def _budget(self) -> tuple[str, int | None]:
+        """The field that bounds thoughts, and its tokens; None if there is no bound."""
         if self.thinking_budget is not None:
-            return self.thinking_budget
-        return self.thinking.budget_tokens if self.thinking is not None else None
+            return "thinking_budget", self.thinking_budget
+        if self.thinking_token_budget is not None:
+            # vLLM: -1 is no bound.
+            bound = self.thinking_token_budget
+            return "thinking_token_budget", bound if bound >= 0 else None
+        return "thinking.budget_tokens", self.thinking.budget_tokens if self.thinking is not None else None
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return the request's sampling parameters; errors as :meth:`sampling`."""
@@ -128,7 +138,7 @@ class ChatCompletionRequest(ConversationBody):
 
     def field_names(self) -> dict[str, str]:
         """The fields of this body by the name under which the engine knows what they ask for."""
-        names = {"prompt": "messages", "logprobs": "top_logprobs"}
+        names = {"prompt": "messages", "logprobs": "top_logprobs", "thinking_budget": self._budget()[0]}
         if self.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
         if self.in_older_form:

@@ -26,6 +26,7 @@ class CompletionRequest(GenerationBody):
         "messages": "use /v1/chat/completions",
         "mm_processor_kwargs": "prompts hold no media; use /v1/chat/completions",
         "prompt_embeds": "send text or token ids",
+        "thinking_token_budget": "use /v1/chat/completions",
         "suffix": "write both texts into the prompt, in the form that the model was trained on",
         "tools": "use /v1/chat/completions",
     }
@@ -33,6 +34,7 @@ class CompletionRequest(GenerationBody):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(default_factory=lambda: [""])
     echo: bool = False
     logprobs: int | None = None
+    return_tokens_as_token_ids: bool = False
     add_special_tokens: bool = True
 
     def check(self) -> None:
@@ -80,6 +82,7 @@ class CompletionLogprobs(BaseModel):
     Attributes:
         text_offset: where a token's text begins in the choice's text, in characters.
         token_logprobs, top_logprobs: None for the first token of a prompt, which nothing precedes.
+        top_logprobs: of the likeliest tokens, and of the token itself where it is none of them.
     """
 
     text_offset: list[int]

@@ -1,11 +1,11 @@
 """Vectors on the wire, of OpenAI's ``input``, or of ``messages`` as in a chat."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from deployments.protocol.base import RequestBody
+from deployments.protocol.base import RequestBody, unsupported
 from deployments.protocol.plain_fields import MESSAGE, Shape
 from deployments.protocol.usage import UsageBody
 from engine.errors import InvalidRequest
@@ -23,9 +23,16 @@ class VectorBody(RequestBody):
     TASK: ClassVar[str] = "embed"
     REFUSED: ClassVar[Mapping[str, str]] = {
         "chat_template": "it is set where the model is configured",
+        "embed_dtype": "numbers are float32",
+        "endianness": "base64 holds little-endian numbers",
+    }
+    DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {
+        "embed_dtype": ("float32",),
+        "endianness": ("native", "little"),
     }
     SILENT: ClassVar[Mapping[str, str]] = {
         "priority": "prompts are pooled in the order of their arrival",
+        "request_id": "the header x-request-id names a request",
         "user": "a note for the provider's records",
     }
     PLAIN: ClassVar[Mapping[str, Shape]] = {"messages": MESSAGE}
@@ -36,10 +43,13 @@ class VectorBody(RequestBody):
     # Beyond OpenAI.
     instruction: str | None = Field(default=None, max_length=16384)
     pooling: str = "last"
-    normalize: bool = True
-    add_special_tokens: bool = True
+    normalize: bool | None = None
+    use_activation: bool | None = None
+    add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] = "right"
     add_generation_prompt: bool = False
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
@@ -64,6 +74,25 @@ class VectorBody(RequestBody):
                 "truncate_prompt_tokens must be a number of tokens, or -1 for the model's context.",
                 param="truncate_prompt_tokens",
             )
+        if self.messages is not None:
+            if self.add_special_tokens:
+                raise unsupported("add_special_tokens", "the chat template writes them")
+            if self.truncate_prompt_tokens is not None:
+                raise unsupported("truncate_prompt_tokens", "shorten the messages")
+        if self.normalize is not None and self.use_activation not in (None, self.normalize):
+            raise InvalidRequest(
+                "normalize and use_activation contradict each other.", param="use_activation"
+            )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other.",
+                param="continue_final_message",
+            )
+
+    @property
+    def normalized(self) -> bool:
+        """Vectors have length 1. ``use_activation`` is vLLM's name for it."""
+        return self.normalize is not False and self.use_activation is not False
 
     @property
     def inputs(self) -> list[str | list[int]]:
@@ -80,7 +109,7 @@ class VectorBody(RequestBody):
         Raises:
             InvalidRequest: naming the field that is out of range.
         """
-        return PoolingParams(pooling=self.pooling, normalize=self.normalize)  # type: ignore[arg-type]
+        return PoolingParams(pooling=self.pooling, normalize=self.normalized)  # type: ignore[arg-type]
 
 
 class EmbeddingRequest(VectorBody):
@@ -117,7 +146,7 @@ class PoolingRequest(VectorBody):
 
     def pooling_params(self) -> PoolingParams:
         if self.task == "token_embed":
-            return PoolingParams(pooling="all", normalize=self.normalize)
+            return PoolingParams(pooling="all", normalize=self.normalized)
         return super().pooling_params()
 
 

@@ -1,13 +1,13 @@
 """The fields of every endpoint that generates text: sampling, constraints, thoughts, streams."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from deployments.errors import UnsupportedParameter
-from deployments.protocol.base import Part, RequestBody
+from deployments.protocol.base import Part, RequestBody, unsupported
 from deployments.tools import ToolUse
 from engine.errors import InvalidRequest
 from engine.sampling_params import SamplingParams, StructuredSpec
@@ -91,6 +91,16 @@ class ResponseFormat(Part):
 class StructuredOutputs(Part):
     """One constraint, as vLLM's clients give it."""
 
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "disable_additional_properties": "say additionalProperties: false in the schema",
+        "structural_tag": "use json, regex, choice or grammar",
+        "whitespace_pattern": "JSON stands on one line; write other forms as a regex or grammar",
+    }
+    SILENT: ClassVar[Mapping[str, str]] = {
+        "disable_any_whitespace": "JSON always stands on one line",
+        "disable_fallback": "there is one engine of grammars",
+    }
+
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
@@ -119,20 +129,30 @@ class GenerationBody(RequestBody):
         "best_of": "ask for n answers with their logprobs, and choose one",
         "chat_template": "it is set where the model is configured",
         "documents": "put their text into a message",
+        "ec_transfer_params": "the stages pass embeddings on by themselves",
+        "kv_transfer_params": "the stages pass keys and values on by themselves",
         "length_penalty": "beam search is not offered",
+        "logprob_token_ids": "ask for the likeliest tokens at each place",
         "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
         "logits_processor_pattern": "use logit_bias, allowed_token_ids or bad_words",
-        "use_beam_search": "beam search is not offered",
+        "repetition_detection": "use repetition_penalty or no_repeat_ngram_size",
+        "return_prompt_text": "/tokenize with return_token_strs shows the prompt",
+        "return_token_offsets": "log-probabilities come with each token's text",
         "truncate_prompt_tokens": "shorten the prompt",
+        "use_beam_search": "beam search is not offered",
+        "vllm_xargs": "there are no extensions that take arguments",
     }
+    DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {"best_of": (1,), "length_penalty": (1,)}
     SILENT: ClassVar[Mapping[str, str]] = {
         "metadata": "a note for the caller's own records",
         "prompt_cache_key": "every prompt is cached; cache_salt keeps callers apart",
         "prompt_cache_options": "every prompt is cached",
         "prompt_cache_retention": "the cache keeps what was used last",
+        "request_id": "the header x-request-id names a request",
         "safety_identifier": "a note for the provider's records",
         "spaces_between_special_tokens": "tokens spell themselves",
         "store": "chats and completions are never kept",
+        "truncation_side": "prompts are never cut",
         "user": "a note for the provider's records",
     }
 
@@ -252,15 +272,13 @@ def check_verbosity(value: str | None, field: str) -> None:
         UnsupportedParameter: it isn't ``medium``, which asks for nothing.
     """
     if value not in (None, "medium"):
-        raise UnsupportedParameter(
-            f"Unsupported parameter: {field!r} is not supported; ask for short answers in the messages",
-            param=field,
-        )
+        raise unsupported(field, "ask for short answers in the messages")
 
 
 class ConversationBody(GenerationBody):
     """Fields and answers of every body that asks for the answer to a conversation.
 
+    Without ``include_reasoning`` the model thinks, but its thoughts are left out of the answer.
     ``mm_processor_kwargs`` and ``media_io_kwargs`` hold for all media of it, see
     :func:`engine.inputs.media_options.with_options`.
     """
@@ -268,6 +286,7 @@ class ConversationBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool = True
 
     def check_one_answer(self) -> None:
         """Refuse several answers, for endpoints that have no place for them.

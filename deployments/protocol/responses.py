@@ -52,6 +52,8 @@ class ResponsesRequest(ConversationBody):
         "access_programs": "programs are not offered",
         "background_options": "retrieve the response by its id",
         "context_management": "send the items that the model should see",
+        "enable_response_messages": "input_items and output have the items",
+        "previous_input_messages": "send the items in input",
         "conversation": "send previous_response_id",
         "image": "answers are text",
         "messages": "send input, or use /v1/chat/completions",

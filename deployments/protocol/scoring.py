@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AliasChoices, BaseModel, Field, PrivateAttr
 
-from deployments.protocol.base import RequestBody
+from deployments.protocol.base import RequestBody, unsupported
 from deployments.protocol.plain_fields import SCORED, Shape
 from deployments.protocol.usage import UsageBody
 from engine.errors import InvalidRequest
@@ -31,13 +31,45 @@ def named(field: str, items: Sequence[Item]) -> list[tuple[Item, str]]:
 
 
 class ScoringBody(RequestBody):
-    """Fields of every endpoint that answers with scores."""
+    """Fields of every endpoint that answers with scores.
+
+    ``mm_processor_kwargs`` and ``media_io_kwargs`` hold for all media of it, see
+    :func:`engine.inputs.media_options.with_options`.
+    """
 
     TASK: ClassVar[str] = "embed"
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "activation": "scores are cosines, or a reranker's probabilities",
+        "chat_template": "it is set where the model is configured",
+        "chat_template_kwargs": "the template of pairs has no options",
+        "max_chunks_per_doc": "cut documents into chunks, and send each",
+        "max_tokens_per_doc": "shorten the documents",
+        "max_tokens_per_query": "shorten the query",
+        "rank_fields": "send the text of each document",
+        "truncate_prompt_tokens": "shorten the texts",
+    }
+    SILENT: ClassVar[Mapping[str, str]] = {
+        "priority": "prompts are pooled in the order of their arrival",
+        "request_id": "the header x-request-id names a request",
+        "truncation_side": "texts are never cut",
+        "user": "a note for the provider's records",
+    }
 
     # Beyond Cohere's and Jina's.
     instruction: str | None = Field(default=None, max_length=16384)
+    use_activation: bool = True
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, Any] | None = None
     cache_salt: str = Field(default="", max_length=256)
+
+    def check(self) -> None:
+        """Check the request's fields.
+
+        Raises:
+            InvalidRequest, UnsupportedParameter: naming the field that can't be used.
+        """
+        if not self.use_activation:
+            raise unsupported("use_activation", "scores are cosines, or a reranker's probabilities")
 
 
 #: The names of the two sides of pairs, in other servers' words too.
@@ -49,7 +81,6 @@ class ScoreRequest(ScoringBody):
     """Body of ``POST /v1/score``. One item against many, many against one, or pairs of equally long lists."""
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"text_1": "a red circle", "text_2": ["a circle", "a square"]}
-    REFUSED: ClassVar[Mapping[str, str]] = {"truncate_prompt_tokens": "shorten the texts"}
     PLAIN: ClassVar[Mapping[str, Shape]] = dict.fromkeys((*_FIRST, *_SECOND), SCORED)
 
     text_1: Item | list[Item] = Field(validation_alias=AliasChoices(*_FIRST))
@@ -132,11 +163,7 @@ class RerankRequest(ScoringBody):
         ]
 
     def check(self) -> None:
-        """Check the bounds of the request's fields.
-
-        Raises:
-            InvalidRequest: naming the field that is out of range.
-        """
+        super().check()
         if not 1 <= len(self.documents) <= MAX_DOCUMENTS:
             raise InvalidRequest(
                 f"documents must have 1 to {MAX_DOCUMENTS} entries, not {len(self.documents)}.",

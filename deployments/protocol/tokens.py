@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from deployments.protocol.base import RequestBody
+from deployments.protocol.base import RequestBody, unsupported
 from deployments.protocol.plain_fields import CHAT, Shape
 from engine.errors import InvalidRequest
 
@@ -20,7 +20,7 @@ class TokenizeRequest(RequestBody):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: Any = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -33,9 +33,12 @@ class TokenizeRequest(RequestBody):
 
         Raises:
             InvalidRequest: neither or both of ``prompt`` and ``messages`` are given.
+            UnsupportedParameter: naming the field that is for a text alone.
         """
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Either prompt or messages must be given.", param="prompt")
+        if self.messages is not None and self.add_special_tokens:
+            raise unsupported("add_special_tokens", "the chat template writes them")
 
 
 class TokenizeResponse(BaseModel):

@@ -19,7 +19,7 @@ from deployments.pipeline import Pipeline
 from deployments.protocol import chat as wire
 from deployments.resumption import Resumption, resumption
 from deployments.routers.models import read_request
-from deployments.routers.values import content_logprobs, prompt_row, usage_body
+from deployments.routers.values import content_logprobs, prompt_row, token_name, usage_body
 from engine.outputs import StreamUpdate
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
 
@@ -197,7 +197,8 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
             ]
     logprobs = None
     if found.logprobs is not None:
-        content = content_logprobs(found.token_ids, found.logprobs, tops)
+        name = token_name(answer.body)
+        content = content_logprobs(found.token_ids, found.logprobs, tops, name=name)
         logprobs = wire.Logprobs(content=content)
     return wire.Choice(
         index=found.index,
@@ -276,7 +277,8 @@ def _delta_events(
         wire.ChunkChoice(index=delta.index, delta=part, logprobs=None, finish_reason=None) for part in deltas
     ]
     if delta.logprobs is not None:
-        content = content_logprobs(delta.token_ids, delta.logprobs, running.params.logprobs or 0)
+        tops = running.params.logprobs or 0
+        content = content_logprobs(delta.token_ids, delta.logprobs, tops, name=token_name(answer.body))
         choices[0].logprobs = wire.Logprobs(content=content)
     if ids:
         choices[0].token_ids = delta.token_ids

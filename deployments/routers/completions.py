@@ -19,7 +19,7 @@ from deployments.protocol import completions as wire
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
 from deployments.routers.models import read_request
-from deployments.routers.values import finite, prompt_row, usage_body
+from deployments.routers.values import TokenName, finite, prompt_row, token_name, usage_body
 from deployments.tasks import all_or_none, merged
 from engine.outputs import StreamUpdate, TokenLogprob, Usage
 from engine.prompt import EngineInput, MediaItem, PagesItem
@@ -58,6 +58,7 @@ async def create_completion(request: Request) -> Response:
         body,
         params,
         lambda token: tokenizer.decode([token], skip_special_tokens=False),
+        token_name(body),
     )
     current_report().answer = answer.id
     with caller_fields(names):
@@ -96,7 +97,12 @@ async def _prepared(
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """Fields that all parts of one response share; ``decode`` returns the text of a token."""
+    """Fields that all parts of one response share.
+
+    Attributes:
+        decode: returns the text of a token.
+        name: what log-probabilities call a token.
+    """
 
     id: str
     created: int
@@ -104,6 +110,7 @@ class _Answer:
     body: wire.CompletionRequest
     params: SamplingParams
     decode: Callable[[int], str]
+    name: TokenName
 
     def usage_extras(self) -> dict[str, Any]:
         """Further fields of the usage, once all choices have ended."""
@@ -157,7 +164,7 @@ def _choice(
             [] if body.only_echo else list(zip(choice.token_ids, choice.logprobs, strict=False))
         )
         before = list(zip(each.token_ids, prompt_logprobs, strict=False)) if body.echo else []
-        made.logprobs = _logprobs([*before, *rows], answer.params.logprobs or 0, 0, answer.decode)
+        made.logprobs = _logprobs(answer, [*before, *rows], 0)
     if body.prompt_logprobs is not None:
         made.prompt_logprobs = [prompt_row(row) for row in prompt_logprobs]
     if body.return_token_ids:
@@ -166,17 +173,12 @@ def _choice(
 
 
 def _logprobs(
-    rows: Sequence[tuple[int, Mapping[int, TokenLogprob] | None]],
-    count: int,
-    offset: int,
-    decode: Callable[[int], str],
+    answer: _Answer, rows: Sequence[tuple[int, Mapping[int, TokenLogprob] | None]], offset: int
 ) -> wire.CompletionLogprobs:
     """Rows of a token and its alternatives in the older form.
 
     Args:
-        count: alternatives per token.
         offset: where the first token's text begins in the choice's text.
-        decode: gives the text of a token that has no row.
     """
     made = wire.CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
     for token, row in rows:
@@ -184,18 +186,22 @@ def _logprobs(
         if own is not None and not own.bytes:
             # The token adds nothing to the text: it ends it, or is a special token.
             continue
-        text = decode(token) if own is None else own.decoded_token or ""
+        # The first token of a prompt has no log-probability.
+        named = own or TokenLogprob(0.0, decoded_token=answer.decode(token))
         made.text_offset.append(offset)
-        made.tokens.append(text)
+        made.tokens.append(answer.name(token, named))
         made.token_logprobs.append(None if own is None else finite(own.logprob))
-        made.top_logprobs.append(None if row is None else _tops(row, count))
-        offset += len(text)
+        made.top_logprobs.append(None if row is None else _tops(answer, token, row))
+        offset += len(named.decoded_token or "")
     return made
 
 
-def _tops(row: Mapping[int, TokenLogprob], count: int) -> dict[str, float]:
-    best = sorted((value for value in row.values() if (value.rank or 0) <= count), key=lambda v: -v.logprob)
-    return {value.decoded_token or "": finite(value.logprob) for value in best}
+def _tops(answer: _Answer, own: int, row: Mapping[int, TokenLogprob]) -> dict[str, float]:
+    """The likeliest tokens, and the token itself where it is none of them."""
+    count = answer.params.logprobs or 0
+    shown = [(token, value) for token, value in row.items() if token == own or (value.rank or 0) <= count]
+    shown.sort(key=lambda each: -each[1].logprob)
+    return {answer.name(token, value): finite(value.logprob) for token, value in shown}
 
 
 async def _events(
@@ -214,21 +220,21 @@ async def _events(
             usages[number] = update.usage
             for delta in update.deltas:
                 index = number * answer.params.n + delta.index
-                text = delta.text
-                if index not in offsets:
+                text, begins = delta.text, index not in offsets
+                if begins:
                     offsets[index], text = 0, running[number].text + text
                 choice = wire.CompletionChoice(
                     index=index, text=text, logprobs=None, finish_reason=delta.finish_reason
                 )
                 if delta.logprobs is not None:
                     rows = list(zip(delta.token_ids, delta.logprobs, strict=False))
-                    choice.logprobs = _logprobs(
-                        rows, answer.params.logprobs or 0, offsets[index], answer.decode
-                    )
+                    choice.logprobs = _logprobs(answer, rows, offsets[index])
                 if delta.stop_reason is not None:
                     choice.stop_reason = delta.stop_reason
                 if answer.body.return_token_ids:
                     choice.token_ids = delta.token_ids
+                    if begins:
+                        choice.prompt_token_ids = running[number].token_ids
                 offsets[index] += len(text)
                 if text or delta.finish_reason or delta.logprobs or answer.body.return_token_ids:
                     fields = {"usage": None} if answer.body.ends_with_usage else {}

@@ -65,6 +65,6 @@ def _shortened(vector: list[float], body: wire.EmbeddingRequest) -> list[float]:
             f"dimensions is {size}, but this model's vectors have {len(vector)}.", param="dimensions"
         )
     cut = np.array(vector[:size])
-    if body.normalize:
+    if body.normalized:
         cut /= max(float(np.linalg.norm(cut)), 1e-12)
     return cut.tolist()

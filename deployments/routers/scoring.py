@@ -18,6 +18,7 @@ from deployments.routers.values import usage_body
 from deployments.tasks import all_or_none
 from deployments.vectors import AT_A_TIME, chat_prompt, text_prompt, total_usage
 from engine.errors import InvalidRequest
+from engine.inputs.media_options import with_options
 from engine.inputs.messages import parse_messages
 from engine.inputs.retrieval import compare, item_key, only_text, pair_score, parts_of
 from engine.outputs import EmbeddingOutput, Usage
@@ -35,6 +36,7 @@ MAX_NUMBERS = 1 << 26
 async def score(request: Request) -> Response:
     """Return a score for each pair: its items' similarity, or a reranker's probability of a match."""
     body, pipeline = await read_request(request, wire.ScoreRequest)
+    body.check()
     name = f"score-{uuid.uuid4().hex}"
     scores, usage = await _scores(pipeline, name, body.pairs(), body)
     data = [wire.Score(index=index, score=score) for index, score in enumerate(scores)]
@@ -124,6 +126,7 @@ async def _pair_prompt(
     pipeline: Pipeline, query: wire.Item, document: wire.Item, body: wire.ScoringBody
 ) -> EncodedPrompt:
     messages, sources = parse_messages(pipeline.retrieval.pair(query, document, body.instruction))
+    sources = with_options(sources, body.mm_processor_kwargs, body.media_io_kwargs)
 
     def build(items: list[MediaItem | PagesItem]) -> EngineInput:
         return pipeline.retrieval.pair_builder.from_messages(messages, items, cache_salt=body.cache_salt)
@@ -152,7 +155,7 @@ async def _embed(
         async with places:
             parts = {f"messages[0].content[{index}]": field for index in range(len(parts_of(item, field)))}
             with caller_fields({"prompt": field, "messages": field} | parts):
-                prompt = await _prepared(pipeline, item, field, instruction, body.cache_salt)
+                prompt = await _prepared(pipeline, item, field, instruction, body)
             output = await pipeline.embed(f"{name}-{index}", prompt, pipeline.retrieval.params())
         if output.token_embeddings is not None:
             nonlocal numbers
@@ -170,12 +173,14 @@ async def _embed(
 
 
 async def _prepared(
-    pipeline: Pipeline, item: wire.Item, field: str, instruction: str | None, salt: str
+    pipeline: Pipeline, item: wire.Item, field: str, instruction: str | None, body: wire.ScoringBody
 ) -> EncodedPrompt:
     parts, text = parts_of(item, field), only_text(item)
     if text is not None:
-        return await text_prompt(pipeline, text, instruction, salt)
-    return await chat_prompt(pipeline, [{"role": "user", "content": parts}], instruction, salt)
+        return await text_prompt(pipeline, text, instruction, body.cache_salt)
+    messages = [{"role": "user", "content": parts}]
+    options = body.mm_processor_kwargs, body.media_io_kwargs
+    return await chat_prompt(pipeline, messages, instruction, body.cache_salt, options=options)
 
 
 def _shown(item: wire.Item) -> dict[str, Any]:

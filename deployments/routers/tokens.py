@@ -55,7 +55,9 @@ async def tokenize(request: Request) -> wire.TokenizeResponse:
 
 def _plain(pipeline: Pipeline, body: wire.TokenizeRequest, _: list[MediaItem | PagesItem]) -> EngineInput:
     return pipeline.builder.from_text(
-        body.prompt or "", add_special_tokens=body.add_special_tokens, placeholders_are_text=True
+        body.prompt or "",
+        add_special_tokens=body.add_special_tokens is not False,
+        placeholders_are_text=True,
     )
 
 

@@ -1,11 +1,30 @@
 """Values of the engine in the form that several endpoints send."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deployments.protocol.chat import ChatLogprob, TopLogprob
+from deployments.protocol.chat import ChatCompletionRequest, ChatLogprob, TopLogprob
+from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.usage import CompletionTokensDetails, PromptTokensDetails, UsageBody
 from engine.outputs import TokenLogprob, Usage
+
+#: What log-probabilities call a token, given its id.
+TokenName = Callable[[int, TokenLogprob], str]
+
+
+def token_text(token: int, value: TokenLogprob) -> str:
+    """The text of a token."""
+    return value.decoded_token or ""
+
+
+def token_id(token: int, value: TokenLogprob) -> str:
+    """The id of a token, as vLLM writes it. Several tokens may have the same text."""
+    return f"token_id:{token}"
+
+
+def token_name(body: ChatCompletionRequest | CompletionRequest) -> TokenName:
+    """What the log-probabilities of an answer to ``body`` call tokens."""
+    return token_id if body.return_tokens_as_token_ids else token_text
 
 
 def usage_body(usage: Usage, reasoning_tokens: int = 0, extras: Mapping[str, Any] = {}) -> UsageBody:
@@ -25,7 +44,11 @@ def usage_body(usage: Usage, reasoning_tokens: int = 0, extras: Mapping[str, Any
 
 
 def content_logprobs(
-    token_ids: Sequence[int], rows: Sequence[Mapping[int, TokenLogprob]], count: int
+    token_ids: Sequence[int],
+    rows: Sequence[Mapping[int, TokenLogprob]],
+    count: int,
+    *,
+    name: TokenName = token_text,
 ) -> list[ChatLogprob]:
     """Each token of the content with the ``count`` likeliest tokens at its position.
 
@@ -36,9 +59,13 @@ def content_logprobs(
     for token, row in zip(token_ids, rows, strict=False):
         if not row[token].bytes:
             continue
-        tops = [_top(value) for value in row.values() if value.rank is not None and value.rank <= count]
+        tops = [
+            _top(other, value, name)
+            for other, value in row.items()
+            if value.rank is not None and value.rank <= count
+        ]
         tops.sort(key=lambda top: -top.logprob)
-        found.append(ChatLogprob(**_top(row[token]).model_dump(), top_logprobs=tops))
+        found.append(ChatLogprob(**_top(token, row[token], name).model_dump(), top_logprobs=tops))
     return found
 
 
@@ -57,7 +84,7 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _top(value: TokenLogprob) -> TopLogprob:
+def _top(token: int, value: TokenLogprob, name: TokenName) -> TopLogprob:
     """``bytes`` is null for a token that is no text, as OpenAI has it."""
     own_bytes = list(value.bytes) or None
-    return TopLogprob(token=value.decoded_token or "", logprob=finite(value.logprob), bytes=own_bytes)
+    return TopLogprob(token=name(token, value), logprob=finite(value.logprob), bytes=own_bytes)

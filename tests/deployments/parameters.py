@@ -1,4 +1,5 @@
-"""Writes docs/parameters.md: every parameter that the clients' types know, and what becomes of it here.
+"""Writes docs/parameters.md: every parameter that the clients' types or vLLM's server know, and what becomes
+of it here.
 
 ``python -m tests.deployments.parameters`` writes the page; a test compares it with the installed clients.
 """
@@ -14,12 +15,14 @@ import openai.types.completion_create_params
 import openai.types.embedding_create_params
 import openai.types.responses.response_create_params
 
-from deployments.protocol.base import RequestBody
+from deployments.protocol.base import RequestBody, known_fields
 from deployments.protocol.chat import ChatCompletionRequest
 from deployments.protocol.completions import CompletionRequest
-from deployments.protocol.embeddings import EmbeddingRequest
+from deployments.protocol.embeddings import EmbeddingRequest, PoolingRequest
 from deployments.protocol.messages import MessagesRequest
 from deployments.protocol.responses import ResponsesRequest
+from deployments.protocol.scoring import RerankRequest, ScoreRequest
+from deployments.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from tests.deployments.nested_parameters import Field, fields_of
 from tests.serving import ROOT
 
@@ -27,12 +30,13 @@ PAGE = ROOT / "docs" / "parameters.md"
 
 HEAD = """# Parameters
 
-What becomes of every parameter that the types of OpenAI's and Anthropic's Python clients know.
-`tests/deployments/test_parameters.py` compares this page with the installed clients.
+What becomes of every parameter that the types of OpenAI's and Anthropic's Python clients know, and of those
+that vLLM's server takes beside them. `tests/deployments/test_parameters.py` compares this page with the
+installed clients.
 
 - **works**: it does what the API says, or says which of its values can't be had.
 - **refused**: 400 with the code `unsupported_parameter` and the parameter's name. Null, false, 0 and empty
-  values are taken, since they ask for nothing.
+  values are taken, since they ask for nothing, and so is the default where it is none of these.
 - **no effect**: it is taken and no answer depends on it, for the reason given.
 
 Fields within parameters have tables of their own: `[]` stands for an entry of a list, `<...>` for the `type`
@@ -171,6 +175,74 @@ LIMITS: Mapping[str, Mapping[str, str]] = {
     },
 }
 
+#: The release of vLLM whose server takes these parameters.
+VLLM_VERSION = "0.26.0"
+
+#: What vLLM's server takes beside the parameters of OpenAI's types, by endpoint.
+VLLM: Mapping[str, str] = {
+    "/v1/chat/completions": """add_generation_prompt add_special_tokens allowed_token_ids bad_words
+        cache_salt chat_template chat_template_kwargs continue_final_message documents
+        ec_transfer_params echo ignore_eos include_reasoning include_stop_str_in_output
+        kv_transfer_params length_penalty logprob_token_ids media_io_kwargs min_p min_tokens
+        mm_processor_kwargs priority prompt_logprobs repetition_detection repetition_penalty request_id
+        return_prompt_text return_token_ids return_token_offsets return_tokens_as_token_ids
+        skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs
+        thinking_token_budget top_k truncate_prompt_tokens truncation_side use_beam_search
+        vllm_xargs""",
+    "/v1/responses": """cache_salt chat_template_kwargs ec_transfer_params enable_response_messages
+        frequency_penalty ignore_eos include_reasoning include_stop_str_in_output kv_transfer_params
+        logit_bias media_io_kwargs mm_processor_kwargs presence_penalty previous_input_messages priority
+        repetition_penalty request_id seed skip_special_tokens stop structured_outputs top_k
+        vllm_xargs""",
+    "/v1/completions": """add_special_tokens allowed_token_ids bad_words cache_salt ec_transfer_params
+        ignore_eos include_stop_str_in_output kv_transfer_params length_penalty logprob_token_ids min_p
+        min_tokens priority prompt_embeds prompt_logprobs repetition_detection repetition_penalty
+        request_id response_format return_token_ids return_token_offsets return_tokens_as_token_ids
+        skip_special_tokens spaces_between_special_tokens stop_token_ids structured_outputs
+        thinking_token_budget top_k truncate_prompt_tokens truncation_side use_beam_search
+        vllm_xargs""",
+    "/v1/embeddings": """add_generation_prompt add_special_tokens cache_salt chat_template
+        chat_template_kwargs continue_final_message embed_dtype endianness media_io_kwargs messages
+        mm_processor_kwargs priority request_id truncate_prompt_tokens truncation_side
+        use_activation""",
+    "/v1/messages": "ec_transfer_params kv_transfer_params",
+    "/pooling": """add_generation_prompt add_special_tokens cache_salt chat_template
+        chat_template_kwargs continue_final_message dimensions embed_dtype encoding_format endianness
+        input media_io_kwargs messages mm_processor_kwargs model priority request_id task
+        truncate_prompt_tokens truncation_side use_activation user""",
+    "/v1/score": """cache_salt chat_template_kwargs data_1 data_2 documents instruction items
+        max_tokens_per_doc max_tokens_per_query mm_processor_kwargs model priority queries request_id
+        text_1 text_2 truncate_prompt_tokens truncation_side use_activation user""",
+    "/v1/rerank": """cache_salt chat_template_kwargs documents instruction max_tokens_per_doc
+        max_tokens_per_query mm_processor_kwargs model priority query request_id top_n
+        truncate_prompt_tokens truncation_side use_activation user""",
+    "/tokenize": """add_generation_prompt add_special_tokens chat_template chat_template_kwargs
+        continue_final_message media_io_kwargs messages mm_processor_kwargs model prompt
+        return_token_strs tools""",
+    "/detokenize": "model tokens",
+}
+
+#: What a parameter of vLLM's that works can't do.
+VLLM_LIMITS: Mapping[str, Mapping[str, str]] = {
+    "/v1/chat/completions": {"structured_outputs": "without `structural_tag` and `whitespace_pattern`"},
+    "/v1/responses": {"structured_outputs": "without `structural_tag` and `whitespace_pattern`"},
+    "/v1/completions": {"structured_outputs": "without `structural_tag` and `whitespace_pattern`"},
+    "/v1/embeddings": {
+        "add_special_tokens": "of `input`",
+        "truncate_prompt_tokens": "of `input`",
+        "use_activation": "the same as `normalize`",
+    },
+    "/pooling": {
+        "add_special_tokens": "of `input`",
+        "task": "`token_embed` or `embed`",
+        "truncate_prompt_tokens": "of `input`",
+        "use_activation": "the same as `normalize`",
+    },
+    "/v1/score": {"use_activation": "only true"},
+    "/v1/rerank": {"use_activation": "only true"},
+    "/tokenize": {"add_special_tokens": "of `prompt`"},
+}
+
 
 #: Path of a field of a block within another block.
 _BLOCK_IN_BLOCK = re.compile(r"content\[\]<.*\.content\b.*[.<]")
@@ -217,15 +289,25 @@ class Parameters:
 
     def state(self, name: str) -> str | None:
         """Treatment of a parameter; None if nobody has decided."""
-        if name in self.body.REFUSED:
-            return "refused"
-        if name in self.body.SILENT:
-            return "no effect"
-        return "works" if name in self.body.model_fields else None
+        return state_of(self.body, name)
 
     def note(self, name: str) -> str:
-        notes = {"refused": self.body.REFUSED, "no effect": self.body.SILENT}
-        return notes.get(self.state(name) or "", LIMITS.get(self.path, {})).get(name, "")
+        return note_of(self.body, name, LIMITS.get(self.path, {}))
+
+
+def state_of(body: type[RequestBody], name: str) -> str | None:
+    """Treatment of a parameter; None if nobody has decided."""
+    if name in body.REFUSED:
+        return "refused"
+    if name in body.SILENT:
+        return "no effect"
+    return "works" if name in known_fields(body) else None
+
+
+def note_of(body: type[RequestBody], name: str, limits: Mapping[str, str]) -> str:
+    """Why a parameter is treated so."""
+    notes = {"refused": body.REFUSED, "no effect": body.SILENT}
+    return notes.get(state_of(body, name) or "", limits).get(name, "")
 
 
 _CHAT = openai.types.chat.completion_create_params
@@ -267,9 +349,40 @@ ENDPOINTS = [
 ]
 
 
+#: Bodies of the endpoints that neither OpenAI's nor Anthropic's client knows.
+OTHERS: Mapping[str, type[RequestBody]] = {
+    "/pooling": PoolingRequest,
+    "/v1/score": ScoreRequest,
+    "/v1/rerank": RerankRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+BODIES: Mapping[str, type[RequestBody]] = {**{each.path: each.body for each in ENDPOINTS}, **OTHERS}
+
+
+def beyond() -> list[tuple[str, str, str | None]]:
+    """Endpoint, name and treatment of each parameter that vLLM's server takes beside those of the clients."""
+    return [
+        (path, name, state_of(BODIES[path], name)) for path, names in VLLM.items() for name in names.split()
+    ]
+
+
 def page() -> str:
     """The whole page."""
-    return HEAD + "".join(_section(each) for each in ENDPOINTS)
+    sections = "".join(_section(each) + _beyond(each.path) for each in ENDPOINTS)
+    return HEAD + sections + "".join(f"\n## {path}\n{_beyond(path)}" for path in OTHERS)
+
+
+def _beyond(path: str) -> str:
+    limits = VLLM_LIMITS.get(path, {})
+    rows = "".join(
+        f"| `{name}` | {state} | {note_of(BODIES[path], name, limits)} |\n"
+        for where, name, state in beyond()
+        if where == path
+    )
+    beside = "" if path in OTHERS else " beside them"
+    return f"\nvLLM {VLLM_VERSION} takes{beside}:\n\n| parameter | here | note |\n|---|---|---|\n{rows}"
 
 
 def _section(given: Parameters) -> str:
@@ -290,6 +403,7 @@ def undecided() -> Iterator[str]:
     """Parameters that would be ignored in silence."""
     for each in ENDPOINTS:
         yield from (f"{each.path}: {name}" for name in each.names if each.state(name) is None)
+    yield from (f"{path}: {name}" for path, name, state in beyond() if state is None)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,18 @@ import re
 import pytest
 from pytest import approx
 
-from deployments.protocol.base import RequestBody
-from deployments.protocol.embeddings import PoolingRequest
-from deployments.protocol.scoring import RerankRequest, ScoreRequest
-from deployments.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from tests.deployments.nested_parameters import WRONG, Field, left_out, put, sample
-from tests.deployments.parameters import ENDPOINTS, LIMITS, PAGE, page, undecided
+from tests.deployments.parameters import (
+    BODIES,
+    ENDPOINTS,
+    LIMITS,
+    OTHERS,
+    PAGE,
+    VLLM_LIMITS,
+    beyond,
+    page,
+    undecided,
+)
 
 pytestmark = pytest.mark.usefixtures("idle_afterwards")
 
@@ -26,18 +32,19 @@ def test_the_page_is_that_of_the_installed_clients():
     assert PAGE.read_text() == page(), "run: python -m tests.deployments.parameters"
     for path, limits in LIMITS.items():
         assert {BY_PATH[path].state(name) for name in limits} == {"works"}
+    works = {(path, name) for path, name, state in beyond() if state == "works"}
+    assert works >= {(path, name) for path, limits in VLLM_LIMITS.items() for name in limits}
 
 
 def cases(state: str) -> list[tuple[str, str]]:
-    return [(each.path, name) for each in ENDPOINTS for name in each.names if each.state(name) == state]
-
-
-def body_type(path: str) -> type[RequestBody]:
-    return BY_PATH[path].body if path in BY_PATH else OTHERS[path]
+    """Endpoint and name of each parameter that is treated so, of clients and of vLLM's server."""
+    found = [(each.path, name) for each in ENDPOINTS for name in each.names if each.state(name) == state]
+    more = [(path, name) for path, name, treated in beyond() if treated == state and path in BY_PATH]
+    return list(dict.fromkeys([*found, *more]))
 
 
 def body(path: str) -> dict:
-    given = body_type(path)
+    given = BODIES[path]
     model = "tests/vectors" if given.TASK == "embed" else "pocket"
     return {**given.EXAMPLE, "model": model} | ({} if given.TASK == "embed" else {"temperature": 0})
 
@@ -154,16 +161,6 @@ async def test_a_wrong_value_within_a_parameter_is_refused_by_its_own_name(http)
         assert named and (wanted.startswith(named) or named.startswith(wanted)), (wanted, error)
 
 
-#: Bodies of the endpoints that neither OpenAI's nor Anthropic's client knows.
-OTHERS: dict[str, type[RequestBody]] = {
-    "/v1/score": ScoreRequest,
-    "/v1/rerank": RerankRequest,
-    "/pooling": PoolingRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
-
-
 @pytest.mark.parametrize("path", OTHERS)
 async def test_other_endpoints_refuse_by_name_and_log_what_they_do_not_know(http, path, caplog):
     given = body(path)
@@ -186,7 +183,7 @@ async def test_other_endpoints_refuse_by_name_and_log_what_they_do_not_know(http
 @pytest.mark.parametrize("path", [*BY_PATH, *OTHERS])
 async def test_a_wrong_value_of_any_field_is_refused_by_its_own_name(http, path):
     """Also of fields that only other servers' clients know."""
-    for name, known in body_type(path).model_fields.items():
+    for name, known in BODIES[path].model_fields.items():
         field = known.alias or name
         given = {**body(path), field: WRONG}
         if name == "messages":
@@ -249,7 +246,7 @@ async def answers(http, path: str, given: dict) -> list:
 def unknown_fields(path: str, given: dict, caplog) -> list[str]:
     """The unknown fields that reading a body logs."""
     caplog.clear()
-    body_type(path).read(given)
+    BODIES[path].read(given)
     return [re.findall("'(.*)'", record.getMessage())[0] for record in caplog.records]
 
 

@@ -1,0 +1,206 @@
+"""Fields that users of vLLM's server send: they work, or are refused by name."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.parsers.formats import REASONING_TAGS
+from tests.deployments.parameters import BODIES
+from tests.deployments.pictures import circle, data_url
+
+pytestmark = pytest.mark.usefixtures("idle_afterwards")
+
+CHAT = {"model": "pocket", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
+PICTURE = [
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(circle("red"))}}]}
+]
+
+
+async def post(http, path: str, **body):
+    response = await http.post(path, json=body)
+    return response.status_code, response.json()
+
+
+@pytest.mark.parametrize("path", [path for path, body in BODIES.items() if body.DEFAULTS])
+async def test_the_default_of_a_refused_field_asks_for_nothing(http, path):
+    body = BODIES[path]
+    given = {**body.EXAMPLE, "model": "tests/vectors" if body.TASK == "embed" else "pocket"}
+    for name, values in body.DEFAULTS.items():
+        for value in values:
+            status, made = await post(http, path, **given, **{name: value})
+            assert status == 200, made
+        status, made = await post(http, path, **given, **{name: "another"})
+        assert status == 400 and name in made["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+async def test_what_is_not_offered_of_structured_outputs_is_refused_by_name(http, path):
+    given = {**BODIES[path].EXAMPLE, "model": "pocket"}
+    for name in ("structural_tag", "whitespace_pattern", "disable_additional_properties"):
+        status, made = await post(http, path, **given, structured_outputs={"regex": "a", name: "x"})
+        assert (status, made["error"]["param"]) == (400, f"structured_outputs.{name}")
+        assert made["error"]["code"] == "unsupported_parameter"
+    status, made = await post(
+        http, path, **given, structured_outputs={"regex": "a", "whitespace_pattern": None}
+    )
+    assert status == 200, made
+
+
+async def test_log_probabilities_name_tokens_by_their_ids(http):
+    asked = {"max_tokens": 4, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    _, made = await post(http, "/v1/chat/completions", **CHAT, **asked, logprobs=True, top_logprobs=2)
+    choice = made["choices"][0]
+    names = [f"token_id:{token}" for token in choice["token_ids"]]
+    content = choice["logprobs"]["content"]
+    assert [each["token"] for each in content] == names
+    assert [each["top_logprobs"][0]["token"] for each in content] == names
+    # Their text is still there.
+    assert bytes(byte for each in content for byte in each["bytes"]).decode() == choice["message"]["content"]
+
+    given = {"model": "pocket", "prompt": "a red", "temperature": 0, "echo": True, "logprobs": 2, **asked}
+    _, made = await post(http, "/v1/completions", **given)
+    choice = made["choices"][0]
+    ids = choice["prompt_token_ids"] + choice["token_ids"]
+    found = choice["logprobs"]
+    assert found["tokens"] == [f"token_id:{token}" for token in ids]
+    rows = list(zip(found["tokens"], found["top_logprobs"], strict=True))[1:]
+    assert all(name in tops and len(tops) in (2, 3) for name, tops in rows)
+    assert any(len(tops) == 3 for _, tops in rows)
+    _, plain = await post(http, "/v1/completions", **{**given, "return_tokens_as_token_ids": False})
+    assert plain["choices"][0]["logprobs"]["text_offset"] == found["text_offset"]
+    assert "".join(plain["choices"][0]["logprobs"]["tokens"]) == choice["text"]
+
+
+async def test_a_streamed_completion_begins_with_the_ids_of_its_prompt(http):
+    given = {"model": "pocket", "prompt": ["a red", "a"], "temperature": 0, "max_tokens": 3}
+    given |= {"return_token_ids": True}
+    _, whole = await post(http, "/v1/completions", **given)
+    response = await http.post("/v1/completions", json={**given, "stream": True})
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line[6:].startswith("{")]
+    for wanted in whole["choices"]:
+        found = [c for event in events for c in event["choices"] if c["index"] == wanted["index"]]
+        assert found[0]["prompt_token_ids"] == wanted["prompt_token_ids"]
+        assert not any("prompt_token_ids" in choice for choice in found[1:])
+
+
+#: An answer with a thought, on a model that knows none.
+THOUGHTFUL = {
+    "structured_outputs": {"grammar": 'start: "<think>" /[a-f]{6}/ "</think>" /[a-f]{6}/'},
+    "seed": 1,
+}
+
+
+async def test_thoughts_are_left_out_if_the_client_wants_none(http, running, monkeypatch):
+    pipeline = running.app.api.state.pipelines["pocket"]
+    thinking = replace(pipeline.format, reasoning=REASONING_TAGS["think"])
+    monkeypatch.setattr(pipeline, "format", thinking)
+
+    async def message(**fields) -> dict:
+        _, made = await post(http, "/v1/chat/completions", **CHAT, **THOUGHTFUL, **fields)
+        return {**made["choices"][0]["message"], "counted": made["usage"]["completion_tokens_details"]}
+
+    whole, short = await message(), await message(include_reasoning=False)
+    assert len(whole["reasoning"]) == len(whole["content"]) == 6
+    assert short == {name: value for name, value in whole.items() if not name.startswith("reasoning")}
+    assert whole["counted"]["reasoning_tokens"] > 0
+    response = await http.post(
+        "/v1/chat/completions", json={**CHAT, **THOUGHTFUL, "include_reasoning": False, "stream": True}
+    )
+    assert "reasoning" not in response.text and whole["content"][0] in response.text
+    asked = {"model": "pocket", "input": "Hello", "temperature": 0, **THOUGHTFUL}
+    for shown, kinds in ((True, ["reasoning", "message"]), (False, ["message"])):
+        _, made = await post(http, "/v1/responses", **asked, include_reasoning=shown)
+        assert [item["type"] for item in made["output"]] == kinds
+
+
+async def test_a_thoughts_bound_by_any_of_its_names(http, running, monkeypatch):
+    """A tokenizer without a token for the tag can't bound a thought, and the refusal names the field."""
+    pipeline = running.app.api.state.pipelines["pocket"]
+    thinking = replace(pipeline.format, reasoning=REASONING_TAGS["think"])
+    monkeypatch.setattr(pipeline, "format", thinking)
+    for fields, param in (
+        ({"thinking_token_budget": 3}, "thinking_token_budget"),
+        ({"thinking_budget": 3, "thinking_token_budget": -1}, "thinking_budget"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 3}}, "thinking.budget_tokens"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
+    ):
+        status, made = await post(http, "/v1/chat/completions", **CHAT, **fields)
+        assert (status, made["error"]["param"]) == (400, param)
+    # vLLM: no bound.
+    status, _ = await post(http, "/v1/chat/completions", **CHAT, max_tokens=1, thinking_token_budget=-1)
+    assert status == 200
+
+
+async def vector(http, **body) -> np.ndarray:
+    status, made = await post(http, "/v1/embeddings", model="tests/vectors", **body)
+    assert status == 200, made
+    return np.array(made["data"][0]["embedding"])
+
+
+async def test_inputs_are_cut_on_the_side_that_was_asked_for(http):
+    ids = [5, 6, 7, 8, 9]
+    for side, kept in (("right", ids[:2]), ("left", ids[-2:])):
+        cut = await vector(http, input=ids, truncate_prompt_tokens=2, truncation_side=side)
+        assert np.allclose(cut, await vector(http, input=kept), atol=1e-5)
+    whole = await vector(http, input=ids, truncate_prompt_tokens=9, truncation_side="left")
+    assert np.allclose(whole, await vector(http, input=ids), atol=1e-5)
+
+
+async def test_activation_is_vllms_word_for_length_one(http):
+    long, short = await vector(http, input="red", use_activation=False), await vector(http, input="red")
+    assert np.linalg.norm(long) > 1.5 and np.linalg.norm(short) == pytest.approx(1, abs=1e-4)
+    assert np.allclose(long, await vector(http, input="red", normalize=False), atol=1e-4)
+
+
+async def test_the_last_message_may_be_left_open(http):
+    messages = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "a circle"}]
+    tokens = {"model": "tests/vectors", "messages": messages, "add_generation_prompt": False}
+    status, opened = await post(http, "/tokenize", **tokens, continue_final_message=True)
+    assert status == 200, opened
+    found = await vector(http, messages=messages, continue_final_message=True)
+    assert np.allclose(found, await vector(http, input=opened["tokens"]), atol=1e-4)
+    assert not np.allclose(found, await vector(http, messages=messages), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/embeddings", {"messages": PICTURE, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ("/v1/embeddings", {"messages": PICTURE, "add_special_tokens": True}, "add_special_tokens"),
+        ("/v1/embeddings", {"input": "a", "normalize": True, "use_activation": False}, "use_activation"),
+        (
+            "/pooling",
+            {"messages": PICTURE, "add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+        ),
+        ("/tokenize", {"messages": PICTURE, "add_special_tokens": True}, "add_special_tokens"),
+        ("/v1/score", {"text_1": "a", "text_2": "b", "use_activation": False}, "use_activation"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "use_activation": False}, "use_activation"),
+        (
+            "/v1/rerank",
+            {
+                "query": "a",
+                "documents": [{"content": PICTURE[0]["content"]}],
+                "mm_processor_kwargs": {"x": 1},
+            },
+            "mm_processor_kwargs.x",
+        ),
+    ],
+)
+async def test_what_is_refused_is_named(http, path, fields, param):
+    status, made = await post(http, path, model="tests/vectors", **fields)
+    assert (status, made["error"]["param"]) == (400, param), made
+
+
+async def test_scored_images_follow_the_processors_options(http):
+    pair = {"text_1": "a red circle", "text_2": {"content": PICTURE[0]["content"]}}
+
+    async def tokens(**fields) -> int:
+        status, made = await post(http, "/v1/score", model="tests/vectors", **pair, **fields)
+        assert status == 200, made
+        return made["usage"]["prompt_tokens"]
+
+    assert await tokens(mm_processor_kwargs={"max_pixels": 56 * 56}) < await tokens()
