@@ -250,7 +250,7 @@ def unknown_fields(path: str, given: dict, caplog) -> list[str]:
     return [re.findall("'(.*)'", record.getMessage())[0] for record in caplog.records]
 
 
-#: Endpoints whose nested fields are plain data that :meth:`deployments.protocol.base.RequestBody.read` looks through.
+#: Endpoints whose nested fields are plain data, which is looked through where a body is read.
 PLAIN = ("/v1/chat/completions", "/v1/responses")
 
 
