@@ -17,6 +17,7 @@ from engine.parsers.formats import (
 )
 from engine.parsers.grammar import (
     SpecialTokens,
+    Thought,
     grammar_behind_thought,
     grammar_with_budget,
     tool_grammar,
@@ -82,12 +83,21 @@ class AnswerFormat:
         prompt: str | None,
         thinking_budget: int | None = None,
     ) -> StructuredSpec | None:
-        """Return the answer's constraint: calls, a format that begins after the thought, a bounded thought.
+        """Return the answer's constraint: calls, a format behind the thought, a bounded thought.
 
         Raises:
-            InvalidRequest: ``structured`` can't be combined with the rest.
+            InvalidRequest: ``structured`` can't be combined with the rest, or no token, which alone can be
+                forced, ends thoughts.
         """
-        inside = self.begins_inside(prompt)
+        thought = None
+        if self.reasoning is not None:
+            if thinking_budget is not None and self.reasoning.end not in self.special.ids:
+                raise InvalidRequest(
+                    "This model's thoughts can't be bounded: the tokenizer has no token "
+                    f"{self.reasoning.end}.",
+                    param="thinking_budget",
+                )
+            thought = Thought(self.reasoning, self.begins_inside(prompt), thinking_budget)
         if use.choice != "none":
             if structured is not None and use.choice == "required":
                 raise InvalidRequest(
@@ -102,28 +112,18 @@ class AnswerFormat:
                     self.special,
                     choice="required" if use.choice == "required" else "auto",
                     parallel=use.parallel,
-                    reasoning=self.reasoning,
-                    begins_inside=inside,
+                    thought=thought,
                 )
                 return StructuredSpec(kind="grammar", text=lark)
-        if self.reasoning is None:
+        if thought is None:
             return structured
         if structured is not None:
             body = _expression(structured)
             if body is None:
                 return structured
-            lark = grammar_behind_thought(body, self.special, self.reasoning, begins_inside=inside)
-            return StructuredSpec(kind="grammar", text=lark)
+            return StructuredSpec(kind="grammar", text=grammar_behind_thought(body, self.special, thought))
         if thinking_budget is not None:
-            try:
-                lark = grammar_with_budget(
-                    self.special, self.reasoning, thinking_budget, begins_inside=inside
-                )
-            except ValueError as error:
-                raise InvalidRequest(
-                    f"This model's thoughts can't be bounded: {error}.", param="thinking_budget"
-                ) from None
-            return StructuredSpec(kind="grammar", text=lark)
+            return StructuredSpec(kind="grammar", text=grammar_with_budget(self.special, thought))
         return None
 
 

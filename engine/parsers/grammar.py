@@ -61,6 +61,22 @@ class SpecialTokens:
         return f"<[{','.join(map(str, allowed))}]>" if allowed else None
 
 
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The thought that an answer may begin with.
+
+    Attributes:
+        tags: around it.
+        begins_inside: the prompt has opened it.
+        budget: the most tokens between its tags; None if there is no bound. A bound needs a token that ends
+            the thought: text can't be forced.
+    """
+
+    tags: ReasoningTags
+    begins_inside: bool = False
+    budget: int | None = None
+
+
 @dataclass(slots=True)
 class Rules:
     """Rules of a grammar under construction."""
@@ -117,27 +133,25 @@ def tool_grammar(
     *,
     choice: Literal["auto", "required"],
     parallel: bool = True,
-    reasoning: ReasoningTags | None = None,
-    begins_inside: bool = False,
+    thought: Thought | None = None,
 ) -> str:
     """The Lark grammar of an answer that may, or must, call some of ``tools``.
 
     Args:
         choice: ``required`` asks for at least one call and allows no text but a thought.
         parallel: whether several calls may stand in one answer.
-        reasoning: tags of thoughts, which may come first.
-        begins_inside: the prompt has opened the thought.
+        thought: may come first.
     """
     rules = Rules(special)
     if choice == "required":
-        lead = _lead(rules, reasoning, begins_inside)
+        lead = _lead(rules, thought, layout.trigger)
         start = f"{lead} {_required(rules, layout, tools, parallel)}".strip()
     elif layout.trigger:
-        start = _text_with_calls(rules, layout, tools, parallel)
+        start = _text_with_calls(rules, layout, tools, parallel, thought)
     else:
         start = _text_or_calls(rules, layout, tools, parallel)
-        if reasoning is not None:
-            start = f"{_thought(rules, reasoning, begins_inside)} ({start})"
+        if thought is not None:
+            start = f"{_thought(rules, thought)} ({start})"
     return _grammar(start, rules)
 
 
@@ -145,35 +159,18 @@ def _grammar(start: str, rules: Rules) -> str:
     return "\n".join(["%llguidance {}", f"start: {start}", *rules.lines, ""])
 
 
-def grammar_behind_thought(
-    body: str, special: SpecialTokens, reasoning: ReasoningTags, *, begins_inside: bool
-) -> str:
+def grammar_behind_thought(body: str, special: SpecialTokens, thought: Thought) -> str:
     """The Lark grammar of a thought and ``body``, an expression such as ``%json {...}``, behind it."""
     rules = Rules(special)
-    start = f"{_lead(rules, reasoning, begins_inside)} {body}"
-    return _grammar(start, rules)
+    return _grammar(f"{_lead(rules, thought)} {body}", rules)
 
 
-def grammar_with_budget(
-    special: SpecialTokens, reasoning: ReasoningTags, budget: int, *, begins_inside: bool
-) -> str:
-    """The Lark grammar of a thought of at most ``budget`` tokens between its tags, and any text behind it.
-
-    Raises:
-        ValueError: the tokenizer has no token for the end tag, which alone can be forced.
-    """
-    if reasoning.end not in special.ids:
-        raise ValueError(f"the tokenizer has no token {reasoning.end}")
+def grammar_with_budget(special: SpecialTokens, thought: Thought) -> str:
+    """The Lark grammar of a bounded thought and any text behind it."""
     rules = Rules(special)
-    inner = ""
-    if budget:
-        inner = "inner"
-        rules.add(f"inner[max_tokens={budget}]", r"/(.|\n)*/")
-    opening = "" if begins_inside else special.literal(reasoning.start)
-    thought = f"{opening} {inner} {special.literal(reasoning.end)}".strip()
     rules.add("CHUNK", CHUNK)
-    text = f"({' | '.join(filter(None, ['CHUNK', special.others(reasoning.start)]))})*"
-    return _grammar(f"{thought} {text}" if begins_inside else f"{thought} {text} | {text}", rules)
+    tokens = special.others(thought.tags.start)
+    return _grammar(f"{_before_text(rules, thought)} ({' | '.join(filter(None, ['CHUNK', tokens]))})*", rules)
 
 
 def _block(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], parallel: bool) -> str:
@@ -209,21 +206,37 @@ def _required(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], par
     return f"{block} ({gap} {block})*"
 
 
-def _text_with_calls(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], parallel: bool) -> str:
+def _text_with_calls(
+    rules: Rules,
+    layout: CallLayout,
+    tools: Sequence[ToolSchema],
+    parallel: bool,
+    thought: Thought | None,
+) -> str:
     calls = _block(rules, layout, tools, parallel)
     rules.add("CHUNK", CHUNK)
-    tokens = rules.special.others(layout.trigger)
+    # A thought is a part of the text, unless it has a bound.
+    bounded = thought is not None and thought.budget is not None
+    opened = (thought.tags.start,) if thought is not None and bounded else ()
+    before = _before_text(rules, thought, layout.trigger) if thought is not None and bounded else ""
+    tokens = rules.special.others(layout.trigger, *opened)
     if layout.trigger in rules.special.ids:
         text = rules.add("text", f"({' | '.join(filter(None, ['CHUNK', tokens]))})*")
         block = f"{rules.special.literal(layout.trigger)} {calls}"
-        return f"{text} ({block} {text})*" if parallel else f"{text} ({block})?"
+        return f"{before} {text} " + (f"({block} {text})*" if parallel else f"({block})?")
     # The trigger is plain text: the lexeme that holds it ends at its first appearance.
     head = rules.add("head[lazy]", f"/(.|\\n)*/ {json.dumps(layout.trigger, ensure_ascii=False)}")
     parts = [f"{head} {calls}", *([f"CHUNK? {tokens}"] if tokens else [])]
     if parallel:
-        return f"({' | '.join(parts)})* CHUNK?"
+        return f"{before} ({' | '.join(parts)})* CHUNK?"
     apart = f"(CHUNK? {tokens})*" if tokens else ""
-    return f"{apart} (CHUNK? | {head} {calls})"
+    return f"{before} {apart} (CHUNK? | {head} {calls})"
+
+
+def _before_text(rules: Rules, thought: Thought, trigger: str = "") -> str:
+    """A bounded thought before a text that can't open one."""
+    found = _thought(rules, thought, trigger)
+    return found if thought.begins_inside else f"({found})?"
 
 
 def _text_or_calls(rules: Rules, layout: CallLayout, tools: Sequence[ToolSchema], parallel: bool) -> str:
@@ -249,25 +262,43 @@ def _terminal(text: str) -> str:
     return f"/[ \\t\\r\\n]*/ {json.dumps(text, ensure_ascii=False)}"
 
 
-def _lead(rules: Rules, reasoning: ReasoningTags | None, begins_inside: bool) -> str:
+def _lead(rules: Rules, thought: Thought | None, trigger: str = "") -> str:
     """A thought, where the family thinks, and a little white space behind it."""
-    if reasoning is None:
+    if thought is None:
         return ""
     space = rules.add("SPACE", r"/[ \t\r\n]{0,4}/")
-    thought = _thought(rules, reasoning, begins_inside)
-    return f"{thought} {space}" if begins_inside else f"{space} ({thought} {space})?"
+    found = _thought(rules, thought, trigger)
+    return f"{found} {space}" if thought.begins_inside else f"{space} ({found} {space})?"
 
 
-def _thought(rules: Rules, reasoning: ReasoningTags, begins_inside: bool) -> str:
-    """A thought with its tags; optional unless the prompt has opened it."""
-    special = rules.special
-    tokens = special.others(reasoning.end)
-    inner = rules.add("THOUGHT", CHUNK)
-    if reasoning.end in special.ids:
-        body = f"({' | '.join(filter(None, [inner, tokens]))})* {special.literal(reasoning.end)}"
+def _thought(rules: Rules, thought: Thought, trigger: str = "") -> str:
+    """A thought with its tags, of which the prompt may have opened the first.
+
+    Args:
+        trigger: of calls, which a bounded thought can't hold.
+    """
+    special, end = rules.special, thought.tags.end
+    tokens = special.others(end)
+    if thought.budget is not None:
+        body = f"{_bounded(rules, thought.budget, trigger)} {special.literal(end)}".strip()
+    elif end in special.ids:
+        inner = rules.add("THOUGHT", CHUNK)
+        body = f"({' | '.join(filter(None, [inner, tokens]))})* {special.literal(end)}"
     else:
-        ended = rules.add("thought_end[lazy]", f"/(.|\\n)*/ {json.dumps(reasoning.end, ensure_ascii=False)}")
+        inner = rules.add("THOUGHT", CHUNK)
+        ended = rules.add("thought_end[lazy]", f"/(.|\\n)*/ {json.dumps(end, ensure_ascii=False)}")
         body = f"({inner}? {tokens})* {ended}" if tokens else ended
-    if begins_inside:
+    if thought.begins_inside:
         return rules.add("thought", body)
-    return rules.add("thought", f"{special.literal(reasoning.start)} {body}")
+    return rules.add("thought", f"{special.literal(thought.tags.start)} {body}")
+
+
+def _bounded(rules: Rules, budget: int, trigger: str) -> str:
+    """Text of at most ``budget`` tokens without the ``trigger``. No special token is text."""
+    if not budget:
+        return ""
+    text = r"/(.|\n)*/"
+    if trigger and trigger not in rules.special.ids:
+        quoted = json.dumps(trigger, ensure_ascii=False)
+        text = rules.add("UNCALLED", f"{text} & ~({text} {quoted} {text})")
+    return rules.add(f"inner[max_tokens={budget}]", text)

@@ -1,6 +1,7 @@
 """Tools and thoughts of a request: what is refused, and what constrains the answer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -147,6 +148,20 @@ def test_constraints():
     assert budget is not None and "max_tokens=16" in budget.text
     with pytest.raises(InvalidRequest, match="must call a tool"):
         HERMES.constraint(required, schema, "")
+
+
+def test_a_thought_is_bounded_beside_any_other_constraint():
+    auto, required = read_tools(TOOLS, "auto", None), read_tools(TOOLS, "required", None)
+    schema = StructuredSpec(kind="json_schema", text='{"type": "integer"}')
+    endless = replace(HERMES, special=SpecialTokens({"<think>": 9}, frozenset([1])))
+    for use, spec in ((NO_TOOLS, None), (NO_TOOLS, schema), (auto, None), (required, None), (auto, schema)):
+        bounded = HERMES.constraint(use, spec, "", 16)
+        assert bounded is not None and "max_tokens=16" in bounded.text
+        with pytest.raises(InvalidRequest, match="the tokenizer has no token </think>") as refused:
+            endless.constraint(use, spec, "", 16)
+        assert refused.value.param == "thinking_budget"
+    plain = AnswerFormat(SPECIAL)
+    assert plain.constraint(NO_TOOLS, None, "", 16) is None
 
 
 def test_the_format_comes_from_the_template_or_the_configuration():

@@ -18,6 +18,7 @@ from engine.parsers.answer import AnswerParser
 from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS, ToolFormat, reasoning_tags_of, tool_format_of
 from engine.parsers.grammar import (
     SpecialTokens,
+    Thought,
     ToolSchema,
     grammar_behind_thought,
     grammar_with_budget,
@@ -86,11 +87,11 @@ class Walk(NamedTuple):
 class Vocabulary:
     """A tokenizer, as the grammar engine and the grammars see it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tags: tuple[str, ...] = TAGS) -> None:
         make, end = VOCABULARIES[name]
         self.backend: Backend = make()
         if name != "text":
-            self.backend.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+            self.backend.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
         tokenizer = Tokenizer(self.backend, {})
         self.size = self.backend.get_vocab_size(with_added_tokens=True)
         self.end = self.backend.token_to_id(end)
@@ -106,7 +107,7 @@ class Vocabulary:
             control[index].encode() if index in control else speller.token_bytes[index]
             for index in range(self.size)
         ]
-        self.tags = {tag: self.backend.token_to_id(tag) for tag in TAGS if name != "text"}
+        self.tags = {tag: self.backend.token_to_id(tag) for tag in tags if name != "text"}
         self.encode = speller.spell if name == "text" else self._encode
 
     def _encode(self, text: str) -> list[int]:
@@ -260,7 +261,7 @@ def test_a_thought_may_come_first(found, words):
     words = vocabulary(words)
     tags = frozenset(words.tags[tag] for tag in (THINK.start, THINK.end) if tag in words.tags)
     for inside in (False, True):
-        text = grammar(found, words, "required", reasoning=THINK, begins_inside=inside)
+        text = grammar(found, words, "required", thought=Thought(THINK, inside))
         thought = 0
         for seed in range(4):
             walk = words.walk(text, seed, tags)
@@ -277,11 +278,11 @@ def test_a_thought_may_come_first(found, words):
 @pytest.mark.parametrize("words", VOCABULARIES)
 def test_structured_output_begins_behind_the_thought(words):
     words = vocabulary(words)
-    text = grammar_behind_thought('%json {"type": "integer"}', words.special, THINK, begins_inside=False)
+    text = grammar_behind_thought('%json {"type": "integer"}', words.special, Thought(THINK))
     assert words.accepts(text, "<think>12 {x}\n</think>\n12")
     assert words.accepts(text, "12")
     assert not words.accepts(text, "<think>hm</think>\ntwelve")
-    inside = grammar_behind_thought('%json {"type": "integer"}', words.special, THINK, begins_inside=True)
+    inside = grammar_behind_thought('%json {"type": "integer"}', words.special, Thought(THINK, True))
     assert words.accepts(inside, "hm</think>12") and not words.accepts(inside, "12")
 
 
@@ -289,7 +290,7 @@ def test_structured_output_begins_behind_the_thought(words):
 @pytest.mark.parametrize("budget", [0, 1, 7])
 def test_a_thought_ends_within_its_budget(inside, budget):
     words = vocabulary("tokens")
-    text = grammar_with_budget(words.special, THINK, budget, begins_inside=inside)
+    text = grammar_with_budget(words.special, Thought(THINK, inside, budget))
     start, end = words.tags[THINK.start], words.tags[THINK.end]
     for seed in range(6):
         tokens = words.walk(text, seed, frozenset([start]), limit=40).tokens
@@ -300,9 +301,47 @@ def test_a_thought_ends_within_its_budget(inside, budget):
     assert inside or words.accepts(text, "no thought")
 
 
-def test_a_budget_needs_a_token_that_ends_the_thought():
-    with pytest.raises(ValueError, match="no token </think>"):
-        grammar_with_budget(vocabulary("text").special, THINK, 5, begins_inside=True)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("choice", ["auto", "required", None])
+def test_a_thought_before_calls_or_json_ends_within_its_budget(choice, inside):
+    """Also where calls are plain text, none of which stands in the thought."""
+    words, budget = vocabulary("tokens"), 5
+    start, end = words.tags[THINK.start], words.tags[THINK.end]
+    thought = Thought(THINK, inside, budget)
+    formats = list(TOOL_FORMATS.values()) if choice else [None]
+    called = 0
+    for found in formats:
+        if found is None:
+            text = grammar_behind_thought('%json {"type": "integer"}', words.special, thought)
+        else:
+            text = grammar(found, words, choice, thought=thought)
+        opened = "" if inside else THINK.start
+        assert not words.accepts(text, f"{opened}{'word ' * 9}{THINK.end}1")
+        for seed in range(3):
+            walk = words.walk(text, seed, frozenset([start]))
+            if not inside and start not in walk.tokens:
+                continue
+            first = 0 if inside else walk.tokens.index(start) + 1
+            assert end in walk.tokens and walk.tokens.index(end) - first <= budget
+            # No second thought where the first could have been left out.
+            assert start not in walk.tokens[first:] or found is None or not found.layout.trigger
+            if found is not None:
+                reasoning = ReasoningParser(THINK, begins_inside=inside)
+                parser = AnswerParser(reasoning, found.parser(SCHEMAS), calls_in_thoughts=found.anywhere)
+                parsed = joined(parser, [walk.text])
+                check_calls(walk.calls(parsed))
+                called += len(walk.calls(parsed))
+    assert called or choice != "required"
+
+
+def test_a_bounded_thought_holds_no_call():
+    """Its arguments would follow no schema."""
+    for words in (vocabulary("tokens"), Vocabulary("tokens", (THINK.start, THINK.end))):
+        for found in TOOL_FORMATS.values():
+            if trigger := found.layout.trigger:
+                text = grammar(found, words, thought=Thought(THINK, True, 99))
+                assert words.accepts(text, f"So a call?{THINK.end}"), found.name
+                assert not words.accepts(text, f"So{trigger}{{}}{THINK.end}"), found.name
 
 
 @pytest.mark.parametrize(
