@@ -271,11 +271,12 @@ class OutputProcessor:
         adds_text = reason != "stop" or request.params.include_stop_str_in_output
         if adds_text:
             text = sequence.detokenizer.append_one(token)
+        if reason is not None:
+            text += sequence.detokenizer.finish()
         if sequence.detokenizer.stop_reason is not None:
             delta.stop_reason = sequence.detokenizer.stop_reason
             delta.finish_reason = "stop"
         elif reason is not None:
-            text += sequence.detokenizer.finish()
             delta.finish_reason = reason
             if reason == "stop" and token in request.params.stop_token_ids:
                 delta.stop_reason = token

@@ -113,6 +113,20 @@ def test_steps_together_give_what_they_give_one_by_one(tokenizer, seed, sizes):
     assert len(together["0"].deltas) == 2
 
 
+def test_a_stop_string_in_the_text_that_comes_out_at_the_end(tokenizer):
+    """Bytes that never became a character are shown as one, and that may complete a stop string."""
+    outputs = OutputProcessor(tokenizer, EngineMetrics())
+    half = tokenizer.encode("é")[0]
+    params = SamplingParams(stop=["\ufffd"], max_tokens=1)
+    request = Request("0/0", list(PROMPT), len(PROMPT), params, 64, frozenset())
+    outputs.add(RequestGroup("0", [request], Usage(prompt_tokens=len(PROMPT))))
+    request.finished = True
+    step = StepEvents([request], np.array([half], np.int64), finished={0: "length"})
+    [(_, update)], _ = outputs.process([step])
+    (delta,) = update.deltas
+    assert (delta.text, delta.finish_reason, delta.stop_reason) == ("", "stop", "\ufffd")
+
+
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_what_comes_before_an_error_is_given(tokenizer, monkeypatch, size):
     metrics = EngineMetrics()
