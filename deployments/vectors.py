@@ -3,7 +3,6 @@
 import asyncio
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -147,20 +146,20 @@ async def _plain(pipeline: Pipeline, body: VectorBody, given: str | list[int]) -
             )
         return await text_prompt(pipeline, given, body.instruction, body.cache_salt)
 
-    def cut(token_ids: list[int]) -> list[int]:
-        if limit is None or body.truncation_side == "right":
-            return token_ids[:limit]
-        return token_ids[max(0, len(token_ids) - limit) :]
-
     def build(_: list[MediaItem | PagesItem]) -> EngineInput:
-        if not isinstance(given, str):
-            return pipeline.builder.from_token_ids(cut(given), cache_salt=body.cache_salt)
-        inputs = pipeline.builder.from_text(
-            pipeline.retrieval.written(given, body.instruction),
-            add_special_tokens=body.add_special_tokens is not False,
-            cache_salt=body.cache_salt,
-            placeholders_are_text=True,
-        )
-        return replace(inputs, token_ids=cut(inputs.token_ids))
+        special = isinstance(given, str) and body.add_special_tokens is not False
+        if isinstance(given, str):
+            inputs = pipeline.builder.from_text(
+                pipeline.retrieval.written(given, body.instruction),
+                add_special_tokens=special,
+                cache_salt=body.cache_salt,
+                placeholders_are_text=True,
+            )
+        else:
+            inputs = pipeline.builder.from_token_ids(given, cache_salt=body.cache_salt)
+        if limit is None:
+            return inputs
+        with caller_fields({"prompt": "truncate_prompt_tokens"}):
+            return pipeline.builder.truncated(inputs, limit, body.truncation_side, add_special_tokens=special)
 
     return await pipeline.prepare(build, salt=body.cache_salt)

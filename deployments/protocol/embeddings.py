@@ -47,7 +47,7 @@ class VectorBody(RequestBody):
     use_activation: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
-    truncation_side: Literal["left", "right"] = "right"
+    truncation_side: Literal["left", "right"] | None = None
     add_generation_prompt: bool = False
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -69,7 +69,9 @@ class VectorBody(RequestBody):
             )
         if self.input is not None and any(not entry for entry in self.inputs):
             raise InvalidRequest("input must not hold an empty text or token list.", param="input")
-        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < -1:
+        if self.truncate_prompt_tokens is not None and not (
+            self.truncate_prompt_tokens == -1 or self.truncate_prompt_tokens > 0
+        ):
             raise InvalidRequest(
                 "truncate_prompt_tokens must be a number of tokens, or -1 for the model's context.",
                 param="truncate_prompt_tokens",

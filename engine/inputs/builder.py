@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import InvalidRequest
 from engine.families.base import ModelConfig, PromptFormat
@@ -181,6 +182,33 @@ class PromptBuilder:
         if placeholders_are_text:
             text, stand_ins = self._control.protect_placeholders(prompt)
         return self._build(text, stand_ins, items, add_special_tokens, cache_salt, "prompt")
+
+    def truncated(
+        self,
+        built: EngineInput,
+        most: int,
+        side: Literal["left", "right"] | None,
+        *,
+        add_special_tokens: bool,
+    ) -> EngineInput:
+        """A prompt without media, cut to ``most`` tokens; those that the tokenizer puts around a text stay.
+
+        Args:
+            side: where it is cut; None takes the tokenizer's own.
+            add_special_tokens: as ``built`` was made: False for token ids.
+
+        Raises:
+            InvalidRequest: that leaves no token of the text.
+        """
+        special = add_special_tokens and self._format.adds_special
+        around = len(self.tokenizer.with_special_tokens([])) if special else 0
+        if most <= around:
+            raise InvalidRequest(
+                f"Of {most} tokens none is left for the text: the tokenizer puts {around} around it.",
+                param="prompt",
+            )
+        cut = self.tokenizer.truncated(built.token_ids, most, side, special=special)
+        return replace(built, token_ids=cut)
 
     def from_token_ids(
         self, ids: Sequence[int], items: Sequence[MediaItem] = (), *, cache_salt: str = ""

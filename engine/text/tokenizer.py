@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import AddedToken, normalizers
@@ -123,6 +123,30 @@ class Tokenizer:
     def with_special_tokens(self, ids: Sequence[int]) -> list[int]:
         """``ids`` between the tokens that ``encode(..., add_special_tokens=True)`` puts around a text."""
         return [*self.special_prefix, *ids, *self.special_suffix]
+
+    def truncated(
+        self,
+        ids: Sequence[int],
+        most: int,
+        side: Literal["left", "right"] | None = None,
+        *,
+        special: bool,
+    ) -> list[int]:
+        """At most ``most`` of ``ids``, without those of ``side`` that are too many.
+
+        Args:
+            side: None takes tokenizer_config.json's ``truncation_side``, or else the right.
+            special: ``ids`` begin with :attr:`special_prefix` and end with :attr:`special_suffix`, which
+                stay, as in Transformers. ``most`` must be more than those have.
+        """
+        if len(ids) <= most:
+            return list(ids)
+        prefix, suffix = self._surrounding if special else ([], [])
+        inner, room = ids[len(prefix) : len(ids) - len(suffix)], most - len(prefix) - len(suffix)
+        assert room > 0
+        side = side or self.config.get("truncation_side")
+        kept = inner[-room:] if side == "left" else inner[:room]
+        return [*prefix, *kept, *suffix]
 
     @property
     def special_prefix(self) -> list[int]:

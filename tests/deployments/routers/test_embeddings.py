@@ -84,6 +84,8 @@ async def test_texts_find_their_pictures(client):
         ({"input": "a", "dimensions": 0}, "at least 1"),
         ({"input": ""}, "empty text"),
         ({"input": "a", "truncate_prompt_tokens": -2}, "number of tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "number of tokens"),
+        ({"messages": ask("What is this?"), "truncate_prompt_tokens": 9}, "truncate_prompt_tokens"),
         ({"input": "a", "pooling": "max"}, "last, mean, cls"),
         ({"input": "word " * 2000}, "512"),
         ({"input": [10**7]}, "vocabulary"),

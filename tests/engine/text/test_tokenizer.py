@@ -5,6 +5,7 @@ import sys
 import unicodedata
 
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import CheckpointError
@@ -82,6 +83,24 @@ def test_with_special_tokens(both):
     ours, _ = both
     ids = ours.encode("the red", add_special_tokens=False)
     assert ours.with_special_tokens(ids) == ours.encode("the red", add_special_tokens=True)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("special", [True, False])
+def test_texts_are_cut_as_transformers_does(both, side, special):
+    ours, theirs = both
+    first, last = map(ours.backend.id_to_token, (0, 1))
+    for backend in (ours.backend, theirs.backend_tokenizer):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}", special_tokens=[(first, 0), (last, 1)]
+        )
+    ours.config["truncation_side"] = theirs.truncation_side = side
+    ids = ours.encode("Hello the red world", add_special_tokens=special)
+    for most in range(len(ours.with_special_tokens([])) + 1, len(ids) + 2):
+        cut = theirs.encode(
+            "Hello the red world", add_special_tokens=special, truncation=True, max_length=most
+        )
+        assert ours.truncated(ids, most, special=special) == cut
 
 
 @pytest.mark.parametrize(
