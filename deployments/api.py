@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from deployments.access import Access
@@ -92,6 +93,7 @@ def create_api(
         api.include_router(endpoint.router)
     routes = [route for endpoint in endpoints for route in endpoint.router.routes]
     shown = [route for route in routes if isinstance(route, APIRoute) and route.include_in_schema]
+    api.state.routes = routes
     api.state.paths = frozenset(route.path for route in shown)
     tasks = {name: pipeline.task for name, pipeline in pipelines.items()}
     described = {keys: cache(partial(describe, api, routes, tasks, keys=keys)) for keys in (False, True)}
@@ -201,6 +203,15 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(as_sightline(error), request.scope)
 
 
+def _methods(request: Request) -> set[str]:
+    """The methods that a path takes."""
+    routes = [*request.app.state.routes, *request.app.routes]
+    routes = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
+    # See Spelling.
+    return methods | ({"HEAD"} if "GET" in methods else set())
+
+
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     """The response to a path or method that no endpoint takes."""
     assert isinstance(error, HTTPException)
@@ -211,6 +222,8 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         missing = NoSuchRoute(f"There is no endpoint {path}.{hint if known else ''}")
         return error_response(missing, request.scope)
     if error.status_code == 405:
-        wrong = WrongMethod(f"{path} does not take {request.method[:20]} requests.")
+        methods = _methods(request)
+        taken = " or ".join(sorted(methods))
+        wrong = WrongMethod(f"{path} takes {taken} requests, not {request.method[:20]}.", methods)
         return error_response(wrong, request.scope)
     return JSONResponse(error_body(as_sightline(error)), error.status_code)

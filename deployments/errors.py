@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import traceback
+from collections.abc import Collection
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -61,8 +62,18 @@ class NotFound(SightlineError):
 
 
 class WrongMethod(SightlineError):
+    """The path takes other methods.
+
+    Args:
+        methods: those that it takes.
+    """
+
     status = 405
     code = "method_not_allowed"
+
+    def __init__(self, message: str, methods: Collection[str]) -> None:
+        super().__init__(message)
+        self.methods = sorted(methods)
 
 
 def as_sightline(error: BaseException) -> SightlineError:
@@ -109,6 +120,8 @@ def anthropic_error_body(error: SightlineError) -> dict[str, Any]:
 
 def error_headers(error: SightlineError) -> dict[str, str]:
     """Headers of an error's response."""
+    if isinstance(error, WrongMethod):
+        return {"Allow": ", ".join(error.methods)}
     wait = RETRY_AFTER.get(error.status)
     if isinstance(error, Overloaded) and error.retry_after_s is not None:
         wait = error.retry_after_s

@@ -30,6 +30,8 @@ _NEVER = tuple(
 _CONTROL = re.compile(r"[\x00-\x20\x7f-\x9f\\]")
 _ENDS_IN_NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?$")
 _MAX_URL = 8192
+#: How each absolute URL begins.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def _from_environment(kind: str, otherwise: float) -> float:
@@ -112,6 +114,11 @@ def check_url(text: str, policy: FetchPolicy, where: str) -> URL:
     def refuse(reason: str) -> MediaForbidden:
         return MediaForbidden(f"{where}: {reason}", param=where)
 
+    if not _SCHEME.match(text):
+        raise refuse(
+            "this is neither a URL with http:// or https:// before its host, nor base64 in a data URL, "
+            "such as data:image/png;base64,iVBORw0..."
+        )
     if len(text) > _MAX_URL:
         raise refuse(f"the URL is longer than {_MAX_URL} characters.")
     if _CONTROL.search(text):
@@ -122,7 +129,7 @@ def check_url(text: str, policy: FetchPolicy, where: str) -> URL:
     except (ValueError, UnicodeError):
         raise refuse("the URL can't be parsed.") from None
     if url.scheme not in ("https", "http"):
-        raise refuse(f"the scheme must be http, https or data, not {url.scheme[:16] or 'missing'!r}.")
+        raise refuse(f"the scheme must be http, https or data, not {url.scheme[:16]!r}.")
     if url.scheme == "http" and not policy.allow_http:
         raise refuse("only https addresses are fetched.")
     if url.user is not None or url.password is not None or "@" in url.raw_authority:

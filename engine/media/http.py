@@ -35,6 +35,22 @@ _CHUNK = 1 << 16
 _HEADER_BYTES, _MAX_HEADERS = 1 << 16, 512
 
 
+#: What an error of the connection means, the first that fits.
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (aiohttp.ClientConnectorDNSError, "no address is known for this name"),
+    (aiohttp.ClientSSLError, "its certificate or its TLS is not valid"),
+    (aiohttp.ClientConnectorError, "no connection could be opened"),
+    (aiohttp.ClientResponseError, "the answer is not valid HTTP"),
+    (aiohttp.ClientPayloadError, "the connection ended before the file did"),
+    (aiohttp.ServerDisconnectedError, "the connection ended before the answer"),
+)
+
+
+def _reason(error: Exception) -> str:
+    """Why a fetch failed, without the addresses that errors of the system name."""
+    return next((reason for kind, reason in _REASONS if isinstance(error, kind)), type(error).__name__)
+
+
 class HttpClient:
     """Fetches by ``http`` and ``https``, over connections that it keeps for each event loop.
 
@@ -98,7 +114,7 @@ class HttpClient:
             raise
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise MediaError(
-                f"{where}: fetching from {url.host} failed ({type(error).__name__}).", param=where
+                f"{where}: fetching from {url.host} failed: {_reason(error)}.", param=where
             ) from error
 
     async def close(self) -> None:

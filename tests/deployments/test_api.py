@@ -41,8 +41,17 @@ async def test_unknown_routes_and_methods(http):
     found = await http.post("/v1/nothing", json={})
     assert found.status_code == 404
     assert found.json()["error"]["message"] == "There is no endpoint /v1/nothing."
-    found = await http.post("/v1/models", json={})
-    assert found.status_code == 405 and found.json()["error"]["code"] == "method_not_allowed"
+    for method, path, allowed in (
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("GET", "/v1/chat/completions", "POST"),
+        ("OPTIONS", "/v1/chat/completions/", "POST"),
+        ("PUT", "/v1/responses/resp_1", "DELETE, GET, HEAD"),
+        ("DELETE", "/openapi.json", "GET, HEAD"),
+    ):
+        found = await http.request(method, path)
+        assert (found.status_code, found.headers["allow"]) == (405, allowed)
+        assert found.json()["error"]["code"] == "method_not_allowed"
+        assert f"takes {' or '.join(allowed.split(', '))} requests, not {method}." in found.text
 
 
 async def test_the_hint_for_a_base_url_without_v1_needs_no_description_of_the_api():

@@ -58,11 +58,20 @@ def test_a_trusted_network_is_allowed_and_nothing_beside_it():
     ],
 )  # fmt: skip
 def test_addresses_that_are_refused(url):
+    """Each by the field that holds it, and without its password."""
     with pytest.raises(MediaForbidden) as caught:
         check_url(url, FetchPolicy(), WHERE)
     assert caught.value.status == 400
     assert caught.value.param == WHERE
     assert "pw" not in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["", "a.png", "/etc/passwd", "example.com/a.png", "//a/b", "iVBORw0" * 9000])
+def test_what_has_no_scheme_is_told_how_urls_and_base64_look(text):
+    """Also base64 of any length by itself, which other servers take."""
+    with pytest.raises(MediaForbidden, match="nor base64 in a data URL") as caught:
+        check_url(text, FetchPolicy(), WHERE)
+    assert len(caught.value.message) < 300
 
 
 @pytest.mark.parametrize(
