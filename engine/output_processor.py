@@ -100,6 +100,23 @@ class RequestGroup:
         return all(sequence.done for sequence in self.sequences.values())
 
 
+@dataclass(slots=True)
+class _Found:
+    """What becomes of the steps of one call.
+
+    Attributes:
+        changed: groups and their updates, by the group's id.
+        deltas: by the request's id.
+        pooled: groups that have ended with a vector.
+        stopped: requests to be aborted.
+    """
+
+    changed: dict[str, tuple[RequestGroup, StreamUpdate]] = field(default_factory=dict)
+    deltas: dict[str, OutputDelta] = field(default_factory=dict)
+    pooled: list[tuple[RequestGroup, EmbeddingOutput]] = field(default_factory=list)
+    stopped: list[Request] = field(default_factory=list)
+
+
 class OutputProcessor:
     """Keeps the text side of every running request. Used by one thread.
 
@@ -160,67 +177,67 @@ class OutputProcessor:
             The updates, then the errors; and the requests to be aborted, because a stop string or an error
             ended them.
         """
-        changed: dict[str, tuple[RequestGroup, StreamUpdate]] = {}
-        deltas: dict[str, OutputDelta] = {}
-        pooled: list[tuple[RequestGroup, EmbeddingOutput]] = []
-        stopped: list[Request] = []
-        running = self._running
+        found = _Found()
         for step in steps:
-            # How many requests got their last token when: most of them in the same step.
-            previous: Counter[float] = Counter()
-            self._prompt_logprobs(step, changed)
-            count, finished, forced = 0, step.finished, step.forced
-            for row, (request, token) in enumerate(zip(step.requests, step.tokens.tolist(), strict=True)):
-                if request is None or (found := running.get(request.id)) is None or found[1].done:
-                    continue
-                group, sequence = found
-                try:
-                    delta = deltas.get(request.id)
-                    if delta is None:
-                        delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
-                        self._update(group, changed).deltas.append(delta)
-                    if sequence.plain and row not in finished and row not in forced:
-                        self._continue(delta, group, sequence, token)
-                        count += 1
-                    else:
-                        for each in (token, *forced.get(row, ())):
-                            if not sequence.done:
-                                self._extend(delta, group, sequence, each, row, step)
-                        if token >= 0:
-                            count += 1 + len(forced.get(row, ()))
-                except Exception as error:
-                    self._fail(group, error)
-                    continue
-                if delta.finish_reason is not None and not request.finished:
-                    stopped.append(request)
-                if (last := group.last_token_at) is None:
-                    if token >= 0:
-                        self._note_first(group, step.time, changed[group.id][1])
-                elif last != step.time and token >= 0:
-                    previous[last] += 1
-                    group.last_token_at = step.time
-            for last, tokens in previous.items():
-                self._metrics.observe_gap(step.time - last, tokens)
-            self._metrics.observe_tokens(count, step.time)
-            pooled += self._pooled(step)
+            self._prompt_logprobs(step, found.changed)
+            self._take(step, found)
+            found.pooled += self._pooled(step)
             for request, cause in step.failed:
-                if (found := self._running.get(request.id)) is not None:
-                    self._fail(found[0], cause)
+                if request.id in self._running:
+                    self._fail(self._running[request.id][0], cause)
         failures, self._failures = self._failures, []
         for group, _ in failures:
             # What came before the error is given. It may have come with it, if the steps were taken together.
-            if group.id in changed and _is_empty(changed[group.id][1]):
-                del changed[group.id]
-            stopped += [request for request in group.requests if not request.finished]
+            if group.id in found.changed and _is_empty(found.changed[group.id][1]):
+                del found.changed[group.id]
+            found.stopped += [request for request in group.requests if not request.finished]
         failed = {group.id for group, _ in failures}
-        for group, update in changed.values():
-            if group.id in failed:
+        self._end(pair for name, pair in found.changed.items() if name not in failed)
+        return [*found.changed.values(), *found.pooled, *failures], found.stopped
+
+    def _take(self, step: StepEvents, found: _Found) -> None:
+        """Add a step's tokens to their sequences' deltas."""
+        running, changed, deltas = self._running, found.changed, found.deltas
+        # How many requests got their last token when: most of them in the same step.
+        previous: Counter[float] = Counter()
+        count, finished, forced = 0, step.finished, step.forced
+        for row, (request, token) in enumerate(zip(step.requests, step.tokens.tolist(), strict=True)):
+            if request is None or (entry := running.get(request.id)) is None or entry[1].done:
                 continue
-            update.finished = any(d.finish_reason for d in update.deltas) and group.finished
+            group, sequence = entry
+            try:
+                delta = deltas.get(request.id)
+                if delta is None:
+                    delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
+                    self._update(group, changed).deltas.append(delta)
+                if sequence.plain and row not in finished and row not in forced:
+                    self._continue(delta, group, sequence, token)
+                    count += 1
+                else:
+                    count += self._extend_all(delta, group, sequence, row, step)
+            except Exception as error:
+                self._fail(group, error)
+                continue
+            if delta.finish_reason is not None and not request.finished:
+                found.stopped.append(request)
+            if token < 0:
+                continue
+            if (last := group.last_token_at) is None:
+                self._note_first(group, step.time, changed[group.id][1])
+            elif last != step.time:
+                previous[last] += 1
+                group.last_token_at = step.time
+        for last, tokens in previous.items():
+            self._metrics.observe_gap(step.time - last, tokens)
+        self._metrics.observe_tokens(count, step.time)
+
+    def _end(self, updates: Iterable[tuple[RequestGroup, StreamUpdate]]) -> None:
+        """Mark the updates that complete their groups, and forget these."""
+        for group, update in updates:
+            update.finished = any(delta.finish_reason for delta in update.deltas) and group.finished
             if update.finished:
                 self._metrics.observe_finish(group.usage)
                 self.remove(group)
-        return [*changed.values(), *pooled, *failures], stopped
 
     def _fail(self, group: RequestGroup, error: Exception) -> None:
         self.remove(group)
@@ -244,6 +261,18 @@ class OutputProcessor:
         sequence.num_characters += len(text)
         delta.text += text
         delta.token_ids.append(token)
+
+    def _extend_all(
+        self, delta: OutputDelta, group: RequestGroup, sequence: _Sequence, row: int, step: StepEvents
+    ) -> int:
+        """Add the token of ``row`` and those forced behind it, up to the sequence's end; return how many were
+        added."""
+        tokens = [int(step.tokens[row]), *step.forced.get(row, ())]
+        for number, token in enumerate(tokens, start=1):
+            self._extend(delta, group, sequence, token, row, step)
+            if sequence.done:
+                return number if token >= 0 else 0
+        return len(tokens)
 
     def _extend(
         self,
