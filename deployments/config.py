@@ -44,16 +44,17 @@ class ModelSpec(StrictModel):
 
     Attributes:
         name: the value of ``model`` in clients' requests.
-        engine: see :class:`engine.config.EngineConfig`; ``engine.model`` may be relative to the working
-            directory or to the project's folder.
-        application: the application that has the stages, see :func:`deployments.app.build_stages`. None: this
+        engine: how the model is run. ``engine.model`` may be relative to the working directory or to the
+            project's folder.
+        application: the application with the stages, of :func:`deployments.app.build_stages`. None: this
             one has them. The ingress uses the fields of the model all the same.
-        preprocessor, encoder: unused by models without a vision part.
+        preprocessor, encoder: their replicas; unused by models without a vision part.
+        language_model: its replicas.
         image_embeds: take embedding rows of images over HTTP, in parts of the type ``image_embeds``. The
             model reads them as they are, so leave it off unless callers are trusted.
-        tool_parser: format of the model's tool calls, see :data:`engine.parsers.formats.TOOL_FORMATS`;
+        tool_parser: format of the model's tool calls, one of :data:`engine.parsers.formats.TOOL_FORMATS`;
             ``auto`` reads it off the chat template, ``none`` leaves calls in the text.
-        reasoning_parser: tags of the model's thoughts, see :data:`engine.parsers.formats.REASONING_TAGS`;
+        reasoning_parser: tags of the model's thoughts, one of :data:`engine.parsers.formats.REASONING_TAGS`;
             ``auto`` and ``none`` likewise; ``auto`` also knows families whose templates show no tags.
     """
 
@@ -139,7 +140,7 @@ class IngressConfig(StageConfig):
         max_active_requests: requests that one ingress replica has open at a time; more are refused with 429.
         request_timeout_s: seconds from a request's arrival after which it is ended with an error; None for
             no limit. Ray Serve's own ``request_timeout_s`` would cut streams without a word.
-        replay: see :class:`ReplayConfig`.
+        replay: bounds on carrying on requests whose replicas die.
         health_timeout_s: how long ``/health`` waits for a model's replica.
         threads: prompts that are rendered and tokenized at a time.
         references: media that are kept for later requests which name them by ``uuid``, for all ingress
@@ -197,7 +198,7 @@ class AppConfig(StrictModel):
     """The ``args`` of the application.
 
     Attributes:
-        models: at least one, with different names. None is the default: clients name their model.
+        models: at least one, with different names. Clients name their model: there is no default.
         ingress: the HTTP side.
         fetch: the addresses that images may come from.
         images: limits on an image's format and size.

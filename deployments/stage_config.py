@@ -28,8 +28,10 @@ class StageConfig(StrictModel):
     Attributes:
         num_replicas: replicas, if not autoscaled.
         autoscaling: Ray Serve's ``autoscaling_config``, e.g. ``{min_replicas: 1, max_replicas: 8}``, and
-            ``targets`` for the signals of :mod:`deployments.autoscaling`; a ``policy`` of one's own replaces
-            that. ``min_replicas: 0`` ends an idle stage; the next request waits for its start.
+            ``targets`` for what a replica should have to do: ``megapixels``, ``visual_tokens``, ``kv_usage``
+            and ``waiting_tokens``, or ``requests``, see :data:`deployments.autoscaling.SIGNALS`; a ``policy``
+            of one's own replaces that. ``min_replicas: 0`` ends an idle stage; the next request waits for its
+            start.
         num_cpus: CPU cores that each replica reserves; a reservation, not a limit.
         num_gpus: GPUs, or the share of one, that each replica reserves. A replica with 0 sees no GPU.
         resources: further Ray resources by name.
