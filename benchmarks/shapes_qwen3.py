@@ -71,6 +71,8 @@ QWEN3_VL_30B_A3B: dict[str, Any] = {
         "moe_intermediate_size": 768,
         "num_experts": 128,
         "num_experts_per_tok": 8,
+        # vLLM needs it; Transformers has no such field, and always scales the chosen weights to a sum of 1.
+        "norm_topk_prob": True,
         "num_hidden_layers": 48,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
