@@ -56,4 +56,4 @@ async def _card(pipeline: Pipeline) -> ModelCard:
     except Unavailable:
         # It is configured all the same, and will be back.
         length = None
-    return ModelCard(id=pipeline.name, created=_STARTED, max_model_len=length)
+    return ModelCard(id=pipeline.name, created=_STARTED, root=pipeline.name, max_model_len=length)
