@@ -23,7 +23,12 @@ _M32 = 0xFFFFFFFF
 
 
 def gumbel_argmax(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    index: Tensor,
+    threshold: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Sample one token per row; the lowest id wins ties.
 
@@ -33,25 +38,46 @@ def gumbel_argmax(
         seeds: ``(N,)`` int64.
         index: ``(N,)`` int64, index of the token in its output.
         threshold: ``(N,)`` float32; tokens with a smaller logit are never sampled. None: all may be sampled.
+        allowed: ``(N, ceil(V / 32))`` int32; a token whose bit, ``id % 32`` of word ``id // 32``, is 0 is
+            never sampled. None: all may be sampled.
 
     Returns:
-        ``(N,)`` int64; -1 for a row whose logits are all ``-inf``.
+        ``(N,)`` int64; -1 for a row whose logits are all ``-inf``, or of which no token is allowed.
     """
     if use_triton(logits):
-        return gumbel_argmax_triton(logits, temperature, seeds, index, threshold)
-    return gumbel_argmax_reference(logits, temperature, seeds, index, threshold)
+        return gumbel_argmax_triton(logits, temperature, seeds, index, threshold, allowed)
+    return gumbel_argmax_reference(logits, temperature, seeds, index, threshold, allowed)
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """Return the most likely token of each row of logits ``(N, V)``, ``(N,)`` int64; the lowest id wins ties.
-    A row whose logits are all ``-inf`` gives -1."""
-    return argmax_triton(logits) if use_triton(logits) else _argmax_reference(logits)
+def argmax(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return the most likely of the ``allowed`` tokens of each row of logits ``(N, V)``, ``(N,)`` int64; see
+    :func:`gumbel_argmax`."""
+    if use_triton(logits):
+        return argmax_triton(logits, allowed)
+    return _argmax_reference(_masked(logits, allowed))
+
+
+def mask_tokens(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Set logits ``(N, V)``, in place, to ``-inf`` where the bit of a token is 0; ``allowed`` as for
+    :func:`gumbel_argmax`."""
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    banned = ((allowed[:, :, None] >> bits) & 1) == 0
+    return logits.masked_fill_(banned.flatten(1)[:, : logits.shape[1]], float("-inf"))
+
+
+def _masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    return logits if allowed is None else mask_tokens(logits.clone(), allowed)
 
 
 def gumbel_argmax_reference(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    index: Tensor,
+    threshold: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
-    x = logits.float()
+    x = _masked(logits.float(), allowed)
     greedy = (temperature == 0)[:, None]
     ids = torch.arange(x.shape[1], device=x.device)
     score = x / torch.where(greedy, 1.0, temperature[:, None]) - exponential_noise(seeds, index, ids).log()
@@ -104,10 +130,10 @@ def _mix_u32(x):
 
 @triton.jit(do_not_specialize=["chunk", "num_chunks"])
 def _partial_argmax_kernel(
-    logits, temperature, seeds, index, threshold, best, best_id,
-    stride_logits, stride_temperature, stride_seeds, stride_index, stride_threshold,
+    logits, temperature, seeds, index, threshold, allowed, best, best_id,
+    stride_logits, stride_temperature, stride_seeds, stride_index, stride_threshold, stride_allowed,
     vocab, chunk, num_chunks,
-    GREEDY: tl.constexpr, HAS_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr, HAS_THRESHOLD: tl.constexpr, HAS_ALLOWED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row and chunk of the vocabulary: the chunk's best score and its token id."""
     row = tl.program_id(0).to(tl.int64)
@@ -133,6 +159,9 @@ def _partial_argmax_kernel(
     for offset in range(0, chunk, BLOCK):
         ids = start + offset + tl.arange(0, BLOCK)
         inside = (ids < vocab) & (offset + tl.arange(0, BLOCK) < chunk)
+        if HAS_ALLOWED:
+            words = tl.load(allowed + row * stride_allowed + ids // 32, mask=inside, other=0)
+            inside = inside & (((words >> (ids % 32)) & 1) != 0)
         x = tl.load(logits + row * stride_logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
         score = x
         if not GREEDY:
@@ -167,17 +196,23 @@ def _final_argmax_kernel(best, best_id, out, num_chunks, BLOCK: tl.constexpr):
 
 
 def gumbel_argmax_triton(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, index: Tensor, threshold: Tensor | None = None
+    logits: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    index: Tensor,
+    threshold: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
-    return _argmax(logits, temperature, seeds, index, threshold)
+    return _argmax(logits, allowed, temperature, seeds, index, threshold)
 
 
-def argmax_triton(logits: Tensor) -> Tensor:
-    return _argmax(logits)
+def argmax_triton(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+    return _argmax(logits, allowed)
 
 
 def _argmax(
     logits: Tensor,
+    allowed: Tensor | None,
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     index: Tensor | None = None,
@@ -198,11 +233,12 @@ def _argmax(
     launch(
         _partial_argmax_kernel, (rows, num_chunks),
         logits=logits, temperature=temperature, seeds=seeds, index=index, threshold=threshold,
-        best=best, best_id=best_id,
+        allowed=allowed, best=best, best_id=best_id,
         stride_logits=logits.stride(0), stride_temperature=_stride(temperature), stride_seeds=_stride(seeds),
         stride_index=_stride(index), stride_threshold=_stride(threshold),
-        vocab=vocab, chunk=chunk, num_chunks=num_chunks,
-        GREEDY=temperature is None, HAS_THRESHOLD=threshold is not None, BLOCK=block,
+        stride_allowed=_stride(allowed), vocab=vocab, chunk=chunk, num_chunks=num_chunks,
+        GREEDY=temperature is None, HAS_THRESHOLD=threshold is not None,
+        HAS_ALLOWED=allowed is not None, BLOCK=block,
     )  # fmt: skip
     # The block fits the chunks of a single row, which has the most: one compiled kernel serves all batch
     # sizes.

@@ -276,6 +276,9 @@ class ModelRunner:
                 logits = self._decode_rows(inputs, slots)
                 for plan in _CAPTURED_PLANS:
                     self._decode_sample(slots, logits, plan)
+            mask = torch.zeros((len(slots), -(-self.vocab_size // 32)), dtype=torch.int32, device=self.device)
+            for plan in _CAPTURED_PLANS:
+                self.sampler.sample(logits, slots, replace(plan, grammar=True), grammar_mask=mask)
             self._forwards.rehearse()
 
     # State.

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from engine.kernels.gumbel import argmax, gumbel_argmax
+from engine.kernels.gumbel import argmax, gumbel_argmax, mask_tokens
 from engine.kernels.truncation import truncation_threshold
 from engine.logprobs import LogprobTensors, compute_logprobs
 from engine.runner import sampler_state as state
@@ -19,7 +19,6 @@ from engine.runner.sampler_processors import (
     forbid_bad_words,
     forbid_early,
     forbid_repeated_ngrams,
-    mask_tokens,
     penalize,
 )
 from engine.sampling_params import SamplingParams
@@ -59,11 +58,12 @@ class SamplingPlan:
 
     @property
     def processes(self) -> bool:
-        """True if logits are changed before a token is taken."""
+        """True if logits are changed before a token is taken: what a grammar bans is left out then, unless
+        the thresholds of truncation depend on it."""
         return bool(
             self.penalties
             or self.bitmask
-            or self.grammar
+            or (self.grammar and self.truncates)
             or self.bias_width
             or self.early_width
             or self.bad_words_width
@@ -166,7 +166,7 @@ class Sampler:
             (N,) int64; -1 where nothing is allowed.
         """
         assert logits.shape[1] == self.vocab_size and (grammar_mask is not None) == plan.grammar
-        if plan.all_greedy and not plan.processes:
+        if plan.all_greedy and not (plan.processes or plan.grammar):
             return logits.argmax(dim=-1)
         floats, ints = self._states.floats.tensor[slots], self._states.ints.tensor[slots]
         if drafts is not None:
@@ -174,14 +174,14 @@ class Sampler:
         if plan.processes:
             logits = self._process(logits, slots, plan, floats, ints, grammar_mask, drafts)
         if plan.all_greedy:
-            tokens = argmax(logits)
+            tokens = argmax(logits, grammar_mask)
         else:
             temperature, threshold = floats[:, state.TEMPERATURE], None
             if plan.truncates:
                 top_k, top_p, min_p = ints[:, state.TOP_K], floats[:, state.TOP_P], floats[:, state.MIN_P]
                 threshold = truncation_threshold(logits, temperature, top_k, top_p, min_p)
             seeds, index = ints[:, state.SEED], ints[:, state.OUTPUT_LEN]
-            tokens = gumbel_argmax(logits, temperature, seeds, index, threshold)
+            tokens = gumbel_argmax(logits, temperature, seeds, index, threshold, grammar_mask)
         self._advance(slots, tokens, plan, drafts)
         return tokens
 
@@ -233,7 +233,7 @@ class Sampler:
             assert history.tokens is not None
             tokens, lengths, sizes = history.tokens[slots], history.lengths[slots], history.sizes[slots]
             forbid_repeated_ngrams(logits, tokens, lengths, sizes, plan.ngram_width)
-        if grammar_mask is not None:
+        if grammar_mask is not None and plan.truncates:
             mask_tokens(logits, grammar_mask)
         if plan.penalties:
             counts, seen = states.penalties.counts, states.penalties.prompt_seen

@@ -11,18 +11,6 @@ from torch import Tensor
 NEVER = float("-inf")
 
 
-def mask_tokens(logits: Tensor, bitmask: Tensor) -> Tensor:
-    """Sets logits to ``-inf`` where a token's bit is 0.
-
-    Args:
-        logits: (N, V) float32, changed in place.
-        bitmask: (N, ceil(V / 32)) int32; bit ``id % 32`` of word ``id // 32``.
-    """
-    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    banned = ((bitmask[:, :, None] >> bits) & 1) == 0
-    return logits.masked_fill_(banned.flatten(1)[:, : logits.shape[1]], NEVER)
-
-
 def add_at(logits: Tensor, ids: Tensor, values: Tensor) -> Tensor:
     """Adds ``values`` (N, W) to the logits of ``ids`` (N, W) int64, in place; an id below 0 adds nothing."""
     return logits.scatter_add_(1, ids.clamp(min=0), torch.where(ids < 0, 0.0, values))

@@ -56,6 +56,28 @@ def test_tokens_equal_the_reference(shape, dtype, truncated):
     assert argmax_triton(logits).tolist() == logits.argmax(dim=1).tolist()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_are_not_allowed_are_as_if_their_logits_were_minus_infinity(shape, dtype):
+    rows, vocab = shape
+    logits, floats, ints = random_rows(*shape, dtype, seed=2)
+    bits = torch.rand(rows, -(-vocab // 32) * 32) < 0.2
+    bits[-1] = rows == 1
+    # The best token of the first row may not come; bits beyond the vocabulary mean nothing.
+    bits[0, logits[0].argmax()] = False
+    words = (bits.view(rows, -1, 32).long() << torch.arange(32)).sum(-1)
+    # As columns of a wider tensor.
+    words = torch.cat([words, torch.full_like(words, -1)], dim=1).int().to(DEVICE)[:, : words.shape[1]]
+    masked = logits.float().masked_fill(~bits[:, :vocab].to(DEVICE), float("-inf"))
+    given = floats[:, 0], ints[:, 0], ints[:, 1], masked.nan_to_num(neginf=-50.0).quantile(0.8, dim=1)
+    wanted = gumbel_argmax_reference(masked, *given).tolist()
+    assert gumbel_argmax_triton(logits, *given, words).tolist() == wanted
+    assert gumbel_argmax_reference(logits, *given, words).tolist() == wanted
+    likeliest = argmax(masked).tolist()
+    assert argmax(logits, words).tolist() == argmax_triton(logits, words).tolist() == likeliest
+    assert rows == 1 or (wanted[-1], likeliest[-1]) == (-1, -1)
+
+
 @pytest.mark.parametrize("kernel", [gumbel_argmax_reference, gumbel_argmax_triton])
 def test_ties_and_rows_of_minus_infinity(kernel):
     logits = torch.full((3, 3000), float("-inf"), device=DEVICE)

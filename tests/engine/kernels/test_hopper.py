@@ -52,4 +52,4 @@ def test_start_up_compiles_each_kernel_once_for_all_batch_sizes():
     # Narrow and broad tiles.
     assert count["_wide_kernel"] == 2
     assert count["_final_argmax_kernel"] == 1
-    assert sum(count.values()) < 45, count
+    assert sum(count.values()) < 50, count

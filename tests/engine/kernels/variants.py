@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from benchmarks.shapes import write_checkpoint
 from engine import LLM, SamplingParams
 from engine.kernels import device, gemm_activation, image_attention, launch, prefill_attention, wide_gemm
 from engine.runner.sampler import Sampler
+from engine.sampling_params import StructuredSpec
 from tests.engine.kernels.hopper import Noted, prepare
 from tests.engine.rerun import rerun
 
@@ -72,8 +74,11 @@ def serve(llm: LLM) -> None:
     """Serve steps and images of captured sizes and of others, alone and several at once."""
     greedy = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     drawn = SamplingParams(max_tokens=3, top_p=0.9, ignore_eos=True)
+    word = StructuredSpec(kind="regex", text="[a-z]{3}")
+    kinds = (greedy, drawn, replace(drawn, top_p=1.0))
+    constrained = [replace(params, structured=word, ignore_eos=False) for params in kinds]
     for lengths in ([1], [47], [1531], [700, 911, 2], [2100, 5], [*range(1, 10)]):
-        for params in (greedy, drawn):
+        for params in (greedy, drawn, *constrained):
             prompts = [{"prompt_token_ids": [5] * length} for length in lengths]
             llm.generate(prompts, params, use_tqdm=False)
     for sides in ([28], [300], [1400], [500, 700, 900, 33], [2000] * 4):

@@ -7,12 +7,12 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
+from engine.kernels.gumbel import mask_tokens
 from engine.runner.sampler_processors import (
     add_at,
     forbid_bad_words,
     forbid_early,
     forbid_repeated_ngrams,
-    mask_tokens,
     penalize,
 )
 
