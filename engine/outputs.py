@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -84,25 +86,34 @@ class StreamUpdate:
 
 
 def merge_updates(first: StreamUpdate, second: StreamUpdate) -> StreamUpdate:
-    """Two successive updates of one request as one; the deltas of ``first`` are extended in place."""
+    """Two successive updates of one request as one. The lists of ``first`` are extended in place: to merge
+    many updates takes a time that is linear in their number."""
     deltas = {delta.index: delta for delta in first.deltas}
     for delta in second.deltas:
         earlier = deltas.setdefault(delta.index, delta)
         if earlier is delta:
             continue
-        earlier.text += delta.text
+        # A text to which nothing else refers grows in place.
+        text, earlier.text = earlier.text, ""
+        text += delta.text
+        earlier.text = text
         earlier.token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            earlier.logprobs = [*(earlier.logprobs or ()), *delta.logprobs]
+        earlier.logprobs = _joined(earlier.logprobs, delta.logprobs)
         earlier.finish_reason = delta.finish_reason
         earlier.stop_reason = delta.stop_reason
-    prompt = first.prompt_logprobs
-    if second.prompt_logprobs is not None:
-        prompt = [*(prompt or ()), *second.prompt_logprobs]
+    prompt = _joined(first.prompt_logprobs, second.prompt_logprobs)
     times = first.times or second.times
     return StreamUpdate(
         second.request_id, list(deltas.values()), second.usage, prompt, second.finished, times
     )
+
+
+def _joined(first: list[T] | None, second: list[T] | None) -> list[T] | None:
+    """``first``, extended by ``second``; None stands for no list."""
+    if first is None or second is None:
+        return first if second is None else second
+    first += second
+    return first
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from deployments.errors import as_sightline, logger
 from deployments.metrics.families import Family
 from deployments.ray_serve.channel import Answer, Message, deliver
 from deployments.ray_serve.engine_link import Call, Cancel, Close, Line, Link, Ready, Reply, Setup
@@ -238,21 +239,34 @@ class EngineProcess:
         try:
             while True:
                 # No variable keeps the last message, which may hold objects of Ray's store.
-                self._link.send(self._outgoing.get())
+                self._send_one(self._outgoing.get())
         except OSError:
             # The process has ended, and the other thread learns it too.
             return
+
+    def _send_one(self, message: Call | Cancel | Close) -> None:
+        try:
+            self._link.send(message)
+        except OSError:
+            raise
+        except Exception as error:
+            # It can't be pickled. No byte of it was sent, so that the next ones can be.
+            assert isinstance(message, Call), "the others hold nothing"
+            self._soon(self._settle, Reply(message.number, error=as_sightline(error)))
 
     def _receive(self) -> None:
         try:
             while True:
                 self._take(self._link.receive())
         except (EOFError, OSError):
-            self._ended = True
-            for number in list(self._calls):
-                self._soon(self._settle, Reply(number, error=abandoned()))
-            if not self._closing:
-                self._on_death()
+            pass
+        except Exception:
+            logger.exception("what the engine's process says can't be read")
+        self._ended = True
+        for number in list(self._calls):
+            self._soon(self._settle, Reply(number, error=abandoned()))
+        if not self._closing:
+            self._on_death()
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Reply):

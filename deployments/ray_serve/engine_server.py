@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from deployments.errors import as_sightline
+from deployments.errors import as_sightline, logger
 from deployments.logs import Rendered
 from deployments.ray_serve.channel import IDLE_S, Outbox, Outboxes
 from deployments.ray_serve.engine_link import Call, Cancel, Close, Line, Link, Ready, Reply, Setup
@@ -38,9 +38,10 @@ class NotedOutboxes(Outboxes):
             try:
                 yield outbox
             finally:
-                # It may be that this process ends, because the replica has.
-                with suppress(OSError):
-                    self._link.send(Line(reader, False))
+                # The reader may have opened another one. Or this process ends, because the replica has.
+                if self._open.get(reader) is outbox:
+                    with suppress(OSError):
+                        self._link.send(Line(reader, False))
 
 
 class LogsAtReplica(logging.Handler):
@@ -91,7 +92,14 @@ class _Calls:
             reply = Reply(call.number, error=error)
         except Exception as error:
             reply = Reply(call.number, error=as_sightline(error))
-        self._link.send(reply)
+        try:
+            self._link.send(reply)
+        except OSError:
+            # The replica has died.
+            raise
+        except Exception as error:
+            # It can't be pickled. No byte of it was sent.
+            self._link.send(Reply(call.number, error=as_sightline(error)))
 
 
 class EngineServer:
@@ -136,7 +144,10 @@ class EngineServer:
                 # No variable keeps the last message.
                 self._loop.call_soon_threadsafe(self._take, self._link.receive())
         except (EOFError, OSError):
-            self._on_loss()
+            pass
+        except Exception:
+            logger.exception("what the replica says can't be read")
+        self._on_loss()
 
     def _take(self, message: Call | Cancel | Close) -> None:
         assert self._calls is not None

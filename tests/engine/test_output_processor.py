@@ -13,7 +13,7 @@ from engine.errors import RequestFailed
 from engine.logprobs import LogprobTensors
 from engine.metrics import EngineMetrics
 from engine.output_processor import OutputProcessor, RequestGroup
-from engine.outputs import StreamUpdate, Usage, merge_updates
+from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvents
@@ -93,6 +93,21 @@ def play(
             merged[group.id] = update if earlier is None else merge_updates(earlier, update)
     assert outputs.num_groups == 0
     return merged, metrics.snapshot(), stops
+
+
+def test_merged_updates_grow_in_place():
+    """Each of n updates is merged in O(1): whoever copied the lists would take O(n)."""
+    values = [{5: TokenLogprob(-1.0)}]
+    first, second, third = (
+        StreamUpdate("r", [OutputDelta(0, text, [5], logprobs)], Usage(), prompt)
+        for text, logprobs, prompt in [("a", None, [None]), ("b", list(values), None), ("c", values, values)]
+    )
+    prompt, logprobs = first.prompt_logprobs, second.deltas[0].logprobs
+    merged = merge_updates(merge_updates(first, second), third)
+    (delta,) = merged.deltas
+    assert delta.logprobs is logprobs and logprobs == values * 2
+    assert merged.prompt_logprobs is prompt and prompt == [None, *values]
+    assert delta.text == "abc" and delta.token_ids == [5, 5, 5]
 
 
 @pytest.mark.parametrize("sizes", [[2], [8], [1, 3, 7], [1000]])

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import pickle
 import socket
+import struct
 import threading
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from deployments.ray_serve.packing import RowsInfo
 from deployments.ray_serve.served_model import ServedModel
 from deployments.stages import Generation, Pooling, StageLost
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, InvalidRequest, Unavailable
+from engine.errors import CheckpointError, InvalidRequest, SightlineError, Unavailable
 from engine.outputs import EmbeddingOutput, OutputDelta, StreamUpdate, Usage
 from engine.pooling_params import PoolingParams
 from engine.prompt import EmbeddedMedia, EngineInput
@@ -129,6 +130,41 @@ async def test_errors_arrive_and_a_cancelled_call_ends_there(pair):
     process._outgoing.put(Cancel(99))
     pair.stage.idle = False
     assert await process.is_idle() is False
+
+
+async def test_what_can_t_be_pickled_fails_one_call_alone(pair):
+    process = await pair.connect()
+    # No function of a function can be pickled.
+    with pytest.raises(SightlineError, match="server's log"):
+        await asyncio.wait_for(process.embed(lambda: None, [], []), 60)
+    pair.stage.idle = lambda: None
+    with pytest.raises(SightlineError, match="server's log"):
+        await asyncio.wait_for(process.is_idle(), 60)
+    pair.stage.idle = False
+    assert await process.is_idle() is False
+
+
+@pytest.mark.parametrize("end", ["process", "replica"])
+async def test_a_message_that_can_t_be_read_ends_the_connection(pair, end):
+    process = await pair.connect()
+    sender, noticed = (pair.link, pair.dead) if end == "process" else (process._link, pair.lost)
+    sender._connection.sendall(struct.pack("<QI", 3, 0) + b"???")
+    assert await asyncio.to_thread(noticed.wait, 60)
+    if end == "process":
+        with pytest.raises(StageLost):
+            await process.is_idle()
+
+
+async def test_a_line_that_its_reader_opens_again_is_open(pair):
+    process, outboxes = await pair.connect(), NotedOutboxes(pair.link)
+    with ExitStack() as second:
+        with outboxes.open("reader", None):
+            await wait_until(lambda: process.has_line("reader"), 60)
+            second.enter_context(outboxes.open("reader", None))
+        # What the first line said has arrived before this.
+        await process.is_idle()
+        assert process.has_line("reader")
+    await wait_until(lambda: not process.has_line("reader"), 60)
 
 
 async def test_a_dead_process_takes_its_answers_along(pair):
