@@ -10,6 +10,7 @@ import copy
 import itertools
 import logging
 import queue
+import signal
 import socket
 import subprocess
 import threading
@@ -36,6 +37,8 @@ from engine.prompt import EmbeddedMedia
 
 #: Seconds that the process has to end in good order.
 _GRACE_S = 5.0
+#: Seconds from the end of its socket to its own.
+_LAST_S = 2.0
 
 #: The name by which the replica reads answers itself.
 _HOME = "replica"
@@ -204,7 +207,9 @@ class EngineProcess:
             while not isinstance(message := self._link.receive(), Ready):
                 self._take(message)
         except (EOFError, OSError):
-            raise Unavailable("The process of the engine died while it loaded the model.") from None
+            raise Unavailable(
+                f"The process of the engine died while it loaded the model: {self._ending()}."
+            ) from None
         if message.error is not None:
             self._process.wait()
             raise message.error
@@ -259,14 +264,30 @@ class EngineProcess:
             while True:
                 self._take(self._link.receive())
         except (EOFError, OSError):
-            pass
+            self._abandon_calls()
+            if not self._closing:
+                logger.error("the process of the engine has died: %s", self._ending())
         except Exception:
-            logger.exception("what the engine's process says can't be read")
+            logger.exception("what the process of the engine says can't be read")
+            self._abandon_calls()
+        if not self._closing:
+            self._on_death()
+
+    def _abandon_calls(self) -> None:
         self._ended = True
         for number in list(self._calls):
             self._soon(self._settle, Reply(number, error=abandoned()))
-        if not self._closing:
-            self._on_death()
+
+    def _ending(self) -> str:
+        """How the process has ended, in words; it is ended now if it hasn't."""
+        try:
+            code = self._process.wait(_LAST_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return "it has closed its socket"
+        if code == -signal.SIGKILL:
+            return "it was killed, as the system does if memory is used up"
+        return f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Reply):

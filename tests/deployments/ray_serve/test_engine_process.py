@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import pickle
+import signal
 import socket
 import struct
 import threading
@@ -71,13 +72,17 @@ class Pair:
         self.ours, theirs = socket.socketpair()
         self.link = Link(theirs)
         self.ended = threading.Event()
-        self.process = SimpleNamespace(wait=lambda seconds: self.ended.wait(60), kill=lambda: None)
+        self.process = SimpleNamespace(wait=lambda seconds: self.ended.wait(60) and 0)
+
+    def lose(self) -> None:
+        self.ended.set()
+        self.lost.set()
 
     async def connect(self) -> EngineProcess:
         made = asyncio.to_thread(EngineProcess, self.process, self.ours, CONFIG, None, None, self.dead.set)
         ours = asyncio.ensure_future(made)
         setup = await asyncio.to_thread(self.link.receive)
-        server = EngineServer(self.link, asyncio.get_running_loop(), self.lost.set)
+        server = EngineServer(self.link, asyncio.get_running_loop(), self.lose)
         outboxes = NotedOutboxes(self.link)
         model = ServedModel(self.stage, outboxes)
         self.running = asyncio.ensure_future(server.run(setup.home, model, outboxes))
@@ -187,11 +192,19 @@ async def test_a_closed_process_ends_in_good_order(pair):
     assert pair.lost.wait(60) and not pair.dead.is_set()
 
 
-@pytest.mark.parametrize("error", [CheckpointError("no weights"), None])
-def test_a_model_that_can_t_be_loaded_is_told(error):
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (CheckpointError("no weights"), 0, "no weights"),
+        (None, -signal.SIGKILL, "memory is used up"),
+        (None, -signal.SIGSEGV, "Segmentation fault"),
+        (None, 3, "exit code 3"),
+    ],
+)
+def test_a_model_that_can_t_be_loaded_is_told(error, code, told):
     ours, theirs = socket.socketpair()
     link = Link(theirs)
-    process = SimpleNamespace(wait=lambda *_: None)
+    process = SimpleNamespace(wait=lambda *_: code)
 
     def load() -> None:
         link.receive()
@@ -204,7 +217,7 @@ def test_a_model_that_can_t_be_loaded_is_told(error):
     with pytest.raises(Unavailable if error is None else CheckpointError) as caught:
         EngineProcess(process, ours, CONFIG, None, None, lambda: None)
     loading.join()
-    assert error is None or str(caught.value) == "no weights"
+    assert told in str(caught.value)
 
 
 async def test_the_replica_s_log_has_the_lines_of_the_process(pair, caplog):
