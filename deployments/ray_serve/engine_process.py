@@ -29,7 +29,7 @@ from deployments.stage_config import EncoderConfig
 from deployments.stages import Generation, Pooling
 from deployments.tracing import TracingConfig, current
 from engine.config import EngineConfig
-from engine.errors import SightlineError, Unavailable
+from engine.errors import Unavailable
 from engine.executor.launch import fresh_interpreter
 from engine.mailbox import Relay
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -139,8 +139,8 @@ class EngineProcess:
             try:
                 infos = [RowsInfo.of(each) for each in media]
                 await self._call("answer", request, infos, [each.rows for each in media], _HOME)
-            except SightlineError as error:
-                answer.fail(error)
+            except Exception as error:
+                answer.fail(as_sightline(error))
 
         task = asyncio.create_task(call())
         try:

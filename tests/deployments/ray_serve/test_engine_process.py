@@ -137,6 +137,18 @@ async def test_errors_arrive_and_a_cancelled_call_ends_there(pair):
     assert await process.is_idle() is False
 
 
+async def test_any_error_there_ends_an_answer(pair):
+    process = await pair.connect()
+
+    async def broken(*_):
+        raise AssertionError("a row is lost")
+        yield
+
+    pair.stage.generate = broken
+    with pytest.raises(SightlineError, match="server's log"):
+        await asyncio.wait_for(anext(process.generate(generation(), [])), 60)
+
+
 async def test_what_can_t_be_pickled_fails_one_call_alone(pair):
     process = await pair.connect()
     # No function of a function can be pickled.
