@@ -36,12 +36,24 @@ def choose_tile(outputs: int, inputs: int, itemsize: int = 2) -> GemvTile:
 
     Of nine tiles it is the best on an H100 and an H200, or within 1 % of it, by the time of whole decode
     steps of models of 2 and 7 billion parameters; for 2560 outputs by those of one of 4 billion on an H200. For
-    up to 2048 outputs of 4096 inputs it is the best of ten by the time of whole decoder layers on an H200.
+    up to 2048 outputs of 4096 inputs it is the best of ten by the time of whole decoder layers on an H200. For more
+    outputs, and for more than 8192, it is the best of 18 and 22 there, or within 2 % of it, by chains of a layer's
+    GEMVs of seven models and by their LM heads.
     """
+    wide = itemsize == 2 and inputs > 2048
     if outputs > 8192:
-        tile_outputs, tile_inputs, warps = 4, 512, 4
+        tile_outputs, tile_inputs, warps = 4, 1024 if wide else 512, 4
+    elif outputs > 2048 and wide and inputs <= 4096:
+        # Whole rows, loaded in advance.
+        tile_outputs, tile_inputs, warps = 1, 4096, 8
     elif 2048 < outputs <= 3072:
         tile_outputs, tile_inputs, warps = 2, 1024, 4
+    elif 3072 < outputs <= 3584 and itemsize == 2 and inputs > 16384:
+        # Seven programs of each SM, all at a time.
+        tile_outputs, tile_inputs, warps = 4, 1024, 4
+    elif outputs > 4096 and wide:
+        # With one output each there would be more programs than run at a time, and few at the end.
+        tile_outputs, tile_inputs, warps = 2, 2048, 8
     elif outputs > 2048:
         # One output per program: small programs, of which an SM runs more at a time.
         tile_outputs, tile_inputs, warps = 1, 256, 2

@@ -74,8 +74,8 @@ def test_a_gemv_equals_float64(device, dtype, outputs, inputs, with_bias):
             enumerate(SIZES), enumerate([None, "silu", "gelu_pytorch_tanh"]), [False, True]
         )
     ]
-    # A row in two parts.
-    + [(6, 2500, "silu", True, 0.01)],
+    # Rows in two parts.
+    + [(6, 2500, "silu", True, 0.01), (5, 5120, None, False, 30.0)],
 )
 def test_a_gemv_after_a_norm_equals_float64(device, dtype, outputs, inputs, with_residual, activation, scale):
     x, weight, bias = problem(device, dtype, 1, outputs, inputs)
