@@ -1,9 +1,9 @@
 """Ask a running server for the vector of an image with a text.
 
-    python examples/embedding_client.py --model NAME ["Represent the given image."]
+    python examples/embedding_client.py [--model NAME] ["Represent the given image."] [IMAGE ...]
 
 The request's form is not OpenAI's own (that one has no images), so it is posted as plain JSON. NAME must be
-a model that is served with task: embed.
+a model that is served with task: embed, such as pocket-embed, which serve_config.yaml has in a comment.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("text", nargs="?", default="Represent the given image.")
     parser.add_argument("images", nargs="*")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="pocket-embed")
     options = parser.parse_args()
 
     urls = [as_url(picture) for picture in options.images] or [drawn(two_shapes())]
@@ -33,7 +33,8 @@ def main() -> None:
         },
         timeout=60,
     )
-    response.raise_for_status()
+    if not response.ok:
+        parser.error(response.json()["error"]["message"])
     print("Embedding output:", response.json()["data"][0]["embedding"][:8], "...")
 
 

@@ -1,8 +1,9 @@
 """Ask a running server which pictures meet a query best.
 
-    python examples/rerank_client.py --model NAME ["A red square."] [PICTURE ...]
+    python examples/rerank_client.py [--model NAME] ["A red square."] [PICTURE ...]
 
-NAME must be a model that is served with task: embed, or a reranker served with task: score.
+NAME must be a model that is served with task: embed, such as pocket-embed, which serve_config.yaml has in a
+comment; or a reranker served with task: score.
 """
 
 import argparse
@@ -17,7 +18,7 @@ def main() -> None:
     parser.add_argument("query", nargs="?", default="A red square.")
     parser.add_argument("images", nargs="*")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="pocket-embed")
     parser.add_argument("--instruction", help="what a document must do to meet the query")
     options = parser.parse_args()
 
@@ -33,7 +34,8 @@ def main() -> None:
         },
         timeout=60,
     )
-    response.raise_for_status()
+    if not response.ok:
+        parser.error(response.json()["error"]["message"])
     for result in response.json()["results"]:
         print(f"picture {result['index'] + 1}: {result['relevance_score']:.3f}")
 

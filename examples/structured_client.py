@@ -2,7 +2,8 @@
 
     python examples/structured_client.py "Describe this image." [IMAGE]
 
-An image is a file or a URL. Without one, three green stars are drawn.
+An image is a file or a URL. Without one, three green stars are drawn. The server must have pocket-tools:
+serve_config.yaml has it in a comment.
 """
 
 import argparse

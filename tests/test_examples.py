@@ -69,3 +69,7 @@ def test_clients(monkeypatch, capsys, served):
     assert capsys.readouterr().out.startswith("Embedding output: [")
     run(monkeypatch, "rerank_client.py", "--model", "tests/vectors", "--base-url", served.base_url)
     assert capsys.readouterr().out.startswith("picture 2: ")
+    for name in ("embedding_client.py", "rerank_client.py"):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, name, "--base-url", served.base_url)
+        assert "The model 'pocket-embed' does not exist" in capsys.readouterr().err
