@@ -43,6 +43,8 @@ decides::
                                                   most 65536 outputs
                       F.linear                    not fp8                             (torch)
                       dequantised_gemm            otherwise                           fp8.py
+    split_linear      skinny_gemm_triton          as in linear, not added up          skinny_gemm.py
+                      linear                      otherwise                           dispatch.py
     norm_linear       norm_gemv_triton            Triton, 1 row, not 4 bits, not fp8  norm_gemv.py
                                                   made for fp8 inputs
                       rms_norm, then linear       otherwise                           dispatch.py
@@ -74,5 +76,5 @@ peer_reduce.py sums over the GPUs of a host and gathers from them; :class:`engin
 
 Shared by kernels: activation.py (inside kernels), delta_scan.py and delta_tiles.py (parts of delta_prefill.py), device.py (SMs, memory, capability), expert_groups.py
 (sorts pairs of tokens and experts, adds up their results), int4_unpack.py (unpacks weights in 4 bits), launch.py (launch or compile), paged.py (KV cache, batch, online softmax), pdl.py (programmatic dependent launch),
-recurrent_state.py (states of gated delta nets and convolutions), registers.py (layouts in registers, for Gluon), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), shares.py (equal shares of steps for programs, for Gluon), tile.py (attention tiles).
+recurrent_state.py (states of gated delta nets and convolutions), registers.py (layouts in registers, for Gluon), ring.py (buffers in shared memory, for Gluon), router_config.py (of a router of experts), scales.py (of fp8 weights), shares.py (equal shares of steps for programs, for Gluon), split_sums.py (sums that a norm adds up), tile.py (attention tiles).
 """

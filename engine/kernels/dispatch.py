@@ -62,6 +62,7 @@ from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
 from engine.kernels.skinny_gemm import skinny_gemm_triton
+from engine.kernels.split_sums import SplitSums, whole
 from engine.kernels.vision_attention import vision_attention_reference, vision_attention_triton
 from engine.kernels.wide_gemm import wide_gemm_gluon
 
@@ -244,7 +245,7 @@ def linear(
     if takes_rounded(x, weight, scale):
         assert isinstance(scale, Scale)
         return _rounded_linear(quantise_rows(x), weight, bias, activation, counters, scale)
-    if memory_bound and rows > 1 and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS:
+    if _is_skinny(x, weight, scale):
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
     if activation is not None and scale is None and use_triton(x) and wide_gemm.supports(x, weight):
         return wide_gemm_gluon(x, weight, bias, activation)
@@ -255,6 +256,33 @@ def linear(
     else:
         out = dequantised_gemm(x, weight, scale, bias)
     return out if activation is None else act_mul(out, activation)
+
+
+def split_linear(
+    x: torch.Tensor | RoundedRows,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    counters: torch.Tensor | None = None,
+    scale: Scale | Int4Scale | None = None,
+) -> torch.Tensor | SplitSums:
+    """Compute :func:`linear` for a consumer that adds up what several programs have computed."""
+    if isinstance(x, torch.Tensor) and takes_rounded(x, weight, scale):
+        x = quantise_rows(x)
+    if isinstance(x, RoundedRows):
+        assert isinstance(scale, Scale)
+        if 1 < len(x.numbers) <= MEMORY_BOUND_ROWS and use_triton(x.numbers):
+            options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
+            return skinny_gemm_triton(x.numbers, weight, bias, parts=True, **options)
+    elif not isinstance(scale, Int4Scale) and _is_skinny(x, weight, scale):
+        return skinny_gemm_triton(x, weight, bias, scale=scale, parts=True)
+    return linear(x, weight, bias, counters=counters, scale=scale)
+
+
+def _is_skinny(x: torch.Tensor, weight: torch.Tensor, scale: Scale | None) -> bool:
+    """Return whether there are a few rows of 16 bits."""
+    few = 1 < x.shape[0] <= MEMORY_BOUND_ROWS and use_triton(x) and (scale is None or reads_fp8(x.device))
+    return few and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS
 
 
 def sum_linear(
@@ -281,7 +309,7 @@ def sum_linear(
     return gemv_sum_triton(x, weight, scale, peers) if fits else None
 
 
-def takes_rounded(x: torch.Tensor, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
+def takes_rounded(x: torch.Tensor | SplitSums, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
     """Return whether :func:`linear` multiplies the rows ``x`` as :class:`RoundedRows`."""
     return isinstance(scale, Scale) and x.shape[0] > 0 and supports_scaled(x, weight, scale)
 
@@ -327,7 +355,7 @@ def _int4_linear(
 
 
 def norm_linear(
-    x: torch.Tensor,
+    x: torch.Tensor | SplitSums,
     residual: torch.Tensor | None,
     norm: torch.Tensor,
     eps: float,
@@ -344,7 +372,7 @@ def norm_linear(
     own result, see :func:`linear`.
 
     Args:
-        x: ``(T, K)``, last dimension contiguous.
+        x: ``(T, K)``, last dimension contiguous; with ``residual`` also what is not added up yet.
         residual: shape of ``x``, contiguous; None adds nothing.
         norm: ``(K,)``, scale of the norm.
         eps: added to the mean square.
@@ -358,19 +386,20 @@ def norm_linear(
         rows, total = rms_norm_rounded(x, norm, eps, residual, offset=offset)
         return linear(rows, weight, bias, activation=activation, scale=scale), total
     readable = scale is None or (isinstance(scale, Scale) and reads_fp8(x.device))
-    if x.shape[0] == 1 and use_triton(x) and readable:
+    if x.shape[0] == 1 and isinstance(x, torch.Tensor) and use_triton(x) and readable:
         return norm_gemv_triton(
             x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
         )
     if residual is None:
-        normed, total = rms_norm(x, norm, eps, offset=offset), x
+        total = whole(x)
+        normed = rms_norm(total, norm, eps, offset=offset)
     else:
         normed, total = rms_norm(x, norm, eps, residual, offset=offset)
     return linear(normed, weight, bias, activation=activation, scale=scale), total
 
 
 def norm_gated_rounded(
-    x: torch.Tensor,
+    x: torch.Tensor | SplitSums,
     residual: torch.Tensor | None,
     norm: torch.Tensor,
     eps: float,

@@ -13,6 +13,7 @@ from engine.kernels.device import use_triton
 from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, rounding_warps, store_rounded
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
+from engine.kernels.split_sums import SplitSums, whole
 
 
 @overload
@@ -23,7 +24,12 @@ def rms_norm(
 
 @overload
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, *, offset: float = 0.0
+    x: torch.Tensor | SplitSums,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor,
+    *,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -34,7 +40,8 @@ def rms_norm(x, weight, eps, residual=None, *, offset=0.0):
     an offset as its Gemma3RMSNorm: add the offset and scale in float32, then cast.
 
     Args:
-        x: ``(..., H)``; may be strided, last dimension contiguous.
+        x: ``(..., H)``; may be strided, last dimension contiguous. With ``residual`` it may be
+            :class:`~engine.kernels.split_sums.SplitSums`.
         weight: ``(H,)``.
         residual: shape of ``x``; added to it first, in the input's dtype.
         offset: 1 for families whose checkpoints store ``weight - 1``.
@@ -42,14 +49,14 @@ def rms_norm(x, weight, eps, residual=None, *, offset=0.0):
     Returns:
         The norm, contiguous; with ``residual`` the norm and ``x + residual``.
     """
-    if use_triton(x):
+    if use_triton(weight):
         return rms_norm_triton(x, weight, eps, residual, offset=offset)
     return rms_norm_reference(x, weight, eps, residual, offset=offset)
 
 
 def rms_norm_reference(x, weight, eps, residual=None, *, offset=0.0):
     if residual is not None:
-        x = x + residual
+        x = whole(x) + residual
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     out = (normed * (weight.float() + offset)).to(x.dtype) if offset else normed.to(x.dtype) * weight
@@ -57,21 +64,31 @@ def rms_norm_reference(x, weight, eps, residual=None, *, offset=0.0):
 
 
 def rms_norm_rounded(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, *, offset: float = 0.0
+    x: torch.Tensor | SplitSums,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    *,
+    offset: float = 0.0,
 ) -> tuple[RoundedRows, torch.Tensor]:
     """Compute :func:`rms_norm` of ``(T, H)`` and round its rows to fp8; also returns ``x + residual``."""
-    if use_triton(x) and reads_fp8(x.device):
+    if use_triton(weight) and reads_fp8(weight.device):
         return rms_norm_triton(x, weight, eps, residual, offset=offset, rounded=True)
     return rms_norm_rounded_reference(x, weight, eps, residual, offset=offset)
 
 
 def rms_norm_rounded_reference(x, weight, eps, residual, *, offset=0.0):
-    total = x if residual is None else x + residual
+    total = x if residual is None else whole(x) + residual
     return quantise_rows_reference(rms_norm_reference(total, weight, eps, offset=offset)), total
 
 
 def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0, rounded=False):
     """See :func:`rms_norm` and :func:`rms_norm_rounded`."""
+    source, parts = x, 0
+    if isinstance(x, SplitSums):
+        assert residual is not None and x.parts.is_contiguous()
+        # A tensor of the same shape, dtype and device.
+        source, parts, x = x.parts, len(x.parts), residual
     size = x.shape[-1]
     assert x.stride(-1) == 1 and (x.dim() == 2 or not rounded)
     if rounded:
@@ -88,39 +105,58 @@ def rms_norm_triton(x, weight, eps, residual=None, *, offset=0.0, rounded=False)
     inner = x.shape[-2] if x.dim() == 3 else 1
     rows = x.numel() // size
     if x.dim() not in (2, 3):
-        x = x.contiguous().view(rows, size)
+        source = x = x.contiguous().view(rows, size)
     if rows:
         block = triton.next_power_of_2(size)
         warps = rounding_warps(block, rows) if rounded else 1 if block <= 256 else 4 if block <= 4096 else 8
+        if parts:
+            # Each thread has few loads of each part, so that those of all parts are in flight together.
+            warps = max(4, min(32, block // 128))
         launch(
             _rms_norm_kernel, (rows,),
-            x_ptr=x, residual_ptr=x if residual is None else residual, weight_ptr=weight,
+            x_ptr=source, residual_ptr=x if residual is None else residual, weight_ptr=weight,
             out_ptr=out, row_scale_ptr=row_scale, total_ptr=total,
             outer_stride=x.stride(0), inner_stride=x.stride(-2) if x.dim() == 3 else 0, inner=inner,
-            eps=eps, offset=offset, OFFSET=bool(offset), SIZE=size, BLOCK=block, ADD=residual is not None,
-            ROUND=rounded, num_warps=warps, **pdl_options(x),
+            eps=eps, offset=offset, rows=rows, OFFSET=bool(offset), PARTS=parts, SIZE=size, BLOCK=block,
+            ADD=residual is not None, ROUND=rounded, num_warps=warps, **pdl_options(x),
         )  # fmt: skip
     return result if residual is None and not rounded else (result, total)
 
 
-@triton.jit
+# ``rows`` differs between batches; specialising on it would compile the kernel again at start-up.
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, row_scale_ptr, total_ptr, outer_stride, inner_stride, inner, eps,
-    offset, OFFSET: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
-    ROUND: tl.constexpr, PDL: tl.constexpr,
+    offset, rows, OFFSET: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``."""
+    """One program per row; row ``i`` is at ``i // inner * outer_stride + i % inner * inner_stride``.
+
+    Args:
+        x_ptr: with PARTS ``(PARTS, rows, SIZE)`` float32: its sum over the parts, rounded, is ``x``.
+    """
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
     launch_dependents_of_one_row(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    source = x_ptr + row // inner * outer_stride + row % inner * inner_stride
-    x = tl.load(source + column, mask=mask, other=0.0)
-    dtype = x.dtype
     if ADD:
         added = tl.load(residual_ptr + row * SIZE + column, mask=mask, other=0.0)
+    if PARTS > 0:
+        # All are loaded before the first is used.
+        parts = ()
+        for part in tl.static_range(PARTS):
+            parts = parts + (tl.load(x_ptr + (part * rows + row) * SIZE + column, mask=mask, other=0.0),)
+        sums = parts[0]
+        for part in tl.static_range(1, PARTS):
+            sums += parts[part]
+        x = sums.to(added.dtype)
+    else:
+        source = x_ptr + row // inner * outer_stride + row % inner * inner_stride
+        x = tl.load(source + column, mask=mask, other=0.0)
+    dtype = x.dtype
+    if ADD:
         x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
         tl.store(total_ptr + row * SIZE + column, x, mask=mask)
     normed = normalised(x, weight, eps, offset, OFFSET, SIZE)

@@ -19,6 +19,7 @@ from engine.kernels.device import MEMORY_BOUND_ROWS, num_sms, shared_memory
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.scales import scale_arguments
+from engine.kernels.split_sums import SplitSums
 
 #: Split-K programs have at least this many inputs: less is read faster than partial sums are added.
 _MIN_SPLIT_INPUTS = 1024
@@ -107,7 +108,16 @@ def _choose_fp8_tile(rows: int, tiles: int, inputs: int, gated: bool, sms: int, 
 
 
 def skinny_gemm_triton(
-    x, weight, bias=None, *, activation=None, counters=None, scale=None, row_scale=None, dtype=None
+    x,
+    weight,
+    bias=None,
+    *,
+    activation=None,
+    counters=None,
+    scale=None,
+    row_scale=None,
+    dtype=None,
+    parts=False,
 ):
     """See :func:`engine.kernels.dispatch.linear`; for at most ``MEMORY_BOUND_ROWS`` rows.
 
@@ -118,6 +128,7 @@ def skinny_gemm_triton(
         row_scale: what the rows of an fp8 ``x`` are multiplied by, ``(T, 1)`` float32 contiguous; ``scale``
             has one number an output then, and the tensor cores multiply fp8 by fp8.
         dtype: of the result; None: that of ``x``.
+        parts: return :class:`~engine.kernels.split_sums.SplitSums`; without an activation.
     """
     rows, inputs = x.shape
     gated = activation is not None
@@ -133,28 +144,32 @@ def skinny_gemm_triton(
     scales = scale_arguments(x, scale)
     # All inputs of a step have one scale.
     width = min(tile.inputs, scales["GROUP"]) if scales["GROUP"] > 0 else tile.inputs
-    splits = 1 if counters is None else tile.splits
+    splits = 1 if counters is None and not parts else tile.splits
+    parts = parts and splits > 1
     tiles = triton.cdiv(outputs, TILE_OUTPUTS)
     assert counters is None or (counters.is_contiguous() and len(counters) >= tiles)
     assert row_scale is None or (scales["GROUP"] == 0 and row_scale.is_contiguous())
-    out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
+    if parts:
+        out = torch.empty((splits, rows, outputs), device=x.device)
+    else:
+        out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
     # Without split-K these are never accessed; any tensor does.
-    partial = out if splits == 1 else torch.empty((splits, rows, outputs), device=x.device)
+    partial = out if splits == 1 or parts else torch.empty((splits, rows, outputs), device=x.device)
     launch(
         _skinny_gemm_kernel, (tiles, splits),
         x_ptr=x, weight_ptr=weight, bias_ptr=x if bias is None else bias, out_ptr=out,
         row_scale_ptr=x if row_scale is None else row_scale,
-        partial_ptr=partial, counters_ptr=out if splits == 1 else counters,
+        partial_ptr=partial, counters_ptr=out if splits == 1 or parts else counters,
         rows=rows, outputs=outputs, inputs=inputs,
         x_stride=x.stride(0), weight_stride=weight.stride(0), splits=splits, **scales,
         ROWS=rows_pad, TILE_OUTPUTS=TILE_OUTPUTS, TILE_INPUTS=width, STAGES=tile.stages,
         # Tiles that are full need no masks.
         EVEN=inputs % width == 0,
-        SPLIT=splits > 1, BIAS=bias is not None, ACTIVATION=activation or "",
+        SPLIT=splits > 1 and not parts, PARTS=parts, BIAS=bias is not None, ACTIVATION=activation or "",
         ROW_SCALES=row_scale is not None,
         num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
-    return out
+    return SplitSums(out, dtype or x.dtype) if parts else out
 
 
 @triton.jit
@@ -209,14 +224,15 @@ def _skinny_gemm_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, row_scale_ptr, partial_ptr, counters_ptr,
     rows, outputs, inputs, x_stride, weight_stride, splits, scale_ptr, groups,
     GROUP: tl.constexpr, ROWS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr,
-    STAGES: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROW_SCALES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROW_SCALES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per output tile and split.
 
     Args:
         partial_ptr: ``(splits, rows, outputs)`` float32, each split's sums.
         counters_ptr: ``(tiles,)`` int32, splits that have finished.
+        PARTS: ``out_ptr`` takes the sums of each split, as ``partial_ptr`` does.
         GROUP: see :func:`~engine.kernels.scales.scale_arguments`; a multiple of ``TILE_INPUTS`` if positive.
     """
     tile = tl.program_id(0)
@@ -260,11 +276,16 @@ def _skinny_gemm_kernel(
             if ACTIVATION != "":
                 up *= tl.load(scale_ptr + outputs + known)[:, None]
         if BIAS:
-            bias = tl.load(bias_ptr + output, mask=output < outputs, other=0.0)
+            biased = outputs
+            if PARTS:
+                biased = tl.where(split == 0, outputs, 0)
+            bias = tl.load(bias_ptr + output, mask=output < biased, other=0.0)
             acc += bias.to(tl.float32)[:, None]
         if ACTIVATION != "":
             if BIAS:
                 bias = tl.load(bias_ptr + outputs + output, mask=output < outputs, other=0.0)
                 up += bias.to(tl.float32)[:, None]
             acc = activate(acc, ACTIVATION) * up
+        if PARTS:
+            offset += split * rows * outputs
         tl.store(out_ptr + offset, acc.to(out_ptr.dtype.element_ty), mask=mask)

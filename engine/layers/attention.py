@@ -13,6 +13,7 @@ from engine.kernels.fp8 import FP8
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.rms_norm import HeadNorms, head_norms
 from engine.kernels.sigmoid_gate import sigmoid_gate
+from engine.kernels.split_sums import SplitSums
 from engine.layers.build import BuildContext, WeightSlot
 from engine.layers.decoder_config import DecoderConfig
 from engine.layers.linear import RowLinear, qkv_linear
@@ -85,13 +86,13 @@ class Attention(nn.Module):
     def forward(
         self,
         norm: RMSNorm,
-        x: torch.Tensor,
+        x: torch.Tensor | SplitSums,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cache: KVCache,
         meta: AttentionMetadata,
         rows: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
         """Compute ``attention(norm(x + residual))`` and write the keys and values of all ``T`` tokens.
 
         Args:

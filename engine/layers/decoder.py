@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.kernels.paged import AttentionMetadata, KVCache
 from engine.kernels.recurrent_state import StateCache
+from engine.kernels.split_sums import SplitSums, whole
 from engine.layers.attention import Attention
 from engine.layers.build import BuildContext
 from engine.layers.decoder_config import DecoderConfig, DeltaNetConfig, ShortConvConfig
@@ -47,16 +48,20 @@ class DecoderLayer(nn.Module):
         self.mlp_out_norm = norm() if config.sandwich else None
         self.multiplier = config.residual_multiplier
         self.mlp = _make_mlp(config, layer, build.at("mlp"))
+        if isinstance(self.mlp, GatedMLP) and not config.sandwich and self.multiplier == 1:
+            self.mlp.down_proj.before_norm = True
+            if self.self_attn is not None:
+                self.self_attn.o_proj.before_norm = True
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | SplitSums,
         residual: torch.Tensor | None,
         positions: torch.Tensor,
         cache: KVCache | StateCache,
         meta: AttentionMetadata,
         rows: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
         mixer = self.self_attn or self.linear_attn or self.short_conv
         assert mixer is not None
         x, residual = mixer(self.input_layernorm, x, residual, positions, cache, meta, rows)
@@ -65,11 +70,11 @@ class DecoderLayer(nn.Module):
         )
         return self._added(x, self.mlp_out_norm), residual
 
-    def _added(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:
+    def _added(self, x: torch.Tensor | SplitSums, norm: RMSNorm | None) -> torch.Tensor | SplitSums:
         """Make of a result ``x`` of attention or MLP what is added to the residual."""
         if norm is not None:
-            x = norm(x)
-        return x if self.multiplier == 1 else x * self.multiplier
+            x = norm(whole(x))
+        return x if self.multiplier == 1 else whole(x) * self.multiplier
 
 
 def _make_mlp(config: DecoderConfig, layer: int, build: BuildContext) -> GatedMLP | ExpertsMLP:
@@ -165,14 +170,15 @@ class Decoder(nn.Module):
         Returns:
             Hidden states after the final norm, ``(T, hidden_size)``, or ``(R, hidden_size)`` for ``rows``.
         """
-        x, residual = embeds, None
+        x: torch.Tensor | SplitSums = embeds
+        residual = None
         last, metas = len(self.layers) - 1, meta.by_group()
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             wanted = rows if index == last else None
             x, residual = layer(x, residual, positions, cache, metas[cache.group], wanted)
             if deepstack is not None and index < len(deepstack):
                 added = deepstack[index]
-                x = x + (added if wanted is None else added.index_select(0, wanted))
+                x = whole(x) + (added if wanted is None else added.index_select(0, wanted))
         return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,14 @@ from engine.kernels.dispatch import (
     linear,
     norm_gated_rounded,
     norm_linear,
+    split_linear,
     sum_linear,
     takes_rounded,
 )
 from engine.kernels.fp8 import RoundedRows, Scale
 from engine.kernels.int4 import Int4Scale
 from engine.kernels.skinny_gemm import split_counters
+from engine.kernels.split_sums import SplitSums
 from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot
 from engine.layers.matrix_formats import Fp8Format, PackedFormat
 from engine.layers.norm import RMSNorm
@@ -122,7 +124,12 @@ class FusedColumnLinear(nn.Module):
         return linear(x, self.weight, self.bias, scale=self.scale)
 
     def after_norm(
-        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, *, activation: str | None = None
+        self,
+        norm: RMSNorm,
+        x: torch.Tensor | SplitSums,
+        residual: torch.Tensor | None,
+        *,
+        activation: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Project ``norm(x + residual)``; fused where that is faster.
 
@@ -147,7 +154,7 @@ class FusedColumnLinear(nn.Module):
         )
 
     def rounded_after_norm(
-        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None, *, activation: str
+        self, norm: RMSNorm, x: torch.Tensor | SplitSums, residual: torch.Tensor | None, *, activation: str
     ) -> tuple[RoundedRows, torch.Tensor]:
         """Compute :meth:`after_norm` with rows rounded to fp8."""
         return norm_gated_rounded(
@@ -295,7 +302,12 @@ def qkv_linear(
 
 
 class RowLinear(nn.Module):
-    """A linear layer whose input features are split over ranks; the outputs of all ranks are added up."""
+    """A linear layer whose input features are split over ranks; the outputs of all ranks are added up.
+
+    Attributes:
+        before_norm: a norm follows that adds a residual, and takes
+            :class:`~engine.kernels.split_sums.SplitSums`, too.
+    """
 
     def __init__(self, in_features: int, out_features: int, build: BuildContext, *, bias: bool) -> None:
         super().__init__()
@@ -304,6 +316,7 @@ class RowLinear(nn.Module):
         self.in_features = build.share(in_features, "input features")
         self.dtype = build.dtype
         self.out_features = out_features
+        self.before_norm = False
         self.format = build.format_of()
         self.scale: Scale | Int4Scale | None
         self.packed: PackedMatrix | None = None
@@ -319,13 +332,14 @@ class RowLinear(nn.Module):
         self.counters: torch.Tensor
         self.register_buffer("counters", split_counters(out_features, build.device), persistent=False)
 
-    def takes_rounded(self, x: torch.Tensor) -> bool:
+    def takes_rounded(self, x: torch.Tensor | SplitSums) -> bool:
         """Return whether rows in fp8 are taken instead of rows in the dtype of ``x``, as many of them."""
         return takes_rounded(x, self.weight, self.scale)
 
-    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor | SplitSums:
         if self.tp.size == 1:
-            return linear(x, self.weight, self.bias, counters=self.counters, scale=self.scale)
+            run = split_linear if self.before_norm else linear
+            return run(x, self.weight, self.bias, counters=self.counters, scale=self.scale)
         out = self._sum(x)
         return out if self.bias is None else out + self.bias
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from engine.kernels.act_mul import act_mul
+from engine.kernels.split_sums import SplitSums
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear, RowLinear, gate_up_linear
 from engine.layers.norm import RMSNorm
@@ -30,8 +31,8 @@ class GatedMLP(nn.Module):
         return self.down_proj.partial(act_mul(self.gate_up_proj(x), self.activation))
 
     def after_norm(
-        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, norm: RMSNorm, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor | SplitSums, torch.Tensor]:
         """Compute ``mlp(norm(x + residual))``; returns it and ``x + residual``, both ``(T, hidden)``."""
         rounded = self.down_proj.takes_rounded(x)
         project = self.gate_up_proj.rounded_after_norm if rounded else self.gate_up_proj.after_norm

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.kernels.layer_norm import add_layer_norm
 from engine.kernels.rms_norm import rms_norm
+from engine.kernels.split_sums import SplitSums, whole
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 
 
@@ -25,10 +26,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(
+        self, x: torch.Tensor | SplitSums, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``norm(x + residual)`` and ``x + residual``; ``residual`` None counts as zero."""
         if residual is None:
-            return rms_norm(x, self.weight, self.eps, offset=self.offset), x
+            return self(whole(x)), whole(x)
         return rms_norm(x, self.weight, self.eps, residual, offset=self.offset)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:

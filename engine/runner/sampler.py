@@ -167,7 +167,7 @@ class Sampler:
         """
         assert logits.shape[1] == self.vocab_size and (grammar_mask is not None) == plan.grammar
         if plan.all_greedy and not (plan.processes or plan.grammar):
-            return logits.argmax(dim=-1)
+            return argmax(logits)
         floats, ints = self._states.floats.tensor[slots], self._states.ints.tensor[slots]
         if drafts is not None:
             ints[:, state.OUTPUT_LEN] += drafts.offsets

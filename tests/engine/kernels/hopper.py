@@ -190,6 +190,7 @@ def decode_step() -> None:
     from engine.kernels.gemv import gemv_triton
     from engine.kernels.gumbel import argmax_triton, gumbel_argmax_triton
     from engine.kernels.norm_gemv import norm_gemv_triton
+    from engine.kernels.rms_norm import rms_norm_triton
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
     from engine.kernels.truncation import truncation_threshold_triton
 
@@ -216,6 +217,8 @@ def decode_step() -> None:
         skinny_gemm_triton(tensor(rows, 1536), tensor(17920, 1536), activation="silu")
         skinny_gemm_triton(tensor(rows, 1536), tensor(2048, 1536), tensor(2048))
         skinny_gemm_triton(tensor(rows, 8960), tensor(1536, 8960), counters=counters)
+        sums = skinny_gemm_triton(tensor(rows, 8960), tensor(1536, 8960), parts=True)
+        rms_norm_triton(sums, tensor(1536), 1e-6, tensor(rows, 1536))
 
 
 def fp8_weights() -> None:
@@ -245,6 +248,9 @@ def fp8_weights() -> None:
         run, split = (fp8_mma_gluon, {}) if rows == 1 else (skinny_gemm_triton, {"counters": counters})
         run(tensor(rows, 3584, dtype=FP8), **gated, **rounded, activation="silu")
         run(tensor(rows, 18944, dtype=FP8), **plain, **rounded, **split)
+        if rows > 1:
+            sums = skinny_gemm_triton(tensor(rows, 18944, dtype=FP8), **plain, **rounded, parts=True)
+            rms_norm_triton(sums, norm, 1e-6, tensor(rows, 3584), rounded=True)
     dequantise_triton(**weight(4608, 3584, 128), dtype=BF16)
     for rows in (1, 100):
         quantise_rows_triton(tensor(rows, 18944))

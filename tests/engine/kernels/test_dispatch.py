@@ -8,7 +8,14 @@ import torch
 
 from engine import kernels
 from engine.kernels import dispatch, gemm_activation
-from engine.kernels.dispatch import LONG_PROMPT, activated_linear, linear, norm_linear, paged_attention
+from engine.kernels.dispatch import (
+    LONG_PROMPT,
+    activated_linear,
+    linear,
+    norm_linear,
+    paged_attention,
+    split_linear,
+)
 from engine.kernels.gemm_activation import gemm_activation_reference, gemm_activation_triton
 from engine.kernels.norm_gemv import norm_linear_reference
 
@@ -70,6 +77,28 @@ def test_linear_layers_choose_by_rows_outputs_and_dtype(monkeypatch, rows, outpu
     assert called == expected
 
 
+@pytest.mark.parametrize(
+    ("rows", "dtype", "expected"),
+    [
+        (1, torch.bfloat16, ["linear"]),
+        (2, torch.bfloat16, ["skinny_gemm_triton"]),
+        (64, torch.bfloat16, ["skinny_gemm_triton"]),
+        (65, torch.bfloat16, ["linear"]),
+        (2, torch.float32, ["linear"]),
+    ],
+)
+def test_before_a_norm_a_few_rows_are_not_added_up(monkeypatch, rows, dtype, expected):
+    called = spy(monkeypatch, "linear")
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+
+    def kernel(*_, parts=False, **__):
+        called.append("skinny_gemm_triton" if parts else "added up")
+
+    monkeypatch.setattr(dispatch, "skinny_gemm_triton", kernel)
+    split_linear(torch.zeros(rows, 8, dtype=dtype), torch.zeros(16, 8, dtype=dtype))
+    assert called == expected
+
+
 def test_one_row_after_a_norm_is_one_kernel(monkeypatch):
     called = spy(monkeypatch, "norm_gemv_triton", "linear")
     monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
@@ -127,6 +156,6 @@ def test_the_table_names_every_file_and_every_kernel_that_dispatch_calls():
 def test_the_table_names_the_file_of_each_kernel():
     assert kernels.__doc__ is not None
     rows = re.findall(r" (\w+_(?:triton|gluon|reference))  .*  (\w+\.py)$", kernels.__doc__, re.MULTILINE)
-    assert len(rows) == 31
+    assert len(rows) == 32
     for kernel, file in rows:
         assert f"def {kernel}(" in (FOLDER / file).read_text(), kernel

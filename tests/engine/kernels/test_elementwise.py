@@ -27,6 +27,7 @@ from engine.kernels.rms_norm import (
 from engine.kernels.rotary import RotaryTable, angle_axes, rotary_reference, rotary_triton
 from engine.kernels.shard_rows import shard_rows_reference, shard_rows_triton
 from engine.kernels.sigmoid_gate import sigmoid_gate_reference, sigmoid_gate_triton
+from engine.kernels.split_sums import SplitSums
 
 from .compare import assert_close
 
@@ -43,6 +44,22 @@ def test_rms_norm(device, dtype, shape, with_residual, offset):
     expected = rms_norm_reference(x, weight, 1e-6, residual, offset=offset)
     for one, other in zip(*(r if with_residual else (r,) for r in (result, expected)), strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 16), (5, 96)])
+def test_rms_norm_adds_up_split_sums_and_rounds_their_total(device, dtype, shape, parts):
+    # Of whole numbers, so that every order of addition has the same total.
+    sums = SplitSums(torch.randint(-999, 999, (parts, *shape), device=device).float() / 64, dtype)
+    weight, residual = (torch.randn(size, device=device, dtype=dtype) for size in (shape[1], shape))
+    assert sums.shape == shape and sums.device.type == device.type
+    result = rms_norm_triton(sums, weight, 1e-6, residual)
+    expected = rms_norm_triton(sums.parts.sum(0).to(dtype), weight, 1e-6, residual)
+    for one, other, reference in zip(
+        result, expected, rms_norm_reference(sums, weight, 1e-6, residual), strict=True
+    ):
+        assert torch.equal(one, other)
+        assert_close(one, reference)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -24,6 +24,7 @@ from engine.kernels.gemv import gemv_triton
 from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.rms_norm import rms_norm, rms_norm_rounded
 from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
+from engine.kernels.split_sums import SplitSums, whole
 
 from .compare import assert_close
 from .test_linear import float64_linear, sum_tolerance
@@ -101,8 +102,11 @@ def test_split_k(device, dtype, monkeypatch, outputs, inputs, group):
     monkeypatch.setattr(skinny_gemm, "num_sms", lambda device: 3 * -(-outputs // 64))
     x, weight, scale, bias, exact = problem(device, dtype, 5, outputs, inputs, group)
     counters = split_counters(outputs, device)
+    expected, allowed = float64_linear(x, exact, bias), tolerance(x, exact, bias)
     result = skinny_gemm_triton(x, weight, bias, counters=counters, scale=scale)
-    assert_close(result, float64_linear(x, exact, bias), tolerance=tolerance(x, exact, bias))
+    assert_close(result, expected, tolerance=allowed)
+    sums = skinny_gemm_triton(x, weight, bias, scale=scale, parts=True)
+    assert_close(sums.total(), expected, tolerance=allowed)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -123,7 +127,13 @@ def test_a_skinny_gemm_of_rounded_rows(device, monkeypatch, rows, outputs, input
     # The tensor cores keep 14 bits of a sum over 128 products.
     least = 1e-3 if device.type == "cuda" else 0.0
     allowed = max(least, sum_tolerance(rounded, exact, bias, activation))
-    assert_close(result, float64_linear(rounded, exact, bias, activation), tolerance=allowed)
+    expected = float64_linear(rounded, exact, bias, activation)
+    assert_close(result, expected, tolerance=allowed)
+    if activation is None:
+        sums = skinny_gemm_triton(
+            numbers, weight, bias, scale=scale, row_scale=row_scale, dtype=torch.float32, parts=True
+        )
+        assert_close(whole(sums), expected, tolerance=allowed)
 
 
 @pytest.mark.gpu
@@ -208,12 +218,15 @@ def test_rounding_in_the_kernel_before_is_rounding_after_it(device, rows, size, 
     norm = (torch.rand(size) + 0.5).to(device, torch.bfloat16)
     alone, _ = rms_norm_rounded(x, norm, 1e-6, None, offset=offset)
     after, total = rms_norm_rounded(x, norm, 1e-6, residual, offset=offset)
+    sums = SplitSums(torch.stack((x.float(), torch.zeros_like(x, dtype=torch.float32))), x.dtype)
+    added_up, _ = rms_norm_rounded(sums, norm, 1e-6, residual, offset=offset)
     expected, expected_total = rms_norm(x, norm, 1e-6, residual, offset=offset)
     assert torch.equal(total, expected_total)
     gate_up = torch.cat((x, residual), dim=1)
     pairs = [
         (alone, rms_norm(x, norm, 1e-6, offset=offset)),
         (after, expected),
+        (added_up, expected),
         (act_mul_rounded(gate_up, "silu"), act_mul(gate_up, "silu")),
     ]
     for found, plain in pairs:

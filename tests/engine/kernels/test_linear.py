@@ -148,6 +148,12 @@ def test_split_k_equals_float64(device, dtype, monkeypatch, outputs, inputs, spl
     for _ in range(2):
         assert_close(skinny_gemm_triton(x, weight, bias, counters=counters), expected, tolerance=tolerance)
         assert not counters.any()
+    sums = skinny_gemm_triton(x, weight, bias, parts=True)
+    assert sums.shape == expected.shape and sums.dtype == dtype
+    assert len(sums.parts) == splits
+    # Not rounded yet.
+    sum_error = {"tolerance": max(tolerance, 1e-6)} if dtype == torch.float32 else {}
+    assert_close(sums.total(), expected, **sum_error)
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))

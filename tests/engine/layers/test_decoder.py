@@ -16,8 +16,11 @@ from engine.errors import CheckpointError
 from engine.families.load import load_language_model
 from engine.families.parsing.decoder import parse_decoder
 from engine.families.registry import resolve
+from engine.kernels.split_sums import SplitSums
+from engine.layers import linear
 from engine.layers.build import BuildContext
 from engine.layers.decoder import Decoder
+from engine.layers.mlp import GatedMLP
 from engine.weights.loader import fill_from_checkpoint
 from tests.engine.decoding import metadata, poisoned_caches, prefill_logits
 from tests.engine.tiny import TEXT_ARCHITECTURES, make_text, rewrite_json, spread
@@ -57,6 +60,29 @@ def test_logits_equal_transformers(tmp_path, kind):
     for split in (None, [18, 5]):
         for ours, theirs in zip(run(load(path, max_model_len=64), texts, split), expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", TEXT_ARCHITECTURES)
+def test_norms_add_up_what_programs_computed_apart(tmp_path, monkeypatch, kind):
+    taken = []
+
+    def halves(x, weight, bias=None, *, counters=None, scale=None):
+        middle = x.shape[1] // 2
+        parts = [x[:, :middle] @ weight[:, :middle].T, x[:, middle:] @ weight[:, middle:].T]
+        if bias is not None:
+            parts[0] += bias
+        taken.append(len(x))
+        return SplitSums(torch.stack(parts), x.dtype)
+
+    path, texts = make_text(tmp_path, kind), prompts(47, 13)
+    expected = run(load(path, max_model_len=64), texts)
+    monkeypatch.setattr(linear, "split_linear", halves)
+    decoder = load(path, max_model_len=64)
+    for found, plain in zip(run(decoder, texts), expected, strict=True):
+        torch.testing.assert_close(found, plain, atol=1e-4, rtol=0)
+    plain = not decoder.config.sandwich and decoder.config.residual_multiplier == 1
+    dense = [layer for layer in decoder.layers if plain and isinstance(layer.mlp, GatedMLP)]
+    assert len(taken) == len(dense) + sum(layer.self_attn is not None for layer in dense)
 
 
 @pytest.mark.parametrize(
