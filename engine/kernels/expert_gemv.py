@@ -4,7 +4,7 @@ With fewer pairs of tokens and experts than experts, nearly every pair reads mat
 GEMV, bound by memory, see :mod:`engine.kernels.gemv`. Two launches compute a layer, without sorting. Each program
 chooses its token's experts itself, which takes less than a launch. The first kernel knows no weights before the
 logits; the second one loads weights while the first still runs. Its programs add up all experts of a token, and
-issue their loads of a step at once.
+issue their loads of a step at once. The weights are read once: they are the first to leave the L2 cache.
 """
 
 from __future__ import annotations
@@ -29,12 +29,21 @@ MAX_STEPS = 8
 
 @dataclass(frozen=True, slots=True)
 class ExpertTile:
-    """Outputs per program, inputs per step, warps of a program, and the steps whose weights it loads in advance."""
+    """How a program multiplies.
+
+    Attributes:
+        outputs: at a time.
+        inputs: per step.
+        warps: of a program.
+        ready: steps whose weights it loads in advance.
+        share: tiles of outputs that a program of the first kernel computes, one after the other.
+    """
 
     outputs: int
     inputs: int
     warps: int
     ready: int = 0
+    share: int = 1
 
 
 def choose_tile(inputs: int, rows: int, itemsize: int, *, grouped: bool) -> ExpertTile:
@@ -49,7 +58,10 @@ def choose_tile(inputs: int, rows: int, itemsize: int, *, grouped: bool) -> Expe
     """
     if rows == 2:
         # One warp an output: nothing has to be exchanged between warps.
-        tile = ExpertTile(outputs=1, inputs=256 if grouped else 1024 if itemsize == 1 else 2048, warps=1)
+        tile = ExpertTile(outputs=1, inputs=256 if grouped else 2048, warps=1)
+        if itemsize == 1 and not grouped:
+            # All weights of an output at once, and those of a second one, since choosing experts takes time too.
+            tile = replace(tile, ready=1, share=2)
     else:
         # With more in advance, fewer programs would fit beside those of the kernel before.
         tile = ExpertTile(outputs=2, inputs=max(16, 1024 // rows), warps=2, ready=3 if itemsize == 1 else 2)
@@ -60,7 +72,7 @@ def _tile_arguments(tile: ExpertTile, outputs: int, inputs: int) -> dict[str, An
     steps = triton.cdiv(inputs, tile.inputs)
     return {
         "TILE_OUTPUTS": tile.outputs, "TILE_INPUTS": tile.inputs, "STEPS": steps if steps <= MAX_STEPS else 0,
-        "EVEN": inputs % tile.inputs == 0 and outputs % tile.outputs == 0, "num_warps": tile.warps,
+        "EVEN": inputs % tile.inputs == 0 and outputs % (tile.outputs * tile.share) == 0, "num_warps": tile.warps,
     }  # fmt: skip
 
 
@@ -73,9 +85,10 @@ def expert_gemv_triton(x, routing: Routing, gate_up: ExpertMatrices, down: Exper
     scales = scale_arguments(x, gate_up.scale)
     tile = choose_tile(width, 2, gate_up.weight.element_size(), grouped=scales["GROUP"] > 0)
     launch(
-        _expert_gate_kernel, (triton.cdiv(inner_width, tile.outputs), tokens * top_k),
+        _expert_gate_kernel, (triton.cdiv(inner_width, tile.outputs * tile.share), tokens * top_k),
         x_ptr=x, weight_ptr=gate_up.weight, out_ptr=inner, outputs=inner_width, inputs=width,
-        x_stride=x.stride(0), **routing.arguments(), **scales, ACTIVATION=activation,
+        x_stride=x.stride(0), **routing.arguments(), **scales, ACTIVATION=activation, READY=tile.ready,
+        SHARE=tile.share,
         **_tile_arguments(tile, inner_width, width), **pdl_options(x),
     )  # fmt: skip
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
@@ -102,8 +115,9 @@ def _lanes(ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr,
 def _load_weights(weight_ptr, row, row_mask, k, inputs, EVEN: tl.constexpr):
     """Load inputs ``k`` of weight rows ``row``."""
     if EVEN:
-        return tl.load(weight_ptr + row * inputs + k)
-    return tl.load(weight_ptr + row * inputs + k, mask=row_mask & (k < inputs), other=0.0)
+        return tl.load(weight_ptr + row * inputs + k, eviction_policy="evict_first")
+    mask = row_mask & (k < inputs)
+    return tl.load(weight_ptr + row * inputs + k, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -134,7 +148,7 @@ def _sum_products(
     ready, x_row, weight_ptr, row, row_mask, lane, inputs, scale_ptr, groups,
     GROUP: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Sum up all inputs of weight rows, ``(rows, outputs, 1, 1)``. ``ready``: the weights of the first steps."""
+    """Sum up products of weight rows over steps, in the shape of ``lane``. ``ready``: the weights of the first steps."""
     TILE_INPUTS: tl.constexpr = lane.shape[2] * lane.shape[3]
     sums = tl.zeros(lane.shape, tl.float32)
     if STEPS > 0:
@@ -153,7 +167,33 @@ def _sum_products(
             sums += _products(
                 weight, x_row, row, row_mask, first, lane, inputs, scale_ptr, groups, GROUP, False
             )
+    return sums
+
+
+@triton.jit
+def _sum_inputs(sums):
+    """Sum up the inputs of weight rows, ``(rows, outputs, 1, 1)``."""
     return tl.sum(tl.sum(sums, axis=3, keep_dims=True), axis=2, keep_dims=True)
+
+
+@triton.jit
+def _load_steps(weight_ptr, row, row_mask, lane, inputs, EVEN: tl.constexpr, STEPS: tl.constexpr):
+    """Load the weights of the first STEPS steps."""
+    TILE_INPUTS: tl.constexpr = lane.shape[2] * lane.shape[3]
+    loaded = ()
+    for step in tl.static_range(STEPS):
+        loaded = loaded + (_load_weights(weight_ptr, row, row_mask, step * TILE_INPUTS + lane, inputs, EVEN),)
+    return loaded
+
+
+@triton.jit
+def _load_ahead(weight_ptr, row, row_mask, lane, inputs, EVEN: tl.constexpr, STEPS: tl.constexpr):
+    """Do what :func:`_load_steps` does, and have the loads issued here: the compiler would issue each one when its
+    products are next."""
+    loaded = _load_steps(weight_ptr, row, row_mask, lane, inputs, EVEN, STEPS)
+    if STEPS > 0:
+        tl.debug_barrier()
+    return loaded
 
 
 @triton.jit
@@ -176,17 +216,17 @@ def _expert_gate_kernel(
     x_ptr, weight_ptr, out_ptr, outputs, inputs, x_stride, logits_ptr, bias_ptr, scaling, scale_ptr, groups,
     GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr, BIAS: tl.constexpr, RENORMALISE: tl.constexpr,
-    GROUP: tl.constexpr, ACTIVATION: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr,
-    STEPS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, ACTIVATION: tl.constexpr, READY: tl.constexpr, SHARE: tl.constexpr,
+    TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per pair and tile of outputs: the gate's activation times the other half of the outputs.
+    """One program per pair and SHARE tiles of outputs: the gate's activation times the other half of the outputs.
 
     The rows of its tile are the two halves.
     """
     pair = tl.program_id(1)
     half = tl.arange(0, 2)[:, None, None, None]
-    output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
-    mask = (output < outputs)[None, :, None, None] & (half < 2)
+    first = tl.program_id(0) * (SHARE * TILE_OUTPUTS) + tl.arange(0, TILE_OUTPUTS)
     lane = _lanes(2, TILE_OUTPUTS, TILE_INPUTS, GROUP)
     wait_for_previous(PDL)
     ids, _ = choose_experts(
@@ -194,16 +234,27 @@ def _expert_gate_kernel(
         GROUPS, GROUP_SIZE, TOP_GROUPS, TOP_K, SIGMOID, BIAS, RENORMALISE,
     )  # fmt: skip
     expert = tl.sum(tl.where(tl.arange(0, triton.next_power_of_2(TOP_K)) == pair % TOP_K, ids, 0))
-    row = (expert.to(tl.int64) * 2 + half) * outputs + output[None, :, None, None]
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
-    sums = _sum_products(
-        (), x_row, weight_ptr, row, mask, lane, inputs, scale_ptr, groups, GROUP, EVEN, STEPS
-    )
-    sums *= _row_scales(scale_ptr, row, mask, GROUP)
-    gate = _sum_rows(tl.where(half == 0, sums, 0.0))
-    up = _sum_rows(tl.where(half == 1, sums, 0.0))
-    result = (activate(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + pair.to(tl.int64) * outputs + output, result, mask=output < outputs)
+    output = first
+    mask = (output < outputs)[None, :, None, None] & (half < 2)
+    row = (expert.to(tl.int64) * 2 + half) * outputs + output[None, :, None, None]
+    ready = _load_ahead(weight_ptr, row, mask, lane, inputs, EVEN, min(READY, STEPS))
+    for part in tl.static_range(SHARE):
+        sums = _sum_products(
+            ready, x_row, weight_ptr, row, mask, lane, inputs, scale_ptr, groups, GROUP, EVEN, STEPS
+        )
+        scales = _row_scales(scale_ptr, row, mask, GROUP)
+        here = output
+        if part + 1 < SHARE:
+            output = first + (part + 1) * TILE_OUTPUTS
+            mask = (output < outputs)[None, :, None, None] & (half < 2)
+            row = (expert.to(tl.int64) * 2 + half) * outputs + output[None, :, None, None]
+            ready = _load_ahead(weight_ptr, row, mask, lane, inputs, EVEN, min(READY, STEPS))
+        sums = _sum_inputs(sums) * scales
+        gate = _sum_rows(tl.where(half == 0, sums, 0.0))
+        up = _sum_rows(tl.where(half == 1, sums, 0.0))
+        result = (activate(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + pair.to(tl.int64) * outputs + here, result, mask=here < outputs)
 
 
 @triton.jit
@@ -231,14 +282,12 @@ def _expert_down_kernel(
     mask = (index < TOP_K)[:, None, None, None] & (output < outputs)[None, :, None, None]
     row = expert.to(tl.int64)[:, None, None, None] * outputs + output[None, :, None, None]
     lane = _lanes(PAIRS, TILE_OUTPUTS, TILE_INPUTS, GROUP)
-    ready = ()
-    for step in tl.static_range(min(READY, STEPS)):
-        ready = ready + (_load_weights(weight_ptr, row, mask, step * TILE_INPUTS + lane, inputs, ALL),)
+    ready = _load_steps(weight_ptr, row, mask, lane, inputs, ALL, min(READY, STEPS))
     factor = factor[:, None, None, None] * _row_scales(scale_ptr, row, mask, GROUP)
     wait_for_previous(PDL)
     inner_row = inner_ptr + (token * TOP_K + index).to(tl.int64)[:, None, None, None] * inputs
     sums = _sum_products(
         ready, inner_row, weight_ptr, row, mask, lane, inputs, scale_ptr, groups, GROUP, ALL, STEPS
     )
-    result = _sum_rows(sums * factor).to(out_ptr.dtype.element_ty)
+    result = _sum_rows(_sum_inputs(sums) * factor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token.to(tl.int64) * outputs + output, result, mask=output < outputs)

@@ -195,10 +195,10 @@ def test_many_tokens(device, dtype, size, group, run):
     assert_close(run(*arguments), exact, tolerance=1e-5 if group in INT4 else 0.0)
 
 
-@pytest.mark.parametrize("inputs", [4, 16])
-def test_one_row_of_several_steps(device, dtype, monkeypatch, inputs):
-    """So many that they are a loop, and few, which are loaded at once."""
-    tile = ExpertTile(outputs=2, inputs=inputs, warps=4)
+@pytest.mark.parametrize(("inputs", "ready", "share"), [(4, 0, 1), (16, 0, 1), (16, 2, 3)])
+def test_one_row_of_several_steps(device, dtype, monkeypatch, inputs, ready, share):
+    """So many that they are a loop, and few, which are loaded at once; several outputs of a program."""
+    tile = ExpertTile(2, inputs, warps=4, ready=ready, share=share)
     monkeypatch.setattr(expert_gemv, "choose_tile", lambda *_, **__: tile)
     arguments, exact = problem(device, dtype, 1, 2, 3, 40, 20, routed=True)
     assert_close(expert_gemv_triton(*arguments), exact)
