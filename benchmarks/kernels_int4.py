@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
-from engine.kernels import int4_mma, int4_mma_ring
-from engine.kernels.device import MEMORY_BOUND_ROWS, use_triton
+from engine.kernels import int4_mma, int4_mma_ring, int4_wgmma
+from engine.kernels.device import use_triton
 from engine.kernels.dispatch import MAX_INT4_ROWS, linear
 from engine.kernels.int4 import Int4Scale, Kind, dequantise_int4, pack
 from engine.kernels.int4_gemv import int4_gemv_triton
@@ -19,7 +19,7 @@ from engine.kernels.skinny_gemm import split_counters
 #: Layers of Qwen2-VL-7B, and a square one: (name, input features, output features)
 LAYERS = [("qkv", 3584, 4608), ("gate_up", 3584, 37888), ("down", 18944, 3584), ("square", 4096, 4096)]
 TINY_LAYERS = [("tiny", 64, 80)]
-BATCHES, TINY_BATCHES = (1, 4, 16, 64, 128, 4096), (1, 20, 129)
+BATCHES, TINY_BATCHES = (1, 4, 16, 64, 128, 256, 4096), (1, 20, 129)
 #: Inputs that share a scale, and whether there are zero points: as in AWQ, and in symmetric GPTQ.
 SCHEMES = (("groups of 128, zeros", 128, True), ("groups of 128", 128, False), ("groups of 32", 32, False))
 #: Kinds of floats, and inputs that share a scale.
@@ -45,7 +45,7 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
 
 def _kernel(kind: str, group: int, batch: int) -> str:
     """The kernel of a batch, on a Hopper GPU."""
-    if group >= 128 and batch <= MEMORY_BOUND_ROWS:
+    if group >= 128 and batch <= int4_wgmma.MAX_ROWS:
         return "int4_mma_ring" if batch <= int4_mma_ring.MAX_ROWS else "int4_wgmma"
     return f"{kind}_mma" if batch <= int4_mma.MAX_ROWS else f"{kind}_gemm" if batch <= MAX_INT4_ROWS else kind
 

@@ -25,7 +25,7 @@ decides::
                                                   16-bit, 128·n inputs, integers
                                                   with scales of 16 bits for 128·n
                                                   inputs
-                      int4_wgmma_gluon            the same, 3 to 64 rows              int4_wgmma.py
+                      int4_wgmma_gluon            the same, 3 to 256 rows             int4_wgmma.py
                       int4_mma_gluon              Triton, Hopper, at most 16 rows,    int4_mma.py
                                                   16-bit, 128·n inputs
                       int4_gemv_triton            Triton, 1 row                       int4_gemv.py

@@ -39,37 +39,48 @@ _minus_zero = gluon.jit(minus_zero.fn)
 _unpacked = gluon.jit(unpacked.fn)
 
 
-#: Outputs of a tile; a warp has 16.
-TILE_OUTPUTS = 64
+#: Most rows.
+MAX_ROWS = 256
 #: A split has at least this many chunks.
 _MIN_SPLIT_CHUNKS = 9
 
 
 @dataclass(frozen=True, slots=True)
 class WgmmaTile:
-    """Chunks of inputs in the ring of a program, and programs that share the inputs of a tile of outputs."""
+    """How a program multiplies.
 
+    Attributes:
+        outputs: of the tile, 64 or a multiple; a warp has 16.
+        rows: of the tile.
+        depth: chunks of inputs in the ring.
+        splits: programs that share the inputs of a tile.
+    """
+
+    outputs: int
+    rows: int
     depth: int
     splits: int
 
 
 def choose_tile(rows: int, outputs: int, chunks: int, sms: int) -> WgmmaTile:
-    """Choose the tile of a problem. Of about a dozen tiles it is the best on an H200, or within 6 % of the best, for 16
-    and 64 rows and the layers of a model of 7 billion parameters.
-
-    Args:
-        rows: padded.
-    """
-    tiles = triton.cdiv(outputs, TILE_OUTPUTS)
+    """Choose the tile of a problem. Of about a dozen tiles it is the best on an H200, or within 6 % of the best, for 16,
+    64, 128 and 256 rows and the layers of a model of 7 billion parameters."""
+    if rows > MEMORY_BOUND_ROWS:
+        tiles = triton.cdiv(outputs, 64) * triton.cdiv(rows, 128)
+        # A split of few chunks takes longer to be added up than it saves.
+        programs = 2 if chunks > 64 else 1
+        return WgmmaTile(64, 128, 3, max(1, min(programs * sms // tiles, chunks // _MIN_SPLIT_CHUNKS)))
+    # Two heights only: a kernel per power of two would make start-up longer.
+    height, tiles = 16 if rows <= 16 else MEMORY_BOUND_ROWS, triton.cdiv(outputs, 64)
     programs = 3 if rows <= 16 else 2
     # With several waves of programs, as many on an SM as fit count for more than depth.
     depth = 3 if rows > 16 and tiles > sms else 4
-    return WgmmaTile(depth, max(1, min(programs * sms // tiles, chunks // _MIN_SPLIT_CHUNKS)))
+    return WgmmaTile(64, height, depth, max(1, min(programs * sms // tiles, chunks // _MIN_SPLIT_CHUNKS)))
 
 
 def supports(x: torch.Tensor, scale: Int4Scale) -> bool:
     """Return whether the kernel can multiply the rows ``x`` by a weight with these scales."""
-    fits = 0 < x.shape[0] <= MEMORY_BOUND_ROWS and x.shape[1] % CHUNK == 0 and x.element_size() == 2
+    fits = 0 < x.shape[0] <= MAX_ROWS and x.shape[1] % CHUNK == 0 and x.element_size() == 2
     # Rows are copied by 16 bytes.
     aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     return fits and aligned and scale.pairs is not None and is_hopper(x.device)
@@ -90,24 +101,23 @@ def int4_wgmma_gluon(
     """
     (rows, inputs), outputs, chunks = x.shape, len(words), x.shape[1] // CHUNK
     assert scale.pairs is not None and inputs == scale.inputs and inputs % CHUNK == 0
-    assert (
-        0 < rows <= MEMORY_BOUND_ROWS and x.stride(1) == 1 and x.stride(0) % 8 == 0 and words.is_contiguous()
+    assert 0 < rows <= MAX_ROWS and x.stride(1) == 1 and x.stride(0) % 8 == 0 and words.is_contiguous()
+    tile = choose_tile(rows, outputs, chunks, num_sms(x.device))
+    tiles, row_tiles = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, tile.rows)
+    splits, warps = 1 if counters is None else tile.splits, tile.outputs // 16
+    assert splits == 1 or (
+        counters is not None and counters.is_contiguous() and len(counters) >= tiles * row_tiles
     )
-    # Two heights only: a kernel per power of two would make start-up longer.
-    columns = 16 if rows <= 16 else MEMORY_BOUND_ROWS
-    tile = choose_tile(columns, outputs, chunks, num_sms(x.device))
-    tiles, warps = triton.cdiv(outputs, TILE_OUTPUTS), TILE_OUTPUTS // 16
-    splits = 1 if counters is None else tile.splits
-    assert counters is None or (counters.is_contiguous() and len(counters) >= tiles)
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     # Without split-K these are never accessed; any tensor does.
     partial = out if splits == 1 else torch.empty((splits, rows, outputs), device=x.device)
     launch(
-        _int4_wgmma_kernel, (tiles, splits),
+        # Programs of the same outputs run at about the same time: they read the same words.
+        _int4_wgmma_kernel, (row_tiles, tiles, splits),
         x_ptr=x, bias_ptr=x if bias is None else bias, out_ptr=out, partial_ptr=partial,
         counters_ptr=out if splits == 1 else counters, rows=rows, outputs=outputs, x_stride=x.stride(0) // 8,
         splits=splits, weight_ptr=words.view(torch.int32), pairs_ptr=scale.pairs, chunks=chunks,
-        SPAN=0 if len(scale.pairs) == 1 else scale.group // CHUNK, COLUMNS=columns, TILE=TILE_OUTPUTS,
+        SPAN=0 if len(scale.pairs) == 1 else scale.group // CHUNK, COLUMNS=tile.rows, TILE=tile.outputs,
         WARPS=warps, DEPTH=tile.depth, FP16=scale.values.dtype == torch.float16, SPLIT=splits > 1,
         BIAS=bias is not None, num_warps=warps, **pdl_options(x),
     )  # fmt: skip
@@ -149,12 +159,12 @@ def _int4_wgmma_kernel(
     chunks, SPAN: gl.constexpr, COLUMNS: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr,
     FP16: gl.constexpr, SPLIT: gl.constexpr, BIAS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One program per tile of outputs and split.
+    """One program per tile of rows, tile of outputs and split.
 
     Args:
         x_stride: of rows, in eights.
         partial_ptr: ``(splits, rows, outputs)`` float32, each split's sums.
-        counters_ptr: ``(tiles,)`` int32, splits that have finished.
+        counters_ptr: int32, for each tile the splits that have finished.
         weight_ptr: ``(outputs, 16 * chunks)`` int32, two words as one.
         pairs_ptr: see :class:`~engine.kernels.int4.Int4Scale`.
         SPAN: chunks of a group; 0: all.
@@ -168,7 +178,7 @@ def _int4_wgmma_kernel(
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     X_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    tile, split = gl.program_id(0) * TILE, gl.program_id(1)
+    first_row, tile, split = gl.program_id(0) * COLUMNS, gl.program_id(1) * TILE, gl.program_id(2)
     share = (chunks + splits - 1) // splits
     begin = split * share
     end = gl.minimum(begin + share, chunks)
@@ -180,7 +190,7 @@ def _int4_wgmma_kernel(
     pairs_source = pairs_ptr + gl.minimum(tile + gl.arange(0, TILE, layout=FLAT), outputs - 1)
     # The first halves of the chunk's inputs, then the second ones: a line of the swizzled buffer has 64.
     place = gl.arange(0, 2 * COLUMNS, layout=gl.SliceLayout(1, X_COPY))[:, None]
-    row = gl.minimum(place % COLUMNS, rows - 1)
+    row = gl.minimum(first_row + place % COLUMNS, rows - 1)
     lane = gl.arange(0, 64, layout=gl.SliceLayout(0, X_COPY))[None, :]
     x_source = x_ptr + row * (x_stride * 8) + (place // COLUMNS * 64 + lane)
 
@@ -233,7 +243,7 @@ def _int4_wgmma_kernel(
     async_copy.wait_group(0)
 
     output = tile + gl.arange(0, TILE, layout=gl.SliceLayout(1, SUMS))[:, None]
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, SUMS))[None, :]
+    column = first_row + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, SUMS))[None, :]
     mask = (output < outputs) & (column < rows)
     offset = column * outputs + output
     last = True
@@ -241,7 +251,7 @@ def _int4_wgmma_kernel(
         gl.store(partial_ptr + split * rows * outputs + offset, sums, mask=mask)
         # All threads must have written before the program counts itself as finished.
         block_barrier()
-        counter = counters_ptr + gl.program_id(0)
+        counter = counters_ptr + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
         last = gl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:
             gl.store(counter, 0)
@@ -251,4 +261,14 @@ def _int4_wgmma_kernel(
     if last:
         if BIAS:
             sums += gl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(gl.float32)
-        gl.store(out_ptr + offset, sums.to(DTYPE), mask=mask)
+        if COLUMNS <= 64:
+            gl.store(out_ptr + offset, sums.to(DTYPE), mask=mask)
+        else:
+            # So many are worth an exchange for 16 bytes a thread, outputs of a row side by side.
+            STORE: gl.constexpr = gl.BlockedLayout([8, 1], [TILE // 8, 256 // TILE], [1, WARPS], [0, 1])
+            result = gl.convert_layout(sums.to(DTYPE), STORE)
+            stored = tile + gl.arange(0, TILE, layout=gl.SliceLayout(1, STORE))[:, None]
+            stored_row = first_row + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, STORE))[None, :]
+            gl.store(
+                out_ptr + stored_row * outputs + stored, result, mask=(stored < outputs) & (stored_row < rows)
+            )

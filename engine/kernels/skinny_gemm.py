@@ -32,11 +32,12 @@ TILE_OUTPUTS = 64
 
 
 def split_counters(outputs: int, device: torch.device) -> torch.Tensor:
-    """Allocate zeroed split-K counters for a layer, one per output tile; int32.
+    """Allocate zeroed split-K counters for a layer, one per tile of outputs and of rows, of which there are two
+    at most; int32.
 
     The kernel leaves zeros behind, so the layer passes the same tensor to every call; calls must not overlap.
     """
-    return torch.zeros(triton.cdiv(outputs, TILE_OUTPUTS), dtype=torch.int32, device=device)
+    return torch.zeros(2 * triton.cdiv(outputs, TILE_OUTPUTS), dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, slots=True)

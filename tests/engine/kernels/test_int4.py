@@ -279,14 +279,14 @@ def test_the_ring_of_a_row(hopper, monkeypatch, dtype, size, zeros, tile):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tile", [None, WgmmaTile(3, 3), WgmmaTile(6, 2)], ids=str)
+@pytest.mark.parametrize("tile", [None, WgmmaTile(64, 16, 3, 3), WgmmaTile(128, 64, 4, 2)], ids=str)
 @pytest.mark.parametrize(("size", "zeros"), [*((size, True) for size in WHOLE), (WHOLE[1], False)], ids=str)
 def test_the_ring_of_some_rows(hopper, monkeypatch, dtype, size, zeros, tile):
     if tile is not None:
         monkeypatch.setattr(int4_wgmma, "choose_tile", lambda *_: tile)
     counters = split_counters(size[0], hopper)
     run = partial(int4_wgmma_gluon, counters=counters)
-    for rows in (1, 16, 17, 64):
+    for rows in (1, 16, 17, 64) if tile is not None else (1, 16, 17, 64, 65, 128, 130, 256):
         check_few_rows(run, *paired_problem(hopper, dtype, rows, *size, zeros))
         assert counters.eq(0).all()
 
@@ -349,9 +349,11 @@ def test_the_operation(device, dtype, rows, activation):
         (17, torch.bfloat16, True, True, torch.float32, "int4_gemm_triton"),
         (1, torch.float32, True, True, torch.float16, "int4_gemv_triton"),
         (2, torch.bfloat16, True, False, torch.float16, "int4_gemm_triton"),
-        (65, torch.bfloat16, True, True, torch.float16, "int4_gemm_triton"),
-        (128, torch.bfloat16, True, True, torch.float16, "int4_gemm_triton"),
-        (129, torch.bfloat16, True, True, torch.float16, "dequantise_int4"),
+        (65, torch.bfloat16, True, True, torch.float16, "int4_wgmma_gluon"),
+        (256, torch.bfloat16, True, True, torch.float16, "int4_wgmma_gluon"),
+        (257, torch.bfloat16, True, True, torch.float16, "dequantise_int4"),
+        (128, torch.bfloat16, True, True, torch.float32, "int4_gemm_triton"),
+        (129, torch.bfloat16, True, True, torch.float32, "dequantise_int4"),
         (2, torch.float32, True, True, torch.float16, "dequantise_int4"),
         (1, torch.float32, False, False, torch.float16, "dequantise_int4"),
         (1, torch.bfloat16, False, True, torch.float16, "dequantise_int4"),
