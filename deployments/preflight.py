@@ -1,7 +1,8 @@
 """Checks that nothing is in the way of ``serve run``: ``python -m deployments.preflight serve_config.yaml``.
 
 Without it ``serve run`` would put the application into whatever Ray cluster it finds, in place of that
-cluster's applications, and share a busy port with the other server: each would get some of the requests.
+cluster's applications, and share a busy port with the other server: each would get some of the requests. An
+option that doesn't exist would be told by a traceback, and the server would stay without an application.
 """
 
 import argparse
@@ -16,9 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from deployments.config import AppConfig
 
 #: Ray Serve's defaults for ``http_options``.
 _HOST, _PORT = "0.0.0.0", 8000
+#: Values of ``import_path`` whose ``args`` are an :class:`~deployments.config.AppConfig`.
+_BUILDERS = ("deployments.app:build", "deployments.app:build_stages")
 
 
 class InTheWay(Exception):
@@ -33,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, _ = parser.parse_known_args(arguments)
     try:
         config = read_config(options.config)
+        check_applications(config)
         check_cluster(options.address, os.environ)
         check_port(config)
     except InTheWay as error:
@@ -56,6 +64,35 @@ def read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(config, Mapping):
         raise InTheWay(f"{path} should hold a mapping with proxy_location, http_options and applications.")
     return config
+
+
+def check_applications(config: Mapping[str, Any]) -> None:
+    """Check the options of the applications that are built here.
+
+    Raises:
+        InTheWay: an option doesn't exist, is missing, or has a value that it can't have.
+    """
+    applications = config.get("applications")
+    if not isinstance(applications, list) or not applications:
+        raise InTheWay("the configuration has no applications: see serve_config.yaml.")
+    for index, application in enumerate(applications):
+        if not isinstance(application, Mapping) or application.get("import_path") not in _BUILDERS:
+            continue
+        try:
+            AppConfig.model_validate(application.get("args") or {})
+        except ValidationError as error:
+            faults = [_fault(f"applications[{index}].args", each) for each in error.errors()]
+            raise InTheWay(" ".join([*faults, "docs/configuration.md lists all options."])) from None
+
+
+def _fault(where: str, error: ErrorDetails) -> str:
+    """One fault of the options, with the way to it."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}{path}: there is no such option."
+    if error["type"] == "missing":
+        return f"{where}{path} must be given."
+    return f"{where}{path}: {error['msg'].removeprefix('Value error, ').rstrip('.')}."
 
 
 def check_cluster(address: str | None, environment: Mapping[str, str]) -> None:

@@ -31,15 +31,44 @@ def no_other_cluster(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
 
 
-def config(folder: Path, **http_options) -> str:
+def config(folder: Path, args: dict | None = None, **http_options) -> str:
     file = folder / "serve.yaml"
-    file.write_text(yaml.safe_dump({"http_options": {"host": "127.0.0.1"} | http_options}))
+    given = {"models": [{"name": "pocket", "engine": {"model": "models/pocket"}}]} | (args or {})
+    application = {"import_path": "deployments.app:build", "args": given}
+    others = {"import_path": "elsewhere:app", "args": {"unknown": 1}}
+    http = {"host": "127.0.0.1"} | http_options
+    file.write_text(yaml.safe_dump({"http_options": http, "applications": [others, application]}))
     return str(file)
 
 
 def test_a_free_port_and_no_cluster(tmp_path, capsys):
     assert main([config(tmp_path, port=free_port())]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "fault"),
+    [
+        (
+            {"models": [{"name": "a", "engine": {"model": "m", "max_model_length": 5}}]},
+            ".models[0].engine.max_model_length: there is no such option.",
+        ),
+        ({"models": [{"engine": {"model": "m"}}]}, ".models[0].name must be given."),
+        ({"models": []}, ".models: at least one model."),
+        ({"ingress": {"num_replicas": 0}}, ".ingress.num_replicas: Input should be greater than 0."),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(tmp_path, capsys, args, fault):
+    assert main([config(tmp_path, args, port=free_port())]) == 1
+    said = capsys.readouterr().err
+    assert f"make serve: applications[1].args{fault}" in said and "docs/configuration.md" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_configuration_without_applications(tmp_path, capsys):
+    file = tmp_path / "serve.yaml"
+    file.write_text("http_options: {port: 1}")
+    assert main([str(file)]) == 1 and "has no applications" in capsys.readouterr().err
 
 
 def test_a_busy_port_is_named_with_the_program_that_has_it(tmp_path, listening, capsys):
