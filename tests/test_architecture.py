@@ -48,7 +48,6 @@ SERVER_FLOORS = [
         "answers",
         "caller_fields",
         "metrics",
-        "preflight",
         "references",
         "response_store",
         "tasks",
@@ -65,7 +64,7 @@ SERVER_FLOORS = [
     ["vectors"],
     ["routers"],
     ["api"],
-    ["in_process", "ray_serve"],
+    ["in_process", "preflight", "ray_serve"],
     ["app"],
 ]
 
