@@ -33,8 +33,8 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 _DOUBLED = tl.constexpr(0xC8643210 - (1 << 32))
 #: Integers; floats with powers of two as scales; floats with scales in fp8 (e4m3) and a factor.
 Kind = Literal["int4", "mxfp4", "nvfp4"]
-#: Words that a program unpacks at a time.
-_TILE = 256
+#: Chunks of an output that a program dequantises: a thread has words of 16 bytes.
+_TILE_CHUNKS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +192,26 @@ def times_factors(sums, factor_ptr, row, mask, KIND: tl.constexpr):
     return sums
 
 
+@triton.jit
+def number_times_power(word, i: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr):
+    """Return the ``i``-th number of words less ``ZERO``, times a power of 16, and what undoes this power.
+
+    The 16 bits of a word are within the mantissa of ``2 ** 23``: no integer is converted, which takes longer.
+    """
+    if KIND != "int4":
+        return number_of(word, i, KIND), 1.0
+    bits = word.to(tl.int32) & (15 << (4 * i)) | 0x4B000000
+    power: tl.constexpr = 16**i
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + ZERO * power), 1.0 / power
+
+
 def dequantise_int4_triton(words: torch.Tensor, scale: Int4Scale, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty((len(words), scale.inputs), dtype=dtype, device=words.device)
+    chunks = words.shape[1] // CHUNK_WORDS
+    tile = min(_TILE_CHUNKS, triton.next_power_of_2(chunks))
     launch(
-        _dequantise_int4_kernel, (triton.cdiv(words.shape[1], _TILE), len(words)),
-        out_ptr=out, **int4_arguments(words, scale), TILE=_TILE, num_warps=4,
+        _dequantise_int4_kernel, (triton.cdiv(chunks, tile), len(words)),
+        out_ptr=out, **int4_arguments(words, scale), TILE=tile, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -206,22 +221,27 @@ def _dequantise_int4_kernel(
     out_ptr, weight_ptr, scale_ptr, zero_ptr, factor_ptr, inputs, words, groups, stride, KIND: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of words of one output."""
+    """One program per tile of chunks of one output."""
     row = tl.program_id(1).to(tl.int64)
-    w = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    mask = w < words
-    word = tl.load(weight_ptr + row * words + w, mask=mask, other=0)
-    chunk = w // 32
-    first = chunk * 128 + w % 32
+    chunk = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    word = tl.load(weight_ptr + row * words + chunk * 32 + lane, mask=chunk * 32 < words, other=0)
     factor = times_factors(1.0, factor_ptr, row, row >= 0, KIND)
     for i in tl.static_range(4):
-        known = mask & (first + i * 32 < inputs)
-        group = row + group_of(chunk, w % 32, i, GROUP) * stride
-        number = number_of(word, i, KIND)
+        first = chunk * 128 + i * 32
+        if i == 0 or (GROUP > 0 and i * 32 % GROUP == 0):
+            # Groups of 16 inputs are half of these numbers; groups beyond the last input have no numbers.
+            known = first + (lane // 16 * 16 if GROUP == 16 else 0) < inputs
+            group = row + group_of(chunk, lane, i, GROUP) * stride
+            scale = scale_of(tl.load(scale_ptr + group, mask=known, other=0), KIND) * factor
+            if ZEROS:
+                zero = tl.load(zero_ptr + group, mask=known, other=0).to(tl.float32)
+        number, inverse = number_times_power(word, i, 0 if ZEROS else 8, KIND)
         if ZEROS:
-            number -= tl.load(zero_ptr + group, mask=known, other=0).to(tl.float32)
-        elif KIND == "int4":
-            number -= 8.0
-        scale = scale_of(tl.load(scale_ptr + group, mask=known, other=0), KIND)
-        result = number * (scale * factor)
-        tl.store(out_ptr + row * inputs + first + i * 32, result.to(out_ptr.dtype.element_ty), mask=known)
+            number -= zero * (1.0 / inverse)
+        result = number * (scale * inverse)
+        tl.store(
+            out_ptr + row * inputs + first + lane,
+            result.to(out_ptr.dtype.element_ty),
+            mask=first + lane < inputs,
+        )

@@ -18,7 +18,7 @@ from engine.kernels.int4 import (
     Int4Scale,
     group_of,
     int4_arguments,
-    number_of,
+    number_times_power,
     scale_of,
     times_factors,
 )
@@ -73,19 +73,6 @@ def int4_gemv_triton(
 
 
 @triton.jit
-def _number(word, i: tl.constexpr, ZERO: tl.constexpr, KIND: tl.constexpr):
-    """Return the ``i``-th number of words less ``ZERO``, times a power of 16, and what undoes this power.
-
-    The 16 bits of a word are within the mantissa of ``2 ** 23``.
-    """
-    if KIND != "int4":
-        return number_of(word, i, KIND), 1.0
-    bits = word.to(tl.int32) & (15 << (4 * i)) | 0x4B000000
-    power: tl.constexpr = 16**i
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + ZERO * power), 1.0 / power
-
-
-@triton.jit
 def add_words(
     sums, word, w, known, x_ptr, row, inputs, scale_ptr, zero_ptr, groups, stride, KIND: tl.constexpr,
     GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_WORDS: tl.constexpr,
@@ -105,7 +92,7 @@ def add_words(
     total = tl.zeros([1, TILE_WORDS], tl.float32)
     for i in tl.static_range(4):
         x = tl.load(x_ptr + k + i * 32, mask=k + i * 32 < inputs, other=0.0).to(tl.float32)
-        number, factor = _number(word, i, ZERO, KIND)
+        number, factor = number_times_power(word, i, ZERO, KIND)
         part += number * (x * factor)
         total += x
         if i == 3 or (GROUP > 0 and (i + 1) * 32 % GROUP == 0):
