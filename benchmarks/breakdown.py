@@ -1,7 +1,8 @@
-"""Where the time of a served load goes: CPU time by process, the GPU's busy share, times of the stages."""
+"""Where the time of a served load goes: CPU time by process, the GPUs' busy shares, times of the stages."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -24,8 +25,8 @@ _TIMES = (
     "sightline_engine_time_to_first_token_seconds",
     "sightline_engine_time_between_tokens_seconds",
 )
-#: Prints ten times a second in how much of the time the GPU computed anything.
-_GPU = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+#: Prints ten times a second in how much of the time each GPU computed anything.
+_GPU = ["nvidia-smi", "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
 
 _BATCHES = "sightline_stage_batch_size"
 
@@ -45,7 +46,9 @@ class Breakdown:
         self._gpu: subprocess.Popen | None = None
         if shutil.which("nvidia-smi"):
             self._samples = tempfile.TemporaryFile("w+")
-            self._gpu = subprocess.Popen(_GPU, stdout=self._samples, stderr=subprocess.DEVNULL)
+            # Not the GPUs that other work has.
+            ours = [f"--id={ids}"] if (ids := os.environ.get("CUDA_VISIBLE_DEVICES")) else []
+            self._gpu = subprocess.Popen([*_GPU, *ours], stdout=self._samples, stderr=subprocess.DEVNULL)
         self._cpu, self._began = cpu_seconds(), time.perf_counter()
         return self
 
@@ -63,8 +66,10 @@ class Breakdown:
         found = [f"CPU cores: {cores}"]
         if self._gpu is not None:
             self._samples.seek(0)
-            samples = [int(line) for line in self._samples.read().split() if line.isdigit()]
-            found.append(f"GPU busy: {sum(samples) / max(1, len(samples)):.0f} % of {len(samples)} samples")
+            samples: dict[str, list[int]] = {}
+            for index, busy in re.findall(r"^(\d+), (\d+)$", self._samples.read(), re.MULTILINE):
+                samples.setdefault(index, []).append(int(busy))
+            found.append(f"GPU busy: {', '.join(f'{sum(s) / len(s):.0f}' for s in samples.values())} %")
         times = []
         for name in (*_TIMES, _BATCHES):
             for stage in ("", "preprocessor", "encoder", "language_model"):
@@ -75,9 +80,9 @@ class Breakdown:
                     short = name.removeprefix("sightline_").removesuffix("_seconds")
                     times.append(f"{short} {stage} {value}".replace("  ", " "))
         found.append("means: " + ", ".join(times))
-        busy = self._gained["sightline_encoder_busy_seconds_total", "encoder"]
+        encoding = self._gained["sightline_encoder_busy_seconds_total", "encoder"]
         items = self._gained["sightline_encoder_items_total", "encoder"]
-        found.append(f"encoder: {busy:.2f} s busy, {items:.0f} images")
+        found.append(f"encoder: {encoding:.2f} s busy, {items:.0f} images")
         return found
 
     def _metrics(self) -> Counter[tuple[str, str]]:

@@ -94,6 +94,7 @@ class Outbox:
         self._encoded: dict[str, Sequence[Encoded]] = {}
         self._errors: dict[str, SightlineError] = {}
         self._event = asyncio.Event()
+        self._ready: Callable[[], None] = self._event.set
         self._answers = 0
         self._timer: asyncio.TimerHandle | None = None
         self.closed = False
@@ -123,7 +124,7 @@ class Outbox:
             raise abandoned()
         earlier = self._updates.get(update.request_id)
         self._updates[update.request_id] = update if earlier is None else merge_updates(earlier, update)
-        self._event.set()
+        self._ready()
 
     def tell(self, request_id: str, encoded: Sequence[Encoded]) -> None:
         """Tell, before the updates of an answer, what was encoded for it."""
@@ -134,13 +135,30 @@ class Outbox:
         """Send the error that ends an answer, behind its updates; returns False if the channel is closed."""
         if not self.closed:
             self._errors[request_id] = error
-            self._event.set()
+            self._ready()
         return not self.closed
 
     def close(self) -> None:
         """End the channel after what is in it."""
         self.closed = True
-        self._event.set()
+        self._ready()
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called whenever there may be something to take, and when the channel is closed: a way
+        to read it that takes no task. Whoever reads by :meth:`messages` doesn't need it."""
+        self._ready = call
+
+    def take(self) -> Iterator[Message]:
+        """The messages that hold all that is in the channel now."""
+        encoded, self._encoded = self._encoded, {}
+        updates, self._updates = self._updates, {}
+        errors, self._errors = self._errors, {}
+        return _messages(encoded, list(updates.values()), errors)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the channel is closed and nothing is left in it."""
+        return self.closed and not (self._updates or self._errors)
 
     async def messages(self) -> AsyncGenerator[Message, None]:
         """The channel's messages, to its end. Closing the iterator closes the channel."""
@@ -148,12 +166,9 @@ class Outbox:
             while True:
                 await self._event.wait()
                 self._event.clear()
-                encoded, self._encoded = self._encoded, {}
-                updates, self._updates = self._updates, {}
-                errors, self._errors = self._errors, {}
-                for message in _messages(encoded, list(updates.values()), errors):
+                for message in self.take():
                     yield message
-                if self.closed and not (self._updates or self._errors):
+                if self.ended:
                     return
         finally:
             self.closed = True

@@ -12,11 +12,11 @@ import socket
 import struct
 import uuid
 from collections.abc import Callable
-from contextlib import aclosing
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, cast
 
 from deployments.errors import logger
-from deployments.ray_serve.channel import Message, Outboxes
+from deployments.ray_serve.channel import Message, Outbox, Outboxes
 
 #: What Linux tells of a peer: process, user and group.
 _PEER = struct.Struct("3i")
@@ -35,7 +35,7 @@ class Lines:
     def __init__(self, outboxes: Outboxes) -> None:
         self._outboxes = outboxes
         self._address: asyncio.Future[str] | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: set[_Sender] = set()
 
     async def address(self) -> str:
         """The socket's address; empty if there can be none."""
@@ -47,45 +47,91 @@ class Lines:
     async def _listen(self) -> str:
         # An abstract address: nothing is left in a file system, however this process ends.
         address = f"\0sightline-{uuid.uuid4().hex}"
+        loop = asyncio.get_running_loop()
         try:
-            self._server = await asyncio.start_unix_server(self._connected, address)
+            self._server = await loop.create_unix_server(
+                lambda: _Sender(self._outboxes, self._connections), address
+            )
         except OSError as error:
             logger.warning("updates go by gRPC alone, because there is no socket for them: %s", error)
             return ""
         return address
 
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+
+class _Sender(asyncio.Protocol):
+    """The replica's end of one line: sends the updates of the reader whose name comes first, until it leaves.
+
+    No task takes part, since a step of the engine has something to send on each line.
+
+    Args:
+        outboxes: of the replica.
+        connections: has this object while it is connected.
+    """
+
+    def __init__(self, outboxes: Outboxes, connections: set["_Sender"]) -> None:
+        self._outboxes, self._connections = outboxes, connections
+        self._loop = asyncio.get_running_loop()
+        self._received = b""
+        self._open = ExitStack()
+        self._outbox: Outbox | None = None
+        self._due = self._paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are of no class of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         # uvloop's sockets have no options of their own.
-        with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as peer:
+        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as peer:
             _, user, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if user != os.getuid():
-            writer.close()
+            transport.close()
             return
-        task = asyncio.ensure_future(self._send(reader, writer))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._connections.add(self)
 
-    async def _send(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Send the updates of the reader whose name comes first, until it leaves."""
-        try:
-            name = (await reader.readline()).decode().strip()
-            with self._outboxes.open(name, idle_s=None) as outbox:
-                # It says nothing more: what comes is the end.
-                left = asyncio.ensure_future(reader.read(1))
-                left.add_done_callback(lambda _: outbox.close())
-                try:
-                    async with aclosing(outbox.messages()) as messages:
-                        async for message in messages:
-                            data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-                            writer.write(len(data).to_bytes(_LENGTH, "big") + data)
-                            await writer.drain()
-                finally:
-                    left.cancel()
-        except OSError:
-            # The reader has gone.
-            pass
-        finally:
-            writer.close()
+    def data_received(self, data: bytes) -> None:
+        if self not in self._connections:
+            return
+        self._received += data
+        name, newline, more = self._received.partition(b"\n")
+        if self._outbox is None and newline:
+            self._outbox = self._open.enter_context(self._outboxes.open(name.decode(), idle_s=None))
+            self._outbox.when_ready(self._soon)
+        if more:
+            # It has nothing more to say.
+            self.close()
+
+    def close(self) -> None:
+        """End the line."""
+        self._transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._connections.discard(self)
+        if self._outbox is not None:
+            self._outbox.close()
+        self._open.close()
+
+    def pause_writing(self) -> None:
+        # Meanwhile updates are merged: a slow reader costs no memory.
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._soon()
+
+    def _soon(self) -> None:
+        """Send when all updates of a step are there."""
+        if not (self._due or self._paused):
+            self._due = True
+            self._loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        self._due = False
+        if self._outbox is None or self._transport.is_closing():
+            return
+        for message in self._outbox.take():
+            data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+            self._transport.write(len(data).to_bytes(_LENGTH, "big") + data)
+        if self._outbox.ended:
+            self.close()
 
 
 class _Frames(asyncio.Protocol):

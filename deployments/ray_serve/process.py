@@ -1,6 +1,8 @@
 """Set-up of a replica's process, before its stage is made."""
 
+import asyncio
 import os
+from contextlib import suppress
 
 from deployments.logs import LoggingConfig, set_up_logs
 from deployments.threads import take_turns
@@ -13,3 +15,12 @@ def prepare_process() -> None:
     """Set up logs and threads."""
     take_turns()
     set_up_logs(LoggingConfig.model_validate_json(os.environ.get(LOGGING, "{}")))
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """An event loop as Ray Serve's replicas have it: uvloop's where that is installed."""
+    with suppress(ImportError):
+        import uvloop
+
+        return uvloop.new_event_loop()
+    return asyncio.new_event_loop()

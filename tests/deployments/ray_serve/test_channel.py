@@ -419,7 +419,7 @@ async def test_an_answer_to_an_image_is_lost_with_its_line_or_its_call(near, los
     await wait_until(lambda: task.found, 60)
     near.answers["one"].put(update("one", 1))
     (connection,) = near.replica.served._lines._connections
-    (connection if lost == "line" else near.handle.calls["hold"][-1].task).cancel()
+    connection.close() if lost == "line" else near.handle.calls["hold"][-1].task.cancel()
     found, error = await asyncio.wait_for(task, 60)
     assert found[:1] == [update("one", 0)] and type(error) is StageLost
     await wait_until(lambda: not near.answers, 60)
@@ -461,7 +461,7 @@ async def test_answers_are_lost_with_their_line_and_another_one_opens(near):
     near.answers["one"].put(update("one", 0))
     await wait_until(lambda: task.found, 60)
     (connection,) = near.replica.served._lines._connections
-    connection.cancel()
+    connection.close()
     found, error = await asyncio.wait_for(task, 60)
     assert found == [update("one", 0)] and type(error) is StageLost
     await wait_until(lambda: not near.answers, 60)
