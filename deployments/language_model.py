@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import asdict
 from typing import Any, Self
 
 from deployments.metrics.families import Family, Part
@@ -82,7 +81,11 @@ class LanguageModel:
                     usage = update.usage
                     yield update
             if usage is not None:
-                span.note(**asdict(usage))
+                span.note(
+                    prompt_tokens=usage.prompt_tokens,
+                    completion_tokens=usage.completion_tokens,
+                    cached_tokens=usage.cached_tokens,
+                )
 
     async def embed(self, request: Pooling, media: Sequence[EmbeddedMedia]) -> EmbeddingOutput:
         """Pool a prompt's hidden states into a vector; errors as :meth:`generate`."""

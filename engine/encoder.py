@@ -69,6 +69,15 @@ class _Job:
     waiters: int = 1
 
 
+@dataclass(slots=True)
+class _Launched:
+    """Jobs whose rows are being computed: the rows, which are on the host once ``event`` has passed."""
+
+    jobs: list[_Job]
+    rows: list[torch.Tensor]
+    event: torch.cuda.Event | None
+
+
 class EncoderEngine(Mortal):
     """Turns prepared images into embedding rows.
 
@@ -77,13 +86,15 @@ class EncoderEngine(Mortal):
 
     Args:
         device: where ``encoder`` lives.
-        max_batch_cost: patches per launch; a larger item goes alone.
+        max_batch_cost: patches per launch; a larger item goes alone. Launches for :meth:`encode_async` have
+            ``CROWD_TOKENS`` at most: those are captured.
         cache_bytes: rows remembered by content hash, least recently used dropped first; 0 remembers none.
         duty_cycle: share of the time, above 0 and up to 1, that launches for :meth:`encode_async` take at
             most: after each piece of one the engine rests, and what else runs on the device keeps its pace.
         with_engine: a language model of this process computes on the device's default stream. Launches for
             :meth:`encode_async` go there too, piece by piece: its steps come in between. While more than
-            ``_CROWD`` items wait, whole launches do, of up to ``CROWD_TOKENS`` patches: those are captured.
+            ``_CROWD`` items wait, whole launches do. Without it a launch is enqueued before the rows of the
+            last one have come: the device always has one.
         step_timeout_s: seconds after which a launch for :meth:`encode_async` is assumed never to return.
     """
 
@@ -127,8 +138,12 @@ class EncoderEngine(Mortal):
         cache_bytes: int = CACHE_BYTES,
         duty_cycle: float = 1.0,
         with_engine: bool = False,
+        expects_crowds: bool = False,
     ) -> EncoderEngine:
         """Load the vision part of ``config.model``, and nothing else of it.
+
+        Args:
+            expects_crowds: capture launches of several images, too, for :meth:`encode_async`.
 
         Raises:
             CheckpointError: the checkpoint is unusable or has no vision part.
@@ -152,7 +167,7 @@ class EncoderEngine(Mortal):
         capture = make_capture(device, enforce_eager=config.enforce_eager)
         if capture is not None:
             for tower in _towers(encoder):
-                tower.expects_crowds = with_engine
+                tower.expects_crowds = expects_crowds
             with times.phase("graphs"):
                 encoder.capture_graphs(capture)
         logger.info("the encoder started in %s", times)
@@ -293,21 +308,33 @@ class EncoderEngine(Mortal):
     def _serve_all(self) -> None:
         own = self._device.type == "cuda" and not self._with_engine
         stream = torch.cuda.Stream(self._device) if own else None
+        launched: _Launched | None = None
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._queue or self._closed)
-                    if self._closed:
+                    if launched is None:
+                        self._changed.wait_for(lambda: self._queue or self._closed)
+                    jobs = [] if self._closed else self._take()
+                    if self._closed and launched is None:
                         return
-                    jobs = self._take()
+                assert self._watchdog is not None
+                with self._watchdog.step():
+                    before, launched = launched, None
+                    try:
+                        if jobs:
+                            self._piece_began = time.perf_counter()
+                            launched = self._begin(jobs)
+                    finally:
+                        # Also if this thread dies: its rows are on their way.
+                        if before is not None:
+                            self._finish(before)
+                    if launched is not None and (self._with_engine or self._duty_cycle < 1):
+                        self._finish(launched)
+                        launched = None
                 if jobs:
-                    self._piece_began = time.perf_counter()
-                    assert self._watchdog is not None
-                    with self._watchdog.step():
-                        self._serve(jobs)
                     self._rest()
                 # Images may be large: the last ones must not stay while the thread waits for more.
-                del jobs
+                del jobs, before
 
     def _pause(self) -> None:
         """Let others have the device between two pieces of a launch."""
@@ -341,7 +368,7 @@ class EncoderEngine(Mortal):
         jobs: list[_Job] = []
         cost = 0
         most = 1 if self._makes_way() else len(self._queue)
-        limit = _TOGETHER if self._with_engine else self._max_batch_cost
+        limit = _TOGETHER if self._with_engine else min(self._max_batch_cost, CROWD_TOKENS)
         while self._queue and len(jobs) < most and _fits(cost, self._queue[0].cost, limit):
             job = self._queue.popleft()
             if job.waiters:
@@ -354,9 +381,7 @@ class EncoderEngine(Mortal):
     def _launches(self, jobs: Sequence[_Job]) -> Iterator[list[PreparedMedia]]:
         """The items of each launch."""
         batch: list[PreparedMedia] = []
-        cost, limit = 0, self._max_batch_cost
-        if self._with_engine:
-            limit = min(limit, CROWD_TOKENS)
+        cost, limit = 0, min(self._max_batch_cost, CROWD_TOKENS)
         for job in jobs:
             if not _fits(cost, job.cost, limit):
                 yield batch
@@ -365,30 +390,44 @@ class EncoderEngine(Mortal):
             cost += job.cost
         yield batch
 
-    def _serve(self, jobs: list[_Job]) -> None:
+    def _begin(self, jobs: list[_Job]) -> _Launched | None:
+        """Enqueue the launches of some jobs; None if one raised, and all is done with them."""
         try:
             made = [download(rows) for batch in self._launches(jobs) for rows in self._launch(batch)]
+            return _Launched(jobs, made, record_event(self._device, idle_wait=True))
+        except Exception as error:
+            self._failed(jobs, error)
+            return None
+
+    def _finish(self, launched: _Launched) -> None:
+        """Wait for the rows of what was launched, and hand them out."""
+        jobs = launched.jobs
+        try:
             began = time.perf_counter()
-            if (event := record_event(self._device, idle_wait=True)) is not None:
-                event.synchronize()
+            if launched.event is not None:
+                launched.event.synchronize()
             self._counters.seconds += time.perf_counter() - began
-            for job, rows in zip(jobs, made, strict=True):
+            for job, rows in zip(jobs, launched.rows, strict=True):
                 job.result.set_result(_embedded(job.media.item.hash, rows))
         except Exception as error:
-            if len(jobs) > 1:
-                # Find out whose fault it is: the others must not suffer.
-                for job in jobs:
-                    if not job.result.done():
-                        self._serve([job])
-                return
-            if not isinstance(error, SightlineError):
-                logger.exception("encoding failed")
-            if not jobs[0].result.done():
-                # Its frames hold the images, which must not stay for as long as the error.
-                jobs[0].result.set_exception(error.with_traceback(None))
-            if self._device.type == "cuda":
-                # Raises if no launch can succeed any more.
-                torch.cuda.synchronize(self._device)
+            self._failed(jobs, error)
+
+    def _failed(self, jobs: list[_Job], error: Exception) -> None:
+        """Fail the job that has raised ``error``, alone or with others, which are encoded again."""
+        if len(jobs) > 1:
+            # Find out whose fault it is: the others must not suffer.
+            for job in jobs:
+                if not job.result.done() and (launched := self._begin([job])) is not None:
+                    self._finish(launched)
+            return
+        if not isinstance(error, SightlineError):
+            logger.error("encoding failed", exc_info=error)
+        if not jobs[0].result.done():
+            # Its frames hold the images, which must not stay for as long as the error.
+            jobs[0].result.set_exception(error.with_traceback(None))
+        if self._device.type == "cuda":
+            # Raises if no launch can succeed any more.
+            torch.cuda.synchronize(self._device)
 
     def _launch(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         began = time.perf_counter() - self._counters.rest_seconds

@@ -361,6 +361,28 @@ async def test_a_crowd_is_encoded_in_several_launches_between_two_steps(monkeypa
     assert encoder.batches == [[name] for name in "abcdefghi"]
 
 
+@pytest.mark.parametrize("duty_cycle", [1.0, 0.999])
+async def test_a_launch_is_enqueued_before_the_rows_of_the_last_one_are_there(monkeypatch, duty_cycle):
+    """Unless the encoder rests after each."""
+    waits: list[int] = []
+
+    class Event:
+        def synchronize(self) -> None:
+            waits.append(len(encoder.batches))
+
+    monkeypatch.setattr("engine.encoder.record_event", lambda *_, **__: Event())
+    encoder = GatedEncoder()
+    encoder.release()
+    engine = EncoderEngine(encoder, CPU, max_batch_cost=4, cache_bytes=0, duty_cycle=duty_cycle)
+    with engine._changed:
+        tasks = [asyncio.ensure_future(engine.encode_async(item(name))) for name in ("a", "bad", "c", "d")]
+        await asyncio.sleep(0)
+    rows = await asyncio.gather(*tasks, return_exceptions=True)
+    engine.shutdown()
+    assert [type(each) for each in rows] == [EmbeddedMedia, InvalidRequest, EmbeddedMedia, EmbeddedMedia]
+    assert waits == ([2, 4, 4] if duty_cycle == 1 else [1, 3, 4])
+
+
 async def test_a_shutdown_ends_a_rest():
     encoder = GatedEncoder()
     encoder.release()
