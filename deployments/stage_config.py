@@ -166,8 +166,8 @@ class EncoderConfig(StageConfig):
     """Turns images into embeddings.
 
     Attributes:
-        max_batch_patches: the most patches in one launch, over all images of all requests. More than 6656
-            come together in no launch; an image that has more is encoded alone.
+        max_batch_patches: the most patches in one launch, over all images of all requests; of images of up to
+            2048 patches 6656 at most.
         cache_bytes: memory for embeddings of images seen before.
         duty_cycle: the largest share of the time that a replica computes. Below 1 it rests after each launch,
             so that a language model on the same GPU keeps its pace while images arrive. A launch is never
@@ -181,7 +181,7 @@ class EncoderConfig(StageConfig):
     stage: ClassVar[str] = "encoder"
     IN_PLACE: ClassVar[frozenset[str]] = frozenset({"max_batch_patches", "cache_bytes", "duty_cycle"})
 
-    max_batch_patches: PositiveInt = 6656
+    max_batch_patches: PositiveInt = 32768
     duty_cycle: float = Field(default=1.0, gt=0, le=1)
     cache_bytes: int = Field(default=512 << 20, ge=0)
     routing: Routing = "content"

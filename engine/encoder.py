@@ -29,7 +29,7 @@ from engine.placement import open_device, resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
 from engine.runner.staging import download, record_event
 from engine.startup import StartTimes
-from engine.vision.graphs import CROWD_TOKENS
+from engine.vision.graphs import CROWD_TOKENS, MAX_TOKENS
 from engine.vision.transformer import VisionTransformer
 from engine.watchdog import Mortal, Watchdog
 
@@ -86,8 +86,8 @@ class EncoderEngine(Mortal):
 
     Args:
         device: where ``encoder`` lives.
-        max_batch_cost: patches per launch; a larger item goes alone. Launches for :meth:`encode_async` have
-            ``CROWD_TOKENS`` at most: those are captured.
+        max_batch_cost: patches per launch; a larger item goes alone. Small items for :meth:`encode_async`
+            come in launches of ``CROWD_TOKENS`` at most: those are captured.
         cache_bytes: rows remembered by content hash, least recently used dropped first; 0 remembers none.
         duty_cycle: share of the time, above 0 and up to 1, that launches for :meth:`encode_async` take at
             most: after each piece of one the engine rests, and what else runs on the device keeps its pace.
@@ -368,7 +368,10 @@ class EncoderEngine(Mortal):
         jobs: list[_Job] = []
         cost = 0
         most = 1 if self._makes_way() else len(self._queue)
-        limit = _TOGETHER if self._with_engine else min(self._max_batch_cost, CROWD_TOKENS)
+        limit = _TOGETHER if self._with_engine else self._max_batch_cost
+        if self._queue and self._queue[0].cost <= MAX_TOKENS:
+            # A captured launch. Of larger items many share the time that the host needs for theirs.
+            limit = min(limit, CROWD_TOKENS)
         while self._queue and len(jobs) < most and _fits(cost, self._queue[0].cost, limit):
             job = self._queue.popleft()
             if job.waiters:
@@ -381,7 +384,9 @@ class EncoderEngine(Mortal):
     def _launches(self, jobs: Sequence[_Job]) -> Iterator[list[PreparedMedia]]:
         """The items of each launch."""
         batch: list[PreparedMedia] = []
-        cost, limit = 0, min(self._max_batch_cost, CROWD_TOKENS)
+        cost, limit = 0, self._max_batch_cost
+        if self._with_engine:
+            limit = min(limit, CROWD_TOKENS)
         for job in jobs:
             if not _fits(cost, job.cost, limit):
                 yield batch

@@ -123,8 +123,10 @@ class Outbox:
         if self.closed:
             raise abandoned()
         earlier = self._updates.get(update.request_id)
+        if not self._updates:
+            # Once for all updates of a step.
+            self._ready()
         self._updates[update.request_id] = update if earlier is None else merge_updates(earlier, update)
-        self._ready()
 
     def tell(self, request_id: str, encoded: Sequence[Encoded]) -> None:
         """Tell, before the updates of an answer, what was encoded for it."""
