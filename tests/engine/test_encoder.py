@@ -383,6 +383,21 @@ async def test_a_launch_is_enqueued_before_the_rows_of_the_last_one_are_there(mo
     assert waits == ([2, 4, 4] if duty_cycle == 1 else [1, 3, 4])
 
 
+async def test_small_items_come_in_captured_launches_and_large_ones_together(monkeypatch):
+    monkeypatch.setattr("engine.encoder.CROWD_TOKENS", 9)
+    monkeypatch.setattr("engine.encoder.MAX_TOKENS", 4)
+    encoder = GatedEncoder()
+    encoder.release()
+    engine = EncoderEngine(encoder, CPU, max_batch_cost=20, cache_bytes=0)
+    with engine._changed:
+        items = [*(item(name) for name in "abcde"), *(item(name, rows=5) for name in "vwxyz")]
+        tasks = [asyncio.ensure_future(engine.encode_async(each)) for each in items]
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    engine.shutdown()
+    assert encoder.batches == [["a", "b"], ["c", "d"], ["e", "v"], ["w", "x", "y", "z"]]
+
+
 async def test_a_shutdown_ends_a_rest():
     encoder = GatedEncoder()
     encoder.release()
