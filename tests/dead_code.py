@@ -27,8 +27,11 @@ CALLED = [
     "w4",
     "w5",
     "stream_response",
+    "connection_made",
     "data_received",
     "connection_lost",
+    "pause_writing",
+    "resume_writing",
 ]
 CALLED += [
     "encoder_measured",
