@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 _MOST_MEDIA: dict[Literal["image", "video"], int] = {"image": 8, "video": 1}
+#: Tasks as vLLM's users know them.
+_TASK_NAMES = {"embedding": "embed"}
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}
 
 
@@ -30,8 +32,8 @@ class EngineConfig(BaseModel):
         model: folder with a checkpoint in Hugging Face layout, or a hub name the user chose to download.
         tokenizer: folder of the tokenizer if it isn't the model's.
         revision: hub revision.
-        task: ``generate``; ``embed`` to pool hidden states into vectors instead of sampling; or ``score`` to
-            let a reranker judge pairs of a query and a document.
+        task: ``generate``; ``embed`` (or ``embedding``) to pool hidden states into vectors instead of
+            sampling; or ``score`` to let a reranker judge pairs of a query and a document.
         instruction: with ``embed``, put before inputs that bring none, in the format of the family's
             embedding models; empty for their own, None leaves inputs as they stand. With ``score``, None
             takes the rerankers' own.
@@ -108,6 +110,11 @@ class EngineConfig(BaseModel):
     chat_template: str | None = None
     allowed_local_media_path: str | None = None
     seed: int = 0
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _task_by_any_name(cls, value: Any) -> Any:
+        return _TASK_NAMES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("dtype", mode="before")
     @classmethod

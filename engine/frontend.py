@@ -23,6 +23,7 @@ from engine.generation_config import from_model_config, sampling_defaults
 from engine.inputs.builder import PromptBuilder
 from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.embeds import are_embeddings, given_embeddings
+from engine.inputs.media_options import PROCESSOR_FIELD, with_options
 from engine.inputs.messages import parse_messages
 from engine.inputs.multi_modal import FIELD, media_sources
 from engine.inputs.retrieval import Retrieval, check_task, only_text, parts_of
@@ -45,7 +46,7 @@ Encode = Callable[
 ]
 
 #: The entries of a prompt of :meth:`engine.llm.LLM.generate`.
-_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", FIELD, "cache_salt"})
+_PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", FIELD, PROCESSOR_FIELD, "cache_salt"})
 #: Most threads that prepare images at a time.
 _THREADS = 8
 
@@ -252,7 +253,8 @@ class Frontend:
             inputs = self._inputs(prompt, [item for item, _ in given], salt)
             tensors = {item.hash: tensor for item, tensor in given}
             return PreparedPrompt(inputs, embeddings=[tensors[span.item.hash] for span in inputs.spans])
-        media = self._prepare(media_sources(data), name_later=encode is not None)
+        sources = with_options(media_sources(data), prompt.get(PROCESSOR_FIELD))
+        media = self._prepare(sources, name_later=encode is not None)
         inputs = self._inputs(prompt, [prepared.item for prepared in media.items], salt)
         return _finished(inputs, media, encode)
 
@@ -265,6 +267,7 @@ class Frontend:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> PreparedPrompt:
         """Prepare one conversation of :meth:`engine.llm.LLM.chat`; ``encode`` as in :meth:`from_prompt`.
 
@@ -272,6 +275,7 @@ class Frontend:
             InvalidRequest: naming the message or part that can't be used.
         """
         parsed, sources = parse_messages(messages)
+        sources = with_options(sources, mm_processor_kwargs)
         build = partial(
             self._builder.from_messages,
             parsed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -106,7 +106,8 @@ class LLM:
 
         Args:
             prompts: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
-                ``"multi_modal_data": {"image": image or list of images}``; or a sequence of such.
+                ``"multi_modal_data": {"image": image or list of images}`` and, as in :meth:`chat`,
+                ``mm_processor_kwargs``; or a sequence of such.
             sampling_params: for all, or one for each.
 
         Raises:
@@ -125,6 +126,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, each a list of OpenAI messages.
 
@@ -135,6 +137,7 @@ class LLM:
             tools: functions in OpenAI's form, which the template shows to the model in every conversation. A
                 call comes in the answer's text, as the model writes it: nothing parses or constrains it.
             chat_template_kwargs: further variables of the template.
+            mm_processor_kwargs: options of the processor for all media, up to those of the configuration.
 
         Raises:
             InvalidRequest: as :meth:`generate`; or a tool is no function.
@@ -148,6 +151,7 @@ class LLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
         )
         return self._run_generation(prepare, sampling_params, use_tqdm)
 
@@ -270,13 +274,22 @@ class LLM:
         return [_request_output(job) for job in self._run(prepare, params, use_tqdm)]
 
 
+#: What is said of an option that doesn't exist.
+_NO_OPTION = "there is no such option"
+
+
 def _config_error(error: ValidationError) -> ConfigError:
-    faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+    faults = [
+        (".".join(map(str, fault["loc"])), _NO_OPTION if fault["type"] == "extra_forbidden" else fault["msg"])
+        for fault in error.errors()
+    ]
     return ConfigError("; ".join(f"{field}: {words}" for field, words in faults), param=faults[0][0] or None)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+    # What is neither a prompt nor several is refused as a prompt would be.
+    one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
+    return [prompts] if one else list(prompts)  # type: ignore[list-item]
 
 
 def _as_conversations(messages: Messages | Sequence[Messages]) -> Sequence[Any]:

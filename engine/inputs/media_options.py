@@ -32,6 +32,10 @@ def with_options(
     Raises:
         InvalidRequest: naming the option that can't be used.
     """
+    if processor is not None and not isinstance(processor, Mapping):
+        raise InvalidRequest(
+            f"{PROCESSOR_FIELD} must be an object of the processor's options.", param=PROCESSOR_FIELD
+        )
     given = _by_kind(reading or {})
     pixels = {}
     for name, value in (processor or {}).items():

@@ -106,7 +106,13 @@ def test_every_way_to_give_a_prompt(llm):
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
+        (3, "not int"),
         ([3], "not int"),
+        ({"prompt": "a", "mm_processor_kwargs": [1]}, "mm_processor_kwargs must be an object"),
+        (
+            about(tiny.picture(24, 24)) | {"mm_processor_kwargs": {"num_crops": 4}},
+            "mm_processor_kwargs.num_crops",
+        ),
         ({"prompt_token_ids": ["a"]}, "list of integers"),
         ({"prompt_token_ids": [1.5]}, "list of integers"),
         ({"prompt_token_ids": [320]}, "320 is outside of the vocabulary"),
@@ -124,6 +130,21 @@ def test_what_is_no_prompt(llm, prompt, words):
     with pytest.raises(InvalidRequest, match=words):
         generated(llm, prompt)
     llm.check_integrity()
+
+
+def test_options_of_the_processor_come_with_a_prompt_or_a_chat(llm):
+    picture, options = tiny.picture(90, 90), {"max_pixels": 1024}
+    (small,) = llm.generate(about(picture) | {"mm_processor_kwargs": options}, GREEDY, use_tqdm=False)
+    (large,) = llm.generate(about(picture), GREEDY, use_tqdm=False)
+    rows = [
+        output.prompt_token_ids.count(tiny.QWEN_SPECIALS.index("<|image_pad|>")) for output in (small, large)
+    ]
+    # 1024 pixels are 16 rows of 8 by 8.
+    assert rows[0] == 16 < rows[1]
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]
+    messages = [{"role": "user", "content": content}]
+    (chat,) = llm.chat(messages, GREEDY, use_tqdm=False, mm_processor_kwargs=options)
+    assert chat.prompt_token_ids.count(tiny.QWEN_SPECIALS.index("<|image_pad|>")) == 16
 
 
 def test_what_an_output_says(llm):
@@ -152,7 +173,8 @@ def test_a_limit_on_media_is_named_and_the_others_stay(path, llm):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_model_length": 5}, "max_model_length: Extra"),
+        ({"max_model_length": 5}, "max_model_length: there is no such option"),
+        ({"task": "embeddings"}, "task: .*'embed'"),
         ({"max_model_len": 0}, "max_model_len: .*greater than 0"),
         ({"max_model_len": 4096}, "max_model_len is 4096, but the model was made for 1024"),
         ({"dtype": "int8"}, "dtype: .*'bfloat16'"),
