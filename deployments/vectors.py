@@ -9,7 +9,7 @@ import numpy as np
 
 from deployments.caller_fields import caller_fields
 from deployments.pipeline import EncodedPrompt, Pipeline
-from deployments.protocol.embeddings import VectorBody
+from deployments.protocol.embeddings import Chat, VectorBody
 from deployments.tasks import all_or_none
 from engine.errors import InvalidRequest
 from engine.inputs.media_options import with_options
@@ -37,22 +37,33 @@ async def vectors(pipeline: Pipeline, name: str, body: VectorBody) -> list[Embed
     places = asyncio.Semaphore(AT_A_TIME)
     numbers = 0
 
-    async def pool(index: int, given: str | list[int]) -> EmbeddingOutput:
+    async def pool(index: int, given: str | list[int] | Chat) -> EmbeddingOutput:
         nonlocal numbers
         async with places:
-            prompt = await (_chat(pipeline, body) if body.messages else _plain(pipeline, body, given))
-            output = await pipeline.embed(f"{name}-{index}", prompt, params)
+            with caller_fields(_field_names(given)):
+                prompt = await (
+                    _chat(pipeline, body, given) if isinstance(given, Chat) else _plain(pipeline, body, given)
+                )
+                output = await pipeline.embed(f"{name}-{index}", prompt, params)
         numbers += len(output.embedding)
         if output.token_embeddings is not None:
             numbers += output.token_embeddings.size
         if numbers > MAX_NUMBERS:
             raise InvalidRequest(
-                f"The answer would have more than {MAX_NUMBERS} numbers; send fewer inputs.", param="prompt"
+                f"The answer would have more than {MAX_NUMBERS} numbers; send fewer inputs.",
+                param="input" if body.messages is None else "messages",
             )
         return output
 
-    with caller_fields({"prompt": "messages" if body.messages else "input"}):
-        return await all_or_none(pool(index, given) for index, given in enumerate(body.inputs))
+    return await all_or_none(pool(index, given) for index, given in enumerate(body.inputs))
+
+
+def _field_names(given: str | list[int] | Chat) -> dict[str, str]:
+    """The caller's fields by the names under which the engine knows an input."""
+    if not isinstance(given, Chat):
+        return {"prompt": "input"}
+    messages = {f"messages[{index}]": f"{given.field}[{index}]" for index in range(len(given.messages))}
+    return {"prompt": given.field, "messages": given.field, **messages}
 
 
 def total_usage(outputs: list[EmbeddingOutput]) -> Usage:
@@ -119,10 +130,10 @@ async def text_prompt(pipeline: Pipeline, text: str, instruction: str | None, sa
     return await pipeline.prepare(build, salt=salt)
 
 
-async def _chat(pipeline: Pipeline, body: VectorBody) -> EncodedPrompt:
+async def _chat(pipeline: Pipeline, body: VectorBody, given: Chat) -> EncodedPrompt:
     return await chat_prompt(
         pipeline,
-        body.messages or [],
+        given.messages,
         body.instruction,
         body.cache_salt,
         add_generation_prompt=body.add_generation_prompt,

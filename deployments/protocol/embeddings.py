@@ -1,7 +1,7 @@
 """Vectors on the wire, of OpenAI's ``input``, or of ``messages`` as in a chat."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -15,9 +15,19 @@ from engine.pooling_params import PoolingParams
 MAX_INPUTS = 2048
 
 
+Messages = list[dict[str, Any]]
+
+
+class Chat(NamedTuple):
+    """A conversation in OpenAI's form, and the field that holds it."""
+
+    messages: Messages
+    field: str
+
+
 class VectorBody(RequestBody):
-    """Fields of every endpoint that answers with vectors. ``input`` is one text or token list, or a list of
-    either."""
+    """Fields of every endpoint that answers with vectors. ``input`` is one text, token list or conversation,
+    or a list of one kind; ``messages`` is a conversation or a list of them."""
 
     EXAMPLE: ClassVar[Mapping[str, Any]] = {"input": ["a red circle", "a blue square"]}
     TASK: ClassVar[str] = "embed"
@@ -35,10 +45,10 @@ class VectorBody(RequestBody):
         "request_id": "the header x-request-id names a request",
         "user": "a note for the provider's records",
     }
-    PLAIN: ClassVar[Mapping[str, Shape]] = {"messages": MESSAGE}
+    PLAIN: ClassVar[Mapping[str, Shape]] = {"input": MESSAGE, "messages": MESSAGE}
 
-    input: str | list[str] | list[int] | list[list[int]] | None = None
-    messages: list[dict[str, Any]] | None = None
+    input: str | list[str] | list[int] | list[list[int]] | Messages | list[Messages] | None = None
+    messages: Messages | list[Messages] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     # Beyond OpenAI.
     instruction: str | None = Field(default=None, max_length=16384)
@@ -63,12 +73,15 @@ class VectorBody(RequestBody):
         """
         if (self.input is None) == (self.messages is None):
             raise InvalidRequest("Either input or messages must be given.", param="input")
-        if not 1 <= len(self.inputs) <= MAX_INPUTS:
+        field, entries = ("input" if self.messages is None else "messages"), self.inputs
+        if not 1 <= len(entries) <= MAX_INPUTS:
             raise InvalidRequest(
-                f"input must have 1 to {MAX_INPUTS} entries, not {len(self.inputs)}.", param="input"
+                f"{field} must have 1 to {MAX_INPUTS} entries, not {len(entries)}.", param=field
             )
-        if self.input is not None and any(not entry for entry in self.inputs):
-            raise InvalidRequest("input must not hold an empty text or token list.", param="input")
+        if any(not entry for entry in entries):
+            raise InvalidRequest(
+                f"{field} must not hold an empty text, token list or conversation.", param=field
+            )
         if self.truncate_prompt_tokens is not None and not (
             self.truncate_prompt_tokens == -1 or self.truncate_prompt_tokens > 0
         ):
@@ -76,7 +89,7 @@ class VectorBody(RequestBody):
                 "truncate_prompt_tokens must be a number of tokens, or -1 for the model's context.",
                 param="truncate_prompt_tokens",
             )
-        if self.messages is not None:
+        if any(isinstance(entry, Chat) for entry in entries):
             if self.add_special_tokens:
                 raise unsupported("add_special_tokens", "the chat template writes them")
             if self.truncate_prompt_tokens is not None:
@@ -97,13 +110,19 @@ class VectorBody(RequestBody):
         return self.normalize is not False and self.use_activation is not False
 
     @property
-    def inputs(self) -> list[str | list[int]]:
-        """All texts or token lists; one placeholder entry for messages."""
-        if self.input is None or isinstance(self.input, str):
-            return [self.input or ""]
-        if self.input and isinstance(self.input[0], int):
-            return [self.input]  # type: ignore[list-item]
-        return list(self.input)  # type: ignore[arg-type]
+    def inputs(self) -> list[str | list[int] | Chat]:
+        """All texts, token lists or conversations."""
+        field, given = ("input", self.input) if self.messages is None else ("messages", self.messages)
+        if isinstance(given, str):
+            return [given]
+        first = given[0] if given else None
+        if isinstance(first, int):
+            return [given]  # type: ignore[list-item]
+        if isinstance(first, dict):
+            return [Chat(given, field)]  # type: ignore[arg-type]
+        if isinstance(first, list) and first and isinstance(first[0], dict):
+            return [Chat(each, f"{field}[{index}]") for index, each in enumerate(given or ())]  # type: ignore[arg-type]
+        return list(given or ())  # type: ignore[arg-type]
 
     def pooling_params(self) -> PoolingParams:
         """Return the request's pooling parameters.

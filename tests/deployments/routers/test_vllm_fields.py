@@ -155,6 +155,20 @@ async def test_activation_is_vllms_word_for_length_one(http):
     assert np.allclose(long, await vector(http, input="red", normalize=False), atol=1e-4)
 
 
+async def test_many_conversations_have_a_vector_each(http):
+    """In messages or in input, with images or without."""
+    chats = [PICTURE, [{"role": "user", "content": "a blue square"}], [*PICTURE, *PICTURE]]
+    alone = [await vector(http, messages=chat) for chat in chats]
+    for fields in ({"messages": chats}, {"input": chats}):
+        status, made = await post(http, "/v1/embeddings", model="tests/vectors", **fields)
+        assert status == 200, made
+        found = [np.array(each["embedding"]) for each in made["data"]]
+        assert np.allclose(found, alone, atol=1e-4) and not np.allclose(found[0], found[1], atol=1e-2)
+    assert np.allclose(await vector(http, input=PICTURE), alone[0], atol=1e-4)
+    status, made = await post(http, "/pooling", model="tests/vectors", messages=chats[:2], task="embed")
+    assert status == 200 and np.allclose([each["data"] for each in made["data"]], alone[:2], atol=1e-4)
+
+
 async def test_the_last_message_may_be_left_open(http):
     messages = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "a circle"}]
     tokens = {"model": "tests/vectors", "messages": messages, "add_generation_prompt": False}
@@ -170,6 +184,22 @@ async def test_the_last_message_may_be_left_open(http):
     [
         ("/v1/embeddings", {"messages": PICTURE, "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
         ("/v1/embeddings", {"messages": PICTURE, "add_special_tokens": True}, "add_special_tokens"),
+        ("/v1/embeddings", {"input": [PICTURE], "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ("/v1/embeddings", {"messages": []}, "messages"),
+        ("/v1/embeddings", {"messages": [[]]}, "messages"),
+        ("/v1/embeddings", {"messages": [PICTURE, []]}, "messages[1]"),
+        ("/v1/embeddings", {"messages": [PICTURE, [{"role": "robot"}]]}, "messages[1][0].role"),
+        ("/v1/embeddings", {"input": [PICTURE, [{"role": "user", "content": 3}]]}, "input[1][0].content"),
+        (
+            "/v1/embeddings",
+            {
+                "messages": [
+                    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]
+                ]
+            },
+            "messages[0][0].content[0].image_url.url",
+        ),
+        ("/v1/embeddings", {"messages": [[{"role": "user", "content": "word " * 2000}]]}, "messages[0]"),
         ("/v1/embeddings", {"input": "a", "normalize": True, "use_activation": False}, "use_activation"),
         (
             "/pooling",
