@@ -76,11 +76,23 @@ def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
 def _parse(body: bytes, model: type[M]) -> M:
     try:
         data: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        raise BadBody("The body is not valid JSON.") from None
+    except (ValueError, RecursionError) as error:
+        raise BadBody(_no_json(body, error)) from None
     if not isinstance(data, dict):
         raise BadBody("The body must be a JSON object.")
     return model.read(data)
+
+
+def _no_json(body: bytes, error: Exception) -> str:
+    """Why a body can't be parsed, and where."""
+    if not body.strip():
+        return "The body is empty. Send a JSON object."
+    if isinstance(error, json.JSONDecodeError):
+        return f"The body is not valid JSON: {error.msg}, line {error.lineno}, column {error.colno}."
+    if isinstance(error, RecursionError):
+        return "The body is not valid JSON: it is nested too deeply."
+    # An integer of thousands of digits is valid, but Python reads none.
+    return "The body is not JSON in UTF-8, or has a number that is too long."
 
 
 def _too_large(limit: int) -> str:

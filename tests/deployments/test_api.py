@@ -37,6 +37,25 @@ async def test_a_body_beyond_the_limit_is_refused_before_all_of_it_is_read(runni
     await exchange.aclose()
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"", "The body is empty. Send a JSON object."),
+        (b" \n", "The body is empty. Send a JSON object."),
+        (b'{"model": "a",\n 1}', "enclosed in double quotes, line 2, column 2."),
+        (b"model=a", "not valid JSON: Expecting value, line 1, column 1."),
+        (b'{"model": "\xff"}', "not JSON in UTF-8"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "a number that is too long"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b"[]", "The body must be a JSON object."),
+    ],
+    ids=range(8),
+)
+async def test_what_is_no_json_is_told_where(http, body, told):
+    response = await http.post("/v1/chat/completions", content=body)
+    assert response.status_code == 400 and told in response.json()["error"]["message"]
+
+
 async def test_unknown_routes_and_methods(http):
     found = await http.post("/v1/nothing", json={})
     assert found.status_code == 404
