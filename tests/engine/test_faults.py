@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -331,6 +332,25 @@ async def test_a_stream_ends_with_its_error_and_the_others_go_on(bench, monkeypa
                 assert_equal(result, wanted[key])
         engine.check_health()
         await asyncio.to_thread(wait_until_idle, engine)
+        engine.check_integrity()
+    finally:
+        await asyncio.to_thread(engine.shutdown)
+
+
+async def test_a_reader_that_leaves_when_one_choice_has_ended_stops_the_other(bench):
+    engine = AsyncEngine(EngineConfig(model=bench.path, max_model_len=900))
+    prompt, _ = bench._prepare(0, ())
+    # The first choice ends after a few tokens. The other would go on to its limit, for a second or more.
+    params = SamplingParams(
+        n=2, temperature=1000.0, seed=0, ignore_eos=True, stop_token_ids=[30, 31], max_tokens=500
+    )
+    try:
+        async with aclosing(engine.generate("one", prompt.inputs, params)) as updates:
+            async for update in updates:
+                if any(delta.finish_reason for delta in update.deltas):
+                    break
+        await asyncio.to_thread(wait_until_idle, engine)
+        assert 10 < engine.metrics()["output_tokens"] < 500
         engine.check_integrity()
     finally:
         await asyncio.to_thread(engine.shutdown)

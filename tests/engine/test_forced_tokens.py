@@ -12,7 +12,12 @@ import torch
 
 from engine import LLM, SamplingParams
 from engine.executor import rank
+from engine.request import Request
 from engine.sampling_params import StructuredSpec
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.forced import ForcedTokens
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.slots import SequenceSlots
 from tests.engine import tiny
 from tests.engine.executor.threads import ThreadLauncher
 from tests.engine.rerun import rerun
@@ -102,9 +107,10 @@ def test_captured_steps_give_the_same_answers(path, sampled, monkeypatch):
         assert_same_output(found, wanted)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5", "mistral"])
-def test_models_with_recurrent_states_and_with_windows(tmp_path, kind):
-    """States advance by forced tokens as they do by sampled ones; windows are shorter than forced text."""
+@pytest.mark.parametrize("kind", ["qwen3_5", "mistral", "phi3_longrope"])
+def test_models_whose_tokens_depend_on_more_than_keys(tmp_path, kind):
+    """States advance by forced tokens as they do by sampled ones; windows are shorter than forced text, which
+    may reach the length from which on rotary frequencies are others."""
     path = tiny.make_text(tmp_path, kind)
     asked = [{"structured": JSON, "temperature": 1.5, "seed": seed} for seed in range(3)]
     kinds = ({"append_forced_tokens": False}, {"block_size": 4, "num_kv_blocks": 50})
@@ -134,6 +140,18 @@ def test_a_stop_token_within_forced_text(path, sampled):
     for ours, theirs in zip(found, wanted, strict=True):
         assert_same_output(ours, theirs)
         assert ours.outputs[0].stop_reason is not None
+
+
+def test_the_last_token_before_a_limit_is_sampled():
+    """Of the answer's length, or of the length at which it is computed again."""
+    slots = SequenceSlots(1, 200)
+    forced = ForcedTokens(slots, KVManager(BlockPool(100), None, 16))
+    request = Request("0", [1] * 20, 20, SamplingParams(), 60, frozenset())
+    assert forced.room(request) == 0, "it waits"
+    slot = slots.enter(request, 19, 200)
+    for pause, room in ((60, 39), (30, 9), (21, 0), (20, 0)):
+        slots.pause[slot] = pause
+        assert forced.room(request) == room
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])

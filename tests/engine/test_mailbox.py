@@ -38,3 +38,14 @@ async def test_what_a_relay_raises_is_for_the_reader():
     mailbox.put(update("a"))
     with pytest.raises(Unavailable, match="gone"):
         await asyncio.wait_for(mailbox.get(), 60)
+
+
+async def test_of_several_errors_the_first_is_told():
+    """What comes after it follows from it, such as that the engine stops."""
+    mailbox = Mailbox()
+    mailbox.put(update("a"))
+    for words in ("the cause", "a consequence"):
+        mailbox.fail(Unavailable(words))
+    assert (await asyncio.wait_for(mailbox.get(), 60)).deltas[0].text == "a"
+    with pytest.raises(Unavailable, match="the cause"):
+        await asyncio.wait_for(mailbox.get(), 60)

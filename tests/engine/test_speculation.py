@@ -14,8 +14,12 @@ from pydantic import ValidationError
 from engine import LLM, SamplingParams
 from engine.config import EngineConfig
 from engine.executor import rank
+from engine.request import Request
 from engine.sampling_params import StructuredSpec
 from engine.scheduling import drafts
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.kv_manager import KVManager
+from engine.scheduling.slots import SequenceSlots
 from tests.engine import tiny
 from tests.engine.executor.threads import ThreadLauncher
 from tests.engine.rerun import rerun
@@ -105,17 +109,19 @@ def test_two_ranks(path, plain):
         launcher.stop()
 
 
-def test_windows_and_recurrent_states(tmp_path):
-    """Windows are shorter than guesses; states can't go back, so nothing is guessed."""
-    for kind in ("mistral", "qwen3_5"):
+def test_windows_lengths_and_recurrent_states(tmp_path):
+    """Windows are shorter than guesses, which may reach the length from which on rotary frequencies are
+    others; states can't go back, so nothing is guessed."""
+    for kind in ("mistral", "phi3_longrope", "qwen3_5"):
         path = tiny.make_text(tmp_path / kind, kind)
         asked = [{"temperature": 0.0, **FEW}, {"temperature": 2.0, "seed": 1, **FEW}]
+        asked = [{"max_tokens": 80, **given} for given in asked]
         llm = speculating(path, most=9, block_size=4, num_kv_blocks=60)
         for ours, theirs in zip(
             answers(llm, asked), answers(LLM(str(path), max_model_len=120), asked), strict=True
         ):
             assert_same_output(ours, theirs)
-        assert (llm._engine.core.scheduler.drafts.drafted > 0) == (kind == "mistral")
+        assert (llm._engine.core.scheduler.drafts.drafted > 0) == (kind != "qwen3_5")
 
 
 def test_a_guess_takes_one_step(path, plain):
@@ -145,6 +151,43 @@ def test_what_followed_the_last_tokens_before():
     assert history.draft(np.array([*tokens, 4, 9, 9, 9, 9], np.int32), 3) == [9, 9, 9]
     repeated = np.array([*tokens, 4, 9, 9, 9, 9, 1, 2, 3, 4, 9, 9], np.int32)
     assert history.draft(repeated, 8) == [9, 9, 1, 2, 3, 4, 9, 9]
+
+
+def test_after_guesses_that_failed_there_are_none_for_a_while():
+    """Otherwise each token of such an answer would take the longer step of a guess."""
+    slots = SequenceSlots(16, 200)
+    guesses = drafts.Drafts(slots, KVManager(BlockPool(100), None, 16), 4)
+    request = Request("0", [1, 2, 3, 4] * 5, 20, SamplingParams(), 200, frozenset(), takes_drafts=True)
+    slot = slots.enter(request, 19, 200)
+    slots.set_decoding(slot, True)
+    pauses = []
+    for _ in range(7):
+        assert guesses.are_imminent(False)
+        [chunk] = guesses.chunks(slots.decode_slots(), 100, [])
+        guesses.settle(chunk, 0)
+        known = slots.known[slot]
+        while not guesses.are_imminent(False):
+            slots.known[slot] += 1
+            slots.tokens[slot, : slots.known[slot]] = ([1, 2, 3, 4] * 50)[: slots.known[slot]]
+            slots.computed[slot] = slots.known[slot] - 1
+        pauses.append(int(slots.known[slot] - known))
+    assert pauses == [2, 4, 8, 16, 32, 32, 32]
+
+
+def test_a_guess_ends_before_the_length_at_which_a_request_is_computed_again():
+    """All of it may hold, and another token with it; the last token before that length is never guessed."""
+    slots = SequenceSlots(16, 200)
+    guesses = drafts.Drafts(slots, KVManager(BlockPool(100), None, 16), 9)
+    request = Request("0", [1, 2, 3, 4] * 5, 20, SamplingParams(), 200, frozenset(), takes_drafts=True)
+    slot = slots.enter(request, 19, 200)
+    slots.set_decoding(slot, True)
+    for pause, length in ((200, 9), (26, 4), (23, 1)):
+        slots.pause[slot] = pause
+        [chunk] = guesses.chunks(slots.decode_slots(), 100, [])
+        assert chunk.num_drafted == length
+        guesses.settle(chunk, length)
+    slots.pause[slot] = 22
+    assert guesses.chunks(slots.decode_slots(), 100, []) == []
 
 
 @pytest.mark.parametrize("value", [{"prompt_lookup": -1}, {"prompt_lookup": 99}, {"lookup": 3}, 4])

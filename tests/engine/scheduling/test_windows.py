@@ -39,6 +39,11 @@ def test_an_answer_keeps_the_blocks_of_its_window_only():
     for _ in range(70):
         engine.step()
         if request.blocks:
+            # Blocks that were given back have left the device's table too: others write there.
+            table = engine.runner.tables[request.slot]
+            for group, blocks in enumerate(request.blocks):
+                given_back = [place for place, block in enumerate(blocks) if not block]
+                assert all(table.get((group, place), 0) == 0 for place in given_back)
             held.append([sum(map(bool, blocks)) for blocks in request.blocks])
     # A step's tokens and a window are 5 and 2 blocks, which may begin and end within one. An answer may have
     # 16 blocks in reserve.
