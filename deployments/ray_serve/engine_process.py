@@ -40,6 +40,10 @@ _GRACE_S = 5.0
 #: Seconds from the end of its socket to its own.
 _LAST_S = 2.0
 
+#: Checks of its health in a row that the process leaves unanswered before it is killed: as many as Ray Serve
+#: lets a replica fail.
+_UNANSWERED = 3
+
 #: The name by which the replica reads answers itself.
 _HOME = "replica"
 
@@ -54,6 +58,7 @@ class EngineProcess:
         encoder: of the encoder there; None if it has none.
         tracing: where spans go.
         on_death: called on another thread when the process has died.
+        patience_s: seconds that it may take to answer whether it is well.
 
     Raises:
         CheckpointError, ConfigError: the model can't be loaded or run.
@@ -68,9 +73,11 @@ class EngineProcess:
         encoder: EncoderConfig | None,
         tracing: TracingConfig | None,
         on_death: Callable[[], None],
+        patience_s: float,
     ) -> None:
         self._process, self._link = process, Link(connection)
-        self._on_death = on_death
+        self._on_death, self._patience_s = on_death, patience_s
+        self._unanswered = 0
         self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._calls: dict[int, asyncio.Future[Reply]] = {}
@@ -90,6 +97,7 @@ class EngineProcess:
         encoder: EncoderConfig | None,
         tracing: TracingConfig | None,
         on_death: Callable[[], None],
+        patience_s: float,
     ) -> "EngineProcess":
         """Start the process; arguments and errors as above. It ends with this one, however this one ends."""
         ours, theirs = socket.socketpair()
@@ -102,7 +110,7 @@ class EngineProcess:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        return cls(process, ours, engine, encoder, tracing, on_death)
+        return cls(process, ours, engine, encoder, tracing, on_death, patience_s)
 
     async def line(self) -> str:
         """Address of the lines; see :meth:`deployments.ray_serve.line.Lines.address`."""
@@ -186,8 +194,21 @@ class EngineProcess:
         return await self._call("is_idle")
 
     async def check_health(self) -> None:
-        """As that of ``ServedModel``."""
-        await self._call("check_health")
+        """As that of ``ServedModel``.
+
+        Ray Serve kills a replica that is not well. A process that is stopped, or stays in a call that holds
+        the interpreter, would not notice that: it is killed here, and the replica leaves.
+        """
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._call("check_health")
+            self._unanswered = 0
+        except TimeoutError:
+            self._unanswered += 1
+            if self._unanswered == _UNANSWERED:
+                logger.error("the process of the engine is killed, because it does not answer")
+                self._process.kill()
+            raise Unavailable("The process of the engine does not answer.") from None
 
     def close(self) -> None:
         """Stop the engine, and return when its process has ended."""

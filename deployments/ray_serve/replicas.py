@@ -234,7 +234,9 @@ class LanguageModelReplica:
         prepare_process()
         self._stage: EngineProcess | ServedModel
         if config.engine_process and launcher is None:
-            self._stage = EngineProcess.start(engine, encoder, tracing, leave)
+            # A little less than Ray Serve's, so that the replica leaves before it is killed.
+            patience_s = 0.9 * config.health_check_timeout_s
+            self._stage = EngineProcess.start(engine, encoder, tracing, leave, patience_s)
         else:
             self._stage = ServedModel.load(engine, encoder, tracing, self._outboxes, launcher)
             self._stage.when_dead(leave)

@@ -7,7 +7,7 @@ import signal
 import socket
 import struct
 import threading
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,14 +72,16 @@ class Pair:
         self.ours, theirs = socket.socketpair()
         self.link = Link(theirs)
         self.ended = threading.Event()
-        self.process = SimpleNamespace(wait=lambda seconds: self.ended.wait(60) and 0)
+        self.process = SimpleNamespace(wait=lambda seconds: self.ended.wait(60) and 0, kill=self.link.close)
 
     def lose(self) -> None:
         self.ended.set()
         self.lost.set()
 
     async def connect(self) -> EngineProcess:
-        made = asyncio.to_thread(EngineProcess, self.process, self.ours, CONFIG, None, None, self.dead.set)
+        made = asyncio.to_thread(
+            EngineProcess, self.process, self.ours, CONFIG, None, None, self.dead.set, 60.0
+        )
         ours = asyncio.ensure_future(made)
         setup = await asyncio.to_thread(self.link.receive)
         server = EngineServer(self.link, asyncio.get_running_loop(), self.lose)
@@ -197,6 +199,22 @@ async def test_a_dead_process_takes_its_answers_along(pair):
     assert not process._calls and not process._answers
 
 
+async def test_a_process_that_does_not_answer_is_killed(pair, monkeypatch):
+    process, hangs = await pair.connect(), False
+
+    async def check_health(self) -> None:
+        if hangs:
+            await asyncio.Future()
+
+    monkeypatch.setattr(ServedModel, "check_health", check_health)
+    for answers in (True, False, False, True, False, False, False):
+        assert not pair.dead.is_set()
+        hangs, process._patience_s = not answers, 60.0 if answers else 0.01
+        with nullcontext() if answers else pytest.raises(Unavailable):
+            await process.check_health()
+    assert await asyncio.to_thread(pair.dead.wait, 60)
+
+
 async def test_a_closed_process_ends_in_good_order(pair):
     process = await pair.connect()
     await asyncio.to_thread(process.close)
@@ -227,7 +245,7 @@ def test_a_model_that_can_t_be_loaded_is_told(error, code, told):
     loading = threading.Thread(target=load)
     loading.start()
     with pytest.raises(Unavailable if error is None else CheckpointError) as caught:
-        EngineProcess(process, ours, CONFIG, None, None, lambda: None)
+        EngineProcess(process, ours, CONFIG, None, None, lambda: None, 60.0)
     loading.join()
     assert told in str(caught.value)
 
