@@ -232,7 +232,7 @@ def _dequantise_int4_kernel(
         if i == 0 or (GROUP > 0 and i * 32 % GROUP == 0):
             # Groups of 16 inputs are half of these numbers; groups beyond the last input have no numbers.
             known = first + (lane // 16 * 16 if GROUP == 16 else 0) < inputs
-            group = row + group_of(chunk, lane, i, GROUP) * stride
+            group = row + group_of(chunk + lane * 0 if GROUP == 16 else chunk, lane, i, GROUP) * stride
             scale = scale_of(tl.load(scale_ptr + group, mask=known, other=0), KIND) * factor
             if ZEROS:
                 zero = tl.load(zero_ptr + group, mask=known, other=0).to(tl.float32)
