@@ -152,10 +152,13 @@ def int4_arguments(words: torch.Tensor, scale: Int4Scale) -> dict[str, Any]:
 def group_of(chunk, lane, i: tl.constexpr, GROUP: tl.constexpr):
     """Group of the ``i``-th number of word ``lane`` of a chunk."""
     if GROUP == 0:
-        return chunk * 0
-    if GROUP == 16:
-        return chunk * 8 + i * 2 + lane // 16
-    return (chunk * 128 + i * 32) // GROUP
+        group = chunk * 0
+    elif GROUP == 16:
+        # A return here would give the function results of two shapes.
+        group = chunk * 8 + i * 2 + lane // 16
+    else:
+        group = (chunk * 128 + i * 32) // GROUP
+    return group
 
 
 @triton.jit
