@@ -2,14 +2,22 @@
 
 import json
 import logging
+import threading
+import time
 import traceback
+import weakref
+from collections.abc import Callable
 from datetime import UTC, datetime
+from logging.handlers import MemoryHandler
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 #: Loggers of Sightline. Ray Serve sends records of the first to its files and to the console.
 _LOGGERS = ("ray.serve", "engine")
+
+#: Seconds after which a record is in its file.
+WRITTEN_AFTER_S = 1.0
 
 #: Attributes of every record; the others are a line's own fields.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -100,8 +108,37 @@ def set_up_logs(config: LoggingConfig) -> None:
         # Ray Serve's files have its own formatter for JSON.
         if config.format == "json" and type(handler) is logging.StreamHandler:
             handler.setFormatter(JsonFormatter())
+    if any(isinstance(handler, MemoryHandler) and handler.capacity > 1 for handler in handlers):
+        write_soon(first)
     first.setLevel(config.level)
     for logger in others:
         logger.setLevel(config.level)
         logger.handlers = handlers
         logger.propagate = False
+
+
+def write_soon(log: logging.Logger) -> threading.Thread:
+    """Write the records of ``log`` every :data:`WRITTEN_AFTER_S`.
+
+    With ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` Ray Serve keeps records in memory until there are a thousand, or
+    an error. A server that has little to do would seem dead, and its last lines would be lost with it.
+
+    Returns:
+        The thread, which ends once nobody uses ``log``.
+    """
+    thread = threading.Thread(target=_write, args=(weakref.ref(log),), name="logs", daemon=True)
+    thread.start()
+    return thread
+
+
+def _write(found: Callable[[], logging.Logger | None]) -> None:
+    while True:
+        time.sleep(WRITTEN_AFTER_S)
+        log = found()
+        if log is None:
+            return
+        # Ray Serve puts others in their place when its configuration changes.
+        for handler in log.handlers:
+            if isinstance(handler, MemoryHandler):
+                handler.flush()
+        del log

@@ -12,7 +12,7 @@ import pytest
 
 from deployments.api import create_api
 from deployments.config import IngressConfig
-from deployments.logs import JsonFormatter, LoggingConfig, Rendered
+from deployments.logs import JsonFormatter, LoggingConfig, Rendered, write_soon
 from deployments.readiness import announce
 from tests.deployments.asgi import AppTransport
 from tests.deployments.pictures import ask, circle, square
@@ -184,6 +184,23 @@ def test_a_record_that_waits_to_be_written_keeps_nothing_of_an_error(formatter, 
     buffer.flush()
     assert "1 failed" in written.getvalue() and "too large" in written.getvalue()
     assert ("in fail" in written.getvalue()) == (how == "exc_info")
+
+
+async def test_records_are_written_soon_that_ray_serve_would_keep_in_memory(monkeypatch):
+    monkeypatch.setattr("deployments.logs.WRITTEN_AFTER_S", 0.01)
+    written = io.StringIO()
+    log = logging.Logger("test", logging.INFO)
+    log.addHandler(logging.handlers.MemoryHandler(1000, target=logging.StreamHandler(written)))
+    log.info("one")
+    assert not written.getvalue()
+    thread = write_soon(log)
+    await wait_until(lambda: written.getvalue() == "one\n")
+    # One that takes the place of the first.
+    log.handlers = [logging.handlers.MemoryHandler(1000, target=logging.StreamHandler(written))]
+    log.info("two")
+    await wait_until(lambda: written.getvalue() == "one\ntwo\n")
+    del log
+    await wait_until(lambda: not thread.is_alive())
 
 
 @pytest.mark.parametrize("formatter", [logging.Formatter(), JsonFormatter()])
