@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -12,10 +14,13 @@ from deployments.access import Caller, KeyConfig, visit
 from deployments.api import create_api
 from deployments.config import AppConfig, ReplayConfig
 from deployments.pipeline import Pipeline
-from deployments.replay import DeadlineExceeded, Patience
-from deployments.stages import StageLost
+from deployments.replay import DeadlineExceeded, Patience, carried_on
+from deployments.stages import Generation, Rows, StageLost
 from engine.errors import Overloaded, Unavailable
 from engine.media.ledger import Ledger
+from engine.outputs import EngineTimes, OutputDelta, StreamUpdate, Usage
+from engine.prompt import EngineInput
+from engine.sampling_params import SamplingParams
 from tests import serving
 from tests.deployments.asgi import AppTransport
 from tests.deployments.dying import Deaths, dying_client
@@ -245,6 +250,37 @@ async def test_a_full_queue_is_borne_after_a_loss_only():
     with pytest.raises(Overloaded):
         await Patience(REPLAY).call(work)
     assert await Patience(ReplayConfig(max_losses=1, pause_s=0.001)).call(work) == "done"
+
+
+class LostOnce:
+    """A language model whose first stream is lost after ``given`` tokens of two."""
+
+    def __init__(self, given: int) -> None:
+        self._given: int | None = given
+
+    async def generate(self, request: Generation, media: Sequence[Rows]) -> AsyncIterator[StreamUpdate]:
+        had = 0 if request.progress is None else request.progress.num_tokens
+        given, self._given = self._given, None
+        for number in range(had, 2):
+            if number == given:
+                raise StageLost("gone")
+            delta = OutputDelta(0, "a", [7], finish_reason="stop" if number else None)
+            times = EngineTimes(0.0, 1.0) if number == had else None
+            yield StreamUpdate(request.request_id, [delta], Usage(1, number + 1), None, number == 1, times)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+async def test_the_first_token_s_time_is_told_once(given):
+    """Of the engine that gave it. Another one's first token is the client's second."""
+    request = Generation("one", EngineInput([1]), SamplingParams(temperature=0.0))
+
+    async def nothing() -> Sequence[Rows]:
+        return ()
+
+    stage: Any = LostOnce(given)
+    updates = [update async for update in carried_on(stage, request, (), nothing, Patience(REPLAY))]
+    assert [update.times is not None for update in updates] == [True, False]
+    assert [update.request_id for update in updates] == ["one", "one"]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -51,6 +51,8 @@ def test_an_overloaded_replica_passes_its_items_to_their_next():
     order = ranked(key, THREE)
     # A few requests are no overload, and an overload of all is none of one.
     assert ItemPlaces().choose(key, IDLE | {order[0]: 3}) == order
+    # Four requests are as many as a replica may have whatever the others have.
+    assert ItemPlaces().choose(key, IDLE | {order[0]: 4}) == [*order[1:], order[0]]
     assert ItemPlaces().choose(key, dict.fromkeys(THREE, 50)) == order
     assert ItemPlaces().choose(key, {**dict.fromkeys(THREE, 2), order[0]: 20}) == [*order[1:], order[0]]
 

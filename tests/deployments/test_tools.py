@@ -261,3 +261,19 @@ async def test_an_answer_with_a_thought_and_a_call():
     assert first.token_ids == list(range(len(text)))
     # The tags belong to the thought, to within the tokens around them.
     assert 2 <= answer.reasoning_tokens <= len("<think>hm</think>")
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+async def test_a_call_that_was_cut_off_ends_by_its_length(reason):
+    """A client must not run a call whose arguments are not whole."""
+    use = read_tools(TOOLS, None, None)
+    whole = '<tool_call>\n{"name": "report", "arguments": {"color": "red"}}\n</tool_call>'
+    text = whole if reason == "stop" else whole[: whole.index("red") + 2]
+
+    async def updates():
+        delta = OutputDelta(0, text, [1, 2, 3], finish_reason=reason)
+        yield StreamUpdate("r", [delta], Usage(3, 3), finished=True)
+
+    (choice,) = (await gather(updates(), AnswerReader(lambda: HERMES.parser(use, "")))).choices
+    assert choice.calls and choice.calls[0].name == "report"
+    assert choice.finish_reason == ("tool_calls" if reason == "stop" else "length")
