@@ -284,7 +284,8 @@ def test_the_ring_of_a_row(hopper, monkeypatch, dtype, size, zeros, tile):
 def test_the_ring_of_some_rows(hopper, monkeypatch, dtype, size, zeros, tile):
     if tile is not None:
         monkeypatch.setattr(int4_wgmma, "choose_tile", lambda *_: tile)
-    counters = split_counters(size[0], hopper)
+    # Of four tiles of rows, which no chosen tile makes.
+    counters = split_counters(4 * size[0], hopper)
     run = partial(int4_wgmma_gluon, counters=counters)
     for rows in (1, 16, 17, 64) if tile is not None else (1, 16, 17, 64, 65, 128, 130, 256):
         check_few_rows(run, *paired_problem(hopper, dtype, rows, *size, zeros))
