@@ -328,13 +328,18 @@ class EncoderEngine(Mortal):
                         # Also if this thread dies: its rows are on their way.
                         if before is not None:
                             self._finish(before)
-                    if launched is not None and (self._with_engine or self._duty_cycle < 1):
+                    if launched is not None and not self._may_run_on(launched):
                         self._finish(launched)
                         launched = None
                 if jobs:
                     self._rest()
                 # Images may be large: the last ones must not stay while the thread waits for more.
                 del jobs, before
+
+    def _may_run_on(self, launched: _Launched) -> bool:
+        """Whether the next jobs may be launched before the rows of ``launched`` are there: nobody else wants
+        the device, and it computes by itself."""
+        return launched.event is not None and not self._with_engine and self._duty_cycle == 1
 
     def _pause(self) -> None:
         """Let others have the device between two pieces of a launch."""

@@ -383,6 +383,20 @@ async def test_a_launch_is_enqueued_before_the_rows_of_the_last_one_are_there(mo
     assert waits == ([2, 4, 4] if duty_cycle == 1 else [1, 3, 4])
 
 
+async def test_rows_that_are_there_do_not_wait_for_the_next_launch(gated):
+    """As on a CPU, where nothing is asynchronous."""
+    encoder, engine = gated
+    first = asyncio.create_task(engine.encode_async(item("first")))
+    await encoder.wait_until_running()
+    second = asyncio.create_task(engine.encode_async(item("second")))
+    await asyncio.sleep(0)
+    encoder.release(1)
+    await asyncio.wait_for(first, 60)
+    assert not second.done() and encoder.batches == [["first"]]
+    encoder.release()
+    await second
+
+
 async def test_small_items_come_in_captured_launches_and_large_ones_together(monkeypatch):
     monkeypatch.setattr("engine.encoder.CROWD_TOKENS", 9)
     monkeypatch.setattr("engine.encoder.MAX_TOKENS", 4)
