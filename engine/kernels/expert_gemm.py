@@ -5,7 +5,8 @@ hundreds of rows. This kernel specialises warps: one group of four warps loads t
 memory descriptor (TMA), and the rows of the expert, which lie anywhere, by asynchronous copies of 16 bytes; two
 groups of four warps multiply 64 rows each. A group without rows multiplies nothing, so the last tile of an
 expert costs what its rows cost, to a multiple of 64. Programs stay and take tile after tile: the loads of the
-next tile run while the results of the last one are stored.
+next tile run while the results of the last one are stored. Where experts have few rows, a tile has 64 rows and the
+groups take turns: one multiplies while the other one stores its results, so that loads of weights never pause.
 
 Gluon has no interpreter, so the tests of this kernel need a Hopper GPU.
 """
@@ -31,12 +32,13 @@ from engine.kernels.device import is_hopper, num_sms
 from engine.kernels.expert_groups import experts_in_groups
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.fp8 import FP8, RoundedRows, Scale, quantise_rows, scale_of_row
-from engine.kernels.launch import launch
+from engine.kernels.launch import is_compiling, launch
 from engine.kernels.ring import barriers, buffers, copy_load, tma_load
 
-#: Rows of a tile, half of them for each compute group; its weight rows; bytes of a row in a step; tiles in shared
-#: memory at a time.
-_ROWS, _WEIGHTS, _STEP_BYTES, _STAGES = 128, 256, 128, 4
+#: Rows of a tile that a compute group multiplies; weight rows of a tile; bytes of a row in a step.
+_HEIGHT, _WEIGHTS, _STEP_BYTES = 64, 256, 128
+#: Up to so many rows of an expert on average the compute groups take turns.
+_FEW_ROWS = 32
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
 #: what the load group gives up.
 _REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 224, 56
@@ -88,17 +90,22 @@ def _grouped_gemm(x, matrices, out, order, starts, *, activation=None, factors=N
     if rounded:
         out, out_scale = out
     assert out.is_contiguous() and out.shape == (len(order), outputs)
-    launch(
-        _expert_gemm_kernel, (num_sms(x.device),),
-        x_ptr=x, weight_desc=_describe(matrices.weight, gated), out_ptr=out, order_ptr=order, starts_ptr=starts,
-        factors_ptr=order if factors is None else factors, row_scale_ptr=row_scale,
-        scale_ptr=order if scale is None else scale.values, out_scale_ptr=out_scale,
-        experts=experts, outputs=outputs, inputs=inputs, x_stride=x.stride(0), TOP_K=top_k,
-        EXPERTS=max(32, triton.next_power_of_2(experts)), ACTIVATION=activation or "",
-        SCALED=groups == 1, GROUPS=groups > 1, ROUNDED=rounded, ROWS=_ROWS, WEIGHTS=_WEIGHTS,
-        INPUTS=_STEP_BYTES // x.element_size(), STAGES=_STAGES, COMPUTE_REGISTERS=_COMPUTE_REGISTERS,
-        LOAD_REGISTERS=_LOAD_REGISTERS, num_warps=4, maxnreg=_REGISTERS,
-    )  # fmt: skip
+    few = len(order) <= _FEW_ROWS * experts
+    # When compiling ahead of time, compile the kernel for other numbers of rows too.
+    for turns in (1, 2) if is_compiling() else (2,) if few else (1,):
+        launch(
+            _expert_gemm_kernel, (num_sms(x.device),),
+            x_ptr=x, weight_desc=_describe(matrices.weight, gated), out_ptr=out, order_ptr=order,
+            starts_ptr=starts, factors_ptr=order if factors is None else factors, row_scale_ptr=row_scale,
+            scale_ptr=order if scale is None else scale.values, out_scale_ptr=out_scale,
+            experts=experts, outputs=outputs, inputs=inputs, x_stride=x.stride(0), TOP_K=top_k,
+            EXPERTS=max(32, triton.next_power_of_2(experts)), ACTIVATION=activation or "",
+            SCALED=groups == 1, GROUPS=groups > 1, ROUNDED=rounded, TURNS=turns, ROWS=2 * _HEIGHT // turns,
+            # As many tiles as shared memory holds.
+            STAGES=3 + turns,
+            WEIGHTS=_WEIGHTS, INPUTS=_STEP_BYTES // x.element_size(), COMPUTE_REGISTERS=_COMPUTE_REGISTERS,
+            LOAD_REGISTERS=_LOAD_REGISTERS, num_warps=4, maxnreg=_REGISTERS,
+        )  # fmt: skip
 
 
 def _describe(weight: torch.Tensor, gated: bool) -> TensorDescriptor:
@@ -155,7 +162,7 @@ def _expert_gemm_kernel(
     x_ptr, weight_desc, out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr, out_scale_ptr,
     experts, outputs, inputs, x_stride,
     TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr, SCALED: gl.constexpr,
-    GROUPS: gl.constexpr, ROUNDED: gl.constexpr, ROWS: gl.constexpr, WEIGHTS: gl.constexpr,
+    GROUPS: gl.constexpr, ROUNDED: gl.constexpr, TURNS: gl.constexpr, ROWS: gl.constexpr, WEIGHTS: gl.constexpr,
     INPUTS: gl.constexpr, STAGES: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program per SM; it takes every so many-th tile.
@@ -165,14 +172,15 @@ def _expert_gemm_kernel(
         SCALED: there are scales of whole rows and outputs.
         GROUPS: the inputs of each step have scales of their own.
         ROUNDED: results are rounded to fp8, a tile's of a row with a scale in out_scale_ptr.
+        TURNS: 1: each compute group multiplies half of a tile's rows; 2: they take tiles by turns.
     """
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     rows = buffers(STAGES, ROWS, INPUTS, dtype)
     weights = buffers(STAGES, WEIGHTS, INPUTS, dtype)
-    # Ready: each of the 128 threads that copy rows, and the copies of weights, have arrived. Free: both compute
-    # groups have finished with the buffers.
-    ready, free = barriers(STAGES, 129), barriers(STAGES, 2)
-    ring = (rows, weights, ready, free)
+    # Ready: each of the 128 threads that copy rows, and the copies of weights, have arrived. Free: the compute
+    # groups that multiply the tile have finished with the buffers. Turn: the other group has multiplied its tile.
+    ready, free, turn = barriers(STAGES, 129), barriers(STAGES, 2 // TURNS), barriers(2, 1)
+    ring = (rows, weights, ready, free, turn)
     OUTPUTS: gl.constexpr = WEIGHTS if ACTIVATION == "" else WEIGHTS // 2
     columns = gl.cdiv(outputs, OUTPUTS)
     sizes = (experts, outputs, inputs, columns)
@@ -183,8 +191,14 @@ def _expert_gemm_kernel(
     if GROUPS:
         gl.warp_specialize(
             [
-                (_multiply_groups, (first, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, ROUNDED, STAGES)),
-                (_multiply_groups, (second, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, ROUNDED, STAGES)),
+                (
+                    _multiply_groups,
+                    (first, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, ROUNDED, TURNS, STAGES),
+                ),
+                (
+                    _multiply_groups,
+                    (second, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, ROUNDED, TURNS, STAGES),
+                ),
                 (_load_tiles, (loads, TOP_K, EXPERTS, ACTIVATION, STAGES)),
             ],
             [4, 4],
@@ -193,8 +207,8 @@ def _expert_gemm_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (first, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, STAGES)),
-                (_multiply, (second, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, STAGES)),
+                (_multiply, (first, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, TURNS, STAGES)),
+                (_multiply, (second, ring, sizes, out, TOP_K, EXPERTS, ACTIVATION, SCALED, TURNS, STAGES)),
                 (_load_tiles, (loads, TOP_K, EXPERTS, ACTIVATION, STAGES)),
             ],
             [4, 4],
@@ -207,7 +221,7 @@ def _load_tiles(
     given, TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     x_ptr, x_stride, weight_desc, ring, sizes, order_ptr, starts_ptr = given
-    rows, weights, ready, free = ring
+    rows, weights, ready, free, _ = ring
     experts, outputs, inputs, columns = sizes
     ROWS: gl.constexpr = rows.shape[1]
     OUTPUTS: gl.constexpr = weights.shape[1]
@@ -248,14 +262,18 @@ def _load_tiles(
 @gluon.jit
 def _multiply(
     half: gl.constexpr, ring, sizes, out, TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr,
-    SCALED: gl.constexpr, STAGES: gl.constexpr,
+    SCALED: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Multiply 64 rows of each tile; run by one compute group (four warps). ``half``: which 64 of the tile."""
-    rows, weights, ready, free = ring
+    """Multiply 64 rows of each tile, or of each second tile; run by one compute group (four warps).
+
+    ``half``: which 64 of the tile, or which of two tiles.
+    """
+    rows, weights, ready, free, turn = ring
     experts, outputs, inputs, columns = sizes
     out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr, _ = out
     ROWS: gl.constexpr = rows.shape[1]
-    HEIGHT: gl.constexpr = ROWS // 2
+    HEIGHT: gl.constexpr = ROWS * TURNS // 2
+    BEGIN: gl.constexpr = half * HEIGHT if TURNS == 1 else 0
     OUTPUTS: gl.constexpr = weights.shape[1]
     WIDTH: gl.constexpr = OUTPUTS // 2
     INPUTS: gl.constexpr = rows.shape[2]
@@ -263,19 +281,28 @@ def _multiply(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUTPUTS, INPUTS // 4])
     # Rows are stored in pieces of 16 bytes a thread.
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    own_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
-    stored_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, stored))
+    own_row = BEGIN + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
+    stored_row = BEGIN + gl.arange(0, HEIGHT, gl.SliceLayout(1, stored))
     ends = _tile_ends(starts_ptr, experts, EXPERTS, ROWS)
     total = gl.max(ends, axis=0) * columns
     steps = inputs // INPUTS
-    step = 0
-    expert, begin, top, count, column = _locate(gl.program_id(0), ends, experts, columns, starts_ptr, ROWS)
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        following = tile + gl.num_programs(0)
-        if top + half * HEIGHT < count:
+    # This group's first tile, the distance to its next one, and the first step of its tile.
+    number: gl.constexpr = half if TURNS == 2 else 0
+    start = gl.program_id(0) + number * gl.num_programs(0)
+    stride = TURNS * gl.num_programs(0)
+    step = number * steps
+    done = 0
+    expert, begin, top, count, column = _locate(start, ends, experts, columns, starts_ptr, ROWS)
+    for tile in range(start, total, stride):
+        following = tile + stride
+        if TURNS == 2:
+            # Whoever skips steps must not look at their barriers before these are past.
+            mbarrier.wait(turn.index(half), (done & 1) ^ (1 - half))
+            done += 1
+        if top + BEGIN < count:
             acc = gl.zeros([HEIGHT, OUTPUTS], gl.float32, layout)
-            acc = _issue(acc, step, ring, half, False, STAGES)
-            acc = _issue(acc, step + 1, ring, half, True, STAGES)
+            acc = _issue(acc, step, ring, BEGIN, HEIGHT, False, STAGES)
+            acc = _issue(acc, step + 1, ring, BEGIN, HEIGHT, True, STAGES)
             # Meanwhile: where the results go, and the next tile.
             valid = top + stored_row < count
             place = begin + gl.minimum(top + stored_row, count - 1)
@@ -296,12 +323,14 @@ def _multiply(
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(free.index(step % STAGES), count=1)
             for index in range(2, steps):
-                acc = _issue(acc, step + index, ring, half, True, STAGES)
+                acc = _issue(acc, step + index, ring, BEGIN, HEIGHT, True, STAGES)
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 # The multiplication before this one has ended.
                 mbarrier.arrive(free.index((step + index - 1) % STAGES), count=1)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((step + steps - 1) % STAGES), count=1)
+            if TURNS == 2:
+                mbarrier.arrive(turn.index(1 - half), count=1)
             if SCALED or ACTIVATION == "":
                 acc = acc * factor[:, None]
             left, right = acc.reshape([HEIGHT, 2, WIDTH]).permute((0, 2, 1)).split()
@@ -323,13 +352,13 @@ def _multiply(
                 stage = (step + index) % STAGES
                 mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
                 mbarrier.arrive(free.index(stage), count=1)
-        step += steps
+        step += TURNS * steps
 
 
 @gluon.jit
 def _multiply_groups(
     half: gl.constexpr, ring, sizes, out, TOP_K: gl.constexpr, EXPERTS: gl.constexpr, ACTIVATION: gl.constexpr,
-    ROUNDED: gl.constexpr, STAGES: gl.constexpr,
+    ROUNDED: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Do what :func:`_multiply` does, with a scale for each row and the inputs of a step, and one for each block of
     weights.
@@ -338,26 +367,36 @@ def _multiply_groups(
     time; the other compute group keeps the tensor cores busy meanwhile. As DeepGEMM does
     (https://github.com/deepseek-ai/DeepGEMM).
     """
-    rows, weights, ready, free = ring
+    rows, weights, ready, free, turn = ring
     experts, outputs, inputs, columns = sizes
     out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr, out_scale_ptr = out
     ROWS: gl.constexpr = rows.shape[1]
-    HEIGHT: gl.constexpr = ROWS // 2
+    HEIGHT: gl.constexpr = ROWS * TURNS // 2
+    BEGIN: gl.constexpr = half * HEIGHT if TURNS == 1 else 0
     OUTPUTS: gl.constexpr = weights.shape[1]
     WIDTH: gl.constexpr = OUTPUTS // 2
     INPUTS: gl.constexpr = rows.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, INPUTS // 4])
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    own_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
-    stored_row = half * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, stored))
+    own_row = BEGIN + gl.arange(0, HEIGHT, gl.SliceLayout(1, layout))
+    stored_row = BEGIN + gl.arange(0, HEIGHT, gl.SliceLayout(1, stored))
     ends = _tile_ends(starts_ptr, experts, EXPERTS, ROWS)
     total = gl.max(ends, axis=0) * columns
     steps = inputs // INPUTS
-    step = 0
-    expert, begin, top, count, column = _locate(gl.program_id(0), ends, experts, columns, starts_ptr, ROWS)
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        following = tile + gl.num_programs(0)
-        if top + half * HEIGHT < count:
+    # This group's first tile, the distance to its next one, and the first step of its tile.
+    number: gl.constexpr = half if TURNS == 2 else 0
+    start = gl.program_id(0) + number * gl.num_programs(0)
+    stride = TURNS * gl.num_programs(0)
+    step = number * steps
+    done = 0
+    expert, begin, top, count, column = _locate(start, ends, experts, columns, starts_ptr, ROWS)
+    for tile in range(start, total, stride):
+        following = tile + stride
+        if TURNS == 2:
+            # Whoever skips steps must not look at their barriers before these are past.
+            mbarrier.wait(turn.index(half), (done & 1) ^ (1 - half))
+            done += 1
+        if top + BEGIN < count:
             own_place = begin + gl.minimum(top + own_row, count - 1)
             if ACTIVATION == "":
                 source = own_place
@@ -382,7 +421,7 @@ def _multiply_groups(
                 stage = (step + index) % STAGES
                 mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
                 fence_async_shared()
-                x = rows.index(stage).slice(half * HEIGHT, HEIGHT, 0)
+                x = rows.index(stage).slice(BEGIN, HEIGHT, 0)
                 weight = weights.index(stage)
                 nothing = gl.zeros([HEIGHT, WIDTH], gl.float32, layout)
                 near = weight.slice(0, WIDTH, 0).permute((1, 0))
@@ -401,6 +440,8 @@ def _multiply_groups(
                 products = warpgroup_mma_wait(0, deps=[products])
                 mbarrier.arrive(free.index(stage), count=1)
                 right += products * right_factor[:, None]
+            if TURNS == 2:
+                mbarrier.arrive(turn.index(1 - half), count=1)
             valid = top + stored_row < count
             place = begin + gl.minimum(top + stored_row, count - 1)
             if ACTIVATION == "":
@@ -424,19 +465,20 @@ def _multiply_groups(
                 mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
                 mbarrier.arrive(free.index(stage), count=1)
         expert, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
-        step += steps
+        step += TURNS * steps
 
 
 @gluon.jit
-def _issue(acc, step, ring, half: gl.constexpr, USE_ACC: gl.constexpr, STAGES: gl.constexpr):
-    """Start to add the products of a step to ``acc``."""
-    rows, weights, ready, _ = ring
-    HEIGHT: gl.constexpr = rows.shape[1] // 2
+def _issue(
+    acc, step, ring, BEGIN: gl.constexpr, HEIGHT: gl.constexpr, USE_ACC: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Start to add the products of a step with HEIGHT rows from BEGIN on to ``acc``."""
+    rows, weights, ready, _, _ = ring
     stage = step % STAGES
     mbarrier.wait(ready.index(stage), step // STAGES & 1)
     # Tensor cores read shared memory through the async proxy, which does not see plain copies without a fence.
     fence_async_shared()
-    x = rows.index(stage).slice(half * HEIGHT, HEIGHT, 0)
+    x = rows.index(stage).slice(BEGIN, HEIGHT, 0)
     return warpgroup_mma(x, weights.index(stage).permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
 
 

@@ -265,11 +265,12 @@ def grouped(device, dtype, counts, width, inner, stored="16-bit"):
 
 
 #: Pairs of each expert, and widths: ends of tiles of 64 and 128 rows, experts without rows, more tiles than
-#: programs; whole tiles of outputs, and parts of them.
+#: programs; whole tiles of outputs, and parts of them. With few of an expert the compute groups take turns.
 GROUPS = {
     "ends": ([1, 0, 63, 64, 65, 127, 128, 129, 0, 300, 7], 256, 256),
     "none at the ends": ([0, 0, 40, 0], 384, 384),
     "many": ([97 * (index % 5) for index in range(60)], 512, 768),
+    "few": ([*(index % 6 for index in range(127)), 200], 768, 512),
 }
 
 
