@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.launch import launch
-from engine.kernels.pdl import pdl_options, wait_for_previous
+from engine.kernels.pdl import launch_dependents, pdl_options, wait_for_previous
 from engine.kernels.peer_reduce import PeerBuffers, send, send_arguments, sum_sent
 from engine.kernels.peer_reduce import choose_tile as choose_reduce_tile
 from engine.kernels.scales import scale_arguments, times_scales
@@ -75,9 +75,18 @@ def gemv_triton(x, weight, bias=None, scale=None):
     tile, arguments = _arguments(x, weight, scale)
     launch(
         _gemv_kernel, (triton.cdiv(outputs, tile.outputs),),
-        out_ptr=out, bias_ptr=x if bias is None else bias, BIAS=bias is not None, **arguments,
+        out_ptr=out, bias_ptr=x if bias is None else bias, BIAS=bias is not None, EARLY=starts_next_early(tile),
+        **arguments,
     )  # fmt: skip
     return out
+
+
+def starts_next_early(tile: GemvTile) -> bool:
+    """Return whether the next kernel, mostly a norm's GEMV, may load its first weights before this one has its input.
+
+    Not beside programs that hold several rows of weights, which leave no registers to those of the next kernel.
+    """
+    return tile.outputs < 4
 
 
 def gemv_sum_triton(x, weight, scale, peers: PeerBuffers):
@@ -173,9 +182,11 @@ def _products(
 def _gemv_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, outputs, inputs, weight_stride, scale_ptr, groups,
     GROUP: tl.constexpr, TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, STEPS: tl.constexpr,
-    BIAS: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs; ``GROUP`` as in :func:`~engine.kernels.scales.scale_arguments`."""
+    if EARLY:
+        launch_dependents(PDL)
     output = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     result = _products(
         x_ptr, weight_ptr, output, outputs, inputs, weight_stride, scale_ptr, groups, GROUP, TILE_OUTPUTS,
