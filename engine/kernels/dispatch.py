@@ -71,7 +71,7 @@ LONG_PROMPT = 1024
 #: With more tokens, or more pairs than half the experts, tokens that share an expert should share its reading.
 MAX_EXPERT_GEMV_TOKENS = 4
 #: The kernel for Hopper GPUs is the faster one with more rows an expert than this, on average.
-MIN_EXPERT_GEMM_ROWS = 16
+MIN_EXPERT_GEMM_ROWS = 8
 #: With more rows, dequantising an int4 weight once takes less time than in each tile of rows.
 MAX_INT4_ROWS = 128
 #: For wider outputs (the LM head) torch's GEMM already reaches memory bandwidth.

@@ -37,8 +37,8 @@ from engine.kernels.ring import barriers, buffers, copy_load, tma_load
 
 #: Rows of a tile that a compute group multiplies; weight rows of a tile; bytes of a row in a step.
 _HEIGHT, _WEIGHTS, _STEP_BYTES = 64, 256, 128
-#: Up to so many rows of an expert on average the compute groups take turns.
-_FEW_ROWS = 32
+#: Up to so many rows of an expert on average the compute groups take turns; with more it was not measured.
+_FEW_ROWS = 64
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
 #: what the load group gives up.
 _REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 224, 56

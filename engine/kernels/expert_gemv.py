@@ -65,6 +65,8 @@ def choose_tile(inputs: int, rows: int, itemsize: int, *, grouped: bool) -> Expe
     else:
         # With more in advance, fewer programs would fit beside those of the kernel before.
         tile = ExpertTile(outputs=2, inputs=max(16, 1024 // rows), warps=2, ready=3 if itemsize == 1 else 2)
+        if itemsize == 1 and not grouped:
+            tile = ExpertTile(outputs=1, inputs=max(16, 2048 // rows), warps=1, ready=3)
     return replace(tile, inputs=min(tile.inputs, triton.next_power_of_2(inputs)))
 
 

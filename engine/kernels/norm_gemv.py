@@ -60,10 +60,8 @@ def choose_tile(inputs: int, outputs: int, *, gated: bool) -> NormGemvTile:
         return NormGemvTile(1, 2, 6) if gated else NormGemvTile(1, 1, 8)
     if gated:
         return NormGemvTile(1, 2, 8)
-    if outputs > 4096:
-        return NormGemvTile(2, 2, 8)
     # Attention comes next; its programs need room to start early.
-    return NormGemvTile(1, 2, 8 if inputs <= 1536 else 6)
+    return NormGemvTile(1, 2, 8 if inputs <= 1536 or outputs > 4096 else 6)
 
 
 def _split_row(inputs: int) -> tuple[int, int]:
