@@ -10,14 +10,13 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from deployments.access import Caller, KeyConfig, visit
+from deployments.access import KeyConfig
 from deployments.api import create_api
 from deployments.config import AppConfig, ReplayConfig
 from deployments.pipeline import Pipeline
 from deployments.replay import DeadlineExceeded, Patience, carried_on
 from deployments.stages import Generation, Rows, StageLost
 from engine.errors import Overloaded, Unavailable
-from engine.media.ledger import Ledger
 from engine.outputs import EngineTimes, OutputDelta, StreamUpdate, Usage
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
@@ -314,13 +313,10 @@ async def test_a_timeout_of_the_work_itself_is_not_the_patience_s():
 
 async def test_a_carried_on_request_is_charged_once(running, config):
     deaths = Deaths([("prepare", 1), ("encode", 0), ("encode", 1)])
-    caller = Caller(KeyConfig(name="a", key="k", max_active_tokens=900))
-    visiting = caller.enter(Ledger())
-    token = visit.set(visiting)
-    try:
-        async with dying_client("pocket", config, running.pocket.stages, deaths, REPLAY) as client:
-            found = await answer(client, BODIES["images"] | {"max_tokens": 300}, stream=False)
-    finally:
-        visit.reset(token)
-        visiting.end()
+    key = KeyConfig(name="a", key="k", max_active_tokens=500)
+    config = config.model_copy(update={"ingress": config.ingress.model_copy(update={"keys": [key]})})
+    async with dying_client("pocket", config, running.pocket.stages, deaths, REPLAY) as client:
+        client.headers["Authorization"] = "Bearer k"
+        # Charged twice it would ask for more than the limit.
+        found = await answer(client, BODIES["images"] | {"max_tokens": 300}, stream=False)
     assert found and not deaths.planted
