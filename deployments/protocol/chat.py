@@ -45,6 +45,8 @@ class ChatCompletionRequest(ConversationBody):
     }
     SILENT: ClassVar[Mapping[str, str]] = {
         **GenerationBody.SILENT,
+        "separate_reasoning": "thoughts are always apart from the text",
+        "stream_reasoning": "thoughts are streamed as they come",
         "prediction": "it could only make an answer faster",
     }
 
@@ -114,7 +116,7 @@ class ChatCompletionRequest(ConversationBody):
         asked = self.thinking.type if self.thinking is not None else self.reasoning_effort
         if asked is not None:
             options["enable_thinking"] = asked not in _NO_THINKING
-        return {**options, **(self.chat_template_kwargs or {})}
+        return {**options, **super().template_options()}
 
     def budget(self) -> int | None:
         """The most tokens of a thought."""

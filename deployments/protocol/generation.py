@@ -43,6 +43,8 @@ SAMPLING = (
 )
 _SAMPLING = frozenset(SAMPLING)
 
+_NO_SUCH_SAMPLER = "use temperature, top_p, top_k or min_p"
+
 #: Fields that constrain an answer's form.
 _CONSTRAINTS = frozenset(
     {
@@ -128,27 +130,48 @@ class GenerationBody(RequestBody):
     REFUSED: ClassVar[Mapping[str, str]] = {
         "best_of": "ask for n answers with their logprobs, and choose one",
         "chat_template": "it is set where the model is configured",
+        "custom_logit_processor": "use logit_bias, allowed_token_ids or bad_words",
         "documents": "put their text into a message",
+        "dry_multiplier": _NO_SUCH_SAMPLER,
+        "dynatemp_range": _NO_SUCH_SAMPLER,
+        "ebnf": "use structured_outputs.grammar",
         "ec_transfer_params": "the stages pass embeddings on by themselves",
+        "grammar": "use structured_outputs.grammar",
+        "guided_whitespace_pattern": "JSON stands on one line; write other forms as a regex or grammar",
+        "json_schema": "use response_format",
         "kv_transfer_params": "the stages pass keys and values on by themselves",
         "length_penalty": "beam search is not offered",
         "logprob_token_ids": "ask for the likeliest tokens at each place",
         "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
         "logits_processor_pattern": "use logit_bias, allowed_token_ids or bad_words",
+        "lora_path": "serve the adapter merged into its model",
+        "mirostat": _NO_SUCH_SAMPLER,
+        "no_stop_trim": "use include_stop_str_in_output",
+        "regex": "use structured_outputs.regex",
         "repetition_detection": "use repetition_penalty or no_repeat_ngram_size",
+        "return_hidden_states": "use /pooling",
         "return_prompt_text": "/tokenize with return_token_strs shows the prompt",
         "return_token_offsets": "log-probabilities come with each token's text",
+        "stop_regex": "use stop",
+        "top_n_sigma": _NO_SUCH_SAMPLER,
         "truncate_prompt_tokens": "shorten the prompt",
+        "typical_p": _NO_SUCH_SAMPLER,
         "use_beam_search": "beam search is not offered",
         "vllm_xargs": "there are no extensions that take arguments",
     }
-    DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {"best_of": (1,), "length_penalty": (1,)}
+    DEFAULTS: ClassVar[Mapping[str, Collection[Any]]] = {
+        "best_of": (1,),
+        "length_penalty": (1,),
+        "top_n_sigma": (-1,),
+        "typical_p": (1,),
+    }
     SILENT: ClassVar[Mapping[str, str]] = {
         "metadata": "a note for the caller's own records",
         "prompt_cache_key": "every prompt is cached; cache_salt keeps callers apart",
         "prompt_cache_options": "every prompt is cached",
         "prompt_cache_retention": "the cache keeps what was used last",
         "request_id": "the header x-request-id names a request",
+        "rid": "the header x-request-id names a request",
         "safety_identifier": "a note for the provider's records",
         "spaces_between_special_tokens": "tokens spell themselves",
         "store": "chats and completions are never kept",
@@ -278,7 +301,8 @@ def check_verbosity(value: str | None, field: str) -> None:
 class ConversationBody(GenerationBody):
     """Fields and answers of every body that asks for the answer to a conversation.
 
-    Without ``include_reasoning`` the model thinks, but its thoughts are left out of the answer.
+    Without ``include_reasoning`` the model thinks, but its thoughts are left out of the answer. With
+    ``enable_thinking`` false it doesn't think, if its chat template knows how.
     ``mm_processor_kwargs`` and ``media_io_kwargs`` hold for all media of it, see
     :func:`engine.inputs.media_options.with_options`.
     """
@@ -287,6 +311,7 @@ class ConversationBody(GenerationBody):
     mm_processor_kwargs: dict[str, Any] | None = None
     media_io_kwargs: dict[str, Any] | None = None
     include_reasoning: bool = True
+    enable_thinking: bool | None = None
 
     def check_one_answer(self) -> None:
         """Refuse several answers, for endpoints that have no place for them.
@@ -320,7 +345,8 @@ class ConversationBody(GenerationBody):
 
     def template_options(self) -> dict[str, Any]:
         """Variables for the chat template."""
-        raise NotImplementedError
+        asked = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**asked, **(self.chat_template_kwargs or {})}
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return the request's sampling parameters; errors as :meth:`sampling`."""

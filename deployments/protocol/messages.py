@@ -99,7 +99,7 @@ class MessagesBody(ConversationBody):
         options: dict[str, Any] = {"enable_thinking": self.thinking.type != "disabled"}
         if self.output_config.effort is not None:
             options["reasoning_effort"] = self.output_config.effort
-        return {**options, **(self.chat_template_kwargs or {})}
+        return {**options, **super().template_options()}
 
 
 class MessagesRequest(MessagesBody):

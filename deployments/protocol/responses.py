@@ -129,7 +129,7 @@ class ResponsesRequest(ConversationBody):
                 "reasoning_effort": self.reasoning.effort,
                 "enable_thinking": self.reasoning.effort != "none",
             }
-        return {**options, **(self.chat_template_kwargs or {})}
+        return {**options, **super().template_options()}
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Return the request's sampling parameters; errors as :meth:`sampling`."""

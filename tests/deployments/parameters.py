@@ -175,6 +175,8 @@ LIMITS: Mapping[str, Mapping[str, str]] = {
     },
 }
 
+_CHATS = "/v1/chat/completions"
+
 #: The release of vLLM whose server takes these parameters.
 VLLM_VERSION = "0.26.0"
 
@@ -221,6 +223,11 @@ VLLM: Mapping[str, str] = {
         return_token_strs tools""",
     "/detokenize": "model tokens",
 }
+
+#: What SGLang's and llama.cpp's servers, and those of models that think, take beside all these in a chat.
+ELSEWHERE = """custom_logit_processor dry_multiplier dynatemp_range ebnf enable_thinking grammar
+    guided_whitespace_pattern json_schema lora_path mirostat no_stop_trim regex return_hidden_states rid
+    separate_reasoning stop_regex stream_reasoning top_n_sigma typical_p"""
 
 #: What a parameter of vLLM's that works can't do.
 VLLM_LIMITS: Mapping[str, Mapping[str, str]] = {
@@ -362,10 +369,10 @@ BODIES: Mapping[str, type[RequestBody]] = {**{each.path: each.body for each in E
 
 
 def beyond() -> list[tuple[str, str, str | None]]:
-    """Endpoint, name and treatment of each parameter that vLLM's server takes beside those of the clients."""
-    return [
-        (path, name, state_of(BODIES[path], name)) for path, names in VLLM.items() for name in names.split()
-    ]
+    """Endpoint, name and treatment of each parameter that other servers take beside those of the clients."""
+    named = [(path, name) for path, names in VLLM.items() for name in names.split()]
+    named += [(_CHATS, name) for name in ELSEWHERE.split()]
+    return [(path, name, state_of(BODIES[path], name)) for path, name in named]
 
 
 def page() -> str:
@@ -375,14 +382,19 @@ def page() -> str:
 
 
 def _beyond(path: str) -> str:
-    limits = VLLM_LIMITS.get(path, {})
-    rows = "".join(
-        f"| `{name}` | {state} | {note_of(BODIES[path], name, limits)} |\n"
-        for where, name, state in beyond()
-        if where == path
-    )
     beside = "" if path in OTHERS else " beside them"
-    return f"\nvLLM {VLLM_VERSION} takes{beside}:\n\n| parameter | here | note |\n|---|---|---|\n{rows}"
+    table = f"\nvLLM {VLLM_VERSION} takes{beside}:\n\n{_rows(path, VLLM[path])}"
+    if path == _CHATS:
+        table += f"\nOf the fields of other servers:\n\n{_rows(path, ELSEWHERE)}"
+    return table
+
+
+def _rows(path: str, names: str) -> str:
+    body, limits = BODIES[path], VLLM_LIMITS.get(path, {})
+    rows = "".join(
+        f"| `{name}` | {state_of(body, name)} | {note_of(body, name, limits)} |\n" for name in names.split()
+    )
+    return f"| parameter | here | note |\n|---|---|---|\n{rows}"
 
 
 def _section(given: Parameters) -> str:

@@ -134,6 +134,21 @@ async def test_a_thoughts_bound_by_any_of_its_names(http, running, monkeypatch):
     assert status == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_thinking_is_turned_on_and_off_by_other_names(path):
+    body = BODIES[path]
+
+    def options(**fields) -> dict:
+        return body.read({**body.EXAMPLE, "model": "a", **fields}).template_options()
+
+    assert options(enable_thinking=False)["enable_thinking"] is False
+    assert options(enable_thinking=True)["enable_thinking"] is True
+    # What is said to the template itself holds.
+    both = options(enable_thinking=True, chat_template_kwargs={"enable_thinking": False, "a": 1})
+    assert both["enable_thinking"] is False and both["a"] == 1
+    assert options().get("enable_thinking") == (False if path == "/v1/messages" else None)
+
+
 async def vector(http, **body) -> np.ndarray:
     status, made = await post(http, "/v1/embeddings", model="tests/vectors", **body)
     assert status == 200, made
