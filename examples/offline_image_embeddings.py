@@ -3,7 +3,7 @@
     python examples/offline_image_embeddings.py [--model FOLDER] [--embeddings FILE]
 
 FILE is what torch.save() wrote: {"image_embeds": (images, rows, hidden), "image_grid_thw": (images, 3)}.
-Without one, random rows stand in.
+Without one, random rows stand in, in which the model sees nothing.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Frames of a video as images of one message, in base64.
 
 python examples/offline_video_frames.py [--model FOLDER]
+
+pocket, which answers unless a folder is given, was never taught what a video is: its answer says little.
 """
 
 import argparse
