@@ -29,6 +29,8 @@ from engine.kernels.ring import barriers, buffers, tma_load
 
 #: Up to so many rows the narrow tile is the faster one.
 _FEW_ROWS = 1024
+#: Bytes of weights of which an L2 keeps only a part until other programs need it.
+_MANY_BYTES = 128 << 20
 #: Inputs of a step, a row of 128 bytes.
 _INPUTS = 64
 #: Tiles of rows that run together, so that they find each other's weights in L2.
@@ -43,7 +45,17 @@ _activate = gluon.jit(activate.fn)
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
     fits = x.dtype in _DTYPES and x.shape[0] > MEMORY_BOUND_ROWS and is_hopper(x.device)
-    return fits and weight.shape[0] % 16 == 0 and _has_descriptor(x) and _has_descriptor(weight)
+    fits = fits and weight.shape[0] % 16 == 0 and _has_descriptor(x) and _has_descriptor(weight)
+    return fits and not _drifts(x.shape[0], weight)
+
+
+def _drifts(rows: int, weight: torch.Tensor) -> bool:
+    """Return whether programs that share weights lose each other.
+
+    Of two tiles of rows the second is not full. As the number of programs is even, half of them always have that
+    one: they load less, run ahead, and the weights are read twice.
+    """
+    return _NARROW.rows < rows < 2 * _NARROW.rows and weight.nbytes > _MANY_BYTES
 
 
 def _has_descriptor(matrix: torch.Tensor) -> bool:

@@ -54,3 +54,13 @@ def test_only_matrices_that_a_descriptor_can_describe_are_supported(monkeypatch)
     assert not supports(x.float(), weight.float())
     assert not supports(x[:, :12].contiguous(), weight[:, :12].contiguous())
     assert not supports(x[1:].flatten()[1 : 1 + 64 * 15].view(64, 15), weight)
+
+
+def test_large_weights_are_not_read_twice_for_a_few_more_rows(monkeypatch):
+    """Half of the programs would run ahead of those that share their weights."""
+    monkeypatch.setattr(wide_gemm, "is_hopper", lambda _: True)
+    large, small = (torch.empty(outputs, 4096, dtype=torch.bfloat16) for outputs in (32_768, 2048))
+    rows = [65, 128, 129, 255, 256, 257]
+    taken = [supports(torch.empty(count, 4096, dtype=torch.bfloat16), large) for count in rows]
+    assert taken == [True, True, False, False, True, True]
+    assert supports(torch.empty(200, 4096, dtype=torch.bfloat16), small)
