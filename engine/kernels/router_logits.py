@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.device import num_sms, use_triton
-from engine.kernels.launch import launch
+from engine.kernels.launch import is_compiling, launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 
 _TILE_TOKENS, _TILE_EXPERTS, _TILE_INPUTS = 64, 128, 64
@@ -61,9 +61,10 @@ def router_logits_triton(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         SPLIT=x.dtype == torch.bfloat16, EVEN=size % _TILE_INPUTS == 0, TOKENS=_TILE_TOKENS,
         EXPERTS=_TILE_EXPERTS, INPUTS=_TILE_INPUTS, num_warps=8, num_stages=3, **options,
     )  # fmt: skip
-    if splits > 1:
+    # When compiling ahead of time, compile the kernel for fewer tokens too.
+    if splits > 1 or is_compiling():
         launch(
-            _add_up_kernel, (triton.cdiv(out.numel(), _SUMS),), parts_ptr=parts, out_ptr=out, numbers=out.numel(),
+            _add_parts_kernel, (triton.cdiv(out.numel(), _SUMS),), parts_ptr=parts, out_ptr=out, numbers=out.numel(),
             parts=splits, PARTS=_MAX_SPLITS, BLOCK=_SUMS, num_warps=1, **options,
         )  # fmt: skip
     return out
@@ -114,7 +115,7 @@ def _router_logits_kernel(
 
 
 @triton.jit(do_not_specialize=["numbers", "parts"])
-def _add_up_kernel(
+def _add_parts_kernel(
     parts_ptr, out_ptr, numbers, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """One program per block of sums of ``parts`` numbers, at most PARTS, all of which it loads at once."""
