@@ -8,11 +8,15 @@ import httpx
 import pytest
 
 from deployments.api import create_api
+from deployments.charges import MediaCharges
 from deployments.config import AppConfig, IngressConfig, ReplayConfig
 from deployments.pipeline import Pipeline
-from deployments.stages import RowsLost, StageLost, Stages
+from deployments.stages import OpenFile, RowsLost, StageLost, Stages
 from engine.errors import Unavailable
-from engine.media.ledger import MediaLimits
+from engine.media.ledger import Ledger, MediaLimits
+from engine.media.source import MediaSource
+from engine.preparation import PagedFile
+from engine.prompt import KeptFiles
 from tests.deployments.asgi import AppTransport
 from tests.deployments.pictures import circle, data_url, square
 from tests.deployments.routers.test_videos import RED, data
@@ -92,6 +96,21 @@ async def test_a_request_holds_what_its_media_take_until_it_ends(running):
         assert held["bytes"] == sum(len(text) // 4 * 3 for text in [url, *frames])
         assert ledger.held("two")["items"] == 0
     await wait_until(lambda: ledger.is_empty)
+
+
+def test_pages_are_charged_once_and_the_first_is_the_file_s_own_item():
+    ledger = Ledger()
+    account = ledger.account("one")
+    charges = MediaCharges(account)
+    file = MediaSource(0, "messages[0].content[0].file", "document", url="https://host/file.pdf")
+    pages = tuple(MediaSource(index, file.where) for index in range(3))
+    charges.sources([file], {})
+    for _ in range(2):
+        # They are opened again if a preprocessor is lost.
+        charges.pages([OpenFile(PagedFile(pages), KeptFiles([b""], "", 0))])
+    assert ledger.held("one")["items"] == 3
+    account.close()
+    assert ledger.is_empty
 
 
 PIXELS = 640 * 480

@@ -164,8 +164,10 @@ def test_whatever_happens_a_state_is_that_of_its_tokens(wide):
 
 def test_rows_of_a_pool_are_never_lost():
     pool = SnapshotPool(2)
-    first, second = pool.take(b"a"), pool.take(b"b")
-    assert {first, second} == {0, 1} and pool.take(b"a") is None
+    first = pool.take(b"a")
+    assert pool.take(b"a") is None, "one snapshot of a prefix is enough"
+    second = pool.take(b"b")
+    assert {first, second} == {0, 1}
     # Both are made in this step, so neither can be used or given up yet.
     assert pool.take(b"c") is None and pool.find(b"a") is None and pool.is_coming(b"a")
     pool.begin_step()
