@@ -38,7 +38,6 @@ class VisionEncoder:
             cache_bytes=config.cache_bytes,
             duty_cycle=config.duty_cycle,
             with_engine=with_engine,
-            expects_crowds=True,
         )
         self._meter = StageMeter(
             "encoder",

@@ -166,8 +166,7 @@ class EncoderConfig(StageConfig):
     """Turns images into embeddings.
 
     Attributes:
-        max_batch_patches: the most patches in one launch, over all images of all requests; of images of up to
-            2048 patches 6656 at most.
+        max_batch_patches: the most patches in one launch, over all images of all requests.
         cache_bytes: memory for embeddings of images seen before.
         duty_cycle: the largest share of the time that a replica computes. Below 1 it rests after each launch,
             so that a language model on the same GPU keeps its pace while images arrive. A launch is never

@@ -29,7 +29,7 @@ from engine.placement import open_device, resolve_device, resolve_dtype
 from engine.prompt import EmbeddedMedia, PreparedMedia
 from engine.runner.staging import download, record_event
 from engine.startup import StartTimes
-from engine.vision.graphs import CROWD_TOKENS, MAX_TOKENS
+from engine.vision.graphs import CROWD_TOKENS
 from engine.vision.transformer import VisionTransformer
 from engine.watchdog import Mortal, Watchdog
 
@@ -69,15 +69,6 @@ class _Job:
     waiters: int = 1
 
 
-@dataclass(slots=True)
-class _Launched:
-    """Jobs whose rows are being computed: the rows, which are on the host once ``event`` has passed."""
-
-    jobs: list[_Job]
-    rows: list[torch.Tensor]
-    event: torch.cuda.Event | None
-
-
 class EncoderEngine(Mortal):
     """Turns prepared images into embedding rows.
 
@@ -86,15 +77,13 @@ class EncoderEngine(Mortal):
 
     Args:
         device: where ``encoder`` lives.
-        max_batch_cost: patches per launch; a larger item goes alone. Small items for :meth:`encode_async`
-            come in launches of ``CROWD_TOKENS`` at most: those are captured.
+        max_batch_cost: patches per launch; a larger item goes alone.
         cache_bytes: rows remembered by content hash, least recently used dropped first; 0 remembers none.
         duty_cycle: share of the time, above 0 and up to 1, that launches for :meth:`encode_async` take at
             most: after each piece of one the engine rests, and what else runs on the device keeps its pace.
         with_engine: a language model of this process computes on the device's default stream. Launches for
             :meth:`encode_async` go there too, piece by piece: its steps come in between. While more than
-            ``_CROWD`` items wait, whole launches do. Without it a launch is enqueued before the rows of the
-            last one have come: the device always has one.
+            ``_CROWD`` items wait, whole launches do, of up to ``CROWD_TOKENS`` patches: those are captured.
         step_timeout_s: seconds after which a launch for :meth:`encode_async` is assumed never to return.
     """
 
@@ -138,12 +127,8 @@ class EncoderEngine(Mortal):
         cache_bytes: int = CACHE_BYTES,
         duty_cycle: float = 1.0,
         with_engine: bool = False,
-        expects_crowds: bool = False,
     ) -> EncoderEngine:
         """Load the vision part of ``config.model``, and nothing else of it.
-
-        Args:
-            expects_crowds: capture launches of several images, too, for :meth:`encode_async`.
 
         Raises:
             CheckpointError: the checkpoint is unusable or has no vision part.
@@ -167,7 +152,7 @@ class EncoderEngine(Mortal):
         capture = make_capture(device, enforce_eager=config.enforce_eager)
         if capture is not None:
             for tower in _towers(encoder):
-                tower.expects_crowds = expects_crowds
+                tower.expects_crowds = with_engine
             with times.phase("graphs"):
                 encoder.capture_graphs(capture)
         logger.info("the encoder started in %s", times)
@@ -308,38 +293,21 @@ class EncoderEngine(Mortal):
     def _serve_all(self) -> None:
         own = self._device.type == "cuda" and not self._with_engine
         stream = torch.cuda.Stream(self._device) if own else None
-        launched: _Launched | None = None
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             while True:
                 with self._changed:
-                    if launched is None:
-                        self._changed.wait_for(lambda: self._queue or self._closed)
-                    jobs = [] if self._closed else self._take()
-                    if self._closed and launched is None:
+                    self._changed.wait_for(lambda: self._queue or self._closed)
+                    if self._closed:
                         return
-                assert self._watchdog is not None
-                with self._watchdog.step():
-                    before, launched = launched, None
-                    try:
-                        if jobs:
-                            self._piece_began = time.perf_counter()
-                            launched = self._begin(jobs)
-                    finally:
-                        # Also if this thread dies: its rows are on their way.
-                        if before is not None:
-                            self._finish(before)
-                    if launched is not None and not self._may_run_on(launched):
-                        self._finish(launched)
-                        launched = None
+                    jobs = self._take()
                 if jobs:
+                    self._piece_began = time.perf_counter()
+                    assert self._watchdog is not None
+                    with self._watchdog.step():
+                        self._serve(jobs)
                     self._rest()
                 # Images may be large: the last ones must not stay while the thread waits for more.
-                del jobs, before
-
-    def _may_run_on(self, launched: _Launched) -> bool:
-        """Whether the next jobs may be launched before the rows of ``launched`` are there: nobody else wants
-        the device, and it computes by itself."""
-        return launched.event is not None and not self._with_engine and self._duty_cycle == 1
+                del jobs
 
     def _pause(self) -> None:
         """Let others have the device between two pieces of a launch."""
@@ -374,9 +342,6 @@ class EncoderEngine(Mortal):
         cost = 0
         most = 1 if self._makes_way() else len(self._queue)
         limit = _TOGETHER if self._with_engine else self._max_batch_cost
-        if self._queue and self._queue[0].cost <= MAX_TOKENS:
-            # A captured launch. Of larger items many share the time that the host needs for theirs.
-            limit = min(limit, CROWD_TOKENS)
         while self._queue and len(jobs) < most and _fits(cost, self._queue[0].cost, limit):
             job = self._queue.popleft()
             if job.waiters:
@@ -400,44 +365,30 @@ class EncoderEngine(Mortal):
             cost += job.cost
         yield batch
 
-    def _begin(self, jobs: list[_Job]) -> _Launched | None:
-        """Enqueue the launches of some jobs; None if one raised, and all is done with them."""
+    def _serve(self, jobs: list[_Job]) -> None:
         try:
             made = [download(rows) for batch in self._launches(jobs) for rows in self._launch(batch)]
-            return _Launched(jobs, made, record_event(self._device, idle_wait=True))
-        except Exception as error:
-            self._failed(jobs, error)
-            return None
-
-    def _finish(self, launched: _Launched) -> None:
-        """Wait for the rows of what was launched, and hand them out."""
-        jobs = launched.jobs
-        try:
             began = time.perf_counter()
-            if launched.event is not None:
-                launched.event.synchronize()
+            if (event := record_event(self._device, idle_wait=True)) is not None:
+                event.synchronize()
             self._counters.seconds += time.perf_counter() - began
-            for job, rows in zip(jobs, launched.rows, strict=True):
+            for job, rows in zip(jobs, made, strict=True):
                 job.result.set_result(_embedded(job.media.item.hash, rows))
         except Exception as error:
-            self._failed(jobs, error)
-
-    def _failed(self, jobs: list[_Job], error: Exception) -> None:
-        """Fail the job that has raised ``error``, alone or with others, which are encoded again."""
-        if len(jobs) > 1:
-            # Find out whose fault it is: the others must not suffer.
-            for job in jobs:
-                if not job.result.done() and (launched := self._begin([job])) is not None:
-                    self._finish(launched)
-            return
-        if not isinstance(error, SightlineError):
-            logger.error("encoding failed", exc_info=error)
-        if not jobs[0].result.done():
-            # Its frames hold the images, which must not stay for as long as the error.
-            jobs[0].result.set_exception(error.with_traceback(None))
-        if self._device.type == "cuda":
-            # Raises if no launch can succeed any more.
-            torch.cuda.synchronize(self._device)
+            if len(jobs) > 1:
+                # Find out whose fault it is: the others must not suffer.
+                for job in jobs:
+                    if not job.result.done():
+                        self._serve([job])
+                return
+            if not isinstance(error, SightlineError):
+                logger.exception("encoding failed")
+            if not jobs[0].result.done():
+                # Its frames hold the images, which must not stay for as long as the error.
+                jobs[0].result.set_exception(error.with_traceback(None))
+            if self._device.type == "cuda":
+                # Raises if no launch can succeed any more.
+                torch.cuda.synchronize(self._device)
 
     def _launch(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
         began = time.perf_counter() - self._counters.rest_seconds

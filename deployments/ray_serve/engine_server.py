@@ -19,7 +19,7 @@ from deployments.errors import as_sightline, logger
 from deployments.logs import Rendered
 from deployments.ray_serve.channel import IDLE_S, Outbox, Outboxes
 from deployments.ray_serve.engine_link import Call, Cancel, Close, Line, Link, Ready, Reply, Setup
-from deployments.ray_serve.process import new_event_loop, prepare_process
+from deployments.ray_serve.process import prepare_process
 from deployments.ray_serve.served_model import ServedModel
 from deployments.tracing import current
 
@@ -165,7 +165,7 @@ def main(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = Link(connection)
     setup: Setup = link.receive()
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner() as runner:
         server = EngineServer(link, runner.get_loop(), lambda: os._exit(1))
         logging.getLogger("ray.serve").addHandler(LogsAtReplica(link))
         prepare_process()

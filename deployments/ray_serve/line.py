@@ -127,9 +127,15 @@ class _Sender(asyncio.Protocol):
         self._due = False
         if self._outbox is None or self._transport.is_closing():
             return
-        for message in self._outbox.take():
-            data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-            self._transport.write(len(data).to_bytes(_LENGTH, "big") + data)
+        try:
+            for message in self._outbox.take():
+                data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+                self._transport.write(len(data).to_bytes(_LENGTH, "big") + data)
+        except Exception:
+            # What was taken is lost: the answers must end, as with any line that breaks.
+            logger.exception("updates can't be sent")
+            self._transport.abort()
+            return
         if self._outbox.ended:
             self.close()
 

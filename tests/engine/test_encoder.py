@@ -361,57 +361,6 @@ async def test_a_crowd_is_encoded_in_several_launches_between_two_steps(monkeypa
     assert encoder.batches == [[name] for name in "abcdefghi"]
 
 
-@pytest.mark.parametrize("duty_cycle", [1.0, 0.999])
-async def test_a_launch_is_enqueued_before_the_rows_of_the_last_one_are_there(monkeypatch, duty_cycle):
-    """Unless the encoder rests after each."""
-    waits: list[int] = []
-
-    class Event:
-        def synchronize(self) -> None:
-            waits.append(len(encoder.batches))
-
-    monkeypatch.setattr("engine.encoder.record_event", lambda *_, **__: Event())
-    encoder = GatedEncoder()
-    encoder.release()
-    engine = EncoderEngine(encoder, CPU, max_batch_cost=4, cache_bytes=0, duty_cycle=duty_cycle)
-    with engine._changed:
-        tasks = [asyncio.ensure_future(engine.encode_async(item(name))) for name in ("a", "bad", "c", "d")]
-        await asyncio.sleep(0)
-    rows = await asyncio.gather(*tasks, return_exceptions=True)
-    engine.shutdown()
-    assert [type(each) for each in rows] == [EmbeddedMedia, InvalidRequest, EmbeddedMedia, EmbeddedMedia]
-    assert waits == ([2, 4, 4] if duty_cycle == 1 else [1, 3, 4])
-
-
-async def test_rows_that_are_there_do_not_wait_for_the_next_launch(gated):
-    """As on a CPU, where nothing is asynchronous."""
-    encoder, engine = gated
-    first = asyncio.create_task(engine.encode_async(item("first")))
-    await encoder.wait_until_running()
-    second = asyncio.create_task(engine.encode_async(item("second")))
-    await asyncio.sleep(0)
-    encoder.release(1)
-    await asyncio.wait_for(first, 60)
-    assert not second.done() and encoder.batches == [["first"]]
-    encoder.release()
-    await second
-
-
-async def test_small_items_come_in_captured_launches_and_large_ones_together(monkeypatch):
-    monkeypatch.setattr("engine.encoder.CROWD_TOKENS", 9)
-    monkeypatch.setattr("engine.encoder.MAX_TOKENS", 4)
-    encoder = GatedEncoder()
-    encoder.release()
-    engine = EncoderEngine(encoder, CPU, max_batch_cost=20, cache_bytes=0)
-    with engine._changed:
-        items = [*(item(name) for name in "abcde"), *(item(name, rows=5) for name in "vwxyz")]
-        tasks = [asyncio.ensure_future(engine.encode_async(each)) for each in items]
-        await asyncio.sleep(0)
-    await asyncio.gather(*tasks)
-    engine.shutdown()
-    assert encoder.batches == [["a", "b"], ["c", "d"], ["e", "v"], ["w", "x", "y", "z"]]
-
-
 async def test_a_shutdown_ends_a_rest():
     encoder = GatedEncoder()
     encoder.release()

@@ -101,7 +101,7 @@ class Peer:
 
     async def connect(self) -> EngineProcess:
         config = EngineConfig(model="none")
-        made = asyncio.to_thread(EngineProcess, self, self._ours, config, None, None, self.lost.set)
+        made = asyncio.to_thread(EngineProcess, self, self._ours, config, None, None, self.lost.set, 60.0)
         replica = asyncio.ensure_future(made)
         setup = await asyncio.to_thread(self._link.receive)
         assert setup.engine == config
@@ -462,6 +462,20 @@ async def test_answers_are_lost_with_their_line_and_another_one_opens(near):
     await wait_until(lambda: task.found, 60)
     (connection,) = near.replica.served._lines._connections
     connection.close()
+    found, error = await asyncio.wait_for(task, 60)
+    assert found == [update("one", 0)] and type(error) is StageLost
+    await wait_until(lambda: not near.answers, 60)
+    await near.open()
+
+
+async def test_a_line_breaks_if_an_update_cannot_be_sent(near):
+    await near.open()
+    task = await near.begin("one")
+    near.answers["one"].put(update("one", 0))
+    await wait_until(lambda: task.found, 60)
+    odd = update("one", 1)
+    odd.deltas[0].stop_reason = lambda: None
+    near.answers["one"].put(odd)
     found, error = await asyncio.wait_for(task, 60)
     assert found == [update("one", 0)] and type(error) is StageLost
     await wait_until(lambda: not near.answers, 60)
