@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import zlib
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from deployments.answers import ChoiceDelta
 from deployments.api import create_api
 from deployments.config import IngressConfig
 from deployments.response_store import KeptResponses
-from deployments.resumption import EvenCuts
+from deployments.resumption import AnswerChanged, EvenCuts, Had, Resumption
 from engine.errors import Unavailable
 from engine.parsers.events import CallArguments, CallStart, Reasoning, Text
 from tests.chaos.load import BODIES, SCHEMA
@@ -345,6 +346,14 @@ async def test_a_stream_of_a_response_that_is_cancelled_ends(two):
     await reading
     await wait_until(lambda: not two.apis[0].state.background)
     assert (await two.clients[1].get(f"/v1/responses/{name}")).json()["status"] == "cancelled"
+
+
+def test_a_call_of_which_the_client_has_a_part_belongs_to_another_answer():
+    """Its name is sent whole or not at all."""
+    had = {0: Had(tokens=1, characters=1, checksum=zlib.crc32(b"\0"))}
+    again = Resumption("chatcmpl-0", 1, 7, "0", had)
+    with pytest.raises(AnswerChanged):
+        list(again.unseen(ChoiceDelta(0, [CallStart(0, "f")], [1])))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])

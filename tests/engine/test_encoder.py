@@ -116,9 +116,10 @@ async def test_what_gathers_during_a_launch_makes_the_next(gated):
     tasks += [asyncio.create_task(engine.encode_async(item(name))) for name in "bcd"]
     tasks.append(asyncio.create_task(engine.encode_async(item("large", rows=30))))
     await asyncio.sleep(0)
-    assert engine.metrics()["waiting"] == 4
+    assert engine.metrics()["waiting"] == 4 and engine.metrics()["pending_rows"] == 4 * 4 + 30
     encoder.release()
     results = await asyncio.gather(*tasks)
+    assert engine.metrics()["pending_rows"] == 0
     assert encoder.batches == [["a"], ["b", "c"], ["d"], ["large"]]
     assert [len(result.rows) for result in results] == [4, 4, 4, 4, 30]
     assert results[0].dtype == "bfloat16" and results[0].rows.dtype == np.uint16
