@@ -277,3 +277,14 @@ async def test_a_call_that_was_cut_off_ends_by_its_length(reason):
     (choice,) = (await gather(updates(), AnswerReader(lambda: HERMES.parser(use, "")))).choices
     assert choice.calls and choice.calls[0].name == "report"
     assert choice.finish_reason == ("tool_calls" if reason == "stop" else "length")
+
+
+def test_a_thought_within_one_delta_is_counted():
+    """Its tokens are those of the delta: tags and text of one token can't be told apart."""
+    reader = AnswerReader(lambda: HERMES.parser(read_tools(TOOLS, None, None), ""))
+    read = [
+        reader.read(OutputDelta(0, text, tokens))
+        for text, tokens in (("<think>hm</think>", [1, 2, 3]), ("\n\nLook", [4, 5]))
+    ]
+    assert [event.text for delta in read for event in delta.events] == ["hm", "Look"]
+    assert reader.reasoning_tokens == 3

@@ -120,6 +120,7 @@ def test_steps_together_give_what_they_give_one_by_one(tokenizer, seed, sizes):
         other = together[key]
         assert sorted(other.deltas, key=lambda d: d.index) == sorted(update.deltas, key=lambda d: d.index)
         assert other.usage == update.usage and other.finished and update.finished
+        assert other.times is not None and update.times is not None, "the first token's time is kept"
     assert sorted(stopped_together) == sorted(stopped)
     assert apart["2"].deltas[0].stop_reason is not None, "the stop string has to come up"
     for name in ("requests_finished", "completion_tokens"):
