@@ -55,6 +55,7 @@ def test_every_kernel_of_the_engine_is_measured():
         "router_config",
         "scales",
         "shares",
+        "split_sums",
         "tile",
     }
     measured = {case.kernel for case in kernels.all_cases(torch.device("cpu"), tiny=True)}
