@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded
 from engine.frontend import Frontend, PreparedPrompt
 from engine.loading import LoadedEngine, load_engine
-from engine.outputs import OutputDelta, StreamUpdate, merge_updates
+from engine.outputs import StreamUpdate, merge_updates
 from engine.progress import ChoiceProgress, Progress
 from engine.sampling_params import SamplingParams, StructuredSpec
 from tests.engine import tiny
@@ -128,12 +128,8 @@ def progress_of(updates: Iterable[StreamUpdate]) -> Progress:
 
 
 def whole(updates: Sequence[StreamUpdate]) -> StreamUpdate:
-    """All of them as one; copies of their deltas, which are extended when updates are merged."""
-    return reduce(merge_updates, [replace(update, deltas=_copied(update.deltas)) for update in updates])
-
-
-def _copied(deltas: Sequence[OutputDelta]) -> list[OutputDelta]:
-    return [replace(delta, token_ids=list(delta.token_ids)) for delta in deltas]
+    """All of them as one; of copies, since lists are extended when updates are merged."""
+    return reduce(merge_updates, copy.deepcopy(list(updates)))
 
 
 def assert_equal(found: StreamUpdate, wanted: StreamUpdate) -> None:
