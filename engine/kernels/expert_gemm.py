@@ -268,7 +268,7 @@ def _multiply(
 
     ``half``: which 64 of the tile, or which of two tiles.
     """
-    rows, weights, ready, free, turn = ring
+    rows, weights, _, free, turn = ring
     experts, outputs, inputs, columns = sizes
     out_ptr, order_ptr, starts_ptr, factors_ptr, row_scale_ptr, scale_ptr, _ = out
     ROWS: gl.constexpr = rows.shape[1]
@@ -286,18 +286,13 @@ def _multiply(
     ends = _tile_ends(starts_ptr, experts, EXPERTS, ROWS)
     total = gl.max(ends, axis=0) * columns
     steps = inputs // INPUTS
-    # This group's first tile, the distance to its next one, and the first step of its tile.
-    number: gl.constexpr = half if TURNS == 2 else 0
-    start = gl.program_id(0) + number * gl.num_programs(0)
-    stride = TURNS * gl.num_programs(0)
-    step = number * steps
+    start, stride, step = _own_tiles(half, steps, TURNS)
     done = 0
     expert, begin, top, count, column = _locate(start, ends, experts, columns, starts_ptr, ROWS)
     for tile in range(start, total, stride):
         following = tile + stride
         if TURNS == 2:
-            # Whoever skips steps must not look at their barriers before these are past.
-            mbarrier.wait(turn.index(half), (done & 1) ^ (1 - half))
+            _await_turn(half, turn, done)
             done += 1
         if top + BEGIN < count:
             acc = gl.zeros([HEIGHT, OUTPUTS], gl.float32, layout)
@@ -348,10 +343,7 @@ def _multiply(
                 _store(_activate(left, ACTIVATION) * right, out_ptr, place, valid, first, outputs, stored)
         else:
             expert, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
-            for index in range(steps):
-                stage = (step + index) % STAGES
-                mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
-                mbarrier.arrive(free.index(stage), count=1)
+            _skip(step, steps, ring, STAGES)
         step += TURNS * steps
 
 
@@ -383,18 +375,13 @@ def _multiply_groups(
     ends = _tile_ends(starts_ptr, experts, EXPERTS, ROWS)
     total = gl.max(ends, axis=0) * columns
     steps = inputs // INPUTS
-    # This group's first tile, the distance to its next one, and the first step of its tile.
-    number: gl.constexpr = half if TURNS == 2 else 0
-    start = gl.program_id(0) + number * gl.num_programs(0)
-    stride = TURNS * gl.num_programs(0)
-    step = number * steps
+    start, stride, step = _own_tiles(half, steps, TURNS)
     done = 0
     expert, begin, top, count, column = _locate(start, ends, experts, columns, starts_ptr, ROWS)
     for tile in range(start, total, stride):
         following = tile + stride
         if TURNS == 2:
-            # Whoever skips steps must not look at their barriers before these are past.
-            mbarrier.wait(turn.index(half), (done & 1) ^ (1 - half))
+            _await_turn(half, turn, done)
             done += 1
         if top + BEGIN < count:
             own_place = begin + gl.minimum(top + own_row, count - 1)
@@ -460,12 +447,35 @@ def _multiply_groups(
                     gl.store(own, out_scale, mask=top + own_row < count)
                 _store(result, out_ptr, place, valid, first, outputs, stored)
         else:
-            for index in range(steps):
-                stage = (step + index) % STAGES
-                mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
-                mbarrier.arrive(free.index(stage), count=1)
+            _skip(step, steps, ring, STAGES)
         expert, begin, top, count, column = _locate(following, ends, experts, columns, starts_ptr, ROWS)
         step += TURNS * steps
+
+
+@gluon.jit
+def _own_tiles(half: gl.constexpr, steps, TURNS: gl.constexpr):
+    """Return a compute group's first tile, the distance to its next one, and the first step of its first tile."""
+    number: gl.constexpr = half if TURNS == 2 else 0
+    return gl.program_id(0) + number * gl.num_programs(0), TURNS * gl.num_programs(0), number * steps
+
+
+@gluon.jit
+def _await_turn(half: gl.constexpr, turn, done):
+    """Wait until it is this group's turn; ``done``: how many tiles it has had.
+
+    A group that skips a tile's steps must not look at their barriers before the group before it is past them.
+    """
+    mbarrier.wait(turn.index(half), (done & 1) ^ (1 - half))
+
+
+@gluon.jit
+def _skip(step, steps, ring, STAGES: gl.constexpr):
+    """Free the steps of a tile that has no rows for this group."""
+    _, _, ready, free, _ = ring
+    for index in range(steps):
+        stage = (step + index) % STAGES
+        mbarrier.wait(ready.index(stage), (step + index) // STAGES & 1)
+        mbarrier.arrive(free.index(stage), count=1)
 
 
 @gluon.jit

@@ -195,29 +195,19 @@ def _final_argmax_kernel(best, best_id, out, num_chunks, BLOCK: tl.constexpr):
     tl.store(out + row, tl.where(winner == 2147483647, -1, winner).to(tl.int64))
 
 
+def argmax_triton(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
+    return gumbel_argmax_triton(logits, allowed=allowed)
+
+
 def gumbel_argmax_triton(
     logits: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    index: Tensor,
-    threshold: Tensor | None = None,
-    allowed: Tensor | None = None,
-) -> Tensor:
-    return _argmax(logits, allowed, temperature, seeds, index, threshold)
-
-
-def argmax_triton(logits: Tensor, allowed: Tensor | None = None) -> Tensor:
-    return _argmax(logits, allowed)
-
-
-def _argmax(
-    logits: Tensor,
-    allowed: Tensor | None,
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     index: Tensor | None = None,
     threshold: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Tensor:
+    """Do what :func:`gumbel_argmax` does; without a temperature all rows take the exact argmax."""
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
     block = 1024

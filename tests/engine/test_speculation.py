@@ -153,13 +153,19 @@ def test_what_followed_the_last_tokens_before():
     assert history.draft(repeated, 8) == [9, 9, 1, 2, 3, 4, 9, 9]
 
 
-def test_after_guesses_that_failed_there_are_none_for_a_while():
-    """Otherwise each token of such an answer would take the longer step of a guess."""
+def guessing(most: int) -> tuple[SequenceSlots, drafts.Drafts, int]:
+    """The slots, the guesses and the slot of a request that repeats itself and may have ``most`` guesses."""
     slots = SequenceSlots(16, 200)
-    guesses = drafts.Drafts(slots, KVManager(BlockPool(100), None, 16), 4)
+    guesses = drafts.Drafts(slots, KVManager(BlockPool(100), None, 16), most)
     request = Request("0", [1, 2, 3, 4] * 5, 20, SamplingParams(), 200, frozenset(), takes_drafts=True)
     slot = slots.enter(request, 19, 200)
     slots.set_decoding(slot, True)
+    return slots, guesses, slot
+
+
+def test_after_guesses_that_failed_there_are_none_for_a_while():
+    """Otherwise each token of such an answer would take the longer step of a guess."""
+    slots, guesses, slot = guessing(most=4)
     pauses = []
     for _ in range(7):
         assert guesses.are_imminent(False)
@@ -176,11 +182,7 @@ def test_after_guesses_that_failed_there_are_none_for_a_while():
 
 def test_a_guess_ends_before_the_length_at_which_a_request_is_computed_again():
     """All of it may hold, and another token with it; the last token before that length is never guessed."""
-    slots = SequenceSlots(16, 200)
-    guesses = drafts.Drafts(slots, KVManager(BlockPool(100), None, 16), 9)
-    request = Request("0", [1, 2, 3, 4] * 5, 20, SamplingParams(), 200, frozenset(), takes_drafts=True)
-    slot = slots.enter(request, 19, 200)
-    slots.set_decoding(slot, True)
+    slots, guesses, slot = guessing(most=9)
     for pause, length in ((200, 9), (26, 4), (23, 1)):
         slots.pause[slot] = pause
         [chunk] = guesses.chunks(slots.decode_slots(), 100, [])
