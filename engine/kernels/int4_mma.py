@@ -101,9 +101,11 @@ def int4_mma_gluon(
 
 
 @gluon.jit
-def _load_narrow(source):
-    """Load numbers of 8 or 16 bits into 32 bits each. The compiler would pair narrower ones as they arrive."""
-    if source.dtype.element_ty.primitive_bitwidth == 8:
+def _load_bits(source):
+    """Load the bits of numbers into 32 bits each. The compiler would pair narrower ones as they arrive."""
+    if source.dtype.element_ty.primitive_bitwidth == 32:
+        values = gl.load(source).to(gl.int32, bitcast=True)
+    elif source.dtype.element_ty.primitive_bitwidth == 8:
         values = gl.inline_asm_elementwise(
             "ld.global.nc.u8 $0, [$1];", "=r,l", [source], dtype=gl.int32, is_pure=True, pack=1
         )
@@ -116,11 +118,13 @@ def _load_narrow(source):
 
 @gluon.jit
 def _exact(scales, DTYPE: gl.constexpr, KIND: gl.constexpr):
-    """Return scales in float32, of which ``scales`` are the bits in DTYPE."""
+    """Return scales in float32, of which ``scales`` are the bits in DTYPE, see :func:`_load_bits`."""
     if KIND == "mxfp4":
         result = (scales << 23).to(gl.float32, bitcast=True)
     elif KIND == "nvfp4":
         result = scales.to(gl.int8).to(gl.float8e4nv, bitcast=True).to(gl.float32)
+    elif DTYPE == gl.float32:
+        result = scales.to(gl.float32, bitcast=True)
     else:
         result = scales.to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
     return result
@@ -143,10 +147,10 @@ def _load_words(source, chunk, chunks):
 @gluon.jit
 def _load_groups(source, chunk, groups, stride, GROUP: gl.constexpr):
     """Load a value of each group of a chunk."""
-    values = (_load_narrow(source + _group_of(chunk, 0, groups, GROUP) * stride),)
+    values = (_load_bits(source + _group_of(chunk, 0, groups, GROUP) * stride),)
     if 0 < GROUP and GROUP < 128:
         for k in gl.static_range(GROUP, 128, GROUP):
-            values = values + (_load_narrow(source + _group_of(chunk, k, groups, GROUP) * stride),)
+            values = values + (_load_bits(source + _group_of(chunk, k, groups, GROUP) * stride),)
     return values
 
 
@@ -252,7 +256,7 @@ def _int4_mma_kernel(
     known = output < outputs
     result = _times_factors(result, factor_ptr, output, known, KIND)
     if GROUP == 0:
-        scale = _load_narrow(scale_ptr + gl.minimum(output, outputs - 1))
+        scale = _load_bits(scale_ptr + gl.minimum(output, outputs - 1))
         result *= _exact(scale, scale_ptr.dtype.element_ty, KIND)
     if BIAS:
         result += gl.load(bias_ptr + output, mask=known, other=0.0).to(gl.float32)

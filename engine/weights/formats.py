@@ -170,6 +170,11 @@ def _int4_format(
     words, zeros, scales, index = INT4_NAMES[quantisation.layout]
     if stem + scales not in names:
         raise CheckpointError(f"tensor {names[stem + words]} is in int4 and has no scales")
+    stored = tensors[names[stem + scales]].dtype
+    if stored not in ("F16", "BF16", "F32"):
+        raise CheckpointError(
+            f"tensor {names[stem + scales]} has dtype {stored}; scales of int4 should be F16, BF16 or F32"
+        )
     return Int4Format(
         quantisation.layout,
         quantisation.group,
@@ -177,7 +182,7 @@ def _int4_format(
         indexed=stem + index in names,
         shuffled=quantisation.shuffled and stem + index in names,
         less_one=quantisation.less_one,
-        scale_dtype=DTYPES[tensors[names[stem + scales]].dtype],
+        scale_dtype=DTYPES[stored],
     )
 
 

@@ -207,22 +207,23 @@ def test_one_row(device, dtype, size, zeros):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("dtype", "rows", "zeros", "tile"),
+    ("dtype", "scales", "rows", "zeros", "tile"),
     [
-        (torch.bfloat16, 1, True, None),
-        (torch.bfloat16, 16, False, None),
-        (torch.bfloat16, 3, True, Int4Tile(32, 4, 2, 1)),
-        (torch.float16, 5, True, Int4Tile(16, 1, 8, 3)),
+        (torch.bfloat16, torch.bfloat16, 1, True, None),
+        (torch.bfloat16, torch.float16, 16, False, None),
+        (torch.bfloat16, torch.float32, 3, True, Int4Tile(32, 4, 2, 1)),
+        (torch.float16, torch.float16, 5, True, Int4Tile(16, 1, 8, 3)),
+        (torch.float16, torch.float32, 1, False, None),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("size", CHUNKS, ids=str)
-def test_a_few_rows(hopper, monkeypatch, dtype, size, rows, zeros, tile):
+def test_a_few_rows(hopper, monkeypatch, dtype, scales, size, rows, zeros, tile):
     """On tensor cores, which sum in float32: as near as the rounding of the result."""
     if tile is not None:
         monkeypatch.setattr(int4_mma, "choose_tile", lambda *_, **__: tile)
     x, words, scale, bias, exact = problem(hopper, dtype, rows, *size, zeros)
-    bias, values = bias if zeros else None, scale.values.to(dtype)
+    bias, values = bias if zeros else None, scale.values.to(scales)
     exact *= (values.double() / scale.values.double()).repeat_interleave(size[2], 1)[:, : size[1]]
     scale = replace(scale, values=values)
     # Nearly equal inputs: what is added to a number in its register must not be left in the sums.
@@ -284,8 +285,8 @@ def test_the_ring_of_a_row(hopper, monkeypatch, dtype, size, zeros, tile):
 def test_the_ring_of_some_rows(hopper, monkeypatch, dtype, size, zeros, tile):
     if tile is not None:
         monkeypatch.setattr(int4_wgmma, "choose_tile", lambda *_: tile)
-    # Of four tiles of rows, which no chosen tile makes.
-    counters = split_counters(4 * size[0], hopper)
+    # Each tile of outputs has them for two tiles of rows; the first tile here has four, as no chosen one has.
+    counters = split_counters(2 * 64 * -(-size[0] // 64), hopper)
     run = partial(int4_wgmma_gluon, counters=counters)
     for rows in (1, 16, 17, 64) if tile is not None else (1, 16, 17, 64, 65, 128, 130, 256):
         check_few_rows(run, *paired_problem(hopper, dtype, rows, *size, zeros))
