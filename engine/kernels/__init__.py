@@ -32,6 +32,8 @@ decides::
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
     linear, gated     wide_gemm_gluon             Hopper, 16-bit, over 64 rows        wide_gemm.py
+                      ring_gemm_gluon             Hopper, 16-bit, 2 to 64 rows, over  ring_gemm.py
+                                                  128 outputs an SM
     linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, fp8     fp8_mma.py
                       of rounded rows             made for fp8 inputs, Hopper, one
                                                   scale an output
@@ -43,7 +45,10 @@ decides::
                                                   most 65536 outputs
                       F.linear                    not fp8                             (torch)
                       dequantised_gemm            otherwise                           fp8.py
-    split_linear      skinny_gemm_triton          as in linear, not added up          skinny_gemm.py
+    split_linear      ring_gemm_gluon             Hopper, 2 to 64 rows of 16 bits     ring_gemm.py
+                                                  and 1024 inputs or more, or rounded
+                                                  rows of 8192 or more
+                      skinny_gemm_triton          as in linear, not added up          skinny_gemm.py
                       linear                      otherwise                           dispatch.py
     norm_linear       norm_gemv_triton            Triton, 1 row, not 4 bits, not fp8  norm_gemv.py
                                                   made for fp8 inputs

@@ -20,6 +20,7 @@ from engine.kernels import (
     int4_mma_ring,
     int4_wgmma,
     prefill_attention,
+    ring_gemm,
     wide_gemm,
 )
 from engine.kernels.act_mul import act_mul, act_mul_rounded
@@ -58,6 +59,7 @@ from engine.kernels.paged_attention import paged_attention_reference, paged_atte
 from engine.kernels.peer_reduce import MAX_SENT, PeerBuffers
 from engine.kernels.prefill_attention import prefill_attention_gluon
 from engine.kernels.recurrent_state import StateCache
+from engine.kernels.ring_gemm import ring_gemm_gluon
 from engine.kernels.rms_norm import HeadNorms, rms_norm, rms_norm_rounded
 from engine.kernels.rotary import RotaryTable
 from engine.kernels.route import Routing
@@ -246,6 +248,8 @@ def linear(
         assert isinstance(scale, Scale)
         return _rounded_linear(quantise_rows(x), weight, bias, activation, counters, scale)
     if _is_skinny(x, weight, scale):
+        if activation is not None and scale is None and ring_gemm.supports(x, weight, gated=True):
+            return ring_gemm_gluon(x, weight, bias, activation=activation)
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
     if activation is not None and scale is None and use_triton(x) and wide_gemm.supports(x, weight):
         return wide_gemm_gluon(x, weight, bias, activation)
@@ -273,8 +277,12 @@ def split_linear(
         assert isinstance(scale, Scale)
         if 1 < len(x.numbers) <= MEMORY_BOUND_ROWS and use_triton(x.numbers):
             options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
+            if ring_gemm.supports(x.numbers, weight, gated=False):
+                return ring_gemm_gluon(x.numbers, weight, bias, **options)
             return skinny_gemm_triton(x.numbers, weight, bias, parts=True, **options)
     elif not isinstance(scale, Int4Scale) and _is_skinny(x, weight, scale):
+        if scale is None and ring_gemm.supports(x, weight, gated=False):
+            return ring_gemm_gluon(x, weight, bias)
         return skinny_gemm_triton(x, weight, bias, scale=scale, parts=True)
     return linear(x, weight, bias, counters=counters, scale=scale)
 

@@ -259,6 +259,19 @@ def fp8_weights() -> None:
         act_mul_rounded_triton(tensor(rows, 37888), "silu")
 
 
+def before_norm() -> None:
+    """GEMMs of a few rows before a norm, in bf16 and fp8."""
+    from engine.kernels.fp8 import FP8, Scale
+    from engine.kernels.ring_gemm import ring_gemm_gluon
+
+    for rows in (16, 64):
+        ring_gemm_gluon(tensor(rows, 8960), tensor(1536, 8960))
+        ring_gemm_gluon(tensor(rows, 8960), tensor(1536, 8960), tensor(1536))
+        ring_gemm_gluon(tensor(rows, 3584), tensor(37888, 3584), activation="silu")
+        scales = {"scale": Scale(torch.ones(3584, 1), 1 << 15), "row_scale": torch.ones(rows, 1)}
+        ring_gemm_gluon(tensor(rows, 18944, dtype=FP8), tensor(3584, 18944, dtype=FP8), **scales, dtype=BF16)
+
+
 def int4_weights() -> None:
     """int4 weights: groups of 128 with zero points (AWQ), symmetric groups of 32, one group."""
     from engine.kernels.int4 import Int4Scale, dequantise_int4_triton
@@ -466,6 +479,7 @@ CASES: list[Callable[[], None]] = [
     partial(short_conv, [1] * 4, bias=True),
     partial(short_conv, [300, 1, 7], bias=True),
     fp8_weights,
+    before_norm,
     int4_weights,
     # Of the two kinds of floats this one takes more registers.
     partial(float_weights, "nvfp4", 16),

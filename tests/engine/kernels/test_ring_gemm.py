@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from engine.kernels import dispatch, ring_gemm
+from engine.kernels.dispatch import linear, split_linear
+from engine.kernels.fp8 import FP8, Scale, quantise_rows_reference
+from engine.kernels.ring_gemm import RingTile, choose_tile, ring_gemm_gluon, supports
+
+from .compare import assert_close
+from .test_linear import float64_linear
+
+
+def problem(device, rows, outputs, inputs):
+    x = torch.randn(rows, inputs + 8, device=device, dtype=torch.bfloat16)[:, :inputs]
+    weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) * inputs**-0.5
+    return x, weight, torch.randn(outputs, device=device, dtype=torch.bfloat16)
+
+
+#: Ends within a tile, within a step, within a share, and shares without inputs.
+SIZES = [(64, 512), (200, 1000), (1536, 1536), (1536, 8960)]
+TILES = [None, RingTile(128, 9, 11), RingTile(64, 3, 2), RingTile(64, 13, 7)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), SIZES)
+@pytest.mark.parametrize("rows", [2, 17, 64])
+def test_the_total_equals_float64(hopper, monkeypatch, rows, outputs, inputs, tile):
+    if tile is not None:
+        monkeypatch.setattr(ring_gemm, "choose_tile", lambda *_, **__: tile)
+    x, weight, bias = problem(hopper, rows, outputs, inputs)
+    for given in (None, bias):
+        expected = float64_linear(x, weight, given)
+        for _ in range(5):
+            sums = ring_gemm_gluon(x, weight, given)
+            assert sums.shape == expected.shape and sums.dtype == x.dtype
+            assert_close(sums.parts.sum(0), expected, tolerance=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(200, 1040), (3584, 3584), (80, 18944)])
+@pytest.mark.parametrize("rows", [2, 17, 64])
+def test_the_total_of_rounded_rows_equals_float64(hopper, monkeypatch, rows, outputs, inputs, tile):
+    if tile is not None:
+        monkeypatch.setattr(ring_gemm, "choose_tile", lambda *_, **__: tile)
+    x, _, bias = problem(hopper, rows, outputs, inputs)
+    numbers, row_scale = quantise_rows_reference(x)
+    weight = (torch.randn(outputs, inputs, device=hopper) * 30).to(FP8)
+    scale = Scale((torch.rand(outputs, 1, device=hopper) + 0.5) * inputs**-0.5 / 30, inputs, True)
+    expected = float64_linear(
+        numbers.double() * row_scale.double(), weight.double() * scale.values.double(), bias.double()
+    )
+    for _ in range(5):
+        sums = ring_gemm_gluon(numbers, weight, bias, scale=scale, row_scale=row_scale, dtype=torch.bfloat16)
+        # The tensor cores keep 14 bits of a sum over 128 products.
+        assert_close(sums.parts.sum(0), expected, tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("tile", [None, RingTile(64, 3, 1), RingTile(128, 3, 1)], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 512), (200, 1040), (8960, 1536)])
+@pytest.mark.parametrize("rows", [2, 17, 64])
+def test_a_gate_equals_float64(hopper, monkeypatch, rows, outputs, inputs, tile, fp8):
+    if tile is not None:
+        monkeypatch.setattr(ring_gemm, "choose_tile", lambda *_, **__: tile)
+    x, weight, bias = problem(hopper, rows, 2 * outputs, inputs)
+    exact, wide, options = x.double(), weight.double(), {}
+    if fp8:
+        x, row_scale = quantise_rows_reference(x)
+        weight = (torch.randn(2 * outputs, inputs, device=hopper) * 30).to(FP8)
+        scale = Scale((torch.rand(2 * outputs, 1, device=hopper) + 0.5) * inputs**-0.5 / 30, inputs, True)
+        options = {"scale": scale, "row_scale": row_scale, "dtype": torch.bfloat16}
+        exact, wide = x.double() * row_scale.double(), weight.double() * scale.values.double()
+    for given in (None, bias):
+        expected = float64_linear(exact, wide, given, "silu")
+        for _ in range(5):
+            assert_close(ring_gemm_gluon(x, weight, given, activation="silu", **options), expected)
+
+
+@pytest.mark.parametrize("hopper_gpu", [False, True])
+def test_a_few_rows_on_hopper_gpus_take_it(monkeypatch, hopper_gpu):
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(ring_gemm, "is_hopper", lambda _: hopper_gpu)
+    monkeypatch.setattr(ring_gemm, "num_sms", lambda _: 1)
+    taken = []
+    monkeypatch.setattr(
+        dispatch, "ring_gemm_gluon", lambda x, *_, **options: taken.append((len(x), *options))
+    )
+    monkeypatch.setattr(dispatch, "skinny_gemm_triton", lambda *_, **__: None)
+    for rows in (2, 64):
+        x, weight, _ = problem("cpu", rows, 272, 1024)
+        split_linear(x, weight)
+        linear(x, weight, activation="silu")
+        # Without a gate and a norm, with a gate of few tiles, with few inputs.
+        linear(x, weight)
+        linear(x, weight[:256], activation="silu")
+        split_linear(x[:, :512], weight[:, :512])
+    expected = [(2,), (2, "activation"), (64,), (64, "activation")]
+    assert taken == (expected if hopper_gpu else [])
+    with monkeypatch.context() as other:
+        other.setattr(dispatch, "linear", lambda *_, **__: None)
+        for rows in (1, 65):
+            split_linear(*problem("cpu", rows, 16, 1024)[:2])
+    assert taken == (expected if hopper_gpu else [])
+
+
+def test_only_matrices_that_a_descriptor_can_describe_are_supported(monkeypatch):
+    monkeypatch.setattr(ring_gemm, "is_hopper", lambda _: True)
+    x, weight, _ = problem("cpu", 2, 16, 1024)
+    assert supports(x, weight, gated=False)
+    assert not supports(x.float(), weight.float(), gated=False)
+    assert not supports(x[:, 1:1017], weight[:, :1016], gated=False)
+    assert not supports(x, torch.empty(16, 1028, dtype=x.dtype)[:, :1024], gated=False)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "itemsize"), [(1536, 1536, 2), (3584, 18944, 1), (16, 1024, 2)]
+)
+def test_programs_share_the_inputs(outputs, inputs, itemsize):
+    tile = choose_tile(outputs, inputs, gated=False, itemsize=itemsize, sms=132)
+    assert tile.splits >= 2 and (tile.outputs + 64) * 128 * tile.depth <= 220 << 10
