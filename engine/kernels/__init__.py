@@ -32,8 +32,6 @@ decides::
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
     linear, gated     wide_gemm_gluon             Hopper, 16-bit, over 64 rows        wide_gemm.py
-                      ring_gemm_gluon             Hopper, 16-bit, 2 to 64 rows, over  ring_gemm.py
-                                                  128 outputs an SM
     linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, fp8     fp8_mma.py
                       of rounded rows             made for fp8 inputs, Hopper, one
                                                   scale an output

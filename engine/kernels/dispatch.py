@@ -248,8 +248,6 @@ def linear(
         assert isinstance(scale, Scale)
         return _rounded_linear(quantise_rows(x), weight, bias, activation, counters, scale)
     if _is_skinny(x, weight, scale):
-        if activation is not None and scale is None and ring_gemm.supports(x, weight, gated=True):
-            return ring_gemm_gluon(x, weight, bias, activation=activation)
         return skinny_gemm_triton(x, weight, bias, activation=activation, counters=counters, scale=scale)
     if activation is not None and scale is None and use_triton(x) and wide_gemm.supports(x, weight):
         return wide_gemm_gluon(x, weight, bias, activation)
@@ -277,11 +275,11 @@ def split_linear(
         assert isinstance(scale, Scale)
         if 1 < len(x.numbers) <= MEMORY_BOUND_ROWS and use_triton(x.numbers):
             options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
-            if ring_gemm.supports(x.numbers, weight, gated=False):
+            if ring_gemm.supports(x.numbers, weight):
                 return ring_gemm_gluon(x.numbers, weight, bias, **options)
             return skinny_gemm_triton(x.numbers, weight, bias, parts=True, **options)
     elif not isinstance(scale, Int4Scale) and _is_skinny(x, weight, scale):
-        if scale is None and ring_gemm.supports(x, weight, gated=False):
+        if scale is None and ring_gemm.supports(x, weight):
             return ring_gemm_gluon(x, weight, bias)
         return skinny_gemm_triton(x, weight, bias, scale=scale, parts=True)
     return linear(x, weight, bias, counters=counters, scale=scale)

@@ -1,9 +1,9 @@
-"""GEMM of 2 to 64 rows for Hopper GPUs: before a norm, which adds up what its programs have summed, or with a gate.
+"""GEMM of 2 to 64 rows for Hopper GPUs, for a consumer that adds up what its programs have summed.
 
 As in :mod:`engine.kernels.skinny_gemm` a tile of weights is the left operand of the tensor cores, the rows are the
-right one. Without a gate several programs share the inputs of a tile. Weights and rows come to a ring of buffers in shared
-memory through tensor memory descriptors (TMA). The ring is filled with weights before the previous kernel has
-finished, where there is room beside its programs: those of attention's output come while attention ends.
+right one, and several programs share the inputs of a tile. Weights and rows come to a ring of buffers in shared memory
+through tensor memory descriptors (TMA). The ring is filled with weights before the previous kernel has finished,
+where there is room beside its programs: those of attention's output come while attention ends.
 
 Gluon has no interpreter, so the tests of this kernel need a Hopper GPU.
 """
@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from engine.kernels.activation import activate
 from engine.kernels.device import MEMORY_BOUND_ROWS, is_hopper, num_sms
 from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.launch import launch
@@ -39,7 +38,6 @@ _STEP_BYTES = 128
 _MIN_INPUTS, _MIN_ROUNDED_INPUTS = 1024, 8192
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
-_activate = gluon.jit(activate.fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ class RingTile:
     """How a program multiplies.
 
     Attributes:
-        outputs: of a tile; with a gate, after it.
+        outputs: of a tile.
         depth: steps in the ring.
         splits: programs that share the inputs of a tile.
     """
@@ -57,31 +55,23 @@ class RingTile:
     splits: int
 
 
-def choose_tile(outputs: int, inputs: int, *, gated: bool, itemsize: int, sms: int) -> RingTile:
+def choose_tile(outputs: int, inputs: int, *, itemsize: int, sms: int) -> RingTile:
     """Choose the tile of a problem. Of about a dozen it is the best on an H200, or within 1 % of the best, by the time
     of whole layers of models of 2 and 7 billion parameters with 64 rows.
 
     Args:
-        outputs: with a gate, after it.
         itemsize: bytes of an element.
         sms: SMs of the GPU.
     """
-    if gated:
-        return RingTile(64, 4, 1)
     tiles, steps = triton.cdiv(outputs, 64), triton.cdiv(inputs * itemsize, _STEP_BYTES)
     # One program on an SM, with as many steps as fit; a few steps are all loaded in advance.
     return RingTile(64, 13, max(2, min(sms // tiles, triton.cdiv(steps, 8))))
 
 
-def supports(x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> bool:
+def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
-    rows, (outputs, inputs) = x.shape[0], weight.shape
-    if gated:
-        # With fewer tiles, or fp8, skinny_gemm.py is as fast.
-        fits = x.element_size() == 2 and outputs // 2 > 2 * 64 * num_sms(x.device)
-    else:
-        fits = inputs >= (_MIN_INPUTS if x.element_size() == 2 else _MIN_ROUNDED_INPUTS)
-    known = x.dtype == weight.dtype and x.dtype in _DTYPES and 1 < rows <= MEMORY_BOUND_ROWS
+    fits = weight.shape[1] >= (_MIN_INPUTS if x.element_size() == 2 else _MIN_ROUNDED_INPUTS)
+    known = x.dtype == weight.dtype and x.dtype in _DTYPES and 1 < x.shape[0] <= MEMORY_BOUND_ROWS
     return fits and known and _has_descriptor(x) and _has_descriptor(weight) and is_hopper(x.device)
 
 
@@ -96,35 +86,32 @@ def ring_gemm_gluon(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    activation: str | None = None,
     scale: Scale | None = None,
     row_scale: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> torch.Tensor | SplitSums:
-    """See :func:`engine.kernels.dispatch.split_linear`, and with an activation :func:`engine.kernels.dispatch.linear`;
-    for what :func:`supports` admits.
+) -> SplitSums:
+    """See :func:`engine.kernels.dispatch.split_linear`; for what :func:`supports` admits.
 
     Args:
         scale, row_scale, dtype: see :func:`engine.kernels.skinny_gemm.skinny_gemm_triton`; both scales or none.
     """
-    (rows, inputs), gated = x.shape, activation is not None
-    outputs = len(weight) // 2 if gated else len(weight)
+    (rows, inputs), outputs = x.shape, len(weight)
     assert weight.shape[1] == inputs and (scale is None) == (row_scale is None) == (x.dtype != FP8)
-    assert scale is None or scale.values.shape == (len(weight), 1)
-    tile = choose_tile(outputs, inputs, gated=gated, itemsize=x.element_size(), sms=num_sms(x.device))
+    assert scale is None or scale.values.shape == (outputs, 1)
+    tile = choose_tile(outputs, inputs, itemsize=x.element_size(), sms=num_sms(x.device))
     # Two heights only: a kernel per power of two would make start-up longer.
     columns = 16 if rows <= 16 else MEMORY_BOUND_ROWS
-    width, dtype = _STEP_BYTES // x.element_size(), dtype or x.dtype
-    out = torch.empty((tile.splits, rows, outputs), dtype=dtype if gated else torch.float32, device=x.device)
+    width = _STEP_BYTES // x.element_size()
+    out = torch.empty((tile.splits, rows, outputs), dtype=torch.float32, device=x.device)
     launch(
         _ring_gemm_kernel, (triton.cdiv(outputs, tile.outputs), tile.splits),
         x_desc=_describe(x, columns), weight_desc=_described(weight, tile.outputs),
         bias_ptr=out if bias is None else bias, out_ptr=out, scale_ptr=out if scale is None else scale.values,
         row_scale_ptr=out if row_scale is None else row_scale, rows=rows, outputs=outputs,
         steps=triton.cdiv(inputs, width), ROWS=columns, TILE=tile.outputs, WIDTH=width, DEPTH=tile.depth,
-        BIAS=bias is not None, ACTIVATION=activation or "", num_warps=4, **pdl_options(x),
+        BIAS=bias is not None, num_warps=4, **pdl_options(x),
     )  # fmt: skip
-    return out[0] if gated else SplitSums(out, dtype)
+    return SplitSums(out, dtype or x.dtype)
 
 
 def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -147,28 +134,23 @@ _DESCRIPTORS = WeakTensorKeyDictionary()
 @gluon.jit(do_not_specialize=["rows"])
 def _ring_gemm_kernel(
     x_desc, weight_desc, bias_ptr, out_ptr, scale_ptr, row_scale_ptr, rows, outputs, steps, ROWS: gl.constexpr,
-    TILE: gl.constexpr, WIDTH: gl.constexpr, DEPTH: gl.constexpr, BIAS: gl.constexpr,
-    ACTIVATION: gl.constexpr, PDL: gl.constexpr,
+    TILE: gl.constexpr, WIDTH: gl.constexpr, DEPTH: gl.constexpr, BIAS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program per tile of outputs and share of the inputs.
 
     Args:
-        out_ptr: ``(shares, rows, outputs)``: float32, each share's sums, of which the first has the bias; with an
-            activation the result of the only share.
-        scale_ptr: one for each row of the weight, and row_scale_ptr: ``(rows,)``, float32; for fp8.
+        out_ptr: ``(shares, rows, outputs)`` float32, each share's sums, of which the first has the bias.
+        scale_ptr: ``(outputs,)``, and row_scale_ptr: ``(rows,)``, float32; for fp8.
     """
     FP8: gl.constexpr = x_desc.dtype.primitive_bitwidth == 8
-    GATED: gl.constexpr = ACTIVATION != ""
-    # With a gate a tile has as many rows of the gate's weights as of the others.
-    HEIGHT: gl.constexpr = 2 * TILE if GATED else TILE
-    BYTES: gl.constexpr = (HEIGHT + ROWS) * WIDTH * x_desc.dtype.primitive_bitwidth // 8
+    BYTES: gl.constexpr = (TILE + ROWS) * WIDTH * x_desc.dtype.primitive_bitwidth // 8
     # The tensor cores take 32 bytes of a row at a time.
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, WIDTH // 4])
     tile, split = gl.program_id(0) * TILE, gl.program_id(1)
     share = (steps + gl.num_programs(1) - 1) // gl.num_programs(1)
     first = split * share
     count = gl.minimum(share, steps - first)
-    weights = buffers(DEPTH, HEIGHT, WIDTH, x_desc.dtype)
+    weights = buffers(DEPTH, TILE, WIDTH, x_desc.dtype)
     x = buffers(DEPTH, ROWS, WIDTH, x_desc.dtype)
     ready = barriers(DEPTH, 1)
     fence_async_shared()
@@ -177,92 +159,56 @@ def _ring_gemm_kernel(
         known = slot < count
         mbarrier.expect(ready.index(slot), BYTES, pred=known)
         k = (first + slot) * WIDTH
-        _load_weights(weight_desc, tile, outputs, k, ready.index(slot), weights.index(slot), known, TILE)
+        tma_load(weight_desc, [tile, k], ready.index(slot), weights.index(slot), pred=known)
     _wait_for_previous(PDL)
     for slot in gl.static_range(DEPTH):
         k = (first + slot) * WIDTH
         tma_load(x_desc, [0, k], ready.index(slot), x.index(slot), pred=slot < count)
     sums = gl.zeros([TILE, ROWS], gl.float32, SUMS)
-    others = gl.zeros([TILE, ROWS], gl.float32, SUMS)
     nothing = gl.zeros([TILE, ROWS], gl.float32, SUMS)
     slot, phase, before = 0, 0, DEPTH - 1
     for step in range(count):
         mbarrier.wait(ready.index(slot), phase)
         right = x.index(slot).permute((1, 0))
-        left = weights.index(slot).slice(0, TILE, 0)
+        left = weights.index(slot)
         if FP8:
             # The tensor cores keep 14 bits of sums of fp8 products, so those of a step are added up outside.
             products = warpgroup_mma(left, right, nothing, use_acc=False, is_async=True)
-            if GATED:
-                lower = weights.index(slot).slice(TILE, TILE, 0)
-                others_of_step = warpgroup_mma(lower, right, nothing, use_acc=False, is_async=True)
-                products, others_of_step = warpgroup_mma_wait(0, deps=[products, others_of_step])
-                others += others_of_step
-            else:
-                products = warpgroup_mma_wait(0, deps=[products])
+            products = warpgroup_mma_wait(0, deps=[products])
             sums += products
             free, following = slot, step + DEPTH
         else:
             sums = warpgroup_mma(left, right, sums, is_async=True)
-            if GATED:
-                lower = weights.index(slot).slice(TILE, TILE, 0)
-                others = warpgroup_mma(lower, right, others, is_async=True)
-                sums, others = warpgroup_mma_wait(2, deps=[sums, others])
-            else:
-                sums = warpgroup_mma_wait(1, deps=[sums])
+            sums = warpgroup_mma_wait(1, deps=[sums])
             # The products before these have ended.
             free, following = before, gl.where(step > 0, step - 1 + DEPTH, count)
         block_barrier()
         known = following < count
         k = (first + following) * WIDTH
         mbarrier.expect(ready.index(free), BYTES, pred=known)
-        _load_weights(weight_desc, tile, outputs, k, ready.index(free), weights.index(free), known, TILE)
+        tma_load(weight_desc, [tile, k], ready.index(free), weights.index(free), pred=known)
         tma_load(x_desc, [0, k], ready.index(free), x.index(free), pred=known)
         before = slot
         slot += 1
         if slot == DEPTH:
             slot = 0
             phase ^= 1
-    sums, others = warpgroup_mma_wait(0, deps=[sums, others])
+    sums = warpgroup_mma_wait(0, deps=[sums])
     # What follows may use the memory of the ring.
     block_barrier()
-    biased = gl.where(split == 0, outputs, 0)
-    sums = _scaled(sums, tile, outputs, biased, rows, scale_ptr, row_scale_ptr, bias_ptr, FP8, BIAS)
-    if GATED:
-        scales = scale_ptr + outputs
-        others = _scaled(
-            others, tile, outputs, biased, rows, scales, row_scale_ptr, bias_ptr + outputs, FP8, BIAS
-        )
-        sums = _activate(sums, ACTIVATION) * others
-
-    # Four outputs a thread, so that those of a row are stored together.
-    STORED: gl.constexpr = gl.BlockedLayout([4, 1], [TILE // 4, 128 // TILE], [1, 4], [0, 1])
-    sums = gl.convert_layout(sums.to(out_ptr.dtype.element_ty), STORED)
-    output = tile + gl.arange(0, TILE, gl.SliceLayout(1, STORED))
-    row = gl.arange(0, ROWS, gl.SliceLayout(0, STORED))
-    offset = (split * rows + row)[None, :] * outputs + output[:, None]
-    gl.store(out_ptr + offset, sums, mask=(output < outputs)[:, None] & (row < rows)[None, :])
-
-
-@gluon.jit
-def _load_weights(desc, tile, outputs, k, ready, target, known, TILE: gl.constexpr):
-    """Start to load the tile's rows of the weight, and those that they gate."""
-    tma_load(desc, [tile, k], ready, target.slice(0, TILE, 0), pred=known)
-    if target.shape[0] > TILE:
-        tma_load(desc, [outputs + tile, k], ready, target.slice(TILE, TILE, 0), pred=known)
-
-
-@gluon.jit
-def _scaled(
-    sums, tile, outputs, biased, rows, scale_ptr, row_scale_ptr, bias_ptr, SCALES: gl.constexpr, BIAS: gl.constexpr
-):  # fmt: skip
-    """Multiply sums by the scales of outputs and rows, and add the bias of outputs below ``biased``."""
-    layout: gl.constexpr = sums.type.layout
-    output = tile + gl.arange(0, sums.shape[0], gl.SliceLayout(1, layout))
-    if SCALES:
-        row = gl.arange(0, sums.shape[1], gl.SliceLayout(0, layout))
+    output = tile + gl.arange(0, TILE, gl.SliceLayout(1, SUMS))
+    if FP8:
+        row = gl.arange(0, ROWS, gl.SliceLayout(0, SUMS))
         row_scale = gl.load(row_scale_ptr + row, mask=row < rows, other=0.0)
         sums *= gl.load(scale_ptr + output, mask=output < outputs, other=0.0)[:, None] * row_scale[None, :]
     if BIAS:
+        biased = gl.where(split == 0, outputs, 0)
         sums += gl.load(bias_ptr + output, mask=output < biased, other=0.0).to(gl.float32)[:, None]
-    return sums
+
+    # Four outputs a thread, so that those of a row are stored together.
+    STORED: gl.constexpr = gl.BlockedLayout([4, 1], [TILE // 4, 128 // TILE], [1, 4], [0, 1])
+    sums = gl.convert_layout(sums, STORED)
+    stored = tile + gl.arange(0, TILE, gl.SliceLayout(1, STORED))
+    stored_row = gl.arange(0, ROWS, gl.SliceLayout(0, STORED))
+    offset = (split * rows + stored_row)[None, :] * outputs + stored[:, None]
+    gl.store(out_ptr + offset, sums, mask=(stored < outputs)[:, None] & (stored_row < rows)[None, :])
