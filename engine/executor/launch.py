@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Protocol
 
 _GRACE_S = 5.0
+
+#: Begins the names of the folders where ranks meet.
+_MEETING_PLACE = "sightline-meeting-"
 
 
 class Launcher(Protocol):
@@ -89,26 +97,71 @@ def end_ranks(processes: Iterable[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
+class _MeetingPlace:
+    """A folder where the ranks of this host meet, until it is cleared, collected, or the interpreter ends.
+
+    It is locked meanwhile. A process that is killed leaves its folder without the lock: the next one to start
+    removes it.
+    """
+
+    def __init__(self) -> None:
+        _remove_left_places()
+        self.path, lock = _locked_folder()
+        self.clear = weakref.finalize(self, _remove_folder, self.path, lock)
+
+
+def _locked_folder() -> tuple[str, int]:
+    """A new folder, and the file descriptor that holds its lock."""
+    while True:
+        # Mode 0700: whoever can use the folder is trusted.
+        path = tempfile.mkdtemp(prefix=_MEETING_PLACE)
+        # Before it is locked another process may take it for one that was left.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(path):
+                return path, lock
+            os.close(lock)
+
+
+def _remove_folder(path: str, lock: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)
+
+
+def _remove_left_places() -> None:
+    """Remove the folders of this user's processes that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_MEETING_PLACE}*"):
+        # It may be in use, or be gone meanwhile.
+        with contextlib.suppress(OSError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == os.getuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
 class LocalLauncher:
     """Starts processes on this machine. They end with this process, because their standard input closes."""
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._place: _MeetingPlace | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
 
     @property
     def address(self) -> str:
-        if self._folder is None:
-            # Mode 0700: whoever can use the folder is trusted. Removed with this object at the latest.
-            self._folder = tempfile.TemporaryDirectory(prefix="sightline-ranks-", ignore_cleanup_errors=True)
-        return f"file://{self._folder.name}/rendezvous"
+        if self._place is None:
+            self._place = _MeetingPlace()
+        return f"file://{self._place.path}/rendezvous"
 
     def ranks_here(self, size: int) -> int:
         return size
 
     def start(self, size: int) -> list[Connection]:
         connections = []
-        folder = "" if self._folder is None else self._folder.name
+        folder = "" if self._place is None else self._place.path
         for _ in range(1, size):
             ours, theirs = Pipe()
             connections.append(ours)
@@ -124,5 +177,5 @@ class LocalLauncher:
         end_ranks(self._processes)
 
     def clear(self) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._place is not None:
+            self._place.clear()
