@@ -3,7 +3,7 @@
 import asyncio
 import json
 import zlib
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -17,6 +17,14 @@ _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 #: Larger bodies are parsed on a thread.
 _LARGE = 1 << 17
+
+#: Lists and objects within each other. What is read is walked by recursion where it is checked, kept and sent
+#: back. How deep that can go depends on the release of Python. JSON schemas have a lower limit of their own.
+_MAX_DEPTH = 256
+_TOO_DEEP = f"The JSON is nested too deeply: more than {_MAX_DEPTH} lists and objects are within each other."
+
+#: The way to a value within a body: its key or index, and the way to what holds it.
+_Way: TypeAlias = "tuple[str | int, _Way] | None"
 
 
 async def read_body(request: Request, model: type[M], limit: int) -> M:
@@ -75,12 +83,70 @@ def _decompressed(body: bytes, encoding: str, limit: int) -> bytes:
 
 def _parse(body: bytes, model: type[M]) -> M:
     try:
-        data: Any = json.loads(body)
+        # Not the bytes: json takes half a surrogate in UTF-8 for a character, and other encodings too.
+        text = body.decode("utf-8-sig")
+        data: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadBody(_no_json(body, error)) from None
     if not isinstance(data, dict):
         raise BadBody("The body must be a JSON object.")
+    if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deep(data):
+        raise BadBody(_TOO_DEEP)
+    if "\\ud" in text or "\\uD" in text:
+        _refuse_half_characters(data)
     return model.read(data)
+
+
+def _is_deep(data: Any) -> bool:
+    """Return whether more than :data:`_MAX_DEPTH` lists and objects are within each other."""
+    level = [data]
+    for _ in range(_MAX_DEPTH):
+        inner = (value for each in level for value in (each.values() if isinstance(each, dict) else each))
+        level = [value for value in inner if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _refuse_half_characters(data: Any) -> None:
+    """Refuse a lone surrogate, which JSON can spell, but which is no text: neither tokens nor UTF-8 have it.
+
+    Raises:
+        BadBody: naming the field.
+    """
+    # Values, each with the way to it: links of a key and the link before it.
+    waiting: list[tuple[Any, _Way]] = [(data, None)]
+    while waiting:
+        value, way = waiting.pop()
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if _is_half(key):
+                    raise _half(way)
+                waiting.append((inner, (key, way)))
+        elif isinstance(value, list):
+            waiting += [(inner, (index, way)) for index, inner in enumerate(value)]
+        elif isinstance(value, str) and _is_half(value):
+            raise _half(way)
+
+
+def _is_half(text: str) -> bool:
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _half(way: _Way) -> BadBody:
+    names: list[str] = []
+    while way is not None:
+        key, way = way
+        names.append(f"[{key}]" if isinstance(key, int) else f".{key}")
+    field = "".join(reversed(names)).removeprefix(".")[:200]
+    said = "has half of a surrogate pair, which is no character. Cut texts between whole characters."
+    return BadBody(f"{field or 'The name of a field'} {said}", param=field or None)
 
 
 def _no_json(body: bytes, error: Exception) -> str:
@@ -90,7 +156,7 @@ def _no_json(body: bytes, error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"The body is not valid JSON: {error.msg}, line {error.lineno}, column {error.colno}."
     if isinstance(error, RecursionError):
-        return "The body is not valid JSON: it is nested too deeply."
+        return _TOO_DEEP
     # An integer of thousands of digits is valid, but Python reads none.
     return "The body is not JSON in UTF-8, or has a number that is too long."
 

@@ -115,7 +115,11 @@ def anthropic_error_body(error: SightlineError) -> dict[str, Any]:
     elif error.param and error.param not in message:
         message = f"{error.param}: {message}"
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": None}
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": message},
+        "request_id": current_report().id or None,
+    }
 
 
 def error_headers(error: SightlineError) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.errors import as_sightline, logger, request_name
+from deployments.errors import ANTHROPIC_PATH, as_sightline, logger, request_name
 from deployments.report import Report, SentResponse, begin_report
 
 #: Requests of machines at short intervals, and files of the page. Their successes are logged at DEBUG.
@@ -34,6 +34,9 @@ class RequestLog:
                 return
             report = begin_report(scope, self._new_id)
             headers = [(b"x-request-id", report.id.encode())] if self._echo_id else []
+            if scope["path"].startswith(ANTHROPIC_PATH):
+                # Anthropic's clients look for it under this name.
+                headers.append((b"request-id", report.id.encode()))
             response = SentResponse(send, headers, bodiless=scope["method"] == "HEAD")
             report.response = response
             try:

@@ -47,13 +47,48 @@ async def test_a_body_beyond_the_limit_is_refused_before_all_of_it_is_read(runni
         (b'{"model": "\xff"}', "not JSON in UTF-8"),
         (b'{"n": ' + b"1" * 5000 + b"}", "a number that is too long"),
         (b"[" * 200_000, "nested too deeply"),
+        (b'{"a": ' + b"[" * 256 + b"]" * 256 + b"}", "nested too deeply: more than 256 lists"),
+        (b'{"a": ' + b"[" * 255 + b"]" * 255 + b"}", "model: Field required"),
+        (b'{"a": [' + b"[]," * 300 + b"0]}", "model: Field required"),
         (b"[]", "The body must be a JSON object."),
+        (b'{"model": "\xed\xa0\xbd"}', "not JSON in UTF-8"),
+        ('{"model": "a"}'.encode("utf-16"), "not JSON in UTF-8"),
+        ('{"a": 1}'.encode("utf-8-sig"), "model: Field required"),
     ],
-    ids=range(8),
+    ids=range(14),
 )
 async def test_what_is_no_json_is_told_where(http, body, told):
     response = await http.post("/v1/chat/completions", content=body)
     assert response.status_code == 400 and told in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (r'{"model": "\ud83d"}', "model"),
+        (
+            r'{"messages": [{}, {"role": "user", "content": [{"text": "a \uDE00 b"}]}]}',
+            "messages[1].content[0].text",
+        ),
+        (r'{"metadata": {"a": {"\ud83d": "b"}}}', "metadata.a"),
+        (r'{"\udc00": 1}', None),
+        (r'{"input": ["\ud83d\ude00", "\ude00\ud83d"]}', "input[1]"),
+    ],
+    ids=["field", "part", "key within", "key", "the wrong order"],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/tokenize"])
+async def test_half_of_a_surrogate_pair_is_refused_by_the_name_of_its_field(http, path, body, param):
+    response = await http.post(path, content=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert error["message"].startswith(f"{param or 'The name of a field'} has half of a surrogate pair")
+
+
+async def test_escaped_characters_and_escaped_backslashes_are_text(http):
+    body = r'{"model": "pocket", "prompt": "\ud83d\ude00 \\ud83d"}'
+    tokens = (await http.post("/tokenize", content=body)).json()["tokens"]
+    text = await http.post("/detokenize", json={"model": "pocket", "tokens": tokens})
+    assert text.json()["prompt"] == "\N{GRINNING FACE} \\ud83d"
 
 
 async def test_unknown_routes_and_methods(http):

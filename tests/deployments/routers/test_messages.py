@@ -293,16 +293,8 @@ async def test_refusals_in_anthropics_form(http, name, stream):
     response = await http.post("/v1/messages", json=request(stream=stream, **fields))
     body = response.json()
     assert response.status_code == status, body
-    assert (
-        body["type"] == "error"
-        and body["error"]["type"] == kind
-        and body.keys()
-        <= {
-            "type",
-            "error",
-            "request_id",
-        }
-    )
+    assert body["type"] == "error" and body["error"]["type"] == kind
+    assert body.keys() == {"type", "error", "request_id"}
     assert words in body["error"]["message"], body
 
 
@@ -311,3 +303,11 @@ async def test_errors_around_the_endpoint_have_the_same_form(http):
     assert wrong["type"] == "error" and wrong["error"]["type"] == "invalid_request_error"
     method = await http.get("/v1/messages/count_tokens")
     assert method.status_code == 405 and method.json()["type"] == "error"
+
+
+async def test_answers_and_errors_have_the_requests_id_where_anthropics_clients_look_for_it(http):
+    found = await http.post("/v1/messages", json=request(max_tokens=1), headers={"x-request-id": "mine"})
+    assert (found.status_code, found.headers["request-id"]) == (200, "mine")
+    refused = await http.post("/v1/messages", json={})
+    assert refused.json()["request_id"] == refused.headers["request-id"] == refused.headers["x-request-id"]
+    assert "request-id" not in (await http.get("/v1/models")).headers

@@ -156,3 +156,16 @@ async def test_what_is_refused(client, change, param, code):
     with pytest.raises(openai.BadRequestError) as refused:
         await ask(client, **change)
     assert refused.value.param == param and code in (None, refused.value.code)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_deep_values_are_kept_and_sent_back(http, stream):
+    """The body itself and what holds the value count: these are as deep as they may be."""
+    deep: dict = {}
+    for _ in range(254):
+        deep = {"a": deep}
+    given = {"model": "pocket", "input": [{"role": "user", "content": "Hello!"}], "max_output_tokens": 1}
+    made = await http.post("/v1/responses", json={**given, "metadata": deep, "stream": stream})
+    last = json.loads(made.text.split("data: ")[-1])["response"] if stream else made.json()
+    kept = (await http.get(f"/v1/responses/{last['id']}")).json()
+    assert made.status_code == 200 and last["metadata"] == kept["metadata"] == deep
