@@ -25,14 +25,14 @@ from engine.inputs.chat_template import ChatTemplate
 from engine.inputs.embeds import are_embeddings, given_embeddings
 from engine.inputs.media_options import PROCESSOR_FIELD, with_options
 from engine.inputs.messages import parse_messages
-from engine.inputs.multi_modal import FIELD, media_sources
+from engine.inputs.multi_modal import FIELD, media_entries, media_sources
 from engine.inputs.retrieval import Retrieval, check_task, only_text, parts_of
 from engine.media.decode import ImageLimits, decode_image, upright_rgb
 from engine.media.fetch import ByteBudget, MediaFetcher
 from engine.media.guard import FetchPolicy
 from engine.media.source import MediaSource, check_media_limits, num_images
 from engine.preparation import MediaPreparation, PagedFile
-from engine.prompt import EngineInput, MediaItem, Message, PagesItem, PreparedMedia
+from engine.prompt import EngineInput, MediaItem, Message, PagesItem, PreparedMedia, Prompt, is_token_ids
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer
 
@@ -226,7 +226,7 @@ class Frontend:
         builder = self._builder.with_template(template)
         return Frontend(self._config, builder, self.retrieval, self._processor, self._fetcher)
 
-    def from_prompt(self, prompt: str | Mapping[str, Any], encode: Encode | None = None) -> PreparedPrompt:
+    def from_prompt(self, prompt: Prompt, encode: Encode | None = None) -> PreparedPrompt:
         """Prepare one prompt of :meth:`engine.llm.LLM.generate`.
 
         Args:
@@ -238,16 +238,18 @@ class Frontend:
         """
         if isinstance(prompt, str):
             return PreparedPrompt(self._builder.from_text(prompt))
+        if is_token_ids(prompt):
+            return PreparedPrompt(self._builder.from_token_ids(prompt))
         if not isinstance(prompt, Mapping):
             raise InvalidRequest(
-                "A prompt must be a text, or a dict with 'prompt' or 'prompt_token_ids', "
+                "A prompt must be a text, token ids, or a dict with 'prompt' or 'prompt_token_ids', "
                 f"not {type(prompt).__name__}.",
                 param="prompt",
             )
         unknown = prompt.keys() - _PROMPT_KEYS
         if unknown:
             raise InvalidRequest(f"A prompt has no entry {sorted(unknown)[0]!r}.", param="prompt")
-        data, salt = prompt.get(FIELD) or {}, prompt.get("cache_salt", "")
+        data, salt = media_entries(prompt), prompt.get("cache_salt", "")
         if are_embeddings(data.get("image")):
             given = self._given(data)
             inputs = self._inputs(prompt, [item for item, _ in given], salt)
@@ -310,7 +312,7 @@ class Frontend:
 
     def from_item(
         self,
-        item: str | Mapping[str, Any],
+        item: Prompt,
         encode: Encode | None = None,
         *,
         instruction: str | None = None,
@@ -329,8 +331,8 @@ class Frontend:
 
     def from_pair(
         self,
-        query: str | Mapping[str, Any],
-        document: str | Mapping[str, Any],
+        query: Prompt,
+        document: Prompt,
         encode: Encode | None = None,
         *,
         instruction: str | None = None,

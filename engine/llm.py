@@ -20,11 +20,11 @@ from engine.media.guard import FetchPolicy
 from engine.offline import Job, OfflineRunner, Params, Prepare
 from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
 from engine.pooling_params import Pooling, PoolingParams
+from engine.prompt import Prompt, is_token_ids
 from engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -105,7 +105,7 @@ class LLM:
         """Complete prompts; the results are in their order.
 
         Args:
-            prompts: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
+            prompts: text, token ids, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
                 ``"multi_modal_data": {"image": image or list of images}`` and, as in :meth:`chat`,
                 ``mm_processor_kwargs``; or a sequence of such.
             sampling_params: for all, or one for each.
@@ -269,6 +269,10 @@ class LLM:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             params = [params] * len(prepare)
+        if not all(isinstance(each, SamplingParams) for each in params):
+            raise InvalidRequest(
+                "sampling_params must be SamplingParams, or a list of them.", param="sampling_params"
+            )
         if len(params) != len(prepare):
             raise InvalidRequest(f"There are {len(prepare)} prompts, but {len(params)} sampling_params.")
         return [_request_output(job) for job in self._run(prepare, params, use_tqdm)]
@@ -288,11 +292,18 @@ def _config_error(error: ValidationError) -> ConfigError:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     # What is neither a prompt nor several is refused as a prompt would be.
-    one = isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable)
-    return [prompts] if one else list(prompts)  # type: ignore[list-item]
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        return [prompts]  # type: ignore[list-item]
+    many: list[Any] = list(prompts)
+    return [many] if is_token_ids(many) else many
 
 
 def _as_conversations(messages: Messages | Sequence[Messages]) -> Sequence[Any]:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise InvalidRequest(
+            f"messages must be a list of messages, or of such lists, not {type(messages).__name__}.",
+            param="messages",
+        )
     return [messages] if messages and isinstance(messages[0], Mapping) else messages
 
 

@@ -5,11 +5,19 @@ These types are plain data. They cross process boundaries, so they hold no tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
+
+#: A raw prompt: a text, its token ids, or a dict with either.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+def is_token_ids(value: Any) -> TypeGuard[Sequence[int]]:
+    """Return whether ``value`` is a list of token ids, rather than of prompts."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, int) for each in value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,20 @@ _WHERE = "multi_modal_data.image"
 _ROWS = "image_embeds"
 
 
+def is_pixels(value: Any) -> bool:
+    """Return whether ``value`` is an image as uint8 numbers: ``(H, W)``, ``(H, W, 3)``, or 4 with opacity."""
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
+        return False
+    return value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (3, 4))
+
+
 def are_embeddings(value: Any) -> bool:
     """Return whether ``multi_modal_data["image"]`` holds embeddings rather than images."""
     if isinstance(value, Mapping):
         return _ROWS in value
     first = value[0] if isinstance(value, list | tuple) and value else value
+    if is_pixels(first):
+        return False
     return isinstance(first, np.ndarray) or type(first).__module__.partition(".")[0] == "torch"
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
+
 from engine.errors import InvalidRequest, MediaError
+from engine.inputs.embeds import is_pixels
 from engine.inputs.pages import DOCUMENT_OPTIONS, FRAME_OPTIONS, page_options
 from engine.inputs.tool_calls import FUNCTION_CALL_ID, function_call, tool_calls
 from engine.inputs.video import media_kind, video_source
@@ -21,7 +24,8 @@ MAX_PARTS = 4096
 DETAILS = ("auto", "low", "high", "original")
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_IMAGE_PARTS = ("image_url", "input_image", "image")
+#: ``image_pil`` is vLLM's name of ``image`` for a PIL image.
+_IMAGE_PARTS = ("image_url", "input_image", "image", "image_pil")
 _VIDEO_PARTS = ("video_url", "input_video", "video")
 _FILE_PARTS = ("file", "input_file")
 _ROWS_PART = "image_embeds"
@@ -38,7 +42,7 @@ def parse_messages(raw: Sequence[Mapping[str, Any]]) -> tuple[list[Message], lis
 
     Args:
         raw: OpenAI messages as plain data. Beside OpenAI's parts, offline callers may give
-            ``{"type": "image", "image": PIL image | bytes | URL}`` and
+            ``{"type": "image", "image": PIL image | uint8 pixels (height, width, 3) | bytes | URL}`` and
             ``{"type": "video", "video": bytes | URL | [frame, ...]}`` with frames of the same kinds. Parts of
             videos take ``fps``, ``num_frames`` and, for lists of frames, ``timestamps``; those of documents
             ``pages``, ``max_pages``, ``dpi`` and ``text``; those of image files ``pages`` and ``max_pages``.
@@ -157,6 +161,7 @@ def _image(part: Mapping[str, Any], kind: str, index: int, where: str, uuid: str
     part_where = where
     key = "image" if kind == "image" and "image" in part else "image_url"
     key = "url" if kind == "image" and "url" in part else key
+    key = kind if kind == "image_pil" else key
     if part.get("source") is not None and part.get(key) is None:
         raise InvalidRequest(
             f"{where}.source: give the image as image_url, an object with its url (http, https or data).",
@@ -229,6 +234,8 @@ def _source(value: Any, index: int, where: str, detail: str) -> MediaSource:
         return MediaSource(index, where, data=bytes(value), detail=detail)
     if hasattr(value, "convert") and hasattr(value, "size"):
         return MediaSource(index, where, image=value, detail=detail)
+    if is_pixels(value):
+        return MediaSource(index, where, image=Image.fromarray(value), detail=detail)
     raise MediaError(f"{where} must be the URL of an image (http, https or data).", param=where)
 
 

@@ -9,19 +9,32 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import InvalidRequest
+from engine.inputs.embeds import is_pixels
 from engine.inputs.video import is_video_file, read_video, video_source
 from engine.media.source import MediaSource
 
 FIELD = "multi_modal_data"
 
 
+def media_entries(prompt: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The prompt's ``multi_modal_data``; empty if it has none.
+
+    Raises:
+        InvalidRequest: it is no mapping.
+    """
+    data = prompt.get(FIELD) or {}
+    if not isinstance(data, Mapping):
+        raise InvalidRequest(f"{FIELD} must be a dict, not {type(data).__name__}.", param=FIELD)
+    return data
+
+
 def media_sources(data: Mapping[str, Any]) -> list[MediaSource]:
     """The sources of all images, then of all videos.
 
     Args:
-        data: ``image``: a PIL image, bytes of an encoded one, or a list of such; ``video``: the bytes of a
-            file, a list of frames as PIL images, uint8 frames ``(n, height, width, 3)``, a message part of
-            the type ``video``, or a list of such.
+        data: ``image``: a PIL image, bytes of an encoded one, uint8 pixels ``(height, width, 3)``, or a list
+            of such; ``video``: the bytes of a file, a list of frames as PIL images, uint8 frames
+            ``(n, height, width, 3)``, a message part of the type ``video``, or a list of such.
 
     Raises:
         InvalidRequest: naming the entry that can't be used.
@@ -71,4 +84,6 @@ def _source(value: Any, index: int, where: str) -> MediaSource:
         return MediaSource(index, where, image=value)
     if isinstance(value, bytes):
         return MediaSource(index, where, data=value)
+    if is_pixels(value):
+        return MediaSource(index, where, image=Image.fromarray(value))
     raise InvalidRequest(f"{where} must be a PIL image, not {type(value).__name__}.", param=where)

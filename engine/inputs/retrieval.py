@@ -17,9 +17,9 @@ from engine.families.retrieval import Part, RetrievalFormat
 from engine.inputs.builder import PromptBuilder
 from engine.outputs import EmbeddingOutput
 from engine.pooling_params import Pooling, PoolingParams
-from engine.prompt import Message, TextPart
+from engine.prompt import Message, Prompt, TextPart
 
-Item = str | Mapping[str, Any]
+Item = Prompt
 """A text, or an object with ``text``, an image's ``image`` or ``image_url``, or chat parts in ``content``."""
 
 
@@ -47,6 +47,8 @@ def parts_of(item: Item, field: str) -> list[Part]:
     """
     if isinstance(item, str):
         item = {"text": item}
+    if not isinstance(item, Mapping):
+        raise InvalidRequest(f"{field} must be a text or a dict, not {type(item).__name__}.", param=field)
     content = item.get("content", item.get("multi_modal"))
     if isinstance(content, list):
         return content
@@ -71,8 +73,8 @@ def parts_of(item: Item, field: str) -> list[Part]:
 
 def only_text(item: Item) -> str | None:
     """The item's text if it is nothing else."""
-    if isinstance(item, str):
-        return item
+    if not isinstance(item, Mapping):
+        return item if isinstance(item, str) else None
     text = item.get("text")
     return text if set(item) == {"text"} and isinstance(text, str) else None
 

@@ -89,25 +89,61 @@ def test_every_way_to_give_a_prompt(llm):
         {"prompt": "hello world"},
         {"prompt_token_ids": encode("hello world")},
         {"prompt_token_ids": np.array(encode("hello world"))},
+        encode("hello world"),
         about(one),
         about([one]),
+        about(np.array(one)),
         {"prompt_token_ids": encode(IMAGE + "what?"), "multi_modal_data": {"image": one}},
         about([one, two], both),
         about([two, one], both),
     ]
     together = generated(llm, prompts)
     assert together == [tokens for prompt in prompts for tokens in generated(llm, prompt)]
-    assert together[0] == together[1] == together[2] == together[3]
-    assert together[4] == together[5] == together[6]
+    assert together[0] == together[1] == together[2] == together[3] == together[4]
+    assert together[5] == together[6] == together[7] == together[8]
     assert len({tuple(tokens) for tokens in together}) == 4
     assert llm.generate([], use_tqdm=False) == []
+    assert generated(llm, encode("hello world")) == together[:1]
+
+
+def test_every_way_to_show_a_picture_in_a_message(llm):
+    picture = tiny.picture(60, 44, 1)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    found = []
+    for shown in (
+        {"type": "image", "image": picture},
+        {"type": "image_pil", "image_pil": picture},
+        {"type": "image", "image": np.array(picture)},
+        {"type": "image", "image": file.getvalue()},
+    ):
+        message = {"role": "user", "content": [shown, "what?"]}
+        found.append(llm.chat([message], GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
+    assert found == found[:1] * 4
+    blank = {"role": "user", "content": [{"type": "image", "image": np.zeros((44, 60), np.uint8)}, "what?"]}
+    assert llm.chat([blank], GREEDY, use_tqdm=False)[0].outputs[0].token_ids != found[0]
+
+
+@pytest.mark.parametrize("given", [{"role": "user", "content": "a"}, "a", None, 3], ids=repr)
+def test_what_is_no_conversation(llm, given):
+    with pytest.raises(InvalidRequest, match="must be a list of messages, or of such lists") as refused:
+        llm.chat(given, use_tqdm=False)
+    assert refused.value.param == "messages"
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": 3}, [None], "greedy"], ids=repr)
+def test_what_are_no_sampling_params(llm, given):
+    with pytest.raises(InvalidRequest, match="must be SamplingParams, or a list") as refused:
+        llm.generate("a", given, use_tqdm=False)
+    assert refused.value.param == "sampling_params"
 
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
         (3, "not int"),
-        ([3], "not int"),
+        ([3, "a"], "not int"),
+        ([[3, "a"]], "not list"),
         ({"prompt": "a", "mm_processor_kwargs": [1]}, "mm_processor_kwargs must be an object"),
         pytest.param(
             about(tiny.picture(24, 24)) | {"mm_processor_kwargs": {"num_crops": 4}},
@@ -124,6 +160,8 @@ def test_every_way_to_give_a_prompt(llm):
         ({"prompt": "a", "cache_salt": "\ud800"}, "cache_salt must be a string"),
         (about(3), r"multi_modal_data\.image\[0\] must be a PIL image, not int"),
         ({"prompt": "a", "multi_modal_data": {"audio": []}}, "no entry 'audio'"),
+        ({"prompt": "a", "multi_modal_data": "a.png"}, "multi_modal_data must be a dict, not str"),
+        (about(np.zeros((4, 4, 4, 3), np.uint8)), "must be of floating-point numbers"),
         (about([]), "image placeholders in the prompt is 1, but the number of images given is 0"),
     ],
     ids=str,

@@ -90,6 +90,8 @@ def test_scores_of_a_reranker_are_those_of_transformers(qwen3_vl, reference, bud
         # Scores that hardly differ would prove nothing.
         assert max(expected) - min(expected) > 0.02
         np.testing.assert_allclose(found, expected, atol=1e-4)
+    with pytest.raises(InvalidRequest, match="must be a text or a dict, not list"):
+        llm.score("a", [5, 6], use_tqdm=False)
     llm.check_integrity()
 
 
