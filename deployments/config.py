@@ -38,6 +38,8 @@ from engine.parsers.formats import REASONING_TAGS, TOOL_FORMATS
 #: Model folders of the configuration are relative to the working directory, or to this one.
 PROJECT = Path(__file__).resolve().parent.parent
 
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#]+")
+
 
 class ModelSpec(StrictModel):
     """One model: its engine, and how each of its stages is deployed.
@@ -182,6 +184,16 @@ class IngressConfig(StageConfig):
     graceful_shutdown_timeout_s: NonNegativeFloat = 120.0
     # Above max_active_requests, so that the ingress refuses first: its answer says what happened.
     max_ongoing_requests: PositiveInt = 4096
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_as_browsers_send_them(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin. Write http://localhost:3000, without path or slash, or *."
+                )
+        return tuple(origin.lower() for origin in value)
 
     @property
     def response_limits(self) -> tuple[int, int, float]:

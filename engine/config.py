@@ -91,7 +91,7 @@ class EngineConfig(BaseModel):
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     max_model_len: PositiveInt | None = None
     block_size: PositiveInt = 16
-    num_kv_blocks: PositiveInt | None = None
+    num_kv_blocks: int | None = Field(default=None, ge=2)
     kv_cache_bytes: PositiveInt = 256 << 20
     state_snapshot_bytes: NonNegativeInt | None = None
     gpu_memory_utilization: float = Field(default=0.9, gt=0.0, le=1.0)

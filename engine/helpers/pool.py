@@ -13,6 +13,7 @@ import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -106,7 +107,8 @@ class Helper:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        self._socket.settimeout(left)
+        # No system's timer takes what stands for "forever".
+        self._socket.settimeout(min(left, threading.TIMEOUT_MAX))
 
 
 class HelperPool:

@@ -52,6 +52,10 @@ class ImageLimits:
     max_total_pixels: PositiveInt = 256_000_000
     formats: tuple[ImageFormat, ...] = get_args(ImageFormat)
 
+    def __post_init__(self) -> None:
+        if not self.formats:
+            raise ValueError("formats must name at least one format")
+
     @property
     def readable(self) -> tuple[str, ...]:
         """The formats that this process can read."""

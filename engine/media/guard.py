@@ -7,8 +7,9 @@ import os
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 from yarl import URL
 
 from engine.errors import MediaForbidden
@@ -30,6 +31,8 @@ _NEVER = tuple(
 _CONTROL = re.compile(r"[\x00-\x20\x7f-\x9f\\]")
 _ENDS_IN_NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0[xX][0-9a-fA-F]*)\.?$")
 _MAX_URL = 8192
+#: A host's name, or the end of names; addresses are told apart by :mod:`ipaddress`.
+_HOST_ENTRY = re.compile(r"\.?[\w-]+(?:\.[\w-]+)*")
 #: How each absolute URL begins.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -69,7 +72,7 @@ class FetchPolicy(BaseModel):
 
     allow_http: bool = True
     allowed_hosts: tuple[str, ...] | None = None
-    allowed_ports: frozenset[int] = frozenset({80, 443})
+    allowed_ports: frozenset[Annotated[int, Field(ge=1, le=65535)]] = frozenset({80, 443})
     allow_private: tuple[IPv4Network | IPv6Network, ...] = ()
     allowed_local_media_path: str | Path | None = None
     timeout: PositiveFloat = Field(default_factory=lambda: _from_environment("IMAGE", 5.0))
@@ -85,6 +88,11 @@ class FetchPolicy(BaseModel):
     max_waiting_per_host: PositiveInt = 256
     queue_timeout: PositiveFloat = 30.0
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_as_urls_have_them(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return value if value is None else tuple(map(_host_entry, value))
+
     def byte_limit(self, kind: str) -> int:
         """Most bytes of one file of an ``image``, ``video`` or ``document``."""
         limits = {"video": self.max_video_bytes, "document": self.max_document_bytes}
@@ -94,6 +102,24 @@ class FetchPolicy(BaseModel):
         """Seconds that a host has for one file of that kind."""
         limits = {"video": self.video_timeout, "document": self.document_timeout}
         return limits.get(kind, self.timeout)
+
+
+def _host_entry(entry: str) -> str:
+    """An entry of ``allowed_hosts`` in the form of :attr:`yarl.URL.raw_host`: in lower case, in ASCII.
+
+    Raises:
+        ValueError: no host would match it.
+    """
+    try:
+        return str(ipaddress.ip_address(entry))
+    except ValueError:
+        if not _HOST_ENTRY.fullmatch(entry):
+            raise ValueError(
+                f"{entry!r} is no host's name. Write example.com, or .example.com for all hosts below it, "
+                "without scheme, port and path."
+            ) from None
+    name = entry.removeprefix(".")
+    return entry[: -len(name)] + (URL.build(scheme="http", host=name).raw_host or "")
 
 
 def check_url(text: str, policy: FetchPolicy, where: str) -> URL:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 
 
 class DocumentLimits(BaseModel):
@@ -23,3 +25,9 @@ class DocumentLimits(BaseModel):
     max_pages: PositiveInt = 100
     max_text: PositiveInt = 1 << 20
     seconds: PositiveFloat = 60.0
+
+    @model_validator(mode="after")
+    def _pages_may_be_rendered(self) -> Self:
+        if self.dpi > self.max_dpi:
+            raise ValueError(f"dpi is {self.dpi:g}, more than max_dpi, {self.max_dpi:g}")
+        return self

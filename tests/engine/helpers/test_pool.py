@@ -1,5 +1,6 @@
 """Helper processes: what they are asked and answer, and what becomes of those that die."""
 
+import math
 import os
 import subprocess
 import sys
@@ -66,6 +67,12 @@ def test_a_process_that_dies_or_is_too_slow_is_replaced(pool, message):
         assert helper.ask({"a": 1}, LONG) == ({"a": 1}, None)
     with pool.helper() as helper:
         assert helper.process_id != first
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e30])
+def test_a_time_may_be_endless(pool, seconds):
+    with pool.helper() as helper:
+        assert helper.ask({"a": 1}, seconds) == ({"a": 1}, None)
 
 
 def test_a_second_process_starts_only_for_a_second_task(pool):

@@ -1,6 +1,7 @@
 import ipaddress
 
 import pytest
+from pydantic import ValidationError
 
 from engine.errors import MediaForbidden
 from engine.media.guard import FetchPolicy, check_url, is_allowed
@@ -102,6 +103,29 @@ def test_the_policy_narrows_schemes_hosts_and_ports():
     ):
         with pytest.raises(MediaForbidden):
             check_url(url, policy, WHERE)
+
+
+def test_hosts_are_listed_as_urls_have_them():
+    hosts = ("EXAMPLE.com", ".Bücher.example", "::1", "0:0::2", "a_b.org")
+    policy = FetchPolicy(allowed_hosts=hosts, allow_private=("::/0",))
+    assert policy.allowed_hosts == ("example.com", ".xn--bcher-kva.example", "::1", "::2", "a_b.org")
+    for url in ("https://Example.com/", "https://www.bücher.example/", "https://[::1]/", "https://a_b.org/"):
+        check_url(url, policy, WHERE)
+
+
+@pytest.mark.parametrize(
+    "entry", ["https://example.com", "example.com:80", "example.com/a", "*.example.com", "", ".", "a b"]
+)
+def test_a_list_with_an_entry_that_no_host_would_match_is_refused(entry):
+    with pytest.raises(ValidationError, match=r"no host's name\. Write example\.com") as refused:
+        FetchPolicy(allowed_hosts=("a.org", entry))
+    assert refused.value.errors()[0]["loc"] == ("allowed_hosts",)
+
+
+@pytest.mark.parametrize("port", [0, 65536])
+def test_a_port_that_there_is_not_is_refused(port):
+    with pytest.raises(ValidationError, match="allowed_ports"):
+        FetchPolicy(allowed_ports={443, port})
 
 
 def test_the_timeout_comes_from_the_environment(monkeypatch):
