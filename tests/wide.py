@@ -66,15 +66,21 @@ def cover(rows: Sequence[dict[str, Any]], strength: int) -> set[int]:
 
     Rows are taken greedily: those that add most combinations, and of these one whose values were taken least.
     """
-    combined = [set(combinations(sorted(row.items()), min(strength, len(row)))) for row in rows]
-    missing, kept = set().union(*combined), set()
+    numbers: dict[Any, int] = {}
+    combined = []
+    for row in rows:
+        found = combinations(sorted(row.items()), min(strength, len(row)))
+        combined.append(sum(1 << numbers.setdefault(each, len(numbers)) for each in found))
+    missing, kept = (1 << len(numbers)) - 1, set()
     taken: Counter[Any] = Counter()
     while missing:
-        best = max(
-            range(len(rows)),
-            key=lambda row: (len(combined[row] & missing), -sum(taken[each] for each in rows[row].items())),
+        added = [(row & missing).bit_count() for row in combined]
+        most = max(added)
+        best = min(
+            (number for number, count in enumerate(added) if count == most),
+            key=lambda row: sum(taken[each] for each in rows[row].items()),
         )
         kept.add(best)
-        missing -= combined[best]
+        missing &= ~combined[best]
         taken.update(rows[best].items())
     return kept

@@ -29,6 +29,8 @@ from engine.weights.reader import DTYPES
 
 _FP8 = "F8_E4M3"
 _SCALES = ("weight_scale", "weight_scale_inv")
+#: The dtypes of int4's scales.
+INT4_SCALES = {name: DTYPES[name] for name in ("F16", "BF16", "F32")}
 #: The tensors of all experts, whose names don't end in ``weight``.
 _OF_EXPERTS = r".*\.experts\.(?:gate_up|down)_proj"
 #: Scales of keys and values.
@@ -171,9 +173,10 @@ def _int4_format(
     if stem + scales not in names:
         raise CheckpointError(f"tensor {names[stem + words]} is in int4 and has no scales")
     stored = tensors[names[stem + scales]].dtype
-    if stored not in ("F16", "BF16", "F32"):
+    if stored not in INT4_SCALES:
+        allowed = ", ".join(INT4_SCALES)
         raise CheckpointError(
-            f"tensor {names[stem + scales]} has dtype {stored}; scales of int4 should be F16, BF16 or F32"
+            f"tensor {names[stem + scales]} has dtype {stored}; scales of int4 should be {allowed}"
         )
     return Int4Format(
         quantisation.layout,
@@ -182,7 +185,7 @@ def _int4_format(
         indexed=stem + index in names,
         shuffled=quantisation.shuffled and stem + index in names,
         less_one=quantisation.less_one,
-        scale_dtype=DTYPES[stored],
+        scale_dtype=INT4_SCALES[stored],
     )
 
 

@@ -11,12 +11,14 @@ constants; with ``--wide`` all of them, and those of more shapes.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -566,6 +568,11 @@ class Variant:
     options: Any
     attributes: Any
 
+    def compile(self) -> Any:
+        """Return the compiled kernel."""
+        arguments = self.signature, self.device, self.constants, self.options, self.attributes
+        return self.kernel._do_compile(self.key, *arguments, warmup=True)
+
     def row(self) -> dict[str, str]:
         """What tells variants apart: types, without tiles of TMA descriptors, constants, warps."""
         types = {name: str(type_).split("[")[0] for name, type_ in self.signature.items()}
@@ -593,28 +600,31 @@ def launched(cases: Sequence[Callable[[], None]]) -> list[Variant]:
     return found
 
 
-def covering(variants: Sequence[Variant]) -> list[Variant]:
-    """The variants that together have, for each kernel, each type and each value."""
+def covering(variants: Sequence[Variant], strength: int = 1) -> list[Variant]:
+    """The variants that together have, for each kernel, each combination of ``strength`` types and values."""
     by_kernel: dict[str, list[Variant]] = defaultdict(list)
     for variant in variants:
         by_kernel[variant.kernel.__name__].append(variant)
     return [
         each[number]
         for each in by_kernel.values()
-        for number in sorted(cover([variant.row() for variant in each], 1))
+        for number in sorted(cover([variant.row() for variant in each], strength))
     ]
+
+
+def compile_all(variants: Sequence[Variant]) -> None:
+    """Compile ``variants`` and print a row for each."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for variant, kernel in zip(variants, pool.map(Variant.compile, variants), strict=True):
+            usage = resources(kernel.asm["cubin"])
+            print(json.dumps({"kernel": variant.kernel.__name__, **usage}), flush=True)
 
 
 def main() -> None:
     prepare()
     wide = "--wide" in sys.argv
     variants = launched([*CASES, *(MORE_CASES if wide else ())])
-    for each in variants if wide else covering(variants):
-        kernel = each.kernel._do_compile(
-            each.key, each.signature, each.device, each.constants, each.options, each.attributes, warmup=True
-        )
-        name = each.kernel.__name__
-        print(json.dumps({"kernel": name, **resources(kernel.asm["cubin"])}), flush=True)
+    compile_all(variants if wide else covering(variants))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """All kernels compile for a Hopper GPU, with or without one."""
 
+import inspect
 import json
 import os
 import re
@@ -8,9 +9,12 @@ import sys
 
 import pytest
 
+from engine.kernels import dispatch
 from tests.serving import ROOT
 
 pytestmark = pytest.mark.timeout(600)
+#: Finds the names of kernels in a source.
+KERNEL = re.compile(r"def (_\w+_kernel)\(")
 
 
 def run(module: str, *options: str) -> str:
@@ -29,10 +33,19 @@ def test_all_kernels_compile_and_hardly_spill_registers(wide):
     options = ["--wide"] if wide else []
     compiled = [json.loads(line) for line in run("tests.engine.kernels.hopper", *options).splitlines()]
     sources = (path.read_text() for path in (ROOT / "engine" / "kernels").glob("*.py"))
-    kernels = {name for source in sources for name in re.findall(r"def (_\w+_kernel)\(", source)}
+    kernels = {name for source in sources for name in KERNEL.findall(source)}
     assert len(kernels) > 10 and {kernel["kernel"] for kernel in compiled} == kernels
     # Newer compilers spill a few registers of decode attention's prefetched tile.
     assert [kernel for kernel in compiled if kernel["stack"] > 128] == []
+
+
+def test_all_that_the_choice_among_kernels_lets_through_compiles(wide):
+    options = ["--wide"] if wide else []
+    lines = run("tests.engine.kernels.admitted", *options).splitlines()
+    chosen = [item for name, item in vars(dispatch).items() if name.endswith(("_triton", "_gluon"))]
+    sources = {inspect.getsource(inspect.getmodule(function)) for function in chosen}
+    kernels = {name for source in sources for name in KERNEL.findall(source)}
+    assert len(kernels) > 10 and kernels <= {json.loads(line)["kernel"] for line in lines}
 
 
 def test_start_up_compiles_each_kernel_once_for_all_batch_sizes():

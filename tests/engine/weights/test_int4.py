@@ -187,7 +187,7 @@ def with_tensor(name, tensor):
         ),
         (
             with_tensor("model.layers.0.self_attn.q_proj.scales", torch.ones(4, 64).double()),
-            r"q_proj\.scales has dtype F64; scales of int4 should be F16, BF16 or F32",
+            r"q_proj\.scales has dtype F64; scales of int4 should be F16, BF16, F32",
         ),
         (
             with_tensor("model.norm.weight", torch.ones(64, dtype=torch.int32)),
