@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,15 @@ from engine.kernels.skinny_gemm import split_counters
 #: Layers of Qwen2-VL-7B, and a square one: (name, input features, output features)
 LAYERS = [("qkv", 3584, 4608), ("gate_up", 3584, 37888), ("down", 18944, 3584), ("square", 4096, 4096)]
 TINY_LAYERS = [("tiny", 64, 80)]
+#: Layers of Qwen2-VL-72B, Qwen2.5-VL-32B and Mistral Small 24B.
+LARGE_LAYERS = [
+    ("72B qkv", 8192, 10240), ("72B o", 8192, 8192), ("72B gate_up", 8192, 59136), ("72B down", 29568, 8192),
+    ("32B gate_up", 5120, 55296), ("32B down", 27648, 5120),
+    ("24B gate_up", 5120, 65536), ("24B down", 32768, 5120),
+]  # fmt: skip
 BATCHES, TINY_BATCHES = (1, 4, 16, 64, 128, 256, 4096), (1, 20, 129)
+#: Rows of a large layer.
+LARGE_BATCHES = (1, 2, 4, 8, 16, 64)
 #: Inputs that share a scale, and whether there are zero points: as in AWQ, and in symmetric GPTQ.
 SCHEMES = (("groups of 128, zeros", 128, True), ("groups of 128", 128, False), ("groups of 32", 32, False))
 #: Kinds of floats, and inputs that share a scale.
@@ -41,6 +50,11 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
                 yield Case(
                     _kernel("fp4", group, batch), f"{name} {inputs}->{outputs}, {kind}, {batch}", build
                 )
+
+    scheme, group, zeros = SCHEMES[0]
+    for (name, inputs, outputs), batch in product([] if tiny else LARGE_LAYERS, LARGE_BATCHES):
+        build = partial(problem, device, batch, inputs, outputs, group, zeros)
+        yield Case(_kernel("int4", group, batch), f"{name} {inputs}->{outputs}, {scheme}, {batch}", build)
 
 
 def _kernel(kind: str, group: int, batch: int) -> str:
