@@ -32,6 +32,8 @@ decides::
                       int4_gemm_triton            Triton, 2 to 128 rows, 16-bit       int4_gemm.py
                       dequantise_int4, F.linear   otherwise                           int4.py
     linear, gated     wide_gemm_gluon             Hopper, 16-bit, over 64 rows        wide_gemm.py
+                      ring_gate_gluon             Hopper, 16-bit, 17 to 64 rows, 129  ring_gate.py
+                                                  to 144 outputs an SM, no bias
     linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, fp8     fp8_mma.py
                       of rounded rows             made for fp8 inputs, Hopper, one
                                                   scale an output

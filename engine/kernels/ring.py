@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from engine.kernels.fp8 import FP8
 
 # Newer versions of Triton renamed these functions.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 #: Waits for all threads of the warps that run the caller.
 block_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+#: Bytes of a row of a matrix in a step of a GEMM.
+STEP_BYTES = 128
+#: Types of matrices that :func:`describe` knows.
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}
+
+
+def has_descriptor(matrix: torch.Tensor) -> bool:
+    """Return whether a TMA descriptor can describe ``matrix``: rows contiguous, at multiples of 16 bytes."""
+    row, column = matrix.stride()
+    return column == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def describe(matrix: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Describe tiles of ``rows`` rows and ``STEP_BYTES`` of each."""
+    box = [rows, STEP_BYTES // matrix.element_size()]
+    layout = gl.NVMMASharedLayout.get_default_for(box, DTYPES[matrix.dtype])
+    return TensorDescriptor.from_tensor(matrix, box, layout)
+
+
+def described(weight: torch.Tensor, rows: int) -> TensorDescriptor:
+    """:func:`describe` a weight once, for as long as it lives: it is most of the host time of a launch."""
+    found = _DESCRIPTORS.setdefault(weight, {})
+    if rows not in found:
+        found[rows] = describe(weight, rows)
+    return found[rows]
+
+
+#: Descriptors by weight, then by rows of a tile.
+_DESCRIPTORS = WeakTensorKeyDictionary()
 
 
 @gluon.jit

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch.utils.weak import WeakTensorKeyDictionary
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,20 +22,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.device import MEMORY_BOUND_ROWS, is_hopper, num_sms
 from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
-from engine.kernels.ring import barriers, block_barrier, buffers, tma_load
+from engine.kernels.ring import (
+    DTYPES,
+    STEP_BYTES,
+    barriers,
+    block_barrier,
+    buffers,
+    describe,
+    described,
+    has_descriptor,
+    tma_load,
+)
 from engine.kernels.split_sums import SplitSums
 
-#: Bytes of a row of the weight in a step.
-_STEP_BYTES = 128
 #: With fewer inputs, and with fewer in fp8, skinny_gemm.py is as fast.
 _MIN_INPUTS, _MIN_ROUNDED_INPUTS = 1024, 8192
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 
 
@@ -63,22 +68,17 @@ def choose_tile(outputs: int, inputs: int, *, itemsize: int, sms: int) -> RingTi
         itemsize: bytes of an element.
         sms: SMs of the GPU.
     """
-    tiles, steps = triton.cdiv(outputs, 64), triton.cdiv(inputs * itemsize, _STEP_BYTES)
+    tiles, steps = triton.cdiv(outputs, 64), triton.cdiv(inputs * itemsize, STEP_BYTES)
     # One program on an SM, with as many steps as fit; a few steps are all loaded in advance.
-    return RingTile(64, 13, max(2, min(sms // tiles, triton.cdiv(steps, 8))))
+    programs, depth = (sms, 13) if 2 * tiles <= sms else (2 * sms, 6)
+    return RingTile(64, depth, max(2, min(programs // tiles, triton.cdiv(steps, 8))))
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
     fits = weight.shape[1] >= (_MIN_INPUTS if x.element_size() == 2 else _MIN_ROUNDED_INPUTS)
-    known = x.dtype == weight.dtype and x.dtype in _DTYPES and 1 < x.shape[0] <= MEMORY_BOUND_ROWS
-    return fits and known and _has_descriptor(x) and _has_descriptor(weight) and is_hopper(x.device)
-
-
-def _has_descriptor(matrix: torch.Tensor) -> bool:
-    """Return whether a TMA descriptor can describe ``matrix``: rows contiguous, at multiples of 16 bytes."""
-    row, column = matrix.stride()
-    return column == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    known = x.dtype == weight.dtype and x.dtype in DTYPES and 1 < x.shape[0] <= MEMORY_BOUND_ROWS
+    return fits and known and has_descriptor(x) and has_descriptor(weight) and is_hopper(x.device)
 
 
 def ring_gemm_gluon(
@@ -101,33 +101,17 @@ def ring_gemm_gluon(
     tile = choose_tile(outputs, inputs, itemsize=x.element_size(), sms=num_sms(x.device))
     # Two heights only: a kernel per power of two would make start-up longer.
     columns = 16 if rows <= 16 else MEMORY_BOUND_ROWS
-    width = _STEP_BYTES // x.element_size()
+    width = STEP_BYTES // x.element_size()
     out = torch.empty((tile.splits, rows, outputs), dtype=torch.float32, device=x.device)
     launch(
         _ring_gemm_kernel, (triton.cdiv(outputs, tile.outputs), tile.splits),
-        x_desc=_describe(x, columns), weight_desc=_described(weight, tile.outputs),
+        x_desc=describe(x, columns), weight_desc=described(weight, tile.outputs),
         bias_ptr=out if bias is None else bias, out_ptr=out, scale_ptr=out if scale is None else scale.values,
         row_scale_ptr=out if row_scale is None else row_scale, rows=rows, outputs=outputs,
         steps=triton.cdiv(inputs, width), ROWS=columns, TILE=tile.outputs, WIDTH=width, DEPTH=tile.depth,
         BIAS=bias is not None, num_warps=4, **pdl_options(x),
     )  # fmt: skip
     return SplitSums(out, dtype or x.dtype)
-
-
-def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    box = [rows, _STEP_BYTES // x.element_size()]
-    return TensorDescriptor.from_tensor(x, box, gl.NVMMASharedLayout.get_default_for(box, _DTYPES[x.dtype]))
-
-
-def _described(weight: torch.Tensor, rows: int) -> TensorDescriptor:
-    descriptor = _DESCRIPTORS.get(weight)
-    if descriptor is None:
-        descriptor = _DESCRIPTORS[weight] = _describe(weight, rows)
-    return descriptor
-
-
-#: Descriptors by weight, for as long as it lives: creating them is most of the host time of a launch.
-_DESCRIPTORS = WeakTensorKeyDictionary()
 
 
 # ``rows`` differs between batches; specialising on it would compile the kernel again at start-up.

@@ -273,6 +273,14 @@ def before_norm() -> None:
         ring_gemm_gluon(tensor(rows, 18944, dtype=FP8), tensor(3584, 18944, dtype=FP8), **scales, dtype=BF16)
 
 
+def even_gates() -> None:
+    """Gated GEMMs of up to 64 rows."""
+    from engine.kernels.ring_gate import ring_gate_gluon
+
+    for outputs, inputs in ((17152, 4096), (18944, 3584)):
+        ring_gate_gluon(tensor(64, inputs), tensor(2 * outputs, inputs), "silu")
+
+
 def int4_weights() -> None:
     """int4 weights: groups of 128 with zero points (AWQ), symmetric groups of 32, one group."""
     from engine.kernels.int4 import Int4Scale, dequantise_int4_triton
@@ -481,6 +489,7 @@ CASES: list[Callable[[], None]] = [
     partial(short_conv, [300, 1, 7], bias=True),
     fp8_weights,
     before_norm,
+    even_gates,
     int4_weights,
     # Of the two kinds of floats this one takes more registers.
     partial(float_weights, "nvfp4", 16),
