@@ -29,9 +29,7 @@ def test_it_equals_float64(hopper, rows, share, missing, inputs, dtype):
         assert_close(ring_gate_gluon(x, weight, "silu"), expected)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "sms"), [(8960, 132), (18944, 132), (11008, 132), (9728, 132), (1300, 20)]
-)
+@pytest.mark.parametrize(("outputs", "sms"), [(18944, 132), (17152, 132), (2600, 20)])
 def test_shares_cover_all_outputs(outputs, sms):
     share = choose_share(outputs, sms)
     assert sms * (128 + share.rest) >= outputs > sms * (128 + share.rest - 4)
