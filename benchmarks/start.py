@@ -121,7 +121,8 @@ def main() -> None:
     options.preprocessors = options.ingresses = options.encoders = options.language_models = (
         options.images
     ) = 1
-    options.encoder_gpu = options.one_process = False
+    options.encoder_gpu = options.one_process = options.engine_in_replica = False
+    options.first_token_goal = None
     options.duty_cycle, options.batch_patches = 1.0, 32768
     options.seqs, options.batched_tokens = 256, 8192 if options.gpu else 512
     rows = []

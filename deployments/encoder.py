@@ -54,14 +54,14 @@ class VisionEncoder:
             duty_cycle=config.duty_cycle,
         )
 
-    async def encode(self, pixels: PreparedMedia, salt: str) -> EmbeddedMedia:
-        """Encode one item; ``salt`` keeps the caches of tenants apart.
+    async def encode(self, pixels: PreparedMedia, salt: str, asked: float) -> EmbeddedMedia:
+        """Encode one item; arguments as of :meth:`deployments.stages.EncoderStage.encode`.
 
         Raises:
             StageLost: the encoder has stopped.
         """
         with self._meter.request() as span, stopping_is_loss():
-            embedded = await self._engine.encode_async(pixels, salt=salt)
+            embedded = await self._engine.encode_async(pixels, salt=salt, asked=asked)
             span.note(visual_tokens=pixels.item.num_tokens, cached=embedded.cached)
             self._meter.count_bytes(pixels.pixels.nbytes, embedded.rows.nbytes)
             return embedded

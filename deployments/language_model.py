@@ -68,6 +68,7 @@ class LanguageModel:
             priority=request.priority,
             progress=request.progress,
             relay=relay,
+            asked=request.asked,
         )
         self._meter.count_bytes(sum(embedded.rows.nbytes for embedded in media))
         usage: Usage | None = None

@@ -269,14 +269,14 @@ class Pipeline:
         distinct = {each.item.hash: each for each in pixels}
         if not distinct:
             return (), []
-        encoder = self._stages.encoder
+        encoder, asked = self._stages.encoder, _asked()
         assert encoder is not None
 
         async def encode(each: Pixels) -> tuple[Rows, float]:
             if each.embedded is not None:
                 return each.embedded, 0.0
             began = time.perf_counter()
-            return await encoder.encode(each, salt), time.perf_counter() - began
+            return await encoder.encode(each, salt, asked), time.perf_counter() - began
 
         with self.meter.call("encoder"):
             found = await all_or_none(map(encode, distinct.values()))
@@ -314,7 +314,7 @@ class Pipeline:
         async def encode_again() -> Sequence[Rows]:
             return await patience.call(prompt.encode_again)
 
-        request = Generation(request_id, prompt.inputs, params, priority)
+        request = Generation(request_id, prompt.inputs, params, priority, asked=_asked())
         stage = self._stages.language_model
 
         def around() -> AbstractContextManager[None]:
@@ -351,6 +351,12 @@ class Pipeline:
             began = arrival.get() or time.perf_counter()
             deadline = asyncio.get_running_loop().time() + self.timeout_s - (time.perf_counter() - began)
         return Patience(self.replay, deadline, lambda: self.meter.failover(work))
+
+
+def _asked() -> float:
+    """When the client asked, by ``time.time()``; now if this is no work for an HTTP request."""
+    began = arrival.get()
+    return time.time() - (0.0 if began is None else time.perf_counter() - began)
 
 
 def _pixels(media: Sequence[Shown]) -> list[Pixels]:

@@ -92,6 +92,7 @@ class Generation:
         params: how to sample.
         priority: requests with a smaller number are scheduled first.
         progress: what the caller has of the answer already; the stream brings the rest.
+        asked: when the client asked, by ``time.time()``: other hosts have other clocks of the monotonic kind.
     """
 
     request_id: str
@@ -99,6 +100,7 @@ class Generation:
     params: SamplingParams
     priority: int = 0
     progress: Progress | None = None
+    asked: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +191,13 @@ class PreprocessorStage(Stage, Protocol):
 class EncoderStage(Stage, Protocol):
     """Turns prepared media into embedding rows."""
 
-    async def encode(self, pixels: Any, salt: str) -> Rows:
+    async def encode(self, pixels: Any, salt: str, asked: float) -> Rows:
         """Encode one item.
 
         Args:
             pixels: made by the preprocessor stage of the same implementation.
             salt: keeps the caches of tenants apart.
+            asked: as of :class:`Generation`.
         """
         ...
 

@@ -118,6 +118,7 @@ class AsyncEngine(Mortal):
         priority: int = 0,
         progress: Progress | None = None,
         relay: Relay | None = None,
+        asked: float | None = None,
     ) -> AsyncIterator[StreamUpdate]:
         """Stream a request's output; each item holds all that came since the last was taken.
 
@@ -125,6 +126,7 @@ class AsyncEngine(Mortal):
             relay: takes updates past this iterator, on the event loop.
             progress: what another engine has given of this answer; the stream brings the rest. ``params``
                 need the seed that the other engine had.
+            asked: when the client asked, by ``time.time()``; None for now.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request and frees what it held.
 
@@ -137,7 +139,9 @@ class AsyncEngine(Mortal):
         self.check_health()
         if params.structured is not None:
             await self._engine.grammars.compile_async(params.structured)
-        group = self._engine.requests.generation(request_id, inputs, params, embeddings, priority, progress)
+        group = self._engine.requests.generation(
+            request_id, inputs, params, embeddings, priority, progress, asked
+        )
         mailbox = self._submit(group, relay)
         try:
             while True:
@@ -179,6 +183,7 @@ class AsyncEngine(Mortal):
             "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
             "waiting_tokens": scheduler.waiting_tokens,
+            "late": scheduler.num_late,
             "batches": stats.batches.snapshot(),
             "preempted": stats.preempted,
             "kv_blocks_total": pool.capacity,

@@ -64,6 +64,9 @@ class EngineConfig(BaseModel):
         speculation: guesses of next tokens, while few requests run: for answers that repeat their prompt or
             themselves. The answers are the same. Not for models with recurrent states.
         enforce_eager: never capture CUDA graphs.
+        first_token_goal_s: seconds from a client's request to its first token that users should wait at most.
+            Under overload, encoder and engine serve requests first that can still meet it, and of 16 one that
+            no longer can. None serves all in the order of their arrival. Clocks of all hosts must agree.
         run_ahead: steps the host may enqueue before it reads sampled tokens; 0 waits for each step.
         step_timeout_s: seconds after which a step is assumed never to return; a server's engine then stops.
             Compiling kernels for shapes that are new counts as well.
@@ -102,6 +105,7 @@ class EngineConfig(BaseModel):
     append_forced_tokens: bool = True
     speculation: Speculation = Speculation()
     enforce_eager: bool = False
+    first_token_goal_s: PositiveFloat | None = None
     run_ahead: NonNegativeInt = 1
     step_timeout_s: PositiveFloat = 300.0
     tensor_parallel_size: PositiveInt = 1

@@ -22,6 +22,7 @@ from engine.errors import InvalidRequest, SightlineError, Unavailable
 from engine.families.base import MediaEncoder
 from engine.families.load import load_vision_encoder
 from engine.families.registry import resolve
+from engine.goal_queue import GoalQueue, deadline_of
 from engine.graphs import make_capture
 from engine.lru import LruCache
 from engine.metrics import COUNT_BUCKETS, Histogram
@@ -41,6 +42,8 @@ CACHE_BYTES = 512 << 20
 _CROWD = 2
 #: Cost of a crowd's items that are launched between two of those steps.
 _TOGETHER = CROWD_TOKENS
+#: Share of a goal for the first token that may have passed when an item's launch begins.
+_WAITING_SHARE = 0.6
 
 
 @dataclass(slots=True)
@@ -85,6 +88,7 @@ class EncoderEngine(Mortal):
             :meth:`encode_async` go there too, piece by piece: its steps come in between. While more than
             ``_CROWD`` items wait, whole launches do, of up to ``CROWD_TOKENS`` patches: those are captured.
         step_timeout_s: seconds after which a launch for :meth:`encode_async` is assumed never to return.
+        first_token_goal_s: see :class:`~engine.config.EngineConfig`.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class EncoderEngine(Mortal):
         duty_cycle: float = 1.0,
         with_engine: bool = False,
         step_timeout_s: float = 300.0,
+        first_token_goal_s: float | None = None,
     ) -> None:
         super().__init__("encoder")
         self._encoder = encoder
@@ -105,6 +110,7 @@ class EncoderEngine(Mortal):
             tower.pause = self._pause
         self._piece_began = 0.0
         self._step_timeout_s = step_timeout_s
+        self._goal_s = first_token_goal_s
         self._duty_cycle = duty_cycle
         self._device = device
         self._max_batch_cost = max_batch_cost
@@ -112,7 +118,7 @@ class EncoderEngine(Mortal):
         self._counters = EncoderCounters()
         self._batches = Histogram(COUNT_BUCKETS)
         self._pending_rows = 0
-        self._queue: deque[_Job] = deque()
+        self._queue: GoalQueue[_Job] = GoalQueue()
         self._jobs: dict[str, _Job] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -164,6 +170,7 @@ class EncoderEngine(Mortal):
             duty_cycle=duty_cycle,
             with_engine=with_engine,
             step_timeout_s=config.step_timeout_s,
+            first_token_goal_s=config.first_token_goal_s,
         )
 
     def encode(self, media: Sequence[PreparedMedia]) -> list[torch.Tensor]:
@@ -183,11 +190,14 @@ class EncoderEngine(Mortal):
             rows += self._launch(batch)
         return rows
 
-    async def encode_async(self, media: PreparedMedia, *, salt: str = "") -> EmbeddedMedia:
+    async def encode_async(
+        self, media: PreparedMedia, *, salt: str = "", asked: float | None = None
+    ) -> EmbeddedMedia:
         """Rows of one item: from the cache, from the same item's encoding under way, or from the next batch.
 
         Args:
             salt: keeps apart the caches of tenants.
+            asked: when the client asked, by ``time.time()``; None for now.
 
         Raises:
             InvalidRequest: the item isn't what its description says; others in its batch are not affected.
@@ -205,7 +215,8 @@ class EncoderEngine(Mortal):
             job = self._jobs.get(key)
             if job is None:
                 job = self._jobs[key] = _Job(media, cost)
-                self._queue.append(job)
+                deadline = deadline_of(self._goal_s, _WAITING_SHARE, asked)
+                self._queue.push(job, arrival=time.monotonic(), deadline=deadline)
                 self._pending_rows += media.item.num_tokens
                 job.result.add_done_callback(lambda future: self._settle(key, future))
                 self._start()
@@ -248,6 +259,7 @@ class EncoderEngine(Mortal):
                 **asdict(self._counters),
                 "batches_by_items": self._batches.snapshot(),
                 "waiting": len(self._queue),
+                "late": self._queue.num_late,
                 "pending_rows": self._pending_rows,
                 "cached_items": len(self._cache),
                 "cached_bytes": self._cache.bytes,
@@ -333,7 +345,7 @@ class EncoderEngine(Mortal):
                 self._changed.wait_for(lambda: self._closed, timeout=min(seconds, threading.TIMEOUT_MAX))
 
     def _take(self) -> list[_Job]:
-        """Waiting jobs in order, up to the cost of one launch; those that nobody waits for are dropped.
+        """Waiting jobs in their order, up to the cost of one launch; those that nobody waits for are dropped.
 
         An engine gets few items one by one: it computes their prompts in as many steps, which are shorter. Of
         a crowd it gets several between two steps, else the crowd would grow.
@@ -342,8 +354,8 @@ class EncoderEngine(Mortal):
         cost = 0
         most = 1 if self._makes_way() else len(self._queue)
         limit = _TOGETHER if self._with_engine else self._max_batch_cost
-        while self._queue and len(jobs) < most and _fits(cost, self._queue[0].cost, limit):
-            job = self._queue.popleft()
+        while len(jobs) < most and (job := self._queue.first()) and _fits(cost, job.cost, limit):
+            self._queue.pop()
             if job.waiters:
                 cost += job.cost
                 jobs.append(job)

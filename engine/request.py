@@ -33,6 +33,8 @@ class Request:
         embeddings: encoder rows by item hash, kept until the request ends so that a preempted one can be
             computed again; numpy rows, or a device tensor where encoder and engine share a process.
         arrival, admitted_at: ``time.monotonic()`` when it arrived and when it first got a slot.
+        deadline: ``time.monotonic()`` by which it must get one to have its first token within the goal; None
+            without a goal.
         seed: seed of its random numbers.
         positions: rotary positions ``(3, num_prompt)`` int32 of the prompt; None if they are plain indices.
         position_delta: rotary position minus index of every token after the prompt.
@@ -66,6 +68,7 @@ class Request:
     embeddings: dict[str, EmbeddedMedia | Any] = field(default_factory=dict)
     priority: int = 0
     arrival: float = 0.0
+    deadline: float | None = None
     cache_salt: str = ""
     seed: int = 0
     positions: np.ndarray | None = None

@@ -15,6 +15,7 @@ from engine.constraints import check_constraints, constraint_names
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.families.base import ModelConfig
 from engine.families.registry import family_named
+from engine.goal_queue import deadline_of
 from engine.output_processor import RequestGroup, new_group
 from engine.pooling_params import PoolingParams
 from engine.progress import Progress
@@ -27,6 +28,9 @@ from engine.structured.matcher import Grammar
 from engine.text.tokenizer import Tokenizer
 
 Embedding = EmbeddedMedia | Any  # or a device tensor (num_tokens, width), where the encoder is in-process
+
+#: Share of a goal for the first token that may have passed when the prompt gets its slot.
+_WAITING_SHARE = 0.8
 
 #: Keeps the seeds of a request's ``n`` sequences apart.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -73,6 +77,7 @@ class RequestFactory:
         embeddings: Sequence[Embedding] = (),
         priority: int = 0,
         progress: Progress | None = None,
+        asked: float | None = None,
     ) -> RequestGroup:
         """A group of ``params.n`` requests, or of those that have not finished.
 
@@ -81,12 +86,14 @@ class RequestFactory:
                 if it carries its hash).
             progress: what another engine has given of the answer; ``params`` must then have a seed, unless
                 they are greedy.
+            asked: when the client asked, by ``time.time()``; None for now.
 
         Raises:
             InvalidRequest: a parameter, the length or an embedding is unusable.
         """
         progress = progress or Progress()
         first = self._generated(request_id, inputs, params, embeddings, priority)
+        first.deadline = deadline_of(self._config.first_token_goal_s, _WAITING_SHARE, asked)
         params, grammar = first.params, self._grammar(first)
         # One of the sequences reports the prompt's log-probabilities for all.
         unscored = params

@@ -145,8 +145,8 @@ class RemoteEncoder(_RemoteStage):
 
     name = "encoder"
 
-    async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
-        args = pixels.item, pixels.pixels, salt, current.get()
+    async def encode(self, pixels: PixelsRef, salt: str, asked: float) -> RowsRef:
+        args = pixels.item, pixels.pixels, salt, asked, current.get()
         return await self._work(self._handle.encode, *args)
 
 
@@ -156,8 +156,8 @@ class LaterEncoder(_RemoteStage):
     name = "encoder"
     _measured = "encoder_measured"
 
-    async def encode(self, pixels: PixelsRef, salt: str) -> RowsRef:
-        return RowsRef(PixelsInfo(pixels.item, salt), pixels.pixels)
+    async def encode(self, pixels: PixelsRef, salt: str, asked: float) -> RowsRef:
+        return RowsRef(PixelsInfo(pixels.item, salt, asked), pixels.pixels)
 
 
 class _HandedOver(SightlineError):

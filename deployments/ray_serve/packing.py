@@ -36,11 +36,12 @@ class PixelsInfo:
     """An item that the language model's replica encodes; the reference to its pixels is a separate argument.
 
     Attributes:
-        salt: keeps the caches of tenants apart.
+        salt, asked: as of :meth:`deployments.stages.EncoderStage.encode`.
     """
 
     item: MediaItem
     salt: str
+    asked: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,14 +177,14 @@ class VisionEncoderReplica:
         self._in_place.take_over(user_config)
 
     async def encode(
-        self, item: MediaItem, pixels: np.ndarray, salt: str, span: Carrier
+        self, item: MediaItem, pixels: np.ndarray, salt: str, asked: float, span: Carrier
     ) -> RowsRef | Refusal:
         """Encode one item; Ray has resolved the reference to ``pixels``."""
         current.set(span)
-        return await answered(self._encode(PreparedMedia(item, pixels), salt))
+        return await answered(self._encode(PreparedMedia(item, pixels), salt, asked))
 
-    async def _encode(self, pixels: PreparedMedia, salt: str) -> RowsRef:
-        embedded = await self._stage.encode(pixels, salt)
+    async def _encode(self, pixels: PreparedMedia, salt: str, asked: float) -> RowsRef:
+        embedded = await self._stage.encode(pixels, salt, asked)
         info = RowsInfo.of(embedded)
         return RowsRef(info, await self._store.put(embedded.rows))
 

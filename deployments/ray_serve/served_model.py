@@ -106,7 +106,7 @@ class ServedModel:
             if isinstance(info, RowsInfo):
                 return info.embedded(array)
             began = time.perf_counter()
-            rows = await self._encoder.encode(PreparedMedia(info.item, array), info.salt)
+            rows = await self._encoder.encode(PreparedMedia(info.item, array), info.salt, info.asked)
             encoded.append(Encoded(rows.hash, rows.cached, time.perf_counter() - began))
             return rows
 

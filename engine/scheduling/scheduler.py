@@ -2,8 +2,8 @@
 
 A step has a budget of tokens, spent on tokens that are known but not computed: first one token of every
 decoding request, so that long prompts don't delay running answers, then prompt chunks in order of arrival,
-then requests that wait. Prefix hits, chunked prefill and the recomputation of preempted requests follow from
-the same two counters.
+then requests that wait, late ones last (:mod:`engine.goal_queue`). Prefix hits, chunked prefill and the
+recomputation of preempted requests follow from the same two counters.
 
 No exception of one request's work leaves the scheduler: the request ends and is listed in
 :attr:`Scheduler.failed`.
@@ -168,6 +168,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_late(self) -> int:
+        """Requests that have become late while they waited, since the start."""
+        return self._waiting.num_late
 
     @property
     def waiting_tokens(self) -> int:

@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
-
+from engine.goal_queue import GoalQueue
 from engine.request import Request
 
 
 class WaitingQueue:
-    """Requests by priority (the smallest number first), then by arrival.
+    """Requests by priority (the smallest number first), then those that are not late, then by arrival.
 
     Attributes:
         tokens: known tokens of all requests that wait.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, float, int, Request]] = []
+        self._queue: GoalQueue[Request] = GoalQueue(lambda request: request.finished)
         self._count = 0
         self.tokens = 0
-        # Equal priorities and arrivals must not compare requests.
-        self._order = itertools.count()
 
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def num_late(self) -> int:
+        """Requests that have become late while they waited, since the start."""
+        return self._queue.num_late
+
     def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (request.priority, request.arrival, next(self._order), request))
+        # An answer that has begun is never late: it goes on as soon as it can.
+        begun = request.num_preemptions > 0 or len(request.token_ids) > request.num_prompt
+        deadline = None if begun else request.deadline
+        self._queue.push(request, priority=request.priority, arrival=request.arrival, deadline=deadline)
         self._count += 1
         self.tokens += len(request.token_ids)
 
     def first(self) -> Request | None:
         """Return the next request, or None if no request waits."""
-        while self._heap and self._heap[0][-1].finished:
-            heapq.heappop(self._heap)
-        return self._heap[0][-1] if self._heap else None
+        return self._queue.first()
 
     def pop(self) -> Request:
         """Take out the request that :meth:`first` returned."""
-        request = heapq.heappop(self._heap)[-1]
+        request = self._queue.pop()
         self._leave(request)
         return request
 
@@ -47,7 +49,7 @@ class WaitingQueue:
         assert request.finished
         self._leave(request)
         if not self._count:
-            self._heap.clear()
+            self._queue.clear()
 
     def _leave(self, request: Request) -> None:
         self._count -= 1
@@ -55,4 +57,4 @@ class WaitingQueue:
 
     def requests(self) -> list[Request]:
         """Return all waiting requests."""
-        return [entry[-1] for entry in self._heap if not entry[-1].finished]
+        return [request for request in self._queue if not request.finished]

@@ -98,8 +98,8 @@ class Mortal:
     async def prepare(self, *args):
         return await self._call(self._stage.prepare, *args)
 
-    async def encode(self, pixels, salt):
-        return await self._call(self._stage.encode, pixels, salt)
+    async def encode(self, *args):
+        return await self._call(self._stage.encode, *args)
 
 
 async def test_no_answer_is_lost_or_changed():

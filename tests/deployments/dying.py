@@ -61,8 +61,8 @@ class DyingStage:
     async def prepare(self, *args):
         return await self._call("prepare", *args)
 
-    async def encode(self, pixels, salt):
-        return await self._call("encode", pixels, salt)
+    async def encode(self, *args):
+        return await self._call("encode", *args)
 
     async def max_model_len(self):
         return await self._call("max_model_len")

@@ -377,7 +377,7 @@ async def rows(running) -> dict[str, Any]:
     (pixels,) = await running.pocket.preprocessor.prepare(
         [MediaSource(0, "image", url=data_url(circle("purple")))]
     )
-    embedded = await running.pocket.encoder.encode(pixels, "")
+    embedded = await running.pocket.encoder.encode(pixels, "", 0.0)
     file = save({"rows": torch.from_numpy(embedded.rows.copy())})
     given = {"image_embeds": base64.b64encode(file).decode(), "image_grid_thw": list(pixels.item.grid)}
     return {"type": "image_embeds", "image_embeds": given}

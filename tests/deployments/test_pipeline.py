@@ -1,6 +1,7 @@
 """A request's way through its stages, with stages that a test plays."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ import pytest
 from benchmarks.shapes import SHAPES, write_configuration
 from deployments.access import Caller, KeyConfig, visit
 from deployments.config import AppConfig, ModelSpec, ReplayConfig
+from deployments.metrics.ingress import arrival
 from deployments.pipeline import Pipeline
 from deployments.references import ReferenceConfig, References, UnknownReference
 from deployments.stages import RowsLost, StageLost, Stages
@@ -18,6 +20,7 @@ from engine.errors import InvalidRequest, MediaError, Unavailable
 from engine.media.keys import kept_files
 from engine.media.ledger import Ledger
 from engine.media.source import MediaSource
+from engine.outputs import OutputDelta, StreamUpdate, Usage
 from engine.parsers.formats import REASONING_TAGS
 from engine.prompt import EmbeddedMedia, EngineInput, MediaItem, PlaceholderRun, PreparedMedia
 from engine.sampling_params import SamplingParams
@@ -54,12 +57,14 @@ class Encoder:
 
     errors: list[Exception] = field(default_factory=list)
     seen: list[tuple[str, str]] = field(default_factory=list)
+    asked: list[float] = field(default_factory=list)
     running: int = 0
     most: int = 0
     cancelled: int = 0
 
-    async def encode(self, pixels, salt):
+    async def encode(self, pixels, salt, asked):
         self.seen.append((pixels.item.hash, salt))
+        self.asked.append(asked)
         self.running += 1
         self.most = max(self.most, self.running)
         try:
@@ -77,8 +82,19 @@ class Encoder:
 
 
 class LanguageModel:
+    """Notes when clients asked; its answers are empty."""
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+
     async def max_model_len(self):
         return 16
+
+    async def generate(self, request, media):
+        self.asked.append(request.asked)
+        yield StreamUpdate(
+            request.request_id, [OutputDelta(0, "", [], finish_reason="stop")], Usage(), finished=True
+        )
 
 
 def item(name: str) -> MediaItem:
@@ -118,6 +134,25 @@ async def test_the_salt_reaches_every_stage(spec, own_cache):
         assert encoder.seen == [("data:,0", salt)] * 2 and preprocessor.salts == {salt}
     finally:
         visit.reset(token)
+
+
+async def test_stages_know_when_the_client_asked(spec):
+    """Not when their turn comes: what a request has waited elsewhere counts."""
+    encoder, made = Encoder(), pipeline(spec)
+    made._stages = replace(made._stages, encoder=encoder)
+    before = time.time()
+    token = arrival.set(time.perf_counter() - 30)
+    try:
+        prompt = await made.prepare(build, SOURCES[:1], params=SamplingParams(max_tokens=1))
+        [_ async for _ in made.generate("one", prompt, SamplingParams(max_tokens=1))]
+    finally:
+        arrival.reset(token)
+    found = encoder.asked + made._stages.language_model.asked
+    assert len(found) == 2 and all(before - 30.001 < asked < time.time() - 29.999 for asked in found)
+    # Offline work has no client: it asks now.
+    before = time.time()
+    await made.prepare(build, SOURCES[:1])
+    assert before <= encoder.asked[-1] <= time.time()
 
 
 async def test_distinct_items_are_encoded_once_and_together(spec):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -360,6 +361,22 @@ async def test_a_crowd_is_encoded_in_several_launches_between_two_steps(monkeypa
     engine.shutdown()
     assert [each.hash for each in rows] == list("abcdefghi") and waits == [4, 8, 9]
     assert encoder.batches == [[name] for name in "abcdefghi"]
+
+
+async def test_items_that_can_still_be_in_time_go_first():
+    encoder, now = GatedEncoder(), time.time()
+    engine = EncoderEngine(encoder, CPU, max_batch_cost=8, cache_bytes=0, first_token_goal_s=3600.0)
+    tasks = [asyncio.ensure_future(engine.encode_async(item("running"), asked=now))]
+    await encoder.wait_until_running()
+    # A goal of an hour, of which some must be left for the prompt: two hours ago is late, now is not.
+    asked = {"late": now - 7200, "later": now - 7100, "old": now - 60, "new": now, "unknown": None}
+    tasks += [asyncio.ensure_future(engine.encode_async(item(name), asked=at)) for name, at in asked.items()]
+    await asyncio.sleep(0)
+    encoder.release()
+    await asyncio.gather(*tasks)
+    assert encoder.batches == [["running"], ["old", "new"], ["unknown", "late"], ["later"]]
+    assert engine.metrics()["late"] == 2 and engine.metrics()["waiting"] == 0
+    engine.shutdown()
 
 
 async def test_a_shutdown_ends_a_rest():

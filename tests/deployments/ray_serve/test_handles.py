@@ -300,7 +300,7 @@ async def test_every_call_fits_the_method_of_its_replica():
         await stages.preprocessor.prepare([], files, "key", 2, "tenant")
         await stages.preprocessor.open([], files, "key", 2)
     await stages.preprocessor.prepare_pages(OpenFile(PagedFile(()), file), [], 2, "tenant")
-    await stages.encoder.encode(PixelsRef("item", "reference"), "tenant")
+    await stages.encoder.encode(PixelsRef("item", "reference"), "tenant", 5.0)
     for media in ((), (ROWS,)):
         assert [update async for update in stages.language_model.generate(generation(), media)] == [LAST]
         await stages.language_model.embed(Pooling("one", EngineInput([1]), PoolingParams()), media)
@@ -338,8 +338,8 @@ async def test_a_report_says_what_the_language_model_s_replica_has_encoded():
 
     stages = remote_stages(handle, None, handle)
     item = MediaItem("image", "h", 1, (1, 1, 1), (1, 1), (PlaceholderRun(0, 1, True),))
-    rows = await stages.encoder.encode(PixelsRef(item, "pixels"), "tenant")
-    assert rows == RowsRef(PixelsInfo(item, "tenant"), "pixels") and not rows.cached and not handle.calls
+    rows = await stages.encoder.encode(PixelsRef(item, "pixels"), "tenant", 5.0)
+    assert rows == RowsRef(PixelsInfo(item, "tenant", 5.0), "pixels") and not rows.cached and not handle.calls
     for ask in (
         lambda: anext(stages.language_model.generate(generation(), (rows,))),
         lambda: stages.language_model.embed(Pooling("one", EngineInput([1]), PoolingParams()), (rows,)),
@@ -381,7 +381,7 @@ async def test_what_a_lost_call_was_given_is_freed_at_once():
     async def work():
         pixels = SimpleNamespace(item=None, pixels=np.zeros(1))
         found.append(weakref.ref(pixels.pixels))
-        return await all_or_none([stage.encode(pixels, ""), stage.encode(pixels, "")])
+        return await all_or_none([stage.encode(pixels, "", 0.0), stage.encode(pixels, "", 0.0)])
 
     gc.disable()
     try:
@@ -465,6 +465,6 @@ async def test_calls_of_a_full_stage_are_told_to_come_back_one_after_the_other()
     waits = []
     for _ in range(40):
         with pytest.raises(Overloaded, match="wait for the encoder") as caught:
-            await stage.encode(PixelsRef("item", "reference"), "")
+            await stage.encode(PixelsRef("item", "reference"), "", 0.0)
         waits.append(int(error_headers(caught.value)["Retry-After"]))
     assert waits[0] < 10 < waits[-1]

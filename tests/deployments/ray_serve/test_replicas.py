@@ -56,7 +56,8 @@ class Encoding(LanguageModelReplica):
     def _name(self) -> str:
         return "a"
 
-    async def encode(self, media: PreparedMedia, salt: str) -> EmbeddedMedia:
+    async def encode(self, media: PreparedMedia, salt: str, asked: float) -> EmbeddedMedia:
+        assert asked == 5.0
         if salt == "stranger":
             raise InvalidRequest("no", param="image")
         return EmbeddedMedia(media.item.hash, media.pixels * 2, "float32", cached=salt == "tenant")
@@ -67,12 +68,18 @@ class Encoding(LanguageModelReplica):
 
 async def test_a_replica_encodes_what_comes_as_pixels():
     replica, rows = Encoding(), np.ones((1, 2), np.float32)
-    infos = [PixelsInfo(described("x"), "tenant"), RowsInfo("y", "float32"), PixelsInfo(described("z"), "")]
+    infos = [
+        PixelsInfo(described("x"), "tenant", 5.0),
+        RowsInfo("y", "float32"),
+        PixelsInfo(described("z"), "", 5.0),
+    ]
     name, encoded = await replica.hold(HELD.request, {}, "reader", infos, rows, rows * 3, rows * 5)
     assert name == "a" and sorted((each.hash, each.cached) for each in encoded) == [("x", True), ("z", False)]
     media = replica._held.take("one").media
     assert [(each.hash, each.rows[0, 0]) for each in media] == [("x", 2), ("y", 3), ("z", 10)]
-    refusal = await replica.hold(HELD.request, {}, "reader", [PixelsInfo(described("x"), "stranger")], rows)
+    refusal = await replica.hold(
+        HELD.request, {}, "reader", [PixelsInfo(described("x"), "stranger", 5.0)], rows
+    )
     assert isinstance(refusal, Refusal) and refusal.error.param == "image" and not len(replica._held)
 
 
@@ -101,7 +108,8 @@ class Stage:
         self.salts.append(salt)
         return []
 
-    async def encode(self, media, salt):
+    async def encode(self, media, salt, asked):
+        assert asked == 5.0
         self.salts.append(salt)
         return EmbeddedMedia(media.item.hash, media.pixels, "float32")
 
@@ -113,7 +121,7 @@ async def test_replicas_pass_the_salt_on():
     replica = Salted()
     assert await replica.prepare([], "key", 2, "one", {}, []) == []
     assert await replica.prepare_pages([], 2, "two", {}, KeptFiles(None, "digest", 1), b"") == []
-    checked(await replica.encode(described("x"), np.ones((1, 2), np.float32), "three", {}))
+    checked(await replica.encode(described("x"), np.ones((1, 2), np.float32), "three", 5.0, {}))
     assert replica.salts == ["one", "two", "three"]
 
 

@@ -34,7 +34,7 @@ async def made(running) -> tuple[torch.Tensor, list[int]]:
     """Rows and grid of a purple circle, as the stages make them."""
     source = MediaSource(0, "image", url=data_url(circle("purple")))
     (pixels,) = await running.pocket.preprocessor.prepare([source])
-    embedded = await running.pocket.encoder.encode(pixels, "")
+    embedded = await running.pocket.encoder.encode(pixels, "", 0.0)
     return torch.from_numpy(embedded.rows.copy()), list(pixels.item.grid)
 
 

@@ -1,3 +1,4 @@
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.request import Request
+from engine.sampling_params import SamplingParams
 from tests.wide import examples
 
 from .simulated import IMAGE, SimulatedEngine, picture, tokens_alone
@@ -172,6 +175,55 @@ def test_priority_goes_first_and_is_interrupted_last():
         engine.step()
         order += [key for key in engine.reasons if key not in order]
     assert order == ["first", "high", "low"]
+
+
+def ends_of(engine: SimulatedEngine) -> list[str]:
+    """Run to the end; the requests in the order of their ends."""
+    order: list[str] = []
+    while engine.core.has_work:
+        engine.step()
+        order += [key for key in engine.reasons if key not in order]
+    engine.core.check_integrity()
+    return order
+
+
+def test_late_requests_make_way_for_those_that_can_be_in_time():
+    engine, now = SimulatedEngine(max_num_seqs=1), time.monotonic()
+    engine.add("first", [1, 2], max_tokens=3, deadline=now + 1e6)
+    engine.step()
+    late = [engine.add(key, [1, 3], deadline=now - 5.0) for key in ("late", "aborted")]
+    engine.add("in time", [1, 4], deadline=now + 1e6)
+    engine.add("urgent", [1, 5], deadline=now + 1e7, priority=-1)
+    engine.core.abort(late[1])
+    assert [request.id for request in engine.scheduler.waiting if request.deadline < now] == ["late"]
+    assert ends_of(engine) == ["first", "urgent", "in time", "late"]
+    assert engine.scheduler.num_late == 1
+    assert engine.outputs["late"] == tokens_alone([1, 3], [], 12)
+
+
+def test_an_answer_that_has_begun_is_never_late():
+    """A preempted one, and one that another engine has begun, go on first whatever their deadlines were."""
+    engine, now = SimulatedEngine(max_num_seqs=1), time.monotonic()
+    begun = engine.add("begun", [1, 2], deadline=now - 5.0)
+    engine.step()
+    engine.step()
+    engine.add("in time", [1, 4], deadline=now + 1e6)
+    engine.scheduler.preempt(begun)
+    resumed = Request(
+        "resumed",
+        [1, 6, *tokens_alone([1, 6], [], 2)],
+        2,
+        SamplingParams(temperature=0.0),
+        max_total=14,
+        stop_ids=begun.stop_ids,
+        arrival=1.5,
+        deadline=now - 5.0,
+    )
+    engine.outputs["resumed"] = []
+    engine.core.add(resumed)
+    assert ends_of(engine) == ["begun", "resumed", "in time"]
+    assert engine.outputs["begun"] == tokens_alone([1, 2], [], 12)
+    assert engine.outputs["resumed"] == tokens_alone([1, 6], [], 12)[2:]
 
 
 def test_long_prompts_never_hold_up_running_answers():
