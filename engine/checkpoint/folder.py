@@ -93,6 +93,19 @@ class Checkpoint:
         return self.json("generation_config.json")
 
     @cached_property
+    def added_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that the tokenizer has beside its vocabulary, by their text.
+
+        Folders without tokenizer.json, which Transformers' slow tokenizers save, have them in
+        tokenizer_config.json, or in added_tokens.json before version 4.34.
+        """
+        found = dict(self.json("added_tokens.json"))
+        described = self.json("tokenizer_config.json").get("added_tokens_decoder") or {}
+        found |= {token["content"]: int(index) for index, token in described.items()}
+        listed = self.json("tokenizer.json").get("added_tokens") or []
+        return found | {token["content"]: token["id"] for token in listed}
+
+    @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
         """The image processor's options, from the file that Transformers takes: version 5 saves them in
         processor_config.json, earlier versions in preprocessor_config.json. Folders of Mistral without either

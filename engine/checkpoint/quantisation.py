@@ -10,6 +10,8 @@ from typing import Any, Literal
 from engine.errors import CheckpointError
 
 _FIELD = "quantization_config"
+#: The parts of config.json that may have the field: quantisers write it where they find the language model.
+_PARTS = ("text_config", "llm_config", "vlm_config")
 _SUPPORTED = (
     "supported is fp8 (e4m3): quant_method 'fp8', and 'compressed-tensors' with float weights of 8 bits "
     "per tensor, channel or block; and int4 weights with a scale for 16, 32, 64, a multiple of 128, or all "
@@ -62,13 +64,14 @@ AnyQuantisation = Quantisation | Int4Quantisation | Fp4Quantisation
 
 
 def read_quantisation(config: Mapping[str, Any]) -> AnyQuantisation | None:
-    """Read ``quantization_config`` of a config.json; None if the weights are not quantised.
+    """Read ``quantization_config`` of a config.json or its parts; None if the weights are not quantised.
 
     Raises:
         CheckpointError: naming the scheme that is not supported, and those that are.
     """
-    text = config.get("text_config")
-    raw = config.get(_FIELD) or (text.get(_FIELD) if isinstance(text, Mapping) else None)
+    parts = (config.get(name) for name in _PARTS)
+    nested = (part.get(_FIELD) for part in parts if isinstance(part, Mapping))
+    raw = config.get(_FIELD) or next(filter(None, nested), None)
     if not raw:
         return None
     if not isinstance(raw, Mapping):

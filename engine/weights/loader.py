@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -40,7 +40,10 @@ def fill_from_checkpoint(
 def match_tensors(
     module: nn.Module, part: ModelPart, checkpoint: Checkpoint, rules: WeightRules
 ) -> dict[str, WeightSlot]:
-    """Map each tensor name of ``part`` in the checkpoint to the slot that it fills. Only headers are read.
+    """Map each tensor name of ``part`` in the checkpoint to the slot that it fills.
+
+    Only headers are read, and biases that the model doesn't have: those of zeros are left out. AutoGPTQ
+    stores them for layers without a bias.
 
     Raises:
         CheckpointError: naming tensors that are missing, unknown or of the wrong shape.
@@ -51,14 +54,22 @@ def match_tensors(
     if missing:
         guessed = [_checkpoint_name(internal, names) for internal in missing]
         raise CheckpointError(f"the checkpoint lacks tensors of the {part} model: {listing(guessed)}")
-    left_over = names.keys() - slots.keys()
-    if left_over:
-        surplus = [names[name] for name in left_over]
+    surplus = {names[name] for name in names.keys() - slots.keys()}
+    surplus -= _zero_biases(surplus, checkpoint)
+    if surplus:
         raise CheckpointError(f"tensors that the {part} model doesn't have: {listing(surplus)}")
     wanted = {names[internal]: slot for internal, slot in slots.items()}
     for name, slot in wanted.items():
         _check_shape(name, _plain(checkpoint.tensors[name], slot), slot)
     return wanted
+
+
+def _zero_biases(names: Collection[str], checkpoint: Checkpoint) -> set[str]:
+    """Those of the checkpoint's tensors ``names`` that are biases and add nothing."""
+    infos = {name: checkpoint.tensors[name] for name in names if name.endswith(".bias")}
+    biases = [Rows.of(name, info, 0, info.shape[0]) for name, info in infos.items() if len(info.shape) == 1]
+    other = {rows.name for rows, values in read_rows(biases, pinned=False) if values.any()}
+    return {rows.name for rows in biases} - other
 
 
 def _plain(info: TensorInfo, slot: WeightSlot) -> TensorInfo:

@@ -20,6 +20,7 @@ from engine.families.parsing.processor import (
     lowered_flag,
     request_options,
     require_steps,
+    stated_size,
 )
 from engine.media.keys import content_hash
 from engine.media.resize import resize
@@ -76,7 +77,7 @@ class Gemma3Processor(ImagesOnly):
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
         require_steps(raw, "do_resize")
-        size = raw.get("size") or {"height": _DEFAULT_SIDE, "width": _DEFAULT_SIDE}
+        size = stated_size(raw) or dict.fromkeys(("height", "width"), _DEFAULT_SIDE)
         if size != {"height": vision.image_size, "width": vision.image_size}:
             raise CheckpointError(
                 f"{_FILE}: size should be the tower's {vision.image_size} pixels, not {size}", param="size"

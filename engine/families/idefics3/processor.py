@@ -18,6 +18,7 @@ from engine.families.parsing.processor import (
     lowered_flag,
     request_options,
     require_steps,
+    stated_size,
 )
 from engine.media.image_ops import rgb_array
 from engine.media.keys import content_hash
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _MAX_EDGE = 4096
 #: Longer side of an image where the file states none, whatever the tower's size.
-_DEFAULT_EDGE = 4 * 364
+DEFAULT_EDGE = 4 * 364
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Idefics3Processor(SizedImages):
         raw, vision = checkpoint.preprocessor_config, config.vision
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
         require_steps(raw, "do_resize")
-        crop = (raw.get("max_image_size") or {}).get("longest_edge", vision.image_size)
+        crop = stated_size(raw, "max_image_size").get("longest_edge", vision.image_size)
         if crop != vision.image_size:
             raise CheckpointError(
                 f"preprocessor_config.json: max_image_size {crop} differs from the tower's "
@@ -72,8 +73,9 @@ class Idefics3Processor(SizedImages):
                 param="max_image_size",
             )
         split = flag_option(options, "do_image_splitting", raw.get("do_image_splitting", True))
-        stated = (raw.get("size") or {}).get("longest_edge", _DEFAULT_EDGE)
-        size = options.get("size", {"longest_edge": stated})
+        size = options.get(
+            "size", {"longest_edge": longest_edge("preprocessor_config.json", stated_size(raw))}
+        )
         if "size" in options and not _is_edge(size):
             raise bad_option("size", size, f'{{"longest_edge": 1 to {_MAX_EDGE}}}')
         rows, edge, resample = vision.rows_per_crop, size["longest_edge"], raw.get("resample", 1)
@@ -148,6 +150,17 @@ def _shrunk(size: tuple[int, int]) -> tuple[int, int]:
     if height > width and height > _MAX_EDGE:
         return max(int(_MAX_EDGE * ratio), 1), _MAX_EDGE
     return size
+
+
+def longest_edge(file: str, size: Mapping[str, int]) -> int:
+    """The longer side that a processor's ``size`` states, in pixels.
+
+    Raises:
+        CheckpointError: it states other sides.
+    """
+    if size.keys() - {"longest_edge"}:
+        raise CheckpointError(f"{file}: size should be longest_edge alone, not {dict(size)}", param="size")
+    return size.get("longest_edge", DEFAULT_EDGE)
 
 
 def _is_edge(value: Any) -> bool:

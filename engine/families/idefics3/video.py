@@ -11,8 +11,8 @@ import numpy as np
 
 from engine.checkpoint.folder import Checkpoint
 from engine.families.base import ModelConfig
-from engine.families.idefics3.processor import Idefics3Processor
-from engine.families.parsing.processor import require_same_colours, require_steps
+from engine.families.idefics3.processor import DEFAULT_EDGE, Idefics3Processor, longest_edge
+from engine.families.parsing.processor import require_same_colours, require_steps, stated_size
 from engine.media.keys import content_hash
 from engine.media.resize import resize, resized
 from engine.media.video.sampling import FrameRules, smolvlm_indices
@@ -23,7 +23,7 @@ from engine.vision.normalisation import HALF_NORMALISATION
 
 #: Frames per second of a list of frames that come without times, as in Transformers.
 _USUAL_RATE = 24.0
-_USUAL_EDGE, _MAX_EDGE = 4 * 364, 4096
+_MAX_EDGE = 4096
 _USUAL_FRAMES = FrameRules(fps=1.0, max_frames=64)
 # fmt: off
 _UNITS = [
@@ -46,7 +46,7 @@ class SmolVLMProcessor(Idefics3Processor):
         frames: the rate and the most frames of a video file.
     """
 
-    video_longest: int = _USUAL_EDGE
+    video_longest: int = DEFAULT_EDGE
     video_resample: int = 1
     frames: FrameRules = _USUAL_FRAMES
 
@@ -59,10 +59,10 @@ class SmolVLMProcessor(Idefics3Processor):
         require_same_colours(raw, vision.normalisation, HALF_NORMALISATION)
         sampling = raw.get("video_sampling") or {}
         # Transformers lets the file's size decide where both are stated.
-        size = raw.get("size") or sampling.get("video_size") or {}
+        size = stated_size(raw) or stated_size(sampling, "video_size")
         return replace(
             made,
-            video_longest=min(size.get("longest_edge", _USUAL_EDGE), _MAX_EDGE),
+            video_longest=min(longest_edge("video_preprocessor_config.json", size), _MAX_EDGE),
             video_resample=raw.get("resample", 1),
             frames=replace(
                 _USUAL_FRAMES,

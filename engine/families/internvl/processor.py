@@ -20,6 +20,7 @@ from engine.families.parsing.processor import (
     request_options,
     require_same_colours,
     require_steps,
+    stated_size,
 )
 from engine.media.keys import content_hash
 from engine.media.padding import cut_in_tiles
@@ -197,6 +198,6 @@ def require_side(file: str, raw: Mapping[str, Any], side: int) -> None:
     Raises:
         CheckpointError: naming ``file`` and the field.
     """
-    size = raw.get("size") or ({"height": _DEFAULT_SIDE, "width": _DEFAULT_SIDE} if raw else {})
+    size = stated_size(raw) or (dict.fromkeys(("height", "width"), _DEFAULT_SIDE) if raw else {})
     if {size.get("height", side), size.get("width", side)} != {side} or size.keys() - {"height", "width"}:
         raise CheckpointError(f"{file}: size should be the tower's {side} pixels, not {size}", param="size")

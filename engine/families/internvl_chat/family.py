@@ -55,9 +55,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> CropVisionConfig:
 
 def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Adds the ids of the tokenizer's tokens for images and for the end of an answer."""
-    added = checkpoint.json("tokenizer.json").get("added_tokens") or []
-    ids = {token["content"]: token["id"] for token in added}
-    row = TOKENS["context_image_token"]
+    ids, row = checkpoint.added_tokens, TOKENS["context_image_token"]
     if row not in ids:
         raise CheckpointError(f"the tokenizer has no token {row}, which this model's images need")
     ends = [ids[_END]] if _END in ids else []

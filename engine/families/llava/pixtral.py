@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError, InvalidRequest
 from engine.families.base import ImagesOnly, ModelConfig, SizedImages
-from engine.families.parsing.processor import require_steps
+from engine.families.parsing.processor import require_steps, stated_size
 from engine.media.keys import content_hash
 from engine.media.resize import resize
 from engine.prompt import PreparedMedia
@@ -71,16 +71,16 @@ class PixtralProcessor(SizedImages, ImagesOnly):
         multiple = _check_squares(checkpoint, vision)
         if own_patch:
             multiple = _own_patch(raw, vision)
-        size = raw.get("size") or {"longest_edge": 1024}
+        size = stated_size(raw) or {"longest_edge": 1024}
         longest = size.get("longest_edge")
         bounds = (longest, longest) if longest else (size.get("width"), size.get("height"))
-        if not all(isinstance(side, int) and side > 0 for side in bounds):
+        if None in bounds:
             raise CheckpointError(
                 f"{_FILE}: size should be longest_edge, or height and width, in pixels; got {size}",
                 param="size",
             )
-        longest = cast(tuple[int, int], bounds)
-        return cls(vision, multiple, longest, config.image_token_id, raw.get("resample", 3))
+        sides = cast(tuple[int, int], bounds)
+        return cls(vision, multiple, sides, config.image_token_id, raw.get("resample", 3))
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """The grid of an image of ``(width, height)`` pixels.
@@ -138,13 +138,12 @@ def _check_squares(checkpoint: Checkpoint, vision: NativeVisionConfig) -> int:
 
 def _own_patch(raw: Mapping[str, Any], vision: NativeVisionConfig) -> int:
     """The image processor's ``patch_size``, a multiple of the tower's patch, in pixels."""
-    stated = raw.get("patch_size", _DEFAULT_PATCH)
-    sides = set(stated.values()) if isinstance(stated, Mapping) else {stated}
+    sides = set(stated_size({"patch_size": _DEFAULT_PATCH, **raw}, "patch_size").values()) or {_DEFAULT_PATCH}
     side = sides.pop()
-    if sides or not isinstance(side, int) or side <= 0 or side % vision.patch_size:
+    if sides or side % vision.patch_size:
         raise CheckpointError(
             f"{_FILE}: patch_size should be a multiple of the tower's {vision.patch_size} pixels, "
-            f"not {stated!r}",
+            f"not {raw['patch_size']!r}",
             param="patch_size",
         )
     return side

@@ -11,7 +11,7 @@ import numpy as np
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import ImagesOnly, ModelConfig
-from engine.families.parsing.processor import mean_colour
+from engine.families.parsing.processor import mean_colour, stated_size
 from engine.media.centre import FILTERS, centre_of_resized, centre_square
 from engine.media.image_ops import check_aspect_ratio
 from engine.media.keys import content_hash
@@ -72,8 +72,8 @@ class LlavaProcessor(ImagesOnly):
         assert isinstance(vision, CropVisionConfig) and config.image_token_id is not None
         kind, side = _kind(raw), vision.image_size
         # With the crop's size alone, the other one is the default of Transformers' classes.
-        size = raw.get("size", _DEFAULT_SIZES[kind] if "crop_size" in raw else side)
-        shortest, exact = _size(size) if raw.get("do_resize", True) else (None, None)
+        usual = _DEFAULT_SIZES[kind] if "crop_size" in raw else side
+        shortest, exact = _size({"size": usual, **raw}) if raw.get("do_resize", True) else (None, None)
         padded = kind == "Llava" and raw.get("do_pad", False)
         background = mean_colour(raw, CLIP_NORMALISATION) if padded else None
         processor = cls(
@@ -86,7 +86,7 @@ class LlavaProcessor(ImagesOnly):
             raw.get("do_center_crop", _CROPS[kind]),
             raw.get("resample", 3),
         )
-        processor._check_result(raw.get("crop_size", side))
+        processor._check_result(stated_size({"crop_size": side, **raw}, "crop_size"))
         return processor
 
     def check(self, size: tuple[int, int]) -> int:
@@ -126,18 +126,16 @@ class LlavaProcessor(ImagesOnly):
             pixels = np.asarray(image) if self.exact is None else resize(image, self.exact, self.resample)
         return centre_square(pixels, self.side)
 
-    def _check_result(self, crop_size: Any) -> None:
+    def _check_result(self, crop_size: Mapping[str, int]) -> None:
         """Refuse steps whose result isn't a square with sides of ``side`` pixels."""
-        if isinstance(crop_size, Mapping):
-            same = crop_size.get("height") == crop_size.get("width")
-            crop_size = crop_size.get("height") if same else None
         square = (self.side, self.side)
         if self.background is not None and self.shortest is None and self.exact != square:
             raise CheckpointError(
                 f"{_FILE}: do_pad needs do_resize and a size with shortest_edge", param="do_pad"
             )
         padded = self.background is not None and self.shortest == self.side
-        if not (crop_size == self.side if self.crop else padded or self.exact == square):
+        cut = (crop_size.get("width"), crop_size.get("height"))
+        if not (cut == square if self.crop else padded or self.exact == square):
             field = "crop_size" if self.crop else "size"
             raise CheckpointError(
                 f"{_FILE}: {field} should give images of the tower's size, {self.side} x {self.side} pixels",
@@ -158,20 +156,14 @@ def _kind(raw: Mapping[str, Any]) -> str:
     )
 
 
-def _size(raw: Any) -> tuple[int | None, tuple[int, int] | None]:
+def _size(raw: Mapping[str, Any]) -> tuple[int | None, tuple[int, int] | None]:
     """The field ``size``: the shorter side, or ``(width, height)``, in pixels."""
-    if isinstance(raw, Mapping) and raw.keys() == {"height", "width"}:
-        width, height = raw["width"], raw["height"]
-        if _is_length(width) and _is_length(height):
-            return None, (width, height)
-    shortest = raw.get("shortest_edge") if isinstance(raw, Mapping) and len(raw) == 1 else raw
-    if not _is_length(shortest):
+    size = stated_size(raw, square=False)
+    if size.keys() == {"height", "width"}:
+        return None, (size["width"], size["height"])
+    if size.keys() != {"shortest_edge"}:
         raise CheckpointError(
-            f"{_FILE}: size should be shortest_edge, or height and width, in pixels; got {raw!r}",
+            f"{_FILE}: size should be shortest_edge, or height and width, in pixels; got {raw['size']!r}",
             param="size",
         )
-    return shortest, None
-
-
-def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return size["shortest_edge"], None

@@ -10,7 +10,7 @@ from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 from engine.families.base import ImagesOnly, ModelConfig, SizedImages, sized_item
 from engine.families.parsing.anyres import require_pinpoints
-from engine.families.parsing.processor import require_steps
+from engine.families.parsing.processor import require_steps, stated_size
 from engine.media.keys import content_hash
 from engine.media.padding import whole_and_tiles
 from engine.prompt import PreparedMedia
@@ -75,10 +75,9 @@ class LlavaNextProcessor(SizedImages, ImagesOnly):
 
 def _require_side(raw: Mapping[str, Any], field: str, side: int) -> None:
     """Refuse a size other than the tower's: squares are neither resized again nor cropped."""
-    stated = raw.get(field) or (_DEFAULT_SIDE if raw else side)
-    lengths = set(stated.values()) if isinstance(stated, Mapping) else {stated}
+    lengths = set(stated_size(raw, field).values()) or {_DEFAULT_SIDE if raw else side}
     if lengths != {side}:
         raise CheckpointError(
-            f"preprocessor_config.json: {field} should be the tower's {side} pixels, not {stated!r}",
+            f"preprocessor_config.json: {field} should be the tower's {side} pixels, not {raw.get(field)!r}",
             param=field,
         )

@@ -18,6 +18,7 @@ from engine.families.parsing.processor import (
     request_options,
     require_same_colours,
     require_steps,
+    stated_size,
 )
 from engine.media.keys import content_hash
 from engine.media.padding import resize_in_square, whole_and_tiles
@@ -68,7 +69,7 @@ class LlavaOnevisionProcessor(SizedImages):
         assert config.image_token_id is not None and config.video_token_id is not None
         side = vision.crops.image_size
         require_steps(raw, "do_resize")
-        size = raw.get("size") or {}
+        size = stated_size(raw)
         if {size.get(name, side) for name in ("height", "width", "shortest_edge")} != {side}:
             raise CheckpointError(
                 f"preprocessor_config.json: size should be the tower's {side} pixels", param="size"
@@ -77,7 +78,7 @@ class LlavaOnevisionProcessor(SizedImages):
         videos = checkpoint.video_preprocessor_config
         require_steps(videos, "do_resize")
         require_same_colours(videos, vision.crops.normalisation, CLIP_NORMALISATION)
-        size = videos.get("size") or {}
+        size = stated_size(videos)
         if {size.get(name, side) for name in ("height", "width")} != {side}:
             raise CheckpointError(
                 f"video_preprocessor_config.json: size should be the tower's {side} pixels", param="size"

@@ -94,8 +94,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> SliceVisionConfig:
 
 def _with_tokens(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Adds the ids of the version's tokens, and whether prompts give each image its number."""
-    added = checkpoint.json("tokenizer.json").get("added_tokens") or []
-    ids = {token["content"]: token["id"] for token in added}
+    ids = checkpoint.added_tokens
     ends = [ids[name] for name in _VERSIONS[_version(checkpoint.config)][1] if name in ids]
     return replace(
         config,

@@ -76,8 +76,7 @@ def _video_token(raw: Json, decoder: DecoderConfig) -> int | None:
 
 def _with_marks(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Adds the strings of the tokens in prompts, and the kinds of media that prompts number."""
-    added = checkpoint.json("tokenizer.json").get("added_tokens") or []
-    texts = {token["id"]: token["content"] for token in added}
+    texts: dict[int | None, str] = {index: text for text, index in checkpoint.added_tokens.items()}
     placeholder, of_video = texts.get(config.image_token_id), texts.get(config.video_token_id)
     if placeholder is None:
         raise CheckpointError(

@@ -17,7 +17,7 @@ def parse_normalisation(raw: Mapping[str, Any], default: Normalisation) -> Norma
     A step that is switched off, by ``do_rescale`` or ``do_normalize``, leaves pixels as they are.
 
     Raises:
-        CheckpointError: naming the field that is no number, or not three of them.
+        CheckpointError: naming the field that is no number, or for colours neither one nor three of them.
     """
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -33,11 +33,42 @@ def parse_normalisation(raw: Mapping[str, Any], default: Normalisation) -> Norma
 
 
 def _three(raw: Mapping[str, Any], field: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    value = raw.get(field) or default
+    value: Any = raw.get(field) or default
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (float(value),) * 3
     whole = isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value)
     if not whole or len(value) != 3:
-        raise CheckpointError(f"{field} should be three numbers, not {value!r}", param=field)
+        raise CheckpointError(f"{field} should be a number or three, not {value!r}", param=field)
     return tuple(value)
+
+
+def stated_size(raw: Mapping[str, Any], field: str = "size", *, square: bool = True) -> dict[str, int]:
+    """The sides that an image processor's JSON states in ``field``, by their names; empty if it states none.
+
+    Args:
+        square: whether a single number, as files of early releases have it, is both sides, ``height`` and
+            ``width``, or the ``shortest_edge``. A pair is always height and width.
+
+    Raises:
+        CheckpointError: it is no number of pixels, no pair and no object of such numbers.
+    """
+    stated = raw.get(field)
+    size: Any = {} if stated is None else stated
+    if isinstance(size, list | tuple) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    elif isinstance(size, int):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    lengths = [length for length in size.values() if length is not None] if isinstance(size, Mapping) else [0]
+    if not all(map(_is_length, lengths)):
+        raise CheckpointError(
+            f"{field} should be shortest_edge, longest_edge, or height and width, in pixels; got {stated!r}",
+            param=field,
+        )
+    return {name: length for name, length in size.items() if length is not None}
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def mean_colour(raw: Mapping[str, Any], default: Normalisation) -> tuple[int, ...]:

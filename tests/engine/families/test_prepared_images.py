@@ -207,6 +207,17 @@ def _with(row: Row, **fields: Any) -> Row:
     return replace(row, make=partial(_changed, row.make, **fields), sizes=sizes, draws=False)
 
 
+def _respelled(make: Callable[[Path], object], path: Path, form: Callable[[int], Any]) -> None:
+    """Make a checkpoint, and state its processor's size as in files of early releases."""
+    make(path)
+    (side,) = set(json.loads((path / "preprocessor_config.json").read_text())["size"].values())
+    _changed(lambda _: None, path, size=form(side), image_mean=0.4)
+
+
+def _early(row: Row, form: Callable[[int], Any]) -> Row:
+    return replace(row, make=partial(_respelled, row.make, form=form), sizes=row.sizes[:4], draws=False)
+
+
 ROWS = {
     "LLaVA": Row(make_llava, SQUARE, partial(llava, kind="CLIP")),
     "LLaVA, padded": _llava("Llava"),
@@ -292,6 +303,13 @@ ROWS |= {
     "Qwen2-VL, no areas": _with(
         Row(make_qwen2_vl, NATIVE[:4], qwen), size=None, min_pixels=None, max_pixels=None
     ),
+}
+
+
+ROWS |= {
+    f"{name}, size {what}": _early(ROWS[name], form)
+    for what, form in {"a number": lambda side: side, "a pair": lambda side: [side, side]}.items()
+    for name in ("LLaVA, Pixtral", "LLaVA-NeXT", "LLaVA-OneVision, hub", "InternVL, hub", "Gemma 3, hub")
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import torch
 
@@ -155,6 +158,16 @@ def test_dummy_weights_have_any_numbers(tmp_path, kind, scheme):
     assert matrix(projection).std() > 0.05 and logits(decoder).isfinite().all()
 
 
+def test_a_part_may_state_the_scheme(tmp_path):
+    """As where a quantiser was given the language model of a larger one."""
+    path = make_text(tmp_path / "model", "llama")
+    exact = quantise(path, Scheme("awq"))
+    config = json.loads((path / "config.json").read_text())
+    stated = config.pop("quantization_config")
+    (path / "config.json").write_text(json.dumps({**config, "llm_config": {"quantization_config": stated}}))
+    torch.testing.assert_close(logits(load(path)), reference(path, exact), rtol=2e-4, atol=2e-4)
+
+
 def test_answers_about_an_image_are_those_of_the_dequantised_checkpoint(tmp_path):
     path = make_qwen2_vl(tmp_path / "model")
     exact = quantise(path, Scheme("awq"), matrix=TEXT_MATRIX)
@@ -209,6 +222,24 @@ def test_files_that_do_not_fit_are_named(tmp_path, change, message):
     rewrite_tensors(path, change)
     with pytest.raises(CheckpointError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_that_the_model_lacks_are_left_out_if_they_are_zero(tmp_path, value):
+    """AutoGPTQ stores biases of zeros for all matrices."""
+    path = make_text(tmp_path / "model", "llama")
+    exact = quantise(path, Scheme("gptq"))
+    names = [f"model.layers.{layer}.mlp.down_proj.bias" for layer in range(2)]
+    biases = {
+        names[0]: torch.zeros(64).half(),
+        names[1]: torch.zeros(64).half().index_fill(0, torch.tensor(63), value),
+    }
+    rewrite_tensors(path, lambda tensors: tensors | biases)
+    if value:
+        with pytest.raises(CheckpointError, match=rf"doesn't have: {re.escape(names[1])}$"):
+            load(path)
+    else:
+        torch.testing.assert_close(logits(load(path)), reference(path, exact), rtol=2e-4, atol=2e-4)
 
 
 def test_integers_without_a_configuration_are_refused(tmp_path):
