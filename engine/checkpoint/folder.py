@@ -12,6 +12,7 @@ from typing import Any
 from engine.errors import CheckpointError
 
 _HEADER_LIMIT = 100 << 20
+_WHOLE = "model.safetensors"
 _HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _HUB_WEIGHTS = ["*.safetensors"]
 #: The same weights once more, under the names of Mistral's own format.
@@ -138,13 +139,20 @@ class Checkpoint:
     @cached_property
     def tensor_names(self) -> frozenset[str]:
         """Names of all tensors; empty if the folder has neither an index nor weights."""
-        index = self.json("model.safetensors.index.json").get("weight_map")
+        index = self._index()
         if index is not None:
             return frozenset(index)
         return frozenset(self.tensors if self._weight_files() else ())
 
+    def _index(self) -> dict[str, str] | None:
+        """The shard of each tensor; None if one file holds all of them or no file says which does."""
+        return None if self.has(_WHOLE) else self.json("model.safetensors.index.json").get("weight_map")
+
     def _weight_files(self) -> list[Path]:
-        """The folder's safetensors files, without those in Mistral's own format."""
+        """The file that Transformers takes before all others; else all safetensors files of the folder,
+        without those in Mistral's own format."""
+        if self.has(_WHOLE):
+            return [self.path / _WHOLE]
         others = {file for pattern in _OTHER_WEIGHTS for file in self.path.glob(pattern)}
         return sorted(set(self.path.glob("*.safetensors")) - others)
 
@@ -155,7 +163,7 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the shard that is missing, truncated or not a safetensors file.
         """
-        index = self.json("model.safetensors.index.json").get("weight_map")
+        index = self._index()
         if index is not None:
             files = sorted({self.path / file for file in index.values()})
         else:

@@ -13,6 +13,7 @@ from engine.families.base import ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.parsing.fields import Json, flag, integer, number, vision_activation
 from engine.families.parsing.model import ConfigReader, nested_text, token_field
+from engine.families.parsing.tower import axial_theta
 from engine.families.qwen2_vl.config import VISUAL, native_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import ImageRules, QwenProcessor, VideoRules, enlarged
@@ -68,7 +69,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
             pre_norm=not ocr,
             positions_last=True,
             post_norm=True,
-            rope_theta=float((filled.get("rope_parameters") or {}).get("rope_theta", 10000.0)),
+            rope_theta=axial_theta(filled),
         )
 
     return native_vision(

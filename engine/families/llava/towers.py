@@ -9,6 +9,7 @@ from engine.errors import CheckpointError
 from engine.families.parsing.fields import Json, integer, vision_activation
 from engine.families.parsing.processor import parse_normalisation, parse_projector
 from engine.families.parsing.tower import (
+    axial_theta,
     feature_states,
     parse_clip,
     parse_siglip,
@@ -34,7 +35,6 @@ _PIXTRAL_DEFAULTS = {
     "num_channels": 3,
     "patch_size": 16,
     "hidden_act": "gelu",
-    "rope_theta": 10000.0,
 }
 PIXTRAL_LAYERS = r"transformer\.layers\."
 _PIXTRAL_NORM_EPS = 1e-5
@@ -110,7 +110,6 @@ def parse_pixtral(
         raise CheckpointError("config.json: only towers of 3 channels are supported", param="vision_config")
     layers, patch = integer(filled, "num_hidden_layers"), integer(filled, "patch_size")
     used, features = feature_states(layer, layers)
-    rope = filled.get("rope_parameters") or {}
     tower = VisionConfig(
         hidden_size=integer(filled, "hidden_size"),
         intermediate_size=integer(filled, "intermediate_size"),
@@ -124,7 +123,7 @@ def parse_pixtral(
         norm="rms",
         norm_eps=_PIXTRAL_NORM_EPS,
         pre_norm=True,
-        rope_theta=float(rope.get("rope_theta") or filled["rope_theta"]),
+        rope_theta=axial_theta(filled),
         rope_alternates=True,
         features=features,
     )

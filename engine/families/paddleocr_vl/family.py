@@ -10,7 +10,7 @@ from engine.families.family import Family
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader, token_field
-from engine.families.parsing.tower import parse_siglip, tower_rules, unused_tensors
+from engine.families.parsing.tower import axial_theta, parse_siglip, tower_rules, unused_tensors
 from engine.families.qwen2_vl.config import native_vision, qwen_text
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import ImageRules, QwenProcessor, VideoRules
@@ -41,10 +41,9 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
     stated = raw.get("vision_config") or {}
     square = parse_siglip(stated, defaults=_TOWER_DEFAULTS)
-    theta = float((stated.get("rope_parameters") or {}).get("rope_theta", 10000.0))
 
     def tower(width: int, patch_dim: int) -> VisionConfig:
-        return replace(square.config, num_positions=0, rope_theta=theta)
+        return replace(square.config, num_positions=0, rope_theta=axial_theta(stated))
 
     filled = {
         "spatial_merge_size": 2,

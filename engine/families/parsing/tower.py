@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.families.parsing.fields import integer, vision_activation
+from engine.families.parsing.fields import integer, number, vision_activation
 from engine.vision.crops_config import CropVisionConfig
 from engine.vision.normalisation import Normalisation
 from engine.vision.transformer_config import VisionConfig
@@ -108,6 +108,23 @@ def feature_states(feature_layer: Any, layers: int) -> tuple[int, tuple[int, ...
             param="vision_feature_layer",
         )
     return max(states), states if len(states) > 1 else ()
+
+
+def axial_theta(raw: Mapping[str, Any]) -> float:
+    """The base of a tower's two-dimensional rotary embedding, which ``vision_config`` (``raw``) may state.
+
+    Raises:
+        CheckpointError: the base is no number, or the embedding is of another type.
+    """
+    stated = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = stated.get("rope_type", stated.get("type", "axial"))
+    if kind not in ("axial", "default"):
+        raise CheckpointError(
+            f"config.json: rope type {kind!r} of the vision part is not supported; axial is",
+            param="vision_config",
+        )
+    beside = raw.get("rope_theta")
+    return number({"rope_theta": 10000.0 if beside is None else beside, **stated}, "rope_theta")
 
 
 def _stated(raw: Mapping[str, Any]) -> dict[str, Any]:

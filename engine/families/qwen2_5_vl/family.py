@@ -13,6 +13,7 @@ from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.family import Positions
 from engine.families.parsing.fields import Json, integer, layer_list, vision_activation
+from engine.families.parsing.tower import axial_theta
 from engine.families.qwen2_vl.config import native_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.positions import grid_positions
@@ -58,7 +59,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
             activation=vision_activation(filled["hidden_act"]),
             gated_mlp=True,
             norm="rms",
-            rope_theta=10000.0,
+            rope_theta=axial_theta(filled),
             full_layers=layer_list(filled, "fullatt_block_indexes"),
         )
 

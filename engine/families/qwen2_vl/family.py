@@ -8,6 +8,7 @@ from engine.families.encoders import native_encoder
 from engine.families.family import Family
 from engine.families.parsing.fields import Json, integer, vision_activation
 from engine.families.parsing.model import ConfigReader, token_field
+from engine.families.parsing.tower import axial_theta
 from engine.families.qwen2_vl.config import VISUAL, native_vision, qwen_text, qwen_vl_rules
 from engine.families.qwen2_vl.positions import grid_positions
 from engine.families.qwen2_vl.processor import QwenProcessor, VideoRules
@@ -38,7 +39,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
             num_heads=integer(filled, "num_heads"),
             patch_dim=patch_dim,
             activation=vision_activation(filled["hidden_act"]),
-            rope_theta=10000.0,
+            rope_theta=axial_theta(filled),
         )
 
     return native_vision(

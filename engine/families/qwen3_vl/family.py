@@ -15,6 +15,7 @@ from engine.errors import CheckpointError
 from engine.families.base import ModelConfig
 from engine.families.parsing.fields import Json, integer, layer_list, vision_activation
 from engine.families.parsing.model import token_field
+from engine.families.parsing.tower import axial_theta
 from engine.families.qwen2_vl.config import (
     VISUAL,
     native_vision,
@@ -98,7 +99,7 @@ def _vision(raw: Json, processor: Json, hidden: int) -> NativeVisionConfig:
             patch_dim=patch_dim,
             patch_bias=True,
             activation=vision_activation(filled["hidden_act"]),
-            rope_theta=10000.0,
+            rope_theta=axial_theta(filled),
         )
 
     return native_vision(

@@ -96,6 +96,30 @@ def publish(path: Path, preprocessor: Mapping[str, Any], **fields: Any) -> None:
     (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
+def with_slow_tokenizer(path: Path) -> None:
+    """Write a checkpoint's tokenizer as Transformers 4 saves a slow one: a vocabulary, its merges, and the
+    added tokens behind it."""
+    fast = json.loads((path / "tokenizer.json").read_text())
+    added = {token["content"]: token for token in fast["added_tokens"]}
+    ordinary = sorted(fast["model"]["vocab"].keys() - added.keys(), key=fast["model"]["vocab"].get)
+    (path / "vocab.json").write_text(json.dumps({text: index for index, text in enumerate(ordinary)}))
+    merges = [" ".join(pair) for pair in fast["model"]["merges"]]
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    ids = {text: len(ordinary) + index for index, text in enumerate(added)}
+    (path / "added_tokens.json").write_text(json.dumps(ids))
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    described = {ids[text]: {flag: token[flag] for flag in flags} for text, token in added.items()}
+    config = {
+        "added_tokens_decoder": described,
+        "additional_special_tokens": list(added),
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").unlink()
+
+
 def _public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     found = {_renamed(name): value for name, value in tensors.items()}
     for name in [name for name in found if re.search(r"\.attn\.q_proj\.", name)]:

@@ -6,13 +6,14 @@ import json
 import random
 
 import pytest
+import transformers
 
 from engine import LLM, SamplingParams
 from engine.errors import CheckpointError, ConfigError, InvalidRequest
 from engine.families.internvl.processor import best_tiling
 from tests.engine.families.case import CasePrompt
 from tests.engine.families.internvl import InternVLReference, make_internvl
-from tests.engine.families.internvl_chat import make_internvl_chat
+from tests.engine.families.internvl_chat import make_internvl_chat, with_slow_tokenizer
 from tests.engine.families.made import check_answer
 from tests.engine.families.opened import check_refused, media_processor, parse
 from tests.engine.tiny import picture
@@ -156,3 +157,19 @@ def test_what_the_publishers_names_do_not_cover_is_refused(tmp_path, fields):
 )
 def test_files_that_cannot_be_followed_are_refused(tmp_path, file, fields, param):
     check_refused(make_internvl(tmp_path), file, fields, param)
+
+
+def test_the_publishers_files_of_a_slow_tokenizer(tmp_path):
+    """A vocabulary, its merges, and the tokens that were added: there is no tokenizer.json."""
+    path = make_internvl_chat(tmp_path)
+    with_slow_tokenizer(path)
+    llm = LLM(str(path), device="cpu", dtype="float32", max_model_len=256, kv_cache_bytes=16 << 20)
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    prompt = "<|im_start|>user\n<image>hello world 12<|im_end|>\n"
+    entry = {"prompt": prompt, "multi_modal_data": {"image": [picture(24, 24)]}}
+    (output,) = llm.generate([entry], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
+    _, config = parse(path)
+    rows = config.vision.rows_per_crop
+    shown = prompt.replace("<image>", f"<img>{'<IMG_CONTEXT>' * rows}</img>")
+    assert output.prompt_token_ids == theirs(shown).input_ids
+    assert theirs.convert_tokens_to_ids("<|im_end|>") in config.eos_token_ids

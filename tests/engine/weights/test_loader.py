@@ -83,6 +83,19 @@ def test_the_same_weights_in_mistrals_own_format_are_left_aside(path):
         load(path)
 
 
+def test_a_file_with_the_whole_model_comes_before_all_others(path):
+    """As in Transformers, whatever lies beside it: another precision, or shards that it was made of."""
+    before = parameters(path)
+    others = {
+        name: torch.zeros_like(tensor) for name, tensor in load_file(path / "model.safetensors").items()
+    }
+    save_file(others, path / "model.fp16.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(others, "model.fp16.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = parameters(path)
+    assert before.keys() == found.keys() and all(torch.equal(before[name], found[name]) for name in found)
+
+
 def test_missing_tensors_are_seen_before_data_is_read(path, monkeypatch):
     rewrite_tensors(path, without("model.norm.weight"))
     monkeypatch.setattr(loader, "read_rows", lambda *_, **__: pytest.fail("read data"))

@@ -19,7 +19,7 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.rope import lengths_of
-from tests.engine.families.drawn.vision import draw_pixels
+from tests.engine.families.drawn.vision import draw_pixels, draw_theta
 from tests.engine.tiny import tokenizer
 
 _MODEL_TYPES = {"Glm4v": "glm4v", "Glm46V": "glm46v", "GlmOcr": "glm_ocr"}
@@ -57,7 +57,7 @@ class GlmFamily:
             "model_type": self.name,
             "torch_dtype": "float32",
             "text_config": text,
-            "vision_config": vision,
+            "vision_config": vision | draw_theta(draw, 0.2),
             **{
                 f"{name}_token_id": glm.SPECIALS.index(f"<|{mark}|>")
                 for name, mark in (

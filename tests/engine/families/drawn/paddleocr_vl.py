@@ -13,7 +13,7 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.rope import lengths_of
-from tests.engine.families.drawn.vision import draw_pixels, draw_tower
+from tests.engine.families.drawn.vision import draw_pixels, draw_theta, draw_tower
 from tests.engine.families.paddleocr_vl import IMAGE, SPECIALS, PaddleOCRReference
 from tests.engine.tiny import rewrite_tensors, tokenizer
 
@@ -47,7 +47,7 @@ class PaddleOCRFamily:
         raw: dict[str, Any] = {
             "model_type": self.name,
             "torch_dtype": "float32",
-            "vision_config": tower,
+            "vision_config": tower | draw_theta(draw, 0.2),
             "image_token_id": SPECIALS.index("<|IMAGE_PLACEHOLDER|>"),
             "vision_start_token_id": SPECIALS.index("<|IMAGE_START|>"),
             "vision_end_token_id": SPECIALS.index("<|IMAGE_END|>"),

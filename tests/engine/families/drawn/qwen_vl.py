@@ -12,7 +12,7 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.families.drawn.decoder import draw_decoder
 from tests.engine.families.drawn.prompts import Style
 from tests.engine.families.drawn.rope import lengths_of
-from tests.engine.families.drawn.vision import draw_pixels
+from tests.engine.families.drawn.vision import draw_pixels, draw_theta
 from tests.engine.tiny import QWEN_SPECIALS, TRANSFORMERS, tokenizer
 
 _MODEL_TYPES = {
@@ -134,6 +134,7 @@ class QwenVLFamily:
         act = draw.variant("tower activation", ("", "gelu", "gelu_pytorch_tanh", "relu", "swish"), 0.2)
         if act:
             fields["hidden_act"] = act
+        fields |= draw_theta(draw, 0.2)
         if self.kind == "Qwen2VL":
             fields |= {
                 "embed_dim": width,

@@ -38,12 +38,17 @@ def draw_pixtral(draw: Draw, *, longest: int, patch: int) -> dict[str, Any]:
     ``patch``."""
     tower = draw_tower(draw, side=longest, patch=patch)
     tower.pop("layer_norm_eps", None)
-    how = draw.variant("tower theta", ("absent", "old spelling", "new spelling"), 0.4)
+    return {**tower, **draw_theta(draw), "model_type": "pixtral"}
+
+
+def draw_theta(draw: Draw, chance: float = 0.4) -> dict[str, Any]:
+    """The field of ``vision_config`` that states the base of a rotary embedding, if one does."""
+    how = draw.variant("tower theta", ("absent", "old spelling", "new spelling"), chance)
     if how == "old spelling":
-        tower["rope_theta"] = 500.0
-    elif how == "new spelling":
-        tower["rope_parameters"] = {"rope_type": "default", "rope_theta": 2000.0}
-    return {**tower, "model_type": "pixtral"}
+        return {"rope_theta": 500.0}
+    if how == "new spelling":
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": 2000.0}}
+    return {}
 
 
 def draw_side(draw: Draw) -> tuple[int, int]:
