@@ -140,6 +140,20 @@ class ResponsesRequest(ConversationBody):
         return self.sampling(defaults, max_tokens=tokens, logprobs=logprobs, n=1)
 
 
+class InputTokensRequest(ResponsesRequest):
+    """Body of ``POST /v1/responses/input_tokens``."""
+
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {"input": "Hello!"}
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams()
+
+
+class InputTokens(BaseModel):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 class Response(BaseModel):
     """A response. Items of ``output`` are ``message``, ``reasoning`` and ``function_call``."""
 

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments import sse
 from deployments.access import caller_name, hold_open
-from deployments.conversations import Conversation, RunningAnswer, conversation, start
+from deployments.conversations import Conversation, RunningAnswer, conversation, start, tokenize
 from deployments.errors import NotFound, as_sightline
 from deployments.openapi import described
 from deployments.pipeline import Pipeline
@@ -38,7 +38,7 @@ async def create_response(request: Request) -> Response:
     store: ResponseStore = request.app.state.responses
     earlier: list[Json] = []
     if body.previous_response_id is not None:
-        earlier = (await _stored(request, body.previous_response_id, "previous_response_id")).messages
+        earlier = await _earlier(request, body.previous_response_id)
     given, fields = wire.input_messages(body.input, len(earlier) + bool(body.instructions))
     stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given], caller_name())
     given_conversation = _conversation(body, pipeline, stored.messages, fields)
@@ -72,6 +72,20 @@ async def create_response(request: Request) -> Response:
         await store.put(stored)
         events = _stored_events(events, request, stored, builder)
     return sse.EventResponse(sse.named(events), failed)
+
+
+@router.post("/v1/responses/input_tokens")
+@described(wire.InputTokensRequest, wire.InputTokens)
+async def count_input_tokens(request: Request) -> Response:
+    """The tokens of the prompt that a response would have, images, tools and earlier responses included."""
+    body, pipeline = await read_request(request, wire.InputTokensRequest)
+    body.check()
+    earlier: list[Json] = []
+    if body.previous_response_id is not None:
+        earlier = await _earlier(request, body.previous_response_id)
+    given, fields = wire.input_messages(body.input, len(earlier) + bool(body.instructions))
+    inputs = await tokenize(pipeline, _conversation(body, pipeline, [*earlier, *given], fields))
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": len(inputs.token_ids)})
 
 
 def _run(request: Request, running: RunningAnswer, stored: StoredResponse) -> EventLog | None:
@@ -196,10 +210,37 @@ async def cancel_response(request: Request, name: str) -> Response:
 @router.get("/v1/responses/{name}/input_items")
 @described(answer=wire.InputItems)
 async def list_input_items(request: Request, name: str) -> Response:
-    """The input of a response that was kept."""
+    """The input of a response that was kept, the last item first, or the first with ``order=asc``: 20 items,
+    or ``limit``, behind the one whose id is ``after``."""
     items = (await _stored(request, name, "response_id")).input_items
-    ends = {"first_id": items[0]["id"] if items else None, "last_id": items[-1]["id"] if items else None}
-    return JSONResponse({"object": "list", "data": items, "has_more": False, **ends})
+    asked = request.query_params
+    order, limit, after = asked.get("order", "desc"), asked.get("limit", "20"), asked.get("after")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("order must be asc or desc.", param="order")
+    if not re.fullmatch(r"[1-9]\d?|100", limit):
+        raise InvalidRequest("limit must be a number from 1 to 100.", param="limit")
+    if order == "desc":
+        items = items[::-1]
+    if after is not None:
+        places = [index for index, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise InvalidRequest(f"The input has no item {after[:100]!r}.", param="after")
+        items = items[places[0] + 1 :]
+    page = items[: int(limit)]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return JSONResponse({"object": "list", "data": page, "has_more": len(page) < len(items), **ends})
+
+
+async def _earlier(request: Request, name: str) -> list[Json]:
+    """The conversation up to the end of an earlier response."""
+    stored = await _stored(request, name, "previous_response_id")
+    if stored.response["status"] == "in_progress":
+        raise InvalidRequest(
+            f"The response {name[:100]!r} is still made, and its end belongs to the conversation. "
+            "Wait for it, or cancel it.",
+            param="previous_response_id",
+        )
+    return stored.messages
 
 
 async def _stored(request: Request, name: str, param: str) -> StoredResponse:
@@ -249,10 +290,16 @@ def _response(body: wire.ResponsesRequest, pipeline: Pipeline) -> Json:
 
 
 def _items(given: str | list[Any]) -> list[Json]:
-    """The input as items with ids."""
+    """The input as items, each with an id of its own."""
     if isinstance(given, str):
         given = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
-    return [{"id": f"msg_{uuid.uuid4().hex}", "type": "message", **item} for item in given]
+    items: dict[str, Json] = {}
+    for item in given:
+        name = item.get("id")
+        if not isinstance(name, str) or not name or name in items:
+            name = f"msg_{uuid.uuid4().hex}"
+        items[name] = {"type": "message", **item, "id": name}
+    return list(items.values())
 
 
 def _conversation(

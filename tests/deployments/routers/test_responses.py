@@ -169,3 +169,56 @@ async def test_deep_values_are_kept_and_sent_back(http, stream):
     last = json.loads(made.text.split("data: ")[-1])["response"] if stream else made.json()
     kept = (await http.get(f"/v1/responses/{last['id']}")).json()
     assert made.status_code == 200 and last["metadata"] == kept["metadata"] == deep
+
+
+async def test_tokens_of_an_input_are_those_of_its_response(client):
+    asked = {"input": QUESTION, "instructions": "Be brief."}
+    made = await ask(client, **asked)
+    counted = await client.responses.input_tokens.count(model="pocket", **asked)
+    assert counted.input_tokens == made.usage.input_tokens and counted.object == "response.input_tokens"
+    further = {"input": "And its shape?", "previous_response_id": made.id}
+    counted = await client.responses.input_tokens.count(model="pocket", **further)
+    assert counted.input_tokens == (await ask(client, **further)).usage.input_tokens
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.responses.input_tokens.count(
+            model="pocket", input=[{"type": "item_reference", "id": "a"}]
+        )
+    assert refused.value.param == "input[0].type"
+
+
+async def test_items_of_an_input_come_page_by_page(client):
+    given = [
+        {"role": "user", "content": str(index), "id": "same" if index < 2 else None} for index in range(23)
+    ]
+    made = await ask(client, input=given, max_output_tokens=1)
+    items = client.responses.input_items
+
+    def texts(page) -> list[int]:
+        return [int(item.content if isinstance(item.content, str) else item.content[0].text) for item in page]
+
+    first = await items.list(made.id)
+    assert texts(first.data) == [*range(22, 2, -1)] and first.has_more
+    assert (first.first_id, first.last_id) == (first.data[0].id, first.data[-1].id)
+    assert texts([item async for item in first]) == [*range(22, -1, -1)]
+    assert texts([item async for item in items.list(made.id, limit=1, order="asc")]) == [*range(23)]
+    last = await items.list(made.id, order="asc", after=first.data[2].id)
+    assert texts(last.data) == [21, 22] and not last.has_more
+    for options, param in (
+        ({"order": "up"}, "order"),
+        ({"limit": 0}, "limit"),
+        ({"limit": 101}, "limit"),
+        ({"after": "none"}, "after"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            await items.list(made.id, **options)
+        assert refused.value.param == param
+
+
+async def test_a_conversation_waits_for_the_end_of_a_response(client):
+    long = {"max_output_tokens": 900, "background": True, "extra_body": {"ignore_eos": True}}
+    running = await ask(client, **long)
+    with pytest.raises(openai.BadRequestError, match="still made") as refused:
+        await ask(client, previous_response_id=running.id)
+    assert refused.value.param == "previous_response_id"
+    await client.responses.cancel(running.id)
+    assert (await ask(client, previous_response_id=running.id, max_output_tokens=1)).status == "incomplete"
