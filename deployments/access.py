@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import os
+import re
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -15,11 +16,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.errors import error_response
 from deployments.report import current_report
 from deployments.turns import Turns
-from engine.errors import ConfigError, Overloaded, SightlineError
+from engine.errors import ConfigError, InvalidRequest, Overloaded, SightlineError
 from engine.media.ledger import Account, Ledger
 
 #: Paths that need no key: probes of machines, which hold none.
 OPEN_PATHS = frozenset({"/health", "/ping", "/version"})
+#: A key that a header can carry, see RFC 9110.
+_KEY = re.compile(r"[!-~]+")
 
 
 class Unauthorized(SightlineError):
@@ -62,12 +65,13 @@ class KeyConfig(BaseModel):
         """The key.
 
         Raises:
-            ConfigError: the variable or file is missing or empty; the message holds no secret.
+            ConfigError: the variable or file is missing or empty, or no client could send the key; the
+                message holds no secret.
         """
         if self.key is not None:
             found = self.key.get_secret_value()
         elif self.env is not None:
-            found = os.environ.get(self.env, "")
+            found = os.environ.get(self.env, "").strip()
         else:
             assert self.file is not None
             try:
@@ -76,6 +80,11 @@ class KeyConfig(BaseModel):
                 raise ConfigError(f"the key {self.name!r} can't be read: {error}", param="keys") from error
         if not found:
             raise ConfigError(f"the key {self.name!r} is empty", param="keys")
+        if not _KEY.fullmatch(found):
+            raise ConfigError(
+                f"the key {self.name!r} must consist of visible ASCII characters, without spaces",
+                param="keys",
+            )
         return found
 
 
@@ -152,11 +161,17 @@ class Visit:
         """Count tokens of the prompt and of the longest completion, until the request ends.
 
         Raises:
-            Overloaded: the caller's open requests ask for too many.
+            InvalidRequest: this request alone asks for too many.
+            Overloaded: the caller's open requests do together.
         """
         limit, active = self.caller._max_tokens, self.caller._tokens
         if limit is not None and active + tokens > limit:
             self._refused = True
+            if self._tokens + tokens > limit:
+                raise InvalidRequest(
+                    f"This request asks for {self._tokens + tokens} tokens, prompt and answers together, and "
+                    f"this API key's limit is {limit}. Ask for shorter answers, or show less."
+                )
             raise self.caller._refusal(
                 f"This API key's open requests ask for {active} tokens, and this request for {tokens}; its "
                 f"limit is {limit}. Try again shortly."
@@ -235,10 +250,14 @@ class Access:
         """Let in the holders of ``keys`` instead. Requests that are open stay so, and count.
 
         Raises:
-            ConfigError: a key can't be read; then nothing changes.
+            ConfigError: a key can't be read, or is another's; then nothing changes.
         """
         # Digests have one length, so comparing them tells nothing of a key's.
         read = [(_digest(key.secret()), key) for key in keys]
+        names: dict[bytes, str] = {}
+        for digest, key in read:
+            if names.setdefault(digest, key.name) != key.name:
+                raise ConfigError(f"the keys {names[digest]!r} and {key.name!r} are the same", param="keys")
         former = {caller.name: caller for _, caller in self._keys}
         callers: dict[str, Caller] = {}
         for _, key in read:
@@ -272,7 +291,7 @@ class Access:
     def _is_open(self, method: str, path: str) -> bool:
         if path in OPEN_PATHS or method == "OPTIONS":
             return True
-        return self._page and method == "GET" and (path == "/" or path.startswith("/page/"))
+        return self._page and method == "GET" and (path in ("/", "/docs") or path.startswith("/page/"))
 
     def _caller(self, scope: Scope) -> Caller:
         if not self._keys:

@@ -113,7 +113,7 @@ def create_api(
             allow_origins=config.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "request-id", "retry-after"],
         )
     api.add_middleware(LastResort)
     if tracer is not None and tracer.on:

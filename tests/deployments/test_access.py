@@ -6,11 +6,11 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from deployments.access import Caller, KeyConfig
+from deployments.access import Access, Caller, KeyConfig
 from deployments.api import create_api
 from deployments.config import IngressConfig
 from deployments.errors import error_headers
-from engine.errors import ConfigError, Overloaded
+from engine.errors import ConfigError, InvalidRequest, Overloaded
 from engine.media.ledger import Ledger
 from tests.deployments.asgi import AppTransport
 
@@ -42,7 +42,7 @@ def bearer(key: str) -> dict[str, str]:
     "headers",
     [{}, bearer("wrong"), bearer(""), {"Authorization": "Basic secret"}, bearer("sécret"), bearer("secre")],
 )
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/openapi.json", "/docs", "/load", "/nothing"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/openapi.json", "/load", "/nothing"])
 async def test_every_path_but_the_probes_needs_a_key(guarded, headers, path):
     response = await guarded.get(path, headers={k: v.encode() for k, v in headers.items()})
     assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
@@ -100,7 +100,7 @@ def test_refused_requests_are_told_to_come_back_one_after_the_other(monkeypatch)
     now = 200.0
     for _ in range(100):
         visiting = caller.enter(Ledger())
-        with pytest.raises(Overloaded):
+        with pytest.raises(InvalidRequest):
             visiting.charge(10)
         visiting.end()
     visiting = caller.enter(Ledger())
@@ -110,7 +110,8 @@ def test_refused_requests_are_told_to_come_back_one_after_the_other(monkeypatch)
 async def test_a_key_asks_for_so_many_tokens(guarded):
     body = CHAT | {"max_tokens": 200}
     refused = await guarded.post("/v1/chat/completions", json=body, headers=bearer("other-secret"))
-    assert refused.status_code == 429 and "its limit is 100" in refused.json()["error"]["message"]
+    # Not 429: it could never be answered, however often it came back.
+    assert refused.status_code == 400 and "limit is 100" in refused.json()["error"]["message"]
     # What was refused is not counted, nor what has ended: these ask for more than the limit together.
     for _ in range(9):
         taken = await guarded.post("/v1/chat/completions", json=CHAT, headers=bearer("other-secret"))
@@ -120,7 +121,38 @@ async def test_a_key_asks_for_so_many_tokens(guarded):
 @pytest.mark.parametrize("fields", [{"max_tokens": 50, "n": 2}, {"max_tokens": None}])
 async def test_all_completions_count_to_their_longest(guarded, fields):
     refused = await guarded.post("/v1/chat/completions", json=CHAT | fields, headers=bearer("other-secret"))
-    assert refused.status_code == 429 and "its limit is 100" in refused.json()["error"]["message"]
+    assert refused.status_code == 400 and "limit is 100" in refused.json()["error"]["message"]
+
+
+def test_requests_that_ask_for_too_much_together_may_come_back():
+    caller = Caller(KeyConfig(name="a", key="k", max_active_tokens=9))
+    first, second = caller.enter(Ledger()), caller.enter(Ledger())
+    first.charge(5)
+    with pytest.raises(Overloaded, match="ask for 5 tokens, and this request for 6; its limit is 9"):
+        second.charge(6)
+    # Several prompts of one request count together.
+    with pytest.raises(InvalidRequest, match="asks for 10 tokens"):
+        first.charge(5)
+    first.end()
+    second.charge(6)
+    second.end()
+
+
+@pytest.mark.parametrize("key", ["two words", "a\nb", "schlüssel", " ", "\x00"])
+def test_a_key_that_no_header_can_carry_is_refused(key):
+    with pytest.raises(ConfigError) as refused:
+        Access(ledger=Ledger()).change([KeyConfig(name="a", key=key)])
+    assert refused.value.param == "keys"
+    assert "words" not in refused.value.message and "schlüssel" not in refused.value.message
+
+
+def test_one_key_has_one_name(monkeypatch):
+    monkeypatch.setenv("SAME", "k\n")
+    keys = [KeyConfig(name="a", key="k"), KeyConfig(name="a", env="SAME")]
+    access = Access(ledger=Ledger())
+    access.change(keys)
+    with pytest.raises(ConfigError, match="the keys 'a' and 'b' are the same"):
+        access.change([*keys, KeyConfig(name="b", key="k")])
 
 
 async def test_keys_share_no_cache_and_no_responses(guarded):

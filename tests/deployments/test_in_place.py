@@ -120,6 +120,8 @@ async def test_the_ingress_takes_over_its_bounds(api, client, running):
     assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 413
     take_over(api, IngressConfig(request_timeout_s=0.001))
     assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 504
+    late = await client.post("/v1/messages", json=CHAT)
+    assert (late.status_code, late.json()["error"]["type"]) == (504, "timeout_error")
     replay = ReplayConfig(max_losses=1)
     take_over(api, IngressConfig(replay=replay))
     assert api.state.pipelines["pocket"].replay == replay
