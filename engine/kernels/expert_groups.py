@@ -124,7 +124,7 @@ def add_up_experts(rows: torch.Tensor, top_k: int) -> torch.Tensor:
     out = torch.empty((tokens, width), dtype=rows.dtype, device=rows.device)
     block = min(1024, triton.next_power_of_2(width))
     launch(
-        _add_up_kernel, (triton.cdiv(width, block), tokens), rows_ptr=rows, out_ptr=out, width=width,
+        _add_up_kernel, (triton.cdiv(width, block) * tokens,), rows_ptr=rows, out_ptr=out, width=width,
         TOP_K=top_k, BLOCK=block, num_warps=4, **pdl_options(out),
     )  # fmt: skip
     return out
@@ -134,8 +134,9 @@ def add_up_experts(rows: torch.Tensor, top_k: int) -> torch.Tensor:
 def _add_up_kernel(rows_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per token and block of columns."""
     wait_for_previous(PDL)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(width, BLOCK)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
     mask = column < width
     total = tl.zeros([BLOCK], tl.float32)
     for index in tl.static_range(TOP_K):

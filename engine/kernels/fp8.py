@@ -87,7 +87,7 @@ def dequantise_triton(weight: torch.Tensor, scale: Scale, dtype: torch.dtype) ->
     assert weight.stride(1) == 1 and scale.values.is_contiguous()
     out = torch.empty((outputs, inputs), dtype=dtype, device=weight.device)
     launch(
-        _dequantise_kernel, (triton.cdiv(inputs, _TILE), outputs),
+        _dequantise_kernel, (triton.cdiv(inputs, _TILE) * outputs,),
         weight_ptr=weight, scale_ptr=scale.values, out_ptr=out,
         inputs=inputs, weight_stride=weight.stride(0), groups=scale.values.shape[1],
         group=scale.group, TILE=_TILE, num_warps=4,
@@ -100,8 +100,9 @@ def _dequantise_kernel(
     weight_ptr, scale_ptr, out_ptr, inputs, weight_stride, groups, group, TILE: tl.constexpr
 ):  # fmt: skip
     """One program per tile of one weight row."""
-    row = tl.program_id(1).to(tl.int64)
-    k = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tiles = tl.cdiv(inputs, TILE)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    k = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     mask = k < inputs
     weight = tl.load(weight_ptr + row * weight_stride + k, mask=mask, other=0.0)
     scale = tl.load(scale_ptr + row * groups + tl.minimum(k // group, groups - 1), mask=mask, other=0.0)

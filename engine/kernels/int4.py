@@ -213,7 +213,7 @@ def dequantise_int4_triton(words: torch.Tensor, scale: Int4Scale, dtype: torch.d
     chunks = words.shape[1] // CHUNK_WORDS
     tile = min(_TILE_CHUNKS, triton.next_power_of_2(chunks))
     launch(
-        _dequantise_int4_kernel, (triton.cdiv(chunks, tile), len(words)),
+        _dequantise_int4_kernel, (triton.cdiv(chunks, tile) * len(words),),
         out_ptr=out, **int4_arguments(words, scale), TILE=tile, num_warps=4,
     )  # fmt: skip
     return out
@@ -225,8 +225,9 @@ def _dequantise_int4_kernel(
     GROUP: tl.constexpr, ZEROS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of chunks of one output."""
-    row = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(0) * TILE + tl.arange(0, TILE)[:, None]
+    tiles = tl.cdiv(words // 32, TILE)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    chunk = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)[:, None]
     lane = tl.arange(0, 32)[None, :]
     word = tl.load(weight_ptr + row * words + chunk * 32 + lane, mask=chunk * 32 < words, other=0)
     factor = times_factors(1.0, factor_ptr, row, row >= 0, KIND)

@@ -244,7 +244,7 @@ def head_norms_triton(q, k, norms):
     block = triton.next_power_of_2(size)
     if tokens:
         launch(
-            _head_norms_kernel, (q_heads + k_heads, tokens),
+            _head_norms_kernel, ((q_heads + k_heads) * tokens,),
             q_ptr=q, k_ptr=k, q_weight_ptr=norms.q_weight, k_weight_ptr=norms.k_weight,
             q_out_ptr=q_out, k_out_ptr=k_out,
             q_stride=q.stride(0), q_head_stride=q.stride(1), k_stride=k.stride(0), k_head_stride=k.stride(1),
@@ -262,7 +262,8 @@ def _head_norms_kernel(
 ):  # fmt: skip
     """One program per head and token, queries first."""
     wait_for_previous(PDL)
-    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % (Q_HEADS + K_HEADS)
+    token = (tl.program_id(0) // (Q_HEADS + K_HEADS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
     if head < Q_HEADS:

@@ -5,8 +5,9 @@
 The operations of :mod:`engine.kernels.dispatch`, norms and convolutions are called with all combinations of
 the dtypes of models, the formats of matrices and caches, and options, and with numbers of rows on both
 sides of each limit. Of what they launch each type and each value of a kernel goes through the compiler's
-front end, which finds types that don't fit. It prints a row for each. With ``--wide`` each pair of types
-and values is compiled to its end, as in :mod:`tests.engine.kernels.hopper`.
+front end, which finds types that don't fit. It prints a row for each. With ``--wide`` these are compiled to
+their end, as in :mod:`tests.engine.kernels.hopper`, and each pair of types and values goes through the front
+end.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from engine.kernels.shares import part_counters
 from engine.kernels.skinny_gemm import split_counters
 from engine.weights.formats import INT4_SCALES
 from tests.engine.kernels.hopper import (
+    MAX_GRID,
     Variant,
     compile_all,
     covering,
@@ -85,6 +87,29 @@ def packed_matrices(outputs: int, inputs: int) -> Iterator[Matrix]:
         values = tensor(outputs, -(-inputs // group), dtype=torch.uint8)
         factors = torch.ones(outputs) if kind == "nvfp4" else None
         yield words, Int4Scale(inputs, values, group, kind=kind, factors=factors)
+
+
+def many(dtype: torch.dtype) -> None:
+    """More outputs, rows or tokens than programs along the second axis of a grid."""
+    count, size = MAX_GRID + 1, 256
+    x, weight = tensor(300, size, dtype=dtype), tensor(count, size, dtype=dtype)
+    for matrix, scale in [(weight, None), *fp8_matrices(count, size), *packed_matrices(count, size)]:
+        for rows in (1, 64, 300):
+            dispatch.linear(x[:rows], matrix, scale=scale)
+    rms_norm(weight, weight[0], 1e-6, weight)
+    heads = tensor(count, 4, 64, dtype=dtype)
+    head_norms(heads[:, :2], heads[:, 2:], HeadNorms(weight[0, :64], weight[0, :64], 1e-6))
+    gated_norm_triton(heads, heads.flatten(1), weight[0, :64], 1e-6)
+    meta = metadata([count], count, count)
+    meta.state_rows = torch.zeros(1, dtype=torch.int64)
+    dispatch.paged_attention(heads, kv_cache(2, 64, dtype), meta, scale=0.1)
+    cache = StateCache(tensor(2, 3, 256, dtype=dtype), torch.zeros(2, 2, 64, 64))
+    gates = DeltaGates(*tensor(2, count, 2, dtype=dtype), *torch.zeros(2, 2))
+    conv_triton(tensor(count, 256, dtype=dtype), tensor(256, 4, dtype=dtype), None, cache, meta, gated=False)
+    dispatch.delta_rule(tensor(count, 256, dtype=dtype), gates, cache, meta)
+    gate_up, down = (ExpertMatrices(tensor(8, size, size // part, dtype=dtype)) for part in (1, 2))
+    routing = Routing(torch.zeros(count, 8), RouterConfig(8, 2))
+    dispatch.experts(weight, routing, gate_up, down, "silu")
 
 
 def linears(dtype: torch.dtype, inputs: int) -> None:
@@ -202,7 +227,7 @@ def delta_nets(dtype: torch.dtype, dim: int) -> None:
 def combinations() -> Iterator[Callable[[], None]]:
     for dtype in DTYPES:
         yield from (partial(linears, dtype, inputs) for inputs in INPUTS)
-        yield from (partial(run, dtype) for run in (activated, mixtures, norms))
+        yield from (partial(run, dtype) for run in (activated, mixtures, norms, many))
         yield from (partial(attention, dtype, dim) for dim in (64, 96, 128, 256))
         yield from (partial(pictures, dtype, dim) for dim in (64, 72, 80, 128))
         yield from (partial(delta_nets, dtype, dim) for dim in (64, 128))
@@ -243,7 +268,8 @@ def main() -> None:
     on_hopper()
     variants = launched(list(combinations()))
     if "--wide" in sys.argv:
-        compile_all(covering(variants, 2))
+        compile_all(covering(variants))
+        build(covering(variants, 2))
     else:
         build(covering(variants))
 

@@ -37,6 +37,8 @@ from tests.wide import cover
 
 TARGET = GPUTarget("cuda", 90, 32)
 BF16, I32 = torch.bfloat16, torch.int32
+#: Most programs along the second and the third axis of a grid. Along the first one there may be 2³¹ - 1.
+MAX_GRID = 65535
 
 
 class NoDevice:
@@ -599,8 +601,13 @@ def launched(cases: Sequence[Callable[[], None]]) -> list[Variant]:
         return self.device_caches[device][0].setdefault(key, Noted())
 
     run, compile_ = JITFunction.run, JITFunction._do_compile
+
+    def check(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
+        assert max(grid[1:], default=0) <= MAX_GRID, f"{self.__name__}: no GPU launches the grid {grid}"
+        return run(self, *args, grid=grid, warmup=True, **options)
+
     JITFunction._do_compile = note
-    JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
+    JITFunction.run = check
     try:
         for case in cases:
             case()
