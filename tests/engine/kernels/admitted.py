@@ -138,6 +138,13 @@ def linears(dtype: torch.dtype, inputs: int) -> None:
                 dispatch.norm_gated_rounded(x, residual, norm, 1e-6, weight, bias, **options)
 
 
+def gates(dtype: torch.dtype) -> None:
+    """Gated layers of Qwen2-VL-7B."""
+    weight = tensor(2 * 18944, 3584, dtype=dtype)
+    for activation, rows in product(ACTIVATIONS, ROWS):
+        dispatch.linear(tensor(rows, 3584, dtype=dtype), weight, activation=activation)
+
+
 def activated(dtype: torch.dtype) -> None:
     """MLPs of towers."""
     for activation, biased, rows in product(ACTIVATIONS, (False, True), (1, 4096)):
@@ -227,7 +234,7 @@ def delta_nets(dtype: torch.dtype, dim: int) -> None:
 def combinations() -> Iterator[Callable[[], None]]:
     for dtype in DTYPES:
         yield from (partial(linears, dtype, inputs) for inputs in INPUTS)
-        yield from (partial(run, dtype) for run in (activated, mixtures, norms, many))
+        yield from (partial(run, dtype) for run in (gates, activated, mixtures, norms, many))
         yield from (partial(attention, dtype, dim) for dim in (64, 96, 128, 256))
         yield from (partial(pictures, dtype, dim) for dim in (64, 72, 80, 128))
         yield from (partial(delta_nets, dtype, dim) for dim in (64, 128))
