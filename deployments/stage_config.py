@@ -193,7 +193,8 @@ class LanguageModelConfig(StageConfig):
 
     ``max_ongoing_requests`` is far above the engine's ``max_num_seqs``. A replica refuses a call beyond it
     only when it has read the call, embeddings included, and gets it again a moment later: a crowd of such
-    calls takes a replica's time. A request that waits in the engine takes none.
+    calls takes a replica's time. A request that waits in the engine takes none. Requests without media that
+    come by lines are not calls of Ray Serve: each ingress replica sends that many at most.
 
     Attributes:
         routing: ``content`` sends prompts that begin alike to one replica, as far as its load allows.
@@ -224,6 +225,12 @@ class LanguageModelConfig(StageConfig):
         if values.get("num_gpus", gpus) != gpus:
             raise ValueError(f"num_gpus is {values['num_gpus']}, but gpus_per_host is {gpus}: give only one")
         return {**values, "num_gpus": gpus}
+
+    @property
+    def by_line(self) -> bool:
+        """Whether requests may reach a replica past Ray Serve, see :mod:`deployments.ray_serve.line`. Its
+        autoscaling counts the calls that it knows of."""
+        return self.autoscaling is None and self.hosts == 1
 
     def options(self) -> dict[str, Any]:
         """See :meth:`StageConfig.options`. Serve counts hosts, not copies of the model."""

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from deployments.errors import logger
@@ -32,7 +33,8 @@ from deployments.ray_serve.packing import (
     weight,
 )
 from deployments.ray_serve.refusals import Refusal, abandoned, checked, was_cancelled
-from deployments.stages import StageLost
+from deployments.stages import Generation, StageLost
+from deployments.tracing import Carrier
 from engine.errors import SightlineError
 from engine.mailbox import Mailbox, Relay
 from engine.outputs import StreamUpdate, merge_updates
@@ -79,6 +81,9 @@ class Addressed:
 
 #: A message of a channel.
 Message = list[PackedUpdate | Addressed]
+
+#: What an ingress says to ask for an answer by a line: the request, and the span that the work belongs to.
+Asked = tuple[Generation, Carrier]
 
 
 class Outbox:
@@ -297,14 +302,19 @@ class Inbox:
 
     Attributes:
         name: of this reader; unique.
+        lines: for each replica to which a line is open, what asks for an answer by it, or gives one up.
     """
 
     def __init__(
         self,
         open_stream: Callable[[str, str], AbstractAsyncContextManager[AsyncIterator[Any]]],
-        follow_line: Callable[[str, str, Callable[[Message], None]], Awaitable[bool]],
+        follow_line: Callable[
+            [str, str, Callable[[Message], None], Callable[[Callable[[Asked | str], None]], None]],
+            Awaitable[bool],
+        ],
     ) -> None:
         self.name = uuid.uuid4().hex
+        self.lines: dict[str, Callable[[Asked | str], None]] = {}
         self._open_stream, self._follow_line = open_stream, follow_line
         self._answers: dict[str, Answer] = {}
         self._channels: dict[str, asyncio.Task[None]] = {}
@@ -339,7 +349,8 @@ class Inbox:
                     answer.channel = replica
 
         try:
-            if line and await self._follow_line(line, self.name, take):
+            opened = partial(self.lines.__setitem__, replica)
+            if line and await self._follow_line(line, self.name, take, opened):
                 return
             async with self._open_stream(self.name, replica) as messages:
                 async for message in messages:
@@ -355,6 +366,7 @@ class Inbox:
             logger.info("the channel of a language model's replica broke: %r", error)
         finally:
             del self._channels[replica]
+            self.lines.pop(replica, None)
             for answer in list(self._answers.values()):
                 # Which channel an answer was to come by isn't known before its first update.
                 if answer.channel == replica or (answer.sent and not answer.channel and not whole):

@@ -116,6 +116,10 @@ class EngineProcess:
         """Address of the lines; see :meth:`deployments.ray_serve.line.Lines.address`."""
         return self._line
 
+    async def answered(self) -> None:
+        """As that of ``ServedModel``."""
+        await self._call("answered")
+
     def has_line(self, reader: str) -> bool:
         """Return whether a line to ``reader`` is open."""
         return reader in self._readers

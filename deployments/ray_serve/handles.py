@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from deployments.ray_serve.handoff import (
 from deployments.ray_serve.line import follow
 from deployments.ray_serve.packing import Encoded, PixelsInfo
 from deployments.ray_serve.refusals import Misrouted, abandoned, checked, was_cancelled
+from deployments.ray_serve.routing import LanguageModelRouter, router_here
 from deployments.references import Owner, without_payload
 from deployments.report import current_report
 from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages
@@ -182,6 +183,14 @@ def _running(call: Coroutine[Any, Any, None]) -> Iterator[asyncio.Task[None]]:
         task.cancel()
 
 
+#: Has a replica work on an answer while a block runs. It gives the call that does, None if there is none.
+_Way = Callable[[Answer], AbstractContextManager[asyncio.Task[None] | None]]
+
+
+def _calling(call: Callable[[Answer], Coroutine[Any, Any, None]]) -> _Way:
+    return lambda answer: _running(call(answer))
+
+
 class RemoteLanguageModel(_RemoteStage):
     """The language model stage."""
 
@@ -202,14 +211,12 @@ class RemoteLanguageModel(_RemoteStage):
     async def generate(
         self, request: Generation, media: Sequence[RowsRef]
     ) -> AsyncGenerator[StreamUpdate, None]:
-        # The call that has a replica work on the answer.
-        call = partial(self._follow, request, "")
-        if media or is_large(request):
-            call = partial(self._hand_over, request, media)
+        # What has a replica work on the answer.
+        way = self._way(request, media)
         misrouted = 0
         while True:
             try:
-                with self._inbox.expect(request.request_id) as answer, _running(call(answer)) as task:
+                with self._inbox.expect(request.request_id) as answer, way(answer) as call:
                     finished = False
                     while not finished:
                         update = await answer.get()
@@ -219,16 +226,48 @@ class RemoteLanguageModel(_RemoteStage):
                             _note(answer.encoded)
                             answer.encoded = ()
                         yield update
-                    # All updates have arrived; the call has ended, or is about to.
-                    await task
+                    if call is not None:
+                        # All updates have arrived; it has ended, or is about to.
+                        await call
                 return
             except _HandedOver as handed:
-                call = partial(self._follow, request.request_id, handed.replica)
+                way = _calling(partial(self._follow, request.request_id, handed.replica))
             except Misrouted:
                 # Always the first item of a stream, so starting again cannot repeat output.
                 misrouted += 1
                 if misrouted == _ROUTING_ATTEMPTS:
                     raise
+
+    def _way(self, request: Generation, media: Sequence[RowsRef]) -> _Way:
+        """How to have a replica work on the answer to a request."""
+        if media or is_large(request):
+            return _calling(partial(self._hand_over, request, media))
+        router = router_here(self._handle)
+        replica = None if router is None else router.by_line(request.inputs, self._inbox.lines)
+        if router is None or replica is None:
+            return _calling(partial(self._follow, request, ""))
+        return partial(self._asking, router, replica, request)
+
+    @contextmanager
+    def _asking(
+        self, router: LanguageModelRouter, replica: str, request: Generation, answer: Answer
+    ) -> Iterator[None]:
+        """Have a replica answer that is asked by its line. An exception, also one that closes a generator,
+        gives the answer up."""
+        say = self._inbox.lines[replica]
+        router.asked[replica] += 1
+        # From now on the answer is lost with the line.
+        answer.channel = replica
+        say((request, current.get()))
+        try:
+            yield
+            self._ended()
+        except BaseException:
+            if self._inbox.lines.get(replica) is say:
+                say(request.request_id)
+            raise
+        finally:
+            router.asked[replica] -= 1
 
     async def _hand_over(self, request: Generation, media: Sequence[RowsRef], answer: Answer) -> None:
         """Bring a request to a replica, which answers at once if it has a channel to this process."""

@@ -2,6 +2,9 @@
 
 A message of a line costs a tenth of one of a gRPC stream. A line isn't a request for Ray Serve, so it stays
 open: a burst of answers after a pause finds it open.
+
+The ingress may ask for answers by the line too (:data:`Asked`). Ray Serve then knows nothing of a request
+and its answer, and neither does the replica, if its engine has a process of its own.
 """
 
 import asyncio
@@ -11,12 +14,14 @@ import pickle
 import socket
 import struct
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, cast
 
-from deployments.errors import logger
-from deployments.ray_serve.channel import Message, Outbox, Outboxes
+from deployments.errors import as_sightline, logger
+from deployments.ray_serve.channel import Asked, Message, Outbox, Outboxes
+from deployments.stages import Generation
+from deployments.tracing import current
 
 #: What Linux tells of a peer: process, user and group.
 _PEER = struct.Struct("3i")
@@ -30,12 +35,18 @@ class Lines:
 
     Args:
         outboxes: of the replica; a line is one that stays open.
+        give: puts the answer to a request into an outbox, to its end. Raises what the reader wasn't told.
     """
 
-    def __init__(self, outboxes: Outboxes) -> None:
-        self._outboxes = outboxes
+    def __init__(self, outboxes: Outboxes, give: Callable[[Outbox, Generation], Awaitable[None]]) -> None:
+        self._outboxes, self._give = outboxes, give
         self._address: asyncio.Future[str] | None = None
         self._connections: set[_Sender] = set()
+
+    async def answered(self) -> None:
+        """Return once all answers have ended that were asked for by lines."""
+        while running := [task for each in self._connections for task in each.answers.values()]:
+            await asyncio.wait(running)
 
     async def address(self) -> str:
         """The socket's address; empty if there can be none."""
@@ -50,7 +61,7 @@ class Lines:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_unix_server(
-                lambda: _Sender(self._outboxes, self._connections), address
+                lambda: _Sender(self._outboxes, self._connections, self._give), address
             )
         except OSError as error:
             logger.warning("updates go by gRPC alone, because there is no socket for them: %s", error)
@@ -58,23 +69,59 @@ class Lines:
         return address
 
 
-class _Sender(asyncio.Protocol):
-    """The replica's end of one line: sends the updates of the reader whose name comes first, until it leaves.
+class _Frames:
+    """Cuts what comes into messages: each is pickled, behind its length."""
 
-    No task takes part, since a step of the engine has something to send on each line.
+    def __init__(self) -> None:
+        self._received = bytearray()
+
+    def cut(self, data: bytes) -> Iterator[Any]:
+        """The messages that ``data`` completes."""
+        received, start = self._received, 0
+        received += data
+        while len(received) >= (begin := start + _LENGTH):
+            end = begin + int.from_bytes(received[start:begin], "big")
+            if len(received) < end:
+                break
+            yield pickle.loads(received[begin:end])
+            start = end
+        del received[:start]
+
+
+def _framed(message: Any) -> bytes:
+    """A message as :class:`_Frames` cuts it off."""
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    return len(data).to_bytes(_LENGTH, "big") + data
+
+
+class _Sender(asyncio.Protocol):
+    """The replica's end of one line. The reader's first message is its name. From then on this end sends its
+    updates, until it leaves, and gives the answers that it asks for.
+
+    No task takes part in sending, since a step of the engine has something to send on each line.
 
     Args:
         outboxes: of the replica.
         connections: has this object while it is connected.
+        give: as of :class:`Lines`.
+
+    Attributes:
+        answers: those that are given, by the ids of their requests.
     """
 
-    def __init__(self, outboxes: Outboxes, connections: set["_Sender"]) -> None:
-        self._outboxes, self._connections = outboxes, connections
+    def __init__(
+        self,
+        outboxes: Outboxes,
+        connections: set["_Sender"],
+        give: Callable[[Outbox, Generation], Awaitable[None]],
+    ) -> None:
+        self._outboxes, self._connections, self._give = outboxes, connections, give
         self._loop = asyncio.get_running_loop()
-        self._received = b""
+        self._frames = _Frames()
         self._open = ExitStack()
         self._outbox: Outbox | None = None
         self._due = self._paused = False
+        self.answers: dict[str, asyncio.Task[None]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are of no class of asyncio's.
@@ -90,14 +137,34 @@ class _Sender(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self not in self._connections:
             return
-        self._received += data
-        name, newline, more = self._received.partition(b"\n")
-        if self._outbox is None and newline:
-            self._outbox = self._open.enter_context(self._outboxes.open(name.decode(), idle_s=None))
+        try:
+            for message in self._frames.cut(data):
+                self._take(message)
+        except Exception:
+            logger.exception("what a reader says can't be read")
+            self._transport.abort()
+
+    def _take(self, message: Any) -> None:
+        if self._outbox is None:
+            self._outbox = self._open.enter_context(self._outboxes.open(message, idle_s=None))
             self._outbox.when_ready(self._soon)
-        if more:
-            # It has nothing more to say.
-            self.close()
+        elif isinstance(message, str):
+            # The answer may have ended meanwhile.
+            if (answer := self.answers.get(message)) is not None:
+                answer.cancel()
+        else:
+            # In a context of its own, for its span.
+            name, answering = message[0].request_id, self._answer(self._outbox, message)
+            task = self.answers[name] = contextvars.Context().run(asyncio.ensure_future, answering)
+            task.add_done_callback(lambda _: self.answers.pop(name))
+
+    async def _answer(self, outbox: Outbox, asked: Asked) -> None:
+        request, span = asked
+        current.set(span)
+        try:
+            await self._give(outbox, request)
+        except Exception as error:
+            outbox.fail(request.request_id, as_sightline(error))
 
     def close(self) -> None:
         """End the line."""
@@ -105,6 +172,8 @@ class _Sender(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
+        for answer in self.answers.values():
+            answer.cancel()
         if self._outbox is not None:
             self._outbox.close()
         self._open.close()
@@ -129,8 +198,7 @@ class _Sender(asyncio.Protocol):
             return
         try:
             for message in self._outbox.take():
-                data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-                self._transport.write(len(data).to_bytes(_LENGTH, "big") + data)
+                self._transport.write(_framed(message))
         except Exception:
             # What was taken is lost: the answers must end, as with any line that breaks.
             logger.exception("updates can't be sent")
@@ -140,8 +208,8 @@ class _Sender(asyncio.Protocol):
             self.close()
 
 
-class _Frames(asyncio.Protocol):
-    """Cuts what comes into messages.
+class _Reader(asyncio.Protocol):
+    """The ingress's end of one line.
 
     Args:
         take: called with each message.
@@ -152,32 +220,32 @@ class _Frames(asyncio.Protocol):
 
     def __init__(self, take: Callable[[Message], None]) -> None:
         self._take = take
-        self._received = bytearray()
+        self._frames = _Frames()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def data_received(self, data: bytes) -> None:
-        received, start = self._received, 0
-        received += data
-        while len(received) >= (begin := start + _LENGTH):
-            end = begin + int.from_bytes(received[start:begin], "big")
-            if len(received) < end:
-                break
-            self._take(pickle.loads(received[begin:end]))
-            start = end
-        del received[:start]
+        for message in self._frames.cut(data):
+            self._take(message)
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
 
 
-async def follow(address: str, name: str, take: Callable[[Message], None]) -> bool:
+async def follow(
+    address: str,
+    name: str,
+    take: Callable[[Message], None],
+    opened: Callable[[Callable[[Asked | str], None]], None],
+) -> bool:
     """Read a line to its end.
 
     Args:
         address: see :meth:`Lines.address`.
         name: of the reader.
         take: called with each message.
+        opened: called when the line is open, with a function that asks for an answer by it, or, with the id
+            of a request, gives that request up.
 
     Returns:
         False if there is no such line, as for a replica on another host.
@@ -190,13 +258,14 @@ async def follow(address: str, name: str, take: Callable[[Message], None]) -> bo
     except OSError:
         connected.close()
         return False
-    made: tuple[Any, _Frames] = await asyncio.get_running_loop().create_unix_connection(
-        lambda: _Frames(take), sock=connected
+    made: tuple[Any, _Reader] = await asyncio.get_running_loop().create_unix_connection(
+        lambda: _Reader(take), sock=connected
     )
-    transport, frames = made
+    transport, reader = made
     try:
-        transport.write(name.encode() + b"\n")
-        await frames.ended
+        transport.write(_framed(name))
+        opened(lambda message: transport.write(_framed(message)))
+        await reader.ended
     finally:
         transport.close()
     return True

@@ -9,7 +9,7 @@ imported where a replica with a model starts.
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -405,6 +405,9 @@ class LanguageModelReplica:
 
     async def __del__(self) -> None:
         if hasattr(self, "_stage"):
+            # Ray Serve has waited for its own calls alone. It ends this process when the time for that is up.
+            with suppress(SightlineError):
+                await self._stage.answered()
             self._stage.close()
 
 

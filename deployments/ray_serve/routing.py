@@ -4,16 +4,20 @@
 the replica, and one choice carries one call, while embeddings and the stream that follows are two.
 """
 
+import asyncio
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Container, Iterable
 from typing import Any
 
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
+from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import RequestRouter
 
 from deployments.routing import ItemPlaces, Load, PromptPlaces, prompt_keys
 from deployments.stages import Generation, Pooling
+from engine.prompt import EngineInput
 
 
 class _ExactRouter(RequestRouter):
@@ -93,22 +97,52 @@ class LanguageModelRouter(_ExactRouter):
     :class:`~deployments.routing.PromptPlaces` chooses for its prompt.
 
     Requests for a replica that has gone are sent elsewhere; it answers them with a ``Misrouted`` refusal.
+
+    Attributes:
+        asked: requests of this process that each replica was asked by its line, and has not answered yet.
     """
 
-    def initialize_state(self, by_content: bool = True, **_: Any) -> None:
-        self._by_content = by_content
+    def initialize_state(self, by_content: bool = True, by_line: bool = False, **_: Any) -> None:
+        self._by_content, self._by_line = by_content, by_line
         self._places = PromptPlaces()
+        self.asked: Counter[str] = Counter()
+
+    def by_line(self, inputs: EngineInput, lines: Container[str]) -> str | None:
+        """The replica that is to be asked for the answer to a prompt by its line. None if Ray Serve is to
+        choose: a replica has no line yet, or as many requests as it may have, or nothing may go by lines.
+
+        Args:
+            lines: names of the replicas to which one is open.
+        """
+        replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
+        if not (self._by_line and replicas) or any(name not in lines for name in replicas):
+            return None
+        name, *others = replicas
+        if others:
+            keys = prompt_keys(inputs) if self._by_content else None
+            name = self._ranked(replicas, keys, len(inputs.token_ids))[0]
+            if keys is not None:
+                self._places.sent(keys, name)
+        return name if self.load(replicas[name]) < replicas[name].max_ongoing_requests else None
+
+    def load(self, replica: RunningReplica) -> int:
+        return super().load(replica) + self.asked[replica.replica_id.unique_id]
 
     def order(self, replicas: dict[str, RunningReplica], request: PendingRequest) -> Iterable[str]:
         session = request.metadata.session_id
         if session in replicas:
             return [session]
-        prompt = self._prompt(request)
-        if prompt is None:
+        return self._ranked(replicas, *(self._prompt(request) or (None, 0)))
+
+    def _ranked(
+        self, replicas: dict[str, RunningReplica], keys: list[bytes] | None, tokens: int
+    ) -> list[str]:
+        """The names of ``replicas`` for a prompt with these keys, best first; by load if they are None."""
+        if keys is None:
             return self.by_load(replicas)
         self._places.keep(list(replicas))
         loads = {name: self._load(replica) for name, replica in replicas.items()}
-        return self._places.choose(*prompt, loads)
+        return self._places.choose(keys, tokens, loads)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: Any, result: Any) -> None:
         prompt = self._prompt(pending_request)
@@ -128,3 +162,13 @@ class LanguageModelRouter(_ExactRouter):
         if not isinstance(given, Generation | Pooling):
             return None
         return prompt_keys(given.inputs), len(given.inputs.token_ids)
+
+
+def router_here(handle: DeploymentHandle) -> LanguageModelRouter | None:
+    """The router of a handle of a language model, if it runs on this event loop and knows the replicas."""
+    wrapper = getattr(handle, "_router", None)
+    router = getattr(getattr(wrapper, "_asyncio_router", None), "request_router", None)
+    # By its name: Ray Serve pickles the class by value, so each process has one of its own.
+    if type(router).__name__ != LanguageModelRouter.__name__:
+        return None
+    return router if router._event_loop is asyncio.get_running_loop() else None

@@ -39,7 +39,7 @@ class ServedModel:
     def __init__(self, stage: Any, outboxes: Outboxes, encoder: Any = None) -> None:
         self._stage, self._encoder = stage, encoder
         self._outboxes = outboxes
-        self._lines = Lines(outboxes)
+        self._lines = Lines(outboxes, lambda outbox, request: give(self, outbox, request, (), ()))
 
     @classmethod
     def load(
@@ -87,6 +87,10 @@ class ServedModel:
     async def line(self) -> str:
         """Address of the lines; see :meth:`deployments.ray_serve.line.Lines.address`."""
         return await self._lines.address()
+
+    async def answered(self) -> None:
+        """Return once all answers have ended that were asked for by lines."""
+        await self._lines.answered()
 
     def has_line(self, reader: str) -> bool:
         """Return whether a line to ``reader`` is open."""

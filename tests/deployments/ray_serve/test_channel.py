@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
 from deployments.ray_serve.channel import Outbox, Outboxes
 from deployments.ray_serve.engine_link import Link
@@ -24,6 +25,7 @@ from deployments.ray_serve.line import follow
 from deployments.ray_serve.packing import PIECE_BYTES, Encoded, RowsInfo
 from deployments.ray_serve.refusals import Misrouted, Refusal
 from deployments.ray_serve.replicas import LanguageModelReplica
+from deployments.ray_serve.routing import LanguageModelRouter
 from deployments.ray_serve.served_model import ServedModel
 from deployments.report import begin_report
 from deployments.stages import Generation, StageLost
@@ -34,6 +36,8 @@ from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge
 from engine.prompt import EngineInput
 from engine.sampling_params import SamplingParams
 from tests.serving import wait_until
+
+DEPLOYMENT = DeploymentID(name="model", app_name="test")
 
 
 def update(name: str, number: int, *, length: int = 3, rows: int = 0, last: bool = False) -> StreamUpdate:
@@ -164,12 +168,36 @@ class PlainCall:
         self.task.cancel()
 
 
+class Routed:
+    """A replica as routers see it."""
+
+    max_ongoing_requests = 4
+    node_id, availability_zone, multiplexed_model_ids, routing_stats = "node", None, frozenset(), None
+
+    def __init__(self, name: str) -> None:
+        self.replica_id = ReplicaID(name, DEPLOYMENT)
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return 0
+
+
 class Handle:
     """A deployment handle: calls go to the replica of their session, or to the first."""
 
     def __init__(self, *replicas: Replica) -> None:
         self.replicas = {replica.name: replica for replica in replicas}
         self.calls: dict[str, list] = {"generate": [], "updates": [], "hold": []}
+        self._router = SimpleNamespace(_asyncio_router=SimpleNamespace(request_router=None))
+
+    def allow_lines(self) -> LanguageModelRouter:
+        """Let replicas be asked by their lines; returns the router that chooses among them."""
+        router = LanguageModelRouter(
+            DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=False
+        )
+        router.initialize_state(by_line=True)
+        router.update_replicas([Routed(name) for name in self.replicas])
+        self._router._asyncio_router.request_router = router
+        return router
 
     @property
     def hold(self):
@@ -186,7 +214,9 @@ class Handle:
 
             return SimpleNamespace(remote=remote)
 
-        return SimpleNamespace(options=self.options, **{method: caller(method) for method in self.calls})
+        return SimpleNamespace(
+            options=self.options, _router=self._router, **{method: caller(method) for method in self.calls}
+        )
 
 
 class World:
@@ -194,9 +224,14 @@ class World:
 
     Args:
         lines: both are on one host.
+        process: the replica's engine has a process of its own.
+        asks: the replica is asked by its line once that is open.
     """
 
-    def __init__(self, *others: Replica, lines: bool = False, process: bool = False) -> None:
+    def __init__(
+        self, *others: Replica, lines: bool = False, process: bool = False, asks: bool = False
+    ) -> None:
+        self.asks = asks
         self.replica = Replica("a", lines=lines)
         self.peer = Peer(self.replica.stage) if process else None
         self.handle = Handle(self.replica, *others)
@@ -212,6 +247,11 @@ class World:
     @property
     def answers(self) -> dict[str, Mailbox]:
         return self.replica.stage.answers
+
+    @property
+    def has_line(self) -> bool:
+        """Whether the replica knows of a line to the ingress."""
+        return self.replica._stage.has_line(self.model._inbox.name)
 
     def start(self, name: str, *media) -> asyncio.Task:
         """Read an answer to its end: its updates, and the error that ended it."""
@@ -237,6 +277,8 @@ class World:
         """As :meth:`start`, but return once the replica works on the request."""
         if self.peer is not None and self.replica.served is not self.peer.served:
             self.replica._stage, self.replica.served = await self.peer.connect(), self.peer.served
+        if self.asks and self.handle._router._asyncio_router.request_router is None:
+            self.handle.allow_lines()
         task = self.start(name, *media)
         await wait_until(lambda: name in self.answers, 60)
         return task
@@ -244,7 +286,7 @@ class World:
     async def open(self) -> None:
         """Ask once, so that the channel opens; the answer comes by it."""
         task = await self.begin("opener")
-        await wait_until(lambda: self.replica._stage.has_line(self.model._inbox.name), 60)
+        await wait_until(lambda: self.has_line, 60)
         self.answers["opener"].put(update("opener", 0, last=True))
         assert await task == ([update("opener", 0, last=True)], None)
 
@@ -254,10 +296,12 @@ def world():
     return World(Replica("b"))
 
 
-@pytest.fixture(params=["call", "line", "process"])
+@pytest.fixture(params=["call", "line", "process", "line asks", "process asks"])
 def either(request):
-    """By either kind of channel, and by a line of an engine's process."""
-    with World(Replica("b"), lines=request.param == "line", process=request.param == "process") as world:
+    """By either kind of channel, by a line of an engine's process, and by lines that carry requests too."""
+    kind, _, asks = request.param.partition(" ")
+    others = [] if asks else [Replica("b")]
+    with World(*others, lines=kind == "line", process=kind == "process", asks=bool(asks)) as world:
         yield world
 
 
@@ -426,10 +470,11 @@ async def test_an_answer_to_an_image_is_lost_with_its_line_or_its_call(near, los
     await wait_until(lambda: not near.answers, 60)
 
 
-@pytest.fixture(params=["line", "process"])
+@pytest.fixture(params=["line", "process", "line asks", "process asks"])
 def near(request):
     """On one host."""
-    with World(lines=True, process=request.param == "process") as world:
+    kind, _, asks = request.param.partition(" ")
+    with World(lines=True, process=kind == "process", asks=bool(asks)) as world:
         yield world
 
 
@@ -438,18 +483,20 @@ async def test_a_line_stays_open_and_makes_no_call(near):
         await near.open()
         # No time is set at which it ends.
         assert near.replica.served._outboxes.find(near.model._inbox.name)._timer is None
-    assert [call.count for call in near.handle.calls["generate"]] == [2, 1]
+    # Or the second one is asked for by the line.
+    assert [call.count for call in near.handle.calls["generate"]] == ([2] if near.asks else [2, 1])
     assert not near.handle.calls["updates"]
 
 
-def test_a_line_on_the_event_loop_that_replicas_have():
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_line_on_the_event_loop_that_replicas_have(asks):
     uvloop = pytest.importorskip("uvloop")
 
     async def open_twice() -> None:
-        near = World(lines=True)
+        near = World(lines=True, asks=asks)
         for _ in range(2):
             await near.open()
-        assert [call.count for call in near.handle.calls["generate"]] == [2, 1]
+        assert [call.count for call in near.handle.calls["generate"]] == ([2] if asks else [2, 1])
         assert not near.handle.calls["updates"]
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -465,7 +512,7 @@ async def test_answers_are_lost_with_their_line_and_another_one_opens(near):
     connection.close()
     found, error = await asyncio.wait_for(task, 60)
     assert found == [update("one", 0)] and type(error) is StageLost
-    await wait_until(lambda: not near.answers, 60)
+    await wait_until(lambda: not near.answers and not near.has_line, 60)
     await near.open()
 
 
@@ -479,7 +526,7 @@ async def test_a_line_breaks_if_an_update_cannot_be_sent(near):
     near.answers["one"].put(odd)
     found, error = await asyncio.wait_for(task, 60)
     assert found == [update("one", 0)] and type(error) is StageLost
-    await wait_until(lambda: not near.answers, 60)
+    await wait_until(lambda: not near.answers and not near.has_line, 60)
     await near.open()
 
 
@@ -488,15 +535,52 @@ async def test_a_reader_that_leaves_takes_its_line_along(near):
     (channel,) = near.model._inbox._channels.values()
     channel.cancel()
     await wait_until(lambda: not near.replica.served._lines._connections, 60)
-    await wait_until(lambda: not near.replica._stage.has_line(near.model._inbox.name), 60)
+    await wait_until(lambda: not near.has_line, 60)
 
 
 async def test_other_users_have_no_line(near, monkeypatch):
     monkeypatch.setattr("deployments.ray_serve.line.os.getuid", lambda: -1)
     read: list = []
     address = await near.replica._stage.line()
-    assert await asyncio.wait_for(follow(address, "reader", read.append), 60)
+    assert await asyncio.wait_for(follow(address, "reader", read.append, lambda say: None), 60)
     assert not read and near.replica.served._outboxes.find("reader") is None
+
+
+async def test_a_line_is_asked_up_to_the_limit_and_only_where_all_replicas_have_one():
+    with World(lines=True) as near:
+        await near.open()
+        router = near.handle.allow_lines()
+        names = [f"r{number}" for number in range(Routed.max_ongoing_requests + 1)]
+        tasks = [await near.begin(name) for name in names]
+        # The last one went by Ray Serve.
+        assert len(near.handle.calls["generate"]) == 2 and router.asked == {"a": len(names) - 1}
+        for name in names:
+            near.answers[name].put(update(name, 0, last=True))
+        assert await asyncio.gather(*tasks) == [([update(name, 0, last=True)], None) for name in names]
+        assert not router.asked.total()
+        router.update_replicas([Routed("a"), Routed("new")])
+        await near.open()
+        assert len(near.handle.calls["generate"]) == 3
+
+
+async def test_a_replica_that_stops_ends_its_answers_first(near):
+    near.asks = True
+    await near.open()
+    task = await near.begin("one")
+    ended = asyncio.ensure_future(near.replica._stage.answered())
+    near.answers["one"].put(update("one", 0))
+    await wait_until(lambda: task.found, 60)
+    assert not ended.done()
+    near.answers["one"].put(update("one", 1, last=True))
+    await asyncio.wait_for(ended, 60)
+    assert await task == ([update("one", 0), update("one", 1, last=True)], None)
+
+
+async def test_what_cannot_be_read_ends_a_line(near):
+    await near.open()
+    near.model._inbox.lines["a"](("no request", {}))  # type: ignore[arg-type]
+    await wait_until(lambda: not (near.has_line or near.model._inbox.lines), 60)
+    await near.open()
 
 
 async def test_a_channel_to_another_replica_is_refused(world):
