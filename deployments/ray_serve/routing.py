@@ -167,7 +167,7 @@ class LanguageModelRouter(_ExactRouter):
 def router_here(handle: DeploymentHandle) -> LanguageModelRouter | None:
     """The router of a handle of a language model, if it runs on this event loop and knows the replicas."""
     wrapper = getattr(handle, "_router", None)
-    router = getattr(getattr(wrapper, "_asyncio_router", None), "request_router", None)
+    router: Any = getattr(getattr(wrapper, "_asyncio_router", None), "request_router", None)
     # By its name: Ray Serve pickles the class by value, so each process has one of its own.
     if type(router).__name__ != LanguageModelRouter.__name__:
         return None
