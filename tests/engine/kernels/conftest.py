@@ -20,10 +20,10 @@ def hopper(device: torch.device) -> torch.device:
     return device
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "float16"])
 def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
-    if request.param == "bfloat16" and device.type == "cpu":
-        pytest.skip("bfloat16 kernels run on a GPU only: the interpreter computes in float32")
+    if request.param != "float32" and device.type == "cpu":
+        pytest.skip("kernels of 16 bits run on a GPU only: the interpreter computes in float32")
     return getattr(torch, request.param)
 
 
