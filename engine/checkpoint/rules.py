@@ -65,6 +65,7 @@ LFM2_RULES: tuple[tuple[str, str], ...] = (
 )
 """Rules of a decoder by LFM2's names."""
 
+_WITH_HEAD = "model."
 ROTARY_BUFFERS = r".*rotary_emb\.inv_freq"
 TIED_HEAD = r".*lm_head\.weight"
 
@@ -86,6 +87,9 @@ class WeightRules:
     def assign(self, names: Iterable[str]) -> Mapping[ModelPart, Mapping[str, str]]:
         """The checkpoint's tensors of each part: name in the part's module to name in the checkpoint.
 
+        Where no name begins with ``model.``, one that matches no rule is tried with it: the model may have
+        been saved without its head, as Qwen3-Embedding was.
+
         Raises:
             CheckpointError: no rule matches a name, or two names are those of one tensor.
         """
@@ -97,10 +101,11 @@ class WeightRules:
 def _assign(rules: WeightRules, names: tuple[str, ...]) -> Mapping[ModelPart, Mapping[str, str]]:
     parts: dict[ModelPart, dict[str, str]] = {"language": {}, "vision": {}}
     unknown = []
+    headless = not any(name.startswith(_WITH_HEAD) for name in names)
     for name in names:
         if any(re.fullmatch(pattern, name) for pattern in rules.ignore):
             continue
-        found = _find(rules, name)
+        found = _find(rules, name) or (_find(rules, _WITH_HEAD + name) if headless else None)
         if found is None:
             unknown.append(name)
             continue

@@ -27,6 +27,17 @@ Options = Mapping[str, Any]
 Positions = tuple[np.ndarray, int]
 
 
+def with_head(architecture: str) -> tuple[str, ...]:
+    """An entry of ``architectures``, and the names that it may have with a head.
+
+    Embedding models are saved without one, such as ``Qwen3VLModel`` of ``Qwen3VLForConditionalGeneration``.
+    """
+    stem = architecture.removesuffix("Model")
+    if stem == architecture:
+        return (architecture,)
+    return architecture, f"{stem}ForConditionalGeneration", f"{stem.removesuffix('Text')}ForCausalLM"
+
+
 def item_placeholder(
     config: ModelConfig, item: MediaItem, index: int, encode: Callable[[str], list[int]]
 ) -> tuple[PlaceholderRun, ...]:
@@ -96,7 +107,8 @@ class Family:
             CheckpointError: naming the field that is missing or not supported.
         """
         named = checkpoint.config.get("architectures") or []
-        architecture = next((name for name in named if name in self.architectures), self.architectures[0])
+        served = (name for stated in named for name in with_head(stated) if name in self.architectures)
+        architecture = next(served, self.architectures[0])
         return self.reader.read(checkpoint, self.name, architecture)
 
     def media_processor(

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
-from engine.families.family import Family
+from engine.families.family import Family, with_head
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
     "colpali": ("ColPaliForRetrieval",),
@@ -80,9 +80,10 @@ def resolve(checkpoint: Checkpoint) -> Family:
     """
     architectures = checkpoint.config.get("architectures") or []
     for architecture in architectures:
-        for name, supported in _FAMILIES.items():
-            if architecture in supported:
-                return family_named(name)
+        for served in with_head(architecture):
+            for name, supported in _FAMILIES.items():
+                if served in supported:
+                    return family_named(name)
     named = ", ".join(map(str, architectures)) or "(none named in config.json)"
     raise CheckpointError(
         f"architecture {named} is not supported; supported are {', '.join(supported_architectures())}"

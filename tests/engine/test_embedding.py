@@ -1,9 +1,12 @@
 """Pooled hidden states, from the one engine."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoModel, Qwen2VLForConditionalGeneration
 
 from engine import LLM, SamplingParams
 from engine.errors import InvalidRequest
@@ -44,6 +47,36 @@ def hidden(path, prompts) -> list[torch.Tensor]:
         with torch.inference_mode():
             found.append(model.model(**inputs).last_hidden_state[0])
     return found
+
+
+def saved_without_head(path, folder):
+    """A checkpoint as Transformers' class of the model without its head saves it, named after that class."""
+    model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    shutil.copytree(path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(folder)
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    assert name.endswith("Model")
+    return model
+
+
+def test_a_model_saved_without_its_head(path, prompts, hidden, tmp_path):
+    saved_without_head(path, tmp_path / "base")
+    llm = LLM(str(tmp_path / "base"), task="embed", max_model_len=128)
+    for output, states in zip(llm.embed(prompts, normalize=False, use_tqdm=False), hidden, strict=True):
+        np.testing.assert_allclose(output.embedding, states[-1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "qwen3_5"])
+def test_a_text_model_saved_without_its_head(tmp_path, kind):
+    tiny.make_text(tmp_path / "whole", kind, seed=3)
+    model = saved_without_head(tmp_path / "whole", tmp_path / "base")
+    ids = [5, 9, 70, 33, 12]
+    (output,) = LLM(str(tmp_path / "base"), task="embed", max_model_len=64).embed(
+        [{"prompt_token_ids": ids}], normalize=False, use_tqdm=False
+    )
+    with torch.inference_mode():
+        states = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    np.testing.assert_allclose(output.embedding, states[-1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("budget", [13, 512])

@@ -12,7 +12,7 @@ from engine.checkpoint.rules import (
     WeightRules,
 )
 from engine.families.base import ModelConfig
-from engine.families.family import Family
+from engine.families.family import Family, with_head
 from engine.families.parsing.defaults import DecoderKind
 from engine.families.parsing.fields import Json
 from engine.families.parsing.model import ConfigReader
@@ -39,12 +39,9 @@ _KINDS: dict[str, DecoderKind] = {
 }
 
 
-#: The names of a decoder that was saved without the head, as Qwen3-Embedding was.
-_ALONE = (r"((?:embed_tokens|layers|norm)\..*)", r"\1")
-
-
 def _text(raw: Json) -> tuple[Json, DecoderKind]:
-    return raw, next(_KINDS[name] for name in raw["architectures"] if name in _KINDS)
+    names = (name for stated in raw["architectures"] for name in with_head(stated))
+    return raw, next(_KINDS[name] for name in names if name in _KINDS)
 
 
 def _weights(config: ModelConfig) -> WeightRules:
@@ -52,7 +49,7 @@ def _weights(config: ModelConfig) -> WeightRules:
     rules = rules if config.decoder.experts is None else EXPERT_RULES
     rules = LFM2_RULES if config.architecture == "Lfm2ForCausalLM" else rules
     unused = (MULTI_TOKEN_HEADS,) if config.architecture.startswith("Qwen3_5") else ()
-    return WeightRules(language=(*rules, _ALONE), ignore=unused)
+    return WeightRules(language=rules, ignore=unused)
 
 
 def _retrieval(config: ModelConfig) -> RetrievalFormat:
