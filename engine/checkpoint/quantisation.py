@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.checkpoint.folder import Checkpoint
 from engine.errors import CheckpointError
 
 _FIELD = "quantization_config"
@@ -17,7 +18,7 @@ _SUPPORTED = (
     "per tensor, channel or block; and int4 weights with a scale for 16, 32, 64, a multiple of 128, or all "
     "inputs: quant_method 'gptq', 'awq' (version gemm), and 'compressed-tensors' (pack-quantized); and "
     "floats of 4 bits: quant_method 'compressed-tensors' (mxfp4-pack-quantized, nvfp4-pack-quantized), and "
-    "'modelopt' with quant_algo NVFP4"
+    "'modelopt' with quant_algo NVFP4 or FP8"
 )
 
 
@@ -63,17 +64,30 @@ class Fp4Quantisation:
 AnyQuantisation = Quantisation | Int4Quantisation | Fp4Quantisation
 
 
-def read_quantisation(config: Mapping[str, Any]) -> AnyQuantisation | None:
+def read_quantisation(checkpoint: Checkpoint) -> AnyQuantisation | None:
     """Read ``quantization_config`` of a config.json or its parts; None if the weights are not quantised.
+
+    Model Optimizer states the scheme in ``hf_quant_config.json``, of late in config.json as well.
 
     Raises:
         CheckpointError: naming the scheme that is not supported, and those that are.
     """
+    config = checkpoint.config
     parts = (config.get(name) for name in _PARTS)
     nested = (part.get(_FIELD) for part in parts if isinstance(part, Mapping))
-    raw = config.get(_FIELD) or next(filter(None, nested), None)
-    if not raw:
+    raw = config.get(_FIELD) or next(filter(None, nested), None) or _exported(checkpoint)
+    return parse_quantisation(raw) if raw else None
+
+
+def _exported(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    stated = checkpoint.json("hf_quant_config.json").get("quantization")
+    if not isinstance(stated, Mapping) or stated.get("quant_algo") is None:
         return None
+    return {**stated, "quant_method": "modelopt"}
+
+
+def parse_quantisation(raw: Any) -> AnyQuantisation:
+    """The scheme that ``raw``, a ``quantization_config``, states; errors as :func:`read_quantisation`."""
     if not isinstance(raw, Mapping):
         raise _refused(f"it should be an object, not {raw!r}")
     method = raw.get("quant_method")
@@ -128,7 +142,9 @@ def _awq(raw: Mapping[str, Any]) -> Int4Quantisation:
     return Int4Quantisation("awq", _inputs_of_group(raw.get("group_size", raw.get("q_group_size"))))
 
 
-def _modelopt(raw: Mapping[str, Any]) -> Fp4Quantisation:
+def _modelopt(raw: Mapping[str, Any]) -> Quantisation | Fp4Quantisation:
+    if raw.get("quant_algo") == "FP8":
+        return Quantisation(None, True)
     if raw.get("quant_algo") != "NVFP4":
         raise _refused(f"quant_algo {raw.get('quant_algo')!r}")
     if raw.get("group_size", 16) != 16:

@@ -41,7 +41,7 @@ _NOT_LOADED = r".*\.(?:(?:input|activation|q|kv_cache)_scale|input_global_scale|
 
 def rules_with_scales(rules: WeightRules, checkpoint: Checkpoint) -> WeightRules:
     """``rules`` of ``checkpoint``, which may be quantised; errors as :func:`read_quantisation`."""
-    if read_quantisation(checkpoint.config) is None:
+    if read_quantisation(checkpoint) is None:
         return rules
     return replace(rules, ignore=(*rules.ignore, _NOT_LOADED))
 
@@ -62,7 +62,7 @@ def stated_formats(checkpoint: Checkpoint) -> Formats:
 
     Errors as :func:`read_quantisation`.
     """
-    quantisation = read_quantisation(checkpoint.config)
+    quantisation = read_quantisation(checkpoint)
     if quantisation is None:
         return Formats()
     if isinstance(quantisation, Int4Quantisation):
@@ -77,7 +77,7 @@ def stated_formats(checkpoint: Checkpoint) -> Formats:
 
 
 def _of_matrices(checkpoint: Checkpoint, rules: WeightRules) -> Formats:
-    quantisation = read_quantisation(checkpoint.config)
+    quantisation = read_quantisation(checkpoint)
     parts = rules.assign(checkpoint.tensors)
     if isinstance(quantisation, Int4Quantisation | Fp4Quantisation):
         return _in_4_bits(parts["language"], parts["vision"], checkpoint.tensors, quantisation)

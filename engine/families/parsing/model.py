@@ -121,7 +121,7 @@ class ConfigReader:
         """
         raw = checkpoint.config
         require_objects(raw)
-        read_quantisation(raw)
+        read_quantisation(checkpoint)
         text, kind = self.text(raw)
         decoder = with_stored_biases(parse_decoder(text, kind), kind, text, checkpoint)
         vision = None

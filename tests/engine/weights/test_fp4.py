@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.checkpoint.quantisation import read_quantisation
+from engine.checkpoint.quantisation import parse_quantisation
 from engine.errors import CheckpointError, ConfigError
 from engine.kernels.int4 import dequantise_int4
 from tests.engine.fp4_files import LAYOUTS, config, quantise
@@ -135,4 +135,4 @@ def test_another_format_of_floats_is_refused():
     raw["config_groups"]["group_0"]["format"] = "float-quantized"
     stated = r"config_groups\.group_0: weights of type float, 4 bits, in format 'float-quantized'"
     with pytest.raises(CheckpointError, match=stated):
-        read_quantisation({"quantization_config": raw})
+        parse_quantisation(raw)

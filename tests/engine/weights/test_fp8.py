@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,32 @@ def test_logits_are_those_of_the_dequantised_weights(tmp_path, scheme, kind):
     torch.testing.assert_close(
         dequantise(down.weight, down.scale, torch.float32), exact["model.layers.1.mlp.down_proj.weight"]
     )
+    torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["in config.json", "in hf_quant_config.json"])
+def test_files_of_model_optimizer(tmp_path, beside):
+    """Its scales have the names of compressed-tensors, without an axis, as those of keys and values."""
+    path = make_text(tmp_path / "model", "llama")
+    exact = quantise(path, Scheme(False, "tensor", static=True))
+    rewrite_tensors(
+        path,
+        lambda tensors: {
+            name.replace("self_attn.k_scale", "self_attn.k_proj.k_scale"): tensor.reshape(())
+            if name.endswith("_scale")
+            else tensor
+            for name, tensor in tensors.items()
+        },
+    )
+    algorithms = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    stated = {**algorithms, "quant_method": "modelopt", "ignore": ["lm_head"]}
+    rewrite_json(path / "config.json", {"quantization_config": None if beside else stated})
+    if beside:
+        exported = {"producer": {"name": "modelopt"}, "quantization": {**algorithms, "exclude_modules": []}}
+        (path / "hf_quant_config.json").write_text(json.dumps(exported))
+    decoder = load(path)
+    assert decoder.layers[1].mlp.down_proj.weight.dtype == FP8
+    rewrite_json(path / "config.json", {"quantization_config": None})
     torch.testing.assert_close(logits(decoder), reference(path, exact), rtol=2e-4, atol=2e-4)
 
 
