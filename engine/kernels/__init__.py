@@ -34,11 +34,11 @@ decides::
     linear, gated     wide_gemm_gluon             Hopper, 16-bit, over 64 rows        wide_gemm.py
                       ring_gate_gluon             Hopper, 16-bit, 17 to 64 rows, 129  ring_gate.py
                                                   to 144 outputs an SM, no bias
-    linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, fp8     fp8_mma.py
-                      of rounded rows             made for fp8 inputs, Hopper, one
-                                                  scale an output
-                      skinny_gemm_triton          the same, at most 64 rows           skinny_gemm.py
-                      of rounded rows
+    linear            fp8_mma_gluon               Triton, 1 row, 64·n inputs, large   fp8_mma.py
+                      of rounded rows             weight in fp8 made for fp8 inputs,
+                                                  Hopper, one scale an output
+                      skinny_gemm_triton          the same, 1 to 64 rows; 2 or more   skinny_gemm.py
+                      of rounded rows             of any size
                       scaled_gemm                 the same, otherwise                 fp8.py
                       gemv_triton                 Triton, 1 row                       gemv.py
                       skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py

@@ -33,6 +33,7 @@ from engine.kernels.expert_gemm import grouped_experts_gluon
 from engine.kernels.expert_gemv import expert_gemv_triton
 from engine.kernels.experts import ExpertMatrices, experts_reference
 from engine.kernels.fp8 import (
+    MAX_UNROUNDED,
     RoundedRows,
     Scale,
     dequantised_gemm,
@@ -320,7 +321,15 @@ def sum_linear(
 
 
 def takes_rounded(x: torch.Tensor | SplitSums, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
-    """Return whether :func:`linear` multiplies the rows ``x`` as :class:`RoundedRows`."""
+    """Return whether :func:`linear` multiplies the rows ``x`` as :class:`RoundedRows`.
+
+    To round rows takes a launch, which large weights alone make up for if there is one row.
+    """
+    return _may_round(x, weight, scale) and (x.shape[0] > 1 or weight.numel() > MAX_UNROUNDED)
+
+
+def _may_round(x: torch.Tensor | SplitSums, weight: torch.Tensor, scale: Scale | Int4Scale | None) -> bool:
+    """Return whether the rows ``x`` may be rounded, and multiplied by this weight then."""
     return isinstance(scale, Scale) and x.shape[0] > 0 and supports_scaled(x, weight, scale)
 
 
@@ -392,7 +401,7 @@ def norm_linear(
     Returns:
         ``(T, N)``, or ``(T, N / 2)`` with an activation, and ``(T, K)``; both in the dtype of ``x``.
     """
-    if takes_rounded(x, weight, scale):
+    if _may_round(x, weight, scale):
         rows, total = rms_norm_rounded(x, norm, eps, residual, offset=offset)
         return linear(rows, weight, bias, activation=activation, scale=scale), total
     readable = scale is None or (isinstance(scale, Scale) and reads_fp8(x.device))

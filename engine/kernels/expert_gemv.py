@@ -20,7 +20,7 @@ from engine.kernels.activation import activate
 from engine.kernels.experts import ExpertMatrices
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
-from engine.kernels.route import Routing, choose_experts
+from engine.kernels.route import Routing, choose_expert, choose_experts
 from engine.kernels.scales import load_scales, scale_arguments
 
 #: With more steps over the inputs they are a loop.
@@ -231,11 +231,10 @@ def _expert_gate_kernel(
     first = tl.program_id(0) * (SHARE * TILE_OUTPUTS) + tl.arange(0, TILE_OUTPUTS)
     lane = _lanes(2, TILE_OUTPUTS, TILE_INPUTS, GROUP)
     wait_for_previous(PDL)
-    ids, _ = choose_experts(
-        logits_ptr + (pair // TOP_K).to(tl.int64) * (GROUPS * GROUP_SIZE), bias_ptr, scaling,
-        GROUPS, GROUP_SIZE, TOP_GROUPS, TOP_K, SIGMOID, BIAS, RENORMALISE,
+    expert = choose_expert(
+        logits_ptr + (pair // TOP_K).to(tl.int64) * (GROUPS * GROUP_SIZE), bias_ptr, pair % TOP_K,
+        GROUPS, GROUP_SIZE, TOP_GROUPS, SIGMOID, BIAS,
     )  # fmt: skip
-    expert = tl.sum(tl.where(tl.arange(0, triton.next_power_of_2(TOP_K)) == pair % TOP_K, ids, 0))
     x_row = x_ptr + (pair // TOP_K).to(tl.int64) * x_stride
     output = first
     mask = (output < outputs)[None, :, None, None] & (half < 2)

@@ -36,9 +36,9 @@ def choose_tile(outputs: int, inputs: int, itemsize: int = 2) -> GemvTile:
 
     Of nine tiles it is the best on an H100 and an H200, or within 1 % of it, by the time of whole decode
     steps of models of 2 and 7 billion parameters; for 2560 outputs by those of one of 4 billion on an H200. For
-    up to 2048 outputs of 4096 inputs it is the best of ten by the time of whole decoder layers on an H200. For more
-    outputs, and for more than 8192, it is the best of 18 and 22 there, or within 2 % of it, by chains of a layer's
-    GEMVs of seven models and by their LM heads.
+    up to 2048 outputs of 4096 inputs it is the best of ten, of 18 in fp8, by the time of whole decoder layers on an
+    H200. For more outputs, and for more than 8192, it is the best of 18 and 22 there, or within 2 % of it, by chains
+    of a layer's GEMVs of seven models and by their LM heads.
     """
     wide = itemsize == 2 and inputs > 2048
     if outputs > 8192:
@@ -57,9 +57,9 @@ def choose_tile(outputs: int, inputs: int, itemsize: int = 2) -> GemvTile:
     elif outputs > 2048:
         # One output per program: small programs, of which an SM runs more at a time.
         tile_outputs, tile_inputs, warps = 1, 256, 2
-    elif 2048 < inputs <= MAX_STEPS * 1024 and itemsize == 2:
+    elif 2048 < inputs <= MAX_STEPS * 1024:
         # So few programs that all of them run at a time, with whole rows loaded in advance.
-        tile_outputs, tile_inputs, warps = 4, 1024, 4
+        tile_outputs, tile_inputs, warps = 4 if itemsize == 2 else 2, 1024, 4
     else:
         tile_outputs, tile_inputs, warps = 1, 1024, 4
     if itemsize == 1:

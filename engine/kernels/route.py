@@ -108,15 +108,15 @@ def _best_groups(
 
 
 @triton.jit
-def choose_experts(
-    logits_ptr, bias_ptr, scaling,
-    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
-    SIGMOID: tl.constexpr, BIAS: tl.constexpr, RENORMALISE: tl.constexpr,
+def _order(
+    logits_ptr, bias_ptr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Choose the experts of the token whose logits begin at ``logits_ptr``.
+    """Load the logits of a token and find in which order its experts are chosen.
 
     Returns:
-        Their ids and weights, ``TOP_K`` padded to a power of two. Padding has the first expert and weight 0.
+        Whole numbers that order the experts, the largest first; the experts' numbers, of which padding has one beyond
+        all; the largest logit, and the sum of the exponentials of what logits are less, unless SIGMOID.
     """
     group = tl.arange(0, triton.next_power_of_2(GROUPS))[:, None]
     member = tl.arange(0, triton.next_power_of_2(GROUP_SIZE))[None, :]
@@ -126,10 +126,9 @@ def choose_experts(
     logits = tl.load(logits_ptr + expert, mask=known, other=float("-inf"))
     # Scores grow with logits: without a bias and groups, the logits choose.
     choice = logits
-    if not SIGMOID:
-        largest = tl.max(logits)
-        exponentials = tl.exp(logits - largest)
-        total = tl.sum(exponentials)
+    largest = tl.max(logits)
+    exponentials = tl.exp(logits - largest)
+    total = tl.sum(exponentials)
     if BIAS or TOP_GROUPS < GROUPS:
         if SIGMOID:
             choice = tl.sigmoid(logits)
@@ -145,16 +144,36 @@ def choose_experts(
     # reduces whole numbers of 32 bits by one instruction.
     bits = choice.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return key, tl.where(known, expert, EXPERTS), largest, total
+
+
+@triton.jit
+def _take_first(key, free, EXPERTS: tl.constexpr):
+    """Return the first of the ``free`` experts, and those that are free then: one that was taken, and padding, has the
+    number EXPERTS. Of equal ones the one with the least number is the first."""
     LEAST: tl.constexpr = -2147483648
-    free = tl.where(known, expert, EXPERTS)
+    key = tl.where(free < EXPERTS, key, LEAST)
+    found = tl.min(tl.where(key == tl.max(key), free, EXPERTS))
+    return found, tl.where(free == found, EXPERTS, free)
+
+
+@triton.jit
+def choose_experts(
+    logits_ptr, bias_ptr, scaling,
+    GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr, RENORMALISE: tl.constexpr,
+):  # fmt: skip
+    """Choose the experts of the token whose logits begin at ``logits_ptr``.
+
+    Returns:
+        Their ids and weights, ``TOP_K`` padded to a power of two. Padding has the first expert and weight 0.
+    """
+    key, free, largest, total = _order(logits_ptr, bias_ptr, GROUPS, GROUP_SIZE, TOP_GROUPS, SIGMOID, BIAS)
     lane = tl.arange(0, triton.next_power_of_2(TOP_K))
     ids = tl.zeros(lane.shape, tl.int32)
     for k in tl.static_range(TOP_K):
-        # Of equal ones the first. An expert that was taken, and padding, has the number EXPERTS.
-        key = tl.where(free < EXPERTS, key, LEAST)
-        found = tl.min(tl.where(key == tl.max(key), free, EXPERTS))
+        found, free = _take_first(key, free, GROUPS * GROUP_SIZE)
         ids = tl.where(lane == k, found, ids)
-        free = tl.where(free == found, EXPERTS, free)
     # Their scores once more, by the same operations.
     mask = lane < TOP_K
     weights = tl.load(logits_ptr + ids, mask=mask, other=float("-inf"))
@@ -165,6 +184,19 @@ def choose_experts(
     if RENORMALISE:
         weights = weights / tl.sum(weights)
     return ids, tl.where(mask, weights * scaling, 0.0)
+
+
+@triton.jit
+def choose_expert(
+    logits_ptr, bias_ptr, place, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Return the expert that :func:`choose_experts` has at ``place``; the first ones are found sooner."""
+    key, free, _, _ = _order(logits_ptr, bias_ptr, GROUPS, GROUP_SIZE, TOP_GROUPS, SIGMOID, BIAS)
+    for _ in range(place):
+        _, free = _take_first(key, free, GROUPS * GROUP_SIZE)
+    found, _ = _take_first(key, free, GROUPS * GROUP_SIZE)
+    return found
 
 
 @triton.jit

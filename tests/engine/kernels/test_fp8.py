@@ -22,7 +22,7 @@ from engine.kernels.fp8 import (
 from engine.kernels.fp8_mma import Fp8Tile, fp8_mma_gluon
 from engine.kernels.gemv import gemv_triton
 from engine.kernels.norm_gemv import norm_gemv_triton
-from engine.kernels.rms_norm import rms_norm, rms_norm_rounded
+from engine.kernels.rms_norm import rms_norm, rms_norm_rounded, rms_norm_rounded_reference
 from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
 from engine.kernels.split_sums import SplitSums, whole
 
@@ -238,7 +238,7 @@ def test_rounding_in_the_kernel_before_is_rounding_after_it(device, rows, size, 
 @pytest.mark.parametrize(
     ("rows", "dtype", "reads", "scaled", "expected"),
     [
-        (1, torch.bfloat16, True, True, "fp8_mma_gluon"),
+        (1, torch.bfloat16, True, True, "gemv_triton"),
         (1, torch.bfloat16, True, False, "gemv_triton"),
         (2, torch.bfloat16, True, True, "skinny_gemm_triton"),
         (64, torch.bfloat16, True, True, "skinny_gemm_triton"),
@@ -261,6 +261,24 @@ def test_the_choice_among_kernels(monkeypatch, rows, dtype, reads, scaled, expec
     monkeypatch.setattr(dispatch, "quantise_rows", quantise_rows_reference)
     dispatch.linear(torch.zeros(rows, 64, dtype=dtype), weight, scale=scale)
     assert called == [expected]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_row_alone_is_rounded_for_large_weights_and_in_norms(monkeypatch, large):
+    weight, scale = torch.zeros(64, 64).to(FP8), Scale(torch.ones(64, 1), 64)
+    called = []
+    for name in ("gemv_triton", "fp8_mma_gluon", "norm_gemv_triton"):
+        monkeypatch.setattr(dispatch, name, lambda *_, name=name, **__: called.append(name))
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(dispatch, "supports_scaled", lambda *_: True)
+    monkeypatch.setattr(dispatch, "MAX_UNROUNDED", weight.numel() - large)
+    monkeypatch.setattr(dispatch, "quantise_rows", quantise_rows_reference)
+    monkeypatch.setattr(dispatch, "rms_norm_rounded", rms_norm_rounded_reference)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    assert dispatch.takes_rounded(x, weight, scale) == large
+    dispatch.linear(x, weight, scale=scale)
+    dispatch.norm_linear(x, None, torch.ones(64), 1e-6, weight, scale=scale)
+    assert called == ["fp8_mma_gluon" if large else "gemv_triton", "fp8_mma_gluon"]
 
 
 def test_inputs_are_rounded_only_where_the_checkpoint_was_made_for_that(monkeypatch):
