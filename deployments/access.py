@@ -6,7 +6,7 @@ import hmac
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -61,8 +61,11 @@ class KeyConfig(BaseModel):
             raise ValueError("exactly one of key, env and file must be given")
         return self
 
-    def secret(self) -> str:
+    def secret(self, environment: Mapping[str, str] = os.environ) -> str:
         """The key.
+
+        Args:
+            environment: holds the variable ``env``.
 
         Raises:
             ConfigError: the variable or file is missing or empty, or no client could send the key; the
@@ -71,7 +74,7 @@ class KeyConfig(BaseModel):
         if self.key is not None:
             found = self.key.get_secret_value()
         elif self.env is not None:
-            found = os.environ.get(self.env, "").strip()
+            found = environment.get(self.env, "").strip()
         else:
             assert self.file is not None
             try:

@@ -2,7 +2,8 @@
 
 Without it ``serve run`` would put the application into whatever Ray cluster it finds, in place of that
 cluster's applications, and share a busy port with the other server: each would get some of the requests. An
-option that doesn't exist would be told by a traceback, and the server would stay without an application.
+option that does not exist, or a model that is not there, would be told by a long traceback, and the server
+would stay without an application.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from deployments.config import AppConfig
+from engine.errors import ConfigError, SightlineError
+from engine.frontend import load_media_processor, load_prompt_builder, load_retrieval
 
 #: Ray Serve's defaults for ``http_options``.
 _HOST, _PORT = "0.0.0.0", 8000
@@ -40,8 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     options, _ = parser.parse_known_args(arguments)
     try:
         config = read_config(options.config)
-        check_applications(config)
+        applications = check_applications(config)
         check_cluster(options.address, os.environ)
+        if options.address in (None, "auto", "local"):
+            check_files(applications, os.environ)
         check_port(config)
     except InTheWay as error:
         print(f"make serve: {error}", file=sys.stderr)
@@ -66,8 +71,8 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def check_applications(config: Mapping[str, Any]) -> None:
-    """Check the options of the applications that are built here.
+def check_applications(config: Mapping[str, Any]) -> dict[str, AppConfig]:
+    """Check the options of the applications that are built here, and return them by their places.
 
     Raises:
         InTheWay: an option doesn't exist, is missing, or has a value that it can't have.
@@ -75,14 +80,42 @@ def check_applications(config: Mapping[str, Any]) -> None:
     applications = config.get("applications")
     if not isinstance(applications, list) or not applications:
         raise InTheWay("the configuration has no applications: see serve_config.yaml.")
+    found = {}
     for index, application in enumerate(applications):
         if not isinstance(application, Mapping) or application.get("import_path") not in _BUILDERS:
             continue
+        where = f"applications[{index}].args"
         try:
-            AppConfig.model_validate(application.get("args") or {})
+            found[where] = AppConfig.model_validate(application.get("args") or {})
         except ValidationError as error:
-            faults = [_fault(f"applications[{index}].args", each) for each in error.errors()]
+            faults = [_fault(where, each) for each in error.errors()]
             raise InTheWay(" ".join([*faults, "docs/configuration.md lists all options."])) from None
+    return found
+
+
+def check_files(applications: Mapping[str, AppConfig], environment: Mapping[str, str]) -> None:
+    """Check what the options name on this machine: the files of models but for their tensors, and keys.
+
+    Args:
+        applications: by their places.
+        environment: of the replicas, but for what the options add.
+
+    Raises:
+        InTheWay: a model can't be served from these files, or a key can't be read.
+    """
+    for where, args in applications.items():
+        for index, spec in enumerate(args.models):
+            try:
+                load_retrieval(spec.engine, load_prompt_builder(spec.engine))
+                load_media_processor(spec.engine)
+            except SightlineError as error:
+                field = f".{error.param}" if isinstance(error, ConfigError) and error.param else ""
+                raise InTheWay(f"{where}.models[{index}].engine{field}: {error.message}") from None
+        try:
+            for key in args.ingress.keys:
+                key.secret({**environment, **args.ingress.env})
+        except ConfigError as error:
+            raise InTheWay(f"{where}.ingress: {error.message}") from None
 
 
 def _fault(where: str, error: ErrorDetails) -> str:
@@ -139,6 +172,8 @@ def check_port(config: Mapping[str, Any]) -> None:
         return
     options = config.get("http_options") or {}
     host, port = options.get("host") or _HOST, options.get("port", _PORT)
+    if not isinstance(port, int) or not 0 <= port < 1 << 16:
+        raise InTheWay(f"http_options.port must be a number below 65536, not {port!r}.")
     try:
         # Servers of Ray Serve share a port if they can. This socket doesn't, so it can't be had beside one.
         with socket.create_server((host, port)):

@@ -65,6 +65,48 @@ def test_an_option_that_cannot_be_is_named(tmp_path, capsys, args, fault):
     assert len(said.splitlines()) == 1
 
 
+def model(**engine) -> dict:
+    return {"models": [{"name": "a", "engine": {"model": "models/pocket", **engine}}]}
+
+
+def keys(*given: dict, **ingress) -> dict:
+    return {"ingress": {"keys": [{"name": "a", **each} for each in given], **ingress}}
+
+
+@pytest.mark.parametrize(
+    ("args", "fault"),
+    [
+        (model(model="./models/none"), ".models[0].engine: there is no folder './models/none'"),
+        (model(model="models"), ".models[0].engine: "),
+        (model(chat_template="none.jinja"), ".models[0].engine.chat_template: 'none.jinja' is neither"),
+        (model(max_model_len=5000), ".models[0].engine.max_model_len: max_model_len is 5000, but"),
+        (keys({"env": "NO_SUCH_KEY"}), ".ingress: the key 'a' is empty"),
+        (keys({"file": "/none"}), ".ingress: the key 'a' can't be read"),
+        (keys({"key": "two words"}), ".ingress: the key 'a' must consist of"),
+    ],
+    ids=["no model", "no checkpoint", "no template", "too long", "no variable", "no file", "no key"],
+)
+def test_a_file_that_is_missing_is_named(tmp_path, capsys, monkeypatch, args, fault):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = config(tmp_path, args, port=free_port())
+    assert main([path]) == 1
+    assert capsys.readouterr().err.startswith(f"make serve: applications[1].args{fault}")
+    # Another cluster's machines have files of their own.
+    assert main([path, "--address", "192.0.2.1:6379"]) == 0
+
+
+def test_keys_come_from_the_environment_of_the_ingress_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HERE", "a-key")
+    given = keys({"env": "HERE"}, {"env": "THERE"}, env={"THERE": "another-key"})
+    assert main([config(tmp_path, given, port=free_port())]) == 0
+
+
+@pytest.mark.parametrize("port", ["http", -1, 65536])
+def test_a_port_that_is_none(tmp_path, capsys, port):
+    assert main([config(tmp_path, port=port)]) == 1
+    assert f"http_options.port must be a number below 65536, not {port!r}" in capsys.readouterr().err
+
+
 def test_a_configuration_without_applications(tmp_path, capsys):
     file = tmp_path / "serve.yaml"
     file.write_text("http_options: {port: 1}")
