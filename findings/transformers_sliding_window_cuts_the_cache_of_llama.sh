@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Transformers 5.23: a Llama whose config.json names a sliding_window answers otherwise with a cache than without one.
 #
-# Llama's attention has no sliding window, and its class does not declare the field. Files have it all the same: a
-# Mistral whose tensors were saved under Llama's names keeps "sliding_window": 4096 in its config.json.
+# Llama's attention has no sliding window, and its class does not declare the field. A file may have it all the same:
+# one that was made of a Mistral's, by naming Llama as its architecture, keeps "sliding_window": 4096.
 #
 # Expected: the field counts for nothing, or for attention as a whole. Either way a cache changes no token.
 # What happens: attention ignores the field, but the cache that generate() makes reads it and drops all keys but the
 # last ones. The first token, which the whole prompt gives, is the same; the next ones are another model's. There is
-# no error and no warning. The classes of Qwen3-VL, GLM-4.1V and PaddleOCR-VL do the same with their text_config.
+# no error and no warning. The classes of Qwen3-VL and GLM-4.1V do the same with their text_config.
 # Why it matters to a server of vision-language models: LLaVA and others take a Llama of any origin. Answers longer
 # than the window are compared with generate(), which is at odds with its own forward pass; a server that is right
 # differs from one and agrees with the other.
