@@ -210,9 +210,12 @@ class OutputProcessor:
                 if delta is None:
                     delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
                     self._update(group, changed).deltas.append(delta)
-                if sequence.plain and row not in finished and row not in forced:
+                if sequence.plain and row not in finished:
                     self._continue(delta, group, sequence, token)
                     count += 1
+                    for following in forced.get(row, ()):
+                        self._continue(delta, group, sequence, following)
+                        count += 1
                 else:
                     count += self._extend_all(delta, group, sequence, row, step)
             except Exception as error:

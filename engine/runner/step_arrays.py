@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice, repeat, takewhile
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -72,17 +73,27 @@ class ChunkArrays(Generic[A]):
         chunks, decodes = batch.prefills, len(batch.decode_slots)
         last_rows = decodes + np.cumsum([c.count for c in chunks]) - 1
         counts = np.array([c.sampling_rows for c in chunks], np.int64)
-        sampling = np.concatenate([np.arange(e - n, e) for e, n in zip(last_rows + 1, counts, strict=True)])
-        ids, positions, kv_slots = [], [], []
+        behind = np.arange(counts.sum()) - np.repeat(counts.cumsum(), counts)
+        sampling = np.repeat(last_rows + 1, counts) + behind
+        ids: list[np.ndarray] = []
+        positions: list[np.ndarray] = []
+        kv_slots: list[np.ndarray] = []
         embedded: list[np.ndarray] = []
-        for chunk, row in chunk_rows(batch):
+        answers = list(takewhile(lambda chunk: chunk.answer is not None, chunks))
+        if answers:
+            arrays = _answer_arrays(answers, rotary, block_size)
+            for found, array in zip((ids, positions, kv_slots), arrays, strict=True):
+                found.append(array)
+        for chunk, row in islice(chunk_rows(batch), len(answers), None):
             with attributed_to(chunk.request):
                 end = chunk.start + chunk.count
                 ids.append(np.array(chunk.token_ids, np.int64))
                 positions.append(_positions(chunk, rotary))
                 kv_slots.append(_kv_slots(chunk, block_size))
                 embedded += [span_rows(s, chunk.start, end)[2] + row for s in chunk.request.spans]
-        long_prompts = _long_prompts(chunks, positions, rotary.first_prompt_row)
+        long_prompts = _long_prompts(
+            chunks[len(answers) :], positions[bool(answers) :], rotary.first_prompt_row
+        )
         return ChunkArrays[np.ndarray](
             ids=np.concatenate(ids),
             positions=np.concatenate(positions, axis=-1),
@@ -166,6 +177,26 @@ def span_rows(span: MediaSpan, start: int, end: int) -> tuple[int, int, np.ndarr
 def _delta(request: Request, rotary: Rotary) -> int:
     """Row of the rotary tables minus index, for tokens after the prompt; for all if positions are plain."""
     return request.position_delta if rotary.rope.mrope_section else rotary.offset(request.rope_variant)
+
+
+def _answer_arrays(
+    chunks: Sequence[PrefillChunk], rotary: Rotary, block_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, positions and places in KV memory, as :class:`ChunkArrays` has them, of chunks of answers: many
+    short ones."""
+    counts = np.array([chunk.count for chunk in chunks], np.int64)
+    starts = np.array([chunk.start for chunk in chunks], np.int64)
+    deltas = np.array([_delta(chunk.request, rotary) for chunk in chunks], np.int64)
+    index = np.arange(counts.sum()) + np.repeat(starts - counts.cumsum() + counts, counts)
+    positions = index + np.repeat(deltas, counts)
+    if rotary.rope.mrope_section:
+        positions = np.broadcast_to(positions, (3, len(positions)))
+    ids = np.array([token for chunk in chunks for token in chunk.token_ids], np.int64)
+    columns, blocks = (index // block_size).tolist(), []
+    for group in range(len(chunks[0].request.blocks)):
+        rows = [held for chunk in chunks for held in repeat(chunk.request.blocks[group], chunk.count)]
+        blocks.append([held[column] for held, column in zip(rows, columns, strict=True)])
+    return ids, positions, np.array(blocks, np.int64) * block_size + index % block_size
 
 
 def _positions(chunk: PrefillChunk, rotary: Rotary) -> np.ndarray:

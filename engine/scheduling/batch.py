@@ -88,6 +88,7 @@ class ScheduledBatch:
     table_updates: list[TableUpdate] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     epochs: np.ndarray | None = None
+    _sampling_slots: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -95,9 +96,12 @@ class ScheduledBatch:
 
     @property
     def sampling_slots(self) -> np.ndarray:
-        """int64 ``(R,)``: slots of the rows that sample, decodes first."""
-        done = [c.slot for c in self.prefills for _ in range(c.sampling_rows)]
-        return np.concatenate([self.decode_slots, np.asarray(done, np.int64)]) if done else self.decode_slots
+        """int64 ``(R,)``: slots of the rows that sample, decodes first. Read when no chunks come any more."""
+        if self._sampling_slots is None:
+            done = [c.slot for c in self.prefills for _ in range(c.sampling_rows)]
+            slots = self.decode_slots
+            self._sampling_slots = np.concatenate([slots, np.asarray(done, np.int64)]) if done else slots
+        return self._sampling_slots
 
 
 @dataclass(slots=True)

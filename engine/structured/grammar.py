@@ -157,7 +157,15 @@ class GrammarCompiler:
             raise GrammarRefused(matcher.get_error())
         whole = probed.lacks_escapes and parts.can_spell_literals(json.loads(text))
         digits = parts.digits if spec.kind in ("json_schema", "json_object") else None
-        return Grammar(matcher, self._eos_ids, self._executor, parts.whole_escapes if whole else None, digits)
+        return Grammar(
+            matcher,
+            self._eos_ids,
+            self._executor,
+            parts.whole_escapes if whole else None,
+            digits,
+            # What must follow depends on a count of tokens, too.
+            sure=None if "max_tokens" in probed.text else {},
+        )
 
     def _keep(self, entries: OrderedDict, spec: StructuredSpec, value: object) -> None:
         with self._lock:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 
 import llguidance
 import numpy as np
 
 from engine.structured.numbers import DigitBound, advance
+
+#: Texts of a grammar that must follow somewhere, of which it is kept how many tokens are taken together.
+_MOST_TEXTS = 1024
 
 
 class GrammarMatcher:
@@ -110,15 +114,43 @@ class GrammarMatcher:
         and none of ``excluded`` or from there on.
 
         llguidance then leaves no choice between several ways to spell the text that must follow: a mask
-        allows the tokens that the tokenizer itself makes of it. It is asked again after each token, as for
-        masks.
+        allows the tokens that the tokenizer itself makes of it.
         """
         tokens: list[int] = []
-        while len(tokens) < most and self._needs_mask and (found := self._matcher.compute_ff_tokens()):
-            if found[0] in excluded or found[0] in self._eos_ids or not self.accept(found[:1]):
+        if not self._needs_mask:
+            return tokens
+        while len(tokens) < most and (found := self._matcher.compute_ff_tokens()):
+            found = found[: min(self._num_sure(found), most - len(tokens))]
+            taken = list(takewhile(lambda token: token not in excluded and token not in self._eos_ids, found))
+            if not (taken and self._matcher.consume_tokens(taken)):
                 break
-            tokens.append(found[0])
+            if self._digits is not None:
+                self._states += accumulate(
+                    map(self._digits.token_bytes.__getitem__, taken), advance, initial=self._states.pop()
+                )
+            tokens += taken
+            if len(taken) < len(found):
+                break
         return tokens
+
+    def _num_sure(self, tokens: Sequence[int]) -> int:
+        """Return how many of the tokens that must follow can be taken together: those that must also follow
+        when llguidance is asked again behind each one, as for masks. The tokenizer may cut the rest of a text
+        in another way. That depends on the text alone, so the number is kept."""
+        kept = self._grammar.sure
+        if len(tokens) == 1 or kept is None:
+            return 1
+        key = (*tokens, self._matcher.compute_ff_bytes())
+        if key not in kept:
+            if len(kept) >= _MOST_TEXTS:
+                kept.clear()
+            copy, count = self._matcher.deep_copy(), 1
+            while count < len(tokens) and copy.consume_token(tokens[count - 1]):
+                if copy.compute_ff_tokens()[:1] != [tokens[count]]:
+                    break
+                count += 1
+            kept[key] = count
+        return kept[key]
 
     def rollback(self, num_tokens: int) -> None:
         """Forgets the last tokens accepted, all of which were allowed."""
@@ -153,6 +185,8 @@ class Grammar:
         executor: computes masks in parallel.
         preferred: a row of a mask: other tokens may come only where none of these may. None for all tokens.
         digits: bounds numbers, where answers are JSON.
+        sure: how many tokens of a text that must follow are taken together, learned from the sequences; None
+            if they are taken one by one.
     """
 
     start: llguidance.LLMatcher
@@ -160,6 +194,7 @@ class Grammar:
     executor: llguidance.LLExecutor
     preferred: np.ndarray | None = None
     digits: DigitBound | None = None
+    sure: dict[tuple, int] | None = field(default_factory=dict)
 
     def matcher(self) -> GrammarMatcher:
         """A matcher at the start; microseconds."""

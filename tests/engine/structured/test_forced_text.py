@@ -105,6 +105,33 @@ def test_forced_text_comes_out_whole(name):
             assert answer is not None and json.loads(answer) == {text: text}
 
 
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback", "legacy_fallback"])
+def test_tokens_taken_together_are_those_taken_one_by_one(name):
+    """How many are taken together is kept: several answers of a grammar meet what earlier ones have left."""
+    model = vocabulary(name)
+    fields = {
+        "the red circle": {"enum": ["the red", "the redder", "  12345 x", "12345"]},
+        "n": {"type": "integer"},
+        "n\u0303": {"enum": ["aé\u0301x", "aéb", '"a\\"']},
+    }
+    schema = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
+    grammar, together = model.compile("json_schema", json.dumps(schema)), 0
+    for seed in range(20):
+        rng, matcher = random.Random(seed), grammar.matcher()
+        while not matcher.is_finished:
+            single, tokens = matcher.clone(), []
+            while taken := single.force(1, ()):
+                tokens += taken
+            most, checked = rng.choice([len(tokens), rng.randrange(1, 9)]), matcher.clone()
+            for token in tokens[:most]:
+                assert model.allowed(checked) == [token] and checked.accept([token])
+            assert matcher.force(most, ()) == tokens[:most]
+            assert model.allowed(matcher) == model.allowed(checked)
+            together += most > 1
+            assert matcher.accept([rng.choice(model.allowed(matcher))])
+    assert together
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_branches_lead_to_whole_answers(name):
     """Trying a grammar out takes one way through it; a model may take any other."""
