@@ -49,7 +49,7 @@ class _Done:
 class NullRunner:
     """Gives every row the same token at once."""
 
-    vocab_size = 512
+    vocab_size, is_asynchronous = 512, False
 
     def execute(self, batch: ScheduledBatch, grammar_mask=None) -> _Done:
         return _Done(np.full(len(batch.sampling_slots), 300, np.int64))

@@ -16,10 +16,14 @@ import numpy as np
 from engine.request import Request, RequestFault
 from engine.scheduling import recovery
 from engine.scheduling.batch import ScheduledBatch, StepEvents, StepResult
+from engine.scheduling.pace import StepPace
 from engine.scheduling.scheduler import Scheduler
 from engine.structured.matcher import GrammarMatcher
 
 logger = logging.getLogger(__name__)
+
+#: Words of a mask by which states of grammars are told apart: those of the vocabulary's commonest tokens.
+_FIRST_WORDS = 512
 
 GrammarMask = Callable[[list[int]], np.ndarray]
 
@@ -37,9 +41,11 @@ class Runner(Protocol):
     Attributes:
         idle_waits: whoever waits for a step leaves the core to others, and wakes a little later for it. That
             is hidden where another step is enqueued.
+        is_asynchronous: steps are computed while the host goes on.
     """
 
     idle_waits: bool
+    is_asynchronous: bool
 
     @property
     def vocab_size(self) -> int: ...
@@ -80,7 +86,9 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self._run_ahead = run_ahead
-        self._in_flight: deque[tuple[ScheduledBatch, PendingStep]] = deque()
+        # Each with the time when it was begun.
+        self._in_flight: deque[tuple[ScheduledBatch, PendingStep, float]] = deque()
+        self._pace = StepPace()
         self._ready: list[StepEvents] = []
 
     def add(self, request: Request) -> None:
@@ -108,13 +116,15 @@ class EngineCore:
         Raises:
             Exception: no step can be computed any more.
         """
-        if self.scheduler.awaits_results:
+        idle_share = self._pace.idle_share if self.runner.is_asynchronous else 0.0
+        if self.scheduler.awaits_results(idle_share):
             while self._in_flight:
                 self._collect()
+        begun = self._pace.begin()
         batch = self._schedule()
         if batch is not None:
             self._note_admissions(batch)
-            self._execute(batch)
+            self._execute(batch, begun)
         while len(self._in_flight) > (self._run_ahead + more if batch is not None else 0):
             self._collect()
         if self.scheduler.failed:
@@ -130,9 +140,10 @@ class EngineCore:
             recovery.abandon(self.scheduler, error)
             return None
 
-    def _execute(self, batch: ScheduledBatch) -> None:
+    def _execute(self, batch: ScheduledBatch, begun: float) -> None:
         try:
-            self._in_flight.append((batch, self.runner.execute(batch, self._grammar_mask(batch))))
+            pending = self.runner.execute(batch, self._grammar_mask(batch))
+            self._in_flight.append((batch, pending, begun))
         except Exception as error:
             self.runner.recover()
             # Earlier steps are as good as ever. Their tokens come first.
@@ -148,7 +159,7 @@ class EngineCore:
 
     def _collect(self) -> None:
         """Wait for the oldest step in flight and take in its tokens."""
-        batch, pending = self._in_flight.popleft()
+        batch, pending, begun = self._in_flight.popleft()
         try:
             result = pending.result()
         except Exception as error:
@@ -157,6 +168,7 @@ class EngineCore:
             self._in_flight.clear()
             recovery.abandon(self.scheduler, error, batch)
             return
+        self._pace.arrived(begun)
         for request, cause in result.failed:
             self.scheduler.fail(request, cause)
         constrained = np.flatnonzero(self.scheduler.slots.constrained[batch.sampling_slots])
@@ -170,6 +182,7 @@ class EngineCore:
         events.logprobs = result.logprobs
         events.prompt_logprobs = result.prompt_logprobs
         self._advance_grammars(events, constrained.tolist())
+        self._pace.taken()
         events.pooled = self.scheduler.finish_pooling(batch, dict(result.pooled))
         for ended in [*(events.requests[row] for row in events.finished), *(r for r, _ in events.pooled)]:
             assert ended is not None
@@ -177,11 +190,12 @@ class EngineCore:
 
     def _advance_grammars(self, events: StepEvents, constrained: list[int]) -> None:
         """Have the grammars of the rows ``constrained`` follow their new tokens."""
+        tokens = events.tokens.tolist()
         for row in constrained:
             request = events.requests[row]
             if request is not None and request.grammar is not None and row not in events.finished:
                 try:
-                    request.grammar.accept([int(events.tokens[row])])
+                    request.grammar.accept([tokens[row]])
                     if request.appends_forced:
                         self._append_forced(events, row, request)
                 except Exception as error:
@@ -192,6 +206,7 @@ class EngineCore:
         sampled, as all its ends are."""
         if room := self.scheduler.forced.room(request):
             tokens = request.grammar.force(room, request.stop_ids)
+            request.grammar.forecast.sampled(bool(tokens))
             self.scheduler.append_forced(request, tokens)
             if tokens:
                 events.forced[row] = tokens
@@ -213,12 +228,15 @@ class EngineCore:
             return None
 
         def fill(slots: list[int]) -> np.ndarray:
+            self._pace.launched()
             while self._in_flight:
                 self._collect()
             words = -(-self.runner.vocab_size // 32)
-            mask = np.full((len(slots), words), -1, np.int32)
+            mask = np.empty((len(slots), words), np.int32)
+            constrained = table.constrained[slots]
+            mask[~constrained] = -1
             open_rows: list[tuple[Request, int]] = []
-            for row in np.flatnonzero(table.constrained[slots]).tolist():
+            for row in np.flatnonzero(constrained).tolist():
                 slot = slots[row]
                 index = int(table.computed[slot])
                 if index < table.known[slot]:
@@ -227,8 +245,10 @@ class EngineCore:
                     token = int(table.tokens[slot, index])
                     mask.view(np.uint32)[row, token // 32] = np.uint32(1 << token % 32)
                 elif (request := table.requests[slot]) is not None:
-                    # A request that ended meanwhile has left its slot.
                     open_rows.append((request, row))
+                else:
+                    # A request that ended meanwhile has left its slot.
+                    mask[row] = -1
             self._fill_masks(open_rows, mask)
             return mask
 
@@ -247,6 +267,10 @@ class EngineCore:
                     # Its token comes to nothing.
                     mask[row] = -1
                     self.scheduler.fail(request, error)
+        if any(request.appends_forced for request, _ in requests):
+            sums = mask[:, :_FIRST_WORDS].sum(axis=1, dtype=np.int32).tolist()
+            for request, row in requests:
+                request.grammar.forecast.sampling(sums[row])
 
     def _note_admissions(self, batch: ScheduledBatch) -> None:
         now = time.monotonic()

@@ -175,7 +175,7 @@ class ParallelRunner:
         self._executor = executor
         self._workers = executor.workers
         self._sender = BatchSender()
-        self.vocab_size = own.vocab_size
+        self.vocab_size, self.is_asynchronous = own.vocab_size, own.is_asynchronous
 
     def execute(self, batch: ScheduledBatch, grammar_mask: GrammarMask | None = None) -> LaunchedParallelStep:
         """See :meth:`ModelRunner.execute`.

@@ -67,7 +67,7 @@ class ModelRunner:
         group: the ranks that compute with this one, of which 0 has the embeddings.
 
     Attributes:
-        idle_waits: see :class:`engine.core.Runner`.
+        idle_waits, is_asynchronous: see :class:`engine.core.Runner`.
     """
 
     idle_waits = False
@@ -88,6 +88,7 @@ class ModelRunner:
         self.model = model
         self._group = group
         self.device, self.dtype = model.device, model.dtype
+        self.is_asynchronous = self.device.type == "cuda"
         self._caches = caches
         # Of recurrent states.
         self._first_snapshot = num_slots + 1

@@ -18,10 +18,8 @@ from engine.scheduling.slots import SequenceSlots
 #: A step with chunks takes longer than one that only decodes. It pays if it saves a row for every so many
 #: that decode.
 _ROWS_PER_SAVED = 4
-#: Sampled tokens since the last forced one, below which more of them are likely to come soon.
-_RECENT = 4
-#: Most decoding requests for which steps wait for results: what the host does for each of them takes tens of
-#: microseconds, in which the device would be idle.
+#: Most decoding requests for which steps wait. The host needs milliseconds for many, and to wait for it costs
+#: more than the steps that are saved.
 _FEW = 8
 
 
@@ -52,49 +50,50 @@ class ForcedTokens:
         self._behind: set[int] = set()
         #: Enqueued rows of a slot, its oldest ones, that sample a token which is known.
         self._redundant: dict[int, int] = {}
-        #: Sampled tokens of a slot since its last forced one.
-        self._since: dict[int, int] = {}
+        #: Slots whose requests may get forced tokens, since their first sampled one.
+        self._answering: set[int] = set()
 
     def room(self, request: Request) -> int:
         """Return how many tokens may be forced: the last token before a limit is left to be sampled."""
         if request.slot is None:
             return 0
         table, slot = self._slots, request.slot
-        return max(0, int(min(table.limit[slot], table.pause[slot]) - 1 - table.known[slot]))
+        end = min(table.limit.item(slot), table.pause.item(slot))
+        return max(0, end - 1 - table.known.item(slot))
 
     def append(self, request: Request, tokens: Sequence[int]) -> None:
         """Make ``tokens``, at most :meth:`room`, the next known ones of a running request."""
         table, slot = self._slots, request.slot
         assert slot is not None
+        self._answering.add(slot)
         if not tokens:
-            self._since[slot] = self._since.get(slot, _RECENT) + 1
             return
-        known = int(table.known[slot])
+        known = table.known.item(slot)
         table.tokens[slot, known : known + len(tokens)] = tokens
         table.known[slot] = known + len(tokens)
-        self._since[slot] = 0
         self._behind.add(slot)
-        if in_flight := int(table.computed[slot]) - known + 1:
+        if in_flight := table.computed.item(slot) - known + 1:
             self._redundant[slot] = in_flight
 
     def leave(self, slot: int) -> None:
         """Forget a slot whose request leaves it."""
         self._behind.discard(slot)
         self._redundant.pop(slot, None)
-        self._since.pop(slot, None)
+        self._answering.discard(slot)
 
-    @property
-    def are_imminent(self) -> bool:
-        """True if for most of the decoding requests forced tokens are likely to follow the next sampled one.
+    def are_worth_waiting_for(self, idle_share: float) -> bool:
+        """Return True if the next step is better scheduled when the tokens of the last one are known: a
+        request that gets forced tokens then needs a step fewer.
 
-        Then a step is better scheduled when the tokens of the last one are known, unless the device would
-        wait too long for that: see :data:`_FEW`.
+        Args:
+            idle_share: the part of a step for which the device would be idle.
         """
-        if not self._since:
-            return False
-        recent = sum(count < _RECENT for count in self._since.values())
         decoding = len(self._slots.decode_slots())
-        return decoding <= _FEW and 2 * recent > decoding
+        if not self._answering or decoding > _FEW:
+            return False
+        requests = [self._slots.requests[slot] for slot in self._answering]
+        expected = sum(request.grammar.forecast.odds for request in requests if request is not None)
+        return expected > idle_share * decoding
 
     def chunks(
         self, decode_slots: np.ndarray, budget: int, updates: list[TableUpdate], *, mixed: bool
@@ -151,4 +150,4 @@ class ForcedTokens:
 
     def check_idle(self) -> None:
         """Raise AssertionError unless nothing is kept of any slot."""
-        assert not (self._behind or self._redundant or self._since), "forced tokens are left over"
+        assert not (self._behind or self._redundant or self._answering), "forced tokens are left over"

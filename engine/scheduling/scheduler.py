@@ -189,10 +189,13 @@ class Scheduler:
 
     # Steps.
 
-    @property
-    def awaits_results(self) -> bool:
-        """True if the next step is better scheduled when no step is in flight."""
-        return self.forced.are_imminent or self.drafts.are_imminent(self._has_prompts)
+    def awaits_results(self, idle_share: float) -> bool:
+        """Return True if the next step is better scheduled when no step is in flight.
+
+        Args:
+            idle_share: the part of a step for which the device would be idle.
+        """
+        return self.forced.are_worth_waiting_for(idle_share) or self.drafts.are_imminent(self._has_prompts)
 
     def schedule(self) -> ScheduledBatch | None:
         """Schedule the next step; return None if nothing can be computed until results arrive."""
@@ -208,7 +211,9 @@ class Scheduler:
         if not (chunks or mixed):
             chunks = self.drafts.chunks(decode_slots, left, updates)
         if chunks:
-            decode_slots = np.setdiff1d(decode_slots, [chunk.slot for chunk in chunks])
+            alone = self.slots.decoding.copy()
+            alone[[chunk.slot for chunk in chunks]] = False
+            decode_slots = np.flatnonzero(alone)
         batch = ScheduledBatch(next(self._step), decode_slots, chunks, table_updates=updates)
         self.slots.computed[decode_slots] += 1
         for chunk in chunks:

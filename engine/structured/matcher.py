@@ -10,6 +10,7 @@ import llguidance
 import numpy as np
 
 from engine.structured.numbers import DigitBound, advance
+from engine.structured.run_odds import RunForecast, RunOdds
 
 #: Texts of a grammar that must follow somewhere, of which it is kept how many tokens are taken together.
 _MOST_TEXTS = 1024
@@ -24,6 +25,9 @@ class GrammarMatcher:
     Args:
         grammar: the one that is followed.
         matcher: llguidance's, which becomes this one's own.
+
+    Attributes:
+        forecast: whether forced tokens will follow the next one.
     """
 
     def __init__(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
@@ -33,6 +37,7 @@ class GrammarMatcher:
         self._states = [0]
         # EOS is counted here, since the library doesn't roll it back like other tokens.
         self._num_eos = 0
+        self.forecast = RunForecast(grammar.run_odds)
 
     @property
     def is_finished(self) -> bool:
@@ -185,7 +190,8 @@ class Grammar:
         executor: computes masks in parallel.
         preferred: a row of a mask: other tokens may come only where none of these may. None for all tokens.
         digits: bounds numbers, where answers are JSON.
-        sure: how many tokens of a text that must follow are taken together, learned from the sequences; None
+        run_odds: learned from the sequences.
+        sure: how many tokens of a text that must follow are taken together, learned from them as well; None
             if they are taken one by one.
     """
 
@@ -194,6 +200,7 @@ class Grammar:
     executor: llguidance.LLExecutor
     preferred: np.ndarray | None = None
     digits: DigitBound | None = None
+    run_odds: RunOdds = field(default_factory=RunOdds)
     sure: dict[tuple, int] | None = field(default_factory=dict)
 
     def matcher(self) -> GrammarMatcher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,14 +155,32 @@ def test_the_last_token_before_a_limit_is_sampled():
         assert forced.room(request) == room
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
-def test_forced_tokens_take_no_steps_of_their_own(path, run_ahead):
-    """Alone, an answer takes a step for each token that the model chooses, and a few more."""
+def test_steps_wait_where_that_saves_more_than_it_costs():
+    slots = SequenceSlots(4, 200)
+    forced = ForcedTokens(slots, KVManager(BlockPool(100), None, 16))
+    requests = []
+    for index in range(4):
+        request = Request(str(index), [1] * 20, 20, SamplingParams(), 60, frozenset())
+        request.grammar = SimpleNamespace(forecast=SimpleNamespace(odds=0.5))
+        slot = request.slot = slots.enter(request, 19, 200)
+        slots.set_decoding(slot, True)
+        requests.append(request)
+    assert not forced.are_worth_waiting_for(0.0), "no answer has begun to follow its grammar"
+    for request in requests[:2]:
+        forced.append(request, [])
+    # One of four requests is expected to need a step fewer.
+    assert forced.are_worth_waiting_for(0.2) and not forced.are_worth_waiting_for(0.3)
+    forced.leave(requests[0].slot)
+    assert not forced.are_worth_waiting_for(0.2) and forced.are_worth_waiting_for(0.1)
+
+
+@pytest.mark.parametrize(("run_ahead", "count"), [(0, 1), (1, 1), (1, 12)])
+def test_forced_tokens_take_no_steps_of_their_own(path, run_ahead, count):
+    """An answer takes a step for each token that the model chooses, and a few more."""
     on, off = (
         LLM(str(path), max_model_len=190, run_ahead=run_ahead, append_forced_tokens=appends)
         for appends in (True, False)
     )
     for llm in (on, off):
-        (answer,) = answers(llm, ASKED[:1])
-        assert answer.outputs[0].finish_reason == "stop"
+        assert answers(llm, ASKED[:1] * count)[0].outputs[0].finish_reason == "stop"
     assert steps(on) < 0.5 * steps(off)

@@ -98,7 +98,7 @@ class _Pending:
 class SimulatedRunner:
     """Follows the runner's contract: works from its own tables, which only ``ScheduledBatch`` changes."""
 
-    vocab_size = VOCAB
+    vocab_size, is_asynchronous = VOCAB, False
 
     def __init__(
         self,
