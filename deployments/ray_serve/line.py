@@ -148,6 +148,8 @@ class _Sender(asyncio.Protocol):
         if self._outbox is None:
             self._outbox = self._open.enter_context(self._outboxes.open(message, idle_s=None))
             self._outbox.when_ready(self._soon)
+            # Says that this end takes requests.
+            self._transport.write(_framed([]))
         elif isinstance(message, str):
             # The answer may have ended meanwhile.
             if (answer := self.answers.get(message)) is not None:
@@ -213,17 +215,32 @@ class _Reader(asyncio.Protocol):
 
     Args:
         take: called with each message.
+        opened: called when the first one comes, as of :func:`follow`.
 
     Attributes:
         ended: done when the connection ends.
     """
 
-    def __init__(self, take: Callable[[Message], None]) -> None:
-        self._take = take
+    def __init__(
+        self, take: Callable[[Message], None], opened: Callable[[Callable[[Asked | str], None]], None]
+    ) -> None:
+        self._take, self._opened = take, opened
+        self._open = False
         self._frames = _Frames()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are of no class of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+
+    def say(self, message: Asked | str) -> None:
+        """Send a message."""
+        self._transport.write(_framed(message))
+
     def data_received(self, data: bytes) -> None:
+        if not self._open:
+            self._open = True
+            self._opened(self.say)
         for message in self._frames.cut(data):
             self._take(message)
 
@@ -244,8 +261,8 @@ async def follow(
         address: see :meth:`Lines.address`.
         name: of the reader.
         take: called with each message.
-        opened: called when the line is open, with a function that asks for an answer by it, or, with the id
-            of a request, gives that request up.
+        opened: called once the other end has let this one in, with a function that asks for an answer by the
+            line, or, with the id of a request, gives that request up.
 
     Returns:
         False if there is no such line, as for a replica on another host.
@@ -259,12 +276,11 @@ async def follow(
         connected.close()
         return False
     made: tuple[Any, _Reader] = await asyncio.get_running_loop().create_unix_connection(
-        lambda: _Reader(take), sock=connected
+        lambda: _Reader(take, opened), sock=connected
     )
     transport, reader = made
     try:
-        transport.write(_framed(name))
-        opened(lambda message: transport.write(_framed(message)))
+        reader.say(name)
         await reader.ended
     finally:
         transport.close()

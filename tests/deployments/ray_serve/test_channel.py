@@ -287,6 +287,8 @@ class World:
         """Ask once, so that the channel opens; the answer comes by it."""
         task = await self.begin("opener")
         await wait_until(lambda: self.has_line, 60)
+        if self.asks:
+            await wait_until(lambda: self.model._inbox.lines, 60)
         self.answers["opener"].put(update("opener", 0, last=True))
         assert await task == ([update("opener", 0, last=True)], None)
 
@@ -542,7 +544,7 @@ async def test_other_users_have_no_line(near, monkeypatch):
     monkeypatch.setattr("deployments.ray_serve.line.os.getuid", lambda: -1)
     read: list = []
     address = await near.replica._stage.line()
-    assert await asyncio.wait_for(follow(address, "reader", read.append, lambda say: None), 60)
+    assert await asyncio.wait_for(follow(address, "reader", read.append, read.append), 60)
     assert not read and near.replica.served._outboxes.find("reader") is None
 
 
