@@ -72,7 +72,7 @@ class VectorBody(RequestBody):
             InvalidRequest: naming the field to change.
         """
         if (self.input is None) == (self.messages is None):
-            raise InvalidRequest("Either input or messages must be given.", param="input")
+            raise InvalidRequest("Give input or messages, one of the two.", param="input")
         field, entries = ("input" if self.messages is None else "messages"), self.inputs
         if not 1 <= len(entries) <= MAX_INPUTS:
             raise InvalidRequest(

@@ -1,6 +1,7 @@
 """The list of models on the wire."""
 
-from typing import Literal
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -22,6 +23,18 @@ class ModelCard(BaseModel):
     root: str
     parent: None = None
     max_model_len: int | None = None
+
+    def anthropic(self) -> dict[str, Any]:
+        """The model in Anthropic's form."""
+        return {
+            "type": "model",
+            "id": self.id,
+            "display_name": self.id,
+            "created_at": datetime.fromtimestamp(self.created, UTC).isoformat(),
+            "lifecycle": "active",
+            "max_input_tokens": self.max_model_len,
+            "max_tokens": self.max_model_len,
+        }
 
 
 class ModelList(BaseModel):

@@ -36,7 +36,7 @@ class TokenizeRequest(RequestBody):
             UnsupportedParameter: naming the field that is for a text alone.
         """
         if (self.prompt is None) == (self.messages is None):
-            raise InvalidRequest("Either prompt or messages must be given.", param="prompt")
+            raise InvalidRequest("Give prompt or messages, one of the two.", param="prompt")
         if self.messages is not None and self.add_special_tokens:
             raise unsupported("add_special_tokens", "the chat template writes them")
 

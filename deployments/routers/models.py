@@ -1,8 +1,10 @@
 """Endpoints that list the served models."""
 
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
 
 from deployments.body import M, read_body
 from deployments.pipeline import Pipeline
@@ -38,16 +40,26 @@ async def read_request(request: Request, form: type[M]) -> tuple[M, Pipeline]:
     return body, find_pipeline(request, body.model)
 
 
-@router.get("/v1/models")
-async def list_models(request: Request) -> ModelList:
-    """All models."""
-    return ModelList(data=[await _card(pipeline) for pipeline in request.app.state.pipelines.values()])
+@router.get("/v1/models", response_model=ModelList)
+async def list_models(request: Request) -> Any:
+    """All models; in Anthropic's form, on one page, for clients that send ``anthropic-version``."""
+    cards = [await _card(pipeline) for pipeline in request.app.state.pipelines.values()]
+    if not _is_anthropics(request):
+        return ModelList(data=cards)
+    data = [card.anthropic() for card in cards]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
+    return JSONResponse({"data": data, "has_more": False, **ends})
 
 
-@router.get("/v1/models/{name:path}")
-async def retrieve_model(request: Request, name: str) -> ModelCard:
-    """One model."""
-    return await _card(find_pipeline(request, name))
+@router.get("/v1/models/{name:path}", response_model=ModelCard)
+async def retrieve_model(request: Request, name: str) -> Any:
+    """One model; see :func:`list_models`."""
+    card = await _card(find_pipeline(request, name))
+    return JSONResponse(card.anthropic()) if _is_anthropics(request) else card
+
+
+def _is_anthropics(request: Request) -> bool:
+    return "anthropic-version" in request.headers
 
 
 async def _card(pipeline: Pipeline) -> ModelCard:

@@ -77,7 +77,7 @@ async def test_texts_find_their_pictures(client):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, "Either input or messages"),
+        ({}, "input or messages, one of the two"),
         ({"input": []}, "1 to 2048"),
         ({"input": ["a"] * 2049}, "1 to 2048"),
         ({"input": "a", "dimensions": 1000}, "vectors have 256"),

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 
 import anthropic
 import httpx2
@@ -303,6 +304,18 @@ async def test_errors_around_the_endpoint_have_the_same_form(http):
     assert wrong["type"] == "error" and wrong["error"]["type"] == "invalid_request_error"
     method = await http.get("/v1/messages/count_tokens")
     assert method.status_code == 405 and method.json()["type"] == "error"
+
+
+async def test_models_in_anthropics_form(claude):
+    models = [model async for model in claude.models.list()]
+    assert [(model.type, model.id, model.display_name) for model in models] == [
+        ("model", name, name) for name in ("pocket", "tests/vectors")
+    ]
+    pocket = await claude.models.retrieve("pocket")
+    assert pocket == models[0] and pocket.max_input_tokens == 1024 and pocket.lifecycle == "active"
+    assert abs(pocket.created_at.timestamp() - time.time()) < 24 * 3600
+    with pytest.raises(anthropic.NotFoundError):
+        await claude.models.retrieve("none")
 
 
 async def test_answers_and_errors_have_the_requests_id_where_anthropics_clients_look_for_it(http):
