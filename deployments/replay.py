@@ -129,10 +129,12 @@ class Patience:
             raise self._given_up(now) from error
         # The next try may take long, and must not keep what this one was given.
         release(error)
+        await asyncio.sleep(min(self._config.pause_s * 2 ** (self._losses - 1), _LONGEST_PAUSE_S))
+        # Not before: where a client leaves, Ray Serve cancels the calls of its request first, and the request
+        # itself a moment later. Then nothing is lost.
         if isinstance(error, StageLost):
             logger.warning("a request is carried on after it lost a part of the server: %s", error)
             self._on_loss()
-        await asyncio.sleep(min(self._config.pause_s * 2 ** (self._losses - 1), _LONGEST_PAUSE_S))
 
     def _given_up(self, now: float) -> SightlineError:
         if self._deadline is not None and now >= self._deadline:

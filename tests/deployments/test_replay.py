@@ -320,3 +320,21 @@ async def test_a_carried_on_request_is_charged_once(running, config):
         # Charged twice it would ask for more than the limit.
         found = await answer(client, BODIES["images"] | {"max_tokens": 300}, stream=False)
     assert found and not deaths.planted
+
+
+async def test_a_request_that_is_cancelled_in_its_pause_has_lost_nothing(caplog):
+    """Ray Serve cancels a request's calls before the request itself, when its client leaves."""
+    losses: list[int] = []
+
+    def bear(pause_s: float) -> asyncio.Task[None]:
+        patience = Patience(ReplayConfig(pause_s=pause_s), on_loss=lambda: losses.append(1))
+        return asyncio.ensure_future(patience.bear(StageLost("gone")))
+
+    paused = bear(600)
+    await asyncio.sleep(0)
+    paused.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await paused
+    assert not losses and "carried on" not in caplog.text
+    await bear(0.001)
+    assert losses == [1] and "a request is carried on after it lost a part of the server: gone" in caplog.text
