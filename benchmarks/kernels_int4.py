@@ -41,26 +41,30 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             for batch in TINY_BATCHES if tiny else BATCHES:
                 build = partial(problem, device, batch, inputs, outputs, group, zeros)
                 label = f"{name} {inputs}->{outputs}, {scheme}, {batch}"
-                yield Case(_kernel("int4", group, batch), label, build)
+                yield Case(_kernel("int4", group, batch, outputs), label, build)
                 if batch == 1:
                     yield Case("int4_gemv", label, partial(build, other=int4_gemv_triton))
         for kind, group in FLOATS:
             for batch in TINY_BATCHES if tiny else BATCHES:
                 build = partial(problem, device, batch, inputs, outputs, group, False, kind)
                 yield Case(
-                    _kernel("fp4", group, batch), f"{name} {inputs}->{outputs}, {kind}, {batch}", build
+                    _kernel("fp4", group, batch, outputs),
+                    f"{name} {inputs}->{outputs}, {kind}, {batch}",
+                    build,
                 )
 
     scheme, group, zeros = SCHEMES[0]
     for (name, inputs, outputs), batch in product([] if tiny else LARGE_LAYERS, LARGE_BATCHES):
         build = partial(problem, device, batch, inputs, outputs, group, zeros)
-        yield Case(_kernel("int4", group, batch), f"{name} {inputs}->{outputs}, {scheme}, {batch}", build)
+        yield Case(
+            _kernel("int4", group, batch, outputs), f"{name} {inputs}->{outputs}, {scheme}, {batch}", build
+        )
 
 
-def _kernel(kind: str, group: int, batch: int) -> str:
+def _kernel(kind: str, group: int, batch: int, outputs: int) -> str:
     """The kernel of a batch, on a Hopper GPU."""
     if group >= 128 and batch <= int4_wgmma.MAX_ROWS:
-        return "int4_mma_ring" if batch <= int4_mma_ring.MAX_ROWS else "int4_wgmma"
+        return "int4_mma_ring" if batch <= int4_mma_ring.most_rows(outputs) else "int4_wgmma"
     return f"{kind}_mma" if batch <= int4_mma.MAX_ROWS else f"{kind}_gemm" if batch <= MAX_INT4_ROWS else kind
 
 

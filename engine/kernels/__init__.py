@@ -21,11 +21,11 @@ decides::
                       delta_step_triton           one new token of each sequence      delta_rule.py
                       delta_prefill_triton        otherwise; its scan is in Gluon on  delta_prefill.py
                                                   Hopper with 16-bit heads of 128
-    linear, 4 bits    int4_mma_ring_gluon         Triton, Hopper, at most 2 rows,     int4_mma_ring.py
-                                                  16-bit, 128·n inputs, integers
-                                                  with scales of 16 bits for 128·n
-                                                  inputs
-                      int4_wgmma_gluon            the same, 3 to 256 rows             int4_wgmma.py
+    linear, 4 bits    int4_mma_ring_gluon         Triton, Hopper, at most 4 rows, or  int4_mma_ring.py
+                                                  8 of over 32768 outputs, 16-bit,
+                                                  128·n inputs, integers with scales
+                                                  of 16 bits for 128·n inputs
+                      int4_wgmma_gluon            the same, up to 256 rows            int4_wgmma.py
                       int4_mma_gluon              Triton, Hopper, at most 16 rows,    int4_mma.py
                                                   16-bit, 128·n inputs
                       int4_gemv_triton            Triton, 1 row                       int4_gemv.py

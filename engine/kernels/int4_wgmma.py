@@ -41,6 +41,8 @@ _unpacked = gluon.jit(unpacked.fn)
 
 #: Most rows.
 MAX_ROWS = 256
+#: Rows of a tile, where reading the weight takes longest.
+_HEIGHTS = (8, 16, MEMORY_BOUND_ROWS)
 #: A split has at least this many chunks.
 _MIN_SPLIT_CHUNKS = 9
 
@@ -63,19 +65,22 @@ class WgmmaTile:
 
 
 def choose_tile(rows: int, outputs: int, chunks: int, sms: int) -> WgmmaTile:
-    """Choose the tile of a problem. Of about a dozen tiles it is the best on an H200, or within 6 % of the best, for 16,
-    64, 128 and 256 rows and the layers of a model of 7 billion parameters."""
+    """Choose the tile of a problem. Of about a dozen tiles it is the best on an H200, or within 7 % of the best, for 8
+    and 16 rows and layers of models of 2 to 72 billion parameters, and for 64, 128 and 256 rows and those of 7 billion.
+    """
     if rows > MEMORY_BOUND_ROWS:
         tiles = triton.cdiv(outputs, 64) * triton.cdiv(rows, 128)
         # A split of few chunks takes longer to be added up than it saves.
         programs = 2 if chunks > 64 else 1
         return WgmmaTile(64, 128, 3, max(1, min(programs * sms // tiles, chunks // _MIN_SPLIT_CHUNKS)))
-    # Two heights only: a kernel per power of two would make start-up longer.
-    height, tiles = 16 if rows <= 16 else MEMORY_BOUND_ROWS, triton.cdiv(outputs, 64)
+    # Few heights: a kernel per power of two would make start-up longer.
+    height, tiles = next(height for height in _HEIGHTS if rows <= height), triton.cdiv(outputs, 64)
     programs = 3 if rows <= 16 else 2
+    splits = max(1, min(programs * sms // tiles, chunks // _MIN_SPLIT_CHUNKS))
+    if rows <= 16:
+        return WgmmaTile(64, height, 6 if tiles > 4 * sms else 4, splits)
     # With several waves of programs, as many on an SM as fit count for more than depth.
-    depth = 3 if rows > 16 and tiles > sms else 4
-    return WgmmaTile(64, height, depth, max(1, min(programs * sms // tiles, chunks // _MIN_SPLIT_CHUNKS)))
+    return WgmmaTile(64, height, 3 if tiles > sms else 4, splits)
 
 
 def supports(x: torch.Tensor, scale: Int4Scale) -> bool:

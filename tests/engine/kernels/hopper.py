@@ -305,9 +305,10 @@ def int4_weights() -> None:
         int4_mma_gluon(tensor(16, 3584), **weight(37888, 3584, group, zeros))
     int4_gemv_triton(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
     int4_mma_gluon(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
-    int4_mma_ring_gluon(tensor(1, 3584), **weight(37888, 3584, 128, True))
+    for rows in (1, 4, 8):
+        int4_mma_ring_gluon(tensor(rows, 3584), **weight(37888, 3584, 128, True))
     int4_mma_ring_gluon(tensor(1, 18944), **weight(3584, 18944, 1 << 15, True))
-    for rows in (16, 64, 128):
+    for rows in (8, 16, 64, 128):
         int4_wgmma_gluon(tensor(rows, 18944), **weight(3584, 18944, 128, True), counters=counters)
     int4_gemm_triton(tensor(64, 3584), **weight(37888, 3584, 128, True))
     int4_gemm_triton(tensor(16, 18944), **weight(3584, 18944, 128, True), counters=counters)

@@ -274,7 +274,7 @@ def check_few_rows(run, x, words, scale, bias, exact):
 def test_the_ring_of_a_row(hopper, monkeypatch, dtype, size, zeros, tile):
     if tile is not None:
         monkeypatch.setattr(int4_mma_ring, "choose_tile", lambda *_: tile)
-    for rows in (1, 2):
+    for rows in (1, 2, 3, 4, 8):
         check_few_rows(int4_mma_ring_gluon, *paired_problem(hopper, dtype, rows, *size, zeros))
 
 
@@ -288,7 +288,7 @@ def test_the_ring_of_some_rows(hopper, monkeypatch, dtype, size, zeros, tile):
     # Each tile of outputs has them for two tiles of rows; the first tile here has four, as no chosen one has.
     counters = split_counters(2 * 64 * -(-size[0] // 64), hopper)
     run = partial(int4_wgmma_gluon, counters=counters)
-    for rows in (1, 16, 17, 64) if tile is not None else (1, 16, 17, 64, 65, 128, 130, 256):
+    for rows in (1, 16, 17, 64) if tile is not None else (1, 8, 16, 17, 64, 65, 128, 130, 256):
         check_few_rows(run, *paired_problem(hopper, dtype, rows, *size, zeros))
         assert counters.eq(0).all()
 
@@ -343,7 +343,8 @@ def test_the_operation(device, dtype, rows, activation):
     [
         (1, torch.bfloat16, True, False, torch.float16, "int4_gemv_triton"),
         (2, torch.bfloat16, True, True, torch.float16, "int4_mma_ring_gluon"),
-        (3, torch.float16, True, True, torch.bfloat16, "int4_wgmma_gluon"),
+        (4, torch.float16, True, True, torch.bfloat16, "int4_mma_ring_gluon"),
+        (5, torch.float16, True, True, torch.bfloat16, "int4_wgmma_gluon"),
         (64, torch.bfloat16, True, True, torch.float16, "int4_wgmma_gluon"),
         # Of 32 bits.
         (1, torch.bfloat16, True, True, torch.float32, "int4_mma_gluon"),
@@ -382,3 +383,11 @@ def test_the_choice_among_kernels(monkeypatch, rows, dtype, triton, hopper, scal
     scale = Int4Scale(128, torch.ones(1, 1, dtype=scales), 128).paired()
     dispatch.linear(torch.zeros(rows, 128, dtype=dtype), torch.zeros(1, 32, dtype=torch.int16), scale=scale)
     assert called == [expected]
+
+
+def test_more_rows_of_many_outputs_take_the_ring(monkeypatch):
+    monkeypatch.setattr(int4_mma_ring, "is_hopper", lambda _: True)
+    for outputs, most in ((1 << 15, 4), ((1 << 15) + 1, 8)):
+        scale = Int4Scale(128, torch.ones(outputs, 1).half(), 128).paired()
+        taken = [rows for rows in range(20) if int4_mma_ring.supports(torch.zeros(rows, 128).half(), scale)]
+        assert taken == list(range(1, most + 1))
