@@ -11,10 +11,17 @@ import torch.nn.functional as F
 from benchmarks.kernels_timing import Case, Problem, Work, dtype_on
 from engine.kernels.act_mul import act_mul, act_mul_reference
 from engine.kernels.device import MEMORY_BOUND_ROWS
-from engine.kernels.dispatch import MAX_SKINNY_OUTPUTS, activated_linear, linear, norm_linear
+from engine.kernels.dispatch import (
+    MAX_SKINNY_OUTPUTS,
+    activated_linear,
+    linear,
+    norm_linear,
+    split_linear,
+)
 from engine.kernels.gemm_activation import gemm_activation_reference
 from engine.kernels.norm_gemv import norm_linear_reference
 from engine.kernels.quick_gelu import quick_gelu_reference
+from engine.kernels.rms_norm import rms_norm
 from engine.kernels.skinny_gemm import split_counters
 
 #: Layers of Qwen2-VL's 2B and 7B: (name, input features, output features)
@@ -29,6 +36,9 @@ LAYERS = [
 ]
 TINY_LAYERS = [("tiny", 48, 80), ("tiny head", 8, MAX_SKINNY_OUTPUTS + 8)]
 AFTER_NORM = ("qkv", "gate_up", "7B gate_up", "tiny")
+BEFORE_NORM = ("o", "down", "7B down", "tiny")
+#: Gated layers whose outputs all SMs share evenly, of over 16 rows.
+SHARED = ("7B gate_up", "tiny")
 BATCHES = (1, 4, 16, 64)
 #: First MLP layers of the towers of Qwen2-VL and LLaVA: (tokens, input features, output features)
 TOWERS = [(1600, 1280, 5120), (25600, 1280, 5120), (9232, 1024, 4096)]
@@ -44,7 +54,10 @@ def cases(device: torch.device, tiny: bool) -> Iterator[Case]:
             label, sizes = f"{name} {inputs}->{outputs}, batch {batch}", (device, batch, inputs, outputs)
             yield Case(kernel_of(batch, outputs), label, partial(plain, *sizes))
             if name in AFTER_NORM and batch > 1:
-                yield Case("skinny_gemm", f"{label}, gated", partial(gated, *sizes))
+                kernel = "ring_gate" if name in SHARED and batch > 16 else "skinny_gemm"
+                yield Case(kernel, f"{label}, gated", partial(gated, *sizes))
+            if name in BEFORE_NORM and batch > 1:
+                yield Case("ring_gemm", f"{label}, with the norm after it", partial(before_norm, *sizes))
         if name in AFTER_NORM:
             yield Case(
                 "norm_gemv", f"{name} {inputs}->{outputs}", partial(after_norm, device, inputs, outputs)
@@ -98,6 +111,21 @@ def gated(device: torch.device, batch: int, inputs: int, outputs: int) -> Proble
     return Problem(
         run, lambda: (run(), act_mul_reference(layer.expected())), amount, compute=many, peers=peers
     )
+
+
+def before_norm(device: torch.device, batch: int, inputs: int, outputs: int) -> Problem:
+    """Measure the linear layer and the norm after it, which adds up its sums and a residual."""
+    layer = Layer(device, batch, inputs, outputs)
+    norm, residual = layer.x.new_ones(outputs), torch.randn((batch, outputs), device=device).to(layer.x.dtype)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm(split_linear(layer.x, layer.weight), norm, 1e-6, residual)
+
+    def apart() -> tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm(F.linear(layer.x, layer.weight), norm, 1e-6, residual)
+
+    peers: dict[str, Work] = {"torch, then norm": apart}
+    return Problem(run, lambda: (run()[1], layer.expected() + residual.float()), layer.moved, peers=peers)
 
 
 def activated(device: torch.device, tokens: int, inputs: int, outputs: int) -> Problem:
