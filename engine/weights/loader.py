@@ -68,6 +68,8 @@ def _zero_biases(names: Collection[str], checkpoint: Checkpoint) -> set[str]:
     """Those of the checkpoint's tensors ``names`` that are biases and add nothing."""
     infos = {name: checkpoint.tensors[name] for name in names if name.endswith(".bias")}
     biases = [Rows.of(name, info, 0, info.shape[0]) for name, info in infos.items() if len(info.shape) == 1]
+    if not biases:
+        return set()
     other = {rows.name for rows, values in read_rows(biases, pinned=False) if values.any()}
     return {rows.name for rows in biases} - other
 
