@@ -114,6 +114,24 @@ async def test_what_replicas_report_counts():
         assert await chosen(router, request("generate", generation([start] * 400), {})) == "c"
 
 
+async def test_a_prompt_is_asked_for_by_the_line_of_the_replica_that_has_seen_its_beginning():
+    router = await router_of(LanguageModelRouter, *map(Replica, "ab"), by_line=True)
+    prompt, longer = EngineInput(list(range(400))), EngineInput(list(range(401)))
+    seen = router.by_line(prompt, "ab")
+    assert seen is not None
+    router.asked[seen] = 4
+    assert router.by_line(longer, "ab") == seen
+    # That is as many as it may have, and then the other one has no line.
+    router.asked[seen] = 5
+    assert router.by_line(longer, "ab") is None
+    router.asked[seen] = 0
+    assert router.by_line(longer, seen) is None
+    by_load = await router_of(LanguageModelRouter, *map(Replica, "ab"), by_line=True, by_content=False)
+    by_load.asked["a"] = 1
+    assert [by_load.by_line(prompt, "ab") for _ in range(4)] == ["b"] * 4
+    assert (await router_of(LanguageModelRouter, Replica("a"))).by_line(prompt, "a") is None
+
+
 @pytest.mark.parametrize(
     ("cls", "pending"),
     [
