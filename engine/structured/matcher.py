@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
@@ -12,6 +13,9 @@ import numpy as np
 from engine.structured.numbers import DigitBound, advance
 from engine.structured.run_odds import RunForecast, RunOdds
 
+#: Seconds of computing masks that other threads don't shorten: to wake them takes milliseconds on a busy
+#: host.
+_ALONE_S = 1e-3
 #: Texts of a grammar that must follow somewhere, of which it is kept how many tokens are taken together.
 _MOST_TEXTS = 1024
 
@@ -87,21 +91,24 @@ class GrammarMatcher:
 
     @staticmethod
     def fill_masks(matchers: Sequence[tuple[GrammarMatcher, int]], mask: np.ndarray) -> None:
-        """:meth:`fill_mask` for some rows of ``mask`` (N, ceil(V / 32)) int32, in parallel on all cores.
+        """:meth:`fill_mask` for some rows of ``mask`` (N, ceil(V / 32)) int32, in parallel on all cores where
+        one would take longer than :data:`_ALONE_S`.
 
         Args:
             matchers: each with the index of its row.
         """
         assert mask.dtype == np.int32 and mask.flags["C_CONTIGUOUS"]
         live = [(matcher._matcher, row) for matcher, row in matchers if matcher._needs_mask]
-        if len(live) > 1:
-            executor = matchers[0][0]._grammar.executor
-            executor.unsafe_compute_mask_ptr(live, mask.ctypes.data, mask.strides[0], mask.shape[0])
-        for matcher, row in matchers:
-            if len(live) > 1:
-                matcher._overwrite(mask[row])
-            else:
-                matcher.fill_mask(mask[row])
+        start, width, begun = mask.ctypes.data, mask.strides[0], time.perf_counter()
+        for index, (matcher, row) in enumerate(live):
+            # The rows so far tell how long the others will take.
+            if index and (time.perf_counter() - begun) / index * (len(live) - index) > _ALONE_S:
+                executor = matchers[0][0]._grammar.executor
+                executor.unsafe_compute_mask_ptr(live[index:], start, width, mask.shape[0])
+                break
+            matcher.unsafe_compute_mask_ptr(start + row * width, width)
+        for owner, row in matchers:
+            owner._overwrite(mask[row])
 
     def accept(self, token_ids: Sequence[int]) -> bool:
         """Follows these tokens. False if one of them isn't allowed, which ends the matcher's use."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.sampling_params import StructuredSpec
+from engine.structured import matcher as matcher_module
 from tests.engine.structured.conftest import EOS, encode
 
 
@@ -123,7 +124,10 @@ def test_nothing_but_eos_follows_eos(compiler, tokenizer, vocab_size):
     assert not compiler.compile(StructuredSpec(kind="regex", text="ab?")).matcher().accept([0])
 
 
-def test_masks_of_many_are_the_masks_of_each(compiler, tokenizer, vocab_size):
+@pytest.mark.parametrize("alone", [0.0, 100.0])
+def test_masks_of_many_are_the_masks_of_each(compiler, tokenizer, vocab_size, monkeypatch, alone):
+    """By one thread, and by one for the first and by all for the others."""
+    monkeypatch.setattr(matcher_module, "_ALONE_S", alone)
     grammar = compiler.compile(StructuredSpec(kind="regex", text="abc"))
     texts = ["", "a", "ab", "abc", "z", "abc"]
     matchers = [grammar.matcher() for _ in texts]
