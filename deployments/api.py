@@ -133,12 +133,26 @@ class _Api(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             # Without FastAPI's look for exporters of telemetry: deployments.tracing makes the spans.
-            await Starlette.__call__(self, scope, receive, send)
+            await Starlette.__call__(self, without_prefix(scope), receive, send)
         else:
             await super().__call__(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         return self._log.around(super().build_middleware_stack())
+
+
+def without_prefix(scope: Scope) -> Scope:
+    """A request as the client of a server without a ``route_prefix`` would send it.
+
+    Servers give a prefix twice: as ``root_path`` and at the beginning of ``path``. Here it becomes
+    Starlette's ``app_root_path`` alone, so that all that looks at paths (keys, errors, metrics) sees its own.
+    """
+    if not (prefix := scope.get("root_path", "").rstrip("/")):
+        return scope
+    path = scope["path"]
+    if path == prefix or path.startswith(f"{prefix}/"):
+        path = path[len(prefix) :] or "/"
+    return {**scope, "path": path, "root_path": "", "app_root_path": prefix}
 
 
 def take_over(api: FastAPI, config: IngressConfig) -> None:

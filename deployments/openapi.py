@@ -115,9 +115,10 @@ class DescriptionFile:
         self._file: tuple[Json, bytes] | None = None
 
     async def answer(self, request: Request) -> Response:
-        """Answer ``GET``; a prefix of all paths is named as the server."""
+        """Answer ``GET``; a prefix of all paths is named as the server, see ``without_prefix`` of
+        :mod:`deployments.api`."""
         content = await asyncio.to_thread(self._content)
-        if prefix := request.scope.get("root_path", "").rstrip("/"):
+        if prefix := request.scope.get("app_root_path"):
             content = json.dumps({"servers": [{"url": prefix}]}).encode()[:-1] + b"," + content[1:]
         return Response(content, media_type="application/json")
 

@@ -6,7 +6,7 @@ They are plain files. Their policy lets browsers load nothing from elsewhere and
 import mimetypes
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from deployments.errors import NoSuchRoute
@@ -30,8 +30,12 @@ _HEADERS = {
 
 
 @router.get("/")
-async def show_chat() -> Response:
+async def show_chat(request: Request) -> Response:
     """A page to chat with the models."""
+    prefix = request.scope.get("app_root_path", "")
+    if request.scope.get("raw_path") == prefix.encode():
+        # The page's links are relative to a folder.
+        return RedirectResponse(f"{prefix}/")
     return _file("index.html")
 
 

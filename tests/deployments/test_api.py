@@ -1,6 +1,7 @@
 """The ASGI application around the endpoints: limits, and errors that no endpoint handles."""
 
 import logging
+import re
 
 import httpx
 import pytest
@@ -208,3 +209,33 @@ async def test_a_bug_is_a_500_without_details():
         found = await http.post("/v1/chat/completions", json=body)
     assert found.status_code == 500 and "secret" not in found.text
     assert found.json()["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("prefix", ["/several", "/v1", "/a/b"])
+async def test_behind_a_prefix_all_is_as_without_one(running, prefix):
+    """The scope is as Ray Serve and uvicorn make it: the prefix is in ``path`` and is ``root_path``."""
+    keys = [{"name": "one", "key": "secret"}]
+    api = create_api(IngressConfig(keys=keys), running.app.api.state.pipelines)
+    behind = httpx.ASGITransport(api, root_path=prefix)
+    key = {"Authorization": "Bearer secret"}
+    async with httpx.AsyncClient(transport=behind, base_url=f"http://test{prefix}") as client:
+        for path in ("/health", "/health/", "/", "/page/page.css"):
+            assert (await client.get(path)).status_code == 200, path
+        assert (await client.head("/version")).status_code == 200
+        assert (await client.get("/v1/models")).status_code == 401
+        assert (await client.get("/v1/models", headers=key)).json()["data"][0]["id"] == "pocket"
+        asked = {"model": "pocket", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2}
+        assert (await client.post("/v1/chat/completions", json=asked, headers=key)).status_code == 200
+        # The form of Anthropic's errors, and the header that its clients read.
+        refused = await client.post("/v1/messages", json={**asked, "model": "none"}, headers=key)
+        assert refused.json()["type"] == "error" and refused.headers["request-id"]
+        missing = await client.get("/models", headers=key)
+        assert missing.status_code == 404 and "Did you mean /v1/models?" in missing.json()["error"]["message"]
+        counted = (await client.get("/metrics", headers=key)).text
+        assert re.search(r'sightline_http_requests_total{.*route="/v1/chat/completions".*} 1', counted)
+        described = (await client.get("/openapi.json", headers=key)).json()
+        assert described["servers"] == [{"url": prefix}]
+    async with httpx.AsyncClient(transport=behind, base_url="http://test") as client:
+        # The page's links need the slash.
+        moved = await client.get(prefix)
+        assert moved.status_code == 307 and moved.headers["location"] == f"{prefix}/"
