@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from deployments.thought_tokens import Spelling, ThoughtTokens
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.parsers.answer import AnswerParser
 from engine.parsers.events import CallArguments, CallStart, Event, Reasoning, Text
@@ -36,36 +37,47 @@ class AnswerReader:
 
     Args:
         make_parser: makes the parser of one choice; returns None where the text is all there is.
+        spelling: of the tokens; None leaves those of thoughts uncounted.
         shows_thoughts: False leaves thoughts out of what :meth:`read` gives.
 
     Attributes:
         parses: there is more than text; else :meth:`read` need not be called.
-        reasoning_tokens: tokens that belong to thoughts so far, over all choices.
     """
 
     def __init__(
-        self, make_parser: Callable[[], AnswerParser | None], *, shows_thoughts: bool = True
+        self,
+        make_parser: Callable[[], AnswerParser | None],
+        spelling: Spelling | None = None,
+        *,
+        shows_thoughts: bool = True,
     ) -> None:
         self._make_parser, self._shows_thoughts = make_parser, shows_thoughts
+        self._spelling = spelling
         self._parsers: dict[int, AnswerParser | None] = {}
         self.parses = make_parser() is not None
         self._calling: set[int] = set()
-        self.reasoning_tokens = 0
+        self._thoughts: dict[int, ThoughtTokens] = {}
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens that belong to thoughts so far, over all choices; see :class:`ThoughtTokens`."""
+        return sum(each.count for each in self._thoughts.values())
 
     def read(self, delta: OutputDelta) -> ChoiceDelta:
         """Parse the next delta of a choice."""
         if delta.index not in self._parsers:
             self._parsers[delta.index] = self._make_parser()
+            if self._spelling is not None:
+                self._thoughts[delta.index] = ThoughtTokens(self._make_parser, self._spelling)
         parser = self._parsers[delta.index]
         if parser is None:
             found: list[Event] = [Text(delta.text)] if delta.text else []
             return ChoiceDelta(
                 delta.index, found, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
             )
-        thinks = parser.thinks
         events = parser.feed(delta.text)
-        if thinks or any(isinstance(event, Reasoning) for event in events):
-            self.reasoning_tokens += len(delta.token_ids)
+        if self._spelling is not None:
+            self._thoughts[delta.index].add(delta, parser)
         if delta.finish_reason is not None:
             events += parser.finish()
         if any(isinstance(event, CallStart) for event in events):

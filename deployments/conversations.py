@@ -155,7 +155,9 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
         params = replace(params, skip_special_tokens=False)
     updates = pipeline.generate(request_id, prompt, params, priority=given.priority, names=names)
     reader = AnswerReader(
-        lambda: pipeline.format.parser(given.tools, text), shows_thoughts=given.include_reasoning
+        lambda: pipeline.format.parser(given.tools, text),
+        pipeline.builder.tokenizer,
+        shows_thoughts=given.include_reasoning,
     )
     return RunningAnswer(prompt.inputs.token_ids, params, updates, reader, given.include_timings)
 

@@ -41,7 +41,7 @@ FLOORS = [
 SERVER_FLOORS = [
     ["report", "logs", "unknown_fields"],
     ["errors"],
-    ["autoscaling", "in_place", "tracing", "turns"],
+    ["autoscaling", "in_place", "thought_tokens", "tracing", "turns"],
     [
         "access",
         "admission",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.parsers.events import Event, Parser, Text
-from engine.parsers.reasoning import ReasoningParser
+from engine.parsers.reasoning import ReasoningParser, ThoughtState
 
 
 class AnswerParser:
@@ -23,9 +23,9 @@ class AnswerParser:
         self._calls_first = calls_in_thoughts
 
     @property
-    def thinks(self) -> bool:
-        """True if the text that comes next belongs to a thought."""
-        return self._reasoning is not None and self._reasoning.inside
+    def thought(self) -> ThoughtState:
+        """Where the text that comes next stands to a thought; ``none`` if there is none."""
+        return "none" if self._reasoning is None else self._reasoning.state
 
     def feed(self, text: str) -> list[Event]:
         return self._pass([Text(text)] if text else [], finish=False)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.parsers.events import Event, Reasoning, SteppedParser, Text, held_back
+
+ThoughtState = Literal["before", "inside", "after", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +35,14 @@ class ReasoningParser(SteppedParser):
 
     def __init__(self, tags: ReasoningTags, *, begins_inside: bool = False) -> None:
         self._tags = tags
-        self._state = "inside" if begins_inside else "before"
+        self._state: ThoughtState = "inside" if begins_inside else "before"
         super().__init__()
         self._trim = True
 
     @property
-    def inside(self) -> bool:
-        """True if the text that comes next belongs to a thought."""
-        return self._state == "inside"
+    def state(self) -> ThoughtState:
+        """Where the text that comes next stands. ``none``: there is no thought."""
+        return self._state
 
     def finish(self) -> list[Event]:
         """Return what was held back. White space at the end of a thought is dropped, as at its tags."""
@@ -53,7 +56,7 @@ class ReasoningParser(SteppedParser):
         """Return what was held back, because something else follows, such as a tool call."""
         events = self.finish()
         if self._state == "before":
-            self._state = "after"
+            self._state = "none"
         return events
 
     def _step(self, events: list[Event]) -> bool:
@@ -78,7 +81,7 @@ class ReasoningParser(SteppedParser):
         if self._tags.start.startswith(stripped):
             return False
         # No thought: the answer's own white space stays.
-        self._state, self._trim = "after", False
+        self._state, self._trim = "none", False
         return True
 
     def _read_thought(self, events: list[Event]) -> bool:

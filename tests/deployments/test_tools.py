@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -249,18 +250,19 @@ async def test_an_answer_with_a_thought_and_a_call():
             reason = "stop" if position == len(text) - 1 else None
             deltas = [OutputDelta(0, character, [position], finish_reason=reason)]
             if reason:
-                deltas.append(OutputDelta(1, "plain", [5, 6], finish_reason="stop"))
+                deltas.append(OutputDelta(1, "plain", [len(text)], finish_reason="stop"))
             yield StreamUpdate("r", deltas, Usage(3, position + 1), finished=reason is not None)
 
-    answer = await gather(updates(), AnswerReader(lambda: HERMES.parser(use, "")))
+    spelled = Spelled({**dict(enumerate(text)), len(text): "plain"})
+    answer = await gather(updates(), AnswerReader(lambda: HERMES.parser(use, ""), spelled))
     first, second = answer.choices
     assert (first.text, first.reasoning) == ("Look:", "hm")
     assert [(call.name, call.arguments) for call in first.calls] == [("report", arguments)]
     assert (first.finish_reason, second.finish_reason) == ("tool_calls", "stop")
     assert second.text == "plain" and not second.calls
     assert first.token_ids == list(range(len(text)))
-    # The tags belong to the thought, to within the tokens around them.
-    assert 2 <= answer.reasoning_tokens <= len("<think>hm</think>")
+    # The tag that closes the thought belongs to it.
+    assert answer.reasoning_tokens == len("hm</think>")
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
@@ -279,12 +281,38 @@ async def test_a_call_that_was_cut_off_ends_by_its_length(reason):
     assert choice.finish_reason == ("tool_calls" if reason == "stop" else "length")
 
 
-def test_a_thought_within_one_delta_is_counted():
-    """Its tokens are those of the delta: tags and text of one token can't be told apart."""
-    reader = AnswerReader(lambda: HERMES.parser(read_tools(TOOLS, None, None), ""))
-    read = [
-        reader.read(OutputDelta(0, text, tokens))
-        for text, tokens in (("<think>hm</think>", [1, 2, 3]), ("\n\nLook", [4, 5]))
-    ]
-    assert [event.text for delta in read for event in delta.events] == ["hm", "Look"]
-    assert reader.reasoning_tokens == 3
+class Spelled:
+    """Tokens by their texts."""
+
+    def __init__(self, texts: dict[int, str]) -> None:
+        self.token_bytes = self.first_token_bytes = lambda token: texts[token].encode()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "opened", "counted"),
+    [
+        (["<think>", "h", "m", "</think>", "\n\n", "Look"], False, 3),
+        (["<thi", "nk>h", "m, é", "</", "think", ">\nLo", "ok"], False, 5),
+        (["<think>", "</think>", "Look"], False, 1),
+        (["<think>", "no", " end"], False, 2),
+        (["h", "m", "</think>", "Look"], True, 3),
+        (["Look", ": <think>", "hm</think>"], False, 0),
+        (['<tool_call>\n{"name": "report", "arg', 'uments": {"color": "red"}}\n</tool_call>'], False, 0),
+    ],
+)
+def test_tokens_of_a_thought_are_the_same_however_an_answer_is_cut(tokens, opened, counted):
+    """How many tokens a delta holds depends on how far behind its reader is."""
+    use = read_tools(TOOLS, None, None)
+
+    def count(cuts: list[int]) -> int:
+        reader = AnswerReader(
+            lambda: HERMES.parser(use, "<think>" if opened else ""), Spelled(dict(enumerate(tokens)))
+        )
+        for start, end in pairwise([0, *cuts, len(tokens)]):
+            ids = list(range(start, end))
+            reader.read(OutputDelta(0, "".join(tokens[i] for i in ids), ids))
+        return reader.reasoning_tokens
+
+    inner = range(1, len(tokens))
+    all_cuts = [list(cuts) for size in range(len(tokens)) for cuts in combinations(inner, size)]
+    assert {count(cuts) for cuts in all_cuts} == {counted}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engine.executor.launch import LocalLauncher
+from tests.serving import wait_for
 
 
 @pytest.mark.parametrize(("stated", "ranks", "share"), [("8", 3, "2"), (None, 3, "2"), ("2", 3, "1")])
@@ -26,9 +27,13 @@ def test_ranks_share_the_threads_of_their_host(monkeypatch, stated, ranks, share
     try:
         connections = launcher.start(ranks)
         assert len(connections) == ranks - 1
-        children = psutil.Process().children()
-        started = [each for each in children if "engine.executor.worker" in each.cmdline()]
-        assert [each.environ()["OMP_NUM_THREADS"] for each in started] == [share] * (ranks - 1)
+
+        def started() -> list[psutil.Process]:
+            # For a moment a new program has no command line yet.
+            return [p for p in psutil.Process().children() if "engine.executor.worker" in p.cmdline()]
+
+        wait_for(lambda: len(started()) == ranks - 1)
+        assert [each.environ()["OMP_NUM_THREADS"] for each in started()] == [share] * (ranks - 1)
     finally:
         launcher.kill()
         launcher.stop()

@@ -1,0 +1,84 @@
+"""Counts the tokens of thoughts."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.outputs import OutputDelta
+from engine.parsers.answer import AnswerParser
+
+
+class Spelling(Protocol):
+    """What tokens add to a text; see :class:`engine.text.tokenizer.Tokenizer`."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def first_token_bytes(self, token_id: int) -> bytes: ...
+
+
+class ThoughtTokens:
+    """Counts the tokens of one choice that belong to its thought.
+
+    A delta may hold any number of tokens and doesn't say where the text of each ends: that depends on how far
+    behind its reader is. So tokens are placed by their bytes, and the count is the same however the answer
+    comes in deltas. A token counts if any of it stands behind the tag that opens the thought, up to the end
+    of the tag that closes it.
+
+    Args:
+        make_parser: makes a parser of the choice.
+        spelling: of the tokens.
+
+    Attributes:
+        count: tokens so far.
+    """
+
+    def __init__(self, make_parser: Callable[[], AnswerParser | None], spelling: Spelling) -> None:
+        self._make_parser, self._spelling = make_parser, spelling
+        self._texts: list[str] = []
+        self._length = 0
+        # Where each token ends, and the thought begins, in bytes.
+        self._ends: list[int] = []
+        self._begin: int | None = None
+        self._settled = False
+        self.count = 0
+
+    def add(self, delta: OutputDelta, parser: AnswerParser) -> None:
+        """Count the tokens of the next delta, which ``parser`` has read."""
+        if self._settled:
+            return
+        if parser.thought == "none":
+            self._settle()
+            return
+        before = self._length
+        self._texts.append(delta.text)
+        self._length += len(delta.text)
+        for token in delta.token_ids:
+            spell = self._spelling.token_bytes if self._ends else self._spelling.first_token_bytes
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(spell(token)))
+            self.count += self._begin is not None and self._ends[-1] > self._begin
+        if self._begin is None and parser.thought in ("inside", "after"):
+            self._begin = self._where(before, ("inside", "after"))
+            self.count = sum(end > self._begin for end in self._ends)
+        if parser.thought == "after":
+            end = self._where(before, ("after",))
+            starts = (0, *self._ends)
+            self.count -= sum(start >= end for start in starts[: len(self._ends)])
+            self._settle()
+
+    def _where(self, low: int, states: tuple[str, ...]) -> int:
+        """The number of bytes after which the thought is in one of ``states``: more than the first ``low``
+        characters, or none."""
+        text, high = "".join(self._texts), self._length
+        made = self._make_parser()
+        if made is not None and made.thought in states:
+            return 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            parser = self._make_parser()
+            assert parser is not None
+            parser.feed(text[:middle])
+            low, high = (low, middle) if parser.thought in states else (middle, high)
+        return len(text[:high].encode(errors="replace"))
+
+    def _settle(self) -> None:
+        self._settled = True
+        self._texts, self._ends = [], []
