@@ -35,8 +35,8 @@ class ThoughtTokens:
         self._make_parser, self._spelling = make_parser, spelling
         self._texts: list[str] = []
         self._length = 0
-        # Where each token ends, and the thought begins, in bytes.
-        self._ends: list[int] = []
+        # Where tokens begin and the last one ends, and where the thought begins, in bytes.
+        self._bounds = [0]
         self._begin: int | None = None
         self._settled = False
         self.count = 0
@@ -52,16 +52,15 @@ class ThoughtTokens:
         self._texts.append(delta.text)
         self._length += len(delta.text)
         for token in delta.token_ids:
-            spell = self._spelling.token_bytes if self._ends else self._spelling.first_token_bytes
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(spell(token)))
-            self.count += self._begin is not None and self._ends[-1] > self._begin
+            spell = self._spelling.token_bytes if len(self._bounds) > 1 else self._spelling.first_token_bytes
+            self._bounds.append(self._bounds[-1] + len(spell(token)))
+            self.count += self._begin is not None and self._bounds[-1] > self._begin
         if self._begin is None and parser.thought in ("inside", "after"):
             self._begin = self._where(before, ("inside", "after"))
-            self.count = sum(end > self._begin for end in self._ends)
+            self.count = sum(bound > self._begin for bound in self._bounds)
         if parser.thought == "after":
             end = self._where(before, ("after",))
-            starts = (0, *self._ends)
-            self.count -= sum(start >= end for start in starts[: len(self._ends)])
+            self.count -= sum(start >= end for start in self._bounds[:-1])
             self._settle()
 
     def _where(self, low: int, states: tuple[str, ...]) -> int:
@@ -81,4 +80,4 @@ class ThoughtTokens:
 
     def _settle(self) -> None:
         self._settled = True
-        self._texts, self._ends = [], []
+        self._texts, self._bounds = [], [0]

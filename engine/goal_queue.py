@@ -10,9 +10,12 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+#: (priority, due time, tie-breaker, may be late, entry)
+_Row: TypeAlias = tuple[int, float, int, bool, T]
 
 #: Of this many entries taken while some are late, one is the first of the late ones. So a late entry with n
 #: late ones before it leaves before this many times n + 1 others.
@@ -45,13 +48,12 @@ class GoalQueue(Generic[T]):
 
     def __init__(self, gone: Callable[[T], bool] = lambda _: False) -> None:
         self._gone = gone
-        # (priority, due time, tie-breaker, may be late, entry)
-        self._punctual: list[tuple[int, float, int, bool, T]] = []
-        self._late: list[tuple[int, float, int, bool, T]] = []
+        self._punctual: list[_Row[T]] = []
+        self._late: list[_Row[T]] = []
         # Equal priorities and times must not compare entries.
         self._order = itertools.count()
         self._turns = self.num_late = 0
-        self._next: list[tuple[int, float, int, bool, T]] | None = None
+        self._next: list[_Row[T]] | None = None
 
     def __len__(self) -> int:
         return len(self._punctual) + len(self._late)
@@ -96,11 +98,11 @@ class GoalQueue(Generic[T]):
         self._late.clear()
         self._next = None
 
-    def _drop_gone(self, heap: list[tuple[int, float, int, bool, T]]) -> None:
+    def _drop_gone(self, heap: list[_Row[T]]) -> None:
         while heap and self._gone(heap[0][-1]):
             heapq.heappop(heap)
 
-    def _choose(self) -> list[tuple[int, float, int, bool, T]]:
+    def _choose(self) -> list[_Row[T]]:
         """The heap whose first entry is next."""
         if not (self._punctual and self._late):
             return self._punctual or self._late

@@ -36,9 +36,7 @@ async def create_response(request: Request) -> Response:
     body, pipeline = await read_request(request, wire.ResponsesRequest)
     body.check()
     store: ResponseStore = request.app.state.responses
-    earlier: list[Json] = []
-    if body.previous_response_id is not None:
-        earlier = await _earlier(request, body.previous_response_id)
+    earlier = await _earlier(request, body.previous_response_id)
     given, fields = wire.input_messages(body.input, len(earlier) + bool(body.instructions))
     stored = StoredResponse(_response(body, pipeline), _items(body.input), [*earlier, *given], caller_name())
     given_conversation = _conversation(body, pipeline, stored.messages, fields)
@@ -80,9 +78,7 @@ async def count_input_tokens(request: Request) -> Response:
     """The tokens of the prompt that a response would have, images, tools and earlier responses included."""
     body, pipeline = await read_request(request, wire.InputTokensRequest)
     body.check()
-    earlier: list[Json] = []
-    if body.previous_response_id is not None:
-        earlier = await _earlier(request, body.previous_response_id)
+    earlier = await _earlier(request, body.previous_response_id)
     given, fields = wire.input_messages(body.input, len(earlier) + bool(body.instructions))
     inputs = await tokenize(pipeline, _conversation(body, pipeline, [*earlier, *given], fields))
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(inputs.token_ids)})
@@ -231,8 +227,10 @@ async def list_input_items(request: Request, name: str) -> Response:
     return JSONResponse({"object": "list", "data": page, "has_more": len(page) < len(items), **ends})
 
 
-async def _earlier(request: Request, name: str) -> list[Json]:
-    """The conversation up to the end of an earlier response."""
+async def _earlier(request: Request, name: str | None) -> list[Json]:
+    """The conversation up to the end of an earlier response; empty if none is named."""
+    if name is None:
+        return []
     stored = await _stored(request, name, "previous_response_id")
     if stored.response["status"] == "in_progress":
         raise InvalidRequest(

@@ -57,3 +57,9 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 def is_hopper(device: torch.device) -> bool:
     """Return whether ``device`` is a Hopper GPU (sm_90)."""
     return compute_capability(device) == (9, 0)
+
+
+def has_descriptor(matrix: torch.Tensor) -> bool:
+    """Return whether a TMA descriptor can describe ``matrix``: rows contiguous, at multiples of 16 bytes."""
+    row, column = matrix.stride()
+    return column == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0

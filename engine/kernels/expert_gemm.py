@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch.utils.weak import WeakTensorKeyDictionary
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -25,18 +24,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.activation import activate
 from engine.kernels.device import is_hopper, num_sms
 from engine.kernels.expert_groups import experts_in_groups
 from engine.kernels.experts import ExpertMatrices
-from engine.kernels.fp8 import FP8, RoundedRows, Scale, quantise_rows, scale_of_row
+from engine.kernels.fp8 import RoundedRows, Scale, quantise_rows, scale_of_row
 from engine.kernels.launch import is_compiling, launch
-from engine.kernels.ring import barriers, buffers, copy_load, tma_load
+from engine.kernels.ring import STEP_BYTES, barriers, buffers, copy_load, described, tma_load
 
-#: Rows of a tile that a compute group multiplies; weight rows of a tile; bytes of a row in a step.
-_HEIGHT, _WEIGHTS, _STEP_BYTES = 64, 256, 128
+#: Rows of a tile that a compute group multiplies; weight rows of a tile.
+_HEIGHT, _WEIGHTS = 64, 256
 #: Up to so many rows of an expert on average the compute groups take turns; with more it was not measured.
 _FEW_ROWS = 64
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
@@ -55,8 +53,8 @@ def supports(x: torch.Tensor, matrices: ExpertMatrices) -> bool:
         fits = isinstance(scale, Scale) and scale.round_inputs and x.dtype == torch.bfloat16
         if fits and scale.values.shape[1] > 1:
             # A step has the inputs of one group, and half of a tile's weights one scale.
-            fits = scale.group == _STEP_BYTES and scale.outputs % (_WEIGHTS // 2) == 0
-    steps, rest = divmod(weight.shape[2] * weight.element_size(), _STEP_BYTES)
+            fits = scale.group == STEP_BYTES and scale.outputs % (_WEIGHTS // 2) == 0
+    steps, rest = divmod(weight.shape[2] * weight.element_size(), STEP_BYTES)
     # Rows are copied in pieces of 16 bytes.
     aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     return fits and steps >= 2 and rest == 0 and aligned and is_hopper(x.device)
@@ -95,33 +93,19 @@ def _grouped_gemm(x, matrices, out, order, starts, *, activation=None, factors=N
     for turns in (1, 2) if is_compiling() else (2,) if few else (1,):
         launch(
             _expert_gemm_kernel, (num_sms(x.device),),
-            x_ptr=x, weight_desc=_describe(matrices.weight, gated), out_ptr=out, order_ptr=order,
-            starts_ptr=starts, factors_ptr=order if factors is None else factors, row_scale_ptr=row_scale,
+            # A copy takes a tile's rows, or its gates or its ups.
+            x_ptr=x, weight_desc=described(matrices.weight, _WEIGHTS // 2 if gated else _WEIGHTS),
+            out_ptr=out, order_ptr=order, starts_ptr=starts,
+            factors_ptr=order if factors is None else factors, row_scale_ptr=row_scale,
             scale_ptr=order if scale is None else scale.values, out_scale_ptr=out_scale,
             experts=experts, outputs=outputs, inputs=inputs, x_stride=x.stride(0), TOP_K=top_k,
             EXPERTS=max(32, triton.next_power_of_2(experts)), ACTIVATION=activation or "",
             SCALED=groups == 1, GROUPS=groups > 1, ROUNDED=rounded, TURNS=turns, ROWS=2 * _HEIGHT // turns,
             # As many tiles as shared memory holds.
             STAGES=3 + turns,
-            WEIGHTS=_WEIGHTS, INPUTS=_STEP_BYTES // x.element_size(), COMPUTE_REGISTERS=_COMPUTE_REGISTERS,
+            WEIGHTS=_WEIGHTS, INPUTS=STEP_BYTES // x.element_size(), COMPUTE_REGISTERS=_COMPUTE_REGISTERS,
             LOAD_REGISTERS=_LOAD_REGISTERS, num_warps=4, maxnreg=_REGISTERS,
         )  # fmt: skip
-
-
-def _describe(weight: torch.Tensor, gated: bool) -> TensorDescriptor:
-    """Describe the rows of all experts' matrices. A copy takes a tile's rows, or its gates or its ups."""
-    descriptor = _DESCRIPTORS.get(weight)
-    if descriptor is None:
-        box = [_WEIGHTS // 2 if gated else _WEIGHTS, _STEP_BYTES // weight.element_size()]
-        dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}[weight.dtype]
-        layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-        descriptor = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), box, layout)
-        _DESCRIPTORS[weight] = descriptor
-    return descriptor
-
-
-#: Descriptors by weight, for as long as it lives: creating them is most of the host time of a launch.
-_DESCRIPTORS = WeakTensorKeyDictionary()
 
 
 @gluon.jit

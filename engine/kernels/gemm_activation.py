@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.kernels.activation import ACTIVATIONS, activate
-from engine.kernels.device import is_hopper, num_sms
+from engine.kernels.device import has_descriptor, is_hopper, num_sms
 from engine.kernels.launch import launch
 
 #: Below this share of SMs that have a tile in an average wave, torch's smaller tiles are faster.
@@ -33,13 +33,7 @@ def gemm_activation_reference(x, weight, bias, activation):
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the kernel can multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
     fits = x.element_size() == 2 and is_hopper(x.device) and weight.shape[0] % 8 == 0
-    return fits and _has_descriptor(x) and _has_descriptor(weight)
-
-
-def _has_descriptor(matrix: torch.Tensor) -> bool:
-    """Return whether a TMA descriptor can describe ``matrix``: rows contiguous, at multiples of 16 bytes."""
-    row, column = matrix.stride()
-    return column == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return fits and has_descriptor(x) and has_descriptor(weight)
 
 
 def fills_gpu(rows: int, outputs: int, sms: int) -> bool:

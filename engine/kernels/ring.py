@@ -24,17 +24,15 @@ STEP_BYTES = 128
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}
 
 
-def has_descriptor(matrix: torch.Tensor) -> bool:
-    """Return whether a TMA descriptor can describe ``matrix``: rows contiguous, at multiples of 16 bytes."""
-    row, column = matrix.stride()
-    return column == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-
-
 def describe(matrix: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Describe tiles of ``rows`` rows and ``STEP_BYTES`` of each."""
+    """Describe tiles of ``rows`` rows of a matrix, or of all matrices of a stack, and ``STEP_BYTES`` of each."""
     box = [rows, STEP_BYTES // matrix.element_size()]
     layout = gl.NVMMASharedLayout.get_default_for(box, DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, box, layout)
+    return TensorDescriptor.from_tensor(matrix.view(-1, matrix.shape[-1]), box, layout)
+
+
+#: Descriptors by weight, then by rows of a tile.
+_DESCRIPTORS = WeakTensorKeyDictionary()
 
 
 def described(weight: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -43,10 +41,6 @@ def described(weight: torch.Tensor, rows: int) -> TensorDescriptor:
     if rows not in found:
         found[rows] = describe(weight, rows)
     return found[rows]
-
-
-#: Descriptors by weight, then by rows of a tile.
-_DESCRIPTORS = WeakTensorKeyDictionary()
 
 
 @gluon.jit

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from engine.kernels.activation import activate
-from engine.kernels.device import MEMORY_BOUND_ROWS, is_hopper, num_sms
+from engine.kernels.device import MEMORY_BOUND_ROWS, has_descriptor, is_hopper, num_sms
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
 from engine.kernels.ring import (
@@ -35,7 +35,6 @@ from engine.kernels.ring import (
     buffers,
     describe,
     described,
-    has_descriptor,
     tma_load,
 )
 

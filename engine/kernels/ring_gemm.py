@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from engine.kernels.device import MEMORY_BOUND_ROWS, is_hopper, num_sms
+from engine.kernels.device import MEMORY_BOUND_ROWS, has_descriptor, is_hopper, num_sms
 from engine.kernels.fp8 import FP8, Scale
 from engine.kernels.launch import launch
 from engine.kernels.pdl import pdl_options, wait_for_previous
@@ -35,7 +35,6 @@ from engine.kernels.ring import (
     buffers,
     describe,
     described,
-    has_descriptor,
     tma_load,
 )
 from engine.kernels.split_sums import SplitSums

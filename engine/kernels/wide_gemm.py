@@ -20,32 +20,30 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels.activation import activate
-from engine.kernels.device import MEMORY_BOUND_ROWS, is_hopper, num_sms
+from engine.kernels.device import MEMORY_BOUND_ROWS, has_descriptor, is_hopper, num_sms
 from engine.kernels.launch import is_compiling, launch
-from engine.kernels.ring import barriers, buffers, tma_load
+from engine.kernels.ring import STEP_BYTES, barriers, buffers, describe, described, tma_load
 
 #: Up to so many rows the narrow tile is the faster one.
 _FEW_ROWS = 1024
 #: Bytes of weights of which an L2 keeps only a part until other programs need it.
 _MANY_BYTES = 128 << 20
-#: Inputs of a step, a row of 128 bytes.
-_INPUTS = 64
 #: Tiles of rows that run together, so that they find each other's weights in L2.
 _GROUP = 64
 #: Registers per thread: 168 for three groups of four warps use all registers of an SM. The compute groups take
 #: what the load warp gives up.
 _REGISTERS, _COMPUTE_REGISTERS, _LOAD_REGISTERS = 168, 240, 24
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _activate = gluon.jit(activate.fn)
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
-    fits = x.dtype in _DTYPES and x.shape[0] > MEMORY_BOUND_ROWS and is_hopper(x.device)
-    fits = fits and weight.shape[0] % 16 == 0 and _has_descriptor(x) and _has_descriptor(weight)
+    fits = (
+        x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] > MEMORY_BOUND_ROWS and is_hopper(x.device)
+    )
+    fits = fits and weight.shape[0] % 16 == 0 and has_descriptor(x) and has_descriptor(weight)
     return fits and not _drifts(x.shape[0], weight)
 
 
@@ -56,12 +54,6 @@ def _drifts(rows: int, weight: torch.Tensor) -> bool:
     one: they load less, run ahead, and the weights are read twice.
     """
     return _NARROW.rows < rows < 2 * _NARROW.rows and weight.nbytes > _MANY_BYTES
-
-
-def _has_descriptor(matrix: torch.Tensor) -> bool:
-    """Return whether a TMA descriptor can describe ``matrix``: rows contiguous, at multiples of 16 bytes."""
-    row, column = matrix.stride()
-    return column == 1 and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +88,14 @@ def wide_gemm_gluon(x, weight, bias, activation):
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.weights // 2)
         launch(
             _wide_kernel, (min(tiles, num_sms(x.device)),),
-            x_desc=_describe(x, tile.rows), weight_desc=_describe(weight, tile.weights // 2),
+            x_desc=describe(x, tile.rows), weight_desc=described(weight, tile.weights // 2),
             out_ptr=out, bias_ptr=x if bias is None else bias, rows=rows, outputs=outputs, inputs=inputs,
-            ROWS=tile.rows, WEIGHTS=tile.weights, INPUTS=_INPUTS, STAGES=tile.stages, GROUP=_GROUP,
+            ROWS=tile.rows, WEIGHTS=tile.weights, INPUTS=STEP_BYTES // x.element_size(), STAGES=tile.stages, GROUP=_GROUP,
             BIAS=bias is not None, ACTIVATION=activation,
             COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
             num_warps=4, maxnreg=_REGISTERS,
         )  # fmt: skip
     return out
-
-
-def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, _INPUTS], _DTYPES[x.dtype])
-    return TensorDescriptor.from_tensor(x, [rows, _INPUTS], layout)
 
 
 # ``rows`` differs between images; specialising on it would compile the kernel again at start-up.
