@@ -18,9 +18,9 @@ class Spelling(Protocol):
 class ThoughtTokens:
     """Counts the tokens of one choice that belong to its thought.
 
-    A delta may hold any number of tokens and doesn't say where the text of each ends: that depends on how far
-    behind its reader is. So tokens are placed by their bytes, and the count is the same however the answer
-    comes in deltas. A token counts if any of it stands behind the tag that opens the thought, up to the end
+    How many tokens a delta holds depends on how far behind its reader is, and it doesn't say where the text
+    of each ends. So tokens are placed by their bytes, and the count is the same however the answer comes in
+    deltas. A token counts if any of it stands behind the tag that opens the thought, up to the end
     of the tag that closes it.
 
     Args:

@@ -17,8 +17,8 @@ T = TypeVar("T")
 #: (priority, due time, tie-breaker, may be late, entry)
 _Row: TypeAlias = tuple[int, float, int, bool, T]
 
-#: Of this many entries taken while some are late, one is the first of the late ones. So a late entry with n
-#: late ones before it leaves before this many times n + 1 others.
+#: While some entries are late, one of this many that are taken is the first of these. So a late entry with n
+#: late ones before it leaves among the next ``LATE_TURN * (n + 1)``.
 LATE_TURN = 16
 
 

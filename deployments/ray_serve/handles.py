@@ -252,8 +252,8 @@ class RemoteLanguageModel(_RemoteStage):
     def _asking(
         self, router: LanguageModelRouter, replica: str, request: Generation, answer: Answer
     ) -> Iterator[None]:
-        """Have a replica answer that is asked by its line. An exception, also one that closes a generator,
-        gives the answer up."""
+        """Ask a replica for an answer by its line. An exception within the block, also one that closes a
+        generator, gives the answer up."""
         say = self._inbox.lines[replica]
         router.asked[replica] += 1
         # From now on the answer is lost with the line.

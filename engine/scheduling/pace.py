@@ -1,4 +1,4 @@
-"""How long steps take, and the device would be idle if each waited for the tokens of the last one."""
+"""How long steps take, and how long the device would be idle if each waited for the last one's tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _WEIGHT = 0.1
 class StepPace:
     """Times the parts of steps, in seconds; means that follow the latest ones.
 
-    The device is idle, before a step that is scheduled when the last one's tokens are known, while the host
-    takes in these tokens, schedules the step and launches it.
+    If a step is scheduled when the last one's tokens are known, the device is idle before it: while the host
+    takes these tokens in, schedules the step and launches it.
     """
 
     def __init__(self) -> None:
