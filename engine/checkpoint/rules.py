@@ -31,6 +31,12 @@ SANDWICH_RULES: tuple[tuple[str, str], ...] = (
 MULTI_TOKEN_HEADS = r"mtp\..*"
 """Qwen3.5's layers that predict further tokens, which Transformers leaves out too."""
 
+
+def further_layers(layers: int) -> str:
+    """GLM's layer behind the ``layers`` of the model. It predicts a further token; Transformers drops it."""
+    return rf"(?:.*\.)?layers\.{layers}\..*"
+
+
 _EXPERTS = r"(?:.*\.)?(layers\.\d+\.)block_sparse_moe\."
 EXPERT_RULES: tuple[tuple[str, str], ...] = (
     (_EXPERTS + r"experts\.(\d+)\.w1\.(.*)", r"\1mlp.experts.\2.gate_proj.\3"),
@@ -45,11 +51,12 @@ EXPERT_RULES: tuple[tuple[str, str], ...] = (
 """Rules of a decoder with experts, by the names of Mixtral, Granite and Qwen."""
 
 GLM_RULES: tuple[tuple[str, str], ...] = (
+    (r"(?:.*\.)?(layers\.\d+\.mlp\.)shared_experts\.(.*)", r"\1shared_expert.\2"),
     (r"(?:.*\.)?(layers\.\d+\.)post_self_attn_layernorm\.(.*)", r"\1attention_out_norm.\2"),
     (r"(?:.*\.)?(layers\.\d+\.)post_mlp_layernorm\.(.*)", r"\1mlp_out_norm.\2"),
     *DECODER_RULES,
 )
-"""Rules of a decoder with norms after attention and MLP as well, by GLM's names."""
+"""Rules of a decoder by GLM's names: some have norms after attention and MLP as well, some have experts."""
 
 LFM2_RULES: tuple[tuple[str, str], ...] = (
     (r"(?:.*\.)?(layers\.\d+\.)operator_norm\.(.*)", r"\1input_layernorm.\2"),

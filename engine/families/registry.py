@@ -15,6 +15,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "glm4v": (
         "Glm46VForConditionalGeneration",
         "Glm4vForConditionalGeneration",
+        "Glm4vMoeForConditionalGeneration",
         "GlmOcrForConditionalGeneration",
     ),
     "idefics3": ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
@@ -43,6 +44,9 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
         "GemmaForCausalLM",
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
+        "GlmForCausalLM",
+        "Glm4ForCausalLM",
+        "Glm4MoeForCausalLM",
         "GraniteForCausalLM",
         "GraniteMoeForCausalLM",
         "Lfm2ForCausalLM",

@@ -92,6 +92,10 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 #: Makes a token's first expert weigh much more than its last. Which one is the last may change in bfloat16.
 ROUTER_SCALE = 10.0
+#: The same of routers whose scores are sigmoids, which are all 1 or 0 at that scale.
+SIGMOID_ROUTER_SCALE = 2.0
+#: What such a router adds to its scores.
+CORRECTION_BIAS = "e_score_correction_bias"
 
 
 def tiny_siglip(side: int, patch: int) -> dict[str, Any]:
@@ -123,7 +127,11 @@ def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0)
         for end in ("Experts", "Router")
     )
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(CORRECTION_BIAS)}
+    router_scale = SIGMOID_ROUTER_SCALE if biases else ROUTER_SCALE
     with torch.no_grad():
+        for bias in biases.values():
+            bias.copy_(torch.randn(bias.shape, generator=generator) * 0.3)
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("A_log"):
@@ -139,7 +147,7 @@ def spread(model: torch.nn.Module, *, seed: int = 0, embedding_std: float = 1.0)
                 if id(parameter) in experts:
                     fan_in = parameter.shape[-1]
                 if id(parameter) in routers:
-                    fan_in = parameter.shape[-1] / ROUTER_SCALE**2
+                    fan_in = parameter.shape[-1] / router_scale**2
                 parameter.copy_(noise * 1.3 / fan_in**0.5)
             else:
                 parameter.add_(noise * 0.2)
@@ -289,6 +297,9 @@ TEXT_ARCHITECTURES = (
     "gemma",
     "gemma2",
     "gemma3",
+    "glm",
+    "glm4",
+    "glm4_moe",
     "granite",
     "granitemoe",
     "llama",
@@ -353,6 +364,19 @@ QWEN3_5_TEXT = {
 #: Fields of models with experts. Some layers of the Qwens have none, and experts have another number of
 #: inputs than of outputs, which tells a matrix from its transpose.
 _EXPERTS: dict[str, dict[str, Any]] = {
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
     "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 3},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9},
     "qwen2_moe": {
@@ -428,6 +452,8 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
         }
+    elif kind in ("glm", "glm4"):
+        common["head_dim"] = 32
     elif kind in ("granite", "granitemoe"):
         common |= {"embedding_multiplier": 3.0, "logits_scaling": 2.5}
         common |= {"residual_multiplier": 0.4, "attention_multiplier": 0.5}
@@ -456,6 +482,7 @@ def make_text(path: Path, kind: str, *, seed: int = 0, vocab_size: int = 320, **
         common["original_max_position_embeddings"] = 64
     common |= _EXPERTS.get(kind, {})
     names = {"llama3": "Llama", "phi3_longrope": "Phi3", "granitemoe": "GraniteMoe"}
+    names["glm4_moe"] = "Glm4Moe"
     names |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
     family = names.get(kind, kind.capitalize().replace("_moe", "Moe"))
     text = "Text" if kind in ("gemma3", *DELTA_NETS) else ""

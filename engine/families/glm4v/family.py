@@ -1,30 +1,40 @@
-"""GLM-4.1V-Thinking, GLM-4.6V-Flash and GLM-OCR: images and videos at their own resolution, M-RoPE over pairs
-of neighbours, and a time behind each step of a video."""
+"""GLM-4.1V-Thinking, GLM-4.5V, GLM-4.6V and GLM-OCR: images and videos at their own resolution, M-RoPE over
+pairs of neighbours or halves of heads, and a time behind each step of a video.
+
+Files of GLM-4.6V name the architectures of GLM-4.1V and GLM-4.5V. Which frames of a video they are shown, and
+how times are written, follows from the classes of processors that they name beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 from engine.checkpoint.folder import Checkpoint
-from engine.checkpoint.rules import GLM_RULES, WeightRules
+from engine.checkpoint.rules import GLM_RULES, WeightRules, further_layers
 from engine.errors import CheckpointError
 from engine.families.base import ModelConfig, PromptFormat
 from engine.families.family import Family
 from engine.families.parsing.fields import Json, flag, integer, number, vision_activation
-from engine.families.parsing.model import ConfigReader, nested_text, token_field
+from engine.families.parsing.model import ConfigReader, TokenId, nested_text, token_field
 from engine.families.parsing.tower import axial_theta
 from engine.families.qwen2_vl.config import VISUAL, native_vision
 from engine.families.qwen2_vl.family import FAMILY as QWEN2_VL
 from engine.families.qwen2_vl.processor import ImageRules, QwenProcessor, VideoRules, enlarged
 from engine.families.qwen3_vl.family import video_size
+from engine.layers.decoder_config import DecoderConfig
 from engine.media.video.sampling import glm4v_indices, glm46v_indices
 from engine.media.video.video import Pace
 from engine.prompt import MediaItem, PlaceholderRun
 from engine.vision.native_config import GatedMergerConfig, NativeVisionConfig
 from engine.vision.transformer_config import VisionConfig
 
-_GLM4V, _GLM46V, _GLM_OCR = (f"{name}ForConditionalGeneration" for name in ("Glm4v", "Glm46V", "GlmOcr"))
+_GLM4V, _GLM46V, _GLM4V_MOE, _GLM_OCR = (
+    f"{name}ForConditionalGeneration" for name in ("Glm4v", "Glm46V", "Glm4vMoe", "GlmOcr")
+)
+#: In ``extra``: times have tenths of seconds and their unit.
+_TENTHS = "tenths"
 _IMAGE, _VIDEO = "<|image|>", "<|video|>"
 _AROUND = "<|begin_of_image|>", "<|end_of_image|>"
 
@@ -101,7 +111,7 @@ def _placeholder(
         raise CheckpointError(f"the tokenizer lacks the tokens around images: {' and '.join(_AROUND)}")
     runs = []
     for seconds in item.times:
-        time = str(int(seconds)) if config.architecture == _GLM4V else f"{seconds:.1f} seconds"
+        time = f"{seconds:.1f} seconds" if config.extra and config.extra[_TENTHS] else str(int(seconds))
         runs.append(PlaceholderRun(start[0], 1, False))
         runs.append(PlaceholderRun(config.image_token_id, item.num_tokens // len(item.times), True))
         runs += [PlaceholderRun(token, 1, False) for token in [*end, *encode(time)]]
@@ -131,19 +141,53 @@ def _weights(config: ModelConfig) -> WeightRules:
             (merger + r"proj\.(.*)", r"merger.proj.\1"),
             (merger + r"((?:gate|up|down)_proj\..*)", r"merger.mlp.\1"),
         ),
-        # The last one predicts a further token.
         ignore=(
             VISUAL + r"rotary_pos_emb\.inv_freq",
-            rf"(?:.*\.)?language_model\.layers\.{config.decoder.num_layers}\..*",
+            further_layers(config.decoder.num_layers),
         ),
     )
+
+
+def _is_later(named: Iterable[Any], architecture: str) -> bool:
+    """Return whether a processor is that of GLM-4.6V.
+
+    Args:
+        named: names of classes, the first of which counts, or None; without any the architecture decides.
+    """
+    for name in named:
+        if isinstance(name, str) and name.startswith(("Glm46V", "Glm4v")):
+            return name.startswith("Glm46V")
+    return architecture in (_GLM46V, _GLM_OCR)
+
+
+def _with_times(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """``config`` with the form of the times of videos, by the class of the whole processor."""
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    named = (checkpoint.json(file).get("processor_class") for file in files)
+    return replace(config, extra={_TENTHS: _is_later(named, config.architecture)})
+
+
+def _samples_later(checkpoint: Checkpoint, config: ModelConfig) -> bool:
+    """Return whether frames are chosen as for GLM-4.6V, by the class of the video or image processor."""
+    stated = checkpoint.video_preprocessor_config
+    named = (stated.get(field) for field in ("video_processor_type", "image_processor_type"))
+    return _is_later(named, config.architecture)
+
+
+def _media_token(field: str, default: int, *, moe: int) -> TokenId:
+    """The id in ``field``; ``default`` or, of models with experts, ``moe`` where config.json has none."""
+
+    def token(raw: Json, decoder: DecoderConfig) -> int | None:
+        return token_field(field, default=moe if decoder.experts else default)(raw, decoder)
+
+    return token
 
 
 def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Json) -> QwenProcessor:
     videos = VideoRules(
         size=video_size,
         times=first_times,
-        sample=glm4v_indices if config.architecture == _GLM4V else glm46v_indices,
+        sample=glm46v_indices if _samples_later(checkpoint, config) else glm4v_indices,
         bounds=(112 * 112, 28 * 28 * 2 * 30000),
     )
     # An image is a video of equal frames, and its bounds are those of all of them.
@@ -160,12 +204,13 @@ def _prompt_format(config: ModelConfig) -> PromptFormat:
 FAMILY: Family = replace(
     QWEN2_VL,
     name="glm4v",
-    architectures=(_GLM4V, _GLM46V, _GLM_OCR),
+    architectures=(_GLM4V, _GLM46V, _GLM4V_MOE, _GLM_OCR),
     reader=ConfigReader(
-        text=nested_text("glm4v_text", "glm_ocr_text"),
+        text=nested_text("glm4v_text", "glm4v_moe_text", "glm_ocr_text"),
         vision=_vision,
-        image_token=token_field("image_token_id", default=151343),
-        video_token=token_field("video_token_id", default=151344),
+        image_token=_media_token("image_token_id", 151343, moe=151363),
+        video_token=_media_token("video_token_id", 151344, moe=151364),
+        finish=_with_times,
     ),
     prompt_format=_prompt_format,
     placeholder=_placeholder,

@@ -15,6 +15,8 @@ from engine.layers.decoder_config import DecoderConfig
 #: Read by every kind where config.json has them.
 _EXTRA = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 _BIASED_QKV = ("glm4v_text", "qwen2", "qwen2_vl")
+#: Kinds whose ``attention_bias`` is that of queries, keys and values alone.
+_UNBIASED_OUTPUT = ("glm", "glm4", "glm4_moe", "glm4v_moe_text")
 _NORMED_QK = (
     "gemma3_text",
     "lfm2",
@@ -73,9 +75,9 @@ def parse_decoder(raw: Json, kind: DecoderKind) -> DecoderConfig:
         activation=activation(config["hidden_act"]),
         tie_word_embeddings=config["tie_word_embeddings"] is not None and flag(config, "tie_word_embeddings"),
         qkv_bias=kind in _BIASED_QKV or attention_bias or ("qkv_bias" in config and flag(config, "qkv_bias")),
-        o_bias=attention_bias,
+        o_bias=attention_bias and kind not in _UNBIASED_OUTPUT,
         mlp_bias=all_biases or ("mlp_bias" in config and flag(config, "mlp_bias")),
-        qk_norm=kind in _NORMED_QK,
+        qk_norm=kind in _NORMED_QK or bool(config.get("use_qk_norm")),
         windows=parse_windows(config, layers, context),
         experts=parse_experts(config, layers),
         local_rope=local_rope,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, SPARSE_LAYERS
+from engine.families.parsing.experts import LOCAL_EXPERTS, QWEN_EXPERTS, ROUTED_EXPERTS, SPARSE_LAYERS
 from engine.families.parsing.lfm2 import LFM2_DEFAULTS
 
 DecoderKind = Literal[
     "gemma",
-    "glm4v_text",
-    "glm_ocr_text",
     "gemma2",
     "gemma3_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "glm4v_moe_text",
+    "glm4v_text",
+    "glm_ocr_text",
     "granite",
     "granitemoe",
     "lfm2",
@@ -71,6 +75,29 @@ _QWEN3_5: dict[str, Any] = {
     "linear_num_value_heads": 32,
     "layer_types": None,
     "full_attention_interval": 4,
+}
+_GLM: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 151552,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+}
+_GLM_MOE: dict[str, Any] = {
+    **_COMMON,
+    **ROUTED_EXPERTS,
+    "vocab_size": 151552,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
 }
 _GRANITE: dict[str, Any] = {
     **_COMMON,
@@ -144,6 +171,15 @@ DEFAULTS: dict[DecoderKind, dict[str, Any]] = {
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
         "use_bidirectional_attention": False,
+    },
+    "glm": _GLM,
+    "glm4": _GLM,
+    "glm4_moe": {**_GLM_MOE, "use_qk_norm": False},
+    "glm4v_moe_text": {
+        **_GLM_MOE,
+        "vocab_size": 151424,
+        "max_position_embeddings": 65536,
+        "attention_bias": True,
     },
     "glm4v_text": {
         **_COMMON,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.families.parsing.fields import Json, flag, integer, layer_list
+from engine.families.parsing.fields import Json, flag, integer, layer_list, number
 from engine.kernels.router_config import RouterConfig
 from engine.layers.experts_config import ExpertsConfig
 
@@ -18,6 +19,19 @@ SPARSE_LAYERS: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": No
 QWEN_EXPERTS: dict[str, Any] = {**SPARSE_LAYERS, "norm_topk_prob": False}
 """Defaults of the fields of Qwen's models whose routers may leave weights as they are."""
 
+ROUTED_EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_routed_experts": 128,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
+"""Defaults of the fields of GLM's models, which have DeepSeek-V3's router."""
+
 
 def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
     """Read the experts of a decoder; None if its kind has none.
@@ -29,6 +43,8 @@ def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
     Raises:
         CheckpointError: naming the field that can't be used.
     """
+    if "n_routed_experts" in config:
+        return _routed_experts(config, layers)
     if "num_local_experts" in config:
         router = _router(config, "num_local_experts", renormalise=True)
         return ExpertsConfig(router, integer(config, "intermediate_size"), tuple(range(layers)))
@@ -52,6 +68,33 @@ def parse_experts(config: Json, layers: int) -> ExpertsConfig | None:
         shared_size=integer(config, shared) if shared in config else None,
         shared_gate=shared in config,
     )
+
+
+def _routed_experts(config: Json, layers: int) -> ExpertsConfig | None:
+    """Read experts whose scores are sigmoids, and of which the best groups are chosen by biased scores."""
+    groups, kept = integer(config, "n_group"), integer(config, "topk_group")
+    router = _router(config, "n_routed_experts", renormalise=flag(config, "norm_topk_prob"))
+    members = router.num_experts // groups
+    # The sum of two experts decides on a group.
+    if router.num_experts % groups or members < 2 or kept > groups or router.top_k > members * kept:
+        raise CheckpointError(
+            f"config.json: n_group {groups} and topk_group {kept} don't suit {router.num_experts} experts, "
+            f"of which a token has {router.top_k}",
+            param="n_group",
+        )
+    sparse = tuple(range(integer(config, "first_k_dense_replace", least=0), layers))
+    if not sparse:
+        return None
+    size = integer(config, "moe_intermediate_size")
+    router = replace(
+        router,
+        scoring="sigmoid",
+        scaling=number(config, "routed_scaling_factor"),
+        correction_bias=True,
+        num_groups=groups,
+        top_groups=kept,
+    )
+    return ExpertsConfig(router, size, sparse, shared_size=size * integer(config, "n_shared_experts"))
 
 
 def _router(config: Json, field: str, *, renormalise: bool) -> RouterConfig:

@@ -19,6 +19,7 @@ _QWEN3_5 = ("qwen3_5_moe_text", "qwen3_5_text")
 _ALIASES: dict[str, dict[Any, str]] = {
     "qwen2_vl": {"mrope": "default"},
     "glm4v_text": {"mrope": "default"},
+    "glm4v_moe_text": {"mrope": "default"},
     **{kind: {"mrope": "default"} for kind in _QWEN3_5},
     "qwen3_vl": {"mrope": "default"},
     "qwen3_vl_moe": {"mrope": "default"},
@@ -27,13 +28,21 @@ _ALIASES: dict[str, dict[Any, str]] = {
 _TYPES: dict[str, tuple[RopeType, ...]] = {"phi3": ("default", "longrope")}
 _ALL_TYPES: tuple[RopeType, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 #: Kinds whose neighbouring dimensions rotate against each other.
-_GLM = ("glm4v_text", "glm_ocr_text")
+_GLM = ("glm", "glm4", "glm4v_text", "glm_ocr_text")
+#: The share of a head that rotates, by the kinds that rotate a part where the file states none.
+_SHARES = {
+    **dict.fromkeys(_QWEN3_5, 0.25),
+    **dict.fromkeys(("glm", "glm4", "glm4_moe", "glm4v_moe_text"), 0.5),
+}
+#: Kinds that can rotate a part of a head.
+_PARTIAL = ("phi3", *_GLM, *_SHARES)
 #: In models whose layers differ, parameters may be given for each of these.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 #: Angles per axis of M-RoPE where the file has none.
 _SECTIONS = {
     "paddleocr_vl": (16, 24, 24),
     "qwen2_vl": (16, 24, 24),
+    "glm4v_moe_text": (8, 12, 12),
     "glm4v_text": (8, 12, 12),
     "glm_ocr_text": (8, 12, 12),
     **dict.fromkeys(_QWEN3_5, (11, 11, 10)),
@@ -144,15 +153,15 @@ def _parameters(config: Json) -> Json:
 def _rotary_dim(config: Json, parameters: Json, kind: str, rope_type: RopeType, head_dim: int) -> int | None:
     """Rotated leading dimensions of a head; None for all.
 
-    Phi-3, Qwen3.5 and GLM alone can rotate a part; Qwen3.5 rotates a quarter unless the file states a share.
+    Phi-3, Qwen3.5 and GLM alone can rotate a part; some do unless the file states another share.
     The others ignore ``partial_rotary_factor`` without scaling; with scaling Transformers makes tables for a
     part, which their attention can't use.
     """
     field = "partial_rotary_factor"
-    partial = kind in ("phi3", *_QWEN3_5, *_GLM)
+    partial = kind in _PARTIAL
     if not partial and rope_type == "default":
         return None
-    beside = config.get(field, 0.25 if kind in _QWEN3_5 else 1.0)
+    beside = config.get(field, _SHARES.get(kind, 1.0))
     if beside is None and not partial:
         beside = 1.0
     share = number({field: parameters.get(field, beside)}, field, param=_PARAM)

@@ -83,6 +83,7 @@ def _qwen3_5(config: Json) -> dict[str, Any]:
 SWITCHES: dict[DecoderKind, Callable[[Json], dict[str, Any]]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
+    "glm4": lambda config: {"sandwich": True},
     "glm4v_text": lambda config: {"sandwich": True},
     "glm_ocr_text": lambda config: {"sandwich": True},
     "gemma3_text": _gemma3,

@@ -1,15 +1,17 @@
-"""Language models without images: Gemma 1 to 3, Granite, LFM2, Llama, Mistral, Ministral-3, Phi3, Qwen2,
-Qwen3, Qwen3.5; with experts Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
+"""Language models without images: Gemma 1 to 3, GLM-4, Granite, LFM2, Llama, Mistral, Ministral-3, Phi3,
+Qwen2, Qwen3, Qwen3.5; with experts GLM-4.5, Granite-MoE, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3.5-MoE."""
 
 from __future__ import annotations
 
 from engine.checkpoint.rules import (
     DECODER_RULES,
     EXPERT_RULES,
+    GLM_RULES,
     LFM2_RULES,
     MULTI_TOKEN_HEADS,
     SANDWICH_RULES,
     WeightRules,
+    further_layers,
 )
 from engine.families.base import ModelConfig
 from engine.families.family import Family, with_head
@@ -22,6 +24,9 @@ _KINDS: dict[str, DecoderKind] = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm4",
+    "Glm4MoeForCausalLM": "glm4_moe",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granitemoe",
     "Lfm2ForCausalLM": "lfm2",
@@ -47,6 +52,8 @@ def _text(raw: Json) -> tuple[Json, DecoderKind]:
 def _weights(config: ModelConfig) -> WeightRules:
     rules = SANDWICH_RULES if config.decoder.sandwich else DECODER_RULES
     rules = rules if config.decoder.experts is None else EXPERT_RULES
+    if config.architecture.startswith("Glm"):
+        return WeightRules(language=GLM_RULES, ignore=(further_layers(config.decoder.num_layers),))
     rules = LFM2_RULES if config.architecture == "Lfm2ForCausalLM" else rules
     unused = (MULTI_TOKEN_HEADS,) if config.architecture.startswith("Qwen3_5") else ()
     return WeightRules(language=rules, ignore=unused)

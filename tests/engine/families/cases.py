@@ -280,7 +280,12 @@ CASES = [
             video=GLM_VIDEO,
             options={"mm_processor_kwargs": {"fps": GLM_FPS}},
         )
-        for name, kind in (("GLM-4.1V", "Glm4v"), ("GLM-4.6V", "Glm46V"), ("GLM-OCR", "GlmOcr"))
+        for name, kind in (
+            ("GLM-4.1V", "Glm4v"),
+            ("GLM-4.6V", "Glm46V"),
+            ("GLM-4.6V with experts", "Glm4vMoe"),
+            ("GLM-OCR", "GlmOcr"),
+        )
     ),
     FamilyCase(
         "LFM2-VL",
@@ -344,6 +349,9 @@ CASES = [
             "gemma",
             "gemma2",
             "gemma3",
+            "glm",
+            "glm4",
+            "glm4_moe",
             "granite",
             "granitemoe",
             "lfm2",
@@ -381,9 +389,13 @@ LIKE = {
     "Qwen3-VL-MoE": "Qwen3-VL",
     "ColQwen2": "Qwen2-VL",
     "GLM-4.6V": "GLM-4.1V",
+    "GLM-4.6V with experts": "GLM-4.1V",
     "MiniCPM-V 4.7": "MiniCPM-V 4.6",
     "PaliGemma": "PaliGemma 2",
     "SmolVLM": "Idefics3",
+    "glm": "qwen3",
+    "glm4": "qwen3",
+    "glm4_moe": "qwen2_moe",
     "granite": "qwen3",
     "llama": "qwen3",
     "llama3": "qwen3",

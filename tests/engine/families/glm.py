@@ -35,6 +35,13 @@ FRAME = "<|user|>\n{}<|assistant|>\n"
 FPS = 1.5
 #: Of an image, which counts as two frames.
 SIZE = {"shortest_edge": 512, "longest_edge": 8192}
+#: Of GLM-4.5V: all but the first layer have experts.
+EXPERTS = {
+    "num_hidden_layers": 3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
 
 
 def make_glm(path: Path, hub: bool = False, *, kind: str = "Glm4v") -> Path:
@@ -61,10 +68,12 @@ def make_glm(path: Path, hub: bool = False, *, kind: str = "Glm4v") -> Path:
     }
     if ocr:
         text["head_dim"] = 16
+    if kind == "Glm4vMoe":
+        text |= {**EXPERTS, "model_type": "glm4v_moe_text"}
     config = getattr(transformers, f"{kind}Config")(
         text_config=text,
         vision_config={
-            "model_type": "glm_ocr_vision" if ocr else "glm4v_vision",
+            "model_type": _VISION_TYPES.get(kind, "glm4v_vision"),
             "depth": 2,
             "hidden_size": 32,
             "num_heads": 2,
@@ -84,11 +93,18 @@ def make_glm(path: Path, hub: bool = False, *, kind: str = "Glm4v") -> Path:
     model.generation_config.eos_token_id = [0, 1]
     model.save_pretrained(path)
     tok.save_pretrained(path)
-    images = _images(kind)(patch_size=4, size=SIZE)
-    images.save_pretrained(path)
+    processor = PROCESSORS[kind]
+    images = _images(processor)(patch_size=4, size=SIZE)
+    stated = {**images.to_dict(), "processor_class": f"{processor}Processor"}
+    (path / "preprocessor_config.json").write_text(json.dumps(stated))
     if hub:
-        _publish(path, images.to_dict(), ocr)
+        _publish(path, stated, ocr)
     return path
+
+
+#: The processors that public files name, by the model's class: GLM-4.6V with experts has that of GLM-4.5V.
+PROCESSORS = {"Glm4v": "Glm4v", "Glm46V": "Glm46V", "Glm4vMoe": "Glm46V", "GlmOcr": "Glm46V"}
+_VISION_TYPES = {"GlmOcr": "glm_ocr_vision", "Glm4vMoe": "glm4v_moe_vision"}
 
 
 def _publish(path: Path, images: dict[str, Any], ocr: bool) -> None:
@@ -102,51 +118,53 @@ def _publish(path: Path, images: dict[str, Any], ocr: bool) -> None:
     }
     config["torch_dtype"] = config.pop("dtype", "float32")
     (path / "config.json").write_text(json.dumps(config))
-    for file in ("processor_config.json", "preprocessor_config.json"):
-        (path / file).unlink(missing_ok=True)
-    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
-        (path / file).write_text(json.dumps(images))
+    (path / "video_preprocessor_config.json").write_text(json.dumps(images))
     if ocr:
         further = "model.language_model.layers.2.input_layernorm.weight"
         rewrite_tensors(path, lambda tensors: {**tensors, further: torch.zeros(64)})
     split_shards(path)
 
 
-def _images(kind: str) -> Any:
-    name = "glm4v" if kind == "Glm4v" else "glm46v"
+def _images(processor: str) -> Any:
+    name = processor.lower()
     module = import_module(f"transformers.models.{name}.image_processing_pil_{name}")
-    return getattr(module, f"{'Glm4v' if name == 'glm4v' else 'Glm46V'}ImageProcessorPil")
+    return getattr(module, f"{processor}ImageProcessorPil")
 
 
 class GlmReference(qwen.Reference):
     """Transformers' model of ``kind``, and its processor without the video half, which needs torchvision.
 
     Args:
+        processor: the beginning of the processor's class names; usually one of ``PROCESSORS``.
         fps, bounds: as of :class:`tests.engine.families.qwen.Reference`.
     """
 
     def __init__(
-        self, path: Path, kind: str, fps: float = FPS, bounds: tuple[int, int] | None = None
+        self,
+        path: Path,
+        kind: str,
+        fps: float = FPS,
+        bounds: tuple[int, int] | None = None,
+        processor: str | None = None,
     ) -> None:
         self.kind, self.fps = kind, fps
+        name = processor or PROCESSORS[kind]
         model = getattr(transformers, f"{kind}ForConditionalGeneration")
         self.model = model.from_pretrained(path, dtype=torch.float32).eval()
         self.vision = self.model.config.vision_config
-        self.images = self.frames = _images(kind).from_pretrained(path)
+        self.images = self.frames = _images(name).from_pretrained(path)
         if (path / "video_preprocessor_config.json").is_file():
             stated = json.loads((path / "video_preprocessor_config.json").read_text())
-            self.frames = _images(kind)(**stated)
+            self.frames = _images(name)(**stated)
         if bounds is not None:
             for images in (self.images, self.frames):
                 images.size = type(images.size)(shortest_edge=bounds[0], longest_edge=bounds[1])
         self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        name = "Glm4v" if kind == "Glm4v" else "Glm46V"
-        processor = getattr(
-            import_module(f"transformers.models.{name.lower()}.processing_{name.lower()}"), f"{name}Processor"
-        )
+        module = import_module(f"transformers.models.{name.lower()}.processing_{name.lower()}")
+        whole = getattr(module, f"{name}Processor")
         image_only = type(
-            processor.__name__,
-            (processor,),
+            whole.__name__,
+            (whole,),
             {"get_attributes": classmethod(lambda c: ["image_processor", "tokenizer"])},
         )
         # The processor's constructor passes its video half by position.

@@ -70,6 +70,10 @@ _SEEDS: dict[str, tuple[int, ...]] = {
     "qwen2_moe": (1,),
     "qwen3_moe": (3,),
     "qwen3": (3, 24),
+    "glm": (40100,),
+    "glm4": (40100,),
+    "glm4_moe": (40100,),
+    "glm4v_moe": (40101,),
 }
 _PAIRS = [(name, seed) for name in _SEEDS for seed in _SEEDS[name]]
 #: Without ``--wide`` a case has one mode beside "alone": its number, modulo the number of modes.

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from engine.errors import InvalidRequest
-from engine.families.glm4v.family import first_times
-from engine.media.video.video import Pace, Video
+from engine.families.glm4v.family import FAMILY, first_times
+from engine.media.video.video import Pace, Video, VideoInfo, VideoOptions
+from engine.prompt import MediaItem
 from tests.engine.families import qwen
 from tests.engine.families.case import CasePrompt
 from tests.engine.families.glm import FRAME, SPECIALS, VIDEO, GlmReference, make_glm
@@ -53,6 +54,17 @@ PUBLIC = {
         "patch_size": 14,
         "rms_norm_eps": 1e-05,
     },
+}
+
+
+#: Experts of which a token has those of one group.
+GROUPS = {
+    "model_type": "glm4v_moe_text",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
 }
 
 
@@ -106,6 +118,38 @@ def test_a_video_equals_its_steps_as_images(tmp_path, kind):
     assert int((steps["input_ids"] == SPECIALS.index("<|image|>")).sum()) == int(grid.prod()) // 4
 
 
+@pytest.mark.parametrize(
+    ("files", "tenths", "dense"),
+    [
+        ({}, False, False),
+        # As GLM-4.6V-Flash names them.
+        ({"preprocessor_config.json": ("Glm46VProcessor", "Glm46VImageProcessor")}, True, True),
+        ({"preprocessor_config.json": ("Glm4vProcessor", "Glm4vImageProcessor")}, False, False),
+        (
+            {
+                "processor_config.json": ("Glm46VProcessor", None),
+                "preprocessor_config.json": ("Glm4vProcessor", "Glm4vImageProcessorFast"),
+            },
+            True,
+            False,
+        ),
+        ({"tokenizer_config.json": ("Glm46VProcessor", None)}, True, False),
+    ],
+)
+def test_files_of_glm_4_1v_may_name_the_processors_of_glm_4_6v(public, files, tenths, dense):
+    """By the rules of Transformers' AutoProcessor and AutoVideoProcessor."""
+    for name, (whole, images) in files.items():
+        (public / name).write_text(json.dumps({"processor_class": whole, "image_processor_type": images}))
+    _, parsed = parse(public)
+    item = MediaItem.of_rows("video", "key", 9, 1, grid=(1, 2, 2), size=(28, 28), times=(1.26,))
+    written = []
+    FAMILY.placeholder(parsed, item, 0, lambda text: written.append(text) or [7])
+    assert written[-1] == ("1.3 seconds" if tenths else "1")
+    frames = media_processor(public).choose_frames(VideoInfo(120, 24.0, (28, 28)), VideoOptions())
+    # Of 5 seconds, 6 a second or 2.
+    assert len(frames) == (30 if dense else 10)
+
+
 def test_times_are_those_of_the_first_frames():
     assert first_times(Pace.of_rate(5, 1.5), 2) == (0.0, pytest.approx(2 / 1.5), pytest.approx(4 / 1.5))
 
@@ -125,6 +169,11 @@ def test_a_lone_frame_fills_a_step(tmp_path):
     ("fields", "param"),
     [
         ({"text_config": {"model_type": "glm4_moe"}}, "text_config"),
+        ({"text_config": {**GROUPS, "topk_group": 3}}, "n_group"),
+        ({"text_config": {**GROUPS, "n_group": 3}}, "n_group"),
+        ({"text_config": {**GROUPS, "n_group": 4, "n_routed_experts": 4}}, "n_group"),
+        ({"text_config": {**GROUPS, "num_experts_per_tok": 5}}, "n_group"),
+        ({"text_config": {**GROUPS, "n_shared_experts": 0}}, "n_shared_experts"),
         ({"vision_config": {"out_hidden_size": 32}}, "vision_config"),
         ({"vision_config": {"attention_bias": 3, "out_hidden_size": 64}}, "attention_bias"),
     ],

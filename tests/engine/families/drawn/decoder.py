@@ -31,7 +31,11 @@ _DEFAULT_KV = {
     "granite": None,
     "granitemoe": None,
     "ministral3": 8,
+    "glm": 2,
+    "glm4": 2,
+    "glm4_moe": 8,
     "glm4v": 2,
+    "glm4v_moe": 8,
     "glm_ocr": 8,
     "paddleocr_vl": 2,
 }
@@ -42,21 +46,25 @@ _DEFAULT_HEAD_DIM = {
     "qwen3_5": 256,
     "qwen3_5_moe": 256,
     "gemma": 256,
+    "glm": 128,
+    "glm4": 128,
     "ministral3": 128,
     "paddleocr_vl": 128,
 }
 _HAS_HEAD_DIM = (
     *("llama", "mistral", "mixtral", "qwen3_moe", "qwen3_vl_moe", "glm_ocr"),
+    *("glm4_moe", "glm4v_moe"),
     *_DEFAULT_HEAD_DIM,
 )
 #: Kinds that take no null for the number of KV heads.
 _COUNTED_KV = (
     *("mistral", "mixtral", "qwen3_moe", "qwen2_moe", "gemma"),
+    *("glm4", "glm4_moe", "glm4v_moe"),
     *("ministral3", "glm_ocr", "lfm2", *DELTA_NETS, "qwen3_vl_moe"),
 )
 _BIASED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", *DELTA_NETS),
-    *("gemma", "granite", "granitemoe"),
+    *("gemma", "granite", "granitemoe", "glm4_moe"),
 )
 #: Scalings whose functions in Transformers take no null for the size of a head.
 _SIZED = ("dynamic", "yarn", "longrope")
@@ -206,6 +214,10 @@ def _biases(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         fields["attention_bias"] = True
     if kind in ("llama", "granite") and draw.varies("mlp bias", 0.2):
         fields["mlp_bias"] = True
+    if kind in ("glm", "glm4", "glm4v_moe") and draw.varies("attention bias stated", 0.4):
+        fields["attention_bias"] = draw.choice("attention bias", (True, False))
+    if kind == "glm4_moe" and draw.varies("norms of queries and keys stated", 0.6):
+        fields["use_qk_norm"] = draw.choice("norms of queries and keys", (True, False))
     if kind == "paddleocr_vl" and draw.varies("biases", 0.3):
         fields["use_bias"] = True
     if kind in ("mistral", "glm4v") and draw.varies("bias stated", 0.1):

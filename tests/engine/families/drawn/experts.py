@@ -6,11 +6,16 @@ from typing import Any
 
 from tests.engine.families.drawn.choices import Draw
 
-EXPERTS = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe")
+#: Kinds whose router chooses among groups.
+GROUPED = ("glm4_moe", "glm4v_moe")
+EXPERTS = ("granitemoe", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", *GROUPED)
 
 
 def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
     """Add to a decoder's ``fields`` those of its experts; ``kind`` is one of ``EXPERTS``."""
+    if kind in GROUPED:
+        _draw_grouped(draw, fields)
+        return
     experts = draw.choice("experts", (1, 2, 5, 8, 16))
     fields["num_experts_per_tok"] = draw.choice(
         "experts of a token", [n for n in (1, 2, 3, 8) if n <= experts]
@@ -36,3 +41,27 @@ def draw_experts(draw: Draw, kind: str, fields: dict[str, Any]) -> None:
         fields["decoder_sparse_step"] = draw.choice("sparse step", (1, 2))
     if draw.varies("dense layers stated", 0.4):
         fields["mlp_only_layers"] = draw.choice("dense layers", ([], [0], [layers - 1]))
+
+
+def _draw_grouped(draw: Draw, fields: dict[str, Any]) -> None:
+    """Add the experts of GLM-4.5, of which a group has two or more."""
+    groups = draw.choice("groups", (1, 1, 2, 4))
+    members = draw.choice("experts of a group", (2, 3, 8))
+    kept = draw.choice("kept groups", [n for n in (1, 2, 3) if n <= groups])
+    fields |= {
+        "n_routed_experts": groups * members,
+        "num_experts_per_tok": draw.choice(
+            "experts of a token", [n for n in (1, 2, 3, 8) if n <= kept * members]
+        ),
+        "moe_intermediate_size": draw.choice("expert intermediate", (16, 24, 52)),
+    }
+    if groups > 1 or draw.varies("groups stated", 0.4):
+        fields |= {"n_group": groups, "topk_group": kept}
+    if draw.varies("shared experts stated", 0.4):
+        fields["n_shared_experts"] = draw.choice("shared experts", (1, 2))
+    if draw.varies("scaling of experts stated", 0.4):
+        fields["routed_scaling_factor"] = draw.choice("scaling of experts", (1.0, 1.5, 2.5))
+    if draw.varies("renormalised", 0.5):
+        fields["norm_topk_prob"] = draw.choice("renormalise", (True, True, False))
+    if draw.varies("dense layers stated", 0.4):
+        fields["first_k_dense_replace"] = draw.choice("dense layers", (0, 1, fields["num_hidden_layers"]))

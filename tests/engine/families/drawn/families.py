@@ -35,7 +35,7 @@ _ALL: tuple[Family, ...] = (
         QwenVLFamily(kind)
         for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe")
     ),
-    *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "GlmOcr")),
+    *(GlmFamily(kind) for kind in ("Glm4v", "Glm46V", "Glm4vMoe", "GlmOcr")),
     PaddleOCRFamily(),
     *(PaliGemmaFamily(kind) for kind in ("gemma", "gemma2")),
     ColQwen2Family(),

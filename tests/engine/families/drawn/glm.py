@@ -1,4 +1,4 @@
-"""Draws GLM-4.1V, GLM-4.6V and GLM-OCR checkpoints."""
+"""Draws GLM-4.1V, GLM-4.5V, GLM-4.6V and GLM-OCR checkpoints."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.engine.families.drawn.rope import lengths_of
 from tests.engine.families.drawn.vision import draw_pixels, draw_theta
 from tests.engine.tiny import tokenizer
 
-_MODEL_TYPES = {"Glm4v": "glm4v", "Glm46V": "glm46v", "GlmOcr": "glm_ocr"}
+_MODEL_TYPES = {"Glm4v": "glm4v", "Glm46V": "glm46v", "Glm4vMoe": "glm4v_moe", "GlmOcr": "glm_ocr"}
 
 
 @dataclass(frozen=True)
 class GlmFamily:
-    """One of the three; ``kind`` is the beginning of its class names in Transformers."""
+    """One architecture; ``kind`` is the beginning of its class names in Transformers."""
 
     kind: str
 
@@ -42,7 +42,7 @@ class GlmFamily:
     @property
     def _part(self) -> str:
         """The beginning of the model types of its parts."""
-        return "glm_ocr" if self.kind == "GlmOcr" else "glm4v"
+        return "glm4v" if self.kind == "Glm46V" else self.name
 
     def make(self, draw: Draw, path: Path) -> Drawn:
         tok = tokenizer(glm.SPECIALS, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
@@ -76,7 +76,8 @@ class GlmFamily:
         draw_ends(draw, path, text, 0, 1)
         write_json(path / "config.json", {"architectures": [architecture], **raw})
         cell = vision["patch_size"] * vision.get("spatial_merge_size", 2)
-        _write_processor(draw, path, vision, cell)
+        processor = draw.variant("processor", (glm.PROCESSORS[self.kind], "Glm4v", "Glm46V"), 0.4)
+        _write_processor(draw, path, processor, vision, cell)
         fps = draw.choice("fps", (1.0, 2.0, 0.5, 24.0))
         kwargs: dict[str, Any] = {"fps": fps}
         bounds = None
@@ -97,7 +98,7 @@ class GlmFamily:
         )
         return Drawn(
             path,
-            same_weights(glm.GlmReference(path, self.kind, fps, bounds), model),
+            same_weights(glm.GlmReference(path, self.kind, fps, bounds, processor), model),
             style,
             tokens,
             {"mm_processor_kwargs": kwargs},
@@ -135,8 +136,12 @@ class GlmFamily:
         return fields
 
 
-def _write_processor(draw: Draw, path: Path, vision: dict[str, Any], cell: int) -> None:
-    """preprocessor_config.json, whose bounds are those of a temporal patch, and perhaps one for videos."""
+def _write_processor(draw: Draw, path: Path, kind: str, vision: dict[str, Any], cell: int) -> None:
+    """preprocessor_config.json, whose bounds are those of a temporal patch, and perhaps one for videos.
+
+    Args:
+        kind: the beginning of the processors' class names.
+    """
     rng = draw.stream("pixel bounds")
     temporal = vision.get("temporal_patch_size", 2)
     sizes = {
@@ -147,7 +152,8 @@ def _write_processor(draw: Draw, path: Path, vision: dict[str, Any], cell: int) 
     area = temporal * cell**2
     size = {"shortest_edge": area * rng.choice((1, 4, 6)), "longest_edge": area * rng.choice((12, 30, 60))}
     pixels = draw_pixels(draw)
-    stated = {"image_processor_type": "Glm4vImageProcessor", **sizes, **pixels, "size": size}
+    named = {"image_processor_type": f"{kind}ImageProcessor", "processor_class": f"{kind}Processor"}
+    stated = {**named, **sizes, **pixels, "size": size}
     write_json(path / "preprocessor_config.json", stated)
     if draw.varies("videos' own bounds", 0.4):
         size = {"shortest_edge": area * rng.choice((1, 4)), "longest_edge": area * rng.choice((8, 40))}

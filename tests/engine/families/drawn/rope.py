@@ -11,7 +11,14 @@ from tests.engine.families.drawn.choices import Draw
 from tests.engine.tiny import DELTA_NETS
 
 #: Kinds of a decoder with images whose rotary type was never called by M-RoPE's name.
-_LATER = ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS, "glm4v", "glm_ocr", "paddleocr_vl")
+_GLM = ("glm", "glm4", "glm4_moe", "glm4v", "glm4v_moe", "glm_ocr")
+_LATER = ("qwen3_vl", "qwen3_vl_moe", *DELTA_NETS, *_GLM, "paddleocr_vl")
+#: The share of a head that rotates where the file does not say.
+_SHARES = {
+    **dict.fromkeys(DELTA_NETS, 0.25),
+    **dict.fromkeys(_GLM, 0.5),
+    **dict.fromkeys(("glm4v", "glm_ocr"), 1.0),
+}
 _SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 
@@ -85,7 +92,7 @@ def draw_rope(draw: Draw, kind: str, fields: dict[str, Any], head_dim: int, sect
     if new:
         fields["rope_parameters"] = {**rope, **({"rope_theta": theta} if theta else {})}
         return
-    if kind in ("glm4v", "glm_ocr") and "partial_rotary_factor" in rope:
+    if kind in _GLM and "partial_rotary_factor" in rope:
         # Public files state it beside the mapping.
         target = rope if draw.varies("rotated share within", 0.3) else fields
         target["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
@@ -102,9 +109,9 @@ def _rotated(draw: Draw, kind: str, fields: dict[str, Any], rope: dict[str, Any]
     if kind == "phi3" and head_dim % 16 == 0 and draw.varies("partial rotary", 0.3):
         fields["partial_rotary_factor"] = 0.75
         return int(head_dim * 0.75)
-    if kind not in (*DELTA_NETS, "glm4v", "glm_ocr"):
+    if kind not in _SHARES:
         return head_dim
-    usual = 0.25 if kind in DELTA_NETS else 1.0
+    usual = _SHARES[kind]
     share = draw.choice("rotated share", (0.25, 0.5, 1.0))
     share = share if int(head_dim * share) % 2 == 0 else 0.5
     if share != usual or draw.varies("rotated share stated", 0.7):

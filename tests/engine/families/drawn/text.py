@@ -23,6 +23,9 @@ ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
@@ -66,7 +69,7 @@ class TextFamily:
         fields = self._decoder(draw, len(tok))
         (architecture,) = self.architectures
         raw: dict[str, Any] = {"torch_dtype": "float32", **fields, "model_type": self.kind}
-        if self.kind in ("phi3", *_QWEN3_5):
+        if self.kind in ("glm", "glm4", "phi3", *_QWEN3_5):
             raw["pad_token_id"] = 0
         model = write_model(draw, path, raw, architecture, most_embedding=_MOST_EMBEDDING.get(self.kind, 1.0))
         draw_ends(draw, path, raw, 2, 3)
