@@ -21,7 +21,7 @@ from deployments.report import current_report
 from deployments.routers.models import read_request
 from deployments.routers.values import TokenName, finite, prompt_row, token_name, usage_body
 from deployments.tasks import all_or_none, merged
-from engine.outputs import StreamUpdate, TokenLogprob, Usage
+from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage
 from engine.prompt import EngineInput, MediaItem, PagesItem
 from engine.sampling_params import SamplingParams
 
@@ -30,7 +30,12 @@ router = APIRouter()
 
 @dataclass(slots=True)
 class _Running:
-    """One prompt's completion on its way; ``number`` is the prompt's place in the request."""
+    """One prompt's completion on its way.
+
+    Attributes:
+        number: the prompt's place in the request.
+        text: what the completion's text begins with: the prompt if it is to be given back.
+    """
 
     number: int
     text: str
@@ -57,19 +62,22 @@ async def create_completion(request: Request) -> Response:
         pipeline.name,
         body,
         params,
-        lambda token: tokenizer.decode([token], skip_special_tokens=False),
+        lambda token: tokenizer.first_token_bytes(token).decode(errors="ignore"),
         token_name(body),
     )
     current_report().answer = answer.id
     with caller_fields(names):
         prompts = await all_or_none(_prepared(pipeline, body, given, params) for given in body.prompts)
     running = []
-    for number, prompt in enumerate(prompts):
+    for number, (given, prompt) in enumerate(zip(body.prompts, prompts, strict=True)):
         updates = pipeline.generate(
             f"{answer.id}-{number}", prompt, params, priority=body.priority, names=names
         )
-        ids = prompt.inputs.token_ids
-        text = tokenizer.decode(ids, skip_special_tokens=True) if body.echo else ""
+        if body.only_echo:
+            updates = _without_completion(updates)
+        ids, text = prompt.inputs.token_ids, ""
+        if body.echo:
+            text = given if isinstance(given, str) else tokenizer.decode(ids)
         running.append(_Running(number, text, ids, updates))
     if not body.stream:
         return JSONResponse(await _whole(answer, running))
@@ -95,12 +103,31 @@ async def _prepared(
     return await pipeline.prepare(build, params=params, salt=body.cache_salt)
 
 
+async def _without_completion(
+    updates: AsyncGenerator[StreamUpdate, None],
+) -> AsyncGenerator[StreamUpdate, None]:
+    """Updates without the token that had to be made: the prompt alone is wanted."""
+    async with aclosing(updates) as stream:
+        async for update in stream:
+            deltas = [
+                OutputDelta(
+                    delta.index,
+                    "",
+                    [],
+                    None if delta.logprobs is None else [],
+                    None if delta.finish_reason is None else "length",
+                )
+                for delta in update.deltas
+            ]
+            yield replace(update, deltas=deltas, usage=replace(update.usage, completion_tokens=0))
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """Fields that all parts of one response share.
 
     Attributes:
-        decode: returns the text of a token.
+        first_text: returns the text of a token that begins a prompt, or none if it is a part of a character.
         name: what log-probabilities call a token.
     """
 
@@ -109,7 +136,7 @@ class _Answer:
     model: str
     body: wire.CompletionRequest
     params: SamplingParams
-    decode: Callable[[int], str]
+    first_text: Callable[[int], str]
     name: TokenName
 
     def usage_extras(self) -> dict[str, Any]:
@@ -133,10 +160,9 @@ async def _whole(answer: _Answer, running: list[_Running]) -> dict:
     choices, total = [], Usage()
     for each, whole in zip(running, found, strict=True):
         usage = whole.usage
-        completed = 0 if answer.body.only_echo else usage.completion_tokens
         total = Usage(
             total.prompt_tokens + usage.prompt_tokens,
-            total.completion_tokens + completed,
+            total.completion_tokens + usage.completion_tokens,
             total.cached_tokens + usage.cached_tokens,
         )
         choices += [_choice(answer, each, choice, whole.prompt_logprobs) for choice in whole.choices]
@@ -155,16 +181,16 @@ def _choice(
     body = answer.body
     made = wire.CompletionChoice(
         index=each.number * answer.params.n + choice.index,
-        text=each.text + ("" if body.only_echo else choice.text),
-        finish_reason="length" if body.only_echo else choice.finish_reason,
+        text=each.text + choice.text,
+        finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,
     )
     if choice.logprobs is not None:
-        rows: list[tuple[int, Mapping[int, TokenLogprob] | None]] = (
-            [] if body.only_echo else list(zip(choice.token_ids, choice.logprobs, strict=False))
-        )
-        before = list(zip(each.token_ids, prompt_logprobs, strict=False)) if body.echo else []
-        made.logprobs = _logprobs(answer, [*before, *rows], 0)
+        rows: list[_Row] = list(zip(choice.token_ids, choice.logprobs, strict=False))
+        before: list[_Row] = list(zip(each.token_ids, prompt_logprobs, strict=False)) if body.echo else []
+        # Tokens that the tokenizer put before the text begin where it does.
+        start = len(each.text) - sum(len(_added(answer, *row)) for row in before)
+        made.logprobs, _ = _logprobs(answer, [*before, *rows], start)
     if body.prompt_logprobs is not None:
         made.prompt_logprobs = [prompt_row(row) for row in prompt_logprobs]
     if body.return_token_ids:
@@ -172,36 +198,47 @@ def _choice(
     return made
 
 
-def _logprobs(
-    answer: _Answer, rows: Sequence[tuple[int, Mapping[int, TokenLogprob] | None]], offset: int
-) -> wire.CompletionLogprobs:
-    """Rows of a token and its alternatives in the older form.
+#: A token, and the log-probabilities in its place; None for the first token of a prompt, which has none.
+_Row = tuple[int, Mapping[int, TokenLogprob] | None]
+
+
+def _logprobs(answer: _Answer, rows: Sequence[_Row], offset: int) -> tuple[wire.CompletionLogprobs, int]:
+    """Rows in the older form, and where the text behind them begins in the choice's text.
+
+    All tokens have an entry, also one that ends the text: callers count them, from either end.
 
     Args:
-        offset: where the first token's text begins in the choice's text.
+        offset: where the first token's text begins; negative if the choice's text begins later.
     """
     made = wire.CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
     for token, row in rows:
-        own = row.get(token) if row is not None else None
-        if own is not None and not own.bytes:
-            # The token adds nothing to the text: it ends it, or is a special token.
-            continue
-        # The first token of a prompt has no log-probability.
-        named = own or TokenLogprob(0.0, decoded_token=answer.decode(token))
-        made.text_offset.append(offset)
-        made.tokens.append(answer.name(token, named))
-        made.token_logprobs.append(None if own is None else finite(own.logprob))
+        own = TokenLogprob(0.0, decoded_token=_added(answer, token, None)) if row is None else row[token]
+        made.text_offset.append(max(0, offset))
+        made.tokens.append(answer.name(token, own))
+        made.token_logprobs.append(None if row is None else finite(own.logprob))
         made.top_logprobs.append(None if row is None else _tops(answer, token, row))
-        offset += len(named.decoded_token or "")
-    return made
+        offset += len(_added(answer, token, row))
+    return made, offset
+
+
+def _added(answer: _Answer, token: int, row: Mapping[int, TokenLogprob] | None) -> str:
+    """What a token adds to the text."""
+    if row is None:
+        return answer.first_text(token)
+    own = row[token]
+    return (own.decoded_token or "") if own.bytes else ""
 
 
 def _tops(answer: _Answer, own: int, row: Mapping[int, TokenLogprob]) -> dict[str, float]:
-    """The likeliest tokens, and the token itself where it is none of them."""
+    """The likeliest tokens, and the token itself where it is none of them. Of those with the same text the
+    likeliest."""
     count = answer.params.logprobs or 0
     shown = [(token, value) for token, value in row.items() if token == own or (value.rank or 0) <= count]
     shown.sort(key=lambda each: -each[1].logprob)
-    return {answer.name(token, value): finite(value.logprob) for token, value in shown}
+    found: dict[str, float] = {}
+    for token, value in shown:
+        found.setdefault(answer.name(token, value), finite(value.logprob))
+    return found
 
 
 async def _events(
@@ -222,20 +259,21 @@ async def _events(
                 index = number * answer.params.n + delta.index
                 text, begins = delta.text, index not in offsets
                 if begins:
-                    offsets[index], text = 0, running[number].text + text
+                    text = running[number].text + text
                 choice = wire.CompletionChoice(
                     index=index, text=text, logprobs=None, finish_reason=delta.finish_reason
                 )
+                # Of the tokens so far: text may still be held back.
+                offset = offsets.setdefault(index, 0)
                 if delta.logprobs is not None:
-                    rows = list(zip(delta.token_ids, delta.logprobs, strict=False))
-                    choice.logprobs = _logprobs(answer, rows, offsets[index])
+                    rows: list[_Row] = list(zip(delta.token_ids, delta.logprobs, strict=False))
+                    choice.logprobs, offsets[index] = _logprobs(answer, rows, offset)
                 if delta.stop_reason is not None:
                     choice.stop_reason = delta.stop_reason
                 if answer.body.return_token_ids:
                     choice.token_ids = delta.token_ids
                     if begins:
                         choice.prompt_token_ids = running[number].token_ids
-                offsets[index] += len(text)
                 if text or delta.finish_reason or delta.logprobs or answer.body.return_token_ids:
                     fields = {"usage": None} if answer.body.ends_with_usage else {}
                     yield sse.event(answer.completion([choice], **fields))

@@ -1,5 +1,7 @@
 """Text completions."""
 
+import math
+
 import openai
 import pytest
 
@@ -38,15 +40,32 @@ async def test_prompts_in_lists_and_several_choices(client):
     assert both.usage.prompt_tokens == 2 * len(ids)
 
 
-async def test_a_streamed_completion_is_the_whole_one(client):
-    whole = await complete(client, prompt=["Hello", "red circle"], logprobs=1)
-    options = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": 1}
-    chunks = [chunk async for chunk in await complete(client, prompt=["Hello", "red circle"], **options)]
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": ["Hello", "red circle"], "logprobs": 1},
+        # Text waits for what may become a stop string; its tokens come at once, or with it.
+        {"prompt": "Is the square left of the circle?", "logprobs": 1, "max_tokens": 8, "stop": "on a white"},
+        {
+            "prompt": [[57, 76], [75]],
+            "echo": True,
+            "max_tokens": 0,
+            "extra_body": {"return_token_ids": True},
+        },
+    ],
+    ids=["two", "stop", "echo"],
+)
+async def test_a_streamed_completion_is_the_whole_one(client, asked):
+    whole = await complete(client, **asked)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = [chunk async for chunk in await complete(client, **asked, **options)]
     for index, wanted in enumerate(whole.choices):
         found = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
         assert "".join(choice.text for choice in found) == wanted.text
         assert [c.finish_reason for c in found if c.finish_reason] == [wanted.finish_reason]
-        for name in ("tokens", "token_logprobs", "text_offset"):
+        ids = [id for choice in found for id in (choice.model_extra or {}).get("token_ids", ())]
+        assert ids == (wanted.model_extra or {}).get("token_ids", [])
+        for name in ("tokens", "token_logprobs", "text_offset") if wanted.logprobs else ():
             pieces = [piece for c in found if c.logprobs for piece in getattr(c.logprobs, name)]
             given = getattr(wanted.logprobs, name)
             # Another batch may change the last bits.
@@ -67,6 +86,21 @@ async def test_echo(client):
     only = await complete(client, prompt="red circle", echo=True, logprobs=0, max_tokens=0)
     assert only.choices[0].text == "red circle" and only.usage.completion_tokens == 0
     assert "".join(only.choices[0].logprobs.tokens) == "red circle"
+
+
+async def test_all_tokens_have_log_probabilities(client):
+    """Evaluation harnesses count them: from the beginning those of a context, and one from the end."""
+    text = "<|im_start|>user\n\N{PARTY POPPER}<|im_end|>\n"
+    made = await complete(client, prompt=text + "Read the word.", max_tokens=1, echo=True, logprobs=0)
+    ((choice,), logprobs) = made.choices, made.choices[0].logprobs
+    assert (choice.text, choice.finish_reason) == (text + "Read the word.", "stop")
+    tokens, offsets = logprobs.tokens, logprobs.text_offset
+    assert len(tokens) == len(offsets) == made.usage.prompt_tokens + 1 and tokens[-1] == "<|im_end|>"
+    ends = [*offsets[1:], len(choice.text)]
+    assert [choice.text[start:end] for start, end in zip(offsets, ends, strict=True)] == [*tokens[:-1], ""]
+    assert math.fsum(next(iter(row.values())) for row in logprobs.top_logprobs[1:]) == pytest.approx(
+        math.fsum(logprobs.token_logprobs[1:])
+    )
 
 
 async def test_log_probabilities_of_the_prompt(client):
