@@ -1,7 +1,7 @@
 """Throughput and latency of the engine in one process, with dummy weights in the shape of public models.
 
     python -m benchmarks.offline --shape qwen2-vl-2b [--works w1,w2,w3,w4,w5] [--tensor-parallel-size N]
-        [--quantization fp8|int4] [--requests N] [--json FILE]
+        [--quantization fp8|int4] [--encoder-quantization fp8] [--requests N] [--json FILE]
 
 Works:
     w1  256 requests or N, each one image of its own and 64 text tokens, 128 tokens out: requests per second
@@ -173,6 +173,7 @@ def main() -> None:
         choices=["fp8", "int4"],
         help="fp8: round the decoder's matrices to 8-bit floats; int4: a checkpoint of AWQ",
     )
+    parser.add_argument("--encoder-quantization", choices=["fp8"], help="the same for the tower's matrices")
     parser.add_argument("--profile", action="store_true", help="also say which kernels a decode step spends")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -180,16 +181,21 @@ def main() -> None:
     results: dict[str, Any] = {"shape": options.shape, "ranks": ranks, **versions()}
     if options.quantization:
         results["quantization"] = options.quantization
+    if options.encoder_quantization:
+        results["encoder"] = options.encoder_quantization
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(options.shape, Path(folder))
         if options.quantization == "int4":
             quantise_to_int4(path, 128 if gpu else 32)
         rate = measured_copy_rate() if ranks == 1 else 0.0
-        seconds, llm = timed(lambda: load(str(path), gpu, ranks, options.quantization))
+        formats = options.quantization, options.encoder_quantization
+        seconds, llm = timed(lambda: load(str(path), gpu, ranks, *formats))
         results["load s"] = seconds
         works = Works(llm, options.shape, options.scale or (1 if gpu else 16), options.requests)
         runner = llm._engine.core.runner
         check_formats(getattr(runner, "_own", runner).model, options.quantization)
+        if llm._encoder is not None:
+            check_formats(llm._encoder._encoder.tower.blocks, options.encoder_quantization, "format")
         if ranks == 1:
             results |= floors(path, options.quantization == "fp8", works, rate)
         results["first answer s"] = seconds + timed(lambda: works.generate(works.picture_prompts(1), 1))[0]
@@ -247,22 +253,29 @@ def quantise_to_int4(path: Path, group: int) -> None:
     file.write_text(json.dumps(config))
 
 
-def load(path: str, gpu: bool, ranks: int = 1, quantization: str | None = None) -> LLM:
+def load(
+    path: str, gpu: bool, ranks: int = 1, quantization: str | None = None, encoder: str | None = None
+) -> LLM:
     limits: dict[str, Any] = (
         {"max_num_seqs": 256, "max_num_batched_tokens": 8192} if gpu else {"max_num_seqs": 16}
     )
     # The configuration of a checkpoint in int4 says so itself.
     limits["quantization"] = None if quantization == "int4" else quantization
+    limits["encoder_quantization"] = encoder
     return LLM(path, load_format="dummy", max_model_len=4096, tensor_parallel_size=ranks, **limits)
 
 
-def check_formats(decoder: torch.nn.Module, quantization: str | None) -> None:
-    """Check that the matrices of the decoder's layers are in the format that a reading is said to be of.
+def check_formats(part: torch.nn.Module, quantization: str | None, mark: str = "packed") -> None:
+    """Check that a decoder's matrices, or those of a tower's blocks, are in the format that a reading is said
+    to be of.
+
+    Args:
+        mark: an attribute of the layers that may be quantised, and of no others.
 
     Raises:
         SystemExit: naming those that are not.
     """
-    layers = {name: layer for name, layer in decoder.named_modules() if hasattr(layer, "packed")}
+    layers = {name: layer for name, layer in part.named_modules() if hasattr(layer, mark)}
     names = {FP8: "fp8", torch.int16: "int4"}
     found = {name: names.get(layer.weight.dtype) for name, layer in layers.items()}
     wrong = [name for name, kind in found.items() if kind != quantization]

@@ -44,6 +44,8 @@ class EngineConfig(BaseModel):
         quantization: ``fp8`` rounds the matrices of the decoder's layers to 8-bit floats as they are loaded,
             with a scale for each output; None leaves them as the checkpoint has them. Checkpoints in fp8
             need no option.
+        encoder_quantization: ``fp8`` rounds the matrices in the blocks of the vision encoder's tower, too;
+            its patch embedding and what follows the tower stay as the checkpoint has them.
         kv_cache_dtype: ``fp8`` keeps keys and values as 8-bit floats, in half the memory of 16-bit ones, with
             the checkpoint's scales, or 1 where it has none; ``auto`` keeps them in the model's dtype.
         max_model_len: longest prompt plus completion, in tokens; the model's own limit if None.
@@ -91,6 +93,7 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     quantization: Literal["fp8"] | None = None
+    encoder_quantization: Literal["fp8"] | None = None
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     max_model_len: PositiveInt | None = None
     block_size: PositiveInt = 16

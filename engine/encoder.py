@@ -154,6 +154,7 @@ class EncoderEngine(Mortal):
                 dtype=resolve_dtype(config, model),
                 load_format=config.load_format,
                 seed=config.seed,
+                quantization=config.encoder_quantization,
             )
         capture = make_capture(device, enforce_eager=config.enforce_eager)
         if capture is not None:

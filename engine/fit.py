@@ -6,6 +6,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.families.base import ModelConfig
 from engine.layers.decoder_config import DecoderConfig
+from engine.vision.transformer_config import VisionConfig
 
 
 def check_fit(config: EngineConfig, model: ModelConfig) -> None:
@@ -13,9 +14,12 @@ def check_fit(config: EngineConfig, model: ModelConfig) -> None:
 
     Raises:
         ConfigError: ``max_model_len`` is more than the model was made for, or it can't be split over
-            ``tensor_parallel_size`` ranks.
+            ``tensor_parallel_size`` ranks; or ``encoder_quantization`` is given for a model without a tower,
+            or with one whose sizes fp8 can't have.
     """
     longest_sequence(config, model)
+    if config.encoder_quantization is not None:
+        _check_tower(model)
     check_split(config.tensor_parallel_size, model.decoder)
 
 
@@ -28,6 +32,22 @@ def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
             param="max_model_len",
         )
     return wanted
+
+
+def _check_tower(model: ModelConfig) -> None:
+    """Check that the matrices of a tower's blocks can be in fp8, which is multiplied in steps of 16."""
+    if model.vision is None:
+        raise ConfigError(
+            f"encoder_quantization: {model.architecture} has no vision encoder", param="encoder_quantization"
+        )
+    tower: VisionConfig = model.vision.tower
+    sizes = {"hidden size": tower.hidden_size, "intermediate size": tower.intermediate_size}
+    for name, size in sizes.items():
+        if size % 16:
+            raise ConfigError(
+                f"encoder_quantization: the tower's {name} is {size}, and fp8 needs a multiple of 16",
+                param="encoder_quantization",
+            )
 
 
 def check_split(size: int, decoder: DecoderConfig) -> None:

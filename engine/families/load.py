@@ -72,12 +72,21 @@ def load_vision_encoder(
     dtype: torch.dtype,
     load_format: LoadFormat = "auto",
     seed: int = 0,
+    quantization: Literal["fp8"] | None = None,
 ) -> MediaEncoder:
-    """The vision part with its weights; arguments and errors as :func:`load_language_model`."""
+    """The vision part with its weights.
+
+    Args:
+        quantization: rounds the matrices in the blocks of the tower to fp8.
+
+    Further arguments and errors as :func:`load_language_model`.
+    """
     if config.vision is None:
         raise CheckpointError(f"{config.architecture} has no vision part")
     family = family_named(config.family)
-    encoder = family.build_encoder(config, BuildContext(device, dtype, SingleProcessGroup()))
+    tower = None if quantization is None else Fp8Format(None, "output")
+    build = BuildContext(device, dtype, SingleProcessGroup(), tower=tower)
+    encoder = family.build_encoder(config, build)
     assert isinstance(encoder, nn.Module)
     rules = None if load_format == "dummy" else rules_with_scales(family.weight_rules(config), checkpoint)
     _fill(encoder, "vision", checkpoint, rules, seed)

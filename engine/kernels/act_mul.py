@@ -1,4 +1,4 @@
-"""Gated activation of an MLP: ``activation(gate) * up``."""
+"""Activations between the layers of an MLP: the gated one, ``activation(gate) * up``, and rounding of both kinds."""
 
 from __future__ import annotations
 
@@ -49,23 +49,33 @@ def act_mul_triton(gate_up: torch.Tensor, activation: str = "silu") -> torch.Ten
     return out
 
 
-def act_mul_rounded(gate_up: torch.Tensor, activation: str) -> RoundedRows:
-    """Compute :func:`act_mul` and round its rows to fp8."""
-    if use_triton(gate_up) and reads_fp8(gate_up.device):
-        return act_mul_rounded_triton(gate_up, activation)
-    return quantise_rows_reference(act_mul_reference(gate_up, activation))
+def act_rounded(x: torch.Tensor, activation: str, *, gated: bool) -> RoundedRows:
+    """Compute an activation and round its rows to fp8.
+
+    Args:
+        x: ``(T, I)`` contiguous; with ``gated`` ``(T, 2 * I)``, see :func:`act_mul`.
+        activation: a key of :data:`~engine.kernels.activation.ACTIVATIONS`. Its result is rounded to the dtype of
+            ``x`` first.
+    """
+    run = use_triton(x) and reads_fp8(x.device)
+    return (act_rounded_triton if run else act_rounded_reference)(x, activation, gated=gated)
 
 
-def act_mul_rounded_triton(gate_up: torch.Tensor, activation: str) -> RoundedRows:
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    assert gate_up.is_contiguous()
-    out = RoundedRows.empty(rows, size, gate_up.device)
+def act_rounded_reference(x: torch.Tensor, activation: str, *, gated: bool) -> RoundedRows:
+    return quantise_rows_reference(act_mul_reference(x, activation) if gated else ACTIVATIONS[activation](x))
+
+
+def act_rounded_triton(x: torch.Tensor, activation: str, *, gated: bool) -> RoundedRows:
+    rows, size = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
+    assert x.is_contiguous()
+    out = RoundedRows.empty(rows, size, x.device)
     block = triton.next_power_of_2(size)
-    launch(
-        _act_mul_rounded_kernel, (rows,),
-        in_ptr=gate_up, out_ptr=out.numbers, scale_ptr=out.scale, size=size, ACTIVATION=activation, BLOCK=block,
-        num_warps=rounding_warps(block, rows), **pdl_options(gate_up),
-    )  # fmt: skip
+    if rows:
+        launch(
+            _act_rounded_kernel, (rows,),
+            in_ptr=x, out_ptr=out.numbers, scale_ptr=out.scale, size=size, ACTIVATION=activation, GATED=gated,
+            BLOCK=block, num_warps=rounding_warps(block, rows), **pdl_options(x),
+        )  # fmt: skip
     return out
 
 
@@ -89,8 +99,9 @@ def _act_mul_kernel(in_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _act_mul_rounded_kernel(
-    in_ptr, out_ptr, scale_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+def _act_rounded_kernel(
+    in_ptr, out_ptr, scale_ptr, size, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row."""
     launch_dependents_of_one_row(PDL)
@@ -98,7 +109,12 @@ def _act_mul_rounded_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < size
-    gate = tl.load(in_ptr + row * 2 * size + column, mask=mask, other=0.0)
-    up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask, other=0.0)
-    product = _product(gate, up, ACTIVATION).to(tl.float32)
-    store_rounded(product, row, column, size, mask, out_ptr, scale_ptr)
+    if GATED:
+        gate = tl.load(in_ptr + row * 2 * size + column, mask=mask, other=0.0)
+        up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask, other=0.0)
+        result = _product(gate, up, ACTIVATION)
+    else:
+        x = tl.load(in_ptr + row * size + column, mask=mask, other=0.0)
+        # Every activation of zero is zero, so lanes beyond the row don't count.
+        result = activate(x.to(tl.float32), ACTIVATION).to(x.dtype)
+    store_rounded(result.to(tl.float32), row, column, size, mask, out_ptr, scale_ptr)

@@ -24,7 +24,8 @@ from engine.kernels import (
     ring_gemm,
     wide_gemm,
 )
-from engine.kernels.act_mul import act_mul, act_mul_rounded
+from engine.kernels.act_mul import act_mul, act_rounded
+from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.decode_attention import decode_attention_reference, decode_attention_triton
 from engine.kernels.delta_prefill import delta_prefill_triton
 from engine.kernels.delta_rule import DeltaGates, delta_rule_reference, delta_step_triton
@@ -436,23 +437,30 @@ def norm_gated_rounded(
         )
         return quantise_rows(out), total
     out, total = norm_linear(x, residual, norm, eps, weight, bias, offset=offset, scale=scale)
-    return act_mul_rounded(out, activation), total
+    return act_rounded(out, activation, gated=True), total
 
 
 def activated_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    scale: Scale | None = None,
 ) -> torch.Tensor:
     """Compute ``activation(x @ weight.T + bias)``.
 
     Args:
-        x: ``(..., K)``, last dimension contiguous.
-        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``.
+        x: ``(..., K)``, last dimension contiguous; with ``scale`` ``(T, K)``.
+        weight: ``(N, K)``, last dimension contiguous, dtype of ``x``; with ``scale`` fp8.
         bias: ``(N,)``.
         activation: a key of :data:`engine.kernels.activation.ACTIVATIONS`.
+        scale: what an fp8 weight is multiplied by.
 
     Returns:
         ``(..., N)`` in the dtype of ``x``.
     """
+    if scale is not None:
+        return ACTIVATIONS[activation](linear(x, weight, bias, scale=scale))
     flat = x.flatten(0, -2)
     if use_triton(flat) and gemm_activation.supports(flat, weight):
         busy = gemm_activation.fills_gpu(flat.shape[0], weight.shape[0], num_sms(x.device))
@@ -462,6 +470,13 @@ def activated_linear(
         if busy:
             return out.unflatten(0, x.shape[:-1])
     return gemm_activation_reference(x, weight, bias, activation)
+
+
+def activated_rounded(
+    x: RoundedRows, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, scale: Scale
+) -> RoundedRows:
+    """Compute :func:`activated_linear` of rows in fp8, and round its rows to fp8 for the next layer."""
+    return act_rounded(linear(x, weight, bias, scale=scale), activation, gated=False)
 
 
 def experts(

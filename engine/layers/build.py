@@ -24,6 +24,7 @@ class BuildContext:
 
     Attributes:
         formats: which matrices are quantised; None: none is.
+        tower: the format of the matrices in the blocks of a vision tower; None for the model's dtype.
         path: name in the model's part of the layer under construction, with a dot behind it.
     """
 
@@ -31,6 +32,7 @@ class BuildContext:
     dtype: torch.dtype
     tp: TensorParallelGroup
     formats: Formats | None = None
+    tower: Fp8Format | None = None
     path: str = ""
 
     def at(self, name: str) -> BuildContext:

@@ -11,6 +11,7 @@ from torch import nn
 
 from engine.kernels.dispatch import (
     activated_linear,
+    activated_rounded,
     linear,
     norm_gated_rounded,
     norm_linear,
@@ -22,7 +23,7 @@ from engine.kernels.fp8 import RoundedRows, Scale
 from engine.kernels.int4 import Int4Scale
 from engine.kernels.skinny_gemm import split_counters
 from engine.kernels.split_sums import SplitSums
-from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot
+from engine.layers.build import BuildContext, Target, WeightSlot, plain_slot, whole
 from engine.layers.matrix_formats import Fp8Format, PackedFormat
 from engine.layers.norm import RMSNorm
 from engine.layers.packed import PackedMatrix, packed_matrix
@@ -30,16 +31,35 @@ from engine.layers.quantised import check_share, make_matrix, matrix_target, sca
 
 
 class Linear(nn.Module):
-    """Computes ``x @ weight.T + bias``, the same on every rank. Weight ``(out_features, in_features)``."""
+    """Computes ``x @ weight.T + bias``, the same on every rank. Weight ``(out_features, in_features)``.
+
+    Args:
+        stored: the format of the weight; None for the model's dtype.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, build: BuildContext, *, bias: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        build: BuildContext,
+        *,
+        bias: bool = True,
+        stored: Fp8Format | None = None,
     ) -> None:
         super().__init__()
-        self.weight = build.parameter(out_features, in_features)
+        self.format = stored
+        self.weight, self.scale = make_matrix(self, out_features, in_features, build, stored)
         self.bias = build.parameter(out_features) if bias else None
+        self.dtype = build.dtype
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def takes_rounded(self, x: torch.Tensor) -> bool:
+        """Return whether rows in fp8 are taken instead of ``x``."""
+        return takes_rounded(x, self.weight, self.scale)
+
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+        if self.scale is not None:
+            return linear(x, self.weight, self.bias, scale=self.scale)
+        assert isinstance(x, torch.Tensor)
         return F.linear(x, self.weight, self.bias)
 
     def activated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -48,11 +68,18 @@ class Linear(nn.Module):
         Args:
             activation: a key of :data:`~engine.kernels.activation.ACTIVATIONS`.
         """
-        return activated_linear(x, self.weight, self.bias, activation)
+        return activated_linear(x, self.weight, self.bias, activation, self.scale)
+
+    def activated_rounded(self, x: RoundedRows, activation: str) -> RoundedRows:
+        """Compute :meth:`activated` of rows in fp8, with its own rows rounded to fp8."""
+        assert self.scale is not None
+        return activated_rounded(x, self.weight, self.bias, activation, self.scale)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
+        target = matrix_target(self.weight, self.scale, self.format, self.dtype)
+        shape = tuple(self.weight.shape)
         # A convolution whose stride is its kernel size is this layer, with its kernel flattened.
-        slots = [plain_slot(prefix + "weight", self.weight, reshape=True)]
+        slots = [WeightSlot(prefix + "weight", shape, [(whole(shape), target)], reshape=True)]
         if self.bias is not None:
             slots.append(plain_slot(prefix + "bias", self.bias))
         return slots
@@ -118,10 +145,15 @@ class FusedColumnLinear(nn.Module):
         self.bias = build.parameter(rows) if bias else None
         self.dtype = build.dtype
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.scale is None:
-            return F.linear(x, self.weight, self.bias)
-        return linear(x, self.weight, self.bias, scale=self.scale)
+    def takes_rounded(self, x: torch.Tensor) -> bool:
+        """Return whether rows in fp8 are taken instead of ``x``."""
+        return takes_rounded(x, self.weight, self.scale)
+
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+        if self.scale is not None:
+            return linear(x, self.weight, self.bias, scale=self.scale)
+        assert isinstance(x, torch.Tensor)
+        return F.linear(x, self.weight, self.bias)
 
     def after_norm(
         self,

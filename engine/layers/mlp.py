@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.kernels.act_mul import act_mul
+from engine.kernels.act_mul import act_mul, act_rounded
+from engine.kernels.fp8 import RoundedRows
 from engine.kernels.split_sums import SplitSums
 from engine.layers.build import BuildContext
 from engine.layers.linear import Linear, RowLinear, gate_up_linear
+from engine.layers.matrix_formats import Fp8Format
 from engine.layers.norm import RMSNorm
 
 
@@ -23,8 +25,15 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = gate_up_linear(hidden, intermediate, build, bias=bias)
         self.down_proj = RowLinear(intermediate, hidden, build.at("down_proj"), bias=bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(act_mul(self.gate_up_proj(x), self.activation))
+    def takes_rounded(self, x: torch.Tensor) -> bool:
+        """Return whether :meth:`forward` takes rows in fp8 instead of ``x``."""
+        return self.gate_up_proj.takes_rounded(x) and self.down_proj.takes_rounded(x)
+
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+        gate_up = self.gate_up_proj(x)
+        if isinstance(x, RoundedRows):
+            return self.down_proj(act_rounded(gate_up, self.activation, gated=True))
+        return self.down_proj(act_mul(gate_up, self.activation))
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """Compute this rank's share of :meth:`forward`, which is the sum over ranks; without biases."""
@@ -45,15 +54,29 @@ class MLP(nn.Module):
 
     Args:
         out: features of the result; ``hidden`` if None.
+        stored: the format of the weights; None for the model's dtype.
     """
 
     def __init__(
-        self, hidden: int, intermediate: int, activation: str, build: BuildContext, *, out: int | None = None
+        self,
+        hidden: int,
+        intermediate: int,
+        activation: str,
+        build: BuildContext,
+        *,
+        out: int | None = None,
+        stored: Fp8Format | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.fc1 = Linear(hidden, intermediate, build)
-        self.fc2 = Linear(intermediate, out or hidden, build)
+        self.fc1 = Linear(hidden, intermediate, build, stored=stored)
+        self.fc2 = Linear(intermediate, out or hidden, build, stored=stored)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def takes_rounded(self, x: torch.Tensor) -> bool:
+        """Return whether :meth:`forward` takes rows in fp8 instead of ``x``."""
+        return self.fc1.takes_rounded(x) and self.fc2.takes_rounded(x)
+
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+        if isinstance(x, RoundedRows):
+            return self.fc2(self.fc1.activated_rounded(x, self.activation))
         return self.fc2(self.fc1.activated(x, self.activation))

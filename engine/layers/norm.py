@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.kernels.layer_norm import add_layer_norm
-from engine.kernels.rms_norm import rms_norm
+from engine.kernels.fp8 import RoundedRows
+from engine.kernels.layer_norm import add_layer_norm, layer_norm_rounded
+from engine.kernels.rms_norm import rms_norm, rms_norm_rounded
 from engine.kernels.split_sums import SplitSums, whole
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
 
@@ -34,6 +35,10 @@ class RMSNorm(nn.Module):
             return self(whole(x)), whole(x)
         return rms_norm(x, self.weight, self.eps, residual, offset=self.offset)
 
+    def add_rounded(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[RoundedRows, torch.Tensor]:
+        """Compute :meth:`add` of ``(N, width)`` with the rows of the norm rounded to fp8."""
+        return rms_norm_rounded(x, self.weight, self.eps, residual, offset=self.offset)
+
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "weight", self.weight)]
 
@@ -55,6 +60,10 @@ class LayerNorm(nn.Module):
         if residual is None:
             return self(x), x
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+    def add_rounded(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[RoundedRows, torch.Tensor]:
+        """Compute :meth:`add` with the rows of the norm rounded to fp8."""
+        return layer_norm_rounded(x, residual, self.weight, self.bias, self.eps)
 
     def weight_slots(self, prefix: str, names: Container[str]) -> list[WeightSlot]:
         return [plain_slot(prefix + "weight", self.weight), plain_slot(prefix + "bias", self.bias)]

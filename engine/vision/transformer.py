@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,11 +15,13 @@ from torch import nn
 from engine.graphs import Capture
 from engine.kernels.device import use_triton
 from engine.kernels.dispatch import vision_attention
+from engine.kernels.fp8 import RoundedRows
 from engine.kernels.launch import compiling
 from engine.kernels.rotary import RotaryTable, rotary
 from engine.kernels.shares import part_counters
 from engine.layers.build import BuildContext, WeightSlot, plain_slot
-from engine.layers.linear import Linear, qkv_linear
+from engine.layers.linear import FusedColumnLinear, Linear, qkv_linear
+from engine.layers.matrix_formats import Formats
 from engine.layers.mlp import MLP, GatedMLP
 from engine.layers.norm import LayerNorm, RMSNorm
 from engine.vision.graphs import TowerGraphs
@@ -56,7 +59,7 @@ class VisionAttention(nn.Module):
             config.num_heads,
             config.num_heads,
             config.head_dim,
-            build,
+            replace(build, formats=Formats(every=build.tower)),
             bias=config.bias if config.qkv_bias is None else config.qkv_bias,
             fused_name="qkv",
         )
@@ -65,11 +68,15 @@ class VisionAttention(nn.Module):
         eps = config.qk_norm_eps
         self.q_norm = None if eps is None else RMSNorm(width, eps, build)
         self.k_norm = None if eps is None else RMSNorm(width, eps, build)
-        self.proj = Linear(config.hidden_size, config.hidden_size, build, bias=config.bias)
+        self.proj = Linear(
+            config.hidden_size, config.hidden_size, build, bias=config.bias, stored=build.tower
+        )
         self.counters: torch.Tensor
         self.register_buffer("counters", part_counters(build.device), persistent=False)
 
-    def forward(self, x: torch.Tensor, segments: VisionSegments, index: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | RoundedRows, segments: VisionSegments, index: torch.Tensor | None
+    ) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         if self.q_norm is not None and self.k_norm is not None:
             if not self.each:
@@ -98,17 +105,19 @@ class VisionBlock(nn.Module):
         self.norm1 = make_norm(config, config.hidden_size, build)
         self.attn = VisionAttention(config, build)
         self.norm2 = make_norm(config, config.hidden_size, build)
-        self.mlp: nn.Module
+        self.mlp: MLP | GatedMLP
         if config.gated_mlp:
             self.mlp = GatedMLP(
                 config.hidden_size,
                 config.intermediate_size,
                 config.activation,
-                build,
+                replace(build, formats=Formats(every=build.tower)),
                 bias=config.bias if config.mlp_bias is None else config.mlp_bias,
             )
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.activation, build)
+            self.mlp = MLP(
+                config.hidden_size, config.intermediate_size, config.activation, build, stored=build.tower
+            )
         self.scale1 = build.parameter(config.hidden_size) if config.layer_scale else None
         self.scale2 = build.parameter(config.hidden_size) if config.layer_scale else None
 
@@ -119,11 +128,11 @@ class VisionBlock(nn.Module):
         segments: VisionSegments,
         index: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, residual = self.norm1.add(x, residual)
+        normed, residual = _normed(self.norm1, x, residual, self.attn.qkv)
         attended = self.attn(normed, segments, index)
         if self.scale1 is not None:
             attended = attended * self.scale1
-        normed, residual = self.norm2.add(attended, residual)
+        normed, residual = _normed(self.norm2, attended, residual, self.mlp)
         out = self.mlp(normed)
         return out if self.scale2 is None else out * self.scale2, residual
 
@@ -131,6 +140,16 @@ class VisionBlock(nn.Module):
         if self.scale1 is None or self.scale2 is None:
             return []
         return [plain_slot(prefix + "scale1", self.scale1), plain_slot(prefix + "scale2", self.scale2)]
+
+
+def _normed(
+    norm: LayerNorm | RMSNorm,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    layer: FusedColumnLinear | MLP | GatedMLP,
+) -> tuple[torch.Tensor | RoundedRows, torch.Tensor]:
+    """Return the norm of ``x + residual``, in fp8 where the next layer takes it so, and that sum."""
+    return norm.add_rounded(x, residual) if layer.takes_rounded(x) else norm.add(x, residual)
 
 
 class VisionTransformer(nn.Module):

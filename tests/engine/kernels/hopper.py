@@ -227,10 +227,11 @@ def decode_step() -> None:
 
 def fp8_weights() -> None:
     """Linear layers with fp8 weights: one scale an output, and one for each 128 inputs."""
-    from engine.kernels.act_mul import act_mul_rounded_triton
+    from engine.kernels.act_mul import act_rounded_triton
     from engine.kernels.fp8 import FP8, Scale, dequantise_triton, quantise_rows_triton
     from engine.kernels.fp8_mma import fp8_mma_gluon
     from engine.kernels.gemv import gemv_triton
+    from engine.kernels.layer_norm import layer_norm_rounded_triton
     from engine.kernels.norm_gemv import norm_gemv_triton
     from engine.kernels.rms_norm import rms_norm_triton
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
@@ -260,7 +261,9 @@ def fp8_weights() -> None:
         quantise_rows_triton(tensor(rows, 18944))
         quantise_rows_triton(tensor(rows, 18944), 128)
         rms_norm_triton(tensor(rows, 3584), norm, 1e-6, tensor(rows, 3584), rounded=True)
-        act_mul_rounded_triton(tensor(rows, 37888), "silu")
+        act_rounded_triton(tensor(rows, 37888), "silu", gated=True)
+        act_rounded_triton(tensor(rows, 5120), "quick_gelu", gated=False)
+        layer_norm_rounded_triton(tensor(rows, 1280), tensor(rows, 1280), norm[:1280], norm[:1280], 1e-6)
 
 
 def before_norm() -> None:

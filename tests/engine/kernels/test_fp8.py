@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.kernels import dispatch, fp8, fp8_mma, skinny_gemm
-from engine.kernels.act_mul import act_mul, act_mul_rounded
+from engine.kernels.act_mul import act_mul, act_rounded
+from engine.kernels.activation import ACTIVATIONS
 from engine.kernels.fp8 import (
     FP8,
     Scale,
@@ -21,6 +22,7 @@ from engine.kernels.fp8 import (
 )
 from engine.kernels.fp8_mma import Fp8Tile, fp8_mma_gluon
 from engine.kernels.gemv import gemv_triton
+from engine.kernels.layer_norm import add_layer_norm, layer_norm_rounded
 from engine.kernels.norm_gemv import norm_gemv_triton
 from engine.kernels.rms_norm import rms_norm, rms_norm_rounded, rms_norm_rounded_reference
 from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
@@ -227,12 +229,34 @@ def test_rounding_in_the_kernel_before_is_rounding_after_it(device, rows, size, 
         (alone, rms_norm(x, norm, 1e-6, offset=offset)),
         (after, expected),
         (added_up, expected),
-        (act_mul_rounded(gate_up, "silu"), act_mul(gate_up, "silu")),
+        (act_rounded(gate_up, "silu", gated=True), act_mul(gate_up, "silu")),
+        (act_rounded(x, "relu", gated=False), x.relu()),
     ]
     for found, plain in pairs:
         rounded = quantise_rows(plain)
         assert torch.equal(found.numbers.view(torch.uint8), rounded.numbers.view(torch.uint8))
         assert torch.equal(found.scale, rounded.scale)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1280), (3, 40), (70, 1100)])
+def test_layer_norms_and_activations_round_their_rows(device, rows, size):
+    """The norm bit by bit; an activation is rounded to its dtype once, and torch's quick GELU three times."""
+    x, residual = torch.randn(2, rows, size).to(device, torch.bfloat16)
+    weight, bias = torch.randn(2, size).to(device, torch.bfloat16)
+    found, total = layer_norm_rounded(x, residual, weight, bias, 1e-6)
+    alone, same = layer_norm_rounded(total, None, weight, bias, 1e-6)
+    expected, expected_total = add_layer_norm(x, residual, weight, bias, 1e-6)
+    assert torch.equal(total, expected_total) and torch.equal(same, total)
+    rounded = quantise_rows(expected)
+    for one in (found, alone):
+        assert torch.equal(one.numbers.view(torch.uint8), rounded.numbers.view(torch.uint8))
+        assert torch.equal(one.scale, rounded.scale)
+    for name, activation in ACTIVATIONS.items():
+        numbers, scale = act_rounded(x, name, gated=False)
+        exact = activation(x.double())
+        # Half a step of four bits of mantissa, or of the smallest numbers at this row's scale.
+        allowed = torch.maximum(exact.abs() * 2.0**-4, scale.double() * 2.0**-10)
+        assert ((numbers.double() * scale - exact).abs() <= allowed * 1.1 + 0.004).all()
 
 
 @pytest.mark.parametrize(
