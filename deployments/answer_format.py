@@ -114,14 +114,15 @@ class AnswerFormat:
                     parallel=use.parallel,
                     thought=thought,
                 )
-                return StructuredSpec(kind="grammar", text=lark)
+                return StructuredSpec(kind="grammar", text=lark, holds_json=True)
         if thought is None:
             return structured
         if structured is not None:
             body = _expression(structured)
             if body is None:
                 return structured
-            return StructuredSpec(kind="grammar", text=grammar_behind_thought(body, self.special, thought))
+            lark = grammar_behind_thought(body, self.special, thought)
+            return StructuredSpec(kind="grammar", text=lark, holds_json=structured.is_json)
         if thinking_budget is not None:
             return StructuredSpec(kind="grammar", text=grammar_with_budget(self.special, thought))
         return None

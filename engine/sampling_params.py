@@ -41,10 +41,20 @@ _INT64 = 1 << 63
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredSpec:
     """A grammar that the whole answer must follow. ``text`` is a JSON schema, a regex, a JSON list of choices
-    or a Lark grammar, by ``kind``; empty for ``json_object``."""
+    or a Lark grammar, by ``kind``; empty for ``json_object``.
+
+    Attributes:
+        holds_json: a grammar is that of a text of which JSON is a part.
+    """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     text: str = ""
+    holds_json: bool = False
+
+    @property
+    def is_json(self) -> bool:
+        """The whole answer is JSON."""
+        return self.kind in ("json_object", "json_schema")
 
 
 @dataclass(slots=True, kw_only=True)

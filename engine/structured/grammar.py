@@ -22,7 +22,7 @@ from engine.structured.checks import GrammarRefused, check_spec, refusal
 from engine.structured.json_escapes import within_escape
 from engine.structured.json_schema import literals, plainer
 from engine.structured.matcher import Grammar
-from engine.structured.numbers import DigitBound
+from engine.structured.numbers import DigitBound, DigitBoundWithin
 from engine.structured.prepare import prepare
 from engine.structured.prober import LIMITS, GrammarProber
 from engine.structured.vocabulary import Vocabulary
@@ -156,7 +156,7 @@ class GrammarCompiler:
         if matcher.is_error():
             raise GrammarRefused(matcher.get_error())
         whole = probed.lacks_escapes and parts.can_spell_literals(json.loads(text))
-        digits = parts.digits if spec.kind in ("json_schema", "json_object") else None
+        digits = parts.digits if spec.is_json else parts.digits_within if spec.holds_json else None
         return Grammar(
             matcher,
             self._eos_ids,
@@ -230,6 +230,10 @@ class _VocabularyParts:
     @cached_property
     def digits(self) -> DigitBound:
         return DigitBound(self.speller.token_bytes, -(-self._vocab_size // 32))
+
+    @cached_property
+    def digits_within(self) -> DigitBoundWithin:
+        return DigitBoundWithin(self.speller.token_bytes, -(-self._vocab_size // 32))
 
     def can_spell_literals(self, schema: Any) -> bool:
         """Return whether :attr:`whole_escapes` can spell every value and key that ``schema`` spells out."""

@@ -10,7 +10,7 @@ from itertools import accumulate, takewhile
 import llguidance
 import numpy as np
 
-from engine.structured.numbers import DigitBound, advance
+from engine.structured.numbers import DigitBound
 from engine.structured.run_odds import RunForecast, RunOdds
 
 #: Seconds of computing masks that other threads don't shorten: to wake them takes milliseconds on a busy
@@ -37,7 +37,7 @@ class GrammarMatcher:
     def __init__(self, grammar: Grammar, matcher: llguidance.LLMatcher) -> None:
         self._grammar, self._matcher = grammar, matcher
         self._eos_ids, self._digits = grammar.eos_ids, grammar.digits
-        # After each accepted token, as :func:`advance` gives it.
+        # After each accepted token, as the bound of digits gives it.
         self._states = [0]
         # EOS is counted here, since the library doesn't roll it back like other tokens.
         self._num_eos = 0
@@ -77,7 +77,7 @@ class GrammarMatcher:
         """Narrow a mask to preferred tokens, or write the mask of a sequence that has ended. Computing a mask
         can lead to an error, too; llguidance allows EOS then."""
         if self._needs_mask:
-            bound = None if self._digits is None else self._digits.mask(self._states[-1])
+            bound = None if self._digits is None else self._digits.mask(self._states[-1], row)
             if bound is not None:
                 _narrow(row, bound)
             if self._grammar.preferred is not None:
@@ -118,7 +118,7 @@ class GrammarMatcher:
             elif self._num_eos or not self._matcher.consume_token(token):
                 return False
             elif self._digits is not None:
-                self._states.append(advance(self._states[-1], self._digits.token_bytes[token]))
+                self._states.append(self._digits.after(self._states[-1], token))
         return True
 
     def force(self, most: int, excluded: Container[int]) -> list[int]:
@@ -137,9 +137,7 @@ class GrammarMatcher:
             if not (taken and self._matcher.consume_tokens(taken)):
                 break
             if self._digits is not None:
-                self._states += accumulate(
-                    map(self._digits.token_bytes.__getitem__, taken), advance, initial=self._states.pop()
-                )
+                self._states += accumulate(taken, self._digits.after, initial=self._states.pop())
             tokens += taken
             if len(taken) < len(found):
                 break
@@ -196,7 +194,7 @@ class Grammar:
         eos_ids: tokens that end a sequence.
         executor: computes masks in parallel.
         preferred: a row of a mask: other tokens may come only where none of these may. None for all tokens.
-        digits: bounds numbers, where answers are JSON.
+        digits: bounds numbers, where answers are or hold JSON.
         run_odds: learned from the sequences.
         sure: how many tokens of a text that must follow are taken together, learned from them as well; None
             if they are taken one by one.

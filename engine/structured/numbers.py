@@ -18,6 +18,10 @@ _EXPONENT, _NEGATIVE_EXPONENT = 2, 3
 
 _IN_STRING, _ESCAPED = -1, -2
 _QUOTE, _BACKSLASH = b'"\\'
+_POINT = ord(".")
+
+#: Added to the count of digits behind a point or within an exponent.
+_FRACTION = 64
 _DIGITS = frozenset(b"0123456789")
 
 
@@ -47,8 +51,34 @@ def advance(state: int, piece: bytes) -> int:
     return state
 
 
+def advance_within(state: int, piece: bytes) -> int:
+    """Follow a piece of a text of which JSON is a part: where its strings are isn't known.
+
+    Args:
+        state: as of :func:`advance`, but never less than 0; :data:`_FRACTION` more behind a point and in an
+            exponent.
+
+    Returns:
+        The state behind the piece.
+    """
+    for byte in piece:
+        if byte in _DIGITS:
+            # A text may have any number of digits.
+            state = min(state + 1, _FRACTION - 1) if state < _FRACTION else min(state + 1, 2 * _FRACTION)
+        elif byte == _POINT and 0 < state < _FRACTION:
+            state = _FRACTION
+        elif byte in b"eE" and state > 0:
+            state = _FRACTION + MAX_DIGITS - _EXPONENT
+        elif byte in b"+-" and state == _FRACTION + MAX_DIGITS - _EXPONENT:
+            digits = _NEGATIVE_EXPONENT if byte == ord("-") else _EXPONENT
+            state = _FRACTION + MAX_DIGITS - digits
+        else:
+            state = 0
+    return state
+
+
 class DigitBound:
-    """Tokens that don't take a number beyond its digits.
+    """Tokens that don't take a number beyond its digits, in an answer that is JSON.
 
     Args:
         token_bytes: text of each token.
@@ -56,21 +86,65 @@ class DigitBound:
     """
 
     def __init__(self, token_bytes: Sequence[bytes], width: int) -> None:
-        self.token_bytes = token_bytes
+        self._token_bytes = token_bytes
         self._masks: dict[int, np.ndarray] = {}
         self._leading = np.zeros(width * 32, np.uint8)
         self._leading[: len(token_bytes)] = [_leading_digits(piece) for piece in token_bytes]
         self._longest = int(self._leading.max())
 
-    def mask(self, state: int) -> np.ndarray | None:
-        """(width,) int32: the tokens with no more digits than are left; None where all may come."""
-        left = max(MAX_DIGITS - state, 0)
-        if state < 0 or left >= self._longest:
+    def after(self, state: int, token: int) -> int:
+        """The state behind a token. An answer begins with 0."""
+        return advance(state, self._token_bytes[token])
+
+    def mask(self, state: int, row: np.ndarray) -> np.ndarray | None:
+        """The tokens with no more digits than are left; None where all may come.
+
+        Args:
+            row: (width,) int32, the tokens that the grammar lets follow.
+
+        Returns:
+            (width,) int32.
+        """
+        return None if state < 0 else self._at_most(MAX_DIGITS - state)
+
+    def _at_most(self, digits: int) -> np.ndarray | None:
+        digits = max(digits, 0)
+        if digits >= self._longest:
             return None
-        if left not in self._masks:
-            bits = (self._leading <= left).astype(np.uint8)
-            self._masks[left] = np.packbits(bits, bitorder="little").view(np.int32)
-        return self._masks[left]
+        if digits not in self._masks:
+            bits = (self._leading <= digits).astype(np.uint8)
+            self._masks[digits] = np.packbits(bits, bitorder="little").view(np.int32)
+        return self._masks[digits]
+
+
+class DigitBoundWithin(DigitBound):
+    """The same in an answer of which JSON is a part, such as a call behind a text.
+
+    The grammar tells a number from other digits: neither a letter nor the quote that ends a string may follow
+    it, but an exponent may, unless the number has begun one or has bounds. Integers within such answers have
+    bounds, see :func:`engine.parsers.arguments.with_bounded_integers`.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], width: int) -> None:
+        super().__init__(token_bytes, width)
+        self._text, self._exponent = (
+            [token for token, piece in enumerate(token_bytes) if piece in pieces]
+            for pieces in ((b"a", b'"'), (b"e", b"E"))
+        )
+
+    def after(self, state: int, token: int) -> int:
+        return advance_within(state, self._token_bytes[token])
+
+    def mask(self, state: int, row: np.ndarray) -> np.ndarray | None:
+        found = self._at_most(MAX_DIGITS - state % _FRACTION)
+        if found is None or not self._text or _any(row, self._text):
+            return None
+        return found if state >= _FRACTION or _any(row, self._exponent) else None
+
+
+def _any(row: np.ndarray, tokens: Sequence[int]) -> bool:
+    """Whether a mask lets one of ``tokens`` come."""
+    return any(int(row[token // 32]) >> token % 32 & 1 for token in tokens)
 
 
 def _leading_digits(piece: bytes) -> int:

@@ -157,7 +157,7 @@ LIMITS: Mapping[str, Mapping[str, str]] = {
         "seconds with at most 9 digits behind the point; a number with bounds has no exponent "
         "(llguidance 1.9.1); an integer of `const` or `enum` that a double does not hold is refused",
         "service_tier": "echoed; there is one tier",
-        "tools": "functions only",
+        "tools": "functions only; numbers of a call have at most 20 digits in a row",
         "verbosity": "only `medium`",
     },
     "/v1/responses": {
@@ -165,7 +165,7 @@ LIMITS: Mapping[str, Mapping[str, str]] = {
         "reasoning": "`effort`; thoughts come whole, without a summary",
         "service_tier": "echoed; there is one tier",
         "text": "`format`; of `verbosity` only `medium`",
-        "tools": "functions only",
+        "tools": "functions only; numbers of a call have at most 20 digits in a row",
         "truncation": "with `auto` too, a conversation that is too long is refused, never cut",
     },
     "/v1/messages": {

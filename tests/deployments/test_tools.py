@@ -142,11 +142,15 @@ def test_constraints():
     for use in (auto, required):
         spec = HERMES.constraint(use, None, "")
         assert spec is not None and spec.kind == "grammar" and "report" in spec.text
+        assert spec.holds_json
     assert HERMES.constraint(auto, None, "") != HERMES.constraint(required, None, "")
     behind = HERMES.constraint(NO_TOOLS, schema, "<|im_start|>assistant\n<think>\n")
     assert behind is not None and "<[10]>" in behind.text and '%json {"type": "integer"' in behind.text
+    assert behind.holds_json
     budget = HERMES.constraint(NO_TOOLS, None, "", 16)
     assert budget is not None and "max_tokens=16" in budget.text
+    for free in (budget, HERMES.constraint(NO_TOOLS, StructuredSpec(kind="regex", text="a+"), "")):
+        assert free is not None and free.kind == "grammar" and not free.holds_json
     with pytest.raises(InvalidRequest, match="must call a tool"):
         HERMES.constraint(required, schema, "")
 
