@@ -58,7 +58,7 @@ def serve(listener: socket.socket, limit: int) -> None:
 
     args = configuration(limit)["applications"][0]["args"]
     app = LocalApplication(AppConfig.model_validate(args))
-    uvicorn.Server(uvicorn.Config(app.api, log_level="warning")).run([listener])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The whole application in one process, without Ray: the pipeline calls the stages directly."""
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from deployments.api import create_api
 from deployments.config import AppConfig, ModelSpec
 from deployments.encoder import VisionEncoder
 from deployments.language_model import LanguageModel
+from deployments.leaving import ends_with_client
 from deployments.pipeline import make_pipelines
 from deployments.preprocessor import Preprocessor
 from deployments.stages import Stages
@@ -53,14 +55,14 @@ class LocalModel:
 
 
 class LocalApplication:
-    """An application of any ASGI server or client.
+    """An application of any ASGI server or client. Requests whose clients leave end, as in Ray Serve.
 
     Args:
         config: the ``args`` of ``serve_config.yaml``.
         tracer: makes the spans of requests; the one that ``config`` describes if None.
 
     Attributes:
-        api: the ASGI application.
+        api: the ASGI application for servers that end requests themselves.
         models: the stages of each model, by name.
 
     Raises:
@@ -74,6 +76,10 @@ class LocalApplication:
         self.api: FastAPI = create_api(
             config.ingress, make_pipelines(config, stages), tracer=tracer, media=config.media
         )
+        self._attentive = ends_with_client(self.api)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._attentive(scope, receive, send)
 
     async def close(self) -> None:
         """End all stages."""

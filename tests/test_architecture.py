@@ -39,7 +39,7 @@ FLOORS = [
 
 #: Floors of the deployments from the ground up.
 SERVER_FLOORS = [
-    ["report", "logs", "unknown_fields"],
+    ["leaving", "logs", "report", "unknown_fields"],
     ["errors"],
     ["autoscaling", "in_place", "thought_tokens", "tracing", "turns"],
     [

@@ -42,7 +42,7 @@ def served() -> Iterator[str]:
         async def serve() -> None:
             nonlocal server
             application = LocalApplication(AppConfig.model_validate(served_args()))
-            server = uvicorn.Server(uvicorn.Config(application.api, log_level="warning"))
+            server = uvicorn.Server(uvicorn.Config(application, log_level="warning"))
             ready.set()
             await server.serve(sockets=[bound])
             await application.close()

@@ -5,14 +5,17 @@ garbage collection.
 """
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from deployments.api import create_api
 from deployments.config import AppConfig, IngressConfig
 from deployments.language_model import LanguageModel
+from deployments.leaving import ends_with_client
 from deployments.pipeline import Pipeline
 from deployments.stages import Generation, Stages
 from engine.outputs import OutputDelta, StreamUpdate, Usage
@@ -53,10 +56,13 @@ def spec():
     return AppConfig.model_validate(app_args()).models[0]
 
 
-def client(spec, stage) -> httpx.AsyncClient:
+def api(spec, stage) -> FastAPI:
     pipeline = Pipeline(spec, Stages(stage), ThreadPoolExecutor(1))
-    api = create_api(IngressConfig(), {"pocket": pipeline})
-    return httpx.AsyncClient(transport=AppTransport(api), base_url="http://test")
+    return create_api(IngressConfig(), {"pocket": pipeline})
+
+
+def client(spec, stage) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=AppTransport(api(spec, stage)), base_url="http://test")
 
 
 def body(stream: bool) -> dict:
@@ -73,6 +79,31 @@ async def test_a_client_leaves_its_stream(spec, count):
         await wait_until(lambda: stage.closed == 1)
     # The client that read one event has not been sent all of them.
     assert stage.given < 100
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_server_says_that_the_client_has_left(spec, stream):
+    """Servers without Ray cancel nothing. What is read after the body says that nobody waits."""
+    stage, left, sent = Endless(3), asyncio.Event(), []
+    parts = [{"type": "http.request", "body": json.dumps(body(stream)).encode()}]
+
+    async def receive():
+        if parts:
+            return parts.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message["type"])
+
+    app = ends_with_client(api(spec, stage))
+    asked = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    answer = asyncio.ensure_future(app({**asked, "query_string": b""}, receive, send))
+    await wait_until(lambda: stage.given == 3)
+    left.set()
+    await asyncio.wait_for(answer, 30)
+    assert stage.closed == 1
+    assert sent.count("http.response.start") == stream
 
 
 async def test_a_client_leaves_before_its_whole_answer(spec):

@@ -14,7 +14,7 @@ from tests.serving import app_args
 
 async def main():
     app = LocalApplication(AppConfig.model_validate(app_args()))
-    transport = httpx.ASGITransport(app=app.api)
+    transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as http:
         body = {"model": "pocket", "messages": [{"role": "user", "content": "Hello!"}], "temperature": 0}
         response = await http.post("/v1/chat/completions", json=body)

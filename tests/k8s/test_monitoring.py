@@ -92,7 +92,7 @@ def application() -> Iterator[str]:
     async def serve() -> None:
         nonlocal server
         app = LocalApplication(AppConfig.model_validate(app_args()))
-        server = uvicorn.Server(uvicorn.Config(app.api, host="127.0.0.1", port=port, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
         await server.serve()
         await app.close()
 
