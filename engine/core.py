@@ -202,12 +202,16 @@ class EngineCore:
                     self.scheduler.fail(request, error)
 
     def _append_forced(self, events: StepEvents, row: int, request: Request) -> None:
-        """Append the tokens that alone may come after the one in ``row``. Those that may end the answer are
-        sampled, as all its ends are."""
+        """Append the tokens that alone may come after the one in ``row``, and the end if that alone may follow.
+        Other tokens that may end the answer are sampled."""
         if room := self.scheduler.forced.room(request):
             tokens = request.grammar.force(room, request.stop_ids)
             request.grammar.forecast.sampled(bool(tokens))
             self.scheduler.append_forced(request, tokens)
+            end = request.grammar.sure_end
+            if end is not None and self.scheduler.append_end(request, end):
+                tokens.append(end)
+                events.finished[row] = "stop"
             if tokens:
                 events.forced[row] = tokens
 

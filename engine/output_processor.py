@@ -200,7 +200,7 @@ class OutputProcessor:
         running, changed, deltas = self._running, found.changed, found.deltas
         # How many requests got their last token when: most of them in the same step.
         previous: Counter[float] = Counter()
-        count, finished, forced = 0, step.finished, step.forced
+        count, finished, opening, forced = 0, step.finished, step.opening, step.forced
         for row, (request, token) in enumerate(zip(step.requests, step.tokens.tolist(), strict=True)):
             if request is None or (entry := running.get(request.id)) is None or entry[1].done:
                 continue
@@ -211,6 +211,9 @@ class OutputProcessor:
                     delta = deltas[request.id] = OutputDelta(sequence.index, "", [])
                     self._update(group, changed).deltas.append(delta)
                 if sequence.plain and row not in finished:
+                    for before in opening.get(row, ()):
+                        self._continue(delta, group, sequence, before)
+                        count += 1
                     self._continue(delta, group, sequence, token)
                     count += 1
                     for following in forced.get(row, ()):
@@ -268,13 +271,14 @@ class OutputProcessor:
     def _extend_all(
         self, delta: OutputDelta, group: RequestGroup, sequence: _Sequence, row: int, step: StepEvents
     ) -> int:
-        """Add the token of ``row`` and those forced behind it, up to the sequence's end; return how many were
+        """Add the token of ``row`` and those forced around it, up to the sequence's end; return how many were
         added."""
-        tokens = [int(step.tokens[row]), *step.forced.get(row, ())]
+        tokens = [*step.opening.get(row, ()), int(step.tokens[row]), *step.forced.get(row, ())]
         for number, token in enumerate(tokens, start=1):
-            self._extend(delta, group, sequence, token, row, step)
+            reason = step.finished.get(row) if number == len(tokens) else None
+            self._extend(delta, group, sequence, token, row, step, reason)  # type: ignore[arg-type]
             if sequence.done:
-                return number if token >= 0 else 0
+                return number if token >= 0 else number - 1
         return len(tokens)
 
     def _extend(
@@ -285,10 +289,10 @@ class OutputProcessor:
         token: int,
         row: int,
         step: StepEvents,
+        reason: FinishReason | None,
     ) -> None:
-        """Add the token that ``step`` gave in ``row``."""
+        """Add a token that ``step`` gave in ``row``; ``reason`` is that of the sequence's end with it."""
         request = sequence.request
-        reason: FinishReason | None = step.finished.get(row)  # type: ignore[assignment]
         if reason == "error":
             sequence.give(delta, sequence.detokenizer.finish())
             delta.finish_reason = reason

@@ -24,7 +24,8 @@ class Request:
 
     Attributes:
         id: unique within the engine.
-        token_ids: the prompt, and the output up to the last preemption or up to where another engine left it.
+        token_ids: the prompt, and the output up to the last preemption or up to where another engine left it,
+            with the ``opening``.
         num_prompt: length of the prompt.
         params: sampling parameters; ignored by pooling requests.
         max_total: most tokens, prompt included, that the sequence may reach.
@@ -44,6 +45,9 @@ class Request:
         grammar: the matcher that masks this sequence's tokens, if it is constrained.
         appends_forced: tokens that the grammar alone decides are appended without being sampled; see
             :mod:`engine.scheduling.forced`.
+        opening: tokens that the grammar alone decides before any is sampled. They are known like a prompt's,
+            and computed with it; the caller gets them with the first sampled token, and they are no longer
+            kept here then.
         takes_drafts: its next tokens may be drafted and verified, see :mod:`engine.scheduling.drafts`.
         blocks: KV blocks it holds, in order, of each group of layers (:class:`.LayerGroups`); 0 in place of
             those behind the group's window. Empty while waiting.
@@ -77,6 +81,7 @@ class Request:
     pooling: PoolingParams | None = None
     grammar: Any = None
     appends_forced: bool = False
+    opening: list[int] = field(default_factory=list)
     takes_drafts: bool = False
     blocks: list[list[int]] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -88,6 +93,11 @@ class Request:
     suspect: bool = False
     admitted_at: float | None = None
     finished: bool = False
+
+    @property
+    def has_begun(self) -> bool:
+        """True if its caller has got a part of the output, or may have."""
+        return self.num_preemptions > 0 or len(self.token_ids) > self.num_prompt + len(self.opening)
 
     @property
     def scores_prompt(self) -> bool:

@@ -116,6 +116,7 @@ class RequestFactory:
                 grammar=None if grammar is None else grammar.matcher(),
                 appends_forced=self._appends_forced(params),
                 takes_drafts=_takes_drafts(params),
+                opening=[],
                 blocks=[],
                 block_hashes=[],
             )
@@ -130,7 +131,8 @@ class RequestFactory:
         return self._config.append_forced_tokens and alone and params.logprobs is None
 
     def _carry_on(self, request: Request) -> None:
-        """Bring a request that has output already into the state that it would have after that output.
+        """Bring a request into the state that it would have after the output that it has already, and append
+        the tokens that its grammar forces there.
 
         Raises:
             ContextLengthExceeded: no token more fits; the engine that gave the output had more room.
@@ -141,8 +143,12 @@ class RequestFactory:
         if request.grammar is not None:
             # A token that is not allowed leaves a matcher that allows none, as it does in a running answer.
             request.grammar.accept(request.token_ids[request.num_prompt :])
+            # The scores of a prompt are computed apart from its answer.
+            if request.appends_forced and request.params.prompt_logprobs is None:
+                request.opening = request.grammar.open(request.max_total - 1 - count, request.stop_ids)
+                request.token_ids += request.opening
         longest = self._model.decoder.rope.recompute_beyond
-        if longest is not None and count > longest:
+        if longest is not None and len(request.token_ids) > longest:
             request.rope_variant = 1
 
     def pooling(

@@ -134,7 +134,10 @@ class StepEvents:
         time: when the tokens were read, in seconds of the monotonic clock.
         finished: rows that ended, with their reason: ``stop``, ``length``, or ``error`` where no token was
             allowed.
-        forced: tokens that follow a row's token, because its grammar allows no others.
+        opening: tokens that come before a row's token, the first one that was sampled for its request, because
+            its grammar allows no others.
+        forced: tokens that follow a row's token, because its grammar allows no others. The last one ends the
+            request if the row has ended.
         logprobs: per row the runner's log-probabilities, where any row asked.
         prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
         pooled: ``(request, float32 vector or vectors)`` of finished pooling requests.
@@ -145,6 +148,7 @@ class StepEvents:
     tokens: np.ndarray
     time: float = field(default_factory=time.monotonic)
     finished: dict[int, str] = field(default_factory=dict)
+    opening: dict[int, list[int]] = field(default_factory=dict)
     forced: dict[int, list[int]] = field(default_factory=dict)
     logprobs: LogprobTensors | None = None
     prompt_logprobs: list[tuple[Request, int, LogprobTensors]] = field(default_factory=list)

@@ -148,7 +148,7 @@ class Scheduler:
         for admission in batch.admitted:
             if admission.request.num_preemptions == 0:
                 # It was admitted for the first time.
-                self.stats.cached_tokens -= admission.num_computed
+                self.stats.cached_tokens -= admission.request.num_cached or 0
                 admission.request.num_cached = None
 
     @property
@@ -252,6 +252,11 @@ class Scheduler:
         events = StepEvents(requests, tokens)
         rows = None if all_live else np.flatnonzero([request is not None for request in requests])
         self.stats.output_tokens += self._sampled.store(batch, events, rows)
+        # Only a chunk gives a request's first token.
+        for row in range(len(batch.decode_slots), len(slots)):
+            if (request := events.requests[row]) is not None and request.opening:
+                events.opening[row], request.opening = request.opening, []
+                self.stats.output_tokens += len(events.opening[row])
         return events
 
     def append_forced(self, request: Request, tokens: Sequence[int]) -> None:
@@ -259,6 +264,20 @@ class Scheduler:
         :class:`ForcedTokens`. An empty sequence is passed, too: it says that nothing is forced."""
         self.forced.append(request, tokens)
         self.stats.output_tokens += len(tokens)
+
+    def append_end(self, request: Request, token: int) -> bool:
+        """Add the ``token`` that ends ``request``, without computing it or those before it; return False if the
+        request goes on, because it may not end yet or because that raised an exception."""
+        if request.slot is None or token not in request.stop_ids:
+            return False
+        table, slot = self.slots, request.slot
+        known = int(table.known[slot])
+        if known + 1 < table.min_total[slot] or known >= min(table.limit[slot], table.pause[slot]):
+            return False
+        table.tokens[slot, known] = token
+        table.known[slot] = known + 1
+        self.stats.output_tokens += 1
+        return self._finish(request)
 
     def finish_pooling(
         self, batch: ScheduledBatch, vectors: dict[Request, np.ndarray]
@@ -369,8 +388,9 @@ class Scheduler:
             self.slots.pause[slot] = min(self.slots.limit[slot], self.recompute_beyond + 1)
         self.ledger.hold(request, computed)
         if request.num_cached is None:
-            request.num_cached = computed
-            self.stats.cached_tokens += computed
+            # Blocks of its answer may be cached as well.
+            request.num_cached = min(computed, request.num_prompt)
+            self.stats.cached_tokens += request.num_cached
         batch.admitted.append(Admission(request, slot, computed, self.kv.snapshot_at(request, num_cached)))
         self._prefilling.append(request)
         return True

@@ -28,8 +28,7 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         # An answer that has begun is never late: it goes on as soon as it can.
-        begun = request.num_preemptions > 0 or len(request.token_ids) > request.num_prompt
-        deadline = None if begun else request.deadline
+        deadline = None if request.has_begun else request.deadline
         self._queue.push(request, priority=request.priority, arrival=request.arrival, deadline=deadline)
         self._count += 1
         self.tokens += len(request.token_ids)

@@ -143,6 +143,18 @@ class GrammarMatcher:
                 break
         return tokens
 
+    def open(self, most: int, excluded: Container[int]) -> list[int]:
+        """:meth:`force`, before the first token is sampled."""
+        if tokens := self.force(most, excluded):
+            self.forecast.sampled(True)
+        return tokens
+
+    @property
+    def sure_end(self) -> int | None:
+        """The token that alone may follow, which ends the sequence; None if others may, or if tokens are banned
+        from ending it."""
+        return next(iter(self._eos_ids)) if len(self._eos_ids) == 1 and self.is_finished else None
+
     def _num_sure(self, tokens: Sequence[int]) -> int:
         """Return how many of the tokens that must follow can be taken together: those that must also follow
         when llguidance is asked again behind each one, as for masks. The tokenizer may cut the rest of a text
