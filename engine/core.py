@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 #: Words of a mask by which states of grammars are told apart: those of the vocabulary's commonest tokens.
 _FIRST_WORDS = 512
 
-GrammarMask = Callable[[list[int]], np.ndarray]
+#: Writes the masks of the rows that sample in these slots, int32 ``(R, ceil(V / 32))``.
+GrammarMask = Callable[[list[int], np.ndarray], None]
 
 
 class PendingStep(Protocol):
@@ -202,8 +203,8 @@ class EngineCore:
                     self.scheduler.fail(request, error)
 
     def _append_forced(self, events: StepEvents, row: int, request: Request) -> None:
-        """Append the tokens that alone may come after the one in ``row``, and the end if that alone may follow.
-        Other tokens that may end the answer are sampled."""
+        """Append the tokens that alone may come after the one in ``row``, and then the end if that alone may
+        come. Other tokens that may end the answer are sampled."""
         if room := self.scheduler.forced.room(request):
             tokens = request.grammar.force(room, request.stop_ids)
             request.grammar.forecast.sampled(bool(tokens))
@@ -231,30 +232,24 @@ class EngineCore:
         if not table.constrained[batch.sampling_slots].any():
             return None
 
-        def fill(slots: list[int]) -> np.ndarray:
+        def fill(slots: list[int], mask: np.ndarray) -> None:
             self._pace.launched()
             while self._in_flight:
                 self._collect()
-            words = -(-self.runner.vocab_size // 32)
-            mask = np.empty((len(slots), words), np.int32)
+            # A request that ended meanwhile has left its slot, and is constrained no more.
             constrained = table.constrained[slots]
             mask[~constrained] = -1
-            open_rows: list[tuple[Request, int]] = []
-            for row in np.flatnonzero(constrained).tolist():
-                slot = slots[row]
-                index = int(table.computed[slot])
-                if index < table.known[slot]:
-                    # The row samples a token that is forced.
-                    mask[row] = 0
-                    token = int(table.tokens[slot, index])
-                    mask.view(np.uint32)[row, token // 32] = np.uint32(1 << token % 32)
-                elif (request := table.requests[slot]) is not None:
-                    open_rows.append((request, row))
-                else:
-                    # A request that ended meanwhile has left its slot.
-                    mask[row] = -1
-            self._fill_masks(open_rows, mask)
-            return mask
+            index = table.computed[slots]
+            is_known = constrained & (index < table.known[slots])
+            if is_known.any():
+                # These rows sample tokens that are forced.
+                rows = np.flatnonzero(is_known)
+                tokens = table.tokens[np.array(slots)[rows], index[rows]].astype(np.uint32)
+                mask[rows] = 0
+                mask.view(np.uint32)[rows, tokens // 32] = np.uint32(1) << tokens % 32
+            open_rows = np.flatnonzero(constrained & ~is_known)
+            requests = table.requests[np.array(slots)[open_rows]].tolist()
+            self._fill_masks(list(zip(requests, open_rows.tolist(), strict=True)), mask)
 
         return fill
 

@@ -185,11 +185,10 @@ class ParallelRunner:
             Unavailable: a rank has died; the others were ended.
         """
 
-        def shared_mask(slots: list[int]) -> np.ndarray:
+        def shared_mask(slots: list[int], mask: np.ndarray) -> None:
             assert grammar_mask is not None
-            mask = grammar_mask(slots)
+            grammar_mask(slots, mask)
             self._workers.send(mask)
-            return mask
 
         self._workers.check()
         prepared = self._own.prepare(batch)

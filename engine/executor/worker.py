@@ -77,8 +77,8 @@ def _start(connection: Connection) -> ModelRunner:
 def _run_steps(connection: Connection, runner: ModelRunner) -> None:
     receiver = BatchReceiver()
 
-    def grammar_mask(slots: list[int]) -> np.ndarray:
-        return connection.recv()
+    def grammar_mask(slots: list[int], mask: np.ndarray) -> None:
+        mask[...] = connection.recv()
 
     while True:
         message = connection.recv()

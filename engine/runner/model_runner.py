@@ -27,7 +27,7 @@ from engine.runner.launched_step import LaunchedStep, PromptResults
 from engine.runner.pooler import Pooler
 from engine.runner.prompt_scorer import PromptScorer
 from engine.runner.sampler import Sampler, SamplingPlan
-from engine.runner.staging import upload
+from engine.runner.staging import staging, upload
 from engine.runner.step_arrays import ChunkArrays, StepArrays, chunk_rows, to_device
 from engine.scheduling.batch import PrefillChunk, ScheduledBatch
 from engine.startup import StartTimes
@@ -35,7 +35,7 @@ from engine.startup import StartTimes
 #: Plans whose sampling is captured with the decode step. Others sample eagerly after a captured forward pass.
 _CAPTURED_PLANS = (SamplingPlan(), SamplingPlan(random=True), SamplingPlan(random=True, truncates=True))
 
-GrammarMask = Callable[[list[int]], np.ndarray]
+GrammarMask = Callable[[list[int], np.ndarray], None]
 
 
 @dataclass(slots=True)
@@ -148,8 +148,9 @@ class ModelRunner:
 
         Args:
             batch: the step.
-            grammar_mask: called after the forward pass was enqueued, with the slots of the sampling rows;
-                int32 bit masks ``(R, ceil(V / 32))`` of the tokens allowed. Given iff some row has a grammar.
+            grammar_mask: called after the forward pass was enqueued, with the slots of the sampling rows, to
+                write int32 bit masks ``(R, ceil(V / 32))`` of the tokens allowed. Given iff some row has a
+                grammar.
 
         Raises:
             RequestFault: the work for one request raised.
@@ -201,8 +202,11 @@ class ModelRunner:
         if tokens is None:
             mask = None
             if grammar_mask is not None:
+                rows = (len(batch.sampling_slots), -(-self.vocab_size // 32))
+                mask = staging(rows, torch.int32, self.device)
+                grammar_mask(batch.sampling_slots.tolist(), mask.numpy())
                 # A copy that waits would delay the launches of sampling until the forward pass has finished.
-                mask = upload(grammar_mask(batch.sampling_slots.tolist()), self.device)
+                mask = mask.to(self.device, non_blocking=True)
             if step.arrays.chunks is not None and step.arrays.chunks.forced.numel():
                 forced_slots, forced_tokens = step.arrays.chunks.forced
                 self.sampler.count(forced_slots, forced_tokens, plan)

@@ -25,9 +25,17 @@ def upload_shared(array: np.ndarray, device: torch.device) -> torch.Tensor:
     A copy to a GPU from memory that isn't pinned would first wait for all work that is enqueued.
     """
     dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    staged = torch.empty(array.shape, dtype=dtype, pin_memory=device.type == "cuda")
+    staged = staging(array.shape, dtype, device)
     staged.numpy()[...] = array
     return staged.to(device, non_blocking=True)
+
+
+def staging(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Host memory of any content, from which ``to(device, non_blocking=True)`` copies without waiting.
+
+    On a GPU it is memory that was used before: fresh memory costs more to write to than its pages do.
+    """
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def upload_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:

@@ -134,10 +134,10 @@ class StepEvents:
         time: when the tokens were read, in seconds of the monotonic clock.
         finished: rows that ended, with their reason: ``stop``, ``length``, or ``error`` where no token was
             allowed.
-        opening: tokens that come before a row's token, the first one that was sampled for its request, because
-            its grammar allows no others.
-        forced: tokens that follow a row's token, because its grammar allows no others. The last one ends the
-            request if the row has ended.
+        opening: tokens that come before a row's token, the first one sampled for its request, because its
+            grammar allows no others.
+        forced: tokens that follow a row's token, because its grammar allows no others. If the row has ended,
+            it ended with the last of them.
         logprobs: per row the runner's log-probabilities, where any row asked.
         prompt_logprobs: per completed or partial prefill, ``(request, start, values)``.
         pooled: ``(request, float32 vector or vectors)`` of finished pooling requests.

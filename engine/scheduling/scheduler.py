@@ -266,8 +266,8 @@ class Scheduler:
         self.stats.output_tokens += len(tokens)
 
     def append_end(self, request: Request, token: int) -> bool:
-        """Add the ``token`` that ends ``request``, without computing it or those before it; return False if the
-        request goes on, because it may not end yet or because that raised an exception."""
+        """End ``request`` with ``token``; neither it nor those before it are computed. Return False if it may
+        not end so, or if that raised an exception."""
         if request.slot is None or token not in request.stop_ids:
             return False
         table, slot = self.slots, request.slot

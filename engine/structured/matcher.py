@@ -151,8 +151,7 @@ class GrammarMatcher:
 
     @property
     def sure_end(self) -> int | None:
-        """The token that alone may follow, which ends the sequence; None if others may, or if tokens are banned
-        from ending it."""
+        """The token that ends the sequence, if no other may follow; None if others may."""
         return next(iter(self._eos_ids)) if len(self._eos_ids) == 1 and self.is_finished else None
 
     def _num_sure(self, tokens: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.forced import ForcedTokens
 from engine.scheduling.kv_manager import KVManager
 from engine.scheduling.slots import SequenceSlots
+from engine.scheduling.waiting import WaitingQueue
 from tests.engine import tiny
 from tests.engine.executor.threads import ThreadLauncher
 from tests.engine.rerun import rerun
@@ -184,3 +185,32 @@ def test_forced_tokens_take_no_steps_of_their_own(path, run_ahead, count):
     for llm in (on, off):
         assert answers(llm, ASKED[:1] * count)[0].outputs[0].finish_reason == "stop"
     assert steps(on) < 0.5 * steps(off)
+
+
+def test_what_comes_before_and_after_the_only_choice_takes_no_step(tmp_path):
+    """The prompt's step samples the choice: the tokens before it are computed with the prompt, and the answer
+    ends when it is known."""
+    path = tiny.make_text(tmp_path, "mistral")
+    choice = StructuredSpec(kind="regex", text="a picture of:[0-9] blue stars")
+    asked = [{"structured": choice, "temperature": 1.5, "seed": 1}]
+    on, off = (
+        LLM(str(path), max_model_len=190, block_size=4, run_ahead=0, append_forced_tokens=appends)
+        for appends in (True, False)
+    )
+    [wanted] = answers(off, asked)
+    for _ in range(2):
+        [found] = answers(on, asked)
+        assert_same_output(found, wanted)
+    # The second time, the blocks of the answer's beginning were cached, too. They are no part of the prompt.
+    counts = on.metrics()
+    assert steps(on) == 2 and counts["cached_tokens"] == len(wanted.prompt_token_ids)
+    assert counts["output_tokens"] == 2 * len(wanted.outputs[0].token_ids)
+
+
+def test_a_request_can_be_late_though_its_first_tokens_are_known():
+    for given, late in (([], 0), ([1, 1], 1)):
+        queue = WaitingQueue()
+        request = Request("0", [1] * 20, 18, SamplingParams(), 60, frozenset(), deadline=0.0, opening=given)
+        queue.push(request)
+        queue.push(Request("1", [1] * 20, 20, SamplingParams(), 60, frozenset(), arrival=1.0))
+        assert queue.first() is not None and queue.num_late == late
