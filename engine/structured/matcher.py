@@ -15,7 +15,7 @@ from engine.structured.run_odds import RunForecast, RunOdds
 
 #: Seconds of computing masks that other threads don't shorten: to wake them takes milliseconds on a busy
 #: host.
-_ALONE_S = 1e-3
+_ALONE_S = 2e-3
 #: Texts of a grammar that must follow somewhere, of which it is kept how many tokens are taken together.
 _MOST_TEXTS = 1024
 
