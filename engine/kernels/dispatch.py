@@ -348,6 +348,9 @@ def _rounded_linear(
         if rows <= fp8_mma.MAX_ROWS and weight.shape[1] % fp8_mma.WIDTH == 0:
             return fp8_mma_gluon(x.numbers, weight, bias, **options)
         return skinny_gemm_triton(x.numbers, weight, bias, counters=counters, **options)
+    if activation is not None and use_triton(x.numbers) and wide_gemm.supports(x.numbers, weight):
+        options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
+        return wide_gemm_gluon(x.numbers, weight, bias, activation, **options)
     out = scaled_gemm(x, weight, scale, bias, torch.bfloat16)
     return out if activation is None else act_mul(out, activation)
 
@@ -431,7 +434,8 @@ def norm_gated_rounded(
     scale: Scale | Int4Scale | None = None,
 ) -> tuple[RoundedRows, torch.Tensor]:
     """Compute :func:`norm_linear` with a gate, and round its rows to fp8 for the next layer."""
-    if x.shape[0] <= MEMORY_BOUND_ROWS:
+    wide = isinstance(x, torch.Tensor) and _may_round(x, weight, scale) and wide_gemm.supports(x, weight)
+    if x.shape[0] <= MEMORY_BOUND_ROWS or wide:
         out, total = norm_linear(
             x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
         )

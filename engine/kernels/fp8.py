@@ -27,6 +27,10 @@ LARGEST = 448.0
 #: One row is multiplied by weights of up to so many numbers as it is, where to round it would take a launch. On an
 #: H200 that is faster for 2048 outputs of 4096 inputs.
 MAX_UNROUNDED = 9 << 20
+#: Hopper sums products of fp8 with 14 bits; torch else adds those of some inputs up outside of the tensor cores. On an
+#: H200 that takes 10 to 20 % longer for 1280 to 5120 inputs and errs by 1.7 thousandths, which the result's own
+#: rounding does, in place of 2.1. With 18 944 inputs it is as fast, and errs by 1.7 in place of 3.8.
+MAX_FAST_INPUTS = 8192
 #: Lower bound of a row's largest magnitude.
 _SMALLEST = 2.0**-100
 #: Elements of a row that a program handles at a time.
@@ -242,9 +246,18 @@ def supports_scaled(x: torch.Tensor | SplitSums, weight: torch.Tensor, scale: Sc
 def scaled_gemm(
     rows: RoundedRows, weight: torch.Tensor, scale: Scale, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Compute ``rows @ (weight * scale).T + bias`` in ``dtype``, on fp8 tensor cores."""
+    """Compute ``rows @ (weight * scale).T + bias`` in ``dtype``, on fp8 tensor cores.
+
+    Up to :data:`MAX_FAST_INPUTS` inputs are summed up as the tensor cores do it.
+    """
     return torch._scaled_mm(
-        rows.numbers, weight.t(), rows.scale, scale.values.t(), bias=bias, out_dtype=dtype
+        rows.numbers,
+        weight.t(),
+        rows.scale,
+        scale.values.t(),
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=weight.shape[1] <= MAX_FAST_INPUTS,
     )
 
 

@@ -1,7 +1,7 @@
 """GEMM with many input rows and a fused gate, for Hopper GPUs: the first layers of a gated MLP.
 
-The GEMM is compute-bound, and torch's is as fast. But the gate is memory-bound: as a kernel of its own it reads the
-GEMM's output once more, and writes half of it. Here it runs on the accumulators in registers: a tile has as many rows
+The GEMM is compute-bound, and torch's is as fast, in fp8 as well. But the gate is memory-bound: as a kernel of its own it
+reads the GEMM's output once more, and writes half of it. Here it runs on the accumulators in registers: a tile has as many rows
 of the gate's weights as of the others, so that both factors of a product meet in one thread.
 
 Warps are specialised as in :mod:`engine.kernels.expert_gemm`: one warp loads tiles of rows and weights through
@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from engine.kernels.activation import activate
 from engine.kernels.device import MEMORY_BOUND_ROWS, has_descriptor, is_hopper, num_sms
+from engine.kernels.fp8 import FP8, MAX_FAST_INPUTS
 from engine.kernels.launch import is_compiling, launch
-from engine.kernels.ring import STEP_BYTES, barriers, buffers, describe, described, tma_load
+from engine.kernels.ring import DTYPES, STEP_BYTES, barriers, buffers, describe, described, tma_load
 
 #: Up to so many rows the narrow tile is the faster one.
 _FEW_ROWS = 1024
@@ -39,11 +40,11 @@ _activate = gluon.jit(activate.fn)
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
-    fits = (
-        x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] > MEMORY_BOUND_ROWS and is_hopper(x.device)
-    )
+    """Return whether the kernel should multiply ``x`` ``(T, K)``, or its rows in fp8, by ``weight`` ``(N, K)``."""
+    fits = x.dtype in DTYPES and x.shape[0] > MEMORY_BOUND_ROWS and is_hopper(x.device)
     fits = fits and weight.shape[0] % 16 == 0 and has_descriptor(x) and has_descriptor(weight)
+    # The tensor cores sum up all products of an output.
+    fits = fits and (weight.dtype != FP8 or weight.shape[1] <= MAX_FAST_INPUTS)
     return fits and not _drifts(x.shape[0], weight)
 
 
@@ -73,14 +74,18 @@ def choose_tile(rows: int) -> WideTile:
     return _NARROW if rows <= _FEW_ROWS else _BROAD
 
 
-def wide_gemm_gluon(x, weight, bias, activation):
+def wide_gemm_gluon(x, weight, bias, activation, *, scale=None, row_scale=None, dtype=None):
     """See :func:`engine.kernels.dispatch.linear`; for ``x`` ``(T, K)`` that :func:`supports` admits.
 
     Sums, bias and gate are float32; only the result is rounded.
+
+    Args:
+        scale, row_scale, dtype: of a weight and rows in fp8: the weight's scales, one an output; those of the rows,
+            ``(T, 1)``; and the dtype of the result.
     """
     (rows, inputs), outputs = x.shape, weight.shape[0] // 2
     assert weight.shape[1] == inputs > 0 and x.dtype == weight.dtype
-    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
     if rows == 0:
         return out
     # When compiling ahead of time, compile the kernel for other numbers of rows too.
@@ -89,9 +94,10 @@ def wide_gemm_gluon(x, weight, bias, activation):
         launch(
             _wide_kernel, (min(tiles, num_sms(x.device)),),
             x_desc=describe(x, tile.rows), weight_desc=described(weight, tile.weights // 2),
-            out_ptr=out, bias_ptr=x if bias is None else bias, rows=rows, outputs=outputs, inputs=inputs,
+            out_ptr=out, bias_ptr=x if bias is None else bias, row_scale_ptr=x if scale is None else row_scale,
+            scale_ptr=x if scale is None else scale.values, rows=rows, outputs=outputs, inputs=inputs,
             ROWS=tile.rows, WEIGHTS=tile.weights, INPUTS=STEP_BYTES // x.element_size(), STAGES=tile.stages, GROUP=_GROUP,
-            BIAS=bias is not None, ACTIVATION=activation,
+            BIAS=bias is not None, SCALED=scale is not None, ACTIVATION=activation,
             COMPUTE_REGISTERS=_COMPUTE_REGISTERS, LOAD_REGISTERS=_LOAD_REGISTERS,
             num_warps=4, maxnreg=_REGISTERS,
         )  # fmt: skip
@@ -101,9 +107,9 @@ def wide_gemm_gluon(x, weight, bias, activation):
 # ``rows`` differs between images; specialising on it would compile the kernel again at start-up.
 @gluon.jit(do_not_specialize=["rows"])
 def _wide_kernel(
-    x_desc, weight_desc, out_ptr, bias_ptr, rows, outputs, inputs,
+    x_desc, weight_desc, out_ptr, bias_ptr, row_scale_ptr, scale_ptr, rows, outputs, inputs,
     ROWS: gl.constexpr, WEIGHTS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
+    BIAS: gl.constexpr, SCALED: gl.constexpr, ACTIVATION: gl.constexpr,
     COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """At most one program per SM, each for every ``num_programs``-th tile."""
@@ -117,10 +123,11 @@ def _wide_kernel(
     sizes = (rows, outputs, inputs, down, columns)
     first: gl.constexpr = 0
     second: gl.constexpr = 1
+    out = (out_ptr, bias_ptr, row_scale_ptr, scale_ptr)
     gl.warp_specialize(
         [
-            (_multiply, (first, ring, sizes, out_ptr, bias_ptr, BIAS, ACTIVATION, GROUP, STAGES)),
-            (_multiply, (second, ring, sizes, out_ptr, bias_ptr, BIAS, ACTIVATION, GROUP, STAGES)),
+            (_multiply, (first, ring, sizes, out, BIAS, SCALED, ACTIVATION, GROUP, STAGES)),
+            (_multiply, (second, ring, sizes, out, BIAS, SCALED, ACTIVATION, GROUP, STAGES)),
             (_load_tiles, (x_desc, weight_desc, ring, sizes, GROUP, STAGES)),
         ],
         [4, 1],
@@ -146,13 +153,14 @@ def _load_tiles(x_desc, weight_desc, ring, sizes, GROUP: gl.constexpr, STAGES: g
     WEIGHTS: gl.constexpr = weights.shape[1]
     INPUTS: gl.constexpr = x.shape[2]
     HALF: gl.constexpr = WEIGHTS // 2
+    BYTES: gl.constexpr = x.dtype.primitive_bitwidth // 8
     step = 0
     for tile in range(gl.program_id(0), down * columns, gl.num_programs(0)):
         row, column = _place(tile, down, columns, GROUP)
         for k in range(0, inputs, INPUTS):
             stage = step % STAGES
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), (ROWS + WEIGHTS) * INPUTS * 2)
+            mbarrier.expect(ready.index(stage), (ROWS + WEIGHTS) * INPUTS * BYTES)
             tma_load(x_desc, [row * ROWS, k], ready.index(stage), x.index(stage))
             target = weights.index(stage)
             tma_load(weight_desc, [column * HALF, k], ready.index(stage), target.slice(0, HALF, 0))
@@ -163,15 +171,18 @@ def _load_tiles(x_desc, weight_desc, ring, sizes, GROUP: gl.constexpr, STAGES: g
 
 @gluon.jit
 def _multiply(
-    half: gl.constexpr, ring, sizes, out_ptr, bias_ptr, BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
+    half: gl.constexpr, ring, sizes, out, BIAS: gl.constexpr, SCALED: gl.constexpr, ACTIVATION: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Multiply half of the rows of each tile; run by one compute group (four warps). ``half``: which one."""
     x, weights, free = ring[0], ring[1], ring[3]
     rows, outputs, inputs, down, columns = sizes
+    out_ptr, bias_ptr, row_scale_ptr, scale_ptr = out
     HEIGHT: gl.constexpr = x.shape[1] // 2
     WEIGHTS: gl.constexpr = weights.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WEIGHTS, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, WEIGHTS, 256 // x.dtype.primitive_bitwidth]
+    )
     steps = gl.cdiv(inputs, x.shape[2])
     step = 0
     for tile in range(gl.program_id(0), down * columns, gl.num_programs(0)):
@@ -189,6 +200,11 @@ def _multiply(
         row, column = _place(tile, down, columns, GROUP)
         output = column * (WEIGHTS // 2)
         gate, up = acc.reshape([HEIGHT, 2, WEIGHTS // 2]).permute((0, 2, 1)).split()
+        if SCALED:
+            own_row = (2 * row + half) * HEIGHT + gl.arange(0, HEIGHT, gl.SliceLayout(1, gate.type.layout))
+            factor = gl.load(row_scale_ptr + own_row, mask=own_row < rows, other=0.0)[:, None]
+            gate *= factor * _of_outputs(scale_ptr, gate, output, outputs)
+            up *= factor * _of_outputs(scale_ptr + outputs, up, output, outputs)
         gate = _activate(_with_bias(gate, bias_ptr, output, outputs, BIAS), ACTIVATION)
         up = _with_bias(up, bias_ptr + outputs, output, outputs, BIAS)
         _store(gate * up, out_ptr, (2 * row + half) * HEIGHT, rows, output, outputs)
@@ -208,9 +224,15 @@ def _issue(acc, ring, step, half: gl.constexpr, USE_ACC: gl.constexpr, STAGES: g
 @gluon.jit
 def _with_bias(x, bias_ptr, first, outputs, BIAS: gl.constexpr):
     if BIAS:
-        column = first + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
-        x += gl.load(bias_ptr + column, mask=column < outputs, other=0.0).to(gl.float32)[None, :]
+        x += _of_outputs(bias_ptr, x, first, outputs)
     return x
+
+
+@gluon.jit
+def _of_outputs(values_ptr, like, first, outputs):
+    """Load values of the outputs from ``first`` on, which are the columns of ``like``, as a row."""
+    column = first + gl.arange(0, like.shape[1], gl.SliceLayout(0, like.type.layout))
+    return gl.load(values_ptr + column, mask=column < outputs, other=0.0).to(gl.float32)[None, :]
 
 
 @gluon.jit

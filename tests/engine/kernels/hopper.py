@@ -235,6 +235,7 @@ def fp8_weights() -> None:
     from engine.kernels.norm_gemv import norm_gemv_triton
     from engine.kernels.rms_norm import rms_norm_triton
     from engine.kernels.skinny_gemm import skinny_gemm_triton, split_counters
+    from engine.kernels.wide_gemm import wide_gemm_gluon
 
     def weight(outputs: int, inputs: int, group: int) -> dict[str, Any]:
         values = torch.ones(outputs, -(-inputs // group))
@@ -257,6 +258,10 @@ def fp8_weights() -> None:
             sums = skinny_gemm_triton(tensor(rows, 18944, dtype=FP8), **plain, **rounded, parts=True)
             rms_norm_triton(sums, norm, 1e-6, tensor(rows, 3584), rounded=True)
     dequantise_triton(**weight(4608, 3584, 128), dtype=BF16)
+    gated = weight(37888, 3584, 1 << 15)
+    for rows in (512, 4096):
+        rounded = {"row_scale": torch.ones(rows, 1), "dtype": BF16}
+        wide_gemm_gluon(tensor(rows, 3584, dtype=FP8), **gated, **rounded, bias=None, activation="silu")
     for rows in (1, 100):
         quantise_rows_triton(tensor(rows, 18944))
         quantise_rows_triton(tensor(rows, 18944), 128)

