@@ -189,9 +189,10 @@ def _processor(checkpoint: Checkpoint, config: ModelConfig, options: Json) -> Qw
         times=first_times,
         sample=glm46v_indices if _samples_later(checkpoint, config) else glm4v_indices,
         bounds=(112 * 112, 28 * 28 * 2 * 30000),
+        named_bounds=False,
     )
     # An image is a video of equal frames, and its bounds are those of all of them.
-    images = ImageRules(enlarged, bounds=(112 * 112, 28 * 28 * 15000), fill_patch=True)
+    images = ImageRules(enlarged, bounds=(112 * 112, 28 * 28 * 15000), fill_patch=True, named_bounds=False)
     return QwenProcessor.create(checkpoint, config, options, videos, images)
 
 

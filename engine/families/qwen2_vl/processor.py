@@ -117,11 +117,14 @@ class ImageRules:
             starts from.
         bounds: the two areas of resized images where the files state none.
         fill_patch: an image counts as the equal frames of a temporal patch in its area.
+        named_bounds: ``min_pixels`` and ``max_pixels`` in a file count for more than its ``size``; else they
+            are not read.
     """
 
     before: Callable[[tuple[int, int], int], tuple[int, int]] = own_size
     bounds: tuple[int, int] = (56 * 56, 28 * 28 * 1280)
     fill_patch: bool = False
+    named_bounds: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ class VideoRules:
             area of one row in pixels, the two bounds, ``max_video_tokens`` and the temporal patch.
         max_video_tokens: the argument of ``cap`` where the files state none.
         bounds: the two bounds where the files state none.
+        named_bounds: as of :class:`ImageRules`.
         normalisation: the same of the pixels.
     """
 
@@ -147,6 +151,7 @@ class VideoRules:
     cap: VideoCap = share_of_budget
     max_video_tokens: int = 128_000
     bounds: tuple[int, int] = (128 * 28 * 28, 768 * 28 * 28)
+    named_bounds: bool = True
     normalisation: Normalisation = CLIP_NORMALISATION
 
 
@@ -218,8 +223,8 @@ class QwenProcessor:
             vision,
             config.image_token_id,
             config.video_token_id,
-            _pixel_bounds(options, *_stated_bounds(raw, images.bounds), limit),
-            _pixel_bounds(options, *_stated_bounds(of_video, video.bounds), limit),
+            _pixel_bounds(options, *_stated_bounds(raw, images), limit),
+            _pixel_bounds(options, *_stated_bounds(of_video, video), limit),
             video,
             (raw.get("resample", 3), of_video.get("resample", 3)),
             _fps(options.get("fps", DEFAULT_FPS)),
@@ -345,10 +350,11 @@ def _check(raw: Mapping[str, Any], vision: NativeVisionConfig) -> None:
             )
 
 
-def _stated_bounds(raw: Mapping[str, Any], default: tuple[int, int]) -> tuple[int, int]:
+def _stated_bounds(raw: Mapping[str, Any], rules: ImageRules | VideoRules) -> tuple[int, int]:
     size = raw.get("size") or {}
-    low = raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or default[0]
-    high = raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or default[1]
+    named = raw if rules.named_bounds else {}
+    low = named.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or rules.bounds[0]
+    high = named.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or rules.bounds[1]
     return low, high
 
 

@@ -173,6 +173,7 @@ _VIDEOS = VideoRules(
     cap=capped_area,
     max_video_tokens=768,
     bounds=(128 * 32 * 32, 768 * 32 * 32),
+    named_bounds=False,
     normalisation=HALF_NORMALISATION,
 )
 

@@ -295,6 +295,13 @@ def _in_memory(name: str) -> str:
     return name
 
 
+def _stated_size(path: Path) -> dict[str, int]:
+    file = path / "processor_config.json"
+    if file.is_file():
+        return json.loads(file.read_text())["image_processor"]["size"]
+    return json.loads((path / "preprocessor_config.json").read_text())["size"]
+
+
 class Reference:
     """Transformers' model and processor of a checkpoint of the family called ``kind`` there.
 
@@ -312,6 +319,10 @@ class Reference:
         self.vision = self.model.config.vision_config
         self.images = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
         self.frames = self.images
+        if kind in TIMED and self.images.size != (size := _stated_size(path)):
+            # The class of their videos takes no min_pixels and max_pixels.
+            self.frames = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
+            self.frames.size = type(self.images.size)(**size)
         if (path / "video_preprocessor_config.json").is_file():
             stated = json.loads((path / "video_preprocessor_config.json").read_text())
             self.frames = transformers.Qwen2VLImageProcessorPil(**stated)

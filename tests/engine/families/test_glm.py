@@ -17,6 +17,7 @@ from tests.engine.families import qwen
 from tests.engine.families.case import CasePrompt
 from tests.engine.families.glm import FRAME, SPECIALS, VIDEO, GlmReference, make_glm
 from tests.engine.families.opened import check_refused, media_processor, parse
+from tests.engine.tiny import picture
 
 #: As GLM-4.1V-9B-Thinking states it.
 PUBLIC = {
@@ -100,6 +101,15 @@ def test_2000_sizes_have_the_rows_of_transformers(public):
         else:
             assert ours.check((width, height)) == theirs.get_number_of_image_patches(height, width) // 4
     assert ours.check((20000, 20000)) == 86 * 86 <= 7500
+
+
+def test_bounds_by_the_names_of_qwen_are_not_read(tmp_path):
+    path = make_glm(tmp_path) / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_pixels": 900, "max_pixels": 1000}))
+    module = import_module("transformers.models.glm4v.image_processing_pil_glm4v")
+    theirs = module.Glm4vImageProcessorPil.from_pretrained(tmp_path)
+    grid = media_processor(tmp_path).prepare(picture(90, 60)).item.grid
+    assert list(grid) == theirs([picture(90, 60)])["image_grid_thw"][0].tolist() == [1, 12, 18]
 
 
 @pytest.mark.parametrize("kind", ["Glm4v", "Glm46V", "GlmOcr"])

@@ -154,6 +154,9 @@ def _write_processor(draw: Draw, path: Path, kind: str, vision: dict[str, Any], 
     pixels = draw_pixels(draw)
     named = {"image_processor_type": f"{kind}ImageProcessor", "processor_class": f"{kind}Processor"}
     stated = {**named, **sizes, **pixels, "size": size}
+    if draw.varies("bounds by Qwen's names", 0.2):
+        # These classes don't read them.
+        stated |= {"min_pixels": area * 5, "max_pixels": area * 7}
     write_json(path / "preprocessor_config.json", stated)
     if draw.varies("videos' own bounds", 0.4):
         size = {"shortest_edge": area * rng.choice((1, 4)), "longest_edge": area * rng.choice((8, 40))}

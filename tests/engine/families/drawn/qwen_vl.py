@@ -172,6 +172,9 @@ class QwenVLFamily:
             low, high = cell**2 * rng.choice((1, 4, 6)), cell**2 * rng.choice((12, 30, 60))
             how = draw.choice(name, ("size", "pixels", "both"))
             size = {"shortest_edge": low, "longest_edge": high}
+            if self.kind in qwen.TIMED and how != "size":
+                # Of videos the size counts, which is large where the file states none.
+                size, how = {"shortest_edge": cell**2 * 2, "longest_edge": cell**2 * 40}, "both"
             return {
                 **({"size": size} if how != "pixels" else {}),
                 **({"min_pixels": low, "max_pixels": high} if how != "size" else {}),
