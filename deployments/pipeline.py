@@ -124,7 +124,7 @@ class Pipeline:
     def measured(self) -> Measured:
         """This model's metrics."""
         sources = {name: stage.collect for name, stage in self._stages.by_name().items()}
-        return Measured(self.meter, sources)
+        return Measured(self.meter, sources, self._stages.ways)
 
     async def device(self) -> str:
         """The devices that the language model runs on, in words; errors as :meth:`max_model_len`."""

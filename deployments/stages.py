@@ -11,10 +11,10 @@ A stage may run in this process (:mod:`deployments.in_process`) or in replicas o
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from deployments.metrics.families import Part
+from deployments.metrics.families import Counter, Part
 from engine.errors import Unavailable
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
@@ -226,13 +226,28 @@ class LanguageModelStage(Stage, Protocol):
         ...
 
 
+def ways_to_language_model() -> Counter:
+    """Counts requests by the way on which they went to another process."""
+    return Counter(
+        "sightline_language_model_requests_total",
+        "Requests for answers by the way on which they went to a replica of the language model.",
+        "way",
+        known=("line", "call"),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """The stages of one model. A text-only model has neither preprocessor nor encoder."""
+    """The stages of one model. A text-only model has neither preprocessor nor encoder.
+
+    Attributes:
+        ways: see :func:`ways_to_language_model`; in one process there are none.
+    """
 
     language_model: LanguageModelStage
     preprocessor: PreprocessorStage | None = None
     encoder: EncoderStage | None = None
+    ways: Counter = field(default_factory=ways_to_language_model)
 
     def by_name(self) -> dict[str, Stage]:
         """The stages that the model has."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from deployments.errors import logger
-from deployments.metrics.families import Family, Part
+from deployments.metrics.families import Counter, Family, Part
 from deployments.metrics.ingress import HttpMeter, ModelMeter
 
 #: Returns the metrics of all replicas of a stage or of the ingress.
@@ -15,10 +15,15 @@ Source = Callable[[], Awaitable[list[Part]]]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A model's metrics: those that this process keeps, and those that each of its stages gives."""
+    """A model's metrics: those that this process keeps, and those that each of its stages gives.
+
+    Attributes:
+        ways: see :func:`deployments.stages.ways_to_language_model`.
+    """
 
     meter: ModelMeter
     stages: Mapping[str, Source]
+    ways: Counter
 
 
 class Measurable(Protocol):
@@ -59,7 +64,8 @@ class Collector:
         """The metrics that this process keeps."""
         parts = [Part({"replica": self._replica}, self._http.families())]
         for name, model in self._models.items():
-            families = model.measured().meter.families()
+            measured = model.measured()
+            families = [*measured.meter.families(), measured.ways.family()]
             parts.append(Part({"model": name, "replica": self._replica}, families))
         return parts
 

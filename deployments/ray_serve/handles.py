@@ -29,7 +29,7 @@ from deployments.ray_serve.refusals import Misrouted, abandoned, checked, was_ca
 from deployments.ray_serve.routing import LanguageModelRouter, router_here
 from deployments.references import Owner, without_payload
 from deployments.report import current_report
-from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages
+from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages, ways_to_language_model
 from deployments.tracing import current
 from deployments.turns import Turns
 from engine.errors import Overloaded, SightlineError
@@ -192,12 +192,17 @@ def _calling(call: Callable[[Answer], Coroutine[Any, Any, None]]) -> _Way:
 
 
 class RemoteLanguageModel(_RemoteStage):
-    """The language model stage."""
+    """The language model stage.
+
+    Attributes:
+        ways: see :func:`deployments.stages.ways_to_language_model`.
+    """
 
     name = "language model"
 
     def __init__(self, handle: DeploymentHandle) -> None:
         super().__init__(handle)
+        self.ways = ways_to_language_model()
         self._inbox = Inbox(
             lambda reader, name: stream(self._handle, "updates", reader, name, replica=name), follow
         )
@@ -241,11 +246,14 @@ class RemoteLanguageModel(_RemoteStage):
     def _way(self, request: Generation, media: Sequence[RowsRef]) -> _Way:
         """How to have a replica work on the answer to a request."""
         if media or is_large(request):
+            self.ways.add("call")
             return _calling(partial(self._hand_over, request, media))
         router = router_here(self._handle)
         replica = None if router is None else router.by_line(request.inputs, self._inbox.lines)
         if router is None or replica is None:
+            self.ways.add("call")
             return _calling(partial(self._follow, request, ""))
+        self.ways.add("line")
         return partial(self._asking, router, replica, request)
 
     @contextmanager
@@ -392,10 +400,12 @@ def remote_stages(
     if encoder is not None:
         together = _deployment(encoder) == _deployment(language_model)
         encoding = LaterEncoder(encoder) if together else RemoteEncoder(encoder)
+    generating = RemoteLanguageModel(language_model)
     return Stages(
-        RemoteLanguageModel(language_model),
+        generating,
         None if preprocessor is None else RemotePreprocessor(preprocessor),
         encoding,
+        generating.ways,
     )
 
 

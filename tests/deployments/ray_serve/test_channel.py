@@ -487,6 +487,8 @@ async def test_a_line_stays_open_and_makes_no_call(near):
         assert near.replica.served._outboxes.find(near.model._inbox.name)._timer is None
     # Or the second one is asked for by the line.
     assert [call.count for call in near.handle.calls["generate"]] == ([2] if near.asks else [2, 1])
+    counted = {labels["way"]: value for labels, value in near.model.ways.family().samples}
+    assert counted == ({"line": 1, "call": 1} if near.asks else {"line": 0, "call": 2})
     assert not near.handle.calls["updates"]
 
 

@@ -1,6 +1,7 @@
 """``/metrics`` of the application in one process."""
 
 import re
+from dataclasses import replace
 
 import httpx
 import openai
@@ -199,7 +200,7 @@ async def test_replicas_of_the_ingress_and_stages_are_put_together(running):
             async def dead() -> list[Part]:
                 raise ConnectionError("gone")
 
-            return type(found)(found.meter, found.stages | {"encoder": dead})
+            return replace(found, stages=found.stages | {"encoder": dead})
 
     api = create_api(running.app.api.state.config, {"pocket": Stuck()}, replica="a", ingress=ingress)
     async with httpx.AsyncClient(transport=AppTransport(api), base_url="http://test") as http:
