@@ -41,7 +41,10 @@ def _check_tower(model: ModelConfig) -> None:
             f"encoder_quantization: {model.architecture} has no vision encoder", param="encoder_quantization"
         )
     tower: VisionConfig = model.vision.tower
-    sizes = {"hidden size": tower.hidden_size, "intermediate size": tower.intermediate_size}
+    sizes = {"hidden size": tower.hidden_size}
+    if not tower.gated_mlp:
+        # A gated one is padded.
+        sizes["intermediate size"] = tower.intermediate_size
     for name, size in sizes.items():
         if size % 16:
             raise ConfigError(

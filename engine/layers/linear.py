@@ -93,12 +93,19 @@ class FusedPart:
         name: the projection's name in unfused checkpoints, e.g. ``q_proj``.
         total: output features in the whole model.
         start, size: this rank's range of the output features.
+        padding: further output features, of zeros.
     """
 
     name: str
     total: int
     start: int
     size: int
+    padding: int = 0
+
+    @property
+    def rows(self) -> int:
+        """The part's rows of the layer's matrix."""
+        return self.size + self.padding
 
 
 def unread_words(layer: nn.Module, build: BuildContext) -> torch.Tensor:
@@ -132,7 +139,7 @@ class FusedColumnLinear(nn.Module):
         self.parts = tuple(parts)
         self.fused_name = fused_name
         self.in_features = in_features
-        rows = sum(part.size for part in parts)
+        rows = sum(part.rows for part in parts)
         self.format = build.format_of([part.name for part in parts], fused_name)
         self.scale: Scale | Int4Scale | None
         self.packed: PackedMatrix | None = None
@@ -144,6 +151,16 @@ class FusedColumnLinear(nn.Module):
             self.weight, self.scale = make_matrix(self, rows, in_features, build, self.format)
         self.bias = build.parameter(rows) if bias else None
         self.dtype = build.dtype
+        self._clear_padding()
+
+    def _clear_padding(self) -> None:
+        """Zero what no tensor of a checkpoint fills."""
+        end = 0
+        for part in self.parts:
+            end += part.rows
+            for tensor in (self.weight, self.bias, getattr(self, "weight_scale", None)):
+                if part.padding and tensor is not None:
+                    tensor.data[end - part.padding : end].zero_()
 
     def takes_rounded(self, x: torch.Tensor) -> bool:
         """Return whether rows in fp8 are taken instead of ``x``."""
@@ -245,7 +262,7 @@ class FusedColumnLinear(nn.Module):
             name = f"{parent}{part.name}.{stored.scale}"
             slots.append(scale_slot(name, stored, (part.total, self.in_features), [(part.start, own)]))
             together.append((offset + part.start, own))
-            row += part.size
+            row += part.rows
             offset += part.total
         if not fused:
             return slots
@@ -271,15 +288,22 @@ class FusedColumnLinear(nn.Module):
             )
             shifted = slice(offset + part.start, offset + part.start + part.size)
             together.copies.append(((shifted, *columns), view))
-            row += part.size
+            row += part.rows
             offset += part.total
         return [together] if fused else apart
 
 
-def gate_up_linear(hidden: int, intermediate: int, build: BuildContext, *, bias: bool) -> FusedColumnLinear:
-    """Make the gate and up projections of a gated MLP; each rank has the same output features of both."""
+def gate_up_linear(
+    hidden: int, intermediate: int, build: BuildContext, *, bias: bool, padding: int = 0
+) -> FusedColumnLinear:
+    """Make the gate and up projections of a gated MLP; each rank has the same output features of both.
+
+    Args:
+        padding: output features of zeros behind the rank's of each.
+    """
     size = build.share(intermediate, "intermediate size")
-    parts = [FusedPart(name, intermediate, build.tp.rank * size, size) for name in ("gate_proj", "up_proj")]
+    start = build.tp.rank * size
+    parts = [FusedPart(name, intermediate, start, size, padding) for name in ("gate_proj", "up_proj")]
     return FusedColumnLinear(hidden, parts, build, fused_name="gate_up_proj", bias=bias)
 
 
@@ -336,12 +360,18 @@ def qkv_linear(
 class RowLinear(nn.Module):
     """A linear layer whose input features are split over ranks; the outputs of all ranks are added up.
 
+    Args:
+        padding: input features behind the rank's that count nothing; of matrices that are rounded as they are
+            read.
+
     Attributes:
         before_norm: a norm follows that adds a residual, and takes
             :class:`~engine.kernels.split_sums.SplitSums`, too.
     """
 
-    def __init__(self, in_features: int, out_features: int, build: BuildContext, *, bias: bool) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, build: BuildContext, *, bias: bool, padding: int = 0
+    ) -> None:
         super().__init__()
         self.tp = build.tp
         self.in_total = in_features
@@ -359,7 +389,8 @@ class RowLinear(nn.Module):
         else:
             if self.format is not None:
                 check_share(self.in_features, first, in_features, self.format)
-            self.weight, self.scale = make_matrix(self, out_features, self.in_features, build, self.format)
+            inputs = self.in_features + padding
+            self.weight, self.scale = make_matrix(self, out_features, inputs, build, self.format)
         self.bias = build.parameter(out_features) if bias else None
         self.counters: torch.Tensor
         self.register_buffer("counters", split_counters(out_features, build.device), persistent=False)

@@ -22,8 +22,13 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.gate_up_proj = gate_up_linear(hidden, intermediate, build, bias=bias)
-        self.down_proj = RowLinear(intermediate, hidden, build.at("down_proj"), bias=bias)
+        stored = build.format_of(["gate_proj", "up_proj"], "gate_up_proj")
+        padding = 0
+        if isinstance(stored, Fp8Format) and stored.scale is None:
+            # fp8 is multiplied in steps of 16.
+            padding = -build.share(intermediate, "intermediate size") % 16
+        self.gate_up_proj = gate_up_linear(hidden, intermediate, build, bias=bias, padding=padding)
+        self.down_proj = RowLinear(intermediate, hidden, build.at("down_proj"), bias=bias, padding=padding)
 
     def takes_rounded(self, x: torch.Tensor) -> bool:
         """Return whether :meth:`forward` takes rows in fp8 instead of ``x``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.errors import ConfigError
@@ -113,8 +114,9 @@ class QuantisingRows:
         return self._weight.untyped_storage()
 
     def copy_(self, values: torch.Tensor, non_blocking: bool = False) -> None:
-        """Round ``values`` to fp8, each row with a scale of its own."""
+        """Round ``values`` to fp8, each row with a scale of its own. Inputs that they lack are zeros."""
         values = values.to(self._weight.device, non_blocking=non_blocking)
+        values = F.pad(values, (0, self.shape[-1] - values.shape[-1]))
         numbers, scale = quantise_rows(values.flatten(0, -2))
         self._weight.copy_(numbers.view(self.shape))
         self._scale.copy_(scale.view(self._scale.shape))

@@ -57,7 +57,13 @@ _VISION = {
 
 
 def make_qwen2_5_vl(
-    path: Path, *, tied: bool = False, gqa_ratio: int = 2, names: str = "saved", seed: int = 0
+    path: Path,
+    *,
+    tied: bool = False,
+    gqa_ratio: int = 2,
+    names: str = "saved",
+    seed: int = 0,
+    inner: int = 48,
 ) -> Path:
     """A Qwen2.5-VL checkpoint with windows of 2x2 rows, in all blocks but the second.
 
@@ -65,11 +71,13 @@ def make_qwen2_5_vl(
         names: ``saved`` as Transformers writes it; ``hub`` as the public checkpoints are: flat config.json in
             the old spelling, preprocessor_config.json and several shards; ``memory`` with the tensors named
             as they are in Transformers' model.
+        inner: intermediate size of the tower.
     """
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     text = {**_TEXT, "num_hidden_layers": 2, "num_key_value_heads": 4 // gqa_ratio, "rope_parameters": rope}
     vision = {
         **_VISION,
+        "intermediate_size": inner,
         "depth": 3,
         "window_size": 16,
         "fullatt_block_indexes": [1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from tests.engine.families.opened import encoder, media_processor, parse
 from tests.engine.families.qwen import IMAGE, make_qwen2_5_vl
 from tests.engine.tiny import make_qwen2_vl, make_text, picture, reference_inputs
 
-#: Layer norms and an MLP; RMS norms and a gated MLP.
-MAKERS = {"Qwen2-VL": make_qwen2_vl, "Qwen2.5-VL": make_qwen2_5_vl}
+#: Layer norms and an MLP; RMS norms and a gated MLP, of a size that has to be padded.
+MAKERS = {"Qwen2-VL": make_qwen2_vl, "Qwen2.5-VL": partial(make_qwen2_5_vl, inner=44)}
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -82,6 +83,8 @@ def test_models_that_have_no_such_tower_are_refused(tmp_path):
     check_fit(config, model)
     tower = replace(model.vision.tower, intermediate_size=3420)
     odd = replace(model, vision=replace(model.vision, tower=tower))
+    gated = replace(tower, gated_mlp=True)
+    check_fit(config, replace(model, vision=replace(model.vision, tower=gated)))
     text = parse(make_text(tmp_path / "text", "llama"))[1]
     for refused, words in ((odd, "intermediate size is 3420"), (text, "has no vision encoder")):
         check_fit(EngineConfig(model="any"), refused)
