@@ -327,7 +327,7 @@ def turned(samplers: Any, family: str, data: bytes, rate: Fraction, degrees: int
 
 
 #: Whose sampler each kind of GLM has.
-GLM = {"Glm4v": "glm4v", "Glm46V": "glm46v", "Glm4vMoe": "glm46v", "GlmOcr": "glm46v"}
+GLM = {"Glm4v": "glm4v", "Glm4vMoe": "glm46v", "GlmOcr": "glm46v"}
 #: How a checkpoint of each kind is made, and whose sampler it has.
 KINDS = {
     "Qwen2VL": (make_qwen2_vl, "qwen2"),
