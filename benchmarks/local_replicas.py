@@ -25,6 +25,7 @@ from deployments.pipeline import make_pipelines
 from deployments.preprocessor import Preprocessor
 from deployments.routing import ItemPlaces, Load, PromptPlaces, prompt_keys
 from deployments.stages import Generation, Stages
+from engine.mailbox import Taker
 from engine.outputs import StreamUpdate
 from engine.prompt import EmbeddedMedia, PreparedMedia
 
@@ -76,7 +77,7 @@ class LanguageModels(_Replicas):
         self._places = PromptPlaces()
 
     async def generate(
-        self, request: Generation, media: Sequence[EmbeddedMedia]
+        self, request: Generation, media: Sequence[EmbeddedMedia], relay: Taker | None = None
     ) -> AsyncGenerator[StreamUpdate, None]:
         keys, tokens = prompt_keys(request.inputs), len(request.inputs.token_ids)
         loads = {name: self._load(name) for name in self.made}
@@ -84,7 +85,7 @@ class LanguageModels(_Replicas):
         self._places.sent(keys, name)
         self.requests[name] += 1
         try:
-            async for update in self.made[name].generate(request, media):
+            async for update in self.made[name].generate(request, media, relay):
                 yield update
         finally:
             self.requests[name] -= 1

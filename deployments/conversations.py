@@ -10,6 +10,7 @@ from deployments.pipeline import Build, Pipeline
 from deployments.protocol.generation import ConversationBody
 from deployments.protocol.usage import usage_extras
 from deployments.report import current_report
+from deployments.sse import EventRelay
 from deployments.tools import NO_TOOLS, ToolUse
 from engine.inputs.media_options import with_options
 from engine.inputs.messages import parse_messages
@@ -69,6 +70,7 @@ class RunningAnswer:
         params: how it is sampled.
         updates: what the engine gives; refusals and failures are raised under the caller's field names.
         reader: parses the updates.
+        relay: may take some of the updates past ``updates``.
         include_timings: as in :class:`Conversation`.
     """
 
@@ -76,6 +78,7 @@ class RunningAnswer:
     params: SamplingParams
     updates: AsyncGenerator[StreamUpdate, None]
     reader: AnswerReader
+    relay: EventRelay
     include_timings: bool = False
 
     def usage_extras(self) -> dict[str, Any]:
@@ -153,13 +156,14 @@ async def start(pipeline: Pipeline, request_id: str, given: Conversation) -> Run
     if pipeline.format.parser(given.tools, text) is not None:
         # Tags of calls and thoughts may be special tokens.
         params = replace(params, skip_special_tokens=False)
-    updates = pipeline.generate(request_id, prompt, params, priority=given.priority, names=names)
+    relay = EventRelay()
+    updates = pipeline.generate(request_id, prompt, params, priority=given.priority, names=names, relay=relay)
     reader = AnswerReader(
         lambda: pipeline.format.parser(given.tools, text),
         pipeline.builder.tokenizer,
         shows_thoughts=given.include_reasoning,
     )
-    return RunningAnswer(prompt.inputs.token_ids, params, updates, reader, given.include_timings)
+    return RunningAnswer(prompt.inputs.token_ids, params, updates, reader, relay, given.include_timings)
 
 
 def _prompt(pipeline: Pipeline, given: Conversation) -> tuple[Build, list[MediaSource]]:

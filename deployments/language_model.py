@@ -12,7 +12,7 @@ from deployments.tracing import Tracer
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.executor.launch import Launcher
-from engine.mailbox import Relay
+from engine.mailbox import Taker
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.prompt import EmbeddedMedia
 
@@ -50,7 +50,7 @@ class LanguageModel:
         return cls(AsyncEngine(config, launcher), tracer)
 
     async def generate(
-        self, request: Generation, media: Sequence[EmbeddedMedia], relay: Relay | None = None
+        self, request: Generation, media: Sequence[EmbeddedMedia], relay: Taker | None = None
     ) -> AsyncGenerator[StreamUpdate, None]:
         """Stream a request's output; each update holds everything since the last one.
 

@@ -27,6 +27,7 @@ from deployments.threads import on_thread
 from engine.errors import ContextLengthExceeded, InvalidRequest, Unavailable
 from engine.frontend import load_end_tokens, load_prompt_builder, load_retrieval, load_sampling_defaults
 from engine.inputs.builder import PromptBuilder
+from engine.mailbox import Taker
 from engine.media.source import MediaSource, check_media_limits
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.parsers.grammar import SpecialTokens
@@ -296,11 +297,13 @@ class Pipeline:
         *,
         priority: int = 0,
         names: Mapping[str, str] | None = None,
+        relay: Taker | None = None,
     ) -> AsyncGenerator[StreamUpdate, None]:
         """Stream the model's output. Closing the iterator aborts the request.
 
         Args:
             names: the caller's fields by the engine's names, for errors.
+            relay: takes updates past this iterator.
 
         Raises:
             SightlineError: the request is refused, or was lost too often.
@@ -323,7 +326,9 @@ class Pipeline:
         def measured() -> AbstractContextManager[Callable[[StreamUpdate], None]]:
             return self.meter.stream(params.n)
 
-        return carried_on(stage, request, prompt.media, encode_again, patience, around, measured, names or {})
+        return carried_on(
+            stage, request, prompt.media, encode_again, patience, around, measured, names or {}, relay
+        )
 
     async def embed(self, request_id: str, prompt: EncodedPrompt, params: PoolingParams) -> EmbeddingOutput:
         """Pool the prompt's hidden states into a vector; errors as :meth:`generate`."""

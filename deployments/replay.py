@@ -13,6 +13,7 @@ from deployments.config import ReplayConfig
 from deployments.errors import release
 from deployments.stages import Generation, LanguageModelStage, Rows, RowsLost, StageLost
 from engine.errors import Overloaded, SightlineError, Unavailable
+from engine.mailbox import Taker
 from engine.outputs import StreamUpdate
 from engine.progress import Progress
 
@@ -151,6 +152,22 @@ def _unmeasured() -> AbstractContextManager[Callable[[StreamUpdate], None]]:
     return nullcontext(lambda update: None)
 
 
+class _Noted:
+    """A :class:`~engine.mailbox.Taker` that notes what another one takes."""
+
+    __slots__ = ("_measure", "_progress", "_relay")
+
+    def __init__(self, relay: Taker, progress: Progress, measure: Callable[[StreamUpdate], None]) -> None:
+        self._relay, self._progress, self._measure = relay, progress, measure
+
+    def takes(self, update: StreamUpdate) -> bool:
+        if not self._relay.takes(update):
+            return False
+        self._progress.take(update)
+        self._measure(update)
+        return True
+
+
 async def carried_on(
     stage: LanguageModelStage,
     request: Generation,
@@ -160,6 +177,7 @@ async def carried_on(
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
     measured: Callable[[], AbstractContextManager[Callable[[StreamUpdate], None]]] = _unmeasured,
     names: Mapping[str, str] = {},
+    relay: Taker | None = None,
 ) -> AsyncGenerator[StreamUpdate, None]:
     """Stream an answer to its end, whatever replicas die meanwhile. Closing the iterator aborts it.
 
@@ -170,20 +188,22 @@ async def carried_on(
         around: makes a context around each try.
         measured: makes a context around all tries, which gives a function that is called with each update.
         names: the caller's fields by the engine's names, for errors.
+        relay: takes updates of the first try past this iterator.
 
     Raises:
         SightlineError: the request is refused, or could not be carried on.
     """
     progress = Progress()
     with caller_fields(names), measured() as measure:
+        noted = None if relay is None else _Noted(relay, progress, measure)
         for tries in itertools.count():
             again = request
             if tries:
                 name = attempt_name(request.request_id, tries)
-                again = replace(request, request_id=name, progress=progress)
+                again, noted = replace(request, request_id=name, progress=progress), None
             try:
                 with around():
-                    async with aclosing(patience.within(stage.generate(again, media))) as updates:
+                    async with aclosing(patience.within(stage.generate(again, media, noted))) as updates:
                         async for update in updates:
                             if tries:
                                 update.request_id = request.request_id

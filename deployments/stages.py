@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from deployments.metrics.families import Counter, Part
 from engine.errors import Unavailable
+from engine.mailbox import Taker
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.pooling_params import PoolingParams
@@ -213,11 +214,14 @@ class LanguageModelStage(Stage, Protocol):
         """The devices that the model runs on, in words."""
         ...
 
-    def generate(self, request: Generation, media: Sequence[Rows]) -> AsyncGenerator[StreamUpdate, None]:
+    def generate(
+        self, request: Generation, media: Sequence[Rows], relay: Taker | None = None
+    ) -> AsyncGenerator[StreamUpdate, None]:
         """Stream the output; each update holds everything since the last one.
 
         Args:
             media: embedding rows of the prompt's items, each distinct item once.
+            relay: takes updates past this iterator, while that waits for the next one.
         """
         ...
 

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import NoTokenAllowed, RequestFailed, SightlineError, Unavailable
 from engine.executor.launch import Launcher
 from engine.loading import LoadedEngine, load_engine
-from engine.mailbox import Mailbox, Relay, Result
+from engine.mailbox import Mailbox, Result, Taker
 from engine.output_processor import RequestGroup
 from engine.outputs import EmbeddingOutput, StreamUpdate, Usage
 from engine.placement import describe_device, resolve_device
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class _LoopMailbox(Mailbox):
     """A mailbox that is filled from another thread, by way of the reader's event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, relay: Relay | None = None) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, relay: Taker | None = None) -> None:
         super().__init__(relay)
         self.loop = loop
 
@@ -117,7 +117,7 @@ class AsyncEngine(Mortal):
         embeddings: Sequence[Embedding] = (),
         priority: int = 0,
         progress: Progress | None = None,
-        relay: Relay | None = None,
+        relay: Taker | None = None,
         asked: float | None = None,
     ) -> AsyncIterator[StreamUpdate]:
         """Stream a request's output; each item holds all that came since the last was taken.
@@ -234,7 +234,7 @@ class AsyncEngine(Mortal):
 
     # On the caller's event loop.
 
-    def _submit(self, group: RequestGroup, relay: Relay | None = None) -> _LoopMailbox:
+    def _submit(self, group: RequestGroup, relay: Taker | None = None) -> _LoopMailbox:
         mailbox = self._mailboxes[group] = _LoopMailbox(asyncio.get_running_loop(), relay)
         self._command("add", group)
         # The engine may have stopped while a grammar was compiled: nobody would answer then.

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 from engine.errors import SightlineError
 from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
@@ -10,8 +11,20 @@ from engine.outputs import EmbeddingOutput, StreamUpdate, merge_updates
 Result = StreamUpdate | EmbeddingOutput | SightlineError
 
 
+class Taker(Protocol):
+    """Takes updates from a mailbox past its reader."""
+
+    def takes(self, update: StreamUpdate) -> bool:
+        """Take an update; returns False if it is for the reader.
+
+        Raises:
+            SightlineError: for the reader.
+        """
+        ...
+
+
 class Relay:
-    """Where updates go from a mailbox without its reader, who would only pass them on.
+    """Where updates go from a mailbox without its reader, who would only pass them on. A :class:`Taker`.
 
     Those in the middle of a stream do: none in which a choice ends, and none while an earlier one waits.
 
@@ -25,7 +38,7 @@ class Relay:
         self.to: Callable[[StreamUpdate], None] | None = None
 
     def takes(self, update: StreamUpdate) -> bool:
-        """Pass an update on; returns False if it is for the reader."""
+        """See :class:`Taker`."""
         if self.to is None or update.finished:
             return False
         for delta in update.deltas:
@@ -42,7 +55,7 @@ class Mailbox:
         relay: takes some past the reader.
     """
 
-    def __init__(self, relay: Relay | None = None) -> None:
+    def __init__(self, relay: Taker | None = None) -> None:
         self._relay = relay
         # An asyncio.Event, which may have many readers, takes twice as long.
         self._reader: asyncio.Future[None] | None = None

@@ -36,7 +36,7 @@ from deployments.ray_serve.refusals import Refusal, abandoned, checked, was_canc
 from deployments.stages import Generation, StageLost
 from deployments.tracing import Carrier
 from engine.errors import SightlineError
-from engine.mailbox import Mailbox, Relay
+from engine.mailbox import Mailbox, Taker
 from engine.outputs import StreamUpdate, merge_updates
 
 #: Seconds for which a channel stays open without answers.
@@ -243,7 +243,7 @@ class Answer(Mailbox):
         encoded: what the replica has encoded for the answer.
     """
 
-    def __init__(self, relay: Relay | None = None) -> None:
+    def __init__(self, relay: Taker | None = None) -> None:
         super().__init__(relay)
         self.channel = ""
         self.sent = False
@@ -280,13 +280,13 @@ def deliver(answers: Mapping[str, Answer], item: PackedUpdate | Addressed) -> An
 class _Expected:
     """Keeps an answer among others as long as it is read."""
 
-    __slots__ = ("_answers", "_request_id")
+    __slots__ = ("_answers", "_relay", "_request_id")
 
-    def __init__(self, answers: dict[str, Answer], request_id: str) -> None:
-        self._answers, self._request_id = answers, request_id
+    def __init__(self, answers: dict[str, Answer], request_id: str, relay: Taker | None) -> None:
+        self._answers, self._request_id, self._relay = answers, request_id, relay
 
     def __enter__(self) -> Answer:
-        answer = self._answers[self._request_id] = Answer()
+        answer = self._answers[self._request_id] = Answer(self._relay)
         return answer
 
     def __exit__(self, *_: Any) -> None:
@@ -319,9 +319,13 @@ class Inbox:
         self._answers: dict[str, Answer] = {}
         self._channels: dict[str, asyncio.Task[None]] = {}
 
-    def expect(self, request_id: str) -> AbstractContextManager[Answer]:
-        """The answer to a request, as long as it is read."""
-        return _Expected(self._answers, request_id)
+    def expect(self, request_id: str, relay: Taker | None = None) -> AbstractContextManager[Answer]:
+        """The answer to a request, as long as it is read.
+
+        Args:
+            relay: takes updates past the reader.
+        """
+        return _Expected(self._answers, request_id, relay)
 
     def read(self, replica: str, line: str = "") -> None:
         """Open the channel of a replica, unless it is open.

@@ -33,6 +33,7 @@ from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages,
 from deployments.tracing import current
 from deployments.turns import Turns
 from engine.errors import Overloaded, SightlineError
+from engine.mailbox import Taker
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
 from engine.prompt import KeptFiles
@@ -214,14 +215,14 @@ class RemoteLanguageModel(_RemoteStage):
         return await self._call(self._handle.device)
 
     async def generate(
-        self, request: Generation, media: Sequence[RowsRef]
+        self, request: Generation, media: Sequence[RowsRef], relay: Taker | None = None
     ) -> AsyncGenerator[StreamUpdate, None]:
         # What has a replica work on the answer.
         way = self._way(request, media)
         misrouted = 0
         while True:
             try:
-                with self._inbox.expect(request.request_id) as answer, way(answer) as call:
+                with self._inbox.expect(request.request_id, relay) as answer, way(answer) as call:
                     finished = False
                     while not finished:
                         update = await answer.get()

@@ -45,7 +45,7 @@ async def create_chat_completion(request: Request) -> Response:
         return JSONResponse(_whole(answer, await running.whole(), running))
     # What fails before the first token is still an error of its own, not an event in a stream.
     first = await anext(running.updates)
-    return sse.EventResponse(_events(answer, first, running), sse.error_event, sse.DONE)
+    return sse.EventResponse(_events(answer, first, running), sse.error_event, sse.DONE, running.relay)
 
 
 def _conversation(body: wire.ChatCompletionRequest, pipeline: Pipeline) -> Conversation:
@@ -107,6 +107,16 @@ class Answer:
         """The event of a piece of text, which nearly all events are."""
         before, after = _around_text(index, finish_reason)
         return self.event(before + sse.quoted(text) + after)
+
+    def plain_event(self, update: StreamUpdate) -> bytes | None:
+        """The event of an update that holds a piece of one choice's text, empty if there is no text; None if
+        it holds something else."""
+        if len(update.deltas) != 1 or update.finished:
+            return None
+        delta = update.deltas[0]
+        if delta.finish_reason is not None or delta.logprobs is not None:
+            return None
+        return self.text_event(delta.index, delta.text) if delta.text else b""
 
     def event(self, choices: bytes) -> bytes:
         """The event of some choices in JSON. Everything around them is built once, by :meth:`chunk`, which
@@ -211,25 +221,26 @@ def _choice(answer: Answer, found: FinishedChoice, tops: int) -> wire.Choice:
 
 
 async def _events(answer: Answer, first: StreamUpdate, running: RunningAnswer) -> AsyncGenerator[bytes, None]:
-    """The response as events."""
+    """The response as events. Nearly all updates hold a piece of text and nothing else: those take the short
+    way."""
+    text_alone = not (
+        running.reader.parses
+        or answer.counts_in_each
+        or answer.body.return_token_ids
+        or answer.resumption is not None
+    )
+    if text_alone:
+        running.relay.event = answer.plain_event
     async with aclosing(running.updates) as stream:
         if answer.resumption is None or not answer.resumption.resumed:
             yield answer.line() + _first_event(answer, running)
         for event in _update_events(answer, running, first):
             yield event
-        text_alone = not (
-            running.reader.parses
-            or answer.counts_in_each
-            or answer.body.return_token_ids
-            or answer.resumption is not None
-        )
         last = first
         async for last in stream:
-            delta = last.deltas[0] if len(last.deltas) == 1 else None
-            if text_alone and delta and delta.finish_reason is None and delta.logprobs is None:
-                # Nearly all updates.
-                if delta.text:
-                    yield answer.text_event(delta.index, delta.text)
+            if text_alone and (plain := answer.plain_event(last)) is not None:
+                if plain:
+                    yield plain
                 continue
             for event in _update_events(answer, running, last):
                 yield event

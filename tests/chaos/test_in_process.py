@@ -64,9 +64,9 @@ class Replaced:
         await self._ready.wait()
         return await self.replica.max_model_len()
 
-    async def generate(self, request, media):
+    async def generate(self, request, media, relay):
         await self._ready.wait()
-        async with aclosing(self.replica.generate(request, media)) as updates:
+        async with aclosing(self.replica.generate(request, media, relay)) as updates:
             async for update in updates:
                 yield update
 

@@ -71,14 +71,15 @@ class DyingStage:
         self._deaths.check("rows", 0, RowsLost)
         return await self._call("embed", request, media)
 
-    async def generate(self, request, media):
+    async def generate(self, request, media, relay):
         self._deaths.seeds.append(request.params.seed)
         self._deaths.check("rows", 0, RowsLost)
         count = 0
         self._deaths.check("update", count)
         async with aclosing(self._stage.generate(request, media)) as updates:
             async for update in updates:
-                yield update
+                if relay is None or not relay.takes(update):
+                    yield update
                 count += 1
                 self._deaths.check("update", count)
                 if update.finished:

@@ -26,6 +26,7 @@ from deployments.config import AppConfig, ReplayConfig
 from deployments.pipeline import Pipeline
 from deployments.stages import Generation, LanguageModelStage, RowsLost, StageLost, Stages
 from engine.loading import LoadedEngine, load_engine
+from engine.mailbox import Taker
 from engine.media.source import MediaSource
 from engine.outputs import StreamUpdate
 from engine.prompt import EmbeddedMedia
@@ -244,20 +245,23 @@ class CutStage:
         return await self.stage.max_model_len()
 
     async def generate(
-        self, request: Generation, media: Sequence[EmbeddedMedia]
+        self, request: Generation, media: Sequence[EmbeddedMedia], relay: Taker | None
     ) -> AsyncIterator[StreamUpdate]:
         key, at = tuple(request.inputs.token_ids), cut_at.get()
         if at is None:
             self.begun[key] = self._token_by_token(request, media)
         elif at >= 0 and request.progress is None:
             for update in self.begun[key][:at]:
-                yield replace(copy.deepcopy(update), request_id=request.request_id)
+                update = replace(copy.deepcopy(update), request_id=request.request_id)
+                if relay is None or not relay.takes(update):
+                    yield update
             self.losses += 1
             raise self.loss("cut")
         count = 0
         async with aclosing(self.stage.generate(request, media)) as updates:
             async for update in updates:
-                yield update
+                if relay is None or not relay.takes(update):
+                    yield update
                 count += 1
                 if at is not None and count == -at and not update.finished:
                     self.losses += 1

@@ -127,11 +127,11 @@ class Full:
     async def max_model_len(self) -> int:
         return await self._stage.max_model_len()
 
-    async def generate(self, request, media):
+    async def generate(self, request, media, relay):
         if self.refusals:
             self.refusals -= 1
             raise Overloaded("The language model's queue is full; try again shortly.")
-        async for update in self._stage.generate(request, media):
+        async for update in self._stage.generate(request, media, relay):
             yield update
 
 

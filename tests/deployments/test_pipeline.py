@@ -90,7 +90,7 @@ class LanguageModel:
     async def max_model_len(self):
         return 16
 
-    async def generate(self, request, media):
+    async def generate(self, request, media, relay):
         self.asked.append(request.asked)
         yield StreamUpdate(
             request.request_id, [OutputDelta(0, "", [], finish_reason="stop")], Usage(), finished=True

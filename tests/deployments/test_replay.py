@@ -257,7 +257,9 @@ class LostOnce:
     def __init__(self, given: int) -> None:
         self._given: int | None = given
 
-    async def generate(self, request: Generation, media: Sequence[Rows]) -> AsyncIterator[StreamUpdate]:
+    async def generate(
+        self, request: Generation, media: Sequence[Rows], _: Any
+    ) -> AsyncIterator[StreamUpdate]:
         had = 0 if request.progress is None else request.progress.num_tokens
         given, self._given = self._given, None
         for number in range(had, 2):

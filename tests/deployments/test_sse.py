@@ -1,4 +1,5 @@
-"""Responses of events end with their client, however the server learns that it has left."""
+"""Responses of events end with their client, however the server learns that it has left. Events that are sent
+past the response's task keep their order, and their errors are the response's."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -8,6 +9,7 @@ from starlette.requests import ClientDisconnect
 
 from deployments import sse
 from deployments.report import NewIds, SentResponse, begin_report
+from engine.outputs import OutputDelta, StreamUpdate, Usage
 
 SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
@@ -98,3 +100,141 @@ async def test_a_connection_that_takes_no_more_is_a_client_that_has_left():
     with pytest.raises(ClientDisconnect):
         await streamed.run(never, send)
     assert streamed.closed
+
+
+class Relayed:
+    """A response whose events come past its task, but for those that are put into ``queue``; None ends it.
+
+    Attributes:
+        sent: bodies that the server was sent.
+        writable: set while the client reads.
+        waits, taken, written: released when the response waits for an event, takes one, and when a body was
+            written.
+    """
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.sent: list[bytes] = []
+        self.queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
+        self.waits, self.taken, self.written = (asyncio.Semaphore(0) for _ in range(3))
+        self.writable, self._error = asyncio.Event(), error
+        self.writable.set()
+        self.relay = sse.EventRelay()
+        self.relay.event = lambda update: update.deltas[0].text.encode() if update.deltas else None
+        self._response = sse.EventResponse(self._events(), sse.error_event, sse.DONE, self.relay)
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        while True:
+            self.waits.release()
+            event = await self.queue.get()
+            self.taken.release()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                return
+            yield event
+
+    async def _send(self, message: dict) -> None:
+        # As uvicorn does: it waits before it writes.
+        await self.writable.wait()
+        if self._error is not None and message.get("body") == b"broken":
+            raise self._error
+        if message.get("body"):
+            self.sent.append(message["body"])
+            self.written.release()
+
+    async def run(self) -> None:
+        report = begin_report(SCOPE, NewIds())
+        report.response = SentResponse(self._send, ())
+        await self._response(SCOPE, never, report.response)
+
+    def takes(self, text: str) -> bool:
+        return self.relay.takes(StreamUpdate("one", [OutputDelta(0, text, [1])], Usage()))
+
+
+async def test_events_that_are_relayed_are_sent_at_once_and_in_order():
+    relayed = Relayed()
+    assert not relayed.takes("too early")
+    task = asyncio.ensure_future(relayed.run())
+    await relayed.waits.acquire()
+    assert relayed.takes("1") and relayed.takes("") and relayed.takes("2")
+    assert relayed.sent == [b"1", b"2"]
+    assert not relayed.relay.takes(StreamUpdate("one", [], Usage()))
+    relayed.queue.put_nowait(b"3")
+    await relayed.waits.acquire()
+    assert relayed.takes("4")
+    relayed.queue.put_nowait(None)
+    await task
+    assert relayed.sent == [b"1", b"2", b"3", b"4", sse.DONE]
+    assert not relayed.takes("too late")
+
+
+@pytest.mark.parametrize("last", [b"2", ValueError("lost")], ids=["an event", "a failure"])
+async def test_what_follows_waits_for_a_client_that_reads_slowly(last):
+    relayed = Relayed()
+    task = asyncio.ensure_future(relayed.run())
+    await relayed.waits.acquire()
+    relayed.writable.clear()
+    # Taken, but not written yet: what follows is for the reader.
+    assert relayed.takes("1") and not relayed.takes("2")
+    relayed.queue.put_nowait(last)
+    await relayed.taken.acquire()
+    assert relayed.sent == []
+    relayed.writable.set()
+    relayed.queue.put_nowait(None)
+    await task
+    assert relayed.sent[0] == b"1" and relayed.sent[-1] == sse.DONE and len(relayed.sent) == 3
+    assert relayed.sent[1] == b"2" or b'"internal_error"' in relayed.sent[1]
+
+
+async def test_a_relayed_event_is_written_as_soon_as_the_client_reads():
+    """Although nothing follows it."""
+    relayed = Relayed()
+    task = asyncio.ensure_future(relayed.run())
+    await relayed.waits.acquire()
+    relayed.writable.clear()
+    assert relayed.takes("1")
+    relayed.writable.set()
+    await relayed.written.acquire()
+    relayed.writable.clear()
+    assert not relayed.takes("2")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_relayed_event_that_waits_ends_with_its_response():
+    relayed = Relayed()
+    task = asyncio.ensure_future(relayed.run())
+    await relayed.waits.acquire()
+    relayed.writable.clear()
+    assert relayed.takes("1")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    relayed.writable.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert relayed.sent == []
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["at once", "later"])
+async def test_a_relayed_event_that_cannot_be_sent_ends_the_response(slow):
+    for error, raised in ((OSError("closed"), ClientDisconnect), (ValueError("a fault"), None)):
+        relayed = Relayed(error)
+        task = asyncio.ensure_future(relayed.run())
+        await relayed.waits.acquire()
+        if slow:
+            relayed.writable.clear()
+            assert relayed.takes("broken")
+            relayed.writable.set()
+        else:
+            assert not relayed.takes("broken")
+        # The mailbox wakes the reader for an update that was not taken.
+        relayed.queue.put_nowait(b"broken, too")
+        if raised is None:
+            await task
+            assert len(relayed.sent) == 2 and b'"internal_error"' in relayed.sent[0]
+        else:
+            with pytest.raises(raised):
+                await task
+            assert relayed.sent == []
