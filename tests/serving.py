@@ -265,6 +265,7 @@ def serve_run(
     """Start ``serve run``, and enter the block once ``health`` answers. After the block the process is
     interrupted; it must end without leaving a process behind."""
     command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
+    first = free_port()
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's own metrics, which no test reads, took a quarter of an idle application's time.
@@ -274,6 +275,10 @@ def serve_run(
         # Of two applications on one machine the second would not start with HAProxy's own ports.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # HAProxy would send its requests to another application's ingress until a replica has found that the
+        # port which it was given is taken.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 100),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_program(config.parent)),
     }
     with log.open("w") as output:
