@@ -44,7 +44,8 @@ decides::
                       scaled_gemm                 the same, otherwise                 fp8.py
                       gemv_triton                 Triton, 1 row                       gemv.py
                       skinny_gemm_triton          Triton, 2 to 64 rows, 16-bit, at    skinny_gemm.py
-                                                  most 65536 outputs
+                                                  most 65536 outputs, 16·n inputs if
+                                                  not fp8
                       F.linear                    not fp8                             (torch)
                       dequantised_gemm            otherwise                           fp8.py
     split_linear      ring_gemm_gluon             Hopper, 2 to 64 rows of 16 bits     ring_gemm.py

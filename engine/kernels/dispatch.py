@@ -82,6 +82,8 @@ MIN_EXPERT_GEMM_ROWS = 8
 MAX_INT4_ROWS = 128
 #: For wider outputs (the LM head) torch's GEMM already reaches memory bandwidth.
 MAX_SKINNY_OUTPUTS = 1 << 16
+#: Triton's compiler knows that rows are aligned where their lengths are multiples of this.
+ALIGNED_INPUTS = 16
 #: Tiles of one image with more tokens are balanced over all SMs; merging them takes longer than it saves before.
 LARGE_IMAGE = 2048
 
@@ -292,7 +294,13 @@ def split_linear(
 
 
 def _is_skinny(x: torch.Tensor, weight: torch.Tensor, scale: Scale | None) -> bool:
-    """Return whether there are a few rows of 16 bits."""
+    """Return whether there are a few rows of 16 bits.
+
+    Where rows of a weight begin at any address, it is read by single elements: torch's GEMM is faster then. A
+    weight in fp8 would have to be dequantised for that.
+    """
+    if scale is None and weight.shape[1] % ALIGNED_INPUTS:
+        return False
     few = 1 < x.shape[0] <= MEMORY_BOUND_ROWS and use_triton(x) and (scale is None or reads_fp8(x.device))
     return few and x.element_size() == 2 and weight.shape[0] <= MAX_SKINNY_OUTPUTS
 

@@ -58,22 +58,23 @@ def test_long_prompts_take_the_prefill_kernel(monkeypatch, longest, options, exp
 
 
 @pytest.mark.parametrize(
-    ("rows", "outputs", "dtype", "expected"),
+    ("rows", "outputs", "inputs", "dtype", "expected"),
     [
-        (1, 64, torch.bfloat16, ["gemv_triton"]),
-        (1, 64, torch.float32, ["gemv_triton"]),
-        (2, 64, torch.bfloat16, ["skinny_gemm_triton"]),
-        (64, 64, torch.bfloat16, ["skinny_gemm_triton"]),
-        (2, 64, torch.float32, []),
-        (65, 64, torch.bfloat16, []),
-        (2, dispatch.MAX_SKINNY_OUTPUTS + 1, torch.bfloat16, []),
-        (0, 64, torch.bfloat16, []),
+        (1, 64, 8, torch.bfloat16, ["gemv_triton"]),
+        (1, 64, 8, torch.float32, ["gemv_triton"]),
+        (2, 64, 16, torch.bfloat16, ["skinny_gemm_triton"]),
+        (64, 64, 48, torch.bfloat16, ["skinny_gemm_triton"]),
+        (2, 64, 40, torch.bfloat16, []),
+        (2, 64, 16, torch.float32, []),
+        (65, 64, 16, torch.bfloat16, []),
+        (2, dispatch.MAX_SKINNY_OUTPUTS + 1, 16, torch.bfloat16, []),
+        (0, 64, 16, torch.bfloat16, []),
     ],
 )
-def test_linear_layers_choose_by_rows_outputs_and_dtype(monkeypatch, rows, outputs, dtype, expected):
+def test_linear_layers_choose_by_sizes_and_dtype(monkeypatch, rows, outputs, inputs, dtype, expected):
     called = spy(monkeypatch, "gemv_triton", "skinny_gemm_triton")
     monkeypatch.setattr(dispatch, "use_triton", lambda _: True)
-    linear(torch.zeros(rows, 8, dtype=dtype), torch.zeros(outputs, 8, dtype=dtype))
+    linear(torch.zeros(rows, inputs, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype))
     assert called == expected
 
 
@@ -95,7 +96,7 @@ def test_before_a_norm_a_few_rows_are_not_added_up(monkeypatch, rows, dtype, exp
         called.append("skinny_gemm_triton" if parts else "added up")
 
     monkeypatch.setattr(dispatch, "skinny_gemm_triton", kernel)
-    split_linear(torch.zeros(rows, 8, dtype=dtype), torch.zeros(16, 8, dtype=dtype))
+    split_linear(torch.zeros(rows, 16, dtype=dtype), torch.zeros(16, 16, dtype=dtype))
     assert called == expected
 
 
