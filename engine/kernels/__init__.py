@@ -49,8 +49,8 @@ decides::
                       F.linear                    not fp8                             (torch)
                       dequantised_gemm            otherwise                           fp8.py
     split_linear      ring_gemm_gluon             Hopper, 2 to 64 rows of 16 bits     ring_gemm.py
-                                                  and 1024 inputs or more, or rounded
-                                                  rows of 8192 or more
+                                                  and 1024 inputs or more, or 2 to
+                                                  256 rounded rows of 8192 or more
                       skinny_gemm_triton          as in linear, not added up          skinny_gemm.py
                       linear                      otherwise                           dispatch.py
     norm_linear       norm_gemv_triton            Triton, 1 row, not 4 bits, not fp8  norm_gemv.py

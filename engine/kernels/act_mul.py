@@ -8,7 +8,7 @@ import triton.language as tl
 
 from engine.kernels.activation import ACTIVATIONS, activate
 from engine.kernels.device import use_triton
-from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, rounding_warps, store_rounded
+from engine.kernels.fp8 import RoundedRows, quantise_rows_reference, reads_fp8, round_rows
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
 
@@ -66,17 +66,8 @@ def act_rounded_reference(x: torch.Tensor, activation: str, *, gated: bool) -> R
 
 
 def act_rounded_triton(x: torch.Tensor, activation: str, *, gated: bool) -> RoundedRows:
-    rows, size = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     assert x.is_contiguous()
-    out = RoundedRows.empty(rows, size, x.device)
-    block = triton.next_power_of_2(size)
-    if rows:
-        launch(
-            _act_rounded_kernel, (rows,),
-            in_ptr=x, out_ptr=out.numbers, scale_ptr=out.scale, size=size, ACTIVATION=activation, GATED=gated,
-            BLOCK=block, num_warps=rounding_warps(block, rows), **pdl_options(x),
-        )  # fmt: skip
-    return out
+    return round_rows(x, x.shape[1] // 2 if gated else x.shape[1], activation, gated=gated)
 
 
 @triton.jit
@@ -96,25 +87,3 @@ def _act_mul_kernel(in_ptr, out_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.c
     gate = tl.load(in_ptr + row * 2 * size + column, mask=mask)
     up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask)
     tl.store(out_ptr + row * size + column, _product(gate, up, ACTIVATION), mask=mask)
-
-
-@triton.jit
-def _act_rounded_kernel(
-    in_ptr, out_ptr, scale_ptr, size, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One program per row."""
-    launch_dependents_of_one_row(PDL)
-    wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < size
-    if GATED:
-        gate = tl.load(in_ptr + row * 2 * size + column, mask=mask, other=0.0)
-        up = tl.load(in_ptr + row * 2 * size + size + column, mask=mask, other=0.0)
-        result = _product(gate, up, ACTIVATION)
-    else:
-        x = tl.load(in_ptr + row * size + column, mask=mask, other=0.0)
-        # Every activation of zero is zero, so lanes beyond the row don't count.
-        result = activate(x.to(tl.float32), ACTIVATION).to(x.dtype)
-    store_rounded(result.to(tl.float32), row, column, size, mask, out_ptr, scale_ptr)

@@ -281,10 +281,10 @@ def split_linear(
         x = quantise_rows(x)
     if isinstance(x, RoundedRows):
         assert isinstance(scale, Scale)
+        options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
+        if use_triton(x.numbers) and ring_gemm.supports(x.numbers, weight):
+            return ring_gemm_gluon(x.numbers, weight, bias, **options)
         if 1 < len(x.numbers) <= MEMORY_BOUND_ROWS and use_triton(x.numbers):
-            options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
-            if ring_gemm.supports(x.numbers, weight):
-                return ring_gemm_gluon(x.numbers, weight, bias, **options)
             return skinny_gemm_triton(x.numbers, weight, bias, parts=True, **options)
     elif not isinstance(scale, Int4Scale) and _is_skinny(x, weight, scale):
         if scale is None and ring_gemm.supports(x, weight):
@@ -356,7 +356,7 @@ def _rounded_linear(
         if rows <= fp8_mma.MAX_ROWS and weight.shape[1] % fp8_mma.WIDTH == 0:
             return fp8_mma_gluon(x.numbers, weight, bias, **options)
         return skinny_gemm_triton(x.numbers, weight, bias, counters=counters, **options)
-    if activation is not None and use_triton(x.numbers) and wide_gemm.supports(x.numbers, weight):
+    if activation is not None and use_triton(x.numbers) and wide_gemm.supports_rounded(rows, weight):
         options = {"scale": scale, "row_scale": x.scale, "dtype": torch.bfloat16}
         return wide_gemm_gluon(x.numbers, weight, bias, activation, **options)
     out = scaled_gemm(x, weight, scale, bias, torch.bfloat16)
@@ -442,14 +442,24 @@ def norm_gated_rounded(
     scale: Scale | Int4Scale | None = None,
 ) -> tuple[RoundedRows, torch.Tensor]:
     """Compute :func:`norm_linear` with a gate, and round its rows to fp8 for the next layer."""
-    wide = isinstance(x, torch.Tensor) and _may_round(x, weight, scale) and wide_gemm.supports(x, weight)
-    if x.shape[0] <= MEMORY_BOUND_ROWS or wide:
-        out, total = norm_linear(
-            x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
-        )
-        return quantise_rows(out), total
-    out, total = norm_linear(x, residual, norm, eps, weight, bias, offset=offset, scale=scale)
-    return act_rounded(out, activation, gated=True), total
+    if _may_round(x, weight, scale):
+        assert isinstance(scale, Scale)
+        rows, total = rms_norm_rounded(x, norm, eps, residual, offset=offset)
+        return gated_rounded(rows, weight, bias, activation, scale), total
+    out, total = norm_linear(
+        x, residual, norm, eps, weight, bias, activation=activation, offset=offset, scale=scale
+    )
+    return quantise_rows(out), total
+
+
+def gated_rounded(
+    x: RoundedRows, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, scale: Scale
+) -> RoundedRows:
+    """Compute :func:`linear` of rows in fp8 with a gate, and round its rows to fp8 for the next layer."""
+    rows = len(x.numbers)
+    if rows <= MEMORY_BOUND_ROWS or wide_gemm.supports_rounded(rows, weight):
+        return quantise_rows(linear(x, weight, bias, activation=activation, scale=scale))
+    return act_rounded(linear(x, weight, bias, scale=scale), activation, gated=True)
 
 
 def activated_linear(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from engine.kernels.activation import activate
 from engine.kernels.device import MEMORY_BOUND_ROWS, compute_capability, is_hopper, use_triton
 from engine.kernels.launch import launch
 from engine.kernels.pdl import launch_dependents_of_one_row, pdl_options, wait_for_previous
@@ -140,18 +141,40 @@ def quantise_rows_reference(x: torch.Tensor, group: int | None = None) -> Rounde
 
 
 def quantise_rows_triton(x: torch.Tensor, group: int | None = None) -> RoundedRows:
-    rows, inputs = x.shape
     assert x.stride(1) == 1
-    if group is not None:
-        return _quantise_groups(x, group)
-    out = RoundedRows.empty(rows, inputs, x.device)
-    tile = min(_LONGEST_ROW, triton.next_power_of_2(inputs))
-    launch(
-        _quantise_kernel, (rows,), x_ptr=x, out_ptr=out.numbers, scale_ptr=out.scale, inputs=inputs,
-        x_stride=x.stride(0), TILE=tile, WHOLE=inputs <= tile, num_warps=rounding_warps(tile, rows),
-        **pdl_options(x),
-    )  # fmt: skip
+    return round_rows(x, x.shape[1]) if group is None else _quantise_groups(x, group)
+
+
+def round_rows(x: torch.Tensor, size: int, activation: str = "", *, gated: bool = False) -> RoundedRows:
+    """Round rows of ``size`` numbers to fp8, behind an activation if one is given; see
+    :func:`engine.kernels.act_mul.act_rounded`."""
+    rows = x.shape[0]
+    assert x.stride(1) == 1 and x.shape[1] == (2 * size if gated else size)
+    out = RoundedRows.empty(rows, size, x.device)
+    if rows:
+        tile = choose_round_tile(rows, size)
+        launch(
+            _round_kernel, (rows,), x_ptr=x, out_ptr=out.numbers, scale_ptr=out.scale, x_stride=x.stride(0),
+            SIZE=size, ACTIVATION=activation, GATED=gated, CHUNK=tile.chunk, WHOLE=size <= _LONGEST_ROW,
+            num_warps=tile.warps, **pdl_options(x),
+        )  # fmt: skip
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTile:
+    """Numbers that a program handles at a time, and its warps."""
+
+    chunk: int
+    warps: int
+
+
+def choose_round_tile(rows: int, size: int) -> RoundTile:
+    """Choose the tile: eight numbers a thread at a time. Of a dozen it is the best on an H200, or within 2 % of the
+    best, for rows of 1280 to 18 944 numbers. With few rows the time is that of one program."""
+    padded = triton.next_power_of_2(size)
+    warps = max(2, min(16, padded // (256 if rows <= MEMORY_BOUND_ROWS else 2048)))
+    return RoundTile(min(warps * 256, padded), warps)
 
 
 def _quantise_groups(x: torch.Tensor, group: int) -> RoundedRows:
@@ -189,29 +212,72 @@ def store_rounded(x, row, column, size, mask, out_ptr, scale_ptr):
 
 
 @triton.jit
-def _quantise_kernel(
-    x_ptr, out_ptr, scale_ptr, inputs, x_stride, TILE: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr
+def _round_kernel(
+    x_ptr, out_ptr, scale_ptr, x_stride, SIZE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per row; unless it is ``WHOLE`` in a tile, the row is read again, from the cache."""
+    """One program per row; unless it keeps the ``WHOLE`` row, it reads it again, from the cache."""
     launch_dependents_of_one_row(PDL)
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, TILE)
+    lane = tl.arange(0, CHUNK)
+    CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
+    start = x_ptr + row * x_stride
+    largest = tl.zeros([CHUNK], tl.float32)
     if WHOLE:
-        x = tl.load(x_ptr + row * x_stride + lane, mask=lane < inputs, other=0.0).to(tl.float32)
-        store_rounded(x, row, lane, inputs, lane < inputs, out_ptr, scale_ptr)
-    else:
-        largest = tl.zeros([TILE], tl.float32)
-        for first in range(0, inputs, TILE):
-            x = tl.load(x_ptr + row * x_stride + first + lane, mask=first + lane < inputs, other=0.0)
-            largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+        # All are loaded before the first is used.
+        firsts = ()
+        seconds = ()
+        for chunk in tl.static_range(CHUNKS):
+            column = chunk * CHUNK + lane
+            firsts = firsts + (tl.load(start + column, mask=column < SIZE, other=0.0),)
+            if GATED:
+                seconds = seconds + (tl.load(start + SIZE + column, mask=column < SIZE, other=0.0),)
+        results = ()
+        for chunk in tl.static_range(CHUNKS):
+            second = seconds[chunk] if GATED else firsts[chunk]
+            result = _activated(firsts[chunk], second, ACTIVATION, GATED)
+            largest = tl.maximum(largest, tl.abs(result.to(tl.float32)))
+            results = results + (result,)
         scale = scale_of_row(tl.max(largest, axis=0))
         tl.store(scale_ptr + row, scale)
-        for first in range(0, inputs, TILE):
-            mask = first + lane < inputs
-            x = tl.load(x_ptr + row * x_stride + first + lane, mask=mask, other=0.0).to(tl.float32)
-            rounded = (x * (1.0 / scale)).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row * inputs + first + lane, rounded, mask=mask)
+        for chunk in tl.static_range(CHUNKS):
+            column = chunk * CHUNK + lane
+            # Times the inverse: a division of each number would take longer than reading it.
+            rounded = (results[chunk].to(tl.float32) * (1.0 / scale)).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * SIZE + column, rounded, mask=column < SIZE)
+    else:
+        for first in range(0, SIZE, CHUNK):
+            result = _load_activated(start, first + lane, SIZE, ACTIVATION, GATED)
+            largest = tl.maximum(largest, tl.abs(result.to(tl.float32)))
+        scale = scale_of_row(tl.max(largest, axis=0))
+        tl.store(scale_ptr + row, scale)
+        for first in range(0, SIZE, CHUNK):
+            column = first + lane
+            result = _load_activated(start, column, SIZE, ACTIVATION, GATED)
+            rounded = (result.to(tl.float32) * (1.0 / scale)).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * SIZE + column, rounded, mask=column < SIZE)
+
+
+@triton.jit
+def _load_activated(start, column, SIZE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    first = tl.load(start + column, mask=column < SIZE, other=0.0)
+    second = first
+    if GATED:
+        second = tl.load(start + SIZE + column, mask=column < SIZE, other=0.0)
+    return _activated(first, second, ACTIVATION, GATED)
+
+
+@triton.jit
+def _activated(first, second, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """Apply the activation, if there is one, and round to the dtype. That of zero is zero, so what is beyond a row
+    doesn't count."""
+    result = first
+    if ACTIVATION != "":
+        result = activate(first.to(tl.float32), ACTIVATION).to(first.dtype)
+    if GATED:
+        result = (result.to(tl.float32) * second.to(tl.float32)).to(first.dtype)
+    return result
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""GEMM of 2 to 64 rows for Hopper GPUs, for a consumer that adds up what its programs have summed.
+"""GEMM of 2 to 64 rows, in fp8 up to 256, for Hopper GPUs, for a consumer that adds up what its programs have summed.
 
 As in :mod:`engine.kernels.skinny_gemm` a tile of weights is the left operand of the tensor cores, the rows are the
 right one, and several programs share the inputs of a tile. Weights and rows come to a ring of buffers in shared memory
@@ -41,6 +41,8 @@ from engine.kernels.split_sums import SplitSums
 
 #: With fewer inputs, and with fewer in fp8, skinny_gemm.py is as fast.
 _MIN_INPUTS, _MIN_ROUNDED_INPUTS = 1024, 8192
+#: More rows were not measured.
+_MOST_ROUNDED_ROWS = 256
 _wait_for_previous = gluon.jit(wait_for_previous.fn)
 
 
@@ -52,32 +54,42 @@ class RingTile:
         outputs: of a tile.
         depth: steps in the ring.
         splits: programs that share the inputs of a tile.
+        rows: of a tile.
     """
 
     outputs: int
     depth: int
     splits: int
+    rows: int = MEMORY_BOUND_ROWS
 
 
-def choose_tile(outputs: int, inputs: int, *, itemsize: int, sms: int) -> RingTile:
+def choose_tile(rows: int, outputs: int, inputs: int, *, itemsize: int, sms: int) -> RingTile:
     """Choose the tile of a problem. Of about a dozen it is the best on an H200, or within 1 % of the best, by the time
     of whole layers of models of 2 and 7 billion parameters with 64 rows.
 
     Args:
+        rows: more than 64 were measured in fp8 and for 18 944 inputs alone.
         itemsize: bytes of an element.
         sms: SMs of the GPU.
     """
     tiles, steps = triton.cdiv(outputs, 64), triton.cdiv(inputs * itemsize, STEP_BYTES)
     # One program on an SM, with as many steps as fit; a few steps are all loaded in advance.
     programs, depth = (sms, 13) if 2 * tiles <= sms else (2 * sms, 6)
-    return RingTile(64, depth, max(2, min(programs // tiles, triton.cdiv(steps, 8))))
+    if rows > MEMORY_BOUND_ROWS:
+        shared = 2 * sms // (tiles * triton.cdiv(rows, 128))
+        return RingTile(64, 4, max(2, min(shared, triton.cdiv(steps, 8))), 128)
+    # Two heights only: a kernel per power of two would make start-up longer.
+    height = 16 if rows <= 16 else 64
+    return RingTile(64, depth, max(2, min(programs // tiles, triton.cdiv(steps, 8))), height)
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
-    fits = weight.shape[1] >= (_MIN_INPUTS if x.element_size() == 2 else _MIN_ROUNDED_INPUTS)
-    known = x.dtype == weight.dtype and x.dtype in DTYPES and 1 < x.shape[0] <= MEMORY_BOUND_ROWS
-    return fits and known and has_descriptor(x) and has_descriptor(weight) and is_hopper(x.device)
+    rounded = x.element_size() == 1
+    fits = weight.shape[1] >= (_MIN_ROUNDED_INPUTS if rounded else _MIN_INPUTS)
+    known = x.dtype == weight.dtype and x.dtype in DTYPES
+    fits = fits and known and 1 < x.shape[0] <= (_MOST_ROUNDED_ROWS if rounded else MEMORY_BOUND_ROWS)
+    return fits and has_descriptor(x) and has_descriptor(weight) and is_hopper(x.device)
 
 
 def ring_gemm_gluon(
@@ -97,13 +109,12 @@ def ring_gemm_gluon(
     (rows, inputs), outputs = x.shape, len(weight)
     assert weight.shape[1] == inputs and (scale is None) == (row_scale is None) == (x.dtype != FP8)
     assert scale is None or scale.values.shape == (outputs, 1)
-    tile = choose_tile(outputs, inputs, itemsize=x.element_size(), sms=num_sms(x.device))
-    # Two heights only: a kernel per power of two would make start-up longer.
-    columns = 16 if rows <= 16 else MEMORY_BOUND_ROWS
+    tile = choose_tile(rows, outputs, inputs, itemsize=x.element_size(), sms=num_sms(x.device))
+    columns = tile.rows
     width = STEP_BYTES // x.element_size()
     out = torch.empty((tile.splits, rows, outputs), dtype=torch.float32, device=x.device)
     launch(
-        _ring_gemm_kernel, (triton.cdiv(outputs, tile.outputs), tile.splits),
+        _ring_gemm_kernel, (triton.cdiv(outputs, tile.outputs), tile.splits, triton.cdiv(rows, columns)),
         x_desc=describe(x, columns), weight_desc=described(weight, tile.outputs),
         bias_ptr=out if bias is None else bias, out_ptr=out, scale_ptr=out if scale is None else scale.values,
         row_scale_ptr=out if row_scale is None else row_scale, rows=rows, outputs=outputs,
@@ -129,7 +140,7 @@ def _ring_gemm_kernel(
     BYTES: gl.constexpr = (TILE + ROWS) * WIDTH * x_desc.dtype.primitive_bitwidth // 8
     # The tensor cores take 32 bytes of a row at a time.
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, WIDTH // 4])
-    tile, split = gl.program_id(0) * TILE, gl.program_id(1)
+    tile, split, top = gl.program_id(0) * TILE, gl.program_id(1), gl.program_id(2) * ROWS
     share = (steps + gl.num_programs(1) - 1) // gl.num_programs(1)
     first = split * share
     count = gl.minimum(share, steps - first)
@@ -146,7 +157,7 @@ def _ring_gemm_kernel(
     _wait_for_previous(PDL)
     for slot in gl.static_range(DEPTH):
         k = (first + slot) * WIDTH
-        tma_load(x_desc, [0, k], ready.index(slot), x.index(slot), pred=slot < count)
+        tma_load(x_desc, [top, k], ready.index(slot), x.index(slot), pred=slot < count)
     sums = gl.zeros([TILE, ROWS], gl.float32, SUMS)
     nothing = gl.zeros([TILE, ROWS], gl.float32, SUMS)
     slot, phase, before = 0, 0, DEPTH - 1
@@ -170,7 +181,7 @@ def _ring_gemm_kernel(
         k = (first + following) * WIDTH
         mbarrier.expect(ready.index(free), BYTES, pred=known)
         tma_load(weight_desc, [tile, k], ready.index(free), weights.index(free), pred=known)
-        tma_load(x_desc, [0, k], ready.index(free), x.index(free), pred=known)
+        tma_load(x_desc, [top, k], ready.index(free), x.index(free), pred=known)
         before = slot
         slot += 1
         if slot == DEPTH:
@@ -181,7 +192,7 @@ def _ring_gemm_kernel(
     block_barrier()
     output = tile + gl.arange(0, TILE, gl.SliceLayout(1, SUMS))
     if FP8:
-        row = gl.arange(0, ROWS, gl.SliceLayout(0, SUMS))
+        row = top + gl.arange(0, ROWS, gl.SliceLayout(0, SUMS))
         row_scale = gl.load(row_scale_ptr + row, mask=row < rows, other=0.0)
         sums *= gl.load(scale_ptr + output, mask=output < outputs, other=0.0)[:, None] * row_scale[None, :]
     if BIAS:
@@ -192,6 +203,6 @@ def _ring_gemm_kernel(
     STORED: gl.constexpr = gl.BlockedLayout([4, 1], [TILE // 4, 128 // TILE], [1, 4], [0, 1])
     sums = gl.convert_layout(sums, STORED)
     stored = tile + gl.arange(0, TILE, gl.SliceLayout(1, STORED))
-    stored_row = gl.arange(0, ROWS, gl.SliceLayout(0, STORED))
+    stored_row = top + gl.arange(0, ROWS, gl.SliceLayout(0, STORED))
     offset = (split * rows + stored_row)[None, :] * outputs + stored[:, None]
     gl.store(out_ptr + offset, sums, mask=(stored < outputs)[:, None] & (stored_row < rows)[None, :])

@@ -23,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from engine.kernels.activation import activate
 from engine.kernels.device import MEMORY_BOUND_ROWS, has_descriptor, is_hopper, num_sms
-from engine.kernels.fp8 import FP8, MAX_FAST_INPUTS
+from engine.kernels.fp8 import MAX_FAST_INPUTS
 from engine.kernels.launch import is_compiling, launch
-from engine.kernels.ring import DTYPES, STEP_BYTES, barriers, buffers, describe, described, tma_load
+from engine.kernels.ring import STEP_BYTES, barriers, buffers, describe, described, tma_load
 
 #: Up to so many rows the narrow tile is the faster one.
 _FEW_ROWS = 1024
@@ -40,12 +40,20 @@ _activate = gluon.jit(activate.fn)
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether the kernel should multiply ``x`` ``(T, K)``, or its rows in fp8, by ``weight`` ``(N, K)``."""
-    fits = x.dtype in DTYPES and x.shape[0] > MEMORY_BOUND_ROWS and is_hopper(x.device)
-    fits = fits and weight.shape[0] % 16 == 0 and has_descriptor(x) and has_descriptor(weight)
+    """Return whether the kernel should multiply ``x`` ``(T, K)`` by ``weight`` ``(N, K)``."""
+    known = x.dtype in (torch.bfloat16, torch.float16) and has_descriptor(x)
+    return known and _suits(x.shape[0], weight)
+
+
+def supports_rounded(rows: int, weight: torch.Tensor) -> bool:
+    """Return whether the kernel should multiply ``rows`` rows in fp8 by ``weight`` ``(N, K)``, in fp8 too."""
     # The tensor cores sum up all products of an output.
-    fits = fits and (weight.dtype != FP8 or weight.shape[1] <= MAX_FAST_INPUTS)
-    return fits and not _drifts(x.shape[0], weight)
+    return weight.shape[1] <= MAX_FAST_INPUTS and _suits(rows, weight)
+
+
+def _suits(rows: int, weight: torch.Tensor) -> bool:
+    fits = rows > MEMORY_BOUND_ROWS and weight.shape[0] % 16 == 0
+    return fits and is_hopper(weight.device) and has_descriptor(weight) and not _drifts(rows, weight)
 
 
 def _drifts(rows: int, weight: torch.Tensor) -> bool:

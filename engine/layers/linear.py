@@ -12,6 +12,7 @@ from torch import nn
 from engine.kernels.dispatch import (
     activated_linear,
     activated_rounded,
+    gated_rounded,
     linear,
     norm_gated_rounded,
     norm_linear,
@@ -201,6 +202,11 @@ class FusedColumnLinear(nn.Module):
             offset=norm.offset,
             scale=self.scale,
         )
+
+    def gated_rounded(self, x: RoundedRows, activation: str) -> RoundedRows:
+        """Compute ``activation(gate) * factor`` of the two parts for rows in fp8, and round its rows."""
+        assert isinstance(self.scale, Scale)
+        return gated_rounded(x, self.weight, self.bias, activation, self.scale)
 
     def rounded_after_norm(
         self, norm: RMSNorm, x: torch.Tensor | SplitSums, residual: torch.Tensor | None, *, activation: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.kernels.act_mul import act_mul, act_rounded
+from engine.kernels.act_mul import act_mul
 from engine.kernels.fp8 import RoundedRows
 from engine.kernels.split_sums import SplitSums
 from engine.layers.build import BuildContext
@@ -35,10 +35,9 @@ class GatedMLP(nn.Module):
         return self.gate_up_proj.takes_rounded(x) and self.down_proj.takes_rounded(x)
 
     def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
-        gate_up = self.gate_up_proj(x)
         if isinstance(x, RoundedRows):
-            return self.down_proj(act_rounded(gate_up, self.activation, gated=True))
-        return self.down_proj(act_mul(gate_up, self.activation))
+            return self.down_proj(self.gate_up_proj.gated_rounded(x, self.activation))
+        return self.down_proj(act_mul(self.gate_up_proj(x), self.activation))
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """Compute this rank's share of :meth:`forward`, which is the sum over ranks; without biases."""

@@ -281,6 +281,8 @@ def before_norm() -> None:
         ring_gemm_gluon(tensor(rows, 8960), tensor(1536, 8960), tensor(1536))
         scales = {"scale": Scale(torch.ones(3584, 1), 1 << 15), "row_scale": torch.ones(rows, 1)}
         ring_gemm_gluon(tensor(rows, 18944, dtype=FP8), tensor(3584, 18944, dtype=FP8), **scales, dtype=BF16)
+    scales = {"scale": Scale(torch.ones(3584, 1), 1 << 15), "row_scale": torch.ones(256, 1)}
+    ring_gemm_gluon(tensor(256, 18944, dtype=FP8), tensor(3584, 18944, dtype=FP8), **scales, dtype=BF16)
 
 
 def even_gates() -> None:

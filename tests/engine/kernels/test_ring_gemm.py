@@ -3,7 +3,7 @@ import torch
 
 from engine.kernels import dispatch, ring_gemm
 from engine.kernels.dispatch import linear, split_linear
-from engine.kernels.fp8 import FP8, Scale, quantise_rows_reference
+from engine.kernels.fp8 import FP8, RoundedRows, Scale, quantise_rows_reference
 from engine.kernels.ring_gemm import RingTile, choose_tile, ring_gemm_gluon, supports
 
 from .compare import assert_close
@@ -40,7 +40,7 @@ def test_the_total_equals_float64(hopper, monkeypatch, rows, outputs, inputs, ti
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("outputs", "inputs"), [(200, 1040), (3584, 3584), (80, 18944)])
-@pytest.mark.parametrize("rows", [2, 17, 64])
+@pytest.mark.parametrize("rows", [2, 17, 64, 65, 200, 256])
 def test_the_total_of_rounded_rows_equals_float64(hopper, monkeypatch, rows, outputs, inputs, tile):
     if tile is not None:
         monkeypatch.setattr(ring_gemm, "choose_tile", lambda *_, **__: tile)
@@ -71,9 +71,13 @@ def test_a_few_rows_on_hopper_gpus_take_it(monkeypatch, hopper_gpu):
         linear(x, weight)
         split_linear(x[:, :512], weight[:, :512])
     monkeypatch.setattr(dispatch, "linear", lambda *_, **__: None)
+    rounded = torch.zeros(16, 8192).to(FP8)
+    for rows in (65, 256, 257):
+        numbers = RoundedRows.empty(rows, 8192, torch.device("cpu"))
+        split_linear(numbers, rounded, scale=Scale(torch.ones(16, 1), 8192, True))
     for rows in (1, 65):
         split_linear(*problem("cpu", rows, 16, 1024)[:2])
-    assert taken == ([2, 64] if hopper_gpu else [])
+    assert taken == ([2, 64, 65, 256] if hopper_gpu else [])
 
 
 def test_only_matrices_that_a_descriptor_can_describe_are_supported(monkeypatch):
@@ -89,5 +93,6 @@ def test_only_matrices_that_a_descriptor_can_describe_are_supported(monkeypatch)
     ("outputs", "inputs", "itemsize"), [(1536, 1536, 2), (3584, 18944, 1), (16, 1024, 2)]
 )
 def test_programs_share_the_inputs(outputs, inputs, itemsize):
-    tile = choose_tile(outputs, inputs, itemsize=itemsize, sms=132)
-    assert tile.splits >= 2 and (tile.outputs + 64) * 128 * tile.depth <= 220 << 10
+    for rows in (2, 64, 256) if itemsize == 1 else (2, 64):
+        tile = choose_tile(rows, outputs, inputs, itemsize=itemsize, sms=132)
+        assert tile.splits >= 2 and (tile.outputs + tile.rows) * 128 * tile.depth <= 220 << 10
