@@ -30,7 +30,7 @@ from engine.scheduling.batch import StepEvents
 #: Threads that prepare prompts. Each may hold the GIL for milliseconds, and the thread that keeps the device
 #: busy waits for those before it: with 16 threads, up to 50 ms.
 _PREPARING = 4
-#: Most prompts whose media are encoded in one go.
+#: Most prompts that are added together if they have media, which are encoded in one go.
 _TOGETHER = 16
 #: Prompts that are prepared ahead of the next one to be added. More would delay the first prompts, for which
 #: the device is waiting.
@@ -147,9 +147,10 @@ class OfflineRunner:
         core, count = self._engine.core, len(gathered)
         if not (core.has_work or gathered):
             return True
-        if count >= _TOGETHER or core.scheduler.num_waiting + count >= self._engine.config.max_num_seqs:
+        if core.scheduler.num_waiting + count >= self._engine.config.max_num_seqs or not job.prepared.done():
             return False
-        return job.prepared.done() and core.scheduler.ledger.fits(sum(map(_num_rows, [*gathered, job])))
+        rows = sum(map(_num_rows, [*gathered, job]))
+        return (count < _TOGETHER or not rows) and core.scheduler.ledger.fits(rows)
 
     def _admit(self, batch: Sequence[Job]) -> Sequence[Job]:
         """Encode the media of all in ``batch`` together, and give their requests to the engine."""

@@ -1,5 +1,7 @@
 """Steps are enqueued before the tokens of earlier ones are read, so that the device has work meanwhile."""
 
+from concurrent.futures import Future
+
 from engine import LLM, SamplingParams
 from engine.offline import STEPS_TOGETHER
 from tests.engine import tiny
@@ -17,7 +19,7 @@ def test_a_step_leaves_as_many_enqueued_as_it_may():
     assert len(step()) == 2
 
 
-def test_two_steps_are_enqueued_while_text_is_made(tmp_path):
+def test_two_steps_are_enqueued_while_text_is_made_and_prompts_are_added_together(tmp_path):
     llm = LLM(str(tiny.make_qwen2_vl(tmp_path)), max_model_len=64)
     runner, outputs = llm._engine.core.runner, llm._engine.outputs
     execute, process = runner.execute, outputs.process
@@ -40,3 +42,17 @@ def test_two_steps_are_enqueued_while_text_is_made(tmp_path):
     (output,) = llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == tokens
     assert seen[:2] == [(STEPS_TOGETHER, 2), (STEPS_TOGETHER, 2)]
+
+    # Prompts that are prepared and have no media are added together.
+    class AtOnce:
+        def submit(self, prepare, encode):
+            done = Future()
+            done.set_result(prepare(encode))
+            return done
+
+    added = []
+    admit = llm._runner._admit
+    llm._runner._pool, llm._runner._admit = AtOnce(), lambda jobs: added.append(len(jobs)) or admit(jobs)
+    prompts = [{"prompt_token_ids": [5, 6, 7]}] * 20
+    llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)
+    assert [count for count in added if count] == [20]
