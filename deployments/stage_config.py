@@ -193,8 +193,8 @@ class LanguageModelConfig(StageConfig):
 
     ``max_ongoing_requests`` is far above the engine's ``max_num_seqs``. A replica refuses a call beyond it
     only when it has read the call, embeddings included, and gets it again a moment later: a crowd of such
-    calls takes a replica's time. A request that waits in the engine takes none. Requests without media that
-    come by lines are not calls of Ray Serve: each ingress replica sends that many at most.
+    calls takes a replica's time. A request that waits in the engine takes none. Requests that come by lines
+    are not calls of Ray Serve: each ingress replica sends that many at most.
 
     Attributes:
         routing: ``content`` sends prompts that begin alike to one replica, as far as its load allows.

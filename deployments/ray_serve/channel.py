@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from deployments.errors import logger
 from deployments.ray_serve.packing import (
     PIECE_BYTES,
@@ -27,6 +29,8 @@ from deployments.ray_serve.packing import (
     Encoded,
     PackedUpdate,
     Piece,
+    PixelsInfo,
+    RowsInfo,
     pack,
     pieces,
     unpack,
@@ -82,8 +86,9 @@ class Addressed:
 #: A message of a channel.
 Message = list[PackedUpdate | Addressed]
 
-#: What an ingress says to ask for an answer by a line: the request, and the span that the work belongs to.
-Asked = tuple[Generation, Carrier]
+#: What an ingress says to ask for an answer by a line: the request, the span that the work belongs to, how to
+#: read each array of the request's media, and these arrays.
+Asked = tuple[Generation, Carrier, Sequence[RowsInfo | PixelsInfo], Sequence[np.ndarray]]
 
 
 class Outbox:

@@ -39,7 +39,7 @@ class ServedModel:
     def __init__(self, stage: Any, outboxes: Outboxes, encoder: Any = None) -> None:
         self._stage, self._encoder = stage, encoder
         self._outboxes = outboxes
-        self._lines = Lines(outboxes, lambda outbox, request: give(self, outbox, request, (), ()))
+        self._lines = Lines(outboxes, self._give)
 
     @classmethod
     def load(
@@ -128,10 +128,19 @@ class ServedModel:
         Raises:
             SightlineError: the request failed, and the reader wasn't told by its line.
         """
-        media, encoded = await self.embedded(infos, arrays)
-        outbox = self._outboxes.find(reader)
-        if outbox is None:
+        if (outbox := self._outboxes.find(reader)) is None:
             raise abandoned()
+        await self._give(outbox, request, infos, arrays)
+
+    async def _give(
+        self,
+        outbox: Outbox,
+        request: Generation,
+        infos: Sequence[RowsInfo | PixelsInfo],
+        arrays: Sequence[np.ndarray],
+    ) -> None:
+        """As :meth:`answer`, into ``outbox``."""
+        media, encoded = await self.embedded(infos, arrays)
         await give(self, outbox, request, media, encoded)
 
     def generate(

@@ -5,6 +5,7 @@ import pickle
 import random
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 from functools import reduce
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.exceptions import ObjectLostError, RayError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
 from deployments.ray_serve.channel import Outbox, Outboxes
@@ -28,9 +30,9 @@ from deployments.ray_serve.replicas import LanguageModelReplica
 from deployments.ray_serve.routing import LanguageModelRouter
 from deployments.ray_serve.served_model import ServedModel
 from deployments.report import begin_report
-from deployments.stages import Generation, StageLost
+from deployments.stages import Generation, RowsLost, StageLost
 from engine.config import EngineConfig
-from engine.errors import NoTokenAllowed
+from engine.errors import NoTokenAllowed, SightlineError
 from engine.mailbox import Mailbox
 from engine.outputs import OutputDelta, StreamUpdate, TokenLogprob, Usage, merge_updates
 from engine.prompt import EngineInput
@@ -155,6 +157,19 @@ class Call:
         self.task.cancel()
 
 
+class Stored:
+    """A reference to ``array`` in Ray's store; raises ``error`` if that is lost."""
+
+    def __init__(self, array: np.ndarray, error: Exception | None = None) -> None:
+        self.array, self._error = array, error
+
+    def __await__(self):
+        yield from asyncio.sleep(0).__await__()
+        if self._error is not None:
+            raise self._error
+        return self.array
+
+
 class PlainCall:
     """A call that isn't streamed."""
 
@@ -209,6 +224,8 @@ class Handle:
         def caller(method: str):
             def remote(*args):
                 kind = PlainCall if method == "hold" else Call
+                # Ray resolves references for the receiver.
+                args = tuple(arg.array if isinstance(arg, Stored) else arg for arg in args)
                 self.calls[method].append(kind(getattr(replica, method)(*args)))
                 return self.calls[method][-1]
 
@@ -416,10 +433,10 @@ async def test_an_answer_whose_end_was_in_a_broken_channel_is_lost(world):
     assert not found and type(error) is StageLost
 
 
-ROWS = RowsRef(RowsInfo("h", "float32"), np.zeros((1, 2), np.float32))
+ROWS = RowsRef(RowsInfo("h", "float32"), Stored(np.arange(2.0, dtype=np.float32)[None]))
 
 
-async def test_an_answer_to_an_image_is_one_call_once_the_channel_is_open(either):
+async def test_an_answer_to_an_image_is_one_call_or_none_once_the_channel_is_open(either):
     first = await either.begin("first", ROWS)
     await wait_until(lambda: either.replica._stage.has_line(either.model._inbox.name), 60)
     either.answers["first"].put(update("first", 0, last=True))
@@ -438,8 +455,45 @@ async def test_an_answer_to_an_image_is_one_call_once_the_channel_is_open(either
     assert found == [update("two", 0)] and type(error) is NoTokenAllowed
     left.cancel()
     await wait_until(lambda: not either.answers, 60)
-    assert [len(either.handle.calls[method]) for method in ("hold", "generate")] == [4, 1]
+    calls = [len(either.handle.calls[method]) for method in ("hold", "generate")]
+    assert calls == ([1, 1] if either.asks else [4, 1])
     assert not len(either.replica._held)
+
+
+async def test_media_go_by_a_line_unless_they_are_large(near, monkeypatch):
+    near.asks = True
+    await near.open()
+    seen: list[np.ndarray] = []
+    generate = near.replica.served._stage.generate
+
+    def looked_at(request, media, relay):
+        seen.extend(each.rows for each in media)
+        return generate(request, media, relay)
+
+    monkeypatch.setattr(near.replica.served._stage, "generate", looked_at)
+    small = np.arange(1 << 18, dtype=np.float32)[None]
+    large = np.zeros((1, (4 << 20) // 4), np.float32)
+    for calls, arrays in enumerate(([small, small], [small, large])):
+        media = [RowsRef(RowsInfo(str(n), "float32"), Stored(array)) for n, array in enumerate(arrays)]
+        task = await near.begin("one", *media)
+        assert len(near.handle.calls["hold"]) == calls
+        assert all(np.array_equal(*pair) for pair in zip(seen, arrays, strict=True))
+        seen.clear()
+        near.answers["one"].put(update("one", 0, last=True))
+        assert await asyncio.wait_for(task, 60) == ([update("one", 0, last=True)], None)
+
+
+@pytest.mark.parametrize(("error", "lost"), [(ObjectLostError("", None, ""), RowsLost), (RayError(), None)])
+async def test_media_that_are_lost_before_they_go_by_a_line_are_made_again(error, lost):
+    """And other errors of the store are errors of the request."""
+    with World(lines=True, asks=True) as near:
+        await near.open()
+        media = RowsRef(ROWS.info, Stored(ROWS.array.array, error))
+        request = Generation("one", EngineInput([1]), SamplingParams())
+        with pytest.raises(SightlineError) as caught:
+            await anext(near.model.generate(request, [media]))
+        assert type(caught.value) is (lost or SightlineError)
+        await near.open()
 
 
 async def test_what_was_encoded_comes_before_the_first_update(either, monkeypatch):
@@ -458,15 +512,24 @@ async def test_what_was_encoded_comes_before_the_first_update(either, monkeypatc
     assert len(either.handle.calls["generate"]) == 1
 
 
-@pytest.mark.parametrize("lost", ["line", "call"])
-async def test_an_answer_to_an_image_is_lost_with_its_line_or_its_call(near, lost):
+async def test_an_answer_to_an_image_is_lost_with_its_line(near):
+    await _lose(near, lambda: next(iter(near.replica.served._lines._connections)).close())
+
+
+@pytest.mark.parametrize("process", [False, True])
+async def test_an_answer_to_an_image_is_lost_with_its_call(process):
+    with World(lines=True, process=process) as near:
+        await _lose(near, lambda: near.handle.calls["hold"][-1].task.cancel())
+
+
+async def _lose(near: World, cut: Callable[[], None]) -> None:
+    """Check that an answer to an image is lost with what ``cut`` cuts."""
     await near.open()
     task = await near.begin("one", ROWS)
     near.answers["one"].put(update("one", 0))
     await wait_until(lambda: task.found, 60)
     near.answers["one"].put(update("one", 1))
-    (connection,) = near.replica.served._lines._connections
-    connection.close() if lost == "line" else near.handle.calls["hold"][-1].task.cancel()
+    cut()
     found, error = await asyncio.wait_for(task, 60)
     assert found[:1] == [update("one", 0)] and type(error) is StageLost
     await wait_until(lambda: not near.answers, 60)
