@@ -14,8 +14,10 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import logger
 from deployments.metrics.families import Part
+from deployments.ray_serve.call_line import ReplicaLines
 from deployments.ray_serve.channel import Answer, Asked, Elsewhere, Here, Inbox, Sent
 from deployments.ray_serve.failures import translated
+from deployments.ray_serve.frames import MOST_BYTES
 from deployments.ray_serve.handoff import (
     PixelsRef,
     RowsRef,
@@ -28,7 +30,7 @@ from deployments.ray_serve.handoff import (
 from deployments.ray_serve.line import follow
 from deployments.ray_serve.packing import Encoded, PixelsInfo
 from deployments.ray_serve.refusals import Misrouted, abandoned, checked, was_cancelled
-from deployments.ray_serve.routing import LanguageModelRouter, router_here
+from deployments.ray_serve.routing import LanguageModelRouter, limits_here, router_here
 from deployments.references import Owner, without_payload
 from deployments.report import current_report
 from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages, ways_to_language_model
@@ -42,10 +44,6 @@ from engine.prompt import KeptFiles
 
 #: How often a stream is started until it reaches the replica that holds its embeddings.
 _ROUTING_ATTEMPTS = 4
-
-#: Bytes of a request's media that may go by a line: an image takes about one MiB. Answers and requests behind
-#: them wait for 0.3 ms a MiB.
-_LINE_BYTES = 4 << 20
 
 #: Seconds that a replica may take to answer with its metrics.
 MEASURE_S = 2.0
@@ -114,9 +112,18 @@ class _RemoteStage(_Remote):
 
 
 class RemotePreprocessor(_RemoteStage):
-    """The preprocessor stage. Pixels are in the object store."""
+    """The preprocessor stage. Pixels are in the object store, but for those of images that replicas on this
+    host prepare by a line.
+
+    Args:
+        by_line: whether that may be. Ray Serve doesn't count these calls.
+    """
 
     name = "preprocessor"
+
+    def __init__(self, handle: DeploymentHandle, *, by_line: bool = False) -> None:
+        super().__init__(handle)
+        self._lines = ReplicaLines(partial(everywhere, self._handle, "line", MEASURE_S)) if by_line else None
 
     async def prepare(
         self,
@@ -126,6 +133,12 @@ class RemotePreprocessor(_RemoteStage):
         images: int | None = None,
         salt: str = "",
     ) -> list[PixelsRef]:
+        if self._lines is not None and not files and _are_small(sources):
+            line = self._lines.choose(limits_here(self._handle))
+            args = list(sources), caller, images, salt, current.get()
+            if line is not None and (found := await line.call(*args)) is not None:
+                self._ended()
+                return found
         args = list(sources), caller, images, salt, current.get(), *_referenced(files)
         return await self._work(self._handle.prepare, *args)
 
@@ -140,6 +153,15 @@ class RemotePreprocessor(_RemoteStage):
     ) -> list[PixelsRef]:
         args = list(pages), images, salt, current.get(), replace(file.file, files=None), file.file.files
         return await self._work(self._handle.prepare_pages, *args)
+
+
+def _are_small(sources: Sequence[MediaSource]) -> bool:
+    """Return whether sources are images that fit a line as they are sent, and that no later request names."""
+    images = all(
+        source.kind == "image" and not (source.frames or source.pages or source.rows or source.uuid)
+        for source in sources
+    )
+    return images and sum(len(source.url or "") for source in sources) <= MOST_BYTES
 
 
 def _referenced(files: Mapping[int, KeptFiles]) -> list[Any]:
@@ -273,10 +295,10 @@ class RemoteLanguageModel(_RemoteStage):
     async def _fetched(self, media: Sequence[RowsRef]) -> list[np.ndarray] | None:
         """The arrays of a request's media; None if they are too large for a line. Errors as :meth:`_way`."""
         try:
-            arrays = [await ref.array for ref in media]
+            arrays = [ref.array if isinstance(ref.array, np.ndarray) else await ref.array for ref in media]
         except RayError as error:
             raise self._reported(error) from error
-        return arrays if sum(array.nbytes for array in arrays) <= _LINE_BYTES else None
+        return arrays if sum(array.nbytes for array in arrays) <= MOST_BYTES else None
 
     @contextmanager
     def _asking(
@@ -412,10 +434,13 @@ def remote_stages(
     language_model: DeploymentHandle,
     preprocessor: DeploymentHandle | None = None,
     encoder: DeploymentHandle | None = None,
+    *,
+    prepared_by_line: bool = False,
 ) -> Stages:
     """The stages of one model behind the handles of its deployments.
 
     Args:
+        prepared_by_line: see :class:`RemotePreprocessor`.
         encoder: a handle of the language model's deployment if its replicas encode.
     """
     encoding: RemoteEncoder | LaterEncoder | None = None
@@ -425,7 +450,7 @@ def remote_stages(
     generating = RemoteLanguageModel(language_model)
     return Stages(
         generating,
-        None if preprocessor is None else RemotePreprocessor(preprocessor),
+        None if preprocessor is None else RemotePreprocessor(preprocessor, by_line=prepared_by_line),
         encoding,
         generating.ways,
     )

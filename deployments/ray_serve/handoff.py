@@ -29,11 +29,11 @@ from engine.prompt import KeptFiles, MediaItem
 
 @dataclass(frozen=True, slots=True)
 class PixelsRef:
-    """A prepared image: its description, the reference to its pixels, and how long each step took; further
-    fields as in :class:`~engine.prompt.PreparedMedia`."""
+    """A prepared image: its description, the reference to its pixels, or these if they came by a line, and
+    how long each step took; further fields as in :class:`~engine.prompt.PreparedMedia`."""
 
     item: MediaItem
-    pixels: ray.ObjectRef
+    pixels: ray.ObjectRef | np.ndarray
     seconds: Mapping[str, float] = field(default_factory=dict)
     frames: int = 1
     rows: str | None = None
@@ -48,10 +48,11 @@ class PixelsRef:
 
 @dataclass(frozen=True, slots=True)
 class RowsRef:
-    """An item for the language model: the reference to its embedding rows or pixels, and how to read them."""
+    """An item for the language model: the reference to its embedding rows or pixels, or these themselves, and
+    how to read them."""
 
     info: RowsInfo | PixelsInfo
-    array: ray.ObjectRef
+    array: ray.ObjectRef | np.ndarray
 
     @property
     def cached(self) -> bool:

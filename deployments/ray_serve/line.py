@@ -10,24 +10,14 @@ request's media go in the same message: one more call of Ray Serve costs both si
 
 import asyncio
 import contextvars
-import os
-import pickle
-import socket
-import struct
-import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import Any, cast
 
 from deployments.errors import as_sightline, logger
 from deployments.ray_serve.channel import Asked, Message, Outbox, Outboxes
+from deployments.ray_serve.frames import Frames, connected, framed, is_own_user, listen
 from deployments.tracing import current
-
-#: What Linux tells of a peer: process, user and group.
-_PEER = struct.Struct("3i")
-
-#: Bytes of a message's length, which comes before it.
-_LENGTH = 4
 
 
 class Lines:
@@ -57,42 +47,14 @@ class Lines:
         return await asyncio.shield(self._address)
 
     async def _listen(self) -> str:
-        # An abstract address: nothing is left in a file system, however this process ends.
-        address = f"\0sightline-{uuid.uuid4().hex}"
-        loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_unix_server(
-                lambda: _Sender(self._outboxes, self._connections, self._give), address
+            self._server, address = await listen(
+                lambda: _Sender(self._outboxes, self._connections, self._give)
             )
         except OSError as error:
             logger.warning("updates go by gRPC alone, because there is no socket for them: %s", error)
             return ""
         return address
-
-
-class _Frames:
-    """Cuts what comes into messages: each is pickled, behind its length."""
-
-    def __init__(self) -> None:
-        self._received = bytearray()
-
-    def cut(self, data: bytes) -> Iterator[Any]:
-        """The messages that ``data`` completes."""
-        received, start = self._received, 0
-        received += data
-        while len(received) >= (begin := start + _LENGTH):
-            end = begin + int.from_bytes(received[start:begin], "big")
-            if len(received) < end:
-                break
-            yield pickle.loads(received[begin:end])
-            start = end
-        del received[:start]
-
-
-def _framed(message: Any) -> bytes:
-    """A message as :class:`_Frames` cuts it off."""
-    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    return len(data).to_bytes(_LENGTH, "big") + data
 
 
 class _Sender(asyncio.Protocol):
@@ -118,7 +80,7 @@ class _Sender(asyncio.Protocol):
     ) -> None:
         self._outboxes, self._connections, self._give = outboxes, connections, give
         self._loop = asyncio.get_running_loop()
-        self._frames = _Frames()
+        self._frames = Frames()
         self._open = ExitStack()
         self._outbox: Outbox | None = None
         self._due = self._paused = False
@@ -127,10 +89,7 @@ class _Sender(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are of no class of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
-        # uvloop's sockets have no options of their own.
-        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as peer:
-            _, user, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if user != os.getuid():
+        if not is_own_user(transport):
             transport.close()
             return
         self._connections.add(self)
@@ -150,7 +109,7 @@ class _Sender(asyncio.Protocol):
             self._outbox = self._open.enter_context(self._outboxes.open(message, idle_s=None))
             self._outbox.when_ready(self._soon)
             # Says that this end takes requests.
-            self._transport.write(_framed([]))
+            self._transport.write(framed([]))
         elif isinstance(message, str):
             # The answer may have ended meanwhile.
             if (answer := self.answers.get(message)) is not None:
@@ -201,7 +160,7 @@ class _Sender(asyncio.Protocol):
             return
         try:
             for message in self._outbox.take():
-                self._transport.write(_framed(message))
+                self._transport.write(framed(message))
         except Exception:
             # What was taken is lost: the answers must end, as with any line that breaks.
             logger.exception("updates can't be sent")
@@ -227,7 +186,7 @@ class _Reader(asyncio.Protocol):
     ) -> None:
         self._take, self._opened = take, opened
         self._open = False
-        self._frames = _Frames()
+        self._frames = Frames()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -236,7 +195,11 @@ class _Reader(asyncio.Protocol):
 
     def say(self, message: Asked | str) -> None:
         """Send a message."""
-        self._transport.write(_framed(message))
+        self._transport.write(framed(message))
+
+    def close(self) -> None:
+        """End the line."""
+        self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         if not self._open:
@@ -268,21 +231,12 @@ async def follow(
     Returns:
         False if there is no such line, as for a replica on another host.
     """
-    connected = socket.socket(socket.AF_UNIX)
-    try:
-        # uvloop doesn't connect to abstract addresses.
-        connected.setblocking(False)
-        connected.connect(address)
-    except OSError:
-        connected.close()
+    reader = await connected(address, lambda: _Reader(take, opened))
+    if reader is None:
         return False
-    made: tuple[Any, _Reader] = await asyncio.get_running_loop().create_unix_connection(
-        lambda: _Reader(take, opened), sock=connected
-    )
-    transport, reader = made
     try:
         reader.say(name)
         await reader.ended
     finally:
-        transport.close()
+        reader.close()
     return True

@@ -20,8 +20,10 @@ from deployments.errors import logger
 from deployments.in_place import InPlace
 from deployments.metrics.families import Family, Part
 from deployments.preprocessor import Preprocessor
+from deployments.ray_serve.call_line import CallLines
 from deployments.ray_serve.channel import Elsewhere, Here, Message, Outboxes, Sent
 from deployments.ray_serve.engine_process import EngineProcess
+from deployments.ray_serve.frames import MOST_BYTES
 from deployments.ray_serve.handoff import ObjectStore, PixelsRef, RowsRef
 from deployments.ray_serve.held_requests import Held, HeldRequests
 from deployments.ray_serve.packing import Encoded, PackedUpdate, Piece, PixelsInfo, RowsInfo, pieces
@@ -77,10 +79,31 @@ class PreprocessorReplica:
         self._stage = Preprocessor(config, engine, fetch, images, videos, documents, media, tracer)
         self._in_place = InPlace(config, config.IN_PLACE, self._stage.take_over)
         self._store = ObjectStore()
+        self._lines = CallLines(self._prepare_near)
 
     async def reconfigure(self, user_config: dict[str, Any] | None) -> None:
         """Take over values while the replica runs; Ray Serve calls this."""
         self._in_place.take_over(user_config)
+
+    async def line(self) -> tuple[str, str]:
+        """This replica's name, and the address by which processes of its host call :meth:`prepare`; empty if
+        they can't."""
+        return serve.get_replica_context().replica_id.unique_id, await self._lines.address()
+
+    async def _prepare_near(
+        self, sources: Sequence[MediaSource], caller: str, images: int | None, salt: str, span: Carrier
+    ) -> list[PixelsRef] | Refusal | None:
+        """As :meth:`prepare`, with the pixels themselves; None if they are too large for a line."""
+        current.set(span)
+        made = await answered(self._stage.prepare(sources, {}, caller, images, salt))
+        if isinstance(made, Refusal):
+            return made
+        if sum(media.pixels.nbytes for media in made) > MOST_BYTES:
+            return None
+        return [
+            PixelsRef(media.item, media.pixels, media.seconds, media.frames, media.rows, None, media.note)
+            for media in made
+        ]
 
     async def prepare(
         self,
@@ -152,6 +175,11 @@ class PreprocessorReplica:
     async def measured(self) -> Part:
         """The metrics of this replica."""
         return _named(self._stage.families())
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_lines"):
+            # Ray Serve has waited for its own calls alone.
+            await self._lines.answered()
 
 
 class VisionEncoderReplica:

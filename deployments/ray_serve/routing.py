@@ -166,9 +166,20 @@ class LanguageModelRouter(_ExactRouter):
 
 def router_here(handle: DeploymentHandle) -> LanguageModelRouter | None:
     """The router of a handle of a language model, if it runs on this event loop and knows the replicas."""
-    wrapper = getattr(handle, "_router", None)
-    router: Any = getattr(getattr(wrapper, "_asyncio_router", None), "request_router", None)
+    router = _any_router_here(handle)
     # By its name: Ray Serve pickles the class by value, so each process has one of its own.
-    if type(router).__name__ != LanguageModelRouter.__name__:
-        return None
-    return router if router._event_loop is asyncio.get_running_loop() else None
+    return router if type(router).__name__ == LanguageModelRouter.__name__ else None
+
+
+def limits_here(handle: DeploymentHandle) -> dict[str, int]:
+    """The most requests of each replica, by its name; none if the handle's router runs on another event
+    loop."""
+    router = _any_router_here(handle)
+    replicas = [] if router is None else router.curr_replicas.values()
+    return {replica.replica_id.unique_id: replica.max_ongoing_requests for replica in replicas}
+
+
+def _any_router_here(handle: DeploymentHandle) -> Any:
+    wrapper = getattr(handle, "_router", None)
+    router = getattr(getattr(wrapper, "_asyncio_router", None), "request_router", None)
+    return router if getattr(router, "_event_loop", None) is asyncio.get_running_loop() else None

@@ -606,7 +606,7 @@ async def test_a_reader_that_leaves_takes_its_line_along(near):
 
 
 async def test_other_users_have_no_line(near, monkeypatch):
-    monkeypatch.setattr("deployments.ray_serve.line.os.getuid", lambda: -1)
+    monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
     read: list = []
     address = await near.replica._stage.line()
     assert await asyncio.wait_for(follow(address, "reader", read.append, read.append), 60)

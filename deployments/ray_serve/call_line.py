@@ -1,0 +1,221 @@
+"""Calls of replicas on this host by Unix sockets, past Ray Serve.
+
+A call of Ray Serve whose result has arrays costs its caller several milliseconds of CPU time: router, actor
+call, acceptance, references, and the store's processes. A message of a few hundred kilobytes takes a tenth.
+"""
+
+import asyncio
+import contextvars
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+from deployments.errors import as_sightline, logger
+from deployments.ray_serve.frames import Frames, connected, framed, is_own_user, listen
+from deployments.ray_serve.refusals import Refusal, abandoned, checked
+
+#: Seconds before replicas without a line are asked for one again: at first, and at most.
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+
+
+class CallLines:
+    """A replica's end of its callers' lines.
+
+    Args:
+        answer: does what a call asks for.
+    """
+
+    def __init__(self, answer: Callable[..., Awaitable[Any]]) -> None:
+        self._answer = answer
+        self._address: asyncio.Future[str] | None = None
+        self._connections: set[_Answerer] = set()
+
+    async def address(self) -> str:
+        """The socket's address; empty if there can be none."""
+        if self._address is None:
+            # In a context of its own, not in that of the request that happens to be the first.
+            self._address = contextvars.Context().run(asyncio.ensure_future, self._listen())
+        return await asyncio.shield(self._address)
+
+    async def _listen(self) -> str:
+        try:
+            self._server, address = await listen(lambda: _Answerer(self._answer, self._connections))
+        except OSError as error:
+            logger.warning("all calls go by Ray Serve, because there is no socket for them: %s", error)
+            return ""
+        return address
+
+    async def answered(self) -> None:
+        """Return once all calls have ended."""
+        while running := [task for each in self._connections for task in each.tasks.values()]:
+            await asyncio.wait(running)
+
+
+class _Answerer(asyncio.Protocol):
+    """The replica's end of one line.
+
+    A message is a call's number and its arguments, or the number alone of a call that is given up. An answer
+    is the number and the result, which may be a :class:`~deployments.ray_serve.refusals.Refusal`.
+
+    Attributes:
+        tasks: calls that run, by number.
+    """
+
+    def __init__(self, answer: Callable[..., Awaitable[Any]], connections: set["_Answerer"]) -> None:
+        self._answer, self._connections = answer, connections
+        self._frames = Frames()
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are of no class of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        if is_own_user(transport):
+            self._connections.add(self)
+        else:
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self not in self._connections:
+            return
+        try:
+            for message in self._frames.cut(data):
+                self._take(message)
+        except Exception:
+            logger.exception("what a caller says can't be read")
+            self._transport.abort()
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, int):
+            # It may have ended meanwhile.
+            if (running := self.tasks.get(message)) is not None:
+                running.cancel()
+            return
+        number, args = message
+        # In a context of its own, for its span.
+        task = self.tasks[number] = contextvars.Context().run(asyncio.ensure_future, self._run(number, args))
+        task.add_done_callback(lambda _: self.tasks.pop(number))
+
+    async def _run(self, number: int, args: tuple[Any, ...]) -> None:
+        try:
+            data = framed((number, await self._answer(*args)))
+        except Exception as error:
+            data = framed((number, Refusal(as_sightline(error))))
+        self._transport.write(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._connections.discard(self)
+        for task in self.tasks.values():
+            task.cancel()
+
+
+class CallLine(asyncio.Protocol):
+    """The caller's end of one line.
+
+    Args:
+        on_end: called when the connection has ended.
+    """
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self._on_end = on_end
+        self._frames, self._numbers = Frames(), itertools.count()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._ended = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    @property
+    def busy(self) -> int:
+        """Calls that wait for their answers."""
+        return len(self._calls)
+
+    async def call(self, *args: Any) -> Any:
+        """The result of a call. Cancelling it gives the call up.
+
+        Raises:
+            SightlineError: the replica's.
+            StageLost: the line ended.
+        """
+        if self._ended:
+            raise abandoned()
+        number = next(self._numbers)
+        future = self._calls[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._transport.write(framed((number, args)))
+            return checked(await future)
+        except asyncio.CancelledError:
+            self._transport.write(framed(number))
+            raise
+        finally:
+            del self._calls[number]
+
+    def data_received(self, data: bytes) -> None:
+        for number, result in self._frames.cut(data):
+            self._settle(number, result)
+
+    def _settle(self, number: int, result: Any) -> None:
+        future = self._calls.get(number)
+        # Whoever waited may have been cancelled.
+        if future is not None and not future.done():
+            future.set_result(result)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._ended = True
+        self._on_end()
+        for number in list(self._calls):
+            self._settle(number, Refusal(abandoned()))
+
+
+class ReplicaLines:
+    """A caller's lines to the replicas of a deployment, by their names.
+
+    Args:
+        addresses: asks all replicas for their names and the addresses of their :class:`CallLines`.
+    """
+
+    def __init__(self, addresses: Callable[[], Awaitable[list[tuple[str, str]]]]) -> None:
+        self._addresses = addresses
+        self._lines: dict[str, CallLine] = {}
+        self._opening: asyncio.Future[None] | None = None
+        self._not_before, self._pause_s = 0.0, _PAUSE_S
+
+    def choose(self, limits: Mapping[str, int]) -> CallLine | None:
+        """The line to the less busy of two random replicas. None if Ray Serve is to choose: a replica has no
+        line yet, or as many calls as it may have.
+
+        Args:
+            limits: the most calls of each replica, by its name.
+        """
+        if any(name not in self._lines for name in limits):
+            self._open_soon()
+            return None
+        names = random.sample(list(limits), min(2, len(limits)))
+        name = min(names, key=lambda each: self._lines[each].busy, default=None)
+        return self._lines[name] if name is not None and self._lines[name].busy < limits[name] else None
+
+    def _open_soon(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if (self._opening is None or self._opening.done()) and now >= self._not_before:
+            # In a context of its own: Serve cancels calls that were made for a request when that one ends.
+            self._opening = contextvars.Context().run(asyncio.ensure_future, self._open(now))
+
+    async def _open(self, now: float) -> None:
+        opened = False
+        try:
+            for name, address in await self._addresses():
+                if name in self._lines or not address:
+                    continue
+                line = await connected(address, partial(CallLine, partial(self._lost, name)))
+                if line is not None:
+                    self._lines[name], opened = line, True
+        except Exception:
+            logger.exception("lines to replicas can't be opened")
+        # A replica on another host has none for this process.
+        self._pause_s = _PAUSE_S if opened else min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        self._not_before = now + self._pause_s
+
+    def _lost(self, name: str) -> None:
+        self._lines.pop(name, None)
+        self._not_before, self._pause_s = 0.0, _PAUSE_S

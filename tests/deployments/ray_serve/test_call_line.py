@@ -1,0 +1,318 @@
+"""Calls of replicas by lines: results, refusals, losses, and which replica is called."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.ray_serve.call_line import CallLine, CallLines, ReplicaLines
+from deployments.ray_serve.frames import MOST_BYTES, connected
+from deployments.ray_serve.handles import RemotePreprocessor
+from deployments.ray_serve.handoff import PixelsRef
+from deployments.ray_serve.refusals import Refusal, answered
+from deployments.ray_serve.replicas import PreprocessorReplica
+from deployments.stages import StageLost
+from engine.errors import InvalidRequest, SightlineError
+from engine.media.documents.pages import PageOptions
+from engine.media.source import MediaSource, RowsSource
+from engine.prompt import KeptFiles, MediaItem, PlaceholderRun, PreparedMedia
+from tests.serving import wait_until
+
+
+class Replica:
+    """Answers calls with what a test gives.
+
+    Attributes:
+        calls: futures of the open calls, by their first arguments.
+    """
+
+    def __init__(self, name: str = "a") -> None:
+        self.name = name
+        self.calls: dict[Any, asyncio.Future] = {}
+        self.lines = CallLines(self._answer)
+
+    async def _answer(self, name: Any, *args: Any) -> Any:
+        self.calls[name] = asyncio.get_running_loop().create_future()
+        try:
+            return await answered(self.calls[name])
+        finally:
+            del self.calls[name]
+
+    async def begin(self, line: CallLine, name: Any, *args: Any) -> asyncio.Task:
+        """A call, once the replica works on it."""
+        task = asyncio.ensure_future(line.call(name, *args))
+        await wait_until(lambda: name in self.calls, 60)
+        return task
+
+    async def connect(self) -> CallLine:
+        line = await connected(await self.lines.address(), lambda: CallLine(lambda: None))
+        assert line is not None
+        return line
+
+    async def break_lines(self) -> None:
+        await wait_until(lambda: self.lines._connections, 60)
+        for connection in list(self.lines._connections):
+            connection._transport.abort()
+
+
+async def _results() -> None:
+    replica = Replica()
+    line = await replica.connect()
+    first, second, third = [await replica.begin(line, name) for name in (1, 2, 3)]
+    assert line.busy == 3
+    array = np.arange(1 << 20, dtype=np.float32)
+    replica.calls[2].set_result(array)
+    assert np.array_equal(await second, array)
+    replica.calls[1].set_exception(InvalidRequest("no", param="x"))
+    with pytest.raises(InvalidRequest) as refused:
+        await first
+    assert refused.value.param == "x"
+    # Neither an error of the code nor a result that can't be sent ends the line.
+    replica.calls[3].set_exception(ZeroDivisionError())
+    with pytest.raises(SightlineError) as failed:
+        await third
+    assert failed.value.status == 500
+    fourth = await replica.begin(line, 4)
+    replica.calls[4].set_result(lambda: None)
+    with pytest.raises(SightlineError):
+        await fourth
+    assert not line.busy
+    line._transport.close()
+
+
+async def test_results_and_errors_come_back_in_any_order():
+    await _results()
+
+
+def test_a_line_on_the_event_loop_that_replicas_have():
+    uvloop = pytest.importorskip("uvloop")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_results())
+
+
+async def test_a_call_that_is_cancelled_ends_in_the_replica():
+    replica = Replica()
+    line = await replica.connect()
+    left, other = [await replica.begin(line, name) for name in (1, 2)]
+    left.cancel()
+    await wait_until(lambda: 1 not in replica.calls, 60)
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    replica.calls[2].set_result("done")
+    assert await other == "done"
+
+
+async def test_calls_are_lost_with_their_line_and_end_with_their_caller():
+    replica = Replica()
+    line = await replica.connect()
+    task = await replica.begin(line, 1)
+    await replica.break_lines()
+    with pytest.raises(StageLost):
+        await task
+    await wait_until(lambda: not replica.calls, 60)
+    line = await replica.connect()
+    task = await replica.begin(line, 1)
+    line._transport.close()
+    with pytest.raises(StageLost):
+        await task
+    await wait_until(lambda: not replica.calls, 60)
+
+
+async def test_a_call_on_a_line_that_has_ended_is_lost():
+    replica = Replica()
+    line = await replica.connect()
+    await replica.break_lines()
+    await wait_until(lambda: line._transport.is_closing(), 60)
+    with pytest.raises(StageLost):
+        await asyncio.wait_for(line.call(1), 60)
+
+
+async def test_a_replica_that_stops_ends_its_calls_first():
+    replica = Replica()
+    task = await replica.begin(await replica.connect(), 1)
+    ended = asyncio.ensure_future(replica.lines.answered())
+    await asyncio.sleep(0)
+    assert not ended.done()
+    replica.calls[1].set_result("done")
+    assert await task == "done"
+    await asyncio.wait_for(ended, 60)
+
+
+async def test_other_users_have_no_line(monkeypatch):
+    monkeypatch.setattr("deployments.ray_serve.frames.os.getuid", lambda: -1)
+    replica = Replica()
+    with pytest.raises(StageLost):
+        await asyncio.wait_for((await replica.connect()).call(1), 60)
+    assert not replica.calls
+
+
+class Deployment:
+    """Replicas, of which some may have no line.
+
+    Attributes:
+        asked: how often the replicas were asked for their lines.
+    """
+
+    def __init__(self, *replicas: Replica, far: tuple[str, ...] = ()) -> None:
+        self.replicas, self._far, self.asked = replicas, far, 0
+
+    async def addresses(self) -> list[tuple[str, str]]:
+        self.asked += 1
+        near = [(replica.name, await replica.lines.address()) for replica in self.replicas]
+        return [*near, *((name, "\0nowhere") for name in self._far)]
+
+
+async def test_the_less_busy_replica_is_called_up_to_its_limit():
+    one, two = Replica("one"), Replica("two")
+    lines, limits = ReplicaLines(Deployment(one, two).addresses), {"one": 2, "two": 1}
+    assert lines.choose({}) is None and lines.choose(limits) is None
+    await wait_until(lambda: lines.choose(limits) is not None, 60)
+    first = lines._lines["one"]
+    tasks = [await one.begin(first, 1)]
+    assert lines.choose(limits) is lines._lines["two"]
+    tasks.append(await two.begin(lines._lines["two"], 2))
+    # Both have one; the first may have another.
+    assert lines.choose({"one": 2}) is first
+    tasks.append(await one.begin(first, 3))
+    assert lines.choose(limits) is None
+    for replica, name in ((one, 1), (two, 2), (one, 3)):
+        replica.calls[name].set_result(name)
+    assert await asyncio.gather(*tasks) == [1, 2, 3]
+
+
+async def test_lines_are_used_only_where_all_replicas_have_one():
+    near = Replica("near")
+    deployment = Deployment(near, far=("far",))
+    lines = ReplicaLines(deployment.addresses)
+    assert lines.choose({"near": 1, "far": 1}) is None
+    await wait_until(lambda: "near" in lines._lines, 60)
+    for _ in range(9):
+        assert lines.choose({"near": 1, "far": 1}) is None
+        await asyncio.sleep(0)
+    # Not for each request.
+    assert deployment.asked == 1
+    assert lines.choose({"near": 1}) is lines._lines["near"]
+
+
+async def test_a_line_that_broke_opens_again():
+    replica = Replica()
+    lines = ReplicaLines(Deployment(replica).addresses)
+    for _ in range(2):
+        await wait_until(lambda: lines.choose({"a": 1}) is not None, 60)
+        await replica.break_lines()
+        await wait_until(lambda: not lines._lines, 60)
+
+
+IMAGE = MediaSource(0, "image", url="data:,0")
+ITEM = MediaItem("image", "h", 1, (1, 1, 1), (1, 1), (PlaceholderRun(0, 1, True),))
+
+
+class Preparing(PreprocessorReplica):
+    """Of a stage that makes ``pixels``, or refuses, and a handle of the deployment.
+
+    Attributes:
+        calls: calls by Ray Serve.
+    """
+
+    def __init__(self, pixels: np.ndarray | SightlineError) -> None:
+        self._pixels, self._stage = pixels, self
+        self._lines = CallLines(self._prepare_near)
+        self.calls = 0
+        limits = SimpleNamespace(replica_id=SimpleNamespace(unique_id="a"), max_ongoing_requests=8)
+        router = SimpleNamespace(curr_replicas={"a": limits}, _event_loop=asyncio.get_running_loop())
+        self._router = SimpleNamespace(_asyncio_router=SimpleNamespace(request_router=router))
+
+    def options(self, **_: Any) -> "Preparing":
+        return self
+
+    def broadcast(self, method: str) -> Any:
+        assert method == "line"
+
+        async def address() -> tuple[str, str]:
+            return "a", await self._lines.address()
+
+        async def results() -> list[Any]:
+            return [SimpleNamespace(get_async=address)]
+
+        return SimpleNamespace(_fetch_replica_results_async=results)
+
+    async def prepare(self, sources, files, caller, images, salt) -> Any:
+        assert (caller, images, salt) == ("caller", 1, "salt")
+        if isinstance(self._pixels, SightlineError):
+            raise self._pixels
+        return [PreparedMedia(ITEM, self._pixels, {"fetch": 0.5}, 3, note="note")]
+
+    def remote(self, *_: Any) -> Any:
+        async def refused() -> Refusal:
+            return Refusal(InvalidRequest("by Ray Serve"))
+
+        self.calls += 1
+        return refused()
+
+    def __del__(self) -> None:
+        """Nothing was loaded."""
+
+
+def stage_of(replica: Preparing, *, by_line: bool = True) -> RemotePreprocessor:
+    stage = RemotePreprocessor(replica, by_line=by_line)  # type: ignore[arg-type]
+    stage._handle = SimpleNamespace(_router=replica._router, prepare=replica, broadcast=replica.broadcast)  # type: ignore[assignment]
+    return stage
+
+
+async def prepared(stage: RemotePreprocessor, *sources: MediaSource, files=None) -> Any:
+    return await stage.prepare(sources, files or {}, "caller", 1, "salt")
+
+
+async def opened(stage: RemotePreprocessor, replica: Preparing) -> None:
+    """Return once the stage has a line; until then its calls go by Ray Serve."""
+    with pytest.raises(InvalidRequest):
+        await prepared(stage, IMAGE)
+    await wait_until(lambda: stage._lines._lines, 60)
+    assert replica.calls == 1
+    replica.calls = 0
+
+
+async def test_images_are_prepared_by_a_line():
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    replica = Preparing(pixels)
+    stage = stage_of(replica)
+    await opened(stage, replica)
+    (found,) = await prepared(stage, IMAGE)
+    assert type(found) is PixelsRef and np.array_equal(found.pixels, pixels)
+    assert (found.item, found.seconds, found.frames, found.note) == (ITEM, {"fetch": 0.5}, 3, "note")
+    assert found.kept is None and not replica.calls
+    replica._pixels = InvalidRequest("by line", param="image")
+    with pytest.raises(InvalidRequest, match="by line"):
+        await prepared(stage, IMAGE)
+    assert not replica.calls
+
+
+async def test_large_media_and_what_is_kept_are_prepared_by_ray_serve():
+    replica = Preparing(np.zeros(MOST_BYTES + 1, np.uint8))
+    stage = stage_of(replica)
+    await opened(stage, replica)
+    others = [
+        IMAGE,
+        MediaSource(0, "video", "video", url="data:,0"),
+        MediaSource(0, "video", "video", frames=(IMAGE,)),
+        MediaSource(0, "image", url="data:,0", uuid="name"),
+        MediaSource(0, "image", url="data:,0", pages=PageOptions()),
+        MediaSource(0, "image", rows=RowsSource("aGVsbG8=")),
+        MediaSource(0, "image", url="data:," + "0" * MOST_BYTES),
+    ]
+    for calls, source in enumerate(others):
+        with pytest.raises(InvalidRequest, match="by Ray Serve"):
+            await prepared(stage, source)
+        assert replica.calls == calls + 1
+    with pytest.raises(InvalidRequest, match="by Ray Serve"):
+        await prepared(stage, IMAGE, files={0: KeptFiles([b""], "digest", 1)})
+
+
+async def test_replicas_whose_calls_are_counted_are_called_by_ray_serve():
+    replica = Preparing(np.zeros(1, np.uint8))
+    stage = stage_of(replica, by_line=False)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="by Ray Serve"):
+            await prepared(stage, IMAGE)
