@@ -145,7 +145,8 @@ class PreprocessorConfig(StageConfig):
         cache_bytes: memory for prepared images, videos and pages, which are not prepared again when a request
             shows them once more; 0 keeps none.
         max_ongoing_requests: as for every stage. Most of them wait for hosts, which costs nothing: images
-            that come with their request must not wait for those.
+            that come with their request must not wait for those. Calls by lines are not calls of Ray Serve:
+            each ingress replica makes that many at most.
     """
 
     stage: ClassVar[str] = "preprocessor"
