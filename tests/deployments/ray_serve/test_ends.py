@@ -88,20 +88,23 @@ async def until(condition: Callable[[], bool], asked: asyncio.Future[httpx.Respo
     await asyncio.to_thread(wait_for, holds)
 
 
-async def test_the_way_of_a_request_without_media(server, request):
+@pytest.mark.parametrize(
+    "messages", [HELLO, ask("What shape is this?", circle("red"))], ids=["text", "image"]
+)
+async def test_the_way_of_a_request(server, request, messages):
     """What shows the way is private to Ray Serve: requests would go by calls again without an error."""
     wanted = "line" if "haproxy" in request.node.callspec.id else "call"
     async with client_of(server) as client:
 
-        async def ask() -> float:
-            body = {"model": "pocket", "messages": HELLO, "max_tokens": 1}
+        async def count() -> float:
+            body = {"model": "pocket", "messages": messages, "max_tokens": 1}
             assert (await client.post("/v1/chat/completions", json=body)).is_success
             return seen(server)("language_model_requests_total", model="pocket", way=wanted)
 
         # The first requests of each ingress open its lines.
         async with asyncio.timeout(60):
-            before = await ask()
-            while await ask() == before:
+            before = await count()
+            while await count() == before:
                 continue
 
 
