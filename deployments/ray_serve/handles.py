@@ -15,10 +15,11 @@ from ray.serve.handle import DeploymentHandle
 from deployments.errors import logger
 from deployments.metrics.families import Part
 from deployments.ray_serve.call_line import ReplicaLines
-from deployments.ray_serve.channel import Answer, Asked, Elsewhere, Here, Inbox, Sent
+from deployments.ray_serve.channel import Answer, Elsewhere, Here, Inbox, Sent
 from deployments.ray_serve.failures import translated
 from deployments.ray_serve.frames import MOST_BYTES
 from deployments.ray_serve.handoff import (
+    Brought,
     PixelsRef,
     RowsRef,
     by_reference,
@@ -26,21 +27,30 @@ from deployments.ray_serve.handoff import (
     everywhere,
     is_large,
     stream,
+    taken,
 )
 from deployments.ray_serve.line import follow
-from deployments.ray_serve.packing import Encoded, PixelsInfo
+from deployments.ray_serve.packing import Encoded, PixelsInfo, RowsInfo
 from deployments.ray_serve.refusals import Misrouted, abandoned, checked, was_cancelled
 from deployments.ray_serve.routing import LanguageModelRouter, limits_here, router_here
 from deployments.references import Owner, without_payload
 from deployments.report import current_report
-from deployments.stages import Generation, OpenFile, Pooling, StageLost, Stages, ways_to_language_model
+from deployments.stages import (
+    Generation,
+    OpenFile,
+    Pooling,
+    RowsLost,
+    StageLost,
+    Stages,
+    ways_to_language_model,
+)
 from deployments.tracing import current
 from deployments.turns import Turns
 from engine.errors import Overloaded, SightlineError
 from engine.mailbox import Taker
 from engine.media.source import MediaSource
 from engine.outputs import EmbeddingOutput, StreamUpdate
-from engine.prompt import KeptFiles
+from engine.prompt import KeptFiles, PreparedMedia
 
 #: How often a stream is started until it reaches the replica that holds its embeddings.
 _ROUTING_ATTEMPTS = 4
@@ -138,7 +148,7 @@ class RemotePreprocessor(_RemoteStage):
             args = list(sources), caller, images, salt, current.get()
             if line is not None and (found := await line.call(*args)) is not None:
                 self._ended()
-                return found
+                return [_brought(media) for media in found]
         args = list(sources), caller, images, salt, current.get(), *_referenced(files)
         return await self._work(self._handle.prepare, *args)
 
@@ -153,6 +163,11 @@ class RemotePreprocessor(_RemoteStage):
     ) -> list[PixelsRef]:
         args = list(pages), images, salt, current.get(), replace(file.file, files=None), file.file.files
         return await self._work(self._handle.prepare_pages, *args)
+
+
+def _brought(media: PreparedMedia) -> PixelsRef:
+    pixels = Brought(media.pixels)
+    return PixelsRef(media.item, pixels, media.seconds, media.frames, media.rows, None, media.note)
 
 
 def _are_small(sources: Sequence[MediaSource]) -> bool:
@@ -176,7 +191,7 @@ class RemoteEncoder(_RemoteStage):
     name = "encoder"
 
     async def encode(self, pixels: PixelsRef, salt: str, asked: float) -> RowsRef:
-        args = pixels.item, pixels.pixels, salt, asked, current.get()
+        args = pixels.item, taken(pixels.pixels), salt, asked, current.get()
         return await self._work(self._handle.encode, *args)
 
 
@@ -271,6 +286,10 @@ class RemoteLanguageModel(_RemoteStage):
                 misrouted += 1
                 if misrouted == _ROUTING_ATTEMPTS:
                     raise
+            except StageLost as error:
+                if any(isinstance(ref.array, Brought) for ref in media):
+                    raise RowsLost(error.message) from error
+                raise
 
     async def _way(self, request: Generation, media: Sequence[RowsRef]) -> _Way:
         """How to have a replica work on the answer to a request.
@@ -278,31 +297,37 @@ class RemoteLanguageModel(_RemoteStage):
         Raises:
             StageLost: some of ``media`` are lost with the process that made them.
         """
+        infos, references = _arrays(media)
         large = is_large(request)
         router = None if large or not self._inbox.lines else router_here(self._handle)
-        arrays = None if router is None else await self._fetched(media)
+        arrays = None if router is None else await self._fetched(references)
         if router is not None and arrays is not None:
             replica = router.by_line(request.inputs, self._inbox.lines)
             if replica is not None:
                 self.ways.add("line")
-                asked = request, current.get(), [ref.info for ref in media], arrays
-                return partial(self._asking, router, replica, asked)
+                return partial(self._asking, router, replica, request, infos, arrays)
         self.ways.add("call")
         if media or large:
-            return _calling(partial(self._hand_over, request, media))
+            return _calling(partial(self._hand_over, request, infos, references))
         return _calling(partial(self._follow, request, ""))
 
-    async def _fetched(self, media: Sequence[RowsRef]) -> list[np.ndarray] | None:
+    async def _fetched(self, references: Sequence[Any]) -> list[np.ndarray] | None:
         """The arrays of a request's media; None if they are too large for a line. Errors as :meth:`_way`."""
         try:
-            arrays = [ref.array if isinstance(ref.array, np.ndarray) else await ref.array for ref in media]
+            arrays = [each if isinstance(each, np.ndarray) else await each for each in references]
         except RayError as error:
             raise self._reported(error) from error
         return arrays if sum(array.nbytes for array in arrays) <= MOST_BYTES else None
 
     @contextmanager
     def _asking(
-        self, router: LanguageModelRouter, replica: str, asked: Asked, answer: Answer
+        self,
+        router: LanguageModelRouter,
+        replica: str,
+        request: Generation,
+        infos: Sequence[RowsInfo | PixelsInfo],
+        arrays: list[np.ndarray],
+        answer: Answer,
     ) -> Iterator[None]:
         """Ask a replica for an answer by its line. An exception within the block, also one that closes a
         generator, gives the answer up."""
@@ -310,20 +335,28 @@ class RemoteLanguageModel(_RemoteStage):
         router.asked[replica] += 1
         # From now on the answer is lost with the line.
         answer.channel = replica
-        say(asked)
+        say((request, current.get(), infos, arrays))
+        # They are on their way: see `Brought`.
+        arrays.clear()
         try:
             yield
             self._ended()
         except BaseException:
             if self._inbox.lines.get(replica) is say:
-                say(asked[0].request_id)
+                say(request.request_id)
             raise
         finally:
             router.asked[replica] -= 1
 
-    async def _hand_over(self, request: Generation, media: Sequence[RowsRef], answer: Answer) -> None:
+    async def _hand_over(
+        self,
+        request: Generation,
+        infos: Sequence[RowsInfo | PixelsInfo],
+        references: Sequence[Any],
+        answer: Answer,
+    ) -> None:
         """Bring a request to a replica, which answers at once if it has a channel to this process."""
-        args = request, current.get(), self._inbox.name, *_arrays(media)
+        args = request, current.get(), self._inbox.name, infos, *references
         try:
             result = await self._call(self._handle.hold, *args)
             if isinstance(result, Sent):
@@ -363,14 +396,17 @@ class RemoteLanguageModel(_RemoteStage):
             answer.fail(self._reported(error))
 
     async def embed(self, request: Pooling, media: Sequence[RowsRef]) -> EmbeddingOutput:
-        output, encoded = await self._work(self._handle.embed, request, current.get(), *_arrays(media))
+        infos, references = _arrays(media)
+        args = request, current.get(), infos, *references
+        output, encoded = await self._work(self._handle.embed, *args)
         _note(encoded)
         return output
 
 
-def _arrays(media: Sequence[RowsRef]) -> list[Any]:
-    """How to read each array, then the references to them: Ray resolves only arguments."""
-    return [[ref.info for ref in media], *(ref.array for ref in media)]
+def _arrays(media: Sequence[RowsRef]) -> tuple[list[RowsInfo | PixelsInfo], list[Any]]:
+    """How to read each array, and the references to them, each to be an argument of its own: Ray resolves no
+    others. Errors as of :func:`~deployments.ray_serve.handoff.taken`."""
+    return [ref.info for ref in media], [taken(ref.array) for ref in media]
 
 
 def _note(encoded: Sequence[Encoded]) -> None:

@@ -23,17 +23,43 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.ray_serve.packing import CHARACTER_BYTES, PIECE_BYTES, PixelsInfo, RowsInfo
-from deployments.stages import Generation
+from deployments.ray_serve.refusals import LOST
+from deployments.stages import Generation, RowsLost
 from engine.prompt import KeptFiles, MediaItem
+
+
+class Brought:
+    """An array that has come by a line. It is taken once. Else this process would keep it for as long as
+    an answer lasts.
+
+    Args:
+        array: it.
+    """
+
+    __slots__ = ("_array",)
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array: np.ndarray | None = array
+
+    def take(self) -> np.ndarray:
+        """The array.
+
+        Raises:
+            RowsLost: it was taken.
+        """
+        array, self._array = self._array, None
+        if array is None:
+            raise RowsLost(LOST)
+        return array
 
 
 @dataclass(frozen=True, slots=True)
 class PixelsRef:
-    """A prepared image: its description, the reference to its pixels, or these if they came by a line, and
-    how long each step took; further fields as in :class:`~engine.prompt.PreparedMedia`."""
+    """A prepared image: its description, the reference to its pixels, and how long each step took; further
+    fields as in :class:`~engine.prompt.PreparedMedia`."""
 
     item: MediaItem
-    pixels: ray.ObjectRef | np.ndarray
+    pixels: ray.ObjectRef | Brought
     seconds: Mapping[str, float] = field(default_factory=dict)
     frames: int = 1
     rows: str | None = None
@@ -48,11 +74,10 @@ class PixelsRef:
 
 @dataclass(frozen=True, slots=True)
 class RowsRef:
-    """An item for the language model: the reference to its embedding rows or pixels, or these themselves, and
-    how to read them."""
+    """An item for the language model: the reference to its embedding rows or pixels, and how to read them."""
 
     info: RowsInfo | PixelsInfo
-    array: ray.ObjectRef | np.ndarray
+    array: ray.ObjectRef | Brought
 
     @property
     def cached(self) -> bool:
@@ -107,6 +132,15 @@ async def everywhere(handle: DeploymentHandle, method: str, seconds: float) -> l
         *(asyncio.wait_for(replica.get_async(), seconds) for replica in replicas), return_exceptions=True
     )
     return [result for result in found if not isinstance(result, BaseException)]
+
+
+def taken(reference: ray.ObjectRef | Brought) -> Any:
+    """What a call may be given in place of a reference, which Ray or a replica resolves.
+
+    Raises:
+        RowsLost: the array was taken before.
+    """
+    return reference.take() if isinstance(reference, Brought) else reference
 
 
 def is_large(request: Generation) -> bool:

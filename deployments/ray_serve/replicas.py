@@ -92,18 +92,13 @@ class PreprocessorReplica:
 
     async def _prepare_near(
         self, sources: Sequence[MediaSource], caller: str, images: int | None, salt: str, span: Carrier
-    ) -> list[PixelsRef] | Refusal | None:
+    ) -> list[PreparedMedia] | Refusal | None:
         """As :meth:`prepare`, with the pixels themselves; None if they are too large for a line."""
         current.set(span)
         made = await answered(self._stage.prepare(sources, {}, caller, images, salt))
         if isinstance(made, Refusal):
             return made
-        if sum(media.pixels.nbytes for media in made) > MOST_BYTES:
-            return None
-        return [
-            PixelsRef(media.item, media.pixels, media.seconds, media.frames, media.rows, None, media.note)
-            for media in made
-        ]
+        return made if sum(media.pixels.nbytes for media in made) <= MOST_BYTES else None
 
     async def prepare(
         self,

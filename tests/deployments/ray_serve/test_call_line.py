@@ -13,7 +13,7 @@ from deployments.ray_serve.handles import RemotePreprocessor
 from deployments.ray_serve.handoff import PixelsRef
 from deployments.ray_serve.refusals import Refusal, answered
 from deployments.ray_serve.replicas import PreprocessorReplica
-from deployments.stages import StageLost
+from deployments.stages import RowsLost, StageLost
 from engine.errors import InvalidRequest, SightlineError
 from engine.media.documents.pages import PageOptions
 from engine.media.source import MediaSource, RowsSource
@@ -280,7 +280,10 @@ async def test_images_are_prepared_by_a_line():
     stage = stage_of(replica)
     await opened(stage, replica)
     (found,) = await prepared(stage, IMAGE)
-    assert type(found) is PixelsRef and np.array_equal(found.pixels, pixels)
+    assert type(found) is PixelsRef and np.array_equal(found.pixels.take(), pixels)
+    # It is not kept as long as the answer lasts.
+    with pytest.raises(RowsLost):
+        found.pixels.take()
     assert (found.item, found.seconds, found.frames, found.note) == (ITEM, {"fetch": 0.5}, 3, "note")
     assert found.kept is None and not replica.calls
     replica._pixels = InvalidRequest("by line", param="image")

@@ -21,7 +21,7 @@ from deployments.ray_serve.engine_link import Link
 from deployments.ray_serve.engine_process import EngineProcess
 from deployments.ray_serve.engine_server import EngineServer, NotedOutboxes
 from deployments.ray_serve.handles import RemoteLanguageModel
-from deployments.ray_serve.handoff import RowsRef
+from deployments.ray_serve.handoff import Brought, RowsRef
 from deployments.ray_serve.held_requests import HeldRequests
 from deployments.ray_serve.line import follow
 from deployments.ray_serve.packing import PIECE_BYTES, Encoded, RowsInfo
@@ -520,6 +520,19 @@ async def test_an_answer_to_an_image_is_lost_with_its_line(near):
 async def test_an_answer_to_an_image_is_lost_with_its_call(process):
     with World(lines=True, process=process) as near:
         await _lose(near, lambda: near.handle.calls["hold"][-1].task.cancel())
+
+
+async def test_pixels_that_came_by_a_line_are_lost_with_the_answer():
+    """They are not kept while it lasts, but prepared again."""
+    with World(lines=True, asks=True) as near:
+        await near.open()
+        media = [RowsRef(ROWS.info, Brought(ROWS.array.array))]
+        task = await near.begin("one", *media)
+        next(iter(near.replica.served._lines._connections)).close()
+        found, error = await asyncio.wait_for(task, 60)
+        assert not found and type(error) is RowsLost
+        with pytest.raises(RowsLost):
+            await anext(near.model.generate(Generation("one", EngineInput([1]), SamplingParams()), media))
 
 
 async def _lose(near: World, cut: Callable[[], None]) -> None:
